@@ -1,0 +1,38 @@
+"""``ade calibrate BUNDLE --data …``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ade_cli.data_options import add_data_arguments, dataset_of, say
+from export.calibrate import calibrate_bundle
+from serving.bundle import BundleError, open_bundle
+from serving.ood import CalibrationError
+from training.data import PARTS, DataError, Dataset
+
+ERRORS = (BundleError, CalibrationError, DataError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    add_data_arguments(parser, required=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    bundle = open_bundle(args.bundle)
+    dataset = dataset_of(args, None, bundle.image_shape[0])
+    fit, calibration = _held_out(dataset, trained_on=str(bundle.manifest["data"].get("name")))
+    result = calibrate_bundle(args.bundle, fit, calibration, dataset.name, report=say)
+    say(f"calibrated on {len(result.bpd)} images: p-values from {1 / (len(result.bpd) + 1):.2g} on")
+
+
+def _held_out(dataset: Dataset, trained_on: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images to fit and to calibrate on: of the training data its two held-out parts, of any other all."""
+    if dataset.name == trained_on:
+        return np.asarray(dataset.parts["select"].images[:]), np.asarray(dataset.parts["calibrate"].images[:])
+    images = np.concatenate([np.asarray(dataset.parts[part].images[:]) for part in PARTS])
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
+    return images[order[::2]], images[order[1::2]]

@@ -1,0 +1,40 @@
+"""``ade export RUN OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_model.checkpoint import read_config
+from ade_model.errors import ConfigError
+from export.parity import ParityError
+from export.write import ExportError, evaluation_of, export_bundle
+from serving.bundle import BundleError
+from training.data import DataError
+from training.runs import RunError, latest_checkpoint
+
+ERRORS = (RunError, DataError, ConfigError, ExportError, ParityError, BundleError)
+PARITY_IMAGES = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run, one of its checkpoints, or a bundle")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle's folder; must not exist")
+    parser.add_argument("--name", help="of the model in answers (default: DATA-RECIPE)")
+    add_data_arguments(parser, required=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = latest_checkpoint(args.run)
+    config = read_config(folder)
+    run_folder = args.run if folder == args.run or (args.run / "data.json").is_file() else folder.parent.parent
+    dataset = dataset_of(args, run_folder, config["model"]["image_size"])
+    images = np.asarray(dataset.parts["select"].images[:PARITY_IMAGES])
+    if len(images) < 2:
+        raise DataError(f"the part select of {dataset.name} has {len(images)} images; parity needs at least 2")
+    name = args.name or f"{dataset.name}-{config['recipe']}"
+    export_bundle(folder, args.out, name, images, evaluation_of(folder), report=say)
+    say(f"wrote {args.out}; next: ade calibrate {args.out} --data ...")

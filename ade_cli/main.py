@@ -1,0 +1,41 @@
+"""``ade``: finds the verb and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+VERBS = {
+    "recipes": "list the systems that can be trained",
+    "train": "train a model on CIFAR-10 or on a folder of images",
+    "evaluate": "held-out bits per dimension of a run or a bundle",
+    "export": "turn a run's checkpoint into a bundle that can be served",
+    "calibrate": "store held-out scores in a bundle, for p-values and verdicts",
+    "serve": "serve a bundle over HTTP, with a web page",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="ade", description="Train, export and serve AV-ADE image models.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, line in VERBS.items():
+        verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
+        if name in given[:1]:  # only the verb that runs is imported: serving needs no training packages
+            importlib.import_module(f"ade_cli.{name}").add_arguments(verb)
+    args = parser.parse_args(given)
+    module = importlib.import_module(f"ade_cli.{args.verb}")
+    try:
+        return int(module.run(args) or 0)
+    except module.ERRORS as error:
+        print(f"ade {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"ade {args.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

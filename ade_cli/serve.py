@@ -1,0 +1,123 @@
+"""``ade serve BUNDLE [BUNDLE …]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from handlers.archives import ServingOptions, write_archives
+from handlers.torchserve import write_configuration
+from serving.backends import BACKENDS, DEVICES, BackendError
+from serving.bundle import Bundle, BundleError, open_bundle
+from serving.launcher import (
+    Child,
+    LaunchError,
+    inference_url,
+    page_is_ready,
+    start_child,
+    start_page,
+    stop_child,
+    wait_until,
+    working_folder,
+)
+from serving.ports import PortError, Ports
+from serving.signatures import OPERATIONS
+
+ERRORS = (BundleError, PortError, LaunchError, BackendError)
+MAX_SCORE_WORKERS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE",
+                        help="the first is served under the plain names, a further one NAME as NAME-{op}")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address of the API and the page; off loopback a token is asked for (default: %(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes of each operation (default: 1, and for score one a core, at most "
+                             f"{MAX_SCORE_WORKERS})")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.workers is not None and args.workers < 1:
+        raise LaunchError(f"--workers must be at least 1, got {args.workers}")
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, _stop)
+    bundles = [open_bundle(folder.resolve()) for folder in args.bundles]
+    names = [bundle.name for bundle in bundles]
+    if len(set(names)) < len(names):
+        raise BundleError(f"bundles served side by side need different names, got {', '.join(names)}")
+    on_gpu = _gpu_for(args.device)
+    ports = Ports.from_environment()
+    ports.check_free(args.host)
+    cores = len(os.sched_getaffinity(0))
+    workers = {operation: args.workers or (min(cores, MAX_SCORE_WORKERS) if operation == "score" else 1)
+               for operation in OPERATIONS}
+    options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu")
+    with working_folder() as folder:
+        children: list[Child] = []
+        try:
+            store = folder / "store"
+            store.mkdir()
+            models = []
+            for i, bundle in enumerate(bundles):
+                models += write_archives(bundle, store, options, workers, bundle.name if i else None)
+            command, environment = write_configuration(folder, store, models, ports, args.host, on_gpu)
+            children.append(start_child("torchserve", command, environment, folder))
+            token = None
+            if args.host not in ("127.0.0.1", "localhost", "::1"):
+                keys = folder / "key_file.json"
+                wait_until(lambda: keys.is_file() and keys.stat().st_size > 0, children)
+                token = json.loads(keys.read_text())["inference"]["key"]
+            children.append(start_page(ports, args.host, folder, token, [b.folder for b in bundles]))
+            wait_until(lambda: page_is_ready(ports, args.host), children)
+            _print_addresses(bundles, ports, args.host, token, folder, time.monotonic() - started)
+            while all(child.process.poll() is None for child in children):
+                time.sleep(0.5)
+            ended = next(child for child in children if child.process.poll() is not None)
+            raise LaunchError(f"{ended.name} ended with {ended.process.returncode}:\n{ended.tail()}")
+        except (KeyboardInterrupt, SystemExit):
+            print("stopping", file=sys.stderr, flush=True)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for child in reversed(children):
+                stop_child(child)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(0)
+
+
+def _gpu_for(device: str) -> bool:
+    """Whether to serve on a GPU; asking for one that is not there is an error here, not in a worker."""
+    if device == "cpu":
+        return False
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("--device cuda: PyTorch sees no CUDA device here")
+    return torch.cuda.is_available()
+
+
+def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str | None, folder: Path,
+                     seconds: float) -> None:
+    url = inference_url(ports, host)
+    auth = "" if token is None else f' -H "Authorization: Bearer {token}"'
+    print(f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in bundles)}\n"
+          f"page     http://{host}:{ports.ui}\n"
+          f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
+          f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n"
+          f"logs     {folder / 'logs'}\n\n"
+          f"curl{auth} {url}/predictions/sample -H 'Content-Type: application/json' "
+          "-d '{\"n\": 16, \"seed\": 7}' -o samples.png\n"
+          f"curl{auth} {url}/predictions/score -T image.png\n"
+          f"curl{auth} {url}/predictions/reconstruct -T image.png -o reconstruction.png\n"
+          f"curl{auth} {url}/predictions/encode -T image.png -o latents.json\n\n"
+          "Ctrl-C stops everything.", flush=True)

@@ -1,0 +1,67 @@
+"""``ade train RECIPE --data … --out RUN``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_model.errors import ConfigError
+from training.data import DataError
+from training.loop import RunOptions, train
+from training.recipes import TrainConfig, recipe, recipe_names
+from training.runs import RunError, write_json
+from training.step import TrainingDiverged
+
+ERRORS = (RunError, DataError, ConfigError, TrainingDiverged)
+# Fields of TrainConfig that the command line can set; the rest belongs to the recipe.
+SETTABLE = ("batch_size", "learning_rate", "quality_weight", "d_learning_rate", "d_steps", "gp_weight", "ema_decay")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", choices=list(recipe_names()), help="which system; see `ade recipes`")
+    add_data_arguments(parser, required=True)
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--size", type=int, metavar="PIXELS",
+                        help="image size; default: that of the data set's first image")
+    parser.add_argument("--images", type=int, default=1_000_000, metavar="N",
+                        help="training images to see, over all processes (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after so much training time")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: %(default)s)")
+    parser.add_argument("--init", metavar="RUN_OR_BUNDLE", help="start from the weights of another run or a bundle")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the networks; log-densities are float32 always")
+    parser.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="default: %(default)s")
+    parser.add_argument("--checkpoint-steps", type=int, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--evaluate-steps", type=int, default=500, metavar="N",
+                        help="steps between looks at held-out images and samples (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in SETTABLE:
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
+                                help="default: the recipe's")
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("images", "checkpoint_steps", "evaluate_steps"):
+        if getattr(args, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    dataset = dataset_of(args, args.out, args.size)
+    changes = {name: getattr(args, name) for name in SETTABLE if getattr(args, name) is not None}
+    config = recipe(args.recipe, dataset.image_size, dataset.channels, **changes)
+    if args.dry_run:
+        print(json.dumps(config.to_dict(), indent=2))
+        return
+    write_json(args.out / "data.json", {"data": args.data if args.data == "cifar10" else str(Path(args.data).resolve()),
+                                        "root": args.root and str(Path(args.root).resolve())})
+    options = RunOptions(
+        images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,
+        checkpoint_minutes=args.checkpoint_minutes, checkpoint_steps=args.checkpoint_steps,
+        evaluate_steps=args.evaluate_steps, init=args.init)
+    progress = train(config, dataset, args.out, options, args.resume)
+    say(f"{progress.images:,} images in {progress.seconds / 60:.1f} minutes: {args.out / 'report.md'}")

@@ -1,0 +1,151 @@
+"""Invertible layers. Each maps ``(N, C, H, W)`` and gives the log-determinant with it.
+
+Every layer keeps the number of values. ``forward`` goes from images to features, ``inverse`` comes
+back; both are differentiable, since the adversarial loss reaches the decoder through ``inverse``.
+Log-determinants are float32 or better whatever autocast does to the networks inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ade_model.distributions import sum_dims
+from ade_model.layers import ResidualBlock, conv3x3
+
+
+class Bijection(nn.Module):
+    """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``, nats."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Chain(Bijection):
+    """Layers one after another; an empty chain is the identity."""
+
+    def __init__(self, *layers: Bijection) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[0])
+        for layer in self.layers:
+            x, log_det_jacobian = layer(x)
+            total = total + log_det_jacobian
+        return x, total
+
+    def inverse(self, y: Tensor) -> Tensor:
+        for layer in reversed(self.layers):
+            y = layer.inverse(y)  # type: ignore[operator]  # nn.ModuleList forgets that these are bijections
+        return y
+
+
+class Logit(Bijection):
+    """``logit(a + (1 - 2a) x)``: [0, 1] onto a bounded interval, so that no sample leaves the pixels' range far.
+
+    Dinh et al., "Density estimation using Real NVP", 2017, section 4.1, with its margin ``a = 0.05``.
+    """
+
+    MARGIN = 0.05
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inner = 1 - 2 * self.MARGIN
+        p = self.MARGIN + inner * x
+        log_p, log_q = p.log(), (1 - p).log()
+        log_det_jacobian = sum_dims(torch.log(torch.full_like(p, inner)) - log_p - log_q)
+        return log_p - log_q, log_det_jacobian
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return (y.sigmoid() - self.MARGIN) / (1 - 2 * self.MARGIN)
+
+
+class Squeeze(Bijection):
+    """Each 2x2 patch to channels: ``(N, C, H, W)`` to ``(N, 4C, H/2, W/2)``."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return F.pixel_shuffle(y, 2)
+
+
+class Rotation(Bijection):
+    """A learned orthogonal mixing of channels at each position, as a product of Householder reflections.
+
+    The invertible 1x1 convolution of Kingma and Dhariwal, "Glow", 2018, restricted to rotations: its
+    inverse is its transpose and its log-determinant zero, exactly, however it is trained.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.normals = nn.Parameter(torch.randn(channels, channels))
+
+    def matrix(self) -> Tensor:
+        """``(C, C)``, orthogonal."""
+        normals = self.normals / self.normals.norm(dim=1, keepdim=True)
+        matrix = torch.eye(normals.shape[0], dtype=normals.dtype, device=normals.device)
+        for normal in normals.unbind(0):
+            matrix = matrix - 2 * (matrix @ normal).unsqueeze(1) * normal.unsqueeze(0)
+        return matrix
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, self.matrix()[:, :, None, None]), x.new_zeros(x.shape[0])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            return F.conv2d(y, self.matrix().t()[:, :, None, None])
+
+
+class AffineCoupling(Bijection):
+    """Half of the channels scale and shift the other half.
+
+    Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5, with the log-scale bounded
+    smoothly to ``±max_log_scale`` so that ``inverse`` cannot explode.
+    """
+
+    def __init__(self, channels: int, width: int, blocks: int, max_log_scale: float) -> None:
+        super().__init__()
+        self.kept = channels // 2
+        changed = channels - self.kept
+        self.max_log_scale = max_log_scale
+        output = conv3x3(width, 2 * changed)
+        nn.init.zeros_(output.weight)  # the layer starts as the identity
+        self.coupling_net = nn.Sequential(
+            conv3x3(self.kept, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output)
+
+    def _log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = self.coupling_net(kept).to(kept.dtype).chunk(2, dim=1)
+        return self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept, changed = x[:, : self.kept], x[:, self.kept :]
+        log_scale, shift = self._log_scale_and_shift(kept)
+        return torch.cat([kept, changed * log_scale.exp() + shift], dim=1), sum_dims(log_scale)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        kept, changed = y[:, : self.kept], y[:, self.kept :]
+        log_scale, shift = self._log_scale_and_shift(kept)
+        return torch.cat([kept, (changed - shift) * (-log_scale).exp()], dim=1)
+
+
+class OnHalfOfTheChannels(Bijection):
+    """Apply ``inner`` to the first half of the channels; the rest is factored out, unchanged."""
+
+    def __init__(self, inner: Bijection) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = x.shape[1] // 2
+        changed, log_det_jacobian = self.inner(x[:, :half])
+        return torch.cat([changed, x[:, half:]], dim=1), log_det_jacobian
+
+    def inverse(self, y: Tensor) -> Tensor:
+        half = y.shape[1] // 2
+        return torch.cat([self.inner.inverse(y[:, :half]), y[:, half:]], dim=1)

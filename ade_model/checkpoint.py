@@ -1,0 +1,61 @@
+"""Weights and configuration on disk: ``model.safetensors`` and ``config.json``. Nobody else saves or loads models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from ade_model.config import ModelConfig
+from ade_model.errors import ConfigError
+from ade_model.model import ADEModel
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
+    """Write a model into an existing folder.
+
+    Args:
+        model: in float32.
+        folder: takes the two files.
+        about: what else to say of it, such as ``{"recipe": "av-ade"}``.
+    """
+    safetensors.torch.save_file(
+        {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS_NAME)
+    text = json.dumps({"format_version": FORMAT_VERSION, **about, "model": model.config.to_dict()}, indent=2)
+    (folder / CONFIG_NAME).write_text(text + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a saved model, its version checked.
+
+    Raises:
+        ConfigError: it is missing, of another version or not a model's.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no {CONFIG_NAME}")
+    values = json.loads(path.read_text())
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(f"{path}: format_version must be {FORMAT_VERSION}, got {values.get('format_version')}")
+    return values
+
+
+def load_model(folder: Path) -> ADEModel:
+    """Rebuild what :func:`save_model` wrote, in evaluation mode on the CPU.
+
+    Raises:
+        ConfigError: the folder holds no model, or one whose weights do not fit its configuration.
+    """
+    model = ADEModel(ModelConfig.from_dict(read_config(folder)["model"]))
+    weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}: {error}") from error
+    return model.eval()

@@ -1,0 +1,38 @@
+"""The one distribution of this model: a Gaussian with independent dimensions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+def sum_dims(values: Tensor) -> Tensor:
+    """``(N, ...)`` to ``(N,)``: the sum over everything but the batch."""
+    return values.flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """Independent normals; ``mean`` is ``(N, ...)``, ``log_scale`` broadcasts to it."""
+
+    mean: Tensor
+    log_scale: Tensor
+
+    def sample(self, eps: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+        """``mean + temperature * scale * eps`` for standard normal ``eps`` of the shape of ``mean``."""
+        return self.mean + temperature * self.log_scale.exp() * eps
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``(N,)``, nats."""
+        standard = (value - self.mean) * (-self.log_scale).exp()
+        return sum_dims(-0.5 * standard.square() - self.log_scale - HALF_LOG_TWO_PI)
+
+    def kl(self, other: DiagonalGaussian) -> Tensor:
+        """``KL(self || other)`` in closed form, ``(N,)``, nats, never negative."""
+        log_ratio = other.log_scale - self.log_scale
+        shift = (self.mean - other.mean) * (-other.log_scale).exp()
+        return sum_dims(log_ratio + 0.5 * ((-2 * log_ratio).exp() + shift.square() - 1))

@@ -1,0 +1,24 @@
+"""The two building blocks that every network of the model shares."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size (or halves it with ``stride=2``), bias zero at first."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has a bias
+    return conv
+
+
+class ResidualBlock(nn.Module):
+    """``h + conv(elu(conv(elu(h))))``, the identity at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.ELU(), conv3x3(width, width), nn.ELU(), conv3x3(width, width))
+        nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]  # a convolution
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.body(h)

@@ -1,0 +1,106 @@
+"""The whole model. Two paths lead through it:
+
+* likelihood: ``x -> flow -> y -> encoder -> z``, then ``y`` is judged by ``decoder(z)``;
+* sampling: ``z`` from the prior, ``decoder(z) -> y -> flow.inverse -> x``.
+
+Images and their quantisation stay outside (:mod:`ade_model.quantization`), and so does all
+randomness: whoever calls brings the noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ade_model.config import ModelConfig
+from ade_model.distributions import DiagonalGaussian
+from ade_model.errors import ShapeError
+from ade_model.flow import build_flow
+from ade_model.likelihood import Evidence
+from ade_model.vae import Decoder, Encoder
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Latents of images: the posterior of each level, and the draw ``z`` from it; coarsest first."""
+
+    posteriors: list[DiagonalGaussian]
+    z: list[Tensor]
+
+
+class ADEModel(nn.Module):
+    """``p(x) = p(f(x)) |det df/dx|`` with ``p(y) = int p(y | z) p(z) dz``, a top-down VAE.
+
+    Lucas et al., "Adaptive Density Estimation for Generative Models", 2019, eq. 4 to 6.
+
+    Shapes: ``x``, ``y`` and ``y_eps`` are ``(N, C, H, W)``; ``z`` and ``eps`` are lists of tensors, one
+    a level, of ``(N, *config.latent_shapes[i])``. All noise is standard normal. Passing
+    ``y_eps=None`` gives mean samples ``f^-1(mu(z))``, what the discriminator sees; passing noise gives
+    density samples ``f^-1(mu(z) + sigma y_eps)``, what the likelihood describes.
+
+    Example:
+        >>> model = ADEModel(ModelConfig(image_size=8, widths=(8, 8), latent_channels=(2, 2), decoder_blocks=(1, 1)))
+        >>> eps = [torch.randn(3, *shape) for shape in model.config.latent_shapes]
+        >>> model.sample(eps).shape
+        torch.Size([3, 3, 8, 8])
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.flow = build_flow(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def sample(self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0) -> Tensor:
+        """New images ``x``; ``temperature`` multiplies the prior's standard deviations."""
+        self._check_latents(eps, "eps")
+        _, p_y = self.decoder.generate(eps, temperature)
+        return self._observe(p_y, y_eps)
+
+    def decode(self, z: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
+        """The images ``x`` of given latents."""
+        self._check_latents(z, "z")
+        return self._observe(self.decoder(z), y_eps)
+
+    def encode(self, x: Tensor, eps: list[Tensor]) -> Encoding:
+        """The latents of images."""
+        posteriors, _, z, _, _, _ = self._infer(x, eps)
+        return Encoding(posteriors, z)
+
+    def reconstruct(self, x: Tensor, eps: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
+        """Encode and decode."""
+        *_, p_y, _, _ = self._infer(x, eps)
+        return self._observe(p_y, y_eps)
+
+    def score(self, x: Tensor, eps: list[Tensor]) -> Evidence:
+        """The log-weight of one draw of latents, in its parts; ``kl`` is the sampled log-ratio."""
+        posteriors, priors, z, p_y, y, log_det_jacobian = self._infer(x, eps)
+        kl = [q.log_prob(value) - p.log_prob(value) for q, p, value in zip(posteriors, priors, z, strict=True)]
+        return Evidence(p_y.log_prob(y), log_det_jacobian, kl)
+
+    def evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
+        """As :meth:`score` with ``kl`` in closed form: lower variance, for training."""
+        posteriors, priors, _, p_y, y, log_det_jacobian = self._infer(x, eps)
+        kl = [q.kl(p) for q, p in zip(posteriors, priors, strict=True)]
+        return Evidence(p_y.log_prob(y), log_det_jacobian, kl)
+
+    def _infer(self, x: Tensor, eps: list[Tensor]) -> tuple[
+            list[DiagonalGaussian], list[DiagonalGaussian], list[Tensor], DiagonalGaussian, Tensor, Tensor]:
+        expected = (self.config.channels, self.config.image_size, self.config.image_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ShapeError(f"x must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        self._check_latents(eps, "eps")
+        y, log_det_jacobian = self.flow(x)
+        posteriors, priors, z, p_y = self.decoder.infer(self.encoder(y), eps)
+        return posteriors, priors, z, p_y, y, log_det_jacobian
+
+    def _observe(self, p_y: DiagonalGaussian, y_eps: Tensor | None) -> Tensor:
+        return self.flow.inverse(p_y.mean if y_eps is None else p_y.sample(y_eps))
+
+    def _check_latents(self, values: list[Tensor], name: str) -> None:
+        shapes = [tuple(v.shape[1:]) for v in values]
+        if shapes != self.config.latent_shapes:
+            raise ShapeError(f"{name} must have one tensor a level with (N, ...) of {self.config.latent_shapes}, "
+                             f"got {shapes}")

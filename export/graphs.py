@@ -1,0 +1,106 @@
+"""The model as graphs of tensors: pixels in, pixels out, every random draw an input.
+
+One module with a method a graph, so that TorchScript stores the weights once; :class:`Graph` makes a module of
+one method for the ONNX exporter. Inputs and outputs are those of :mod:`serving.signatures`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ade_model.bijections import Bijection, Rotation
+from ade_model.model import ADEModel
+from ade_model.quantization import dequantize, quantize
+
+
+class _FixedRotation(Bijection):
+    """A trained :class:`Rotation` with its matrix worked out."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        super().__init__()
+        dtype = rotation.normals.dtype
+        matrix = copy.deepcopy(rotation).double().matrix().detach()
+        self.register_buffer("kernel", matrix[:, :, None, None].to(dtype))
+        self.register_buffer("inverse_kernel", matrix.t()[:, :, None, None].contiguous().to(dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.conv2d(x, self.kernel), x.new_zeros(x.shape[0])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return F.conv2d(y, self.inverse_kernel)
+
+
+def _fix_rotations(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, Rotation):
+            setattr(module, name, _FixedRotation(child))
+        else:
+            _fix_rotations(child)
+
+
+class Graphs(nn.Module):
+    """Every graph of a bundle as a method. The model is copied, in evaluation mode."""
+
+    def __init__(self, model: ADEModel) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model.config = model.config
+        _fix_rotations(self.model)
+        self.levels = len(model.config.latent_shapes)
+
+    def sample(self, *inputs: Tensor) -> Tensor:
+        *eps, y_eps = inputs
+        return _to_images(self.model.sample(eps, y_eps))
+
+    def decode(self, *inputs: Tensor) -> Tensor:
+        *z, y_eps = inputs
+        return _to_images(self.model.decode(z, y_eps))
+
+    def encode(self, images: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
+        encoding = self.model.encode(_to_x(images, 0.5, eps[0]), list(eps))
+        # The coarsest prior, and so part of a posterior, may be one map for all images.
+        means = [q.mean.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)]
+        log_scales = [q.log_scale.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)]
+        return (*means, *log_scales, *encoding.z)
+
+    def flow_forward(self, images: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det_jacobian = self.model.flow(_to_x(images, u.permute(0, 3, 1, 2), u))
+        return y, log_det_jacobian
+
+    def flow_inverse(self, y: Tensor) -> Tensor:
+        return self.model.flow.inverse(y)
+
+    def reconstruct(self, images: Tensor, *inputs: Tensor) -> Tensor:
+        *eps, y_eps = inputs
+        return _to_images(self.model.reconstruct(_to_x(images, 0.5, y_eps), eps, y_eps))
+
+    def score(self, images: Tensor, u: Tensor, *eps: Tensor) -> Tensor:
+        evidence = self.model.score(_to_x(images, u.permute(0, 3, 1, 2), u), list(eps))
+        nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
+        return nats / (self.model.config.num_dims * math.log(2.0))
+
+
+class Graph(nn.Module):
+    """One method of :class:`Graphs` as ``forward``."""
+
+    def __init__(self, graphs: Graphs, name: str) -> None:
+        super().__init__()
+        self.graphs = graphs
+        self._name = name
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        result: Tensor | tuple[Tensor, ...] = getattr(self.graphs, self._name)(*inputs)
+        return result
+
+
+def _to_x(images: Tensor, u: Tensor | float, like: Tensor) -> Tensor:
+    return dequantize(images.permute(0, 3, 1, 2).to(like.dtype), u)
+
+
+def _to_images(x: Tensor) -> Tensor:
+    return quantize(x).permute(0, 2, 3, 1).to(torch.uint8)

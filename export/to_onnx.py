@@ -1,0 +1,102 @@
+"""ONNX files whose weights lie in ``model.safetensors``, by offset: stored once, whatever the number of graphs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from export.graphs import Graph, Graphs
+from serving.bundle import WEIGHTS_NAME
+from serving.signatures import inputs_of, outputs_of
+
+OPSET = 20
+
+
+def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folder: Path) -> Path:
+    """Write ``NAME.onnx`` into a folder that holds ``model.safetensors`` already.
+
+    Args:
+        graphs: float32, on the CPU.
+        name: of the graph.
+        example: inputs with a batch of at least two (a batch of one would be frozen into the graph).
+        folder: of the bundle.
+
+    Returns:
+        The file's path.
+    """
+    inputs = inputs_of(name, graphs.levels)
+    batch = torch.export.Dim("N")
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                Graph(graphs, name), tuple(torch.from_numpy(example[i]) for i in inputs), dynamo=True, verbose=False,
+                opset_version=OPSET, input_names=inputs, output_names=outputs_of(name, graphs.levels),
+                dynamic_shapes=(tuple({0: batch} for _ in inputs),), optimize=True)
+    finally:
+        quiet.setLevel(level)
+    assert program is not None
+    model = program.model_proto
+    _strip(model)
+    _point_at_weights(model, folder / WEIGHTS_NAME)
+    path = folder / f"{name}.onnx"
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+    return path
+
+
+def _strip(model: ModelProto) -> None:
+    """Take out what tells of the machine that made the file: source paths, stack traces, module names."""
+    model.doc_string = ""
+    model.producer_version = ""
+    del model.metadata_props[:]
+    graphs = [model.graph]
+    for function in model.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+    for graph in graphs:
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+            value.doc_string = ""
+            del value.metadata_props[:]
+    for node in [*model.graph.node, *(n for f in model.functions for n in f.node)]:
+        node.doc_string = ""
+        del node.metadata_props[:]
+
+
+def _point_at_weights(model: ModelProto, weights: Path) -> None:
+    """Turn each initialiser that is a tensor of the weights' file into a reference to its place there."""
+    with open(weights, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        data = file.read()
+    places: dict[tuple[bytes, tuple[int, ...]], tuple[int, int]] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            places[data[begin:end], tuple(entry["shape"])] = (8 + length + begin, end - begin)
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        raw = numpy_helper.to_array(tensor).tobytes()
+        place = places.get((raw, tuple(tensor.dims)))
+        if place is None:
+            continue
+        for field in ("raw_data", "float_data"):
+            tensor.ClearField(field)  # type: ignore[arg-type]  # both are fields of the message
+        tensor.data_location = TensorProto.EXTERNAL
+        del tensor.external_data[:]
+        for key, value in (("location", weights.name), ("offset", str(place[0])), ("length", str(place[1]))):
+            tensor.external_data.add(key=key, value=value)

@@ -1,0 +1,95 @@
+"""From a checkpoint to a finished bundle, or to nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ade_model.checkpoint import load_model, read_config, save_model
+from export.graphs import Graphs
+from export.parity import check_parity, make_inputs
+from export.to_onnx import export_onnx
+from export.to_torchscript import export_torchscript
+from serving.backends import BACKENDS, load_backend
+from serving.bundle import TORCHSCRIPT_NAME, open_bundle, write_manifest
+from serving.signatures import GRAPH_NAMES, inputs_of
+
+LICENCE = "MIT (weights; the training images keep their own terms)"
+
+
+class ExportError(ValueError):
+    """A bundle that cannot be written as asked."""
+
+
+def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, evaluation: dict[str, Any] | None,
+                  report: Callable[[str], None] = lambda line: None) -> Path:
+    """Export a checkpoint; what is written has passed the parity test.
+
+    Args:
+        checkpoint: a folder with ``model.safetensors`` and ``config.json``.
+        out: the bundle's folder; must not exist.
+        name: of the model, in answers and manifests.
+        images: uint8 ``(N, H, W, C)``, held-out images to test parity on; at least 40 are wanted.
+        evaluation: what ``ade evaluate`` found, for the manifest.
+        report: is told of progress, a line at a time.
+
+    Raises:
+        ExportError: ``out`` exists.
+        ParityError: an exported graph differs from the model.
+    """
+    if out.exists():
+        raise ExportError(f"{out} exists: export into a new folder")
+    model = load_model(checkpoint)
+    config = model.config
+    if images.ndim != 4 or images.shape[1:] != (config.image_size, config.image_size, config.channels):
+        raise ExportError(f"parity needs images of (N, {config.image_size}, {config.image_size}, {config.channels}), "
+                          f"got {images.shape}")
+    about = read_config(checkpoint)
+    graphs = Graphs(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        save_model(model, folder, {k: v for k, v in about.items() if k not in ("model", "format_version")})
+        examples = {graph: make_inputs(images[:2], config.latent_shapes, inputs_of(graph, graphs.levels))
+                    for graph in GRAPH_NAMES}
+        for graph in GRAPH_NAMES:
+            report(f"exporting {graph}.onnx")
+            export_onnx(graphs, graph, examples[graph], folder)
+        report(f"exporting {TORCHSCRIPT_NAME}")
+        export_torchscript(graphs, examples, folder / TORCHSCRIPT_NAME)
+        fields = {
+            "name": name, "recipe": about["recipe"],
+            "image_shape": [config.image_size, config.image_size, config.channels],
+            "latent_shapes": [list(shape) for shape in config.latent_shapes],
+            "operations": ["sample", "encode", "reconstruct", "score"],
+            "data": {"name": about["data"], "splits": about["splits"]},
+            "training": {"images_seen": about["images_seen"], "seed": about["seed"],
+                         "weights": sum(p.numel() for p in model.parameters()),
+                         "flow_weights": sum(p.numel() for p in model.flow.parameters())},
+            "evaluation": evaluation, "calibration": None, "licence": LICENCE,
+        }
+        write_manifest(folder, fields)
+        report("testing parity")
+        bundle = open_bundle(folder)
+        backends = {b: load_backend(bundle, GRAPH_NAMES, b, "cpu") for b in BACKENDS}
+        table = check_parity(model, backends, images)
+        write_manifest(folder, {**fields, "parity": [row.to_dict() for row in table]})
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def evaluation_of(folder: Path) -> dict[str, Any] | None:
+    """What ``ade evaluate`` left beside a checkpoint, if it did."""
+    path = folder / "evaluation.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+

@@ -1,0 +1,1 @@
+"""TorchServe adapters: one model an operation. They translate, and nothing more."""

@@ -1,0 +1,54 @@
+"""What TorchServe calls, and how its requests and answers translate to :class:`serving.service.Service`.
+
+TorchServe is archived upstream: whatever replaces it needs one such file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from serving.engine import InferenceEngine
+from serving.requests import RawRequest
+from serving.service import Service
+
+
+class OperationHandler:
+    """Serves one operation; each subclass names its own.
+
+    TorchServe makes one object a worker process, calls :meth:`initialize` once and :meth:`handle` with each batch.
+    """
+
+    operation: str
+
+    def initialize(self, context: Any) -> None:
+        """Load and warm up the engine from the archive's folder, as ``model-config.yaml`` says."""
+        properties = context.system_properties
+        options = context.model_yaml_config["ade"]
+        engine = InferenceEngine(Path(properties["model_dir"]), options["backend"], options["device"],
+                                 [self.operation], gpu=int(properties.get("gpu_id") or 0))
+        engine.warm_up()
+        self.service = Service(self.operation, engine)
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """Answer a batch; every item gets its own status, type and headers."""
+        requests = [_raw_request(row, context.get_all_request_header(i)) for i, row in enumerate(data)]
+        bodies = []
+        for i, answer in enumerate(self.service.answer(requests)):
+            context.set_response_status(answer.status, answer.phrase, idx=i)
+            context.set_response_content_type(i, answer.content_type)
+            for name, value in answer.headers.items():
+                context.set_response_header(i, name, value)
+            bodies.append(answer.body)
+        return bodies
+
+
+def _raw_request(row: dict[str, Any], headers: dict[str, Any]) -> RawRequest:
+    # A form's fields share TorchServe's dictionary with the headers, as {"content-type": ...} of each part.
+    content_type = next((value for name, value in headers.items()
+                         if name.lower() == "content-type" and isinstance(value, str)), "")
+    kind = content_type.split(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        return RawRequest(content_type, None, row)
+    body = row.get("body", row.get("data", b""))
+    return RawRequest(content_type, body if body is not None else b"")

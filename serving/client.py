@@ -1,0 +1,231 @@
+"""A client of the HTTP API, in NumPy arrays and typed results. The page and the tests use it too."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import httpx
+import numpy as np
+from PIL import Image
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
+Kind = Literal["mean", "density"]
+
+
+class AdeError(Exception):
+    """An answer that is an error: ``status``, ``code``, ``message`` and, for one of several images, ``index``."""
+
+    def __init__(self, status: int, code: str, message: str, index: int | None = None) -> None:
+        super().__init__(f"{message} ({status} {code})")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.index = index
+
+
+@dataclass(frozen=True)
+class Samples:
+    """``images`` uint8 ``(N, H, W, C)``, made from ``seed``."""
+
+    images: np.ndarray
+    seed: int
+    model: str
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One list entry a level, coarsest first; each float32 ``(N, c, h, w)``."""
+
+    mean: list[np.ndarray]
+    log_scale: list[np.ndarray]
+    z: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One image's reconstruction, uint8 ``(H, W, C)``, and its PSNR in decibels (infinite where equal)."""
+
+    image: np.ndarray
+    psnr: float
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """One image's bits per dimension, its parts, and the verdict (``None`` where it is withheld)."""
+
+    bpd: float
+    bpd_parts: dict[str, float]
+    standard_error: float | None
+    ood_score: float | None
+    p_value: float | None
+    ood: bool | None
+    notes: list[str]
+
+
+class AdeClient:
+    """Talks to one model of a service.
+
+    Args:
+        url: of the inference address.
+        model: name of a further bundle; the first bundle needs none.
+        token: where the service asks for one.
+        retries: how often a 503 is tried again, waiting as advised or twice as long each time.
+        timeout: seconds for one answer.
+
+    Raises (every method):
+        AdeError: the service answered an error.
+        httpx.TransportError: there was no answer.
+
+    Example::
+
+        with AdeClient() as client:
+            print(client.score(["cat.png"])[0].bpd)
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, model: str | None = None, token: str | None = None, retries: int = 5,
+                 timeout: float = 120.0) -> None:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers=headers)
+        self._prefix = "" if model is None else f"{model}-"
+        self._retries = retries
+
+    def __enter__(self) -> AdeClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def sample(self, n: int = 1, seed: int | None = None, index: int = 0, temperature: float = 1.0,
+               kind: Kind = "mean") -> Samples:
+        """New images; the seed that was used is in the result."""
+        answer = self._post("sample", {"n": n, "seed": seed, "index": index, "temperature": temperature, "kind": kind,
+                                       "format": "npy"})
+        return Samples(_npy(answer), int(answer.headers["X-Ade-Seed"]), answer.headers["X-Ade-Model"])
+
+    def sample_png(self, n: int = 1, seed: int | None = None, index: int = 0, temperature: float = 1.0,
+                   kind: Kind = "mean") -> tuple[bytes, int]:
+        """One picture of a grid of samples, a PNG file whose text reproduces it, and the seed that was used."""
+        answer = self._post("sample", {"n": n, "seed": seed, "index": index, "temperature": temperature, "kind": kind,
+                                       "format": "png"})
+        return answer.content, int(answer.headers["X-Ade-Seed"])
+
+    def is_ready(self) -> bool:
+        """Whether all four operations answer."""
+        try:
+            images = self.sample(seed=0).images
+            return bool(self.encode(images).z and self.reconstruct(images) and self.score(images))
+        except (AdeError, httpx.TransportError):
+            return False
+
+    def decode(self, z: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
+        """The images of latents: one array a level, ``(N, c, h, w)``; uint8 ``(N, H, W, C)``."""
+        entries = [{"levels": [{"z": np.asarray(level[i]).tolist()} for level in z]} for i in range(len(z[0]))]
+        return _npy(self._post("sample", {"latents": entries, "seed": seed, "kind": kind, "format": "npy"}))
+
+    def encode(self, images: Sequence[ImageLike] | np.ndarray, seed: int = 0, resize: bool = False) -> Latents:
+        """Latents of images; the first that cannot be used raises."""
+        answer = self._post("encode", {**_images(images, resize), "seed": seed, "format": "npz"})
+        with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
+            levels = sum(name.startswith("z_") for name in arrays.files)
+            return Latents(*([arrays[f"{name}_{i}"] for i in range(levels)] for name in ("mean", "log_scale", "z")))
+
+    def reconstruct(self, images: Sequence[ImageLike] | np.ndarray, seed: int = 0, kind: Kind = "mean",
+                    resize: bool = False) -> list[Reconstruction | AdeError]:
+        """Reconstructions, one an image; an image that cannot be used has its error in its place."""
+        answer = self._post("reconstruct", {**_images(images, resize), "seed": seed, "kind": kind, "format": "json"})
+        return [_entry(r) or Reconstruction(_pixels(r["image"]), float("inf") if r["psnr"] is None else r["psnr"],
+                                            r.get("notes", [])) for r in answer.json()["results"]]
+
+    def score(self, images: Sequence[ImageLike] | np.ndarray, samples: int = 1, seed: int = 0, alpha: float = 0.01,
+              resize: bool = False) -> list[ScoreResult | AdeError]:
+        """Bits per dimension and verdicts, one an image; an image that cannot be used has its error in its place."""
+        answer = self._post("score", {**_images(images, resize), "samples": samples, "seed": seed, "alpha": alpha})
+        return [_entry(r) or ScoreResult(notes=r.pop("notes", []), **r) for r in answer.json()["results"]]
+
+    def _post(self, operation: str, values: dict[str, Any]) -> httpx.Response:
+        values = {name: value for name, value in values.items() if value is not None}
+        wait = 0.1
+        for attempt in range(self._retries + 1):
+            answer = self._http.post(f"/predictions/{self._prefix}{operation}", json=values)
+            if answer.status_code != 503 or attempt == self._retries:
+                break
+            time.sleep(float(answer.headers.get("Retry-After", wait)))
+            wait *= 2
+        if answer.status_code != 200:
+            raise _error(answer)
+        return answer
+
+
+def _images(images: Sequence[ImageLike] | np.ndarray, resize: bool) -> dict[str, Any]:
+    files = [base64.b64encode(_file(image)).decode() for image in images]
+    return {"images": files, **({"resize": "fit"} if resize else {})}
+
+
+def _file(image: ImageLike) -> bytes:
+    """The bytes of an image file: as they are for paths and bytes, lossless for pixels."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image).read_bytes()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise ValueError(f"an image must be uint8 (H, W, C), got {image.dtype} {image.shape}")
+        out = io.BytesIO()
+        if image.shape[2] not in (1, 3):
+            raise ValueError(f"an image must have 1 or 3 channels, got {image.shape[2]}")
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(out, "PNG")
+        return out.getvalue()
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def _npy(answer: httpx.Response) -> np.ndarray:
+    array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    return array
+
+
+def _pixels(text: str) -> np.ndarray:
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _entry(result: dict[str, Any]) -> AdeError | None:
+    error = result.get("error")
+    return None if error is None else AdeError(422, error["code"], error["message"], error.get("index"))
+
+
+def _error(answer: httpx.Response) -> AdeError:
+    """Our error shape, or TorchServe's own words for what it answers itself, in one exception."""
+    status = answer.status_code
+    try:
+        body = answer.json()
+    except ValueError:
+        body = None
+    if isinstance(body, dict) and isinstance(body.get("error"), dict):
+        error = body["error"]
+        return AdeError(status, error["code"], error["message"], error.get("index"))
+    kind = str(body.get("type", "")) if isinstance(body, dict) else ""
+    if status == 413:
+        return AdeError(413, "request_too_large", "the request is larger than the server reads")
+    if status == 404:
+        return AdeError(404, "unknown_model", "the server has no model of this name")
+    if kind == "InvalidKeyException":
+        return AdeError(401, "bad_token", "the server wants a valid token")
+    if status in (503, 507):
+        return AdeError(503, "overloaded", "the server cannot take the request now: try again later")
+    return AdeError(status, "server_error", f"the server answered {status}")

@@ -1,0 +1,243 @@
+"""The four verbs on NumPy arrays. Knows bundles and graphs, nothing of HTTP.
+
+Every answer is a function of its own image and seed: noise comes from :mod:`serving.noise`, batches are cut to
+fixed sizes and padded, and no result depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from serving.backends import Backend, load_backend
+from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
+from serving.noise import NoiseStream, image_digest, image_key, sample_key
+from serving.ood import Calibration, Verdict
+from serving.signatures import OPERATIONS, input_shape, inputs_of, part_names
+
+BUCKETS = (1, 2, 4, 8, 16, 32)
+KINDS = ("mean", "density")
+
+
+@dataclass(frozen=True)
+class EncodedLevel:
+    """Latents of one level for ``N`` images; each float32 ``(N, c, h, w)``."""
+
+    mean: np.ndarray
+    log_scale: np.ndarray
+    z: np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is known of one image's likelihood.
+
+    Attributes:
+        bpd: bits per dimension, a bound; lower is likelier.
+        parts: they sum to ``bpd``, by name.
+        standard_error: of ``bpd`` over its ``K`` draws; ``None`` for one draw.
+        verdict: by the calibrated estimator; ``None`` without a calibration.
+    """
+
+    bpd: float
+    parts: dict[str, float]
+    standard_error: float | None
+    verdict: Verdict | None
+
+
+class NotFinite(ArithmeticError):
+    """The model gave a number that is not finite for an image."""
+
+
+class InferenceEngine:
+    """Sampling, encoding, reconstruction and scoring with one bundle.
+
+    Args:
+        bundle: opened, or the path of one.
+        backend: ``onnxruntime`` or ``torchscript``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        operations: which of the four to load; all unless told.
+        gpu: which, of several.
+
+    Example::
+
+        engine = InferenceEngine(Path("pretrained/cifar10"))
+        images = engine.sample(seeds=[7, 7], indices=[0, 1])   # uint8 (2, 32, 32, 3)
+        [score.bpd for score in engine.score(images)]
+    """
+
+    def __init__(self, bundle: Bundle | Path, backend: str = "onnxruntime", device: str = "auto",
+                 operations: Iterable[str] = tuple(OPERATIONS), gpu: int = 0) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        graphs = [graph for operation in operations for graph in OPERATIONS[operation]]
+        self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu)
+        self.calibration: Calibration | None = None
+        if self.bundle.has(CALIBRATION_NAME):
+            self.calibration = Calibration.load(self.bundle.file(CALIBRATION_NAME))
+        self.image_shape = self.bundle.image_shape
+        self.latent_shapes = self.bundle.latent_shapes
+        self._levels = len(self.latent_shapes)
+        self._graphs = graphs
+
+    def warm_up(self) -> None:
+        """Run every loaded graph at every batch size once, so that no request is the first."""
+        for graph in self._graphs:
+            for bucket in BUCKETS:
+                self.backend.run(graph, {
+                    name: np.zeros((bucket, *self._shape(name)), np.uint8 if name == "images" else np.float32)
+                    for name in inputs_of(graph, self._levels)})
+
+    def sample(self, seeds: Sequence[int], indices: Sequence[int], kinds: Sequence[str] | None = None,
+               temperatures: Sequence[float] | None = None) -> np.ndarray:
+        """New images, each a function of its seed, index, kind and temperature alone.
+
+        Args:
+            seeds: one an image.
+            indices: one an image.
+            kinds: ``mean`` (the default) or ``density``, one an image.
+            temperatures: multiply the prior's standard deviations, one an image; 1 unless given.
+
+        Returns:
+            uint8 ``(N, H, W, C)``.
+        """
+        kinds = kinds or ["mean"] * len(seeds)
+        temperatures = temperatures or [1.0] * len(seeds)
+
+        def noise(i: int) -> dict[str, np.ndarray]:
+            stream = NoiseStream(sample_key(seeds[i], indices[i]))
+            eps = {name: stream.normal(shape) * np.float32(temperatures[i]) for name, shape in self._eps()}
+            return {**eps, "y_eps": self._y_eps(stream, kinds[i])}
+
+        return self._run("sample", len(seeds), noise)["images"]
+
+    def decode(self, z: Sequence[np.ndarray], seeds: Sequence[int], kinds: Sequence[str] | None = None) -> np.ndarray:
+        """The images of given latents.
+
+        Args:
+            z: one array a level, coarsest first, float32 ``(N, c, h, w)``.
+            seeds: one an image, for density images.
+            kinds: as for :meth:`sample`.
+
+        Returns:
+            uint8 ``(N, H, W, C)``.
+        """
+        kinds = kinds or ["mean"] * len(seeds)
+
+        def inputs(i: int) -> dict[str, np.ndarray]:
+            latents = {f"z_{level}": np.asarray(z[level][i], np.float32) for level in range(self._levels)}
+            return {**latents, "y_eps": self._y_eps(NoiseStream(sample_key(seeds[i], i)), kinds[i])}
+
+        return self._run("decode", len(seeds), inputs)["images"]
+
+    def encode(self, images: np.ndarray, seeds: Sequence[int] | None = None) -> list[EncodedLevel]:
+        """Posterior means, log-scales and one draw of the latents, level by level, coarsest first.
+
+        Args:
+            images: uint8 ``(N, H, W, C)``.
+            seeds: one an image; 0 unless given.
+        """
+        seeds = seeds or [0] * len(images)
+
+        def inputs(i: int) -> dict[str, np.ndarray]:
+            stream = NoiseStream(image_key(seeds[i], image_digest(images[i])))
+            return {"images": images[i], **{name: stream.normal(shape) for name, shape in self._eps()}}
+
+        out = self._run("encode", len(images), inputs)
+        return [EncodedLevel(out[f"mean_{i}"], out[f"log_scale_{i}"], out[f"z_{i}"]) for i in range(self._levels)]
+
+    def reconstruct(self, images: np.ndarray, seeds: Sequence[int] | None = None,
+                    kinds: Sequence[str] | None = None) -> np.ndarray:
+        """Encode and decode; uint8 ``(N, H, W, C)`` in and out."""
+        seeds = seeds or [0] * len(images)
+        kinds = kinds or ["mean"] * len(images)
+
+        def inputs(i: int) -> dict[str, np.ndarray]:
+            stream = NoiseStream(image_key(seeds[i], image_digest(images[i])))
+            eps = {name: stream.normal(shape) for name, shape in self._eps()}
+            return {"images": images[i], **eps, "y_eps": self._y_eps(stream, kinds[i])}
+
+        return self._run("reconstruct", len(images), inputs)["reconstruction"]
+
+    def score(self, images: np.ndarray, seeds: Sequence[int] | None = None,
+              samples: Sequence[int] | None = None) -> list[Score | NotFinite]:
+        """Bits per dimension of each image, its parts, and the verdict.
+
+        Args:
+            images: uint8 ``(N, H, W, C)``.
+            seeds: one an image; 0 unless given. The verdict always uses seed 0, as the calibration did.
+            samples: K an image, 1 unless given: 1 is the ELBO, more the importance-weighted bound.
+
+        Returns:
+            One a image; an image whose likelihood is not finite gets the error in its place.
+        """
+        seeds = seeds or [0] * len(images)
+        samples = samples or [1] * len(images)
+        digests = [image_digest(image) for image in images]
+        # The verdict needs draw 0 of seed 0: a draw of its own where another seed was asked for.
+        plan = [(i, seeds[i], k) for i in range(len(images)) for k in range(samples[i])]
+        extra = [(i, 0, 0) for i in range(len(images)) if seeds[i] != 0 and self.calibration is not None]
+        draws = plan + extra
+
+        def inputs(row: int) -> dict[str, np.ndarray]:
+            i, seed, draw = draws[row]
+            stream = NoiseStream(image_key(seed, digests[i], draw))
+            eps = {name: stream.normal(shape) for name, shape in self._eps()}
+            return {"images": images[i], "u": stream.uniform(self.image_shape), **eps}
+
+        parts = self._run("score", len(draws), inputs)["parts"].astype(np.float64)
+        calibrated = {draws[row][0]: 8.0 + parts[row].sum() for row in range(len(draws)) if draws[row][1:] == (0, 0)}
+        results: list[Score | NotFinite] = []
+        first = 0
+        for i, k in enumerate(samples):
+            rows = parts[first:first + k]
+            first += k
+            verdict = None
+            if not np.isfinite(rows).all():
+                results.append(NotFinite("the model's likelihood of this image is not a finite number"))
+                continue
+            if self.calibration is not None and np.isfinite(calibrated[i]):
+                (verdict,) = self.calibration.verdicts(np.array([calibrated[i]]))
+            results.append(self._summarize(rows, verdict))
+        return results
+
+    def _summarize(self, parts: np.ndarray, verdict: Verdict | None) -> Score:
+        """From the parts of ``K`` draws, ``(K, P)``, to one score."""
+        named = {"dequantization": 8.0}
+        named |= {name: float(value) for name, value in zip(part_names(self._levels), parts.mean(0), strict=True)}
+        draws = 8.0 + parts.sum(1)
+        if len(draws) == 1:
+            return Score(float(draws[0]), named, None, verdict)
+        nats_per_bit = math.log(2.0) * math.prod(self.image_shape)
+        log_weights = -draws * nats_per_bit
+        top = log_weights.max()
+        weights = np.exp(log_weights - top)
+        bpd = -(top + math.log(weights.mean())) / nats_per_bit
+        named["iwae_gap"] = float(bpd - draws.mean())
+        # Delta method: the error of log(mean w) is that of the mean over the mean.
+        error = weights.std(ddof=1) / (weights.mean() * math.sqrt(len(draws))) / nats_per_bit
+        return Score(float(bpd), named, float(error), verdict)
+
+    def _run(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Compute ``count`` rows of a graph in batches of the bucket sizes, padded with the last row."""
+        outputs: list[dict[str, np.ndarray]] = []
+        for first in range(0, count, BUCKETS[-1]):
+            rows = [inputs(i) for i in range(first, min(first + BUCKETS[-1], count))]
+            bucket = next(b for b in BUCKETS if b >= len(rows))
+            padded = rows + [rows[-1]] * (bucket - len(rows))
+            batch = {name: np.stack([row[name] for row in padded]) for name in inputs_of(graph, self._levels)}
+            outputs.append({name: value[:len(rows)] for name, value in self.backend.run(graph, batch).items()})
+        return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
+
+    def _shape(self, name: str) -> tuple[int, int, int]:
+        return input_shape(name, self.image_shape, self.latent_shapes)
+
+    def _eps(self) -> list[tuple[str, tuple[int, int, int]]]:
+        return [(f"eps_{i}", shape) for i, shape in enumerate(self.latent_shapes)]
+
+    def _y_eps(self, stream: NoiseStream, kind: str) -> np.ndarray:
+        shape = self._shape("y_eps")
+        return stream.normal(shape) if kind == "density" else np.zeros(shape, np.float32)

@@ -1,0 +1,116 @@
+"""Image files to uint8 arrays and back, with limits that hold before anything is decoded."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 16_000_000  # decoded, this is 48 MB; a larger picture of another size is of no use to a small model
+MAX_FILE_BYTES = 16 * 2**20
+
+
+class ImageError(ValueError):
+    """A file that is no usable image. ``code`` is ``not_an_image`` or ``too_large``."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """Pixels of a file, uint8 ``(H, W, 3)``, and what was done to get them."""
+
+    pixels: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+
+def read_image(data: bytes) -> DecodedImage:
+    """Decode an image file to RGB.
+
+    EXIF orientation is applied, alpha is composited on white, 16-bit samples keep their high byte, the
+    first frame of an animation is taken; each is noted.
+
+    Args:
+        data: the whole file.
+
+    Raises:
+        ImageError: not an image of a known format, damaged, or too large.
+    """
+    if not data:
+        raise ImageError("not_an_image", "the image is empty: 0 bytes came")
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError("too_large", f"an image file may have {MAX_FILE_BYTES} bytes, this one has {len(data)}")
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata, which does no harm here
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels, this one has "
+                                              f"{image.width} x {image.height}")
+            if getattr(image, "n_frames", 1) > 1:
+                notes.append(f"first of {image.n_frames} frames taken")
+                image.seek(0)
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+            if turned is not image and image.getexif().get(0x0112, 1) != 1:
+                notes.append("EXIF orientation applied")
+            return DecodedImage(np.asarray(_to_rgb(turned, notes)), notes)
+    except UnidentifiedImageError:
+        raise ImageError("not_an_image", f"not an image: expected {', '.join(FORMATS)}, got {len(data)} bytes that "
+                                         f"start with {data[:8].hex(' ')}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, ArithmeticError,
+            TypeError, AttributeError, MemoryError, Image.DecompressionBombError) as error:
+        # Pillow raises all of these on damaged files.
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError("not_an_image", f"the image is damaged: {error}") from error
+
+
+def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image
+    if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+        notes.append("converted from 16-bit greyscale to 8 bits")
+        values = np.asarray(image, np.float64)
+        if mode == "I" or mode.startswith("I;16"):
+            values = np.floor(values / 256)
+        eight = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
+        return Image.fromarray(eight).convert("RGB")
+    if image.has_transparency_data:
+        notes.append("alpha composited on white")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    if mode != "RGB":
+        notes.append(f"converted from {mode} to RGB")
+    return image.convert("RGB")
+
+
+def write_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
+    """A PNG file of uint8 ``(H, W, 1 or 3)`` with text keys."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    out = io.BytesIO()
+    squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    Image.fromarray(squeezed).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """uint8 ``(N, H, W, C)`` to one picture ``(rows H, columns W, C)``, as square as may be; spare cells white."""
+    n, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    cells[:n] = images
+    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)

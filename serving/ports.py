@@ -1,0 +1,61 @@
+"""Where a service listens: six ports, each with an environment variable of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+VARIABLES = {"inference": ("ADE_INFERENCE_PORT", 8080), "management": ("ADE_MANAGEMENT_PORT", 8081),
+             "metrics": ("ADE_METRICS_PORT", 8082), "grpc": ("ADE_GRPC_PORT", 7070),
+             "grpc_management": ("ADE_GRPC_MANAGEMENT_PORT", 7071), "ui": ("ADE_UI_PORT", 7860)}
+
+
+class PortError(ValueError):
+    """A port that cannot be listened on."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports."""
+
+    inference: int
+    management: int
+    metrics: int
+    grpc: int
+    grpc_management: int
+    ui: int
+
+    @classmethod
+    def from_environment(cls) -> Ports:
+        """The ports that the environment says, or the defaults.
+
+        Raises:
+            PortError: a variable is no port, or two are the same.
+        """
+        values = {}
+        for name, (variable, default) in VARIABLES.items():
+            text = os.environ.get(variable, str(default))
+            if not text.isdecimal() or not 0 < int(text) < 65536:
+                raise PortError(f"{variable} must be a port from 1 to 65535, got {text!r}")
+            values[name] = int(text)
+        if len(set(values.values())) != len(values):
+            raise PortError("two of the ports are the same: " + ", ".join(
+                f"{VARIABLES[name][0]}={port}" for name, port in values.items()))
+        return cls(**values)
+
+    def check_free(self, host: str) -> None:
+        """Make sure that every port can be listened on.
+
+        Raises:
+            PortError: naming the variable to set.
+        """
+        for name, (variable, _) in VARIABLES.items():
+            port = getattr(self, name)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((host if name in ("inference", "ui") else "127.0.0.1", port))
+                except OSError as error:
+                    raise PortError(f"port {port} cannot be listened on ({error.strerror}): free it, or set "
+                                    f"{variable} to another") from None

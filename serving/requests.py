@@ -1,0 +1,429 @@
+"""The request's side of the wire contract: what came over HTTP to what the engine takes. No server in it.
+
+A request is parsed whole or refused whole, except for its images: one that cannot be used becomes an
+:class:`ApiError` in its place, and its neighbours go on.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from serving.errors import ApiError, malformed, unusable
+from serving.images import ImageError, read_image
+from serving.noise import MAX_SEED
+
+MAX_IMAGES = 256
+MAX_SAMPLES = 64
+MAX_DRAWS = 1024
+MAX_BODY_BYTES = 16 * 2**20
+MAX_TEMPERATURE = 10.0
+MAX_JSON_ENCODINGS = 16
+
+
+@dataclass(frozen=True)
+class RawRequest:
+    """A request as the server hands it over.
+
+    Attributes:
+        content_type: of the body, as sent.
+        body: bytes, text, or what a JSON body was parsed to; ``None`` for a form.
+        fields: of a form, values as bytes or text.
+    """
+
+    content_type: str
+    body: Any
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """One usable image: uint8 ``(H, W, C)`` of the model's shape, and what was done to the file."""
+
+    pixels: np.ndarray
+    notes: list[str]
+    resized: bool = False
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """``n`` images from ``index`` on, or the images of ``latents`` (one array a level)."""
+
+    n: int
+    seed: int | None
+    index: int
+    temperature: float
+    kind: str
+    format: str
+    latents: list[np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class ImagesRequest:
+    """Images, each usable or its error, and parameters by name."""
+
+    images: list[InputImage | ApiError]
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    default: Any
+    read: Callable[[str, Any], Any]
+
+
+def _integer(low: int, high: int) -> Callable[[str, Any], int]:
+    def read(name: str, value: Any) -> int:
+        if isinstance(value, str):
+            try:
+                value = int(value) if value.strip().lstrip("+-").isascii() and "_" not in value else None
+            except ValueError:
+                value = None
+            if value is None:
+                raise unusable("bad_parameter", f"{name} must be a whole number from {low} to {high}")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise unusable("bad_parameter", f"{name} must be a whole number from {low} to {high}, got {_show(value)}")
+        if not low <= value <= high:
+            raise unusable("bad_parameter", f"{name} must be from {low} to {high}, got {_show(value)}")
+        return value
+    return read
+
+
+def _number(low: float, high: float) -> Callable[[str, Any], float]:
+    """A number above ``low`` and at most ``high``."""
+    def read(name: str, value: Any) -> float:
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                value = None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise unusable("bad_parameter", f"{name} must be a number above {low:g} and at most {high:g}, "
+                                            f"got {_show(value)}")
+        # Integers of any length are compared before they become floats.
+        if not (low < value <= high) or not math.isfinite(value):
+            raise unusable("bad_parameter", f"{name} must be above {low:g} and at most {high:g}, got {_show(value)}")
+        return float(value)
+    return read
+
+
+def _choice(*options: str) -> Callable[[str, Any], str]:
+    def read(name: str, value: Any) -> str:
+        if value not in options:
+            raise unusable("bad_parameter", f"{name} must be one of {', '.join(options)}, got {_show(value)}")
+        return str(value)
+    return read
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if value in ("true", "false"):
+        return bool(value == "true")
+    if not isinstance(value, bool):
+        raise unusable("bad_parameter", f"{name} must be true or false, got {_show(value)}")
+    return value
+
+
+def _as_is(name: str, value: Any) -> Any:
+    return value
+
+
+_SEED = _integer(0, MAX_SEED)
+_KIND = _Parameter("mean", _choice("mean", "density"))
+_IMAGE_PARAMETERS = {"seed": _Parameter(0, _SEED), "resize": _Parameter(None, _choice("fit"))}
+PARAMETERS: dict[str, dict[str, _Parameter]] = {
+    "sample": {
+        "n": _Parameter(1, _integer(1, MAX_IMAGES)), "seed": _Parameter(None, _SEED),
+        "index": _Parameter(0, _integer(0, MAX_SEED)), "temperature": _Parameter(1.0, _number(0, MAX_TEMPERATURE)),
+        "kind": _KIND, "latents": _Parameter(None, _as_is), "format": _Parameter("png", _choice("png", "npy", "json"))},
+    "encode": {**_IMAGE_PARAMETERS, "format": _Parameter("json", _choice("json", "npz"))},
+    "reconstruct": {**_IMAGE_PARAMETERS, "kind": _KIND, "format": _Parameter(None, _choice("png", "npy", "json"))},
+    "score": {**_IMAGE_PARAMETERS, "samples": _Parameter(1, _integer(1, MAX_SAMPLES)),
+              "alpha": _Parameter(0.01, _number(0, 1)), "map": _Parameter(False, _boolean),
+              "format": _Parameter("json", _choice("json"))},
+}
+
+
+def _show(value: Any) -> str:
+    """A value for a message, short whatever it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _parameters(operation: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = PARAMETERS[operation]
+    for name in given:
+        if name not in known:
+            raise unusable("unknown_parameter", f"{operation} has no parameter {_show(name)}; it has {', '.join(known)}")
+    return {name: spec.read(name, given[name]) if given.get(name) is not None else spec.default
+            for name, spec in known.items()}
+
+
+def _is(content_type: str, *kinds: str) -> bool:
+    return content_type.split(";")[0].strip().lower() in kinds
+
+
+def _bytes(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _json_object(request: RawRequest) -> dict[str, Any]:
+    """The JSON object of a request, however far the server parsed it."""
+    body = request.body
+    if isinstance(body, (bytes, bytearray, memoryview, str)):
+        try:
+            body = json.loads(_bytes(body))
+        except (ValueError, RecursionError) as error:
+            raise malformed(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise malformed(f"the body must be a JSON object, got {type(body).__name__}")
+    return body
+
+
+def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]]) -> SampleRequest:
+    """Take a ``sample`` request apart.
+
+    Args:
+        request: JSON, or a form.
+        latent_shapes: what ``latents`` must have.
+
+    Raises:
+        ApiError: with the status to answer.
+    """
+    if request.body is None:
+        given = {name: _text(name, value) for name, value in request.fields.items()}
+        if "latents" in given:
+            try:
+                given["latents"] = json.loads(given["latents"])
+            except (ValueError, RecursionError) as error:
+                raise malformed(f"latents is not JSON: {error}") from None
+    elif _is(request.content_type, "application/json") or isinstance(request.body, dict):
+        given = _json_object(request)
+    elif isinstance(request.body, (bytes, bytearray, str)) and not request.body:
+        raise malformed("the request is empty: POST a JSON object, such as {\"n\": 4, \"seed\": 7}")
+    else:
+        raise malformed("sample takes parameters as JSON (Content-Type: application/json) or as a form, "
+                        f"got {request.content_type or 'no content type'}")
+    values = _parameters("sample", given)
+    latents = None
+    if values["latents"] is not None:
+        if given.get("n") is not None:
+            raise unusable("bad_parameter", "n and latents exclude each other: there are as many images as latents")
+        latents = _latents(values["latents"], latent_shapes)
+        values["n"] = len(latents[0])
+    if values["index"] + values["n"] - 1 > MAX_SEED:
+        raise unusable("bad_parameter", f"index + n must be at most {MAX_SEED}, got {values['index']} + {values['n']}")
+    values["latents"] = latents
+    return SampleRequest(**values)
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else bytes(value).decode()
+    except UnicodeDecodeError:
+        raise malformed(f"the form's field {_show(name)} is no text") from None
+
+
+def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> list[np.ndarray]:
+    """``encode``'s structure, one entry an image: ``{"levels": [{"z": ...}, ...]}``, or a bare list of levels."""
+    if isinstance(value, dict):
+        value = value.get("results", [value])
+    if not isinstance(value, list) or not value:
+        raise unusable("bad_latents", "latents must be a list with an entry for each image, as encode answers it")
+    if len(value) > MAX_IMAGES:
+        raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got latents of {len(value)}")
+    levels: list[list[np.ndarray]] = [[] for _ in shapes]
+    for i, entry in enumerate(value):
+        given = entry.get("levels") if isinstance(entry, dict) else entry
+        if not isinstance(given, list) or len(given) != len(shapes):
+            raise unusable("bad_latents", f"latents must have {len(shapes)} levels an image, got "
+                                          f"{len(given) if isinstance(given, list) else _show(given)}").at(i)
+        for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
+            z = item.get("z") if isinstance(item, dict) else item
+            try:
+                array = np.asarray(z, dtype=np.float32)
+            except (ValueError, TypeError, OverflowError):
+                raise unusable("bad_latents", f"z of level {level} must be numbers of shape {shape}").at(i) from None
+            if array.shape != shape:
+                raise unusable("bad_latents", f"z of level {level} must have shape {shape}, got {array.shape}").at(i)
+            if not np.isfinite(array).all():
+                raise unusable("bad_latents", f"z of level {level} must be finite numbers").at(i)
+            levels[level].append(array)
+    return [np.stack(level) for level in levels]
+
+
+def parse_images(operation: str, request: RawRequest, image_shape: tuple[int, int, int]) -> ImagesRequest:
+    """Take an ``encode``, ``reconstruct`` or ``score`` request apart.
+
+    Args:
+        operation: which of the three.
+        request: an image file, an ``.npy``, JSON or a form.
+        image_shape: ``(H, W, C)`` of the model.
+
+    Raises:
+        ApiError: with the status to answer; one bad image among several does not raise.
+    """
+    sources: list[Any]
+    if request.body is None:
+        sources, given = _form(request)
+    elif _is(request.content_type, "application/json") or isinstance(request.body, (dict, list)):
+        given = dict(_json_object(request))
+        sources = _json_images(given)
+    elif isinstance(request.body, (bytes, bytearray, memoryview, str)):
+        body = _bytes(request.body)
+        if not body:
+            raise malformed("the request is empty: send an image file, an .npy array, JSON or a form")
+        _check_size(len(body))
+        sources, given = _split_npy(body), {}
+    else:
+        raise malformed(f"the body must be an image file, an .npy array, JSON or a form, got "
+                        f"{request.content_type or 'no content type'}")
+    parameters = _parameters(operation, given)
+    if not sources:
+        raise malformed("the request holds no image")
+    if len(sources) > MAX_IMAGES:
+        raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {len(sources)}")
+    if operation == "score" and len(sources) * parameters["samples"] > MAX_DRAWS:
+        raise ApiError(413, "too_many_draws", f"images x samples may be {MAX_DRAWS}, got {len(sources)} x "
+                                              f"{parameters['samples']}")
+    fit = parameters.pop("resize") == "fit"
+    return ImagesRequest([_input_image(source, image_shape, fit, i) for i, source in enumerate(sources)], parameters)
+
+
+def _check_size(count: int) -> None:
+    if count > MAX_BODY_BYTES:
+        raise ApiError(413, "request_too_large", f"a request may have {MAX_BODY_BYTES} bytes, this one has {count}")
+
+
+def _form(request: RawRequest) -> tuple[list[Any], dict[str, Any]]:
+    sources: list[Any] = []
+    given: dict[str, Any] = {}
+    size = 0
+    files = {}
+    for name, value in request.fields.items():
+        suffix = name.removeprefix("image")
+        if name.startswith("image") and (not suffix or suffix.isdecimal()):
+            files[int(suffix or 0), name] = _bytes(value)
+            size += len(files[int(suffix or 0), name])
+        else:
+            given[name] = _text(name, value)
+    _check_size(size)
+    for _, data in sorted(files.items()):
+        sources += _split_npy(data)
+    return sources, given
+
+
+def _json_images(given: dict[str, Any]) -> list[Any]:
+    images = given.pop("images", None)
+    if not isinstance(images, list):
+        raise malformed("images must be a list of base64 files" +
+                        ("" if images is None else f", got {type(images).__name__}"))
+    if len(images) > MAX_IMAGES:
+        raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {len(images)}")
+    sources: list[Any] = []
+    size = 0
+    for i, text in enumerate(images):
+        if not isinstance(text, str):
+            sources.append(malformed(f"an image must be a base64 string, got {type(text).__name__}").at(i))
+            continue
+        try:
+            data = base64.b64decode(text.split(",", 1)[1] if text.startswith("data:") and "," in text else text,
+                                    validate=True)
+        except (binascii.Error, ValueError) as error:
+            sources.append(malformed(f"the image is not base64: {error}").at(i))
+            continue
+        size += len(data)
+        sources.append(data)
+    _check_size(size)
+    return sources
+
+
+def _split_npy(data: bytes) -> list[Any]:
+    """An ``.npy`` of images to a list of arrays; any other file stays one file."""
+    if not data.startswith(b"\x93NUMPY"):
+        return [data]
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    except (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise malformed(f"the .npy file is damaged: {str(error)[:200]}") from None
+    # Told by the header, before any pixel is read: an array of objects would be a pickle.
+    if dtype.hasobject:
+        raise unusable("bad_array", "the array holds Python objects; expected uint8")
+    if dtype != np.uint8:
+        raise unusable("bad_array", f"the array must be uint8, got {dtype}" + _nan_note(data, dtype))
+    if len(shape) != 4:
+        raise unusable("bad_array", f"the array must be (N, H, W, C), got shape {tuple(shape)}")
+    if shape[0] > MAX_IMAGES:
+        raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {shape[0]}")
+    if math.prod(shape) != len(data) - stream.tell():
+        raise malformed(f"the .npy file is damaged: shape {tuple(shape)} needs {math.prod(shape)} bytes, "
+                        f"{len(data) - stream.tell()} are there")
+    stream.seek(0)
+    return list(np.load(stream, allow_pickle=False))
+
+
+def _nan_note(data: bytes, dtype: np.dtype) -> str:
+    """Say so where the values of a float array are not even numbers."""
+    if dtype.kind != "f":
+        return ""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError):
+        return ""
+    bad = int((~np.isfinite(array)).sum())
+    return f" with {bad} values that are not finite" if bad else ""
+
+
+def _input_image(source: Any, image_shape: tuple[int, int, int], fit: bool, index: int) -> InputImage | ApiError:
+    if isinstance(source, ApiError):
+        return source
+    height, width, channels = image_shape
+    if isinstance(source, np.ndarray):
+        pixels, notes = source, []
+        if pixels.shape[2] != channels:
+            return unusable("wrong_shape", f"images must have {channels} channels, got {pixels.shape[2]}").at(index)
+    else:
+        try:
+            decoded = read_image(source)
+        except ImageError as error:
+            status = 413 if error.code == "too_large" else 415
+            return ApiError(status, error.code, str(error), index)
+        pixels, notes = decoded.pixels, list(decoded.notes)
+        if channels == 1:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+        elif channels != 3:
+            return unusable("wrong_shape", f"this model's images have {channels} channels: send an .npy array").at(index)
+    if pixels.shape[:2] == (height, width):
+        return InputImage(np.ascontiguousarray(pixels), notes)
+    if not fit:
+        return unusable("wrong_size", f"images must be {width} x {height} pixels, got {pixels.shape[1]} x "
+                                      f"{pixels.shape[0]}; \"resize\": \"fit\" resizes them").at(index)
+    if 0 in pixels.shape:
+        return unusable("wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}").at(index)
+    notes.append(f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: this changes the "
+                 "likelihood, and the verdict is withheld")
+    return InputImage(_fit(pixels, height, width), notes, resized=True)
+
+
+def _fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The centre of the model's aspect ratio, resized with antialiasing."""
+    scale = min(pixels.shape[0] / height, pixels.shape[1] / width)
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
+    crop = pixels[top:top + rows, left:left + columns]
+    planes = [np.asarray(Image.fromarray(np.ascontiguousarray(crop[:, :, c])).resize(
+        (width, height), Image.Resampling.LANCZOS)) for c in range(crop.shape[2])]
+    return np.stack(planes, axis=2)

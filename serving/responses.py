@@ -1,0 +1,221 @@
+"""The answer's side of the wire contract: what the engine gave to what goes over HTTP. No server in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from serving.engine import EncodedLevel, NotFinite, Score
+from serving.errors import PHRASES, ApiError, unusable
+from serving.images import tile, write_png
+from serving.requests import MAX_JSON_ENCODINGS, InputImage, SampleRequest
+
+MAX_ANSWER_BYTES = 64 * 2**20
+LEVELS_255 = 255.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer: ``headers`` beside the content type."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def phrase(self) -> str:
+        return PHRASES.get(self.status, "OK")
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """JSON; ``NaN`` has no place in it and would be a bug of ours."""
+    return Response(status, "application/json", json.dumps(value, allow_nan=False).encode())
+
+
+def error_response(error: ApiError) -> Response:
+    """The error shape, with advice on when to come again where that helps."""
+    response = json_response(error.body(), error.status)
+    if error.status == 503:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def _npy(array: np.ndarray) -> Response:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return Response(200, "application/x-npy", out.getvalue())
+
+
+def _check_size(num_bytes: int, advice: str) -> None:
+    if num_bytes > MAX_ANSWER_BYTES:
+        raise unusable("answer_too_large", f"the answer would have {num_bytes} bytes, at most {MAX_ANSWER_BYTES} are "
+                                           f"sent: {advice}")
+
+
+def sample_response(images: np.ndarray, request: SampleRequest, seed: int, model_id: str) -> Response:
+    """Samples in the format that was asked for.
+
+    Args:
+        images: uint8 ``(N, H, W, C)``.
+        request: as parsed.
+        seed: the one used, drawn or given.
+        model_id: for the PNG's text.
+    """
+    headers = {"X-Ade-Seed": str(seed)}
+    _check_size(2 * images.nbytes, "ask for fewer images")
+    if request.format == "npy":
+        response = _npy(images)
+    elif request.format == "png":
+        columns = max(1, math.ceil(math.sqrt(len(images))))
+        text = _sample_text(request, seed, request.index, len(images), model_id)
+        response = Response(200, "image/png", write_png(tile(images, columns), text))
+    else:
+        response = json_response({"model": model_id, "kind": request.kind, "seed": seed, "temperature":
+                                  request.temperature, "results": [
+            {"image": _base64_png(image, _sample_text(request, seed, request.index + i, 1, model_id)),
+             "seed": seed, "index": request.index + i} for i, image in enumerate(images)]})
+    response.headers.update(headers)
+    return response
+
+
+def _sample_text(request: SampleRequest, seed: int, index: int, n: int, model_id: str) -> dict[str, str]:
+    if request.latents is not None:
+        return {"ade:kind": request.kind, "ade:model": model_id, "ade:from": "latents"}
+    return {"ade:seed": str(seed), "ade:index": str(index), "ade:n": str(n), "ade:kind": request.kind,
+            "ade:temperature": repr(request.temperature), "ade:model": model_id}
+
+
+def _base64_png(image: np.ndarray, text: dict[str, str] | None = None) -> str:
+    return base64.b64encode(write_png(image, text)).decode()
+
+
+def encode_response(images: Sequence[InputImage | ApiError], levels: list[EncodedLevel], format: str,
+                    model_id: str) -> Response:
+    """Latents as JSON, or as an ``.npz`` with ``mean_i``, ``log_scale_i`` and ``z_i`` of each level.
+
+    Args:
+        images: of the request.
+        levels: of those among them that are usable, in order.
+        format: ``json`` or ``npz``.
+        model_id: goes into the JSON.
+    """
+    if format == "npz":
+        _fail_on_error(images)
+        _check_size(sum(3 * level.z.nbytes for level in levels), "send fewer images")
+        out = io.BytesIO()
+        np.savez(out, **{f"{name}_{i}": getattr(level, name) for i, level in enumerate(levels)
+                         for name in ("mean", "log_scale", "z")})
+        return Response(200, "application/x-npz", out.getvalue())
+    if len(images) > MAX_JSON_ENCODINGS:
+        raise unusable("too_many_images", f"JSON carries the latents of at most {MAX_JSON_ENCODINGS} images, got "
+                                          f"{len(images)}: ask for \"format\": \"npz\"")
+
+    def entry(row: int) -> dict[str, Any]:
+        return {"levels": [{"shape": list(level.z.shape[1:]), "mean": level.mean[row].tolist(),
+                            "log_scale": level.log_scale[row].tolist(), "z": level.z[row].tolist()}
+                           for level in levels]}
+
+    return _results(images, entry, {"model": model_id})
+
+
+def reconstruct_response(images: Sequence[InputImage | ApiError], made: np.ndarray, format: str | None, kind: str,
+                         model_id: str) -> Response:
+    """Reconstructions with their PSNR; one image is a PNG unless told, several are JSON.
+
+    Args:
+        images: of the request.
+        made: uint8 ``(M, H, W, C)``, of those among them that are usable, in order.
+        format: ``png`` (one image), ``npy``, ``json`` or ``None``.
+        kind: ``mean`` or ``density``.
+        model_id: goes into JSON and into the PNG's text.
+    """
+    psnr = [_psnr(image.pixels, other) for image, other in zip(
+        (i for i in images if isinstance(i, InputImage)), made, strict=True)]
+    format = format or ("png" if len(images) == 1 else "json")
+    if format == "json":
+        def entry(row: int) -> dict[str, Any]:
+            return {"image": _base64_png(made[row], {"ade:kind": kind, "ade:model": model_id}), "psnr": psnr[row]}
+        return _results(images, entry, {"model": model_id, "kind": kind})
+    _fail_on_error(images)
+    if format == "npy":
+        response = _npy(made)
+    elif len(images) > 1:
+        raise unusable("too_many_images", f"a PNG carries one reconstruction, got {len(images)} images: ask for "
+                                          "\"format\": \"npy\" or \"json\"")
+    else:
+        response = Response(200, "image/png", write_png(made[0], {"ade:kind": kind, "ade:model": model_id}))
+    response.headers["X-Ade-Psnr"] = ",".join("inf" if p is None else f"{p:.4f}" for p in psnr)
+    return response
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio, decibels; ``None`` where the two are equal (it is infinite)."""
+    error = float(np.square(a.astype(np.float64) - b).mean())
+    return 10 * math.log10(LEVELS_255**2 / error) if error > 0 else None
+
+
+def score_response(images: Sequence[InputImage | ApiError], scores: list[Score | NotFinite], alpha: float, samples: int,
+                   model_id: str) -> Response:
+    """Bits per dimension and verdicts, in the order of the request.
+
+    Args:
+        images: of the request.
+        scores: of those among them that are usable, in order.
+        alpha: false-alarm rate of ``ood``.
+        samples: K.
+        model_id: goes into the answer.
+    """
+    usable = [image for image in images if isinstance(image, InputImage)]
+
+    def entry(row: int) -> dict[str, Any] | ApiError:
+        score = scores[row]
+        if isinstance(score, NotFinite):
+            return unusable("not_finite", str(score))
+        verdict = None if usable[row].resized else score.verdict
+        return {"bpd": score.bpd, "bpd_parts": score.parts, "standard_error": score.standard_error,
+                "ood_score": None if verdict is None else verdict.ood_score,
+                "p_value": None if verdict is None else verdict.p_value,
+                "ood": None if verdict is None else verdict.p_value <= alpha}
+
+    return _results(images, entry, {"model": model_id, "estimator": "elbo" if samples == 1 else f"iwae-{samples}",
+                                    "samples": samples, "alpha": alpha})
+
+
+def _fail_on_error(images: Sequence[InputImage | ApiError]) -> None:
+    """Binary formats have no place for an error beside results: the request fails with the first one."""
+    for image in images:
+        if isinstance(image, ApiError):
+            raise image
+
+
+def _results(images: Sequence[InputImage | ApiError], entry: Any, head: dict[str, Any]) -> Response:
+    """One entry an image, errors in their places; 200 as long as one image was answered."""
+    results: list[dict[str, Any]] = []
+    first_error: ApiError | None = None
+    answered = False
+    row = 0
+    for index, image in enumerate(images):
+        value = image
+        if isinstance(image, InputImage):
+            value = entry(row)
+            row += 1
+        if isinstance(value, ApiError):
+            error = value.at(index)
+            first_error = first_error or error
+            results.append(error.body())
+            continue
+        answered = True
+        notes = {"notes": image.notes} if image.notes else {}  # type: ignore[union-attr]  # an InputImage
+        results.append({**value, **notes})
+    if not answered:
+        assert first_error is not None
+        raise first_error
+    return json_response({**head, "results": results})

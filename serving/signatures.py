@@ -1,0 +1,52 @@
+"""What the graphs of a bundle take and give: one table that the exporter writes by and the engine reads by.
+
+Names: ``images`` uint8 ``(N, H, W, C)``; ``u`` float32 of that shape, uniform on [0, 1); ``eps_i`` standard normal
+and ``z_i`` latents, float32 ``(N, c, h, w)`` of level ``i``, coarsest first; ``y`` features, ``y_eps`` the decoder's
+noise and ``x`` dequantised images, float32 ``(N, C, H, W)``. ``y_eps`` of zeros gives the mean, ``eps`` scaled by
+a temperature samples at that temperature.
+"""
+
+from __future__ import annotations
+
+GRAPH_NAMES = ("sample", "decode", "encode", "flow_forward", "flow_inverse", "reconstruct", "score")
+
+# The graphs that each operation of the service needs.
+OPERATIONS = {"sample": ("sample", "decode"), "encode": ("encode",), "reconstruct": ("reconstruct",), "score": ("score",)}
+
+
+def inputs_of(graph: str, levels: int) -> list[str]:
+    """Names of a graph's inputs, in order, for a model with so many latent levels."""
+    eps = [f"eps_{i}" for i in range(levels)]
+    z = [f"z_{i}" for i in range(levels)]
+    return {
+        "sample": [*eps, "y_eps"],
+        "decode": [*z, "y_eps"],
+        "encode": ["images", *eps],
+        "flow_forward": ["images", "u"],
+        "flow_inverse": ["y"],
+        "reconstruct": ["images", *eps, "y_eps"],
+        "score": ["images", "u", *eps],
+    }[graph]
+
+
+def outputs_of(graph: str, levels: int) -> list[str]:
+    """Names of a graph's outputs, in order. ``parts`` is ``(N, 2 + levels)``: see :func:`part_names`."""
+    each = [f"{name}_{i}" for name in ("mean", "log_scale", "z") for i in range(levels)]
+    return {"encode": each, "flow_forward": ["y", "log_det_jacobian"], "flow_inverse": ["x"],
+            "score": ["parts"], "reconstruct": ["reconstruction"]}.get(graph, ["images"])
+
+
+def part_names(levels: int) -> list[str]:
+    """Columns of ``parts``, bits per dimension; with ``dequantization`` (8) they sum to the bpd."""
+    return ["distortion", "log_det", *(f"kl_{i}" for i in range(levels))]
+
+
+def input_shape(name: str, image_shape: tuple[int, int, int], latent_shapes: list[tuple[int, int, int]]) -> tuple[
+        int, int, int]:
+    """Shape of one image's share of an input; ``image_shape`` is ``(H, W, C)``."""
+    height, width, channels = image_shape
+    if name in ("images", "u"):
+        return image_shape
+    if name in ("y", "y_eps"):
+        return channels, height, width
+    return latent_shapes[int(name.rsplit("_", 1)[1])]

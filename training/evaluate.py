@@ -1,0 +1,103 @@
+"""Held-out bits per dimension, and pictures of what a model makes; always of a model's averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ade_model.likelihood import bits_per_dim, importance_weighted_bound
+from ade_model.model import ADEModel
+from ade_model.quantization import dequantize, quantize
+
+BATCH = 128
+
+
+def _noise(model: ADEModel, n: int, generator: torch.Generator) -> list[Tensor]:
+    return [torch.randn(n, *shape, generator=generator, device=generator.device)
+            for shape in model.config.latent_shapes]
+
+
+def _to_model(images: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
+
+
+def _to_images(x: Tensor) -> np.ndarray:
+    return quantize(x).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(images), BATCH):
+        yield images[first:first + BATCH]
+
+
+@torch.no_grad()
+def bits_of(model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int = 0) -> np.ndarray:
+    """Bits per dimension of each image, a bound.
+
+    Args:
+        model: in evaluation mode, float32.
+        images: uint8 ``(N, H, W, C)``.
+        device: where the model is.
+        samples: K; 1 gives the ELBO, more the importance-weighted bound with fresh dequantisation a draw.
+        seed: of the noise.
+
+    Returns:
+        float64 ``(N,)``.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    out = []
+    for batch in _batches(images):
+        pixels = _to_model(batch, device)
+        weights = []
+        for _ in range(samples):
+            x = dequantize(pixels, torch.rand(pixels.shape, generator=generator, device=device))
+            weights.append(model.score(x, _noise(model, len(x), generator)).log_weight.double())
+        out.append(bits_per_dim(importance_weighted_bound(torch.stack(weights)), model.config.num_dims))
+    return torch.cat(out).cpu().numpy()
+
+
+def evaluate(model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int = 0) -> dict[str, Any]:
+    """ELBO and IWAE-K of a set of images with their standard errors over images."""
+    result: dict[str, Any] = {"images": len(images), "seed": seed}
+    for k in dict.fromkeys((1, samples)):
+        bpd = bits_of(model, images, device, k, seed)
+        name = "elbo" if k == 1 else f"iwae-{k}"
+        result[name] = {"bpd": float(bpd.mean()), "standard_error": float(bpd.std(ddof=1) / np.sqrt(len(bpd)))}
+    return result
+
+
+@torch.no_grad()
+def sample_images(model: ADEModel, n: int, device: torch.device, kind: str, seed: int = 0) -> np.ndarray:
+    """uint8 ``(n, H, W, C)``: ``kind`` is ``mean`` or ``density``."""
+    generator = torch.Generator(device).manual_seed(seed)
+    config = model.config
+    out = []
+    for first in range(0, n, BATCH):
+        count = min(BATCH, n - first)
+        eps = _noise(model, count, generator)
+        y_eps = None
+        if kind == "density":
+            y_eps = torch.randn(count, config.channels, config.image_size, config.image_size, generator=generator,
+                                device=device)
+        out.append(_to_images(model.sample(eps, y_eps)))
+    return np.concatenate(out)
+
+
+def sample_grid(model: ADEModel, n: int, device: torch.device, kind: str) -> np.ndarray:
+    """One picture, uint8 ``(H, W, C)``."""
+    from serving.images import tile
+    return tile(sample_images(model, n, device, kind))
+
+
+@torch.no_grad()
+def reconstruction_grid(model: ADEModel, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """Images above their mean reconstructions, one picture, uint8 ``(H, W, C)``."""
+    from serving.images import tile
+    generator = torch.Generator(device).manual_seed(0)
+    x = dequantize(_to_model(images, device), 0.5)
+    made = _to_images(model.reconstruct(x, _noise(model, len(x), generator)))
+    return np.concatenate([tile(np.asarray(images), len(images)), tile(made, len(images))])

@@ -1,0 +1,227 @@
+"""The run: batches in, steps taken, and now and then a line, a look, a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from training.data import Dataset
+from training.evaluate import bits_of, reconstruction_grid, sample_grid
+from training.recipes import TrainConfig
+from training.report import write_report
+from training.runs import (
+    Progress,
+    RunError,
+    checkpoint_folders,
+    load_checkpoint,
+    save_checkpoint,
+    start_from,
+    write_json,
+)
+from training.step import Trainer
+
+LOG_EVERY = 10
+SELECT_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long a run goes on, where, and how often it looks up.
+
+    Attributes:
+        images: training images to see, over all processes.
+        minutes: or this much training time, whichever ends first; ``None`` for no limit.
+        seed: of weights, order and noise.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``auto``, ``float32`` or ``bfloat16`` for the networks; log-densities are float32 always.
+        checkpoint_minutes: between checkpoints.
+        checkpoint_steps: or after so many steps, whichever comes first.
+        evaluate_steps: between looks at held-out images and samples.
+        init: a run or a bundle to take weights from.
+    """
+
+    images: int
+    minutes: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 1000
+    evaluate_steps: int = 500
+    init: str | None = None
+
+
+def make_fabric(device: str, precision: str) -> Fabric:
+    """Lightning Fabric for one process, or for those that ``torchrun`` started.
+
+    Raises:
+        RunError: a GPU was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch sees no CUDA device here")
+    accelerator = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bfloat16" if _bfloat16_is_faster(accelerator) else "float32"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fabric = Fabric(accelerator=accelerator, devices=processes, strategy="ddp" if processes > 1 else "auto",
+                    num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+                    precision="bf16-mixed" if precision == "bfloat16" else "32-true")
+    fabric.launch()
+    return fabric
+
+
+def _bfloat16_is_faster(accelerator: str) -> bool:
+    if accelerator == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                and torch.cpu._is_avx512_bf16_supported())
+
+
+def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions, resume: bool) -> Progress:
+    """Train until the budget is spent, and write the report.
+
+    Args:
+        config: what to train and how.
+        dataset: its ``train`` part is learned from, its ``select`` part looked at.
+        run: the run's folder, new or, with ``resume``, one that was started with the same configuration.
+        options: budget and cadence.
+        resume: go on from the newest checkpoint.
+
+    Raises:
+        RunError: the folder is not as ``resume`` says.
+        TrainingDiverged: losses were not finite; the last good checkpoint stays.
+    """
+    fabric = make_fabric(options.device, options.precision)
+    if config.batch_size % fabric.world_size:
+        raise RunError(f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes")
+    is_main = fabric.global_rank == 0
+    if is_main:
+        _open_run(run, config, dataset, options, resume)
+    fabric.barrier()
+
+    def average(flat: torch.Tensor) -> torch.Tensor:
+        return flat if fabric.world_size == 1 else fabric.all_reduce(flat, reduce_op="mean")
+
+    trainer = Trainer(config, fabric.device, fabric.autocast, average, options.seed)
+    progress = Progress()
+    if resume and checkpoint_folders(run):
+        progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
+    elif options.init is not None:
+        start_from(Path(options.init), trainer)
+    about = {"recipe": config.recipe, "data": dataset.name, "splits": dataset.splits, "seed": options.seed,
+             "training": config.to_dict()}
+    log = _Log(run, progress.step) if is_main else None
+    batches_a_step = 1 + (config.d_steps if config.discriminator else 0)
+    batches = dataset.parts["train"].batches(config.batch_size, options.seed, progress.step * batches_a_step)
+    share = config.batch_size // fabric.world_size
+    mine = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
+
+    started = time.monotonic() - progress.seconds
+    last_saved = time.monotonic()
+    bar = tqdm(total=options.images, initial=progress.images, unit="img", unit_scale=True, disable=not is_main,
+               mininterval=1.0, dynamic_ncols=True)
+    try:
+        while progress.images < options.images and not _out_of_time(fabric, progress, options):
+            drawn = [torch.from_numpy(np.ascontiguousarray(next(batches)[mine])) for _ in range(batches_a_step)]
+            losses = trainer.run(drawn, fabric.global_rank)
+            progress = Progress(trainer.step, progress.images + config.batch_size, time.monotonic() - started)
+            if log is None:
+                continue
+            bar.update(config.batch_size)
+            if progress.step % LOG_EVERY == 0 or progress.step == 1:
+                bar.set_postfix({k: f"{losses[k]:.3f}" for k in ("bpd", "quality_loss", "d_loss") if k in losses})
+                log.scalars(progress, losses)
+            if progress.step % options.evaluate_steps == 0:
+                log.look(trainer, dataset, progress)
+            if (progress.step % options.checkpoint_steps == 0
+                    or time.monotonic() - last_saved > 60 * options.checkpoint_minutes):
+                save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
+                last_saved = time.monotonic()
+    finally:
+        bar.close()
+        if log is not None:
+            log.close()
+    if is_main:
+        folder = save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
+        write_report(run, folder, dataset, trainer.ema, fabric.device)
+    fabric.barrier()
+    return progress
+
+
+def _out_of_time(fabric: Fabric, progress: Progress, options: RunOptions) -> bool:
+    if options.minutes is None:
+        return False
+    seconds = progress.seconds
+    if fabric.world_size > 1:  # all processes must stop at the same step
+        seconds = float(fabric.broadcast(seconds))
+    return seconds >= 60 * options.minutes
+
+
+def _open_run(run: Path, config: TrainConfig, dataset: Dataset, options: RunOptions, resume: bool) -> None:
+    started = run / "run.json"
+    wanted = {"config": json.loads(json.dumps(config.to_dict())), "data": dataset.name}
+    if resume:
+        if not started.is_file():
+            raise RunError(f"--resume: {run} holds no run")
+        before = json.loads(started.read_text())
+        for key, value in wanted.items():
+            if before[key] != value:
+                raise RunError(f"--resume: {run} was started with another {key}: {before[key]}, now {value}")
+    elif started.exists():
+        raise RunError(f"{run} holds a run already: --resume goes on with it, another --out starts anew")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(started, {**wanted, "splits": dataset.splits, "skipped_files": dataset.skipped,
+                         "options": dataclasses.asdict(options), "torch": torch.__version__})
+
+
+class _Log:
+    """Losses as JSON lines and for TensorBoard; pictures for TensorBoard."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        path = run / "metrics.jsonl"
+        kept: list[str] = []
+        if path.exists():  # lines past the checkpoint that the run goes on from will be written again
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except ValueError:
+                    break  # cut off when the process was killed
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = open(path, "a", buffering=1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, progress: Progress, values: dict[str, float]) -> None:
+        row: dict[str, Any] = {**dataclasses.asdict(progress), **values}
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, progress.step)
+        self._board.add_scalar("images_per_second", progress.images / max(progress.seconds, 1e-9), progress.step)
+
+    def look(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
+        images = dataset.parts["select"].images[:SELECT_IMAGES]
+        if len(images):
+            bpd = bits_of(trainer.ema, images, trainer.device, samples=1)
+            self.scalars(progress, {"select_bpd": float(bpd.mean())})
+            self._board.add_image("reconstructions", reconstruction_grid(trainer.ema, images[:16], trainer.device),
+                                  progress.step, dataformats="HWC")
+        for kind in ("mean", "density"):
+            grid = sample_grid(trainer.ema, 64, trainer.device, kind)
+            self._board.add_image(f"samples/{kind}", grid, progress.step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+

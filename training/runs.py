@@ -1,0 +1,142 @@
+"""A run's folder: what was asked, checkpoints that are whole or not there, and the log of losses.
+
+``RUN/run.json`` says how the run was started, ``RUN/checkpoints/step-N/`` holds everything that is needed to
+go on, ``RUN/metrics.jsonl`` the losses, ``RUN/tensorboard/`` the same for TensorBoard and ``RUN/report.md`` the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ade_model.checkpoint import WEIGHTS_NAME, save_model
+from training.step import Trainer
+
+KEEP = 2
+EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones are only for going on
+RAW_NAME = "raw.safetensors"
+DISCRIMINATOR_NAME = "discriminator.safetensors"
+STATE_NAME = "state.json"
+
+
+class RunError(ValueError):
+    """A run's folder that cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: model steps, training images seen, seconds of training."""
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file that is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if (p / STATE_NAME).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run; a checkpoint's or a bundle's own folder is returned as it is.
+
+    Raises:
+        RunError: there is none.
+    """
+    if (run / WEIGHTS_NAME).is_file():
+        return run
+    folders = checkpoint_folders(run)
+    if not folders:
+        raise RunError(f"{run} holds no finished checkpoint")
+    return folders[-1]
+
+
+def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
+    """Write a checkpoint under a temporary name and move it into place; older ones go, all but two."""
+    parent = run / "checkpoints"
+    target = parent / f"step-{progress.step:09d}"
+    temporary = parent / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_model(trainer.ema, temporary, about)
+    _save(trainer.model.state_dict(), temporary / RAW_NAME)
+    _save_optimizer(trainer.optimizer, temporary / "optimizer.safetensors")
+    if trainer.discriminator is not None and trainer.d_optimizer is not None:
+        _save(trainer.discriminator.state_dict(), temporary / DISCRIMINATOR_NAME)
+        _save_optimizer(trainer.d_optimizer, temporary / "d_optimizer.safetensors")
+    write_json(temporary / STATE_NAME, {
+        "step": progress.step, "images": progress.images, "seconds": progress.seconds,
+        "skipped_in_a_row": trainer.skipped_in_a_row})
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+    for old in checkpoint_folders(run)[:-KEEP]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
+    """Put a checkpoint's state into a trainer built from the same configuration."""
+    trainer.ema.load_state_dict(safetensors.torch.load_file(folder / EMA_NAME))
+    trainer.model.load_state_dict(safetensors.torch.load_file(folder / RAW_NAME))
+    _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
+    if trainer.discriminator is not None and trainer.d_optimizer is not None:
+        trainer.discriminator.load_state_dict(safetensors.torch.load_file(folder / DISCRIMINATOR_NAME))
+        _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
+    state = json.loads((folder / STATE_NAME).read_text())
+    trainer.step = state["step"]
+    trainer.skipped_in_a_row = state["skipped_in_a_row"]
+    return Progress(state["step"], state["images"], state["seconds"])
+
+
+def start_from(folder: Path, trainer: Trainer) -> None:
+    """Take weights (not the optimiser's state) from another run or a bundle: ``ade train --init``.
+
+    Raises:
+        RunError: the weights are of another architecture.
+    """
+    folder = latest_checkpoint(folder)
+    weights = safetensors.torch.load_file(folder / EMA_NAME)
+    try:
+        trainer.ema.load_state_dict(weights)
+        trainer.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"{folder} holds another architecture than this recipe's: {error}") from error
+    if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
+        trainer.discriminator.load_state_dict(safetensors.torch.load_file(folder / DISCRIMINATOR_NAME))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    state = optimizer.state_dict()["state"]
+    _save({f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}, path)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in safetensors.torch.load_file(path).items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
