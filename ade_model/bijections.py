@@ -105,23 +105,29 @@ class Rotation(Bijection):
 class AffineCoupling(Bijection):
     """Half of the channels scale and shift the other half.
 
-    Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5, with the log-scale bounded
-    smoothly to ``±max_log_scale`` so that ``inverse`` cannot explode.
+    Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5. The log-scale is a learned constant of
+    each channel, which may grow as it needs, and a part that depends on the image, bounded smoothly to
+    ``±max_log_scale``. The network sees its input squashed smoothly to ``±MAX_INPUT``, beyond what images of the
+    training data reach: strange images cannot drive it far, and ``inverse`` stays exact for them.
     """
+
+    MAX_INPUT = 12.0
 
     def __init__(self, channels: int, width: int, blocks: int, max_log_scale: float) -> None:
         super().__init__()
         self.kept = channels // 2
         changed = channels - self.kept
         self.max_log_scale = max_log_scale
+        self.log_gain = nn.Parameter(torch.zeros(changed, 1, 1))
         output = conv3x3(width, 2 * changed)
         nn.init.zeros_(output.weight)  # the layer starts as the identity
         self.coupling_net = nn.Sequential(
             conv3x3(self.kept, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output)
 
     def _log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self.coupling_net(kept).to(kept.dtype).chunk(2, dim=1)
-        return self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
+        seen = self.MAX_INPUT * torch.tanh(kept / self.MAX_INPUT)
+        raw, shift = self.coupling_net(seen).to(kept.dtype).chunk(2, dim=1)
+        return self.log_gain + self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, changed = x[:, : self.kept], x[:, self.kept :]

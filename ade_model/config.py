@@ -29,8 +29,8 @@ class ModelConfig:
         flow_couplings: coupling layers at each scale.
         flow_blocks: residual blocks in each coupling network.
         flow_width: channels of each coupling network.
-        flow_max_log_scale: bound on the absolute log-scale of one coupling layer. Eight layers at 2.0 learned to
-            stretch noise images by 1e4 and lost their float32 inverse; at 0.7 the round trip holds to 1e-3 grey levels.
+        flow_max_log_scale: bound on how far the log-scale of one coupling layer may depend on the image. Eight
+            layers at 2.0 learned to stretch noise images by 1e4 and lost their float32 inverse.
     """
 
     image_size: int = 32

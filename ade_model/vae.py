@@ -17,8 +17,6 @@ from ade_model.distributions import DiagonalGaussian
 from ade_model.layers import ResidualBlock, conv3x3
 
 MAX_LOG_SCALE = 4.0
-# Near what photographs need, so that the flow is not trained to stretch features up to a wide decoder.
-INITIAL_LOG_SIGMA = -2.0
 
 
 def bounded(log_scale: Tensor) -> Tensor:
@@ -96,7 +94,7 @@ class Decoder(nn.Module):
                 config.widths, config.latent_shapes, config.decoder_blocks, above, strict=True))
         self.to_mean = nn.Sequential(nn.ELU(), conv3x3(config.widths[-1], 4 * config.channels))
         shape = (1, 1, 1) if config.sigma == "scalar" else (config.channels, config.image_size, config.image_size)
-        self.log_sigma = nn.Parameter(torch.full(shape, INITIAL_LOG_SIGMA))
+        self.log_sigma = nn.Parameter(torch.zeros(shape))
 
     def infer(self, encoded: list[Tensor], eps: list[Tensor]) -> tuple[
             list[DiagonalGaussian], list[DiagonalGaussian], list[Tensor], DiagonalGaussian]:

@@ -65,8 +65,10 @@ def read_image(data: bytes) -> DecodedImage:
     except UnidentifiedImageError:
         raise ImageError("not_an_image", f"not an image: expected {', '.join(FORMATS)}, got {len(data)} bytes that "
                                          f"start with {data[:8].hex(' ')}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, ArithmeticError,
-            TypeError, AttributeError, MemoryError, Image.DecompressionBombError) as error:
+            TypeError, AttributeError, MemoryError) as error:
         # Pillow raises all of these on damaged files.
         if isinstance(error, ImageError):
             raise

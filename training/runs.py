@@ -20,7 +20,7 @@ from torch import Tensor
 from ade_model.checkpoint import WEIGHTS_NAME, save_model
 from training.step import Trainer
 
-KEEP = 2
+KEEP = 3
 EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones are only for going on
 RAW_NAME = "raw.safetensors"
 DISCRIMINATOR_NAME = "discriminator.safetensors"
@@ -82,7 +82,7 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         _save_optimizer(trainer.d_optimizer, temporary / "d_optimizer.safetensors")
     write_json(temporary / STATE_NAME, {
         "step": progress.step, "images": progress.images, "seconds": progress.seconds,
-        "skipped_in_a_row": trainer.skipped_in_a_row})
+        "skipped_in_a_row": trainer.skipped_in_a_row, "usual_norm": trainer.usual_norm})
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -105,6 +105,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     state = json.loads((folder / STATE_NAME).read_text())
     trainer.step = state["step"]
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
+    trainer.usual_norm = state["usual_norm"]
     return Progress(state["step"], state["images"], state["seconds"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager
 from typing import Callable
 
@@ -16,10 +17,14 @@ from training.losses import coverage_loss, discriminator_loss, gradient_penalty,
 from training.recipes import TrainConfig
 
 MAX_SKIPPED_STEPS = 20
+# A step whose gradient is this many times its running norm is skipped: one outlier among the images, clipped or
+# not, was seen to ruin a model within ten steps.
+SPIKE = 8.0
+SPIKE_AFTER_STEPS = 50
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss, or too many gradients in a row, were not finite."""
+    """A loss was not finite, or too many gradients in a row were not finite or out of all proportion."""
 
 
 class Trainer:
@@ -58,6 +63,7 @@ class Trainer:
                 self.discriminator.parameters(), config.d_learning_rate, betas=(0.5, 0.99))
         self.step = 0
         self.skipped_in_a_row = 0
+        self.usual_norm = {"model": 0.0, "discriminator": 0.0}
 
     def run(self, batches: list[Tensor], rank: int = 0) -> dict[str, float]:
         """One iteration: ``d_steps`` discriminator steps, then one joint step of the model.
@@ -112,7 +118,8 @@ class Trainer:
             loss = loss + self.config.gp_weight * self.config.gp_every * penalty
             losses["gradient_penalty"] = penalty.item()
         loss.backward()
-        losses["d_grad_norm"] = self._apply(self.discriminator, self.d_optimizer, losses, self.config.d_learning_rate)
+        losses["d_grad_norm"] = self._apply("discriminator", self.discriminator, self.d_optimizer, losses,
+                                            self.config.d_learning_rate)
         return losses
 
     def _model_step(self, x: Tensor, noise: torch.Generator) -> dict[str, float]:
@@ -132,19 +139,20 @@ class Trainer:
             (self.config.quality_weight * loss).backward()
             self.model.flow.requires_grad_(True)
             self.discriminator.requires_grad_(True)
-        losses["grad_norm"] = self._apply(self.model, self.optimizer, losses, self.config.learning_rate)
+        losses["grad_norm"] = self._apply("model", self.model, self.optimizer, losses, self.config.learning_rate)
         return losses
 
-    def _apply(self, module: nn.Module, optimizer: torch.optim.Optimizer, losses: dict[str, float],
+    def _apply(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, losses: dict[str, float],
                learning_rate: float) -> float:
         """Average, check and clip the gradients, and step; returns their norm before clipping."""
-        bad = {name: value for name, value in losses.items() if value != value or abs(value) == float("inf")}
+        bad = {key: value for key, value in losses.items() if not math.isfinite(value)}
         if bad:
             raise TrainingDiverged(f"step {self.step}: not finite: {bad}")
         parameters = [p for p in module.parameters() if p.grad is not None]
         flat = self.average(torch.cat([p.grad.flatten() for p in parameters]))
         norm = flat.norm().item()
-        if norm == norm and norm != float("inf"):
+        usual = self.usual_norm[name]
+        if math.isfinite(norm) and (self.step < SPIKE_AFTER_STEPS or norm < SPIKE * usual):
             flat *= min(1.0, self.config.max_grad_norm / (norm + 1e-12))
             offset = 0
             for p in parameters:
@@ -153,11 +161,13 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
             optimizer.step()
+            self.usual_norm[name] = norm if usual == 0 else 0.95 * usual + 0.05 * norm
             self.skipped_in_a_row = 0
         else:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                raise TrainingDiverged(f"step {self.step}: gradients not finite {MAX_SKIPPED_STEPS} times in a row")
+                raise TrainingDiverged(f"step {self.step}: {MAX_SKIPPED_STEPS} steps on end had gradients that were not "
+                                       f"finite or over {SPIKE:g} times the usual norm ({norm:.3g}, usual {usual:.3g})")
         optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -1,0 +1,41 @@
+# Everything sets itself up: a virtual environment in .venv, made again when pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+BUNDLE ?= pretrained/cifar10
+BIN := $(VENV)/bin
+
+.PHONY: serve test test-slow check train bench clean
+
+serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
+	@exec $(BIN)/ade serve $(BUNDLE)
+
+test: $(VENV)/.test  ## every fast test, in under ten minutes on two cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.test  ## the rest: training, resuming, all sizes, fuzzing
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.test  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train: $(VENV)/.test  ## AV-ADE on a folder of images: make train DATA=DIR RUN=runs/mine
+	@test -n "$(DATA)" || { echo "make train needs DATA=DIR, a folder of images" >&2; exit 2; }
+	$(BIN)/ade train av-ade --data "$(DATA)" --out "$(or $(RUN),runs/av-ade)"
+
+bench: $(VENV)/.test  ## throughput of the engine and of the service
+	$(BIN)/python -m benchmarks.throughput $(BUNDLE)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $(VENV)/.serve $@

@@ -1,0 +1,142 @@
+"""Reading bundles: what does not match is refused, by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from ade_model.checkpoint import load_model
+from export.parity import ParityError, check_parity
+from export.write import ExportError, export_bundle
+from serving.bundle import BundleError, open_bundle, verify_bundle
+from serving.engine import InferenceEngine
+from serving.signatures import GRAPH_NAMES, inputs_of, outputs_of
+from tests.conftest import PRETRAINED, ROOT
+
+
+@pytest.fixture()
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
+def test_a_bundle_is_whole(bundle: str, tiny_bundle: Path) -> None:
+    folder = tiny_bundle if bundle == "tiny" else PRETRAINED
+    found = verify_bundle(folder)
+    assert {f"{g}.onnx" for g in GRAPH_NAMES} | {"model.ts", "model.safetensors", "config.json", "calibration.npz"} == (
+        set(found.manifest["files"]))
+    assert {row["backend"] for row in found.manifest["parity"]} == {"onnxruntime", "torchscript"}
+    assert all(row["difference"] <= row["limit"] for row in found.manifest["parity"])
+    assert re.fullmatch(r"[\w.-]+@[0-9a-f]{12}", found.model_id)
+
+
+@pytest.mark.parametrize("name", ["score.onnx", "model.safetensors", "model.ts", "calibration.npz"])
+def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=f"{re.escape(name)} does not match"):
+        verify_bundle(copy)
+    with pytest.raises(BundleError, match=f"{re.escape(name)} does not match"):
+        InferenceEngine(copy, "torchscript" if name == "model.ts" else "onnxruntime", "cpu")
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"{re.escape(name)} is missing"):
+        verify_bundle(copy)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"format_version": 2}, "format_version must be 1, got 2"), ({"name": 3}, "name must be a str"),
+    ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"), ({"image_shape": None}, "image_shape must be a list"),
+])
+def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text()) | change
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(copy)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="it holds no manifest.json"):
+        open_bundle(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="is not JSON"):
+        open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
+def test_weights_are_stored_once_a_format(bundle: str, tiny_bundle: Path) -> None:
+    folder = tiny_bundle if bundle == "tiny" else PRETRAINED
+    for graph in GRAPH_NAMES:
+        model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
+        inline = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        assert sum(len(t.raw_data) for t in inline) < 20_000, graph
+        external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert external
+        assert {e.value for t in external for e in t.external_data if e.key == "location"} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
+def test_no_file_tells_of_the_machine_that_made_it(bundle: str, tiny_bundle: Path) -> None:
+    folder = tiny_bundle if bundle == "tiny" else PRETRAINED
+    here = [str(ROOT), sys.prefix, "site-packages", "/home/", "/root/", "/usr/lib/"]
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        assert not [word for word in here if word.encode() in data], path.name
+    for graph in GRAPH_NAMES:
+        model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
+        assert not model.doc_string and not any(n.doc_string or n.metadata_props for n in model.graph.node)
+
+
+def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(tiny_bundle: Path, small_images: np.ndarray) -> None:
+    """With nothing but ONNX Runtime: pixels in, pixels and bits out."""
+    script = (
+        "import sys, numpy as np, onnxruntime as ort\n"
+        f"session = ort.InferenceSession({str(tiny_bundle / 'score.onnx')!r})\n"
+        "inputs = dict(np.load(sys.argv[1]))\n"
+        "np.save(sys.argv[2], session.run(None, inputs)[0])\n")
+    engine = InferenceEngine(tiny_bundle, device="cpu")
+    names = inputs_of("score", 2)
+    from export.parity import make_inputs
+    inputs = make_inputs(small_images[:5], engine.latent_shapes, names)
+    source, target = tiny_bundle.parent / "in.npz", tiny_bundle.parent / "out.npy"
+    np.savez(source, **inputs)
+    subprocess.run([sys.executable, "-c", script, str(source), str(target)], check=True, cwd=tiny_bundle.parent)
+    ours = engine.backend.run("score", inputs)[outputs_of("score", 2)[0]]
+    assert np.allclose(np.load(target), ours, atol=1e-5)
+
+
+def test_failing_parity_writes_nothing_and_says_what_differs(
+        tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.parity.MAX_BPD", 1e-12)
+    monkeypatch.setattr("export.write.GRAPH_NAMES", GRAPH_NAMES)
+    with pytest.raises(ParityError, match=r"output \w+ of \w+ differs from eager float64 by .* bits per dimension"):
+        export_bundle(tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_sees_a_wrong_weight(tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray) -> None:
+    import torch
+
+    engine = InferenceEngine(tiny_bundle, device="cpu")
+    model = load_model(tiny_checkpoint)
+    with torch.no_grad():
+        model.decoder.to_mean[1].bias[0] += 0.01
+    from serving.backends import load_backend
+    backend = load_backend(engine.bundle, GRAPH_NAMES, "onnxruntime", "cpu")
+    with pytest.raises(ParityError):
+        check_parity(model, {"onnxruntime": backend}, small_images[:40])
+
+
+def test_export_refuses_an_existing_folder(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="exists: export into a new folder"):
+        export_bundle(tiny_checkpoint, tmp_path, "tiny", small_images, None)
+    with pytest.raises(ExportError, match="parity needs images of"):
+        export_bundle(tiny_checkpoint, tmp_path / "new", "tiny", small_images[:, :4], None)

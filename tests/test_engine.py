@@ -1,0 +1,197 @@
+"""The engine and the service on a real bundle: the same answer in any company, from any backend."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.backends import BackendError
+from serving.engine import BUCKETS, InferenceEngine, Score
+from serving.requests import RawRequest
+from serving.service import Service
+from tests.conftest import PRETRAINED
+
+
+@pytest.fixture(scope="module")
+def engine() -> InferenceEngine:
+    return InferenceEngine(PRETRAINED, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def torchscript() -> InferenceEngine:
+    return InferenceEngine(PRETRAINED, backend="torchscript", device="cpu")
+
+
+def same(a: list, b: list) -> bool:
+    return all(isinstance(x, Score) and x == y for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 31, 32, 33, 64])
+def test_the_same_bytes_in_any_batch(engine: InferenceEngine, real_images: np.ndarray, batch: int) -> None:
+    images = real_images[:64]
+    alone = engine.score(images[:1]) + engine.score(images[63:64])
+    scores = engine.score(images[64 - batch:])
+    assert scores[-1] == alone[1]
+    assert batch < 64 or scores[0] == alone[0]
+    assert np.array_equal(engine.reconstruct(images[64 - batch:])[-1], engine.reconstruct(images[63:])[0])
+    assert all(np.array_equal(a.z[-1], b.z[0]) for a, b in zip(
+        engine.encode(images[64 - batch:]), engine.encode(images[63:]), strict=True))
+    samples = engine.sample([5] * batch, list(range(batch)))
+    assert np.array_equal(samples[-1], engine.sample([5], [batch - 1])[0])
+
+
+def test_a_new_engine_gives_the_same_bytes(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    again = InferenceEngine(PRETRAINED, device="cpu")
+    assert same(engine.score(real_images[:5]), again.score(real_images[:5]))
+    assert np.array_equal(engine.sample([1], [2]), again.sample([1], [2]))
+
+
+def test_backends_agree(engine: InferenceEngine, torchscript: InferenceEngine, real_images: np.ndarray) -> None:
+    images = real_images[:24]
+    for a, b in zip(engine.score(images), torchscript.score(images), strict=True):
+        assert abs(a.bpd - b.bpd) <= 1e-4 and a.parts.keys() == b.parts.keys()
+    for a, b in ((engine.sample([3] * 24, range(24)), torchscript.sample([3] * 24, range(24))),
+                 (engine.reconstruct(images), torchscript.reconstruct(images))):
+        gap = np.abs(a.astype(int) - b)
+        assert gap.max() <= 1 and (gap > 0).mean() <= 1e-4
+    assert np.allclose(engine.encode(images)[0].mean, torchscript.encode(images)[0].mean, atol=1e-4)
+    alone = torchscript.score(images[:1])[0]
+    assert abs(alone.bpd - torchscript.score(images)[0].bpd) <= 1e-5
+
+
+def test_parts_sum_to_the_bpd(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    for samples in (1, 5):
+        for score in engine.score(real_images[:4], samples=[samples] * 4):
+            assert math.isclose(sum(score.parts.values()), score.bpd, abs_tol=1e-9)
+            assert ("iwae_gap" in score.parts) == (samples > 1)
+            assert (score.standard_error is None) == (samples == 1)
+
+
+def test_more_draws_tighten_the_bound(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    images = real_images[:16]
+    means = [np.mean([s.bpd for s in engine.score(images, samples=[k] * 16)]) for k in (1, 8, 32)]
+    assert means[0] > means[1] > means[2]
+
+
+def test_the_verdict_does_not_depend_on_seed_or_samples(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    (base,) = engine.score(real_images[:1])
+    (other,) = engine.score(real_images[:1], seeds=[99], samples=[4])
+    assert base.verdict is not None and base.verdict == other.verdict and base.bpd != other.bpd
+    assert engine.calibration is not None and len(engine.calibration.bpd) == 3000
+
+
+def test_options_change_samples(engine: InferenceEngine) -> None:
+    base = engine.sample([1], [0])
+    for other in (engine.sample([2], [0]), engine.sample([1], [1]), engine.sample([1], [0], ["density"]),
+                  engine.sample([1], [0], temperatures=[0.5])):
+        assert not np.array_equal(base, other)
+
+
+def test_decoding_the_latents_reconstructs(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    images = real_images[:3]
+    z = [level.z for level in engine.encode(images)]
+    assert np.abs(engine.decode(z, [0] * 3).astype(int) - engine.reconstruct(images)).max() <= 1
+
+
+def test_test_images_look_like_training_images_and_noise_does_not(engine: InferenceEngine, real_images: np.ndarray) -> (
+        None):
+    usual = [s.verdict.p_value for s in engine.score(real_images)]
+    assert np.mean(np.array(usual) <= 0.1) < 0.1 + 4 * math.sqrt(0.09 / 300)
+    rng = np.random.default_rng(0)
+    strange = np.stack([rng.integers(0, 256, (32, 32, 3), np.uint8), np.full((32, 32, 3), 128, np.uint8)])
+    assert all(s.verdict.p_value <= 0.01 for s in engine.score(strange))
+
+
+def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        engine = InferenceEngine(PRETRAINED, device="cuda", operations=["score"])
+        assert engine.backend.name == "onnxruntime/CUDAExecutionProvider"
+        return
+    for backend in ("onnxruntime", "torchscript"):
+        with pytest.raises(BackendError, match="no CUDA device here"):
+            InferenceEngine(PRETRAINED, backend=backend, device="cuda")
+    with pytest.raises(BackendError, match="device must be one of"):
+        InferenceEngine(PRETRAINED, device="tpu")
+    with pytest.raises(BackendError, match="backend must be one of"):
+        InferenceEngine(PRETRAINED, backend="tensorrt")
+
+
+def test_buckets_cover_every_batch() -> None:
+    assert BUCKETS[0] == 1 and list(BUCKETS) == sorted(BUCKETS)
+
+
+def as_json(**values) -> RawRequest:
+    return RawRequest("application/json", values)
+
+
+def file(pixels: np.ndarray) -> str:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def test_neighbours_of_a_broken_request_get_their_normal_answers(engine: InferenceEngine, real_images: np.ndarray) -> (
+        None):
+    service = Service("score", engine)
+    good = [as_json(images=[file(image)]) for image in real_images[:3]]
+    expected = [answer.body for request in good for answer in service.answer([request])]
+    mixed = [good[0], RawRequest("image/png", b"junk"), good[1], as_json(images=[file(real_images[0])], alpha=7),
+             RawRequest("application/json", b"{"), as_json(images=[file(real_images[5]), "junk"]), good[2]]
+    answers = service.answer(mixed)
+    assert [a.status for a in answers] == [200, 415, 200, 422, 400, 200, 200]
+    assert [answers[i].body for i in (0, 2, 6)] == expected
+    assert all(a.headers["X-Ade-Batch"] == "4" for a in answers)
+    results = json.loads(answers[5].body)["results"]
+    assert "bpd" in results[0] and results[1]["error"]["index"] == 1
+
+
+def test_a_failure_of_one_computation_fails_that_request_alone(engine: InferenceEngine, real_images: np.ndarray,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service("score", engine)
+    whole = engine.score
+
+    def fails_on_black(images, seeds, samples):
+        if any(image.max() == 0 for image in images):
+            raise RuntimeError("a secret of the server")
+        return whole(images, seeds, samples)
+
+    monkeypatch.setattr(engine, "score", fails_on_black)
+    answers = service.answer([as_json(images=[file(real_images[0])]),
+                              as_json(images=[file(np.zeros((32, 32, 3), np.uint8))])])
+    assert [a.status for a in answers] == [200, 500]
+    assert json.loads(answers[1].body)["error"]["code"] == "internal_error" and b"secret" not in answers[1].body
+
+
+def test_a_resized_image_has_no_verdict(engine: InferenceEngine) -> None:
+    large = np.tile(np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 3))
+    (answer,) = Service("score", engine).answer([as_json(images=[file(large)], resize="fit")])
+    (result,) = json.loads(answer.body)["results"]
+    assert result["p_value"] is result["ood"] is result["ood_score"] is None and "resized" in result["notes"][0]
+
+
+def test_latents_of_many_images_need_npz(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    service = Service("encode", engine)
+    files = [file(image) for image in real_images[:17]]
+    json_answer, npz_answer, small = service.answer(
+        [as_json(images=files), as_json(images=files, format="npz"), as_json(images=files[:1])])
+    assert json_answer.status == 422 and b"npz" in json_answer.body
+    with np.load(io.BytesIO(npz_answer.body), allow_pickle=False) as arrays:
+        assert arrays["z_0"].shape[0] == 17 and arrays["mean_2"].dtype == np.float32
+    level = json.loads(small.body)["results"][0]["levels"][1]
+    assert np.asarray(level["z"]).shape == tuple(level["shape"])
+
+
+def test_pretrained_is_small_and_says_what_it_is() -> None:
+    files = list(Path(PRETRAINED).iterdir())
+    assert sum(f.stat().st_size for f in files) <= 40e6
+    manifest = json.loads((PRETRAINED / "manifest.json").read_text())
+    assert manifest["data"]["splits"]["train"] == "train[0:45000]"
+    assert manifest["calibration"]["images"] == 3000 and manifest["evaluation"]["images"] == 10000

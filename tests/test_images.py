@@ -1,0 +1,125 @@
+"""Image files of every kind, and what is no image."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import serving.images
+from serving.images import ImageError, read_image, tile, write_png
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+@pytest.fixture()
+def picture(real_images: np.ndarray) -> Image.Image:
+    return Image.fromarray(real_images[0])
+
+
+@pytest.mark.parametrize("format, options", [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_lossless_formats_give_the_pixels(picture: Image.Image, format: str, options: dict) -> None:
+    decoded = read_image(encode(picture, format, **options))
+    assert np.array_equal(decoded.pixels, np.asarray(picture)) and decoded.notes == []
+
+
+@pytest.mark.parametrize("format", ["JPEG", "GIF"])
+def test_lossy_formats_decode(picture: Image.Image, format: str) -> None:
+    assert read_image(encode(picture, format)).pixels.shape == (32, 32, 3)
+
+
+def test_exif_orientation_is_applied(picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = read_image(encode(picture, "PNG", exif=exif))
+    assert np.array_equal(decoded.pixels, np.asarray(picture.transpose(Image.Transpose.ROTATE_270)))
+    assert decoded.notes == ["EXIF orientation applied"]
+
+
+def test_alpha_goes_on_white(picture: Image.Image) -> None:
+    picture.putalpha(0)
+    decoded = read_image(encode(picture, "PNG"))
+    assert (decoded.pixels == 255).all() and decoded.notes == ["alpha composited on white"]
+
+
+def test_transparent_palette() -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    decoded = read_image(encode(image, "PNG", transparency=1))
+    assert (decoded.pixels == 255).all()
+    assert (read_image(encode(image, "PNG")).pixels == [0, 0, 255]).all()
+
+
+def test_sixteen_bits_keep_the_high_byte() -> None:
+    values = np.array([[0, 255, 256, 65535]], np.uint16)
+    decoded = read_image(encode(Image.fromarray(values), "PNG"))
+    assert decoded.pixels[0, :, 0].tolist() == [0, 0, 1, 255] and "16-bit" in decoded.notes[0]
+
+
+def test_cmyk_and_grey(picture: Image.Image) -> None:
+    assert read_image(encode(picture.convert("CMYK"), "JPEG")).notes == ["converted from CMYK to RGB"]
+    grey = read_image(encode(picture.convert("L"), "PNG"))
+    assert grey.notes == ["converted from L to RGB"] and (grey.pixels[..., 0] == grey.pixels[..., 2]).all()
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
+    data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    decoded = read_image(data)
+    assert (decoded.pixels == [255, 0, 0]).all() and decoded.notes == ["first of 3 frames taken"]
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("data, code", [
+    (b"", "not_an_image"), (b"hello", "not_an_image"), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
+    (png_header(60000, 60000), "too_large"), (png_header(5000, 5000), "too_large"),
+    (png_header(100, 100), "not_an_image"), (b"%PDF-1.4", "not_an_image"), (b"GIF89a", "not_an_image"),
+])
+def test_what_is_no_image(data: bytes, code: str) -> None:
+    with pytest.raises(ImageError) as error:
+        read_image(data)
+    assert error.value.code == code and str(error.value)
+
+
+def test_every_truncation_is_an_image_error(picture: Image.Image) -> None:
+    for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
+        data = encode(picture, format)
+        for cut in range(0, len(data) - 1, max(1, len(data) // 40)):
+            try:
+                read_image(data[:cut])
+            except ImageError:
+                pass
+
+
+def test_file_size_is_limited(monkeypatch: pytest.MonkeyPatch, picture: Image.Image) -> None:
+    monkeypatch.setattr(serving.images, "MAX_FILE_BYTES", 100)
+    with pytest.raises(ImageError, match="may have 100 bytes"):
+        read_image(encode(picture, "PNG"))
+
+
+def test_png_text_and_grey() -> None:
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
+    image = Image.open(io.BytesIO(write_png(pixels, {"ade:seed": "7"})))
+    assert image.info["ade:seed"] == "7" and np.array_equal(np.asarray(image), pixels[..., 0])
+
+
+def test_tile() -> None:
+    images = np.stack([np.full((2, 2, 3), i, np.uint8) for i in range(5)])
+    grid = tile(images)
+    assert grid.shape == (4, 6, 3)
+    assert grid[0, :, 0].tolist() == [0, 0, 1, 1, 2, 2] and grid[3, :, 0].tolist() == [3, 3, 4, 4, 255, 255]

@@ -1,0 +1,52 @@
+"""Who may import whom; and that serving needs no training packages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+OURS = ("ade_model", "training", "export", "serving", "handlers", "ade_cli")
+# training reads image files through serving.images, so that trained and served pixels are decoded alike.
+ALLOWED = {
+    "ade_model": {"ade_model"},
+    "training": {"training", "ade_model", "serving.images"},
+    "export": {"export", "ade_model", "serving"},
+    "serving": {"serving"},
+    "handlers": {"handlers", "serving"},
+    "ade_cli": set(OURS),
+}
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_import_direction(package: str) -> None:
+    for path in (ROOT / package).glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: imports are absolute"
+                names = [node.module or ""]
+            for name in names:
+                if name.split(".")[0] in OURS:
+                    assert any(name == a or name.startswith(a + ".") for a in ALLOWED[package]), f"{path}: {name}"
+
+
+def test_serving_needs_no_training_packages() -> None:
+    script = ("import sys\n"
+              "for name in ('lightning_fabric', 'tensorboard', 'onnx', 'onnxscript', 'training', 'export',\n"
+              "             'ade_model'):\n"
+              "    sys.modules[name] = None\n"
+              "import ade_cli.main, ade_cli.serve, handlers.base, handlers.score, handlers.archives, serving.ui\n"
+              "import serving.client, serving.service\n")
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_importing_the_engine_loads_no_torch() -> None:
+    script = "import sys, serving.service; assert not {'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -1,0 +1,127 @@
+"""The model's five verbs: shapes, noise, options and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ade_model import ADEModel, ConfigError, ModelConfig, ShapeError
+from ade_model.checkpoint import load_model, save_model
+from tests.conftest import TINY, make_model
+
+
+def noise(model: ADEModel, n: int = 2, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, *shape, generator=generator) for shape in model.config.latent_shapes]
+
+
+@pytest.mark.parametrize("size", [32, 48, 64])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sizes_and_channels(size: int, channels: int) -> None:
+    model = make_model(ModelConfig(image_size=size, channels=channels, widths=(8, 8, 8), latent_channels=(2, 2, 2),
+                                   flow_couplings=2, flow_width=4), scale=0.02)
+    x = torch.rand(2, channels, size, size)
+    eps = noise(model)
+    encoding = model.encode(x, eps)
+    assert [tuple(z.shape[1:]) for z in encoding.z] == model.config.latent_shapes
+    assert model.config.latent_shapes[-1][1] == size // 2
+    for made in (model.sample(eps), model.decode(encoding.z), model.reconstruct(x, eps)):
+        assert made.shape == x.shape
+    assert model.score(x, eps).log_weight.shape == (2,)
+    assert model.config.num_dims == channels * size * size
+
+
+@pytest.mark.parametrize("size", [50, 36, 31])
+def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size: int) -> None:
+    with pytest.raises(ConfigError, match=rf"multiple of 8 .*such as 32, 48, 64; got {size}"):
+        ModelConfig(image_size=size)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"widths": ()}, "widths must be positive"), ({"widths": (8, 0, 8)}, "widths must be positive"),
+    ({"latent_channels": (1, 2)}, "one number a resolution"), ({"channels": 0}, "channels must be an integer"),
+    ({"flow_scales": -1}, "flow_scales"), ({"flow_width": 2.5}, "flow_width"), ({"sigma": "two"}, "sigma must be one"),
+    ({"flow_max_log_scale": 0.0}, "flow_max_log_scale must be positive"), ({"channels": True}, "channels"),
+])
+def test_bad_configurations_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**change)
+
+
+@pytest.mark.parametrize("change", [
+    {"widths": (8, 12)}, {"latent_channels": (3, 3)}, {"decoder_blocks": (2, 1)}, {"sigma": "scalar"},
+    {"flow_scales": 0}, {"flow_scales": 2}, {"flow_couplings": 3}, {"flow_blocks": 0}, {"flow_width": 4},
+    {"flow_max_log_scale": 1.5}, {"channels": 1}, {"image_size": 16}])
+def test_every_option_changes_the_model(change: dict) -> None:
+    """Weights or, for an option without any, the answer."""
+    other = make_model(dataclasses.replace(TINY, **change))
+    base = make_model()
+    shapes = [tuple(p.shape) for p in base.parameters()]
+    x = torch.rand(2, other.config.channels, other.config.image_size, other.config.image_size)
+    if [tuple(p.shape) for p in other.parameters()] == shapes and x.shape[1:] == (3, 8, 8):
+        eps = noise(base)
+        assert not torch.equal(base.score(x, eps).log_weight, other.score(x, eps).log_weight)
+
+
+def test_noise_comes_in() -> None:
+    """The same noise gives the same answer, and the global generator is left alone."""
+    model = make_model()
+    x = torch.rand(2, 3, 8, 8)
+    eps = noise(model)
+    y_eps = torch.randn(2, 3, 8, 8)
+    state = torch.get_rng_state()
+    first = [model.sample(eps, y_eps), model.reconstruct(x, eps), model.score(x, eps).log_weight]
+    second = [model.sample(eps, y_eps), model.reconstruct(x, eps), model.score(x, eps).log_weight]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_mean_and_density_samples() -> None:
+    model = make_model()
+    eps = noise(model)
+    mean = model.sample(eps)
+    assert torch.equal(mean, model.sample(eps, torch.zeros(2, 3, 8, 8)))
+    assert not torch.equal(mean, model.sample(eps, torch.ones(2, 3, 8, 8)))
+
+
+def test_temperature_scales_the_prior() -> None:
+    model = make_model()
+    eps = noise(model)
+    half = model.sample(eps, temperature=0.5)
+    assert torch.allclose(half, model.sample([0.5 * e for e in eps]), atol=1e-6)
+    assert not torch.allclose(half, model.sample(eps), atol=1e-3)
+
+
+def test_decoding_an_encoding_is_the_reconstruction() -> None:
+    model = make_model()
+    x = torch.rand(2, 3, 8, 8)
+    eps = noise(model)
+    assert torch.allclose(model.decode(model.encode(x, eps).z), model.reconstruct(x, eps), atol=1e-5)
+
+
+def test_wrong_shapes_are_named() -> None:
+    model = make_model()
+    with pytest.raises(ShapeError, match=r"x must be \(N, 3, 8, 8\), got \(2, 3, 9, 8\)"):
+        model.score(torch.rand(2, 3, 9, 8), noise(model))
+    with pytest.raises(ShapeError, match="eps must have one tensor a level"):
+        model.sample(noise(model)[:1])
+    with pytest.raises(ShapeError, match="z must have one tensor a level"):
+        model.decode([torch.zeros(2, 1, 1, 1), torch.zeros(2, 2, 4, 4)])
+
+
+def test_a_checkpoint_is_enough(tmp_path) -> None:
+    model = make_model()
+    save_model(model, tmp_path, {"recipe": "v-ade"})
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    x, eps = torch.rand(2, 3, 8, 8), noise(model)
+    assert torch.equal(model.score(x, eps).log_weight, again.score(x, eps).log_weight)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(ConfigError, match="format_version must be 1, got 99"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(text.replace('"flow_width": 8', '"flow_width": 9'))
+    with pytest.raises(ConfigError, match="does not fit"):
+        load_model(tmp_path)

@@ -1,0 +1,52 @@
+"""Random numbers: the same for ever, independent, and of the right law."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.noise import MAX_SEED, NoiseStream, image_digest, image_key, sample_key
+
+
+def test_the_streams_are_those_of_version_1() -> None:
+    """Changing any of this changes every sample and every score that users have seen."""
+    stream = NoiseStream(sample_key(7, 3))
+    assert hashlib.sha256(stream.uniform((64,)).tobytes()).hexdigest()[:16] == "04e02e5801a33928"
+    normals = stream.normal((4, 4))
+    assert np.allclose(normals[0], [-0.0876371, 0.6378855, 0.6005905, -0.5982022], atol=1e-6)
+    assert image_key(0, image_digest(np.zeros((2, 2, 3), np.uint8)), 1).hex() == "1115f496c39eef3cb057c19d8bc91b3e"
+
+
+@settings(max_examples=50)
+@given(st.integers(0, MAX_SEED), st.integers(0, MAX_SEED), st.integers(0, 63))
+def test_every_part_of_the_key_counts(seed: int, index: int, draw: int) -> None:
+    keys = {sample_key(seed, index, draw), sample_key(seed ^ 1, index, draw), sample_key(seed, index ^ 1, draw),
+            sample_key(seed, index, draw + 1)}
+    assert len(keys) == 4
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+def test_a_stream_repeats_itself(counts: list[int]) -> None:
+    one, two = NoiseStream(b"k" * 16), NoiseStream(b"k" * 16)
+    assert all(np.array_equal(one.normal((n,)), two.normal((n,))) for n in counts)
+
+
+def test_laws() -> None:
+    stream = NoiseStream(sample_key(0, 0))
+    uniform = stream.uniform((200_000,))
+    assert uniform.dtype == np.float32 and 0 <= uniform.min() and uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.003 and abs(uniform.std() - 12**-0.5) < 0.002
+    normal = stream.normal((200_001,))
+    assert normal.dtype == np.float32 and np.isfinite(normal).all()
+    assert abs(normal.mean()) < 0.01 and abs(normal.std() - 1) < 0.01
+    assert abs((np.abs(normal) > 1.96).mean() - 0.05) < 0.003
+    assert abs(np.corrcoef(normal[:-1], normal[1:])[0, 1]) < 0.01
+
+
+def test_digest_is_of_the_pixels() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert image_digest(pixels) == image_digest(pixels[::-1][::-1])
+    assert image_digest(pixels) != image_digest(pixels[::-1])

@@ -1,0 +1,217 @@
+"""Taking requests apart: what is understood, and the status and message for everything else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from serving.errors import ApiError
+from serving.requests import PARAMETERS, ImagesRequest, InputImage, RawRequest, parse_images, parse_sample
+
+SHAPE = (8, 8, 3)
+LATENTS = [(3, 2, 2), (2, 4, 4)]
+PIXELS = (np.arange(192) % 251).astype(np.uint8).reshape(SHAPE)
+
+
+def png(pixels: np.ndarray = PIXELS) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def npy(array: np.ndarray, **options: Any) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, **options)
+    return out.getvalue()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def as_json(**values: Any) -> RawRequest:
+    return RawRequest("application/json", values)
+
+
+def body(data: bytes, content_type: str = "application/octet-stream") -> RawRequest:
+    return RawRequest(content_type, bytearray(data))
+
+
+def form(**fields: Any) -> RawRequest:
+    return RawRequest("multipart/form-data; boundary=x", None, fields)
+
+
+def refused(call: Any, *args: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        call(*args)
+    return caught.value
+
+
+@pytest.mark.parametrize("request_", [
+    body(png()), body(png(), "image/png"), body(npy(PIXELS[None]), "application/x-npy"), as_json(images=[b64(png())]),
+    as_json(images=["data:image/png;base64," + b64(png())]), form(image=png()), form(image=bytearray(npy(PIXELS[None]))),
+    RawRequest("application/json", json.dumps({"images": [b64(png())]}).encode()),
+], ids=["file", "typed file", "npy", "json", "data url", "form", "npy in a form", "json as bytes"])
+def test_every_way_to_send_an_image(request_: RawRequest) -> None:
+    parsed = parse_images("score", request_, SHAPE)
+    (image,) = parsed.images
+    assert isinstance(image, InputImage) and np.array_equal(image.pixels, PIXELS)
+    assert parsed.parameters == {"seed": 0, "samples": 1, "alpha": 0.01, "map": False, "format": "json"}
+
+
+def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:
+    fields = {f"image{i}": png(np.full(SHAPE, i, np.uint8)) for i in (10, 2, 1)} | {"image": png()}
+    parsed = parse_images("score", form(**fields, samples=b"2", alpha="0.5"), SHAPE)
+    assert [int(i.pixels[0, 0, 0]) for i in parsed.images[1:]] == [1, 2, 10]
+    assert parsed.parameters["samples"] == 2 and parsed.parameters["alpha"] == 0.5
+
+
+def test_a_bad_image_keeps_its_place() -> None:
+    parsed = parse_images("score", as_json(images=[b64(png()), b64(b"junk"), "&&&", 7, b64(png())]), SHAPE)
+    kinds = [(i.status, i.code, i.index) if isinstance(i, ApiError) else "image" for i in parsed.images]
+    assert kinds == ["image", (415, "not_an_image", 1), (400, "malformed_request", 2), (400, "malformed_request", 3),
+                     "image"]
+
+
+BAD_IMAGE_REQUESTS = {
+    "empty body": (body(b""), 400, "the request is empty"),
+    "no images": (as_json(), 400, "images must be a list of base64 files"),
+    "empty list": (as_json(images=[]), 400, "holds no image"),
+    "images of another kind": (as_json(images="abc"), 400, "images must be a list of base64 files, got str"),
+    "JSON list": (RawRequest("application/json", [1, 2]), 400, "must be a JSON object, got list"),
+    "broken JSON": (RawRequest("application/json", b'{"images": ['), 400, "not JSON"),
+    "nested JSON": (RawRequest("application/json", b"[" * 100_000), 400, "not JSON"),
+    "form without an image": (form(samples="1"), 400, "holds no image"),
+    "unknown parameter": (as_json(images=[b64(png())], sample=2), 422, "score has no parameter 'sample'"),
+    "many images": (as_json(images=[b64(png())] * 257), 413, "at most 256 images a request, got 257"),
+    "many draws": (as_json(images=[b64(png())] * 17, samples=64), 413, "images x samples may be 1024, got 17 x 64"),
+    "objects": (body(npy(np.array([[None]], object), allow_pickle=True)), 422, "holds Python objects"),
+    "float array": (body(npy(np.zeros((1, 8, 8, 3), np.float32))), 422, "must be uint8, got float32"),
+    "NaN": (body(npy(np.full((1, 8, 8, 3), np.nan))), 422, "got float64 with 192 values that are not finite"),
+    "three axes": (body(npy(PIXELS)), 422, r"must be \(N, H, W, C\), got shape \(8, 8, 3\)"),
+    "no images in the array": (body(npy(np.zeros((0, 8, 8, 3), np.uint8))), 400, "holds no image"),
+    "many images in the array": (body(npy(np.zeros((300, 1, 1, 3), np.uint8))), 413, "at most 256 images"),
+    "cut array": (body(npy(PIXELS[None])[:-5]), 400, "damaged: shape .* needs 192 bytes, 187 are there"),
+    "cut header": (body(b"\x93NUMPY\x01\x00\x76\x00{'descr'"), 400, r"\.npy file is damaged"),
+    "seed of text": (form(image=png(), seed="x"), 422, "seed must be a whole number"),
+    "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "is no text"),
+    "large body": (body(b"x" * (16 * 2**20 + 1)), 413, "may have 16777216 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGE_REQUESTS)
+def test_bad_requests(name: str) -> None:
+    request_, status, message = BAD_IMAGE_REQUESTS[name]
+    with pytest.raises(ApiError, match=message) as caught:
+        parse_images("score", request_, SHAPE)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("value, status, message", [
+    (png(np.zeros((9, 8, 3), np.uint8)), 422, "images must be 8 x 8 pixels, got 8 x 9"),
+    (png(np.zeros((1, 1, 3), np.uint8)), 422, "got 1 x 1"),
+    (b"text", 415, "not an image"),
+    (png()[:50], 415, "damaged"),
+])
+def test_one_bad_image(value: bytes, status: int, message: str) -> None:
+    (image,) = parse_images("encode", body(value), SHAPE).images
+    assert isinstance(image, ApiError) and image.status == status and message in image.message and image.index == 0
+
+
+def test_channels_must_agree() -> None:
+    (image,) = parse_images("score", body(npy(np.zeros((1, 8, 8, 1), np.uint8))), SHAPE).images
+    assert isinstance(image, ApiError) and "must have 3 channels, got 1" in image.message
+    (grey,) = parse_images("score", body(png()), (8, 8, 1)).images
+    assert isinstance(grey, InputImage) and grey.pixels.shape == (8, 8, 1)
+
+
+def test_resize_only_when_asked_and_said() -> None:
+    large = np.zeros((40, 20, 3), np.uint8)
+    parsed = parse_images("score", as_json(images=[b64(png(large))], resize="fit"), SHAPE)
+    (image,) = parsed.images
+    assert isinstance(image, InputImage) and image.pixels.shape == SHAPE and image.resized
+    assert "resized from 20 x 40 to 8 x 8" in image.notes[-1]
+
+
+BAD_PARAMETERS = [
+    ({"n": 0}, "n must be from 1 to 256, got 0"), ({"n": 257}, "got 257"), ({"n": 10**400}, "an integer of 1329 bits"),
+    ({"n": 1.0}, "n must be a whole number"), ({"n": True}, "n must be a whole number"),
+    ({"n": "x"}, "n must be a whole number"), ({"n": [1]}, "n must be a whole number"),
+    ({"seed": -1}, "seed must be from 0"), ({"seed": 1.5}, "seed must be a whole number"),
+    ({"seed": 2**63}, "seed must be from 0"), ({"index": -1}, "index must be from 0"),
+    ({"index": 2**63 - 1, "n": 2}, "index [+] n must be at most"),
+    ({"temperature": 0}, "temperature must be above 0"), ({"temperature": float("nan")}, "temperature must be above 0"),
+    ({"temperature": float("inf")}, "temperature"), ({"temperature": "hot"}, "temperature must be a number"),
+    ({"temperature": 10**400}, "temperature must be above 0"),
+    ({"kind": "best"}, "kind must be one of mean, density, got 'best'"), ({"kind": ["mean"]}, "kind must be one of"),
+    ({"format": "jpeg"}, "format must be one of png, npy, json"), ({"zeed": 1}, "sample has no parameter 'zeed'"),
+    ({"latents": []}, "latents must be a list with an entry"), ({"latents": 3}, "latents must be a list"),
+    ({"latents": [[1]]}, "must have 2 levels an image, got 1"),
+    ({"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]}, r"z of level 0 must have shape \(3, 2, 2\)"),
+    ({"latents": [{"levels": [{"z": "a"}, {"z": [2]}]}]}, "z of level 0 must be numbers"),
+    ({"latents": [[np.full((3, 2, 2), np.inf).tolist(), np.zeros((2, 4, 4)).tolist()]]}, "must be finite"),
+    ({"latents": [[1, 2]], "n": 3}, "n and latents exclude each other"),
+]
+
+
+@pytest.mark.parametrize("values, message", BAD_PARAMETERS)
+def test_bad_parameters(values: dict, message: str) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        parse_sample(as_json(**values), LATENTS)
+    assert caught.value.status == 422 and len(caught.value.message) < 250
+
+
+def test_sample_defaults_and_forms() -> None:
+    assert parse_sample(as_json(), LATENTS) == parse_sample(RawRequest("application/json", b"{}"), LATENTS)
+    parsed = parse_sample(form(n=b"3", seed="5", temperature="0.5", kind="density", format="npy"), LATENTS)
+    assert (parsed.n, parsed.seed, parsed.temperature, parsed.kind, parsed.format) == (3, 5, 0.5, "density", "npy")
+    assert refused(parse_sample, body(b""), LATENTS).status == 400
+    assert "as JSON" in refused(parse_sample, body(b"n=3", "text/plain"), LATENTS).message
+
+
+def test_latents_in_the_structure_of_encode() -> None:
+    levels = [{"shape": list(s), "mean": 0, "log_scale": 0, "z": np.ones(s).tolist()} for s in LATENTS]
+    for given in ([{"levels": levels}], {"levels": levels}, {"model": "m", "results": [{"levels": levels}]}):
+        parsed = parse_sample(as_json(latents=given), LATENTS)
+        assert parsed.n == 1 and parsed.latents is not None and parsed.latents[1].shape == (1, 2, 4, 4)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4), max_leaves=12)
+NAMES = sorted({name for known in PARAMETERS.values() for name in known} | {"images"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(PARAMETERS)), st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON_VALUES,
+                                                           max_size=5))
+def test_any_json_is_parsed_or_refused_in_shape(operation: str, values: dict) -> None:
+    check(operation, RawRequest("application/json", values))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(PARAMETERS)), st.binary(max_size=300), st.sampled_from(
+    [b"", b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"{"]), st.sampled_from(
+    ["", "application/json", "application/x-npy", "image/png", "text/plain"]))
+def test_any_bytes_are_parsed_or_refused_in_shape(operation: str, data: bytes, start: bytes, content_type: str) -> None:
+    check(operation, RawRequest(content_type, bytearray(start + data)))
+
+
+def check(operation: str, request_: RawRequest) -> None:
+    try:
+        parsed = parse_sample(request_, LATENTS) if operation == "sample" else parse_images(operation, request_, SHAPE)
+    except ApiError as error:
+        assert error.status in (400, 413, 415, 422)
+        assert set(error.body()["error"]) <= {"code", "message", "index"} and error.code and error.message
+        json.dumps(error.body())
+    else:
+        if isinstance(parsed, ImagesRequest):
+            assert parsed.images
