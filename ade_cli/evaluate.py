@@ -13,10 +13,13 @@ from ade_cli.data_options import add_data_arguments, dataset_of
 from ade_model.checkpoint import load_model
 from ade_model.errors import ConfigError
 from training.data import PARTS, DataError
-from training.evaluate import evaluate
+from training.evaluate import evaluate, sample_images
+from training.metrics.features import FeatureError, ResNet20, features_of
+from training.metrics.frechet import frechet_distance
 from training.runs import RunError, latest_checkpoint, write_json
 
-ERRORS = (RunError, DataError, ConfigError)
+ERRORS = (RunError, DataError, ConfigError, FeatureError)
+FRECHET_SAMPLES = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=8, metavar="K",
                         help="draws of the importance-weighted bound, beside the ELBO (default: %(default)s)")
     parser.add_argument("--images", type=int, metavar="N", help="only the first N of the part")
+    parser.add_argument("--resnet20", type=Path, metavar="NPZ",
+                        help="weights of a CIFAR-10 ResNet-20: adds the Fréchet distance of "
+                             f"{FRECHET_SAMPLES} samples to the part in its feature space (this is not the FID)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
@@ -46,6 +52,12 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"the part {args.part} of {dataset.name} has {len(images)} images")
     result = {"data": dataset.name, "part": args.part, "split": dataset.splits[args.part],
               **evaluate(model, images, device, args.samples, args.seed)}
+    if args.resnet20 is not None:
+        network = ResNet20(args.resnet20).to(device)
+        real = features_of(network, images, device)
+        result["frechet_resnet20"] = {"samples": FRECHET_SAMPLES, **{
+            kind: frechet_distance(real, features_of(network, sample_images(
+                model, FRECHET_SAMPLES, device, kind, args.seed), device)) for kind in ("mean", "density")}}
     print(json.dumps(result, indent=2))
     if folder != args.run:  # a run's checkpoint: `ade export` puts this into the manifest
         write_json(folder / "evaluation.json", result)

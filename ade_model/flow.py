@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ade_model.bijections import (
     AffineCoupling,
     Bijection,
@@ -22,11 +24,11 @@ class _Unsqueezed(Bijection):
         self.squeeze = Squeeze()
         self.inner = inner
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det_jacobian = self.inner(self.squeeze(x)[0])
         return self.squeeze.inverse(y), log_det_jacobian
 
-    def inverse(self, y):
+    def inverse(self, y: Tensor) -> Tensor:
         return self.squeeze.inverse(self.inner.inverse(self.squeeze(y)[0]))
 
 

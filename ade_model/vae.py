@@ -8,6 +8,8 @@ Kingma et al., "Improved variational inference with inverse autoregressive flow"
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,9 +64,10 @@ class Level(nn.Module):
 
     def start(self, features: Tensor | None, num_images: int) -> Tensor:
         """Features from the level above, brought to this resolution."""
-        if self.above is None:
+        if self.above is None or features is None:
             return self.top.expand(num_images, -1, -1, -1)
-        return self.above(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+        fine: Tensor = self.above(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+        return fine
 
     def prior(self, features: Tensor) -> DiagonalGaussian:
         """``p(z_i | z_<i)``."""
@@ -79,7 +82,8 @@ class Level(nn.Module):
 
     def finish(self, features: Tensor, z: Tensor) -> Tensor:
         """Features that know of ``z``."""
-        return self.blocks(features + self.from_latents(z))
+        known: Tensor = self.blocks(features + self.from_latents(z))
+        return known
 
 
 class Decoder(nn.Module):
@@ -96,6 +100,10 @@ class Decoder(nn.Module):
         shape = (1, 1, 1) if config.sigma == "scalar" else (config.channels, config.image_size, config.image_size)
         self.log_sigma = nn.Parameter(torch.zeros(shape))
 
+    @property
+    def _levels(self) -> list[Level]:
+        return cast("list[Level]", list(self.levels))
+
     def infer(self, encoded: list[Tensor], eps: list[Tensor]) -> tuple[
             list[DiagonalGaussian], list[DiagonalGaussian], list[Tensor], DiagonalGaussian]:
         """Draw latents from the posterior, top down.
@@ -109,7 +117,7 @@ class Decoder(nn.Module):
         """
         posteriors, priors, z = [], [], []
         features = None
-        for level, h, noise in zip(self.levels, encoded, eps, strict=True):
+        for level, h, noise in zip(self._levels, encoded, eps, strict=True):
             features = level.start(features, noise.shape[0])
             priors.append(level.prior(features))
             posteriors.append(level.posterior(features, h, priors[-1]))
@@ -121,7 +129,7 @@ class Decoder(nn.Module):
         """Draw latents from the prior: ``z`` and ``p(y | z)``."""
         z = []
         features = None
-        for level, noise in zip(self.levels, eps, strict=True):
+        for level, noise in zip(self._levels, eps, strict=True):
             features = level.start(features, noise.shape[0])
             z.append(level.prior(features).sample(noise, temperature))
             features = level.finish(features, z[-1])
@@ -130,7 +138,7 @@ class Decoder(nn.Module):
     def forward(self, z: list[Tensor]) -> DiagonalGaussian:
         """``p(y | z)`` for given latents, coarsest first."""
         features = None
-        for level, latents in zip(self.levels, z, strict=True):
+        for level, latents in zip(self._levels, z, strict=True):
             features = level.finish(level.start(features, latents.shape[0]), latents)
         return self._observe(features)
 

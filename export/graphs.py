@@ -21,6 +21,9 @@ from ade_model.quantization import dequantize, quantize
 class _FixedRotation(Bijection):
     """A trained :class:`Rotation` with its matrix worked out."""
 
+    kernel: Tensor
+    inverse_kernel: Tensor
+
     def __init__(self, rotation: Rotation) -> None:
         super().__init__()
         dtype = rotation.normals.dtype

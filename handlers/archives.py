@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from model_archiver.model_packaging import generate_model_archive
 from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging import generate_model_archive
 
 from serving.bundle import CALIBRATION_NAME, MANIFEST_NAME, TORCHSCRIPT_NAME, WEIGHTS_NAME, Bundle
 from serving.signatures import OPERATIONS

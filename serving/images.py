@@ -54,8 +54,9 @@ def read_image(data: bytes) -> DecodedImage:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels, this one has "
                                               f"{image.width} x {image.height}")
-            if getattr(image, "n_frames", 1) > 1:
-                notes.append(f"first of {image.n_frames} frames taken")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                notes.append(f"first of {frames} frames taken")
                 image.seek(0)
             image.load()
             turned = ImageOps.exif_transpose(image)

@@ -203,8 +203,10 @@ def _results(images: Sequence[InputImage | ApiError], entry: Any, head: dict[str
     answered = False
     row = 0
     for index, image in enumerate(images):
-        value = image
-        if isinstance(image, InputImage):
+        value: dict[str, Any] | ApiError
+        if isinstance(image, ApiError):
+            value = image
+        else:
             value = entry(row)
             row += 1
         if isinstance(value, ApiError):
@@ -213,8 +215,9 @@ def _results(images: Sequence[InputImage | ApiError], entry: Any, head: dict[str
             results.append(error.body())
             continue
         answered = True
-        notes = {"notes": image.notes} if image.notes else {}  # type: ignore[union-attr]  # an InputImage
-        results.append({**value, **notes})
+        if isinstance(image, InputImage) and image.notes:
+            value["notes"] = image.notes
+        results.append(value)
     if not answered:
         assert first_error is not None
         raise first_error

@@ -179,8 +179,8 @@ def test_sample_defaults_and_forms() -> None:
 
 def test_latents_in_the_structure_of_encode() -> None:
     levels = [{"shape": list(s), "mean": 0, "log_scale": 0, "z": np.ones(s).tolist()} for s in LATENTS]
-    for given in ([{"levels": levels}], {"levels": levels}, {"model": "m", "results": [{"levels": levels}]}):
-        parsed = parse_sample(as_json(latents=given), LATENTS)
+    for latents in ([{"levels": levels}], {"levels": levels}, {"model": "m", "results": [{"levels": levels}]}):
+        parsed = parse_sample(as_json(latents=latents), LATENTS)
         assert parsed.n == 1 and parsed.latents is not None and parsed.latents[1].shape == (1, 2, 4, 4)
 
 

@@ -19,13 +19,13 @@ from PIL import Image
 
 from ade_model import ModelConfig
 from ade_model.checkpoint import load_model
+from tests.conftest import ROOT, TINY
 from training.data import DataError, ImageSet, load_dataset, part_of
 from training.discriminator import Discriminator, DiscriminatorConfig
 from training.losses import discriminator_loss, gradient_penalty, quality_loss
 from training.recipes import TrainConfig, recipe, recipe_names
 from training.runs import RunError, latest_checkpoint
 from training.step import Trainer, TrainingDiverged
-from tests.conftest import ROOT, TINY
 
 SMALL = dataclasses.replace(
     recipe("av-ade", 8, 3), model=TINY, discriminator=DiscriminatorConfig(widths=(8, 8)), batch_size=16)
@@ -60,17 +60,24 @@ def test_both_players_are_trained(small_images: np.ndarray) -> None:
     assert sum(not torch.equal(before[n], p) for n, p in trained.model.named_parameters()) > 0.8 * len(before)
 
 
+def gradients_of_one_step(trained: Trainer, images: np.ndarray) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+
+    def look() -> None:
+        seen.update({n: p.grad.clone() for n, p in trained.model.named_parameters()})
+
+    trained.optimizer.step = look
+    trained.run(batches(images, 1)[0])
+    return seen
+
+
 @pytest.mark.parametrize("sees", [False, True])
 def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, sees: bool) -> None:
     """Its update is that of weight zero unless the option says otherwise; the decoder's is not."""
     updates = {}
     for weight in (0.0, 50.0):
         trained = trainer(dataclasses.replace(SMALL, quality_weight=weight, flow_sees_quality=sees, max_grad_norm=1e9))
-        seen: dict[str, torch.Tensor] = {}
-        trained.optimizer.step = lambda: seen.update(  # type: ignore[method-assign]
-            {n: p.grad.clone() for n, p in trained.model.named_parameters()})
-        trained.run(batches(small_images, 1)[0])
-        updates[weight] = seen
+        updates[weight] = gradients_of_one_step(trained, small_images)
     flow = [n for n in updates[0.0] if n.startswith("flow.")]
     decoder = [n for n in updates[0.0] if n.startswith("decoder.to_mean")]
     assert all(torch.allclose(updates[0.0][n], updates[50.0][n], atol=1e-6) for n in flow) != sees

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,9 +35,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in memory (or in a memory map): uint8 ``(N, H, W, C)``."""
+    """Images in memory, or chosen rows of a memory map: uint8 ``(N, H, W, C)``."""
 
-    images: np.ndarray
+    images: np.ndarray | _Rows
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,7 +136,7 @@ def _cifar10_strips(root: Path) -> tuple[np.ndarray, np.ndarray]:
 class _ArraysOnly(pickle.Unpickler):
     """The official archive is a pickle of arrays; nothing else in it is built."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
             return super().find_class(module, name)
         raise DataError(f"a CIFAR-10 batch holds {module}.{name}, which is no array")
@@ -214,7 +215,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index: Any) -> np.ndarray:
         return np.asarray(self._pixels[self._rows[index]])
 
 

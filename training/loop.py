@@ -111,7 +111,11 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     fabric.barrier()
 
     def average(flat: torch.Tensor) -> torch.Tensor:
-        return flat if fabric.world_size == 1 else fabric.all_reduce(flat, reduce_op="mean")
+        if fabric.world_size == 1:
+            return flat
+        mean = fabric.all_reduce(flat, reduce_op="mean")
+        assert isinstance(mean, torch.Tensor)
+        return mean
 
     trainer = Trainer(config, fabric.device, fabric.autocast, average, options.seed)
     progress = Progress()

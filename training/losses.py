@@ -28,8 +28,8 @@ def gradient_penalty(discriminator: nn.Module, points: Tensor, target: float) ->
     """``E[(|grad D(x)| - target)^2]`` at ``points``; scalar.
 
     ``target = 1`` is the two-sided penalty of Gulrajani et al., "Improved Training of Wasserstein GANs",
-    2017, eq. 3; ``target = 0`` the zero-centred one of Mescheder et al., "Which Training Methods for GANs do
-    actually Converge?", 2018, eq. 9 (without its factor of one half).
+    2017, eq. 3; ``target = 0`` the zero-centred one of Thanh-Tung et al., "Improving Generalization and
+    Stability of Generative Adversarial Networks", 2019, eq. 8.
 
     Args:
         discriminator: gives logits ``(N,)``.

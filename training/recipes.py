@@ -26,7 +26,7 @@ class TrainConfig:
         d_learning_rate: of the discriminator's Adam.
         d_steps: discriminator steps a model step.
         gp_weight: weight of the gradient penalty.
-        gp_target: slope that the penalty asks for: 1 at interpolates, or 0 at real images.
+        gp_target: slope that the penalty asks for at random interpolates of real and generated images.
         gp_every: the penalty is computed at every so many discriminator steps, its weight multiplied accordingly.
         ema_decay: of the averaged weights, which are evaluated and exported.
         max_grad_norm: gradients are clipped to this norm.
@@ -42,9 +42,9 @@ class TrainConfig:
     warmup_steps: int = 200
     quality_weight: float = 0.05
     flow_sees_quality: bool = False
-    d_learning_rate: float = 4e-4
+    d_learning_rate: float = 8e-4
     d_steps: int = 1
-    gp_weight: float = 0.1
+    gp_weight: float = 0.5
     gp_target: float = 0.0
     gp_every: int = 4
     ema_decay: float = 0.999

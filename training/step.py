@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ MAX_SKIPPED_STEPS = 20
 # not, was seen to ruin a model within ten steps.
 SPIKE = 8.0
 SPIKE_AFTER_STEPS = 50
+
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def _to_device(network: _Network, device: torch.device) -> _Network:
+    """Channels last: convolutions on the CPU need no reordering then."""
+    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 class TrainingDiverged(RuntimeError):
@@ -49,16 +58,15 @@ class Trainer:
         self.average = average
         self.seed = seed
         torch.manual_seed(seed)
-        self.model = ADEModel(config.model).to(device, memory_format=torch.channels_last)
+        self.model = _to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), config.learning_rate, betas=(config.beta1, 0.999))
         self.discriminator: Discriminator | None = None
         self.d_optimizer: torch.optim.Adam | None = None
         if config.discriminator is not None:
-            self.discriminator = Discriminator(
-                config.discriminator, config.model.image_size, config.model.channels
-            ).to(device, memory_format=torch.channels_last)
+            self.discriminator = _to_device(Discriminator(
+                config.discriminator, config.model.image_size, config.model.channels), device)
             self.d_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), config.d_learning_rate, betas=(0.5, 0.99))
         self.step = 0
@@ -110,11 +118,8 @@ class Trainer:
         losses = {"d_loss": loss.item(), "logit_real": logits_real.mean().item(),
                   "logit_fake": logits_fake.mean().item()}
         if count % self.config.gp_every == 0:
-            points = x
-            if self.config.gp_target != 0:
-                mix = torch.rand(len(x), 1, 1, 1, generator=noise, device=self.device)
-                points = mix * x + (1 - mix) * x_fake
-            penalty = gradient_penalty(self.discriminator, points, self.config.gp_target)
+            mix = torch.rand(len(x), 1, 1, 1, generator=noise, device=self.device)
+            penalty = gradient_penalty(self.discriminator, mix * x + (1 - mix) * x_fake, self.config.gp_target)
             loss = loss + self.config.gp_weight * self.config.gp_every * penalty
             losses["gradient_penalty"] = penalty.item()
         loss.backward()
@@ -148,14 +153,16 @@ class Trainer:
         bad = {key: value for key, value in losses.items() if not math.isfinite(value)}
         if bad:
             raise TrainingDiverged(f"step {self.step}: not finite: {bad}")
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        flat = self.average(torch.cat([p.grad.flatten() for p in parameters]))
+        gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
+        flat = self.average(torch.cat([gradient.flatten() for gradient in gradients.values()]))
         norm = flat.norm().item()
         usual = self.usual_norm[name]
-        if math.isfinite(norm) and (self.step < SPIKE_AFTER_STEPS or norm < SPIKE * usual):
+        # The discriminator must answer when the model has found a weakness: its large gradients are no outliers.
+        in_proportion = module is self.discriminator or self.step < SPIKE_AFTER_STEPS or norm < SPIKE * usual
+        if math.isfinite(norm) and in_proportion:
             flat *= min(1.0, self.config.max_grad_norm / (norm + 1e-12))
             offset = 0
-            for p in parameters:
+            for p in gradients:
                 p.grad = flat[offset:offset + p.numel()].view(p.shape)
                 offset += p.numel()
             for group in optimizer.param_groups:
@@ -166,8 +173,9 @@ class Trainer:
         else:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                raise TrainingDiverged(f"step {self.step}: {MAX_SKIPPED_STEPS} steps on end had gradients that were not "
-                                       f"finite or over {SPIKE:g} times the usual norm ({norm:.3g}, usual {usual:.3g})")
+                raise TrainingDiverged(
+                    f"step {self.step}: {MAX_SKIPPED_STEPS} steps on end had gradients that were not finite or over "
+                    f"{SPIKE:g} times the usual norm ({norm:.3g}, usual {usual:.3g})")
         optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -1,0 +1,39 @@
+# syntax=docker/dockerfile:1
+# docker build -t av-ade .                                     serves on the CPU
+# docker build -t av-ade --build-arg DEVICE=cuda .             serves on an NVIDIA GPU (docker run --gpus all)
+# docker run -p 127.0.0.1:8080:8080 -p 127.0.0.1:7860:7860 av-ade
+ARG PYTHON=3.11
+ARG DEVICE=cpu
+
+FROM python:${PYTHON}-slim AS build
+ARG DEVICE
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/venv
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY ade_model ade_model
+COPY training training
+COPY export export
+COPY serving serving
+COPY handlers handlers
+COPY ade_cli ade_cli
+# PyPI's torch for Linux brings CUDA; a CPU image takes the build without it.
+RUN if [ "$DEVICE" = cpu ]; then \
+      /opt/venv/bin/pip install "torch>=2.9,<3" --index-url https://download.pytorch.org/whl/cpu; \
+    fi && /opt/venv/bin/pip install .
+
+FROM python:${PYTHON}-slim
+ARG DEVICE
+RUN useradd --create-home --uid 10001 ade
+COPY --from=build /opt/venv /opt/venv
+COPY pretrained /bundles
+ENV PATH=/opt/venv/bin:$PATH ADE_DEVICE=${DEVICE} PYTHONUNBUFFERED=1
+USER ade
+WORKDIR /home/ade
+EXPOSE 8080 7860
+HEALTHCHECK --interval=30s --timeout=30s --start-period=120s --retries=3 \
+  CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:7860/readyz', timeout=25)"
+# Inside a container the service must listen on all addresses to be reached: the token check is on then, and the
+# token is printed at the start.
+ENTRYPOINT ["sh", "-c", "exec ade serve --host 0.0.0.0 --device \"$ADE_DEVICE\" \"$@\"", "ade"]
+CMD ["/bundles/cifar10"]

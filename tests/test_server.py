@@ -1,0 +1,371 @@
+"""The contract over HTTP, on a real TorchServe with the bundle that ships."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.client import AdeClient, AdeError, ScoreResult
+from tests.conftest import PRETRAINED, ROOT
+from tests.service import RunningService
+from tests.test_images import encode, png_header
+from tests.test_requests import npy
+
+EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
+OPERATIONS = ("sample", "encode", "reconstruct", "score")
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[RunningService]:
+    running = RunningService(PRETRAINED)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(service: RunningService) -> Iterator[AdeClient]:
+    with AdeClient(service.url) as made:
+        yield made
+
+
+def post(service: RunningService, operation: str, data: bytes | None = None, content_type: str = "image/png",
+         **options) -> httpx.Response:
+    headers = {"Content-Type": content_type} if data is not None else {}
+    return httpx.post(f"{service.url}/predictions/{operation}", content=data, headers=headers, timeout=60, **options)
+
+
+def error_of(answer: httpx.Response) -> dict:
+    body = answer.json()
+    assert set(body) == {"error"} and set(body["error"]) <= {"code", "message", "index"}, body
+    assert answer.headers["content-type"] == "application/json"
+    assert "Traceback" not in answer.text and "File \"" not in answer.text
+    return body["error"]
+
+
+def test_readme_curl_lines(service: RunningService, tmp_path: Path) -> None:
+    """Every ``curl`` line of the README does what it says."""
+    (tmp_path / "cat.png").write_bytes(EXAMPLE.read_bytes())
+    lines = re.findall(r"^curl .*?(?<!\\)$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert {op for op in OPERATIONS for line in lines if f"/{op}" in line} == set(OPERATIONS)
+    for line in lines:
+        command = line.replace("http://127.0.0.1:8080", service.url).replace("\\\n", " ")
+        command = command.replace("http://127.0.0.1:7860", service.page)
+        done = subprocess.run([*shlex.split(command), "--fail-with-body", "-sS"], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, (line, done.stdout[:300], done.stderr)
+    assert Image.open(tmp_path / "samples.png").text["ade:seed"] == "7"
+    assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)
+
+
+def test_every_answer_says_who_made_it(service: RunningService) -> None:
+    manifest = json.loads((PRETRAINED / "manifest.json").read_text())
+    for operation in OPERATIONS:
+        answer = (post(service, operation, b"{}", "application/json") if operation == "sample"
+                  else post(service, operation, EXAMPLE.read_bytes()))
+        assert answer.status_code == 200
+        assert answer.headers["x-ade-model"] == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
+        assert answer.headers["x-ade-backend"].startswith("onnxruntime/")
+        assert int(answer.headers["x-ade-batch"]) >= 1
+
+
+def test_a_picture_reproduces_itself(service: RunningService) -> None:
+    first = post(service, "sample", json.dumps({"n": 5, "kind": "density", "temperature": 0.7}).encode(),
+                 "application/json")
+    text = Image.open(io.BytesIO(first.content)).text
+    values = {"seed": int(text["ade:seed"]), "index": int(text["ade:index"]), "n": int(text["ade:n"]),
+              "kind": text["ade:kind"], "temperature": float(text["ade:temperature"])}
+    again = post(service, "sample", json.dumps(values).encode(), "application/json")
+    assert again.content == first.content
+    assert text["ade:model"] == first.headers["x-ade-model"]
+
+
+def test_image_i_depends_on_seed_and_index_alone(client: AdeClient) -> None:
+    whole = client.sample(40, seed=3).images
+    assert np.array_equal(client.sample(3, seed=3, index=17).images, whole[17:20])
+    answer = client.sample(2, seed=3, index=5)
+    assert np.array_equal(answer.images, whole[5:7]) and answer.seed == 3
+    assert client.sample().seed != client.sample().seed
+
+
+def test_the_same_score_from_every_worker_in_any_company(service: RunningService, client: AdeClient,
+                                                         real_images: np.ndarray) -> None:
+    """Sixty-four requests at once go to all workers, in batches of all sizes."""
+    data = encode(Image.fromarray(real_images[0]), "PNG")
+    others = [encode(Image.fromarray(image), "PNG") for image in real_images[1:33]]
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda d: post(service, "score", d), [d for o in others for d in (data, o)]))
+    assert {a.status_code for a in answers} == {200}
+    assert len({a.content for a in answers[::2]}) == 1
+    assert len({a.headers["x-ade-batch"] for a in answers}) > 1
+    together = client.score(real_images[:33])
+    for a, b in zip(answers[1::2], together[1:], strict=True):
+        assert a.json()["results"][0]["bpd"] == b.bpd
+
+
+def test_a_broken_request_in_a_dynamic_batch(service: RunningService, real_images: np.ndarray) -> None:
+    good = encode(Image.fromarray(real_images[0]), "PNG")
+    expected = post(service, "score", good).content
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda d: post(service, "score", d), [good, b"junk", good, good[:40]] * 16))
+    assert [a.status_code for a in answers] == [200, 415, 200, 415] * 16
+    assert {a.content for a in answers[::2]} == {expected}
+
+
+def test_a_broken_image_among_good_ones(client: AdeClient, real_images: np.ndarray) -> None:
+    images = [real_images[0], b"junk", real_images[1]]
+    scores = client.score(images)
+    assert isinstance(scores[1], AdeError) and scores[1].index == 1
+    assert [scores[0], scores[2]] == client.score(real_images[:2])
+    made = client.reconstruct(images)
+    assert isinstance(made[1], AdeError) and made[0].image.shape == (32, 32, 3) and made[0].psnr > 10
+    with pytest.raises(AdeError) as caught:
+        client.encode(images)
+    assert caught.value.status == 415 and caught.value.index == 1
+
+
+def test_encode_then_decode(client: AdeClient, real_images: np.ndarray) -> None:
+    latents = client.encode(real_images[:2])
+    made = client.decode(latents.z)
+    again = np.stack([r.image for r in client.reconstruct(real_images[:2])])
+    assert np.abs(made.astype(int) - again).max() <= 1
+
+
+def test_files_arrays_pillow_images_and_paths_score_alike(client: AdeClient, tmp_path: Path, real_images: np.ndarray) -> (
+        None):
+    path = tmp_path / "image.webp"
+    Image.fromarray(real_images[0]).save(path, lossless=True)
+    results = client.score([real_images[0], Image.fromarray(real_images[0]), path, str(path), path.read_bytes()])
+    assert len({r.bpd for r in results if isinstance(r, ScoreResult)}) == 1 and len(results) == 5
+
+
+def test_npy_and_form(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:
+    expected = [r.bpd for r in client.score(real_images[:4])]
+    answer = post(service, "score", npy(real_images[:4]), "application/x-npy")
+    assert [r["bpd"] for r in answer.json()["results"]] == expected
+    files = {f"image{i}": (f"{i}.png", encode(Image.fromarray(image), "PNG"), "image/png")
+             for i, image in enumerate(real_images[:4])}
+    answer = httpx.post(f"{service.url}/predictions/score", files=files, data={"alpha": "0.5"}, timeout=60)
+    assert [r["bpd"] for r in answer.json()["results"]] == expected and answer.json()["alpha"] == 0.5
+    answer = post(service, "reconstruct", npy(real_images[:4]), "application/x-npy")
+    assert len(answer.json()["results"]) == 4
+
+
+def as_json(**values) -> tuple[bytes, str]:
+    return json.dumps(values).encode(), "application/json"
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+PICTURE = Image.open(EXAMPLE).convert("RGB")
+BAD = {
+    "oversized picture": ((encode(PICTURE.resize((64, 64)), "PNG"), "image/png"), 422, "must be 32 x 32 pixels, got 64"),
+    "1x1": ((encode(PICTURE.resize((1, 1)), "PNG"), "image/png"), 422, "got 1 x 1"),
+    "truncated": ((encode(PICTURE, "PNG")[:300], "image/png"), 415, "damaged"),
+    "bomb": ((png_header(60000, 60000), "image/png"), 413, "may have 16000000 pixels"),
+    "text": ((b"hello", "text/plain"), 415, "not an image"),
+    "empty": ((b"", "image/png"), 400, "the request is empty"),
+    "NaN": ((npy(np.full((1, 32, 32, 3), np.nan, np.float32)), "application/x-npy"), 422, "values that are not finite"),
+    "wrong dtype": ((npy(np.zeros((1, 32, 32, 3), np.int64)), "application/x-npy"), 422, "must be uint8, got int64"),
+    "wrong shape": ((npy(np.zeros((32, 32, 3), np.uint8)), "application/x-npy"), 422, "must be (N, H, W, C)"),
+    "objects": ((npy(np.array([print], object), allow_pickle=True), "application/x-npy"), 422, "Python objects"),
+    "nested JSON": ((b"[" * 50_000 + b"]" * 50_000, "application/json"), 400, "JSON"),
+    "broken JSON": ((b'{"images": [', "application/json"), 400, "not JSON"),
+    "unknown parameter": (as_json(images=[b64(encode(PICTURE, "PNG"))], sede=1), 422, "has no parameter 'sede'"),
+    "negative seed": (as_json(images=[b64(encode(PICTURE, "PNG"))], seed=-1), 422, "seed must be from 0"),
+    "float seed": (as_json(images=[b64(encode(PICTURE, "PNG"))], seed=1.5), 422, "seed must be a whole number"),
+    "many draws": (as_json(images=[b64(encode(PICTURE, "PNG"))], samples=65), 422, "samples must be from 1 to 64"),
+    "17 MiB": ((b"\0" * (17 * 2**20), "image/png"), 413, "may have 16777216 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_refused(service: RunningService, name: str) -> None:
+    (data, content_type), status, message = BAD[name]
+    answer = post(service, "score", data, content_type)
+    assert answer.status_code == status, answer.text
+    assert message in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"n": 100_000}, "n must be from 1 to 256, got 100000"), ({"seed": -1}, "seed must be from 0"),
+    ({"seed": 0.5}, "seed must be a whole number"), ({"size": 64}, "has no parameter 'size'"),
+    ({"temperature": 0}, "temperature must be above 0"), ({"kind": "x"}, "kind must be one of")])
+def test_sample_refuses(service: RunningService, values: dict, message: str) -> None:
+    answer = post(service, "sample", *as_json(**values))
+    assert answer.status_code == 422 and message in error_of(answer)["message"]
+
+
+ODD = {
+    "animated": (encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True), "2 frames"),
+    "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), "CMYK"),
+    "16-bit": (encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"), "16-bit"),
+    "palette": (encode(PICTURE.quantize(32), "PNG"), "from P to RGB"),
+    "alpha": (encode(PICTURE.convert("RGBA"), "PNG"), "alpha composited on white"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_images_are_scored_and_the_answer_says_what_was_done(service: RunningService, name: str) -> None:
+    data, note = ODD[name]
+    (result,) = post(service, "score", data).json()["results"]
+    assert note in result["notes"][0] and 0 < result["bpd"] < 20
+
+
+def test_rotated_by_exif(service: RunningService) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (turned,) = post(service, "score", encode(PICTURE, "PNG", exif=exif)).json()["results"]
+    (plain,) = post(service, "score", encode(PICTURE.rotate(180), "PNG")).json()["results"]
+    assert turned.pop("notes") == ["EXIF orientation applied"] and turned == plain
+
+
+def test_get_and_put(service: RunningService) -> None:
+    answer = httpx.get(f"{service.url}/predictions/score")
+    assert answer.status_code == 400 and "empty" in error_of(answer)["message"]
+    put = httpx.put(f"{service.url}/predictions/score", content=EXAMPLE.read_bytes(), timeout=60)
+    assert put.content == post(service, "score", EXAMPLE.read_bytes()).content
+
+
+def test_what_torchserve_answers_itself_is_translated(service: RunningService) -> None:
+    with AdeClient(service.url, model="other") as stranger, pytest.raises(AdeError) as caught:
+        stranger.sample()
+    assert (caught.value.status, caught.value.code) == (404, "unknown_model")
+
+
+def test_readiness_and_metrics(service: RunningService) -> None:
+    assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
+    text = httpx.get(f"{service.metrics}/metrics").text
+    assert 'ts_inference_requests_total{model_name="score"' in text
+
+
+def test_everything_listens_on_loopback_alone(service: RunningService) -> None:
+    import psutil
+    addresses = {c.laddr for p in [psutil.Process(service.process.pid), *service.descendants()]
+                 for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert {a.port for a in addresses} >= set(service.ports.values())
+    assert {a.ip for a in addresses} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_a_killed_worker_comes_back(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:
+    expected = client.score(real_images[:1])
+    workers = [p for p in service.descendants() if "model_service_worker" in " ".join(p.cmdline())]
+    assert len(workers) >= 4
+    for worker in workers:
+        worker.kill()
+    with AdeClient(service.url, retries=12) as patient:
+        for _ in range(60):
+            try:
+                assert patient.score(real_images[:1]) == expected
+                break
+            except AdeError:
+                import time
+                time.sleep(0.5)
+        else:
+            pytest.fail("no worker came back")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_restart_gives_the_same_bytes_and_a_stop_leaves_nothing(sign: signal.Signals, real_images: np.ndarray) -> None:
+    answers = []
+    for _ in range(2 if sign == signal.SIGTERM else 1):
+        running = RunningService(PRETRAINED)
+        answers.append([post(running, "score", npy(real_images[:40]), "application/x-npy").content,
+                        post(running, "sample", *as_json(n=9, seed=4)).content])
+        assert running.stop(sign) == []
+        assert running.process.returncode == 0, "".join(running.output)
+    assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.slow
+def test_the_other_backend_and_a_second_bundle(tiny_bundle: Path, real_images: np.ndarray, small_images: np.ndarray) -> (
+        None):
+    """TorchScript agrees with ONNX; a further bundle answers under its own names."""
+    running = RunningService(PRETRAINED, tiny_bundle, options=("--backend", "torchscript", "--workers", "1"))
+    try:
+        from serving.engine import InferenceEngine
+        expected = InferenceEngine(PRETRAINED, device="cpu", operations=["score"]).score(real_images[:20])
+        with AdeClient(running.url) as client, AdeClient(running.url, model="tiny") as tiny:
+            for a, b in zip(client.score(real_images[:20]), expected, strict=True):
+                assert abs(a.bpd - b.bpd) <= 1e-4
+            assert tiny.sample(2, seed=1).images.shape == (2, 8, 8, 3)
+            assert isinstance(tiny.score(small_images[:1])[0], ScoreResult)
+        assert post(running, "score", EXAMPLE.read_bytes()).headers["x-ade-backend"] == "torchscript/cpu"
+    finally:
+        assert running.stop() == []
+
+
+@pytest.mark.slow
+def test_off_loopback_a_token_is_asked_for() -> None:
+    running = RunningService(PRETRAINED, options=("--host", "0.0.0.0", "--workers", "1"))
+    try:
+        with AdeClient(running.url) as stranger, pytest.raises(AdeError) as caught:
+            stranger.sample()
+        assert (caught.value.status, caught.value.code) == (401, "bad_token")
+        match = re.search(r"Bearer ([\w-]+)", "".join(running.output))
+        assert match
+        with AdeClient(running.url, token=match.group(1)) as client:
+            assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
+        assert httpx.get(f"{running.page}/readyz", timeout=60).status_code == 200
+    finally:
+        assert running.stop() == []
+
+
+@pytest.mark.slow
+def test_test_bpd_over_http_is_that_of_evaluate(service: RunningService, client: AdeClient, real_images: np.ndarray) -> (
+        None):
+    """On all 10,000 test images where they are there, on the 300 that ship otherwise."""
+    import torch
+
+    from ade_model.checkpoint import load_model
+    from training.evaluate import bits_of
+
+    shared = ROOT.parent / "shared" / "data" / "cifar10"
+    strips = sorted(shared.glob("test_*.webp"))
+    if strips:
+        images = np.concatenate([np.asarray(Image.open(f).convert("RGB")).reshape(-1, 32, 32, 3) for f in strips])
+        expected = json.loads((PRETRAINED / "manifest.json").read_text())["evaluation"]["elbo"]["bpd"]
+    else:
+        images = real_images
+        expected = float(bits_of(load_model(PRETRAINED), images, torch.device("cpu"), 1).mean())
+    served = [r["bpd"] for first in range(0, len(images), 256)
+              for r in post(service, "score", npy(images[first:first + 256]), "application/x-npy").json()["results"]]
+    assert len(served) == len(images)
+    # With 300 images the two draws of the noise differ by more.
+    assert abs(float(np.mean(served)) - expected) < (0.002 if strips else 0.005)
+
+
+def test_a_taken_port_is_named(service: RunningService) -> None:
+    import os
+    import sys
+
+    from serving.ports import VARIABLES
+    environment = {**os.environ, **{VARIABLES[n][0]: str(p) for n, p in service.ports.items()}}
+    done = subprocess.run([sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "set ADE_INFERENCE_PORT to another" in done.stderr
+
+
+def test_a_missing_gpu_is_said_at_once() -> None:
+    import sys
+
+    import torch
+    if torch.cuda.is_available():
+        return
+    done = subprocess.run([sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED), "--device", "cuda"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "PyTorch sees no CUDA device here" in done.stderr
