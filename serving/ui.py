@@ -27,12 +27,16 @@ MAX_GRID = 64
 KINDS = [("mean: f⁻¹(μ(z)), what the discriminator saw", "mean"),
          ("density: f⁻¹(μ(z) + σε), what the likelihood describes", "density")]
 CSS = """
-.ade-pixels img { image-rendering: pixelated; }
+.ade-pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
 .ade-label { font: 13px system-ui, sans-serif; fill: var(--body-text-color); }
 .ade-bar { fill: var(--primary-400); } .ade-total { fill: var(--secondary-500); }
 .ade-mark { stroke: #d9480f; stroke-width: 2; }
-.ade-verdict { font-size: 1.25rem; font-weight: 600; }
+.ade-verdict p { font-size: 1.25rem; font-weight: 600; }
 """
+
+
+# Fonts of the reader's own machine: nothing is fetched from elsewhere.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 class Page:
@@ -77,13 +81,13 @@ class Page:
                 n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
                 with gr.Row():
                     seed = gr.Number(value=7, precision=0, minimum=0, label="Seed", scale=3)
-                    dice = gr.Button("🎲 New seed", scale=1, min_width=90)
+                    dice = gr.Button("⚄ New seed", scale=1, min_width=90)
                 temperature = gr.Slider(0.1, 1.5, value=1.0, step=0.05, label="Temperature",
                                         info="multiplies the prior's standard deviations")
                 kind = gr.Radio(KINDS, value="mean", label="Kind")
                 go = gr.Button("Sample", variant="primary")
             with gr.Column(scale=2):
-                grid = gr.Image(label="Samples", type="filepath", format="png", interactive=False, height=512,
+                grid = gr.Image(label="Samples", type="filepath", format="png", interactive=False, height="min(512px, 92vw)",
                                 elem_classes="ade-pixels", buttons=["fullscreen"])
                 download = gr.DownloadButton("Download PNG (its text holds the seed)", interactive=False)
         inputs = [model, n, seed, temperature, kind]
@@ -218,7 +222,8 @@ def _image_input() -> gr.Image:
 
 
 def _image_output(label: str) -> gr.Image:
-    return gr.Image(label=label, type="filepath", format="png", interactive=False, height=256, elem_classes="ade-pixels")
+    return gr.Image(label=label, type="filepath", format="png", interactive=False, height=256, elem_classes="ade-pixels",
+                    buttons=["download", "fullscreen"])
 
 
 def _examples(image: gr.Image) -> None:
@@ -237,7 +242,7 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     blocks = page.build().queue(default_concurrency_limit=4)
-    mounted: FastAPI = gr.mount_gradio_app(app, blocks, path="/", css=CSS, show_error=True, max_file_size="16mb",
+    mounted: FastAPI = gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME, show_error=True, max_file_size="16mb",
                                            footer_links=["api"])
     return mounted
 
