@@ -15,6 +15,8 @@ from training.data import PARTS, DataError, Dataset
 
 ERRORS = (BundleError, CalibrationError, DataError)
 
+DEFAULT_ALPHA = 0.01  # of a score request
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -26,7 +28,11 @@ def run(args: argparse.Namespace) -> None:
     dataset = dataset_of(args, None, bundle.image_shape[0])
     fit, calibration = _held_out(dataset, trained_on=str(bundle.manifest["data"].get("name")))
     result = calibrate_bundle(args.bundle, fit, calibration, dataset.name, report=say)
-    say(f"calibrated on {len(result.bpd)} images: p-values from {1 / (len(result.bpd) + 1):.2g} on")
+    smallest = 1 / (len(result.bpd) + 1)
+    say(f"calibrated on {len(result.bpd)} images: p-values from {smallest:.2g} on")
+    if smallest > DEFAULT_ALPHA:
+        say(f"warning: at alpha {DEFAULT_ALPHA} nothing can be flagged with so few; that takes "
+            f"{round(1 / DEFAULT_ALPHA) - 1} calibration images at least")
 
 
 def _held_out(dataset: Dataset, trained_on: str) -> tuple[np.ndarray, np.ndarray]:

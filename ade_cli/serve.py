@@ -25,7 +25,7 @@ from serving.launcher import (
     wait_until,
     working_folder,
 )
-from serving.ports import PortError, Ports
+from serving.ports import USER, PortError, Ports
 from serving.signatures import OPERATIONS
 
 ERRORS = (BundleError, PortError, LaunchError, BackendError)
@@ -110,8 +110,9 @@ def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str 
                      seconds: float) -> None:
     url = inference_url(ports, host)
     auth = "" if token is None else f' -H "Authorization: Bearer {token}"'
+    login = "" if token is None else f"  (user {USER}, password {token})"
     print(f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in bundles)}\n"
-          f"page     http://{host}:{ports.ui}\n"
+          f"page     http://{host}:{ports.ui}{login}\n"
           f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
           f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n"
           f"logs     {folder / 'logs'}\n\n"

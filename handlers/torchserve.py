@@ -29,7 +29,7 @@ _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
     <Logger name="ACCESS_LOG" level="off"/>
     <Logger name="TS_METRICS" level="off"/>
     <Logger name="MODEL_METRICS" level="off"/>
-    <Logger name="org.pytorch.serve" level="info"/>
+    <Logger name="MODEL_LOG" level="warn"/>
     <Root level="warn"><AppenderRef ref="file"/></Root>
   </Loggers>
 </Configuration>

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-MIN_IMAGES = 100
+MIN_IMAGES = 20
 
 
 class CalibrationError(ValueError):

@@ -10,6 +10,8 @@ VARIABLES = {"inference": ("ADE_INFERENCE_PORT", 8080), "management": ("ADE_MANA
              "metrics": ("ADE_METRICS_PORT", 8082), "grpc": ("ADE_GRPC_PORT", 7070),
              "grpc_management": ("ADE_GRPC_MANAGEMENT_PORT", 7071), "ui": ("ADE_UI_PORT", 7860)}
 
+USER = "ade"  # of the page, where the service asks for a token: the token is the password
+
 
 class PortError(ValueError):
     """A port that cannot be listened on."""

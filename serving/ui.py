@@ -21,6 +21,7 @@ from serving.charts import histogram_chart, parts_chart
 from serving.client import AdeClient, AdeError, ScoreResult
 from serving.images import ImageError, read_image, write_png
 from serving.ood import Calibration
+from serving.ports import USER
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
 MAX_GRID = 64
@@ -87,8 +88,8 @@ class Page:
                 kind = gr.Radio(KINDS, value="mean", label="Kind")
                 go = gr.Button("Sample", variant="primary")
             with gr.Column(scale=2):
-                grid = gr.Image(label="Samples", type="filepath", format="png", interactive=False, height="min(512px, 92vw)",
-                                elem_classes="ade-pixels", buttons=["fullscreen"])
+                grid = gr.Image(label="Samples", type="filepath", format="png", interactive=False,
+                                height="min(512px, 92vw)", elem_classes="ade-pixels", buttons=["fullscreen"])
                 download = gr.DownloadButton("Download PNG (its text holds the seed)", interactive=False)
         inputs = [model, n, seed, temperature, kind]
         go.click(self.sample, inputs, [grid, download], api_name="sample")
@@ -242,7 +243,9 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     blocks = page.build().queue(default_concurrency_limit=4)
-    mounted: FastAPI = gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME, show_error=True, max_file_size="16mb",
+    mounted: FastAPI = gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME,
+                                           auth=None if token is None else (USER, token), show_error=True,
+                                           max_file_size="16mb",
                                            footer_links=["api"])
     return mounted
 

@@ -66,8 +66,8 @@ def test_file_round_trip(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("fit, cal, message", [
-    (np.arange(50.0), np.arange(200.0), "fitting needs at least 100 images, got 50"),
-    (np.arange(200.0), np.arange(5.0), "calibration needs at least 100 images, got 5"),
+    (np.arange(10.0), np.arange(200.0), "fitting needs at least 20 images, got 10"),
+    (np.arange(200.0), np.arange(5.0), "calibration needs at least 20 images, got 5"),
     (np.full(200, np.nan), np.arange(200.0), "200 scores are not finite"),
     (np.ones(200), np.arange(200.0), "do not vary"),
 ])

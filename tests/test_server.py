@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +68,14 @@ def test_readme_curl_lines(service: RunningService, tmp_path: Path) -> None:
         assert done.returncode == 0, (line, done.stdout[:300], done.stderr)
     assert Image.open(tmp_path / "samples.png").text["ade:seed"] == "7"
     assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)
+
+
+def test_readme_python_block(service: RunningService) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = block.replace("AdeClient()", f"AdeClient({service.url!r})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "(16, 32, 32, 3)" in done.stdout
 
 
 def test_every_answer_says_who_made_it(service: RunningService) -> None:
@@ -321,8 +330,40 @@ def test_off_loopback_a_token_is_asked_for() -> None:
         with AdeClient(running.url, token=match.group(1)) as client:
             assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
         assert httpx.get(f"{running.page}/readyz", timeout=60).status_code == 200
+        assert httpx.get(f"{running.page}/config", timeout=60).status_code == 401  # the page is locked too
     finally:
         assert running.stop() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
+    """Ctrl-C reaches make and its child; a SIGTERM make alone."""
+    import os
+    import time
+
+    import psutil
+
+    from serving.ports import VARIABLES
+    from tests.service import free_ports
+    ports = free_ports(len(VARIABLES))
+    environment = {**os.environ, **{v: str(p) for (v, _), p in zip(VARIABLES.values(), ports, strict=True)}}
+    process = subprocess.Popen(["make", "serve", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.serve"], cwd=ROOT,
+                               env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ctrl-C stops everything." in line:
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 7
+    if sign == signal.SIGINT:
+        os.killpg(process.pid, sign)
+    else:
+        process.send_signal(sign)
+    process.stdout.read()
+    process.wait(60)
+    time.sleep(1)
+    assert [p for p in family if p.is_running()] == []
 
 
 @pytest.mark.slow
@@ -351,7 +392,6 @@ def test_test_bpd_over_http_is_that_of_evaluate(service: RunningService, client:
 
 def test_a_taken_port_is_named(service: RunningService) -> None:
     import os
-    import sys
 
     from serving.ports import VARIABLES
     environment = {**os.environ, **{VARIABLES[n][0]: str(p) for n, p in service.ports.items()}}
@@ -361,8 +401,6 @@ def test_a_taken_port_is_named(service: RunningService) -> None:
 
 
 def test_a_missing_gpu_is_said_at_once() -> None:
-    import sys
-
     import torch
     if torch.cuda.is_available():
         return

@@ -295,6 +295,10 @@ def test_every_recipe_trains_evaluates_exports_and_starts_again(name: str, folde
     exported = ade("export", str(run), str(bundle))
     assert exported.returncode == 0, exported.stderr
     assert json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
+    strangers = tmp_path / "strangers"
+    strangers.symlink_to(folder)
+    calibrated = ade("calibrate", str(bundle), "--data", str(strangers))
+    assert calibrated.returncode == 0 and "calibrated on 150 images" in calibrated.stderr, calibrated.stderr
     again = ade("train", name, "--data", str(folder), *TRAIN, "--images", "32", "--init", str(bundle), "--out",
                 str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr

@@ -179,16 +179,19 @@ def _folder(folder: Path, image_size: int | None, cache: Path | None, report: Ca
         pixels = np.load(cache / f"images-{key}.npy", mmap_mode="r")
         skipped = dict(json.loads(done.read_text()))
     else:
-        if cache:
+        # Each of several processes writes a file of its own; the last to finish is kept, and all are the same.
+        temporary = cache / f"images-{key}.{os.getpid()}.tmp" if cache else None
+        if cache and temporary:
             cache.mkdir(parents=True, exist_ok=True)
-            pixels = np.lib.format.open_memmap(cache / f"images-{key}.npy", "w+", np.uint8, shape)
+            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         else:
             pixels = np.empty(shape, np.uint8)
         skipped = _decode_all(files, pixels, image_size, report)
-        if cache and done:
+        if cache and done and temporary:
             pixels.flush()
-            done.with_suffix(".tmp").write_text(json.dumps(skipped))
-            os.replace(done.with_suffix(".tmp"), done)
+            os.replace(temporary, cache / f"images-{key}.npy")
+            temporary.write_text(json.dumps(skipped))
+            os.replace(temporary, done)
     skipped = {int(i): why for i, why in skipped.items()}
     for i, why in skipped.items():
         report(f"skipped {files[i]}: {why}")

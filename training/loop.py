@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ade_model.checkpoint import read_config
 from training.data import Dataset
 from training.evaluate import bits_of, reconstruction_grid, sample_grid
 from training.recipes import TrainConfig
@@ -24,6 +25,7 @@ from training.runs import (
     Progress,
     RunError,
     checkpoint_folders,
+    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     start_from,
@@ -123,8 +125,8 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
     elif options.init is not None:
         start_from(Path(options.init), trainer)
-    about = {"recipe": config.recipe, "data": dataset.name, "splits": dataset.splits, "seed": options.seed,
-             "training": config.to_dict()}
+    about = {"recipe": config.recipe, "started_from": _lineage(options.init), "data": dataset.name,
+             "splits": dataset.splits, "seed": options.seed, "training": config.to_dict()}
     log = _Log(run, progress.step) if is_main else None
     batches_a_step = 1 + (config.d_steps if config.discriminator else 0)
     batches = dataset.parts["train"].batches(config.batch_size, options.seed, progress.step * batches_a_step)
@@ -161,6 +163,14 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         write_report(run, folder, dataset, trainer.ema, fabric.device)
     fabric.barrier()
     return progress
+
+
+def _lineage(init: str | None) -> dict[str, Any] | None:
+    """What the weights had learned before: the recipe and images of the run they were taken from, and so on back."""
+    if init is None:
+        return None
+    source = read_config(latest_checkpoint(Path(init)))
+    return {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
 
 
 def _out_of_time(fabric: Fabric, progress: Progress, options: RunOptions) -> bool:

@@ -42,7 +42,7 @@ class Progress:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file that is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, path)
 
