@@ -49,7 +49,7 @@ def small_images(real_images: np.ndarray) -> np.ndarray:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model of a few thousand random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_model(make_model(), folder, {"recipe": "av-ade", "data": "corners", "splits": {}, "seed": 0,
+    save_model(make_model(scale=0.06), folder, {"recipe": "av-ade", "data": "corners", "splits": {}, "seed": 0,
                                       "images_seen": 0})
     return folder
 
