@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -112,7 +113,9 @@ class TorchScriptBackend:
             torch.set_num_threads(1)
         self._torch = torch
         self._device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
-        self._module = torch.jit.load(bundle.file(TORCHSCRIPT_NAME), map_location=self._device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # deprecated upstream, and what is asked for
+            self._module = torch.jit.load(bundle.file(TORCHSCRIPT_NAME), map_location=self._device)
         self._levels = len(bundle.latent_shapes)
         self._graphs = set(graphs)
         self.name = f"torchscript/{self._device}"

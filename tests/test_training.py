@@ -132,7 +132,7 @@ def test_gradient_penalty(target: float) -> None:
     linear = torch.nn.Linear(12, 1)
     discriminator = torch.nn.Sequential(torch.nn.Flatten(), linear, torch.nn.Flatten(0))
     penalty = gradient_penalty(discriminator, torch.rand(5, 3, 2, 2), target)
-    assert penalty.item() == pytest.approx((float(linear.weight.norm()) - target) ** 2, rel=1e-4)
+    assert penalty.item() == pytest.approx((linear.weight.norm().item() - target) ** 2, rel=1e-4)
     penalty.backward()
     assert linear.weight.grad is not None
 
