@@ -32,9 +32,11 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(folder)
     run_folder = args.run if folder == args.run or (args.run / "data.json").is_file() else folder.parent.parent
     dataset = dataset_of(args, run_folder, config["model"]["image_size"])
-    images = np.asarray(dataset.parts["select"].images[:PARITY_IMAGES])
+    # Held-out images, and training images where a small folder has too few: parity is no statistic of theirs.
+    images = np.concatenate([np.asarray(dataset.parts[part].images[:PARITY_IMAGES]) for part in ("select", "train")])
+    images = images[:PARITY_IMAGES]
     if len(images) < 2:
-        raise DataError(f"the part select of {dataset.name} has {len(images)} images; parity needs at least 2")
+        raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
     name = args.name or f"{dataset.name}-{config['recipe']}"
     export_bundle(folder, args.out, name, images, evaluation_of(folder), report=say)
     say(f"wrote {args.out}; next: ade calibrate {args.out} --data ...")
