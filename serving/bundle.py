@@ -124,7 +124,10 @@ def verify_bundle(folder: Path) -> Bundle:
 
 def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
     """Write ``manifest.json`` over the files that now lie in a folder."""
-    files = {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST_NAME}
+    files = {p.name: sha256_of(p) for p in sorted(folder.iterdir())
+             if p.is_file() and p.name != MANIFEST_NAME and not p.name.startswith(".")}
     manifest = {"format_version": FORMAT_VERSION, **{k: v for k, v in fields.items() if k != "format_version"},
                 "files": files}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    temporary = folder / f".{MANIFEST_NAME}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(folder / MANIFEST_NAME)

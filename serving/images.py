@@ -15,7 +15,7 @@ MAX_FILE_BYTES = 16 * 2**20
 
 
 class ImageError(ValueError):
-    """A file that is no usable image. ``code`` is ``not_an_image`` or ``too_large``."""
+    """A file that is no usable image. ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class DecodedImage:
     notes: list[str] = field(default_factory=list)
 
 
-def read_image(data: bytes) -> DecodedImage:
+def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage:
     """Decode an image file to RGB.
 
     EXIF orientation is applied, alpha is composited on white, 16-bit samples keep their high byte, the
@@ -38,9 +38,10 @@ def read_image(data: bytes) -> DecodedImage:
 
     Args:
         data: the whole file.
+        size: width and height; a picture of another size (EXIF may turn it) is refused by its header, undecoded.
 
     Raises:
-        ImageError: not an image of a known format, damaged, or too large.
+        ImageError: not an image of a known format, damaged, too large, or of another size.
     """
     if not data:
         raise ImageError("not_an_image", "the image is empty: 0 bytes came")
@@ -54,6 +55,11 @@ def read_image(data: bytes) -> DecodedImage:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels, this one has "
                                               f"{image.width} x {image.height}")
+            if size is not None and image.size not in (size, size[::-1]):
+                raise ImageError("wrong_size", f"images must be {size[0]} x {size[1]} pixels, got {image.width} x "
+                                               f"{image.height}; \"resize\": \"fit\" resizes them")
+            if ";16" in str(image.tile) and not image.mode.startswith("I"):
+                notes.append("converted from 16-bit colour to 8 bits")
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 notes.append(f"first of {frames} frames taken")
@@ -68,11 +74,9 @@ def read_image(data: bytes) -> DecodedImage:
                                          f"start with {data[:8].hex(' ')}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, ArithmeticError,
-            TypeError, AttributeError, MemoryError) as error:
-        # Pillow raises all of these on damaged files.
-        if isinstance(error, ImageError):
-            raise
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises whatever its parsers stumble over: struct.error, SyntaxError, KeyError, …
         raise ImageError("not_an_image", f"the image is damaged: {error}") from error
 
 

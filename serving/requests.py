@@ -28,6 +28,7 @@ MAX_DRAWS = 1024
 MAX_BODY_BYTES = 16 * 2**20
 MAX_TEMPERATURE = 10.0
 MAX_JSON_ENCODINGS = 16
+MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,11 @@ def _is(content_type: str, *kinds: str) -> bool:
 
 
 def _bytes(value: Any) -> bytes:
-    return value.encode() if isinstance(value, str) else bytes(value)
+    if isinstance(value, str):
+        return value.encode()
+    if not isinstance(value, (bytes, bytearray, memoryview)):  # a part typed as JSON, which the server has parsed
+        raise malformed(f"a part of the form must be text or a file, got {type(value).__name__}")
+    return bytes(value)
 
 
 def _json_object(request: RawRequest) -> dict[str, Any]:
@@ -229,7 +234,7 @@ def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]])
 
 def _text(name: str, value: Any) -> str:
     try:
-        return value if isinstance(value, str) else bytes(value).decode()
+        return _bytes(value).decode()
     except UnicodeDecodeError:
         raise malformed(f"the form's field {_show(name)} is no text") from None
 
@@ -256,8 +261,8 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> list[np.ndarray]
                 raise unusable("bad_latents", f"z of level {level} must be numbers of shape {shape}").at(i) from None
             if array.shape != shape:
                 raise unusable("bad_latents", f"z of level {level} must have shape {shape}, got {array.shape}").at(i)
-            if not np.isfinite(array).all():
-                raise unusable("bad_latents", f"z of level {level} must be finite numbers").at(i)
+            if not (np.abs(array) <= MAX_LATENT).all():
+                raise unusable("bad_latents", f"z of level {level} must be finite numbers of at most {MAX_LATENT:g}").at(i)
             levels[level].append(array)
     return [np.stack(level) for level in levels]
 
@@ -366,6 +371,8 @@ def _split_npy(data: bytes) -> list[Any]:
         raise unusable("bad_array", f"the array must be uint8, got {dtype}" + _nan_note(data, dtype))
     if len(shape) != 4:
         raise unusable("bad_array", f"the array must be (N, H, W, C), got shape {tuple(shape)}")
+    if min(shape) < 0:
+        raise malformed(f"the .npy file is damaged: shape {tuple(shape)}")
     if shape[0] > MAX_IMAGES:
         raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {shape[0]}")
     if math.prod(shape) != len(data) - stream.tell():
@@ -397,9 +404,9 @@ def _input_image(source: Any, image_shape: tuple[int, int, int], fit: bool, inde
             return unusable("wrong_shape", f"images must have {channels} channels, got {pixels.shape[2]}").at(index)
     else:
         try:
-            decoded = read_image(source)
+            decoded = read_image(source, None if fit else (width, height))
         except ImageError as error:
-            status = 413 if error.code == "too_large" else 415
+            status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
             return ApiError(status, error.code, str(error), index)
         pixels, notes = decoded.pixels, list(decoded.notes)
         if channels == 1:

@@ -64,6 +64,19 @@ def test_sixteen_bits_keep_the_high_byte() -> None:
     assert decoded.pixels[0, :, 0].tolist() == [0, 0, 1, 255] and "16-bit" in decoded.notes[0]
 
 
+def test_damaged_exif_is_an_image_error_or_an_image(picture: Image.Image) -> None:
+    data = encode(picture, "PNG", exif=b"Exif\0\0II*\0")
+    try:
+        assert read_image(data).pixels.shape == (32, 32, 3)
+    except ImageError as error:
+        assert error.code == "not_an_image"
+
+
+def test_another_size_is_refused_by_the_header() -> None:
+    with pytest.raises(ImageError, match="must be 32 x 32 pixels, got 3000 x 4000"):
+        read_image(png_header(3000, 4000), (32, 32))
+
+
 def test_cmyk_and_grey(picture: Image.Image) -> None:
     assert read_image(encode(picture.convert("CMYK"), "JPEG")).notes == ["converted from CMYK to RGB"]
     grey = read_image(encode(picture.convert("L"), "PNG"))

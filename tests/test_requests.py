@@ -103,6 +103,8 @@ BAD_IMAGE_REQUESTS = {
     "cut header": (body(b"\x93NUMPY\x01\x00\x76\x00{'descr'"), 400, r"\.npy file is damaged"),
     "seed of text": (form(image=png(), seed="x"), 422, "seed must be a whole number"),
     "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "is no text"),
+    "negative shape": (body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")), 400, "damaged: shape"),
+    "a field that the server parsed": (form(image=png(), x=20_000_000_000), 400, "must be text or a file, got int"),
     "large body": (body(b"x" * (16 * 2**20 + 1)), 413, "may have 16777216 bytes"),
 }
 
@@ -157,7 +159,7 @@ BAD_PARAMETERS = [
     ({"latents": [[1]]}, "must have 2 levels an image, got 1"),
     ({"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]}, r"z of level 0 must have shape \(3, 2, 2\)"),
     ({"latents": [{"levels": [{"z": "a"}, {"z": [2]}]}]}, "z of level 0 must be numbers"),
-    ({"latents": [[np.full((3, 2, 2), np.inf).tolist(), np.zeros((2, 4, 4)).tolist()]]}, "must be finite"),
+    ({"latents": [[np.full((3, 2, 2), 1e30).tolist(), np.zeros((2, 4, 4)).tolist()]]}, "must be finite"),
     ({"latents": [[1, 2]], "n": 3}, "n and latents exclude each other"),
 ]
 

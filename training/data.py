@@ -56,7 +56,8 @@ class ImageSet:
             for position in range(index, index + batch_size):
                 if position // len(self) != epoch:
                     epoch = position // len(self)
-                    order = np.random.Generator(np.random.Philox(key=seed, counter=epoch)).permutation(len(self))
+                    order = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(
+                        len(self))
                 rows.append(order[position % len(self)])
             yield self.images[rows]
             index += batch_size

@@ -104,6 +104,9 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         RunError: the folder is not as ``resume`` says.
         TrainingDiverged: losses were not finite; the last good checkpoint stays.
     """
+    if resume and (run / "run.json").is_file():  # what shapes the weights stays as the run was started
+        before = json.loads((run / "run.json").read_text())["options"]
+        options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
     fabric = make_fabric(options.device, options.precision)
     if config.batch_size % fabric.world_size:
         raise RunError(f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes")

@@ -70,7 +70,7 @@ class Trainer:
             self.d_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), config.d_learning_rate, betas=(0.5, 0.99))
         self.step = 0
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = {"model": 0, "discriminator": 0}
         self.usual_norm = {"model": 0.0, "discriminator": 0.0}
 
     def run(self, batches: list[Tensor], rank: int = 0) -> dict[str, float]:
@@ -169,10 +169,10 @@ class Trainer:
                 group["lr"] = learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
             optimizer.step()
             self.usual_norm[name] = norm if usual == 0 else 0.95 * usual + 0.05 * norm
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row[name] = 0
         else:
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            self.skipped_in_a_row[name] += 1
+            if self.skipped_in_a_row[name] >= MAX_SKIPPED_STEPS:
                 raise TrainingDiverged(
                     f"step {self.step}: {MAX_SKIPPED_STEPS} steps on end had gradients that were not finite or over "
                     f"{SPIKE:g} times the usual norm ({norm:.3g}, usual {usual:.3g})")
