@@ -7,12 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from training.data import DataError, Dataset, load_dataset
+from training.data import DataError, Dataset
+from training.datasets import NAMES, load_dataset
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--data", required=required, metavar="NAME_OR_DIR",
-                        help="cifar10, or a folder of images (searched recursively)" +
+                        help=f"{', '.join(NAMES)}, or a folder of images (searched recursively)" +
                              ("" if required else "; default: what the run was trained on"))
     parser.add_argument("--root", metavar="DIR", help="where a named data set lies")
 

@@ -9,7 +9,8 @@ import sys
 VERBS = {
     "recipes": "list the systems that can be trained",
     "train": "train a model on CIFAR-10 or on a folder of images",
-    "evaluate": "held-out bits per dimension of a run or a bundle",
+    "evaluate": "measure a run or a bundle: likelihood, reconstructions, samples",
+    "compare": "train several systems under one budget, measure them alike, and write one report",
     "export": "turn a run's checkpoint into a bundle that can be served",
     "calibrate": "store held-out scores in a bundle, for p-values and verdicts",
     "serve": "serve a bundle over HTTP, with a web page",

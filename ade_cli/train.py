@@ -10,22 +10,27 @@ from pathlib import Path
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_model.errors import ConfigError
 from training.data import DataError
+from training.datasets import NAMES
 from training.loop import RunOptions, train
-from training.recipes import TrainConfig, recipe, recipe_names
+from training.recipes import OPTIMIZERS, SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, write_json
 from training.step import TrainingDiverged
 
 ERRORS = (RunError, DataError, ConfigError, TrainingDiverged)
 # Fields of TrainConfig that the command line can set; the rest belongs to the recipe.
-SETTABLE = ("batch_size", "learning_rate", "quality_weight", "d_learning_rate", "d_steps", "gp_weight", "ema_decay")
+SETTABLE = ("batch_size", "optimizer", "learning_rate", "beta1", "beta2", "quality_weight", "inference_share",
+            "d_learning_rate", "d_steps", "gp_weight", "gp_target", "gp_every", "ema_decay")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", choices=list(recipe_names()), help="which system; see `ade recipes`")
     add_data_arguments(parser, required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--size", type=int, metavar="PIXELS",
-                        help="image size; default: that of the data set's first image")
+    parser.add_argument("--size", choices=SIZES, default="small",
+                        help="of the networks: tiny for an hour on two cores, small for a day, paper for a GPU "
+                             "(default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS",
+                        help="default: the data set's own, or that of a folder's first image")
     parser.add_argument("--images", type=int, default=1_000_000, metavar="N",
                         help="training images to see, over all processes (default: %(default)s)")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after so much training time")
@@ -43,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(TrainConfig):
         if field.name in SETTABLE:
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
+                                choices=OPTIMIZERS if field.name == "optimizer" else None,
                                 help="default: the recipe's")
 
 
@@ -51,13 +57,13 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    dataset = dataset_of(args, args.out, args.size)
+    dataset = dataset_of(args, args.out, args.image_size)
     changes = {name: getattr(args, name) for name in SETTABLE if getattr(args, name) is not None}
-    config = recipe(args.recipe, dataset.image_size, dataset.channels, **changes)
+    config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
     if args.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return
-    write_json(args.out / "data.json", {"data": args.data if args.data == "cifar10" else str(Path(args.data).resolve()),
+    write_json(args.out / "data.json", {"data": args.data if args.data in NAMES else str(Path(args.data).resolve()),
                                         "root": args.root and str(Path(args.root).resolve())})
     options = RunOptions(
         images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,

@@ -102,8 +102,8 @@ class Rotation(Bijection):
             return F.conv2d(y, self.matrix().t()[:, :, None, None])
 
 
-class AffineCoupling(Bijection):
-    """Half of the channels scale and shift the other half.
+class _Coupling(Bijection):
+    """What coupling layers share: the network that sees the kept values, and bounds on what it can do.
 
     Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5. The log-scale is a learned constant of
     each channel, which may grow as it needs, and a part that depends on the image, bounded smoothly to
@@ -113,21 +113,27 @@ class AffineCoupling(Bijection):
 
     MAX_INPUT = 12.0
 
-    def __init__(self, channels: int, width: int, blocks: int, max_log_scale: float) -> None:
+    def __init__(self, seen: int, changed: int, width: int, blocks: int, max_log_scale: float) -> None:
         super().__init__()
-        self.kept = channels // 2
-        changed = channels - self.kept
         self.max_log_scale = max_log_scale
         self.log_gain = nn.Parameter(torch.zeros(changed, 1, 1))
         output = conv3x3(width, 2 * changed)
         nn.init.zeros_(output.weight)  # the layer starts as the identity
         self.coupling_net = nn.Sequential(
-            conv3x3(self.kept, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output)
+            conv3x3(seen, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output)
 
     def _log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         seen = self.MAX_INPUT * torch.tanh(kept / self.MAX_INPUT)
         raw, shift = self.coupling_net(seen).to(kept.dtype).chunk(2, dim=1)
         return self.log_gain + self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
+
+
+class AffineCoupling(_Coupling):
+    """Half of the channels scale and shift the other half."""
+
+    def __init__(self, channels: int, width: int, blocks: int, max_log_scale: float) -> None:
+        super().__init__(channels // 2, channels - channels // 2, width, blocks, max_log_scale)
+        self.kept = channels // 2
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, changed = x[:, : self.kept], x[:, self.kept :]
@@ -138,6 +144,37 @@ class AffineCoupling(Bijection):
         kept, changed = y[:, : self.kept], y[:, self.kept :]
         log_scale, shift = self._log_scale_and_shift(kept)
         return torch.cat([kept, (changed - shift) * (-log_scale).exp()], dim=1)
+
+
+class CheckerboardCoupling(_Coupling):
+    """Every other pixel, as on a checkerboard, scales and shifts the pixels between.
+
+    Args:
+        channels: of the images.
+        size: their height and width.
+        colour: 0 or 1, which of the two fields is kept.
+        width: as for every coupling; likewise the rest.
+    """
+
+    kept: Tensor
+
+    def __init__(self, channels: int, size: int, colour: int, width: int, blocks: int, max_log_scale: float) -> None:
+        super().__init__(channels, channels, width, blocks, max_log_scale)
+        rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        self.register_buffer("kept", ((rows + columns + colour) % 2).float(), persistent=False)
+
+    def _on_the_changed(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._log_scale_and_shift(values * self.kept)
+        changed = 1 - self.kept
+        return log_scale * changed, shift * changed
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._on_the_changed(x)
+        return x * log_scale.exp() + shift, sum_dims(log_scale)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        log_scale, shift = self._on_the_changed(y)
+        return (y - shift) * (-log_scale).exp()
 
 
 class OnHalfOfTheChannels(Bijection):

@@ -8,24 +8,33 @@ from typing import Any
 from ade_model.errors import ConfigError
 
 SIGMA_KINDS = ("scalar", "pixel")
+MASKS = ("channel", "checkerboard")
+OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One model of the AV-ADE family.
 
-    The latents live at ``len(widths)`` resolutions: the finest at half the image's size, each
-    coarser one at half of that. All tuples are ordered coarsest first, as ``z`` is.
+    ``len(widths)`` resolutions, the finest of them ``patch`` pixels to a position, each coarser one half of that.
+    All tuples are ordered coarsest first, as ``z`` is. Without any (``widths = ()``) the model is the flow by
+    itself: its latents are ``y``, standard normal.
 
     Attributes:
         image_size: height and width of the (square) images, pixels.
         channels: colour channels of the images.
         widths: feature channels of encoder and decoder, one number a resolution.
-        latent_channels: channels of ``z``, one number a resolution.
-        decoder_blocks: residual blocks of the decoder at each resolution.
+        latent_channels: channels of ``z``, one number a resolution; 0 leaves a resolution without latents.
+        decoder_blocks: residual blocks of the decoder at each resolution; 0 makes it a plain convolution, and the
+            encoder's too.
+        patch: pixels a side that a position of the finest resolution stands for, 1 or 2.
+        encoder: whether there is an inference network; a GAN without one can only sample.
+        posterior_iaf: whether an inverse autoregressive step follows the posterior's Gaussian at each level.
         sigma: ``scalar``, one trainable standard deviation of the decoder's Gaussian, or ``pixel``,
             one for each of its dimensions.
         flow_scales: scales of the invertible head ``f``; 0 leaves ``f`` (and its logit) out.
+        flow_mask: what a coupling layer keeps: half of the ``channel``\\ s of 2x2 patches, or every other pixel, as on
+            a ``checkerboard``.
         flow_couplings: coupling layers at each scale.
         flow_blocks: residual blocks in each coupling network.
         flow_width: channels of each coupling network.
@@ -38,19 +47,23 @@ class ModelConfig:
     widths: tuple[int, ...] = (192, 128, 64)
     latent_channels: tuple[int, ...] = (32, 16, 8)
     decoder_blocks: tuple[int, ...] = (1, 1, 2)
+    patch: int = 2
+    encoder: bool = True
+    posterior_iaf: bool = False
     sigma: str = "pixel"
     flow_scales: int = 1
+    flow_mask: str = "channel"
     flow_couplings: int = 8
     flow_blocks: int = 1
     flow_width: int = 32
     flow_max_log_scale: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("widths", "latent_channels", "decoder_blocks"):
+        for name, least in (("widths", 1), ("latent_channels", 0), ("decoder_blocks", 0)):
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
-            if not value or any(not isinstance(v, int) or v < 1 for v in value):
-                raise ConfigError(f"{name} must be positive integers, got {value}")
+            if any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in value):
+                raise ConfigError(f"{name} must be integers of at least {least}, got {value}")
             if len(value) != len(self.widths):
                 raise ConfigError(f"{name} must have one number a resolution ({len(self.widths)}), got {value}")
         for name, least in (("image_size", 2), ("channels", 1), ("flow_scales", 0), ("flow_couplings", 1),
@@ -58,10 +71,16 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.sigma not in SIGMA_KINDS:
-            raise ConfigError(f"sigma must be one of {', '.join(SIGMA_KINDS)}, got {self.sigma!r}")
+        for name, allowed in (("sigma", SIGMA_KINDS), ("flow_mask", MASKS), ("patch", (1, 2))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if not self.flow_max_log_scale > 0:
             raise ConfigError(f"flow_max_log_scale must be positive, got {self.flow_max_log_scale}")
+        if self.widths and not self.latent_channels[0]:
+            raise ConfigError(f"latent_channels must begin with latents at the coarsest level, got {self.latent_channels}")
+        if not self.widths and not (self.flow_scales and self.encoder):
+            raise ConfigError("a model without resolutions (widths = ()) is a flow: it needs flow_scales of at least 1, "
+                              "and its encoder is itself")
         if self.image_size % self.size_multiple:
             fitting = [s for s in (32, 48, 64) if s % self.size_multiple == 0]
             raise ConfigError(
@@ -72,7 +91,8 @@ class ModelConfig:
     @property
     def size_multiple(self) -> int:
         """Image sizes that fit are the multiples of this number."""
-        return int(2 ** max(len(self.widths), self.flow_scales))
+        finest = self.patch * 2 ** (len(self.widths) - 1) if self.widths else 1
+        return int(max(finest, 2**self.flow_scales))
 
     @property
     def num_dims(self) -> int:
@@ -80,11 +100,21 @@ class ModelConfig:
         return self.channels * self.image_size**2
 
     @property
+    def level_sizes(self) -> list[int]:
+        """Height and width of each resolution's features, coarsest first."""
+        return [self.image_size // (self.patch * 2**i) for i in reversed(range(len(self.widths)))]
+
+    @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """``(channels, height, width)`` of ``z``, level by level, coarsest first."""
-        levels = len(self.widths)
-        sizes = [self.image_size // 2 ** (levels - i) for i in range(levels)]
-        return [(c, s, s) for c, s in zip(self.latent_channels, sizes, strict=True)]
+        if not self.widths:
+            return [(self.channels, self.image_size, self.image_size)]
+        return [(c, s, s) for c, s in zip(self.latent_channels, self.level_sizes, strict=True) if c]
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Of the four verbs, those that this model has."""
+        return OPERATIONS if self.encoder else ("sample",)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -92,9 +122,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Rebuild from :meth:`to_dict`; unknown or missing names are refused."""
+        """Rebuild from :meth:`to_dict`. Unknown names are refused, missing ones too, but for those that came later:
+        their defaults are what older models are."""
         known = {f.name for f in dataclasses.fields(cls)}
-        if set(values) != known:
-            wrong = sorted(set(values) ^ known)
+        later = {"patch", "encoder", "posterior_iaf", "flow_mask"}
+        wrong = sorted((set(values) ^ known) - (later - set(values)))
+        if wrong:
             raise ConfigError(f"a model configuration has the fields {sorted(known)}; unknown or missing: {wrong}")
         return cls(**values)

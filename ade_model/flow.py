@@ -8,6 +8,7 @@ from ade_model.bijections import (
     AffineCoupling,
     Bijection,
     Chain,
+    CheckerboardCoupling,
     Logit,
     OnHalfOfTheChannels,
     Rotation,
@@ -35,21 +36,40 @@ class _Unsqueezed(Bijection):
 def build_flow(config: ModelConfig) -> Bijection:
     """``f`` for a model: ``y`` is ``(N, C, H, W)`` like ``x``, whatever the number of scales.
 
-    Each scale squeezes, runs its couplings (a channel rotation before each), and hands half of the
-    channels on to the next one, as in Dinh et al., "Density estimation using Real NVP", 2017,
-    section 3.6. With ``flow_scales = 0`` it is the identity, without the logit.
+    After Dinh et al., "Density estimation using Real NVP", 2017, section 3.6: a scale runs its couplings and hands
+    half of the channels on to the next one. With ``flow_scales = 0`` it is the identity, without the logit.
     """
     if config.flow_scales == 0:
         return Chain()
+    build = _channel_scale if config.flow_mask == "channel" else _checkerboard_scale
+    return Chain(Logit(), build(config, config.channels, config.image_size, config.flow_scales))
 
-    def scale(channels: int, remaining: int) -> Bijection:
-        channels *= 4
-        layers: list[Bijection] = []
-        for _ in range(config.flow_couplings):
-            layers += [Rotation(channels), AffineCoupling(
-                channels, config.flow_width, config.flow_blocks, config.flow_max_log_scale)]
-        if remaining > 1:
-            layers.append(OnHalfOfTheChannels(scale(channels // 2, remaining - 1)))
-        return _Unsqueezed(Chain(*layers))
 
-    return Chain(Logit(), scale(config.channels, config.flow_scales))
+def _channel_couplings(config: ModelConfig, channels: int, count: int, width: int) -> list[Bijection]:
+    """Couplings of channels, a rotation before each."""
+    layers: list[Bijection] = []
+    for _ in range(count):
+        layers += [Rotation(channels), AffineCoupling(channels, width, config.flow_blocks, config.flow_max_log_scale)]
+    return layers
+
+
+def _channel_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
+    """Squeezed at once: all couplings work at half the resolution, which is four times as fast."""
+    layers = _channel_couplings(config, 4 * channels, config.flow_couplings, config.flow_width)
+    if remaining > 1:
+        layers.append(OnHalfOfTheChannels(_channel_scale(config, 2 * channels, size // 2, remaining - 1)))
+    return _Unsqueezed(Chain(*layers))
+
+
+def _checkerboard_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
+    """As published: the last scale has checkerboards alone; one before it has a coupling less, squeezes, and has as
+    many couplings of channels, twice as wide."""
+    count = config.flow_couplings if remaining == 1 else max(1, config.flow_couplings - 1)
+    layers: list[Bijection] = [
+        CheckerboardCoupling(channels, size, i % 2, config.flow_width, config.flow_blocks, config.flow_max_log_scale)
+        for i in range(count)]
+    if remaining > 1:
+        layers.append(_Unsqueezed(Chain(
+            *_channel_couplings(config, 4 * channels, count, 2 * config.flow_width),
+            OnHalfOfTheChannels(_checkerboard_scale(config, 2 * channels, size // 2, remaining - 1)))))
+    return Chain(*layers)

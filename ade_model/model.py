@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ade_model.base import PointMass, StandardNormal
 from ade_model.config import ModelConfig
 from ade_model.distributions import DiagonalGaussian
-from ade_model.errors import ShapeError
+from ade_model.errors import ConfigError, ShapeError
 from ade_model.flow import build_flow
 from ade_model.likelihood import Evidence
-from ade_model.vae import Decoder, Encoder
+from ade_model.vae import Decoder, Draw, Encoder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class ADEModel(nn.Module):
     Shapes: ``x``, ``y`` and ``y_eps`` are ``(N, C, H, W)``; ``z`` and ``eps`` are lists of tensors, one
     a level, of ``(N, *config.latent_shapes[i])``. All noise is standard normal. Passing
     ``y_eps=None`` gives mean samples ``f^-1(mu(z))``, what the discriminator sees; passing noise gives
-    density samples ``f^-1(mu(z) + sigma y_eps)``, what the likelihood describes.
+    density samples ``f^-1(mu(z) + sigma y_eps)``, what the likelihood describes. Of a flow by itself the two are the
+    same, and its ``z`` is ``y``.
 
     Example:
         >>> model = ADEModel(ModelConfig(image_size=8, widths=(8, 8), latent_channels=(2, 2), decoder_blocks=(1, 1)))
@@ -50,8 +52,12 @@ class ADEModel(nn.Module):
         super().__init__()
         self.config = config
         self.flow = build_flow(config)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if config.widths:
+            self.encoder = Encoder(config) if config.encoder else None
+            self.decoder: Decoder | StandardNormal = Decoder(config)
+        else:
+            self.encoder = nn.Identity()
+            self.decoder = StandardNormal()
 
     def sample(self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0) -> Tensor:
         """New images ``x``; ``temperature`` multiplies the prior's standard deviations."""
@@ -66,37 +72,36 @@ class ADEModel(nn.Module):
 
     def encode(self, x: Tensor, eps: list[Tensor]) -> Encoding:
         """The latents of images."""
-        posteriors, _, z, _, _, _ = self._infer(x, eps)
-        return Encoding(posteriors, z)
+        draws, _, _, _ = self._infer(x, eps)
+        return Encoding([draw.posterior for draw in draws], [draw.z for draw in draws])
 
     def reconstruct(self, x: Tensor, eps: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
         """Encode and decode."""
-        *_, p_y, _, _ = self._infer(x, eps)
+        _, p_y, _, _ = self._infer(x, eps)
         return self._observe(p_y, y_eps)
 
     def score(self, x: Tensor, eps: list[Tensor]) -> Evidence:
         """The log-weight of one draw of latents, in its parts; ``kl`` is the sampled log-ratio."""
-        posteriors, priors, z, p_y, y, log_det_jacobian = self._infer(x, eps)
-        kl = [q.log_prob(value) - p.log_prob(value) for q, p, value in zip(posteriors, priors, z, strict=True)]
-        return Evidence(p_y.log_prob(y), log_det_jacobian, kl)
+        draws, p_y, y, log_det_jacobian = self._infer(x, eps)
+        return Evidence(p_y.log_prob(y), log_det_jacobian, [draw.log_ratio for draw in draws])
 
     def evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
-        """As :meth:`score` with ``kl`` in closed form: lower variance, for training."""
-        posteriors, priors, _, p_y, y, log_det_jacobian = self._infer(x, eps)
-        kl = [q.kl(p) for q, p in zip(posteriors, priors, strict=True)]
-        return Evidence(p_y.log_prob(y), log_det_jacobian, kl)
+        """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for training."""
+        draws, p_y, y, log_det_jacobian = self._infer(x, eps)
+        return Evidence(p_y.log_prob(y), log_det_jacobian, [draw.kl for draw in draws])
 
-    def _infer(self, x: Tensor, eps: list[Tensor]) -> tuple[
-            list[DiagonalGaussian], list[DiagonalGaussian], list[Tensor], DiagonalGaussian, Tensor, Tensor]:
+    def _infer(self, x: Tensor, eps: list[Tensor]) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
+        if self.encoder is None:
+            raise ConfigError("this model has no inference network: it can only sample")
         expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ShapeError(f"x must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
         self._check_latents(eps, "eps")
         y, log_det_jacobian = self.flow(x)
-        posteriors, priors, z, p_y = self.decoder.infer(self.encoder(y), eps)
-        return posteriors, priors, z, p_y, y, log_det_jacobian
+        draws, p_y = self.decoder.infer(self.encoder(y), eps)
+        return draws, p_y, y, log_det_jacobian
 
-    def _observe(self, p_y: DiagonalGaussian, y_eps: Tensor | None) -> Tensor:
+    def _observe(self, p_y: DiagonalGaussian | PointMass, y_eps: Tensor | None) -> Tensor:
         return self.flow.inverse(p_y.mean if y_eps is None else p_y.sample(y_eps))
 
     def _check_latents(self, values: list[Tensor], name: str) -> None:

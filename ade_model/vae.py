@@ -8,6 +8,7 @@ Kingma et al., "Improved variational inference with inverse autoregressive flow"
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,9 +17,12 @@ from torch.nn import functional as F
 
 from ade_model.config import ModelConfig
 from ade_model.distributions import DiagonalGaussian
+from ade_model.iaf import InverseAutoregressiveStep
 from ade_model.layers import ResidualBlock, conv3x3
 
 MAX_LOG_SCALE = 4.0
+# Where sigma starts when y is pixels: from 1 it would take an optimiser's whole budget to come down to their scale.
+PIXEL_LOG_SIGMA = -2.0
 
 
 def bounded(log_scale: Tensor) -> Tensor:
@@ -26,22 +30,39 @@ def bounded(log_scale: Tensor) -> Tensor:
     return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One level's latents, drawn from the posterior.
+
+    Attributes:
+        posterior: the Gaussian that the noise goes through; an autoregressive step may follow it.
+        z: ``(N, c, h, w)``.
+        log_ratio: ``log q(z | ...) - log p(z | ...)`` at ``z``, ``(N,)``, nats.
+        kl: its expectation where that has a closed form, else ``log_ratio`` again; ``(N,)``, nats.
+    """
+
+    posterior: DiagonalGaussian
+    z: Tensor
+    log_ratio: Tensor
+    kl: Tensor
+
+
 class Encoder(nn.Module):
     """``y (N, C, H, W)`` to a list of feature maps, coarsest first."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        fine_to_coarse = list(reversed(config.widths))
+        self.patch = config.patch
         stages = []
-        previous = 4 * config.channels
-        for i, width in enumerate(fine_to_coarse):
+        previous = config.patch**2 * config.channels
+        for i, (width, blocks) in enumerate(zip(config.widths[::-1], config.decoder_blocks[::-1], strict=True)):
             stages.append(nn.Sequential(
-                conv3x3(previous, width, stride=1 if i == 0 else 2), ResidualBlock(width)))
+                conv3x3(previous, width, stride=1 if i == 0 else 2), ResidualBlock(width) if blocks else nn.ELU()))
             previous = width
         self.stages = nn.ModuleList(stages)
 
     def forward(self, y: Tensor) -> list[Tensor]:
-        h = F.pixel_unshuffle(y, 2)
+        h = F.pixel_unshuffle(y, self.patch)
         maps = []
         for stage in self.stages:
             h = stage(h)
@@ -50,17 +71,22 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the decoder: prior and posterior of its latents, then its features."""
+    """One resolution of the decoder: prior and posterior of its latents, if it has any, then its features."""
 
-    def __init__(self, width: int, latent_channels: int, blocks: int, size: int, above: int | None) -> None:
+    def __init__(self, width: int, latent_channels: int, blocks: int, size: int, above: int | None,
+                 infers: bool, iaf: bool) -> None:
         super().__init__()
         self.above = None if above is None else conv3x3(above, width)
         if above is None:  # the coarsest level starts from a learned map; its prior is the same for all images
             self.top = nn.Parameter(torch.randn(1, width, size, size) * 0.1)
-        self.prior_net = nn.Sequential(nn.ELU(), conv3x3(width, 2 * latent_channels))
-        self.posterior_net = nn.Sequential(nn.ELU(), conv3x3(2 * width, 2 * latent_channels))
-        self.from_latents = nn.Conv2d(latent_channels, width, 1)
-        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+        self.has_latents = latent_channels > 0
+        if self.has_latents:
+            self.prior_net = nn.Sequential(nn.ELU(), conv3x3(width, 2 * latent_channels))
+            self.from_latents = nn.Conv2d(latent_channels, width, 1)
+        infers = infers and self.has_latents
+        self.posterior_net = nn.Sequential(nn.ELU(), conv3x3(2 * width, 2 * latent_channels)) if infers else None
+        self.iaf = InverseAutoregressiveStep(latent_channels, 2 * width) if infers and iaf else None
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))) if blocks else nn.ELU()
 
     def start(self, features: Tensor | None, num_images: int) -> Tensor:
         """Features from the level above, brought to this resolution."""
@@ -74,15 +100,24 @@ class Level(nn.Module):
         mean, log_scale = self.prior_net(features).to(self.from_latents.weight.dtype).chunk(2, dim=1)
         return DiagonalGaussian(mean, bounded(log_scale))
 
-    def posterior(self, features: Tensor, encoded: Tensor, prior: DiagonalGaussian) -> DiagonalGaussian:
-        """``q(z_i | z_<i, y)``, as a correction to the prior: it starts where the prior is."""
+    def infer(self, features: Tensor, encoded: Tensor, eps: Tensor) -> Draw:
+        """Draw from ``q(z_i | z_<i, y)``: a Gaussian that is a correction to the prior, and a step after it."""
+        assert self.posterior_net is not None
+        prior = self.prior(features)
         both = torch.cat([features, encoded], dim=1)
         shift, log_scale = self.posterior_net(both).to(prior.mean.dtype).chunk(2, dim=1)
-        return DiagonalGaussian(prior.mean + shift, bounded(prior.log_scale + log_scale))
+        posterior = DiagonalGaussian(prior.mean + shift, bounded(prior.log_scale + log_scale))
+        z = posterior.sample(eps)
+        log_q = posterior.log_prob(z)
+        if self.iaf is None:
+            return Draw(posterior, z, log_q - prior.log_prob(z), posterior.kl(prior))
+        z, log_det = self.iaf(z, both)
+        log_ratio = log_q - log_det - prior.log_prob(z)
+        return Draw(posterior, z, log_ratio, log_ratio)
 
-    def finish(self, features: Tensor, z: Tensor) -> Tensor:
+    def finish(self, features: Tensor, z: Tensor | None) -> Tensor:
         """Features that know of ``z``."""
-        known: Tensor = self.blocks(features + self.from_latents(z))
+        known: Tensor = self.blocks(features if z is None else features + self.from_latents(z))
         return known
 
 
@@ -91,57 +126,63 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.latent_shapes = config.latent_shapes
+        self.patch = config.patch
         above: list[int | None] = [None, *config.widths[:-1]]
         self.levels = nn.ModuleList(
-            Level(width, shape[0], blocks, shape[1], up) for width, shape, blocks, up in zip(
-                config.widths, config.latent_shapes, config.decoder_blocks, above, strict=True))
-        self.to_mean = nn.Sequential(nn.ELU(), conv3x3(config.widths[-1], 4 * config.channels))
+            Level(width, latents, blocks, size, up, config.encoder, config.posterior_iaf)
+            for width, latents, blocks, size, up in zip(
+                config.widths, config.latent_channels, config.decoder_blocks, config.level_sizes, above, strict=True))
+        self.to_mean = nn.Sequential(nn.ELU(), conv3x3(config.widths[-1], config.patch**2 * config.channels))
         shape = (1, 1, 1) if config.sigma == "scalar" else (config.channels, config.image_size, config.image_size)
-        self.log_sigma = nn.Parameter(torch.zeros(shape))
+        self.log_sigma = nn.Parameter(torch.full(shape, 0.0 if config.flow_scales else PIXEL_LOG_SIGMA))
 
     @property
     def _levels(self) -> list[Level]:
         return cast("list[Level]", list(self.levels))
 
-    def infer(self, encoded: list[Tensor], eps: list[Tensor]) -> tuple[
-            list[DiagonalGaussian], list[DiagonalGaussian], list[Tensor], DiagonalGaussian]:
+    def inference_modules(self) -> list[nn.Module]:
+        """What belongs to ``q(z | y)`` and not to the generator."""
+        return [m for level in self._levels for m in (level.posterior_net, level.iaf) if m is not None]
+
+    def infer(self, encoded: list[Tensor], eps: list[Tensor]) -> tuple[list[Draw], DiagonalGaussian]:
         """Draw latents from the posterior, top down.
 
         Args:
-            encoded: the encoder's maps, coarsest first.
-            eps: standard normal noise, one tensor a level, of the shape of ``z``.
+            encoded: the encoder's maps, coarsest first, one a resolution.
+            eps: standard normal noise, one tensor a level with latents, of the shape of ``z``.
 
         Returns:
-            posteriors, priors, ``z`` (each one a level) and ``p(y | z)``.
+            One draw a level, and ``p(y | z)``.
         """
-        posteriors, priors, z = [], [], []
+        draws: list[Draw] = []
         features = None
-        for level, h, noise in zip(self._levels, encoded, eps, strict=True):
-            features = level.start(features, noise.shape[0])
-            priors.append(level.prior(features))
-            posteriors.append(level.posterior(features, h, priors[-1]))
-            z.append(posteriors[-1].sample(noise))
-            features = level.finish(features, z[-1])
-        return posteriors, priors, z, self._observe(features)
+        for level, h in zip(self._levels, encoded, strict=True):
+            features = level.start(features, h.shape[0])
+            if level.has_latents:
+                draws.append(level.infer(features, h, eps[len(draws)]))
+            features = level.finish(features, draws[-1].z if level.has_latents else None)
+        return draws, self._observe(features)
 
     def generate(self, eps: list[Tensor], temperature: Tensor | float = 1.0) -> tuple[list[Tensor], DiagonalGaussian]:
         """Draw latents from the prior: ``z`` and ``p(y | z)``."""
-        z = []
+        z: list[Tensor] = []
         features = None
-        for level, noise in zip(self._levels, eps, strict=True):
-            features = level.start(features, noise.shape[0])
-            z.append(level.prior(features).sample(noise, temperature))
-            features = level.finish(features, z[-1])
+        for level in self._levels:
+            features = level.start(features, eps[0].shape[0])
+            if level.has_latents:
+                z.append(level.prior(features).sample(eps[len(z)], temperature))
+            features = level.finish(features, z[-1] if level.has_latents else None)
         return z, self._observe(features)
 
     def forward(self, z: list[Tensor]) -> DiagonalGaussian:
         """``p(y | z)`` for given latents, coarsest first."""
         features = None
-        for level, latents in zip(self._levels, z, strict=True):
-            features = level.finish(level.start(features, latents.shape[0]), latents)
+        remaining = iter(z)
+        for level in self._levels:
+            features = level.start(features, z[0].shape[0])
+            features = level.finish(features, next(remaining) if level.has_latents else None)
         return self._observe(features)
 
     def _observe(self, features: Tensor | None) -> DiagonalGaussian:
-        mean = F.pixel_shuffle(self.to_mean(features), 2).to(self.log_sigma.dtype)
+        mean = F.pixel_shuffle(self.to_mean(features), self.patch).to(self.log_sigma.dtype)
         return DiagonalGaussian(mean, self.log_sigma.expand_as(mean))

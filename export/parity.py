@@ -15,7 +15,7 @@ from ade_model.quantization import dequantize
 from export.graphs import Graph, Graphs
 from serving.backends import Backend
 from serving.noise import NoiseStream, sample_key
-from serving.signatures import GRAPH_NAMES, input_shape, inputs_of, outputs_of
+from serving.signatures import graphs_of, input_shape, inputs_of, outputs_of
 
 BATCHES = (1, 7, 64)
 MAX_BPD = 1e-4  # and in proportion for parts above LARGE_BPD
@@ -94,7 +94,7 @@ def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray
     config = model.config
     images = probe_images(real, (config.image_size, config.image_size, config.channels))
     worst: dict[tuple[str, str, str], Difference] = {}
-    for graph in GRAPH_NAMES:
+    for graph in graphs_of(config.operations):
         for batch in BATCHES:
             inputs = _inputs(graph, images[:batch] if batch > 1 else images[-1:], config.latent_shapes, reference)
             expected = _eager(reference, graph, inputs)
@@ -120,7 +120,10 @@ def _inputs(graph: str, images: np.ndarray, latent_shapes: list[tuple[int, int, 
     """Noise for most graphs; latents and features of real images for those that take them."""
     names = inputs_of(graph, len(latent_shapes))
     inputs = make_inputs(images, latent_shapes, [n for n in names if n not in ("y",) and not n.startswith("z_")])
-    if graph == "decode":
+    if graph == "decode" and not reference.model.config.encoder:
+        prior = make_inputs(images, latent_shapes, inputs_of("sample", len(latent_shapes)))
+        inputs |= {n: prior[n.replace("z_", "eps_")] for n in names if n.startswith("z_")}
+    elif graph == "decode":
         encode = make_inputs(images, latent_shapes, inputs_of("encode", len(latent_shapes)))
         encoded = _eager(reference, "encode", encode)
         inputs |= {n: encoded[n].astype(np.float32) for n in names if n.startswith("z_")}

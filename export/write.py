@@ -17,7 +17,7 @@ from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.backends import BACKENDS, load_backend
 from serving.bundle import TORCHSCRIPT_NAME, open_bundle, write_manifest
-from serving.signatures import GRAPH_NAMES, inputs_of
+from serving.signatures import graphs_of, inputs_of
 
 LICENCE = "MIT (weights; the training images keep their own terms)"
 
@@ -51,6 +51,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
                           f"got {images.shape}")
     about = read_config(checkpoint)
     graphs = Graphs(model)
+    names = graphs_of(config.operations)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
@@ -58,8 +59,8 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
     try:
         save_model(model, folder, {k: v for k, v in about.items() if k not in ("model", "format_version")})
         examples = {graph: make_inputs(images[:2], config.latent_shapes, inputs_of(graph, graphs.levels))
-                    for graph in GRAPH_NAMES}
-        for graph in GRAPH_NAMES:
+                    for graph in names}
+        for graph in names:
             report(f"exporting {graph}.onnx")
             export_onnx(graphs, graph, examples[graph], folder)
         report(f"exporting {TORCHSCRIPT_NAME}")
@@ -68,7 +69,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
             "name": name, "recipe": about["recipe"],
             "image_shape": [config.image_size, config.image_size, config.channels],
             "latent_shapes": [list(shape) for shape in config.latent_shapes],
-            "operations": ["sample", "encode", "reconstruct", "score"],
+            "operations": list(config.operations),
             "data": {"name": about["data"], "splits": about["splits"]},
             "training": {"images_seen": about["images_seen"], "started_from": about.get("started_from"),
                          "seed": about["seed"],
@@ -79,7 +80,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
         write_manifest(folder, fields)
         report("testing parity")
         bundle = open_bundle(folder)
-        backends = {b: load_backend(bundle, GRAPH_NAMES, b, "cpu") for b in BACKENDS}
+        backends = {b: load_backend(bundle, names, b, "cpu") for b in BACKENDS}
         table = check_parity(model, backends, images)
         write_manifest(folder, {**fields, "parity": [row.to_dict() for row in table]})
         folder.rename(out)

@@ -35,7 +35,7 @@ def load_backend(bundle: Bundle, graphs: Sequence[str], backend: str = "onnxrunt
 
     Args:
         bundle: its files are verified as they are read.
-        graphs: names of :data:`serving.signatures.GRAPH_NAMES`.
+        graphs: names of :func:`serving.signatures.graphs_of`.
         backend: one of :data:`BACKENDS`.
         device: ``cuda`` fails where there is none; ``auto`` takes a GPU where there is one.
         gpu: which, of several.

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.signatures import OPERATIONS
+
 FORMAT_VERSION = 1
+KINDS = ("mean", "density")
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
@@ -51,6 +54,16 @@ class Bundle:
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """``(channels, height, width)``, level by level, coarsest first."""
         return [(c, h, w) for c, h, w in self.manifest["latent_shapes"]]
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Of the four verbs, those that this model has."""
+        return tuple(self.manifest.get("operations", OPERATIONS))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of samples: without a likelihood there is no noise for density samples."""
+        return KINDS if "score" in self.operations else KINDS[:1]
 
     @property
     def model_id(self) -> str:

@@ -20,7 +20,6 @@ from serving.ood import Calibration, Verdict
 from serving.signatures import OPERATIONS, input_shape, inputs_of, part_names
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
-KINDS = ("mean", "density")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class InferenceEngine:
         bundle: opened, or the path of one.
         backend: ``onnxruntime`` or ``torchscript``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        operations: which of the four to load; all unless told.
+        operations: which of the four to load, of those that the bundle has; all unless told.
         gpu: which, of several.
 
     Example::
@@ -73,7 +72,8 @@ class InferenceEngine:
     def __init__(self, bundle: Bundle | Path, backend: str = "onnxruntime", device: str = "auto",
                  operations: Iterable[str] = tuple(OPERATIONS), gpu: int = 0) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-        graphs = [graph for operation in operations for graph in OPERATIONS[operation]]
+        graphs = [graph for operation in operations if operation in self.bundle.operations
+                  for graph in OPERATIONS[operation]]
         self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu)
         self.calibration: Calibration | None = None
         if self.bundle.has(CALIBRATION_NAME):

@@ -40,6 +40,7 @@ class Service:
         self.operation = operation
         self.engine = engine
         self._model_id = engine.bundle.model_id
+        self._model_name = f"{engine.bundle.name} ({engine.bundle.manifest['recipe']})"
 
     def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
         """One answer a request, in order; never raises for what a client sent."""
@@ -60,9 +61,15 @@ class Service:
         return answers
 
     def _parse(self, request: RawRequest) -> SampleRequest | ImagesRequest | ApiError:
+        bundle = self.engine.bundle
         try:
+            if self.operation not in bundle.operations:
+                raise unusable("not_available", f"{self._model_name} has no {self.operation}: it was trained without an "
+                                                "inference network and can only sample")
             if self.operation == "sample":
-                return parse_sample(request, self.engine.latent_shapes)
+                sample = parse_sample(request, self.engine.latent_shapes)
+                self._check_kind(sample.kind)
+                return sample
             parsed = parse_images(self.operation, request, self.engine.image_shape)
             if parsed.parameters.get("map"):
                 raise unusable("not_available", "this server does not offer map yet")
@@ -72,6 +79,12 @@ class Service:
         except Exception:
             logger.exception("%s: a request could not be parsed", self.operation)
             return _internal_error()
+
+    def _check_kind(self, kind: str) -> None:
+        kinds = self.engine.bundle.kinds
+        if kind not in kinds:
+            raise unusable("not_available", f"{self._model_name} has no {kind} samples: its decoder was trained without a "
+                                            f"likelihood and has no noise; it has {', '.join(kinds)}")
 
     def _alone(self, request: Any) -> Response:
         try:

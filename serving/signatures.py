@@ -8,10 +8,15 @@ a temperature samples at that temperature.
 
 from __future__ import annotations
 
-GRAPH_NAMES = ("sample", "decode", "encode", "flow_forward", "flow_inverse", "reconstruct", "score")
+from collections.abc import Iterable
 
 # The graphs that each operation of the service needs.
 OPERATIONS = {"sample": ("sample", "decode"), "encode": ("encode",), "reconstruct": ("reconstruct",), "score": ("score",)}
+
+
+def graphs_of(operations: Iterable[str]) -> list[str]:
+    """Names of the graphs that a bundle with these operations holds: theirs, and the flow both ways."""
+    return [*(graph for operation in operations for graph in OPERATIONS[operation]), "flow_forward", "flow_inverse"]
 
 
 def inputs_of(graph: str, levels: int) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from PIL import Image
 
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
+
+if TYPE_CHECKING:
+    from training.recipes import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -31,6 +36,20 @@ def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.n
 def make_model(config: ModelConfig = TINY, seed: int = 0, scale: float = 0.15) -> ADEModel:
     torch.manual_seed(seed)
     return shake(ADEModel(config), seed, scale).eval()
+
+
+def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -> TrainConfig:
+    """A recipe with everything that sets it apart, but with networks of a few channels."""
+    from training.recipes import recipe
+
+    config = recipe(name, 32, 3, size, batch_size=16, **changes)
+    model, levels = config.model, min(2, len(config.model.widths))
+    small: dict[str, Any] = {"image_size": image_size, "widths": (8,) * levels, "flow_width": 8, "flow_couplings": 2,
+                             "latent_channels": tuple(min(3, c) for c in model.latent_channels[:levels]),
+                             "decoder_blocks": model.decoder_blocks[:levels]}
+    discriminator = config.discriminator and dataclasses.replace(
+        config.discriminator, widths=(8,) * (2 + config.discriminator.plain_stages))
+    return dataclasses.replace(config, model=dataclasses.replace(model, **small), discriminator=discriminator)
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +83,16 @@ def tiny_bundle(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factor
     export_bundle(tiny_checkpoint, out, "tiny", small_images[:40], None)
     calibrate_bundle(out, small_images[:150], small_images[150:], "corners")
     return out
+
+
+def make_folder(folder: Path, images: np.ndarray) -> Path:
+    """A folder of class folders, with what people's folders hold."""
+    for i, image in enumerate(images):
+        target = folder / f"class{i % 3}"
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(target / f"{i:04d}.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("not an image")
+    Image.new("L", (40, 20), 90).save(folder / "wide.png")
+    return folder

@@ -11,6 +11,7 @@ from ade_model.bijections import (
     AffineCoupling,
     Bijection,
     Chain,
+    CheckerboardCoupling,
     Logit,
     OnHalfOfTheChannels,
     Rotation,
@@ -21,8 +22,8 @@ from ade_model.flow import build_flow
 from tests.conftest import shake
 
 
-def flow(scales: int, channels: int = 1, size: int = 4) -> Bijection:
-    return build_flow(ModelConfig(image_size=size, channels=channels, widths=(4,), latent_channels=(1,),
+def flow(scales: int, channels: int = 1, size: int = 4, mask: str = "channel") -> Bijection:
+    return build_flow(ModelConfig(image_size=size, channels=channels, widths=(4,), latent_channels=(1,), flow_mask=mask,
                                   decoder_blocks=(1,), flow_scales=scales, flow_couplings=2, flow_width=4))
 
 
@@ -33,11 +34,15 @@ CASES = {
     "rotation": (lambda: Rotation(4), (4, 2, 2)),
     "coupling": (lambda: AffineCoupling(4, 6, 1, 0.7), (4, 2, 2)),
     "coupling of an odd number of channels": (lambda: AffineCoupling(3, 6, 0, 0.7), (3, 2, 2)),
+    "checkerboard": (lambda: CheckerboardCoupling(2, 4, 0, 6, 1, 0.7), (2, 4, 4)),
+    "checkerboard, other field": (lambda: CheckerboardCoupling(1, 4, 1, 6, 0, 0.7), (1, 4, 4)),
     "half": (lambda: OnHalfOfTheChannels(AffineCoupling(2, 4, 1, 0.7)), (4, 2, 2)),
     "chain": (lambda: Chain(Logit(), Squeeze(), Rotation(4), AffineCoupling(4, 6, 1, 2.0)), (1, 4, 4)),
     "no flow": (lambda: flow(0), (1, 4, 4)),
     "flow, one scale": (lambda: flow(1), (1, 4, 4)),
     "flow, two scales": (lambda: flow(2), (1, 4, 4)),
+    "checkerboards, one scale": (lambda: flow(1, mask="checkerboard"), (1, 4, 4)),
+    "checkerboards, two scales": (lambda: flow(2, mask="checkerboard"), (1, 4, 4)),
     "flow, colour": (lambda: flow(2, channels=3), (3, 4, 4)),
 }
 

@@ -15,6 +15,7 @@ from ade_model import ADEModel, ModelConfig, ShapeError
 from ade_model.distributions import DiagonalGaussian
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.quantization import dequantize
+from ade_model.vae import Draw
 from tests.conftest import TINY, make_model, shake
 
 # Four pixels and one latent: small enough to integrate.
@@ -116,7 +117,8 @@ class LinearDecoder(nn.Module):
         prior = DiagonalGaussian(torch.zeros_like(mean), torch.zeros_like(mean))
         z = posterior.sample(eps[0])
         log_scale = torch.tensor(self.log_s, dtype=y.dtype)
-        return [posterior], [prior], [z], DiagonalGaussian(self.w * z + self.b, log_scale)
+        draw = Draw(posterior, z, posterior.log_prob(z) - prior.log_prob(z), posterior.kl(prior))
+        return [draw], DiagonalGaussian(self.w * z + self.b, log_scale)
 
 
 @pytest.mark.parametrize("scales", [0, 1])

@@ -40,7 +40,11 @@ def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size: int) -> No
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"widths": ()}, "widths must be positive"), ({"widths": (8, 0, 8)}, "widths must be positive"),
+    ({"widths": ()}, "latent_channels must have one number"),
+    ({"widths": (8, 0, 8)}, "widths must be integers of at least 1"),
+    ({"latent_channels": (0, 2, 2)}, "latents at the coarsest level"), ({"patch": 3}, "patch must be one of 1, 2"),
+    ({"flow_mask": "stripes"}, "flow_mask must be one of"),
+    ({"widths": (), "latent_channels": (), "decoder_blocks": (), "flow_scales": 0}, "it needs flow_scales"),
     ({"latent_channels": (1, 2)}, "one number a resolution"), ({"channels": 0}, "channels must be an integer"),
     ({"flow_scales": -1}, "flow_scales"), ({"flow_width": 2.5}, "flow_width"), ({"sigma": "two"}, "sigma must be one"),
     ({"flow_max_log_scale": 0.0}, "flow_max_log_scale must be positive"), ({"channels": True}, "channels"),
@@ -125,3 +129,52 @@ def test_a_checkpoint_is_enough(tmp_path) -> None:
     (tmp_path / "config.json").write_text(text.replace('"flow_width": 8', '"flow_width": 9'))
     with pytest.raises(ConfigError, match="does not fit"):
         load_model(tmp_path)
+
+
+FLOW_ALONE = ModelConfig(image_size=8, widths=(), latent_channels=(), decoder_blocks=(), flow_scales=2, flow_couplings=2,
+                         flow_width=8)
+
+
+def test_a_flow_alone_is_exact() -> None:
+    model = make_model(FLOW_ALONE).double()
+    x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    eps = [torch.randn(3, 3, 8, 8, dtype=torch.float64)]
+    y, log_det = model.flow(x)
+    encoding = model.encode(x, eps)
+    assert torch.equal(encoding.z[0], y) and torch.equal(encoding.posteriors[0].sample(eps[0]).float(), y.float())
+    assert (model.reconstruct(x, eps) - x).abs().max() < 1e-9
+    assert (model.decode(encoding.z) - x).abs().max() < 1e-9
+    normal = torch.distributions.Normal(0.0, 1.0)
+    expected = normal.log_prob(y).flatten(1).sum(1) + log_det
+    for evidence in (model.score(x, eps), model.evidence(x, eps)):
+        assert torch.allclose(evidence.log_weight, expected) and evidence.log_prob_y.abs().max() == 0
+    assert torch.allclose(model.sample(eps, temperature=0.5), model.flow.inverse(0.5 * eps[0]))
+
+
+def test_levels_without_latents() -> None:
+    config = ModelConfig(image_size=8, widths=(8, 8), latent_channels=(3, 0), decoder_blocks=(0, 1), patch=1, flow_scales=0)
+    model = make_model(config)
+    assert config.latent_shapes == [(3, 4, 4)] and config.level_sizes == [4, 8]
+    eps = [torch.randn(2, 3, 4, 4)]
+    x = torch.rand(2, 3, 8, 8)
+    encoding = model.encode(x, eps)
+    assert len(encoding.z) == 1 and model.decode(encoding.z).shape == x.shape
+    assert torch.isfinite(model.score(x, eps).log_weight).all()
+
+
+def test_a_model_without_an_inference_network_can_only_sample() -> None:
+    model = make_model(ModelConfig(image_size=8, widths=(8,), latent_channels=(3,), decoder_blocks=(1,), encoder=False))
+    assert model.config.operations == ("sample",)
+    eps = [torch.randn(2, 3, 4, 4)]
+    assert model.sample(eps).shape == (2, 3, 8, 8)
+    with pytest.raises(ConfigError, match="no inference network"):
+        model.encode(torch.rand(2, 3, 8, 8), eps)
+
+
+def test_models_of_before_are_read() -> None:
+    old = {k: v for k, v in TINY.to_dict().items() if k not in ("patch", "encoder", "posterior_iaf", "flow_mask")}
+    assert ModelConfig.from_dict(old) == TINY
+    with pytest.raises(ConfigError, match="unknown or missing: \\['widths'\\]"):
+        ModelConfig.from_dict({k: v for k, v in old.items() if k != "widths"})
+    with pytest.raises(ConfigError, match="unknown or missing: \\['depth'\\]"):
+        ModelConfig.from_dict({**old, "depth": 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +17,48 @@ class DiscriminatorConfig:
     """A convolutional classifier of real against generated images.
 
     Attributes:
-        widths: channels at each resolution, finest (half the image's size) first.
-        residual: the paper's ``rd``: stages with a residual connection.
+        widths: channels after the first convolution and after each stage; a stage halves the size.
+        residual: the paper's ``rd``, stages as in Gulrajani et al., "Improved Training of Wasserstein GANs", 2017;
+            else those of Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018,
+            without their normalisation.
+        plain_stages: so many of the last stages keep the size instead.
+        patch: pixels a side that the first convolution takes for one position.
     """
 
     widths: tuple[int, ...] = (64, 128, 256)
     residual: bool = False
+    plain_stages: int = 0
+    patch: int = 2
 
 
 class _Stage(nn.Module):
-    """Two convolutions and, except at the coarsest resolution, a halving of the size."""
+    """A strided convolution and a plain one."""
 
-    def __init__(self, in_channels: int, out_channels: int, down: bool, residual: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, down: bool) -> None:
+        super().__init__()
+        self.first = (nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1) if down
+                      else conv3x3(in_channels, out_channels))
+        self.second = conv3x3(out_channels, out_channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.second(F.leaky_relu(self.first(F.leaky_relu(h, 0.2)), 0.2))
+
+
+class _ResidualStage(nn.Module):
+    """Two convolutions beside a skip connection, averaged to half the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, down: bool) -> None:
         super().__init__()
         self.down = down
         self.first = conv3x3(in_channels, in_channels)
         self.second = conv3x3(in_channels, out_channels)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False) if residual else None
+        self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        out = self.second(F.leaky_relu(self.first(F.leaky_relu(h, 0.2)), 0.2))
-        if self.skip is not None:
-            out = (out + self.skip(h)) * 0.5**0.5
-        return F.avg_pool2d(out, 2) if self.down else out
+        out = self.second(F.relu(self.first(F.relu(h))))
+        if self.down:
+            out, h = F.avg_pool2d(out, 2), F.avg_pool2d(h, 2)
+        return (out + self.skip(h)) * 0.5**0.5
 
 
 class Discriminator(nn.Module):
@@ -46,16 +66,15 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, channels: int) -> None:
         super().__init__()
-        widths = config.widths
-        self.stem = conv3x3(4 * channels, widths[0])
-        outs = [*widths[1:], widths[-1]]
+        self.patch = config.patch
+        self.stem = conv3x3(config.patch**2 * channels, config.widths[0])
+        stage = _ResidualStage if config.residual else _Stage
+        halvings = len(config.widths) - 1 - config.plain_stages
         self.stages = nn.Sequential(*(
-            _Stage(a, b, down=i < len(widths) - 1, residual=config.residual)
-            for i, (a, b) in enumerate(zip(widths, outs, strict=True))))
-        size = image_size // 2 ** len(widths)
-        self.head = nn.Linear(widths[-1] * size * size, 1)
+            stage(a, b, down=i < halvings) for i, (a, b) in enumerate(pairwise(config.widths))))
+        size = image_size // config.patch // 2**halvings
+        self.head = nn.Linear(config.widths[-1] * size * size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(F.pixel_unshuffle(2 * x - 1, 2))
-        h = F.leaky_relu(self.stages(h), 0.2)
-        return self.head(h.flatten(1)).squeeze(1).to(torch.float32)
+        h = self.stages(self.stem(F.pixel_unshuffle(2 * x - 1, self.patch)))
+        return self.head(F.leaky_relu(h, 0.2).flatten(1)).squeeze(1).to(torch.float32)

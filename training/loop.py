@@ -122,12 +122,16 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         assert isinstance(mean, torch.Tensor)
         return mean
 
-    trainer = Trainer(config, fabric.device, fabric.autocast, average, options.seed)
+    trainer = Trainer(config, fabric.device, fabric.autocast, average, options.seed, fabric.global_rank,
+                      fabric.world_size)
     progress = Progress()
     if resume and checkpoint_folders(run):
         progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
     elif options.init is not None:
         start_from(Path(options.init), trainer)
+    if trainer.inferring and progress.images < options.images:
+        raise RunError(f"{run} has trained its inference network around a finished generator, after "
+                       f"{progress.images:,} images: it cannot go on to {options.images:,}")
     about = {"recipe": config.recipe, "started_from": _lineage(options.init), "data": dataset.name,
              "splits": dataset.splits, "seed": options.seed, "training": config.to_dict()}
     log = _Log(run, progress.step) if is_main else None
@@ -138,12 +142,19 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
 
     started = time.monotonic() - progress.seconds
     last_saved = time.monotonic()
-    bar = tqdm(total=options.images, initial=progress.images, unit="img", unit_scale=True, disable=not is_main,
+    # What the inference network of a GAN takes comes on top of the budget.
+    whole = 1 + config.inference_share
+    total = round(options.images * whole)
+    minutes = options.minutes and options.minutes * whole
+    bar = tqdm(total=total, initial=progress.images, unit="img", unit_scale=True, disable=not is_main,
                mininterval=1.0, dynamic_ncols=True)
     try:
-        while progress.images < options.images and not _out_of_time(fabric, progress, options):
+        while progress.images < total and not _out_of_time(fabric, progress, minutes):
+            if config.inference_share and (progress.images >= options.images
+                                           or _out_of_time(fabric, progress, options.minutes)):
+                trainer.begin_inference()
             drawn = [torch.from_numpy(np.ascontiguousarray(next(batches)[mine])) for _ in range(batches_a_step)]
-            losses = trainer.run(drawn, fabric.global_rank)
+            losses = trainer.run(drawn)
             progress = Progress(trainer.step, progress.images + config.batch_size, time.monotonic() - started)
             if log is None:
                 continue
@@ -176,13 +187,13 @@ def _lineage(init: str | None) -> dict[str, Any] | None:
     return {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
 
 
-def _out_of_time(fabric: Fabric, progress: Progress, options: RunOptions) -> bool:
-    if options.minutes is None:
+def _out_of_time(fabric: Fabric, progress: Progress, minutes: float | None) -> bool:
+    if minutes is None:
         return False
     seconds = progress.seconds
     if fabric.world_size > 1:  # all processes must stop at the same step
         seconds = float(fabric.broadcast(seconds))
-    return seconds >= 60 * options.minutes
+    return seconds >= 60 * minutes
 
 
 def _open_run(run: Path, config: TrainConfig, dataset: Dataset, options: RunOptions, resume: bool) -> None:
@@ -228,7 +239,7 @@ class _Log:
 
     def look(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
         images = dataset.parts["select"].images[:SELECT_IMAGES]
-        if len(images):
+        if len(images) and trainer.scores:
             bpd = bits_of(trainer.ema, images, trainer.device, samples=1)
             self.scalars(progress, {"select_bpd": float(bpd.mean())})
             self._board.add_image("reconstructions", reconstruction_grid(trainer.ema, images[:16], trainer.device),

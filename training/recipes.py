@@ -8,6 +8,9 @@ from typing import Any
 from ade_model.config import ModelConfig
 from training.discriminator import DiscriminatorConfig
 
+SIZES = ("tiny", "small", "paper")
+OPTIMIZERS = ("adam", "adamax")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -15,15 +18,20 @@ class TrainConfig:
 
     Attributes:
         recipe: the recipe's name.
+        size: one of :data:`SIZES`.
         model: what is trained.
         discriminator: its opponent; ``None`` trains by maximum likelihood alone.
         batch_size: images a step, over all processes.
-        learning_rate: of the model's Adam.
-        beta1: of the model's Adam.
+        optimizer: ``adam`` or ``adamax``, of model and discriminator.
+        learning_rate: of the model.
+        beta1: of the model's optimiser; likewise beta2.
         warmup_steps: steps over which the learning rate grows linearly from zero.
-        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension.
+        coverage: whether the model learns by L_C.
+        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension; without L_C, of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
-        d_learning_rate: of the discriminator's Adam.
+        inference_share: of the budget, this much more is spent in the end on an inference network and sigma around
+            the frozen generator: a GAN's likelihood.
+        d_learning_rate: of the discriminator.
         d_steps: discriminator steps a model step.
         gp_weight: weight of the gradient penalty.
         gp_target: slope that the penalty asks for at random interpolates of real and generated images.
@@ -35,13 +43,18 @@ class TrainConfig:
 
     recipe: str
     model: ModelConfig
+    size: str = "small"
     discriminator: DiscriminatorConfig | None = None
     batch_size: int = 64
+    optimizer: str = "adam"
     learning_rate: float = 1e-3
     beta1: float = 0.9
+    beta2: float = 0.999
     warmup_steps: int = 200
+    coverage: bool = True
     quality_weight: float = 0.05
     flow_sees_quality: bool = False
+    inference_share: float = 0.0
     d_learning_rate: float = 8e-4
     d_steps: int = 1
     gp_weight: float = 0.5
@@ -66,38 +79,133 @@ class TrainConfig:
         return cls(**values)
 
 
-_NO_FLOW = {"flow_scales": 0}
-_ADVERSARIAL: dict[str, Any] = {"discriminator": DiscriminatorConfig(), "learning_rate": 3e-4, "beta1": 0.5}
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """What the systems of one size share: networks, batch, and the rates that go with them."""
 
-# name: (what it is, model options, training options)
-_RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "vae": ("maximum likelihood, Gaussian decoder on pixels", {**_NO_FLOW, "sigma": "scalar"}, {}),
-    "v-ade": ("maximum likelihood, decoder in the flow's feature space", {}, {}),
-    "av-gde": ("likelihood and adversarial, Gaussian decoder on pixels", {**_NO_FLOW, "sigma": "scalar"}, _ADVERSARIAL),
-    "av-ade": ("likelihood and adversarial, decoder in the flow's feature space", {}, _ADVERSARIAL),
+    model: dict[str, Any]
+    flow_alone: dict[str, Any]
+    plain: DiscriminatorConfig
+    residual: DiscriminatorConfig
+    batch_size: int
+    adversarial_rate: float
+
+
+_SIZES = {
+    "tiny": _Size(
+        {"widths": (96, 64, 32), "latent_channels": (16, 8, 4), "decoder_blocks": (1, 1, 1),
+         "flow_couplings": 4, "flow_blocks": 1, "flow_width": 32},
+        {"flow_scales": 2, "flow_couplings": 6, "flow_blocks": 1, "flow_width": 48},
+        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128), residual=True, plain_stages=1),
+        batch_size=32, adversarial_rate=5e-4),
+    "small": _Size(
+        {}, {"flow_scales": 2, "flow_couplings": 8, "flow_blocks": 1, "flow_width": 64},
+        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128, 128), residual=True, plain_stages=1),
+        batch_size=64, adversarial_rate=3e-4),
+    # The networks of the paper as far as they are known: SNGAN's generator and discriminator, Real-NVP's f.
+    "paper": _Size(
+        {"widths": (512, 256, 128, 64), "latent_channels": (32, 32, 32, 0), "decoder_blocks": (0, 0, 0, 0), "patch": 1,
+         "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 2, "flow_width": 32},
+        {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 8, "flow_width": 64},
+        DiscriminatorConfig((64, 128, 256, 512), patch=1),
+        DiscriminatorConfig((128, 128, 128, 128, 128), residual=True, plain_stages=2, patch=1),
+        batch_size=64, adversarial_rate=3e-4),
+}
+# Adam lets a weight that rarely sees a gradient jump by (1 - beta1) / sqrt(1 - beta2) rates at once: with 0.5 and the
+# usual 0.999 that is 16, and a run was lost to one such step; here it is 5.
+ADVERSARIAL_BETAS = {"beta1": 0.5, "beta2": 0.99}
+PAPER_WIDTH_WITH_FLOW = 496  # of 512: about the weights that f adds, as in Table 1's dagger
+
+
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """One row of the paper: what sets it apart, whatever its size."""
+
+    line: str
+    coverage: bool = True
+    adversary: str | None = None  # plain or residual
+    vae: bool = True
+    flow_scales: int = 1
+    wide: bool = False
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_PIXELS: dict[str, Any] = {"flow_scales": 0, "model": {"sigma": "scalar"}}
+_GAN: dict[str, Any] = {**_PIXELS, "coverage": False, "training": {"quality_weight": 1.0, "inference_share": 0.25}}
+_SYSTEMS = {
+    "gan": _System("adversarial alone", adversary="plain", **_GAN),
+    "gan-rd": _System("adversarial alone, residual discriminator", adversary="residual", **_GAN),
+    "vae": _System("maximum likelihood, Gaussian decoder on pixels", **_PIXELS),
+    "v-ade": _System("maximum likelihood, decoder in the flow's feature space"),
+    "av-gde": _System("likelihood and adversarial, Gaussian decoder on pixels", adversary="plain", **_PIXELS),
+    "av-ade": _System("likelihood and adversarial, decoder in the flow's feature space", adversary="plain"),
+    "av-ade-rd": _System("av-ade with a residual discriminator", adversary="residual"),
+    "av-ade-wg-rd": _System("av-ade-rd with a generator of twice the width", adversary="residual", wide=True),
+    "av-ade-iaf-rd": _System("av-ade-rd with an inverse autoregressive posterior", adversary="residual",
+                             model={"posterior_iaf": True}),
+    "av-ade-s2": _System("av-ade with two scales in the flow", adversary="plain", flow_scales=2),
+    "real-nvp": _System("the flow alone, maximum likelihood", vae=False),
+    "flow-gan-a": _System("the flow alone, adversarial", vae=False, coverage=False, adversary="plain",
+                          training={"quality_weight": 1.0, "flow_sees_quality": True}),
+    "flow-gan-h": _System("the flow alone, likelihood and adversarial", vae=False, adversary="plain",
+                          training={"flow_sees_quality": True}),
 }
 
 
 def recipe_names() -> dict[str, str]:
     """Every recipe's name and one line on it."""
-    return {name: line for name, (line, _, _) in _RECIPES.items()}
+    return {name: system.line for name, system in _SYSTEMS.items()}
 
 
-def recipe(name: str, image_size: int, channels: int, **changes: Any) -> TrainConfig:
+def recipe(name: str, image_size: int, channels: int, size: str = "small", **changes: Any) -> TrainConfig:
     """The configuration of a named system for images of a size.
 
     Args:
         name: one of :func:`recipe_names`.
         image_size: pixels.
         channels: colour channels.
+        size: of the networks, one of :data:`SIZES`.
         changes: fields of :class:`TrainConfig` to set differently.
 
     Raises:
-        ValueError: no recipe of that name.
+        ValueError: no recipe or size of that name.
         ConfigError: the image size does not fit.
     """
-    if name not in _RECIPES:
-        raise ValueError(f"no recipe {name!r}; there are {', '.join(_RECIPES)}")
-    _, model_options, train_options = _RECIPES[name]
-    model = ModelConfig(image_size=image_size, channels=channels, **model_options)
-    return TrainConfig(recipe=name, model=model, **{**train_options, **changes})
+    if name not in _SYSTEMS:
+        raise ValueError(f"no recipe {name!r}; there are {', '.join(_SYSTEMS)}")
+    if size not in _SIZES:
+        raise ValueError(f"no size {size!r}; there are {', '.join(_SIZES)}")
+    system, sized = _SYSTEMS[name], _SIZES[size]
+    training: dict[str, Any] = {"batch_size": sized.batch_size, "coverage": system.coverage}
+    if system.adversary is not None:
+        discriminator = sized.residual if system.adversary == "residual" else sized.plain
+        training |= {"discriminator": discriminator, "learning_rate": sized.adversarial_rate, **ADVERSARIAL_BETAS}
+    training |= {**system.training, **changes}
+    if system.vae:
+        options = {"flow_scales": system.flow_scales, **sized.model, **system.model}
+        if size == "paper":
+            options = _paper_networks(options, image_size)
+        latents = options.get("latent_channels", ModelConfig.latent_channels)
+        widths = options.get("widths", ModelConfig.widths)
+        if system.wide:
+            options["widths"] = tuple(2 * width for width in widths)
+        if not system.coverage:  # a GAN's noise enters at the top alone
+            options["latent_channels"] = (sum(latents), *(0 for _ in latents[1:]))
+            options["encoder"] = training["inference_share"] > 0
+    else:
+        options = {**sized.flow_alone, "widths": (), "latent_channels": (), "decoder_blocks": ()}
+    model = ModelConfig(image_size=image_size, channels=channels, **options)
+    return TrainConfig(recipe=name, size=size, model=model, **training)
+
+
+def _paper_networks(options: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """The generator narrowed by what ``f`` adds, and one more layer for 64x64 images (paper, section 5.3)."""
+    options = dict(options)
+    if options["flow_scales"]:
+        options["widths"] = (PAPER_WIDTH_WITH_FLOW, *options["widths"][1:])
+    if image_size > 48:
+        options["widths"] += (options["widths"][-1],)
+        options["latent_channels"] = (*options["latent_channels"][:-1], options["latent_channels"][-2], 0)
+        options["decoder_blocks"] += (0,)
+    return options

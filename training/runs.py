@@ -82,7 +82,8 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         _save_optimizer(trainer.d_optimizer, temporary / "d_optimizer.safetensors")
     write_json(temporary / STATE_NAME, {
         "step": progress.step, "images": progress.images, "seconds": progress.seconds,
-        "skipped_in_a_row": trainer.skipped_in_a_row, "usual_norm": trainer.usual_norm})
+        "skipped_in_a_row": trainer.skipped_in_a_row, "usual_norm": trainer.usual_norm, "inferring": trainer.inferring,
+        "rescued_at": trainer.rescued_at})
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -106,6 +107,10 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     trainer.step = state["step"]
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
     trainer.usual_norm = state["usual_norm"]
+    trainer.rescued_at = state.get("rescued_at", [])
+    trainer.inferring = state.get("inferring", False)
+    if trainer.inferring:
+        trainer.begin_inference()
     return Progress(state["step"], state["images"], state["seconds"])
 
 

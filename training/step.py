@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
+from ade_model.vae import Decoder
 from training.discriminator import Discriminator
 from training.losses import coverage_loss, discriminator_loss, gradient_penalty, quality_loss
 from training.recipes import TrainConfig
 
-MAX_SKIPPED_STEPS = 20
+logger = logging.getLogger(__name__)
 # A step whose gradient is this many times its running norm is skipped: one outlier among the images, clipped or
-# not, was seen to ruin a model within ten steps.
+# not, was seen to ruin a model within ten steps. When so many on end are skipped, it is the model that went wrong:
+# its averaged weights take over. After that many rescues within an average's memory the run has diverged.
 SPIKE = 8.0
+MAX_SKIPPED_STEPS = 10
+MAX_RESCUES = 3
 SPIKE_AFTER_STEPS = 50
 
 
@@ -33,82 +38,128 @@ def _to_device(network: _Network, device: torch.device) -> _Network:
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss was not finite, or too many gradients in a row were not finite or out of all proportion."""
+    """A loss was not finite, or gradients stayed out of all proportion whatever was tried."""
+
+
+class _Noise:
+    """The random numbers of one step. Each process draws those of the whole batch and keeps its share: training on
+    two processes is training on one."""
+
+    def __init__(self, seed: int, step: int, device: torch.device, rank: int, processes: int) -> None:
+        self._generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
+        self._device = device
+        self._rank, self._processes = rank, processes
+
+    def uniform(self, n: int, *shape: int) -> Tensor:
+        """``(n, *shape)``, on [0, 1)."""
+        return self._mine(torch.rand(n * self._processes, *shape, generator=self._generator, device=self._device))
+
+    def normal(self, n: int, *shape: int) -> Tensor:
+        """``(n, *shape)``, standard normal."""
+        return self._mine(torch.randn(n * self._processes, *shape, generator=self._generator, device=self._device))
+
+    def _mine(self, values: Tensor) -> Tensor:
+        return values.chunk(self._processes)[self._rank]
 
 
 class Trainer:
     """The model, its opponent, their optimisers and the averaged weights.
 
-    Every random number of a step comes from one generator, seeded by ``(seed, step, rank)``: a run
-    that is resumed draws what an uninterrupted one would.
+    Every random number of a step comes from one generator, seeded by ``(seed, step)``: a run that is resumed draws
+    what an uninterrupted one would.
 
     Args:
         config: how to train.
         device: where.
         autocast: a context for the networks' forward passes.
-        average: in place, the mean over processes of a flat gradient vector; identity for one process.
+        average: in place, the mean over processes of a flat vector; identity for one process.
         seed: of weights and of noise.
+        rank: of this process.
+        processes: how many there are.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, autocast: Callable[[], AbstractContextManager],
-                 average: Callable[[Tensor], Tensor], seed: int) -> None:
+                 average: Callable[[Tensor], Tensor], seed: int, rank: int = 0, processes: int = 1) -> None:
         self.config = config
         self.device = device
         self.autocast = autocast
         self.average = average
         self.seed = seed
+        self.rank, self.processes = rank, processes
         torch.manual_seed(seed)
         self.model = _to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), config.learning_rate, betas=(config.beta1, 0.999))
+        self.optimizer = self._optimizer(self.model, config.learning_rate, (config.beta1, config.beta2))
         self.discriminator: Discriminator | None = None
-        self.d_optimizer: torch.optim.Adam | None = None
+        self.d_optimizer: torch.optim.Optimizer | None = None
         if config.discriminator is not None:
             self.discriminator = _to_device(Discriminator(
                 config.discriminator, config.model.image_size, config.model.channels), device)
-            self.d_optimizer = torch.optim.Adam(
-                self.discriminator.parameters(), config.d_learning_rate, betas=(0.5, 0.99))
+            self.d_optimizer = self._optimizer(self.discriminator, config.d_learning_rate, (0.5, 0.99))
         self.step = 0
+        self.inferring = False
         self.skipped_in_a_row = {"model": 0, "discriminator": 0}
         self.usual_norm = {"model": 0.0, "discriminator": 0.0}
+        self.rescued_at: list[int] = []
 
-    def run(self, batches: list[Tensor], rank: int = 0) -> dict[str, float]:
+    def _optimizer(self, network: nn.Module, learning_rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+        kinds = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
+        return kinds[self.config.optimizer](network.parameters(), learning_rate, betas=betas)
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model's likelihood means anything yet: a GAN's does once its inference network is trained."""
+        return self.config.model.encoder and (self.inferring or not self.config.inference_share)
+
+    def begin_inference(self) -> None:
+        """From now on train the inference network and sigma alone, around the averaged generator (paper, section 5.2)."""
+        if not self.inferring:
+            self.model.load_state_dict(self.ema.state_dict())
+            self.usual_norm["model"] = 0.0
+        self.inferring = True
+        self.model.requires_grad_(False)
+        assert self.model.encoder is not None and isinstance(self.model.decoder, Decoder)
+        for module in (self.model.encoder, *self.model.decoder.inference_modules()):
+            module.requires_grad_(True)
+        self.model.decoder.log_sigma.requires_grad_(True)
+
+    def run(self, batches: list[Tensor]) -> dict[str, float]:
         """One iteration: ``d_steps`` discriminator steps, then one joint step of the model.
 
         Args:
-            batches: uint8 images ``(N, H, W, C)``: one batch for each discriminator step, then the model's.
-            rank: of this process.
+            batches: this process's share, uint8 images ``(N, H, W, C)``: one batch for each discriminator step, then
+                the model's.
 
         Returns:
-            Losses by name; ``bpd`` is L_C.
+            Losses by name, over all processes; ``bpd`` is L_C.
 
         Raises:
             TrainingDiverged: a loss was not finite, or gradients were not for several steps on end.
         """
-        noise = torch.Generator(self.device).manual_seed(((self.seed * 1_000_003 + self.step) * 4096 + rank) % 2**63)
-        *d_batches, model_batch = [self._dequantize(images, noise) for images in batches]
+        noise = _Noise(self.seed, self.step, self.device, self.rank, self.processes)
+        *d_batches, model_batch = batches
         losses: dict[str, float] = {}
-        for i, x in enumerate(d_batches):
-            losses.update(self._discriminator_step(x, noise, self.step * self.config.d_steps + i))
-        losses.update(self._model_step(model_batch, noise))
-        self._update_ema()
+        if not self.inferring:
+            for i, images in enumerate(d_batches):
+                x = self._dequantize(images, noise)
+                losses.update(self._discriminator_step(x, noise, self.step * self.config.d_steps + i))
+        losses.update(self._model_step(self._dequantize(model_batch, noise), noise))
+        if not self.skipped_in_a_row["model"]:
+            self._update_ema()
         self.step += 1
         return losses
 
-    def _dequantize(self, images: Tensor, noise: torch.Generator) -> Tensor:
+    def _dequantize(self, images: Tensor, noise: _Noise) -> Tensor:
         x = images.to(self.device).permute(0, 3, 1, 2).float()
         if self.config.flips:
-            mirrored = torch.rand(len(x), 1, 1, 1, generator=noise, device=self.device) < 0.5
-            x = torch.where(mirrored, x.flip(3), x)
-        x = dequantize(x, torch.rand(x.shape, generator=noise, device=self.device))
+            x = torch.where(noise.uniform(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+        x = dequantize(x, noise.uniform(len(x), *x.shape[1:]))
         return x.contiguous(memory_format=torch.channels_last)
 
-    def _eps(self, n: int, noise: torch.Generator) -> list[Tensor]:
-        return [torch.randn(n, *shape, generator=noise, device=self.device)
-                for shape in self.config.model.latent_shapes]
+    def _eps(self, n: int, noise: _Noise) -> list[Tensor]:
+        return [noise.normal(n, *shape) for shape in self.config.model.latent_shapes]
 
-    def _discriminator_step(self, x: Tensor, noise: torch.Generator, count: int) -> dict[str, float]:
+    def _discriminator_step(self, x: Tensor, noise: _Noise, count: int) -> dict[str, float]:
         assert self.discriminator is not None and self.d_optimizer is not None
         with torch.no_grad(), self.autocast():
             x_fake = self.model.sample(self._eps(len(x), noise))
@@ -118,22 +169,22 @@ class Trainer:
         losses = {"d_loss": loss.item(), "logit_real": logits_real.mean().item(),
                   "logit_fake": logits_fake.mean().item()}
         if count % self.config.gp_every == 0:
-            mix = torch.rand(len(x), 1, 1, 1, generator=noise, device=self.device)
+            mix = noise.uniform(len(x), 1, 1, 1)
             penalty = gradient_penalty(self.discriminator, mix * x + (1 - mix) * x_fake, self.config.gp_target)
             loss = loss + self.config.gp_weight * self.config.gp_every * penalty
             losses["gradient_penalty"] = penalty.item()
         loss.backward()
-        losses["d_grad_norm"] = self._apply("discriminator", self.discriminator, self.d_optimizer, losses,
-                                            self.config.d_learning_rate)
-        return losses
+        return self._apply("discriminator", self.discriminator, self.d_optimizer, losses, self.config.d_learning_rate)
 
-    def _model_step(self, x: Tensor, noise: torch.Generator) -> dict[str, float]:
-        with self.autocast():
-            evidence = self.model.evidence(x, self._eps(len(x), noise))
-        loss = coverage_loss(evidence, self.config.model.num_dims)
-        losses = {"bpd": loss.item()}
-        loss.backward()
-        if self.discriminator is not None:
+    def _model_step(self, x: Tensor, noise: _Noise) -> dict[str, float]:
+        losses: dict[str, float] = {}
+        if self.config.coverage or self.inferring:
+            with self.autocast():
+                evidence = self.model.evidence(x, self._eps(len(x), noise))
+            loss = coverage_loss(evidence, self.config.model.num_dims)
+            losses["bpd"] = loss.item()
+            loss.backward()
+        if self.discriminator is not None and not self.inferring:
             # L_C and L_Q are two backward passes of one joint step: the flow's weights sit the second one out.
             self.model.flow.requires_grad_(self.config.flow_sees_quality)
             self.discriminator.requires_grad_(False)
@@ -144,21 +195,23 @@ class Trainer:
             (self.config.quality_weight * loss).backward()
             self.model.flow.requires_grad_(True)
             self.discriminator.requires_grad_(True)
-        losses["grad_norm"] = self._apply("model", self.model, self.optimizer, losses, self.config.learning_rate)
-        return losses
+        return self._apply("model", self.model, self.optimizer, losses, self.config.learning_rate)
 
     def _apply(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, losses: dict[str, float],
-               learning_rate: float) -> float:
-        """Average, check and clip the gradients, and step; returns their norm before clipping."""
+               learning_rate: float) -> dict[str, float]:
+        """Average, check and clip the gradients, and step; returns the losses and the norm before clipping."""
+        gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
+        local = torch.tensor(list(losses.values()), device=self.device)
+        flat = self.average(torch.cat([local, *(gradient.flatten() for gradient in gradients.values())]))
+        losses = dict(zip(losses, flat[:len(local)].tolist(), strict=True))
+        flat = flat[len(local):]
         bad = {key: value for key, value in losses.items() if not math.isfinite(value)}
         if bad:
             raise TrainingDiverged(f"step {self.step}: not finite: {bad}")
-        gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
-        flat = self.average(torch.cat([gradient.flatten() for gradient in gradients.values()]))
         norm = flat.norm().item()
         usual = self.usual_norm[name]
         # The discriminator must answer when the model has found a weakness: its large gradients are no outliers.
-        in_proportion = module is self.discriminator or self.step < SPIKE_AFTER_STEPS or norm < SPIKE * usual
+        in_proportion = module is self.discriminator or self.step < SPIKE_AFTER_STEPS or usual == 0 or norm < SPIKE * usual
         if math.isfinite(norm) and in_proportion:
             flat *= min(1.0, self.config.max_grad_norm / (norm + 1e-12))
             offset = 0
@@ -173,11 +226,21 @@ class Trainer:
         else:
             self.skipped_in_a_row[name] += 1
             if self.skipped_in_a_row[name] >= MAX_SKIPPED_STEPS:
-                raise TrainingDiverged(
-                    f"step {self.step}: {MAX_SKIPPED_STEPS} steps on end had gradients that were not finite or over "
-                    f"{SPIKE:g} times the usual norm ({norm:.3g}, usual {usual:.3g})")
+                self._rescue(name, f"{MAX_SKIPPED_STEPS} steps on end had gradients that were not finite or over {SPIKE:g} "
+                                   f"times the usual norm ({norm:.3g}, usual {usual:.3g})")
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return losses | {"d_grad_norm" if module is self.discriminator else "grad_norm": norm}
+
+    def _rescue(self, name: str, why: str) -> None:
+        """Go back to the averaged weights, with a fresh optimiser."""
+        memory = round(1 / (1 - self.config.ema_decay))
+        self.rescued_at = [step for step in self.rescued_at if self.step - step < memory] + [self.step]
+        if name != "model" or len(self.rescued_at) > MAX_RESCUES:
+            raise TrainingDiverged(f"step {self.step}: {why}")
+        logger.warning("step %d: %s; going on from the averaged weights", self.step, why)
+        self.model.load_state_dict(self.ema.state_dict())
+        self.optimizer.state.clear()
+        self.skipped_in_a_row[name] = 0
 
     @torch.no_grad()
     def _update_ema(self) -> None:

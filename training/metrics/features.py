@@ -72,6 +72,12 @@ class ResNet20(nn.Module):
             h = self.get_submodule(f"layer{i}")(h)
         return h.mean((2, 3))
 
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Class scores ``(N, 10)`` of features ``(N, 64)``."""
+        weight, bias = (value.detach().double().cpu().numpy() for value in (self.linear.weight, self.linear.bias))
+        scores: np.ndarray = features @ weight.T + bias
+        return scores
+
 
 @torch.no_grad()
 def features_of(network: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:

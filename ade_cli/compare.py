@@ -1,0 +1,52 @@
+"""``ade compare RECIPE [RECIPE …] --data … --out OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
+from ade_model.errors import ConfigError
+from training.compare import Job, compare, read_rows
+from training.compare_report import write_comparison
+from training.data import DataError
+from training.loop import RunOptions
+from training.measure import Measurer
+from training.metrics.features import FeatureError
+from training.recipes import SIZES, recipe, recipe_names
+from training.runs import RunError
+
+ERRORS = (RunError, DataError, ConfigError, FeatureError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipes", nargs="*", choices=list(recipe_names()), metavar="RECIPE",
+                        help="systems to train and measure; without any, only the report is written again")
+    add_data_arguments(parser, required=True)
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT",
+                        help="the comparison's folder; what earlier calls put there stays in the report, and what is "
+                             "finished is not done again")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of the networks (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS")
+    parser.add_argument("--images", type=int, default=400_000, metavar="N",
+                        help="training images that each system sees (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="or the training time of each, whichever ends first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_measure_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.images < 1:
+        raise RunError(f"--images must be at least 1, got {args.images}")
+    device = device_of(args.device)
+    options = measure_options(args)
+    dataset = dataset_of(args, args.out, args.image_size)
+    if len(dataset.parts[options.part]) < 2:
+        raise DataError(f"the part {options.part} of {dataset.name} has {len(dataset.parts[options.part])} images")
+    jobs = [Job(recipe(name, dataset.image_size, dataset.channels, args.size),
+                RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device))
+            for seed in args.seeds for name in dict.fromkeys(args.recipes)]
+    compare(jobs, dataset, args.out, lambda: Measurer(dataset, device, options, say), say)
+    say(f"{write_comparison(read_rows(args.out), args.out, device)}")

@@ -1,0 +1,46 @@
+"""The flow by itself: ``z`` is ``y``, standard normal. The counterpart of the autoencoder's decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ade_model.distributions import DiagonalGaussian, sum_dims
+from ade_model.vae import Draw
+
+# exp of it is zero in float32: the encoder of a flow is exact.
+LOG_ZERO = -104.0
+
+
+class PointMass:
+    """``p(y | z)`` where ``z`` is ``y``: nothing is left to draw, nothing to pay for."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+    def sample(self, eps: Tensor) -> Tensor:
+        return self.mean
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(sum_dims(value))
+
+
+class StandardNormal(nn.Module):
+    """``p(z)`` of a flow, with the methods of :class:`ade_model.vae.Decoder`."""
+
+    def inference_modules(self) -> list[nn.Module]:
+        return []
+
+    def infer(self, encoded: Tensor, eps: list[Tensor]) -> tuple[list[Draw], PointMass]:
+        """``encoded`` is ``y`` itself."""
+        prior = DiagonalGaussian(torch.zeros_like(encoded), torch.zeros_like(encoded))
+        rate = -prior.log_prob(encoded)
+        posterior = DiagonalGaussian(encoded, torch.full_like(encoded, LOG_ZERO))
+        return [Draw(posterior, encoded, rate, rate)], PointMass(encoded)
+
+    def generate(self, eps: list[Tensor], temperature: Tensor | float = 1.0) -> tuple[list[Tensor], PointMass]:
+        z = eps[0] * temperature
+        return [z], PointMass(z)
+
+    def forward(self, z: list[Tensor]) -> PointMass:
+        return PointMass(z[0])

@@ -1,0 +1,1 @@
+"""Tests. A package of its own name: some libraries install a `tests` of theirs."""

@@ -1,0 +1,212 @@
+"""Data sets in the formats in which they are published, made small, and any folder of images."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import make_folder
+from training.data import DataError
+from training.datasets import cifar10, load_dataset
+from training.datasets.files import part_of
+
+
+def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:120])
+    said: list[str] = []
+    dataset = load_dataset(str(folder), None, 8, cache=tmp_path / "cache", report=said.append)
+    assert sum(len(part) for part in dataset.parts.values()) == 121
+    assert len(dataset.parts["train"]) > 70 and all(len(p) for p in dataset.parts.values())
+    assert [line.split(":")[0] for line in dataset.skipped] == ["broken.png", "empty.jpg"]
+    assert any("skipped" in line and "broken.png" in line for line in said)
+    again = load_dataset(str(folder), None, 8, cache=tmp_path / "cache")
+    in_memory = load_dataset(str(folder), None, 8)
+    for part, images in dataset.parts.items():
+        for other in (again, in_memory):
+            assert np.array_equal(images.images[:], other.parts[part].images[:])
+
+
+def test_parts_follow_the_file_name() -> None:
+    assert part_of("0001.png") == part_of("0001.png")
+    counts = {part: sum(part_of(f"{i}.png") == part for i in range(5000)) / 50 for part in
+              ("train", "select", "calibrate", "test")}
+    assert counts == pytest.approx({"train": 80, "select": 4, "calibrate": 8, "test": 8}, abs=2)
+
+
+@pytest.mark.parametrize("data, root, message", [
+    ("cifar10", None, "needs --root DIR"), ("nowhere", None, "no data set and no folder"), ("cifar10", ".", "no CIFAR-10"),
+    (".", "x", "--root goes with a named data set")])
+def test_data_that_is_not_there(tmp_path: Path, data: str, root: str | None, message: str) -> None:
+    os.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_dataset(data, root)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match="holds no images"):
+        load_dataset(str(tmp_path), None)
+
+
+def test_a_pickle_that_is_no_array_is_refused(tmp_path: Path) -> None:
+    for name in ("data_batch_1",):
+        (tmp_path / name).write_bytes(pickle.dumps({b"data": print}))
+    with pytest.raises(DataError, match="builtins.print, which is no array"):
+        load_dataset("cifar10", str(tmp_path))
+
+
+@pytest.fixture()
+def small_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CIFAR-10 of 100 training images, four of them to select and six to calibrate, and 20 test images."""
+    monkeypatch.setattr(cifar10, "COUNTS", {"train": 100, "test": 20})
+    monkeypatch.setattr(cifar10, "TRAIN", 90)
+    monkeypatch.setattr(cifar10, "SELECT", 94)
+
+
+def planes(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
+
+
+def cifar10_files(images: np.ndarray, labels: np.ndarray, kind: str) -> dict[str, bytes]:
+    """The official batches: five of training images and one of test images."""
+    files = {}
+    for i, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        rows, classes = planes(images[20 * i:20 * i + 20]), labels[20 * i:20 * i + 20]
+        if kind == "python":
+            files[name] = pickle.dumps({b"batch_label": b"x", b"labels": classes.tolist(), b"data": rows,
+                                        b"filenames": [b"a.png"] * 20}, protocol=2)
+        else:
+            files[f"{name}.bin"] = np.concatenate([classes[:, None].astype(np.uint8), rows], axis=1).tobytes()
+    return files
+
+
+def archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind, folder", [("python", "cifar-10-batches-py"), ("binary", "cifar-10-batches-bin")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_official_cifar10(kind: str, folder: str, packed: bool, tmp_path: Path, real_images: np.ndarray,
+                          small_cifar10: None) -> None:
+    labels = np.arange(120) % 10
+    files = cifar10_files(real_images[:120], labels, kind)
+    roots = [tmp_path]
+    if packed:
+        archive(tmp_path / f"cifar-10-{kind}.tar.gz", folder, files)
+        roots.append(tmp_path / f"cifar-10-{kind}.tar.gz")
+    else:
+        (tmp_path / folder).mkdir()
+        for name, content in files.items():
+            (tmp_path / folder / name).write_bytes(content)
+        roots.append(tmp_path / folder)
+    for root in roots:
+        dataset = load_dataset("cifar10", str(root))
+        assert np.array_equal(dataset.parts["train"].images, real_images[:90])
+        assert np.array_equal(dataset.parts["calibrate"].images, real_images[94:100])
+        assert np.array_equal(dataset.parts["test"].images, real_images[100:120])
+        assert np.array_equal(dataset.parts["test"].labels, labels[100:])
+        assert dataset.splits["select"] == "train[90:94]"
+
+
+def test_cifar10_as_torchvision_leaves_it(tmp_path: Path, real_images: np.ndarray, small_cifar10: None) -> None:
+    """The folder and the file names are those that torchvision looks for."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    for name, content in cifar10_files(real_images[:120], np.arange(120) % 10, "python").items():
+        (folder / name).write_bytes(content)
+    assert {name for name, _ in CIFAR10.train_list + CIFAR10.test_list} == {p.name for p in folder.iterdir()}
+    assert len(load_dataset("cifar10", str(tmp_path)).parts["train"]) == 90
+
+
+def test_cifar10_strips(tmp_path: Path, real_images: np.ndarray, small_cifar10: None) -> None:
+    for name, images in (("train_000", real_images[:60]), ("train_001", real_images[60:100]),
+                         ("test_000", real_images[:20])):
+        Image.fromarray(images.reshape(-1, 32, 3)).save(tmp_path / f"{name}.webp", lossless=True)
+    np.savez(tmp_path / "labels.npz", train=np.arange(100) % 10, test=np.arange(20) % 10)
+    dataset = load_dataset("cifar10", str(tmp_path))
+    assert np.array_equal(dataset.parts["train"].images, real_images[:90])
+    assert np.array_equal(dataset.parts["calibrate"].labels, np.arange(94, 100) % 10)
+
+
+def test_an_incomplete_cifar10_is_refused(tmp_path: Path, real_images: np.ndarray) -> None:
+    for name, content in cifar10_files(real_images[:120], np.zeros(120, int), "python").items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="holds 100 train images; CIFAR-10 has 50000"):
+        load_dataset("cifar10", str(tmp_path))
+    (tmp_path / "data_batch_3").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="data_batch_3 is no batch of arrays"):
+        load_dataset("cifar10", str(tmp_path))
+
+
+def test_stl10_from_its_binary_files(tmp_path: Path, real_images: np.ndarray) -> None:
+    """Stored channel by channel and column by column, as the original is."""
+    large = real_images[:30].repeat(3, axis=1).repeat(3, axis=2)
+    stored = large.transpose(0, 3, 2, 1)
+    files = {"unlabeled_X.bin": stored[:20].tobytes(), "test_X.bin": stored[20:].tobytes(),
+             "test_y.bin": (np.arange(10, dtype=np.uint8) % 10 + 1).tobytes()}
+    archive(tmp_path / "stl10_binary.tar.gz", "stl10_binary", files)
+    whole = load_dataset("stl10", str(tmp_path), 96)
+    assert np.array_equal(np.concatenate([whole.parts[p].images for p in ("train", "select", "calibrate")]), large[:20])
+    assert np.array_equal(whole.parts["test"].images, large[20:]) and whole.parts["test"].labels.tolist() == list(range(10))
+    dataset = load_dataset("stl10", str(tmp_path))
+    assert dataset.image_size == 48 and whole.splits["train"] == "unlabeled[0:18]"
+    assert abs(dataset.parts["train"].images.mean() - large[:18].mean()) < 1
+    (tmp_path / "stl10_binary").mkdir()
+    (tmp_path / "stl10_binary" / "test_X.bin").write_bytes(b"short")
+    with pytest.raises(DataError, match="test_X.bin has 5 bytes"):
+        load_dataset("stl10", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["npz", "pickle"])
+def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.ndarray) -> None:
+    images = real_images[:50].repeat(2, axis=1).repeat(2, axis=2)
+    for name, rows in (("train_data_batch_2", images[20:40]), ("train_data_batch_1", images[:20]),
+                       ("val_data", images[40:])):
+        values = {"data": planes(rows), "labels": np.arange(1, len(rows) + 1), "mean": np.zeros(3)}
+        if kind == "npz":
+            np.savez(tmp_path / f"{name}.npz", **values)
+        else:
+            (tmp_path / name).write_bytes(pickle.dumps({**values, "labels": values["labels"].tolist()}))
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        dataset = load_dataset("imagenet64", str(tmp_path), None, cache)
+        trained = np.concatenate([np.asarray(dataset.parts[p].images) for p in ("train", "select", "calibrate")])
+        assert np.array_equal(trained, images[:40])
+        assert np.array_equal(dataset.parts["test"].images, images[40:]) and dataset.splits["test"] == "val[0:10]"
+        assert dataset.parts["test"].labels.tolist() == list(range(10))
+    (tmp_path / ("val_data.npz" if kind == "npz" else "val_data")).write_bytes(b"PK nothing")
+    with pytest.raises(DataError, match="val_data"):
+        load_dataset("imagenet64", str(tmp_path))
+
+
+def test_lsun_from_its_lmdb(tmp_path: Path, real_images: np.ndarray) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    root = tmp_path / "tower_train_lmdb"
+    with lmdb.open(str(root), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for i in range(60):
+            out = io.BytesIO()
+            Image.fromarray(real_images[i].repeat(3, axis=1)).save(out, "WEBP", lossless=True)
+            transaction.put(f"{i:040x}".encode(), out.getvalue())
+        transaction.put(b"f" * 40, b"no image")
+    said: list[str] = []
+    dataset = load_dataset("lsun", str(root), 32, tmp_path / "cache", said.append)
+    assert dataset.name == "lsun-tower_train" and sum(len(part) for part in dataset.parts.values()) == 60
+    assert dataset.image_size == 32 and len(dataset.skipped) == 1 and any("skipped ffff" in line for line in said)
+    assert load_dataset("lsun", str(root)).image_size == 64
+    with pytest.raises(DataError, match="holds no data.mdb"):
+        load_dataset("lsun", str(tmp_path))
+
+
+@pytest.mark.parametrize("data, size", [("cifar10", 64), ("imagenet64", 32)])
+def test_sizes_that_a_data_set_does_not_have(data: str, size: int, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{data} images are .. pixels a side"):
+        load_dataset(data, str(tmp_path), size)

@@ -1,0 +1,132 @@
+"""Every system of the paper: it trains, resumes, exports with parity, and serves whatever it can."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ade_model.checkpoint import load_model
+from export.write import export_bundle
+from serving.engine import InferenceEngine
+from serving.images import write_png
+from serving.requests import RawRequest
+from serving.service import Service
+from tests.conftest import make_folder, narrow
+from training.compare import FAILURE, MEASURED, Job, compare, read_rows
+from training.compare_report import write_comparison
+from training.data import Dataset
+from training.datasets import load_dataset
+from training.loop import RunOptions, train
+from training.measure import MeasureOptions, Measurer
+from training.recipes import TrainConfig, recipe_names
+from training.runs import RunError, latest_checkpoint
+
+SYSTEMS: dict[str, TrainConfig] = {
+    **{name: narrow(name) for name in recipe_names()},
+    "av-ade-s2 of the paper's size": narrow("av-ade-s2", "paper"),
+    "av-ade-iaf-rd of the paper's size": narrow("av-ade-iaf-rd", "paper"),
+    "real-nvp of the paper's size": narrow("real-nvp", "paper"),
+    "gan without an inference network": narrow("gan", inference_share=0.0),
+}
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Dataset:
+    return load_dataset(str(make_folder(tmp_path_factory.mktemp("systems") / "images", small_images)), None, 8)
+
+
+def options(steps: int, **changes: object) -> RunOptions:
+    return dataclasses.replace(RunOptions(images=16 * steps, device="cpu", precision="float32", checkpoint_steps=5,
+                                          evaluate_steps=15), **changes)
+
+
+def ask(service: Service, **parameters: object) -> tuple[int, object]:
+    (response,) = service.answer([RawRequest("application/json", json.dumps(parameters).encode())])
+    return response.status, json.loads(response.body) if response.content_type == "application/json" else response.body
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return {k: v.numpy() for k, v in load_model(latest_checkpoint(run)).state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset, tmp_path: Path,
+                                                    small_images: np.ndarray) -> None:
+    config, whole, cut = SYSTEMS[name], tmp_path / "whole", tmp_path / "cut"
+    progress = train(config, dataset, whole, options(STEPS), resume=False)
+    assert progress.step == round(STEPS * (1 + config.inference_share))
+    train(config, dataset, cut, options(STEPS, minutes=0.0 if config.inference_share else None,
+                                        images=16 * (STEPS if config.inference_share else STEPS // 2)), resume=False)
+    train(config, dataset, cut, options(STEPS), resume=True)
+    a, b = weights(whole), weights(cut)
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+    assert all(np.isfinite(value).all() for value in a.values())
+
+    bundle = tmp_path / "bundle"
+    export_bundle(latest_checkpoint(whole), bundle, "it", small_images[:40], None)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["recipe"] == config.recipe and len({row["graph"] for row in manifest["parity"]}) >= 4
+    engine = InferenceEngine(bundle, device="cpu")
+    status, answer = ask(Service("sample", engine), n=2, seed=3, format="json")
+    assert status == 200 and len(answer["results"]) == 2
+    image = base64.b64encode(write_png(small_images[0])).decode()
+    for operation in ("encode", "reconstruct", "score"):
+        status, answer = ask(Service(operation, engine), images=[image], **(
+            {"format": "json"} if operation != "score" else {}))
+        if operation not in config.model.operations:
+            assert status == 422 and answer["error"]["code"] == "not_available", answer
+            assert f"has no {operation}" in answer["error"]["message"]
+            continue
+        assert status == 200, answer
+        (result,) = answer["results"]
+        if operation == "score":
+            assert sum(result["bpd_parts"].values()) == pytest.approx(result["bpd"], abs=1e-5)
+        if operation == "reconstruct" and not config.model.widths:
+            assert result["psnr"] is None or result["psnr"] > 60  # a flow by itself is exact
+        if operation == "encode":
+            status, answer = ask(Service("sample", engine), latents=[result], format="json")
+            assert status == 200, answer
+    status, answer = ask(Service("sample", engine), kind="density", format="json")
+    if config.model.encoder:
+        assert status == 200
+    else:
+        assert status == 422 and "has no density samples" in answer["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Dataset, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def measurer() -> Measurer:
+        return Measurer(dataset, torch.device("cpu"), MeasureOptions(samples=20, draws=2), said.append)
+
+    broken = dataclasses.replace(narrow("av-gde"), learning_rate=float("inf"))
+    jobs = [Job(config, options(STEPS)) for config in (narrow("vae"), broken, narrow("gan"), narrow("v-ade"))]
+    jobs.append(Job(narrow("vae"), options(STEPS, seed=1)))
+    compare(jobs[:3], dataset, tmp_path, measurer, said.append)
+    assert "av-gde-seed0: TrainingDiverged" in "".join(said)
+    first = (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text()
+    said.clear()
+    compare(jobs, dataset, tmp_path, measurer, said.append)
+    assert not [line for line in said if line.startswith(("vae-seed0: training", "gan-seed0", "av-gde-seed0: training"))]
+    assert (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text() == first
+    assert "diverged before" in "".join(said) and (tmp_path / "runs" / "av-gde-seed0" / FAILURE).is_file()
+    rows = read_rows(tmp_path)
+    assert [row["name"] for row in rows] == ["av-gde-seed0", "gan-seed0", "v-ade-seed0", "vae-seed0", "vae-seed1"]
+    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
+    assert "**failed: step" in page and "| vae (seed 1) |" in page and "[4.4" not in page
+    assert "V-ADE beats VAE on bits per dimension" in page and "| [7.0] | 6.8 | 31.4 |" in page
+    for picture in ("vae.png", "gan.png", "curve-bpd.png", "curve-d_loss.png"):
+        assert f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
+    with pytest.raises(RunError, match="another config|trained with another learning_rate"):
+        compare([Job(dataclasses.replace(narrow("vae"), learning_rate=0.1), options(2 * STEPS))], dataset, tmp_path,
+                measurer, said.append)

@@ -1,0 +1,121 @@
+"""Several systems under one budget: trained one after another, measured alike, and taken up where it stopped.
+
+``OUT/runs/SYSTEM-seedN/`` is a run like any other, with ``measured.json`` when it was measured and ``failure.json`` when
+it could not be finished. :mod:`training.compare_report` writes the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ade_model.checkpoint import load_model
+from training.data import Dataset
+from training.loop import RunOptions, train
+from training.measure import Measurer
+from training.recipes import TrainConfig
+from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
+from training.step import TrainingDiverged
+
+MEASURED, FAILURE = "measured.json", "failure.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One system to train, and for how long."""
+
+    config: TrainConfig
+    options: RunOptions
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.recipe}-seed{self.options.seed}"
+
+
+def compare(jobs: Sequence[Job], dataset: Dataset, out: Path, measurer: Callable[[], Measurer],
+            report: Callable[[str], None]) -> None:
+    """Finish every job that is not finished; a job that fails is recorded, and the next one begins.
+
+    Args:
+        jobs: in the order of training.
+        dataset: of all.
+        out: the comparison's folder; jobs of earlier calls stay in it.
+        measurer: makes what measures; called once there is something to measure.
+        report: is told of progress, a line at a time.
+
+    Raises:
+        RunError: the folder holds a run of the same name that was started otherwise.
+    """
+    ready: Measurer | None = None
+    for job in jobs:
+        run = out / "runs" / job.name
+        if _diverged(run):
+            report(f"{job.name}: diverged before; delete {run} to try again")
+            continue
+        try:
+            if not _is_trained(run, job):
+                report(f"{job.name}: training")
+                train(job.config, dataset, run, job.options, resume=(run / "run.json").is_file())
+            elif not (run / MEASURED).is_file():
+                _check_same(run, job)
+            if not (run / MEASURED).is_file():
+                report(f"{job.name}: measuring")
+                ready = ready or measurer()
+                folder = latest_checkpoint(run)
+                write_json(run / MEASURED, ready.measure(load_model(folder).to(ready.device)))
+            (run / FAILURE).unlink(missing_ok=True)
+        except RunError:
+            raise
+        except Exception as error:  # a row that says why, and on to the next
+            report(f"{job.name}: {type(error).__name__}: {error}")
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(run / FAILURE, {"kind": type(error).__name__, "why": str(error), "trace": traceback.format_exc()})
+        gc.collect()
+
+
+def _diverged(run: Path) -> bool:
+    path = run / FAILURE
+    return path.is_file() and json.loads(path.read_text())["kind"] == TrainingDiverged.__name__
+
+
+def _is_trained(run: Path, job: Job) -> bool:
+    folders = checkpoint_folders(run)
+    if not folders:
+        return False
+    state = json.loads((folders[-1] / STATE_NAME).read_text())
+    share = 1 + job.config.inference_share
+    enough = state["images"] >= round(job.options.images * share)
+    return enough or (job.options.minutes is not None and state["seconds"] >= 60 * job.options.minutes * share)
+
+
+def _check_same(run: Path, job: Job) -> None:
+    before = json.loads((run / "run.json").read_text())["config"]
+    wanted = json.loads(json.dumps(dataclasses.asdict(job.config)))
+    if before != wanted:
+        different = sorted(k for k in set(before) | set(wanted) if before.get(k) != wanted.get(k))
+        raise RunError(f"{run} was trained with another {', '.join(different)}; use another --out, or delete it")
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Of every run in a comparison's folder: its configuration, where it got to, and what was measured or went wrong."""
+    rows = []
+    for path in sorted((out / "runs").glob("*/run.json")):
+        run = path.parent
+        started = json.loads(path.read_text())
+        row: dict[str, Any] = {"name": run.name, "run": run, "config": TrainConfig.from_dict(started["config"]),
+                               "data": started["data"], "seed": started["options"]["seed"],
+                               "budget": started["options"], "state": None, "measured": None, "failure": None}
+        folders = checkpoint_folders(run)
+        if folders:
+            row["state"] = json.loads((folders[-1] / STATE_NAME).read_text())
+        for key, file in (("measured", MEASURED), ("failure", FAILURE)):
+            if (run / file).is_file():
+                row[key] = json.loads((run / file).read_text())
+        rows.append(row)
+    return rows

@@ -1,0 +1,254 @@
+"""The page of a comparison: the paper's table with its figures beside ours, samples, curves, and which claims held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ade_model.checkpoint import load_model
+from serving.images import tile, write_png
+from training.evaluate import sample_images
+from training.measure import EFFICIENTNET, INCEPTION, RESNET20
+from training.paper import PAPER, claims
+from training.recipes import recipe_names
+from training.runs import RunError, latest_checkpoint
+from training.weights import count_weights
+
+GRID = 8  # samples a side
+SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
+CURVES = (("bpd", "L_C, bits per dimension"), ("quality_loss", "L_Q, nats"), ("d_loss", "discriminator, nats"))
+SMOOTHING = 25  # logged steps
+
+
+def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.device) -> Path:
+    """``OUT/report.md`` with its pictures.
+
+    Args:
+        rows: of :func:`training.compare.read_rows`.
+        out: the comparison's folder.
+        device: for the sample grids.
+
+    Returns:
+        The page's path.
+    """
+    order = list(recipe_names())
+    rows = sorted(rows, key=lambda row: (order.index(row["config"].recipe), row["seed"]))
+    if not rows:
+        raise RunError(f"{out} holds no runs to report on")
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    first = list({row["config"].recipe: row for row in reversed(rows)}.values())[::-1]  # of each system its first seed
+    sizes, data = sorted({row["config"].size for row in rows}), sorted({row["data"] for row in rows})
+    lines = [f"# {len(rows)} runs of {len(first)} systems, size {' and '.join(sizes)}, on {' and '.join(data)}", "",
+             "Written by `ade compare`. The paper's figures are those of CIFAR-10 at full scale; ours are of the size and "
+             "budget that each row states, so compare rows with rows and not across.", "",
+             "## Likelihood and samples", "", *_table(rows), "", *_notes(rows), "",
+             "## What the paper claims, and what is seen here", "", *_claims(first), "",
+             "## Further measures", "", *_further(rows), "",
+             "## Budgets", "", *_budgets(rows), "", "## Samples", ""]
+    _sample_pictures(first, pictures, device)
+    lines += ["Mean samples, what the discriminator sees: 64 of each system, from the same noise wherever the latents have "
+              "the same shape.", ""]
+    lines += _gallery(first)
+    lines += ["", "## Training curves", "", f"Running means over {SMOOTHING} logged steps.", ""]
+    for file, caption in _curve_pictures(rows, pictures):
+        lines += [f"![{caption}](pictures/{file})", ""]
+    path = out / "report.md"
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    return path
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float | None]:
+    measured = row["measured"] or {}
+    mean = measured.get("distances", {}).get("mean", {})
+    return {"bpd": measured.get("elbo", {}).get("bpd"),
+            **{space: mean.get(space, {}).get("frechet") for space in (RESNET20, EFFICIENTNET)},
+            INCEPTION: measured.get("inception", {}).get("fid", {}).get("50000", {}).get("fid")}
+
+
+def _used_spaces(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [space for space in SPACES if any(_figures(row)[space] is not None for row in rows)]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    return row["config"].recipe + (f" (seed {row['seed']})" if row["seed"] else "")
+
+
+def _rows(header: list[str], body: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(cells)} |" for cells in body)]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    spaces = _used_spaces(rows)
+    header = ["system", "f", "adv", "mle", "BPD", "IWAE", *(SPACES[s] for s in spaces), "class score",
+              "paper: BPD", "IS", "FID"]
+    body = []
+    for row in rows:
+        config, measured, paper = row["config"], row["measured"], PAPER[row["config"].recipe]
+        marks = [("✓" if has else "") for has in (config.model.flow_scales > 0, config.discriminator is not None,
+                                                   config.coverage)]
+        bracket = "[{}]" if config.inference_share else "{}"
+        cited = [("[{}]" if paper.bracketed else "{}").format(_number(paper.bpd, 1)), _number(paper.inception_score, 1),
+                 _number(paper.fid, 1)]
+        if measured is None:
+            why = row["failure"]["why"] if row["failure"] else "not finished"
+            body.append([_label(row), *marks, f"**failed: {why}**" if row["failure"] else why,
+                         *[""] * (2 + len(spaces)), *cited])
+            continue
+        figures = _figures(row)
+        elbo = measured.get("elbo")
+        bpd = bracket.format(f"{_number(elbo['bpd'], 3)} ± {_number(elbo['standard_error'], 3)}") if elbo else "–"
+        iwae = next((bracket.format(_number(v["bpd"], 3)) for k, v in measured.items() if k.startswith("iwae-")), "–")
+        score = measured.get("distances", {}).get("mean", {}).get(RESNET20, {}).get("class_score", {}).get("mean")
+        body.append([_label(row), *marks, bpd, iwae, *(_number(figures[s], 1) for s in spaces), _number(score), *cited])
+    return _rows(header, body)
+
+
+def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    measured = next((row["measured"] for row in rows if row["measured"]), None)
+    if measured is None:
+        return []
+    lines = [f"BPD: the ELBO of {measured['images']:,} held-out images ({measured['split']}), ± its standard error; in "
+             "brackets where an inference network was trained around a frozen generator."]
+    bound = next(((k, v) for k, v in measured.items() if k.startswith("iwae-")), None)
+    if bound:
+        lines.append(f"IWAE: {bound[0]} of the first {bound[1]['images']:,} of them.")
+    for name, found in measured.get("distances", {}).get("mean", {}).items():
+        lines.append(f"{SPACES[name]}: between {found['samples']:,} mean samples and {found['reference']}; it is not the "
+                     "FID.")
+    lines.append("Class score: the Inception score's formula on the ResNet-20's ten classes.")
+    return [" ".join(lines)]
+
+
+def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
+    figures = {row["config"].recipe: _figures(row) for row in rows if row["measured"]}
+    lines = []
+    for claim in claims(tuple(_used_spaces(rows))):
+        a, b = claim.systems
+        if a not in figures or b not in figures:
+            continue
+        pairs = [(name, figures[a][name], figures[b][name]) for name in claim.figures]
+        known = [(name, x, y) for name, x, y in pairs if x is not None and y is not None]
+        if not known:
+            continue
+        holds = all(claim.holds(x, y) for _, x, y in known)
+        shown = "; ".join(f"{SPACES.get(name, 'BPD')} {_number(x)} against {_number(y)}" for name, x, y in known)
+        lines.append(f"- {'**holds**' if holds else '**does not hold here**'}: {claim.text} ({shown})")
+    return lines or ["Too few systems were measured."]
+
+
+def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
+    spaces = [s for s in _used_spaces(rows) if s != INCEPTION]
+    header = ["system", "PSNR, dB", "GAN-train"]
+    for space in spaces:
+        short = SPACES[space].removeprefix("Fréchet ")
+        header += [f"KD×10³ {short}", f"precision {short}", f"recall {short}", f"F₈ {short}", f"F₁⸝₈ {short}"]
+    header.append("Fréchet of density samples")
+    body = []
+    for row in rows:
+        measured = row["measured"]
+        if measured is None:
+            continue
+        psnr = measured.get("psnr", {})
+        cells = [_label(row), "exact" if psnr and psnr["exact"] == psnr["images"] else _number(psnr.get("mean_db"), 1),
+                 _percent(measured.get("gan_train", {}).get("accuracy"))]
+        for space in spaces:
+            found = measured.get("distances", {}).get("mean", {}).get(space, {})
+            kernel = found.get("kernel", {}).get("mean")
+            cells += [_number(None if kernel is None else 1e3 * kernel), *(
+                _number(found.get(group, {}).get(name)) for group, name in (
+                    ("neighbours", "precision"), ("neighbours", "recall"), ("prd", "f8"), ("prd", "f1_8")))]
+        cells.append(_number(measured.get("distances", {}).get("density", {}).get(RESNET20, {}).get("frechet"), 1))
+        body.append(cells)
+    real = next((row["measured"]["gan_train"]["accuracy_of_real"] for row in rows
+                 if row["measured"] and row["measured"].get("gan_train")), None)
+    text = ("KD: kernel distance. F₈ and F₁⸝₈: Sajjadi's recall and precision. GAN-test: not defined for models without "
+            "classes.")
+    if real is not None:
+        text += f" GAN-train of as many real images: {_percent(real)}."
+    return [*_rows(header, body), "", text]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
+    body = []
+    for row in rows:
+        config, state, counts = row["config"], row["state"] or {}, count_weights(row["config"])
+        images, seconds = state.get("images", 0), state.get("seconds", 0.0)
+        inference = round(images * config.inference_share / (1 + config.inference_share))
+        extra = f", of them {inference:,} for the inference network" if inference else ""
+        body.append([_label(row), f"{images:,}{extra}", f"{state.get('step', 0):,}",
+                     f"{seconds / 60:.1f}", f"{images / seconds:.0f}" if seconds else "–", f"{counts.model:,}",
+                     f"{counts.flow_share:.1%}", f"{counts.discriminator:,}", str(len(state.get("rescued_at", [])))])
+    return [*_rows(["system", "images seen", "steps", "minutes", "images/s", "weights", "in the flow", "discriminator",
+                    "rescues"], body), "", "Minutes and images/s are as they came, on a machine that did other things too."]
+
+
+def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device) -> None:
+    for row in rows:
+        if row["state"] is not None and row["measured"] is not None:
+            model = load_model(latest_checkpoint(row["run"])).to(device)
+            grid = tile(sample_images(model, GRID**2, device, "mean"), GRID)
+            (pictures / f"{row['config'].recipe}.png").write_bytes(write_png(grid))
+
+
+def _gallery(rows: Sequence[dict[str, Any]], columns: int = 3) -> list[str]:
+    shown = [row["config"].recipe for row in rows if row["measured"] is not None]
+    lines = []
+    for first in range(0, len(shown), columns):
+        names = shown[first:first + columns]
+        table = _rows(names, [[f"![samples of {n}](pictures/{n}.png)" for n in names]])
+        lines += [*table, ""]
+    return lines
+
+
+def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple[str, str]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    written = []
+    for name, caption in CURVES:
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        axes = figure.subplots()
+        for i, row in enumerate(rows):
+            steps, values = _curve(row["run"] / "metrics.jsonl", name)
+            if len(values):
+                axes.plot(steps, values, label=_label(row), linewidth=1.1, color=f"C{i % 10}",
+                          linestyle=("-", "--", ":")[i // 10])
+        if not axes.lines:
+            continue
+        if name == "bpd":
+            axes.set_ylim(top=float(np.percentile(np.concatenate([line.get_ydata() for line in axes.lines]), 97)))
+        axes.set_xlabel("images seen")
+        axes.set_ylabel(caption)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, ncols=2)
+        FigureCanvasAgg(figure).print_figure(pictures / f"curve-{name}.png", dpi=110)
+        written.append((f"curve-{name}.png", caption))
+    return written
+
+
+def _curve(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images seen and a running mean of one logged value."""
+    found = [(row["images"], row[name]) for row in map(json.loads, path.read_text().splitlines()) if name in row] if (
+        path.is_file()) else []
+    if len(found) < 2:
+        return np.empty(0), np.empty(0)
+    images, values = np.array(found, float).T
+    width = min(SMOOTHING, len(values))
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    return images[width - 1:], (sums[width:] - sums[:-width]) / width

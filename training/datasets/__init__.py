@@ -1,0 +1,52 @@
+"""Loaders, one file a data set: each gives a :class:`training.data.Dataset`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.data import DataError, Dataset
+from training.datasets.cifar10 import load_cifar10
+from training.datasets.files import Report
+from training.datasets.folder import load_folder
+from training.datasets.imagenet64 import load_imagenet64
+from training.datasets.lsun import load_lsun
+from training.datasets.stl10 import load_stl10
+
+NAMES = {"cifar10": 32, "stl10": None, "imagenet64": 64, "lsun": None}  # and the size of the images, where it is fixed
+
+
+def load_dataset(data: str, root: str | None, image_size: int | None = None, cache: Path | None = None,
+                 report: Report = lambda line: None) -> Dataset:
+    """A data set by name or by folder.
+
+    Args:
+        data: one of :data:`NAMES`, or the path of a folder of images (searched recursively).
+        root: where a named data set lies.
+        image_size: pixels a side; images of another size are cropped to the centre square and resized with
+            antialiasing. Unless given it is the data set's own, or that of a folder's first file.
+        cache: a folder for the decoded pixels; without one they are kept in memory.
+        report: is told of progress, a line at a time.
+
+    Raises:
+        DataError: nothing usable is there.
+    """
+    if data not in NAMES:
+        if root is not None:
+            raise DataError(f"--root goes with a named data set ({', '.join(NAMES)}); {data!r} is a folder")
+        if not Path(data).is_dir():
+            raise DataError(f"no data set and no folder is called {data!r}")
+        return load_folder(Path(data), image_size, cache, report)
+    if root is None:
+        raise DataError(f"--data {data} needs --root DIR, the folder that holds it")
+    if image_size is not None and NAMES[data] not in (None, image_size):
+        raise DataError(f"{data} images are {NAMES[data]} pixels a side; image size {image_size} was asked for")
+    path = Path(root)
+    if not path.exists():
+        raise DataError(f"--root: there is no {path}")
+    if data == "cifar10":
+        return load_cifar10(path)
+    if data == "stl10":
+        return load_stl10(path, image_size, report)
+    if data == "imagenet64":
+        return load_imagenet64(path, cache, report)
+    return load_lsun(path, image_size, cache, report)

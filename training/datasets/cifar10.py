@@ -1,0 +1,68 @@
+"""CIFAR-10: lossless strips, torchvision's layout, or the official archives (Python or binary)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from training.data import DataError, Dataset, ImageSet
+from training.datasets.source import Source, planar, unpickle_arrays
+
+SIZE = 32
+FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
+ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+COUNTS = {"train": 50000, "test": 10000}
+# The service's calibration depends on this split: it never changes.
+TRAIN, SELECT = 45000, 47000
+_Split = tuple[np.ndarray, np.ndarray | None]
+
+
+def load_cifar10(root: Path) -> Dataset:
+    """The 60,000 images, 45,000 of them to train on.
+
+    Raises:
+        DataError: they are not there, or not all.
+    """
+    strips = root.is_dir() and any(root.glob("train_*.webp"))
+    source = Source(root, FOLDERS, ARCHIVES)
+    (train, labels), (test, test_labels) = (_strips(root, s) if strips else _batches(source, root, s)
+                                            for s in ("train", "test"))
+    for name, images in (("train", train), ("test", test)):
+        if len(images) != COUNTS[name]:
+            raise DataError(f"{root} holds {len(images)} {name} images; CIFAR-10 has {COUNTS[name]}")
+    bounds = {"train": (0, TRAIN), "select": (TRAIN, SELECT), "calibrate": (SELECT, len(train))}
+    parts = {part: ImageSet(train[a:b], None if labels is None else labels[a:b]) for part, (a, b) in bounds.items()}
+    splits = {part: f"train[{a}:{b}]" for part, (a, b) in bounds.items()}
+    return Dataset("cifar10", {**parts, "test": ImageSet(test, test_labels)}, {**splits, "test": f"test[0:{len(test)}]"})
+
+
+def _strips(root: Path, split: str) -> _Split:
+    """WebP files of images stacked top to bottom, 32 pixels wide, with the classes in ``labels.npz``."""
+    strips = [np.asarray(Image.open(f).convert("RGB")) for f in sorted(root.glob(f"{split}_*.webp"))]
+    images = np.concatenate([s.reshape(-1, SIZE, SIZE, 3) for s in strips]) if strips else np.empty((0, SIZE, SIZE, 3))
+    if not (root / "labels.npz").is_file():
+        return images, None
+    with np.load(root / "labels.npz", allow_pickle=False) as labels:
+        return images, labels[split].astype(np.int64)
+
+
+def _batches(source: Source, root: Path, split: str) -> _Split:
+    images, labels = [], []
+    for name in BATCHES[split]:
+        if (content := source.read(name)) is not None:
+            batch = unpickle_arrays(content, name)
+            images.append(planar(batch["data"], SIZE, name))
+            labels.append(np.asarray(batch["labels"], np.int64))
+        elif (content := source.read(f"{name}.bin")) is not None:
+            if len(content) % (1 + 3 * SIZE * SIZE):
+                raise DataError(f"{name}.bin has {len(content)} bytes, no multiple of {1 + 3 * SIZE * SIZE}")
+            rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * SIZE * SIZE)
+            images.append(planar(rows[:, 1:], SIZE, name))
+            labels.append(rows[:, 0].astype(np.int64))
+        else:
+            raise DataError(f"{root} holds no CIFAR-10: neither train_*.webp strips nor {name} or {name}.bin, there, in "
+                            f"{' or '.join(FOLDERS)}, or in {' or '.join(ARCHIVES)}")
+    return np.concatenate(images), np.concatenate(labels)

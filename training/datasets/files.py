@@ -1,0 +1,124 @@
+"""Image files of any size to one array of squares, decoded once and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from serving.images import ImageError, read_image
+from training.data import PARTS, DataError, Dataset, ImageSet, Rows
+
+Report = Callable[[str], None]
+# Of 100 names, where the name's hash puts them: below 80 train, then select, calibrate, test.
+_BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
+_CHUNK = 1000
+
+
+def part_of(name: str) -> str:
+    """The part that a file of this name belongs to: a stable hash, so that adding files moves none."""
+    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
+    return next(part for part, bound in _BOUNDS.items() if bucket < bound)
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre square of ``(H, W, C)``, resized with antialiasing: ``(size, size, C)``, uint8."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    centre = Image.fromarray(image[top:top + side, left:left + side])
+    return np.asarray(centre.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def cached_pixels(identity: str, shape: tuple[int, int, int, int], cache: Path | None,
+                  fill: Callable[[np.ndarray], dict[int, str]]) -> tuple[np.ndarray, dict[int, str]]:
+    """An array that ``fill`` wrote, in memory or in a memory map of the cache.
+
+    Args:
+        identity: of the content; the same identity is not filled again.
+        shape: ``(N, H, W, C)``.
+        cache: a folder; ``None`` keeps the array in memory.
+        fill: writes the pixels and returns the rows that are unusable, and why.
+
+    Returns:
+        uint8 pixels and the unusable rows.
+    """
+    if cache is None:
+        pixels = np.empty(shape, np.uint8)
+        return pixels, fill(pixels)
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
+    if not done.is_file():
+        # Each of several processes writes a file of its own; the last to finish is kept, and all are the same.
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f"images-{key}.{os.getpid()}.tmp"
+        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        skipped = fill(pixels)
+        pixels.flush()
+        os.replace(temporary, stored)
+        temporary.write_text(json.dumps(skipped))
+        os.replace(temporary, done)
+    return np.load(stored, mmap_mode="r"), {int(row): why for row, why in json.loads(done.read_text()).items()}
+
+
+def decode_into(pixels: np.ndarray, size: int, files: Iterable[bytes | OSError], report: Report) -> dict[int, str]:
+    """Decode image files into the rows of an array, on all cores; returns the unusable rows, and why."""
+    skipped: dict[int, str] = {}
+
+    def decode(row: int, content: bytes | OSError) -> None:
+        try:
+            if isinstance(content, OSError):
+                raise content
+            pixels[row] = square(read_image(content).pixels, size)
+        except (ImageError, OSError) as error:
+            skipped[row] = str(error)
+
+    numbered = enumerate(files)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while chunk := list(islice(numbered, _CHUNK)):
+            list(pool.map(lambda item: decode(*item), chunk))
+            if (chunk[-1][0] + 1) % (10 * _CHUNK) == 0 or len(chunk) < _CHUNK:
+                report(f"read {chunk[-1][0] + 1} of {len(pixels)} images")
+    return skipped
+
+
+def split_by_name(name: str, files: list[str], pixels: np.ndarray, skipped: dict[int, str], report: Report) -> Dataset:
+    """A data set of files whose parts follow from the hashes of their names.
+
+    Args:
+        name: of the data set.
+        files: their paths inside it; the last component is hashed.
+        pixels: a row for each.
+        skipped: rows to leave out, and why.
+        report: is told of what is left out.
+    """
+    for row, why in skipped.items():
+        report(f"skipped {files[row]}: {why}")
+    rows: dict[str, list[int]] = {part: [] for part in PARTS}
+    for row, file in enumerate(files):
+        if row not in skipped:
+            rows[part_of(file.rsplit("/", 1)[-1])].append(row)
+    if not rows["train"]:
+        raise DataError(f"{name}: {len(files)} files, {len(skipped)} of them unusable, and none left to train on")
+    splits = {part: f"{name}: {len(r)} files by hash of the file name" for part, r in rows.items()}
+    mapped = isinstance(pixels, np.memmap)
+    return Dataset(name, {part: ImageSet(Rows(pixels, r) if mapped else pixels[r]) for part, r in rows.items()}, splits,
+                   [f"{files[row]}: {why}" for row, why in sorted(skipped.items())])
+
+
+def contents(paths: Iterable[Path]) -> Iterator[bytes | OSError]:
+    """Files one after another; one that cannot be read is its error."""
+    for path in paths:
+        try:
+            yield path.read_bytes()
+        except OSError as error:
+            yield error

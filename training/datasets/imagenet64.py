@@ -1,0 +1,71 @@
+"""ImageNet at 64 pixels from its official batches, as ``.npz`` or as pickles."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from training.data import DataError, Dataset, ImageSet
+from training.datasets.files import Report, cached_pixels
+from training.datasets.source import planar, unpickle_arrays
+from training.datasets.stl10 import split_tail
+
+SIZE = 64
+
+
+def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
+    """``train_data_batch_1`` to ``_10`` and ``val_data``: the validation images are the test part.
+
+    Raises:
+        DataError: they are not there.
+    """
+    train = sorted((p for p in root.glob("train_data_batch_*") if p.suffix in ("", ".npz")),
+                   key=lambda p: int(p.stem.rsplit("_", 1)[1]) if p.stem.rsplit("_", 1)[1].isdigit() else 0)
+    test = [p for p in (root / "val_data.npz", root / "val_data") if p.is_file()][:1]
+    if not train or not test:
+        raise DataError(f"{root} holds no ImageNet 64x64: train_data_batch_1 and on, and val_data, each .npz or a pickle")
+    return _assemble(train, test[0], cache, report)
+
+
+def _assemble(train: list[Path], test: Path, cache: Path | None, report: Report) -> Dataset:
+    counts = []
+    for path in train:
+        counts.append(len(_labels(path)))
+    identity = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in train])
+
+    def fill(pixels: np.ndarray) -> dict[int, str]:
+        first = 0
+        for path, count in zip(train, counts, strict=True):
+            pixels[first:first + count] = _images(path)
+            first += count
+            report(f"read {first} of {len(pixels)} images")
+        return {}
+
+    images, _ = cached_pixels(identity, (sum(counts), SIZE, SIZE, 3), cache, fill)
+    parts, splits = split_tail("train", images)
+    held_out = _images(test)
+    return Dataset("imagenet64", {**parts, "test": ImageSet(held_out, _labels(test))},
+                   {**splits, "test": f"val[0:{len(held_out)}]"})
+
+
+def _read(path: Path, key: str) -> np.ndarray:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return np.asarray(arrays[key])
+        return np.asarray(unpickle_arrays(path.read_bytes(), path.name)[key])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, io.UnsupportedOperation) as error:
+        raise DataError(f"{path} is no batch of ImageNet 64x64: {error}") from error
+
+
+def _images(path: Path) -> np.ndarray:
+    return planar(_read(path, "data"), SIZE, path.name)
+
+
+def _labels(path: Path) -> np.ndarray:
+    """Classes from 0 on; the files count from 1."""
+    return _read(path, "labels").astype(np.int64) - 1

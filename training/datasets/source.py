@@ -1,0 +1,76 @@
+"""Where the files of a published data set lie: unpacked in a folder, or still in the archive."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.data import DataError
+
+
+class Source:
+    """Files by their names, in a folder, in the folder that the archive unpacks to, or in the archive itself.
+
+    Args:
+        root: the folder, or the archive.
+        folders: names of the folders that archives unpack to.
+        archives: names of the archives.
+    """
+
+    def __init__(self, root: Path, folders: tuple[str, ...], archives: tuple[str, ...]) -> None:
+        self._folders = [root, *(root / folder for folder in folders)]
+        self._archives = [root] if root.is_file() else [root / name for name in archives if (root / name).is_file()]
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; ``None`` where there is none of that name."""
+        for folder in self._folders:
+            if (folder / name).is_file():
+                return (folder / name).read_bytes()
+        for archive in self._archives:
+            try:
+                with tarfile.open(archive) as tar:
+                    for member in tar:
+                        if member.isfile() and member.name.rsplit("/", 1)[-1] == name:
+                            file = tar.extractfile(member)
+                            return file.read() if file else None
+            except (tarfile.TarError, EOFError, OSError) as error:
+                raise DataError(f"{archive} cannot be read as an archive: {error}") from error
+        return None
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Official batches are pickles of arrays; nothing else in them is built."""
+
+    _ALLOWED = frozenset({("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.split(".")[0], name) in self._ALLOWED:
+            return super().find_class(module, name)
+        raise DataError(f"a batch holds {module}.{name}, which is no array")
+
+
+def unpickle_arrays(content: bytes, name: str) -> dict[str, Any]:
+    """A pickled dictionary of arrays and lists, its keys as strings.
+
+    Raises:
+        DataError: it holds anything else.
+    """
+    try:
+        values = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, AttributeError) as error:
+        raise DataError(f"{name} is no batch of arrays: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{name} is no batch of arrays: it holds a {type(values).__name__}")
+    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()}
+
+
+def planar(values: np.ndarray, size: int, name: str) -> np.ndarray:
+    """Rows of channel after channel, ``(N, 3 * size * size)``, to ``(N, size, size, 3)``."""
+    if values.dtype != np.uint8 or values.ndim != 2 or values.shape[1] != 3 * size * size:
+        raise DataError(f"{name} must hold uint8 rows of {3 * size * size} values, got {values.dtype} {values.shape}")
+    return np.ascontiguousarray(values.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))

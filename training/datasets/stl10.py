@@ -1,0 +1,64 @@
+"""STL-10 from its official binary files: 100,000 unlabelled images to train on, shrunk from 96 to 48 pixels."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from training.data import DataError, Dataset, ImageSet
+from training.datasets.files import Report, square
+from training.datasets.source import Source
+
+SIZE, DEFAULT_SIZE = 96, 48
+FOLDERS, ARCHIVES = ("stl10_binary",), ("stl10_binary.tar.gz",)
+
+
+def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
+    """The unlabelled images (or the 5,000 labelled ones where those alone are there), and the test images.
+
+    Raises:
+        DataError: they are not there.
+    """
+    size = image_size or DEFAULT_SIZE
+    source = Source(root, FOLDERS, ARCHIVES)
+    name = "unlabeled"
+    content = source.read("unlabeled_X.bin")
+    if content is None:
+        name, content = "train", source.read("train_X.bin")
+    test = source.read("test_X.bin")
+    if content is None or test is None:
+        raise DataError(f"{root} holds no STL-10: unlabeled_X.bin or train_X.bin, and test_X.bin, there, in {FOLDERS[0]} "
+                        f"or in {ARCHIVES[0]}")
+    labels = source.read("test_y.bin")
+    report(f"shrinking STL-10 to {size} pixels")
+    images, test_images = _images(content, f"{name}_X.bin", size), _images(test, "test_X.bin", size)
+    classes = None if labels is None else np.frombuffer(labels, np.uint8).astype(np.int64) - 1
+    parts, splits = split_tail(name, images)
+    return Dataset("stl10", {**parts, "test": ImageSet(test_images, classes)},
+                   {**splits, "test": f"test[0:{len(test_images)}]"})
+
+
+def split_tail(name: str, images: np.ndarray) -> tuple[dict[str, ImageSet], dict[str, str]]:
+    """Of the official training images the last tenth is held out: two fifths of it to select, the rest to calibrate."""
+    first, second = round(0.9 * len(images)), round(0.94 * len(images))
+    bounds = {"train": (0, first), "select": (first, second), "calibrate": (second, len(images))}
+    return ({part: ImageSet(images[a:b]) for part, (a, b) in bounds.items()},
+            {part: f"{name}[{a}:{b}]" for part, (a, b) in bounds.items()})
+
+
+def _images(content: bytes, name: str, size: int) -> np.ndarray:
+    if not content or len(content) % (3 * SIZE * SIZE):
+        raise DataError(f"{name} has {len(content)} bytes, no multiple of {3 * SIZE * SIZE}")
+    # Each channel is stored column after column.
+    stored = np.frombuffer(content, np.uint8).reshape(-1, 3, SIZE, SIZE).transpose(0, 3, 2, 1)
+    out = np.empty((len(stored), size, size, 3), np.uint8)
+
+    def shrink(row: int) -> None:
+        out[row] = square(np.ascontiguousarray(stored[row]), size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(shrink, range(len(stored))))
+    return out

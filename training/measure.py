@@ -1,0 +1,185 @@
+"""Everything that is measured of one model: its likelihood, its reconstructions, its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ade_model.model import ADEModel
+from training.data import Dataset
+from training.evaluate import evaluate, reconstructions, sample_images
+from training.metrics.efficientnet import EfficientNetFeatures
+from training.metrics.features import ResNet20, features_of
+from training.metrics.frechet import frechet_distance
+from training.metrics.gan_train import GAN_TEST, gan_train_accuracy
+from training.metrics.inception import inception_features
+from training.metrics.inception_score import inception_score
+from training.metrics.kid import kernel_distance
+from training.metrics.precision_recall import improved_precision_recall, prd_f_scores
+from training.metrics.psnr import psnr
+
+FID_COUNTS = (5_000, 10_000, 50_000)
+RESNET20, EFFICIENTNET, INCEPTION = "resnet20-cifar10", "efficientnet-lite0", "inception-v3"
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What to measure, and on how many images.
+
+    Attributes:
+        part: of the data set, held out.
+        images: only the first so many of it; ``None`` for all.
+        draws: K of the importance-weighted bound.
+        bound_images: the bound is taken of the first so many images; ``None`` for all.
+        resnet20: weights of a CIFAR-10 ResNet-20, for its feature space and GAN-train.
+        efficientnet: whether to use EfficientNet-Lite0's feature space.
+        inception: weights of the FID's Inception, or ``download``.
+        samples: generated for ResNet-20.
+        efficientnet_samples: generated for EfficientNet-Lite0.
+        seed: of the noise.
+    """
+
+    part: str = "test"
+    images: int | None = None
+    draws: int = 8
+    bound_images: int | None = None
+    resnet20: Path | None = None
+    efficientnet: bool = False
+    inception: str | None = None
+    samples: int = 10_000
+    efficientnet_samples: int = 5_000
+    seed: int = 0
+
+
+@dataclass
+class _Space:
+    """One feature space, and the held-out images in it."""
+
+    samples: int
+    features: Callable[[np.ndarray], np.ndarray]
+    real: np.ndarray
+    logits: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+@dataclass
+class Measurer:
+    """Measures one model after another against the same held-out images, whose features are worked out once.
+
+    Raises:
+        FeatureError: a network's weights are not what they should be.
+    """
+
+    dataset: Dataset
+    device: torch.device
+    options: MeasureOptions
+    report: Callable[[str], None] = lambda line: None
+    images: np.ndarray = field(init=False)
+    _spaces: dict[str, _Space] = field(init=False, default_factory=dict)
+    _resnet20: ResNet20 | None = field(init=False, default=None)
+    _real_accuracy: float | None = field(init=False, default=None)
+    _fid_real: dict[int, np.ndarray] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.images = np.asarray(self.dataset.parts[options.part].images[:options.images])
+        if options.resnet20 is not None:
+            network = ResNet20(options.resnet20).to(self.device)
+            self._resnet20 = network
+            self._add(RESNET20, options.samples, lambda images: features_of(network, images, self.device), network.logits)
+        if options.efficientnet:
+            self._add(EFFICIENTNET, options.efficientnet_samples, EfficientNetFeatures())
+
+    def _add(self, name: str, samples: int, features: Callable[[np.ndarray], np.ndarray],
+             logits: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+        self.report(f"{name}: features of held-out images")
+        self._spaces[name] = _Space(samples, features, features(self.images[:samples]), logits)
+
+    def measure(self, model: ADEModel) -> dict[str, Any]:
+        """Plain values for JSON; each figure stands beside its sample count and its reference.
+
+        Args:
+            model: in evaluation mode, float32, on the device.
+        """
+        options = self.options
+        result: dict[str, Any] = {"data": self.dataset.name, "part": options.part,
+                                  "split": self.dataset.splits[options.part], "images": len(self.images),
+                                  "seed": options.seed}
+        if "score" in model.config.operations:
+            self.report("bits per dimension")
+            result |= evaluate(model, self.images, self.device, options.draws, options.seed, options.bound_images)
+            self.report("reconstructions")
+            made = reconstructions(model, self.images[:options.bound_images], self.device)
+            quality = psnr(self.images[:len(made)], made)
+            inexact = quality[np.isfinite(quality)]
+            result["psnr"] = {"mean_db": float(inexact.mean()) if len(inexact) else None,
+                              "exact": len(made) - len(inexact), "images": len(made)}
+        wanted = max((space.samples for space in self._spaces.values()), default=0)
+        for kind in ("mean", "density") if wanted and model.config.widths and model.config.encoder else ("mean",):
+            if wanted:
+                self.report(f"{wanted} {kind} samples")
+                self._samples(result, sample_images(model, wanted, self.device, kind, options.seed), kind)
+        if options.inception is not None:
+            self._inception(result, model)
+        return result
+
+    def _samples(self, result: dict[str, Any], samples: np.ndarray, kind: str) -> None:
+        found: dict[str, Any] = {}
+        for name, space in self._spaces.items():
+            if kind == "density" and name == EFFICIENTNET:
+                continue
+            self.report(f"{name}: {kind} samples")
+            generated = space.features(samples[:space.samples])
+            reference = f"{len(space.real)} images of {self.dataset.splits[self.options.part]}"
+            values: dict[str, Any] = {"samples": len(generated), "reference": reference,
+                                      "frechet": frechet_distance(space.real, generated)}
+            if kind == "mean":
+                values |= {"kernel": kernel_distance(generated, space.real),
+                           "neighbours": improved_precision_recall(generated, space.real),
+                           "prd": prd_f_scores(generated, space.real)}
+            if space.logits is not None:
+                logits = space.logits(generated)
+                values["class_score"] = inception_score(logits)
+                if kind == "mean":
+                    self._gan_train(result, samples[:space.samples], logits.argmax(1))
+            found[name] = values
+        result.setdefault("distances", {})[kind] = found
+
+    def _gan_train(self, result: dict[str, Any], samples: np.ndarray, classes: np.ndarray) -> None:
+        labels = self.dataset.parts[self.options.part].labels
+        if labels is None:
+            return
+        self.report("GAN-train")
+        labels = labels[:len(self.images)]
+        train = self.dataset.parts["train"]
+        if self._real_accuracy is None and train.labels is not None:
+            count = min(len(samples), len(train))
+            self._real_accuracy = gan_train_accuracy(np.asarray(train.images[:count]), train.labels[:count], self.images,
+                                                     labels, self.device)
+        result["gan_train"] = {"accuracy": gan_train_accuracy(samples, classes, self.images, labels, self.device),
+                               "accuracy_of_real": self._real_accuracy, "samples": len(samples),
+                               "classes": int(len(np.unique(classes)))}
+        result["gan_test"] = GAN_TEST
+
+    def _inception(self, result: dict[str, Any], model: ADEModel) -> None:
+        """FID at three counts (5,000 and 10,000 against the part, 50,000 against the training images), KID, IS."""
+        assert self.options.inception is not None
+        self.report("Inception: samples")
+        samples = sample_images(model, FID_COUNTS[-1], self.device, "mean", self.options.seed)
+        generated, logits = inception_features(self.options.inception, samples, self.device)
+        fid: dict[str, Any] = {}
+        for count in FID_COUNTS:
+            part = "train" if count == FID_COUNTS[-1] else self.options.part
+            if count not in self._fid_real:
+                images = np.asarray(self.dataset.parts[part].images[:count])
+                self._fid_real[count] = inception_features(self.options.inception, images, self.device)[0]
+            real = self._fid_real[count]
+            fid[str(count)] = {"fid": frechet_distance(real, generated[:count]),
+                               "reference": f"{len(real)} images of {self.dataset.splits[part]}"}
+        real = self._fid_real[FID_COUNTS[1]]
+        result["inception"] = {"fid": fid, "kid": kernel_distance(generated[:len(real)], real),
+                               "is": {**inception_score(logits), "samples": len(logits)}}

