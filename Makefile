@@ -4,7 +4,7 @@ VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow check train bench clean
+.PHONY: serve test test-slow check train bench bench-training clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -25,6 +25,9 @@ train: $(VENV)/.test  ## AV-ADE on a folder of images: make train DATA=DIR RUN=r
 
 bench: $(VENV)/.test  ## throughput of the engine and of the service
 	$(BIN)/python -m benchmarks.throughput $(BUNDLE)
+
+bench-training: $(VENV)/.test  ## training steps: images and operations a second, memory, the loader
+	$(BIN)/python -m benchmarks.training
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -52,12 +52,11 @@ class ADEModel(nn.Module):
         super().__init__()
         self.config = config
         self.flow = build_flow(config)
+        self.encoder: nn.Module | None = nn.Identity()
+        self.decoder: Decoder | StandardNormal = StandardNormal()
         if config.widths:
             self.encoder = Encoder(config) if config.encoder else None
-            self.decoder: Decoder | StandardNormal = Decoder(config)
-        else:
-            self.encoder = nn.Identity()
-            self.decoder = StandardNormal()
+            self.decoder = Decoder(config)
 
     def sample(self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0) -> Tensor:
         """New images ``x``; ``temperature`` multiplies the prior's standard deviations."""

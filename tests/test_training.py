@@ -85,7 +85,8 @@ def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, s
 
 
 @pytest.mark.parametrize("change", [
-    {"batch_size": 8}, {"learning_rate": 1e-2}, {"beta1": 0.0}, {"beta2": 0.5}, {"optimizer": "adamax"}, {"coverage": False},
+    {"batch_size": 8},
+    {"learning_rate": 1e-2}, {"beta1": 0.0}, {"beta2": 0.5}, {"optimizer": "adamax"}, {"coverage": False},
     {"warmup_steps": 1}, {"quality_weight": 5.0},
     {"flow_sees_quality": True}, {"d_learning_rate": 1e-2}, {"d_steps": 2}, {"gp_weight": 10.0}, {"gp_target": 1.0},
     {"gp_every": 2}, {"ema_decay": 0.05}, {"max_grad_norm": 1e-3}, {"flips": False}])

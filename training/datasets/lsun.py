@@ -37,7 +37,7 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
     def values() -> Iterator[bytes | OSError]:
         with environment.begin() as transaction:
             for key in keys:
-                yield bytes(transaction.get(key))
+                yield bytes(transaction.get(key) or b"")
 
     stat = (root / "data.mdb").stat()
     pixels, skipped = cached_pixels(json.dumps([size, stat.st_size, stat.st_mtime_ns]), (len(keys), size, size, 3), cache,

@@ -24,6 +24,22 @@ def _same_padding(h: Tensor, kernel: int, stride: int) -> Tensor:
     return F.pad(h, (total // 2, total - total // 2, total // 2, total - total // 2))
 
 
+class _Block(nn.Module):
+    """Widen, convolve each channel by itself, narrow; added to its input where the shape allows."""
+
+    def __init__(self, state: dict[str, Tensor], prefix: str, stride: int) -> None:
+        super().__init__()
+        widens = prefix + "_expand_conv.weight" in state
+        self.expand = _fold(state, prefix + "_expand_conv", prefix + "_bn0") if widens else None
+        self.depthwise = _fold(state, prefix + "_depthwise_conv", prefix + "_bn1", stride)
+        self.project = _fold(state, prefix + "_project_conv", prefix + "_bn2")
+
+    def forward(self, h: Tensor) -> Tensor:
+        out = h if self.expand is None else F.relu6(_conv(self.expand, h))
+        out = _conv(self.project, F.relu6(_conv(self.depthwise, out)))
+        return h + out if out.shape == h.shape else out
+
+
 class EfficientNetLite0(nn.Module):
     """Up to its pooled features: Tan and Le, "EfficientNet", 2019, without squeeze-and-excitation, ReLU6 throughout.
 
@@ -34,25 +50,13 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.stem = _fold(state, "_conv_stem", "_bn0", stride=2)
-        self.blocks = nn.ModuleList()
-        for i, stride in enumerate(_STRIDES):
-            prefix = f"_blocks.{i}."
-            block = nn.ModuleDict()
-            if prefix + "_expand_conv.weight" in state:
-                block["expand"] = _fold(state, prefix + "_expand_conv", prefix + "_bn0")
-            block["depthwise"] = _fold(state, prefix + "_depthwise_conv", prefix + "_bn1", stride=stride)
-            block["project"] = _fold(state, prefix + "_project_conv", prefix + "_bn2")
-            self.blocks.append(block)
+        self.blocks = nn.Sequential(*(_Block(state, f"_blocks.{i}.", stride) for i, stride in enumerate(_STRIDES)))
         self.head = _fold(state, "_conv_head", "_bn1")
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, 224, 224)`` in [0, 1] to ``(N, 1280)``."""
-        h = F.relu6(_conv(self.stem, (x * 255 - 127) / 128))
-        for block in self.blocks:
-            out = F.relu6(_conv(block["expand"], h)) if "expand" in block else h
-            out = _conv(block["project"], F.relu6(_conv(block["depthwise"], out)))
-            h = h + out if out.shape == h.shape else out
+        h = self.blocks(F.relu6(_conv(self.stem, (x * 255 - 127) / 128)))
         return F.relu6(_conv(self.head, h)).mean((2, 3))
 
 
@@ -69,9 +73,9 @@ def _fold(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> nn
     return layer
 
 
-def _conv(layer: nn.Module, h: Tensor) -> Tensor:
-    assert isinstance(layer, nn.Conv2d)
-    return layer(_same_padding(h, layer.kernel_size[0], layer.stride[0]))
+def _conv(layer: nn.Conv2d, h: Tensor) -> Tensor:
+    result: Tensor = layer(_same_padding(h, layer.kernel_size[0], layer.stride[0]))
+    return result
 
 
 class EfficientNetFeatures:

@@ -58,8 +58,8 @@ def prd_f_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
     for run in range(RUNS):
         labels = MiniBatchKMeans(min(CLUSTERS, size), n_init=3, random_state=run).fit(
             np.concatenate([generated, real])).labels_
-        counts = [np.bincount(part, minlength=CLUSTERS) / size for part in (labels[:size], labels[size:])]
-        curves.append(prd_curve(*counts))
+        histograms = [np.bincount(part, minlength=CLUSTERS) / size for part in (labels[:size], labels[size:])]
+        curves.append(prd_curve(histograms[0], histograms[1]))
     precision, recall = np.mean(curves, axis=0)
 
     def best(beta: float) -> float:
