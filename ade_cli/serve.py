@@ -111,14 +111,13 @@ def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str 
     url = inference_url(ports, host)
     auth = "" if token is None else f' -H "Authorization: Bearer {token}"'
     login = "" if token is None else f"  (user {USER}, password {token})"
+    lines = {"sample": "sample -H 'Content-Type: application/json' -d '{\"n\": 16, \"seed\": 7}' -o samples.png",
+             "score": "score -T image.png", "reconstruct": "reconstruct -T image.png -o reconstruction.png",
+             "encode": "encode -T image.png -o latents.json"}
+    curls = [f"curl{auth} {url}/predictions/{line}" for operation, line in lines.items()
+             if operation in bundles[0].operations]
     print(f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in bundles)}\n"
           f"page     http://{host}:{ports.ui}{login}\n"
           f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
           f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n"
-          f"logs     {folder / 'logs'}\n\n"
-          f"curl{auth} {url}/predictions/sample -H 'Content-Type: application/json' "
-          "-d '{\"n\": 16, \"seed\": 7}' -o samples.png\n"
-          f"curl{auth} {url}/predictions/score -T image.png\n"
-          f"curl{auth} {url}/predictions/reconstruct -T image.png -o reconstruction.png\n"
-          f"curl{auth} {url}/predictions/encode -T image.png -o latents.json\n\n"
-          "Ctrl-C stops everything.", flush=True)
+          f"logs     {folder / 'logs'}\n", *curls, "\nCtrl-C stops everything.", sep="\n", flush=True)

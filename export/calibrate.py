@@ -31,6 +31,8 @@ def calibrate_bundle(folder: Path, fit_images: np.ndarray, calibration_images: n
         CalibrationError: too few images, or scores that cannot be used.
     """
     bundle = verify_bundle(folder)
+    if "score" not in bundle.operations:
+        raise CalibrationError(f"{bundle.name} cannot score: it was trained without an inference network")
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     bits = []
     for name, images in (("fitting", fit_images), ("calibration", calibration_images)):

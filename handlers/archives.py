@@ -33,7 +33,7 @@ def archive_name(operation: str, prefix: str | None) -> str:
 
 def write_archives(bundle: Bundle, store: Path, options: ServingOptions, workers: dict[str, int],
                    prefix: str | None = None) -> list[str]:
-    """Write the four ``.mar`` files of a bundle.
+    """Write the four ``.mar`` files of a bundle; of an operation that the model does not have, one that says so.
 
     Args:
         bundle: its files are verified on the way.
@@ -46,7 +46,8 @@ def write_archives(bundle: Bundle, store: Path, options: ServingOptions, workers
         The names under which TorchServe serves them.
     """
     names = []
-    for operation, graphs in OPERATIONS.items():
+    for operation in OPERATIONS:
+        graphs = OPERATIONS[operation] if operation in bundle.operations else ()
         if options.backend == "torchscript":
             files = [TORCHSCRIPT_NAME, WEIGHTS_NAME]
         else:

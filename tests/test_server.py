@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ade_model.checkpoint import save_model
 from serving.client import AdeClient, AdeError, ScoreResult
-from tests.conftest import PRETRAINED, ROOT
+from tests.conftest import PRETRAINED, ROOT, make_model, narrow
 from tests.service import RunningService
 from tests.test_images import encode, png_header
 from tests.test_requests import npy
@@ -301,10 +302,17 @@ def test_a_restart_gives_the_same_bytes_and_a_stop_leaves_nothing(sign: signal.S
 
 
 @pytest.mark.slow
-def test_the_other_backend_and_a_second_bundle(tiny_bundle: Path, real_images: np.ndarray, small_images: np.ndarray) -> (
-        None):
-    """TorchScript agrees with ONNX; a further bundle answers under its own names."""
-    running = RunningService(PRETRAINED, tiny_bundle, options=("--backend", "torchscript", "--workers", "1"))
+def test_the_other_backend_and_further_bundles(tiny_bundle: Path, real_images: np.ndarray, small_images: np.ndarray,
+                                               tmp_path: Path) -> None:
+    """TorchScript agrees with ONNX; further bundles answer under their own names, with what they can."""
+    from export.write import export_bundle
+
+    (tmp_path / "checkpoint").mkdir()
+    save_model(make_model(narrow("gan", inference_share=0.0).model), tmp_path / "checkpoint",
+               {"recipe": "gan", "data": "corners", "splits": {}, "seed": 0, "images_seen": 0})
+    export_bundle(tmp_path / "checkpoint", tmp_path / "sampler", "sampler", small_images[:40], None)
+    running = RunningService(PRETRAINED, tiny_bundle, tmp_path / "sampler",
+                             options=("--backend", "torchscript", "--workers", "1"))
     try:
         from serving.engine import InferenceEngine
         expected = InferenceEngine(PRETRAINED, device="cpu", operations=["score"]).score(real_images[:20])
@@ -314,6 +322,12 @@ def test_the_other_backend_and_a_second_bundle(tiny_bundle: Path, real_images: n
             assert tiny.sample(2, seed=1).images.shape == (2, 8, 8, 3)
             assert isinstance(tiny.score(small_images[:1])[0], ScoreResult)
         assert post(running, "score", EXAMPLE.read_bytes()).headers["x-ade-backend"] == "torchscript/cpu"
+        with AdeClient(running.url, model="sampler") as sampler:
+            assert sampler.sample(3, seed=1).images.shape == (3, 8, 8, 3) and sampler.is_ready()
+        for operation in ("encode", "reconstruct", "score"):
+            answer = post(running, f"sampler-{operation}", EXAMPLE.read_bytes())
+            assert answer.status_code == 422 and error_of(answer)["code"] == "not_available"
+            assert f"sampler (gan) has no {operation}" in error_of(answer)["message"]
     finally:
         assert running.stop() == []
 

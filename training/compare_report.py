@@ -191,11 +191,14 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
         images, seconds = state.get("images", 0), state.get("seconds", 0.0)
         inference = round(images * config.inference_share / (1 + config.inference_share))
         extra = f", of them {inference:,} for the inference network" if inference else ""
-        body.append([_label(row), f"{images:,}{extra}", f"{state.get('step', 0):,}",
+        body.append([_label(row), str(row["seed"]), f"{images:,}{extra}", f"{state.get('step', 0):,}",
                      f"{seconds / 60:.1f}", f"{images / seconds:.0f}" if seconds else "–", f"{counts.model:,}",
                      f"{counts.flow_share:.1%}", f"{counts.discriminator:,}", str(len(state.get("rescued_at", [])))])
-    return [*_rows(["system", "images seen", "steps", "minutes", "images/s", "weights", "in the flow", "discriminator",
-                    "rescues"], body), "", "Minutes and images/s are as they came, on a machine that did other things too."]
+    header = ["system", "seed", "images seen", "steps", "minutes", "images/s", "weights", "in the flow", "discriminator",
+              "rescues"]
+    note = ("Minutes and images/s are as they came, on a machine that did other things too. The paper's f adds 1.4 % of weights, "
+            "which it takes off the generator; so does the size `paper`, but not `tiny` and `small`.")
+    return [*_rows(header, body), "", note]
 
 
 def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device) -> None:
