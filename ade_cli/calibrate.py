@@ -16,6 +16,7 @@ from training.data import PARTS, DataError, Dataset
 ERRORS = (BundleError, CalibrationError, DataError)
 
 DEFAULT_ALPHA = 0.01  # of a score request
+MAX_IMAGES = 20_000  # half of them to calibrate: p-values from 1e-4 on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,11 @@ def _held_out(dataset: Dataset, trained_on: str) -> tuple[np.ndarray, np.ndarray
     """Images to fit and to calibrate on: of the training data its two held-out parts, of any other all."""
     if dataset.name == trained_on:
         return np.asarray(dataset.parts["select"].images[:]), np.asarray(dataset.parts["calibrate"].images[:])
-    images = np.concatenate([np.asarray(dataset.parts[part].images[:]) for part in PARTS])
-    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
-    return images[order[::2]], images[order[1::2]]
+    sets = [dataset.parts[part] for part in PARTS]
+    rows = [(images, row) for images in sets for row in range(len(images))]
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(rows))[:MAX_IMAGES]
+    halves = ([rows[i] for i in order[start::2]] for start in (0, 1))
+    fit, calibration = (np.stack([np.asarray(images.images[[row]])[0] for images, row in half]) if half else
+                        np.empty((0, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
+                        for half in halves)
+    return fit, calibration

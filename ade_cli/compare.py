@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
 from ade_model.errors import ConfigError
 from training.compare import Job, compare, read_rows
 from training.compare_report import write_comparison
 from training.data import DataError
 from training.loop import RunOptions
-from training.measure import Measurer
+from training.measure import Measurer, check_held_out
 from training.metrics.features import FeatureError
 from training.recipes import SIZES, recipe, recipe_names
 from training.runs import RunError
@@ -21,7 +21,7 @@ ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipes", nargs="*", choices=list(recipe_names()), metavar="RECIPE",
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE",
                         help="systems to train and measure; without any, only the report is written again")
     add_data_arguments(parser, required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="OUT",
@@ -40,13 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise RunError(f"--images must be at least 1, got {args.images}")
+    for name in args.recipes:
+        if name not in recipe_names():
+            raise RunError(f"no recipe {name!r}; there are {', '.join(recipe_names())}")
     device = device_of(args.device)
     options = measure_options(args)
     dataset = dataset_of(args, args.out, args.image_size)
-    if len(dataset.parts[options.part]) < 2:
-        raise DataError(f"the part {options.part} of {dataset.name} has {len(dataset.parts[options.part])} images")
+    check_held_out(dataset, options)
     jobs = [Job(recipe(name, dataset.image_size, dataset.channels, args.size),
                 RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device))
             for seed in args.seeds for name in dict.fromkeys(args.recipes)]
-    compare(jobs, dataset, args.out, lambda: Measurer(dataset, device, options, say), say)
+    compare(jobs, dataset, source_of(args), args.out, options, lambda: Measurer(dataset, device, options, say), say)
     say(f"{write_comparison(read_rows(args.out), args.out, device)}")

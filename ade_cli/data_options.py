@@ -23,6 +23,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def source_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """What a run remembers of the two options, in ``data.json``."""
+    return {"data": args.data if args.data in NAMES else str(Path(args.data).resolve()),
+            "root": args.root and str(Path(args.root).resolve())}
+
+
 def dataset_of(args: argparse.Namespace, run: Path | None, image_size: int | None = None) -> Dataset:
     """The data set that the options name, or the one that a run was trained on."""
     data, root = args.data, args.root

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say
-from ade_model.checkpoint import load_model
+from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from training.data import PARTS, DataError
 from training.measure import MeasureOptions, Measurer
@@ -81,9 +81,8 @@ def run(args: argparse.Namespace) -> None:
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)
     dataset = dataset_of(args, args.run, model.config.image_size)
-    if len(dataset.parts[args.part]) < 2:
-        raise DataError(f"the part {args.part} of {dataset.name} has {len(dataset.parts[args.part])} images")
-    result = Measurer(dataset, device, options, say).measure(model)
+    operations = read_config(folder).get("operations", model.config.operations)
+    result = Measurer(dataset, device, options, say).measure(model, operations)
     print(json.dumps(result, indent=2))
     if folder != args.run:  # a run's checkpoint: `ade export` puts this into the manifest
         write_json(folder / "evaluation.json", result)

@@ -7,10 +7,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
 from ade_model.errors import ConfigError
 from training.data import DataError
-from training.datasets import NAMES
 from training.loop import RunOptions, train
 from training.recipes import OPTIMIZERS, SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, write_json
@@ -63,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return
-    write_json(args.out / "data.json", {"data": args.data if args.data in NAMES else str(Path(args.data).resolve()),
-                                        "root": args.root and str(Path(args.root).resolve())})
+    if args.resume or not (args.out / "run.json").exists():  # a run that is refused keeps what it was
+        write_json(args.out / "data.json", source_of(args))
     options = RunOptions(
         images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,
         checkpoint_minutes=args.checkpoint_minutes, checkpoint_steps=args.checkpoint_steps,

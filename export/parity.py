@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ade_model.config import OPERATIONS
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from export.graphs import Graph, Graphs
@@ -79,13 +81,15 @@ def make_inputs(images: np.ndarray, latent_shapes: list[tuple[int, int, int]], n
     return result
 
 
-def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray) -> list[Difference]:
+def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray,
+                 operations: Sequence[str] = OPERATIONS) -> list[Difference]:
     """Compare every output of every graph; return the table.
 
     Args:
         model: float32, on the CPU.
         backends: to compare, by a name for the table.
         real: uint8 ``(N, H, W, C)``, held-out images.
+        operations: those that the bundle has.
 
     Raises:
         ParityError: an output differs by more than it may, naming the output and the difference.
@@ -94,7 +98,7 @@ def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray
     config = model.config
     images = probe_images(real, (config.image_size, config.image_size, config.channels))
     worst: dict[tuple[str, str, str], Difference] = {}
-    for graph in graphs_of(config.operations):
+    for graph in graphs_of(operations):
         for batch in BATCHES:
             inputs = _inputs(graph, images[:batch] if batch > 1 else images[-1:], config.latent_shapes, reference)
             expected = _eager(reference, graph, inputs)

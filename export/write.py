@@ -51,7 +51,8 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
                           f"got {images.shape}")
     about = read_config(checkpoint)
     graphs = Graphs(model)
-    names = graphs_of(config.operations)
+    operations = about.get("operations", config.operations)
+    names = graphs_of(operations)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +70,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
             "name": name, "recipe": about["recipe"],
             "image_shape": [config.image_size, config.image_size, config.channels],
             "latent_shapes": [list(shape) for shape in config.latent_shapes],
-            "operations": list(config.operations),
+            "operations": list(operations),
             "data": {"name": about["data"], "splits": about["splits"]},
             "training": {"images_seen": about["images_seen"], "started_from": about.get("started_from"),
                          "seed": about["seed"],
@@ -81,7 +82,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
         report("testing parity")
         bundle = open_bundle(folder)
         backends = {b: load_backend(bundle, names, b, "cpu") for b in BACKENDS}
-        table = check_parity(model, backends, images)
+        table = check_parity(model, backends, images, operations)
         write_manifest(folder, {**fields, "parity": [row.to_dict() for row in table]})
         folder.rename(out)
     finally:

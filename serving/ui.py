@@ -168,9 +168,9 @@ class Page:
                  f"{manifest['data'].get('name')} ({training.get('images_seen', 0):,} images seen, "
                  f"{training.get('weights', 0):,} weights)."]
         evaluation = manifest.get("evaluation")
-        if evaluation:
-            lines.append(f"Test images: {evaluation['elbo']['bpd']:.3f} bits per dimension (ELBO, "
-                         f"{evaluation['images']:,} images).")
+        if evaluation and "elbo" in evaluation:
+            lines.append(f"Held-out images ({evaluation['part']}): {evaluation['elbo']['bpd']:.3f} bits per dimension "
+                         f"(ELBO, {evaluation['images']:,} images).")
         lines.append("The likelihood alone cannot tell every stranger: an unusual picture of the usual kind may pass.")
         return " ".join(lines)
 

@@ -106,20 +106,23 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
-    def measurer() -> Measurer:
-        return Measurer(dataset, torch.device("cpu"), MeasureOptions(samples=20, draws=2), said.append)
+    how = MeasureOptions(draws=2)
+
+    def run(chosen: list[Job], how: MeasureOptions = how) -> list[str]:
+        said.clear()
+        compare(chosen, dataset, {"data": "x", "root": None}, tmp_path, how,
+                lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None), said.append)
+        return list(said)
 
     broken = dataclasses.replace(narrow("av-gde"), learning_rate=float("inf"))
     jobs = [Job(config, options(STEPS)) for config in (narrow("vae"), broken, narrow("gan"), narrow("v-ade"))]
     jobs.append(Job(narrow("vae"), options(STEPS, seed=1)))
-    compare(jobs[:3], dataset, tmp_path, measurer, said.append)
-    assert "av-gde-seed0: TrainingDiverged" in "".join(said)
+    assert "av-gde-seed0: TrainingDiverged" in "".join(run(jobs[:3]))
     first = (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text()
-    said.clear()
-    compare(jobs, dataset, tmp_path, measurer, said.append)
-    assert not [line for line in said if line.startswith(("vae-seed0: training", "gan-seed0", "av-gde-seed0: training"))]
+    again = run(jobs)
+    assert not [line for line in again if line.startswith(("vae-seed0", "gan-seed0", "av-gde-seed0: training"))]
     assert (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text() == first
-    assert "diverged before" in "".join(said) and (tmp_path / "runs" / "av-gde-seed0" / FAILURE).is_file()
+    assert "diverged before" in "".join(again) and (tmp_path / "runs" / "av-gde-seed0" / FAILURE).is_file()
     rows = read_rows(tmp_path)
     assert [row["name"] for row in rows] == ["av-gde-seed0", "gan-seed0", "v-ade-seed0", "vae-seed0", "vae-seed1"]
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
@@ -127,6 +130,9 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
     assert "V-ADE beats VAE on bits per dimension" in page and "| [7.0] | 6.8 | 31.4 |" in page
     for picture in ("vae.png", "gan.png", "curve-bpd.png", "curve-d_loss.png"):
         assert f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
-    with pytest.raises(RunError, match="another config|trained with another learning_rate"):
-        compare([Job(dataclasses.replace(narrow("vae"), learning_rate=0.1), options(2 * STEPS))], dataset, tmp_path,
-                measurer, said.append)
+    # Measured otherwise, or trained for longer, a run is measured again.
+    assert run(jobs[:1], MeasureOptions(draws=3)) == ["vae-seed0: measuring"]
+    assert run([Job(jobs[0].config, options(2 * STEPS))], MeasureOptions(draws=3)) == [
+        "vae-seed0: training", "vae-seed0: measuring"]
+    with pytest.raises(RunError, match="trained with another learning_rate"):
+        run([Job(dataclasses.replace(narrow("vae"), learning_rate=0.1), options(2 * STEPS))])

@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from ade_model import ModelConfig
-from ade_model.checkpoint import load_model
+from ade_model import ConfigError, ModelConfig
+from ade_model.checkpoint import load_model, read_config
 from tests.conftest import ROOT, TINY, make_folder, narrow, shake
 from training.data import ImageSet
+from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
+from training.loop import RunOptions, train
 from training.losses import discriminator_loss, gradient_penalty, quality_loss
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
-from training.runs import RunError, latest_checkpoint
+from training.runs import RunError, latest_checkpoint, start_from
 from training.step import MAX_RESCUES, MAX_SKIPPED_STEPS, Trainer, TrainingDiverged, _Noise
 from training.weights import count_weights
 
@@ -133,7 +135,7 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(small_images
     trained = trainer(config)
     for b in batches(small_images, 3, config):
         assert "bpd" not in trained.run(b)
-    assert not trained.scores
+    assert trained.operations == ("sample",)
     generator = {n: p.clone() for n, p in trained.ema.named_parameters()}
     noise = [torch.randn(4, *shape) for shape in config.model.latent_shapes]
     samples = trained.ema.sample(noise)
@@ -141,10 +143,42 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(small_images
     for b in batches(small_images, 3, config):
         losses = trained.run(b)
         assert "bpd" in losses and "d_loss" not in losses
-    assert trained.scores and torch.allclose(trained.ema.sample(noise), samples, atol=1e-6)
-    changed = {n for n, p in trained.ema.named_parameters() if not torch.allclose(p, generator[n], atol=1e-9)}
+    assert "score" in trained.operations and torch.allclose(trained.ema.sample(noise), samples, atol=1e-6)
+    changed = {n for n, p in trained.ema.named_parameters() if not torch.equal(p, generator[n])}
     assert "decoder.log_sigma" in changed and any(n.startswith("encoder.") for n in changed)
     assert all(n.startswith("encoder.") or "posterior" in n or n == "decoder.log_sigma" for n in changed)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"gp_every": 0}, "gp_every must be at least 1, got 0"), ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
+    ({"inference_share": 0.5}, "av-ade has one of its own"), ({"optimizer": "sgd"}, "optimizer must be one of")])
+def test_bad_training_options_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe("av-ade", 32, 3, **change)
+
+
+def test_a_discriminator_of_another_kind_starts_anew(folder: Path, tmp_path: Path) -> None:
+    dataset = load_dataset(str(folder), None, 8)
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    train(narrow("av-ade"), dataset, tmp_path / "plain", options, resume=False)
+    fresh = trainer(narrow("av-ade-rd"))
+    before = [p.clone() for p in fresh.discriminator.parameters()]
+    start_from(tmp_path / "plain", fresh)
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh.discriminator.parameters(), strict=True))
+
+
+def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> None:
+    """Before its inference network is trained; and the time that ends its first phase counts when it is resumed."""
+    dataset = load_dataset(str(folder), None, 8)
+    options = RunOptions(images=16 * 4, device="cpu", precision="float32")
+    config = narrow("gan")
+    train(dataclasses.replace(config, inference_share=1e-9), dataset, tmp_path / "cut", options, resume=False)
+    assert read_config(latest_checkpoint(tmp_path / "cut"))["operations"] == ["sample"]
+    late = dataclasses.replace(options, images=10**6, minutes=1e-6)
+    train(config, dataset, tmp_path / "late", late, resume=False)
+    train(config, dataset, tmp_path / "late", late, resume=True)
+    train(config, dataset, tmp_path / "whole", options, resume=False)
+    assert "score" in read_config(latest_checkpoint(tmp_path / "whole"))["operations"]
 
 
 def test_processes_draw_one_batch_of_noise() -> None:
@@ -321,7 +355,6 @@ def test_sizes_train_and_export(size: int, real_images: np.ndarray, tmp_path: Pa
 
 
 def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
-    from training.runs import start_from
     other = trainer(dataclasses.replace(SMALL, model=ModelConfig(image_size=8, widths=(8,), latent_channels=(2,),
                                                                  decoder_blocks=(1,))))
     with pytest.raises(RunError, match="another architecture"):

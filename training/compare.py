@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ade_model.checkpoint import load_model
+from ade_model.checkpoint import load_model, read_config
 from training.data import Dataset
 from training.loop import RunOptions, train
-from training.measure import Measurer
+from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig
 from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
 from training.step import TrainingDiverged
@@ -38,21 +38,26 @@ class Job:
         return f"{self.config.recipe}-seed{self.options.seed}"
 
 
-def compare(jobs: Sequence[Job], dataset: Dataset, out: Path, measurer: Callable[[], Measurer],
-            report: Callable[[str], None]) -> None:
+def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: Path, options: MeasureOptions,
+            measurer: Callable[[], Measurer], report: Callable[[str], None]) -> None:
     """Finish every job that is not finished; a job that fails is recorded, and the next one begins.
 
     Args:
         jobs: in the order of training.
         dataset: of all.
+        source: what each run remembers of where its data lies.
         out: the comparison's folder; jobs of earlier calls stay in it.
-        measurer: makes what measures; called once there is something to measure.
+        options: what to measure; a run that was measured otherwise is measured again.
+        measurer: makes what measures so; called once there is something to measure.
         report: is told of progress, a line at a time.
 
     Raises:
         RunError: the folder holds a run of the same name that was started otherwise.
     """
     ready: Measurer | None = None
+    how = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    for job in jobs:
+        _check_same(out / "runs" / job.name, job, dataset)
     for job in jobs:
         run = out / "runs" / job.name
         if _diverged(run):
@@ -61,14 +66,16 @@ def compare(jobs: Sequence[Job], dataset: Dataset, out: Path, measurer: Callable
         try:
             if not _is_trained(run, job):
                 report(f"{job.name}: training")
+                run.mkdir(parents=True, exist_ok=True)
+                write_json(run / "data.json", source)
                 train(job.config, dataset, run, job.options, resume=(run / "run.json").is_file())
-            elif not (run / MEASURED).is_file():
-                _check_same(run, job)
-            if not (run / MEASURED).is_file():
+            folder = latest_checkpoint(run)
+            if not _is_measured(run, folder, how):
                 report(f"{job.name}: measuring")
                 ready = ready or measurer()
-                folder = latest_checkpoint(run)
-                write_json(run / MEASURED, ready.measure(load_model(folder).to(ready.device)))
+                model = load_model(folder).to(ready.device)
+                found = ready.measure(model, read_config(folder).get("operations", model.config.operations))
+                write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
             (run / FAILURE).unlink(missing_ok=True)
         except RunError:
             raise
@@ -94,9 +101,19 @@ def _is_trained(run: Path, job: Job) -> bool:
     return enough or (job.options.minutes is not None and state["seconds"] >= 60 * job.options.minutes * share)
 
 
-def _check_same(run: Path, job: Job) -> None:
-    before = json.loads((run / "run.json").read_text())["config"]
-    wanted = json.loads(json.dumps(dataclasses.asdict(job.config)))
+def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
+    if not (run / MEASURED).is_file():
+        return False
+    before = json.loads((run / MEASURED).read_text())
+    return bool(before["checkpoint"] == folder.name and before["how"] == how)
+
+
+def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
+    if not (run / "run.json").is_file():
+        return
+    started = json.loads((run / "run.json").read_text())
+    before = {**started["config"], "data set": started["data"]}
+    wanted = {**json.loads(json.dumps(job.config.to_dict())), "data set": dataset.name}
     if before != wanted:
         different = sorted(k for k in set(before) | set(wanted) if before.get(k) != wanted.get(k))
         raise RunError(f"{run} was trained with another {', '.join(different)}; use another --out, or delete it")

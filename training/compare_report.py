@@ -101,7 +101,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         bracket = "[{}]" if config.inference_share else "{}"
         cited = [("[{}]" if paper.bracketed else "{}").format(_number(paper.bpd, 1)), _number(paper.inception_score, 1),
                  _number(paper.fid, 1)]
-        if measured is None:
+        if measured is None or row["failure"]:
             why = row["failure"]["why"] if row["failure"] else "not finished"
             body.append([_label(row), *marks, f"**failed: {why}**" if row["failure"] else why,
                          *[""] * (2 + len(spaces)), *cited])
@@ -189,15 +189,16 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         config, state, counts = row["config"], row["state"] or {}, count_weights(row["config"])
         images, seconds = state.get("images", 0), state.get("seconds", 0.0)
-        inference = round(images * config.inference_share / (1 + config.inference_share))
+        since = state.get("inferring_since")
+        inference = 0 if since is None else (state["step"] - since) * config.batch_size
         extra = f", of them {inference:,} for the inference network" if inference else ""
         body.append([_label(row), str(row["seed"]), f"{images:,}{extra}", f"{state.get('step', 0):,}",
                      f"{seconds / 60:.1f}", f"{images / seconds:.0f}" if seconds else "–", f"{counts.model:,}",
                      f"{counts.flow_share:.1%}", f"{counts.discriminator:,}", str(len(state.get("rescued_at", [])))])
     header = ["system", "seed", "images seen", "steps", "minutes", "images/s", "weights", "in the flow", "discriminator",
               "rescues"]
-    note = ("Minutes and images/s are as they came, on a machine that did other things too. The paper's f adds 1.4 % of weights, "
-            "which it takes off the generator; so does the size `paper`, but not `tiny` and `small`.")
+    note = ("Minutes and images/s are as they came, on a machine that did other things too. The paper's f adds 1.4 % of "
+            "weights, which it takes off the generator; so does the size `paper`, but not `tiny` and `small`.")
     return [*_rows(header, body), "", note]
 
 
@@ -247,8 +248,14 @@ def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tupl
 
 def _curve(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Images seen and a running mean of one logged value."""
-    found = [(row["images"], row[name]) for row in map(json.loads, path.read_text().splitlines()) if name in row] if (
-        path.is_file()) else []
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # cut off when the run was killed
+        if name in row:
+            found.append((row["images"], row[name]))
     if len(found) < 2:
         return np.empty(0), np.empty(0)
     images, values = np.array(found, float).T

@@ -21,7 +21,7 @@ class DataError(ValueError):
 
 
 class Rows:
-    """Chosen rows of a memory map, read when asked for."""
+    """Chosen rows of an array or of a memory map, copied when asked for."""
 
     def __init__(self, pixels: np.ndarray, rows: list[int]) -> None:
         self._pixels = pixels
@@ -37,7 +37,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in memory, or chosen rows of a memory map: uint8 ``(N, H, W, C)``; their classes ``(N,)`` if known."""
+    """Images, or chosen rows of more: uint8 ``(N, H, W, C)``; their classes ``(N,)`` if known."""
 
     images: np.ndarray | Rows
     labels: np.ndarray | None = None

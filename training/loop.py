@@ -129,7 +129,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
     elif options.init is not None:
         start_from(Path(options.init), trainer)
-    if trainer.inferring and progress.images < options.images:
+    if trainer.inferring and progress.images < options.images and not _out_of_time(fabric, progress, options.minutes):
         raise RunError(f"{run} has trained its inference network around a finished generator, after "
                        f"{progress.images:,} images: it cannot go on to {options.images:,}")
     about = {"recipe": config.recipe, "started_from": _lineage(options.init), "data": dataset.name,
@@ -239,7 +239,7 @@ class _Log:
 
     def look(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
         images = dataset.parts["select"].images[:SELECT_IMAGES]
-        if len(images) and trainer.scores:
+        if len(images) and "score" in trainer.operations:
             bpd = bits_of(trainer.ema, images, trainer.device, samples=1)
             self.scalars(progress, {"select_bpd": float(bpd.mean())})
             self._board.add_image("reconstructions", reconstruction_grid(trainer.ema, images[:16], trainer.device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ade_model.model import ADEModel
-from training.data import Dataset
+from training.data import DataError, Dataset
 from training.evaluate import evaluate, reconstructions, sample_images
 from training.metrics.efficientnet import EfficientNetFeatures
 from training.metrics.features import ResNet20, features_of
@@ -23,6 +23,8 @@ from training.metrics.kid import kernel_distance
 from training.metrics.precision_recall import improved_precision_recall, prd_f_scores
 from training.metrics.psnr import psnr
 
+CHUNK = 500
+MIN_HELD_OUT = 20  # for distances between sets of features
 FID_COUNTS = (5_000, 10_000, 50_000)
 RESNET20, EFFICIENTNET, INCEPTION = "resnet20-cifar10", "efficientnet-lite0", "inception-v3"
 
@@ -56,6 +58,19 @@ class MeasureOptions:
     seed: int = 0
 
 
+def check_held_out(dataset: Dataset, options: MeasureOptions) -> None:
+    """Are there enough held-out images for what is to be measured? To be asked before training for days.
+
+    Raises:
+        DataError: too few.
+    """
+    found = len(dataset.parts[options.part].images[:options.images])
+    least = MIN_HELD_OUT if options.resnet20 or options.efficientnet or options.inception else 2
+    if found < least:
+        raise DataError(f"the part {options.part} of {dataset.name} has {found} images; what is to be measured takes "
+                        f"{least} at least")
+
+
 @dataclass
 class _Space:
     """One feature space, and the held-out images in it."""
@@ -86,6 +101,7 @@ class Measurer:
 
     def __post_init__(self) -> None:
         options = self.options
+        check_held_out(self.dataset, options)
         self.images = np.asarray(self.dataset.parts[options.part].images[:options.images])
         if options.resnet20 is not None:
             network = ResNet20(options.resnet20).to(self.device)
@@ -99,27 +115,29 @@ class Measurer:
         self.report(f"{name}: features of held-out images")
         self._spaces[name] = _Space(samples, features, features(self.images[:samples]), logits)
 
-    def measure(self, model: ADEModel) -> dict[str, Any]:
+    def measure(self, model: ADEModel, operations: Sequence[str]) -> dict[str, Any]:
         """Plain values for JSON; each figure stands beside its sample count and its reference.
 
         Args:
             model: in evaluation mode, float32, on the device.
+            operations: what it can do; a GAN before its inference network is trained can only sample.
         """
         options = self.options
         result: dict[str, Any] = {"data": self.dataset.name, "part": options.part,
                                   "split": self.dataset.splits[options.part], "images": len(self.images),
                                   "seed": options.seed}
-        if "score" in model.config.operations:
+        if "score" in operations:
             self.report("bits per dimension")
             result |= evaluate(model, self.images, self.device, options.draws, options.seed, options.bound_images)
             self.report("reconstructions")
             made = reconstructions(model, self.images[:options.bound_images], self.device)
-            quality = psnr(self.images[:len(made)], made)
+            quality = np.concatenate([psnr(self.images[first:first + CHUNK], made[first:first + CHUNK])
+                                      for first in range(0, len(made), CHUNK)])
             inexact = quality[np.isfinite(quality)]
             result["psnr"] = {"mean_db": float(inexact.mean()) if len(inexact) else None,
                               "exact": len(made) - len(inexact), "images": len(made)}
         wanted = max((space.samples for space in self._spaces.values()), default=0)
-        for kind in ("mean", "density") if wanted and model.config.widths and model.config.encoder else ("mean",):
+        for kind in ("mean", "density") if wanted and model.config.widths and "score" in operations else ("mean",):
             if wanted:
                 self.report(f"{wanted} {kind} samples")
                 self._samples(result, sample_images(model, wanted, self.device, kind, options.seed), kind)
@@ -151,7 +169,7 @@ class Measurer:
 
     def _gan_train(self, result: dict[str, Any], samples: np.ndarray, classes: np.ndarray) -> None:
         labels = self.dataset.parts[self.options.part].labels
-        if labels is None:
+        if labels is None or self.dataset.name != "cifar10":  # the classifier's classes are CIFAR-10's
             return
         self.report("GAN-train")
         labels = labels[:len(self.images)]

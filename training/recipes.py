@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ade_model.config import ModelConfig
+from ade_model.errors import ConfigError
 from training.discriminator import DiscriminatorConfig
 
 SIZES = ("tiny", "small", "paper")
@@ -63,6 +64,18 @@ class TrainConfig:
     ema_decay: float = 0.999
     max_grad_norm: float = 1.0
     flips: bool = True
+
+    def __post_init__(self) -> None:
+        least_values = {"batch_size": 1, "d_steps": 1, "gp_every": 1, "warmup_steps": 0, "inference_share": 0}
+        for name, least in least_values.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.inference_share and (self.coverage or not self.model.widths):
+            raise ConfigError(f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

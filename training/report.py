@@ -31,7 +31,7 @@ def write_report(run: Path, checkpoint: Path, dataset: Dataset, model: ADEModel,
              f"- {sum(p.numel() for p in model.parameters()):,} weights, of them "
              f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow"]
     held_out = dataset.parts["select"].images[:REPORT_IMAGES]
-    if len(held_out) > 1 and "score" in model.config.operations:
+    if len(held_out) > 1 and "score" in about["operations"]:
         scores = evaluate(model, held_out, device, REPORT_SAMPLES)
         for name, value in scores.items():
             if isinstance(value, dict):

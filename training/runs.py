@@ -7,6 +7,7 @@ go on, ``RUN/metrics.jsonl`` the losses, ``RUN/tensorboard/`` the same for Tenso
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from ade_model.checkpoint import WEIGHTS_NAME, save_model
 from training.step import Trainer
 
+logger = logging.getLogger(__name__)
 KEEP = 3
 EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones are only for going on
 RAW_NAME = "raw.safetensors"
@@ -74,7 +76,7 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
     temporary = parent / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_model(trainer.ema, temporary, about)
+    save_model(trainer.ema, temporary, {**about, "operations": list(trainer.operations)})
     _save(trainer.model.state_dict(), temporary / RAW_NAME)
     _save_optimizer(trainer.optimizer, temporary / "optimizer.safetensors")
     if trainer.discriminator is not None and trainer.d_optimizer is not None:
@@ -82,8 +84,8 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         _save_optimizer(trainer.d_optimizer, temporary / "d_optimizer.safetensors")
     write_json(temporary / STATE_NAME, {
         "step": progress.step, "images": progress.images, "seconds": progress.seconds,
-        "skipped_in_a_row": trainer.skipped_in_a_row, "usual_norm": trainer.usual_norm, "inferring": trainer.inferring,
-        "rescued_at": trainer.rescued_at})
+        "skipped_in_a_row": trainer.skipped_in_a_row, "usual_norm": trainer.usual_norm,
+        "inferring_since": trainer.inferring_since, "rescued_at": trainer.rescued_at})
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -108,7 +110,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
     trainer.usual_norm = state["usual_norm"]
     trainer.rescued_at = state.get("rescued_at", [])
-    trainer.inferring = state.get("inferring", False)
+    trainer.inferring_since = state.get("inferring_since")
     if trainer.inferring:
         trainer.begin_inference()
     return Progress(state["step"], state["images"], state["seconds"])
@@ -128,7 +130,12 @@ def start_from(folder: Path, trainer: Trainer) -> None:
     except RuntimeError as error:
         raise RunError(f"{folder} holds another architecture than this recipe's: {error}") from error
     if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
-        trainer.discriminator.load_state_dict(safetensors.torch.load_file(folder / DISCRIMINATOR_NAME))
+        theirs, ours = safetensors.torch.load_file(folder / DISCRIMINATOR_NAME), trainer.discriminator.state_dict()
+        # Compared first: loading takes over what fits before it fails.
+        if {name: value.shape for name, value in theirs.items()} == {name: value.shape for name, value in ours.items()}:
+            trainer.discriminator.load_state_dict(theirs)
+        else:
+            logger.warning("%s: its discriminator is of another architecture; this one starts anew", folder)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -97,7 +97,7 @@ class Trainer:
                 config.discriminator, config.model.image_size, config.model.channels), device)
             self.d_optimizer = self._optimizer(self.discriminator, config.d_learning_rate, (0.5, 0.99))
         self.step = 0
-        self.inferring = False
+        self.inferring_since: int | None = None
         self.skipped_in_a_row = {"model": 0, "discriminator": 0}
         self.usual_norm = {"model": 0.0, "discriminator": 0.0}
         self.rescued_at: list[int] = []
@@ -107,16 +107,26 @@ class Trainer:
         return kinds[self.config.optimizer](network.parameters(), learning_rate, betas=betas)
 
     @property
-    def scores(self) -> bool:
-        """Whether the model's likelihood means anything yet: a GAN's does once its inference network is trained."""
-        return self.config.model.encoder and (self.inferring or not self.config.inference_share)
+    def inferring(self) -> bool:
+        """Whether the generator is finished and its inference network in training."""
+        return self.inferring_since is not None
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What the model can do by now: a GAN can only sample until its inference network is in training."""
+        return self.config.model.operations if self.inferring or not self.config.inference_share else ("sample",)
+
+    @property
+    def _age(self) -> int:
+        """Steps of what is in training now: averages, warm-up and norms begin anew with the inference network."""
+        return self.step - (self.inferring_since or 0)
 
     def begin_inference(self) -> None:
         """From now on train the inference network and sigma alone, around the averaged generator (paper, section 5.2)."""
-        if not self.inferring:
+        if self.inferring_since is None:
             self.model.load_state_dict(self.ema.state_dict())
             self.usual_norm["model"] = 0.0
-        self.inferring = True
+            self.inferring_since = self.step
         self.model.requires_grad_(False)
         assert self.model.encoder is not None and isinstance(self.model.decoder, Decoder)
         for module in (self.model.encoder, *self.model.decoder.inference_modules()):
@@ -211,7 +221,7 @@ class Trainer:
         norm = flat.norm().item()
         usual = self.usual_norm[name]
         # The discriminator must answer when the model has found a weakness: its large gradients are no outliers.
-        in_proportion = module is self.discriminator or self.step < SPIKE_AFTER_STEPS or usual == 0 or norm < SPIKE * usual
+        in_proportion = module is self.discriminator or self._age < SPIKE_AFTER_STEPS or usual == 0 or norm < SPIKE * usual
         if math.isfinite(norm) and in_proportion:
             flat *= min(1.0, self.config.max_grad_norm / (norm + 1e-12))
             offset = 0
@@ -219,7 +229,7 @@ class Trainer:
                 p.grad = flat[offset:offset + p.numel()].view(p.shape)
                 offset += p.numel()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+                group["lr"] = learning_rate * min(1.0, (self._age + 1) / max(1, self.config.warmup_steps))
             optimizer.step()
             self.usual_norm[name] = norm if usual == 0 else 0.95 * usual + 0.05 * norm
             self.skipped_in_a_row[name] = 0
@@ -244,6 +254,6 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(self.config.ema_decay, (1 + self._age) / (10 + self._age))
         pairs = list(zip(self.ema.parameters(), self.model.parameters(), strict=True))
         torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)

@@ -54,7 +54,9 @@ def _batches(source: Source, root: Path, split: str) -> _Split:
     for name in BATCHES[split]:
         if (content := source.read(name)) is not None:
             batch = unpickle_arrays(content, name)
-            images.append(planar(batch["data"], SIZE, name))
+            if missing := {"data", "labels"} - set(batch):
+                raise DataError(f"{name} holds no {' and no '.join(sorted(missing))}")
+            images.append(planar(np.asarray(batch["data"]), SIZE, name))
             labels.append(np.asarray(batch["labels"], np.int64))
         elif (content := source.read(f"{name}.bin")) is not None:
             if len(content) % (1 + 3 * SIZE * SIZE):

@@ -39,13 +39,13 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(centre.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def cached_pixels(identity: str, shape: tuple[int, int, int, int], cache: Path | None,
+def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]], cache: Path | None,
                   fill: Callable[[np.ndarray], dict[int, str]]) -> tuple[np.ndarray, dict[int, str]]:
     """An array that ``fill`` wrote, in memory or in a memory map of the cache.
 
     Args:
         identity: of the content; the same identity is not filled again.
-        shape: ``(N, H, W, C)``.
+        shape: gives ``(N, H, W, C)``; asked only where the array is to be filled.
         cache: a folder; ``None`` keeps the array in memory.
         fill: writes the pixels and returns the rows that are unusable, and why.
 
@@ -53,7 +53,7 @@ def cached_pixels(identity: str, shape: tuple[int, int, int, int], cache: Path |
         uint8 pixels and the unusable rows.
     """
     if cache is None:
-        pixels = np.empty(shape, np.uint8)
+        pixels = np.empty(shape(), np.uint8)
         return pixels, fill(pixels)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
@@ -61,7 +61,7 @@ def cached_pixels(identity: str, shape: tuple[int, int, int, int], cache: Path |
         # Each of several processes writes a file of its own; the last to finish is kept, and all are the same.
         cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f"images-{key}.{os.getpid()}.tmp"
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape())
         skipped = fill(pixels)
         pixels.flush()
         os.replace(temporary, stored)
@@ -110,8 +110,7 @@ def split_by_name(name: str, files: list[str], pixels: np.ndarray, skipped: dict
     if not rows["train"]:
         raise DataError(f"{name}: {len(files)} files, {len(skipped)} of them unusable, and none left to train on")
     splits = {part: f"{name}: {len(r)} files by hash of the file name" for part, r in rows.items()}
-    mapped = isinstance(pixels, np.memmap)
-    return Dataset(name, {part: ImageSet(Rows(pixels, r) if mapped else pixels[r]) for part, r in rows.items()}, splits,
+    return Dataset(name, {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()}, splits,
                    [f"{files[row]}: {why}" for row, why in sorted(skipped.items())])
 
 

@@ -23,8 +23,9 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
     Raises:
         DataError: they are not there.
     """
-    train = sorted((p for p in root.glob("train_data_batch_*") if p.suffix in ("", ".npz")),
-                   key=lambda p: int(p.stem.rsplit("_", 1)[1]) if p.stem.rsplit("_", 1)[1].isdigit() else 0)
+    # Of a batch that is there in both forms, one; 1 to 10 in their order.
+    by_stem = {p.stem: p for suffix in ("", ".npz") for p in root.glob(f"train_data_batch_*{suffix}") if p.suffix == suffix}
+    train = sorted(by_stem.values(), key=lambda p: (len(p.stem), p.stem))
     test = [p for p in (root / "val_data.npz", root / "val_data") if p.is_file()][:1]
     if not train or not test:
         raise DataError(f"{root} holds no ImageNet 64x64: train_data_batch_1 and on, and val_data, each .npz or a pickle")
@@ -32,20 +33,18 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
 
 
 def _assemble(train: list[Path], test: Path, cache: Path | None, report: Report) -> Dataset:
-    counts = []
-    for path in train:
-        counts.append(len(_labels(path)))
     identity = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in train])
 
     def fill(pixels: np.ndarray) -> dict[int, str]:
         first = 0
-        for path, count in zip(train, counts, strict=True):
-            pixels[first:first + count] = _images(path)
-            first += count
+        for path in train:
+            images = _images(path)
+            pixels[first:first + len(images)] = images
+            first += len(images)
             report(f"read {first} of {len(pixels)} images")
         return {}
 
-    images, _ = cached_pixels(identity, (sum(counts), SIZE, SIZE, 3), cache, fill)
+    images, _ = cached_pixels(identity, lambda: (sum(len(_labels(p)) for p in train), SIZE, SIZE, 3), cache, fill)
     parts, splits = split_tail("train", images)
     held_out = _images(test)
     return Dataset("imagenet64", {**parts, "test": ImageSet(held_out, _labels(test))},

@@ -40,8 +40,8 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
                 yield bytes(transaction.get(key) or b"")
 
     stat = (root / "data.mdb").stat()
-    pixels, skipped = cached_pixels(json.dumps([size, stat.st_size, stat.st_mtime_ns]), (len(keys), size, size, 3), cache,
-                                    lambda out: decode_into(out, size, values(), report))
+    pixels, skipped = cached_pixels(json.dumps([size, stat.st_size, stat.st_mtime_ns]), lambda: (len(keys), size, size, 3),
+                                    cache, lambda out: decode_into(out, size, values(), report))
     environment.close()
     return split_by_name(f"lsun-{root.name.removesuffix('_lmdb')}", [key.decode(errors="replace") for key in keys], pixels,
                          skipped, report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Source:
                         if member.isfile() and member.name.rsplit("/", 1)[-1] == name:
                             file = tar.extractfile(member)
                             return file.read() if file else None
-            except (tarfile.TarError, EOFError, OSError) as error:
+            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
                 raise DataError(f"{archive} cannot be read as an archive: {error}") from error
         return None
 
@@ -62,7 +63,7 @@ def unpickle_arrays(content: bytes, name: str) -> dict[str, Any]:
     """
     try:
         values = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, AttributeError) as error:
+    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, ImportError) as error:
         raise DataError(f"{name} is no batch of arrays: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"{name} is no batch of arrays: it holds a {type(values).__name__}")
