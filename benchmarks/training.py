@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from training.data import ImageSet
 from training.datasets import load_dataset
@@ -29,6 +30,20 @@ from training.step import Trainer
 
 STEPS = 5
 PEAK_SHAPES = ((256, 8), (128, 16), (64, 32))  # channels, size
+
+
+class _Counter(TorchDispatchMode):
+    """Counts multiplications and additions of convolutions and products; PyTorch's own mode fails on hooks here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def main() -> None:
@@ -90,11 +105,11 @@ def _measure(trainers: dict[str, Trainer], size: str, peak: float, device: torch
     config = next(iter(trainers.values())).config
     batches = [torch.randint(0, 256, (config.batch_size, 32, 32, 3), dtype=torch.uint8)
                for _ in range(1 + (config.d_steps if config.discriminator else 0))]
-    with FlopCounterMode(display=False) as counter:
+    with _Counter() as counter:
         # As many steps as the gradient penalty's cadence, so that its share is counted as it comes.
         for _ in range(config.gp_every):
             next(iter(trainers.values())).run(batches)
-    operations = counter.get_total_flops() / config.gp_every
+    operations = counter.total / config.gp_every
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for trainer in trainers.values():
         trainer.run(batches)
