@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ade_model.distributions import DiagonalGaussian, sum_dims
+from ade_model.distributions import DiagonalGaussian, sum_channels, sum_dims
 from ade_model.vae import Draw
 
 # exp of it is zero in float32: the encoder of a flow is exact.
@@ -24,6 +24,9 @@ class PointMass:
     def log_prob(self, value: Tensor) -> Tensor:
         return torch.zeros_like(sum_dims(value))
 
+    def log_prob_map(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(sum_channels(value))
+
 
 class StandardNormal(nn.Module):
     """``p(z)`` of a flow, with the methods of :class:`ade_model.vae.Decoder`."""
@@ -34,9 +37,9 @@ class StandardNormal(nn.Module):
     def infer(self, encoded: Tensor, eps: list[Tensor]) -> tuple[list[Draw], PointMass]:
         """``encoded`` is ``y`` itself."""
         prior = DiagonalGaussian(torch.zeros_like(encoded), torch.zeros_like(encoded))
-        rate = -prior.log_prob(encoded)
+        rate = -prior.log_prob_map(encoded)
         posterior = DiagonalGaussian(encoded, torch.full_like(encoded, LOG_ZERO))
-        return [Draw(posterior, encoded, rate, rate)], PointMass(encoded)
+        return [Draw(posterior, encoded, rate, sum_dims(rate))], PointMass(encoded)
 
     def generate(self, eps: list[Tensor], temperature: Tensor | float = 1.0) -> tuple[list[Tensor], PointMass]:
         z = eps[0] * temperature

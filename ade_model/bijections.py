@@ -2,6 +2,7 @@
 
 Every layer keeps the number of values. ``forward`` goes from images to features, ``inverse`` comes
 back; both are differentiable, since the adversarial loss reaches the decoder through ``inverse``.
+Every log-determinant here is a sum over positions, and layers give its terms: a map of what each position costs.
 Log-determinants are float32 or better whatever autocast does to the networks inside.
 """
 
@@ -11,37 +12,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_model.distributions import sum_dims
+from ade_model.distributions import sum_channels, sum_dims
 from ade_model.layers import ResidualBlock, conv3x3
 
 
 class Bijection(nn.Module):
-    """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``, nats."""
+    """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``, nats.
+
+    Layers implement :meth:`transform` and ``inverse``.
+    """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det_map = self.transform(x)
+        return y, sum_dims(log_det_map)
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y``, and the terms of the log-determinant at each position of ``x``: ``(N, H, W)``, nats."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
         raise NotImplementedError
 
 
+def _no_change(x: Tensor) -> Tensor:
+    """The map of a layer that keeps volumes."""
+    return torch.zeros_like(x[:, 0])
+
+
 class Chain(Bijection):
-    """Layers one after another; an empty chain is the identity."""
+    """Layers one after another, all of one height and width; an empty chain is the identity."""
 
     def __init__(self, *layers: Bijection) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0])
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = _no_change(x)
         for layer in self.layers:
-            x, log_det_jacobian = layer(x)
-            total = total + log_det_jacobian
+            x, log_det_map = layer.transform(x)  # type: ignore[operator]  # nn.ModuleList forgets that these are bijections
+            total = total + log_det_map
         return x, total
 
     def inverse(self, y: Tensor) -> Tensor:
         for layer in reversed(self.layers):
-            y = layer.inverse(y)  # type: ignore[operator]  # nn.ModuleList forgets that these are bijections
+            y = layer.inverse(y)  # type: ignore[operator]
         return y
 
 
@@ -53,12 +67,11 @@ class Logit(Bijection):
 
     MARGIN = 0.05
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inner = 1 - 2 * self.MARGIN
         p = self.MARGIN + inner * x
         log_p, log_q = p.log(), (1 - p).log()
-        log_det_jacobian = sum_dims(torch.log(torch.full_like(p, inner)) - log_p - log_q)
-        return log_p - log_q, log_det_jacobian
+        return log_p - log_q, sum_channels(torch.log(torch.full_like(p, inner)) - log_p - log_q)
 
     def inverse(self, y: Tensor) -> Tensor:
         return (y.sigmoid() - self.MARGIN) / (1 - 2 * self.MARGIN)
@@ -67,8 +80,8 @@ class Logit(Bijection):
 class Squeeze(Bijection):
     """Each 2x2 patch to channels: ``(N, C, H, W)`` to ``(N, 4C, H/2, W/2)``."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0])
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pixel_unshuffle(x, 2), _no_change(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         return F.pixel_shuffle(y, 2)
@@ -93,9 +106,9 @@ class Rotation(Bijection):
             matrix = matrix - 2 * (matrix @ normal).unsqueeze(1) * normal.unsqueeze(0)
         return matrix
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x, self.matrix()[:, :, None, None]), x.new_zeros(x.shape[0])
+            return F.conv2d(x, self.matrix()[:, :, None, None]), _no_change(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
@@ -135,10 +148,10 @@ class AffineCoupling(_Coupling):
         super().__init__(channels // 2, channels - channels // 2, width, blocks, max_log_scale)
         self.kept = channels // 2
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, changed = x[:, : self.kept], x[:, self.kept :]
         log_scale, shift = self._log_scale_and_shift(kept)
-        return torch.cat([kept, changed * log_scale.exp() + shift], dim=1), sum_dims(log_scale)
+        return torch.cat([kept, changed * log_scale.exp() + shift], dim=1), sum_channels(log_scale)
 
     def inverse(self, y: Tensor) -> Tensor:
         kept, changed = y[:, : self.kept], y[:, self.kept :]
@@ -168,9 +181,9 @@ class CheckerboardCoupling(_Coupling):
         changed = 1 - self.kept
         return log_scale * changed, shift * changed
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._on_the_changed(x)
-        return x * log_scale.exp() + shift, sum_dims(log_scale)
+        return x * log_scale.exp() + shift, sum_channels(log_scale)
 
     def inverse(self, y: Tensor) -> Tensor:
         log_scale, shift = self._on_the_changed(y)
@@ -184,10 +197,10 @@ class OnHalfOfTheChannels(Bijection):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = x.shape[1] // 2
-        changed, log_det_jacobian = self.inner(x[:, :half])
-        return torch.cat([changed, x[:, half:]], dim=1), log_det_jacobian
+        changed, log_det_map = self.inner.transform(x[:, :half])
+        return torch.cat([changed, x[:, half:]], dim=1), log_det_map
 
     def inverse(self, y: Tensor) -> Tensor:
         half = y.shape[1] // 2

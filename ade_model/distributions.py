@@ -15,6 +15,11 @@ def sum_dims(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
+def sum_channels(values: Tensor) -> Tensor:
+    """``(N, C, H, W)`` to ``(N, H, W)``: the sum at each position."""
+    return values.sum(1)
+
+
 @dataclass(frozen=True)
 class DiagonalGaussian:
     """Independent normals; ``mean`` is ``(N, ...)``, ``log_scale`` broadcasts to it."""
@@ -28,8 +33,15 @@ class DiagonalGaussian:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``(N,)``, nats."""
+        return sum_dims(self._log_probs(value))
+
+    def log_prob_map(self, value: Tensor) -> Tensor:
+        """Of each position of ``(N, C, H, W)``: ``(N, H, W)``, nats; they sum to :meth:`log_prob`."""
+        return sum_channels(self._log_probs(value))
+
+    def _log_probs(self, value: Tensor) -> Tensor:
         standard = (value - self.mean) * (-self.log_scale).exp()
-        return sum_dims(-0.5 * standard.square() - self.log_scale - HALF_LOG_TWO_PI)
+        return -0.5 * standard.square() - self.log_scale - HALF_LOG_TWO_PI
 
     def kl(self, other: DiagonalGaussian) -> Tensor:
         """``KL(self || other)`` in closed form, ``(N,)``, nats, never negative."""

@@ -15,6 +15,7 @@ from ade_model.bijections import (
     Squeeze,
 )
 from ade_model.config import ModelConfig
+from ade_model.layers import spread
 
 
 class _Unsqueezed(Bijection):
@@ -25,12 +26,12 @@ class _Unsqueezed(Bijection):
         self.squeeze = Squeeze()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det_jacobian = self.inner(self.squeeze(x)[0])
-        return self.squeeze.inverse(y), log_det_jacobian
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det_map = self.inner.transform(self.squeeze.transform(x)[0])
+        return self.squeeze.inverse(y), spread(log_det_map, 2)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return self.squeeze.inverse(self.inner.inverse(self.squeeze(y)[0]))
+        return self.squeeze.inverse(self.inner.inverse(self.squeeze.transform(y)[0]))
 
 
 def build_flow(config: ModelConfig) -> Bijection:

@@ -1,8 +1,14 @@
-"""The two building blocks that every network of the model shares."""
+"""The building blocks that every network of the model shares."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def spread(values: Tensor, factor: int) -> Tensor:
+    """What ``(N, h, w)`` cells hold, divided evenly among the ``factor x factor`` pixels that each covers."""
+    return F.interpolate(values[:, None], scale_factor=float(factor), mode="nearest")[:, 0] / factor**2
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

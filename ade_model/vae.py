@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ade_model.config import ModelConfig
-from ade_model.distributions import DiagonalGaussian
+from ade_model.distributions import DiagonalGaussian, sum_dims
 from ade_model.iaf import InverseAutoregressiveStep
 from ade_model.layers import ResidualBlock, conv3x3
 
@@ -37,14 +37,19 @@ class Draw:
     Attributes:
         posterior: the Gaussian that the noise goes through; an autoregressive step may follow it.
         z: ``(N, c, h, w)``.
-        log_ratio: ``log q(z | ...) - log p(z | ...)`` at ``z``, ``(N,)``, nats.
+        log_ratio_map: ``log q(z | ...) - log p(z | ...)`` at ``z``, its terms at each position, ``(N, h, w)``, nats.
         kl: its expectation where that has a closed form, else ``log_ratio`` again; ``(N,)``, nats.
     """
 
     posterior: DiagonalGaussian
     z: Tensor
-    log_ratio: Tensor
+    log_ratio_map: Tensor
     kl: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """``(N,)``, nats."""
+        return sum_dims(self.log_ratio_map)
 
 
 class Encoder(nn.Module):
@@ -108,12 +113,12 @@ class Level(nn.Module):
         shift, log_scale = self.posterior_net(both).to(prior.mean.dtype).chunk(2, dim=1)
         posterior = DiagonalGaussian(prior.mean + shift, bounded(prior.log_scale + log_scale))
         z = posterior.sample(eps)
-        log_q = posterior.log_prob(z)
+        log_q = posterior.log_prob_map(z)
         if self.iaf is None:
-            return Draw(posterior, z, log_q - prior.log_prob(z), posterior.kl(prior))
+            return Draw(posterior, z, log_q - prior.log_prob_map(z), posterior.kl(prior))
         z, log_det = self.iaf(z, both)
-        log_ratio = log_q - log_det - prior.log_prob(z)
-        return Draw(posterior, z, log_ratio, log_ratio)
+        log_ratio = log_q - log_det - prior.log_prob_map(z)
+        return Draw(posterior, z, log_ratio, sum_dims(log_ratio))
 
     def finish(self, features: Tensor, z: Tensor | None) -> Tensor:
         """Features that know of ``z``."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ade_model.bijections import Bijection, Rotation
 from ade_model.model import ADEModel
-from ade_model.quantization import dequantize, quantize
+from ade_model.quantization import NUM_BITS, dequantize, quantize
 
 
 class _FixedRotation(Bijection):
@@ -31,8 +31,8 @@ class _FixedRotation(Bijection):
         self.register_buffer("kernel", matrix[:, :, None, None].to(dtype))
         self.register_buffer("inverse_kernel", matrix.t()[:, :, None, None].contiguous().to(dtype))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.conv2d(x, self.kernel), x.new_zeros(x.shape[0])
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.conv2d(x, self.kernel), torch.zeros_like(x[:, 0])
 
     def inverse(self, y: Tensor) -> Tensor:
         return F.conv2d(y, self.inverse_kernel)
@@ -86,6 +86,10 @@ class Graphs(nn.Module):
         evidence = self.model.score(_to_x(images, u.permute(0, 3, 1, 2), u), list(eps))
         nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
         return nats / (self.model.config.num_dims * math.log(2.0))
+
+    def map(self, images: Tensor, u: Tensor, *eps: Tensor) -> Tensor:
+        nats = self.model.cost_map(_to_x(images, u.permute(0, 3, 1, 2), u), list(eps))
+        return NUM_BITS * self.model.config.channels + nats / math.log(2.0)
 
 
 class Graph(nn.Module):

@@ -16,7 +16,7 @@ from export.parity import check_parity, make_inputs
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.backends import BACKENDS, load_backend
-from serving.bundle import TORCHSCRIPT_NAME, open_bundle, write_manifest
+from serving.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, open_bundle, write_manifest
 from serving.signatures import graphs_of, inputs_of
 
 LICENCE = "MIT (weights; the training images keep their own terms)"
@@ -91,7 +91,10 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
 
 
 def evaluation_of(folder: Path) -> dict[str, Any] | None:
-    """What ``ade evaluate`` left beside a checkpoint, if it did."""
+    """What ``ade evaluate`` left beside a checkpoint, if it did; of a bundle, what its manifest says."""
+    if (folder / MANIFEST_NAME).is_file():
+        found: dict[str, Any] | None = open_bundle(folder).manifest.get("evaluation")
+        return found
     path = folder / "evaluation.json"
     return json.loads(path.read_text()) if path.is_file() else None
 

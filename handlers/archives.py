@@ -47,7 +47,7 @@ def write_archives(bundle: Bundle, store: Path, options: ServingOptions, workers
     """
     names = []
     for operation in OPERATIONS:
-        graphs = OPERATIONS[operation] if operation in bundle.operations else ()
+        graphs = bundle.graphs([operation])
         if options.backend == "torchscript":
             files = [TORCHSCRIPT_NAME, WEIGHTS_NAME]
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ class Bundle:
     def operations(self) -> tuple[str, ...]:
         """Of the four verbs, those that this model has."""
         return tuple(self.manifest.get("operations", OPERATIONS))
+
+    def graphs(self, operations: Iterable[str]) -> list[str]:
+        """The graphs of those operations that this bundle has; an older one may lack some."""
+        wanted = [graph for operation in operations if operation in self.operations for graph in OPERATIONS[operation]]
+        return [graph for graph in wanted if self.has(f"{graph}.onnx")]
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -70,6 +70,8 @@ class ScoreResult:
     p_value: float | None
     ood: bool | None
     notes: list[str]
+    bits: np.ndarray | None = None  # of each pixel, float64 (H, W); they sum to bpd times the image's values
+    heat_map: bytes | None = None  # the same as a PNG
 
 
 class AdeClient:
@@ -151,10 +153,11 @@ class AdeClient:
                                             r.get("notes", [])) for r in answer.json()["results"]]
 
     def score(self, images: Sequence[ImageLike] | np.ndarray, samples: int = 1, seed: int = 0, alpha: float = 0.01,
-              resize: bool = False) -> list[ScoreResult | AdeError]:
+              resize: bool = False, map: bool = False) -> list[ScoreResult | AdeError]:
         """Bits per dimension and verdicts, one an image; an image that cannot be used has its error in its place."""
-        answer = self._post("score", {**_images(images, resize), "samples": samples, "seed": seed, "alpha": alpha})
-        return [_entry(r) or ScoreResult(notes=r.pop("notes", []), **r) for r in answer.json()["results"]]
+        answer = self._post("score", {**_images(images, resize), "samples": samples, "seed": seed, "alpha": alpha,
+                                      "map": map})
+        return [_entry(r) or _score(r) for r in answer.json()["results"]]
 
     def _post(self, operation: str, values: dict[str, Any]) -> httpx.Response:
         values = {name: value for name, value in values.items() if value is not None}
@@ -202,6 +205,12 @@ def _npy(answer: httpx.Response) -> np.ndarray:
 def _pixels(text: str) -> np.ndarray:
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _score(result: dict[str, Any]) -> ScoreResult:
+    notes, found = result.pop("notes", []), result.pop("map", None)
+    bits = None if found is None else np.array(found["bits"])
+    return ScoreResult(notes=notes, bits=bits, heat_map=found and base64.b64decode(found["png"]), **result)
 
 
 def _entry(result: dict[str, Any]) -> AdeError | None:

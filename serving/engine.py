@@ -6,6 +6,7 @@ fixed sizes and padded, and no result depends on its neighbours.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Score:
         bpd: bits per dimension, a bound; lower is likelier.
         parts: they sum to ``bpd``, by name.
         standard_error: of ``bpd`` over its ``K`` draws; ``None`` for one draw.
+        bits: of each pixel, float64 ``(H, W)``; they sum to ``bpd`` times the image's values. ``None`` unless asked for.
         verdict: by the calibrated estimator; ``None`` without a calibration.
     """
 
@@ -46,6 +48,7 @@ class Score:
     parts: dict[str, float]
     standard_error: float | None
     verdict: Verdict | None
+    bits: np.ndarray | None = None
 
 
 class NotFinite(ArithmeticError):
@@ -72,8 +75,7 @@ class InferenceEngine:
     def __init__(self, bundle: Bundle | Path, backend: str = "onnxruntime", device: str = "auto",
                  operations: Iterable[str] = tuple(OPERATIONS), gpu: int = 0) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-        graphs = [graph for operation in operations if operation in self.bundle.operations
-                  for graph in OPERATIONS[operation]]
+        graphs = self.bundle.graphs(operations)
         self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu)
         self.calibration: Calibration | None = None
         if self.bundle.has(CALIBRATION_NAME):
@@ -163,16 +165,17 @@ class InferenceEngine:
         return self._run("reconstruct", len(images), inputs)["reconstruction"]
 
     def score(self, images: np.ndarray, seeds: Sequence[int] | None = None,
-              samples: Sequence[int] | None = None) -> list[Score | NotFinite]:
-        """Bits per dimension of each image, its parts, and the verdict.
+              samples: Sequence[int] | None = None, maps: Sequence[bool] | None = None) -> list[Score | NotFinite]:
+        """Bits per dimension of each image, its parts, the verdict, and where the bits lie.
 
         Args:
             images: uint8 ``(N, H, W, C)``.
             seeds: one an image; 0 unless given. The verdict always uses seed 0, as the calibration did.
             samples: K an image, 1 unless given: 1 is the ELBO, more the importance-weighted bound.
+            maps: whether each image gets its bits pixel by pixel, the mean over its draws; no unless given.
 
         Returns:
-            One a image; an image whose likelihood is not finite gets the error in its place.
+            One an image; an image whose likelihood is not finite gets the error in its place.
         """
         seeds = seeds or [0] * len(images)
         samples = samples or [1] * len(images)
@@ -189,6 +192,12 @@ class InferenceEngine:
             return {"images": images[i], "u": stream.uniform(self.image_shape), **eps}
 
         parts = self._run("score", len(draws), inputs)["parts"].astype(np.float64)
+        mapped = [row for row, (i, _, _) in enumerate(plan) if maps and maps[i]]
+        bits: dict[int, np.ndarray] = {}
+        if mapped:
+            found = self._run("map", len(mapped), lambda n: inputs(mapped[n]))["bits"].astype(np.float64)
+            for i in {plan[row][0] for row in mapped}:
+                bits[i] = found[[plan[row][0] == i for row in mapped]].mean(0)
         calibrated = {draws[row][0]: 8.0 + parts[row].sum() for row in range(len(draws)) if draws[row][1:] == (0, 0)}
         results: list[Score | NotFinite] = []
         first = 0
@@ -201,7 +210,12 @@ class InferenceEngine:
                 continue
             if self.calibration is not None and np.isfinite(calibrated[i]):
                 (verdict,) = self.calibration.verdicts(np.array([calibrated[i]]))
-            results.append(self._summarize(rows, verdict))
+            score = self._summarize(rows, verdict)
+            if i in bits:
+                # What is no pixel's own (the bound's gap, the rounding of sums) is divided evenly.
+                rest = score.bpd * math.prod(self.image_shape) - bits[i].sum()
+                score = dataclasses.replace(score, bits=bits[i] + rest / bits[i].size)
+            results.append(score)
         return results
 
     def _summarize(self, parts: np.ndarray, verdict: Verdict | None) -> Score:

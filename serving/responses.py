@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.charts import heat_map
 from serving.engine import EncodedLevel, NotFinite, Score
 from serving.errors import PHRASES, ApiError, unusable
 from serving.images import tile, write_png
@@ -19,6 +20,7 @@ from serving.requests import MAX_JSON_ENCODINGS, InputImage, SampleRequest
 
 MAX_ANSWER_BYTES = 64 * 2**20
 LEVELS_255 = 255.0
+MAP_BYTES_A_PIXEL = 32  # a number in JSON, and its share of the picture
 
 
 @dataclass(frozen=True)
@@ -174,16 +176,21 @@ def score_response(images: Sequence[InputImage | ApiError], scores: list[Score |
         model_id: goes into the answer.
     """
     usable = [image for image in images if isinstance(image, InputImage)]
+    _check_size(sum(MAP_BYTES_A_PIXEL * score.bits.size for score in scores
+                    if isinstance(score, Score) and score.bits is not None), "send fewer images")
 
     def entry(row: int) -> dict[str, Any] | ApiError:
         score = scores[row]
         if isinstance(score, NotFinite):
             return unusable("not_finite", str(score))
         verdict = None if usable[row].resized else score.verdict
-        return {"bpd": score.bpd, "bpd_parts": score.parts, "standard_error": score.standard_error,
-                "ood_score": None if verdict is None else verdict.ood_score,
-                "p_value": None if verdict is None else verdict.p_value,
-                "ood": None if verdict is None else verdict.p_value <= alpha}
+        value = {"bpd": score.bpd, "bpd_parts": score.parts, "standard_error": score.standard_error,
+                 "ood_score": None if verdict is None else verdict.ood_score,
+                 "p_value": None if verdict is None else verdict.p_value,
+                 "ood": None if verdict is None else verdict.p_value <= alpha}
+        if score.bits is not None:
+            value["map"] = {"bits": score.bits.tolist(), "png": _base64_png(heat_map(score.bits))}
+        return value
 
     return _results(images, entry, {"model": model_id, "estimator": "elbo" if samples == 1 else f"iwae-{samples}",
                                     "samples": samples, "alpha": alpha})

@@ -71,8 +71,8 @@ class Service:
                 self._check_kind(sample.kind)
                 return sample
             parsed = parse_images(self.operation, request, self.engine.image_shape)
-            if parsed.parameters.get("map"):
-                raise unusable("not_available", "this server does not offer map yet")
+            if parsed.parameters.get("map") and not bundle.has("map.onnx"):
+                raise unusable("not_available", f"{self._model_name} was exported before there were maps: export it again")
             return parsed
         except ApiError as error:
             return error
@@ -139,7 +139,7 @@ class Service:
                 answers.append(_guarded(reconstruct_response, r.images, mine, r.parameters["format"],
                                         r.parameters["kind"], self._model_id))
         else:
-            scores = self.engine.score(batch, each("seed"), each("samples")) if pixels else []
+            scores = self.engine.score(batch, each("seed"), each("samples"), each("map")) if pixels else []
             for r, mine in zip(requests, _split(scores, counts), strict=True):
                 answers.append(_guarded(score_response, r.images, mine, r.parameters["alpha"],
                                         r.parameters["samples"], self._model_id))

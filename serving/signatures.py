@@ -2,8 +2,8 @@
 
 Names: ``images`` uint8 ``(N, H, W, C)``; ``u`` float32 of that shape, uniform on [0, 1); ``eps_i`` standard normal
 and ``z_i`` latents, float32 ``(N, c, h, w)`` of level ``i``, coarsest first; ``y`` features, ``y_eps`` the decoder's
-noise and ``x`` dequantised images, float32 ``(N, C, H, W)``. ``y_eps`` of zeros gives the mean, ``eps`` scaled by
-a temperature samples at that temperature.
+noise and ``x`` dequantised images, float32 ``(N, C, H, W)``; ``bits`` of each pixel, float32 ``(N, H, W)``. ``y_eps`` of
+zeros gives the mean, ``eps`` scaled by a temperature samples at that temperature.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 # The graphs that each operation of the service needs.
-OPERATIONS = {"sample": ("sample", "decode"), "encode": ("encode",), "reconstruct": ("reconstruct",), "score": ("score",)}
+OPERATIONS = {"sample": ("sample", "decode"), "encode": ("encode",), "reconstruct": ("reconstruct",),
+              "score": ("score", "map")}
 
 
 def graphs_of(operations: Iterable[str]) -> list[str]:
@@ -31,6 +32,7 @@ def inputs_of(graph: str, levels: int) -> list[str]:
         "flow_inverse": ["y"],
         "reconstruct": ["images", *eps, "y_eps"],
         "score": ["images", "u", *eps],
+        "map": ["images", "u", *eps],
     }[graph]
 
 
@@ -38,7 +40,7 @@ def outputs_of(graph: str, levels: int) -> list[str]:
     """Names of a graph's outputs, in order. ``parts`` is ``(N, 2 + levels)``: see :func:`part_names`."""
     each = [f"{name}_{i}" for name in ("mean", "log_scale", "z") for i in range(levels)]
     return {"encode": each, "flow_forward": ["y", "log_det_jacobian"], "flow_inverse": ["x"],
-            "score": ["parts"], "reconstruct": ["reconstruction"]}.get(graph, ["images"])
+            "score": ["parts"], "map": ["bits"], "reconstruct": ["reconstruction"]}.get(graph, ["images"])
 
 
 def part_names(levels: int) -> list[str]:

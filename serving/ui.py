@@ -123,8 +123,9 @@ class Page:
                 verdict = gr.Markdown(elem_classes="ade-verdict")
                 parts = gr.HTML(label="Parts, bits per dimension")
                 place = gr.HTML(label="Place among the calibration images")
+                heat = _image_output("Where the bits lie: dark is cheap, bright is dear")
         _examples(image)
-        go.click(self.score, [model, image, samples, alpha, resize], [verdict, parts, place], api_name="score")
+        go.click(self.score, [model, image, samples, alpha, resize], [verdict, parts, place, heat], api_name="score")
 
     def sample(self, model: str, n: float, seed: float, temperature: float, kind: str) -> tuple[str, Any]:
         """A grid of samples as a PNG file."""
@@ -149,16 +150,18 @@ class Page:
         return (_file(write_png(original), "input.png"), _file(write_png(result.image), "reconstruction.png"),
                 _file(write_png(difference), "difference.png"), said)
 
-    def score(self, model: str, image: str, samples: float, alpha: float, resize: bool) -> tuple[str, str, str]:
-        """The verdict in words, the parts and the place in the reference histogram."""
+    def score(self, model: str, image: str, samples: float, alpha: float, resize: bool) -> tuple[
+            str, str, str, str | None]:
+        """The verdict in words, the parts, the place in the reference histogram and the heat map."""
         _read(image)
         (result,) = self._ask(self._clients[model].score, [Path(image).read_bytes()], samples=int(samples), alpha=alpha,
-                              resize=resize)
+                              resize=resize, map=self._bundles[model].has("map.onnx"))
         if isinstance(result, AdeError):
             raise gr.Error(_sentence(result))
         calibration = self._calibrations.get(model)
         place = histogram_chart(calibration.bpd, result.bpd) if calibration else ""
-        return _verdict(result, alpha), parts_chart(result.bpd_parts, result.bpd), place
+        heat = result.heat_map and _file(result.heat_map, "map.png")
+        return _verdict(result, alpha), parts_chart(result.bpd_parts, result.bpd), place, heat or None
 
     def _about(self, name: str) -> str:
         manifest = self._bundles[name].manifest

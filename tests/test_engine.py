@@ -195,3 +195,62 @@ def test_pretrained_is_small_and_says_what_it_is() -> None:
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
     assert manifest["data"]["splits"]["train"] == "train[0:45000]"
     assert manifest["calibration"]["images"] == 3000 and manifest["evaluation"]["images"] == 10000
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_map_sums_to_the_bits_of_the_image(engine: InferenceEngine, real_images: np.ndarray, samples: int) -> None:
+    images = np.concatenate([real_images[:3], np.full((1, 32, 32, 3), 200, np.uint8)])
+    plain = engine.score(images, samples=[samples] * 4)
+    mapped = engine.score(images, samples=[samples] * 4, maps=[True, False, True, True])
+    for a, b in zip(plain, mapped, strict=True):
+        assert a.bpd == b.bpd and a.parts == b.parts and a.verdict == b.verdict
+    assert mapped[1].bits is None
+    for score in (mapped[0], mapped[2], mapped[3]):
+        assert score.bits.shape == (32, 32)
+        assert score.bits.sum() == pytest.approx(score.bpd * 3072, rel=1e-9)
+    (alone,) = engine.score(images[2:3], samples=[samples], maps=[True])
+    assert np.allclose(alone.bits, mapped[2].bits, atol=1e-3)
+
+
+def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    """Before the rest is divided: the graph's own pixels sum to the score's parts within float32."""
+    from export.parity import make_inputs
+    from serving.signatures import inputs_of
+
+    inputs = make_inputs(real_images[:8], engine.latent_shapes, inputs_of("map", len(engine.latent_shapes)))
+    bits = engine.backend.run("map", inputs)["bits"].astype(np.float64).sum((1, 2))
+    bpd = 8 + engine.backend.run("score", inputs)["parts"].astype(np.float64).sum(1)
+    assert np.allclose(bits, bpd * 3072, rtol=1e-5)
+
+
+def test_a_map_shows_what_is_unusual(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    image = real_images[0].copy()
+    image[8:16, 16:24] = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    (score,) = engine.score(image[None], maps=[True])
+    assert score.bits[8:16, 16:24].mean() > 2 * score.bits[20:, :12].mean()
+
+
+def test_a_map_over_the_wire(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    service = Service("score", engine)
+    (answer,) = service.answer([as_json(images=[file(real_images[0])], map=True)])
+    (result,) = json.loads(answer.body)["results"]
+    assert np.sum(result["map"]["bits"]) == pytest.approx(result["bpd"] * 3072, rel=1e-6)
+    picture = Image.open(io.BytesIO(base64.b64decode(result["map"]["png"])))
+    assert picture.size == (256, 256) and len(set(picture.convert("RGB").getdata())) > 50
+    (answer,) = service.answer([as_json(images=[file(real_images[0])])])
+    assert "map" not in json.loads(answer.body)["results"][0]
+
+
+def test_a_bundle_from_before_maps_still_scores(tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray) -> None:
+    import shutil
+
+    old = Path(shutil.copytree(tiny_bundle, tmp_path / "old"))
+    (old / "map.onnx").unlink()
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["files"]["map.onnx"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    service = Service("score", InferenceEngine(old, device="cpu"))
+    image = file(small_images[0])
+    good, refused = service.answer([as_json(images=[image]), as_json(images=[image], map=True)])
+    assert good.status == 200
+    assert refused.status == 422 and "exported before there were maps" in json.loads(refused.body)["error"]["message"]

@@ -178,3 +178,15 @@ def test_models_of_before_are_read() -> None:
         ModelConfig.from_dict({k: v for k, v in old.items() if k != "widths"})
     with pytest.raises(ConfigError, match="unknown or missing: \\['depth'\\]"):
         ModelConfig.from_dict({**old, "depth": 3})
+
+
+@pytest.mark.parametrize("config", [
+    TINY, FLOW_ALONE, dataclasses.replace(TINY, posterior_iaf=True), dataclasses.replace(TINY, flow_scales=0),
+    dataclasses.replace(TINY, flow_scales=2, flow_mask="checkerboard")], ids=[
+        "av-ade", "flow alone", "autoregressive posterior", "no flow", "checkerboards"])
+def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> None:
+    model = make_model(config).double()
+    x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    eps = [torch.randn(3, *shape, dtype=torch.float64) for shape in config.latent_shapes]
+    cost = model.cost_map(x, eps)
+    assert cost.shape == (3, 8, 8) and torch.allclose(cost.sum((1, 2)), -model.score(x, eps).log_weight, rtol=1e-12)

@@ -98,6 +98,7 @@ def test_score(page: Page) -> None:
     expect(panel.get_by_text("bits per dimension")).to_be_visible()
     expect(panel.locator("svg[aria-label^='parts of the score']")).to_be_visible()
     expect(panel.locator("svg[aria-label*='calibration images']")).to_be_visible()
+    expect(panel.locator("img[src*='map.png']")).to_be_visible()
 
 
 def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:

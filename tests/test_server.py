@@ -145,6 +145,14 @@ def test_a_broken_image_among_good_ones(client: AdeClient, real_images: np.ndarr
     assert caught.value.status == 415 and caught.value.index == 1
 
 
+def test_a_map_of_the_bits(client: AdeClient, real_images: np.ndarray) -> None:
+    plain, mapped = client.score(real_images[:2]), client.score(real_images[:2], map=True)
+    for a, b in zip(plain, mapped, strict=True):
+        assert a.bits is None and (a.bpd, a.p_value) == (b.bpd, b.p_value)
+        assert b.bits.shape == (32, 32) and b.bits.sum() == pytest.approx(b.bpd * 3072, rel=1e-6)
+        assert b.heat_map.startswith(b"\x89PNG")
+
+
 def test_encode_then_decode(client: AdeClient, real_images: np.ndarray) -> None:
     latents = client.encode(real_images[:2])
     made = client.decode(latents.z)
