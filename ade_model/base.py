@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ade_model.distributions import DiagonalGaussian, sum_channels, sum_dims
+from ade_model.distributions import DiagonalGaussian, sum_dims
 from ade_model.vae import Draw
 
 # exp of it is zero in float32: the encoder of a flow is exact.
@@ -24,8 +24,8 @@ class PointMass:
     def log_prob(self, value: Tensor) -> Tensor:
         return torch.zeros_like(sum_dims(value))
 
-    def log_prob_map(self, value: Tensor) -> Tensor:
-        return torch.zeros_like(sum_channels(value))
+    def log_prob_terms(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value)
 
 
 class StandardNormal(nn.Module):
@@ -37,7 +37,7 @@ class StandardNormal(nn.Module):
     def infer(self, encoded: Tensor, eps: list[Tensor]) -> tuple[list[Draw], PointMass]:
         """``encoded`` is ``y`` itself."""
         prior = DiagonalGaussian(torch.zeros_like(encoded), torch.zeros_like(encoded))
-        rate = -prior.log_prob_map(encoded)
+        rate = -prior.log_prob_terms(encoded)
         posterior = DiagonalGaussian(encoded, torch.full_like(encoded, LOG_ZERO))
         return [Draw(posterior, encoded, rate, sum_dims(rate))], PointMass(encoded)
 

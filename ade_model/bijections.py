@@ -2,7 +2,7 @@
 
 Every layer keeps the number of values. ``forward`` goes from images to features, ``inverse`` comes
 back; both are differentiable, since the adversarial loss reaches the decoder through ``inverse``.
-Every log-determinant here is a sum over positions, and layers give its terms: a map of what each position costs.
+Every log-determinant here is a sum of terms at positions: :meth:`Bijection.with_map` gives them position by position.
 Log-determinants are float32 or better whatever autocast does to the networks inside.
 """
 
@@ -19,24 +19,30 @@ from ade_model.layers import ResidualBlock, conv3x3
 class Bijection(nn.Module):
     """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``, nats.
 
-    Layers implement :meth:`transform` and ``inverse``.
+    Layers implement ``transform`` and ``inverse``; what holds other layers implements ``forward`` and ``with_map``. The
+    two sum in different orders on purpose: summed over channels first, a score would depend on its batch's size.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det_map = self.transform(x)
-        return y, sum_dims(log_det_map)
+        y, terms = self.transform(x)
+        return y, sum_dims(terms)
+
+    def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y``, and what each position of ``x`` adds to the log-determinant: ``(N, H, W)``, nats."""
+        y, terms = self.transform(x)
+        return y, sum_channels(terms)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y``, and the terms of the log-determinant at each position of ``x``: ``(N, H, W)``, nats."""
+        """``y``, and the terms whose sum is the log-determinant: ``(N, channels, H, W)``, nats."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-def _no_change(x: Tensor) -> Tensor:
-    """The map of a layer that keeps volumes."""
-    return torch.zeros_like(x[:, 0])
+def no_change(x: Tensor) -> Tensor:
+    """The terms of a layer that keeps volumes."""
+    return torch.zeros_like(x[:, :1])
 
 
 class Chain(Bijection):
@@ -46,10 +52,17 @@ class Chain(Bijection):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total = _no_change(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[0])
         for layer in self.layers:
-            x, log_det_map = layer.transform(x)  # type: ignore[operator]  # nn.ModuleList forgets that these are bijections
+            x, log_det_jacobian = layer(x)
+            total = total + log_det_jacobian
+        return x, total
+
+    def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(x[:, 0])
+        for layer in self.layers:
+            x, log_det_map = layer.with_map(x)  # type: ignore[operator]  # nn.ModuleList forgets that these are bijections
             total = total + log_det_map
         return x, total
 
@@ -71,7 +84,7 @@ class Logit(Bijection):
         inner = 1 - 2 * self.MARGIN
         p = self.MARGIN + inner * x
         log_p, log_q = p.log(), (1 - p).log()
-        return log_p - log_q, sum_channels(torch.log(torch.full_like(p, inner)) - log_p - log_q)
+        return log_p - log_q, torch.log(torch.full_like(p, inner)) - log_p - log_q
 
     def inverse(self, y: Tensor) -> Tensor:
         return (y.sigmoid() - self.MARGIN) / (1 - 2 * self.MARGIN)
@@ -81,7 +94,7 @@ class Squeeze(Bijection):
     """Each 2x2 patch to channels: ``(N, C, H, W)`` to ``(N, 4C, H/2, W/2)``."""
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), _no_change(x)
+        return F.pixel_unshuffle(x, 2), no_change(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         return F.pixel_shuffle(y, 2)
@@ -108,7 +121,7 @@ class Rotation(Bijection):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x, self.matrix()[:, :, None, None]), _no_change(x)
+            return F.conv2d(x, self.matrix()[:, :, None, None]), no_change(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
@@ -151,7 +164,7 @@ class AffineCoupling(_Coupling):
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, changed = x[:, : self.kept], x[:, self.kept :]
         log_scale, shift = self._log_scale_and_shift(kept)
-        return torch.cat([kept, changed * log_scale.exp() + shift], dim=1), sum_channels(log_scale)
+        return torch.cat([kept, changed * log_scale.exp() + shift], dim=1), log_scale
 
     def inverse(self, y: Tensor) -> Tensor:
         kept, changed = y[:, : self.kept], y[:, self.kept :]
@@ -183,7 +196,7 @@ class CheckerboardCoupling(_Coupling):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._on_the_changed(x)
-        return x * log_scale.exp() + shift, sum_channels(log_scale)
+        return x * log_scale.exp() + shift, log_scale
 
     def inverse(self, y: Tensor) -> Tensor:
         log_scale, shift = self._on_the_changed(y)
@@ -197,9 +210,14 @@ class OnHalfOfTheChannels(Bijection):
         super().__init__()
         self.inner = inner
 
-    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = x.shape[1] // 2
-        changed, log_det_map = self.inner.transform(x[:, :half])
+        changed, log_det_jacobian = self.inner(x[:, :half])
+        return torch.cat([changed, x[:, half:]], dim=1), log_det_jacobian
+
+    def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = x.shape[1] // 2
+        changed, log_det_map = self.inner.with_map(x[:, :half])
         return torch.cat([changed, x[:, half:]], dim=1), log_det_map
 
     def inverse(self, y: Tensor) -> Tensor:

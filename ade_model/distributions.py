@@ -33,13 +33,10 @@ class DiagonalGaussian:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``(N,)``, nats."""
-        return sum_dims(self._log_probs(value))
+        return sum_dims(self.log_prob_terms(value))
 
-    def log_prob_map(self, value: Tensor) -> Tensor:
-        """Of each position of ``(N, C, H, W)``: ``(N, H, W)``, nats; they sum to :meth:`log_prob`."""
-        return sum_channels(self._log_probs(value))
-
-    def _log_probs(self, value: Tensor) -> Tensor:
+    def log_prob_terms(self, value: Tensor) -> Tensor:
+        """Of each dimension, the shape of ``value``, nats; they sum to :meth:`log_prob`."""
         standard = (value - self.mean) * (-self.log_scale).exp()
         return -0.5 * standard.square() - self.log_scale - HALF_LOG_TWO_PI
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_model.distributions import sum_channels
-
 MAX_LOG_SCALE = 2.0
 
 
@@ -57,7 +55,7 @@ class InverseAutoregressiveStep(nn.Module):
         nn.init.zeros_(self.third.bias)  # type: ignore[arg-type]  # it has a bias
 
     def forward(self, z0: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """``z`` and the terms of ``log |det dz/dz0|`` at each position, ``(N, h, w)``, nats.
+        """``z`` and the terms of ``log |det dz/dz0|``, the shape of ``z``, nats.
 
         Args:
             z0: ``(N, latent_channels, h, w)``.
@@ -67,4 +65,4 @@ class InverseAutoregressiveStep(nn.Module):
         out = self.third(F.elu(self.second(h))).to(z0.dtype)
         shift, raw = out[:, 0::2], out[:, 1::2]  # a channel's two numbers lie side by side: one group
         log_scale = MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
-        return (z0 - shift) * (-log_scale).exp(), -sum_channels(log_scale)
+        return (z0 - shift) * (-log_scale).exp(), -log_scale

@@ -37,19 +37,19 @@ class Draw:
     Attributes:
         posterior: the Gaussian that the noise goes through; an autoregressive step may follow it.
         z: ``(N, c, h, w)``.
-        log_ratio_map: ``log q(z | ...) - log p(z | ...)`` at ``z``, its terms at each position, ``(N, h, w)``, nats.
+        log_ratio_terms: ``log q(z | ...) - log p(z | ...)`` at ``z``, term by term, the shape of ``z``, nats.
         kl: its expectation where that has a closed form, else ``log_ratio`` again; ``(N,)``, nats.
     """
 
     posterior: DiagonalGaussian
     z: Tensor
-    log_ratio_map: Tensor
+    log_ratio_terms: Tensor
     kl: Tensor
 
     @property
     def log_ratio(self) -> Tensor:
         """``(N,)``, nats."""
-        return sum_dims(self.log_ratio_map)
+        return sum_dims(self.log_ratio_terms)
 
 
 class Encoder(nn.Module):
@@ -113,11 +113,11 @@ class Level(nn.Module):
         shift, log_scale = self.posterior_net(both).to(prior.mean.dtype).chunk(2, dim=1)
         posterior = DiagonalGaussian(prior.mean + shift, bounded(prior.log_scale + log_scale))
         z = posterior.sample(eps)
-        log_q = posterior.log_prob_map(z)
+        log_q = posterior.log_prob_terms(z)
         if self.iaf is None:
-            return Draw(posterior, z, log_q - prior.log_prob_map(z), posterior.kl(prior))
+            return Draw(posterior, z, log_q - prior.log_prob_terms(z), posterior.kl(prior))
         z, log_det = self.iaf(z, both)
-        log_ratio = log_q - log_det - prior.log_prob_map(z)
+        log_ratio = log_q - log_det - prior.log_prob_terms(z)
         return Draw(posterior, z, log_ratio, sum_dims(log_ratio))
 
     def finish(self, features: Tensor, z: Tensor | None) -> Tensor:

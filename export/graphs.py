@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_model.bijections import Bijection, Rotation
+from ade_model.bijections import Bijection, Rotation, no_change
 from ade_model.model import ADEModel
 from ade_model.quantization import NUM_BITS, dequantize, quantize
 
@@ -32,7 +32,7 @@ class _FixedRotation(Bijection):
         self.register_buffer("inverse_kernel", matrix.t()[:, :, None, None].contiguous().to(dtype))
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.conv2d(x, self.kernel), torch.zeros_like(x[:, 0])
+        return F.conv2d(x, self.kernel), no_change(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         return F.conv2d(y, self.inverse_kernel)

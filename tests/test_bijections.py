@@ -78,7 +78,7 @@ def test_log_determinant_is_that_of_the_jacobian(name: str) -> None:
 def test_the_map_of_the_log_determinant(name: str) -> None:
     """A term a position, and their sum is the whole."""
     layer, x = make(name)
-    _, log_det_map = layer.transform(x)
+    _, log_det_map = layer.with_map(x)
     assert log_det_map.shape == (3, *x.shape[2:])
     assert torch.allclose(log_det_map.sum((1, 2)), layer(x)[1])
 

@@ -158,10 +158,10 @@ def test_a_failure_of_one_computation_fails_that_request_alone(engine: Inference
     service = Service("score", engine)
     whole = engine.score
 
-    def fails_on_black(images, seeds, samples):
+    def fails_on_black(images, *options):
         if any(image.max() == 0 for image in images):
             raise RuntimeError("a secret of the server")
-        return whole(images, seeds, samples)
+        return whole(images, *options)
 
     monkeypatch.setattr(engine, "score", fails_on_black)
     answers = service.answer([as_json(images=[file(real_images[0])]),
@@ -236,7 +236,7 @@ def test_a_map_over_the_wire(engine: InferenceEngine, real_images: np.ndarray) -
     (result,) = json.loads(answer.body)["results"]
     assert np.sum(result["map"]["bits"]) == pytest.approx(result["bpd"] * 3072, rel=1e-6)
     picture = Image.open(io.BytesIO(base64.b64decode(result["map"]["png"])))
-    assert picture.size == (256, 256) and len(set(picture.convert("RGB").getdata())) > 50
+    assert picture.size == (256, 256) and len(np.unique(np.asarray(picture.convert("L")))) > 50
     (answer,) = service.answer([as_json(images=[file(real_images[0])])])
     assert "map" not in json.loads(answer.body)["results"][0]
 
