@@ -128,7 +128,7 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     assert "**failed: step" in page and "| vae (seed 1) |" in page and "[4.4" not in page
     assert "V-ADE beats VAE on bits per dimension" in page and "| [7.0] | 6.8 | 31.4 |" in page
-    for picture in ("vae.png", "gan.png", "curve-bpd.png", "curve-d_loss.png"):
+    for picture in ("vae.webp", "gan.webp", "curve-bpd.png", "curve-d_loss.png"):
         assert f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
     # Measured otherwise, or trained for longer, a run is measured again.
     assert run(jobs[:1], MeasureOptions(draws=3)) == ["vae-seed0: measuring"]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ade_model.checkpoint import load_model
-from serving.images import tile, write_png
+from serving.images import tile
 from training.evaluate import sample_images
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.paper import PAPER, claims
@@ -207,7 +208,8 @@ def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: tor
         if row["state"] is not None and row["measured"] is not None:
             model = load_model(latest_checkpoint(row["run"])).to(device)
             grid = tile(sample_images(model, GRID**2, device, "mean"), GRID)
-            (pictures / f"{row['config'].recipe}.png").write_bytes(write_png(grid))
+            # Lossy, a tenth of a PNG's size: thirteen of them go into a repository.
+            Image.fromarray(grid).save(pictures / f"{row['config'].recipe}.webp", quality=90)
 
 
 def _gallery(rows: Sequence[dict[str, Any]], columns: int = 3) -> list[str]:
@@ -215,7 +217,7 @@ def _gallery(rows: Sequence[dict[str, Any]], columns: int = 3) -> list[str]:
     lines = []
     for first in range(0, len(shown), columns):
         names = shown[first:first + columns]
-        table = _rows(names, [[f"![samples of {n}](pictures/{n}.png)" for n in names]])
+        table = _rows(names, [[f"![samples of {n}](pictures/{n}.webp)" for n in names]])
         lines += [*table, ""]
     return lines
 
