@@ -40,11 +40,10 @@ def _held_out(dataset: Dataset, trained_on: str) -> tuple[np.ndarray, np.ndarray
     """Images to fit and to calibrate on: of the training data its two held-out parts, of any other all."""
     if dataset.name == trained_on:
         return np.asarray(dataset.parts["select"].images[:]), np.asarray(dataset.parts["calibrate"].images[:])
-    sets = [dataset.parts[part] for part in PARTS]
-    rows = [(images, row) for images in sets for row in range(len(images))]
+    rows = [(part, row) for part in PARTS for row in range(len(dataset.parts[part]))]
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(rows))[:MAX_IMAGES]
-    halves = ([rows[i] for i in order[start::2]] for start in (0, 1))
-    fit, calibration = (np.stack([np.asarray(images.images[[row]])[0] for images, row in half]) if half else
-                        np.empty((0, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
-                        for half in halves)
-    return fit, calibration
+    images = np.empty((len(order), dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
+    for i, chosen in enumerate(order):
+        part, row = rows[chosen]
+        images[i] = np.asarray(dataset.parts[part].images[[row]])[0]
+    return images[::2], images[1::2]

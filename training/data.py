@@ -89,3 +89,11 @@ class Dataset:
     @property
     def channels(self) -> int:
         return int(self.parts["train"].images.shape[3])
+
+
+def split_tail(name: str, images: np.ndarray) -> tuple[dict[str, ImageSet], dict[str, str]]:
+    """Of the official training images the last tenth is held out: two fifths of it to select, the rest to calibrate."""
+    first, second = round(0.9 * len(images)), round(0.94 * len(images))
+    bounds = {"train": (0, first), "select": (first, second), "calibrate": (second, len(images))}
+    return ({part: ImageSet(images[a:b]) for part, (a, b) in bounds.items()},
+            {part: f"{name}[{a}:{b}]" for part, (a, b) in bounds.items()})

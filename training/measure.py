@@ -95,7 +95,6 @@ class Measurer:
     report: Callable[[str], None] = lambda line: None
     images: np.ndarray = field(init=False)
     _spaces: dict[str, _Space] = field(init=False, default_factory=dict)
-    _resnet20: ResNet20 | None = field(init=False, default=None)
     _real_accuracy: float | None = field(init=False, default=None)
     _fid_real: dict[int, np.ndarray] = field(init=False, default_factory=dict)
 
@@ -105,7 +104,6 @@ class Measurer:
         self.images = np.asarray(self.dataset.parts[options.part].images[:options.images])
         if options.resnet20 is not None:
             network = ResNet20(options.resnet20).to(self.device)
-            self._resnet20 = network
             self._add(RESNET20, options.samples, lambda images: features_of(network, images, self.device), network.logits)
         if options.efficientnet:
             self._add(EFFICIENTNET, options.efficientnet_samples, EfficientNetFeatures())

@@ -122,7 +122,7 @@ class Trainer:
         return self.step - (self.inferring_since or 0)
 
     def begin_inference(self) -> None:
-        """From now on train the inference network and sigma alone, around the averaged generator (paper, section 5.2)."""
+        """From now on train the inference network and sigma alone, around the averaged generator (paper, section 5)."""
         if self.inferring_since is None:
             self.model.load_state_dict(self.ema.state_dict())
             self.usual_norm["model"] = 0.0

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data import DataError, Dataset, ImageSet
+from training.data import DataError, Dataset, ImageSet, split_tail
 from training.datasets.files import Report, cached_pixels
 from training.datasets.source import planar, unpickle_arrays
-from training.datasets.stl10 import split_tail
 
 SIZE = 64
 

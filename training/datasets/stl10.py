@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data import DataError, Dataset, ImageSet
+from training.data import DataError, Dataset, ImageSet, split_tail
 from training.datasets.files import Report, square
 from training.datasets.source import Source
 
@@ -39,14 +39,6 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
     parts, splits = split_tail(name, images)
     return Dataset("stl10", {**parts, "test": ImageSet(test_images, classes)},
                    {**splits, "test": f"test[0:{len(test_images)}]"})
-
-
-def split_tail(name: str, images: np.ndarray) -> tuple[dict[str, ImageSet], dict[str, str]]:
-    """Of the official training images the last tenth is held out: two fifths of it to select, the rest to calibrate."""
-    first, second = round(0.9 * len(images)), round(0.94 * len(images))
-    bounds = {"train": (0, first), "select": (first, second), "calibrate": (second, len(images))}
-    return ({part: ImageSet(images[a:b]) for part, (a, b) in bounds.items()},
-            {part: f"{name}[{a}:{b}]" for part, (a, b) in bounds.items()})
 
 
 def _images(content: bytes, name: str, size: int) -> np.ndarray:
