@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
 VERBS = {
     "recipes": "list the systems that can be trained",
@@ -12,7 +13,8 @@ VERBS = {
     "evaluate": "measure a run or a bundle: likelihood, reconstructions, samples",
     "compare": "train several systems under one budget, measure them alike, and write one report",
     "export": "turn a run's checkpoint into a bundle that can be served",
-    "calibrate": "store held-out scores in a bundle, for p-values and verdicts",
+    "calibrate": "fit a bundle's verdict to held-out images and calibrate it, into a new bundle",
+    "ood-bench": "measure how well a bundle's verdict tells strangers from usual images",
     "serve": "serve a bundle over HTTP, with a web page",
 }
 
@@ -25,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in given[:1]:  # only the verb that runs is imported: serving needs no training packages
-            importlib.import_module(f"ade_cli.{name}").add_arguments(verb)
+            _module(name).add_arguments(verb)
     args = parser.parse_args(given)
-    module = importlib.import_module(f"ade_cli.{args.verb}")
+    module = _module(args.verb)
     try:
         return int(module.run(args) or 0)
     except module.ERRORS as error:
@@ -36,6 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ade {args.verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"ade_cli.{verb.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ from ade_model.layers import ResidualBlock, conv3x3
 class Bijection(nn.Module):
     """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``, nats.
 
-    Layers implement ``transform`` and ``inverse``; what holds other layers implements ``forward`` and ``with_map``. The
-    two sum in different orders on purpose: summed over channels first, a score would depend on its batch's size.
+    Layers implement ``transform`` and ``inverse``; what holds other layers implements ``with_map`` and ``inverse``.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, terms = self.transform(x)
-        return y, sum_dims(terms)
+        y, log_det_map = self.with_map(x)
+        return y, sum_dims(log_det_map)
 
     def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``y``, and what each position of ``x`` adds to the log-determinant: ``(N, H, W)``, nats."""
@@ -51,13 +50,6 @@ class Chain(Bijection):
     def __init__(self, *layers: Bijection) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0])
-        for layer in self.layers:
-            x, log_det_jacobian = layer(x)
-            total = total + log_det_jacobian
-        return x, total
 
     def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(x[:, 0])
@@ -209,11 +201,6 @@ class OnHalfOfTheChannels(Bijection):
     def __init__(self, inner: Bijection) -> None:
         super().__init__()
         self.inner = inner
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        half = x.shape[1] // 2
-        changed, log_det_jacobian = self.inner(x[:, :half])
-        return torch.cat([changed, x[:, half:]], dim=1), log_det_jacobian
 
     def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = x.shape[1] // 2

@@ -25,8 +25,9 @@ def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
         folder: takes the two files.
         about: what else to say of it, such as ``{"recipe": "av-ade"}``.
     """
-    safetensors.torch.save_file(
-        {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS_NAME)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    # Not save_file: it keeps others from reading the file, whatever the umask says.
+    (folder / WEIGHTS_NAME).write_bytes(safetensors.torch.save(tensors))
     text = json.dumps({"format_version": FORMAT_VERSION, **about, "model": model.config.to_dict()}, indent=2)
     (folder / CONFIG_NAME).write_text(text + "\n")
 

@@ -16,8 +16,12 @@ def sum_dims(values: Tensor) -> Tensor:
 
 
 def sum_channels(values: Tensor) -> Tensor:
-    """``(N, C, H, W)`` to ``(N, H, W)``: the sum at each position."""
-    return values.sum(1)
+    """``(N, C, H, W)`` to ``(N, H, W)``: the sum at each position.
+
+    Added up channel by channel: with a reduction over them ONNX Runtime's sums vary with the size of the batch.
+    """
+    first, *others = values.unbind(1)
+    return sum(others, first)
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,11 @@ class DiagonalGaussian:
 
     def log_prob_terms(self, value: Tensor) -> Tensor:
         """Of each dimension, the shape of ``value``, nats; they sum to :meth:`log_prob`."""
-        standard = (value - self.mean) * (-self.log_scale).exp()
-        return -0.5 * standard.square() - self.log_scale - HALF_LOG_TWO_PI
+        return -0.5 * self.standardize(value).square() - self.log_scale - HALF_LOG_TWO_PI
+
+    def standardize(self, value: Tensor) -> Tensor:
+        """``(value - mean) / scale``: standard normal if ``value`` comes from this distribution."""
+        return (value - self.mean) * (-self.log_scale).exp()
 
     def kl(self, other: DiagonalGaussian) -> Tensor:
         """``KL(self || other)`` in closed form, ``(N,)``, nats, never negative."""

@@ -26,10 +26,6 @@ class _Unsqueezed(Bijection):
         self.squeeze = Squeeze()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det_jacobian = self.inner(self.squeeze.transform(x)[0])
-        return self.squeeze.inverse(y), log_det_jacobian
-
     def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det_map = self.inner.with_map(self.squeeze.transform(x)[0])
         return self.squeeze.inverse(y), spread(log_det_map, 2)

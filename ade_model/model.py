@@ -9,14 +9,14 @@ randomness: whoever calls brings the noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ade_model.base import PointMass, StandardNormal
 from ade_model.config import ModelConfig
-from ade_model.distributions import DiagonalGaussian, sum_channels
+from ade_model.distributions import DiagonalGaussian, sum_channels, sum_dims
 from ade_model.errors import ConfigError, ShapeError
 from ade_model.flow import build_flow
 from ade_model.layers import spread
@@ -30,6 +30,26 @@ class Encoding:
 
     posteriors: list[DiagonalGaussian]
     z: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """One pass of :meth:`ADEModel.score` in detail.
+
+    Attributes:
+        evidence: the terms of the log-weight.
+        cost: ``(N, 3, H, W)``, nats: what each pixel adds to ``-log_weight``, by distortion, log-determinant and latents.
+            What belongs to a cell of several pixels (latents, squeezed features) is divided evenly among them.
+        y: the flow's output, ``(N, C, H, W)``.
+        residual: ``y`` standardised by ``p(y | z)``, ``(N, C, H, W)``; zeros for a flow by itself.
+        surprises: ``z`` standardised by its prior, one tensor a level.
+    """
+
+    evidence: Evidence
+    cost: Tensor
+    y: Tensor
+    residual: Tensor
+    surprises: list[Tensor]
 
 
 class ADEModel(nn.Module):
@@ -83,36 +103,34 @@ class ADEModel(nn.Module):
 
     def score(self, x: Tensor, eps: list[Tensor]) -> Evidence:
         """The log-weight of one draw of latents, in its parts; ``kl`` is the sampled log-ratio."""
-        draws, p_y, y, log_det_jacobian = self._infer(x, eps)
-        return Evidence(p_y.log_prob(y), log_det_jacobian, [draw.log_ratio for draw in draws])
+        return self.examine(x, eps).evidence
 
-    def cost_map(self, x: Tensor, eps: list[Tensor]) -> Tensor:
-        """What each pixel adds to ``-log_weight`` of :meth:`score`: ``(N, H, W)``, nats.
-
-        What belongs to a cell of several pixels (latents, squeezed features) is divided evenly among them.
-        """
-        draws, p_y, y, log_det_map = self._infer(x, eps, self.flow.with_map)
-        total = -sum_channels(p_y.log_prob_terms(y)) - log_det_map
+    def examine(self, x: Tensor, eps: list[Tensor]) -> Examination:
+        """What :meth:`score` computes, with where it comes from and what is left unexplained."""
+        draws, p_y, y, log_det_map = self._infer(x, eps)
+        evidence = Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws])
+        latents = torch.zeros_like(log_det_map)
         for draw in draws:
-            total = total + spread(sum_channels(draw.log_ratio_terms), self.config.image_size // draw.z.shape[-1])
-        return total
+            cells = sum_channels(draw.log_ratio_terms)
+            latents = latents + spread(cells, self.config.image_size // cells.shape[-1])
+        cost = torch.stack([-sum_channels(p_y.log_prob_terms(y)), -log_det_map, latents], dim=1)
+        return Examination(evidence, cost, y, p_y.standardize(y), [draw.surprise for draw in draws])
 
     def evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
         """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for training."""
-        draws, p_y, y, log_det_jacobian = self._infer(x, eps)
-        return Evidence(p_y.log_prob(y), log_det_jacobian, [draw.kl for draw in draws])
+        draws, p_y, y, log_det_map = self._infer(x, eps)
+        return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.kl for draw in draws])
 
-    def _infer(self, x: Tensor, eps: list[Tensor], flow: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> tuple[
-            list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
+    def _infer(self, x: Tensor, eps: list[Tensor]) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
         if self.encoder is None:
             raise ConfigError("this model has no inference network: it can only sample")
         expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ShapeError(f"x must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
         self._check_latents(eps, "eps")
-        y, log_det = (flow or self.flow)(x)
+        y, log_det_map = self.flow.with_map(x)
         draws, p_y = self.decoder.infer(self.encoder(y), eps)
-        return draws, p_y, y, log_det
+        return draws, p_y, y, log_det_map
 
     def _observe(self, p_y: DiagonalGaussian | PointMass, y_eps: Tensor | None) -> Tensor:
         return self.flow.inverse(p_y.mean if y_eps is None else p_y.sample(y_eps))

@@ -1,55 +1,112 @@
-"""Calibration of a bundle: held-out images through the serving engine, their scores into the bundle."""
+"""Calibration of a bundle: held-out images through the serving engine, what they give into a new bundle."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import features
 
+from export.detector import fit_calibration
 from serving.bundle import CALIBRATION_NAME, verify_bundle, write_manifest
-from serving.engine import InferenceEngine, NotFinite, Score
+from serving.engine import InferenceEngine
+from serving.errors import ApiError
 from serving.ood import Calibration, CalibrationError
+from serving.requests import InputImage, prepare_image
 
 CHUNK = 256
+MAX_SKIPPED_SHOWN = 5
+
+Report = Callable[[str], None]
 
 
-def calibrate_bundle(folder: Path, fit_images: np.ndarray, calibration_images: np.ndarray, data_name: str,
-                     report: Callable[[str], None] = lambda line: None) -> Calibration:
-    """Score images as requests are scored, and store the result in the bundle.
+def calibrate_bundle(folder: Path, out: Path, fit: Iterable[bytes | np.ndarray], calibrate: Iterable[bytes | np.ndarray],
+                     data_name: str, resize: str | None = None, report: Report = lambda line: None) -> Calibration:
+    """Score images as requests are scored, and write the bundle with its verdict fitted to them.
 
     Args:
-        folder: of the bundle; it gets another ``calibration.npz`` and manifest.
-        fit_images: uint8 ``(M, H, W, C)``; the statistic is fitted to them. Never trained on.
-        calibration_images: uint8 ``(N, H, W, C)``; others, never trained on.
+        folder: of the bundle.
+        out: the new bundle's folder; must not exist.
+        fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. Never trained on.
+        calibrate: others, never trained on.
         data_name: what they are, for the manifest.
+        resize: ``fit`` brings images of other sizes to the model's, as requests with that parameter are; ``None`` leaves
+            them out.
         report: is told of progress, a line at a time.
 
     Raises:
         BundleError: the bundle is not whole.
-        CalibrationError: too few images, or scores that cannot be used.
+        CalibrationError: ``out`` exists, too few images, or scores that cannot be used.
     """
+    if out.exists():
+        raise CalibrationError(f"{out} exists: calibrate into a new folder")
     bundle = verify_bundle(folder)
     if "score" not in bundle.operations:
         raise CalibrationError(f"{bundle.name} cannot score: it was trained without an inference network")
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    bits = []
-    for name, images in (("fitting", fit_images), ("calibration", calibration_images)):
-        if len(images) and images.shape[1:] != engine.image_shape:
-            raise CalibrationError(f"{name} images must be {engine.image_shape}, got {images.shape[1:]}")
-        values: list[float] = []
-        for first in range(0, len(images), CHUNK):
-            values += [_bpd(score) for score in engine.score(images[first:first + CHUNK])]
-            report(f"{name}: scored {len(values)} of {len(images)} images")
-        bits.append(np.array(values))
-    calibration = Calibration.fit(bits[0], bits[1])
-    temporary = folder / f".{CALIBRATION_NAME}.tmp"
-    temporary.write_bytes(calibration.to_bytes())
-    os.replace(temporary, folder / CALIBRATION_NAME)
-    write_manifest(folder, {**bundle.manifest, "calibration": {**calibration.summary(), "data": data_name}})
+    fitting = statistics_of(engine, fit, "fitting", resize, report)
+    calibration = fit_calibration(fitting, statistics_of(engine, calibrate, "calibration", resize, report), resize=resize)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(folder, temporary)
+        (temporary / CALIBRATION_NAME).write_bytes(calibration.to_bytes())
+        write_manifest(temporary, {**bundle.manifest, "calibration": {
+            **calibration.summary(), "fitted_to": len(fitting["bpd"]), "data": data_name,
+            "webp": features.version("webp")}})
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return calibration
 
 
-def _bpd(score: Score | NotFinite) -> float:
-    return score.bpd if isinstance(score, Score) else float("nan")
+def statistics_of(engine: InferenceEngine, images: Iterable[bytes | np.ndarray], name: str, resize: str | None = None,
+                  report: Report = lambda line: None) -> dict[str, np.ndarray]:
+    """Statistics by name of many images, a chunk at a time; images that a request could not use are left out.
+
+    Args:
+        engine: with ``score``.
+        images: image files, or uint8 ``(H, W, C)``.
+        name: of them, for progress and errors.
+        resize: as for :func:`calibrate_bundle`.
+        report: is told of progress.
+
+    Raises:
+        CalibrationError: no image could be used.
+    """
+    chunks: list[dict[str, np.ndarray]] = []
+    skipped: list[ApiError] = []
+    waiting: list[np.ndarray] = []
+    done = 0
+
+    def flush() -> None:
+        nonlocal done
+        if waiting:
+            chunks.append(engine.statistics(np.stack(waiting)))
+            done += len(waiting)
+            waiting.clear()
+            report(f"{name}: scored {done} images")
+
+    for index, source in enumerate(images):
+        image = prepare_image(source, engine.image_shape, resize == "fit", index)
+        if isinstance(image, InputImage):
+            waiting.append(image.pixels)
+        else:
+            skipped.append(image)
+        if len(waiting) == CHUNK:
+            flush()
+    flush()
+    if skipped:
+        report(f"{name}: left out {len(skipped)} images: {_examples(skipped)}")
+    if not chunks:
+        raise CalibrationError(f"{name}: none of {len(skipped)} images could be used" +
+                               (f": {_examples(skipped)}" if skipped else ""))
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def _examples(errors: Sequence[ApiError]) -> str:
+    shown = "; ".join(f"image {e.index}: {e.message}" for e in errors[:MAX_SKIPPED_SHOWN])
+    return shown + ("; …" if len(errors) > MAX_SKIPPED_SHOWN else "")

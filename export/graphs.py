@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ade_model.bijections import Bijection, Rotation, no_change
 from ade_model.model import ADEModel
-from ade_model.quantization import NUM_BITS, dequantize, quantize
+from ade_model.quantization import dequantize, quantize
 
 
 class _FixedRotation(Bijection):
@@ -82,14 +82,12 @@ class Graphs(nn.Module):
         *eps, y_eps = inputs
         return _to_images(self.model.reconstruct(_to_x(images, 0.5, y_eps), eps, y_eps))
 
-    def score(self, images: Tensor, u: Tensor, *eps: Tensor) -> Tensor:
-        evidence = self.model.score(_to_x(images, u.permute(0, 3, 1, 2), u), list(eps))
+    def score(self, images: Tensor, u: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
+        found = self.model.examine(_to_x(images, u.permute(0, 3, 1, 2), u), list(eps))
+        evidence = found.evidence
         nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
-        return nats / (self.model.config.num_dims * math.log(2.0))
-
-    def map(self, images: Tensor, u: Tensor, *eps: Tensor) -> Tensor:
-        nats = self.model.cost_map(_to_x(images, u.permute(0, 3, 1, 2), u), list(eps))
-        return NUM_BITS * self.model.config.channels + nats / math.log(2.0)
+        parts = nats / (self.model.config.num_dims * math.log(2.0))
+        return parts, found.cost / math.log(2.0), found.y, found.residual, *found.surprises
 
 
 class Graph(nn.Module):

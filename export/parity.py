@@ -161,9 +161,9 @@ def _difference(graph: str, output: str, backend: str, expected: np.ndarray, fou
         total = np.abs(expected.sum(1) - found.astype(np.float64).sum(1))
         worst = float((np.maximum(total, gap.max(1)) / size).max())
         return Difference(graph, output, backend, worst, MAX_BPD, "bits per dimension")
-    if output == "bits":  # of a pixel; their sum is held to what the score's parts are
-        total = np.abs((found.astype(np.float64) - expected).sum((1, 2))) / num_dims
-        size = np.maximum(1, np.abs(expected).sum((1, 2)) / num_dims / LARGE_BPD)
+    if output == "cost":  # of each pixel; its sums are held to what the score's parts are
+        total = np.abs((found.astype(np.float64) - expected).sum((2, 3))).max(1) / num_dims
+        size = np.maximum(1, np.abs(expected).sum((1, 2, 3)) / num_dims / LARGE_BPD)
         return Difference(graph, output, backend, float((total / size).max()), MAX_BPD, "bits per dimension")
     if output == "log_det_jacobian":
         return Difference(graph, output, backend, float(gap.max() / (num_dims * np.log(2))), MAX_BPD,

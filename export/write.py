@@ -92,10 +92,11 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
 
 def evaluation_of(folder: Path) -> dict[str, Any] | None:
     """What ``ade evaluate`` left beside a checkpoint, if it did; of a bundle, what its manifest says."""
-    if (folder / MANIFEST_NAME).is_file():
-        found: dict[str, Any] | None = open_bundle(folder).manifest.get("evaluation")
-        return found
-    path = folder / "evaluation.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    for name, key in ((MANIFEST_NAME, "evaluation"), ("evaluation.json", None)):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text())  # of a bundle of any version: it may be old
+            found: dict[str, Any] | None = values if key is None else values.get(key)
+            return found
+    return None
 
 

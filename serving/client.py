@@ -16,6 +16,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from serving.ood import Unusual
+from serving.requests import PROBE_HEADER
+
 DEFAULT_URL = "http://127.0.0.1:8080"
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 Kind = Literal["mean", "density"]
@@ -70,8 +73,19 @@ class ScoreResult:
     p_value: float | None
     ood: bool | None
     notes: list[str]
+    explain: list[Unusual]  # the most unusual first
+    discovery: bool | None = None  # whether it is reported at the false discovery rate that was asked for
     bits: np.ndarray | None = None  # of each pixel, float64 (H, W); they sum to bpd times the image's values
     heat_map: bytes | None = None  # the same as a PNG
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """Several images judged together: ``p_value`` is of all (Simes), ``None`` where fewer than two got a verdict."""
+
+    results: list[ScoreResult | AdeError]
+    p_value: float | None
+    discoveries: int
 
 
 class AdeClient:
@@ -128,10 +142,10 @@ class AdeClient:
     def is_ready(self) -> bool:
         """Whether all four operations answer; one that the model does not have answers by saying so."""
         try:
-            images = self.sample(seed=0).images
-            for operation in (self.encode, self.reconstruct, self.score):
+            images = _images(self.sample(seed=0).images, resize=False)
+            for operation in ("encode", "reconstruct", "score"):
                 try:
-                    operation(images)
+                    self._post(operation, images, {PROBE_HEADER: "1"})
                 except AdeError as error:
                     if error.code != "not_available":
                         raise
@@ -159,17 +173,24 @@ class AdeClient:
                                             r.get("notes", [])) for r in answer.json()["results"]]
 
     def score(self, images: Sequence[ImageLike] | np.ndarray, samples: int = 1, seed: int = 0, alpha: float = 0.01,
-              resize: bool = False, map: bool = False) -> list[ScoreResult | AdeError]:
+              resize: bool = False, map: bool = False, explain: bool = True) -> list[ScoreResult | AdeError]:
         """Bits per dimension and verdicts, one an image; an image that cannot be used has its error in its place."""
         answer = self._post("score", {**_images(images, resize), "samples": samples, "seed": seed, "alpha": alpha,
-                                      "map": map})
+                                      "map": map, "explain": explain})
         return [_entry(r) or _score(r) for r in answer.json()["results"]]
 
-    def _post(self, operation: str, values: dict[str, Any]) -> httpx.Response:
+    def score_group(self, images: Sequence[ImageLike] | np.ndarray, fdr: float = 0.1, resize: bool = False) -> GroupScore:
+        """Verdicts of several images together; of the discoveries a share of at most ``fdr`` is expected to be false."""
+        answer = self._post("score", {**_images(images, resize), "fdr": fdr, "explain": False}).json()
+        results = [_entry(r) or _score(r) for r in answer["results"]]
+        return GroupScore(results, answer.get("group", {}).get("p_value"),
+                          sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results))
+
+    def _post(self, operation: str, values: dict[str, Any], headers: dict[str, str] | None = None) -> httpx.Response:
         values = {name: value for name, value in values.items() if value is not None}
         wait = 0.1
         for attempt in range(self._retries + 1):
-            answer = self._http.post(f"/predictions/{self._prefix}{operation}", json=values)
+            answer = self._http.post(f"/predictions/{self._prefix}{operation}", json=values, headers=headers)
             if answer.status_code != 503 or attempt == self._retries:
                 break
             time.sleep(float(answer.headers.get("Retry-After", wait)))
@@ -216,7 +237,8 @@ def _pixels(text: str) -> np.ndarray:
 def _score(result: dict[str, Any]) -> ScoreResult:
     notes, found = result.pop("notes", []), result.pop("map", None)
     bits = None if found is None else np.array(found["bits"])
-    return ScoreResult(notes=notes, bits=bits, heat_map=found and base64.b64decode(found["png"]), **result)
+    explain = [Unusual(**entry) for entry in result.pop("explain", [])]
+    return ScoreResult(notes=notes, explain=explain, bits=bits, heat_map=found and base64.b64decode(found["png"]), **result)
 
 
 def _entry(result: dict[str, Any]) -> AdeError | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from serving.backends import Backend, load_backend
 from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
-from serving.noise import NoiseStream, image_digest, image_key, sample_key
+from serving.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
 from serving.ood import Calibration, Verdict
 from serving.signatures import OPERATIONS, input_shape, inputs_of, part_names
+from serving.statistics import compute_statistics
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 
@@ -184,39 +185,64 @@ class InferenceEngine:
         plan = [(i, seeds[i], k) for i in range(len(images)) for k in range(samples[i])]
         extra = [(i, 0, 0) for i in range(len(images)) if seeds[i] != 0 and self.calibration is not None]
         draws = plan + extra
-
-        def inputs(row: int) -> dict[str, np.ndarray]:
-            i, seed, draw = draws[row]
-            stream = NoiseStream(image_key(seed, digests[i], draw))
-            eps = {name: stream.normal(shape) for name, shape in self._eps()}
-            return {"images": images[i], "u": stream.uniform(self.image_shape), **eps}
-
-        parts = self._run("score", len(draws), inputs)["parts"].astype(np.float64)
-        mapped = [row for row, (i, _, _) in enumerate(plan) if maps and maps[i]]
+        parts: list[np.ndarray] = []
         bits: dict[int, np.ndarray] = {}
-        if mapped:
-            found = self._run("map", len(mapped), lambda n: inputs(mapped[n]))["bits"].astype(np.float64)
-            for i in {plan[row][0] for row in mapped}:
-                bits[i] = found[[plan[row][0] == i for row in mapped]].mean(0)
-        calibrated = {draws[row][0]: 8.0 + parts[row].sum() for row in range(len(draws)) if draws[row][1:] == (0, 0)}
+        verdicts: dict[int, Verdict] = {}
+        for first, outputs in self._batches("score", len(draws), lambda row: self._draw(images, digests, draws[row])):
+            rows = draws[first:first + len(outputs["parts"])]
+            parts.append(outputs["parts"].astype(np.float64))
+            verdicts |= self._verdicts(images, digests, rows, outputs)
+            for n, (i, _, _) in enumerate(rows):
+                if maps and maps[i] and first + n < len(plan):
+                    bits[i] = bits.get(i, 0.0) + outputs["cost"][n].astype(np.float64).sum(0) / samples[i]
+        values = np.concatenate(parts)
         results: list[Score | NotFinite] = []
-        first = 0
+        start = 0
         for i, k in enumerate(samples):
-            rows = parts[first:first + k]
-            first += k
-            verdict = None
-            if not np.isfinite(rows).all():
+            mine = values[start:start + k]
+            start += k
+            if not np.isfinite(mine).all():
                 results.append(NotFinite("the model's likelihood of this image is not a finite number"))
                 continue
-            if self.calibration is not None and np.isfinite(calibrated[i]):
-                (verdict,) = self.calibration.verdicts(np.array([calibrated[i]]))
-            score = self._summarize(rows, verdict)
+            score = self._summarize(mine, verdicts.get(i))
             if i in bits:
-                # What is no pixel's own (the bound's gap, the rounding of sums) is divided evenly.
+                # What is no pixel's own (the constant of dequantisation, the bound's gap, the rounding of sums) is
+                # divided evenly.
                 rest = score.bpd * math.prod(self.image_shape) - bits[i].sum()
                 score = dataclasses.replace(score, bits=bits[i] + rest / bits[i].size)
             results.append(score)
         return results
+
+    def statistics(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """What verdicts are made of, float32 ``(N,)`` by name; of the draw that verdicts use.
+
+        Args:
+            images: uint8 ``(N, H, W, C)``.
+        """
+        digests = [image_digest(image) for image in images]
+        found = [compute_statistics(images[first:first + len(outputs["parts"])], outputs) for first, outputs in
+                 self._batches("score", len(images), lambda i: self._draw(images, digests, (i, 0, 0)))]
+        return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+
+    def _draw(self, images: np.ndarray, digests: Sequence[bytes], draw: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        """Inputs of ``score`` for one draw ``(image, seed, number)``."""
+        i, seed, number = draw
+        stream = NoiseStream(image_key(seed, digests[i], number))
+        eps = {name: stream.normal(shape) for name, shape in self._eps()}
+        return {"images": images[i], "u": stream.uniform(self.image_shape), **eps}
+
+    def _verdicts(self, images: np.ndarray, digests: Sequence[bytes], draws: Sequence[tuple[int, int, int]],
+                  outputs: dict[str, np.ndarray]) -> dict[int, Verdict]:
+        """Verdicts by image, of those rows that are the calibrated draw and finite."""
+        if self.calibration is None:
+            return {}
+        rows = [n for n, draw in enumerate(draws) if draw[1:] == (0, 0) and np.isfinite(outputs["parts"][n]).all()]
+        if not rows:
+            return {}
+        chosen = [draws[n][0] for n in rows]
+        statistics = compute_statistics(images[chosen], {name: value[rows] for name, value in outputs.items()})
+        ties = [tie_breaker(digests[i]) for i in chosen]
+        return dict(zip(chosen, self.calibration.verdicts(statistics, ties), strict=True))
 
     def _summarize(self, parts: np.ndarray, verdict: Verdict | None) -> Score:
         """From the parts of ``K`` draws, ``(K, P)``, to one score."""
@@ -236,15 +262,19 @@ class InferenceEngine:
         return Score(float(bpd), named, float(error), verdict)
 
     def _run(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Compute ``count`` rows of a graph in batches of the bucket sizes, padded with the last row."""
-        outputs: list[dict[str, np.ndarray]] = []
+        """Compute ``count`` rows of a graph."""
+        outputs = [batch for _, batch in self._batches(graph, count, inputs)]
+        return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
+
+    def _batches(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]]) -> Iterator[
+            tuple[int, dict[str, np.ndarray]]]:
+        """Compute ``count`` rows in batches of the bucket sizes, padded with the last row; before each its first number."""
         for first in range(0, count, BUCKETS[-1]):
             rows = [inputs(i) for i in range(first, min(first + BUCKETS[-1], count))]
             bucket = next(b for b in BUCKETS if b >= len(rows))
             padded = rows + [rows[-1]] * (bucket - len(rows))
             batch = {name: np.stack([row[name] for row in padded]) for name in inputs_of(graph, self._levels)}
-            outputs.append({name: value[:len(rows)] for name, value in self.backend.run(graph, batch).items()})
-        return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
+            yield first, {name: value[:len(rows)] for name, value in self.backend.run(graph, batch).items()}
 
     def _shape(self, name: str) -> tuple[int, int, int]:
         return input_shape(name, self.image_shape, self.latent_shapes)

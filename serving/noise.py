@@ -30,6 +30,11 @@ def image_key(seed: int, digest: bytes, draw: int = 0) -> bytes:
     return hashlib.sha256(b"ade image %d %d " % (seed, draw) + digest).digest()[:16]
 
 
+def tie_breaker(digest: bytes) -> float:
+    """A number on [0, 1) that belongs to the image of that :func:`image_digest`."""
+    return int.from_bytes(hashlib.sha256(b"ade ties " + digest).digest()[:6], "little") / 2**48
+
+
 class NoiseStream:
     """The numbers of one key, in the order in which they are asked for.
 

@@ -1,21 +1,27 @@
-"""Does this image look like the training data? A calibrated verdict from its bits per dimension.
+"""Does this image look like the training data? One calibrated verdict from many statistics, and why.
 
-Too few bits are as odd as too many: a flat picture has a higher likelihood than any photograph (Nalisnick et al.,
-"Do Deep Generative Models Know What They Don't Know?", 2019). The statistic is therefore two-sided, and its p-value
-is conformal: whatever the statistic, an image that is exchangeable with the calibration images is flagged at
-``alpha`` with probability at most ``alpha``.
+The statistics (:mod:`serving.statistics`) are turned into normal scores and judged by a density that was fitted to
+held-out images, after Morningstar et al., "Density of States Estimation for Out-of-Distribution Detection", 2021:
+whatever is rare among them is strange, too high a likelihood included. The verdict is conformal: whatever the score, an
+image that is exchangeable with the calibration images is flagged at ``alpha`` with probability at most ``alpha``.
 """
 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-MIN_IMAGES = 20
+from serving.statistics import PIXEL_PREFIX
+
+LEVELS = 257  # of the quantiles that a normal score is read from
+FARTHEST = 6.0  # a normal score beyond counts as this: one wild statistic must not hide the others
 
 
 class CalibrationError(ValueError):
@@ -23,82 +29,168 @@ class CalibrationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How strange one image is.
+class Unusual:
+    """One statistic of an image: ``p_value`` is two-sided, among the calibration images by this statistic alone."""
 
-    Attributes:
-        ood_score: the statistic; higher is stranger.
-        p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
-    """
-
-    ood_score: float
+    statistic: str
+    value: float
     p_value: float
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """How strange one image is.
+
+    Attributes:
+        ood_score: higher is stranger, nats: minus the log-density of the statistics.
+        p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
+        uniform: the same with ties broken at random, so that it is uniform on (0, 1) for images like the calibration's.
+        explain: every statistic, the most unusual first.
+    """
+
+    ood_score: float
+    p_value: float
+    uniform: float
+    explain: tuple[Unusual, ...]
+
+
+@dataclass(frozen=True)
+class NormalScores:
+    """A transform that makes each statistic standard normal over the images it was fitted to.
+
+    Attributes:
+        grid: float32 ``(LEVELS, S)``, quantiles of each statistic at the levels ``(i + 1/2) / LEVELS``.
+        spread: float32 ``(S,)``, what beyond the grid's ends counts as one more.
+    """
+
+    grid: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def fit(cls, rows: np.ndarray) -> NormalScores:
+        """From float32 ``(m, S)``; every statistic must vary."""
+        grid = np.quantile(rows, (np.arange(LEVELS) + 0.5) / LEVELS, axis=0)
+        low, high = np.quantile(rows, [0.16, 0.84], axis=0)
+        spread = np.where(high > low, (high - low) / 2, rows.std(0, dtype=np.float64))
+        return cls(grid.astype(np.float32), spread.astype(np.float32))
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """float64 ``(N, S)`` of float32 ``(N, S)``; a value among equal ones gets the middle of their scores."""
+        scores = np.empty(rows.shape, np.float64)
+        for column in range(rows.shape[1]):
+            grid, values = self.grid[:, column], rows[:, column]
+            first = np.searchsorted(grid, values, "left")
+            last = np.searchsorted(grid, values, "right")
+            below, above = np.clip(first - 1, 0, LEVELS - 1), np.clip(first, 0, LEVELS - 1)
+            step = (grid[above] - grid[below]).astype(np.float64)
+            inside = below + np.where(step > 0, (values - grid[below]) / np.where(step > 0, step, 1), 0)
+            place = np.where(last > first, (first + last - 1) / 2, inside)
+            beyond = np.maximum(values - grid[-1], 0) - np.maximum(grid[0] - values, 0)
+            scores[:, column] = np.interp(place, np.arange(LEVELS), _QUANTILES) + beyond / self.spread[column]
+        return scores
+
+
+_QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / LEVELS) for i in range(LEVELS)])
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of ``k`` Gaussians on normal scores of ``d`` statistics.
+
+    Attributes:
+        log_weights: ``(k,)``, with the Gaussians' normalisation.
+        means: ``(k, d)``.
+        whiteners: ``(k, d, d)``: ``whitener @ (z - mean)`` is standard normal.
+    """
+
+    log_weights: np.ndarray
+    means: np.ndarray
+    whiteners: np.ndarray
+
+    def surprise(self, scores: np.ndarray) -> np.ndarray:
+        """Minus the log-density, ``(N,)``, nats, of ``(N, d)``. Row by row: products of matrices vary with their size."""
+        return np.array([self._surprise(row) for row in np.clip(scores, -FARTHEST, FARTHEST)])
+
+    def _surprise(self, row: np.ndarray) -> float:
+        white = self.whiteners @ (row - self.means)[:, :, None]
+        terms = self.log_weights - 0.5 * np.square(white).sum((1, 2))
+        top = terms.max()
+        return float(-top - math.log(np.exp(terms - top).sum()))
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Held-out images' bits per dimension, and the statistic fitted to other held-out images.
+    """The density of statistics, and where the calibration images lie in it.
 
     Attributes:
         estimator: of the bits per dimension, such as ``elbo``; served verdicts use the same.
-        center: median bpd of the images that the statistic was fitted on.
-        below: spread below the median (to the 16th percentile), bpd.
-        above: spread above it (to the 84th).
-        bpd: float64 ``(n,)``, of the calibration images, sorted: the reference histogram.
+        resize: ``fit`` if the calibration images went through that resizing; otherwise resized images get no verdict.
+        names: of the ``S`` statistics, those that vary.
+        normal: their normal scores.
+        mixture: on all of them.
+        scores: float64 ``(n,)``, of the calibration images, sorted.
+        reference: float32 ``(n, S)``, their statistics, each column sorted by itself.
+        baseline: a mixture on the pixels' statistics alone: what can be had without a model.
     """
 
     estimator: str
-    center: float
-    below: float
-    above: float
-    bpd: np.ndarray
+    resize: str | None
+    names: tuple[str, ...]
+    normal: NormalScores
+    mixture: Mixture
+    scores: np.ndarray
+    reference: np.ndarray
+    baseline: Mixture
 
-    @classmethod
-    def fit(cls, select_bpd: np.ndarray, calibrate_bpd: np.ndarray, estimator: str = "elbo") -> Calibration:
-        """Fit the statistic on one set of images and calibrate it on another.
+    @property
+    def bpd(self) -> np.ndarray:
+        """Of the calibration images, sorted."""
+        return self.reference[:, self.names.index("bpd")]
+
+    @property
+    def pixel_columns(self) -> list[int]:
+        """Which of the statistics need no model."""
+        return [i for i, name in enumerate(self.names) if name.startswith(PIXEL_PREFIX)]
+
+    def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
+        """float32 ``(N, S)`` from arrays by name."""
+        return np.stack([statistics[name] for name in self.names], axis=1)
+
+    def verdicts(self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]) -> list[Verdict]:
+        """A verdict for each image.
 
         Args:
-            select_bpd: ``(m,)``, bpd of images that were neither trained on nor are in the other set.
-            calibrate_bpd: ``(n,)``.
-            estimator: of both.
-
-        Raises:
-            CalibrationError: too few images, or scores that are not finite or all alike.
+            statistics: of :func:`serving.statistics.compute_statistics`.
+            ties: one an image, uniform on [0, 1), to break ties with.
         """
-        for name, values in (("fitting", select_bpd), ("calibration", calibrate_bpd)):
-            if len(values) < MIN_IMAGES:
-                raise CalibrationError(f"{name} needs at least {MIN_IMAGES} images, got {len(values)}")
-            if not np.isfinite(values).all():
-                raise CalibrationError(f"{name}: {int((~np.isfinite(values)).sum())} scores are not finite")
-        low, center, high = np.quantile(select_bpd, [0.16, 0.5, 0.84])
-        if not low < center < high:
-            raise CalibrationError("the images' scores do not vary: a statistic cannot be fitted to them")
-        return cls(estimator, float(center), float(center - low), float(high - center),
-                   np.sort(np.asarray(calibrate_bpd, np.float64)))
-
-    def scores(self, bpd: np.ndarray) -> np.ndarray:
-        """The statistic: distance from the median in spreads of that side; ``(N,)``."""
-        gap = np.asarray(bpd, np.float64) - self.center
-        return np.where(gap < 0, -gap / self.below, gap / self.above)
-
-    def verdicts(self, bpd: np.ndarray) -> list[Verdict]:
-        """A verdict for each bpd of the calibrated estimator."""
-        reference = np.sort(self.scores(self.bpd))
-        scores = self.scores(bpd)
-        at_least = len(reference) - np.searchsorted(reference, scores, side="left")
-        p_values = (1 + at_least) / (len(reference) + 1)
-        return [Verdict(float(s), float(p)) for s, p in zip(scores, p_values, strict=True)]
+        rows = self.rows(statistics)
+        normal = self.normal(rows)
+        scores = self.mixture.surprise(normal)
+        p_values = conformal_p_values(self.scores, scores)
+        above = len(self.scores) - np.searchsorted(self.scores, scores, "right")
+        equal = p_values * (len(self.scores) + 1) - above
+        uniform = (above + np.asarray(ties) * equal) / (len(self.scores) + 1)
+        two_sided = np.stack([_two_sided(self.reference[:, i], rows[:, i]) for i in range(len(self.names))], axis=1)
+        verdicts = []
+        for row in range(len(rows)):
+            order = np.lexsort((-np.abs(normal[row]), two_sided[row]))
+            explain = tuple(Unusual(self.names[i], float(rows[row, i]), float(two_sided[row, i])) for i in order)
+            verdicts.append(Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain))
+        return verdicts
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"statistic": "two-sided bpd", "estimator": self.estimator, "images": len(self.bpd),
-                "median_bpd": self.center, "smallest_p_value": 1 / (len(self.bpd) + 1)}
+        return {"statistic": f"density of {len(self.names)} statistics", "estimator": self.estimator, "resize": self.resize,
+                "components": len(self.mixture.means), "images": len(self.scores),
+                "median_bpd": float(np.median(self.bpd)), "smallest_p_value": 1 / (len(self.scores) + 1)}
 
     def to_bytes(self) -> bytes:
         """An ``.npz`` file."""
         out = io.BytesIO()
-        np.savez_compressed(out, estimator=np.array(self.estimator), spread=np.array(
-            [self.center, self.below, self.above]), bpd=self.bpd)
+        np.savez_compressed(out, estimator=np.array(self.estimator), resize=np.array(self.resize or ""),
+                            names=np.array(self.names), grid=self.normal.grid, spread=self.normal.spread,
+                            scores=self.scores, reference=self.reference,
+                            **_arrays("mixture", self.mixture), **_arrays("baseline", self.baseline))
         return out.getvalue()
 
     @classmethod
@@ -110,7 +202,57 @@ class Calibration:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                center, below, above = (float(v) for v in arrays["spread"])
-                return cls(str(arrays["estimator"]), center, below, above, arrays["bpd"])
-        except (ValueError, KeyError, OSError) as error:
+                return cls(str(arrays["estimator"]), str(arrays["resize"]) or None, tuple(map(str, arrays["names"])),
+                           NormalScores(arrays["grid"], arrays["spread"]), _mixture("mixture", arrays), arrays["scores"],
+                           arrays["reference"], _mixture("baseline", arrays))
+        except (ValueError, KeyError, OSError, EOFError) as error:
             raise CalibrationError(f"{path} is no calibration: {error}") from error
+
+
+def _arrays(name: str, mixture: Mixture) -> dict[str, Any]:
+    return {f"{name}_log_weights": mixture.log_weights, f"{name}_means": mixture.means,
+            f"{name}_whiteners": mixture.whiteners}
+
+
+def _mixture(name: str, arrays: Mapping[str, np.ndarray]) -> Mixture:
+    return Mixture(arrays[f"{name}_log_weights"], arrays[f"{name}_means"], arrays[f"{name}_whiteners"])
+
+
+def conformal_p_values(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """``(1 + #{reference >= score}) / (n + 1)``: never 0, and at most ``alpha`` with probability at most ``alpha``.
+
+    Vovk et al., "Algorithmic Learning in a Random World", 2005, for one score fitted to other data.
+
+    Args:
+        reference: ``(n,)``, sorted.
+        scores: ``(N,)``.
+    """
+    return (1 + len(reference) - np.searchsorted(reference, scores, "left")) / (len(reference) + 1)
+
+
+def _two_sided(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
+    at_most = np.searchsorted(reference, values, "right")
+    at_least = len(reference) - np.searchsorted(reference, values, "left")
+    return np.minimum(1.0, 2 * (1 + np.minimum(at_most, at_least)) / (len(reference) + 1))
+
+
+def simes(p_values: Sequence[float]) -> float:
+    """One p-value for a group of images: ``min_i m p_(i) / i`` (Simes, "An improved Bonferroni procedure", 1986).
+
+    Valid for conformal p-values of one calibration set, which depend on each other positively (Bates et al., "Testing for
+    Outliers with Conformal p-values", 2023).
+    """
+    ordered = np.sort(np.asarray(p_values, np.float64))
+    return float(min(1.0, (len(ordered) * ordered / np.arange(1, len(ordered) + 1)).min()))
+
+
+def benjamini_hochberg(p_values: Sequence[float], fdr: float) -> list[bool]:
+    """Which images to report so that, of those reported, a fraction of at most ``fdr`` is expected to be false.
+
+    Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
+    """
+    values = np.asarray(p_values, np.float64)
+    ordered = np.sort(values)
+    passing = np.flatnonzero(ordered <= fdr * np.arange(1, len(ordered) + 1) / len(ordered))
+    threshold = ordered[passing[-1]] if len(passing) else -1.0
+    return [bool(v) for v in values <= threshold]

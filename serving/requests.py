@@ -22,6 +22,7 @@ from serving.errors import ApiError, malformed, unusable
 from serving.images import ImageError, read_image
 from serving.noise import MAX_SEED
 
+PROBE_HEADER = "X-Ade-Probe"
 MAX_IMAGES = 256
 MAX_SAMPLES = 64
 MAX_DRAWS = 1024
@@ -39,11 +40,13 @@ class RawRequest:
         content_type: of the body, as sent.
         body: bytes, text, or what a JSON body was parsed to; ``None`` for a form.
         fields: of a form, values as bytes or text.
+        probe: whether somebody only asks if the service answers (header :data:`PROBE_HEADER`): it is no traffic.
     """
 
     content_type: str
     body: Any
     fields: Mapping[str, Any] = field(default_factory=dict)
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class ImagesRequest:
-    """Images, each usable or its error, and parameters by name."""
+    """Images, each usable or its error, and parameters by name; ``probe`` as in :class:`RawRequest`."""
 
     images: list[InputImage | ApiError]
     parameters: dict[str, Any]
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,8 @@ PARAMETERS: dict[str, dict[str, _Parameter]] = {
     "encode": {**_IMAGE_PARAMETERS, "format": _Parameter("json", _choice("json", "npz"))},
     "reconstruct": {**_IMAGE_PARAMETERS, "kind": _KIND, "format": _Parameter(None, _choice("png", "npy", "json"))},
     "score": {**_IMAGE_PARAMETERS, "samples": _Parameter(1, _integer(1, MAX_SAMPLES)),
-              "alpha": _Parameter(0.01, _number(0, 1)), "map": _Parameter(False, _boolean),
+              "alpha": _Parameter(0.01, _number(0, 1)), "fdr": _Parameter(None, _number(0, 1)),
+              "explain": _Parameter(True, _boolean), "map": _Parameter(False, _boolean),
               "format": _Parameter("json", _choice("json"))},
 }
 
@@ -302,7 +307,8 @@ def parse_images(operation: str, request: RawRequest, image_shape: tuple[int, in
         raise ApiError(413, "too_many_draws", f"images x samples may be {MAX_DRAWS}, got {len(sources)} x "
                                               f"{parameters['samples']}")
     fit = parameters.pop("resize") == "fit"
-    return ImagesRequest([_input_image(source, image_shape, fit, i) for i, source in enumerate(sources)], parameters)
+    images = [prepare_image(source, image_shape, fit, i) for i, source in enumerate(sources)]
+    return ImagesRequest(images, parameters, request.probe)
 
 
 def _check_size(count: int) -> None:
@@ -394,7 +400,16 @@ def _nan_note(data: bytes, dtype: np.dtype) -> str:
     return f" with {bad} values that are not finite" if bad else ""
 
 
-def _input_image(source: Any, image_shape: tuple[int, int, int], fit: bool, index: int) -> InputImage | ApiError:
+def prepare_image(source: bytes | np.ndarray | ApiError, image_shape: tuple[int, int, int], fit: bool, index: int) -> (
+        InputImage | ApiError):
+    """Bring one image to the model's shape, or say why that cannot be.
+
+    Args:
+        source: a file, uint8 ``(H, W, C)``, or an error that is passed on.
+        image_shape: ``(H, W, C)`` of the model.
+        fit: whether to resize what has another size.
+        index: of the image, for errors.
+    """
     if isinstance(source, ApiError):
         return source
     height, width, channels = image_shape
@@ -420,8 +435,7 @@ def _input_image(source: Any, image_shape: tuple[int, int, int], fit: bool, inde
                                       f"{pixels.shape[0]}; \"resize\": \"fit\" resizes them").at(index)
     if 0 in pixels.shape:
         return unusable("wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}").at(index)
-    notes.append(f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: this changes the "
-                 "likelihood, and the verdict is withheld")
+    notes.append(f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: this changes the likelihood")
     return InputImage(_fit(pixels, height, width), notes, resized=True)
 
 

@@ -16,6 +16,7 @@ from serving.charts import heat_map
 from serving.engine import EncodedLevel, NotFinite, Score
 from serving.errors import PHRASES, ApiError, unusable
 from serving.images import tile, write_png
+from serving.ood import benjamini_hochberg, simes
 from serving.requests import MAX_JSON_ENCODINGS, InputImage, SampleRequest
 
 MAX_ANSWER_BYTES = 64 * 2**20
@@ -164,36 +165,53 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
     return 10 * math.log10(LEVELS_255**2 / error) if error > 0 else None
 
 
-def score_response(images: Sequence[InputImage | ApiError], scores: list[Score | NotFinite], alpha: float, samples: int,
-                   model_id: str) -> Response:
+def score_response(images: Sequence[InputImage | ApiError], scores: list[Score | NotFinite], parameters: dict[str, Any],
+                   judges_resized: bool, model_id: str) -> Response:
     """Bits per dimension and verdicts, in the order of the request.
 
     Args:
         images: of the request.
         scores: of those among them that are usable, in order.
-        alpha: false-alarm rate of ``ood``.
-        samples: K.
+        parameters: of the request: ``alpha``, ``fdr``, ``samples`` and ``explain``.
+        judges_resized: whether resized images get a verdict: those that the bundle was calibrated on were resized too.
         model_id: goes into the answer.
     """
     usable = [image for image in images if isinstance(image, InputImage)]
+    alpha, fdr, samples = parameters["alpha"], parameters["fdr"], parameters["samples"]
     _check_size(sum(MAP_BYTES_A_PIXEL * score.bits.size for score in scores
                     if isinstance(score, Score) and score.bits is not None), "send fewer images")
+    verdicts = [None if isinstance(score, NotFinite) or image.resized and not judges_resized else score.verdict
+                for image, score in zip(usable, scores, strict=True)]
+    judged = [row for row, verdict in enumerate(verdicts) if verdict is not None]
+    p_values = [verdict.p_value for verdict in verdicts if verdict is not None]
+    discoveries = {} if fdr is None else dict(zip(judged, benjamini_hochberg(p_values, fdr), strict=True))
 
     def entry(row: int) -> dict[str, Any] | ApiError:
-        score = scores[row]
+        score, verdict = scores[row], verdicts[row]
         if isinstance(score, NotFinite):
             return unusable("not_finite", str(score))
-        verdict = None if usable[row].resized else score.verdict
         value = {"bpd": score.bpd, "bpd_parts": score.parts, "standard_error": score.standard_error,
                  "ood_score": None if verdict is None else verdict.ood_score,
                  "p_value": None if verdict is None else verdict.p_value,
                  "ood": None if verdict is None else verdict.p_value <= alpha}
+        if fdr is not None:
+            value["discovery"] = discoveries.get(row)
+        if parameters["explain"] and verdict is not None:
+            value["explain"] = [{"statistic": u.statistic, "value": u.value, "p_value": u.p_value} for u in verdict.explain]
         if score.bits is not None:
             value["map"] = {"bits": score.bits.tolist(), "png": _base64_png(heat_map(score.bits))}
-        return value
+        notes = list(usable[row].notes)
+        if score.verdict is not None and verdict is None:
+            notes.append("no verdict: the images that the model was calibrated on were not resized")
+        return {**value, "notes": notes} if notes else value
 
-    return _results(images, entry, {"model": model_id, "estimator": "elbo" if samples == 1 else f"iwae-{samples}",
-                                    "samples": samples, "alpha": alpha})
+    head = {"model": model_id, "estimator": "elbo" if samples == 1 else f"iwae-{samples}", "samples": samples,
+            "alpha": alpha}
+    if len(judged) > 1:
+        head["group"] = {"images": len(judged), "p_value": simes(p_values)}
+        if fdr is not None:
+            head["group"] |= {"fdr": fdr, "discoveries": sum(discoveries.values())}
+    return _results(images, entry, head)
 
 
 def _fail_on_error(images: Sequence[InputImage | ApiError]) -> None:
@@ -223,7 +241,7 @@ def _results(images: Sequence[InputImage | ApiError], entry: Any, head: dict[str
             continue
         answered = True
         if isinstance(image, InputImage) and image.notes:
-            value["notes"] = image.notes
+            value.setdefault("notes", image.notes)
         results.append(value)
     if not answered:
         assert first_error is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.engine import InferenceEngine
+from serving.engine import InferenceEngine, Score
 from serving.errors import ApiError, unusable
 from serving.requests import ImagesRequest, InputImage, RawRequest, SampleRequest, parse_images, parse_sample
 from serving.responses import (
@@ -23,6 +23,7 @@ from serving.responses import (
     sample_response,
     score_response,
 )
+from serving.telemetry import ScoreTelemetry
 
 logger = logging.getLogger(__name__)
 MAX_DRAWN_SEED = 2**32  # drawn seeds are short enough to type
@@ -39,7 +40,9 @@ class Service:
     def __init__(self, operation: str, engine: InferenceEngine) -> None:
         self.operation = operation
         self.engine = engine
+        self.telemetry = ScoreTelemetry()
         self._model_id = engine.bundle.model_id
+        self._judges_resized = engine.calibration is not None and engine.calibration.resize == "fit"
         self._model_name = f"{engine.bundle.name} ({engine.bundle.manifest['recipe']})"
 
     def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
@@ -70,10 +73,7 @@ class Service:
                 sample = parse_sample(request, self.engine.latent_shapes)
                 self._check_kind(sample.kind)
                 return sample
-            parsed = parse_images(self.operation, request, self.engine.image_shape)
-            if parsed.parameters.get("map") and not bundle.has("map.onnx"):
-                raise unusable("not_available", f"{self._model_name} was exported before there were maps: export it again")
-            return parsed
+            return parse_images(self.operation, request, self.engine.image_shape)
         except ApiError as error:
             return error
         except Exception:
@@ -140,9 +140,11 @@ class Service:
                                         r.parameters["kind"], self._model_id))
         else:
             scores = self.engine.score(batch, each("seed"), each("samples"), each("map")) if pixels else []
-            for r, mine in zip(requests, _split(scores, counts), strict=True):
-                answers.append(_guarded(score_response, r.images, mine, r.parameters["alpha"],
-                                        r.parameters["samples"], self._model_id))
+            for r, mine, images in zip(requests, _split(scores, counts), usable, strict=True):
+                if not r.probe:
+                    self.telemetry.observe((score, self._judges_resized or not image.resized)
+                                           for score, image in zip(mine, images, strict=True) if isinstance(score, Score))
+                answers.append(_guarded(score_response, r.images, mine, r.parameters, self._judges_resized, self._model_id))
         return answers
 
     @staticmethod

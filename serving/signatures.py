@@ -2,8 +2,12 @@
 
 Names: ``images`` uint8 ``(N, H, W, C)``; ``u`` float32 of that shape, uniform on [0, 1); ``eps_i`` standard normal
 and ``z_i`` latents, float32 ``(N, c, h, w)`` of level ``i``, coarsest first; ``y`` features, ``y_eps`` the decoder's
-noise and ``x`` dequantised images, float32 ``(N, C, H, W)``; ``bits`` of each pixel, float32 ``(N, H, W)``. ``y_eps`` of
-zeros gives the mean, ``eps`` scaled by a temperature samples at that temperature.
+noise and ``x`` dequantised images, float32 ``(N, C, H, W)``. ``y_eps`` of zeros gives the mean, ``eps`` scaled by a
+temperature samples at that temperature.
+
+``score`` gives ``parts``, ``(N, 2 + levels)``, see :func:`part_names`; ``cost``, ``(N, 3, H, W)``, bits that each pixel
+adds, by :data:`COSTS`; and what the verdict is made of: ``y``, ``residual`` (``y`` standardised by the decoder) and
+``surprise_i`` (``z_i`` standardised by its prior).
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from collections.abc import Iterable
 
 # The graphs that each operation of the service needs.
 OPERATIONS = {"sample": ("sample", "decode"), "encode": ("encode",), "reconstruct": ("reconstruct",),
-              "score": ("score", "map")}
+              "score": ("score",)}
+COSTS = ("distortion", "log_det", "latents")
 
 
 def graphs_of(operations: Iterable[str]) -> list[str]:
@@ -32,15 +37,15 @@ def inputs_of(graph: str, levels: int) -> list[str]:
         "flow_inverse": ["y"],
         "reconstruct": ["images", *eps, "y_eps"],
         "score": ["images", "u", *eps],
-        "map": ["images", "u", *eps],
     }[graph]
 
 
 def outputs_of(graph: str, levels: int) -> list[str]:
-    """Names of a graph's outputs, in order. ``parts`` is ``(N, 2 + levels)``: see :func:`part_names`."""
+    """Names of a graph's outputs, in order."""
     each = [f"{name}_{i}" for name in ("mean", "log_scale", "z") for i in range(levels)]
     return {"encode": each, "flow_forward": ["y", "log_det_jacobian"], "flow_inverse": ["x"],
-            "score": ["parts"], "map": ["bits"], "reconstruct": ["reconstruction"]}.get(graph, ["images"])
+            "score": ["parts", "cost", "y", "residual", *(f"surprise_{i}" for i in range(levels))],
+            "reconstruct": ["reconstruction"]}.get(graph, ["images"])
 
 
 def part_names(levels: int) -> list[str]:

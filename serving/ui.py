@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
-from serving.charts import histogram_chart, parts_chart
+from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import AdeClient, AdeError, ScoreResult
 from serving.images import ImageError, read_image, write_png
 from serving.ood import Calibration
@@ -25,6 +25,7 @@ from serving.ports import USER
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
 MAX_GRID = 64
+REASONS = 8  # statistics that the page shows of an image
 KINDS = [("mean: f⁻¹(μ(z)), what the discriminator saw", "mean"),
          ("density: f⁻¹(μ(z) + σε), what the likelihood describes", "density")]
 CSS = """
@@ -123,9 +124,12 @@ class Page:
                 verdict = gr.Markdown(elem_classes="ade-verdict")
                 parts = gr.HTML(label="Parts, bits per dimension")
                 place = gr.HTML(label="Place among the calibration images")
-                heat = _image_output("Where the bits lie: dark is cheap, bright is dear")
+                with gr.Row():
+                    heat = _image_output("Where the bits lie: dark is cheap, bright is dear")
+                    why = gr.HTML(label="The most unusual statistics")
         _examples(image)
-        go.click(self.score, [model, image, samples, alpha, resize], [verdict, parts, place, heat], api_name="score")
+        go.click(self.score, [model, image, samples, alpha, resize], [verdict, parts, place, heat, why],
+                 api_name="score")
 
     def sample(self, model: str, n: float, seed: float, temperature: float, kind: str) -> tuple[str, Any]:
         """A grid of samples as a PNG file."""
@@ -151,17 +155,18 @@ class Page:
                 _file(write_png(difference), "difference.png"), said)
 
     def score(self, model: str, image: str, samples: float, alpha: float, resize: bool) -> tuple[
-            str, str, str, str | None]:
-        """The verdict in words, the parts, the place in the reference histogram and the heat map."""
+            str, str, str, str | None, str]:
+        """The verdict in words, the parts, the place in the reference histogram, the heat map and the reasons."""
         _read(image)
         (result,) = self._ask(self._clients[model].score, [Path(image).read_bytes()], samples=int(samples), alpha=alpha,
-                              resize=resize, map=self._bundles[model].has("map.onnx"))
+                              resize=resize, map=True)
         if isinstance(result, AdeError):
             raise gr.Error(_sentence(result))
         calibration = self._calibrations.get(model)
         place = histogram_chart(calibration.bpd, result.bpd) if calibration else ""
         heat = result.heat_map and _file(result.heat_map, "map.png")
-        return _verdict(result, alpha), parts_chart(result.bpd_parts, result.bpd), place, heat or None
+        why = explain_table(result.explain[:REASONS]) if result.explain else ""
+        return _verdict(result, alpha), parts_chart(result.bpd_parts, result.bpd), place, heat or None, why
 
     def _about(self, name: str) -> str:
         manifest = self._bundles[name].manifest
@@ -174,7 +179,7 @@ class Page:
         if evaluation and "elbo" in evaluation:
             lines.append(f"Held-out images ({evaluation['part']}): {evaluation['elbo']['bpd']:.3f} bits per dimension "
                          f"(ELBO, {evaluation['images']:,} images).")
-        lines.append("The likelihood alone cannot tell every stranger: an unusual picture of the usual kind may pass.")
+        lines.append("A verdict tells unusual pictures; another kind of thing in a picture of the usual kind may pass.")
         return " ".join(lines)
 
     @staticmethod
@@ -196,7 +201,7 @@ def _verdict(result: ScoreResult, alpha: float) -> str:
     error = f" ± {result.standard_error:.3f}" if result.standard_error is not None else ""
     head = f"{result.bpd:.3f}{error} bits per dimension. "
     if result.p_value is None:
-        verdict = "No verdict: the image was resized, or the model is not calibrated."
+        verdict = "No verdict."
     elif result.ood:
         verdict = f"Unlike the training images (p = {result.p_value:.4f} ≤ {alpha:g})."
     else:

@@ -79,10 +79,10 @@ def tiny_bundle(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factor
     from export.calibrate import calibrate_bundle
     from export.write import export_bundle
 
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(tiny_checkpoint, out, "tiny", small_images[:40], None)
-    calibrate_bundle(out, small_images[:150], small_images[150:], "corners")
-    return out
+    folder = tmp_path_factory.mktemp("bundles")
+    export_bundle(tiny_checkpoint, folder / "exported", "tiny", small_images[:40], None)
+    calibrate_bundle(folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners")
+    return folder / "tiny"
 
 
 def make_folder(folder: Path, images: np.ndarray) -> Path:

@@ -55,7 +55,8 @@ def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"format_version": 2}, "format_version must be 1, got 2"), ({"name": 3}, "name must be a str"),
+    ({"format_version": 1}, "must be 2, got 1; another version's bundle has to be exported again"),
+    ({"name": 3}, "name must be a str"),
     ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"), ({"image_shape": None}, "image_shape must be a list"),
 ])
 def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:

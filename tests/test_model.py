@@ -188,5 +188,27 @@ def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> Non
     model = make_model(config).double()
     x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(3, *shape, dtype=torch.float64) for shape in config.latent_shapes]
-    cost = model.cost_map(x, eps)
-    assert cost.shape == (3, 8, 8) and torch.allclose(cost.sum((1, 2)), -model.score(x, eps).log_weight, rtol=1e-12)
+    found = model.examine(x, eps)
+    evidence = found.evidence
+    assert found.cost.shape == (3, 3, 8, 8)
+    for part, whole in enumerate((-evidence.log_prob_y, -evidence.log_det_jacobian, sum(evidence.kl))):
+        assert torch.allclose(found.cost[:, part].sum((1, 2)), whole, rtol=1e-10, atol=1e-9)
+    assert torch.allclose(found.cost.sum((1, 2, 3)), -model.score(x, eps).log_weight, rtol=1e-12)
+
+
+def test_what_is_left_unexplained() -> None:
+    """Standardised by the distributions that were to explain it."""
+    model = make_model().double()
+    x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    eps = [torch.randn(3, *shape, dtype=torch.float64) for shape in TINY.latent_shapes]
+    found = model.examine(x, eps)
+    z = model.encode(x, eps).z
+    p_y = model.decoder(z)
+    assert torch.allclose(found.y, model.flow(x)[0])
+    assert torch.allclose(p_y.mean + p_y.log_scale.exp() * found.residual, found.y)
+    top = model.decoder.levels[0]
+    prior = top.prior(top.start(None, 3))
+    assert torch.allclose(prior.mean + prior.log_scale.exp() * found.surprises[0], z[0])
+    flow = make_model(FLOW_ALONE).double()
+    alone = flow.examine(x, [torch.randn(3, *s, dtype=torch.float64) for s in FLOW_ALONE.latent_shapes])
+    assert torch.equal(alone.surprises[0], alone.y) and not alone.residual.any()

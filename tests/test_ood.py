@@ -1,76 +1,188 @@
-"""The verdict: its arithmetic, and the promise that calibration makes."""
+"""The verdict: its arithmetic, and the promises that calibration makes."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from serving.ood import Calibration, CalibrationError
+from export.detector import MAX_COMPONENTS, false_alarm_band, fit_calibration
+from serving.ood import (
+    FARTHEST,
+    Calibration,
+    CalibrationError,
+    NormalScores,
+    benjamini_hochberg,
+    conformal_p_values,
+    simes,
+)
+
+NAMES = ("bpd", "complexity", "pixel_mean_0", "residual_rows")
+LAWS = {"normal": lambda rng, n: rng.normal(4, 1, n), "gamma": lambda rng, n: rng.gamma(2.0, 1.0, n),
+        "ties": lambda rng, n: np.round(rng.normal(4, 1, n), 1)}
 
 
-def calibration(seed: int = 0, n: int = 999) -> Calibration:
+def draw(rng: np.random.Generator, n: int, law: str = "normal", shift: float = 0.0) -> dict[str, np.ndarray]:
+    """Statistics that depend on each other, of one law."""
+    common = rng.normal(0, 1, n)
+    return {name: (LAWS[law](rng, n) + 0.7 * common * (law != "ties") + shift).astype(np.float32) for name in NAMES}
+
+
+def calibration(seed: int = 0, n: int = 999, law: str = "normal") -> Calibration:
     rng = np.random.default_rng(seed)
-    return Calibration.fit(rng.normal(4, 0.7, 500), rng.normal(4, 0.7, n))
+    return fit_calibration(draw(rng, 500, law), draw(rng, n, law))
 
 
-def test_p_value_counts_the_calibration_scores() -> None:
-    fitted = calibration()
-    reference = fitted.scores(fitted.bpd)
-    for bpd in (1.0, 3.9, 4.0, 5.5, 9.0):
-        (verdict,) = fitted.verdicts(np.array([bpd]))
-        expected = (1 + int((reference >= fitted.scores(np.array([bpd]))[0]).sum())) / 1000
-        assert verdict.p_value == expected
+def p_values(fitted: Calibration, statistics: dict[str, np.ndarray]) -> np.ndarray:
+    return np.array([v.p_value for v in fitted.verdicts(statistics, np.full(len(statistics["bpd"]), 0.5))])
 
 
-def test_both_tails_are_strange() -> None:
-    low, middle, high = calibration().verdicts(np.array([0.5, 4.0, 8.0]))
-    assert low.p_value == high.p_value == 0.001
-    assert middle.p_value > 0.5 and middle.ood_score < low.ood_score
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.lists(st.integers(-1, 13), min_size=1, max_size=10))
+def test_p_values_count_the_calibration_scores(reference: list[int], scores: list[int]) -> None:
+    """Ties included; never 0, never above 1."""
+    found = conformal_p_values(np.sort(np.array(reference, float)), np.array(scores, float))
+    for p, score in zip(found, scores, strict=True):
+        assert p == (1 + sum(r >= score for r in reference)) / (len(reference) + 1)
+        assert 0 < p <= 1
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from(["normal", "gamma", "ties"]))
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from(sorted(LAWS)))
 def test_false_alarms_come_at_the_rate_that_was_chosen(seed: int, alpha: float, law: str) -> None:
-    """Whatever the law: the realised rate, given the calibration, is Beta-distributed about alpha or below."""
+    """Whatever the law: the realised rate, given the calibration, follows Beta(k, n + 1 - k), or is below with ties."""
     rng = np.random.default_rng(seed)
-    draw = {"normal": lambda n: rng.normal(4, 1, n), "gamma": lambda n: rng.gamma(2.0, 1.0, n),
-            "ties": lambda n: np.round(rng.normal(4, 1, n), 1)}[law]
-    n = 2000
-    fitted = Calibration.fit(draw(500), draw(n))
-    p = np.array([v.p_value for v in fitted.verdicts(draw(20_000))])
-    k = np.floor(alpha * (n + 1))
-    spread = np.sqrt(k * (n + 1 - k) / ((n + 1) ** 2 * (n + 2)) + alpha / 20_000)
-    assert (p <= alpha).mean() < alpha + 5 * spread
+    n, m = 1000, 4000
+    fitted = fit_calibration(draw(rng, 300, law), draw(rng, n, law))
+    flagged = int((p_values(fitted, draw(rng, m, law)) <= alpha).sum())
+    k = int(np.floor(alpha * (n + 1)))
+    low, high = stats.betabinom.ppf([1e-6, 1 - 1e-6], m, k, n + 1 - k)
+    assert flagged <= high
     if law != "ties":
-        assert (p <= alpha).mean() > alpha - 5 * spread
+        assert flagged >= low
 
 
-@given(st.lists(st.floats(-50, 50), min_size=1, max_size=20))
-def test_a_stranger_image_has_no_larger_p_value(values: list[float]) -> None:
-    verdicts = calibration().verdicts(np.array(values))
-    ordered = sorted(verdicts, key=lambda v: v.ood_score)
-    assert all(a.p_value >= b.p_value for a, b in zip(ordered, ordered[1:], strict=False))
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(sorted(LAWS)))
+def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
+    rng = np.random.default_rng(seed)
+    fitted = fit_calibration(draw(rng, 300, law), draw(rng, 2000, law))
+    verdicts = fitted.verdicts(draw(rng, 1000, law), rng.uniform(size=1000))
+    values = np.array([v.uniform for v in verdicts])
+    assert (values > 0).all() and (values < 1).all() and all(v.uniform <= v.p_value for v in verdicts)
+    assert stats.kstest(values, "uniform").pvalue > 1e-6
 
 
-def test_file_round_trip(tmp_path) -> None:
+def test_strangers_on_either_side_are_flagged_and_explained() -> None:
+    fitted = calibration()
+    usual = {name: np.array([4.0], np.float32) for name in NAMES}
+    for shift in (-8.0, 8.0):
+        for name in NAMES:
+            strange = {**usual, name: np.array([4.0 + shift], np.float32)}
+            (verdict,) = fitted.verdicts(strange, [0.5])
+            assert verdict.p_value == pytest.approx(0.001)
+            assert verdict.explain[0].statistic == name and verdict.explain[0].p_value == pytest.approx(0.002)
+            assert [u.p_value for u in verdict.explain] == sorted(u.p_value for u in verdict.explain)
+    (verdict,) = fitted.verdicts(usual, [0.5])
+    assert verdict.p_value > 0.5 and {u.statistic for u in verdict.explain} == set(NAMES)
+
+
+def test_unlikely_together_is_strange_though_each_is_usual() -> None:
+    """What a density sees and no single statistic can."""
+    rng = np.random.default_rng(1)
+
+    def twins(n: int, sign: float = 1.0) -> dict[str, np.ndarray]:
+        first = rng.normal(0, 1, n)
+        return {"bpd": first.astype(np.float32), "complexity": (sign * first + rng.normal(0, 0.1, n)).astype(np.float32)}
+
+    fitted = fit_calibration({**twins(500), "pixel_mean_0": rng.normal(size=500).astype(np.float32)},
+                             {**twins(999), "pixel_mean_0": rng.normal(size=999).astype(np.float32)})
+    strange = {"bpd": np.array([1.0], np.float32), "complexity": np.array([-1.0], np.float32),
+               "pixel_mean_0": np.zeros(1, np.float32)}
+    (verdict,) = fitted.verdicts(strange, [0.5])
+    assert verdict.p_value == pytest.approx(0.001) and min(u.p_value for u in verdict.explain) > 0.1
+
+
+@given(st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=30))
+def test_normal_scores_keep_the_order(values: list[float]) -> None:
+    fitted = NormalScores.fit(np.random.default_rng(0).normal(0, 3, (400, 1)).astype(np.float32))
+    scores = fitted(np.sort(np.array(values, np.float32))[:, None])[:, 0]
+    assert (np.diff(scores) >= 0).all()
+
+
+def test_normal_scores_are_normal_and_equal_values_share_theirs() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.gamma(2, 1, 3000), np.where(rng.random(3000) < 0.6, 0.0, rng.random(3000))], axis=1)
+    fitted = NormalScores.fit(rows.astype(np.float32))
+    scores = fitted(rows.astype(np.float32))
+    assert stats.kstest(scores[:, 0], "norm").pvalue > 0.01
+    middle = fitted(np.zeros((1, 2), np.float32))[0, 1]
+    assert stats.norm.cdf(middle) == pytest.approx(0.3, abs=0.02)
+    assert fitted(np.full((1, 2), 1e9, np.float32)).min() > FARTHEST  # beyond the grid it goes on
+
+
+@given(st.lists(st.floats(0.0005, 1), min_size=1, max_size=30), st.floats(0.01, 0.5))
+def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
+    m, ordered = len(values), sorted(values)
+    passing = [i for i in range(1, m + 1) if ordered[i - 1] <= fdr * i / m]
+    count = max(passing, default=0)
+    found = benjamini_hochberg(values, fdr)
+    assert sum(found) == sum(v <= (ordered[count - 1] if count else -1) for v in values)
+    group = simes(values)
+    assert group == pytest.approx(min(1, min(m * p / i for i, p in enumerate(ordered, 1))))
+    assert (group <= fdr) == any(found) or abs(group - fdr) < 1e-9
+    assert min(values) <= group + 1e-12
+
+
+def test_the_band_of_false_alarms() -> None:
+    assert false_alarm_band(999, 0.01) == pytest.approx((0.0048, 0.0170), abs=2e-4)  # published for n = 1000
+    low, high = false_alarm_band(3000, 0.01)
+    assert low < 0.01 < high
+    assert false_alarm_band(50, 0.01) == (0.0, 0.0)
+
+
+def test_more_images_make_a_finer_density() -> None:
+    rng = np.random.default_rng(0)
+    sizes = [len(fit_calibration(draw(rng, n), draw(rng, 50)).mixture.means) for n in (30, 600, 4000)]
+    assert sizes == [1, 2, MAX_COMPONENTS]
+
+
+def test_what_does_not_vary_is_left_out() -> None:
+    rng = np.random.default_rng(0)
+    constant = {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)}
+    fitted = fit_calibration(constant, {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)})
+    assert fitted.names == NAMES[:3]
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
     fitted = calibration()
     path = tmp_path / "calibration.npz"
     path.write_bytes(fitted.to_bytes())
     again = Calibration.load(path)
-    assert again.verdicts(np.array([3.3])) == fitted.verdicts(np.array([3.3]))
+    some = draw(np.random.default_rng(3), 5)
+    assert again.verdicts(some, [0.1] * 5) == fitted.verdicts(some, [0.1] * 5)
+    assert again.resize is None and again.summary() == fitted.summary()
     path.write_bytes(b"not an archive")
     with pytest.raises(CalibrationError, match="is no calibration"):
         Calibration.load(path)
 
 
 @pytest.mark.parametrize("fit, cal, message", [
-    (np.arange(10.0), np.arange(200.0), "fitting needs at least 20 images, got 10"),
-    (np.arange(200.0), np.arange(5.0), "calibration needs at least 20 images, got 5"),
-    (np.full(200, np.nan), np.arange(200.0), "200 scores are not finite"),
-    (np.ones(200), np.arange(200.0), "do not vary"),
-])
-def test_what_cannot_be_calibrated(fit: np.ndarray, cal: np.ndarray, message: str) -> None:
+    (10, 200, "fitting needs at least 20 images, got 10"), (200, 5, "calibration needs at least 20 images, got 5")])
+def test_too_few_images(fit: int, cal: int, message: str) -> None:
+    rng = np.random.default_rng(0)
     with pytest.raises(CalibrationError, match=message):
-        Calibration.fit(fit, cal)
+        fit_calibration(draw(rng, fit), draw(rng, cal))
+
+
+def test_what_cannot_be_calibrated() -> None:
+    rng = np.random.default_rng(0)
+    bad = draw(rng, 100)
+    bad["complexity"][3:5] = np.nan
+    with pytest.raises(CalibrationError, match="fitting: the statistics of 2 images are not finite"):
+        fit_calibration(bad, draw(rng, 100))
+    with pytest.raises(CalibrationError, match="do not vary"):
+        fit_calibration({name: np.ones(100, np.float32) for name in NAMES}, draw(rng, 100))

@@ -64,7 +64,8 @@ def test_every_way_to_send_an_image(request_: RawRequest) -> None:
     parsed = parse_images("score", request_, SHAPE)
     (image,) = parsed.images
     assert isinstance(image, InputImage) and np.array_equal(image.pixels, PIXELS)
-    assert parsed.parameters == {"seed": 0, "samples": 1, "alpha": 0.01, "map": False, "format": "json"}
+    assert parsed.parameters == {"seed": 0, "samples": 1, "alpha": 0.01, "fdr": None, "explain": True,
+                                 "map": False, "format": "json"}
 
 
 def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:

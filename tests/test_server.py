@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -268,6 +269,35 @@ def test_readiness_and_metrics(service: RunningService) -> None:
     assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
     text = httpx.get(f"{service.metrics}/metrics").text
     assert 'ts_inference_requests_total{model_name="score"' in text
+
+
+def test_telemetry_of_what_was_scored(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:
+    """Labelled by worker; readiness probes are no traffic."""
+    def total(name: str) -> float:
+        text = httpx.get(f"{service.metrics}/metrics").text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+    client.score(real_images[:1])
+    time.sleep(1.5)
+    before = total("ade_bpd_count{")
+    found = client.score(real_images[:40])
+    assert client.is_ready()
+    time.sleep(1.5)
+    assert total("ade_bpd_count{") == before + 40
+    text = httpx.get(f"{service.metrics}/metrics").text
+    for name in ("ade_drift_cusum_strange", "ade_drift_cusum_usual", "ade_drift_ks", "ade_drift_images"):
+        assert re.search(rf'{name}{{model_name="score",worker="\d+",', text), name
+    assert total('ade_bpd_bucket{model_name="score",worker="') > 0 and 'le="+Inf"' in text
+    assert np.isfinite([r.bpd for r in found]).all()
+
+
+def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    (result,) = client.score(noise)
+    assert result.ood and result.explain[0].p_value < 0.001
+    group = client.score_group(np.concatenate([real_images[:9], noise]), fdr=0.1)
+    assert group.p_value is not None and group.p_value < 0.05
+    assert group.discoveries == sum(r.discovery for r in group.results) >= 1 and group.results[-1].discovery
 
 
 def test_everything_listens_on_loopback_alone(service: RunningService) -> None:

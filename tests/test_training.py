@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -336,8 +337,18 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
     assert json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
     strangers = tmp_path / "strangers"
     strangers.symlink_to(folder)
-    calibrated = ade("calibrate", str(bundle), "--data", str(strangers))
-    assert calibrated.returncode == 0 and "calibrated on 150 images" in calibrated.stderr, calibrated.stderr
+    noise_file = tmp_path / "noise.npy"
+    np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
+    calibrated = ade("calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(strangers))
+    assert calibrated.returncode == 0 and re.search(r"calibrated on 18\d images", calibrated.stderr), calibrated.stderr
+    assert "left out" in calibrated.stderr and "at alpha 0.05 between" in calibrated.stderr
+    bench = ade("ood-bench", str(tmp_path / "calibrated"), "--id", str(strangers), "--ood", str(noise_file), "--out",
+                str(tmp_path / "bench"), "--images", "60", "--corrupted", "20")
+    assert bench.returncode == 0, bench.stderr
+    report = (tmp_path / "bench" / "report.md").read_text()
+    assert "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
+    rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
+    assert rows[0].startswith("strangers,score,auroc") and any(row.startswith("noise,combined,") for row in rows)
     again = ade("train", name, "--size", "tiny", "--data", str(folder), *TRAIN, "--images", "32", "--init", str(bundle),
                 "--out", str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr
@@ -369,7 +380,8 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
     (["evaluate", "OUT"], "holds no finished checkpoint"),
     (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
-    (["calibrate", "OUT", "--data", "DATA"], "is no bundle"),
+    (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is no bundle"),
+    (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is no bundle"),
     (["serve", "OUT"], "is no bundle"),
 ])
 def test_the_command_line_says_what_is_wrong(arguments: list[str], message: str, folder: Path, tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 
 def load_folder(folder: Path, image_size: int | None, cache: Path | None, report: Report) -> Dataset:
     """Image files below a folder, those of another size cut to the centre square and resized."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not files:
-        raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    files = image_files(folder)
     size = image_size or _first_size(files)
     names = [p.relative_to(folder).as_posix() for p in files]
     stats = [p.stat() for p in files]
@@ -24,6 +22,18 @@ def load_folder(folder: Path, image_size: int | None, cache: Path | None, report
     pixels, skipped = cached_pixels(identity, lambda: (len(files), size, size, 3), cache,
                                     lambda out: decode_into(out, size, contents(files), report))
     return split_by_name(folder.name, names, pixels, skipped, report)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files below a folder, by their suffixes, in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
 
 
 def _first_size(files: list[Path]) -> int:

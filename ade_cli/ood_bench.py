@@ -1,0 +1,99 @@
+"""``ade ood-bench BUNDLE --id … --ood … --out OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ade_cli.data_options import say
+from export.calibrate import statistics_of
+from export.corruptions import CORRUPTIONS
+from export.ood_bench import write_report
+from serving.bundle import BundleError, open_bundle
+from serving.engine import InferenceEngine
+from serving.ood import CalibrationError
+from serving.requests import InputImage, prepare_image
+from training.data import DataError
+from training.datasets import NAMES, load_dataset
+from training.datasets.folder import image_files
+
+ERRORS = (BundleError, CalibrationError, DataError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--id", required=True, dest="usual", metavar="IMAGES",
+                        help=f"usual images that nothing has seen: {', '.join(NAMES)} (their test part, with --root), a "
+                             "folder of images, or an .npy or .npz file of them")
+    parser.add_argument("--root", metavar="DIR", help="where a named data set lies")
+    parser.add_argument("--ood", nargs="*", default=[], type=Path, metavar="IMAGES",
+                        help="sets of strangers: folders, .npy or .npz files; made ones are always added: "
+                             f"{', '.join(CORRUPTIONS)}")
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="a folder for the report")
+    parser.add_argument("--images", type=int, metavar="N", help="only the first N of each set")
+    parser.add_argument("--corrupted", type=int, default=2000, metavar="N",
+                        help="usual images that the made strangers are made from (default: %(default)s)")
+    parser.add_argument("--resize", choices=("fit",), help="bring images of other sizes to the model's")
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("images", "corrupted"):
+        if getattr(args, name) is not None and getattr(args, name) < 2:
+            raise DataError(f"--{name} must be at least 2, got {getattr(args, name)}")
+    bundle = open_bundle(args.bundle)
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    if engine.calibration is None:
+        raise CalibrationError(f"{args.bundle} is not calibrated: ade calibrate does that")
+    names = [path.stem for path in args.ood]
+    if len(set(names)) < len(names):
+        raise DataError(f"sets of strangers need different names, got {', '.join(names)}")
+    usual_name, usual = _usual(args, bundle.image_shape[0])
+    found = statistics_of(engine, usual, usual_name, args.resize, say)
+    strangers = {path.stem: statistics_of(engine, _Images(path, args.images), path.stem, args.resize, say)
+                 for path in args.ood}
+    prepared = (prepare_image(source, engine.image_shape, args.resize == "fit", 0) for source in usual)
+    pixels = np.stack([image.pixels for image in islice(
+        (image for image in prepared if isinstance(image, InputImage)), args.corrupted)])
+    for name, corrupt in CORRUPTIONS.items():
+        strangers[name] = statistics_of(engine, corrupt(pixels, np.random.default_rng(0)), name, report=say)
+    say(f"{write_report(engine.calibration, bundle.model_id, usual_name, found, strangers, args.out)}")
+
+
+def _usual(args: argparse.Namespace, image_size: int) -> tuple[str, Iterable[bytes | np.ndarray]]:
+    if args.usual in NAMES:
+        dataset = load_dataset(args.usual, args.root, image_size, report=say)
+        return dataset.splits["test"], np.asarray(dataset.parts["test"].images[:args.images])
+    return Path(args.usual).name, _Images(Path(args.usual), args.images)
+
+
+class _Images:
+    """Images of a folder or of an array's file, one after another, as often as they are asked for."""
+
+    def __init__(self, path: Path, limit: int | None) -> None:
+        if not path.exists():
+            raise DataError(f"there is no {path}")
+        self._path, self._limit = path, limit
+
+    def __iter__(self) -> Iterator[bytes | np.ndarray]:
+        if self._path.is_dir():
+            return (path.read_bytes() for path in image_files(self._path)[:self._limit])
+        return iter(_array(self._path)[:self._limit])
+
+
+def _array(path: Path) -> np.ndarray:
+    """The images of an ``.npy``, or of an ``.npz`` that holds one such array."""
+    try:
+        with np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as arrays:
+            found = [np.load(path, allow_pickle=False)] if arrays is None else list(arrays.values())
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    images = [array for array in found if array.dtype == np.uint8 and array.ndim == 4]
+    if len(images) != 1:
+        raise DataError(f"{path} must hold one array of images, uint8 (N, H, W, C), got "
+                        f"{', '.join(f'{a.dtype} {a.shape}' for a in found)}")
+    return images[0]

@@ -1,0 +1,47 @@
+"""Images made strange on purpose, to see whether the verdict notices; uint8 ``(N, H, W, C)`` in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+
+def constant(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One random colour all over."""
+    colours = rng.integers(0, 256, (len(images), 1, 1, images.shape[3]), np.uint8)
+    return np.broadcast_to(colours, images.shape).copy()
+
+
+def uniform_noise(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Every value uniform on 0..255."""
+    return rng.integers(0, 256, images.shape, np.uint8)
+
+
+def blur(images: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur, ``sigma`` in pixels."""
+    planes = images.transpose(0, 3, 1, 2)
+    made = [[np.asarray(Image.fromarray(plane).filter(ImageFilter.GaussianBlur(sigma))) for plane in image]
+            for image in planes]
+    return np.ascontiguousarray(np.array(made, np.uint8).transpose(0, 2, 3, 1))
+
+
+def posterize(images: np.ndarray, bits: int) -> np.ndarray:
+    """The highest ``bits`` of each value."""
+    return images >> (8 - bits) << (8 - bits)
+
+
+def permute_pixels(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The pixels of each image in an order of its own."""
+    flat = images.reshape(len(images), -1, images.shape[3])
+    return np.stack([image[rng.permutation(len(image))] for image in flat]).reshape(images.shape)
+
+
+CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    "constant": constant,
+    "uniform noise": uniform_noise,
+    "blurred, σ = 2": lambda images, rng: blur(images, 2.0),
+    "posterised to 2 bits": lambda images, rng: posterize(images, 2),
+    "permuted pixels": permute_pixels,
+}
