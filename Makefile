@@ -4,7 +4,7 @@ VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow check train bench bench-training clean
+.PHONY: serve test test-slow check train bench bench-training bench-ood clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -28,6 +28,12 @@ bench: $(VENV)/.test  ## throughput of the engine and of the service
 
 bench-training: $(VENV)/.test  ## training steps: images and operations a second, memory, the loader
 	$(BIN)/python -m benchmarks.training
+
+bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, why it is made so: make bench-ood DATA=CIFAR10
+	$(BIN)/python -m benchmarks.ood_cost $(BUNDLE)
+	$(BIN)/python -m benchmarks.ood_false_alarms $(BUNDLE) --root "$(DATA)"
+	$(BIN)/python -m benchmarks.ood_choice $(BUNDLE) --root "$(DATA)"
+	$(BIN)/python -m benchmarks.drift_thresholds
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

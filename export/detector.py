@@ -48,15 +48,15 @@ def fit_calibration(fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.nd
     rows = np.stack([fit[name] for name in names], axis=1)
     normal = NormalScores.fit(rows)
     scores = normal(rows)
-    mixture = _fit_mixture(scores)
+    mixture = fit_mixture(scores)
     pixels = [i for i, name in enumerate(names) if name.startswith(PIXEL_PREFIX)]
     reference = np.stack([calibrate[name] for name in names], axis=1)
     return Calibration(
         estimator, resize, names, normal, mixture, np.sort(mixture.surprise(normal(reference))),
-        np.sort(reference, axis=0), _fit_mixture(scores[:, pixels]))
+        np.sort(reference, axis=0), fit_mixture(scores[:, pixels]))
 
 
-def _fit_mixture(scores: np.ndarray) -> Mixture:
+def fit_mixture(scores: np.ndarray) -> Mixture:
     """Gaussians found by expectation maximisation, their covariances shrunk towards the common one.
 
     A component has few images for its many covariances: shrinking them keeps the shape that all share.

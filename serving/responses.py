@@ -21,6 +21,7 @@ from serving.requests import MAX_JSON_ENCODINGS, InputImage, SampleRequest
 
 MAX_ANSWER_BYTES = 64 * 2**20
 LEVELS_255 = 255.0
+DIGITS = 6  # after the point, of a statistic
 MAP_BYTES_A_PIXEL = 32  # a number in JSON, and its share of the picture
 
 
@@ -197,7 +198,8 @@ def score_response(images: Sequence[InputImage | ApiError], scores: list[Score |
         if fdr is not None:
             value["discovery"] = discoveries.get(row)
         if parameters["explain"] and verdict is not None:
-            value["explain"] = [{"statistic": u.statistic, "value": u.value, "p_value": u.p_value} for u in verdict.explain]
+            value["explain"] = [{"statistic": u.statistic, "value": round(u.value, DIGITS),
+                                 "p_value": round(u.p_value, DIGITS)} for u in verdict.explain]
         if score.bits is not None:
             value["map"] = {"bits": score.bits.tolist(), "png": _base64_png(heat_map(score.bits))}
         notes = list(usable[row].notes)

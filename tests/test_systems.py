@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,9 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
 
     how = MeasureOptions(draws=2)
 
-    def run(chosen: list[Job], how: MeasureOptions = how) -> list[str]:
+    def run(chosen: list[Job], how: MeasureOptions = how, out: Path = tmp_path) -> list[str]:
         said.clear()
-        compare(chosen, dataset, {"data": "x", "root": None}, tmp_path, how,
+        compare(chosen, dataset, {"data": "x", "root": None}, out, how,
                 lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None), said.append)
         return list(said)
 
@@ -130,6 +131,16 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
     assert "V-ADE beats VAE on bits per dimension" in page and "| [7.0] | 6.8 | 31.4 |" in page
     for picture in ("vae.webp", "gan.webp", "curve-bpd.png", "curve-d_loss.png"):
         assert f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
+    # Where the runs' folders are gone, the rows that were kept stand for them, in the report and in what is left to do.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(tmp_path / "pictures", elsewhere / "pictures")
+    shutil.copy(tmp_path / "rows.json", elsewhere)
+    assert run(jobs[:1] + jobs[2:4], out=elsewhere) == [
+        f"{name}-seed0: finished before, its row is kept" for name in ("vae", "gan", "v-ade")]
+    assert run([Job(jobs[0].config, options(2 * STEPS))], out=elsewhere) == ["vae-seed0: training", "vae-seed0: measuring"]
+    shutil.rmtree(elsewhere / "runs")
+    assert write_comparison(read_rows(elsewhere), elsewhere, torch.device("cpu")).read_text() == page
     # Measured otherwise, or trained for longer, a run is measured again.
     assert run(jobs[:1], MeasureOptions(draws=3)) == ["vae-seed0: measuring"]
     assert run([Job(jobs[0].config, options(2 * STEPS))], MeasureOptions(draws=3)) == [

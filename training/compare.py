@@ -1,7 +1,8 @@
 """Several systems under one budget: trained one after another, measured alike, and taken up where it stopped.
 
 ``OUT/runs/SYSTEM-seedN/`` is a run like any other, with ``measured.json`` when it was measured and ``failure.json`` when
-it could not be finished. :mod:`training.compare_report` writes the page.
+it could not be finished. :mod:`training.compare_report` writes the page, and ``OUT/rows.json`` keeps what it tells of each
+run: where the runs' own folders are gone, the comparison still goes on from there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ade_model.checkpoint import load_model, read_config
 from training.data import Dataset
 from training.loop import RunOptions, train
@@ -23,7 +26,10 @@ from training.recipes import TrainConfig
 from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
 from training.step import TrainingDiverged
 
-MEASURED, FAILURE = "measured.json", "failure.json"
+MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
+CURVES = ("bpd", "quality_loss", "d_loss")
+SMOOTHING = 25  # logged steps
+POINTS = 150  # of a curve that is kept
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,12 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
     how = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     for job in jobs:
         _check_same(out / "runs" / job.name, job, dataset)
+    kept = {row["name"]: row for row in _kept_rows(out)}
     for job in jobs:
         run = out / "runs" / job.name
+        if job.name in kept and not run.is_dir() and _is_finished(kept[job.name], job, dataset, how):
+            report(f"{job.name}: finished before, its row is kept")
+            continue
         if _diverged(run):
             report(f"{job.name}: diverged before; delete {run} to try again")
             continue
@@ -95,10 +105,25 @@ def _is_trained(run: Path, job: Job) -> bool:
     folders = checkpoint_folders(run)
     if not folders:
         return False
-    state = json.loads((folders[-1] / STATE_NAME).read_text())
+    return _is_enough(json.loads((folders[-1] / STATE_NAME).read_text()), job)
+
+
+def _is_enough(state: dict[str, Any], job: Job) -> bool:
     share = 1 + job.config.inference_share
     enough = state["images"] >= round(job.options.images * share)
     return enough or (job.options.minutes is not None and state["seconds"] >= 60 * job.options.minutes * share)
+
+
+def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str, Any]) -> bool:
+    """Whether a row that was kept is what a job asks for."""
+    return bool(row["config"] == job.config and row["data"] == dataset.name and row["state"] is not None
+                and _is_enough(row["state"], job) and row["measured"] is not None
+                and _without_paths(row["measured"]["how"]) == _without_paths(how))
+
+
+def _without_paths(how: dict[str, Any]) -> dict[str, Any]:
+    """How a run was measured, but for where networks' weights lay on that machine."""
+    return {key: bool(value) if key in ("resnet20", "inception") else value for key, value in how.items()}
 
 
 def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
@@ -120,7 +145,10 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Of every run in a comparison's folder: its configuration, where it got to, and what was measured or went wrong."""
+    """Of every run of a comparison: its configuration, where it got to, what was measured or went wrong, its curves.
+
+    ``run`` is its folder, ``None`` for a row that was kept without it.
+    """
     rows = []
     for path in sorted((out / "runs").glob("*/run.json")):
         run = path.parent
@@ -134,5 +162,40 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         for key, file in (("measured", MEASURED), ("failure", FAILURE)):
             if (run / file).is_file():
                 row[key] = json.loads((run / file).read_text())
+        row["curves"] = {name: _curve(run / "metrics.jsonl", name) for name in CURVES}
         rows.append(row)
-    return rows
+    present = {row["name"] for row in rows}
+    return rows + [row for row in _kept_rows(out) if row["name"] not in present]
+
+
+def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write ``OUT/rows.json``."""
+    write_json(out / ROWS, [{**{k: v for k, v in row.items() if k != "run"}, "config": row["config"].to_dict()}
+                            for row in rows])
+
+
+def _kept_rows(out: Path) -> list[dict[str, Any]]:
+    if not (out / ROWS).is_file():
+        return []
+    return [{**row, "run": None, "config": TrainConfig.from_dict(row["config"])}
+            for row in json.loads((out / ROWS).read_text())]
+
+
+def _curve(path: Path, name: str) -> list[list[float]]:
+    """Images seen and a running mean of one logged value, at most :data:`POINTS` of them; empty where it was not logged."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # cut off when the run was killed
+        if name in row:
+            found.append((row["images"], row[name]))
+    if len(found) < 2:
+        return [[], []]
+    images, values = np.array(found, float).T
+    width = min(SMOOTHING, len(values))
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    means = (sums[width:] - sums[:-width]) / width
+    chosen = np.unique(np.linspace(0, len(means) - 1, POINTS).round().astype(int))
+    return [images[width - 1:][chosen].tolist(), means[chosen].round(4).tolist()]

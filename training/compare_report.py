@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ade_model.checkpoint import load_model
 from serving.images import tile
+from training.compare import SMOOTHING, keep_rows
 from training.evaluate import sample_images
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.paper import PAPER, claims
@@ -22,12 +22,11 @@ from training.weights import count_weights
 
 GRID = 8  # samples a side
 SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
-CURVES = (("bpd", "L_C, bits per dimension"), ("quality_loss", "L_Q, nats"), ("d_loss", "discriminator, nats"))
-SMOOTHING = 25  # logged steps
+CAPTIONS = {"bpd": "L_C, bits per dimension", "quality_loss": "L_Q, nats", "d_loss": "discriminator, nats"}
 
 
 def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.device) -> Path:
-    """``OUT/report.md`` with its pictures.
+    """``OUT/report.md`` with its pictures, and ``OUT/rows.json``.
 
     Args:
         rows: of :func:`training.compare.read_rows`.
@@ -59,6 +58,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
     lines += ["", "## Training curves", "", f"Running means over {SMOOTHING} logged steps.", ""]
     for file, caption in _curve_pictures(rows, pictures):
         lines += [f"![{caption}](pictures/{file})", ""]
+    keep_rows(rows, out)
     path = out / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
@@ -205,7 +205,7 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device) -> None:
     for row in rows:
-        if row["state"] is not None and row["measured"] is not None:
+        if row["run"] is not None and row["state"] is not None and row["measured"] is not None:
             model = load_model(latest_checkpoint(row["run"])).to(device)
             grid = tile(sample_images(model, GRID**2, device, "mean"), GRID)
             # Lossy, a tenth of a PNG's size: thirteen of them go into a repository.
@@ -227,13 +227,13 @@ def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tupl
     from matplotlib.figure import Figure
 
     written = []
-    for name, caption in CURVES:
+    for name, caption in CAPTIONS.items():
         figure = Figure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots()
         for i, row in enumerate(rows):
-            steps, values = _curve(row["run"] / "metrics.jsonl", name)
-            if len(values):
-                axes.plot(steps, values, label=_label(row), linewidth=1.1, color=f"C{i % 10}",
+            images, values = row["curves"][name]
+            if values:
+                axes.plot(images, values, label=_label(row), linewidth=1.1, color=f"C{i % 10}",
                           linestyle=("-", "--", ":")[i // 10])
         if not axes.lines:
             continue
@@ -246,21 +246,3 @@ def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tupl
         FigureCanvasAgg(figure).print_figure(pictures / f"curve-{name}.png", dpi=110)
         written.append((f"curve-{name}.png", caption))
     return written
-
-
-def _curve(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images seen and a running mean of one logged value."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # cut off when the run was killed
-        if name in row:
-            found.append((row["images"], row[name]))
-    if len(found) < 2:
-        return np.empty(0), np.empty(0)
-    images, values = np.array(found, float).T
-    width = min(SMOOTHING, len(values))
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    return images[width - 1:], (sums[width:] - sums[:-width]) / width

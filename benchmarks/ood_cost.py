@@ -1,0 +1,53 @@
+"""What a verdict costs: scoring with all statistics against scoring without a calibration, in turns in one run.
+
+``python -m benchmarks.ood_cost pretrained/cifar10``
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from serving.engine import InferenceEngine
+from serving.images import lossless_bits, read_image
+from serving.ui import EXAMPLES
+
+TURNS = 7
+BATCH = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    args = parser.parse_args()
+    engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
+    engine.warm_up()
+    bare = InferenceEngine(args.bundle, device="cpu", operations=["score"])
+    bare.calibration = None
+    bare.warm_up()
+    examples = [np.resize(read_image(path.read_bytes()).pixels, engine.image_shape) for path in EXAMPLES]
+    images = np.stack([np.roll(examples[i % len(examples)], i, axis=1) for i in range(BATCH)])
+    cases = {"bpd alone": lambda: bare.score(images), "with the verdict": lambda: engine.score(images),
+             "of it, the lossless code": lambda: [lossless_bits(image) for image in images]}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(TURNS):
+        for name, call in cases.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    ratios = [a / b for a, b in zip(seconds["with the verdict"], seconds["bpd alone"], strict=True)]
+    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {engine.backend.name}, one thread, {BATCH} images, "
+          f"medians of {TURNS} turns\n\n| case | ms an image |\n|---|---|")
+    for name, values in seconds.items():
+        print(f"| {name} | {1e3 * statistics.median(values) / BATCH:.2f} |")
+    print(f"\nwith the verdict / bpd alone: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()
