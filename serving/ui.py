@@ -25,7 +25,7 @@ from serving.ports import USER
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
 MAX_GRID = 64
-REASONS = 8  # statistics that the page shows of an image
+REASONS = 6  # statistics that the page shows of an image
 KINDS = [("mean: f⁻¹(μ(z)), what the discriminator saw", "mean"),
          ("density: f⁻¹(μ(z) + σε), what the likelihood describes", "density")]
 CSS = """
@@ -33,6 +33,9 @@ CSS = """
 .ade-label { font: 13px system-ui, sans-serif; fill: var(--body-text-color); }
 .ade-bar { fill: var(--primary-400); } .ade-total { fill: var(--secondary-500); }
 .ade-mark { stroke: #d9480f; stroke-width: 2; }
+.ade-why { width: 100%; border-collapse: collapse; font-size: 0.85rem; }
+.ade-why caption { text-align: left; font-weight: 600; }
+.ade-why td, .ade-why th { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 4px 6px; }
 .ade-verdict p { font-size: 1.25rem; font-weight: 600; }
 """
 
@@ -118,15 +121,17 @@ class Page:
                 samples = gr.Slider(1, 64, value=1, step=1, label="Draws (K)",
                                     info="1 is the ELBO; more tighten the bound")
                 alpha = gr.Slider(0.001, 0.2, value=0.01, step=0.001, label="False-alarm rate (alpha)")
-                resize = gr.Checkbox(False, label="Resize other sizes to fit (no verdict)")
+                resize = gr.Checkbox(False, label="Resize other sizes to fit")
                 go = gr.Button("Score", variant="primary")
             with gr.Column(scale=2):
                 verdict = gr.Markdown(elem_classes="ade-verdict")
                 parts = gr.HTML(label="Parts, bits per dimension")
                 place = gr.HTML(label="Place among the calibration images")
                 with gr.Row():
-                    heat = _image_output("Where the bits lie: dark is cheap, bright is dear")
-                    why = gr.HTML(label="The most unusual statistics")
+                    with gr.Column(min_width=280):
+                        heat = _image_output("Where the bits lie: bright is dear")
+                    with gr.Column(min_width=280):
+                        why = gr.HTML(label="The most unusual statistics")
         _examples(image)
         go.click(self.score, [model, image, samples, alpha, resize], [verdict, parts, place, heat, why],
                  api_name="score")

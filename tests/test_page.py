@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
+from serving.ui import REASONS
 from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -99,6 +100,7 @@ def test_score(page: Page) -> None:
     expect(panel.locator("svg[aria-label^='parts of the score']")).to_be_visible()
     expect(panel.locator("svg[aria-label*='calibration images']")).to_be_visible()
     expect(panel.locator("img[src*='map.png']")).to_be_visible()
+    expect(panel.get_by_role("table").get_by_role("row")).to_have_count(1 + REASONS)
 
 
 def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
