@@ -30,6 +30,17 @@ class DecodedImage:
     notes: list[str] = field(default_factory=list)
 
 
+def header_pixels(data: bytes) -> int:
+    """How many pixels a file says it has, undecoded; 0 of what is no image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return image.width * image.height
+    except Exception:  # whatever Pillow's parsers stumble over: decoding will say so
+        return 0
+
+
 def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage:
     """Decode an image file to RGB.
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from serving.errors import ApiError, malformed, unusable
-from serving.images import ImageError, read_image
+from serving.images import ImageError, header_pixels, read_image
 from serving.noise import MAX_SEED
 
 PROBE_HEADER = "X-Ade-Probe"
@@ -27,6 +27,7 @@ MAX_IMAGES = 256
 MAX_SAMPLES = 64
 MAX_DRAWS = 1024
 MAX_BODY_BYTES = 16 * 2**20
+MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 MAX_TEMPERATURE = 10.0
 MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
@@ -307,6 +308,11 @@ def parse_images(operation: str, request: RawRequest, image_shape: tuple[int, in
         raise ApiError(413, "too_many_draws", f"images x samples may be {MAX_DRAWS}, got {len(sources)} x "
                                               f"{parameters['samples']}")
     fit = parameters.pop("resize") == "fit"
+    if fit:  # otherwise pictures of other sizes are refused by their headers
+        pixels = sum(header_pixels(source) for source in sources if isinstance(source, bytes))
+        if pixels > MAX_REQUEST_PIXELS:
+            raise ApiError(413, "too_large", f"the pictures of a request may have {MAX_REQUEST_PIXELS} pixels together, "
+                                             f"these have {pixels}")
     images = [prepare_image(source, image_shape, fit, i) for i, source in enumerate(sources)]
     return ImagesRequest(images, parameters, request.probe)
 

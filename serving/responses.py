@@ -111,8 +111,12 @@ def encode_response(images: Sequence[InputImage | ApiError], levels: list[Encode
         format: ``json`` or ``npz``.
         model_id: goes into the JSON.
     """
+    finite = np.all([np.isfinite(values).reshape(len(values), -1).all(1) for level in levels
+                     for values in (level.mean, level.log_scale, level.z)], axis=0) if levels else np.empty(0, bool)
     if format == "npz":
         _fail_on_error(images)
+        if not finite.all():
+            raise _not_finite().at(int(np.argmin(finite)))
         _check_size(sum(3 * level.z.nbytes for level in levels), "send fewer images")
         out = io.BytesIO()
         np.savez(out, **{f"{name}_{i}": getattr(level, name) for i, level in enumerate(levels)
@@ -122,12 +126,18 @@ def encode_response(images: Sequence[InputImage | ApiError], levels: list[Encode
         raise unusable("too_many_images", f"JSON carries the latents of at most {MAX_JSON_ENCODINGS} images, got "
                                           f"{len(images)}: ask for \"format\": \"npz\"")
 
-    def entry(row: int) -> dict[str, Any]:
+    def entry(row: int) -> dict[str, Any] | ApiError:
+        if not finite[row]:
+            return _not_finite()
         return {"levels": [{"shape": list(level.z.shape[1:]), "mean": level.mean[row].tolist(),
                             "log_scale": level.log_scale[row].tolist(), "z": level.z[row].tolist()}
                            for level in levels]}
 
     return _results(images, entry, {"model": model_id})
+
+
+def _not_finite() -> ApiError:
+    return unusable("not_finite", "the model's latents of this image are not finite numbers")
 
 
 def reconstruct_response(images: Sequence[InputImage | ApiError], made: np.ndarray, format: str | None, kind: str,

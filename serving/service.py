@@ -27,6 +27,9 @@ from serving.telemetry import ScoreTelemetry
 
 logger = logging.getLogger(__name__)
 MAX_DRAWN_SEED = 2**32  # drawn seeds are short enough to type
+# Rows of a graph that one batch of requests may take, well within the server's patience with a worker; each request by
+# itself takes fewer.
+MAX_BATCH_ROWS = 8192
 
 
 class Service:
@@ -47,7 +50,7 @@ class Service:
 
     def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
         """One answer a request, in order; never raises for what a client sent."""
-        parsed = [self._parse(request) for request in requests]
+        parsed = self._within_reach([self._parse(request) for request in requests])
         good = [p for p in parsed if not isinstance(p, ApiError)]
         try:
             computed = iter(self._compute(good))
@@ -79,6 +82,25 @@ class Service:
         except Exception:
             logger.exception("%s: a request could not be parsed", self.operation)
             return _internal_error()
+
+    @staticmethod
+    def _within_reach(parsed: list[SampleRequest | ImagesRequest | ApiError]) -> list[
+            SampleRequest | ImagesRequest | ApiError]:
+        """The same, but for requests that would make the batch too long: they are asked to come again."""
+        room = MAX_BATCH_ROWS
+        kept: list[SampleRequest | ImagesRequest | ApiError] = []
+        for request in parsed:
+            rows = 0
+            if isinstance(request, SampleRequest):
+                rows = request.n
+            elif isinstance(request, ImagesRequest):
+                rows = len(request.images) * request.parameters.get("samples", 1)
+            if rows > room:
+                kept.append(ApiError(503, "overloaded", "other requests keep the server busy: try again later"))
+                continue
+            room -= rows
+            kept.append(request)
+        return kept
 
     def _check_kind(self, kind: str) -> None:
         kinds = self.engine.bundle.kinds

@@ -237,6 +237,34 @@ def test_latents_of_many_images_need_npz(engine: InferenceEngine, real_images: n
     assert np.asarray(level["z"]).shape == tuple(level["shape"])
 
 
+def test_latents_that_are_not_finite_are_that_image_s_error(engine: InferenceEngine, real_images: np.ndarray,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = engine.encode
+
+    def spoilt(images: np.ndarray, *options) -> list:
+        levels = whole(images, *options)
+        levels[1].z[1, 0, 0, 0] = np.inf
+        return levels
+
+    monkeypatch.setattr(engine, "encode", spoilt)
+    files = [file(image) for image in real_images[:3]]
+    answer, npz = Service("encode", engine).answer([as_json(images=files), as_json(images=[files[0]], format="npz")])
+    results = json.loads(answer.body)["results"]
+    assert answer.status == 200 and [("error" in r) for r in results] == [False, True, False]
+    assert results[1]["error"] | {"message": ""} == {"code": "not_finite", "message": "", "index": 1}
+    assert npz.status == 200
+
+
+def test_a_batch_that_would_take_too_long_asks_some_to_come_again(engine: InferenceEngine, real_images: np.ndarray,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.service.MAX_BATCH_ROWS", 10)
+    image = file(real_images[0])
+    answers = Service("score", engine).answer([as_json(images=[image], samples=8), as_json(images=[image], samples=3),
+                                               as_json(images=[image, image])])
+    assert [a.status for a in answers] == [200, 503, 200]
+    assert json.loads(answers[1].body)["error"]["code"] == "overloaded" and answers[1].headers["Retry-After"] == "1"
+
+
 def test_pretrained_is_small_and_says_what_it_is() -> None:
     files = list(Path(PRETRAINED).iterdir())
     assert sum(f.stat().st_size for f in files) <= 40e6

@@ -218,3 +218,14 @@ def check(operation: str, request_: RawRequest) -> None:
     else:
         if isinstance(parsed, ImagesRequest):
             assert parsed.images
+
+
+def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.requests.MAX_REQUEST_PIXELS", 2_000)
+    one = b64(png(np.zeros((40, 40, 3), np.uint8)))
+    assert isinstance(parse_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage)
+    with pytest.raises(ApiError, match="may have 2000 pixels together, these have 3200") as caught:
+        parse_images("score", as_json(images=[one, one], resize="fit"), SHAPE)
+    assert caught.value.status == 413
+    parsed = parse_images("score", as_json(images=[one, one, b64(b"junk")]), SHAPE)
+    assert [image.code for image in parsed.images] == ["wrong_size", "wrong_size", "not_an_image"]
