@@ -11,7 +11,7 @@ import binascii
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +21,12 @@ from PIL import Image
 from serving.errors import ApiError, malformed, unusable
 from serving.images import ImageError, header_pixels, read_image
 from serving.noise import MAX_SEED
+from serving.parameters import MAX_IMAGES, read_parameters, show
 
 PROBE_HEADER = "X-Ade-Probe"
-MAX_IMAGES = 256
-MAX_SAMPLES = 64
 MAX_DRAWS = 1024
 MAX_BODY_BYTES = 16 * 2**20
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
-MAX_TEMPERATURE = 10.0
 MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
 
@@ -81,101 +79,6 @@ class ImagesRequest:
     probe: bool = False
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    default: Any
-    read: Callable[[str, Any], Any]
-
-
-def _integer(low: int, high: int) -> Callable[[str, Any], int]:
-    def read(name: str, value: Any) -> int:
-        if isinstance(value, str):
-            try:
-                value = int(value) if value.strip().lstrip("+-").isascii() and "_" not in value else None
-            except ValueError:
-                value = None
-            if value is None:
-                raise unusable("bad_parameter", f"{name} must be a whole number from {low} to {high}")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise unusable("bad_parameter", f"{name} must be a whole number from {low} to {high}, got {_show(value)}")
-        if not low <= value <= high:
-            raise unusable("bad_parameter", f"{name} must be from {low} to {high}, got {_show(value)}")
-        return value
-    return read
-
-
-def _number(low: float, high: float) -> Callable[[str, Any], float]:
-    """A number above ``low`` and at most ``high``."""
-    def read(name: str, value: Any) -> float:
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                value = None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise unusable("bad_parameter", f"{name} must be a number above {low:g} and at most {high:g}, "
-                                            f"got {_show(value)}")
-        # Integers of any length are compared before they become floats.
-        if not (low < value <= high) or not math.isfinite(value):
-            raise unusable("bad_parameter", f"{name} must be above {low:g} and at most {high:g}, got {_show(value)}")
-        return float(value)
-    return read
-
-
-def _choice(*options: str) -> Callable[[str, Any], str]:
-    def read(name: str, value: Any) -> str:
-        if value not in options:
-            raise unusable("bad_parameter", f"{name} must be one of {', '.join(options)}, got {_show(value)}")
-        return str(value)
-    return read
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if value in ("true", "false"):
-        return bool(value == "true")
-    if not isinstance(value, bool):
-        raise unusable("bad_parameter", f"{name} must be true or false, got {_show(value)}")
-    return value
-
-
-def _as_is(name: str, value: Any) -> Any:
-    return value
-
-
-_SEED = _integer(0, MAX_SEED)
-_KIND = _Parameter("mean", _choice("mean", "density"))
-_IMAGE_PARAMETERS = {"seed": _Parameter(0, _SEED), "resize": _Parameter(None, _choice("fit"))}
-PARAMETERS: dict[str, dict[str, _Parameter]] = {
-    "sample": {
-        "n": _Parameter(1, _integer(1, MAX_IMAGES)), "seed": _Parameter(None, _SEED),
-        "index": _Parameter(0, _integer(0, MAX_SEED)), "temperature": _Parameter(1.0, _number(0, MAX_TEMPERATURE)),
-        "kind": _KIND, "latents": _Parameter(None, _as_is), "format": _Parameter("png", _choice("png", "npy", "json"))},
-    "encode": {**_IMAGE_PARAMETERS, "format": _Parameter("json", _choice("json", "npz"))},
-    "reconstruct": {**_IMAGE_PARAMETERS, "kind": _KIND, "format": _Parameter(None, _choice("png", "npy", "json"))},
-    "score": {**_IMAGE_PARAMETERS, "samples": _Parameter(1, _integer(1, MAX_SAMPLES)),
-              "alpha": _Parameter(0.01, _number(0, 1)), "fdr": _Parameter(None, _number(0, 1)),
-              "explain": _Parameter(True, _boolean), "map": _Parameter(False, _boolean),
-              "format": _Parameter("json", _choice("json"))},
-}
-
-
-def _show(value: Any) -> str:
-    """A value for a message, short whatever it is."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _parameters(operation: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    known = PARAMETERS[operation]
-    for name in given:
-        if name not in known:
-            raise unusable("unknown_parameter", f"{operation} has no parameter {_show(name)}; it has {', '.join(known)}")
-    return {name: spec.read(name, given[name]) if given.get(name) is not None else spec.default
-            for name, spec in known.items()}
-
-
 def _is(content_type: str, *kinds: str) -> bool:
     return content_type.split(";")[0].strip().lower() in kinds
 
@@ -225,7 +128,7 @@ def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]])
     else:
         raise malformed("sample takes parameters as JSON (Content-Type: application/json) or as a form, "
                         f"got {request.content_type or 'no content type'}")
-    values = _parameters("sample", given)
+    values = read_parameters("sample", given)
     latents = None
     if values["latents"] is not None:
         if given.get("n") is not None:
@@ -242,7 +145,7 @@ def _text(name: str, value: Any) -> str:
     try:
         return _bytes(value).decode()
     except UnicodeDecodeError:
-        raise malformed(f"the form's field {_show(name)} is no text") from None
+        raise malformed(f"the form's field {show(name)} is no text") from None
 
 
 def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> list[np.ndarray]:
@@ -258,7 +161,7 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> list[np.ndarray]
         given = entry.get("levels") if isinstance(entry, dict) else entry
         if not isinstance(given, list) or len(given) != len(shapes):
             raise unusable("bad_latents", f"latents must have {len(shapes)} levels an image, got "
-                                          f"{len(given) if isinstance(given, list) else _show(given)}").at(i)
+                                          f"{len(given) if isinstance(given, list) else show(given)}").at(i)
         for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
             z = item.get("z") if isinstance(item, dict) else item
             try:
@@ -299,7 +202,7 @@ def parse_images(operation: str, request: RawRequest, image_shape: tuple[int, in
     else:
         raise malformed(f"the body must be an image file, an .npy array, JSON or a form, got "
                         f"{request.content_type or 'no content type'}")
-    parameters = _parameters(operation, given)
+    parameters = read_parameters(operation, given)
     if not sources:
         raise malformed("the request holds no image")
     if len(sources) > MAX_IMAGES:

@@ -21,6 +21,7 @@ from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import AdeClient, AdeError, ScoreResult
 from serving.images import ImageError, read_image, write_png
 from serving.ood import Calibration
+from serving.openapi import openapi_document
 from serving.ports import USER
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
@@ -185,6 +186,7 @@ class Page:
             lines.append(f"Held-out images ({evaluation['part']}): {evaluation['elbo']['bpd']:.3f} bits per dimension "
                          f"(ELBO, {evaluation['images']:,} images).")
         lines.append("A verdict tells unusual pictures; another kind of thing in a picture of the usual kind may pass.")
+        lines.append("The HTTP API: [OpenAPI document](/openapi.json).")
         return " ".join(lines)
 
     @staticmethod
@@ -246,7 +248,7 @@ def _examples(image: gr.Image) -> None:
 
 
 def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
-    """The page and ``/readyz`` in one application."""
+    """The page, ``/readyz`` and ``/openapi.json`` in one application."""
     page = Page(url, bundles, token)
     app = FastAPI(title="AV-ADE page", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -254,6 +256,12 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     def readyz() -> JSONResponse:
         ready = page.is_ready()
         return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    document = openapi_document(url, bundles, token is not None)
+
+    @app.get("/openapi.json")
+    def openapi() -> JSONResponse:
+        return JSONResponse(document)
 
     blocks = page.build().queue(default_concurrency_limit=4)
     mounted: FastAPI = gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serving.errors import ApiError
-from serving.requests import PARAMETERS, ImagesRequest, InputImage, RawRequest, parse_images, parse_sample
+from serving.parameters import PARAMETERS
+from serving.requests import ImagesRequest, InputImage, RawRequest, parse_images, parse_sample
 
 SHAPE = (8, 8, 3)
 LATENTS = [(3, 2, 2), (2, 4, 4)]
