@@ -1,0 +1,145 @@
+"""deploy/nginx.conf with a real nginx before a real service."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import PRETRAINED, ROOT
+from tests.service import RunningService, free_ports
+from tests.test_requests import npy
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+KEY = "0123456789abcdef0123456789abcdef"
+EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
+
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx-light)")]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[RunningService]:
+    running = RunningService(PRETRAINED)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def proxy(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The file as it is, but for the ports and a low rate; its address."""
+    folder = tmp_path_factory.mktemp("nginx")
+    outer, inner = free_ports(2)
+    text = (ROOT / "deploy" / "nginx.conf").read_text()
+    # A request a second, after the first hundred at once: no machine is too slow to be refused then.
+    for old, new in (("listen 443", f"listen 127.0.0.1:{outer}"), ("127.0.0.1:8090", f"127.0.0.1:{inner}"),
+                     ("127.0.0.1:8080", f"127.0.0.1:{service.ports['inference']}"),
+                     ("127.0.0.1:7860", f"127.0.0.1:{service.ports['ui']}"), ("rate=50r/s", "rate=1r/s")):
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "nginx.conf").write_text(text)
+    (folder / "keys.conf").write_text(f'"{KEY}" tests;\n')
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1",
+                    "-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem")], check=True,
+                   capture_output=True)
+    assert NGINX is not None
+    process = subprocess.Popen([NGINX, "-p", str(folder), "-c", "nginx.conf", "-g", "daemon off;"],
+                               stderr=subprocess.DEVNULL)
+    url = f"https://127.0.0.1:{outer}"
+    for _ in range(100):
+        if process.poll() is not None:
+            raise RuntimeError((folder / "error.log").read_text())
+        try:
+            httpx.get(f"{url}/healthz", verify=False, timeout=30)
+            break
+        except httpx.TransportError:
+            time.sleep(0.1)
+    yield url
+    process.terminate()
+    process.wait(10)
+    log = (folder / "access.log").read_text()
+    assert KEY not in log and '"client":"tests"' in log
+
+
+def ask(proxy: str, path: str, key: str | None = KEY, method: str = "POST", **options) -> httpx.Response:
+    headers = {**({} if key is None else {"Authorization": f"Bearer {key}"}), **options.pop("headers", {})}
+    return httpx.request(method, proxy + path, headers=headers, verify=False, timeout=60, **options)
+
+
+def code_of(answer: httpx.Response) -> str:
+    body = answer.json()
+    assert answer.headers["content-type"].startswith("application/json")
+    assert set(body) == {"error"} and {"code", "message"} <= set(body["error"]), body
+    return body["error"]["code"]
+
+
+def test_operations_under_short_paths(proxy: str, service: RunningService) -> None:
+    data = EXAMPLE.read_bytes()
+    direct = httpx.post(f"{service.url}/predictions/score", content=data)
+    answer = ask(proxy, "/v1/score", content=data, headers={"Content-Type": "image/png"})
+    assert answer.status_code == 200 and answer.content == direct.content
+    assert answer.headers["x-ade-model"] == direct.headers["x-ade-model"] and answer.headers["x-request-id"]
+    assert "access-control-allow-origin" not in answer.headers
+    sample = ask(proxy, "/v1/sample", json={"n": 2, "seed": 1})
+    assert sample.content.startswith(b"\x89PNG") and sample.headers["content-type"] == "image/png"
+    form = ask(proxy, "/v1/score", files={"image": EXAMPLE.read_bytes()}, data={"alpha": "0.05"})
+    assert form.json()["alpha"] == 0.05
+    images = np.zeros((256, 32, 32, 3), np.uint8)
+    many = ask(proxy, "/v1/score", content=npy(images), headers={"Content-Type": "application/x-npy"})
+    assert many.status_code == 200 and len(many.json()["results"]) == 256, many.text[:300]
+
+
+def test_health_and_contract_need_no_key(proxy: str) -> None:
+    assert ask(proxy, "/healthz", key=None, method="GET").json() == {"ready": True}
+    assert ask(proxy, "/v1/openapi.json", key=None, method="GET").json()["openapi"] == "3.1.0"
+
+
+@pytest.mark.parametrize("key", [None, "wrong", KEY[:-1], KEY + "x", f"{KEY}' OR 1"])
+def test_keys(proxy: str, key: str | None) -> None:
+    answer = ask(proxy, "/v1/sample", key=key, json={})
+    assert answer.status_code == 401 and code_of(answer) == "bad_key" and answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/", "/predictions/score", "/models", "/v1/", "/v1/score/", "/metrics", "/v1/../models"])
+def test_nothing_else_is_reached(proxy: str, path: str) -> None:
+    answer = ask(proxy, path, method="GET")
+    assert answer.status_code == 404 and code_of(answer) == "not_found"
+
+
+def test_errors_of_every_origin_have_one_shape(proxy: str) -> None:
+    ours = ask(proxy, "/v1/score", content=b"junk")
+    assert ours.status_code == 415 and code_of(ours) == "not_an_image"
+    empty = ask(proxy, "/v1/score", json={"images": []})
+    assert empty.status_code == 400 and code_of(empty) == "malformed_request"
+    assert code_of(ask(proxy, "/v1/sample", json={"n": 500})) == "bad_parameter"
+    unknown = ask(proxy, "/v1/other-score", content=b"x")  # TorchServe's
+    assert unknown.status_code == 404 and code_of(unknown) == "unknown_model"
+    large = ask(proxy, "/v1/score", content=b"x" * (25 * 2**20))  # nginx's
+    assert large.status_code == 413 and code_of(large) == "request_too_large"
+    wrong = ask(proxy, "/v1/score", method="GET")
+    assert wrong.status_code == 405 and code_of(wrong) == "not_allowed"
+    assert ask(proxy, "/v1/score", method="OPTIONS").status_code == 405  # no CORS
+
+
+def test_tls_is_modern_and_plain_text_is_refused(proxy: str) -> None:
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+    old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{proxy}/healthz", verify=old)
+    answer = httpx.get(proxy.replace("https", "http") + "/healthz")
+    assert answer.status_code == 400 and "ready" not in answer.text
+
+
+def test_a_key_has_a_rate(proxy: str) -> None:
+    with httpx.Client(verify=False, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
+        answers = [client.post(f"{proxy}/v1/score", content=b"junk") for _ in range(400)]
+    assert {answer.status_code for answer in answers} == {415, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert code_of(refused) == "rate_limited" and refused.headers["retry-after"] == "1"
