@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
         if args.root is not None:
             raise DataError(f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder")
         files, name = image_files(Path(args.data)), Path(args.data).resolve().name
+        if name == trained_on:
+            say(f"{name} is what the model was trained on: its parts select and calibrate are taken")
         halves = [_contents(half) for half in _files(files, name == trained_on)]
     fit, calibration = halves
     result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, args.resize, say)

@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
     name = args.name or f"{dataset.name}-{config['recipe']}"
     export_bundle(folder, args.out, name, images, evaluation_of(folder), report=say)
-    say(f"wrote {args.out}; next: ade calibrate {args.out} --data ...")
+    say(f"wrote {args.out}; next: ade calibrate {args.out} OUT --data ...")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from serving.ood import CalibrationError
 from serving.requests import InputImage, prepare_image
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
+from training.datasets.files import part_of
 from training.datasets.folder import image_files
 
 ERRORS = (BundleError, CalibrationError, DataError)
@@ -50,9 +52,9 @@ def run(args: argparse.Namespace) -> None:
     if engine.calibration is None:
         raise CalibrationError(f"{args.bundle} is not calibrated: ade calibrate does that")
     names = [path.stem for path in args.ood]
-    if len(set(names)) < len(names):
-        raise DataError(f"sets of strangers need different names, got {', '.join(names)}")
-    usual_name, usual = _usual(args, bundle.image_shape[0])
+    if len({*names, *CORRUPTIONS}) < len(names) + len(CORRUPTIONS):
+        raise DataError(f"sets of strangers need different names, got {', '.join((*names, *CORRUPTIONS))}")
+    usual_name, usual = _usual(args, bundle.image_shape[0], str(bundle.manifest["data"].get("name")))
     found = statistics_of(engine, usual, usual_name, args.resize, say)
     strangers = {path.stem: statistics_of(engine, _Images(path, args.images), path.stem, args.resize, say)
                  for path in args.ood}
@@ -64,24 +66,29 @@ def run(args: argparse.Namespace) -> None:
     say(f"{write_report(engine.calibration, bundle.model_id, usual_name, found, strangers, args.out)}")
 
 
-def _usual(args: argparse.Namespace, image_size: int) -> tuple[str, Iterable[bytes | np.ndarray]]:
+def _usual(args: argparse.Namespace, image_size: int, trained_on: str) -> tuple[str, Iterable[bytes | np.ndarray]]:
     if args.usual in NAMES:
         dataset = load_dataset(args.usual, args.root, image_size, report=say)
         return dataset.splits["test"], np.asarray(dataset.parts["test"].images[:args.images])
-    return Path(args.usual).name, _Images(Path(args.usual), args.images)
+    usual = Path(args.usual)
+    if usual.is_dir() and usual.resolve().name == trained_on:
+        say(f"{trained_on} is what the model was trained on: its part test is taken")
+        return f"{trained_on}, part test", _Images(usual, args.images, "test")
+    return usual.name, _Images(usual, args.images)
 
 
 class _Images:
     """Images of a folder or of an array's file, one after another, as often as they are asked for."""
 
-    def __init__(self, path: Path, limit: int | None) -> None:
+    def __init__(self, path: Path, limit: int | None, part: str | None = None) -> None:
         if not path.exists():
             raise DataError(f"there is no {path}")
-        self._path, self._limit = path, limit
+        self._path, self._limit, self._part = path, limit, part
 
     def __iter__(self) -> Iterator[bytes | np.ndarray]:
         if self._path.is_dir():
-            return (path.read_bytes() for path in image_files(self._path)[:self._limit])
+            files = [path for path in image_files(self._path) if self._part in (None, part_of(path.name))]
+            return (path.read_bytes() for path in files[:self._limit])
         return iter(_array(self._path)[:self._limit])
 
 
@@ -90,7 +97,7 @@ def _array(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as arrays:
             found = [np.load(path, allow_pickle=False)] if arrays is None else list(arrays.values())
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     images = [array for array in found if array.dtype == np.uint8 and array.ndim == 4]
     if len(images) != 1:

@@ -114,7 +114,7 @@ class ADEModel(nn.Module):
             cells = sum_channels(draw.log_ratio_terms)
             latents = latents + spread(cells, self.config.image_size // cells.shape[-1])
         cost = torch.stack([-sum_channels(p_y.log_prob_terms(y)), -log_det_map, latents], dim=1)
-        return Examination(evidence, cost, y, p_y.standardize(y), [draw.surprise for draw in draws])
+        return Examination(evidence, cost, y, p_y.standardize(y), [draw.prior.standardize(draw.z) for draw in draws])
 
     def evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
         """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for training."""

@@ -37,14 +37,14 @@ class Draw:
     Attributes:
         posterior: the Gaussian that the noise goes through; an autoregressive step may follow it.
         z: ``(N, c, h, w)``.
-        surprise: ``z`` standardised by its prior, ``(N, c, h, w)``.
+        prior: ``p(z_i | z_<i)``.
         log_ratio_terms: ``log q(z | ...) - log p(z | ...)`` at ``z``, term by term, the shape of ``z``, nats.
         kl: its expectation where that has a closed form, else ``log_ratio`` again; ``(N,)``, nats.
     """
 
     posterior: DiagonalGaussian
     z: Tensor
-    surprise: Tensor
+    prior: DiagonalGaussian
     log_ratio_terms: Tensor
     kl: Tensor
 
@@ -117,10 +117,10 @@ class Level(nn.Module):
         z = posterior.sample(eps)
         log_q = posterior.log_prob_terms(z)
         if self.iaf is None:
-            return Draw(posterior, z, prior.standardize(z), log_q - prior.log_prob_terms(z), posterior.kl(prior))
+            return Draw(posterior, z, prior, log_q - prior.log_prob_terms(z), posterior.kl(prior))
         z, log_det = self.iaf(z, both)
         log_ratio = log_q - log_det - prior.log_prob_terms(z)
-        return Draw(posterior, z, prior.standardize(z), log_ratio, sum_dims(log_ratio))
+        return Draw(posterior, z, prior, log_ratio, sum_dims(log_ratio))
 
     def finish(self, features: Tensor, z: Tensor | None) -> Tensor:
         """Features that know of ``z``."""

@@ -12,7 +12,7 @@ from PIL import features
 from export.detector import fit_calibration
 from serving.bundle import CALIBRATION_NAME, verify_bundle, write_manifest
 from serving.engine import InferenceEngine
-from serving.errors import ApiError
+from serving.errors import ApiError, unusable
 from serving.ood import Calibration, CalibrationError
 from serving.requests import InputImage, prepare_image
 
@@ -85,7 +85,11 @@ def statistics_of(engine: InferenceEngine, images: Iterable[bytes | np.ndarray],
     def flush() -> None:
         nonlocal done
         if waiting:
-            chunks.append(engine.statistics(np.stack(waiting)))
+            found = engine.statistics(np.stack(waiting))
+            finite = np.isfinite(np.stack(list(found.values()))).all(0)
+            skipped.extend(unusable("not_finite", "its likelihood is not a finite number").at(done + int(row))
+                           for row in np.flatnonzero(~finite))
+            chunks.append({key: values[finite] for key, values in found.items()})
             done += len(waiting)
             waiting.clear()
             report(f"{name}: scored {done} images")

@@ -38,16 +38,16 @@ class Reporter(threading.Thread):
     def run(self) -> None:
         while True:
             time.sleep(SECONDS)
-            try:
-                self.report()
-            except Exception:  # telemetry must not end with one bad line
-                logger.exception("telemetry could not be reported")
+            self.report()
 
     def report(self) -> None:
         """Hand over what is new."""
         for measurement in self._telemetry.collect():
-            metric = self._cache.get_metric(measurement.metric.name, _KINDS[measurement.metric.kind])
-            metric.add_or_update(measurement.value, [*self._common, *measurement.labels])
+            try:
+                metric = self._cache.get_metric(measurement.metric.name, _KINDS[measurement.metric.kind])
+                metric.add_or_update(measurement.value, [*self._common, *measurement.labels])
+            except Exception:  # one bad line must not end the others
+                logger.exception("%s could not be reported", measurement.metric.name)
 
 
 def _worker_name() -> str:

@@ -24,8 +24,9 @@ class Backend(Protocol):
 
     name: str
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Compute one batch; names are those of :mod:`serving.signatures`."""
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None) -> dict[
+            str, np.ndarray]:
+        """Compute one batch; names are those of :mod:`serving.signatures`. ``wanted`` outputs, or all."""
         ...
 
 
@@ -83,9 +84,10 @@ class OnnxRuntimeBackend:
         self._outputs = {graph: [o.name for o in s.get_outputs()] for graph, s in self._sessions.items()}
         self.name = f"onnxruntime/{provider}"
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = self._sessions[graph].run(None, dict(inputs))
-        return dict(zip(self._outputs[graph], values, strict=True))
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None) -> dict[
+            str, np.ndarray]:
+        names = wanted or self._outputs[graph]
+        return dict(zip(names, self._sessions[graph].run(names, dict(inputs)), strict=True))
 
 
 def _gpu_is_there(ort: Any, device: str) -> bool:
@@ -120,7 +122,8 @@ class TorchScriptBackend:
         self._graphs = set(graphs)
         self.name = f"torchscript/{self._device}"
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None) -> dict[
+            str, np.ndarray]:
         if graph not in self._graphs:
             raise BackendError(f"graph {graph} was not loaded")
         torch = self._torch
@@ -129,4 +132,5 @@ class TorchScriptBackend:
             values = getattr(self._module, graph)(*args)
         if not isinstance(values, tuple):
             values = (values,)
-        return {name: value.cpu().numpy() for name, value in zip(outputs_of(graph, self._levels), values, strict=True)}
+        return {name: value.cpu().numpy() for name, value in zip(outputs_of(graph, self._levels), values, strict=True)
+                if wanted is None or name in wanted}

@@ -261,6 +261,8 @@ def _error(answer: httpx.Response) -> AdeError:
         return AdeError(413, "request_too_large", "the request is larger than the server reads")
     if status == 404:
         return AdeError(404, "unknown_model", "the server has no model of this name")
+    if kind == "ErrorDataDecoderException":
+        return AdeError(400, "malformed_request", "the form cannot be taken apart")
     if kind == "InvalidKeyException":
         return AdeError(401, "bad_token", "the server wants a valid token")
     if status in (503, 507):

@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 ALLOWANCE = 0.5  # standard deviations: shifts of twice this are told the quickest
 WINDOW = 500  # images
+MOST = 25.0  # of a sum: once the stream is as before, it is back below any threshold after some fifty images
 
 _normal = NormalDist()
 
@@ -23,8 +24,8 @@ class DriftMonitor:
 
     Attributes:
         images: how many it has seen.
-        strange: the cumulative sum towards stranger images, in standard deviations; it starts at 0 and is never below.
-        usual: the same towards images that are too usual, such as one that comes again and again.
+        strange: the cumulative sum towards stranger images, in standard deviations, from 0 to :data:`MOST`.
+        usual: the same towards images that are more usual than they should be.
     """
 
     def __init__(self) -> None:
@@ -38,8 +39,8 @@ class DriftMonitor:
         tiny = 1e-12
         z = _normal.inv_cdf(min(max(1 - uniform, tiny), 1 - tiny))
         self.images += 1
-        self.strange = max(0.0, self.strange + z - ALLOWANCE)
-        self.usual = max(0.0, self.usual - z - ALLOWANCE)
+        self.strange = min(max(0.0, self.strange + z - ALLOWANCE), MOST)
+        self.usual = min(max(0.0, self.usual - z - ALLOWANCE), MOST)
         self._window.append(uniform)
 
     def distance(self) -> float:

@@ -19,7 +19,7 @@ from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
 from serving.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
 from serving.ood import Calibration, Verdict
 from serving.signatures import OPERATIONS, input_shape, inputs_of, part_names
-from serving.statistics import compute_statistics
+from serving.statistics import compute_statistics, statistic_names
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 
@@ -81,6 +81,7 @@ class InferenceEngine:
         self.calibration: Calibration | None = None
         if self.bundle.has(CALIBRATION_NAME):
             self.calibration = Calibration.load(self.bundle.file(CALIBRATION_NAME))
+            self.calibration.check_statistics(statistic_names(self.bundle.image_shape, self.bundle.latent_shapes))
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)
@@ -188,7 +189,9 @@ class InferenceEngine:
         parts: list[np.ndarray] = []
         bits: dict[int, np.ndarray] = {}
         verdicts: dict[int, Verdict] = {}
-        for first, outputs in self._batches("score", len(draws), lambda row: self._draw(images, digests, draws[row])):
+        wanted = ["parts"] if self.calibration is None and not (maps and any(maps)) else None
+        inputs = lambda row: self._draw(images, digests, draws[row])
+        for first, outputs in self._batches("score", len(draws), inputs, wanted):
             rows = draws[first:first + len(outputs["parts"])]
             parts.append(outputs["parts"].astype(np.float64))
             verdicts |= self._verdicts(images, digests, rows, outputs)
@@ -201,7 +204,7 @@ class InferenceEngine:
         for i, k in enumerate(samples):
             mine = values[start:start + k]
             start += k
-            if not np.isfinite(mine).all():
+            if not np.isfinite(mine).all() or self.calibration is not None and i not in verdicts:
                 results.append(NotFinite("the model's likelihood of this image is not a finite number"))
                 continue
             score = self._summarize(mine, verdicts.get(i))
@@ -241,6 +244,10 @@ class InferenceEngine:
             return {}
         chosen = [draws[n][0] for n in rows]
         statistics = compute_statistics(images[chosen], {name: value[rows] for name, value in outputs.items()})
+        finite = np.isfinite(np.stack(list(statistics.values()))).all(0)
+        if not finite.all():
+            chosen = [i for i, good in zip(chosen, finite, strict=True) if good]
+            statistics = {name: values[finite] for name, values in statistics.items()}
         ties = [tie_breaker(digests[i]) for i in chosen]
         return dict(zip(chosen, self.calibration.verdicts(statistics, ties), strict=True))
 
@@ -266,15 +273,15 @@ class InferenceEngine:
         outputs = [batch for _, batch in self._batches(graph, count, inputs)]
         return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
 
-    def _batches(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]]) -> Iterator[
-            tuple[int, dict[str, np.ndarray]]]:
+    def _batches(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]],
+                 wanted: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Compute ``count`` rows in batches of the bucket sizes, padded with the last row; before each its first number."""
         for first in range(0, count, BUCKETS[-1]):
             rows = [inputs(i) for i in range(first, min(first + BUCKETS[-1], count))]
             bucket = next(b for b in BUCKETS if b >= len(rows))
             padded = rows + [rows[-1]] * (bucket - len(rows))
             batch = {name: np.stack([row[name] for row in padded]) for name in inputs_of(graph, self._levels)}
-            yield first, {name: value[:len(rows)] for name, value in self.backend.run(graph, batch).items()}
+            yield first, {name: value[:len(rows)] for name, value in self.backend.run(graph, batch, wanted).items()}
 
     def _shape(self, name: str) -> tuple[int, int, int]:
         return input_shape(name, self.image_shape, self.latent_shapes)

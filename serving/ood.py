@@ -152,6 +152,17 @@ class Calibration:
         """Which of the statistics need no model."""
         return [i for i, name in enumerate(self.names) if name.startswith(PIXEL_PREFIX)]
 
+    def check_statistics(self, names: Sequence[str]) -> None:
+        """Make sure that what it was fitted to is still computed.
+
+        Raises:
+            CalibrationError: naming what is not.
+        """
+        missing = sorted(set(self.names) - set(names))
+        if missing:
+            raise CalibrationError(f"the calibration was fitted to statistics that this version does not compute: "
+                                   f"{', '.join(missing)}; ade calibrate makes another")
+
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
         return np.stack([statistics[name] for name in self.names], axis=1)

@@ -11,6 +11,7 @@ from serving.signatures import OPERATIONS, part_names
 
 JSON = "application/json"
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/tiff")
+# TorchServe itself answers a full queue (503), a body above 64 MiB (413) and a missing token (400) in words of its own.
 STATUSES = {"400": "the request cannot be taken apart", "413": "more than a request may have",
             "415": "not an image, or a damaged one", "422": "well formed and not usable",
             "503": "overloaded or stopping: come again after Retry-After seconds"}
@@ -58,26 +59,31 @@ def _operation(name: str, operation: str, bundle: Bundle) -> dict[str, Any]:
     problem = {"content": {JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
     height, width, _ = bundle.image_shape
     about = f"{ABOUT[operation]}. {bundle.name}: {width} x {height} pixels."
+    answers: dict[str, Any] = {"200": {"description": "the answer", "content": _answers(operation, bundle)}}
+    if operation not in bundle.operations:
+        about, answers = f"{bundle.name} was trained without an inference network and can only sample: 422.", {}
     return {"operationId": name, "summary": ABOUT[operation], "description": about,
-            "requestBody": {"required": True, "content": _bodies(operation)},
-            "responses": {"200": {"description": "the answer", "content": _answers(operation, bundle)},
-                          **{status: {"description": words, **problem} for status, words in STATUSES.items()}}}
+            "requestBody": {"required": True, "content": _bodies(operation, bundle)},
+            "responses": {**answers, **{status: {"description": words, **problem} for status, words in STATUSES.items()}}}
 
 
-def _parameters(operation: str) -> dict[str, Any]:
-    return {name: {**spec.kind.schema, "description": spec.about,
-                   **({} if spec.default is None else {"default": spec.default})}
-            for name, spec in PARAMETERS[operation].items()}
+def _parameters(operation: str, bundle: Bundle) -> dict[str, Any]:
+    found = {name: {**spec.kind.schema, "description": spec.about,
+                    **({} if spec.default is None else {"default": spec.default})}
+             for name, spec in PARAMETERS[operation].items()}
+    if "kind" in found:
+        found["kind"]["enum"] = list(bundle.kinds)
+    return found
 
 
 def _object(properties: dict[str, Any], required: Sequence[str], closed: bool = True) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": not closed}
 
 
-def _bodies(operation: str) -> dict[str, Any]:
-    parameters = _parameters(operation)
+def _bodies(operation: str, bundle: Bundle) -> dict[str, Any]:
+    parameters = _parameters(operation, bundle)
     if operation == "sample":
-        return {JSON: {"schema": _object(parameters, ())}}
+        return {JSON: {"schema": _object(parameters, ())}, "multipart/form-data": {"schema": _object(parameters, ())}}
     files = {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES,
              "items": {"type": "string", "contentEncoding": "base64", "description": "an image file"}}
     form = {"image": {"type": "string", "format": "binary", "description": "a file; further ones image1, image2, …"}}

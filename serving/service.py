@@ -147,6 +147,7 @@ class Service:
         pixels = [image.pixels for images in usable for image in images]
         batch = np.stack(pixels) if pixels else np.empty((0, *self.engine.image_shape), np.uint8)
         answers = []
+        seen: list[tuple[Score, bool]] = []
         if self.operation == "encode":
             levels = self.engine.encode(batch, each("seed")) if pixels else []
             first = 0
@@ -164,9 +165,10 @@ class Service:
             scores = self.engine.score(batch, each("seed"), each("samples"), each("map")) if pixels else []
             for r, mine, images in zip(requests, _split(scores, counts), usable, strict=True):
                 if not r.probe:
-                    self.telemetry.observe((score, self._judges_resized or not image.resized)
-                                           for score, image in zip(mine, images, strict=True) if isinstance(score, Score))
+                    seen += [(score, self._judges_resized or not image.resized)
+                             for score, image in zip(mine, images, strict=True) if isinstance(score, Score)]
                 answers.append(_guarded(score_response, r.images, mine, r.parameters, self._judges_resized, self._model_id))
+        self.telemetry.observe(seen)  # once all is answered: a batch that fails is computed again, request by request
         return answers
 
     @staticmethod

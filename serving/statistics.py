@@ -12,7 +12,7 @@ Everything is computed row by row from one image's own values: no number depends
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -74,6 +74,16 @@ def compute_statistics(images: np.ndarray, outputs: Mapping[str, np.ndarray]) ->
     found["map_follows_edges"] = _correlation(bits, _edges(images))
     found |= _of_map("log_det_map", cost[:, COSTS.index("log_det")])
     return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def statistic_names(image_shape: tuple[int, int, int], latent_shapes: Sequence[tuple[int, int, int]]) -> list[str]:
+    """What :func:`compute_statistics` computes for a model: of zeros, to have one list and not two."""
+    height, width, channels = image_shape
+    outputs: dict[str, np.ndarray] = {
+        "parts": np.zeros((1, 2 + len(latent_shapes))), "cost": np.zeros((1, len(COSTS), height, width)),
+        **{name: np.zeros((1, channels, height, width), np.float32) for name in ("y", "residual")},
+        **{f"surprise_{i}": np.zeros((1, *shape), np.float32) for i, shape in enumerate(latent_shapes)}}
+    return list(compute_statistics(np.zeros((1, *image_shape), np.uint8), outputs))
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
@@ -179,7 +189,7 @@ def _within_patches(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _of_map(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
     """How unevenly, and at what distances alike, ``(N, H, W)`` is spread."""
     centred, variance, kurtosis = _moments(values)
-    far = _lags(values.shape[1])[-2:][0]
+    far = max(2, values.shape[1] // 8)
     return {f"{name}_spread": _log(variance) / 2, f"{name}_kurtosis": kurtosis,
             **{f"{name}_{lag}": (_lag(centred, 1, distance) + _lag(centred, 2, distance)) / (2 * variance)
                for lag, distance in (("near", 1), ("far", far))}}

@@ -14,6 +14,7 @@ from typing import Literal
 from serving.drift import DriftMonitor
 from serving.engine import Score
 
+MAX_BPD = 1000.0
 BPD_BOUNDS = (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, float("inf"))
 
 
@@ -64,7 +65,7 @@ class ScoreTelemetry:
         with self._lock:
             for score, counts in scores:
                 self._count += 1
-                self._sum += max(score.bpd, 0.0)  # a counter never falls; no photograph has fewer than none
+                self._sum += min(max(score.bpd, 0.0), MAX_BPD)  # a counter never falls, nor is it to be one image's
                 self._buckets.update(_le(bound) for bound in BPD_BOUNDS if score.bpd <= bound)
                 if counts and score.verdict is not None:
                     self._drift.update(score.verdict.uniform)
@@ -74,7 +75,8 @@ class ScoreTelemetry:
         with self._lock:
             if not self._count:
                 return []
-            found = [Measurement(BUCKET, n, (bound,)) for bound, n in self._buckets.items()]
+            # All of them, zeros too: without its lowest buckets a histogram would have other quantiles.
+            found = [Measurement(BUCKET, self._buckets[le], (le,)) for le in map(_le, BPD_BOUNDS)]
             found += [Measurement(SUM, self._sum), Measurement(COUNT, self._count)]
             if self._drift.images:
                 found += [Measurement(DRIFT_IMAGES, self._drift.images), Measurement(DRIFT_STRANGE, self._drift.strange),

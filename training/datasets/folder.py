@@ -21,7 +21,7 @@ def load_folder(folder: Path, image_size: int | None, cache: Path | None, report
     identity = json.dumps([size, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]])
     pixels, skipped = cached_pixels(identity, lambda: (len(files), size, size, 3), cache,
                                     lambda out: decode_into(out, size, contents(files), report))
-    return split_by_name(folder.name, names, pixels, skipped, report)
+    return split_by_name(folder.resolve().name, names, pixels, skipped, report)
 
 
 def image_files(folder: Path) -> list[Path]:
