@@ -14,6 +14,7 @@ from handlers.archives import ServingOptions, write_archives
 from handlers.torchserve import write_configuration
 from serving.backends import BACKENDS, DEVICES, BackendError
 from serving.bundle import Bundle, BundleError, open_bundle
+from serving.images import coder_version
 from serving.launcher import (
     Child,
     LaunchError,
@@ -53,6 +54,11 @@ def run(args: argparse.Namespace) -> None:
     names = [bundle.name for bundle in bundles]
     if len(set(names)) < len(names):
         raise BundleError(f"bundles served side by side need different names, got {', '.join(names)}")
+    for bundle in bundles:
+        coder = (bundle.manifest.get("calibration") or {}).get("webp", coder_version())
+        if coder != coder_version():
+            print(f"warning: {bundle.name} was calibrated with libwebp {coder}, here is {coder_version()}: verdicts may be "
+                  "off a little until ade calibrate makes another", file=sys.stderr, flush=True)
     on_gpu = _gpu_for(args.device)
     ports = Ports.from_environment()
     ports.check_free(args.host)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import features
 
 from export.detector import fit_calibration
 from serving.bundle import CALIBRATION_NAME, verify_bundle, write_manifest
 from serving.engine import InferenceEngine
 from serving.errors import ApiError, unusable
+from serving.images import coder_version
 from serving.ood import Calibration, CalibrationError
 from serving.requests import InputImage, prepare_image
 
@@ -56,7 +56,7 @@ def calibrate_bundle(folder: Path, out: Path, fit: Iterable[bytes | np.ndarray],
         (temporary / CALIBRATION_NAME).write_bytes(calibration.to_bytes())
         write_manifest(temporary, {**bundle.manifest, "calibration": {
             **calibration.summary(), "fitted_to": len(fitting["bpd"]), "data": data_name,
-            "webp": features.version("webp")}})
+            "webp": coder_version()}})
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 16_000_000  # decoded, this is 48 MB; a larger picture of another size is of no use to a small model
@@ -121,6 +121,11 @@ def write_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
     squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     Image.fromarray(squeezed).save(out, "PNG", pnginfo=info)
     return out.getvalue()
+
+
+def coder_version() -> str:
+    """Of the library that :func:`lossless_bits` codes with: another one's lengths may differ."""
+    return str(features.version("webp"))
 
 
 def lossless_bits(pixels: np.ndarray) -> float:
