@@ -16,6 +16,7 @@ VERBS = {
     "calibrate": "fit a bundle's verdict to held-out images and calibrate it, into a new bundle",
     "ood-bench": "measure how well a bundle's verdict tells strangers from usual images",
     "serve": "serve a bundle over HTTP, with a web page",
+    "status": "say how the service on this machine is",
 }
 
 

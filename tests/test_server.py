@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shlex
 import signal
@@ -22,8 +23,9 @@ from PIL import Image
 
 from ade_model.checkpoint import save_model
 from serving.client import AdeClient, AdeError, ScoreResult
+from serving.ports import VARIABLES
 from tests.conftest import PRETRAINED, ROOT, make_model, narrow
-from tests.service import RunningService
+from tests.service import RunningService, free_ports
 from tests.test_images import encode, png_header
 from tests.test_requests import npy
 
@@ -289,6 +291,30 @@ def test_telemetry_of_what_was_scored(service: RunningService, client: AdeClient
         assert re.search(rf'{name}{{model_name="score",worker="\d+",', text), name
     assert total('ade_bpd_bucket{model_name="score",worker="') > 0 and 'le="+Inf"' in text
     assert np.isfinite([r.bpd for r in found]).all()
+
+
+def test_status(service: RunningService, client: AdeClient) -> None:
+    client.sample(seed=1)
+    with pytest.raises(AdeError):
+        client.sample(n=0)
+    environment = {**os.environ, **{VARIABLES[name][0]: str(port) for name, port in service.ports.items()}}
+
+    def status(*options: str, **changes: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "ade_cli.main", "status", *options], cwd=ROOT, capture_output=True,
+                              text=True, env={**environment, **changes})
+
+    text = status()
+    assert text.returncode == 0, text.stdout + text.stderr
+    assert "ready      yes" in text.stdout and "backend    onnxruntime/CPU" in text.stdout and "READY (pid" in text.stdout
+    found = json.loads(status("--json").stdout)
+    manifest = json.loads((PRETRAINED / "manifest.json").read_text())
+    assert found["answers"]["model"] == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
+    assert set(found["models"]) == set(OPERATIONS) and found["models"]["score"]["queued"] == 0
+    assert all(w["state"] == "READY" and w["memory_mib"] > 50 for m in found["models"].values() for w in m["workers"])
+    assert found["requests"]["2xx"] > 0 and found["requests"]["4xx"] > 0 and found["versions"]["torchserve"]
+    unused = dict(zip((v for v, _ in VARIABLES.values()), map(str, free_ports(len(VARIABLES))), strict=True))
+    away = status(**unused)
+    assert away.returncode == 1 and "ready      no" in away.stdout and "Traceback" not in away.stderr
 
 
 def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:

@@ -1,0 +1,42 @@
+"""``ade status``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from serving.ports import PortError, Ports
+from serving.status import read_status
+
+ERRORS = (PortError,)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.description = ("Say how the service on this machine is, on the ports that ADE_…_PORT say. Exit status 0 if all "
+                          "operations answer, 1 if not. ADE_TOKEN: the token, where the service asks for one.")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = read_status(Ports.from_environment(), os.environ.get("ADE_TOKEN"))
+    print(json.dumps(found, indent=2) if args.json else _text(found))
+    return 0 if found["ready"] else 1
+
+
+def _text(found: dict[str, Any]) -> str:
+    answers = found["answers"] or {}
+    lines = [f"ready      {'yes, all operations answer' if found['ready'] else 'no'}",
+             f"model      {answers.get('model', 'no answer')}", f"backend    {answers.get('backend', 'no answer')}"]
+    for name, model in (found["models"] or {"workers": None}).items():
+        if model is None:
+            lines.append(f"{name:10} unknown: the management API does not answer")
+            continue
+        states = ", ".join(f"{w['state']} (pid {w['pid']}, {w['memory_mib']} MiB)" for w in model["workers"]) or "none"
+        lines.append(f"{name:10} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}")
+    if found["requests"] is not None:
+        lines.append("requests   " + (", ".join(f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items()))
+                                      or "none yet"))
+    lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    return "\n".join(lines)

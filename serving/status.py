@@ -1,0 +1,90 @@
+"""What a running service says of itself: whether it answers, who answers, with how many workers, and what went wrong."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib import metadata
+from typing import Any
+
+import httpx
+import psutil
+
+from serving.ports import Ports
+from serving.requests import PROBE_HEADER
+
+PACKAGES = ("av-ade", "torchserve", "torch", "onnxruntime-gpu", "onnxruntime", "gradio", "pillow", "numpy")
+TIMEOUT_S = 30.0
+
+
+def read_status(ports: Ports, token: str | None = None) -> dict[str, Any]:
+    """Ask every part of a service on this machine; what does not answer is ``None``.
+
+    Args:
+        ports: where it listens.
+        token: where it asks for one.
+    """
+    headers = {PROBE_HEADER: "1", **({} if token is None else {"Authorization": f"Bearer {token}"})}
+    with httpx.Client(timeout=TIMEOUT_S, headers=headers) as http:
+        ready = _get(http, f"http://127.0.0.1:{ports.ui}/readyz", {200, 503})
+        metrics = _get(http, f"http://127.0.0.1:{ports.metrics}/metrics", {200})
+        listed = _get(http, f"http://127.0.0.1:{ports.management}/models?limit=1000", {200})
+        names = [model["modelName"] for model in listed.json()["models"]] if listed else []
+        models = {}
+        for name in names:
+            described = _get(http, f"http://127.0.0.1:{ports.management}/models/{name}", {200})
+            models[name] = _model(described.json()[0]) if described else None
+        return {"ready": ready is not None and bool(ready.json().get("ready")),
+                "answers": _who_answers(http, ports), "models": models or None,
+                "requests": _requests(metrics.text) if metrics else None, "versions": versions()}
+
+
+def _get(http: httpx.Client, url: str, statuses: set[int]) -> httpx.Response | None:
+    try:
+        answer = http.get(url)
+    except httpx.TransportError:
+        return None
+    return answer if answer.status_code in statuses else None
+
+
+def _who_answers(http: httpx.Client, ports: Ports) -> dict[str, str] | None:
+    try:
+        answer = http.post(f"http://127.0.0.1:{ports.inference}/predictions/sample", json={"seed": 0})
+    except httpx.TransportError:
+        return None
+    found = {name: answer.headers.get(f"X-Ade-{name}") for name in ("Model", "Backend")}
+    return {name.lower(): value for name, value in found.items() if value} or None
+
+
+def _model(described: dict[str, Any]) -> dict[str, Any]:
+    queue = described.get("jobQueueStatus", {})
+    return {"workers": [{"pid": w["pid"], "state": w["status"], "memory_mib": _memory(w["pid"]),
+                         "since": w["startTime"]} for w in described["workers"]],
+            "queued": queue.get("pendingRequests"), "queue_room": queue.get("remainingCapacity")}
+
+
+def _memory(pid: int) -> int | None:
+    """Resident MiB; TorchServe's own figure is 0 where its system metrics are off."""
+    try:
+        return round(psutil.Process(pid).memory_info().rss / 2**20)
+    except psutil.Error:
+        return None
+
+
+def _requests(metrics: str) -> dict[str, float]:
+    """How many were answered, by the first digit of their status."""
+    found: dict[str, float] = {}
+    for digit, value in re.findall(r"^Requests([245])XX\{[^}]*\} ([0-9.eE+]+)$", metrics, re.MULTILINE):
+        found[f"{digit}xx"] = found.get(f"{digit}xx", 0.0) + float(value)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that answers depend on, and of Python."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
