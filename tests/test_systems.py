@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from ade_model.checkpoint import load_model
+from export.calibrate import calibrate_bundle
 from export.write import export_bundle
 from serving.engine import InferenceEngine
 from serving.images import write_png
+from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import Service
 from tests.conftest import make_folder, narrow
@@ -75,6 +77,12 @@ def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset,
     export_bundle(latest_checkpoint(whole), bundle, "it", small_images[:40], None)
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["recipe"] == config.recipe and len({row["graph"] for row in manifest["parity"]}) >= 4
+    if config.model.encoder:  # what can score gets a verdict, whatever it is made of
+        calibrate_bundle(bundle, tmp_path / "calibrated", small_images[:100], small_images[100:200], "corners")
+        bundle = tmp_path / "calibrated"
+    else:
+        with pytest.raises(CalibrationError, match="cannot score"):
+            calibrate_bundle(bundle, tmp_path / "calibrated", small_images[:100], small_images[100:200], "corners")
     engine = InferenceEngine(bundle, device="cpu")
     status, answer = ask(Service("sample", engine), n=2, seed=3, format="json")
     assert status == 200 and len(answer["results"]) == 2
@@ -89,6 +97,7 @@ def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset,
         assert status == 200, answer
         (result,) = answer["results"]
         if operation == "score":
+            assert 0 < result["p_value"] <= 1 and result["explain"]
             assert sum(result["bpd_parts"].values()) == pytest.approx(result["bpd"], abs=1e-5)
         if operation == "reconstruct" and not config.model.widths:
             assert result["psnr"] is None or result["psnr"] > 60  # a flow by itself is exact

@@ -1,0 +1,75 @@
+"""What docs/ood.md promises of the shipped bundle, on real images: false alarms, strangers, never worse than the bits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from export.calibrate import statistics_of
+from export.corruptions import CORRUPTIONS
+from export.detector import fit_calibration
+from export.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
+from serving.engine import InferenceEngine
+from serving.ood import conformal_p_values
+from tests.conftest import PRETRAINED, ROOT
+
+SHARED = ROOT.parent / "shared" / "data"
+ALPHAS = (0.1, 0.05, 0.01)
+LEAST = {"chars74k": 0.95, "textures": 0.94, **dict.fromkeys(CORRUPTIONS, 0.99)}
+
+needs_data = pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="CIFAR-10 is not at ../shared/data")
+
+
+@pytest.fixture(scope="module")
+def engine() -> InferenceEngine:
+    return InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
+
+
+def test_spoilt_images_are_found_among_a_few(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    """On the few images that ship, whatever else is there."""
+    usual = scores_of(engine.calibration, engine.statistics(real_images))
+    assert (conformal_p_values(engine.calibration.scores, usual[COMBINED]) <= 0.1).mean() < 0.1 + 4 * math.sqrt(0.09 / 300)
+    for name, corrupt in CORRUPTIONS.items():
+        strange = scores_of(engine.calibration, engine.statistics(corrupt(real_images[:40], np.random.default_rng(0))))
+        assert compare_scores(usual[COMBINED], strange[COMBINED]).auroc > 0.985, name
+
+
+@pytest.mark.slow
+@needs_data
+def test_false_alarms_and_strangers(engine: InferenceEngine) -> None:
+    from training.datasets import load_dataset
+
+    parts = load_dataset("cifar10", str(SHARED / "cifar10")).parts
+    test_images = np.asarray(parts["test"].images[:])
+    test = statistics_of(engine, test_images, "test")
+    held_out = statistics_of(engine, np.concatenate([parts["select"].images[:], parts["calibrate"].images[:]]), "held out")
+    level = 1 - 0.05 / 9
+    for split in range(3):
+        order = np.random.default_rng(split).permutation(5000) if split else np.arange(5000)
+        fitted = fit_calibration({k: v[order[:2000]] for k, v in held_out.items()},
+                                 {k: v[order[2000:]] for k, v in held_out.items()})
+        p_values = conformal_p_values(fitted.scores, fitted.mixture.surprise(fitted.normal(fitted.rows(test))))
+        for alpha in ALPHAS:
+            k = math.floor(alpha * 3001)
+            low, high = stats.betabinom.ppf([(1 - level) / 2, (1 + level) / 2], 10_000, k, 3001 - k)
+            assert low <= (p_values <= alpha).sum() <= high, (split, alpha)
+    usual = scores_of(engine.calibration, test)
+    for name, least in LEAST.items():
+        images = (np.load(SHARED / "ood" / f"{name}.npz")["images"] if name not in CORRUPTIONS
+                  else CORRUPTIONS[name](test_images[:500], np.random.default_rng(0)))
+        strange = scores_of(engine.calibration, statistics_of(engine, images, name))
+        found = {score: compare_scores(usual[score], strange[score]).auroc for score in (COMBINED, RAW_BPD, NO_MODEL)}
+        assert found[COMBINED] >= least and found[COMBINED] >= found[RAW_BPD] - 0.01, (name, found)
+
+
+def test_the_documented_figures_are_the_report_s() -> None:
+    """docs/ood.md tells what docs/ood/report.md measured."""
+    text, report = (Path(ROOT / "docs" / name).read_text() for name in ("ood.md", "ood/report.md"))
+    for row, name in (("characters", "chars74k"), ("textures", "textures")):
+        (line,) = [line for line in report.splitlines() if line.startswith(f"| {name} (")]
+        auroc = line.split("|")[3].split("±")[0].strip()
+        assert f"| {row} | **{float(auroc):.3f}**" in text
