@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
 
 if TYPE_CHECKING:
+    from tests.service import RunningService
     from training.recipes import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +85,16 @@ def tiny_bundle(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factor
     export_bundle(tiny_checkpoint, folder / "exported", "tiny", small_images[:40], None)
     calibrate_bundle(folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners")
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[RunningService]:
+    """``ade serve`` with the bundle that ships, for every test that leaves it as it was."""
+    from tests.service import RunningService
+
+    running = RunningService(PRETRAINED)
+    yield running
+    running.stop()
 
 
 def make_folder(folder: Path, images: np.ndarray) -> Path:

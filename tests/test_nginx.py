@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import PRETRAINED, ROOT
+from tests.conftest import ROOT
 from tests.service import RunningService, free_ports
 from tests.test_requests import npy
 
@@ -22,13 +22,6 @@ EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx-light)")]
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[RunningService]:
-    running = RunningService(PRETRAINED)
-    yield running
-    running.stop()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -50,13 +49,6 @@ schemathesis.openapi.media_type("application/x-npy", st.one_of(
     st.integers(0, 99).map(lambda seed: npy(pixels(seed)[None].repeat(1 + seed % 3, 0))), st.binary(max_size=300)))
 # A base64 string of the schema is an image more often than not: random text never gets past the first check.
 schemathesis.openapi.format("binary", files("image/png"))
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[RunningService]:
-    running = RunningService(PRETRAINED)
-    yield running
-    running.stop()
 
 
 @pytest.fixture(scope="module")

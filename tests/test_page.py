@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from serving.ui import REASONS
-from tests.conftest import PRETRAINED, ROOT
+from tests.conftest import ROOT
 from tests.service import RunningService
 
 CHROMIUM = shutil.which("chromium")
@@ -23,13 +23,6 @@ EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 WAIT_MS = 60_000
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed (apt-get install chromium)")
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[RunningService]:
-    running = RunningService(PRETRAINED)
-    yield running
-    running.stop()
 
 
 @pytest.fixture(scope="module")

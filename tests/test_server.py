@@ -34,13 +34,6 @@ OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[RunningService]:
-    running = RunningService(PRETRAINED)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
 def client(service: RunningService) -> Iterator[AdeClient]:
     with AdeClient(service.url) as made:
         yield made
