@@ -120,6 +120,7 @@ def test_errors_of_every_origin_have_one_shape(proxy: str) -> None:
     assert ask(proxy, "/v1/score", method="OPTIONS").status_code == 405  # no CORS
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
 def test_tls_is_modern_and_plain_text_is_refused(proxy: str) -> None:
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
