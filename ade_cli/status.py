@@ -27,16 +27,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(found: dict[str, Any]) -> str:
     answers = found["answers"] or {}
-    lines = [f"ready      {'yes, all operations answer' if found['ready'] else 'no'}",
-             f"model      {answers.get('model', 'no answer')}", f"backend    {answers.get('backend', 'no answer')}"]
+    lines = [f"ready       {'yes, all operations answer' if found['ready'] else 'no'}",
+             f"model       {answers.get('model', 'no answer')}", f"backend     {answers.get('backend', 'no answer')}"]
     for name, model in (found["models"] or {"workers": None}).items():
         if model is None:
-            lines.append(f"{name:10} unknown: the management API does not answer")
+            lines.append(f"{name:11} unknown: the management API does not answer")
             continue
         states = ", ".join(f"{w['state']} (pid {w['pid']}, {w['memory_mib']} MiB)" for w in model["workers"]) or "none"
-        lines.append(f"{name:10} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}")
+        lines.append(f"{name:11} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}")
     if found["requests"] is not None:
-        lines.append("requests   " + (", ".join(f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items()))
+        lines.append("requests    " + (", ".join(f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items()))
                                       or "none yet"))
-    lines.append("versions   " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     return "\n".join(lines)

@@ -298,7 +298,7 @@ def test_status(service: RunningService, client: AdeClient) -> None:
 
     text = status()
     assert text.returncode == 0, text.stdout + text.stderr
-    assert "ready      yes" in text.stdout and "backend    onnxruntime/CPU" in text.stdout and "READY (pid" in text.stdout
+    assert "ready       yes" in text.stdout and "backend     onnxruntime/CPU" in text.stdout and "READY (pid" in text.stdout
     found = json.loads(status("--json").stdout)
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
     assert found["answers"]["model"] == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
@@ -307,7 +307,7 @@ def test_status(service: RunningService, client: AdeClient) -> None:
     assert found["requests"]["2xx"] > 0 and found["requests"]["4xx"] > 0 and found["versions"]["torchserve"]
     unused = dict(zip((v for v, _ in VARIABLES.values()), map(str, free_ports(len(VARIABLES))), strict=True))
     away = status(**unused)
-    assert away.returncode == 1 and "ready      no" in away.stdout and "Traceback" not in away.stderr
+    assert away.returncode == 1 and "ready       no" in away.stdout and "Traceback" not in away.stderr
 
 
 def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
