@@ -36,7 +36,7 @@ def _text(found: dict[str, Any]) -> str:
         states = ", ".join(f"{w['state']} (pid {w['pid']}, {w['memory_mib']} MiB)" for w in model["workers"]) or "none"
         lines.append(f"{name:11} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}")
     if found["requests"] is not None:
-        lines.append("requests    " + (", ".join(f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items()))
-                                      or "none yet"))
+        counts = ", ".join(f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items()))
+        lines.append(f"requests    {counts or 'none yet'}")
     lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     return "\n".join(lines)
