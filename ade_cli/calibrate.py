@@ -28,7 +28,6 @@ MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # the rest calibrates; of CIFAR-10's held-out images it is as much
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("out", type=Path, metavar="OUT", help="the new bundle's folder; must not exist")

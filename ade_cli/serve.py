@@ -55,10 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise BundleError(f"bundles served side by side need different names, got {', '.join(names)}")
     for bundle in bundles:
-        coder = (bundle.manifest.get("calibration") or {}).get("webp", coder_version())
-        if coder != coder_version():
-            print(f"warning: {bundle.name} was calibrated with libwebp {coder}, here is {coder_version()}: verdicts may be "
-                  "off a little until ade calibrate makes another", file=sys.stderr, flush=True)
+        _warn_of_another_coder(bundle)
     on_gpu = _gpu_for(args.device)
     ports = Ports.from_environment()
     ports.check_free(args.host)
@@ -95,6 +92,14 @@ def run(args: argparse.Namespace) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             for child in reversed(children):
                 stop_child(child)
+
+
+def _warn_of_another_coder(bundle: Bundle) -> None:
+    calibration = bundle.manifest.get("calibration") or {}
+    coder = calibration.get("webp", coder_version())
+    if coder != coder_version():
+        print(f"warning: {bundle.name} was calibrated with libwebp {coder}, here is {coder_version()}: verdicts may be off "
+              "a little until ade calibrate makes another", file=sys.stderr, flush=True)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -79,15 +79,15 @@ def statistics_of(engine: InferenceEngine, images: Iterable[bytes | np.ndarray],
     """
     chunks: list[dict[str, np.ndarray]] = []
     skipped: list[ApiError] = []
-    waiting: list[np.ndarray] = []
+    waiting: list[tuple[int, np.ndarray]] = []
     done = 0
 
     def flush() -> None:
         nonlocal done
         if waiting:
-            found = engine.statistics(np.stack(waiting))
+            found = engine.statistics(np.stack([pixels for _, pixels in waiting]))
             finite = np.isfinite(np.stack(list(found.values()))).all(0)
-            skipped.extend(unusable("not_finite", "its likelihood is not a finite number").at(done + int(row))
+            skipped.extend(unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
                            for row in np.flatnonzero(~finite))
             chunks.append({key: values[finite] for key, values in found.items()})
             done += len(waiting)
@@ -97,7 +97,7 @@ def statistics_of(engine: InferenceEngine, images: Iterable[bytes | np.ndarray],
     for index, source in enumerate(images):
         image = prepare_image(source, engine.image_shape, resize == "fit", index)
         if isinstance(image, InputImage):
-            waiting.append(image.pixels)
+            waiting.append((index, image.pixels))
         else:
             skipped.append(image)
         if len(waiting) == CHUNK:

@@ -16,7 +16,7 @@ import pytest
 from ade_model.checkpoint import load_model
 from export.parity import ParityError, check_parity
 from export.write import ExportError, export_bundle
-from serving.bundle import BundleError, open_bundle, verify_bundle
+from serving.bundle import Bundle, BundleError, open_bundle, verify_bundle
 from serving.engine import InferenceEngine
 from serving.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from tests.conftest import PRETRAINED, ROOT
@@ -142,3 +142,13 @@ def test_export_refuses_an_existing_folder(tiny_checkpoint: Path, small_images: 
         export_bundle(tiny_checkpoint, tmp_path, "tiny", small_images, None)
     with pytest.raises(ExportError, match="parity needs images of"):
         export_bundle(tiny_checkpoint, tmp_path / "new", "tiny", small_images[:, :4], None)
+
+
+def test_another_lossless_coder_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    from ade_cli.serve import _warn_of_another_coder
+
+    bundle = open_bundle(PRETRAINED)
+    _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": None}))
+    assert capsys.readouterr().err == ""
+    _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": {"webp": "0.1"}}))
+    assert f"{bundle.name} was calibrated with libwebp 0.1" in capsys.readouterr().err

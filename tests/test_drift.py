@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from serving.drift import WINDOW, DriftMonitor
+from serving.drift import MOST, WINDOW, DriftMonitor
 
 
 def run(values: np.ndarray) -> DriftMonitor:
@@ -54,3 +54,11 @@ def test_the_distance_is_that_of_kolmogorov_and_smirnov() -> None:
 
 def test_extremes_are_finite() -> None:
     assert np.isfinite(run(np.array([0.0, 1.0, 1e-300])).strange)
+
+
+def test_an_alarm_is_over_soon_after_its_cause() -> None:
+    monitor = run(np.full(1000, 1e-4))
+    assert monitor.strange == MOST
+    for value in np.random.default_rng(4).uniform(size=80):
+        monitor.update(float(value))
+    assert monitor.strange < 8

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from serving.backends import BackendError
-from serving.engine import BUCKETS, InferenceEngine, Score
+from serving.engine import BUCKETS, InferenceEngine, NotFinite, Score
 from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import Service
@@ -254,6 +254,25 @@ def test_latents_that_are_not_finite_are_that_image_s_error(engine: InferenceEng
     assert answer.status == 200 and [("error" in r) for r in results] == [False, True, False]
     assert results[1]["error"] | {"message": ""} == {"code": "not_finite", "message": "", "index": 1}
     assert npz.status == 422 and json.loads(npz.body)["error"]["index"] == 1
+
+
+def test_statistics_that_are_not_finite_are_that_image_s_error(engine: InferenceEngine, real_images: np.ndarray,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    (expected,) = engine.score(real_images[:1])
+    whole = engine.backend.run
+
+    def spoilt(graph: str, inputs: dict, wanted: list | None = None) -> dict:
+        outputs = whole(graph, inputs, wanted)
+        return {**outputs, "residual": np.where(np.arange(len(inputs["images"]))[:, None, None, None] == 1, 1e30,
+                                                outputs["residual"]).astype(np.float32)}
+
+    monkeypatch.setattr(engine.backend, "run", spoilt)
+    with np.errstate(all="ignore"):
+        good, bad = engine.score(real_images[:2])
+        (answer,) = Service("score", engine).answer([as_json(images=[file(image) for image in real_images[:2]])])
+    assert good == expected and isinstance(bad, NotFinite)
+    results = json.loads(answer.body)["results"]
+    assert answer.status == 200 and results[0]["bpd"] == expected.bpd and results[1]["error"]["code"] == "not_finite"
 
 
 def test_a_batch_that_would_take_too_long_asks_some_to_come_again(engine: InferenceEngine, real_images: np.ndarray,

@@ -157,6 +157,13 @@ def test_what_does_not_vary_is_left_out() -> None:
     assert fitted.names == NAMES[:3]
 
 
+def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
+    fitted = calibration()
+    fitted.check_statistics([*NAMES, "another"])
+    with pytest.raises(CalibrationError, match="does not compute: complexity, residual_rows; ade calibrate"):
+        fitted.check_statistics(["bpd", "pixel_mean_0"])
+
+
 def test_file_round_trip(tmp_path: Path) -> None:
     fitted = calibration()
     path = tmp_path / "calibration.npz"
