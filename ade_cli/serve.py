@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
+
 from handlers.archives import ServingOptions, write_archives
 from handlers.torchserve import write_configuration
 from serving.backends import BACKENDS, DEVICES, BackendError
@@ -27,10 +29,13 @@ from serving.launcher import (
     working_folder,
 )
 from serving.ports import USER, PortError, Ports
+from serving.profile import Totals, profile_table, read_totals
 from serving.signatures import OPERATIONS
 
 ERRORS = (BundleError, PortError, LaunchError, BackendError)
 MAX_SCORE_WORKERS = 4
+PROFILE_S = 10.0
+SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
     parser.add_argument("--workers", type=int, metavar="N",
-                        help="processes of each operation (default: 1, and for score one a core, at most "
-                             f"{MAX_SCORE_WORKERS})")
+                        help="processes of each operation, each computing with one thread (default: 1, and for score one a "
+                             f"core, at most {MAX_SCORE_WORKERS})")
+    parser.add_argument("--logs", type=Path, metavar="DIR",
+                        help="keep logs there, such as one JSON line a request (default: a folder that is gone afterwards)")
+    parser.add_argument("--profile", action="store_true",
+                        help=f"say every {PROFILE_S:.0f} seconds where the time of requests went")
+    parser.add_argument("--cuda-graphs", action="store_true",
+                        help="on a GPU with onnxruntime: replay recorded kernels (not tried on a GPU yet)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,7 +73,10 @@ def run(args: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     workers = {operation: args.workers or (min(cores, MAX_SCORE_WORKERS) if operation == "score" else 1)
                for operation in OPERATIONS}
-    options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu")
+    threads = max(1, cores // (len(bundles) * sum(workers.values())))
+    options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu", threads, args.cuda_graphs)
+    if args.logs is not None:
+        args.logs.mkdir(parents=True, exist_ok=True)
     with working_folder() as folder:
         children: list[Child] = []
         try:
@@ -71,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
             models = []
             for i, bundle in enumerate(bundles):
                 models += write_archives(bundle, store, options, workers, bundle.name if i else None)
-            command, environment = write_configuration(folder, store, models, ports, args.host, on_gpu)
+            logs = folder / "logs" if args.logs is None else args.logs.resolve()
+            command, environment = write_configuration(folder, store, models, ports, args.host, options, logs)
             children.append(start_child("torchserve", command, environment, folder))
             token = None
             if args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -80,9 +95,8 @@ def run(args: argparse.Namespace) -> None:
                 token = json.loads(keys.read_text())["inference"]["key"]
             children.append(start_page(ports, args.host, folder, token, [b.folder for b in bundles]))
             wait_until(lambda: page_is_ready(ports, args.host), children)
-            _print_addresses(bundles, ports, args.host, token, folder, time.monotonic() - started)
-            while all(child.process.poll() is None for child in children):
-                time.sleep(0.5)
+            _print_addresses(bundles, ports, args.host, token, logs, time.monotonic() - started)
+            _watch(children, ports if args.profile else None)
             ended = next(child for child in children if child.process.poll() is not None)
             raise LaunchError(f"{ended.name} ended with {ended.process.returncode}:\n{ended.tail()}")
         except (KeyboardInterrupt, SystemExit):
@@ -92,6 +106,24 @@ def run(args: argparse.Namespace) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             for child in reversed(children):
                 stop_child(child)
+
+
+def _watch(children: list[Child], profiled: Ports | None) -> None:
+    """Wait until a child ends; meanwhile say where time goes, if the ports to ask at are given."""
+    totals: Totals = {}
+    next_profile = time.monotonic() + PROFILE_S
+    while all(child.process.poll() is None for child in children):
+        time.sleep(0.5)
+        if profiled is not None and time.monotonic() > next_profile:
+            next_profile += PROFILE_S
+            try:
+                now = read_totals(httpx.get(f"http://127.0.0.1:{profiled.metrics}/metrics", timeout=PROFILE_S).text)
+            except httpx.TransportError:  # busy: the next time will do
+                continue
+            table = profile_table(totals, now)
+            totals = now
+            if table:
+                print(table, end="\n\n", flush=True)
 
 
 def _warn_of_another_coder(bundle: Bundle) -> None:
@@ -110,14 +142,17 @@ def _gpu_for(device: str) -> bool:
     """Whether to serve on a GPU; asking for one that is not there is an error here, not in a worker."""
     if device == "cpu":
         return False
-    import torch
+    found = False
+    if any(path.exists() for path in SIGNS_OF_A_GPU):  # otherwise spare the second that PyTorch takes to say no
+        import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+        found = torch.cuda.is_available()
+    if device == "cuda" and not found:
         raise BackendError("--device cuda: PyTorch sees no CUDA device here")
-    return torch.cuda.is_available()
+    return found
 
 
-def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str | None, folder: Path,
+def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str | None, logs: Path,
                      seconds: float) -> None:
     url = inference_url(ports, host)
     auth = "" if token is None else f' -H "Authorization: Bearer {token}"'
@@ -131,4 +166,4 @@ def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str 
           f"page     http://{host}:{ports.ui}{login}\n"
           f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
           f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n"
-          f"logs     {folder / 'logs'}\n", *curls, "\nCtrl-C stops everything.", sep="\n", flush=True)
+          f"logs     {logs}\n", *curls, "\nCtrl-C stops everything.", sep="\n", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class ServingOptions:
 
     backend: str = "onnxruntime"
     device: str = "auto"
-    workers: int | None = None  # of each operation; None: by the machine
+    threads: int = 1  # of a worker, to decode pictures with; it computes with one
+    cuda_graphs: bool = False
 
 
 def archive_name(operation: str, prefix: str | None) -> str:
@@ -58,7 +60,7 @@ def write_archives(bundle: Bundle, store: Path, options: ServingOptions, workers
             "minWorkers": workers[operation], "maxWorkers": workers[operation], "batchSize": MAX_BATCH,
             "maxBatchDelay": 1,  # milliseconds; 0 would mean TorchServe's default of 100
             "responseTimeout": RESPONSE_TIMEOUT_S, "startupTimeout": STARTUP_TIMEOUT_S,
-            "ade": {"backend": options.backend, "device": options.device},
+            "ade": dataclasses.asdict(options),
         }
         config_file = store / f"{name}.yaml"
         config_file.write_text(yaml.safe_dump(config))

@@ -5,11 +5,16 @@ TorchServe is archived upstream: whatever replaces it needs one such file.
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
-from handlers.reporter import Reporter
+from ts.metrics import caching_metric
+
+from handlers.reporter import Reporter, worker_name
 from serving.engine import InferenceEngine
+from serving.journal import Journal
 from serving.requests import PROBE_HEADER, RawRequest
 from serving.service import Service
 
@@ -24,17 +29,20 @@ class OperationHandler:
 
     def initialize(self, context: Any) -> None:
         """Load and warm up the engine from the archive's folder, as ``model-config.yaml`` says."""
+        _quieten()
         properties = context.system_properties
         options = context.model_yaml_config["ade"]
         engine = InferenceEngine(Path(properties["model_dir"]), options["backend"], options["device"],
-                                 [self.operation], gpu=int(properties.get("gpu_id") or 0))
+                                 [self.operation], int(properties.get("gpu_id") or 0), options["cuda_graphs"])
         engine.warm_up()
-        self.service = Service(self.operation, engine)
+        journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
+        self.service = Service(self.operation, engine, options["threads"], journal)
         Reporter(self.service.telemetry, context.metrics, context.model_name).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch; every item gets its own status, type and headers."""
-        requests = [_raw_request(row, context.get_all_request_header(i)) for i, row in enumerate(data)]
+        requests = [_raw_request(row, context.get_all_request_header(i), context.request_ids[i])
+                    for i, row in enumerate(data)]
         bodies = []
         for i, answer in enumerate(self.service.answer(requests)):
             context.set_response_status(answer.status, answer.phrase, idx=i)
@@ -45,12 +53,21 @@ class OperationHandler:
         return bodies
 
 
-def _raw_request(row: dict[str, Any], headers: dict[str, Any]) -> RawRequest:
+def _quieten() -> None:
+    """Keep TorchServe's worker from writing lines for every batch, which its other half would read one by one.
+
+    Metrics travel as such lines, at a level below warnings: their logger alone may go on.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger(caching_metric.__name__).setLevel(logging.INFO)
+
+
+def _raw_request(row: dict[str, Any], headers: dict[str, Any], request_id: str) -> RawRequest:
     # A form's fields share TorchServe's dictionary with the headers, as {"content-type": ...} of each part.
     named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
     kind = content_type.split(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        return RawRequest(content_type, None, row, probe)
+        return RawRequest(content_type, None, row, probe, request_id)
     body = row.get("body", row.get("data", b""))
-    return RawRequest(content_type, body if body is not None else b"", probe=probe)
+    return RawRequest(content_type, body if body is not None else b"", probe=probe, id=request_id)

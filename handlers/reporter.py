@@ -11,7 +11,7 @@ from typing import Any
 
 from ts.metrics.metric_type_enum import MetricTypes
 
-from serving.telemetry import ScoreTelemetry
+from serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 SECONDS = 1.0
@@ -29,11 +29,11 @@ class Reporter(threading.Thread):
         model_name: under which the model is served.
     """
 
-    def __init__(self, telemetry: ScoreTelemetry, cache: Any, model_name: str) -> None:
+    def __init__(self, telemetry: Telemetry, cache: Any, model_name: str) -> None:
         super().__init__(name="telemetry", daemon=True)
         self._telemetry = telemetry
         self._cache = cache
-        self._common = [model_name, _worker_name()]
+        self._common = [model_name, worker_name()]
 
     def run(self) -> None:
         while True:
@@ -50,7 +50,7 @@ class Reporter(threading.Thread):
                 logger.exception("%s could not be reported", measurement.metric.name)
 
 
-def _worker_name() -> str:
+def worker_name() -> str:
     """The number that TorchServe gives a worker, the same after a restart: the end of its socket's name."""
     for option, value in zip(sys.argv, sys.argv[1:], strict=False):
         if option in ("--sock-name", "--port"):

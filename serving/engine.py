@@ -1,7 +1,7 @@
 """The four verbs on NumPy arrays. Knows bundles and graphs, nothing of HTTP.
 
-Every answer is a function of its own image and seed: noise comes from :mod:`serving.noise`, batches are cut to
-fixed sizes and padded, and no result depends on its neighbours.
+Every answer is a function of its own image and seed: noise comes from :mod:`serving.noise`, and no result depends on
+its neighbours or on how many they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from serving.ood import Calibration, Verdict
 from serving.signatures import OPERATIONS, input_shape, inputs_of, part_names
 from serving.statistics import compute_statistics, statistic_names
 
-BUCKETS = (1, 2, 4, 8, 16, 32)
+MAX_BATCH = 32  # more at once is not faster (docs/performance.md)
+BUCKETS = (1, 2, 4, 8, 16, 32)  # the batch sizes of a backend that wants fixed ones
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class InferenceEngine:
         device: ``auto``, ``cpu`` or ``cuda``.
         operations: which of the four to load, of those that the bundle has; all unless told.
         gpu: which, of several.
+        cuda_graphs: see :func:`serving.backends.load_backend`.
 
     Example::
 
@@ -74,10 +76,10 @@ class InferenceEngine:
     """
 
     def __init__(self, bundle: Bundle | Path, backend: str = "onnxruntime", device: str = "auto",
-                 operations: Iterable[str] = tuple(OPERATIONS), gpu: int = 0) -> None:
+                 operations: Iterable[str] = tuple(OPERATIONS), gpu: int = 0, cuda_graphs: bool = False) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         graphs = self.bundle.graphs(operations)
-        self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu)
+        self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu, cuda_graphs)
         self.calibration: Calibration | None = None
         if self.bundle.has(CALIBRATION_NAME):
             self.calibration = Calibration.load(self.bundle.file(CALIBRATION_NAME))
@@ -90,7 +92,7 @@ class InferenceEngine:
     def warm_up(self) -> None:
         """Run every loaded graph at every batch size once, so that no request is the first."""
         for graph in self._graphs:
-            for bucket in BUCKETS:
+            for bucket in BUCKETS if self.backend.fixed_sizes else (1, MAX_BATCH):
                 self.backend.run(graph, {
                     name: np.zeros((bucket, *self._shape(name)), np.uint8 if name == "images" else np.float32)
                     for name in inputs_of(graph, self._levels)})
@@ -275,11 +277,14 @@ class InferenceEngine:
 
     def _batches(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]],
                  wanted: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Compute ``count`` rows in batches of the bucket sizes, padded with the last row; before each its first number."""
-        for first in range(0, count, BUCKETS[-1]):
-            rows = [inputs(i) for i in range(first, min(first + BUCKETS[-1], count))]
-            bucket = next(b for b in BUCKETS if b >= len(rows))
-            padded = rows + [rows[-1]] * (bucket - len(rows))
+        """Compute ``count`` rows batch by batch; before each its first number.
+
+        Where the backend wants fixed sizes, a batch is padded with its last row: elsewhere that would be lost time.
+        """
+        for first in range(0, count, MAX_BATCH):
+            rows = [inputs(i) for i in range(first, min(first + MAX_BATCH, count))]
+            size = next(b for b in BUCKETS if b >= len(rows)) if self.backend.fixed_sizes else len(rows)
+            padded = rows + [rows[-1]] * (size - len(rows))
             batch = {name: np.stack([row[name] for row in padded]) for name in inputs_of(graph, self._levels)}
             yield first, {name: value[:len(rows)] for name, value in self.backend.run(graph, batch, wanted).items()}
 

@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -76,18 +77,26 @@ class NormalScores:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """float64 ``(N, S)`` of float32 ``(N, S)``; a value among equal ones gets the middle of their scores."""
-        scores = np.empty(rows.shape, np.float64)
-        for column in range(rows.shape[1]):
-            grid, values = self.grid[:, column], rows[:, column]
-            first = np.searchsorted(grid, values, "left")
-            last = np.searchsorted(grid, values, "right")
-            below, above = np.clip(first - 1, 0, LEVELS - 1), np.clip(first, 0, LEVELS - 1)
-            step = (grid[above] - grid[below]).astype(np.float64)
-            inside = below + np.where(step > 0, (values - grid[below]) / np.where(step > 0, step, 1), 0)
-            place = np.where(last > first, (first + last - 1) / 2, inside)
-            beyond = np.maximum(values - grid[-1], 0) - np.maximum(grid[0] - values, 0)
-            scores[:, column] = np.interp(place, np.arange(LEVELS), _QUANTILES) + beyond / self.spread[column]
-        return scores
+        first, last = _places(self._columns, rows)
+        below, above = np.clip(first - 1, 0, LEVELS - 1), np.clip(first, 0, LEVELS - 1)
+        column = np.arange(rows.shape[1])
+        low = self.grid[below, column]
+        step = (self.grid[above, column] - low).astype(np.float64)
+        inside = below + np.where(step > 0, (rows - low) / np.where(step > 0, step, 1), 0)
+        place = np.where(last > first, (first + last - 1) / 2, inside)
+        beyond = np.maximum(rows - self.grid[-1], 0) - np.maximum(self.grid[0] - rows, 0)
+        return np.interp(place, np.arange(LEVELS), _QUANTILES) + beyond / self.spread
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        return np.ascontiguousarray(self.grid.T)
+
+
+def _places(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many of each sorted column, ``(S, n)``, are below and at most the values, ``(N, S)``; each ``(N, S)``."""
+    below = [column.searchsorted(values, "left") for column, values in zip(columns, rows.T, strict=True)]
+    at_most = [column.searchsorted(values, "right") for column, values in zip(columns, rows.T, strict=True)]
+    return np.stack(below, axis=1), np.stack(at_most, axis=1)
 
 
 _QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / LEVELS) for i in range(LEVELS)])
@@ -181,13 +190,23 @@ class Calibration:
         above = len(self.scores) - np.searchsorted(self.scores, scores, "right")
         equal = p_values * (len(self.scores) + 1) - above
         uniform = (above + np.asarray(ties) * equal) / (len(self.scores) + 1)
-        two_sided = np.stack([_two_sided(self.reference[:, i], rows[:, i]) for i in range(len(self.names))], axis=1)
+        two_sided = self._two_sided(rows)
         verdicts = []
         for row in range(len(rows)):
             order = np.lexsort((-np.abs(normal[row]), two_sided[row]))
             explain = tuple(Unusual(self.names[i], float(rows[row, i]), float(two_sided[row, i])) for i in order)
             verdicts.append(Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain))
         return verdicts
+
+    def _two_sided(self, rows: np.ndarray) -> np.ndarray:
+        """p-values of each statistic by itself, ``(N, S)``."""
+        below, at_most = _places(self._columns, rows)
+        count = len(self.reference)
+        return np.minimum(1.0, 2 * (1 + np.minimum(at_most, count - below)) / (count + 1))
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        return np.ascontiguousarray(self.reference.T)
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -239,12 +258,6 @@ def conformal_p_values(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
         scores: ``(N,)``.
     """
     return (1 + len(reference) - np.searchsorted(reference, scores, "left")) / (len(reference) + 1)
-
-
-def _two_sided(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
-    at_most = np.searchsorted(reference, values, "right")
-    at_least = len(reference) - np.searchsorted(reference, values, "left")
-    return np.minimum(1.0, 2 * (1 + np.minimum(at_most, at_least)) / (len(reference) + 1))
 
 
 def simes(p_values: Sequence[float]) -> float:

@@ -11,8 +11,9 @@ import binascii
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ MAX_BODY_BYTES = 16 * 2**20
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class RawRequest:
         body: bytes, text, or what a JSON body was parsed to; ``None`` for a form.
         fields: of a form, values as bytes or text.
         probe: whether somebody only asks if the service answers (header :data:`PROBE_HEADER`): it is no traffic.
+        id: names it in logs.
     """
 
     content_type: str
     body: Any
     fields: Mapping[str, Any] = field(default_factory=dict)
     probe: bool = False
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,16 @@ class SampleRequest:
     kind: str
     format: str
     latents: list[np.ndarray] | None
+
+
+@dataclass(frozen=True)
+class FilesRequest:
+    """Images as they came: files, pixels, or the error of one; the other fields as in :class:`ImagesRequest`."""
+
+    sources: list[bytes | np.ndarray | ApiError]
+    parameters: dict[str, Any]
+    fit: bool
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,13 +190,12 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> list[np.ndarray]
     return [np.stack(level) for level in levels]
 
 
-def parse_images(operation: str, request: RawRequest, image_shape: tuple[int, int, int]) -> ImagesRequest:
-    """Take an ``encode``, ``reconstruct`` or ``score`` request apart.
+def parse_images(operation: str, request: RawRequest) -> FilesRequest:
+    """Take an ``encode``, ``reconstruct`` or ``score`` request apart; no picture is decoded yet.
 
     Args:
         operation: which of the three.
         request: an image file, an ``.npy``, JSON or a form.
-        image_shape: ``(H, W, C)`` of the model.
 
     Raises:
         ApiError: with the status to answer; one bad image among several does not raise.
@@ -216,8 +229,22 @@ def parse_images(operation: str, request: RawRequest, image_shape: tuple[int, in
         if pixels > MAX_REQUEST_PIXELS:
             raise ApiError(413, "too_large", f"the pictures of a request may have {MAX_REQUEST_PIXELS} pixels together, "
                                              f"these have {pixels}")
-    images = [prepare_image(source, image_shape, fit, i) for i, source in enumerate(sources)]
-    return ImagesRequest(images, parameters, request.probe)
+    return FilesRequest(sources, parameters, fit, request.probe)
+
+
+def decode_images(requests: Sequence[FilesRequest], image_shape: tuple[int, int, int], each: Each = map) -> list[
+        ImagesRequest]:
+    """Bring the images of a batch of requests to the model's shape.
+
+    Args:
+        requests: as parsed.
+        image_shape: ``(H, W, C)`` of the model.
+        each: as ``map``, such as that of a pool of threads.
+    """
+    tasks = [(source, image_shape, request.fit, i) for request in requests for i, source in enumerate(request.sources)]
+    made = each(lambda task: prepare_image(*task), tasks)
+    return [ImagesRequest(list(islice(made, len(request.sources))), request.parameters, request.probe)
+            for request in requests]
 
 
 def _check_size(count: int) -> None:
@@ -276,7 +303,7 @@ def _split_npy(data: bytes) -> list[Any]:
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
+        shape, fortran, dtype = read(stream)
     except (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise malformed(f"the .npy file is damaged: {str(error)[:200]}") from None
     # Told by the header, before any pixel is read: an array of objects would be a pickle.
@@ -293,8 +320,10 @@ def _split_npy(data: bytes) -> list[Any]:
     if math.prod(shape) != len(data) - stream.tell():
         raise malformed(f"the .npy file is damaged: shape {tuple(shape)} needs {math.prod(shape)} bytes, "
                         f"{len(data) - stream.tell()} are there")
-    stream.seek(0)
-    return list(np.load(stream, allow_pickle=False))
+    if fortran:
+        stream.seek(0)
+        return list(np.load(stream, allow_pickle=False))
+    return list(np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape))  # no copy
 
 
 def _nan_note(data: bytes, dtype: np.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -27,12 +28,13 @@ MAP_BYTES_A_PIXEL = 32  # a number in JSON, and its share of the picture
 
 @dataclass(frozen=True)
 class Response:
-    """One answer: ``headers`` beside the content type."""
+    """One answer: ``headers`` beside the content type; ``error`` where it is nothing else."""
 
     status: int
     content_type: str
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
+    error: ApiError | None = None
 
     @property
     def phrase(self) -> str:
@@ -46,7 +48,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 def error_response(error: ApiError) -> Response:
     """The error shape, with advice on when to come again where that helps."""
-    response = json_response(error.body(), error.status)
+    response = dataclasses.replace(json_response(error.body(), error.status), error=error)
     if error.status == 503:
         response.headers["Retry-After"] = "1"
     return response

@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from serving.engine import InferenceEngine, Score
+from serving.engine import EncodedLevel, InferenceEngine, Score
 from serving.errors import ApiError, unusable
-from serving.requests import ImagesRequest, InputImage, RawRequest, SampleRequest, parse_images, parse_sample
+from serving.journal import Journal
+from serving.requests import (
+    Each,
+    FilesRequest,
+    ImagesRequest,
+    InputImage,
+    RawRequest,
+    SampleRequest,
+    decode_images,
+    parse_images,
+    parse_sample,
+)
 from serving.responses import (
     Response,
     encode_response,
@@ -23,7 +35,7 @@ from serving.responses import (
     sample_response,
     score_response,
 )
-from serving.telemetry import ScoreTelemetry
+from serving.telemetry import Stopwatch, Telemetry
 
 logger = logging.getLogger(__name__)
 MAX_DRAWN_SEED = 2**32  # drawn seeds are short enough to type
@@ -38,35 +50,57 @@ class Service:
     Args:
         operation: ``sample``, ``encode``, ``reconstruct`` or ``score``.
         engine: has the operation's graphs loaded.
+        threads: to decode pictures with.
+        journal: where requests are logged.
     """
 
-    def __init__(self, operation: str, engine: InferenceEngine) -> None:
+    def __init__(self, operation: str, engine: InferenceEngine, threads: int = 1, journal: Journal | None = None) -> None:
         self.operation = operation
         self.engine = engine
-        self.telemetry = ScoreTelemetry()
         self._model_id = engine.bundle.model_id
+        self.telemetry = Telemetry(self._model_id, engine.backend.name)
+        self._journal = journal
+        self._each: Each = ThreadPoolExecutor(threads, "decode").map if threads > 1 else map
         self._judges_resized = engine.calibration is not None and engine.calibration.resize == "fit"
         self._model_name = f"{engine.bundle.name} ({engine.bundle.manifest['recipe']})"
 
     def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
         """One answer a request, in order; never raises for what a client sent."""
-        parsed = self._within_reach([self._parse(request) for request in requests])
+        watch = Stopwatch()
+        with watch("parse"):
+            taken_apart = [self._parse(request) for request in requests]
+        with watch("decode"):
+            parsed = self._within_reach(self._decode(taken_apart))
         good = [p for p in parsed if not isinstance(p, ApiError)]
         try:
-            computed = iter(self._compute(good))
+            computed = iter(self._compute(good, watch))
         except Exception:  # one request must not take its neighbours down: compute each by itself
             logger.exception("%s: a batch of %d requests failed", self.operation, len(good))
-            computed = iter([self._alone(p) for p in good])
+            computed = iter([self._alone(p, watch) for p in good])
         count = sum(self._count(p) for p in good)
-        answers = []
-        for p in parsed:
-            answer = error_response(p) if isinstance(p, ApiError) else next(computed)
+        answers = [error_response(p) if isinstance(p, ApiError) else next(computed) for p in parsed]
+        stages = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in watch.seconds.items())
+        for answer in answers:
             answer.headers.update({"X-Ade-Model": self._model_id, "X-Ade-Backend": self.engine.backend.name,
-                                   "X-Ade-Batch": str(count)})
-            answers.append(answer)
+                                   "X-Ade-Batch": str(count), "Server-Timing": stages})
+        self._report(requests, answers, count, watch)
         return answers
 
-    def _parse(self, request: RawRequest) -> SampleRequest | ImagesRequest | ApiError:
+    def _report(self, requests: Sequence[RawRequest], answers: list[Response], count: int, watch: Stopwatch) -> None:
+        """To metrics and log; probes are no traffic."""
+        real = [(r, a) for r, a in zip(requests, answers, strict=True) if not r.probe]
+        if not real:
+            return
+        self.telemetry.observe_batch([(a.status, a.error.code if a.error else "") for _, a in real], count, watch.seconds)
+        if self._journal is None:
+            return
+        stages = {stage: round(1000 * seconds, 2) for stage, seconds in watch.seconds.items()}
+        for request, answer in real:
+            error = {} if answer.error is None else {"code": answer.error.code, "message": answer.error.message}
+            self._journal.write({"operation": self.operation, "id": request.id, "status": answer.status, **error,
+                                 "batch": count, "ms": stages})
+
+    def _parse(self, request: RawRequest) -> SampleRequest | FilesRequest | ApiError:
         bundle = self.engine.bundle
         try:
             if self.operation not in bundle.operations:
@@ -76,11 +110,30 @@ class Service:
                 sample = parse_sample(request, self.engine.latent_shapes)
                 self._check_kind(sample.kind)
                 return sample
-            return parse_images(self.operation, request, self.engine.image_shape)
+            return parse_images(self.operation, request)
         except ApiError as error:
             return error
         except Exception:
             logger.exception("%s: a request could not be parsed", self.operation)
+            return _internal_error()
+
+    def _decode(self, parsed: list[SampleRequest | FilesRequest | ApiError]) -> list[
+            SampleRequest | ImagesRequest | ApiError]:
+        """The same with pictures decoded."""
+        files = [p for p in parsed if isinstance(p, FilesRequest)]
+        decoded: Iterator[ImagesRequest | ApiError]
+        try:
+            decoded = iter(decode_images(files, self.engine.image_shape, self._each))
+        except Exception:  # as with computing: find the one at fault
+            logger.exception("%s: pictures of %d requests could not be decoded", self.operation, len(files))
+            decoded = iter([self._decode_alone(f) for f in files])
+        return [next(decoded) if isinstance(p, FilesRequest) else p for p in parsed]
+
+    def _decode_alone(self, files: FilesRequest) -> ImagesRequest | ApiError:
+        try:
+            return decode_images([files], self.engine.image_shape)[0]
+        except Exception:
+            logger.exception("%s: pictures of a request could not be decoded", self.operation)
             return _internal_error()
 
     @staticmethod
@@ -108,36 +161,42 @@ class Service:
             raise unusable("not_available", f"{self._model_name} has no {kind} samples: its decoder was trained without a "
                                             f"likelihood and has no noise; it has {', '.join(kinds)}")
 
-    def _alone(self, request: Any) -> Response:
+    def _alone(self, request: Any, watch: Stopwatch) -> Response:
         try:
-            return self._compute([request])[0]
+            return self._compute([request], watch)[0]
         except Exception:
             logger.exception("%s: a request failed", self.operation)
             return error_response(_internal_error())
 
-    def _compute(self, requests: list[Any]) -> list[Response]:
+    def _compute(self, requests: list[Any], watch: Stopwatch) -> list[Response]:
         if not requests:
             return []
-        return self._sample(requests) if self.operation == "sample" else self._images(requests)
+        return self._sample(requests, watch) if self.operation == "sample" else self._images(requests, watch)
 
-    def _sample(self, requests: list[SampleRequest]) -> list[Response]:
+    def _sample(self, requests: list[SampleRequest], watch: Stopwatch) -> list[Response]:
         used = [secrets.randbelow(MAX_DRAWN_SEED) if r.seed is None else r.seed for r in requests]
         fresh = [(r, seed) for r, seed in zip(requests, used, strict=True) if r.latents is None]
         made = iter(())
         if fresh:
-            images = self.engine.sample(
-                seeds=[seed for r, seed in fresh for _ in range(r.n)],
-                indices=[r.index + i for r, _ in fresh for i in range(r.n)],
-                kinds=[r.kind for r, _ in fresh for _ in range(r.n)],
-                temperatures=[r.temperature for r, _ in fresh for _ in range(r.n)])
+            with watch("compute"):
+                images = self.engine.sample(
+                    seeds=[seed for r, seed in fresh for _ in range(r.n)],
+                    indices=[r.index + i for r, _ in fresh for i in range(r.n)],
+                    kinds=[r.kind for r, _ in fresh for _ in range(r.n)],
+                    temperatures=[r.temperature for r, _ in fresh for _ in range(r.n)])
             made = iter(_split(images, [r.n for r, _ in fresh]))
         answers = []
         for r, seed in zip(requests, used, strict=True):
-            images = next(made) if r.latents is None else self.engine.decode(r.latents, [seed] * r.n, [r.kind] * r.n)
-            answers.append(_guarded(sample_response, images, r, seed, self._model_id))
+            if r.latents is None:
+                images = next(made)
+            else:
+                with watch("compute"):
+                    images = self.engine.decode(r.latents, [seed] * r.n, [r.kind] * r.n)
+            with watch("encode"):
+                answers.append(_guarded(sample_response, images, r, seed, self._model_id))
         return answers
 
-    def _images(self, requests: list[ImagesRequest]) -> list[Response]:
+    def _images(self, requests: list[ImagesRequest], watch: Stopwatch) -> list[Response]:
         usable = [[image for image in r.images if isinstance(image, InputImage)] for r in requests]
         counts = [len(images) for images in usable]
 
@@ -145,31 +204,41 @@ class Service:
             return [r.parameters[name] for r, n in zip(requests, counts, strict=True) for _ in range(n)]
 
         pixels = [image.pixels for images in usable for image in images]
-        batch = np.stack(pixels) if pixels else np.empty((0, *self.engine.image_shape), np.uint8)
-        answers = []
-        seen: list[tuple[Score, bool]] = []
-        if self.operation == "encode":
-            levels = self.engine.encode(batch, each("seed")) if pixels else []
-            first = 0
-            for r, n in zip(requests, counts, strict=True):
-                mine = [type(level)(level.mean[first:first + n], level.log_scale[first:first + n],
-                                    level.z[first:first + n]) for level in levels]
-                first += n
-                answers.append(_guarded(encode_response, r.images, mine, r.parameters["format"], self._model_id))
-        elif self.operation == "reconstruct":
-            made = self.engine.reconstruct(batch, each("seed"), each("kind")) if pixels else batch
-            for r, mine in zip(requests, _split(made, counts), strict=True):
-                answers.append(_guarded(reconstruct_response, r.images, mine, r.parameters["format"],
-                                        r.parameters["kind"], self._model_id))
-        else:
-            scores = self.engine.score(batch, each("seed"), each("samples"), each("map")) if pixels else []
-            for r, mine, images in zip(requests, _split(scores, counts), usable, strict=True):
-                if not r.probe:
-                    seen += [(score, self._judges_resized or not image.resized)
-                             for score, image in zip(mine, images, strict=True) if isinstance(score, Score)]
-                answers.append(_guarded(score_response, r.images, mine, r.parameters, self._judges_resized, self._model_id))
-        self.telemetry.observe(seen)  # once all is answered: a batch that fails is computed again, request by request
+        with watch("compute"):
+            computed = self._run(np.stack(pixels), each) if pixels else []
+        with watch("encode"):
+            answers = [_guarded(self._image_response, r, mine) for r, mine in zip(
+                requests, self._shares(computed, counts), strict=True)]
+        if self.operation == "score":  # once all is answered: a batch that fails is computed again, request by request
+            self.telemetry.observe_scores(
+                (score, self._judges_resized or not image.resized)
+                for r, images, mine in zip(requests, usable, _split(computed, counts), strict=True) if not r.probe
+                for image, score in zip(images, mine, strict=True) if isinstance(score, Score))
         return answers
+
+    def _run(self, batch: np.ndarray, each: Callable[[str], list[Any]]) -> Any:
+        """Compute the batch with the parameters of each image."""
+        if self.operation == "encode":
+            return self.engine.encode(batch, each("seed"))
+        if self.operation == "reconstruct":
+            return self.engine.reconstruct(batch, each("seed"), each("kind"))
+        return self.engine.score(batch, each("seed"), each("samples"), each("map"))
+
+    def _shares(self, computed: Any, counts: list[int]) -> list[Any]:
+        """What was computed, apart by request."""
+        if self.operation != "encode":
+            return _split(computed, counts)
+        levels = [list(zip(*(_split(values, counts) for values in (level.mean, level.log_scale, level.z)), strict=True))
+                  for level in computed]
+        return [[EncodedLevel(*level[i]) for level in levels] for i in range(len(counts))]
+
+    def _image_response(self, request: ImagesRequest, mine: Any) -> Response:
+        parameters = request.parameters
+        if self.operation == "encode":
+            return encode_response(request.images, mine, parameters["format"], self._model_id)
+        if self.operation == "reconstruct":
+            return reconstruct_response(request.images, mine, parameters["format"], parameters["kind"], self._model_id)
+        return score_response(request.images, mine, parameters, self._judges_resized, self._model_id)
 
     @staticmethod
     def _count(request: SampleRequest | ImagesRequest) -> int:

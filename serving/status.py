@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+from serving.journal import last_errors
 from serving.ports import Ports
 from serving.requests import PROBE_HEADER
 
@@ -34,9 +36,11 @@ def read_status(ports: Ports, token: str | None = None) -> dict[str, Any]:
         for name in names:
             described = _get(http, f"http://127.0.0.1:{ports.management}/models/{name}", {200})
             models[name] = _model(described.json()[0]) if described else None
+        pids = [w["pid"] for model in models.values() if model for w in model["workers"]]
         return {"ready": ready is not None and bool(ready.json().get("ready")),
                 "answers": _who_answers(http, ports), "models": models or None,
-                "requests": _requests(metrics.text) if metrics else None, "versions": versions()}
+                "requests": _requests(metrics.text) if metrics else None,
+                "last_errors": _last_errors(pids), "versions": versions()}
 
 
 def _get(http: httpx.Client, url: str, statuses: set[int]) -> httpx.Response | None:
@@ -69,6 +73,16 @@ def _memory(pid: int) -> int | None:
         return round(psutil.Process(pid).memory_info().rss / 2**20)
     except psutil.Error:
         return None
+
+
+def _last_errors(pids: list[int]) -> list[dict[str, Any]] | None:
+    """From the journals in the folder that the workers were told to log to; ``None`` if that is not to be known."""
+    for pid in pids:
+        try:
+            return last_errors(Path(psutil.Process(pid).environ()["LOG_LOCATION"]))
+        except (psutil.Error, KeyError):
+            continue
+    return None
 
 
 def _requests(metrics: str) -> dict[str, float]:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from serving.backends import BackendError
-from serving.engine import BUCKETS, InferenceEngine, NotFinite, Score
+from serving.cuda import BoundGraph
+from serving.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
 from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import Service
@@ -34,7 +35,7 @@ def same(a: list, b: list) -> bool:
     return all(isinstance(x, Score) and x == y for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7, 31, 32, 33, 64])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 9, 12, 15, 17, 23, 31, 32, 33, 64])
 def test_the_same_bytes_in_any_batch(engine: InferenceEngine, real_images: np.ndarray, batch: int) -> None:
     images = real_images[:64]
     alone = engine.score(images[:1]) + engine.score(images[63:64])
@@ -126,7 +127,42 @@ def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
 
 
 def test_buckets_cover_every_batch() -> None:
-    assert BUCKETS[0] == 1 and list(BUCKETS) == sorted(BUCKETS)
+    assert BUCKETS[0] == 1 and BUCKETS[-1] == MAX_BATCH and list(BUCKETS) == sorted(BUCKETS)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_batches_are_padded_only_where_sizes_are_fixed(real_images: np.ndarray, fixed: bool) -> None:
+    engine = InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
+    sizes = []
+
+    class Spy:
+        name, fixed_sizes = engine.backend.name, fixed
+
+        def run(self, graph, inputs, wanted=None, whole=engine.backend.run):
+            sizes.append(len(inputs["images"]))
+            return whole(graph, inputs, wanted)
+
+    expected = engine.score(real_images[:37])
+    engine.backend = Spy()
+    assert engine.score(real_images[:37]) == expected
+    assert sizes == [32, 8 if fixed else 5]
+
+
+def test_bound_buffers_give_the_same_bytes_and_keep_nothing(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    """The way that CUDA takes, on the CPU: buffers of each size, used again, and answers that later batches leave alone."""
+    session = engine.backend._sessions["encode"]
+    bound = BoundGraph(session, "cpu", 0, capture=False)
+    names = [output.name for output in session.get_outputs()]
+    kept = []
+    for size, first in ((4, 0), (8, 4), (4, 12), (8, 0)):
+        images = real_images[first:first + size]
+        rng = np.random.default_rng(first)
+        inputs = {"images": images, **{f"eps_{i}": rng.standard_normal((size, *shape), np.float32)
+                                       for i, shape in enumerate(engine.latent_shapes)}}
+        kept.append((bound.run(inputs, names), engine.backend.run("encode", inputs)))
+    for found, expected in kept:
+        assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in names)
+    assert set(bound.run(inputs, names[:1])) == {names[0]}
 
 
 def as_json(**values) -> RawRequest:

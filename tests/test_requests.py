@@ -15,7 +15,7 @@ from PIL import Image
 
 from serving.errors import ApiError
 from serving.parameters import PARAMETERS
-from serving.requests import ImagesRequest, InputImage, RawRequest, parse_images, parse_sample
+from serving.requests import ImagesRequest, InputImage, RawRequest, decode_images, parse_images, parse_sample
 
 SHAPE = (8, 8, 3)
 LATENTS = [(3, 2, 2), (2, 4, 4)]
@@ -56,13 +56,17 @@ def refused(call: Any, *args: Any) -> ApiError:
     return caught.value
 
 
+def read_images(operation: str, request: RawRequest, shape: tuple[int, int, int]) -> ImagesRequest:
+    return decode_images([parse_images(operation, request)], shape)[0]
+
+
 @pytest.mark.parametrize("request_", [
     body(png()), body(png(), "image/png"), body(npy(PIXELS[None]), "application/x-npy"), as_json(images=[b64(png())]),
     as_json(images=["data:image/png;base64," + b64(png())]), form(image=png()), form(image=bytearray(npy(PIXELS[None]))),
     RawRequest("application/json", json.dumps({"images": [b64(png())]}).encode()),
 ], ids=["file", "typed file", "npy", "json", "data url", "form", "npy in a form", "json as bytes"])
 def test_every_way_to_send_an_image(request_: RawRequest) -> None:
-    parsed = parse_images("score", request_, SHAPE)
+    parsed = read_images("score", request_, SHAPE)
     (image,) = parsed.images
     assert isinstance(image, InputImage) and np.array_equal(image.pixels, PIXELS)
     assert parsed.parameters == {"seed": 0, "samples": 1, "alpha": 0.01, "fdr": None, "explain": True,
@@ -71,13 +75,13 @@ def test_every_way_to_send_an_image(request_: RawRequest) -> None:
 
 def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:
     fields = {f"image{i}": png(np.full(SHAPE, i, np.uint8)) for i in (10, 2, 1)} | {"image": png()}
-    parsed = parse_images("score", form(**fields, samples=b"2", alpha="0.5"), SHAPE)
+    parsed = read_images("score", form(**fields, samples=b"2", alpha="0.5"), SHAPE)
     assert [int(i.pixels[0, 0, 0]) for i in parsed.images[1:]] == [1, 2, 10]
     assert parsed.parameters["samples"] == 2 and parsed.parameters["alpha"] == 0.5
 
 
 def test_a_bad_image_keeps_its_place() -> None:
-    parsed = parse_images("score", as_json(images=[b64(png()), b64(b"junk"), "&&&", 7, b64(png())]), SHAPE)
+    parsed = read_images("score", as_json(images=[b64(png()), b64(b"junk"), "&&&", 7, b64(png())]), SHAPE)
     kinds = [(i.status, i.code, i.index) if isinstance(i, ApiError) else "image" for i in parsed.images]
     assert kinds == ["image", (415, "not_an_image", 1), (400, "malformed_request", 2), (400, "malformed_request", 3),
                      "image"]
@@ -115,7 +119,7 @@ BAD_IMAGE_REQUESTS = {
 def test_bad_requests(name: str) -> None:
     request_, status, message = BAD_IMAGE_REQUESTS[name]
     with pytest.raises(ApiError, match=message) as caught:
-        parse_images("score", request_, SHAPE)
+        read_images("score", request_, SHAPE)
     assert caught.value.status == status
 
 
@@ -126,20 +130,20 @@ def test_bad_requests(name: str) -> None:
     (png()[:50], 415, "damaged"),
 ])
 def test_one_bad_image(value: bytes, status: int, message: str) -> None:
-    (image,) = parse_images("encode", body(value), SHAPE).images
+    (image,) = read_images("encode", body(value), SHAPE).images
     assert isinstance(image, ApiError) and image.status == status and message in image.message and image.index == 0
 
 
 def test_channels_must_agree() -> None:
-    (image,) = parse_images("score", body(npy(np.zeros((1, 8, 8, 1), np.uint8))), SHAPE).images
+    (image,) = read_images("score", body(npy(np.zeros((1, 8, 8, 1), np.uint8))), SHAPE).images
     assert isinstance(image, ApiError) and "must have 3 channels, got 1" in image.message
-    (grey,) = parse_images("score", body(png()), (8, 8, 1)).images
+    (grey,) = read_images("score", body(png()), (8, 8, 1)).images
     assert isinstance(grey, InputImage) and grey.pixels.shape == (8, 8, 1)
 
 
 def test_resize_only_when_asked_and_said() -> None:
     large = np.zeros((40, 20, 3), np.uint8)
-    parsed = parse_images("score", as_json(images=[b64(png(large))], resize="fit"), SHAPE)
+    parsed = read_images("score", as_json(images=[b64(png(large))], resize="fit"), SHAPE)
     (image,) = parsed.images
     assert isinstance(image, InputImage) and image.pixels.shape == SHAPE and image.resized
     assert "resized from 20 x 40 to 8 x 8" in image.notes[-1]
@@ -211,7 +215,7 @@ def test_any_bytes_are_parsed_or_refused_in_shape(operation: str, data: bytes, s
 
 def check(operation: str, request_: RawRequest) -> None:
     try:
-        parsed = parse_sample(request_, LATENTS) if operation == "sample" else parse_images(operation, request_, SHAPE)
+        parsed = parse_sample(request_, LATENTS) if operation == "sample" else read_images(operation, request_, SHAPE)
     except ApiError as error:
         assert error.status in (400, 413, 415, 422)
         assert set(error.body()["error"]) <= {"code", "message", "index"} and error.code and error.message
@@ -224,9 +228,9 @@ def check(operation: str, request_: RawRequest) -> None:
 def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.requests.MAX_REQUEST_PIXELS", 2_000)
     one = b64(png(np.zeros((40, 40, 3), np.uint8)))
-    assert isinstance(parse_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage)
+    assert isinstance(read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage)
     with pytest.raises(ApiError, match="may have 2000 pixels together, these have 3200") as caught:
-        parse_images("score", as_json(images=[one, one], resize="fit"), SHAPE)
+        read_images("score", as_json(images=[one, one], resize="fit"), SHAPE)
     assert caught.value.status == 413
-    parsed = parse_images("score", as_json(images=[one, one, b64(b"junk")]), SHAPE)
+    parsed = read_images("score", as_json(images=[one, one, b64(b"junk")]), SHAPE)
     assert [image.code for image in parsed.images] == ["wrong_size", "wrong_size", "not_an_image"]

@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ade_cli.serve import MAX_SCORE_WORKERS
 from ade_model.checkpoint import save_model
 from serving.client import AdeClient, AdeError, ScoreResult
 from serving.ports import VARIABLES
+from serving.profile import read_totals
 from tests.conftest import PRETRAINED, ROOT, make_model, narrow
 from tests.service import RunningService, free_ports
 from tests.test_images import encode, png_header
@@ -280,6 +282,11 @@ def test_telemetry_of_what_was_scored(service: RunningService, client: AdeClient
     time.sleep(1.5)
     assert total("ade_bpd_count{") == before + 40
     text = httpx.get(f"{service.metrics}/metrics").text
+    profile = read_totals(text)
+    assert profile["score"]["requests"] > 1 and profile["score"]["compute"] > 0 and profile["score"]["whole"] > 0
+    assert re.search(r'ade_info\{model_name="encode",worker="\d+",bundle="cifar10-av-ade@\w+",backend="onnx', text)
+    assert len(re.findall(r'ade_worker_starts\{model_name="score",worker="\d+",[^}]*\} 1.0', text)) == (
+        min(len(os.sched_getaffinity(0)), MAX_SCORE_WORKERS))
     for name in ("ade_drift_cusum_strange", "ade_drift_cusum_usual", "ade_drift_ks", "ade_drift_images"):
         assert re.search(rf'{name}{{model_name="score",worker="\d+",', text), name
     assert total('ade_bpd_bucket{model_name="score",worker="') > 0 and 'le="+Inf"' in text
@@ -305,6 +312,8 @@ def test_status(service: RunningService, client: AdeClient) -> None:
     assert set(found["models"]) == set(OPERATIONS) and found["models"]["score"]["queued"] == 0
     assert all(w["state"] == "READY" and w["memory_mib"] > 50 for m in found["models"].values() for w in m["workers"])
     assert found["requests"]["2xx"] > 0 and found["requests"]["4xx"] > 0 and found["versions"]["torchserve"]
+    assert "error       20" in text.stdout and "sample 422 bad_parameter: n must be from 1 to 256" in text.stdout
+    assert {"time", "id", "ms", "batch"} <= set(found["last_errors"][-1])
     unused = dict(zip((v for v, _ in VARIABLES.values()), map(str, free_ports(len(VARIABLES))), strict=True))
     away = status(**unused)
     assert away.returncode == 1 and "ready       no" in away.stdout and "Traceback" not in away.stderr
@@ -415,8 +424,6 @@ def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
 
     import psutil
 
-    from serving.ports import VARIABLES
-    from tests.service import free_ports
     ports = free_ports(len(VARIABLES))
     environment = {**os.environ, **{v: str(p) for (v, _), p in zip(VARIABLES.values(), ports, strict=True)}}
     process = subprocess.Popen(["make", "serve", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.serve"], cwd=ROOT,
@@ -464,7 +471,6 @@ def test_test_bpd_over_http_is_that_of_evaluate(service: RunningService, client:
 def test_a_taken_port_is_named(service: RunningService) -> None:
     import os
 
-    from serving.ports import VARIABLES
     environment = {**os.environ, **{VARIABLES[n][0]: str(p) for n, p in service.ports.items()}}
     done = subprocess.run([sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED)], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
