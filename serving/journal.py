@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -25,9 +26,11 @@ class Journal:
         self._handler = RotatingFileHandler(folder / f"{name}{SUFFIX}", maxBytes=MAX_BYTES, backupCount=OLD_FILES,
                                             encoding="utf-8")
 
-    def write(self, entry: dict[str, Any]) -> None:
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="microseconds"), **entry})
-        self._handler.emit(logging.LogRecord("journal", logging.INFO, "", 0, line, None, None))
+    def write(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Append a line for each entry; the time is added."""
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        lines = "\n".join(json.dumps({"time": now, **entry}) for entry in entries)
+        self._handler.emit(logging.LogRecord("journal", logging.INFO, "", 0, lines, None, None))
 
 
 def last_errors(folder: Path, count: int = 5) -> list[dict[str, Any]]:

@@ -95,10 +95,10 @@ class Service:
         if self._journal is None:
             return
         stages = {stage: round(1000 * seconds, 2) for stage, seconds in watch.seconds.items()}
-        for request, answer in real:
-            error = {} if answer.error is None else {"code": answer.error.code, "message": answer.error.message}
-            self._journal.write({"operation": self.operation, "id": request.id, "status": answer.status, **error,
-                                 "batch": count, "ms": stages})
+        self._journal.write(
+            {"operation": self.operation, "id": request.id, "status": answer.status, "batch": count, "ms": stages,
+             **({} if answer.error is None else {"code": answer.error.code, "message": answer.error.message})}
+            for request, answer in real)
 
     def _parse(self, request: RawRequest) -> SampleRequest | FilesRequest | ApiError:
         bundle = self.engine.bundle

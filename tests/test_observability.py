@@ -47,9 +47,9 @@ def test_a_stopwatch_adds_up_and_survives_errors() -> None:
 def test_journals_keep_errors_findable(tmp_path: Path) -> None:
     first, second = Journal(tmp_path, "score-9001"), Journal(tmp_path, "score-9002")
     for i in range(4):
-        first.write({"operation": "score", "id": f"a{i}", "status": 200})
-        (first, second)[i % 2].write({"operation": "score", "id": f"b{i}", "status": 415, "code": "not_an_image",
-                                      "message": "not an image\nat all"})
+        first.write([{"operation": "score", "id": f"a{i}", "status": 200}] * 2)
+        (first, second)[i % 2].write([{"operation": "score", "id": f"b{i}", "status": 415, "code": "not_an_image",
+                                       "message": "not an image\nat all"}])
     with open(tmp_path / "score-9001.requests.jsonl", "a") as out:
         out.write('{"time": "2999", "code"')  # being written
     assert [entry["id"] for entry in last_errors(tmp_path, 3)] == ["b1", "b2", "b3"]

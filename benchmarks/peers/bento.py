@@ -1,0 +1,19 @@
+"""BentoML with its adaptive batching; it takes JSON. ``bentoml serve benchmarks.peers.bento:Score``"""
+
+from __future__ import annotations
+
+import bentoml
+
+from benchmarks.peers.scorer import BATCH, WORKERS, Scorer
+from serving.requests import RawRequest
+
+
+@bentoml.service(workers=WORKERS, traffic={"timeout": 120}, logging={"access": {"enabled": False}})
+class Score:
+    def __init__(self) -> None:
+        self.scorer = Scorer()
+
+    @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=60_000)
+    def score(self, images: list[str]) -> list[str]:
+        """A base64 file each."""
+        return [body.decode() for body in self.scorer([RawRequest("application/json", {"images": [i]}) for i in images])]
