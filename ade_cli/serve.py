@@ -13,13 +13,14 @@ from pathlib import Path
 import httpx
 
 from handlers.archives import ServingOptions, write_archives
-from handlers.torchserve import write_configuration
+from handlers.torchserve import STOP_FOLDER, write_configuration
 from serving.backends import BACKENDS, DEVICES, BackendError
 from serving.bundle import Bundle, BundleError, open_bundle
 from serving.images import coder_version
 from serving.launcher import (
     Child,
     LaunchError,
+    drain,
     inference_url,
     page_is_ready,
     start_child,
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         args.logs.mkdir(parents=True, exist_ok=True)
     with working_folder() as folder:
         children: list[Child] = []
+        is_serving = False
         try:
             store = folder / "store"
             store.mkdir()
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
             children.append(start_page(ports, args.host, folder, token, [b.folder for b in bundles]))
             wait_until(lambda: page_is_ready(ports, args.host), children)
             _print_addresses(bundles, ports, args.host, token, logs, time.monotonic() - started)
+            is_serving = True
             _watch(children, ports if args.profile else None)
             ended = next(child for child in children if child.process.poll() is not None)
             raise LaunchError(f"{ended.name} ended with {ended.process.returncode}:\n{ended.tail()}")
@@ -104,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if is_serving:
+                drain(folder / STOP_FOLDER, len(bundles) * sum(workers.values()), ports, children[0])
             for child in reversed(children):
                 stop_child(child)
 

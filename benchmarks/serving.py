@@ -14,13 +14,14 @@ import io
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def example_images(shape: tuple[int, int, int], count: int) -> np.ndarray:
 @contextmanager
 def _started(name: str, command: list[str], changes: dict[str, str], url: str, ready: Callable[[], bool],
              wants_json: bool = False) -> Iterator[Server]:
-    process = subprocess.Popen(command, env={**os.environ, **changes}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**os.environ, **changes}, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 180
         while not ready():
@@ -226,7 +227,9 @@ def _started(name: str, command: list[str], changes: dict[str, str], url: str, r
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            pass
+        with suppress(ProcessLookupError):  # some leave their workers behind
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def start_servers(stack: ExitStack, bundle: Path, first_port: int, operations: tuple[str, ...]) -> list[Server]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from ts.metrics import caching_metric
 
 from handlers.reporter import Reporter, worker_name
 from serving.engine import InferenceEngine
+from serving.errors import ApiError
 from serving.journal import Journal
 from serving.requests import PROBE_HEADER, RawRequest
+from serving.responses import error_response
 from serving.service import Service
+
+EXIT_DELAY_S = 0.2  # for the answers to be sent
 
 
 class OperationHandler:
@@ -37,20 +42,35 @@ class OperationHandler:
         engine.warm_up()
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
         self.service = Service(self.operation, engine, options["threads"], journal)
-        Reporter(self.service.telemetry, context.metrics, context.model_name).start()
+        self._busy = threading.Lock()
+        self._stop_folder = Path(os.environ["ADE_STOP_FOLDER"])
+        Reporter(self.service.telemetry, context.metrics, context.model_name, self._tell_when_done).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch; every item gets its own status, type and headers."""
-        requests = [_raw_request(row, context.get_all_request_header(i), context.request_ids[i])
-                    for i, row in enumerate(data)]
+        with self._busy:
+            if self._stop_folder.exists():
+                answers = [error_response(ApiError(503, "stopping", "the service is being stopped")) for _ in data]
+            else:
+                answers = self.service.answer([
+                    _raw_request(row, context.get_all_request_header(i), context.request_ids[i])
+                    for i, row in enumerate(data)])
         bodies = []
-        for i, answer in enumerate(self.service.answer(requests)):
+        for i, answer in enumerate(answers):
             context.set_response_status(answer.status, answer.phrase, idx=i)
             context.set_response_content_type(i, answer.content_type)
             for name, value in answer.headers.items():
                 context.set_response_header(i, name, value)
             bodies.append(answer.body)
+        if self.service.is_exhausted:  # TorchServe starts another worker
+            threading.Timer(EXIT_DELAY_S, os._exit, [1]).start()
         return bodies
+
+    def _tell_when_done(self) -> None:
+        """Where the service is being stopped: leave a sign once no request is computed any more."""
+        if self._stop_folder.exists() and self._busy.acquire(blocking=False):
+            self._busy.release()
+            (self._stop_folder / worker_name()).touch()
 
 
 def _quieten() -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ts.metrics.metric_type_enum import MetricTypes
@@ -27,18 +28,21 @@ class Reporter(threading.Thread):
         telemetry: what to report.
         cache: TorchServe's metrics, as ``context.metrics``; it knows those of the configuration.
         model_name: under which the model is served.
+        also: called as often.
     """
 
-    def __init__(self, telemetry: Telemetry, cache: Any, model_name: str) -> None:
+    def __init__(self, telemetry: Telemetry, cache: Any, model_name: str, also: Callable[[], None] = lambda: None) -> None:
         super().__init__(name="telemetry", daemon=True)
         self._telemetry = telemetry
         self._cache = cache
+        self._also = also
         self._common = [model_name, worker_name()]
 
     def run(self) -> None:
         while True:
             time.sleep(SECONDS)
             self.report()
+            self._also()
 
     def report(self) -> None:
         """Hand over what is new."""

@@ -20,6 +20,7 @@ MAX_REQUEST_BYTES = 64 * 2**20  # our own limit of 16 MiB lies below and has the
 MAX_RESPONSE_BYTES = 128 * 2**20  # above what our handlers ever send: TorchServe ends a worker that sends more
 QUEUE_SIZE = 256
 WITHOUT_TORCH = Path(__file__).with_name("without_torch")
+STOP_FOLDER = "stopping"  # where it is there, workers refuse and leave a sign once they are done
 TOKEN_MINUTES = 60 * 24 * 365
 
 _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
@@ -92,7 +93,8 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
         "--python", sys.executable, "-f", str(folder / "config.properties"), "-s", str(store), "-ncs"]
     # One thread a worker: several workers on the same cores would only fight, and sums keep their order.
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "LOG_LOCATION": str(logs),
-                   "METRICS_LOCATION": str(logs), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+                   "METRICS_LOCATION": str(logs), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0",
+                   "ADE_STOP_FOLDER": str(folder / STOP_FOLDER)}
     if options.backend == "onnxruntime" and not on_gpu:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")]))
     return command, environment

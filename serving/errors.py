@@ -45,3 +45,10 @@ def malformed(message: str) -> ApiError:
 def unusable(code: str, message: str) -> ApiError:
     """422: the request is well formed and asks for what cannot be had."""
     return ApiError(422, code, message)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory: Python's own error, or what ONNX Runtime and PyTorch say."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("out of memory", "failed to allocate memory", "bad_alloc", "can't allocate memory"))

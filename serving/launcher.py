@@ -17,9 +17,11 @@ from pathlib import Path
 import httpx
 
 from serving.ports import Ports
+from serving.status import queued_requests
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
+DRAIN_TIMEOUT_S = 30.0
 
 
 class LaunchError(RuntimeError):
@@ -60,6 +62,23 @@ def stop_child(child: Child) -> None:
             except ProcessLookupError:
                 return
             time.sleep(0.05)
+
+
+def drain(folder: Path, workers: int, ports: Ports, server: Child) -> None:
+    """Let workers finish what was accepted: wait until nothing queues, have them refuse the rest, wait until all are done.
+
+    Args:
+        folder: what workers look at, and leave their signs in; made here.
+        workers: how many there are.
+        ports: where the service listens.
+        server: if it is gone, nothing is left to wait for.
+    """
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    while server.process.poll() is None and time.monotonic() < deadline - DRAIN_TIMEOUT_S / 2 and queued_requests(ports):
+        time.sleep(0.1)
+    folder.mkdir()
+    while server.process.poll() is None and time.monotonic() < deadline and len(list(folder.iterdir())) < workers:
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -194,7 +194,8 @@ class Calibration:
         verdicts = []
         for row in range(len(rows)):
             order = np.lexsort((-np.abs(normal[row]), two_sided[row]))
-            explain = tuple(Unusual(self.names[i], float(rows[row, i]), float(two_sided[row, i])) for i in order)
+            explain = tuple(map(Unusual, [self.names[i] for i in order], rows[row, order].tolist(),
+                                two_sided[row, order].tolist()))
             verdicts.append(Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain))
         return verdicts
 

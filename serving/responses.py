@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import orjson
 
 from serving.charts import heat_map
 from serving.engine import EncodedLevel, NotFinite, Score
@@ -42,8 +43,12 @@ class Response:
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """JSON; ``NaN`` has no place in it and would be a bug of ours."""
-    return Response(status, "application/json", json.dumps(value, allow_nan=False).encode())
+    """JSON."""
+    try:
+        body = orjson.dumps(value)
+    except TypeError:  # a message that quotes half a surrogate pair, which is no UTF-8
+        body = json.dumps(value).encode()
+    return Response(status, "application/json", body)
 
 
 def error_response(error: ApiError) -> Response:

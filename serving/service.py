@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from serving.engine import EncodedLevel, InferenceEngine, Score
-from serving.errors import ApiError, unusable
+from serving.errors import ApiError, is_out_of_memory, unusable
 from serving.journal import Journal
 from serving.requests import (
     Each,
@@ -52,6 +52,9 @@ class Service:
         engine: has the operation's graphs loaded.
         threads: to decode pictures with.
         journal: where requests are logged.
+
+    Attributes:
+        is_exhausted: a request by itself did not fit into memory: better start anew.
     """
 
     def __init__(self, operation: str, engine: InferenceEngine, threads: int = 1, journal: Journal | None = None) -> None:
@@ -59,6 +62,7 @@ class Service:
         self.engine = engine
         self._model_id = engine.bundle.model_id
         self.telemetry = Telemetry(self._model_id, engine.backend.name)
+        self.is_exhausted = False
         self._journal = journal
         self._each: Each = ThreadPoolExecutor(threads, "decode").map if threads > 1 else map
         self._judges_resized = engine.calibration is not None and engine.calibration.resize == "fit"
@@ -164,8 +168,11 @@ class Service:
     def _alone(self, request: Any, watch: Stopwatch) -> Response:
         try:
             return self._compute([request], watch)[0]
-        except Exception:
+        except Exception as error:
             logger.exception("%s: a request failed", self.operation)
+            if is_out_of_memory(error):
+                self.is_exhausted = True
+                return error_response(ApiError(503, "overloaded", "the server has no memory left for this: try later"))
             return error_response(_internal_error())
 
     def _compute(self, requests: list[Any], watch: Stopwatch) -> list[Response]:

@@ -43,6 +43,15 @@ def read_status(ports: Ports, token: str | None = None) -> dict[str, Any]:
                 "last_errors": _last_errors(pids), "versions": versions()}
 
 
+def queued_requests(ports: Ports) -> int:
+    """How many requests wait for a worker; 0 where that is not to be known."""
+    with httpx.Client(timeout=2.0) as http:
+        listed = _get(http, f"http://127.0.0.1:{ports.management}/models?limit=1000", {200})
+        described = [_get(http, f"http://127.0.0.1:{ports.management}/models/{model['modelName']}", {200})
+                     for model in (listed.json()["models"] if listed else [])]
+    return sum(answer.json()[0].get("jobQueueStatus", {}).get("pendingRequests", 0) for answer in described if answer)
+
+
 def _get(http: httpx.Client, url: str, statuses: set[int]) -> httpx.Response | None:
     try:
         answer = http.get(url)

@@ -16,6 +16,7 @@ from PIL import Image
 from serving.errors import ApiError
 from serving.parameters import PARAMETERS
 from serving.requests import ImagesRequest, InputImage, RawRequest, decode_images, parse_images, parse_sample
+from serving.responses import error_response
 
 SHAPE = (8, 8, 3)
 LATENTS = [(3, 2, 2), (2, 4, 4)]
@@ -234,3 +235,8 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch
     assert caught.value.status == 413
     parsed = read_images("score", as_json(images=[one, one, b64(b"junk")]), SHAPE)
     assert [image.code for image in parsed.images] == ["wrong_size", "wrong_size", "not_an_image"]
+
+
+def test_messages_that_are_no_utf8_are_answered_too() -> None:
+    answer = error_response(ApiError(422, "bad_parameter", "kind is '\ud800'"))
+    assert json.loads(answer.body)["error"]["message"] == "kind is '\ud800'"

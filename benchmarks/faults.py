@@ -1,0 +1,199 @@
+"""What goes wrong under load, and what becomes of it. ``make bench-faults``
+
+Every answer is compared byte by byte with the right one: it has to be that, or a clean error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from benchmarks.traffic import OUTCOMES, Known, Running, Tally, Traffic, ask, known_requests, new_session, running
+from handlers.archives import RESPONSE_TIMEOUT_S
+from serving.bundle import open_bundle
+
+CLIENTS = 16
+RECOVERY_S = 10.0
+AT_ONCE = 1000
+BIG_BODY = 15 * 2**20
+ROOM = 8 * 2**20  # what a worker that runs out of memory may still take
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one fault: ``seconds`` until the service was whole again, ``allowed`` of them."""
+
+    name: str
+    tally: Tally
+    seconds: float | None = None
+    allowed: float | None = None
+
+
+async def _until_whole(service: Running, lost: int, started: float, limit: float) -> float:
+    """Seconds until another worker stands where ``lost`` did and all are ready."""
+    count = len(await asyncio.to_thread(service.workers)) if lost == 0 else None
+    while time.monotonic() - started < limit:
+        workers = await asyncio.to_thread(service.workers)
+        if lost not in workers and all(state == "READY" for _, state in workers.values()) and (
+                count is None or len(workers) == count):
+            return time.monotonic() - started
+        await asyncio.sleep(0.1)
+    return float("inf")
+
+
+async def kill_each(service: Running, known: list[Known]) -> list[Result]:
+    results = []
+    for pid, (model, _) in service.workers().items():
+        async with Traffic(service.url, known, CLIENTS) as traffic:
+            await asyncio.sleep(1)
+            os.kill(pid, signal.SIGKILL)
+            seconds = await _until_whole(service, pid, time.monotonic(), 60)
+            await asyncio.sleep(1)
+        results.append(Result(f"SIGKILL of a worker of {model}", traffic.tally, seconds, RECOVERY_S))
+    return results
+
+
+async def hang(service: Running, known: list[Known]) -> list[Result]:
+    pid = next(pid for pid, (model, _) in service.workers().items() if model == "score")
+    async with Traffic(service.url, known, CLIENTS) as traffic:
+        await asyncio.sleep(1)
+        os.kill(pid, signal.SIGSTOP)
+        limit = RESPONSE_TIMEOUT_S + RECOVERY_S
+        seconds = await _until_whole(service, pid, time.monotonic(), limit + 60)
+    return [Result("a worker of score hangs (SIGSTOP)", traffic.tally, seconds, limit)]
+
+
+async def exhaust(service: Running, known: list[Known]) -> list[Result]:
+    """Take away all memory but a little from one worker."""
+    pid = next(pid for pid, (model, _) in service.workers().items() if model == "score")
+    async with Traffic(service.url, known, CLIENTS) as traffic:
+        await asyncio.sleep(1)
+        limit = psutil.Process(pid).memory_info().vms + ROOM
+        resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+        started = time.monotonic()
+        await asyncio.sleep(10)
+        workers = service.workers()
+        seconds = 0.0 if pid in workers and workers[pid][1] == "READY" else await _until_whole(service, pid, started, 60)
+        await asyncio.sleep(1)
+    return [Result("a worker of score has no memory left", traffic.tally, seconds, 10 + RECOVERY_S)]
+
+
+async def disconnect(service: Running, known: list[Known]) -> list[Result]:
+    """Clients that go away in the middle of sending, and before the answer."""
+    async def leave(whole: bool) -> None:
+        body = known[2].body
+        _, writer = await asyncio.open_connection("127.0.0.1", service.ports.inference)
+        head = f"POST /predictions/score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + (body if whole else body[:len(body) // 2]))
+        await writer.drain()
+        writer.transport.abort()
+
+    async with Traffic(service.url, known, CLIENTS) as traffic:
+        for i in range(200):
+            await leave(whole=bool(i % 2))
+            await asyncio.sleep(0.02)
+    return [Result("200 clients leave mid-request", traffic.tally)]
+
+
+async def flood(service: Running, known: list[Known]) -> list[Result]:
+    tally = Tally()
+    async with new_session() as session:
+        await asyncio.gather(*(ask(session, service.url, known[1 + i % 5], tally) for i in range(AT_ONCE)))
+    return [Result(f"{AT_ONCE} clients at once", tally)]
+
+
+async def fill_queue(service: Running, known: list[Known]) -> list[Result]:
+    """Many more large requests than the queue holds."""
+    big = Known(known[2].operation, np.random.default_rng(0).bytes(BIG_BODY), "image/png", b"")
+    slow = known[2]
+    tally, large = Tally(), Tally()
+    async with new_session() as session:
+        await asyncio.gather(*(ask(session, service.url, slow, tally) for _ in range(600)),
+                             *(ask(session, service.url, big, large) for _ in range(64)))
+    # None of the large ones is an image: 415 is their right answer.
+    large.outcomes["right"] += large.statuses[415]
+    large.outcomes["failed"] -= large.statuses[415]
+    return [Result("600 requests of 8 images in a queue of 256", tally),
+            Result(f"beside them, 64 bodies of {BIG_BODY >> 20} MiB", large)]
+
+
+async def stop(service: Running, known: list[Known]) -> list[Result]:
+    """SIGTERM while requests are computed: what was sent before has to be answered."""
+    tally = Tally()
+    async with new_session() as session:
+        asked = [asyncio.create_task(ask(session, service.url, known[i % len(known)], tally)) for i in range(64)]
+        await asyncio.sleep(0.2)
+        started = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*asked)
+    await asyncio.to_thread(service.process.wait, 90)
+    return [Result("SIGTERM with 64 requests on their way", tally, time.monotonic() - started, 60)]
+
+
+FAULTS: tuple[Callable[[Running, list[Known]], Awaitable[list[Result]]], ...] = (
+    kill_each, exhaust, disconnect, flood, fill_queue, hang, stop)
+
+
+def _held(service: Running) -> dict[str, int]:
+    """What could leak."""
+    family = service.family()
+    sockets = 0
+    for process in family:
+        sockets += len(process.net_connections("inet"))
+    return {"processes": len(family), "files": sum(p.num_fds() for p in family), "sockets": sockets}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--only", help="names of faults, such as hang,stop")
+    args = parser.parse_args()
+    chosen = [fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")]
+    bad = 0
+    with running(args.bundle) as service:
+        family = service.family()
+        known = known_requests(service.url, open_bundle(args.bundle).image_shape)
+        asyncio.run(_warm(service, known))
+        time.sleep(5)
+        before = _held(service)
+        print("| fault | " + " | ".join(OUTCOMES) + " | statuses | p99 s | whole again after s | allowed |")
+        print("|---" * (len(OUTCOMES) + 5) + "|")
+        for fault in chosen:
+            for result in asyncio.run(fault(service, known)):  # type: ignore[arg-type]
+                counts = result.tally.outcomes
+                p99 = f"{np.quantile(result.tally.latencies, 0.99):.2f}" if result.tally.latencies else "–"
+                seconds = "–" if result.seconds is None else f"{result.seconds:.1f}"
+                allowed = "–" if result.allowed is None else f"{result.allowed:.0f}"
+                statuses = ", ".join(f"{status or 'none'}: {n}" for status, n in sorted(result.tally.statuses.items()))
+                print(f"| {result.name} | " + " | ".join(str(counts[o]) for o in OUTCOMES)
+                      + f" | {statuses} | {p99} | {seconds} | {allowed} |", flush=True)
+                bad += counts["wrong"] + counts["silent"]
+                bad += result.allowed is not None and result.seconds is not None and result.seconds > result.allowed
+            if fault is not stop:
+                asyncio.run(_warm(service, known))
+        if service.process.poll() is None:
+            time.sleep(5)
+            after = _held(service)
+            print("\nheld before and after: " + ", ".join(f"{name} {before[name]} and {after[name]}" for name in before))
+    alive = psutil.wait_procs(family, timeout=5)[1]
+    print(f"processes left: {len(alive)}")
+    raise SystemExit(bool(bad or alive))
+
+
+async def _warm(service: Running, known: list[Known]) -> None:
+    async with Traffic(service.url, known, 4):
+        await asyncio.sleep(2)
+
+
+if __name__ == "__main__":
+    main()

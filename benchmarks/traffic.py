@@ -1,0 +1,169 @@
+"""Requests whose right answers are known, and a judge of what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import httpx
+import numpy as np
+import psutil
+
+from serving.images import read_image, write_png
+from serving.ports import VARIABLES, Ports
+from serving.ui import EXAMPLES
+
+OUTCOMES = ("right", "refused", "failed", "silent", "wrong")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A request and the bytes of its answer."""
+
+    operation: str
+    body: bytes
+    content_type: str
+    answer: bytes
+
+
+@dataclass
+class Tally:
+    """What became of requests: ``refused`` is a 503, ``failed`` another error, ``silent`` no answer at all."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies: list[float] = field(default_factory=list)
+
+    def add(self, status: int | None, is_right: bool, seconds: float) -> None:
+        self.statuses[status or 0] += 1
+        if status is None:
+            self.outcomes["silent"] += 1
+        elif status == 200:
+            self.outcomes["right" if is_right else "wrong"] += 1
+            self.latencies.append(seconds)
+        else:
+            self.outcomes["refused" if status == 503 else "failed"] += 1
+
+
+@dataclass(frozen=True)
+class Running:
+    """``ade serve`` on ports of its own."""
+
+    process: subprocess.Popen
+    ports: Ports
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.inference}/predictions"
+
+    def family(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def workers(self) -> dict[int, tuple[str, str]]:
+        """Model and state by process id, as TorchServe tells."""
+        management = f"http://127.0.0.1:{self.ports.management}/models"
+        found = {}
+        for model in httpx.get(management, timeout=30).json()["models"]:
+            described = httpx.get(f"{management}/{model['modelName']}", timeout=30).json()[0]
+            found |= {w["pid"]: (model["modelName"], w["status"]) for w in described["workers"]}
+        return found
+
+
+@contextmanager
+def running(bundle: Path, *options: str) -> Iterator[Running]:
+    """A service of its own, ready."""
+    sockets = [socket.socket() for _ in VARIABLES]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    numbers = dict(zip(VARIABLES, (s.getsockname()[1] for s in sockets), strict=True))
+    for s in sockets:
+        s.close()
+    environment = {**os.environ, **{VARIABLES[name][0]: str(port) for name, port in numbers.items()}}
+    process = subprocess.Popen([sys.executable, "-m", "ade_cli.main", "serve", str(bundle), "--device", "cpu", *options],
+                               env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("Ctrl-C"):
+                break
+        yield Running(process, Ports(**numbers))
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(90)
+
+
+def known_requests(url: str, shape: tuple[int, int, int]) -> list[Known]:
+    """One of each operation and way, asked once to know the answers."""
+    pictures = [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
+    out = io.BytesIO()
+    np.save(out, np.stack([pictures[i % len(pictures)] for i in range(8)]))
+    requests = [("sample", b'{"n": 4, "seed": 3, "format": "npy"}', "application/json"),
+                ("score", write_png(pictures[0]), "image/png"), ("score", out.getvalue(), "application/x-npy"),
+                ("score", write_png(pictures[1]), "image/png"), ("encode", write_png(pictures[0]), "image/png"),
+                ("reconstruct", write_png(pictures[1]), "image/png")]
+    known = []
+    for operation, body, content_type in requests:
+        answer = httpx.post(f"{url}/{operation}", content=body, headers={"Content-Type": content_type}, timeout=60)
+        answer.raise_for_status()
+        known.append(Known(operation, body, content_type, answer.content))
+    return known
+
+
+async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tally) -> None:
+    started = time.perf_counter()
+    try:
+        async with session.post(f"{url}/{known.operation}", data=known.body,
+                                headers={"Content-Type": known.content_type}) as answer:
+            content = await answer.read()
+            tally.add(answer.status, content == known.answer, time.perf_counter() - started)
+    except aiohttp.ClientError:
+        tally.add(None, False, time.perf_counter() - started)
+
+
+def new_session() -> aiohttp.ClientSession:
+    """Patient, and of as many connections as asked for."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(300))
+
+
+@dataclass
+class Traffic:
+    """Clients that each ask for one thing after another, until told to stop."""
+
+    url: str
+    known: Sequence[Known]
+    clients: int
+    tally: Tally = field(default_factory=Tally)
+    pause: float = 0.0  # seconds between a client's requests
+
+    async def __aenter__(self) -> Traffic:
+        self._session = new_session()
+        self._stopped = False
+        self._tasks = [asyncio.create_task(self._client(i)) for i in range(self.clients)]
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._stopped = True
+        await asyncio.gather(*self._tasks)
+        await self._session.close()
+
+    async def _client(self, number: int) -> None:
+        turn = number
+        while not self._stopped:
+            await ask(self._session, self.url, self.known[turn % len(self.known)], self.tally)
+            turn += 1
+            if self.pause or self.tally.outcomes["silent"]:
+                await asyncio.sleep(self.pause or 0.05)

@@ -1,0 +1,49 @@
+"""Ten thousand broken requests on a real service: no worker dies, and no answer blames the server."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from benchmarks.malformed import is_torchserves_own, malformed_requests
+from serving.client import AdeClient
+from tests.service import RunningService
+
+
+def test_the_same_seed_breaks_in_the_same_ways() -> None:
+    first, again = list(malformed_requests(1, 50)), list(malformed_requests(1, 50))
+    assert first == again != list(malformed_requests(2, 50))
+    assert len({request.kind for request in malformed_requests(1, 300)}) == 9
+
+
+@pytest.mark.slow
+def test_broken_requests_harm_nobody(service: RunningService, real_images: np.ndarray) -> None:
+    def workers() -> set[int]:
+        return {process.pid for process in service.descendants()}
+
+    before = workers()
+    with AdeClient(service.url) as client:
+        expected = client.score(real_images[:4])
+        with httpx.Client(base_url=service.url, timeout=60, limits=httpx.Limits(max_connections=8)) as http:
+            def send(request) -> tuple[str, int, bytes]:
+                answer = http.post(f"/predictions/{request.operation}", content=request.body,
+                                   headers={"Content-Type": request.content_type})
+                return request.kind, answer.status_code, answer.content
+
+            with ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(send, malformed_requests(0, 10_000)))
+        assert client.score(real_images[:4]) == expected
+    assert workers() == before
+    blamed = Counter((kind, status) for kind, status, content in answers
+                     if status >= 500 and status != 503 and not is_torchserves_own(status, content))
+    assert not blamed
+    refused = [(status, content) for _, status, content in answers if 400 <= status < 500]
+    assert len(refused) > 5_000
+    for status, content in refused:
+        error = json.loads(content).get("error")
+        assert error and error["code"] and error["message"] and status in (400, 413, 415, 422), (status, content[:200])
