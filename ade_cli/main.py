@@ -15,6 +15,10 @@ VERBS = {
     "export": "turn a run's checkpoint into a bundle that can be served",
     "calibrate": "fit a bundle's verdict to held-out images and calibrate it, into a new bundle",
     "ood-bench": "measure how well a bundle's verdict tells strangers from usual images",
+    "sample": "draw samples into a picture or an array",
+    "encode": "write the latents of image files",
+    "reconstruct": "encode and decode image files",
+    "score": "score image files, or a folder of any size into a table",
     "serve": "serve a bundle over HTTP, with a web page",
     "status": "say how the service on this machine is",
 }

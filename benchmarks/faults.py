@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import io
 import os
 import resource
 import signal
@@ -15,8 +17,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
+from PIL import Image
 
 from benchmarks.traffic import OUTCOMES, Known, Running, Tally, Traffic, ask, known_requests, new_session, running
 from handlers.archives import RESPONSE_TIMEOUT_S
@@ -74,18 +78,23 @@ async def hang(service: Running, known: list[Known]) -> list[Result]:
 
 
 async def exhaust(service: Running, known: list[Known]) -> list[Result]:
-    """Take away all memory but a little from one worker."""
+    """Take away all memory but a little from one worker, and send what wants more: large pictures to resize."""
+    out = io.BytesIO()
+    Image.linear_gradient("L").resize((4000, 3900)).convert("RGB").save(out, "PNG")
+    body = b'{"resize": "fit", "images": ["' + base64.b64encode(out.getvalue()) + b'"]}'
+    answer = httpx.post(f"{service.url}/score", content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    large = Known("score", body, "application/json", answer.raise_for_status().content)
     pid = next(pid for pid, (model, _) in service.workers().items() if model == "score")
-    async with Traffic(service.url, known, CLIENTS) as traffic:
+    async with Traffic(service.url, [*known, large], CLIENTS) as traffic:
         await asyncio.sleep(1)
         limit = psutil.Process(pid).memory_info().vms + ROOM
         resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
         started = time.monotonic()
-        await asyncio.sleep(10)
-        workers = service.workers()
-        seconds = 0.0 if pid in workers and workers[pid][1] == "READY" else await _until_whole(service, pid, started, 60)
+        while pid in await asyncio.to_thread(service.workers) and time.monotonic() - started < 60:
+            await asyncio.sleep(0.1)
+        seconds = await _until_whole(service, pid, time.monotonic(), 60)
         await asyncio.sleep(1)
-    return [Result("a worker of score has no memory left", traffic.tally, seconds, 10 + RECOVERY_S)]
+    return [Result("a worker of score runs out of memory", traffic.tally, seconds, RECOVERY_S)]
 
 
 async def disconnect(service: Running, known: list[Known]) -> list[Result]:
@@ -160,6 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")]
     bad = 0
+    words: dict[str, str] = {}  # what errors said, and where
     with running(args.bundle) as service:
         family = service.family()
         known = known_requests(service.url, open_bundle(args.bundle).image_shape)
@@ -177,6 +187,7 @@ def main() -> None:
                 statuses = ", ".join(f"{status or 'none'}: {n}" for status, n in sorted(result.tally.statuses.items()))
                 print(f"| {result.name} | " + " | ".join(str(counts[o]) for o in OUTCOMES)
                       + f" | {statuses} | {p99} | {seconds} | {allowed} |", flush=True)
+                words |= {name: result.name for name in result.tally.words}
                 bad += counts["wrong"] + counts["silent"]
                 bad += result.allowed is not None and result.seconds is not None and result.seconds > result.allowed
             if fault is not stop:
@@ -185,6 +196,8 @@ def main() -> None:
             time.sleep(5)
             after = _held(service)
             print("\nheld before and after: " + ", ".join(f"{name} {before[name]} and {after[name]}" for name in before))
+    for text, name in words.items():
+        print(f"- {name}: {text}")
     alive = psutil.wait_procs(family, timeout=5)[1]
     print(f"processes left: {len(alive)}")
     raise SystemExit(bool(bad or alive))

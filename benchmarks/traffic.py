@@ -45,9 +45,12 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
+    words: Counter[str] = field(default_factory=Counter)  # of errors
 
-    def add(self, status: int | None, is_right: bool, seconds: float) -> None:
+    def add(self, status: int | None, is_right: bool, seconds: float, words: str = "") -> None:
         self.statuses[status or 0] += 1
+        if words:
+            self.words[words] += 1
         if status is None:
             self.outcomes["silent"] += 1
         elif status == 200:
@@ -129,9 +132,10 @@ async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tal
         async with session.post(f"{url}/{known.operation}", data=known.body,
                                 headers={"Content-Type": known.content_type}) as answer:
             content = await answer.read()
-            tally.add(answer.status, content == known.answer, time.perf_counter() - started)
-    except aiohttp.ClientError:
-        tally.add(None, False, time.perf_counter() - started)
+            words = "" if answer.status == 200 else " ".join(content.decode(errors="replace").split())[:150]
+            tally.add(answer.status, content == known.answer, time.perf_counter() - started, words)
+    except aiohttp.ClientError as error:
+        tally.add(None, False, time.perf_counter() - started, repr(error))
 
 
 def new_session() -> aiohttp.ClientSession:

@@ -20,6 +20,7 @@ from serving.ood import Unusual
 from serving.requests import PROBE_HEADER
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+WORKER_DIED = "Worker died"  # TorchServe of a request whose worker ended; another one may well answer it
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 Kind = Literal["mean", "density"]
 
@@ -95,7 +96,8 @@ class AdeClient:
         url: of the inference address.
         model: name of a further bundle; the first bundle needs none.
         token: where the service asks for one.
-        retries: how often a 503 is tried again, waiting as advised or twice as long each time.
+        retries: how often a 503, or a worker that died over the request, is tried again, waiting as advised or twice as
+            long each time.
         timeout: seconds for one answer.
 
     Raises (every method):
@@ -191,13 +193,18 @@ class AdeClient:
         wait = 0.1
         for attempt in range(self._retries + 1):
             answer = self._http.post(f"/predictions/{self._prefix}{operation}", json=values, headers=headers)
-            if answer.status_code != 503 or attempt == self._retries:
+            if not _is_passing(answer) or attempt == self._retries:
                 break
             time.sleep(float(answer.headers.get("Retry-After", wait)))
             wait *= 2
         if answer.status_code != 200:
             raise _error(answer)
         return answer
+
+
+def _is_passing(answer: httpx.Response) -> bool:
+    """Whether the same request may well be answered a little later."""
+    return answer.status_code in (503, 507) or answer.status_code == 500 and WORKER_DIED in answer.text
 
 
 def _images(images: Sequence[ImageLike] | np.ndarray, resize: bool) -> dict[str, Any]:
@@ -265,6 +272,6 @@ def _error(answer: httpx.Response) -> AdeError:
         return AdeError(400, "malformed_request", "the form cannot be taken apart")
     if kind == "InvalidKeyException":
         return AdeError(401, "bad_token", "the server wants a valid token")
-    if status in (503, 507):
+    if _is_passing(answer):
         return AdeError(503, "overloaded", "the server cannot take the request now: try again later")
     return AdeError(status, "server_error", f"the server answered {status}")

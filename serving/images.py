@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 16_000_000  # decoded, this is 48 MB; a larger picture of another size is of no use to a small model
 MAX_FILE_BYTES = 16 * 2**20
 
@@ -53,6 +54,7 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
 
     Raises:
         ImageError: not an image of a known format, damaged, too large, or of another size.
+        MemoryError: there is no room to decode it.
     """
     if not data:
         raise ImageError("not_an_image", "the image is empty: 0 bytes came")
@@ -85,7 +87,7 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
                                          f"start with {data[:8].hex(' ')}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels: {error}") from None
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises whatever its parsers stumble over: struct.error, SyntaxError, KeyError, …
         raise ImageError("not_an_image", f"the image is damaged: {error}") from error

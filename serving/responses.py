@@ -158,12 +158,12 @@ def reconstruct_response(images: Sequence[InputImage | ApiError], made: np.ndarr
         kind: ``mean`` or ``density``.
         model_id: goes into JSON and into the PNG's text.
     """
-    psnr = [_psnr(image.pixels, other) for image, other in zip(
+    decibels = [psnr(image.pixels, other) for image, other in zip(
         (i for i in images if isinstance(i, InputImage)), made, strict=True)]
     format = format or ("png" if len(images) == 1 else "json")
     if format == "json":
         def entry(row: int) -> dict[str, Any]:
-            return {"image": _base64_png(made[row], {"ade:kind": kind, "ade:model": model_id}), "psnr": psnr[row]}
+            return {"image": _base64_png(made[row], {"ade:kind": kind, "ade:model": model_id}), "psnr": decibels[row]}
         return _results(images, entry, {"model": model_id, "kind": kind})
     _fail_on_error(images)
     if format == "npy":
@@ -173,11 +173,11 @@ def reconstruct_response(images: Sequence[InputImage | ApiError], made: np.ndarr
                                           "\"format\": \"npy\" or \"json\"")
     else:
         response = Response(200, "image/png", write_png(made[0], {"ade:kind": kind, "ade:model": model_id}))
-    response.headers["X-Ade-Psnr"] = ",".join("inf" if p is None else f"{p:.4f}" for p in psnr)
+    response.headers["X-Ade-Psnr"] = ",".join("inf" if p is None else f"{p:.4f}" for p in decibels)
     return response
 
 
-def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
+def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
     """Peak signal-to-noise ratio, decibels; ``None`` where the two are equal (it is infinite)."""
     error = float(np.square(a.astype(np.float64) - b).mean())
     return 10 * math.log10(LEVELS_255**2 / error) if error > 0 else None

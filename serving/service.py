@@ -136,9 +136,8 @@ class Service:
     def _decode_alone(self, files: FilesRequest) -> ImagesRequest | ApiError:
         try:
             return decode_images([files], self.engine.image_shape)[0]
-        except Exception:
-            logger.exception("%s: pictures of a request could not be decoded", self.operation)
-            return _internal_error()
+        except Exception as error:
+            return self._failure(error)
 
     @staticmethod
     def _within_reach(parsed: list[SampleRequest | ImagesRequest | ApiError]) -> list[
@@ -169,11 +168,15 @@ class Service:
         try:
             return self._compute([request], watch)[0]
         except Exception as error:
-            logger.exception("%s: a request failed", self.operation)
-            if is_out_of_memory(error):
-                self.is_exhausted = True
-                return error_response(ApiError(503, "overloaded", "the server has no memory left for this: try later"))
-            return error_response(_internal_error())
+            return error_response(self._failure(error))
+
+    def _failure(self, error: Exception) -> ApiError:
+        """Of a request by itself, and not its own fault."""
+        logger.error("%s: a request failed", self.operation, exc_info=error)
+        if is_out_of_memory(error):
+            self.is_exhausted = True
+            return ApiError(503, "overloaded", "the server has no memory left for this: try again later")
+        return _internal_error()
 
     def _compute(self, requests: list[Any], watch: Stopwatch) -> list[Response]:
         if not requests:

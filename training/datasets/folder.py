@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from serving.images import ImageError, read_image
+from serving.images import IMAGE_SUFFIXES, ImageError, read_image
 from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, contents, decode_into, split_by_name
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 def load_folder(folder: Path, image_size: int | None, cache: Path | None, report: Report) -> Dataset:

@@ -1,0 +1,32 @@
+"""``ade encode IMAGE… --bundle BUNDLE --out FILE``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ade_cli.image_files import FileError, add_image_arguments, load_engine, read_pixels
+from serving.backends import BackendError
+from serving.bundle import BundleError
+
+ERRORS = (BundleError, BackendError, FileError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_image_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz",
+                        help="mean_i, log_scale_i and z_i of each level, coarsest first, a row an image")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".npz":
+        raise FileError(f"{args.out}: the name must end with .npz")
+    engine = load_engine(args.bundle, "encode")
+    pixels = read_pixels(args.images, engine, args.resize)
+    levels = engine.encode(pixels, [args.seed] * len(pixels))
+    np.savez(args.out, **{f"{name}_{i}": getattr(level, name) for i, level in enumerate(levels)
+                          for name in ("mean", "log_scale", "z")})
+    shapes = ", ".join(f"z_{i} {level.z.shape}" for i, level in enumerate(levels))
+    print(f"{args.out}: {shapes}")

@@ -1,0 +1,54 @@
+"""Image files given on the command line, for the verbs that work without a service."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from serving.bundle import BundleError, open_bundle
+from serving.engine import InferenceEngine
+from serving.errors import ApiError
+from serving.requests import prepare_image
+
+
+class FileError(ValueError):
+    """A file that cannot be used."""
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of latents (default: %(default)s)")
+
+
+def load_engine(folder: Path, operation: str) -> InferenceEngine:
+    """An engine with one operation.
+
+    Raises:
+        BundleError: the bundle does not have it.
+    """
+    bundle = open_bundle(folder)
+    if operation not in bundle.operations:
+        raise BundleError(f"{bundle.name} has no {operation}: it was trained without an inference network")
+    return InferenceEngine(bundle, operations=[operation])
+
+
+def read_pixels(paths: list[Path], engine: InferenceEngine, resize: str | None) -> np.ndarray:
+    """uint8 ``(N, H, W, C)`` of the model's shape.
+
+    Raises:
+        FileError: naming the first file that cannot be used.
+    """
+    pixels = []
+    for path in paths:
+        try:
+            image = prepare_image(path.read_bytes(), engine.image_shape, resize == "fit", 0)
+        except OSError as error:
+            raise FileError(f"{path}: {error.strerror}") from None
+        if isinstance(image, ApiError):
+            raise FileError(f"{path}: {image.message}".replace('"resize": "fit"', "--resize fit"))
+        pixels.append(image.pixels)
+    return np.stack(pixels)

@@ -1,0 +1,34 @@
+"""``ade reconstruct IMAGE… --bundle BUNDLE --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ade_cli.image_files import FileError, add_image_arguments, load_engine, read_pixels
+from serving.backends import BackendError
+from serving.bundle import BundleError
+from serving.images import write_png
+from serving.responses import psnr
+
+ERRORS = (BundleError, BackendError, FileError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_image_arguments(parser)
+    parser.add_argument("--kind", choices=["mean", "density"], default="mean", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a PNG of each image's name goes there")
+
+
+def run(args: argparse.Namespace) -> None:
+    names = [path.stem for path in args.images]
+    if len(set(names)) < len(names):
+        raise FileError("two of the images have the same name: their reconstructions would too")
+    engine = load_engine(args.bundle, "reconstruct")
+    pixels = read_pixels(args.images, engine, args.resize)
+    made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, before, after in zip(names, pixels, made, strict=True):
+        (args.out / f"{name}.png").write_bytes(write_png(after))
+        decibels = psnr(before, after)
+        print(f"{args.out / name}.png: {'exact' if decibels is None else f'{decibels:.2f} dB'}")

@@ -1,0 +1,63 @@
+"""``ade score IMAGES --bundle BUNDLE``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, score_folder
+from serving.bundle import BundleError, open_bundle
+from serving.ood import CalibrationError
+
+ERRORS = (BundleError, BulkError, CalibrationError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = ("Score image files: bits per dimension and the verdict. Files are answered as JSON lines; a "
+                          "folder goes into a table, and the same command goes on where it was ended.")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES",
+                        help="files, or one folder (searched recursively)")
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"of a folder's scores: {', '.join(FORMATS)}")
+    parser.add_argument("--alpha", type=float, default=0.01, help="false-alarm rate of the verdict (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="draws of the bound (default: %(default)s)")
+    parser.add_argument("--resize", choices=["fit"], help="resize images of another size: this changes the likelihood")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="processes (default: one a core)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if not 0 < args.alpha < 1:
+        raise BulkError(f"--alpha must be between 0 and 1, got {args.alpha}")
+    if args.samples < 1 or args.workers < 1:
+        raise BulkError("--samples and --workers must be at least 1")
+    options = BulkOptions(args.alpha, args.samples, args.resize)
+    bundle = open_bundle(args.bundle)
+    if args.out is None:
+        if any(path.is_dir() for path in args.images):
+            raise BulkError(f"a folder's scores need --out FILE ({', '.join(FORMATS)})")
+        for row in FileScorer(bundle, Path(), options)([str(path) for path in args.images]):
+            print(json.dumps(row))
+        return
+    if len(args.images) != 1 or not args.images[0].is_dir():
+        raise BulkError("--out takes one folder")
+    if args.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise BulkError("a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl")
+    with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
+        def progress(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.initial = bar.n = bar.last_print_n = done
+            bar.total = total
+            bar.update(done - bar.n)
+
+        summary = score_folder(bundle, args.images[0], args.out, options, args.workers, progress)
+    print(f"{args.out}: {summary.scored} scored, {summary.errors} could not be")
+    if bundle.manifest.get("calibration"):
+        print(f"{summary.flagged} flagged at alpha {args.alpha:g}; of as many images like the calibration's about "
+              f"{args.alpha * summary.scored:.0f} would be")

@@ -1,0 +1,263 @@
+"""Scores of a folder of images, by several processes, in memory that does not grow with the folder, and resumable.
+
+Rows go to ``OUT.part``, a line of JSON each, in the order of the files; a chunk is written when all before it are. Whatever
+ends the program, what stands there is whole but for its last line, and the next call goes on after it. When all are
+there they become ``OUT``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.bundle import Bundle, open_bundle
+from serving.engine import InferenceEngine, NotFinite
+from serving.errors import ApiError
+from serving.images import IMAGE_SUFFIXES
+from serving.requests import InputImage, prepare_image
+from serving.signatures import part_names
+
+FORMATS = (".csv", ".jsonl", ".parquet")
+CHUNK = 64  # files that a process takes at a time
+AHEAD = 3  # chunks that wait for each process
+ROWS_A_GROUP = 20_000  # of a Parquet file
+
+
+class BulkError(ValueError):
+    """Scoring that cannot begin or go on."""
+
+
+@dataclass(frozen=True)
+class BulkOptions:
+    """How files are scored; a file that was begun with others is not gone on with.
+
+    Attributes:
+        alpha: the false-alarm rate of ``ood``.
+        samples: K.
+        resize: ``fit`` to resize what has another size.
+    """
+
+    alpha: float = 0.01
+    samples: int = 1
+    resize: str | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of it: files ``scored``, of those ``flagged``, and files that have an error instead."""
+
+    scored: int
+    flagged: int
+    errors: int
+
+
+def image_paths(folder: Path) -> Iterator[str]:
+    """Image files below a folder by their suffixes, relative to it, in a fixed order; one directory's names at a time."""
+    for directory, folders, names in os.walk(folder):
+        folders.sort()
+        below = Path(directory).relative_to(folder)
+        for name in sorted(names):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield (below / name).as_posix()
+
+
+class FileScorer:
+    """Rows of files, by an engine in this process."""
+
+    def __init__(self, bundle: Bundle, folder: Path, options: BulkOptions) -> None:
+        self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+        self._folder = folder
+        self._options = options
+        calibration = self._engine.calibration
+        self._judges_resized = calibration is not None and calibration.resize == "fit"
+
+    def __call__(self, paths: list[str]) -> list[dict[str, Any]]:
+        """One a path, with the columns of :func:`columns`."""
+        images = [self._read(path) for path in paths]
+        usable = [image for image in images if isinstance(image, InputImage)]
+        scores = iter(self._engine.score(np.stack([image.pixels for image in usable]),
+                                         samples=[self._options.samples] * len(usable)) if usable else [])
+        return [{"path": path, **self._row(image, next(scores) if isinstance(image, InputImage) else None)}
+                for path, image in zip(paths, images, strict=True)]
+
+    def _read(self, path: str) -> InputImage | ApiError:
+        try:
+            data = (self._folder / path).read_bytes()
+        except OSError as error:
+            return ApiError(404, "unreadable", error.strerror or str(error))
+        return prepare_image(data, self._engine.image_shape, self._options.resize == "fit", 0)
+
+    def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
+        if isinstance(image, ApiError):
+            return {"error": image.code, "notes": image.message}
+        if isinstance(score, NotFinite):
+            return {"error": "not_finite", "notes": str(score)}
+        verdict = None if image.resized and not self._judges_resized else score.verdict
+        row = {"bpd": score.bpd, **score.parts}
+        if verdict is not None:
+            row |= {"ood_score": verdict.ood_score, "p_value": verdict.p_value,
+                    "ood": verdict.p_value <= self._options.alpha}
+        return {**row, "notes": "; ".join(image.notes)} if image.notes else row
+
+
+def columns(bundle: Bundle, samples: int) -> list[str]:
+    """Of every row; what a row lacks is empty in it."""
+    parts = ["dequantization", *part_names(len(bundle.latent_shapes)), *(["iwae_gap"] if samples > 1 else [])]
+    return ["path", "bpd", *parts, "ood_score", "p_value", "ood", "error", "notes"]
+
+
+def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, workers: int,
+                 progress: Callable[[int, int], None]) -> Summary:
+    """Score every image file below a folder into a file.
+
+    Args:
+        bundle: has ``score``.
+        folder: searched recursively.
+        out: a ``.csv``, ``.jsonl`` or ``.parquet`` that does not exist yet.
+        options: how.
+        workers: processes, each of one thread.
+        progress: told how many files are done and how many there are, after each chunk.
+
+    Raises:
+        BulkError: nothing to score with or to score, or what was begun does not go on so.
+    """
+    if out.suffix not in FORMATS:
+        raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
+    if out.exists():
+        raise BulkError(f"{out} is there already")
+    if "score" not in bundle.operations:
+        raise BulkError(f"{bundle.name} has no score: it was trained without an inference network")
+    total = sum(1 for _ in image_paths(folder))
+    if not total:
+        raise BulkError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    part = out.with_name(out.name + ".part")
+    head = {"model": bundle.model_id, "folder": str(folder.resolve()), **asdict(options)}
+    done = _begin(part, head, folder)
+    progress(done, total)
+    with open(part, "a", encoding="utf-8") as rows:
+        for made in _in_order(bundle, folder, options, workers, _chunks(image_paths(folder), done)):
+            rows.write("".join(json.dumps(row) + "\n" for row in made))
+            rows.flush()
+            done += len(made)
+            progress(done, total)
+    summary = _finish(part, out, columns(bundle, options.samples))
+    part.unlink()
+    return summary
+
+
+def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
+    """How many rows stand in the file already; a line that was not finished is cut off."""
+    if not part.exists():
+        part.write_text(json.dumps(head) + "\n")
+        return 0
+    end, count, last = 0, -1, b""
+    with open(part, "rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            if count < 0 and json.loads(line) != head:
+                raise BulkError(f"{part} was begun with {json.loads(line)}, this is {head}: remove it to begin anew")
+            end, count, last = end + len(line), count + 1, line
+    if count < 0:
+        part.unlink()
+        return _begin(part, head, folder)
+    os.truncate(part, end)
+    if count:
+        expected = next(islice(image_paths(folder), count - 1, None), None)
+        found = json.loads(last)["path"]
+        if found != expected:
+            raise BulkError(f"{folder} has changed since {part} was begun: its file {count} is {expected}, it was {found}; "
+                            "remove the .part to begin anew")
+    return count
+
+
+def _chunks(paths: Iterator[str], done: int) -> Iterator[list[str]]:
+    rest = islice(paths, done, None)
+    while chunk := list(islice(rest, CHUNK)):
+        yield chunk
+
+
+def _in_order(bundle: Bundle, folder: Path, options: BulkOptions, workers: int, chunks: Iterator[list[str]]) -> Iterator[
+        list[dict[str, Any]]]:
+    """Rows of the chunks, in order, a few of them ahead."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of whoever calls
+    with ProcessPoolExecutor(workers, context, _start_worker, (bundle.folder, folder, options, os.getpid())) as pool:
+        waiting: deque[Future[list[dict[str, Any]]]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_score_chunk, chunk))
+            if len(waiting) >= AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_scorer: FileScorer
+
+
+def _start_worker(bundle: Path, folder: Path, options: BulkOptions, parent: int) -> None:
+    global _scorer
+    _scorer = FileScorer(open_bundle(bundle), folder, options)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A process whose parent was killed would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _score_chunk(paths: list[str]) -> list[dict[str, Any]]:
+    return _scorer(paths)
+
+
+def _finish(part: Path, out: Path, names: list[str]) -> Summary:
+    """The rows in the format of ``out``, and what they say."""
+    counts = {"scored": 0, "flagged": 0, "errors": 0}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with open(part, encoding="utf-8") as lines:
+            next(lines)  # the head
+            for line in lines:
+                row = json.loads(line)
+                counts["errors" if "error" in row else "scored"] += 1
+                counts["flagged"] += bool(row.get("ood"))
+                yield {name: row.get(name) for name in names}
+
+    unfinished = out.with_name(out.name + ".tmp")
+    if out.suffix == ".parquet":
+        _write_parquet(unfinished, names, rows())
+    else:
+        with open(unfinished, "w", encoding="utf-8", newline="") as file:
+            if out.suffix == ".csv":
+                table = csv.DictWriter(file, names)
+                table.writeheader()
+                table.writerows(rows())
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in rows())
+    os.replace(unfinished, out)
+    return Summary(**counts)
+
+
+def _write_parquet(path: Path, names: list[str], rows: Iterator[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = {"path": pa.string(), "ood": pa.bool_(), "error": pa.string(), "notes": pa.string()}
+    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
+    with parquet.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, ROWS_A_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema))

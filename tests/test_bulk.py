@@ -1,0 +1,175 @@
+"""The verbs that work without a service: a folder into a table, whatever interrupts it, and files one by one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ade_cli.main import main
+from serving import bulk
+from serving.bulk import BulkError, BulkOptions, image_paths, score_folder
+from serving.bundle import open_bundle
+from serving.engine import InferenceEngine
+from tests.conftest import ROOT, make_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Path:
+    """300 images in three folders, two broken files, one of another size and one that is no image."""
+    return make_folder(tmp_path_factory.mktemp("images"), small_images)
+
+
+def score(bundle: Path, folder: Path, out: Path, **options) -> bulk.Summary:
+    return score_folder(open_bundle(bundle), folder, out, BulkOptions(**options), 1, lambda done, total: None)
+
+
+def read(path: Path) -> list[dict]:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    if path.suffix == ".csv":
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    from pyarrow import parquet
+
+    return parquet.read_table(path).to_pylist()
+
+
+def test_every_file_has_its_row_in_every_format(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    tables = {}
+    for suffix in bulk.FORMATS:
+        summary = score(tiny_bundle, folder, tmp_path / f"scores{suffix}", alpha=0.1)
+        assert summary.scored == 300 and summary.errors == 3
+        tables[suffix] = read(tmp_path / f"scores{suffix}")
+        assert not (tmp_path / f"scores{suffix}.part").exists()
+    rows = tables[".jsonl"]
+    assert [row["path"] for row in rows] == list(image_paths(folder)) and len(rows) == 303
+    by_path = {row["path"]: row for row in rows}
+    assert by_path["broken.png"]["error"] == by_path["empty.jpg"]["error"] == "not_an_image"
+    assert by_path["wide.png"]["error"] == "wrong_size" and "8 x 8" in by_path["wide.png"]["notes"]
+    engine = InferenceEngine(tiny_bundle, device="cpu")
+    good = [row for row in rows if not row["error"]][:40]
+    images = np.stack([np.asarray(Image.open(folder / row["path"])) for row in good])
+    for row, direct in zip(good, engine.score(images), strict=True):
+        assert row["bpd"] == direct.bpd and row["p_value"] == direct.verdict.p_value
+        assert row["ood"] == (direct.verdict.p_value <= 0.1) and row["distortion"] == direct.parts["distortion"]
+    assert sum(row["ood"] or False for row in rows) == summary.flagged
+    assert tables[".parquet"] == rows
+    assert [float(row["bpd"]) if row["bpd"] else None for row in tables[".csv"]] == [row["bpd"] for row in rows]
+
+
+def test_resized_images_have_no_verdict_and_more_draws_a_gap(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "one" / "wide.webp")
+    score(tiny_bundle, tmp_path / "one", tmp_path / "a.jsonl", resize="fit", samples=3)
+    (row,) = read(tmp_path / "a.jsonl")
+    assert row["bpd"] > 0 and row["iwae_gap"] <= 0 and row["p_value"] is None and "resized from 40 x 20" in row["notes"]
+
+
+def test_what_was_begun_goes_on_without_loss_or_doubles(tiny_bundle: Path, folder: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    score(tiny_bundle, folder, tmp_path / "whole.jsonl")
+    out = tmp_path / "scores.jsonl"
+
+    def stop(done: int, total: int) -> None:
+        if done >= 128:
+            raise RuntimeError("the power went out")
+
+    with pytest.raises(RuntimeError):
+        score_folder(open_bundle(tiny_bundle), folder, out, BulkOptions(), 1, stop)
+    part = tmp_path / "scores.jsonl.part"
+    whole = part.read_bytes()
+    part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
+    with pytest.raises(BulkError, match="was begun with"):
+        score(tiny_bundle, folder, out, alpha=0.2)
+    seen = []
+    score_folder(open_bundle(tiny_bundle), folder, out, BulkOptions(), 1, lambda done, total: seen.append(done))
+    assert seen[0] == 128 and seen[-1] == 303
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not part.exists()
+    with pytest.raises(BulkError, match="is there already"):
+        score(tiny_bundle, folder, out)
+    out.unlink()
+    part.write_bytes(whole)
+    monkeypatch.setattr(bulk, "image_paths", lambda folder: iter([f"{i}.png" for i in range(400)]))
+    with pytest.raises(BulkError, match="has changed"):
+        score(tiny_bundle, folder, out)
+
+
+def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.csv"
+    command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--bundle", str(tiny_bundle), "--out", str(out),
+               "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    part = tmp_path / "scores.csv.part"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.read_bytes().count(b"\n") > 64):
+        assert time.monotonic() < deadline and not out.exists()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("workers outlived the program")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "300 scored, 3 could not be" in done.stdout and "flagged at alpha 0.01" in done.stdout
+    assert [row["path"] for row in read(out)] == list(image_paths(folder))
+
+
+def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bundle = ["--bundle", str(tiny_bundle)]
+    files = [str(folder / path) for path in list(image_paths(folder))[3:6]]
+    assert main(["score", *files, str(folder / "wide.png"), *bundle]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 4 and all("bpd" in row for row in rows[:3]) and rows[3]["error"] == "wrong_size"
+    assert main(["sample", *bundle, "--n", "4", "--seed", "7", "--out", str(tmp_path / "s.npy")]) == 0
+    assert main(["sample", *bundle, "--n", "4", "--out", str(tmp_path / "s.png")]) == 0
+    engine = InferenceEngine(tiny_bundle, device="cpu")
+    assert np.array_equal(np.load(tmp_path / "s.npy"), engine.sample([7] * 4, range(4)))
+    assert Image.open(tmp_path / "s.png").info["ade:n"] == "4"
+    assert main(["encode", *files, *bundle, "--out", str(tmp_path / "z.npz")]) == 0
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+    with np.load(tmp_path / "z.npz") as arrays:
+        assert np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z)
+    assert main(["reconstruct", *files, *bundle, "--out", str(tmp_path / "made")]) == 0
+    made = [np.asarray(Image.open(tmp_path / "made" / f"{Path(file).stem}.png")) for file in files]
+    assert np.array_equal(made, engine.reconstruct(pixels))
+    assert "dB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["score", "FOLDER", "--bundle", "BUNDLE"], "need --out FILE"),
+    (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.txt"], "the name must end with"),
+    (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.csv", "--alpha", "2"], "--alpha must be between 0 and 1"),
+    (["score", "FILE", "--bundle", "BUNDLE", "--out", "x.csv"], "--out takes one folder"),
+    (["score", "EMPTY", "--bundle", "BUNDLE", "--out", "x.csv"], "holds no images"),
+    (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
+    (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
+    (["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"], "wide.png: images must be 8 x 8 pixels"),
+    (["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"], "missing.png: No such file"),
+    (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "the same name"),
+    (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
+])
+def test_what_cannot_be_done_says_so(arguments: list[str], message: str, tiny_bundle: Path, folder: Path, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    names = {"FOLDER": folder, "BUNDLE": tiny_bundle, "EMPTY": tmp_path / "empty", "WIDE": folder / "wide.png",
+             "MISSING": folder / "missing.png", "FILE": folder / "class0" / next(image_paths(folder / "class0"))}
+    assert main([str(names.get(argument, argument)) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
