@@ -302,9 +302,9 @@ def _split_npy(data: bytes) -> list[Any]:
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(stream)
-    except (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+    except Exception as error:  # the header is a Python literal, and its parser raises whatever it stumbles over
         raise malformed(f"the .npy file is damaged: {str(error)[:200]}") from None
     # Told by the header, before any pixel is read: an array of objects would be a pickle.
     if dtype.hasobject:
@@ -320,10 +320,8 @@ def _split_npy(data: bytes) -> list[Any]:
     if math.prod(shape) != len(data) - stream.tell():
         raise malformed(f"the .npy file is damaged: shape {tuple(shape)} needs {math.prod(shape)} bytes, "
                         f"{len(data) - stream.tell()} are there")
-    if fortran:
-        stream.seek(0)
-        return list(np.load(stream, allow_pickle=False))
-    return list(np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape))  # no copy
+    pixels = np.frombuffer(data, np.uint8, offset=stream.tell())  # no copy
+    return list(pixels.reshape(shape, order="F" if fortran else "C"))
 
 
 def _nan_note(data: bytes, dtype: np.dtype) -> str:

@@ -65,7 +65,9 @@ def read_images(operation: str, request: RawRequest, shape: tuple[int, int, int]
     body(png()), body(png(), "image/png"), body(npy(PIXELS[None]), "application/x-npy"), as_json(images=[b64(png())]),
     as_json(images=["data:image/png;base64," + b64(png())]), form(image=png()), form(image=bytearray(npy(PIXELS[None]))),
     RawRequest("application/json", json.dumps({"images": [b64(png())]}).encode()),
-], ids=["file", "typed file", "npy", "json", "data url", "form", "npy in a form", "json as bytes"])
+    body(npy(np.asfortranarray(PIXELS[None]))),
+], ids=["file", "typed file", "npy", "json", "data url", "form", "npy in a form", "json as bytes",
+        "npy by columns"])
 def test_every_way_to_send_an_image(request_: RawRequest) -> None:
     parsed = read_images("score", request_, SHAPE)
     (image,) = parsed.images
@@ -108,6 +110,8 @@ BAD_IMAGE_REQUESTS = {
     "many images in the array": (body(npy(np.zeros((300, 1, 1, 3), np.uint8))), 413, "at most 256 images"),
     "cut array": (body(npy(PIXELS[None])[:-5]), 400, "damaged: shape .* needs 192 bytes, 187 are there"),
     "cut header": (body(b"\x93NUMPY\x01\x00\x76\x00{'descr'"), 400, r"\.npy file is damaged"),
+    "open bracket": (body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(1, 8, 8, 3 ")), 400, r"\.npy file is damaged"),
+    "unknown version": (body(npy(PIXELS[None]).replace(b"NUMPY\x01", b"NUMPY\x09")), 400, r"\.npy file is damaged"),
     "seed of text": (form(image=png(), seed="x"), 422, "seed must be a whole number"),
     "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "is no text"),
     "negative shape": (body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")), 400, "damaged: shape"),
