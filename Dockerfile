@@ -14,6 +14,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY ade_model ade_model
 COPY training training
 COPY export export
+COPY fitting fitting
 COPY serving serving
 COPY handlers handlers
 COPY ade_cli ade_cli

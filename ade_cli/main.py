@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 VERBS = {
+    "fit": "turn a folder of images into a bundle that can be served, in one command",
     "recipes": "list the systems that can be trained",
     "train": "train a model on CIFAR-10 or on a folder of images",
     "evaluate": "measure a run or a bundle: likelihood, reconstructions, samples",

@@ -31,15 +31,20 @@ class DecodedImage:
     notes: list[str] = field(default_factory=list)
 
 
-def header_pixels(data: bytes) -> int:
-    """How many pixels a file says it has, undecoded; 0 of what is no image."""
+def header_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that a file says it has, undecoded; ``None`` of what is no image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        return image.width * image.height
+            return Image.open(io.BytesIO(data), formats=FORMATS).size
     except Exception:  # whatever Pillow's parsers stumble over: decoding will say so
-        return 0
+        return None
+
+
+def header_pixels(data: bytes) -> int:
+    """The same multiplied; 0 of what is no image."""
+    width, height = header_size(data) or (0, 0)
+    return width * height
 
 
 def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage:

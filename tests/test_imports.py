@@ -10,12 +10,13 @@ import pytest
 
 from tests.conftest import ROOT
 
-OURS = ("ade_model", "training", "export", "serving", "handlers", "ade_cli")
+OURS = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
 # training reads image files through serving.images, so that trained and served pixels are decoded alike.
 ALLOWED = {
     "ade_model": {"ade_model"},
     "training": {"training", "ade_model", "serving.images"},
     "export": {"export", "ade_model", "serving"},
+    "fitting": {"fitting", "ade_model", "training", "export", "serving"},
     "serving": {"serving"},
     "handlers": {"handlers", "serving"},
     "ade_cli": set(OURS),

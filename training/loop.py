@@ -146,8 +146,8 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     whole = 1 + config.inference_share
     total = round(options.images * whole)
     minutes = options.minutes and options.minutes * whole
-    bar = tqdm(total=total, initial=progress.images, unit="img", unit_scale=True, disable=not is_main,
-               mininterval=1.0, dynamic_ncols=True)
+    bar = tqdm(total=total if minutes is None else None, initial=progress.images, unit="img", unit_scale=True,
+               disable=not is_main, mininterval=1.0, dynamic_ncols=True)
     try:
         while progress.images < total and not _out_of_time(fabric, progress, minutes):
             if config.inference_share and (progress.images >= options.images
@@ -161,6 +161,8 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
             bar.update(config.batch_size)
             if progress.step % LOG_EVERY == 0 or progress.step == 1:
                 bar.set_postfix({k: f"{losses[k]:.3f}" for k in ("bpd", "quality_loss", "d_loss") if k in losses})
+                if minutes is not None:
+                    bar.set_description(f"{max(0.0, minutes - progress.seconds / 60):.1f} min left")
                 log.scalars(progress, losses)
             if progress.step % options.evaluate_steps == 0:
                 log.look(trainer, dataset, progress)

@@ -1,0 +1,57 @@
+"""``ade fit DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from ade_cli.data_options import say
+from ade_model.errors import ConfigError
+from export.parity import ParityError
+from fitting.pipeline import fit_folder
+from fitting.plan import Plan, PlanError, make_plan, read_budget
+from fitting.survey import choose_image_size, folder_sizes
+from serving.bundle import BundleError
+from serving.ood import CalibrationError
+from training.data import DataError
+from training.runs import RunError
+from training.step import TrainingDiverged
+
+ERRORS = (PlanError, DataError, RunError, ConfigError, TrainingDiverged, ParityError, BundleError, CalibrationError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = ("From a folder of images to a bundle that can be served: looks at the images, chooses what to "
+                          "train, trains, measures, exports and calibrates it, and writes a report. The same command goes "
+                          "on where it was ended.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of images, searched recursively")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="for everything that comes of it (default: fits/DIR)")
+    parser.add_argument("--budget", default="1h", metavar="TIME",
+                        help="in all, such as 20m, 2h or 1d (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS",
+                        help="default: what suits most of the images, at most 64")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = args.folder.resolve()
+    if not folder.is_dir():
+        raise DataError(f"{args.folder} is no folder")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", folder.name).strip("-").lower() or "images"
+    out = args.out or Path("fits") / name
+    budget = read_budget(args.budget)
+    stored = out / "plan.json"
+    before = Plan.from_dict(json.loads(stored.read_text())) if stored.exists() else None
+    side = args.image_size or (before.image_size if before else choose_image_size(folder_sizes(folder)))
+    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), out, say)
+    print(f"report: {fitted.report}\nserve it: ade serve {fitted.bundle}")
+
+
+def _on_gpu(device: str) -> bool:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch sees no CUDA device here")
+    return device != "cpu" and torch.cuda.is_available()

@@ -1,0 +1,177 @@
+"""The steps of a fitting: read, train, measure, export, calibrate, report. Each is done once, whatever ends the program.
+
+``OUT/plan.json`` is what was decided, ``OUT/survey.json`` what the folder holds, ``OUT/stage-N`` the training runs,
+``OUT/exported`` the bundle before and ``OUT/bundle`` after its calibration, ``OUT/report.html`` the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ade_model.checkpoint import load_model
+from export.calibrate import calibrate_bundle
+from export.write import export_bundle
+from fitting.plan import Plan, PlanError
+from fitting.report import Findings, Unusual, false_alarms, write_report
+from fitting.survey import Survey, as_dict, folder_sizes, split_names, summary_lines, survey
+from serving.bulk import BulkOptions, FileScorer
+from serving.bundle import open_bundle
+from serving.engine import InferenceEngine
+from training.data import DataError, Dataset
+from training.datasets.folder import load_folder
+from training.loop import RunOptions, train
+from training.measure import MeasureOptions, Measurer
+from training.recipes import recipe
+from training.runs import latest_checkpoint, write_json
+
+PARITY_IMAGES = 40
+MEASURED_IMAGES = 1000
+TEST_IMAGES = 2000
+SCANNED_IMAGES = 4000  # of those trained on, for the unusual among them
+SHOWN_UNUSUAL = 24
+SAMPLES = 64
+RECONSTRUCTED = 12
+LEAST = {"select": 20, "calibrate": 20, "test": 2}
+ENOUGH = 600  # images, of which a twenty-fifth is the part select
+NO_LIMIT = 10**12
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Where the results are."""
+
+    bundle: Path
+    report: Path
+
+
+def fit_folder(plan: Plan, out: Path, say: Report) -> Fitted:
+    """Do what is left of a plan.
+
+    Args:
+        plan: of :func:`fitting.plan.make_plan`.
+        out: the fitting's folder; one that was begun by another plan is refused.
+        say: is told of progress, a line at a time.
+
+    Raises:
+        PlanError: the folder was begun with another plan.
+        DataError: images that are too few or cannot be used.
+    """
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    _keep_plan(plan, out)
+
+    def step(text: str) -> None:
+        say(f"[{(time.monotonic() - started) / 60:5.1f} of {plan.budget:g} min] {text}")
+
+    folder = Path(plan.folder)
+    step(f"reading {folder}")
+    dataset = dataclasses.replace(load_folder(folder, plan.image_size, out / "cache", lambda line: None), name=plan.name)
+    found, names = _survey(folder, dataset, out)
+    for line in summary_lines(found):
+        step(line)
+    run = _train(plan, dataset, out, step)
+    checkpoint = latest_checkpoint(run)
+    bundle = _bundle(plan, found, names, dataset, checkpoint, out, step)
+    if not (out / "report.html").exists():
+        step("looking for the unusual among the images")
+        _report(plan, found, names, dataset, bundle, out)
+    step("done")
+    return Fitted(bundle, out / "report.html")
+
+
+def _keep_plan(plan: Plan, out: Path) -> None:
+    path = out / "plan.json"
+    if path.exists():
+        before = Plan.from_dict(json.loads(path.read_text()))
+        if before != plan:
+            raise PlanError(f"{out} was begun for {before.folder} with {before.budget:g} minutes at {before.image_size} "
+                            "pixels: give the same, or another --out")
+    write_json(path, plan.to_dict())
+
+
+def _survey(folder: Path, dataset: Dataset, out: Path) -> tuple[Survey, dict[str, list[str]]]:
+    names = split_names(folder, dataset)
+    path = out / "survey.json"
+    if path.exists():
+        found = Survey(**json.loads(path.read_text()))
+    else:
+        found = survey(folder, folder_sizes(folder), dataset, names)
+        write_json(path, as_dict(found))
+    for part, least in LEAST.items():
+        if found.parts[part] < least:
+            raise DataError(f"{folder}: of {found.files} files {found.parts[part]} are left for the part {part} and "
+                            f"{least} are needed: that takes about {ENOUGH} different images in all")
+    return found, names
+
+
+def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
+    """All stages; the last one's run."""
+    before: Path | None = None
+    for number, stage in enumerate(plan.stages):
+        run = out / f"stage-{number}"
+        if not (run / "report.md").exists():
+            step(f"training {stage.recipe}, {stage.minutes:.0f} minutes")
+            config = recipe(stage.recipe, dataset.image_size, dataset.channels, plan.size)
+            options = RunOptions(images=NO_LIMIT, minutes=stage.minutes, device=plan.device, checkpoint_minutes=2.0,
+                                 init=None if before is None else str(before))
+            train(config, dataset, run, options, resume=(run / "run.json").exists())
+        before = run
+    assert before is not None
+    return before
+
+
+def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dataset, checkpoint: Path, out: Path,
+            step: Report) -> Path:
+    """Measured, exported and calibrated."""
+    exported, bundle = out / "exported", out / "bundle"
+    if not exported.exists():
+        step("measuring the likelihood of held-out images")
+        options = MeasureOptions(part="test", images=MEASURED_IMAGES, draws=4, bound_images=200)
+        model = load_model(checkpoint)
+        evaluation = Measurer(dataset, torch.device("cpu"), options, lambda line: None).measure(
+            model, model.config.operations)
+        step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
+        images = np.concatenate([dataset.parts[part].images[:PARITY_IMAGES] for part in ("select", "train")])
+        export_bundle(checkpoint, exported, plan.name, images[:PARITY_IMAGES], evaluation)
+    if not bundle.exists():
+        step("calibrating the verdict")
+        folder, left_out = Path(plan.folder), set(found.leaking)
+        side = f"{plan.image_size} x {plan.image_size}"
+        resize = "fit" if set(found.sizes) - {side, "unreadable"} else None
+
+        def files(part: str) -> Iterator[bytes]:
+            return ((folder / name).read_bytes() for name in names[part] if name not in left_out)
+
+        calibrate_bundle(exported, bundle, files("select"), files("calibrate"), plan.name, resize)
+    return bundle
+
+
+def _report(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dataset, bundle: Path, out: Path) -> None:
+    opened = open_bundle(bundle)
+    engine = InferenceEngine(opened, device="cpu")
+    resize = (opened.manifest["calibration"] or {}).get("resize")
+    scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize=resize))
+    left_out = set(found.leaking)
+    tested = [name for name in names["test"] if name not in left_out][:TEST_IMAGES]
+    p_values = [row["p_value"] for row in scorer(tested) if row.get("p_value") is not None]
+    scanned = names["train"][:SCANNED_IMAGES]
+    rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
+    rows.sort(key=lambda row: -row["ood_score"])
+    index = {name: row for row, name in enumerate(names["train"])}
+    unusual = [Unusual(row["path"], row["p_value"], row["bpd"], dataset.parts["train"].images[index[row["path"]]])
+               for row in rows[:SHOWN_UNUSUAL]]
+    held_out = np.asarray(dataset.parts["test"].images[:RECONSTRUCTED])
+    findings = Findings(plan, found, opened, engine.sample([0] * SAMPLES, range(SAMPLES)), held_out,
+                        engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual)
+    write_report(findings, out / "report.html")
+

@@ -1,0 +1,169 @@
+"""``report.html``: what a fitting found, in one file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from export.detector import false_alarm_band
+from fitting.plan import Plan
+from fitting.survey import SHOWN, Survey
+from serving.bundle import Bundle
+from serving.images import tile, write_png
+
+ALPHAS = (0.1, 0.05, 0.01)
+CSS = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: left; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
+img { image-rendering: pixelated; max-width: 100%; height: auto; }
+code, pre { background: #8882; border-radius: 4px; padding: .1rem .3rem; }
+pre { padding: .8rem; overflow-x: auto; } .bad { color: #c0392b; } figure { margin: 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; }
+.grid img { width: 100%; } figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+"""
+
+
+@dataclass(frozen=True)
+class Unusual:
+    """One of the images that were trained on, with its verdict; pixels uint8 ``(H, W, C)``."""
+
+    path: str
+    p_value: float
+    bpd: float
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class FalseAlarms:
+    """At one alpha: the share of test images that was flagged, and the band where it should lie."""
+
+    alpha: float
+    flagged: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the report shows.
+
+    Attributes:
+        plan: what was done.
+        survey: of the folder.
+        bundle: what came out.
+        samples: uint8 ``(N, H, W, C)``.
+        held_out: some test images; ``rebuilt`` their reconstructions.
+        tested: test images that were judged.
+        alarms: of those.
+        scanned: images trained on that were judged, for ``unusual``.
+    """
+
+    plan: Plan
+    survey: Survey
+    bundle: Bundle
+    samples: np.ndarray
+    held_out: np.ndarray
+    rebuilt: np.ndarray
+    tested: int
+    alarms: list[FalseAlarms]
+    scanned: int
+    unusual: list[Unusual]
+
+
+def false_alarms(p_values: Sequence[float], bundle: Bundle) -> list[FalseAlarms]:
+    """How often usual images are flagged, and the band for that: of this calibration, and of so few tests."""
+    calibrated = int((bundle.manifest.get("calibration") or {}).get("images", 0))
+    found = []
+    for alpha in ALPHAS:
+        flagged = float(np.mean(np.asarray(p_values) <= alpha)) if p_values else 0.0
+        low, high = false_alarm_band(calibrated, alpha)
+        noise = 2 * (alpha * (1 - alpha) / max(1, len(p_values))) ** 0.5
+        found.append(FalseAlarms(alpha, flagged, max(0.0, low - noise), high + noise if high else 0.0))
+    return found
+
+
+def write_report(findings: Findings, path: Path) -> None:
+    """Write the page."""
+    f = findings
+    evaluation = f.bundle.manifest["evaluation"]
+    elbo, psnr = evaluation["elbo"], evaluation.get("psnr", {}).get("mean_db")
+    body = [
+        f"<h1>{escape(f.plan.name)}</h1>",
+        f"<p>{escape(f.bundle.model_id)}: trained on {f.survey.parts['train']:,} images of "
+        f"<code>{escape(f.plan.folder)}</code> at {f.plan.image_size} × {f.plan.image_size} pixels, "
+        f"{', then '.join(s.recipe for s in f.plan.stages)}, size {f.plan.size}, "
+        f"{sum(s.minutes for s in f.plan.stages):.0f} minutes on the {f.plan.device}. Test images cost "
+        f"<b>{elbo['bpd']:.3f} ± {elbo['standard_error']:.3f} bits per dimension</b>"
+        + (f", reconstructions have {psnr:.1f} dB.</p>" if psnr is not None else ".</p>"),
+        "<h2>Use it</h2>", f"<pre>ade serve {escape(str(f.bundle.folder))}\n"
+        f"ade score IMAGES --bundle {escape(str(f.bundle.folder))}{_resize(f)}</pre>",
+        "<h2>The images</h2>", _survey(f.survey),
+        "<h2>False alarms</h2>", _alarms(f),
+        "<h2>The most unusual of the images trained on</h2>",
+        f"<p>Of {f.scanned:,} that were looked at. Wrong labels, broken pictures and strays come up here.</p>",
+        '<div class="grid">' + "".join(_unusual(u) for u in f.unusual) + "</div>",
+        "<h2>Samples</h2>", _picture(tile(f.samples, 16), "samples", 3),
+        "<h2>Reconstructions</h2><p>Test images above, what the model makes of them below.</p>",
+        _picture(tile(np.concatenate([f.held_out, f.rebuilt]), len(f.held_out)), "reconstructions", 3)]
+    path.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
+                    '<meta name="viewport" content="width=device-width">'
+                    f"<title>{escape(f.plan.name)}</title><style>{CSS}</style><body>{''.join(body)}</body></html>\n")
+
+
+def _resize(f: Findings) -> str:
+    calibration = f.bundle.manifest.get("calibration") or {}
+    return " --resize fit" if calibration.get("resize") == "fit" else ""
+
+
+def _survey(found: Survey) -> str:
+    sizes = "".join(f"<tr><td>{escape(size)}</td><td class=n>{count:,}</td></tr>" for size, count in
+                    list(found.sizes.items())[:SHOWN])
+    parts = "".join(f"<tr><td>{part}</td><td class=n>{count:,}</td></tr>" for part, count in found.parts.items())
+    warnings = "".join(f"<li>{escape(line)}</li>" for line in found.warnings)
+    return (f"<p>{found.files:,} files.</p><table><tr><th>part<th>images</tr>{parts}</table>"
+            f"<table><tr><th>pixels<th>files</tr>{sizes}</table><ul class=bad>{warnings}</ul>"
+            + _list("Files that cannot be used", found.broken)
+            + _list("Files with the same pixels", [" = ".join(group) for group in found.twice]))
+
+
+def _list(title: str, lines: list[str]) -> str:
+    if not lines:
+        return ""
+    items = "".join(f"<li><code>{escape(line)}</code></li>" for line in lines[:SHOWN])
+    more = f"<p>… and {len(lines) - SHOWN:,} more, in <code>survey.json</code></p>" if len(lines) > SHOWN else ""
+    return f"<details><summary>{title}: {len(lines):,}</summary><ul>{items}</ul>{more}</details>"
+
+
+def _alarms(f: Findings) -> str:
+    rows = ""
+    for alarm in f.alarms:
+        if alarm.high == 0:
+            rows += (f"<tr><td class=n>{alarm.alpha:g}</td><td colspan=3>the calibration has too few images to flag any at "
+                     "this rate</td></tr>")
+            continue
+        holds = alarm.low <= alarm.flagged <= alarm.high
+        rows += (f"<tr><td class=n>{alarm.alpha:g}</td><td class=n>{alarm.flagged:.4f}</td><td class=n>{alarm.low:.4f} to "
+                 f"{alarm.high:.4f}</td><td>{'holds' if holds else '<b class=bad>does not hold</b>'}</td></tr>")
+    return (f"<p>Of {f.tested:,} test images, which nothing was fitted to, this share is flagged.</p>"
+            f"<table><tr><th>alpha<th>flagged<th>expected (95 %)<th></tr>{rows}</table>")
+
+
+def _unusual(image: Unusual) -> str:
+    return (f"<figure>{_picture(image.pixels, image.path, 2)}<figcaption>{escape(image.path)}<br>p {image.p_value:.2g}, "
+            f"{image.bpd:.2f} bpd</figcaption></figure>")
+
+
+def _picture(pixels: np.ndarray, name: str, scale: int) -> str:
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    size = (picture.width * scale, picture.height * scale)
+    data = base64.b64encode(write_png(pixels)).decode()
+    return f'<img alt="{escape(name)}" width={size[0]} height={size[1]} src="data:image/png;base64,{data}">'
