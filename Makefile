@@ -4,7 +4,7 @@ VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow check train bench bench-faults bench-soak bench-training bench-ood clean
+.PHONY: serve test test-slow check fit bench bench-faults bench-soak bench-training bench-ood clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -19,9 +19,9 @@ check: $(VENV)/.test  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-train: $(VENV)/.test  ## AV-ADE on a folder of images: make train DATA=DIR RUN=runs/mine
-	@test -n "$(DATA)" || { echo "make train needs DATA=DIR, a folder of images" >&2; exit 2; }
-	$(BIN)/ade train av-ade --data "$(DATA)" --out "$(or $(RUN),runs/av-ade)"
+fit: $(VENV)/.test  ## a model of a folder of images, ready to be served: make fit DATA=DIR BUDGET=1h
+	@test -n "$(DATA)" || { echo "make fit needs DATA=DIR, a folder of images" >&2; exit 2; }
+	$(BIN)/ade fit "$(DATA)" --budget "$(or $(BUDGET),1h)"
 
 bench: $(VENV)/.bench  ## throughput and latency: the engine, the service, other servers with the same engine
 	$(BIN)/python -m benchmarks.serving $(BUNDLE)
