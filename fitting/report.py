@@ -16,6 +16,7 @@ from fitting.plan import Plan
 from fitting.survey import SHOWN, Survey
 from serving.bundle import Bundle
 from serving.images import tile, write_png
+from serving.responses import psnr
 
 ALPHAS = (0.1, 0.05, 0.01)
 CSS = """
@@ -95,7 +96,8 @@ def write_report(findings: Findings, path: Path) -> None:
     """Write the page."""
     f = findings
     evaluation = f.bundle.manifest["evaluation"]
-    elbo, psnr = evaluation["elbo"], evaluation.get("psnr", {}).get("mean_db")
+    elbo = evaluation["elbo"]
+    decibels = [found for a, b in zip(f.held_out, f.rebuilt, strict=True) if (found := psnr(a, b)) is not None]
     body = [
         f"<h1>{escape(f.plan.name)}</h1>",
         f"<p>{escape(f.bundle.model_id)}: trained on {f.survey.parts['train']:,} images of "
@@ -103,7 +105,7 @@ def write_report(findings: Findings, path: Path) -> None:
         f"{', then '.join(s.recipe for s in f.plan.stages)}, size {f.plan.size}, "
         f"{sum(s.minutes for s in f.plan.stages):.0f} minutes on the {f.plan.device}. Test images cost "
         f"<b>{elbo['bpd']:.3f} ± {elbo['standard_error']:.3f} bits per dimension</b>"
-        + (f", reconstructions have {psnr:.1f} dB.</p>" if psnr is not None else ".</p>"),
+        + (f", reconstructions have {np.mean(decibels):.1f} dB.</p>" if decibels else ".</p>"),
         "<h2>Use it</h2>", f"<pre>ade serve {escape(str(f.bundle.folder))}\n"
         f"ade score IMAGES --bundle {escape(str(f.bundle.folder))}{_resize(f)}</pre>",
         "<h2>The images</h2>", _survey(f.survey),
