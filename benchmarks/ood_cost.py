@@ -16,7 +16,7 @@ import numpy as np
 
 from serving.engine import InferenceEngine
 from serving.images import lossless_bits, read_image
-from serving.ui import EXAMPLES
+from serving.page.served import EXAMPLES
 
 TURNS = 7
 BATCH = 256

@@ -36,8 +36,8 @@ from ade_model.checkpoint import save_model
 from export.write import export_bundle
 from serving.engine import MAX_BATCH, InferenceEngine
 from serving.images import read_image, write_png
+from serving.page.served import EXAMPLES
 from serving.ports import VARIABLES
-from serving.ui import EXAMPLES
 
 CORES = len(os.sched_getaffinity(0))
 WORKERS = min(CORES, 4)

@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 
 from serving.images import read_image, write_png
+from serving.page.served import EXAMPLES
 from serving.ports import VARIABLES, Ports
-from serving.ui import EXAMPLES
 
 OUTCOMES = ("right", "refused", "failed", "silent", "wrong")
 

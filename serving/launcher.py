@@ -98,7 +98,7 @@ def start_page(ports: Ports, host: str, folder: Path, token: str | None, bundles
     Path(environment["GRADIO_TEMP_DIR"]).mkdir()
     if token is not None:
         environment["ADE_TOKEN"] = token
-    command = [sys.executable, "-m", "serving.ui", *map(str, bundles), "--url", inference_url(ports, host),
+    command = [sys.executable, "-m", "serving.page.app", *map(str, bundles), "--url", inference_url(ports, host),
                "--host", host, "--port", str(ports.ui)]
     return start_child("page", command, environment, folder)
 

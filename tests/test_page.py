@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from playwright.sync_api import Page, expect, sync_playwright
 
-from serving.ui import REASONS
+from serving.client import AdeClient
+from serving.page.score import REASONS
 from tests.conftest import ROOT
 from tests.service import RunningService
 
@@ -94,6 +97,95 @@ def test_score(page: Page) -> None:
     expect(panel.locator("svg[aria-label*='calibration images']")).to_be_visible()
     expect(panel.locator("img[src*='map.png']")).to_be_visible()
     expect(panel.get_by_role("table").get_by_role("row")).to_have_count(1 + REASONS)
+
+
+def test_explore(page: Page, tmp_path: Path) -> None:
+    show(page, "Explore")
+    panel = page.locator("[role=tabpanel]:visible")
+    page.get_by_role("button", name="Explore", exact=True).click()
+    expect(page.get_by_text("There is no image yet").first).to_be_visible()
+    for side in ("From", "To"):
+        panel.get_by_role("button", name=f"{side} a sample of this seed").click()
+    expect(panel.locator("img[src*='seed-']")).to_have_count(2)
+    page.get_by_role("button", name="Explore", exact=True).click()
+    expect(panel.locator("img[src*='strip.png']")).to_be_visible()
+    expect(panel.locator("img[src*='levels.png']")).to_be_visible()
+    strip = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']")))
+    assert strip.size == (9 * 32, 32) and len(strip.getcolors(10**5) or []) > 50
+    with page.expect_download() as download:
+        panel.locator("a[href*='interpolation.webp']").first.click()
+    download.value.save_as(tmp_path / "moving.webp")
+    assert Image.open(tmp_path / "moving.webp").n_frames == 16
+
+
+def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    for i, pixels in enumerate([*real_images[:6], *noise]):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        for i in range(4):
+            archive.write(tmp_path / f"{i}.png", f"inside/{i}.png")
+        archive.writestr("notes.txt", "no image")
+    show(page, "Score many")
+    panel = page.locator("[role=tabpanel]:visible")
+    page.get_by_role("button", name="Score all").click()
+    expect(page.get_by_text("There are no files yet").first).to_be_visible()
+    panel.locator("input[type=file]").first.set_input_files(
+        [str(tmp_path / name) for name in (*(f"{i}.png" for i in range(8)), "broken.png", "more.zip")])
+    expect(panel.get_by_role("row", name="more.zip")).to_be_visible()
+    page.get_by_role("button", name="Score all").click()
+    expect(panel.get_by_text("2 of 13 images are unlike the training images")).to_be_visible()
+    with page.expect_download() as download:
+        panel.get_by_role("button", name="Download CSV").or_(panel.get_by_role("link", name="Download CSV")).first.click()
+    download.value.save_as(tmp_path / "scores.csv")
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 13 and {name for name, row in rows.items() if row["verdict"] == "unlike the training images"} == {
+        "6.png", "7.png"}
+    assert rows["broken.png"]["verdict"] == "could not be scored" and "not an image" in rows["broken.png"]["notes"]
+    assert rows["inside/0.png"]["bpd"] == rows["0.png"]["bpd"]
+
+
+def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
+    with AdeClient(service.url) as client:
+        data, _ = client.sample_png(4, seed=11, kind="density")
+    (tmp_path / "made.png").write_bytes(data)
+    edited = Image.open(io.BytesIO(data))
+    edited.putpixel((3, 3), (255, 0, 255))
+    text = PngImagePlugin.PngInfo()
+    for key, value in edited.info.items():
+        text.add_text(key, value)
+    edited.save(tmp_path / "edited.png", pnginfo=text)
+    show(page, "Reproduce")
+    panel = page.locator("[role=tabpanel]:visible")
+    for name, words in (("made.png", "The same picture, pixel for pixel"), ("edited.png", "the picture was changed"),
+                        (str(EXAMPLE), "does not say how it was made")):
+        if panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).count():
+            panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
+        panel.locator("input[type=file]").first.set_input_files(str(tmp_path / name))
+        expect(panel.get_by_role("row", name=Path(name).name)).to_be_visible()
+        page.get_by_role("button", name="Make it again").click()
+        expect(page.get_by_text(words).first).to_be_visible()
+
+
+def test_about(page: Page, service: RunningService) -> None:
+    show(page, "About")
+    panel = page.locator("[role=tabpanel]:visible")
+    for words in ("3.920 ± 0.006 bits per dimension", "calibrated on 3,000 images", f"{service.url}/predictions/score"):
+        expect(panel.get_by_text(words).first).to_be_visible()
+    href = panel.get_by_role("link", name="OpenAPI document").get_attribute("href")
+    assert href and page.request.get(f"{service.page}{href}" if href.startswith("/") else href).json()["openapi"] == "3.1.0"
+
+
+def test_every_function_has_a_stable_name(page: Page, service: RunningService) -> None:
+    from gradio_client import Client
+
+    client = Client(service.page, verbose=False)
+    names = set(client.view_api(return_format="dict")["named_endpoints"])
+    assert names == {"/sample", "/explore", "/reconstruct", "/score", "/score_many", "/reproduce", "/about"}
+    path, _ = client.predict("cifar10-av-ade", 4, 7, 1.0, "mean", api_name="/sample")
+    assert Image.open(path["path"] if isinstance(path, dict) else path).size == (64, 64)
 
 
 def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:

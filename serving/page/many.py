@@ -1,0 +1,122 @@
+"""The tab *Score many*: a table of files, judged together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from serving.client import AdeError
+from serving.images import IMAGE_SUFFIXES
+from serving.ood import benjamini_hochberg, simes
+from serving.page.served import Served, ask, file
+
+AT_ONCE = 32  # files a request
+MOST = 2000
+MAX_FILE_BYTES = 16 * 2**20
+COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
+
+
+def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each image file, those inside of ``.zip`` files too; at most :data:`MOST`."""
+    count = 0
+    for path in paths:
+        found: Iterator[tuple[str, bytes]]
+        if Path(path).suffix.lower() == ".zip":
+            found = _unzipped(path)
+        else:
+            found = iter([(Path(path).name, Path(path).read_bytes())])
+        for item in found:
+            if count == MOST:
+                raise gr.Error(f"At most {MOST} images at once: `ade score` takes folders of any size.")
+            count += 1
+            yield item
+
+
+def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if Path(info.filename).suffix.lower() in IMAGE_SUFFIXES and info.file_size <= MAX_FILE_BYTES:
+                    yield info.filename, archive.read(info)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise gr.Error(f"{Path(path).name} cannot be unpacked: {error}.") from None
+
+
+def add_tab(served: Served, model: gr.Dropdown) -> None:
+    """Lay the tab out."""
+    def score_many(model: str, files: list[str] | None, fdr: float, resize: bool,
+                   progress: gr.Progress = gr.Progress()) -> tuple[str, list[list[Any]], Any]:  # noqa: B008  # Gradio's way
+        """What is to be reported of the files together, a row each, and the rows as a CSV file."""
+        if not files:
+            raise gr.Error("There are no files yet: drop some, or a zip of them.")
+        named = list(contents(files))
+        if not named:
+            raise gr.Error("There are no images in the zip.")
+        results: list[Any] = []
+        for first in range(0, len(named), AT_ONCE):
+            progress((first, len(named)), unit="images")
+            batch = [data for _, data in named[first:first + AT_ONCE]]
+            results += _scores(served, model, batch, resize)
+        judged = [i for i, r in enumerate(results) if not isinstance(r, AdeError) and r.p_value is not None]
+        p_values = [results[i].p_value for i in judged]
+        found = dict(zip(judged, benjamini_hochberg(p_values, fdr), strict=True)) if judged else {}
+        rows = [_row(name, result, found.get(i)) for i, ((name, _), result) in enumerate(zip(named, results, strict=True))]
+        said = (f"**{sum(found.values())} of {len(rows)} images are unlike the training images**; of those, a share of "
+                f"at most {fdr:g} is expected to be false (Benjamini and Hochberg).")
+        if len(judged) > 1:
+            said += f" All together: p = {simes(p_values):.3g} (Simes)."
+        if len(judged) < len(rows):
+            said += f" Without a verdict: {len(rows) - len(judged)}."
+        return said, rows, gr.DownloadButton(value=file(_csv(rows), "scores.csv"), interactive=True)
+
+    with gr.Row():
+        with gr.Column(scale=1):
+            files = gr.File(label="Images, or a zip of them", file_count="multiple", file_types=["image", ".zip"])
+            fdr = gr.Slider(0.01, 0.5, value=0.1, step=0.01, label="False discovery rate",
+                            info="expected share of false ones among those that are reported")
+            resize = gr.Checkbox(False, label="Resize other sizes to fit")
+            go = gr.Button("Score all", variant="primary")
+        with gr.Column(scale=2):
+            said = gr.Markdown()
+            table = gr.Dataframe(headers=COLUMNS, datatype=["str", "number", "number", "str", "str"], interactive=False,
+                                 label="Scores; a click on a head sorts", wrap=True)
+            download = gr.DownloadButton("Download CSV", interactive=False)
+    go.click(score_many, [model, files, fdr, resize], [said, table, download], api_name="score_many")
+
+
+def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> list[Any]:
+    """Of one request; where no image of it could be used, each one's own error."""
+    client = served.clients[model]
+    try:
+        return client.score(batch, explain=False, resize=resize)
+    except AdeError as error:
+        if len(batch) == 1:
+            return [error]
+        if error.status >= 500:
+            ask(_raise, error)
+    return [result for data in batch for result in _scores(served, model, [data], resize)]
+
+
+def _raise(error: AdeError) -> None:
+    raise error
+
+
+def _row(name: str, result: Any, is_found: bool | None) -> list[Any]:
+    if isinstance(result, AdeError):
+        return [name, None, None, "could not be scored", result.message]
+    verdict = "no verdict" if is_found is None else "unlike the training images" if is_found else "usual"
+    return [name, round(result.bpd, 4), result.p_value and round(result.p_value, 6), verdict, "; ".join(result.notes)]
+
+
+def _csv(rows: list[list[Any]]) -> bytes:
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    return out.getvalue().encode()

@@ -1,0 +1,66 @@
+"""The tab *Reproduce*: a picture that was made here tells how it was made."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from serving.page.served import Served, ask, file, image_output
+
+KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
+
+
+def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
+    """Pixels and text keys of a PNG that was made by a sampler of ours."""
+    if path is None:
+        raise gr.Error("There is no picture yet: drop a PNG that was made here.")
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+            text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
+            pixels = np.asarray(picture)
+    except Exception:  # whatever Pillow stumbles over
+        raise gr.Error("This is no PNG file.") from None
+    if "ade:from" in text:
+        raise gr.Error("This picture was decoded from latents, which it does not carry: its text is not enough.")
+    missing = [key for key in KEYS if key not in text]
+    if missing:
+        raise gr.Error(f"This PNG does not say how it was made: {', '.join(missing)} missing. Was it edited or converted?")
+    return pixels, text
+
+
+def add_tab(served: Served, model: gr.Dropdown) -> None:
+    """Lay the tab out."""
+    def reproduce(model: str, picture: str | None) -> tuple[str, str]:
+        """The picture made again, and whether it is the same."""
+        pixels, text = read_text(picture)
+        bundle = served.bundles[model]
+        try:
+            wanted = {"n": int(text["ade:n"]), "seed": int(text["ade:seed"]), "index": int(text["ade:index"]),
+                      "temperature": float(text["ade:temperature"]), "kind": text["ade:kind"]}
+        except ValueError:
+            raise gr.Error("The picture's text is damaged: its numbers are none.") from None
+        data, _ = ask(served.clients[model].sample_png, **wanted)
+        same = np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+        made_by = text.get("ade:model", "an unknown model")
+        if same:
+            said = "**The same picture, pixel for pixel.**"
+        elif made_by != bundle.model_id:
+            said = f"**Another picture**: it was made by {made_by}, this is {bundle.model_id}."
+        else:
+            said = "**Not the same**: the picture was changed after it was made, or made on another kind of device."
+        told = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        return file(data, Path("again.png").name), f"{said}\n\n{told}"
+
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = gr.File(label="A PNG that was made here", file_types=[".png"])
+            go = gr.Button("Make it again", variant="primary")
+        with gr.Column(scale=2):
+            again = image_output("Made again", height="min(512px, 92vw)")
+            said = gr.Markdown()
+    go.click(reproduce, [model, picture], [again, said], api_name="reproduce")
