@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_cli.image_files import FileError, add_image_arguments, load_engine, read_pixels
+from ade_cli.image_files import FileError, add_image_arguments, check_parent, load_engine, read_pixels
 from serving.backends import BackendError
 from serving.bundle import BundleError
+from serving.ood import CalibrationError
 
-ERRORS = (BundleError, BackendError, FileError)
+ERRORS = (BundleError, BackendError, CalibrationError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".npz":
         raise FileError(f"{args.out}: the name must end with .npz")
+    check_parent(args.out)
     engine = load_engine(args.bundle, "encode")
     pixels = read_pixels(args.images, engine, args.resize)
     levels = engine.encode(pixels, [args.seed] * len(pixels))

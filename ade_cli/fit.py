@@ -10,7 +10,7 @@ from pathlib import Path
 from ade_cli.data_options import say
 from ade_model.errors import ConfigError
 from export.parity import ParityError
-from fitting.pipeline import fit_folder
+from fitting.pipeline import fit_folder, has_begun
 from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.survey import choose_image_size, folder_sizes
 from serving.bundle import BundleError
@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.folder} is no folder")
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.name).strip("-").lower() or "images"
     out = args.out or Path("fits") / name
+    if out.resolve().is_relative_to(folder):
+        raise DataError(f"--out must lie outside of {args.folder}: its pictures would be taken for images of yours")
     budget = read_budget(args.budget)
     stored = out / "plan.json"
-    before = Plan.from_dict(json.loads(stored.read_text())) if stored.exists() else None
+    before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
     side = args.image_size or (before.image_size if before else choose_image_size(folder_sizes(folder)))
     fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), out, say)
     print(f"report: {fitted.report}\nserve it: ade serve {fitted.bundle}")

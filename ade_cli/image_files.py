@@ -36,6 +36,16 @@ def load_engine(folder: Path, operation: str) -> InferenceEngine:
     return InferenceEngine(bundle, operations=[operation])
 
 
+def check_parent(out: Path) -> None:
+    """Make sure that a file can be written there, before there is anything to write.
+
+    Raises:
+        FileError: its folder is not there.
+    """
+    if not out.parent.is_dir():
+        raise FileError(f"{out}: there is no folder {out.parent}")
+
+
 def read_pixels(paths: list[Path], engine: InferenceEngine, resize: str | None) -> np.ndarray:
     """uint8 ``(N, H, W, C)`` of the model's shape.
 

@@ -9,9 +9,10 @@ from ade_cli.image_files import FileError, add_image_arguments, load_engine, rea
 from serving.backends import BackendError
 from serving.bundle import BundleError
 from serving.images import write_png
+from serving.ood import CalibrationError
 from serving.responses import psnr
 
-ERRORS = (BundleError, BackendError, FileError)
+ERRORS = (BundleError, BackendError, CalibrationError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,15 @@ def run(args: argparse.Namespace) -> None:
     names = [path.stem for path in args.images]
     if len(set(names)) < len(names):
         raise FileError("two of the images have the same name: their reconstructions would too")
+    outputs = [args.out / f"{name}.png" for name in names]
+    overwritten = {path.resolve() for path in outputs} & {path.resolve() for path in args.images}
+    if overwritten:
+        raise FileError(f"{overwritten.pop()} would be overwritten: take another --out")
     engine = load_engine(args.bundle, "reconstruct")
     pixels = read_pixels(args.images, engine, args.resize)
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, before, after in zip(names, pixels, made, strict=True):
-        (args.out / f"{name}.png").write_bytes(write_png(after))
+    for path, before, after in zip(outputs, pixels, made, strict=True):
+        path.write_bytes(write_png(after))
         decibels = psnr(before, after)
-        print(f"{args.out / name}.png: {'exact' if decibels is None else f'{decibels:.2f} dB'}")
+        print(f"{path}: {'exact' if decibels is None else f'{decibels:.2f} dB'}")

@@ -6,14 +6,15 @@ import argparse
 import secrets
 from pathlib import Path
 
-from ade_cli.image_files import load_engine
+from ade_cli.image_files import FileError, check_parent, load_engine
 from serving.backends import BackendError
 from serving.bundle import BundleError
 from serving.errors import ApiError
+from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import MAX_DRAWN_SEED, Service
 
-ERRORS = (BundleError, BackendError, ApiError)
+ERRORS = (BundleError, BackendError, CalibrationError, FileError, ApiError)
 FORMATS = {".png": "png", ".npy": "npy"}
 
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix not in FORMATS:
         raise ApiError(422, "bad_parameter", f"{args.out}: the name must end with {' or '.join(FORMATS)}")
+    check_parent(args.out)
     seed = secrets.randbelow(MAX_DRAWN_SEED) if args.seed is None else args.seed
     values = {"n": args.n, "seed": seed, "index": args.index, "temperature": args.temperature, "kind": args.kind,
               "format": FORMATS[args.out.suffix]}

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ade_cli.image_files import FileError, check_parent
 from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, score_folder
 from serving.bundle import BundleError, open_bundle
 from serving.ood import CalibrationError
 
-ERRORS = (BundleError, BulkError, CalibrationError)
+ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if len(args.images) != 1 or not args.images[0].is_dir():
         raise BulkError("--out takes one folder")
+    check_parent(args.out)
     if args.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise BulkError("a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl")
     with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:

@@ -107,10 +107,12 @@ def run(args: argparse.Namespace) -> None:
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if is_serving:
-                drain(folder / STOP_FOLDER, len(bundles) * sum(workers.values()), ports, children[0])
-            for child in reversed(children):
-                stop_child(child)
+            try:
+                if is_serving:
+                    drain(folder / STOP_FOLDER, len(bundles) * sum(workers.values()), ports, children[0])
+            finally:
+                for child in reversed(children):
+                    stop_child(child)
 
 
 def _watch(children: list[Child], profiled: Ports | None) -> None:

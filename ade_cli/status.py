@@ -39,6 +39,7 @@ def _text(found: dict[str, Any]) -> str:
         counts = ", ".join(f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items()))
         lines.append(f"requests    {counts or 'none yet'}")
     for error in found["last_errors"] or []:
-        lines.append("error       {time} {operation} {status} {code}: {message}".format(**error))
+        text = "error       {time} {operation} {status} {code}: {message}".format(**error)
+        lines.append("".join(c if c.isprintable() else "?" for c in text))  # messages quote what clients sent
     lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     return "\n".join(lines)

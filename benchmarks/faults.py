@@ -171,7 +171,6 @@ def main() -> None:
     bad = 0
     words: dict[str, str] = {}  # what errors said, and where
     with running(args.bundle) as service:
-        family = service.family()
         known = known_requests(service.url, open_bundle(args.bundle).image_shape)
         asyncio.run(_warm(service, known))
         time.sleep(5)
@@ -179,6 +178,7 @@ def main() -> None:
         print("| fault | " + " | ".join(OUTCOMES) + " | statuses | p99 s | whole again after s | allowed |")
         print("|---" * (len(OUTCOMES) + 5) + "|")
         for fault in chosen:
+            family = service.family()
             for result in asyncio.run(fault(service, known)):  # type: ignore[arg-type]
                 counts = result.tally.outcomes
                 p99 = f"{np.quantile(result.tally.latencies, 0.99):.2f}" if result.tally.latencies else "–"

@@ -95,7 +95,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, load: Load) -> bool:
         async with session.post(url, data=load.body, headers={"Content-Type": load.content_type}) as answer:
             await answer.read()
             return answer.status == 200
-    except aiohttp.ClientError:
+    except (aiohttp.ClientError, TimeoutError):
         return False
 
 

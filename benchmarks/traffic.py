@@ -134,7 +134,7 @@ async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tal
             content = await answer.read()
             words = "" if answer.status == 200 else " ".join(content.decode(errors="replace").split())[:150]
             tally.add(answer.status, content == known.answer, time.perf_counter() - started, words)
-    except aiohttp.ClientError as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         tally.add(None, False, time.perf_counter() - started, repr(error))
 
 

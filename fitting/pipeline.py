@@ -32,6 +32,7 @@ from training.loop import RunOptions, train
 from training.recipes import recipe
 from training.runs import latest_checkpoint, write_json
 
+CHANNELS = 3
 PARITY_IMAGES = 40
 MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
@@ -68,6 +69,8 @@ def fit_folder(plan: Plan, out: Path, say: Report) -> Fitted:
         DataError: images that are too few or cannot be used.
     """
     started = time.monotonic()
+    for stage in plan.stages:  # before anything is written: a size that cannot be is an error here
+        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size)
     out.mkdir(parents=True, exist_ok=True)
     _keep_plan(plan, out)
 
@@ -90,9 +93,14 @@ def fit_folder(plan: Plan, out: Path, say: Report) -> Fitted:
     return Fitted(bundle, out / "report.html")
 
 
+def has_begun(out: Path) -> bool:
+    """Whether something was trained there: from then on neither the plan nor the folder may change."""
+    return (out / "plan.json").exists() and (out / "stage-0" / "run.json").exists()
+
+
 def _keep_plan(plan: Plan, out: Path) -> None:
     path = out / "plan.json"
-    if path.exists():
+    if has_begun(out):
         before = Plan.from_dict(json.loads(path.read_text()))
         if before != plan:
             raise PlanError(f"{out} was begun for {before.folder} with {before.budget:g} minutes at {before.image_size} "
@@ -102,16 +110,15 @@ def _keep_plan(plan: Plan, out: Path) -> None:
 
 def _survey(folder: Path, dataset: Dataset, out: Path) -> tuple[Survey, dict[str, list[str]]]:
     names = split_names(folder, dataset)
-    path = out / "survey.json"
-    if path.exists():
-        found = Survey(**json.loads(path.read_text()))
-    else:
-        found = survey(folder, folder_sizes(folder), dataset, names)
-        write_json(path, as_dict(found))
+    found = survey(folder, folder_sizes(folder), dataset, names)
     for part, least in LEAST.items():
         if found.parts[part] < least:
             raise DataError(f"{folder}: of {found.files} files {found.parts[part]} are left for the part {part} and "
                             f"{least} are needed: that takes about {ENOUGH} different images in all")
+    path = out / "survey.json"
+    if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):
+        raise PlanError(f"{folder} has changed since {out} was begun: take another --out")
+    write_json(path, as_dict(found))
     return found, names
 
 
@@ -137,7 +144,7 @@ def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
     exported, bundle = out / "exported", out / "bundle"
     if not exported.exists():
         step("measuring the likelihood of held-out images")
-        tested = np.asarray(dataset.parts["test"].images[:MEASURED_IMAGES])
+        tested = _test_images(dataset, names, found)[:MEASURED_IMAGES]
         evaluation = {"data": dataset.name, "part": "test", "split": dataset.splits["test"], "images": len(tested),
                       "seed": 0, **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES)}
         step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
@@ -147,13 +154,20 @@ def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)
         side = f"{plan.image_size} x {plan.image_size}"
-        resize = "fit" if set(found.sizes) - {side, "unreadable"} else None
+        resize = "fit" if set(found.sizes) - {side} else None
 
         def files(part: str) -> Iterator[bytes]:
             return ((folder / name).read_bytes() for name in names[part] if name not in left_out)
 
         calibrate_bundle(exported, bundle, files("select"), files("calibrate"), plan.name, resize)
     return bundle
+
+
+def _test_images(dataset: Dataset, names: dict[str, list[str]], found: Survey) -> np.ndarray:
+    """Those that are no copies of others, uint8 ``(N, H, W, C)``."""
+    left_out = set(found.leaking)
+    rows = [row for row, name in enumerate(names["test"]) if name not in left_out]
+    return np.asarray(dataset.parts["test"].images[rows])
 
 
 def _report(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dataset, bundle: Path, out: Path) -> None:
@@ -170,7 +184,7 @@ def _report(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
     index = {name: row for row, name in enumerate(names["train"])}
     unusual = [Unusual(row["path"], row["p_value"], row["bpd"], dataset.parts["train"].images[index[row["path"]]])
                for row in rows[:SHOWN_UNUSUAL]]
-    held_out = np.asarray(dataset.parts["test"].images[:RECONSTRUCTED])
+    held_out = _test_images(dataset, names, found)[:RECONSTRUCTED]
     findings = Findings(plan, found, opened, engine.sample([0] * SAMPLES, range(SAMPLES)), held_out,
                         engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual)
     write_report(findings, out / "report.html")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -116,9 +117,11 @@ def write_report(findings: Findings, path: Path) -> None:
         "<h2>Samples</h2>", _picture(tile(f.samples, 16), "samples", 3),
         "<h2>Reconstructions</h2><p>Test images above, what the model makes of them below.</p>",
         _picture(tile(np.concatenate([f.held_out, f.rebuilt]), len(f.held_out)), "reconstructions", 3)]
-    path.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
                     '<meta name="viewport" content="width=device-width">'
                     f"<title>{escape(f.plan.name)}</title><style>{CSS}</style><body>{''.join(body)}</body></html>\n")
+    os.replace(unfinished, path)
 
 
 def _resize(f: Findings) -> str:

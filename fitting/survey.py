@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.images import header_size
+from serving.images import file_size
 from training.data import PARTS, Dataset
 from training.datasets.files import part_of
 from training.datasets.folder import image_files
@@ -20,7 +20,6 @@ SMALLEST, LARGEST = 16, 64  # sides that a model of a fitting is made for
 STEP = 8  # networks halve three times
 SHOWN = 20  # of broken files and of duplicates, in the report
 FEW = 1000  # images, below which little can be learned
-HEADER_BYTES = 256 * 1024  # where a file says its size
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,7 @@ class Survey:
 
 def folder_sizes(folder: Path) -> Counter[tuple[int, int] | None]:
     """Width and height of every image file, by their headers; ``None`` counts those that have none."""
-    return Counter(_size_of(path) for path in image_files(folder))
-
-
-def _size_of(path: Path) -> tuple[int, int] | None:
-    try:
-        with open(path, "rb") as file:
-            return header_size(file.read(HEADER_BYTES))
-    except OSError:
-        return None
+    return Counter(file_size(path) for path in image_files(folder))
 
 
 def choose_image_size(sizes: Counter[tuple[int, int] | None]) -> int:
@@ -104,11 +95,10 @@ def survey(folder: Path, sizes: Counter[tuple[int, int] | None], dataset: Datase
 
 def split_names(folder: Path, dataset: Dataset) -> dict[str, list[str]]:
     """The files of each part of a folder's data set, in the order of its rows."""
-    skipped = {line.split(": ", 1)[0] for line in dataset.skipped}
     names: dict[str, list[str]] = {part: [] for part in PARTS}
     for path in image_files(folder):
         name = path.relative_to(folder).as_posix()
-        if name not in skipped:
+        if not any(line.startswith(f"{name}: ") for line in dataset.skipped):
             names[part_of(path.name)].append(name)
     return names
 

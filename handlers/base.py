@@ -43,6 +43,7 @@ class OperationHandler:
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
         self.service = Service(self.operation, engine, options["threads"], journal)
         self._busy = threading.Lock()
+        self._is_leaving = False
         self._stop_folder = Path(os.environ["ADE_STOP_FOLDER"])
         Reporter(self.service.telemetry, context.metrics, context.model_name, self._tell_when_done).start()
 
@@ -51,6 +52,8 @@ class OperationHandler:
         with self._busy:
             if self._stop_folder.exists():
                 answers = [error_response(ApiError(503, "stopping", "the service is being stopped")) for _ in data]
+            elif self._is_leaving:
+                answers = [error_response(ApiError(503, "overloaded", "try again later")) for _ in data]
             else:
                 answers = self.service.answer([
                     _raw_request(row, context.get_all_request_header(i), context.request_ids[i])
@@ -62,7 +65,8 @@ class OperationHandler:
             for name, value in answer.headers.items():
                 context.set_response_header(i, name, value)
             bodies.append(answer.body)
-        if self.service.is_exhausted:  # TorchServe starts another worker
+        if self.service.is_exhausted and not self._is_leaving:  # TorchServe starts another worker
+            self._is_leaving = True
             threading.Timer(EXIT_DELAY_S, os._exit, [1]).start()
         return bodies
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.bundle import Bundle, open_bundle
+from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
 from serving.engine import InferenceEngine, NotFinite
 from serving.errors import ApiError
 from serving.images import IMAGE_SUFFIXES
@@ -75,9 +76,16 @@ def image_paths(folder: Path) -> Iterator[str]:
 
 
 class FileScorer:
-    """Rows of files, by an engine in this process."""
+    """Rows of files, by an engine in this process.
+
+    Raises:
+        BulkError: the model cannot score.
+        BundleError: the bundle is not whole.
+    """
 
     def __init__(self, bundle: Bundle, folder: Path, options: BulkOptions) -> None:
+        if "score" not in bundle.operations:
+            raise BulkError(f"{bundle.name} has no score: it was trained without an inference network")
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
         self._folder = folder
         self._options = options
@@ -96,9 +104,11 @@ class FileScorer:
     def _read(self, path: str) -> InputImage | ApiError:
         try:
             data = (self._folder / path).read_bytes()
+            return prepare_image(data, self._engine.image_shape, self._options.resize == "fit", 0)
         except OSError as error:
             return ApiError(404, "unreadable", error.strerror or str(error))
-        return prepare_image(data, self._engine.image_shape, self._options.resize == "fit", 0)
+        except MemoryError:
+            return ApiError(413, "too_large", "there is no memory to decode it")
 
     def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):
@@ -138,13 +148,13 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
         raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
     if out.exists():
         raise BulkError(f"{out} is there already")
-    if "score" not in bundle.operations:
-        raise BulkError(f"{bundle.name} has no score: it was trained without an inference network")
+    FileScorer(bundle, folder, options)  # what is wrong with the bundle is an error here, not in a process
     total = sum(1 for _ in image_paths(folder))
     if not total:
         raise BulkError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     part = out.with_name(out.name + ".part")
-    head = {"model": bundle.model_id, "folder": str(folder.resolve()), **asdict(options)}
+    head = {"model": bundle.model_id, "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
+            "folder": str(folder.resolve()), **asdict(options)}
     done = _begin(part, head, folder)
     progress(done, total)
     with open(part, "a", encoding="utf-8") as rows:
@@ -199,9 +209,16 @@ def _in_order(bundle: Bundle, folder: Path, options: BulkOptions, workers: int, 
         for chunk in chunks:
             waiting.append(pool.submit(_score_chunk, chunk))
             if len(waiting) >= AHEAD * workers:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
+
+
+def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise BulkError("a process ended (was there too little memory?): the same command goes on from here") from None
 
 
 _scorer: FileScorer
@@ -235,6 +252,7 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
                 row = json.loads(line)
                 counts["errors" if "error" in row else "scored"] += 1
                 counts["flagged"] += bool(row.get("ood"))
+                row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()  # names need not be UTF-8
                 yield {name: row.get(name) for name in names}
 
     unfinished = out.with_name(out.name + ".tmp")

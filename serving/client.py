@@ -144,10 +144,11 @@ class AdeClient:
     def is_ready(self) -> bool:
         """Whether all four operations answer; one that the model does not have answers by saying so."""
         try:
-            images = _images(self.sample(seed=0).images, resize=False)
+            probe = {PROBE_HEADER: "1"}
+            images = _images(_npy(self._post("sample", {"seed": 0, "format": "npy"}, probe)), resize=False)
             for operation in ("encode", "reconstruct", "score"):
                 try:
-                    self._post(operation, images, {PROBE_HEADER: "1"})
+                    self._post(operation, images, probe)
                 except AdeError as error:
                     if error.code != "not_available":
                         raise

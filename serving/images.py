@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
@@ -31,19 +32,20 @@ class DecodedImage:
     notes: list[str] = field(default_factory=list)
 
 
-def header_size(data: bytes) -> tuple[int, int] | None:
+def file_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
     """Width and height that a file says it has, undecoded; ``None`` of what is no image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data), formats=FORMATS).size
+            with Image.open(file, formats=FORMATS) as image:
+                return image.size
     except Exception:  # whatever Pillow's parsers stumble over: decoding will say so
         return None
 
 
 def header_pixels(data: bytes) -> int:
     """The same multiplied; 0 of what is no image."""
-    width, height = header_size(data) or (0, 0)
+    width, height = file_size(io.BytesIO(data)) or (0, 0)
     return width * height
 
 

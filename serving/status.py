@@ -44,12 +44,15 @@ def read_status(ports: Ports, token: str | None = None) -> dict[str, Any]:
 
 
 def queued_requests(ports: Ports) -> int:
-    """How many requests wait for a worker; 0 where that is not to be known."""
-    with httpx.Client(timeout=2.0) as http:
-        listed = _get(http, f"http://127.0.0.1:{ports.management}/models?limit=1000", {200})
-        described = [_get(http, f"http://127.0.0.1:{ports.management}/models/{model['modelName']}", {200})
-                     for model in (listed.json()["models"] if listed else [])]
-    return sum(answer.json()[0].get("jobQueueStatus", {}).get("pendingRequests", 0) for answer in described if answer)
+    """How many requests wait for a worker; 0 where that is not to be known, as of a service that is going down."""
+    try:
+        with httpx.Client(timeout=2.0) as http:
+            listed = _get(http, f"http://127.0.0.1:{ports.management}/models?limit=1000", {200})
+            described = [_get(http, f"http://127.0.0.1:{ports.management}/models/{model['modelName']}", {200})
+                         for model in (listed.json()["models"] if listed else [])]
+        return sum(answer.json()[0].get("jobQueueStatus", {}).get("pendingRequests", 0) for answer in described if answer)
+    except (ValueError, KeyError, IndexError, TypeError):
+        return 0
 
 
 def _get(http: httpx.Client, url: str, statuses: set[int]) -> httpx.Response | None:
@@ -80,7 +83,7 @@ def _memory(pid: int) -> int | None:
     """Resident MiB; TorchServe's own figure is 0 where its system metrics are off."""
     try:
         return round(psutil.Process(pid).memory_info().rss / 2**20)
-    except psutil.Error:
+    except (psutil.Error, ValueError):  # -1 until TorchServe knows the process
         return None
 
 
@@ -89,7 +92,7 @@ def _last_errors(pids: list[int]) -> list[dict[str, Any]] | None:
     for pid in pids:
         try:
             return last_errors(Path(psutil.Process(pid).environ()["LOG_LOCATION"]))
-        except (psutil.Error, KeyError):
+        except (psutil.Error, KeyError, ValueError, OSError):
             continue
     return None
 

@@ -173,3 +173,21 @@ def test_what_cannot_be_done_says_so(arguments: list[str], message: str, tiny_bu
     assert main([str(names.get(argument, argument)) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("x*"))
+
+
+def test_originals_are_never_overwritten(tiny_bundle: Path, folder: Path, tmp_path: Path,
+                                         capsys: pytest.CaptureFixture) -> None:
+    mine = tmp_path / "a.png"
+    mine.write_bytes((folder / "class0" / "0000.png").read_bytes())
+    before = mine.read_bytes()
+    assert main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
+
+
+def test_names_that_are_no_utf8(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "odd" / name).write_bytes((folder / "class0" / "0000.png").read_bytes())
+    score(tiny_bundle, tmp_path / "odd", tmp_path / "a.csv")
+    (row,) = read(tmp_path / "a.csv")
+    assert row["path"] == "caf\\udce9.png" and float(row["bpd"]) > 0

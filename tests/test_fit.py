@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -83,12 +82,13 @@ def test_what_a_folder_holds(tmp_path: Path, small_images: np.ndarray) -> None:
 @pytest.mark.parametrize("arguments, message", [
     (["NOWHERE"], "is no folder"), (["FEW", "--budget", "soon"], "a budget is a time"),
     (["FEW", "--budget", "5m"], "are left for the part select and 20 are needed"), (["EMPTY"], "holds no images"),
+    (["FEW", "--image-size", "20"], "image_size"), (["TMP"], "--out must lie outside"),
 ])
 def test_what_cannot_be_fitted(arguments: list[str], message: str, tmp_path: Path, small_images: np.ndarray,
                                capsys: pytest.CaptureFixture) -> None:
     make_folder(tmp_path / "few", small_images[:60])
     (tmp_path / "empty").mkdir()
-    places = {"NOWHERE": tmp_path / "nowhere", "FEW": tmp_path / "few", "EMPTY": tmp_path / "empty"}
+    places = {"NOWHERE": tmp_path / "nowhere", "FEW": tmp_path / "few", "EMPTY": tmp_path / "empty", "TMP": tmp_path}
     given = [str(places.get(argument, argument)) for argument in arguments]
     assert main(["fit", *given, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
@@ -124,5 +124,6 @@ def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_i
     assert again.returncode == 0 and "training" not in again.stderr
     other = subprocess.run([*command, "--image-size", "16"], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "was begun for" in other.stderr
-    before = json.loads((out / "plan.json").read_text())
-    assert dataclasses.replace(Plan.from_dict(before), budget=9.0) != Plan.from_dict(before)
+    Image.new("RGB", (32, 32)).save(folder / "another.png")
+    changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert changed.returncode == 2 and "has changed since" in changed.stderr

@@ -63,7 +63,8 @@ def add_tab(served: Served, model: gr.Dropdown) -> None:
         for image in (first, last):
             read(image)
         client = served.clients[model]
-        latents = ask(client.encode, [Path(first).read_bytes(), Path(last).read_bytes()], resize=resize).mean
+        # Draws, not means: a mean lies nearer to the origin than any latents that the decoder was trained on.
+        latents = ask(client.encode, [Path(first).read_bytes(), Path(last).read_bytes()], resize=resize).z
         a, b = [z[:1] for z in latents], [z[1:] for z in latents]
         frames = ask(client.decode, between(a, b, int(steps)))
         levels = ask(client.decode, exchanged(a, b))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from serving.page.served import Served, ask, file
 
 AT_ONCE = 32  # files a request
 MOST = 2000
+MOST_BYTES = 256 * 2**20  # unpacked
 MAX_FILE_BYTES = 16 * 2**20
 COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 
 
 def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each image file, those inside of ``.zip`` files too; at most :data:`MOST`."""
-    count = 0
+    count = size = 0
     for path in paths:
         found: Iterator[tuple[str, bytes]]
         if Path(path).suffix.lower() == ".zip":
@@ -35,6 +37,9 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
             if count == MOST:
                 raise gr.Error(f"At most {MOST} images at once: `ade score` takes folders of any size.")
             count += 1
+            size += len(item[1])
+            if size > MOST_BYTES:
+                raise gr.Error(f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any size.")
             yield item
 
 
@@ -44,7 +49,7 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
             for info in archive.infolist():
                 if Path(info.filename).suffix.lower() in IMAGE_SUFFIXES and info.file_size <= MAX_FILE_BYTES:
                     yield info.filename, archive.read(info)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise gr.Error(f"{Path(path).name} cannot be unpacked: {error}.") from None
 
 
