@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from serving.client import FORM_ERRORS
+
 OPERATIONS = ("score", "encode", "reconstruct", "sample")
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "TIFF": "image/tiff",
            "BMP": "image/bmp"}
@@ -134,8 +136,8 @@ def _form(rng: random.Random) -> Request:
 
 
 def is_torchserves_own(status: int, answer: bytes) -> bool:
-    """Of a form that cannot be taken apart TorchServe says 500 before any of our code sees it (docs/api.md)."""
-    return status == 500 and b"DataDecoderException" in answer
+    """Of a form that it cannot take apart TorchServe says 500 before any of our code sees it (docs/api.md)."""
+    return status == 500 and any(name.encode() in answer for name in FORM_ERRORS)
 
 
 def main() -> None:

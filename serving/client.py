@@ -20,6 +20,7 @@ from serving.ood import Unusual
 from serving.requests import PROBE_HEADER
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+FORM_ERRORS = ("ErrorDataDecoderException", "ArrayIndexOutOfBoundsException")  # of forms that it cannot take apart
 WORKER_DIED = "Worker died"  # TorchServe of a request whose worker ended; another one may well answer it
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 Kind = Literal["mean", "density"]
@@ -269,7 +270,7 @@ def _error(answer: httpx.Response) -> AdeError:
         return AdeError(413, "request_too_large", "the request is larger than the server reads")
     if status == 404:
         return AdeError(404, "unknown_model", "the server has no model of this name")
-    if kind == "ErrorDataDecoderException":
+    if kind in FORM_ERRORS:
         return AdeError(400, "malformed_request", "the form cannot be taken apart")
     if kind == "InvalidKeyException":
         return AdeError(401, "bad_token", "the server wants a valid token")
