@@ -4,7 +4,7 @@ VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow check fit bench bench-faults bench-soak bench-training bench-ood clean
+.PHONY: serve test test-slow check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -31,6 +31,9 @@ bench-faults: $(VENV)/.bench  ## what goes wrong under load, and what becomes of
 
 bench-soak: $(VENV)/.bench  ## half an hour of load: memory and errors
 	$(BIN)/python -m benchmarks.soak $(BUNDLE)
+
+bench-bulk: $(VENV)/.bench  ## ade score of a folder of many files: make bench-bulk DATA=FOLDER
+	$(BIN)/python -m benchmarks.bulk $(BUNDLE) "$(DATA)"
 
 bench-training: $(VENV)/.test  ## training steps: images and operations a second, memory, the loader
 	$(BIN)/python -m benchmarks.training

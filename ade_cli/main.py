@@ -25,16 +25,20 @@ VERBS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
+def parse(given: list[str]) -> argparse.Namespace:
+    """What a command line says; ``verb`` is the verb."""
     parser = argparse.ArgumentParser(prog="ade", description="Train, export and serve AV-ADE image models.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in given[:1]:  # only the verb that runs is imported: serving needs no training packages
             _module(name).add_arguments(verb)
-    args = parser.parse_args(given)
+    return parser.parse_args(given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    args = parse(sys.argv[1:] if arguments is None else arguments)
     module = _module(args.verb)
     try:
         return int(module.run(args) or 0)

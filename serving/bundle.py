@@ -63,7 +63,8 @@ class Bundle:
 
     def graphs(self, operations: Iterable[str]) -> list[str]:
         """The graphs of those operations that this model has."""
-        return [graph for operation in operations if operation in self.operations for graph in OPERATIONS[operation]]
+        own = [graph for operation in operations if operation in self.operations for graph in OPERATIONS[operation]]
+        return list(dict.fromkeys(own))
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from serving.ood import Unusual
 from serving.statistics import meaning
 
-WIDTH, HEIGHT = 640, 200
+WIDTH, HEIGHT = 440, 170
 BINS = 48
 
 
@@ -45,10 +45,25 @@ def explain_table(reasons: Sequence[Unusual]) -> str:
 
 def parts_chart(parts: dict[str, float], bpd: float) -> str:
     """Horizontal bars, one a part, bits per dimension; negative ones go left."""
-    rows = [*parts.items(), ("bpd", bpd)]
+    return _bars([*parts.items(), ("bpd", bpd)], f"parts of the score: {', '.join(parts)}", "+.3f")
+
+
+def levels_chart(parts: dict[str, float], latent_shapes: Sequence[tuple[int, int, int]], num_dims: int) -> str:
+    """Bars of the bits that an image takes in each latent level.
+
+    Args:
+        parts: of its score, bits per dimension.
+        latent_shapes: ``(c, h, w)`` of each level, coarsest first.
+        num_dims: values of the image.
+    """
+    rows = [(f"level {i}: {c}×{h}×{w}", parts[f"kl_{i}"] * num_dims) for i, (c, h, w) in enumerate(latent_shapes)]
+    return _bars(rows, "bits by latent level", ",.0f")
+
+
+def _bars(rows: Sequence[tuple[str, float]], label: str, form: str) -> str:
     low = min(0.0, *(v for _, v in rows))
-    high = max(v for _, v in rows)
-    left, row_height = 120, 26
+    high = max(0.0, *(v for _, v in rows))
+    left, row_height = 136, 26
     scale = (WIDTH - left - 70) / (high - low or 1)
     zero = left - low * scale
     bars = []
@@ -59,8 +74,8 @@ def parts_chart(parts: dict[str, float], bpd: float) -> str:
         bars.append(
             f'<text x="{left - 8}" y="{y + 17}" text-anchor="end" class="ade-label">{escape(name)}</text>'
             f'<rect x="{x:.1f}" y="{y + 4}" width="{max(1.0, abs(value) * scale):.1f}" height="18" rx="3" class="{kind}"/>'
-            f'<text x="{max(x + abs(value) * scale, zero) + 6:.1f}" y="{y + 17}" class="ade-label">{value:+.3f}</text>')
-    return _svg("".join(bars), len(rows) * row_height, f"parts of the score: {', '.join(parts)}")
+            f'<text x="{max(x + abs(value) * scale, zero) + 6:.1f}" y="{y + 17}" class="ade-label">{value:{form}}</text>')
+    return _svg("".join(bars), len(rows) * row_height, label)
 
 
 def histogram_chart(reference: np.ndarray, value: float) -> str:
@@ -90,4 +105,4 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _svg(content: str, height: int, label: str) -> str:
     return (f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}" '
-            f'style="width:100%;height:auto">{content}</svg>')
+            f'style="width:100%;max-width:560px;height:auto">{content}</svg>')

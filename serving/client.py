@@ -48,11 +48,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Latents:
-    """One list entry a level, coarsest first; each float32 ``(N, c, h, w)``."""
+    """One list entry a level, coarsest first; each float32 ``(N, c, h, w)``.
+
+    ``eps``, the noise that samples ``z``, is empty unless asked for.
+    """
 
     mean: list[np.ndarray]
     log_scale: list[np.ndarray]
     z: list[np.ndarray]
+    eps: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -159,15 +163,28 @@ class AdeClient:
 
     def decode(self, z: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
         """The images of latents: one array a level, ``(N, c, h, w)``; uint8 ``(N, H, W, C)``."""
-        entries = [{"levels": [{"z": np.asarray(level[i]).tolist()} for level in z]} for i in range(len(z[0]))]
+        return self._decode("z", z, seed, kind)
+
+    def sample_with(self, eps: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
+        """The images of standard normal noise: one array a level, ``(N, c, h, w)``; uint8 ``(N, H, W, C)``.
+
+        Noise of zeros is the mean that the coarser levels lead to expect.
+        """
+        return self._decode("eps", eps, seed, kind)
+
+    def _decode(self, name: str, latents: Sequence[np.ndarray], seed: int, kind: Kind) -> np.ndarray:
+        entries = [{"levels": [{name: np.asarray(level[i]).tolist()} for level in latents]}
+                   for i in range(len(latents[0]))]
         return _npy(self._post("sample", {"latents": entries, "seed": seed, "kind": kind, "format": "npy"}))
 
-    def encode(self, images: Sequence[ImageLike] | np.ndarray, seed: int = 0, resize: bool = False) -> Latents:
-        """Latents of images; the first that cannot be used raises."""
-        answer = self._post("encode", {**_images(images, resize), "seed": seed, "format": "npz"})
+    def encode(self, images: Sequence[ImageLike] | np.ndarray, seed: int = 0, resize: bool = False,
+               eps: bool = False) -> Latents:
+        """Latents of images, and the noise that samples them if ``eps``; the first that cannot be used raises."""
+        answer = self._post("encode", {**_images(images, resize), "seed": seed, "eps": eps, "format": "npz"})
         with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
-            levels = sum(name.startswith("z_") for name in arrays.files)
-            return Latents(*([arrays[f"{name}_{i}"] for i in range(levels)] for name in ("mean", "log_scale", "z")))
+            levels = range(sum(name.startswith("z_") for name in arrays.files))
+            return Latents(*([arrays[f"{name}_{i}"] for i in levels if f"{name}_{i}" in arrays]
+                             for name in ("mean", "log_scale", "z", "eps")))
 
     def reconstruct(self, images: Sequence[ImageLike] | np.ndarray, seed: int = 0, kind: Kind = "mean",
                     resize: bool = False) -> list[Reconstruction | AdeError]:

@@ -27,11 +27,15 @@ BUCKETS = (1, 2, 4, 8, 16, 32)  # the batch sizes of a backend that wants fixed 
 
 @dataclass(frozen=True)
 class EncodedLevel:
-    """Latents of one level for ``N`` images; each float32 ``(N, c, h, w)``."""
+    """Latents of one level for ``N`` images; each float32 ``(N, c, h, w)``.
+
+    ``eps`` is ``z`` standardised by its prior given the coarser levels, the noise that samples it, if asked for.
+    """
 
     mean: np.ndarray
     log_scale: np.ndarray
     z: np.ndarray
+    eps: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -139,12 +143,35 @@ class InferenceEngine:
 
         return self._run("decode", len(seeds), inputs)["images"]
 
-    def encode(self, images: np.ndarray, seeds: Sequence[int] | None = None) -> list[EncodedLevel]:
+    def sample_with(self, eps: Sequence[np.ndarray], seeds: Sequence[int],
+                    kinds: Sequence[str] | None = None) -> np.ndarray:
+        """The images of given noise, as :meth:`sample` makes them of noise that it draws.
+
+        Args:
+            eps: one array a level, coarsest first, float32 ``(N, c, h, w)``; what a level makes of its noise depends on
+                the coarser levels, and noise of zeros is the mean that those lead to expect.
+            seeds: one an image, for density images.
+            kinds: as for :meth:`sample`.
+
+        Returns:
+            uint8 ``(N, H, W, C)``.
+        """
+        kinds = kinds or ["mean"] * len(seeds)
+
+        def inputs(i: int) -> dict[str, np.ndarray]:
+            noise = {f"eps_{level}": np.asarray(eps[level][i], np.float32) for level in range(self._levels)}
+            return {**noise, "y_eps": self._y_eps(NoiseStream(sample_key(seeds[i], i)), kinds[i])}
+
+        return self._run("sample", len(seeds), inputs)["images"]
+
+    def encode(self, images: np.ndarray, seeds: Sequence[int] | None = None,
+               eps: Sequence[bool] | None = None) -> list[EncodedLevel]:
         """Posterior means, log-scales and one draw of the latents, level by level, coarsest first.
 
         Args:
             images: uint8 ``(N, H, W, C)``.
             seeds: one an image; 0 unless given.
+            eps: whether each image's draw is wanted as noise too; no unless given. Of the others it is zeros.
         """
         seeds = seeds or [0] * len(images)
 
@@ -153,7 +180,17 @@ class InferenceEngine:
             return {"images": images[i], **{name: stream.normal(shape) for name, shape in self._eps()}}
 
         out = self._run("encode", len(images), inputs)
-        return [EncodedLevel(out[f"mean_{i}"], out[f"log_scale_{i}"], out[f"z_{i}"]) for i in range(self._levels)]
+        levels = [EncodedLevel(out[f"mean_{i}"], out[f"log_scale_{i}"], out[f"z_{i}"]) for i in range(self._levels)]
+        rows = [i for i, wanted in enumerate(eps or []) if wanted]
+        if not rows:
+            return levels
+        middle = np.full(self.image_shape, 0.5, np.float32)  # of each pixel's interval, where encode has it
+        names = [f"surprise_{i}" for i in range(self._levels)]
+        found = self._run("score", len(rows), lambda n: {**inputs(rows[n]), "u": middle}, names)
+        noise = [np.zeros_like(level.z) for level in levels]
+        for level, name in zip(noise, names, strict=True):
+            level[rows] = found[name]
+        return [dataclasses.replace(level, eps=its) for level, its in zip(levels, noise, strict=True)]
 
     def reconstruct(self, images: np.ndarray, seeds: Sequence[int] | None = None,
                     kinds: Sequence[str] | None = None) -> np.ndarray:
@@ -270,9 +307,10 @@ class InferenceEngine:
         error = weights.std(ddof=1) / (weights.mean() * math.sqrt(len(draws))) / nats_per_bit
         return Score(float(bpd), named, float(error), verdict)
 
-    def _run(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Compute ``count`` rows of a graph."""
-        outputs = [batch for _, batch in self._batches(graph, count, inputs)]
+    def _run(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]],
+             wanted: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Compute ``count`` rows of a graph: its outputs, or those that are wanted."""
+        outputs = [batch for _, batch in self._batches(graph, count, inputs, wanted)]
         return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
 
     def _batches(self, graph: str, count: int, inputs: Callable[[int], dict[str, np.ndarray]],

@@ -152,6 +152,13 @@ def lossless_bits(pixels: np.ndarray) -> float:
     return 8.0 * size / pixels.size
 
 
+def untile(picture: np.ndarray, count: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """The ``count`` images of ``shape`` that :func:`tile` laid out; uint8 ``(count, H, W, C)``."""
+    height, width, channels = shape
+    grid = picture.reshape(picture.shape[0] // height, height, picture.shape[1] // width, width, channels).swapaxes(1, 2)
+    return grid.reshape(-1, height, width, channels)[:count]
+
+
 def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """uint8 ``(N, H, W, C)`` to one picture ``(rows H, columns W, C)``, as square as may be; spare cells white."""
     n, height, width, channels = images.shape

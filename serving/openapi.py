@@ -100,7 +100,7 @@ def _answers(operation: str, bundle: Bundle) -> dict[str, Any]:
         return {"image/png": _BINARY, "application/x-npy": _BINARY, JSON: _results(result, head, errors=False)}
     if operation == "encode":
         arrays = {name: {"type": "array"} for name in ("shape", "mean", "log_scale", "z")}
-        level = _object(arrays, tuple(arrays))
+        level = _object({**arrays, "eps": {"type": "array"}}, tuple(arrays))
         result = _noted({"levels": {"type": "array", "items": level, "minItems": len(bundle.latent_shapes)}}, ("levels",))
         return {JSON: _results(result, {}), "application/x-npz": _BINARY}
     if operation == "reconstruct":

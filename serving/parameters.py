@@ -89,7 +89,7 @@ def _latents() -> Kind:
     """Checked where the model's shapes are known."""
     return Kind(lambda name, value: value, {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": {
         "type": "object", "required": ["levels"], "properties": {"levels": {"type": "array", "items": {
-            "type": "object", "required": ["z"], "properties": {"z": {"type": "array"}}}}}}})
+            "type": "object", "minProperties": 1, "properties": {"z": {"type": "array"}, "eps": {"type": "array"}}}}}}})
 
 
 _SEED = _integer(0, MAX_SEED)
@@ -104,9 +104,12 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "index": Parameter(0, _integer(0, MAX_SEED), "of the first image: an image depends on seed and index alone"),
         "temperature": Parameter(1.0, _number(0, MAX_TEMPERATURE), "multiplies the prior's standard deviations"),
         "kind": _KIND,
-        "latents": Parameter(None, _latents(), "decode these instead of drawing n: what encode answered"),
+        "latents": Parameter(None, _latents(), "decode these instead of drawing n: what encode answered, "
+                             "z or else eps of each level"),
         "format": Parameter("png", _choice("png", "npy", "json"), "of the answer")},
-    "encode": {**_IMAGE_PARAMETERS, "format": Parameter("json", _choice("json", "npz"), "of the answer")},
+    "encode": {**_IMAGE_PARAMETERS,
+               "eps": Parameter(False, _boolean(), "also the standard normal noise that samples each z"),
+               "format": Parameter("json", _choice("json", "npz"), "of the answer")},
     "reconstruct": {**_IMAGE_PARAMETERS, "kind": _KIND,
                     "format": Parameter(None, _choice("png", "npy", "json"), "png for one image, json for several")},
     "score": {

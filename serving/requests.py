@@ -63,7 +63,7 @@ class InputImage:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """``n`` images from ``index`` on, or the images of ``latents`` (one array a level)."""
+    """``n`` images from ``index`` on, or those of ``latents``: one array a level, of ``z`` or of the noise ``eps``."""
 
     n: int
     seed: int | None
@@ -72,6 +72,7 @@ class SampleRequest:
     kind: str
     format: str
     latents: list[np.ndarray] | None
+    latents_are: str
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,16 @@ def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]])
         raise malformed("sample takes parameters as JSON (Content-Type: application/json) or as a form, "
                         f"got {request.content_type or 'no content type'}")
     values = read_parameters("sample", given)
-    latents = None
+    latents, are = None, "z"
     if values["latents"] is not None:
         if given.get("n") is not None:
             raise unusable("bad_parameter", "n and latents exclude each other: there are as many images as latents")
-        latents = _latents(values["latents"], latent_shapes)
+        latents, are = _latents(values["latents"], latent_shapes)
         values["n"] = len(latents[0])
     if values["index"] + values["n"] - 1 > MAX_SEED:
         raise unusable("bad_parameter", f"index + n must be at most {MAX_SEED}, got {values['index']} + {values['n']}")
     values["latents"] = latents
-    return SampleRequest(**values)
+    return SampleRequest(**values, latents_are=are)
 
 
 def _text(name: str, value: Any) -> str:
@@ -162,8 +163,11 @@ def _text(name: str, value: Any) -> str:
         raise malformed(f"the form's field {show(name)} is no text") from None
 
 
-def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> list[np.ndarray]:
-    """``encode``'s structure, one entry an image: ``{"levels": [{"z": ...}, ...]}``, or a bare list of levels."""
+def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.ndarray], str]:
+    """``encode``'s structure, one entry an image: ``{"levels": [{"z": ...}, ...]}``, or a bare list of levels.
+
+    Without ``z`` there may be ``eps``, in all levels of all images. The second result says which of the two it was.
+    """
     if isinstance(value, dict):
         value = value.get("results", [value])
     if not isinstance(value, list) or not value:
@@ -171,23 +175,28 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> list[np.ndarray]
     if len(value) > MAX_IMAGES:
         raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got latents of {len(value)}")
     levels: list[list[np.ndarray]] = [[] for _ in shapes]
+    are: str | None = None
     for i, entry in enumerate(value):
         given = entry.get("levels") if isinstance(entry, dict) else entry
         if not isinstance(given, list) or len(given) != len(shapes):
             raise unusable("bad_latents", f"latents must have {len(shapes)} levels an image, got "
                                           f"{len(given) if isinstance(given, list) else show(given)}").at(i)
         for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
-            z = item.get("z") if isinstance(item, dict) else item
+            this = "eps" if isinstance(item, dict) and "z" not in item and "eps" in item else "z"
+            if are not in (None, this):
+                raise unusable("bad_latents", "latents must have z in all levels of all images, or eps in all").at(i)
+            are = this
             try:
-                array = np.asarray(z, dtype=np.float32)
+                array = np.asarray(item.get(this) if isinstance(item, dict) else item, dtype=np.float32)
             except (ValueError, TypeError, OverflowError):
-                raise unusable("bad_latents", f"z of level {level} must be numbers of shape {shape}").at(i) from None
+                raise unusable("bad_latents", f"{this} of level {level} must be numbers of shape {shape}").at(i) from None
             if array.shape != shape:
-                raise unusable("bad_latents", f"z of level {level} must have shape {shape}, got {array.shape}").at(i)
+                raise unusable("bad_latents", f"{this} of level {level} must have shape {shape}, got {array.shape}").at(i)
             if not (np.abs(array) <= MAX_LATENT).all():
-                raise unusable("bad_latents", f"z of level {level} must be finite numbers of at most {MAX_LATENT:g}").at(i)
+                raise unusable("bad_latents", f"{this} of level {level} must be finite numbers of at most "
+                                              f"{MAX_LATENT:g}").at(i)
             levels[level].append(array)
-    return [np.stack(level) for level in levels]
+    return [np.stack(level) for level in levels], are or "z"
 
 
 def parse_images(operation: str, request: RawRequest) -> FilesRequest:

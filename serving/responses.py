@@ -108,26 +108,28 @@ def _base64_png(image: np.ndarray, text: dict[str, str] | None = None) -> str:
     return base64.b64encode(write_png(image, text)).decode()
 
 
-def encode_response(images: Sequence[InputImage | ApiError], levels: list[EncodedLevel], format: str,
+def encode_response(images: Sequence[InputImage | ApiError], levels: list[EncodedLevel], format: str, eps: bool,
                     model_id: str) -> Response:
-    """Latents as JSON, or as an ``.npz`` with ``mean_i``, ``log_scale_i`` and ``z_i`` of each level.
+    """Latents as JSON, or as an ``.npz`` with ``mean_i``, ``log_scale_i``, ``z_i`` and, if wanted, ``eps_i`` of each level.
 
     Args:
         images: of the request.
         levels: of those among them that are usable, in order.
         format: ``json`` or ``npz``.
+        eps: whether it is wanted.
         model_id: goes into the JSON.
     """
-    finite = np.all([np.isfinite(values).reshape(len(values), -1).all(1) for level in levels
-                     for values in (level.mean, level.log_scale, level.z)], axis=0) if levels else np.empty(0, bool)
+    names = ("mean", "log_scale", "z", *(["eps"] if eps else []))
+    finite = np.all([np.isfinite(getattr(level, name)).reshape(len(level.z), -1).all(1) for level in levels
+                     for name in names], axis=0) if levels else np.empty(0, bool)
     if format == "npz":
         _fail_on_error(images)
         if not finite.all():
             raise _not_finite().at(int(np.argmin(finite)))
-        _check_size(sum(3 * level.z.nbytes for level in levels), "send fewer images")
+        _check_size(sum(len(names) * level.z.nbytes for level in levels), "send fewer images")
         out = io.BytesIO()
         np.savez(out, **{f"{name}_{i}": getattr(level, name) for i, level in enumerate(levels)
-                         for name in ("mean", "log_scale", "z")})
+                         for name in names})
         return Response(200, "application/x-npz", out.getvalue())
     if len(images) > MAX_JSON_ENCODINGS:
         raise unusable("too_many_images", f"JSON carries the latents of at most {MAX_JSON_ENCODINGS} images, got "
@@ -136,9 +138,8 @@ def encode_response(images: Sequence[InputImage | ApiError], levels: list[Encode
     def entry(row: int) -> dict[str, Any] | ApiError:
         if not finite[row]:
             return _not_finite()
-        return {"levels": [{"shape": list(level.z.shape[1:]), "mean": level.mean[row].tolist(),
-                            "log_scale": level.log_scale[row].tolist(), "z": level.z[row].tolist()}
-                           for level in levels]}
+        return {"levels": [{"shape": list(level.z.shape[1:]),
+                            **{name: getattr(level, name)[row].tolist() for name in names}} for level in levels]}
 
     return _results(images, entry, {"model": model_id})
 

@@ -5,6 +5,7 @@ This is all that an HTTP server has to call. Whatever is wrong with one request,
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -201,7 +202,8 @@ class Service:
                 images = next(made)
             else:
                 with watch("compute"):
-                    images = self.engine.decode(r.latents, [seed] * r.n, [r.kind] * r.n)
+                    make = self.engine.decode if r.latents_are == "z" else self.engine.sample_with
+                    images = make(r.latents, [seed] * r.n, [r.kind] * r.n)
             with watch("encode"):
                 answers.append(_guarded(sample_response, images, r, seed, self._model_id))
         return answers
@@ -229,7 +231,7 @@ class Service:
     def _run(self, batch: np.ndarray, each: Callable[[str], list[Any]]) -> Any:
         """Compute the batch with the parameters of each image."""
         if self.operation == "encode":
-            return self.engine.encode(batch, each("seed"))
+            return self.engine.encode(batch, each("seed"), each("eps"))
         if self.operation == "reconstruct":
             return self.engine.reconstruct(batch, each("seed"), each("kind"))
         return self.engine.score(batch, each("seed"), each("samples"), each("map"))
@@ -238,14 +240,14 @@ class Service:
         """What was computed, apart by request."""
         if self.operation != "encode":
             return _split(computed, counts)
-        levels = [list(zip(*(_split(values, counts) for values in (level.mean, level.log_scale, level.z)), strict=True))
-                  for level in computed]
+        levels = [list(zip(*(_split(values, counts) for values in dataclasses.astuple(level) if values is not None),
+                           strict=True)) for level in computed]
         return [[EncodedLevel(*level[i]) for level in levels] for i in range(len(counts))]
 
     def _image_response(self, request: ImagesRequest, mine: Any) -> Response:
         parameters = request.parameters
         if self.operation == "encode":
-            return encode_response(request.images, mine, parameters["format"], self._model_id)
+            return encode_response(request.images, mine, parameters["format"], parameters["eps"], self._model_id)
         if self.operation == "reconstruct":
             return reconstruct_response(request.images, mine, parameters["format"], parameters["kind"], self._model_id)
         return score_response(request.images, mine, parameters, self._judges_resized, self._model_id)

@@ -15,14 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 # The graphs that each operation of the service needs.
-OPERATIONS = {"sample": ("sample", "decode"), "encode": ("encode",), "reconstruct": ("reconstruct",),
+# ``encode`` has the noise that samples an image again from ``score``, which standardises latents.
+OPERATIONS = {"sample": ("sample", "decode"), "encode": ("encode", "score"), "reconstruct": ("reconstruct",),
               "score": ("score",)}
 COSTS = ("distortion", "log_det", "latents")
 
 
 def graphs_of(operations: Iterable[str]) -> list[str]:
     """Names of the graphs that a bundle with these operations holds: theirs, and the flow both ways."""
-    return [*(graph for operation in operations for graph in OPERATIONS[operation]), "flow_forward", "flow_inverse"]
+    own = [graph for operation in operations for graph in OPERATIONS[operation]]
+    return [*dict.fromkeys(own), "flow_forward", "flow_inverse"]
 
 
 def inputs_of(graph: str, levels: int) -> list[str]:

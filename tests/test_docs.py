@@ -1,24 +1,77 @@
-"""What the documentation tells people to type, typed: every Python, JavaScript and curl block of the API's pages."""
+"""What the documentation tells people to type, typed: commands, Python, JavaScript, curl and notebooks."""
 
 from __future__ import annotations
 
+import copy
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from ade_cli.main import main, parse
+from serving.bundle import verify_bundle
+from tests.conftest import ROOT, make_folder
 from tests.service import RunningService
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
+ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def ade_commands(page: Path) -> list[list[str]]:
+    """The words of every ``ade …`` in a page's blocks."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line and Path(line[0]).name == "ade"]
+
+
+def test_pages_have_commands() -> None:
+    assert sum(len(ade_commands(page)) for page in ALL_PAGES) >= 12
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_every_command_is_one(page: Path) -> None:
+    """Verbs and options are as they are written; what the commands do is tested elsewhere and below."""
+    for words in ade_commands(page):
+        assert parse(words).verb == words[0]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_training_guide(tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first block but for the serving, on 700 images and with seconds for minutes."""
+    make_folder(tmp_path / "DIR", np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]]))
+    monkeypatch.chdir(tmp_path)
+    *commands, serve = ade_commands(ROOT / "docs" / "training.md")[:5]
+    assert serve[0] == "serve"
+    for words in commands:
+        assert main([{"16": "0.2"}.get(word, word) for word in words]) == 0, words
+    assert verify_bundle(tmp_path / serve[1]).manifest["calibration"]["images"] > 50
+
+
+def test_the_gate_of_the_quick_start(service: RunningService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save("some.png")
+    (block,) = blocks(ROOT / "docs" / "quickstart.md", "python")
+    exec(compile(block.replace("AdeClient()", f'AdeClient("{service.url}")'), "quickstart.md", "exec"), {})
+    assert "not what the classifier was made for" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -64,3 +117,22 @@ def test_javascript(service: RunningService) -> None:
         browser.close()
     bpd, ood = lines[-1].split()
     assert 0 < float(bpd) < 20 and ood in ("true", "false")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(notebook: Path) -> None:
+    """Every cell runs, and gives as many outputs, of the kinds, that it is committed with."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    committed = nbformat.read(notebook, nbformat.NO_CONVERT)
+    made = copy.deepcopy(committed)
+    NotebookClient(made, timeout=300, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    for before, after in zip(committed.cells, made.cells, strict=True):
+        assert [kinds(output) for output in before.get("outputs", [])] == [
+            kinds(output) for output in after.get("outputs", [])], before.source
+
+
+def kinds(output: dict[str, Any]) -> tuple[str, ...]:
+    return (output["output_type"], *sorted(output.get("data", ())))

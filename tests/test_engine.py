@@ -15,6 +15,7 @@ from PIL import Image
 from serving.backends import BackendError
 from serving.cuda import BoundGraph
 from serving.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
+from serving.noise import NoiseStream, sample_key
 from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import Service
@@ -100,6 +101,44 @@ def test_decoding_the_latents_reconstructs(engine: InferenceEngine, real_images:
     images = real_images[:3]
     z = [level.z for level in engine.encode(images)]
     assert np.abs(engine.decode(z, [0] * 3).astype(int) - engine.reconstruct(images)).max() <= 1
+
+
+def test_noise_samples_what_was_encoded(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    """``eps`` leads back to ``z``; zeros for fine levels lose the more, the fewer are kept."""
+    images, count = real_images[:12], len(engine.latent_shapes)
+    levels = engine.encode(images, eps=[True] * 12)
+    eps = [level.eps for level in levels]
+    from_z = engine.decode([level.z for level in levels], [0] * 12).astype(int)
+    from_eps = engine.sample_with(eps, [0] * 12)
+    assert (np.abs(from_eps - from_z) <= 1).all() and (from_eps != from_z).mean() < 1e-3
+    errors = [np.square(engine.sample_with([e * (level < kept) for level, e in enumerate(eps)], [0] * 12).astype(int)
+                        - images).mean() for kept in range(1, count + 1)]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1.2 * errors[-1]
+    mixed = engine.encode(images, eps=[False, True] * 6)
+    for one, both in zip(mixed, levels, strict=True):
+        assert np.array_equal(one.eps[1::2], both.eps[1::2]) and not one.eps[0::2].any() and np.array_equal(one.z, both.z)
+
+
+def test_noise_of_a_seed_is_its_sample(engine: InferenceEngine) -> None:
+    streams = [NoiseStream(sample_key(7, i)) for i in range(3)]
+    eps = [np.stack(level) for level in zip(*([s.normal(shape) for shape in engine.latent_shapes] for s in streams),
+                                            strict=True)]
+    assert np.array_equal(engine.sample_with(eps, [0] * 3), engine.sample([7] * 3, range(3)))
+
+
+def test_noise_over_the_wire(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    plain, asked = Service("encode", engine).answer([as_json(images=[file(real_images[0])]),
+                                                     as_json(images=[file(real_images[0])], eps=True)])
+    (before,), (entry,) = json.loads(plain.body)["results"], json.loads(asked.body)["results"]
+    assert "eps" not in before["levels"][0] and entry["levels"][0]["z"] == before["levels"][0]["z"]
+    noise = {"levels": [{"eps": level["eps"]} for level in entry["levels"]]}
+    half = {"levels": [entry["levels"][0], *noise["levels"][1:]]}
+    whole, again, mixed = Service("sample", engine).answer(
+        [as_json(latents=[latents], format="npy") for latents in (entry, noise, half)])
+    pixels = [np.load(io.BytesIO(answer.body)).astype(int) for answer in (whole, again)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    assert mixed.status == 422
+    assert "z in all levels of all images, or eps in all" in json.loads(mixed.body)["error"]["message"]
 
 
 def test_test_images_look_like_training_images_and_noise_does_not(engine: InferenceEngine, real_images: np.ndarray) -> (

@@ -62,7 +62,7 @@ def test_the_document_names_every_operation_and_parameter() -> None:
     json.dumps(made, allow_nan=False)
     assert made["openapi"] == "3.1.0" and "security" not in made
     names = {"sample": {"n", "seed", "index", "temperature", "kind", "latents", "format"},
-             "encode": {"images", "seed", "resize", "format"},
+             "encode": {"images", "seed", "resize", "eps", "format"},
              "reconstruct": {"images", "seed", "resize", "kind", "format"},
              "score": {"images", "seed", "resize", "samples", "alpha", "fdr", "explain", "map", "format"}}
     text = (ROOT / "docs" / "api.md").read_text()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from serving.client import AdeClient
+from serving.images import untile
+from serving.page.app import TABS
 from serving.page.score import REASONS
-from tests.conftest import ROOT
+from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService
 
 CHROMIUM = shutil.which("chromium")
@@ -29,23 +34,39 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is n
 
 
 @pytest.fixture(scope="module")
-def page(service: RunningService) -> Iterator[Page]:
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(WAIT_MS)
-        outside: list[str] = []
-        page.on("request", lambda r: outside.append(r.url) if not r.url.startswith(
-            (service.page, "data:", "blob:")) else None)
-        page.goto(service.page)
-        expect(page.get_by_role("tab", name="Sample")).to_be_visible()
-        yield page
-        assert outside == [], "the page asks an outside host"
+        yield browser
         browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+    """A page of its own; nothing outside of the service's page may be asked for."""
+    page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+    page.set_default_timeout(WAIT_MS)
+    outside: list[str] = []
+    page.on("request", lambda r: outside.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+    page.goto(url)
+    expect(page.get_by_role("tab", name="Sample")).to_be_visible()
+    yield page
+    page.close()
+    assert outside == [], "the page asks an outside host"
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, service: RunningService) -> Iterator[Page]:
+    with opened(browser, service.page) as page:
+        yield page
 
 
 def show(page: Page, tab: str) -> None:
     page.get_by_role("tab", name=tab, exact=True).click()
+
+
+def panel_of(page: Page) -> Locator:
+    return page.locator("[role=tabpanel]:visible")
 
 
 def image_bytes(page: Page, selector: str) -> bytes:
@@ -55,67 +76,167 @@ def image_bytes(page: Page, selector: str) -> bytes:
 
 
 def test_sample(page: Page, tmp_path: Path) -> None:
+    """Each sample says how it is made again, and so does the picture of all; the npz holds the same pixels."""
     show(page, "Sample")
+    panel = panel_of(page)
     page.get_by_role("button", name="Sample", exact=True).click()
-    expect(page.locator("[role=tabpanel]:visible .ade-pixels img")).to_be_visible()
-    data = image_bytes(page, "[role=tabpanel]:visible .ade-pixels img")
-    picture = Image.open(io.BytesIO(data))
-    assert picture.format == "PNG" and picture.size == (128, 128) and picture.text["ade:seed"] == "7"
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download PNG").or_(page.get_by_role("link", name="Download PNG")).first.click()
-    download.value.save_as(tmp_path / "samples.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(picture))
+    samples = panel.locator(".ade-grid img").filter(visible=True)
+    expect(samples).to_have_count(16)
+    third = Image.open(io.BytesIO(page.request.get(samples.nth(2).get_attribute("src") or "").body()))
+    assert third.format == "PNG" and third.text["ade:seed"] == "7" and third.text["ade:index"] == "2"
+    assert third.text["ade:n"] == "1"
+    for name in ("png", "npz"):
+        with page.expect_download() as download:
+            button = f"Download {name.upper() if name == 'png' else name}"
+            panel.get_by_role("button", name=button).or_(panel.get_by_role("link", name=button)).first.click()
+        download.value.save_as(tmp_path / f"samples.{name}")
+    grid = Image.open(tmp_path / "samples.png")
+    assert grid.size == (128, 128) and grid.text["ade:seed"] == "7"
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert np.array_equal(arrays["images"][2], np.asarray(third)) and arrays["index"].tolist() == list(range(16))
+        assert np.array_equal(untile(np.asarray(grid), 16, (32, 32, 3)), arrays["images"]) and arrays["seed"] == "7"
 
 
-def test_dice(page: Page) -> None:
+def test_dice_and_history(page: Page) -> None:
     show(page, "Sample")
-    before = image_bytes(page, "[role=tabpanel]:visible .ade-pixels img")
+    panel = panel_of(page)
+    first = panel.locator(".ade-grid img").first
+    before = page.request.get(first.get_attribute("src") or "").body()
     page.get_by_role("button", name="New seed").click()
-    page.wait_for_timeout(500)
+    expect(first).not_to_have_attribute("src", first.get_attribute("src") or "")
+    assert page.request.get(first.get_attribute("src") or "").body() != before
+    page.get_by_text("Samples of this session").click()
+    past = panel.locator(".ade-grid").nth(1)
+    expect(past.locator("img")).to_have_count(2)
+    past.locator("button:has(img)").nth(1).click()
+    expect(panel.get_by_label("Seed", exact=True)).to_have_value("7")
+    wait_for(page, lambda: page.request.get(first.get_attribute("src") or "").body() == before)
+    expect(past.locator("img")).to_have_count(2)
+
+
+def wait_for(page: Page, condition: Callable[[], bool]) -> None:
     for _ in range(100):
-        if image_bytes(page, "[role=tabpanel]:visible .ade-pixels img") != before:
+        if condition():
             return
         page.wait_for_timeout(100)
-    pytest.fail("the picture did not change")
+    pytest.fail("it did not come to be")
+
+
+def test_a_sample_is_handed_on(page: Page) -> None:
+    """By keyboard alone. What another tab makes of it is the sample itself, not an encoding of it."""
+    show(page, "Sample")
+    panel_of(page).get_by_role("button", name="Score it").click()
+    expect(page.get_by_text("No sample is chosen yet").first).to_be_visible()
+    chosen = panel_of(page).locator(".ade-grid button:has(img)").nth(5)
+    pixels = np.asarray(Image.open(io.BytesIO(page.request.get(chosen.locator("img").get_attribute("src") or "").body())))
+    for button in ("Explore from it", "Explore to it"):
+        show(page, "Sample")
+        chosen.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(500)
+        panel_of(page).get_by_role("button", name=button).focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "true")
+    panel = panel_of(page)
+    expect(panel.locator("img[src*='sample-7-5']")).to_have_count(2)
+    page.get_by_role("button", name="Explore", exact=True).focus()
+    page.keyboard.press("Enter")
+    expect(panel.locator("img[src*='strip.png']")).to_be_visible()
+    strip = np.asarray(Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']"))))
+    assert np.array_equal(strip[:, :32], pixels) and np.array_equal(strip[:, -32:], pixels)
+    for _ in range(2):
+        panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
 
 
 def test_reconstruct(page: Page) -> None:
     show(page, "Reconstruct")
-    page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(str(EXAMPLE))
+    panel = panel_of(page)
+    panel.locator("input[type=file]").first.set_input_files(str(EXAMPLE))
     page.get_by_role("button", name="Reconstruct", exact=True).click()
-    expect(page.locator("[role=tabpanel]:visible").get_by_text("PSNR")).to_be_visible()
-    expect(page.locator("[role=tabpanel]:visible .ade-pixels img")).to_have_count(4)
+    expect(panel.get_by_text("PSNR")).to_be_visible()
+    expect(panel.locator(".ade-pixels img")).to_have_count(4)
+    expect(panel.locator("svg[aria-label='bits by latent level']")).to_be_visible()
+    decibels = float((panel.get_by_text("PSNR").text_content() or "").split()[1])
+    panel.get_by_label("number input for Latent levels kept").fill("1")
+    page.get_by_role("button", name="Reconstruct", exact=True).click()
+    wait_for(page, lambda: float((panel.get_by_text("PSNR").text_content() or "").split()[1]) < decibels - 0.5)
 
 
-def test_score(page: Page) -> None:
+def test_score(page: Page, tmp_path: Path) -> None:
     show(page, "Score")
-    page.locator("[role=tabpanel]:visible input[type=file]").first.set_input_files(str(EXAMPLE))
+    panel = panel_of(page)
+    panel.locator("input[type=file]").first.set_input_files(str(EXAMPLE))
     page.get_by_role("button", name="Score", exact=True).click()
-    panel = page.locator("[role=tabpanel]:visible")
     expect(panel.get_by_text("bits per dimension")).to_be_visible()
     expect(panel.locator("svg[aria-label^='parts of the score']")).to_be_visible()
     expect(panel.locator("svg[aria-label*='calibration images']")).to_be_visible()
     expect(panel.locator("img[src*='map.png']")).to_be_visible()
+    heat = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='map.png']")))
+    under = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='image.png']")))
+    assert heat.size == under.size == (256, 256) and np.array_equal(np.asarray(under)[::8, ::8], np.asarray(
+        Image.open(EXAMPLE).convert("RGB")))
     expect(panel.get_by_role("table").get_by_role("row")).to_have_count(1 + REASONS)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
+    panel.locator("input[type=file]").first.set_input_files(str(tmp_path / "noise.png"))
+    page.get_by_role("button", name="Score", exact=True).click()
+    expect(panel.get_by_text("Unlike the training images")).to_be_visible()
+
+
+def test_another_alpha_is_another_verdict_of_the_same_score(page: Page, service: RunningService) -> None:
+    show(page, "Score")
+    panel = panel_of(page)
+    panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
+    frog = ROOT / "serving" / "examples" / "frog.png"
+    with AdeClient(service.url) as client:
+        p_value = client.score([frog])[0].p_value
+    assert 0.01 < p_value < 0.1
+    panel.locator("input[type=file]").first.set_input_files(str(frog))
+    page.get_by_role("button", name="Score", exact=True).click()
+    expect(panel.get_by_text("Not unusual")).to_be_visible()
+    panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.1")
+    expect(panel.get_by_text("Unlike the training images")).to_be_visible()
 
 
 def test_explore(page: Page, tmp_path: Path) -> None:
     show(page, "Explore")
-    panel = page.locator("[role=tabpanel]:visible")
+    panel = panel_of(page)
     page.get_by_role("button", name="Explore", exact=True).click()
     expect(page.get_by_text("There is no image yet").first).to_be_visible()
     for side in ("From", "To"):
         panel.get_by_role("button", name=f"{side} a sample of this seed").click()
     expect(panel.locator("img[src*='seed-']")).to_have_count(2)
+    before = panel.locator("img[src*='strip.png']").get_attribute("src") or ""  # of the samples that were handed on
     page.get_by_role("button", name="Explore", exact=True).click()
-    expect(panel.locator("img[src*='strip.png']")).to_be_visible()
+    expect(panel.locator("img[src*='strip.png']")).not_to_have_attribute("src", before)
+    expect(panel.locator("img[src*='step-4.png']")).to_be_visible()
     expect(panel.locator("img[src*='levels.png']")).to_be_visible()
     strip = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']")))
     assert strip.size == (9 * 32, 32) and len(strip.getcolors(10**5) or []) > 50
-    with page.expect_download() as download:
-        panel.locator("a[href*='interpolation.webp']").first.click()
-    download.value.save_as(tmp_path / "moving.webp")
-    assert Image.open(tmp_path / "moving.webp").n_frames == 16
+    panel.get_by_label("number input for Place").fill("8")
+    panel.get_by_label("number input for Place").press("Tab")
+    expect(panel.locator("img[src*='step-8.png']")).to_be_visible()
+    last = np.asarray(Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='seed-2.png']"))))
+    assert np.array_equal(np.asarray(strip)[:, -32:], last)
+    moving = page.request.get(panel.locator("img[src*='interpolation.webp']").get_attribute("src") or "").body()
+    assert Image.open(io.BytesIO(moving)).n_frames == 16
+
+
+def test_levels(page: Page) -> None:
+    show(page, "Explore")
+    panel = panel_of(page)
+    panel.get_by_role("radio", name="2: 8 × 16 × 16").check()
+    page.get_by_role("button", name="Show its levels").click()
+    expect(panel.locator("img[src*='varied.png']")).to_be_visible()
+    first, coarse, varied = (
+        np.asarray(Image.open(io.BytesIO(image_bytes(page, f"[role=tabpanel]:visible img[src*='{name}']")))).astype(int)
+        for name in ("seed-1", "coarse.png", "varied.png"))
+    pieces = coarse.reshape(32, 3, 32, 3).swapaxes(0, 1)
+    assert np.array_equal(pieces[2], first)
+    assert np.abs(pieces[0] - first).mean() > np.abs(pieces[1] - first).mean() > 0
+    others = varied.reshape(32, 8, 32, 3).swapaxes(0, 1)
+    assert 0 < np.abs(others - first).mean() < np.abs(others[0] - first[::-1]).mean()
 
 
 def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None:
@@ -136,6 +257,7 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     expect(panel.get_by_role("row", name="more.zip")).to_be_visible()
     page.get_by_role("button", name="Score all").click()
     expect(panel.get_by_text("2 of 13 images are unlike the training images")).to_be_visible()
+    expect(panel.locator("[role=gridcell] img[src^='data:image/png']").first).to_be_visible()
     with page.expect_download() as download:
         panel.get_by_role("button", name="Download CSV").or_(panel.get_by_role("link", name="Download CSV")).first.click()
     download.value.save_as(tmp_path / "scores.csv")
@@ -183,9 +305,10 @@ def test_every_function_has_a_stable_name(page: Page, service: RunningService) -
 
     client = Client(service.page, verbose=False)
     names = set(client.view_api(return_format="dict")["named_endpoints"])
-    assert names == {"/sample", "/explore", "/reconstruct", "/score", "/score_many", "/reproduce", "/about"}
-    path, _ = client.predict("cifar10-av-ade", 4, 7, 1.0, "mean", api_name="/sample")
-    assert Image.open(path["path"] if isinstance(path, dict) else path).size == (64, 64)
+    assert names == {"/sample", "/explore", "/levels", "/reconstruct", "/score", "/score_many", "/reproduce", "/about"}
+    samples, grid, arrays = client.predict("cifar10-av-ade", 4, 7, 1.0, "mean", api_name="/sample")
+    assert len(samples) == 4 and Image.open(samples[0]["image"]).size == (32, 32)
+    assert Image.open(grid).size == (64, 64) and np.load(arrays)["images"].shape == (4, 32, 32, 3)
 
 
 def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
@@ -199,3 +322,57 @@ def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
     panel.locator("input[type=file]").first.set_input_files(str(large))
     page.get_by_role("button", name="Score", exact=True).click()
     expect(page.get_by_text("must be 32 x 32 pixels, got 100 x 80").first).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_at_phone_width(browser: Browser, service: RunningService, scheme: str) -> None:
+    """Every tab can be reached, none is wider than the screen, and the page follows the reader's light or dark."""
+    with opened(browser, service.page, viewport={"width": 390, "height": 844}, color_scheme=scheme) as page:
+        assert (page.evaluate("getComputedStyle(document.body).getPropertyValue('--body-background-fill').trim()")
+                == "white") == (scheme == "light")
+        for tab in TABS:
+            if tab == "Compare":
+                continue
+            if page.get_by_role("tab", name=tab, exact=True).filter(visible=True).count():
+                show(page, tab)
+            else:
+                page.locator(".overflow-menu > button").click()
+                page.locator(".overflow-dropdown button").filter(has_text=re.compile(rf"^\s*{tab}\s*$")).click()
+            expect(panel_of(page).first).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+@pytest.fixture(scope="module")
+def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
+    running = RunningService(PRETRAINED, tiny_bundle)
+    yield running
+    running.stop()
+
+
+def test_compare(browser: Browser, two_models: RunningService) -> None:
+    """One image under two models of different sizes; without resizing one of them says why it has no answer."""
+    with opened(browser, two_models.page) as page:
+        show(page, "Compare")
+        panel = panel_of(page)
+        page.get_by_role("button", name="Compare", exact=True).click()
+        expect(page.get_by_text("There is no image yet").first).to_be_visible()
+        panel.locator("input[type=file]").first.set_input_files(str(EXAMPLE))
+        page.get_by_role("button", name="Compare", exact=True).click()
+        expect(panel.locator(".ade-grid img")).to_have_count(2)
+        for cell in ("cifar10-av-ade", "tiny", "3.901", "usual"):
+            expect(panel.get_by_role("gridcell", name=cell, exact=True).first).to_be_visible()
+        panel.get_by_label("Resize other sizes to fit").uncheck()
+        page.get_by_role("button", name="Compare", exact=True).click()
+        expect(panel.locator(".ade-grid img")).to_have_count(1)
+        expect(panel.get_by_role("gridcell", name="must be 8 x 8 pixels, got 32 x 32")).to_be_visible()
+        show(page, "Sample")
+        page.get_by_label("Model").first.click()
+        page.get_by_role("option", name="tiny").click()
+        page.get_by_role("button", name="Sample", exact=True).click()
+        panel = panel_of(page)
+        expect(panel.locator(".ade-grid img").first).to_be_visible()
+        panel.locator(".ade-grid button:has(img)").first.click()
+        page.wait_for_timeout(500)
+        panel.get_by_role("button", name="Compare models on it").click()
+        expect(page.get_by_role("tab", name="Compare")).to_have_attribute("aria-selected", "true")
+        expect(panel_of(page).locator("img[src*='sample-7-0']")).to_be_visible()

@@ -7,11 +7,12 @@ from typing import Any
 import gradio as gr
 
 from serving.bundle import Bundle
-from serving.page.served import Served
+from serving.page.served import Shared
 
 
-def add_tab(served: Served, model: gr.Dropdown) -> None:
+def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
+    served, model = shared.served, shared.model
     names = list(served.bundles)
     first = served.first
 

@@ -13,15 +13,16 @@ from fastapi.responses import JSONResponse
 
 from serving.bundle import Bundle, open_bundle
 from serving.openapi import openapi_document
-from serving.page import about, explore, many, reconstruct, reproduce, sample, score
-from serving.page.served import Served
+from serving.page import about, compare, explore, many, reconstruct, reproduce, sample, score
+from serving.page.served import Served, Shared, make_inbox
 from serving.ports import USER
 
 QUEUE_SLEEP_S = 0.02  # Gradio looks for work a thousand times a second, which takes 6 % of a core from the model
 TABS = {"Sample": sample, "Explore": explore, "Reconstruct": reconstruct, "Score": score, "Score many": many,
-        "Reproduce": reproduce, "About": about}
+        "Compare": compare, "Reproduce": reproduce, "About": about}
 CSS = """
 .ade-pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
+.ade-grid .grid-wrap { height: auto !important; max-height: none !important; min-height: 0; overflow: visible; }
 .ade-label { font: 13px system-ui, sans-serif; fill: var(--body-text-color); }
 .ade-bar { fill: var(--primary-400); } .ade-total { fill: var(--secondary-500); }
 .ade-mark { stroke: #d9480f; stroke-width: 2; }
@@ -42,9 +43,13 @@ def build_page(served: Served) -> gr.Blocks:
         gr.Markdown("# AV-ADE\nA generative image model with likelihoods: sample it, see what it keeps of an image, "
                     "ask how likely an image is.")
         model = gr.Dropdown(list(served.bundles), value=served.first, label="Model", visible=len(served.bundles) > 1)
-        for name, tab in TABS.items():
-            with gr.Tab(name):
-                tab.add_tab(served, model)
+        with gr.Tabs() as tabs:
+            shared = Shared(served, model, tabs, make_inbox())
+            for name, tab in TABS.items():
+                if tab is compare and len(served.bundles) == 1:
+                    continue  # there is nothing to compare with
+                with gr.Tab(name, id=name):
+                    tab.add_tab(shared)
     return page
 
 

@@ -1,45 +1,40 @@
-"""The tab *Explore*: from one image to another through the latents, and which level holds what."""
+"""The tab *Explore*: from one image to another through the latents, and what each level of them holds."""
 
 from __future__ import annotations
 
+import contextlib
 import io
-from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
+from serving.bundle import Bundle
+from serving.client import AdeClient
 from serving.images import tile, write_png
-from serving.page.served import Served, ask, file, image_input, image_output, read
+from serving.latents import between, coarsest, exchanged, with_level
+from serving.noise import NoiseStream, sample_key
+from serving.page.served import Shared, ask, file, image_output, made_here, read
 
 FRAME_MS = 120
 FRAME_SCALE = 4
+STEPS = 9
+VARIATIONS = 8
 
 
-def between(a: list[np.ndarray], b: list[np.ndarray], steps: int) -> list[np.ndarray]:
-    """Latents on the way from ``a`` to ``b``, each a list of ``(1, c, h, w)``: one array ``(steps, c, h, w)`` a level.
+def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
+    """The noise that samples an image, each level ``(1, c, h, w)``.
 
-    On the great circle, so that they stay as long as the ends are: the middle of a straight line is shorter than any
-    draw of the prior.
+    A sample of this very model says in its text by which seed it was made; any other image is encoded, and its noise
+    samples what the model keeps of it.
     """
-    t = np.linspace(0, 1, steps, dtype=np.float64)[:, None, None, None]
-    levels = []
-    for first, last in zip(a, b, strict=True):
-        lengths = np.linalg.norm(first), np.linalg.norm(last)
-        cosine = float((first * last).sum() / (lengths[0] * lengths[1] + 1e-12))
-        angle = np.arccos(np.clip(cosine, -1, 1))
-        if angle < 1e-3:
-            levels.append(((1 - t) * first + t * last).astype(np.float32))
-        else:
-            levels.append(((np.sin((1 - t) * angle) * first + np.sin(t * angle) * last) / np.sin(angle)).astype(np.float32))
-    return levels
-
-
-def exchanged(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
-    """Coarse levels of ``a`` with fine ones of ``b``: none, one, … all of ``a``; each level ``(levels + 1, c, h, w)``."""
-    count = len(a)
-    return [np.concatenate([first if level < kept else last for kept in range(count + 1)])
-            for level, (first, last) in enumerate(zip(a, b, strict=True))]
+    text = made_here(data)
+    if text.get("ade:model") == bundle.model_id and text.get("ade:n") == "1":
+        with contextlib.suppress(KeyError, ValueError):  # a text that somebody changed
+            stream = NoiseStream(sample_key(int(text["ade:seed"]), int(text["ade:index"])))
+            return [(stream.normal(shape) * np.float32(text["ade:temperature"]))[None] for shape in bundle.latent_shapes]
+    return list(ask(client.encode, [data], resize=resize, eps=True).eps)
 
 
 def animation(frames: np.ndarray) -> bytes:
@@ -51,44 +46,76 @@ def animation(frames: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def add_tab(served: Served, model: gr.Dropdown) -> None:
+def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
+    served, model = shared.served, shared.model
+
+    def level_names(model: str) -> list[tuple[str, int]]:
+        shapes = served.bundles[model].latent_shapes
+        return [(f"{i}: {c} × {h} × {w}", i) for i, (c, h, w) in enumerate(shapes)]
+
     def draw(model: str, seed: float) -> str:
         """One sample, to start or to end with."""
         data, used = ask(served.clients[model].sample_png, n=1, seed=int(seed or 0))
         return file(data, f"seed-{used}.png")
 
-    def explore(model: str, first: str, last: str, steps: float, resize: bool) -> tuple[str, str, str]:
-        """The way as a strip and as an animation, and the levels exchanged."""
-        for image in (first, last):
-            read(image)
-        client = served.clients[model]
-        # Draws, not means: a mean lies nearer to the origin than any latents that the decoder was trained on.
-        latents = ask(client.encode, [Path(first).read_bytes(), Path(last).read_bytes()], resize=resize).z
-        a, b = [z[:1] for z in latents], [z[1:] for z in latents]
-        frames = ask(client.decode, between(a, b, int(steps)))
-        levels = ask(client.decode, exchanged(a, b))
-        return (file(write_png(tile(frames, len(frames))), "strip.png"), file(animation(frames), "interpolation.webp"),
-                file(write_png(tile(levels, len(levels))), "levels.png"))
+    def explore(model: str, first: str, last: str, steps: float, resize: bool) -> tuple[
+            Any, str, str, str, str, list[str]]:
+        """The way from one image to another, as a place on it, an animation and a strip, and levels exchanged."""
+        client, bundle = served.clients[model], served.bundles[model]
+        a, b = (noise_of(data, client, bundle, resize) for data in (read(first), read(last)))
+        frames = ask(client.sample_with, between(a, b, int(steps)))
+        levels = ask(client.sample_with, exchanged(a, b))
+        middle = len(frames) // 2
+        paths = [file(write_png(frame), f"step-{i}.png") for i, frame in enumerate(frames)]
+        return (gr.Slider(maximum=len(frames) - 1, value=middle, interactive=True), paths[middle],
+                file(animation(frames), "interpolation.webp"), file(write_png(tile(frames, len(frames))), "strip.png"),
+                file(write_png(tile(levels, len(levels))), "levels.png"), paths)
+
+    def levels(model: str, first: str, level: int, seed: float, resize: bool) -> tuple[str, str]:
+        """The first image from its coarsest levels alone, and with one level of others in the place of its own."""
+        client, bundle = served.clients[model], served.bundles[model]
+        own = noise_of(read(first), client, bundle, resize)
+        kept = [coarsest(own, count + 1) for count in range(len(own))]
+        coarse = ask(client.sample_with, [np.concatenate(noise) for noise in zip(*kept, strict=True)])
+        streams = [NoiseStream(sample_key(int(seed or 0), i)) for i in range(VARIATIONS)]
+        others = [np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes]
+        varied = ask(client.sample_with, with_level(own, others, int(level)))
+        return (file(write_png(tile(coarse, len(coarse))), "coarse.png"),
+                file(write_png(tile(varied, len(varied))), "varied.png"))
 
     with gr.Row():
-        for side, seed_value in (("From", 1), ("To", 2)):
-            with gr.Column():
-                image = image_input(side)
+        for side, seed_value, image in (("From", 1, shared.inbox.first), ("To", 2, shared.inbox.last)):
+            with gr.Column(min_width=280):
+                image.render()
                 with gr.Row():
-                    seed = gr.Number(value=seed_value, precision=0, minimum=0, label="Seed", scale=2)
+                    seed = gr.Number(value=seed_value, precision=0, minimum=0, label="Seed", scale=2, min_width=80)
                     button = gr.Button(f"{side} a sample of this seed", scale=3)
                 button.click(draw, [model, seed], image, api_visibility="private")
-                if side == "From":
-                    first = image
-                else:
-                    last = image
+    resize = gr.Checkbox(False, label="Resize other sizes to fit")
+    gr.Markdown("### From one to the other")
     with gr.Row():
-        steps = gr.Slider(3, 16, value=9, step=1, label="Steps")
-        resize = gr.Checkbox(False, label="Resize other sizes to fit")
+        steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps")
         go = gr.Button("Explore", variant="primary")
-    strip = image_output("The way from one to the other", height=160)
     with gr.Row():
-        animated = gr.File(label="The same, animated (lossless WebP)")
-        levels = image_output("Fine levels of the second, with none, one, … all coarse ones of the first", height=200)
-    go.click(explore, [model, first, last, steps, resize], [strip, animated, levels], api_name="explore")
+        with gr.Column(min_width=280):
+            frame = image_output("A place on the way")
+            place = gr.Slider(0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False)
+        with gr.Column(min_width=280):
+            animated = image_output("There and back (lossless WebP)")
+    strip = image_output("The way from one to the other", height=160)
+    exchange = image_output("Fine levels of the second, with none, one, … all coarse ones of the first", height=200)
+    gr.Markdown("### Level by level, of the first image")
+    with gr.Row():
+        level = gr.Radio(level_names(served.first), value=0, label="Level to change, 0 is the coarsest")
+        variation = gr.Number(value=1, precision=0, minimum=0, label="Seed of the others", min_width=80)
+        look = gr.Button("Show its levels", variant="primary")
+    coarse = image_output("From its coarsest level alone, from two, … from all", height=200)
+    varied = image_output("This level of other samples, its own other levels", height=160)
+    frames = gr.State()
+    go.click(explore, [model, shared.inbox.first, shared.inbox.last, steps, resize],
+             [place, frame, animated, strip, exchange, frames], api_name="explore")
+    place.change(lambda at, paths: paths[min(int(at), len(paths) - 1)] if paths else None, [place, frames], frame,
+                 show_progress="hidden", api_visibility="private")
+    look.click(levels, [model, shared.inbox.first, level, variation, resize], [coarse, varied], api_name="levels")
+    model.change(lambda name: gr.Radio(level_names(name), value=0), model, level, api_visibility="private")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import zipfile
@@ -11,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
 from serving.client import AdeError
-from serving.images import IMAGE_SUFFIXES
+from serving.images import IMAGE_SUFFIXES, ImageError, read_image, write_png
 from serving.ood import benjamini_hochberg, simes
-from serving.page.served import Served, ask, file
+from serving.page.served import Served, Shared, ask, file
 
 AT_ONCE = 32  # files a request
 MOST = 2000
 MOST_BYTES = 256 * 2**20  # unpacked
 MAX_FILE_BYTES = 16 * 2**20
 COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
+THUMBNAIL = 48  # pixels a side at most
 
 
 def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -53,16 +57,19 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
         raise gr.Error(f"{Path(path).name} cannot be unpacked: {error}.") from None
 
 
-def add_tab(served: Served, model: gr.Dropdown) -> None:
+def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
-    def score_many(model: str, files: list[str] | None, fdr: float, resize: bool,
-                   progress: gr.Progress = gr.Progress()) -> tuple[str, list[list[Any]], Any]:  # noqa: B008  # Gradio's way
+    served = shared.served
+
+    def score_many(model: str, files: list[str] | None, folder: list[str] | None, fdr: float,
+                   resize: bool, progress: gr.Progress = gr.Progress()) -> tuple[str, list[list[Any]], Any]:  # noqa: B008  # Gradio's way
         """What is to be reported of the files together, a row each, and the rows as a CSV file."""
-        if not files:
-            raise gr.Error("There are no files yet: drop some, or a zip of them.")
-        named = list(contents(files))
+        if not files and not folder:
+            raise gr.Error("There are no files yet: drop some, or a zip of them, or choose a folder.")
+        inside = [path for path in folder or [] if Path(path).suffix.lower() in IMAGE_SUFFIXES]
+        named = list(contents([*(files or []), *inside]))
         if not named:
-            raise gr.Error("There are no images in the zip.")
+            raise gr.Error("There are no images among the files.")
         results: list[Any] = []
         for first in range(0, len(named), AT_ONCE):
             progress((first, len(named)), unit="images")
@@ -78,21 +85,25 @@ def add_tab(served: Served, model: gr.Dropdown) -> None:
             said += f" All together: p = {simes(p_values):.3g} (Simes)."
         if len(judged) < len(rows):
             said += f" Without a verdict: {len(rows) - len(judged)}."
-        return said, rows, gr.DownloadButton(value=file(_csv(rows), "scores.csv"), interactive=True)
+        shown = [[_thumbnail(data), *row] for (_, data), row in zip(named, rows, strict=True)]
+        return said, shown, gr.DownloadButton(value=file(_csv(rows), "scores.csv"), interactive=True)
 
     with gr.Row():
-        with gr.Column(scale=1):
-            files = gr.File(label="Images, or a zip of them", file_count="multiple", file_types=["image", ".zip"])
+        with gr.Column(scale=1, min_width=300):
+            files = gr.File(label="Images, or a zip of them", file_count="multiple", height=200,
+                            file_types=["image", ".zip"])
+            folder = gr.File(label="Or a folder", file_count="directory", height=140)
             fdr = gr.Slider(0.01, 0.5, value=0.1, step=0.01, label="False discovery rate",
                             info="expected share of false ones among those that are reported")
             resize = gr.Checkbox(False, label="Resize other sizes to fit")
             go = gr.Button("Score all", variant="primary")
-        with gr.Column(scale=2):
+        with gr.Column(scale=2, min_width=300):
             said = gr.Markdown()
-            table = gr.Dataframe(headers=COLUMNS, datatype=["str", "number", "number", "str", "str"], interactive=False,
-                                 label="Scores; a click on a head sorts", wrap=True)
+            table = gr.Dataframe(headers=["image", *COLUMNS], datatype=["html", "str", "number", "number", "str", "str"],
+                                 interactive=False, label="Scores; a click on a head sorts", wrap=True,
+                                 column_widths=[72, 160, 90, 110, 190, 240])
             download = gr.DownloadButton("Download CSV", interactive=False)
-    go.click(score_many, [model, files, fdr, resize], [said, table, download], api_name="score_many")
+    go.click(score_many, [shared.model, files, folder, fdr, resize], [said, table, download], api_name="score_many")
 
 
 def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> list[Any]:
@@ -117,6 +128,17 @@ def _row(name: str, result: Any, is_found: bool | None) -> list[Any]:
         return [name, None, None, "could not be scored", result.message]
     verdict = "no verdict" if is_found is None else "unlike the training images" if is_found else "usual"
     return [name, round(result.bpd, 4), result.p_value and round(result.p_value, 6), verdict, "; ".join(result.notes)]
+
+
+def _thumbnail(data: bytes) -> str:
+    """A small picture for the table; nothing of what is no image."""
+    try:
+        picture = Image.fromarray(read_image(data).pixels)
+    except ImageError:
+        return ""
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    source = base64.b64encode(write_png(np.asarray(picture))).decode()
+    return f'<img src="data:image/png;base64,{source}" alt="" width="{THUMBNAIL}" style="image-rendering: pixelated">'
 
 
 def _csv(rows: list[list[Any]]) -> bytes:

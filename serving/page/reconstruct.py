@@ -1,39 +1,61 @@
-"""The tab *Reconstruct*: what a model keeps of an image."""
+"""The tab *Reconstruct*: what a model keeps of an image, and in which level."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from typing import Any
 
 import gradio as gr
 import numpy as np
 
+from serving.charts import levels_chart
 from serving.images import write_png
-from serving.page.served import KINDS, Served, ask, examples, file, image_input, image_output, read, usable
+from serving.latents import coarsest
+from serving.page.served import KINDS, Shared, as_seen, ask, examples, file, image_output, read, usable
+from serving.responses import psnr
 
 
-def add_tab(served: Served, model: gr.Dropdown) -> None:
+def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
-    def reconstruct(model: str, image: str, kind: str, resize: bool) -> tuple[str, str, str | None, str]:
-        """The image as the model sees it, its reconstruction and their difference, as PNG files."""
-        original = read(image)
-        (result,) = ask(served.clients[model].reconstruct, [Path(image).read_bytes()], kind=kind, resize=resize)
-        made = usable(result).image
-        said = f"**PSNR {result.psnr:.2f} dB**" + "".join(f"\n- {note}" for note in result.notes)
-        shown = file(write_png(original), "input.png"), file(write_png(made), "reconstruction.png")
-        if original.shape != made.shape:
-            return *shown, None, said
-        difference = np.clip(128 + 2 * (made.astype(int) - original), 0, 255).astype(np.uint8)
-        return *shown, file(write_png(difference), "difference.png"), said
+    served, model, image = shared.served, shared.model, shared.inbox.reconstruct
+
+    def reconstruct(model: str, image: str, kind: str, levels: float, resize: bool) -> tuple[str, str, str, str, str]:
+        """The image as the model sees it, its reconstruction and their difference as PNG files, how near they are, and
+        the bits by level."""
+        data, client, bundle = read(image), served.clients[model], served.bundles[model]
+        seen = as_seen(data, bundle, resize)
+        if levels < len(bundle.latent_shapes):
+            eps = ask(client.encode, [data], resize=resize, eps=True).eps
+            made = ask(client.sample_with, coarsest(eps, int(levels)), kind=kind)[0]
+        else:
+            made = usable(ask(client.reconstruct, [data], kind=kind, resize=resize)[0]).image
+        score = usable(ask(client.score, [data], explain=False, resize=resize)[0])
+        decibels = psnr(seen, made)
+        said = ["**PSNR " + ("infinite: they are equal" if decibels is None else f"{decibels:.2f} dB") + "**",
+                *(f"- {note}" for note in score.notes), "\nBits that it takes, by latent level:"]
+        difference = np.clip(128 + 2 * (made.astype(int) - seen), 0, 255).astype(np.uint8)
+        return (file(write_png(seen), "input.png"), file(write_png(made), "reconstruction.png"),
+                file(write_png(difference), "difference.png"), "\n".join(said),
+                levels_chart(score.bpd_parts, bundle.latent_shapes, math.prod(bundle.image_shape)))
+
+    def all_levels(name: str) -> Any:
+        count = len(served.bundles[name].latent_shapes)
+        return gr.Slider(1, count, value=count, step=1, visible=count > 1)
 
     with gr.Row():
-        with gr.Column(scale=1):
-            image = image_input()
+        with gr.Column(scale=1, min_width=300):
+            image.render()
             kind = gr.Radio(KINDS, value="mean", label="Kind")
+            count = len(served.bundles[served.first].latent_shapes)
+            levels = gr.Slider(1, count, value=count, step=1, label="Latent levels kept", visible=count > 1,
+                               info="of the finer ones, what the coarser lead to expect")
             resize = gr.Checkbox(False, label="Resize other sizes to fit")
             go = gr.Button("Reconstruct", variant="primary")
-        with gr.Column(scale=2):
+        with gr.Column(scale=2, min_width=300):
             with gr.Row():
-                shown = [image_output(name) for name in ("Input", "Reconstruction", "Difference × 2")]
+                shown = [image_output(name, min_width=150) for name in ("Input", "Reconstruction", "Difference × 2")]
             said = gr.Markdown()
+            bits = gr.HTML()
     examples(image)
-    go.click(reconstruct, [model, image, kind, resize], [*shown, said], api_name="reconstruct")
+    go.click(reconstruct, [model, image, kind, levels, resize], [*shown, said, bits], api_name="reconstruct")
+    model.change(all_levels, model, levels, api_visibility="private")

@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serving.page.served import Served, ask, file, image_output
+from serving.page.served import Shared, ask, file, image_output
 
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
 
@@ -33,8 +33,10 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     return pixels, text
 
 
-def add_tab(served: Served, model: gr.Dropdown) -> None:
+def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
+    served = shared.served
+
     def reproduce(model: str, picture: str | None) -> tuple[str, str]:
         """The picture made again, and whether it is the same."""
         pixels, text = read_text(picture)
@@ -63,4 +65,4 @@ def add_tab(served: Served, model: gr.Dropdown) -> None:
         with gr.Column(scale=2):
             again = image_output("Made again", height="min(512px, 92vw)")
             said = gr.Markdown()
-    go.click(reproduce, [model, picture], [again, said], api_name="reproduce")
+    go.click(reproduce, [shared.model, picture], [again, said], api_name="reproduce")

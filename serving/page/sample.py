@@ -1,30 +1,83 @@
-"""The tab *Sample*: new images, by seed."""
+"""The tab *Sample*: new images, by seed, to look at and to hand on."""
 
 from __future__ import annotations
 
+import io
+import math
 import secrets
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
-from serving.page.served import KINDS, Served, ask, file, image_output
+from serving.images import untile, write_png
+from serving.page.served import KINDS, Shared, ask, file
 
 MAX_GRID = 64
+HISTORY = 24  # grids of a session that are remembered
 
 
-def add_tab(served: Served, model: gr.Dropdown) -> None:
+def cells(grid: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """The samples of a PNG grid, and what makes each of them again: PNG text.
+
+    Args:
+        grid: the PNG file that ``sample`` answered.
+        shape: ``(H, W, C)`` of a sample.
+
+    Returns:
+        uint8 ``(n, H, W, C)``, and one dictionary a sample.
+    """
+    with Image.open(io.BytesIO(grid)) as picture:
+        text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
+        images = untile(np.asarray(picture), int(text["ade:n"]), shape)
+    first = int(text["ade:index"])
+    return images, [{**text, "ade:index": str(first + i), "ade:n": "1"} for i in range(len(images))]
+
+
+def archive(images: np.ndarray, texts: list[dict[str, str]]) -> bytes:
+    """An ``.npz`` of ``images``, each one's ``index``, and what they have in common."""
+    out = io.BytesIO()
+    arrays: dict[str, Any] = {name: np.array(texts[0][f"ade:{name}"]) for name in ("seed", "temperature", "kind", "model")}
+    np.savez_compressed(out, images=images, index=np.array([int(text["ade:index"]) for text in texts]), **arrays)
+    return out.getvalue()
+
+
+def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
-    def sample(model: str, n: float, seed: float, temperature: float, kind: str) -> tuple[str, Any]:
-        """A grid of samples as a PNG file."""
+    served, inbox = shared.served, shared.inbox
+
+    def sample(model: str, n: float, seed: float, temperature: float, kind: str) -> tuple[list[str], str, str]:
+        """Samples as PNG files, all of them as one PNG file, and as an npz file."""
         if seed is None:
             raise gr.Error("The seed is empty: it must be a whole number from 0 on.")
         data, used = ask(served.clients[model].sample_png, n=int(n), seed=int(seed), temperature=float(temperature),
                          kind=kind)
-        path = file(data, f"samples-{used}-{int(n)}.png")
-        return path, gr.DownloadButton(value=path, interactive=True)
+        images, texts = cells(data, served.bundles[model].image_shape)
+        paths = [file(write_png(image, text), f"sample-{used}-{text['ade:index']}.png")
+                 for image, text in zip(images, texts, strict=True)]
+        name = f"samples-{used}-{len(paths)}"
+        return paths, file(data, f"{name}.png"), file(archive(images, texts), f"{name}.npz")
+
+    def settle(samples: list[Any]) -> tuple[Any, Any, Any, None]:
+        """None is chosen yet, and all can be downloaded."""
+        gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
+        return gallery, gr.DownloadButton(interactive=True), gr.DownloadButton(interactive=True), None
+
+    def remember(history: list[Any], grid: str, *settings: Any) -> tuple[list[Any], list[tuple[str, str]]]:
+        """The session's grids, the latest first, each once."""
+        history = [(grid, settings), *(entry for entry in history if entry[1] != settings)][:HISTORY]
+        return history, [(path, f"seed {seed}, {n}, {kind}, {temperature:g}, {model}")
+                         for path, (model, n, seed, temperature, kind) in history]
+
+    def again(history: list[Any], event: gr.SelectData) -> Any:
+        return history[event.index][1]
+
+    def pick(samples: list[Any], event: gr.SelectData) -> str:
+        return str(samples[event.index][0])
 
     with gr.Row():
-        with gr.Column(scale=1):
+        with gr.Column(scale=1, min_width=300):
             n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
             with gr.Row():
                 seed = gr.Number(value=7, precision=0, minimum=0, label="Seed", scale=3)
@@ -33,10 +86,41 @@ def add_tab(served: Served, model: gr.Dropdown) -> None:
                                     info="multiplies the prior's standard deviations")
             kind = gr.Radio(KINDS, value="mean", label="Kind")
             go = gr.Button("Sample", variant="primary")
-        with gr.Column(scale=2):
-            grid = image_output("Samples", height="min(512px, 92vw)")
-            download = gr.DownloadButton("Download PNG (its text holds the seed)", interactive=False)
-    inputs = [model, n, seed, temperature, kind]
-    go.click(sample, inputs, [grid, download], api_name="sample")
-    dice.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private").then(
-        sample, inputs, [grid, download], api_visibility="private")
+        with gr.Column(scale=2, min_width=300):
+            gallery = gr.Gallery(label="Samples", show_label=False, type="filepath", format="png", interactive=False,
+                                 allow_preview=False, columns=4, elem_classes="ade-pixels ade-grid", buttons=[])
+            picked = gr.State()
+            gr.Markdown("Click a sample, then hand it on:")
+            with gr.Row():
+                targets = [("Explore from it", "Explore", inbox.first), ("Explore to it", "Explore", inbox.last),
+                           ("Reconstruct it", "Reconstruct", inbox.reconstruct), ("Score it", "Score", inbox.score),
+                           *([("Compare models on it", "Compare", inbox.compare)] if len(served.bundles) > 1 else [])]
+                for label, tab, image in targets:
+                    gr.Button(label, size="sm", min_width=120).click(
+                        lambda path, tab=tab: hand_on(path, tab), picked, [image, shared.tabs], api_visibility="private")
+            with gr.Row():
+                png = gr.DownloadButton("Download PNG (its text holds the seed)", interactive=False, size="sm")
+                npz = gr.DownloadButton("Download npz", interactive=False, size="sm")
+    with gr.Accordion("Samples of this session: click one to have it again", open=False):
+        history = gr.State([])
+        past = gr.Gallery(label="Samples of this session", show_label=False, type="filepath", format="png",
+                          interactive=False, allow_preview=False, columns=6, fit_columns=False,
+                          elem_classes="ade-pixels ade-grid", buttons=[])
+    settings: list[Any] = [shared.model, n, seed, temperature, kind]
+    shown = [gallery, png, npz]
+    asked = go.click(sample, settings, shown, api_name="sample")
+    rolled = dice.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private").then(
+        sample, settings, shown, api_visibility="private")
+    recalled = past.select(again, history, settings, api_visibility="private").then(
+        sample, settings, shown, api_visibility="private")
+    for made in (asked, rolled, recalled):
+        made.success(remember, [history, png, *settings], [history, past], api_visibility="private")
+        made.success(settle, gallery, [*shown, picked], api_visibility="private")
+    gallery.select(pick, gallery, picked, api_visibility="private")
+
+
+def hand_on(path: str | None, tab: str) -> tuple[str, Any]:
+    """A sample to another tab, which comes to the front."""
+    if path is None:
+        raise gr.Error("No sample is chosen yet: click one.")
+    return path, gr.Tabs(selected=tab)

@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
 from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import ScoreResult
-from serving.page.served import Served, ask, examples, file, image_input, image_output, read, usable
+from serving.images import write_png
+from serving.page.served import Shared, as_seen, ask, examples, file, read, usable
 
 REASONS = 6  # statistics that are shown of an image
 
 
-def add_tab(served: Served, model: gr.Dropdown) -> None:
+def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
+    """The image at the size of its heat map, and the heat map; both PNG files."""
+    with Image.open(io.BytesIO(heat)) as picture:
+        size = picture.size
+    own = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    shown = own.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    return file(write_png(np.asarray(shown)), "image.png"), file(heat, "map.png")
+
+
+def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
-    def score(model: str, image: str, samples: float, alpha: float, resize: bool) -> tuple[str, str, str, str | None, str]:
+    served, image = shared.served, shared.inbox.score
+
+    def score(model: str, image: str, samples: float, alpha: float, resize: bool) -> tuple[
+            str, str, str, tuple[str, str] | None, str, ScoreResult]:
         """The verdict in words, the parts, the place in the reference histogram, the heat map and the reasons."""
-        read(image)
-        (result,) = ask(served.clients[model].score, [Path(image).read_bytes()], samples=int(samples), alpha=alpha,
-                        resize=resize, map=True)
+        data = read(image)
+        (result,) = ask(served.clients[model].score, [data], samples=int(samples), alpha=alpha, resize=resize, map=True)
         usable(result)
         calibration = served.calibrations.get(model)
         place = histogram_chart(calibration.bpd, result.bpd) if calibration else ""
-        heat = result.heat_map and file(result.heat_map, "map.png")
+        heat = over(as_seen(data, served.bundles[model], resize), result.heat_map) if result.heat_map else None
         why = explain_table(result.explain[:REASONS]) if result.explain else ""
-        return verdict_text(result, alpha), parts_chart(result.bpd_parts, result.bpd), place, heat or None, why
+        return verdict_text(result, alpha), parts_chart(result.bpd_parts, result.bpd), place, heat, why, result
+
+    def judge(result: ScoreResult | None, alpha: float) -> str:
+        """The verdict at another alpha: the p-value stays."""
+        return "" if result is None else verdict_text(result, alpha)
 
     with gr.Row():
-        with gr.Column(scale=1):
-            image = image_input()
+        with gr.Column(scale=1, min_width=300):
+            image.render()
             samples = gr.Slider(1, 64, value=1, step=1, label="Draws (K)", info="1 is the ELBO; more tighten the bound")
             alpha = gr.Slider(0.001, 0.2, value=0.01, step=0.001, label="False-alarm rate (alpha)")
             resize = gr.Checkbox(False, label="Resize other sizes to fit")
             go = gr.Button("Score", variant="primary")
-        with gr.Column(scale=2):
+        with gr.Column(scale=2, min_width=300):
             verdict = gr.Markdown(elem_classes="ade-verdict")
             parts = gr.HTML(label="Parts, bits per dimension")
             place = gr.HTML(label="Place among the calibration images")
             with gr.Row():
                 with gr.Column(min_width=280):
-                    heat = image_output("Where the bits lie: bright is dear")
+                    heat = gr.ImageSlider(label="Where the bits lie: bright is dear", type="filepath", format="png",
+                                          interactive=False, height=280, elem_classes="ade-pixels", buttons=["fullscreen"])
                 with gr.Column(min_width=280):
                     why = gr.HTML(label="The most unusual statistics")
+    scored = gr.State()
     examples(image)
-    go.click(score, [model, image, samples, alpha, resize], [verdict, parts, place, heat, why], api_name="score")
+    go.click(score, [shared.model, image, samples, alpha, resize], [verdict, parts, place, heat, why, scored],
+             api_name="score")
+    alpha.change(judge, [scored, alpha], verdict, show_progress="hidden", api_visibility="private")
+
+
+def verdict_word(result: ScoreResult) -> str:
+    return "no verdict" if result.ood is None else "unlike the training images" if result.ood else "usual"
 
 
 def verdict_text(result: ScoreResult, alpha: float) -> str:
@@ -53,7 +79,7 @@ def verdict_text(result: ScoreResult, alpha: float) -> str:
     head = f"{result.bpd:.3f}{error} bits per dimension. "
     if result.p_value is None:
         verdict = "No verdict."
-    elif result.ood:
+    elif result.p_value <= alpha:
         verdict = f"Unlike the training images (p = {result.p_value:.4f} ≤ {alpha:g})."
     else:
         verdict = f"Not unusual (p = {result.p_value:.3f})."

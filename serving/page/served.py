@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import httpx
 import numpy as np
+from PIL import Image
 
 from serving.bundle import CALIBRATION_NAME, Bundle
 from serving.client import AdeClient, AdeError
-from serving.images import ImageError, read_image
+from serving.errors import ApiError
 from serving.ood import Calibration
+from serving.requests import prepare_image
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 KINDS = [("mean: f⁻¹(μ(z)), what the discriminator saw", "mean"),
@@ -48,6 +52,32 @@ class Served:
         return all(client.is_ready() for client in self.clients.values())
 
 
+@dataclass(frozen=True)
+class Inbox:
+    """The images that tabs start from, each laid out by its own tab: an image can be handed from one tab to another."""
+
+    first: gr.Image
+    last: gr.Image
+    reconstruct: gr.Image
+    score: gr.Image
+    compare: gr.Image
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a tab is laid out with."""
+
+    served: Served
+    model: gr.Dropdown  # its value is a name of ``served.bundles``
+    tabs: gr.Tabs
+    inbox: Inbox
+
+
+def make_inbox() -> Inbox:
+    """Nothing of it is on the page yet."""
+    return Inbox(*(image_input(label) for label in ("From", "To", "Image", "Image", "Image")))
+
+
 def ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """A call of the client; what the API answers as an error is shown as a sentence."""
     try:
@@ -58,8 +88,10 @@ def ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         raise gr.Error("The service does not answer. It may be starting or stopping: try again.") from None
 
 
-def sentence(error: AdeError) -> str:
-    return error.message[:1].upper() + error.message[1:] + "."
+def sentence(error: AdeError | ApiError) -> str:
+    """An error of the API in the page's words."""
+    message = error.message.replace('"resize": "fit" resizes them', 'tick "Resize other sizes to fit" to resize them')
+    return message[:1].upper() + message[1:] + "."
 
 
 def usable(result: Any) -> Any:
@@ -69,14 +101,29 @@ def usable(result: Any) -> Any:
     return result
 
 
-def read(path: str | None) -> np.ndarray:
-    """The pixels of a file that was dropped."""
+def read(path: str | None) -> bytes:
+    """A file that was dropped."""
     if path is None:
         raise gr.Error("There is no image yet: drop one, or choose an example.")
+    return Path(path).read_bytes()
+
+
+def as_seen(data: bytes, bundle: Bundle, resize: bool) -> np.ndarray:
+    """What a model sees of a file, uint8 ``(H, W, C)``."""
+    image = prepare_image(data, bundle.image_shape, resize, 0)
+    if isinstance(image, ApiError):
+        raise gr.Error(sentence(image))
+    return image.pixels
+
+
+def made_here(data: bytes) -> dict[str, str]:
+    """The text of a PNG that a sampler of ours made; empty of any other file."""
     try:
-        return read_image(Path(path).read_bytes()).pixels
-    except ImageError as error:
-        raise gr.Error(str(error)) from None
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.load()
+            return {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
+    except Exception:  # whatever Pillow stumbles over
+        return {}
 
 
 def file(data: bytes, name: str) -> str:
@@ -86,9 +133,9 @@ def file(data: bytes, name: str) -> str:
     return str(folder / name)
 
 
-def image_input(label: str = "Image") -> gr.Image:
-    return gr.Image(label=label, type="filepath", format="png", sources=["upload", "clipboard"], height=256,
-                    elem_classes="ade-pixels")
+def image_input(label: str) -> gr.Image:
+    return gr.Image(label=label, type="filepath", format="png", sources=["upload", "clipboard", "webcam"], height=256,
+                    elem_classes="ade-pixels", render=False)
 
 
 def image_output(label: str, **options: Any) -> gr.Image:

@@ -1,0 +1,107 @@
+"""``ade score`` of a folder: speed beside bare engines, memory, and what a kill costs. ``make bench-bulk DATA=FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from benchmarks.serving import CORES, engines
+from serving.bulk import image_paths
+
+KILLED_AFTER = 0.4  # of the files
+LOOK_S = 2.0
+
+
+def rows_of(part: Path) -> int:
+    return max(0, sum(1 for _ in open(part, "rb")) - 1) if part.exists() else 0
+
+
+class Memory(threading.Thread):
+    """MiB (PSS) of a process and its children, every two seconds."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.pid = pid
+        self.seen: list[float] = []
+
+    def run(self) -> None:
+        while True:
+            try:
+                family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+                self.seen.append(sum(process.memory_full_info().pss for process in family) / 2**20)
+            except psutil.Error:
+                return
+            time.sleep(LOOK_S)
+
+
+def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:
+    command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--bundle", str(bundle), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    memory = Memory(process.pid)
+    memory.start()
+    return process, memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("folder", type=Path, help="tens of thousands of image files of the model's size")
+    args = parser.parse_args()
+    wanted = list(image_paths(args.folder))
+    ceilings: list[float] = []
+    rates: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch, engines(args.bundle.resolve()) as all_engines:
+        out = Path(scratch) / "scores.jsonl"
+        part = out.with_name(out.name + ".part")
+        process, memory = start(args.bundle, args.folder, out)
+        while rows_of(part) == 0:
+            time.sleep(0.1)
+        stopped = False
+        while process.poll() is None:
+            before, began = rows_of(part), time.monotonic()
+            time.sleep(15)
+            if process.poll() is not None or not part.exists():
+                break
+            rates.append((rows_of(part) - before) / (time.monotonic() - began))
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+            if not stopped and rows_of(part) > KILLED_AFTER * len(wanted):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                first, kept = memory, rows_of(part)
+                psutil.wait_procs(family, timeout=10)
+                left = sum(p.is_running() for p in family)
+                process, memory = start(args.bundle, args.folder, out)
+                while rows_of(part) <= kept and process.poll() is None:
+                    time.sleep(0.1)
+                stopped = True
+                continue
+            for p in family:  # the engines' turn, with all else at rest
+                os.kill(p.pid, signal.SIGSTOP)
+            ceilings.append(all_engines().images_a_second)
+            for p in family:
+                os.kill(p.pid, signal.SIGCONT)
+        process.wait()
+        names = [json.loads(line)["path"] for line in open(out)]
+    ratio = statistics.median(rates) / statistics.median(ceilings)
+    print(f"{len(wanted)} files, {CORES} processes: {statistics.median(rates):.0f} images a second, bare engines "
+          f"{statistics.median(ceilings):.0f}: {ratio:.2f}")
+    print(f"killed at {kept} rows, {left} processes left behind; {len(names)} rows at last, {len(set(names))} different: "
+          f"{'' if names == wanted else 'NOT '}the files in order")
+    for when, seen in (("before the kill", first.seen), ("after it", memory.seen)):
+        parts = [statistics.median(seen[len(seen) * i // 4:len(seen) * (i + 1) // 4]) for i in range(1, 4)]
+        print(f"memory {when}, MiB in the second, third and last quarter: " + ", ".join(f"{size:.0f}" for size in parts))
+
+
+if __name__ == "__main__":
+    main()

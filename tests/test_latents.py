@@ -1,0 +1,56 @@
+"""Ways through the noise: their ends, their length, and what stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.latents import between, coarsest, exchanged, with_level
+
+SHAPES = [(4, 2, 2), (3, 4, 4), (2, 8, 8)]
+
+
+def noise(seed: int, n: int = 1) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((n, *shape)).astype(np.float32) for shape in SHAPES]
+
+
+@given(st.integers(0, 2**32), st.integers(0, 2**32), st.integers(3, 16))
+def test_the_way_has_its_ends_and_keeps_its_length(first: int, last: int, steps: int) -> None:
+    a, b = noise(first), noise(last)
+    for way, start, end in zip(between(a, b, steps), a, b, strict=True):
+        assert way.shape == (steps, *start.shape[1:]) and way.dtype == np.float32
+        assert np.allclose(way[0], start[0], atol=1e-5) and np.allclose(way[-1], end[0], atol=1e-5)
+        lengths = [np.linalg.norm(step) for step in way]
+        low, high = sorted((np.linalg.norm(start), np.linalg.norm(end)))
+        assert min(lengths) > 0.85 * low and max(lengths) < 1.15 * high
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0])
+def test_ends_that_lie_in_one_line(factor: float) -> None:
+    a = noise(3)
+    for way in between(a, [np.float32(factor) * level for level in a], 5):
+        assert np.isfinite(way).all()
+
+
+def test_exchanged_levels() -> None:
+    a, b = noise(1), noise(2)
+    made = exchanged(a, b)
+    for level in range(3):
+        for kept in range(4):
+            assert np.array_equal(made[level][kept], (a if level < kept else b)[level][0])
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_one_level_changes_and_the_others_stay(changed: int) -> None:
+    own, others = noise(1), noise(2, 5)
+    for level, made in enumerate(with_level(own, others, changed)):
+        assert np.array_equal(made, others[level] if level == changed else np.repeat(own[level], 5, axis=0))
+
+
+def test_coarsest() -> None:
+    for kept in range(4):
+        for level, made in enumerate(coarsest(noise(1), kept)):
+            assert np.array_equal(made, noise(1)[level]) if level < kept else not made.any()
