@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import shutil
 import zipfile
@@ -21,6 +22,7 @@ from serving.client import AdeClient
 from serving.images import untile
 from serving.page.app import TABS
 from serving.page.score import REASONS
+from serving.page.sweep import sweep
 from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -294,10 +296,21 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
 def test_about(page: Page, service: RunningService) -> None:
     show(page, "About")
     panel = page.locator("[role=tabpanel]:visible")
-    for words in ("3.920 ± 0.006 bits per dimension", "calibrated on 3,000 images", f"{service.url}/predictions/score"):
+    for words in ("3.920 ± 0.006 bits per dimension", "calibrated on 3,000 images", "of the values one level apart",
+                  f"{service.url}/predictions/score"):
         expect(panel.get_by_text(words).first).to_be_visible()
     href = panel.get_by_role("link", name="OpenAPI document").get_attribute("href")
     assert href and page.request.get(f"{service.page}{href}" if href.startswith("/") else href).json()["openapi"] == "3.1.0"
+
+
+def test_old_files_go(tmp_path: Path) -> None:
+    for name in ("example", "old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "picture.png").write_bytes(b"a picture")
+    for name in ("example", "old"):
+        os.utime(tmp_path / name, (0, 0))
+    sweep(tmp_path, {"example"})
+    assert {path.name for path in tmp_path.iterdir()} == {"example", "new"}
 
 
 def test_every_function_has_a_stable_name(page: Page, service: RunningService) -> None:

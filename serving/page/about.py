@@ -9,6 +9,8 @@ import gradio as gr
 from serving.bundle import Bundle
 from serving.page.served import Shared
 
+UNITS = {"relative": "of a latent's size"}  # of differences, for people
+
 
 def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
@@ -58,6 +60,12 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
         elbo = evaluation["elbo"]
         lines.append(f"- **Likelihood**: {elbo['bpd']:.3f} ± {elbo['standard_error']:.3f} bits per dimension (ELBO, "
                      f"{evaluation['images']:,} held-out images)")
+    parity = manifest.get("parity") or []
+    worst = {unit: max(row["difference"] for row in parity if row["unit"] == unit)
+             for unit in dict.fromkeys(row["unit"] for row in parity)}
+    if worst:
+        lines.append("- **Exports against the trained model**, largest differences: "
+                     + ", ".join(f"{value:.2g} {UNITS.get(unit, unit)}" for unit, value in worst.items()))
     calibration = manifest.get("calibration") or {}
     if calibration:
         lines.append(f"- **Verdict**: calibrated on {calibration['images']:,} images of {calibration['data']}, the "

@@ -15,6 +15,7 @@ from serving.bundle import Bundle, open_bundle
 from serving.openapi import openapi_document
 from serving.page import about, compare, explore, many, reconstruct, reproduce, sample, score
 from serving.page.served import Served, Shared, make_inbox
+from serving.page.sweep import start_sweeping
 from serving.ports import USER
 
 QUEUE_SLEEP_S = 0.02  # Gradio looks for work a thousand times a second, which takes 6 % of a core from the model
@@ -87,6 +88,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     args = parser.parse_args()
     app = make_app(args.url, [open_bundle(folder) for folder in args.bundles], os.environ.get("ADE_TOKEN"))
+    if "GRADIO_TEMP_DIR" in os.environ:  # the launcher gives the page a folder of its own
+        start_sweeping(Path(os.environ["GRADIO_TEMP_DIR"]))
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 
