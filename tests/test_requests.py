@@ -170,6 +170,11 @@ BAD_PARAMETERS = [
     ({"latents": [[1]]}, "must have 2 levels an image, got 1"),
     ({"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]}, r"z of level 0 must have shape \(3, 2, 2\)"),
     ({"latents": [{"levels": [{"z": "a"}, {"z": [2]}]}]}, "z of level 0 must be numbers"),
+    ({"latents": [{"levels": [{"eps": [1]}, {"eps": [2]}]}]}, r"eps of level 0 must have shape \(3, 2, 2\)"),
+    ({"latents": [{"levels": [{"eps": None}, {"eps": [2]}]}]}, "eps of level 0 must"),
+    ({"latents": [{"levels": [{}, {"eps": [2]}]}]}, "z of level 0 must"),
+    ({"latents": [{"levels": [{"eps": np.zeros((3, 2, 2)).tolist()}, {"z": np.zeros((2, 4, 4)).tolist()}]}]},
+     "z in all levels of all images, or eps in all"),
     ({"latents": [[np.full((3, 2, 2), 1e30).tolist(), np.zeros((2, 4, 4)).tolist()]]}, "must be finite"),
     ({"latents": [[1, 2]], "n": 3}, "n and latents exclude each other"),
 ]
