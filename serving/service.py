@@ -5,7 +5,6 @@ This is all that an HTTP server has to call. Whatever is wrong with one request,
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -240,8 +239,8 @@ class Service:
         """What was computed, apart by request."""
         if self.operation != "encode":
             return _split(computed, counts)
-        levels = [list(zip(*(_split(values, counts) for values in dataclasses.astuple(level) if values is not None),
-                           strict=True)) for level in computed]
+        levels = [list(zip(*(_split(values, counts) for values in (level.mean, level.log_scale, level.z, level.eps)
+                             if values is not None), strict=True)) for level in computed]
         return [[EncodedLevel(*level[i]) for level in levels] for i in range(len(counts))]
 
     def _image_response(self, request: ImagesRequest, mine: Any) -> Response:
