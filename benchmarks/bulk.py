@@ -66,6 +66,8 @@ def main() -> None:
         part = out.with_name(out.name + ".part")
         process, memory = start(args.bundle, args.folder, out)
         while rows_of(part) == 0:
+            if process.poll() is not None:
+                raise SystemExit(f"ade score ended with {process.returncode}")
             time.sleep(0.1)
         stopped = False
         while process.poll() is None:
@@ -92,6 +94,8 @@ def main() -> None:
             for p in family:
                 os.kill(p.pid, signal.SIGCONT)
         process.wait()
+        if not stopped:
+            raise SystemExit("it ended before it could be killed: give it a folder of more files")
         names = [json.loads(line)["path"] for line in open(out)]
     ratio = statistics.median(rates) / statistics.median(ceilings)
     print(f"{len(wanted)} files, {CORES} processes: {statistics.median(rates):.0f} images a second, bare engines "

@@ -112,7 +112,8 @@ def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray
                         apart, count = pixels.get(key, (0.0, 0))
                         pixels[key] = apart + _apart(*key, expected[name], found[name]), count + found[name].size
                         share = pixels[key][0] / pixels[key][1]
-                        worst[key] = Difference(*key, share, MAX_PIXELS_OFF, "of the values one level apart")
+                        worst[key] = Difference(*key, share, max(MAX_PIXELS_OFF, 1.5 / pixels[key][1]),
+                                                "of the values one level apart")
                         continue
                     difference = _difference(graph, name, label, expected[name], found[name], config.num_dims)
                     if key not in worst or not worst[key].value >= difference.value:

@@ -145,7 +145,7 @@ class InferenceEngine:
 
     def sample_with(self, eps: Sequence[np.ndarray], seeds: Sequence[int],
                     kinds: Sequence[str] | None = None) -> np.ndarray:
-        """The images of given noise, as :meth:`sample` makes them of noise that it draws.
+        """The images of given noise; mean images are as :meth:`sample` makes them of noise that it draws.
 
         Args:
             eps: one array a level, coarsest first, float32 ``(N, c, h, w)``; what a level makes of its noise depends on

@@ -89,7 +89,8 @@ def _latents() -> Kind:
     """Checked where the model's shapes are known."""
     return Kind(lambda name, value: value, {"type": "array", "minItems": 1, "maxItems": MAX_IMAGES, "items": {
         "type": "object", "required": ["levels"], "properties": {"levels": {"type": "array", "items": {
-            "type": "object", "minProperties": 1, "properties": {"z": {"type": "array"}, "eps": {"type": "array"}}}}}}})
+            "type": "object", "anyOf": [{"required": ["z"]}, {"required": ["eps"]}],
+            "properties": {"z": {"type": "array"}, "eps": {"type": "array"}}}}}}})
 
 
 _SEED = _integer(0, MAX_SEED)

@@ -30,6 +30,7 @@ MAX_BODY_BYTES = 16 * 2**20
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
+MAX_NOISE = 1e6  # an image far from all training images has noise in the thousands
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
@@ -148,6 +149,9 @@ def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]])
     if values["latents"] is not None:
         if given.get("n") is not None:
             raise unusable("bad_parameter", "n and latents exclude each other: there are as many images as latents")
+        for name in ("temperature", "index"):
+            if given.get(name) is not None:
+                raise unusable("bad_parameter", f"{name} and latents exclude each other: it is of noise that is drawn")
         latents, are = _latents(values["latents"], latent_shapes)
         values["n"] = len(latents[0])
     if values["index"] + values["n"] - 1 > MAX_SEED:
@@ -175,28 +179,35 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
     if len(value) > MAX_IMAGES:
         raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got latents of {len(value)}")
     levels: list[list[np.ndarray]] = [[] for _ in shapes]
-    are: str | None = None
+    are, limit = _which(value)
     for i, entry in enumerate(value):
         given = entry.get("levels") if isinstance(entry, dict) else entry
         if not isinstance(given, list) or len(given) != len(shapes):
             raise unusable("bad_latents", f"latents must have {len(shapes)} levels an image, got "
                                           f"{len(given) if isinstance(given, list) else show(given)}").at(i)
         for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
-            this = "eps" if isinstance(item, dict) and "z" not in item and "eps" in item else "z"
-            if are not in (None, this):
-                raise unusable("bad_latents", "latents must have z in all levels of all images, or eps in all").at(i)
-            are = this
             try:
-                array = np.asarray(item.get(this) if isinstance(item, dict) else item, dtype=np.float32)
+                array = np.asarray(item.get(are) if isinstance(item, dict) else item, dtype=np.float32)
             except (ValueError, TypeError, OverflowError):
-                raise unusable("bad_latents", f"{this} of level {level} must be numbers of shape {shape}").at(i) from None
+                raise unusable("bad_latents", f"{are} of level {level} must be numbers of shape {shape}").at(i) from None
             if array.shape != shape:
-                raise unusable("bad_latents", f"{this} of level {level} must have shape {shape}, got {array.shape}").at(i)
-            if not (np.abs(array) <= MAX_LATENT).all():
-                raise unusable("bad_latents", f"{this} of level {level} must be finite numbers of at most "
-                                              f"{MAX_LATENT:g}").at(i)
+                raise unusable("bad_latents", f"{are} of level {level} must have shape {shape}, got {array.shape}").at(i)
+            if not (np.abs(array) <= limit).all():
+                raise unusable("bad_latents", f"{are} of level {level} must be finite numbers of at most {limit:g}").at(i)
             levels[level].append(array)
-    return [np.stack(level) for level in levels], are or "z"
+    return [np.stack(level) for level in levels], are
+
+
+def _which(entries: list[Any]) -> tuple[str, float]:
+    """Whether latents are ``z`` or, where not all have it, ``eps``; and how large they may be."""
+    levels = [entry.get("levels") if isinstance(entry, dict) else entry for entry in entries]
+    items = [item for its in levels if isinstance(its, list) for item in its]
+    named = [item for item in items if isinstance(item, dict)]
+    if named and not all("z" in item for item in named) and any("eps" in item for item in named):
+        if len(named) < len(items) or not all("eps" in item for item in named):
+            raise unusable("bad_latents", "latents must have z in all levels of all images, or eps in all")
+        return "eps", MAX_NOISE
+    return "z", MAX_LATENT
 
 
 def parse_images(operation: str, request: RawRequest) -> FilesRequest:

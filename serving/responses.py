@@ -120,8 +120,9 @@ def encode_response(images: Sequence[InputImage | ApiError], levels: list[Encode
         model_id: goes into the JSON.
     """
     names = ("mean", "log_scale", "z", *(["eps"] if eps else []))
-    finite = np.all([np.isfinite(getattr(level, name)).reshape(len(level.z), -1).all(1) for level in levels
-                     for name in names], axis=0) if levels else np.empty(0, bool)
+    names = tuple(name for name in names if all(getattr(level, name) is not None for level in levels))
+    finite = np.all([np.isfinite(getattr(level, name)).all(axis=(1, 2, 3)) for level in levels for name in names],
+                    axis=0) if levels else np.empty(0, bool)
     if format == "npz":
         _fail_on_error(images)
         if not finite.all():

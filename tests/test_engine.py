@@ -132,7 +132,7 @@ def test_noise_over_the_wire(engine: InferenceEngine, real_images: np.ndarray) -
     (before,), (entry,) = json.loads(plain.body)["results"], json.loads(asked.body)["results"]
     assert "eps" not in before["levels"][0] and entry["levels"][0]["z"] == before["levels"][0]["z"]
     noise = {"levels": [{"eps": level["eps"]} for level in entry["levels"]]}
-    half = {"levels": [entry["levels"][0], *noise["levels"][1:]]}
+    half = {"levels": [{"z": entry["levels"][0]["z"]}, *noise["levels"][1:]]}
     whole, again, mixed = Service("sample", engine).answer(
         [as_json(latents=[latents], format="npy") for latents in (entry, noise, half)])
     pixels = [np.load(io.BytesIO(answer.body)).astype(int) for answer in (whole, again)]
@@ -298,6 +298,18 @@ def test_many_images_at_once(engine: InferenceEngine, real_images: np.ndarray) -
     assert answer["group"]["discoveries"] == sum(r["discovery"] for r in answer["results"]) >= 1
     assert answer["results"][-1]["discovery"] and "discovery" not in json.loads(plain.body)["results"][0]
     assert "group" not in json.loads(one.body) and json.loads(one.body)["results"][0]["discovery"] is False
+
+
+def test_a_request_without_usable_images_costs_its_neighbours_nothing(
+        engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    encode = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda images, *rest: calls.append(len(images)) or encode(images, *rest))
+    for eps in (False, True):
+        bad, good = Service("encode", engine).answer([as_json(images=["!!"], eps=eps),
+                                                      as_json(images=[file(real_images[0])], eps=not eps)])
+        assert (bad.status, good.status) == (400, 200)
+    assert calls == [1, 1]
 
 
 def test_latents_of_many_images_need_npz(engine: InferenceEngine, real_images: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import os
 import re
@@ -18,10 +19,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from serving.bundle import open_bundle
 from serving.client import AdeClient
 from serving.images import untile
-from serving.page.app import TABS
+from serving.page.app import TABS, build_page
 from serving.page.score import REASONS
+from serving.page.served import Served
 from serving.page.sweep import sweep
 from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService
@@ -228,7 +231,7 @@ def test_explore(page: Page, tmp_path: Path) -> None:
 def test_levels(page: Page) -> None:
     show(page, "Explore")
     panel = panel_of(page)
-    panel.get_by_role("radio", name="2: 8 × 16 × 16").check()
+    panel.get_by_role("radio", name="2", exact=True).check()
     page.get_by_role("button", name="Show its levels").click()
     expect(panel.locator("img[src*='varied.png']")).to_be_visible()
     first, coarse, varied = (
@@ -281,9 +284,14 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
     for key, value in edited.info.items():
         text.add_text(key, value)
     edited.save(tmp_path / "edited.png", pnginfo=text)
+    text = PngImagePlugin.PngInfo()
+    for key, value in {**edited.info, "ade:model": "![a picture](http://elsewhere.example/a.png)"}.items():
+        text.add_text(key, value)
+    edited.save(tmp_path / "strange.png", pnginfo=text)
     show(page, "Reproduce")
-    panel = page.locator("[role=tabpanel]:visible")
+    panel = panel_of(page)
     for name, words in (("made.png", "The same picture, pixel for pixel"), ("edited.png", "the picture was changed"),
+                        ("strange.png", "it was made by an unknown model"),
                         (str(EXAMPLE), "does not say how it was made")):
         if panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).count():
             panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
@@ -301,6 +309,32 @@ def test_about(page: Page, service: RunningService) -> None:
         expect(panel.get_by_text(words).first).to_be_visible()
     href = panel.get_by_role("link", name="OpenAPI document").get_attribute("href")
     assert href and page.request.get(f"{service.page}{href}" if href.startswith("/") else href).json()["openapi"] == "3.1.0"
+
+
+def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    flat = dataclasses.replace(bundle, manifest={**bundle.manifest, "name": "flat", "latent_shapes": [[3, 8, 8]]})
+    for bundles in ([flat], [flat, bundle], [bundle, flat]):
+        build_page(Served("http://127.0.0.1:1", bundles, None))
+
+
+def test_files_are_judged_as_they_are(page: Page, service: RunningService, tmp_path: Path) -> None:
+    """Nothing is converted before the API's own decoder sees it."""
+    picture = Image.open(EXAMPLE).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((32, 32)))
+    picture.save(tmp_path / "see through.png")
+    with AdeClient(service.url) as client:
+        expected = client.score([tmp_path / "see through.png"])[0]
+    (tmp_path / "broken.png").write_bytes(EXAMPLE.read_bytes()[:200])
+    show(page, "Score")
+    panel = panel_of(page)
+    for name, words in (("see through.png", f"{expected.bpd:.3f} bits per dimension"), ("broken.png", "image is damaged")):
+        panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
+        panel.locator("input[type=file]").first.set_input_files(str(tmp_path / name))
+        page.get_by_role("button", name="Score", exact=True).click()
+        expect(page.get_by_text(words).first).to_be_visible()
+        if name != "broken.png":
+            expect(panel.get_by_text("alpha composited on white")).to_be_visible()
 
 
 def test_old_files_go(tmp_path: Path) -> None:

@@ -172,11 +172,13 @@ BAD_PARAMETERS = [
     ({"latents": [{"levels": [{"z": "a"}, {"z": [2]}]}]}, "z of level 0 must be numbers"),
     ({"latents": [{"levels": [{"eps": [1]}, {"eps": [2]}]}]}, r"eps of level 0 must have shape \(3, 2, 2\)"),
     ({"latents": [{"levels": [{"eps": None}, {"eps": [2]}]}]}, "eps of level 0 must"),
-    ({"latents": [{"levels": [{}, {"eps": [2]}]}]}, "z of level 0 must"),
+    ({"latents": [{"levels": [{}, {"eps": [2]}]}]}, "or eps in all"),
+    ({"latents": [{"levels": 3}]}, "must have 2 levels an image"), ({"latents": [3]}, "must have 2 levels an image"),
     ({"latents": [{"levels": [{"eps": np.zeros((3, 2, 2)).tolist()}, {"z": np.zeros((2, 4, 4)).tolist()}]}]},
      "z in all levels of all images, or eps in all"),
     ({"latents": [[np.full((3, 2, 2), 1e30).tolist(), np.zeros((2, 4, 4)).tolist()]]}, "must be finite"),
     ({"latents": [[1, 2]], "n": 3}, "n and latents exclude each other"),
+    ({"latents": [[1, 2]], "temperature": 0.5}, "temperature and latents exclude each other"),
 ]
 
 
@@ -193,6 +195,18 @@ def test_sample_defaults_and_forms() -> None:
     assert (parsed.n, parsed.seed, parsed.temperature, parsed.kind, parsed.format) == (3, 5, 0.5, "density", "npy")
     assert refused(parse_sample, body(b""), LATENTS).status == 400
     assert "as JSON" in refused(parse_sample, body(b"n=3", "text/plain"), LATENTS).message
+
+
+def test_noise_may_be_larger_than_latents() -> None:
+    def levels(name: str) -> list[dict]:
+        return [{name: np.full(shape, 5000.0).tolist()} for shape in LATENTS]
+
+    assert parse_sample(as_json(latents=[{"levels": levels("eps")}]), LATENTS).latents_are == "eps"
+    with pytest.raises(ApiError, match="z of level 0 must be finite numbers of at most 1000"):
+        parse_sample(as_json(latents=[{"levels": levels("z")}]), LATENTS)
+    both = [{**z, "eps": eps["eps"]} for z, eps in zip(levels("z"), levels("eps"), strict=True)]
+    only_eps_in_all = [both[0], {"eps": both[1]["eps"]}]
+    assert parse_sample(as_json(latents=[{"levels": only_eps_in_all}]), LATENTS).latents_are == "eps"
 
 
 def test_latents_in_the_structure_of_encode() -> None:

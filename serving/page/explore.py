@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from typing import Any
 
@@ -14,8 +13,9 @@ from serving.bundle import Bundle
 from serving.client import AdeClient
 from serving.images import tile, write_png
 from serving.latents import between, coarsest, exchanged, with_level
-from serving.noise import NoiseStream, sample_key
-from serving.page.served import Shared, ask, file, image_output, made_here, read
+from serving.noise import MAX_SEED, NoiseStream, sample_key
+from serving.page.served import Shared, ask, file, image_output, made_here, read, read_seed, seed_input
+from serving.parameters import MAX_TEMPERATURE
 
 FRAME_MS = 120
 FRAME_SCALE = 4
@@ -26,15 +26,28 @@ VARIATIONS = 8
 def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
     """The noise that samples an image, each level ``(1, c, h, w)``.
 
-    A sample of this very model says in its text by which seed it was made; any other image is encoded, and its noise
+    Of a mean sample of this very model it is known, by the seed in its text; any other image is encoded, and its noise
     samples what the model keeps of it.
     """
-    text = made_here(data)
-    if text.get("ade:model") == bundle.model_id and text.get("ade:n") == "1":
-        with contextlib.suppress(KeyError, ValueError):  # a text that somebody changed
-            stream = NoiseStream(sample_key(int(text["ade:seed"]), int(text["ade:index"])))
-            return [(stream.normal(shape) * np.float32(text["ade:temperature"]))[None] for shape in bundle.latent_shapes]
-    return list(ask(client.encode, [data], resize=resize, eps=True).eps)
+    noise = _noise_of_sample(data, client, bundle)
+    return list(ask(client.encode, [data], resize=resize, eps=True).eps) if noise is None else noise
+
+
+def _noise_of_sample(data: bytes, client: AdeClient, bundle: Bundle) -> list[np.ndarray] | None:
+    """``None`` of what its text does not make again, pixel for pixel: a text can be copied or changed."""
+    found = made_here(data, bundle.image_shape)
+    if found is None or found[1].get("ade:model") != bundle.model_id or found[1].get("ade:kind") != "mean":
+        return None
+    pixels, text = found
+    try:
+        seed, index, temperature = int(text["ade:seed"]), int(text["ade:index"]), float(text["ade:temperature"])
+    except (KeyError, ValueError):
+        return None
+    if not (0 <= seed <= MAX_SEED and 0 <= index <= MAX_SEED and 0 < temperature <= MAX_TEMPERATURE):
+        return None
+    stream = NoiseStream(sample_key(seed, index))
+    noise = [(stream.normal(shape) * np.float32(temperature))[None] for shape in bundle.latent_shapes]
+    return noise if np.array_equal(ask(client.sample_with, noise)[0], pixels) else None
 
 
 def animation(frames: np.ndarray) -> bytes:
@@ -50,13 +63,9 @@ def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
     served, model = shared.served, shared.model
 
-    def level_names(model: str) -> list[tuple[str, int]]:
-        shapes = served.bundles[model].latent_shapes
-        return [(f"{i}: {c} × {h} × {w}", i) for i, (c, h, w) in enumerate(shapes)]
-
-    def draw(model: str, seed: float) -> str:
+    def draw(model: str, seed: float | None) -> str:
         """One sample, to start or to end with."""
-        data, used = ask(served.clients[model].sample_png, n=1, seed=int(seed or 0))
+        data, used = ask(served.clients[model].sample_png, n=1, seed=read_seed(seed))
         return file(data, f"seed-{used}.png")
 
     def explore(model: str, first: str, last: str, steps: float, resize: bool) -> tuple[
@@ -72,13 +81,15 @@ def add_tab(shared: Shared) -> None:
                 file(animation(frames), "interpolation.webp"), file(write_png(tile(frames, len(frames))), "strip.png"),
                 file(write_png(tile(levels, len(levels))), "levels.png"), paths)
 
-    def levels(model: str, first: str, level: int, seed: float, resize: bool) -> tuple[str, str]:
+    def levels(model: str, first: str, level: int, seed: float | None, resize: bool) -> tuple[str, str]:
         """The first image from its coarsest levels alone, and with one level of others in the place of its own."""
         client, bundle = served.clients[model], served.bundles[model]
+        if level >= len(bundle.latent_shapes):
+            raise gr.Error(f"This model has no level {level}: it has {len(bundle.latent_shapes)}, and 0 is the coarsest.")
         own = noise_of(read(first), client, bundle, resize)
         kept = [coarsest(own, count + 1) for count in range(len(own))]
         coarse = ask(client.sample_with, [np.concatenate(noise) for noise in zip(*kept, strict=True)])
-        streams = [NoiseStream(sample_key(int(seed or 0), i)) for i in range(VARIATIONS)]
+        streams = [NoiseStream(sample_key(read_seed(seed), i)) for i in range(VARIATIONS)]
         others = [np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes]
         varied = ask(client.sample_with, with_level(own, others, int(level)))
         return (file(write_png(tile(coarse, len(coarse))), "coarse.png"),
@@ -89,7 +100,7 @@ def add_tab(shared: Shared) -> None:
             with gr.Column(min_width=280):
                 image.render()
                 with gr.Row():
-                    seed = gr.Number(value=seed_value, precision=0, minimum=0, label="Seed", scale=2, min_width=80)
+                    seed = seed_input(seed_value, scale=2, min_width=80)
                     button = gr.Button(f"{side} a sample of this seed", scale=3)
                 button.click(draw, [model, seed], image, api_visibility="private")
     resize = gr.Checkbox(False, label="Resize other sizes to fit")
@@ -107,8 +118,8 @@ def add_tab(shared: Shared) -> None:
     exchange = image_output("Fine levels of the second, with none, one, … all coarse ones of the first", height=200)
     gr.Markdown("### Level by level, of the first image")
     with gr.Row():
-        level = gr.Radio(level_names(served.first), value=0, label="Level to change, 0 is the coarsest")
-        variation = gr.Number(value=1, precision=0, minimum=0, label="Seed of the others", min_width=80)
+        level = gr.Radio(list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest")
+        variation = seed_input(1, "Seed of the others", min_width=80)
         look = gr.Button("Show its levels", variant="primary")
     coarse = image_output("From its coarsest level alone, from two, … from all", height=200)
     varied = image_output("This level of other samples, its own other levels", height=160)
@@ -118,4 +129,3 @@ def add_tab(shared: Shared) -> None:
     place.change(lambda at, paths: paths[min(int(at), len(paths) - 1)] if paths else None, [place, frames], frame,
                  show_progress="hidden", api_visibility="private")
     look.click(levels, [model, shared.inbox.first, level, variation, resize], [coarse, varied], api_name="levels")
-    model.change(lambda name: gr.Radio(level_names(name), value=0), model, level, api_visibility="private")

@@ -85,7 +85,8 @@ def add_tab(shared: Shared) -> None:
             said += f" All together: p = {simes(p_values):.3g} (Simes)."
         if len(judged) < len(rows):
             said += f" Without a verdict: {len(rows) - len(judged)}."
-        shown = [[_thumbnail(data), *row] for (_, data), row in zip(named, rows, strict=True)]
+        shown = [["" if isinstance(result, AdeError) else _thumbnail(data), *row]
+                 for (_, data), result, row in zip(named, results, rows, strict=True)]
         return said, shown, gr.DownloadButton(value=file(_csv(rows), "scores.csv"), interactive=True)
 
     with gr.Row():
@@ -131,14 +132,15 @@ def _row(name: str, result: Any, is_found: bool | None) -> list[Any]:
 
 
 def _thumbnail(data: bytes) -> str:
-    """A small picture for the table; nothing of what is no image."""
+    """A small picture for the table."""
     try:
         picture = Image.fromarray(read_image(data).pixels)
-    except ImageError:
+    except (ImageError, MemoryError):
         return ""
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     source = base64.b64encode(write_png(np.asarray(picture))).decode()
-    return f'<img src="data:image/png;base64,{source}" alt="" width="{THUMBNAIL}" style="image-rendering: pixelated">'
+    style = f"width:{THUMBNAIL}px;height:{THUMBNAIL}px;object-fit:contain;image-rendering:pixelated"
+    return f'<img src="data:image/png;base64,{source}" alt="" style="{style}">'
 
 
 def _csv(rows: list[list[Any]]) -> bytes:

@@ -40,14 +40,14 @@ def add_tab(shared: Shared) -> None:
 
     def all_levels(name: str) -> Any:
         count = len(served.bundles[name].latent_shapes)
-        return gr.Slider(1, count, value=count, step=1, visible=count > 1)
+        return gr.Slider(maximum=max(2, count), value=max(2, count), visible=count > 1)
 
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             image.render()
             kind = gr.Radio(KINDS, value="mean", label="Kind")
-            count = len(served.bundles[served.first].latent_shapes)
-            levels = gr.Slider(1, count, value=count, step=1, label="Latent levels kept", visible=count > 1,
+            most = max(2, served.most_levels)  # a slider has two ends
+            levels = gr.Slider(1, most, value=most, step=1, label="Latent levels kept", visible=served.most_levels > 1,
                                info="of the finer ones, what the coarser lead to expect")
             resize = gr.Checkbox(False, label="Resize other sizes to fit")
             go = gr.Button("Reconstruct", variant="primary")

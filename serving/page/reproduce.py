@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
+from serving.images import MAX_PIXELS, file_size
 from serving.page.served import Shared, ask, file, image_output
 
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
+
+MODEL_ID = re.compile(r"[\w.-]+@[0-9a-f]{12}")
 
 
 def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     """Pixels and text keys of a PNG that was made by a sampler of ours."""
     if path is None:
         raise gr.Error("There is no picture yet: drop a PNG that was made here.")
+    width, height = file_size(Path(path)) or (0, 0)
+    if width * height > MAX_PIXELS:
+        raise gr.Error(f"This picture has {width} × {height} pixels: none was made so large here.")
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.load()
@@ -48,7 +55,9 @@ def add_tab(shared: Shared) -> None:
             raise gr.Error("The picture's text is damaged: its numbers are none.") from None
         data, _ = ask(served.clients[model].sample_png, **wanted)
         same = np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
-        made_by = text.get("ade:model", "an unknown model")
+        made_by = text.get("ade:model", "")
+        if not MODEL_ID.fullmatch(made_by):  # it is shown as Markdown, and anybody may have written it
+            made_by = "an unknown model"
         if same:
             said = "**The same picture, pixel for pixel.**"
         elif made_by != bundle.model_id:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import secrets
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from serving.images import untile, write_png
-from serving.page.served import KINDS, Shared, ask, file
+from serving.page.served import KINDS, Shared, ask, file, read_seed, seed_input
 
 MAX_GRID = 64
 HISTORY = 24  # grids of a session that are remembered
@@ -49,10 +50,8 @@ def add_tab(shared: Shared) -> None:
 
     def sample(model: str, n: float, seed: float, temperature: float, kind: str) -> tuple[list[str], str, str]:
         """Samples as PNG files, all of them as one PNG file, and as an npz file."""
-        if seed is None:
-            raise gr.Error("The seed is empty: it must be a whole number from 0 on.")
-        data, used = ask(served.clients[model].sample_png, n=int(n), seed=int(seed), temperature=float(temperature),
-                         kind=kind)
+        data, used = ask(served.clients[model].sample_png, n=int(n), seed=read_seed(seed),
+                         temperature=float(temperature), kind=kind)
         images, texts = cells(data, served.bundles[model].image_shape)
         paths = [file(write_png(image, text), f"sample-{used}-{text['ade:index']}.png")
                  for image, text in zip(images, texts, strict=True)]
@@ -64,9 +63,14 @@ def add_tab(shared: Shared) -> None:
         gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
         return gallery, gr.DownloadButton(interactive=True), gr.DownloadButton(interactive=True), None
 
-    def remember(history: list[Any], grid: str, *settings: Any) -> tuple[list[Any], list[tuple[str, str]]]:
-        """The session's grids, the latest first, each once."""
+    def remember(history: list[Any], grid: str) -> tuple[list[Any], list[tuple[str, str]]]:
+        """The session's grids, the latest first, each once; their own text says how they were made."""
+        with Image.open(grid) as picture:
+            text = {str(key): str(value) for key, value in picture.info.items()}
+        settings = (text["ade:model"].split("@")[0], int(text["ade:n"]), int(text["ade:seed"]),
+                    float(text["ade:temperature"]), text["ade:kind"])
         history = [(grid, settings), *(entry for entry in history if entry[1] != settings)][:HISTORY]
+        history = [entry for entry in history if Path(entry[0]).exists()]
         return history, [(path, f"seed {seed}, {n}, {kind}, {temperature:g}, {model}")
                          for path, (model, n, seed, temperature, kind) in history]
 
@@ -80,7 +84,7 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=1, min_width=300):
             n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
             with gr.Row():
-                seed = gr.Number(value=7, precision=0, minimum=0, label="Seed", scale=3)
+                seed = seed_input(7, scale=3)
                 dice = gr.Button("⚄ New seed", scale=1, min_width=90)
             temperature = gr.Slider(0.1, 1.5, value=1.0, step=0.05, label="Temperature",
                                     info="multiplies the prior's standard deviations")
@@ -114,7 +118,7 @@ def add_tab(shared: Shared) -> None:
     recalled = past.select(again, history, settings, api_visibility="private").then(
         sample, settings, shown, api_visibility="private")
     for made in (asked, rolled, recalled):
-        made.success(remember, [history, png, *settings], [history, past], api_visibility="private")
+        made.success(remember, [history, png], [history, past], api_visibility="private")
         made.success(settle, gallery, [*shown, picked], api_visibility="private")
     gallery.select(pick, gallery, picked, api_visibility="private")
 

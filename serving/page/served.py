@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from PIL import Image
 from serving.bundle import CALIBRATION_NAME, Bundle
 from serving.client import AdeClient, AdeError
 from serving.errors import ApiError
+from serving.images import file_size
 from serving.ood import Calibration
 from serving.requests import prepare_image
 
@@ -46,6 +48,11 @@ class Served:
     @property
     def first(self) -> str:
         return next(iter(self.bundles))
+
+    @property
+    def most_levels(self) -> int:
+        """Latent levels of the model that has most of them."""
+        return max(len(bundle.latent_shapes) for bundle in self.bundles.values())
 
     def is_ready(self) -> bool:
         """Whether all four operations of every model answer."""
@@ -105,7 +112,22 @@ def read(path: str | None) -> bytes:
     """A file that was dropped."""
     if path is None:
         raise gr.Error("There is no image yet: drop one, or choose an example.")
-    return Path(path).read_bytes()
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        raise gr.Error("The file is no longer there: the page keeps files for a day. Drop it again.") from None
+
+
+def read_seed(value: float | None) -> int:
+    """What a field of :func:`seed_input` holds."""
+    if value is None:
+        raise gr.Error("The seed is empty: it must be a whole number from 0 on.")
+    return int(value)
+
+
+def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
+    """Seeds that the browser's numbers hold exactly; the API takes larger ones."""
+    return gr.Number(value=value, precision=0, minimum=0, maximum=2**53 - 1, label=label, **options)
 
 
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> np.ndarray:
@@ -116,14 +138,18 @@ def as_seen(data: bytes, bundle: Bundle, resize: bool) -> np.ndarray:
     return image.pixels
 
 
-def made_here(data: bytes) -> dict[str, str]:
-    """The text of a PNG that a sampler of ours made; empty of any other file."""
+def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
+    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` of what is none of this shape."""
+    if file_size(io.BytesIO(data)) != (shape[1], shape[0]):
+        return None
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             picture.load()
-            return {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
+            text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
+            pixels = np.asarray(picture)
     except Exception:  # whatever Pillow stumbles over
-        return {}
+        return None
+    return (pixels.reshape(shape), text) if pixels.size == math.prod(shape) else None
 
 
 def file(data: bytes, name: str) -> str:
@@ -134,8 +160,12 @@ def file(data: bytes, name: str) -> str:
 
 
 def image_input(label: str) -> gr.Image:
-    return gr.Image(label=label, type="filepath", format="png", sources=["upload", "clipboard", "webcam"], height=256,
-                    elem_classes="ade-pixels", render=False)
+    """Where an image is dropped; its file is handed on as it came: Gradio by itself would convert and write it anew."""
+    image = gr.Image(label=label, type="filepath", format="png", sources=["upload", "clipboard", "webcam"], height=256,
+                     elem_classes="ade-pixels", render=False)
+    # Not a subclass: of each one Gradio writes a stub file beside the source.
+    image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    return image
 
 
 def image_output(label: str, **options: Any) -> gr.Image:

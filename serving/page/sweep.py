@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -14,13 +15,14 @@ EVERY_S = 600.0
 
 def sweep(folder: Path, kept: Collection[str], max_age: float = MAX_AGE_S) -> None:
     """Remove what lies in a folder for longer than ``max_age`` seconds, but for names that are ``kept``."""
-    for path in folder.iterdir():
-        if path.name in kept or time.time() - path.stat().st_mtime < max_age:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        with contextlib.suppress(OSError):  # others may remove it too
+            if path.name in kept or time.time() - path.lstat().st_mtime < max_age:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def start_sweeping(folder: Path) -> None:
