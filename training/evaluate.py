@@ -22,7 +22,7 @@ def _noise(model: ADEModel, n: int, generator: torch.Generator) -> list[Tensor]:
 
 
 def _to_model(images: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
 
 
 def _to_images(x: Tensor) -> np.ndarray:
