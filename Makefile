@@ -21,7 +21,7 @@ check: $(VENV)/.test  ## lint and types
 
 fit: $(VENV)/.test  ## a model of a folder of images, ready to be served: make fit DATA=DIR BUDGET=1h
 	@test -n "$(DATA)" || { echo "make fit needs DATA=DIR, a folder of images" >&2; exit 2; }
-	$(BIN)/ade fit "$(DATA)" --budget "$(or $(BUDGET),1h)"
+	$(BIN)/ade fit "$(DATA)" --budget "$(or $(BUDGET),1h)" $(if $(OUT),--out "$(OUT)")
 
 bench: $(VENV)/.bench  ## throughput and latency: the engine, the service, other servers with the same engine
 	$(BIN)/python -m benchmarks.serving $(BUNDLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 from ade_cli.data_options import say
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
     side = args.image_size or (before.image_size if before else choose_image_size(folder_sizes(folder)))
     fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), out, say)
-    print(f"report: {fitted.report}\nserve it: ade serve {fitted.bundle}")
+    command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
+    print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
 
 
 def _on_gpu(device: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from types import ModuleType
 
@@ -23,6 +24,7 @@ VERBS = {
     "serve": "serve a bundle over HTTP, with a web page",
     "status": "say how the service on this machine is",
 }
+RESUMED = ("fit", "score", "compare")
 
 
 def parse(given: list[str]) -> argparse.Namespace:
@@ -46,12 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ade {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"ade {args.verb}: interrupted", file=sys.stderr)
+        print(f"ade {args.verb}: interrupted" + (": the same command goes on from here" if args.verb in RESUMED else ""),
+              file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _module(verb: str) -> ModuleType:
-    return importlib.import_module(f"ade_cli.{verb.replace('-', '_')}")
+    try:
+        return importlib.import_module(f"ade_cli.{verb.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        print(f"ade {verb}: {error.name} is not installed. Serving needs less than training: in the project's folder, "
+              "`make fit` installs all, and so does pip install --editable '.[train,export,evaluate]'", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

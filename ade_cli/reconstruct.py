@@ -8,7 +8,7 @@ from pathlib import Path
 from ade_cli.image_files import FileError, add_image_arguments, load_engine, read_pixels
 from serving.backends import BackendError
 from serving.bundle import BundleError
-from serving.images import write_png
+from serving.images import IMAGE_SUFFIXES, write_png
 from serving.ood import CalibrationError
 from serving.responses import psnr
 
@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.out.suffix.lower() in IMAGE_SUFFIXES:
+        raise FileError(f"--out is a folder, of a PNG an image, got {args.out}")
     names = [path.stem for path in args.images]
     if len(set(names)) < len(names):
         raise FileError("two of the images have the same name: their reconstructions would too")

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ade_cli.image_files import FileError, check_parent
 from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, score_folder
-from serving.bundle import BundleError, open_bundle
-from serving.ood import CalibrationError
+from serving.bundle import CALIBRATION_NAME, BundleError, open_bundle
+from serving.ood import Calibration, CalibrationError
 
 ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
@@ -40,14 +40,22 @@ def run(args: argparse.Namespace) -> None:
         raise BulkError("--samples and --workers must be at least 1")
     options = BulkOptions(args.alpha, args.samples, args.resize)
     bundle = open_bundle(args.bundle)
+    if bundle.has(CALIBRATION_NAME):
+        warning = Calibration.load(bundle.file(CALIBRATION_NAME)).too_small(args.alpha)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
     if args.out is None:
         if any(path.is_dir() for path in args.images):
             raise BulkError(f"a folder's scores need --out FILE ({', '.join(FORMATS)})")
         for row in FileScorer(bundle, Path(), options)([str(path) for path in args.images]):
             print(json.dumps(row))
         return
+    for path in args.images:
+        if not path.exists():
+            raise FileError(f"{path}: there is no such file or folder")
     if len(args.images) != 1 or not args.images[0].is_dir():
-        raise BulkError("--out takes one folder")
+        raise BulkError(f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: without it, files "
+                        "are answered as JSON lines")
     check_parent(args.out)
     if args.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise BulkError("a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl")
@@ -60,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
 
         summary = score_folder(bundle, args.images[0], args.out, options, args.workers, progress)
     print(f"{args.out}: {summary.scored} scored, {summary.errors} could not be")
+    if not summary.scored:
+        raise BulkError(f"no image could be scored: the reasons are in the column notes of {args.out}")
     if bundle.manifest.get("calibration"):
-        print(f"{summary.flagged} flagged at alpha {args.alpha:g}; of as many images like the calibration's about "
-              f"{args.alpha * summary.scored:.0f} would be")
+        print(f"{summary.flagged} flagged at alpha {args.alpha:g}; images like the calibration's would give about "
+              f"{args.alpha * summary.scored:.0f}")

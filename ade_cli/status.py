@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(found: dict[str, Any]) -> str:
     answers = found["answers"] or {}
-    lines = [f"ready       {'yes, all operations answer' if found['ready'] else 'no'}",
+    ports = ", ".join(f"{VARIABLES[name][0]}={port}" for name, port in vars(Ports.from_environment()).items()
+                      if name in ("inference", "ui"))
+    lines = [f"ready       {'yes, all operations answer' if found['ready'] else f'no, not at {ports}'}",
              f"model       {answers.get('model', 'no answer')}", f"backend     {answers.get('backend', 'no answer')}"]
     for name, model in (found["models"] or {"workers": None}).items():
         if model is None:

@@ -104,7 +104,7 @@ def _keep_plan(plan: Plan, out: Path) -> None:
         before = Plan.from_dict(json.loads(path.read_text()))
         if before != plan:
             raise PlanError(f"{out} was begun for {before.folder} with {before.budget:g} minutes at {before.image_size} "
-                            "pixels: give the same, or another --out")
+                            "pixels: give the same, or another --out (make fit: OUT=)")
     write_json(path, plan.to_dict())
 
 
@@ -113,8 +113,8 @@ def _survey(folder: Path, dataset: Dataset, out: Path) -> tuple[Survey, dict[str
     found = survey(folder, folder_sizes(folder), dataset, names)
     for part, least in LEAST.items():
         if found.parts[part] < least:
-            raise DataError(f"{folder}: of {found.files} files {found.parts[part]} are left for the part {part} and "
-                            f"{least} are needed: that takes about {ENOUGH} different images in all")
+            raise DataError(f"{folder}: about {ENOUGH} different images are needed, got {found.files}: "
+                            f"{found.parts[part]} are left for the part {part} and {least} are needed")
     path = out / "survey.json"
     if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):
         raise PlanError(f"{folder} has changed since {out} was begun: take another --out")
@@ -159,7 +159,9 @@ def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
         def files(part: str) -> Iterator[bytes]:
             return ((folder / name).read_bytes() for name in names[part] if name not in left_out)
 
-        calibrate_bundle(exported, bundle, files("select"), files("calibrate"), plan.name, resize)
+        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), plan.name, resize)
+        step(f"calibrated on {len(made.scores)} images: the verdict takes false-alarm rates from "
+             f"{made.smallest_p_value:.2g} on")
     return bundle
 
 

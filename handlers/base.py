@@ -17,7 +17,7 @@ from handlers.reporter import Reporter, worker_name
 from serving.engine import InferenceEngine
 from serving.errors import ApiError
 from serving.journal import Journal
-from serving.requests import PROBE_HEADER, RawRequest
+from serving.requests import PROBE_HEADER, URLENCODED, RawRequest
 from serving.responses import error_response
 from serving.service import Service
 
@@ -91,7 +91,7 @@ def _raw_request(row: dict[str, Any], headers: dict[str, Any], request_id: str) 
     named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
     kind = content_type.split(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+    if kind in ("multipart/form-data", URLENCODED):
         return RawRequest(content_type, None, row, probe, request_id)
     body = row.get("body", row.get("data", b""))
     return RawRequest(content_type, body if body is not None else b"", probe=probe, id=request_id)

@@ -112,7 +112,8 @@ def open_bundle(folder: Path) -> Bundle:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST_NAME}")
+        raise BundleError(f"{folder} is no bundle: " + (f"it holds no {MANIFEST_NAME}" if folder.is_dir() else
+                                                        "there is no such folder"))
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from serving.ood import Unusual
+from serving.ports import Ports
 from serving.requests import PROBE_HEADER
 
-DEFAULT_URL = "http://127.0.0.1:8080"
 FORM_ERRORS = ("ErrorDataDecoderException", "ArrayIndexOutOfBoundsException")  # of forms that it cannot take apart
 WORKER_DIED = "Worker died"  # TorchServe of a request whose worker ended; another one may well answer it
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
@@ -98,7 +98,7 @@ class AdeClient:
     """Talks to one model of a service.
 
     Args:
-        url: of the inference address.
+        url: of the inference address; unless given, of a service that this environment's ports say.
         model: name of a further bundle; the first bundle needs none.
         token: where the service asks for one.
         retries: how often a 503, or a worker that died over the request, is tried again, waiting as advised or twice as
@@ -115,10 +115,11 @@ class AdeClient:
             print(client.score(["cat.png"])[0].bpd)
     """
 
-    def __init__(self, url: str = DEFAULT_URL, model: str | None = None, token: str | None = None, retries: int = 5,
+    def __init__(self, url: str | None = None, model: str | None = None, token: str | None = None, retries: int = 5,
                  timeout: float = 120.0) -> None:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._http = httpx.Client(base_url=url, timeout=timeout, headers=headers)
+        self.url = url or f"http://127.0.0.1:{Ports.from_environment().inference}"
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, headers=headers)
         self._prefix = "" if model is None else f"{model}-"
         self._retries = retries
 

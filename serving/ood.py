@@ -209,11 +209,23 @@ class Calibration:
     def _columns(self) -> np.ndarray:
         return np.ascontiguousarray(self.reference.T)
 
+    @property
+    def smallest_p_value(self) -> float:
+        """Below it no image can come, whatever it looks like: so many images calibrated the verdict."""
+        return 1 / (len(self.scores) + 1)
+
+    def too_small(self, alpha: float) -> str | None:
+        """A note, if nothing can be flagged at a false-alarm rate."""
+        if alpha >= self.smallest_p_value:
+            return None
+        return (f"nothing can be flagged at alpha {alpha:g}: {len(self.scores)} images calibrated the verdict, and the "
+                f"smallest p-value is {self.smallest_p_value:.2g}")
+
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
         return {"statistic": f"density of {len(self.names)} statistics", "estimator": self.estimator, "resize": self.resize,
                 "components": len(self.mixture.means), "images": len(self.scores),
-                "median_bpd": float(np.median(self.bpd)), "smallest_p_value": 1 / (len(self.scores) + 1)}
+                "median_bpd": float(np.median(self.bpd)), "smallest_p_value": self.smallest_p_value}
 
     def to_bytes(self) -> bytes:
         """An ``.npz`` file."""

@@ -30,6 +30,7 @@ MAX_BODY_BYTES = 16 * 2**20
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
+URLENCODED = "application/x-www-form-urlencoded"
 MAX_NOISE = 1e6  # an image far from all training images has noise in the thousands
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -131,6 +132,8 @@ def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]])
         ApiError: with the status to answer.
     """
     if request.body is None:
+        if not request.fields and _is(request.content_type, URLENCODED):  # the server drops what has no name
+            raise malformed("the form is empty: a JSON body needs the header Content-Type: application/json")
         given = {name: _text(name, value) for name, value in request.fields.items()}
         if "latents" in given:
             try:
@@ -164,7 +167,8 @@ def _text(name: str, value: Any) -> str:
     try:
         return _bytes(value).decode()
     except UnicodeDecodeError:
-        raise malformed(f"the form's field {show(name)} is no text") from None
+        raise malformed(f"the form's field {show(name)} is no text; image files go into fields named image, image1, …"
+                        ) from None
 
 
 def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.ndarray], str]:

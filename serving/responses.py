@@ -186,7 +186,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def score_response(images: Sequence[InputImage | ApiError], scores: list[Score | NotFinite], parameters: dict[str, Any],
-                   judges_resized: bool, model_id: str) -> Response:
+                   judges_resized: bool, too_small: str | None, model_id: str) -> Response:
     """Bits per dimension and verdicts, in the order of the request.
 
     Args:
@@ -194,6 +194,7 @@ def score_response(images: Sequence[InputImage | ApiError], scores: list[Score |
         scores: of those among them that are usable, in order.
         parameters: of the request: ``alpha``, ``fdr``, ``samples`` and ``explain``.
         judges_resized: whether resized images get a verdict: those that the bundle was calibrated on were resized too.
+        too_small: what to note of verdicts, if ``alpha`` is below the smallest p-value there can be.
         model_id: goes into the answer.
     """
     usable = [image for image in images if isinstance(image, InputImage)]
@@ -224,6 +225,8 @@ def score_response(images: Sequence[InputImage | ApiError], scores: list[Score |
         notes = list(usable[row].notes)
         if score.verdict is not None and verdict is None:
             notes.append("no verdict: the images that the model was calibrated on were not resized")
+        if verdict is not None and too_small is not None:
+            notes.append(too_small)
         return {**value, "notes": notes} if notes else value
 
     head = {"model": model_id, "estimator": "elbo" if samples == 1 else f"iwae-{samples}", "samples": samples,

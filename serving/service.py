@@ -249,7 +249,9 @@ class Service:
             return encode_response(request.images, mine, parameters["format"], parameters["eps"], self._model_id)
         if self.operation == "reconstruct":
             return reconstruct_response(request.images, mine, parameters["format"], parameters["kind"], self._model_id)
-        return score_response(request.images, mine, parameters, self._judges_resized, self._model_id)
+        calibration = self.engine.calibration
+        too_small = None if calibration is None else calibration.too_small(parameters["alpha"])
+        return score_response(request.images, mine, parameters, self._judges_resized, too_small, self._model_id)
 
     @staticmethod
     def _count(request: SampleRequest | ImagesRequest) -> int:

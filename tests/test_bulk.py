@@ -155,7 +155,7 @@ def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsy
     (["score", "FOLDER", "--bundle", "BUNDLE"], "need --out FILE"),
     (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.txt"], "the name must end with"),
     (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.csv", "--alpha", "2"], "--alpha must be between 0 and 1"),
-    (["score", "FILE", "--bundle", "BUNDLE", "--out", "x.csv"], "--out takes one folder"),
+    (["score", "FILE", "--bundle", "BUNDLE", "--out", "x.csv"], "--out is for the scores of one folder"),
     (["score", "EMPTY", "--bundle", "BUNDLE", "--out", "x.csv"], "holds no images"),
     (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
     (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),

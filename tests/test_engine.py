@@ -264,7 +264,8 @@ def test_a_calibration_on_resized_images_judges_resized_images(tmp_path: Path, r
     engine = InferenceEngine(tmp_path / "out", device="cpu", operations=["score"])
     (answer,) = Service("score", engine).answer([as_json(images=[base64.b64encode(large[0]).decode()], resize="fit")])
     (result,) = json.loads(answer.body)["results"]
-    assert 0 < result["p_value"] <= 1 and len(result["notes"]) == 1
+    assert 0 < result["p_value"] <= 1
+    assert [note.split()[0] for note in result["notes"]] == ["resized", "nothing"]  # 35 images allow no alpha of 0.01
     with pytest.raises(CalibrationError, match="exists"):
         calibrate_bundle(PRETRAINED, tmp_path / "out", large, large, "large", "fit")
     with pytest.raises(CalibrationError, match="none of 35 images could be used: image 0: images must be 32 x 32"):
@@ -310,6 +311,17 @@ def test_a_request_without_usable_images_costs_its_neighbours_nothing(
                                                       as_json(images=[file(real_images[0])], eps=not eps)])
         assert (bad.status, good.status) == (400, 200)
     assert calls == [1, 1]
+
+
+def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> None:
+    smallest = engine.calibration.smallest_p_value
+    noise = file(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    least, less = Service("score", engine).answer([as_json(images=[noise], alpha=alpha) for alpha in (
+        smallest, smallest / 2)])
+    (reached,), (missed,) = json.loads(least.body)["results"], json.loads(less.body)["results"]
+    assert reached["ood"] is True and "notes" not in reached
+    assert missed["ood"] is False
+    assert missed["notes"][0].startswith("nothing can be flagged at alpha 0.000166611: 3000 images")
 
 
 def test_latents_of_many_images_need_npz(engine: InferenceEngine, real_images: np.ndarray) -> None:

@@ -48,6 +48,13 @@ def test_serving_needs_no_training_packages() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+def test_a_verb_whose_packages_are_not_installed_says_so() -> None:
+    script = "import sys; sys.modules['scipy'] = None; import ade_cli.main; ade_cli.main.main(['fit', '--help'])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "ade fit: scipy" in done.stderr and "make fit" in done.stderr
+
+
 def test_importing_the_engine_loads_no_torch() -> None:
     script = "import sys, serving.service; assert not {'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -172,7 +172,7 @@ def test_score(page: Page, tmp_path: Path) -> None:
     panel = panel_of(page)
     panel.locator("input[type=file]").first.set_input_files(str(EXAMPLE))
     page.get_by_role("button", name="Score", exact=True).click()
-    expect(panel.get_by_text("bits per dimension")).to_be_visible()
+    expect(panel.get_by_text("bits per dimension. Not unusual")).to_be_visible()
     expect(panel.locator("svg[aria-label^='parts of the score']")).to_be_visible()
     expect(panel.locator("svg[aria-label*='calibration images']")).to_be_visible()
     expect(panel.locator("img[src*='map.png']")).to_be_visible()
@@ -261,7 +261,8 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
         [str(tmp_path / name) for name in (*(f"{i}.png" for i in range(8)), "broken.png", "more.zip")])
     expect(panel.get_by_role("row", name="more.zip")).to_be_visible()
     page.get_by_role("button", name="Score all").click()
-    expect(panel.get_by_text("2 of 13 images are unlike the training images")).to_be_visible()
+    expect(panel.get_by_text("2 of 12 images are unlike the training images")).to_be_visible()
+    expect(panel.get_by_text("1 of 13 got no verdict")).to_be_visible()
     expect(panel.locator("[role=gridcell] img[src^='data:image/png']").first).to_be_visible()
     with page.expect_download() as download:
         panel.get_by_role("button", name="Download CSV").or_(panel.get_by_role("link", name="Download CSV")).first.click()
@@ -270,7 +271,7 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
         rows = {row["file"]: row for row in csv.DictReader(file)}
     assert len(rows) == 13 and {name for name, row in rows.items() if row["verdict"] == "unlike the training images"} == {
         "6.png", "7.png"}
-    assert rows["broken.png"]["verdict"] == "could not be scored" and "not an image" in rows["broken.png"]["notes"]
+    assert rows["broken.png"]["verdict"] == "could not be scored" and "Not an image" in rows["broken.png"]["notes"]
     assert rows["inside/0.png"]["bpd"] == rows["0.png"]["bpd"]
 
 

@@ -197,6 +197,13 @@ def test_sample_defaults_and_forms() -> None:
     assert "as JSON" in refused(parse_sample, body(b"n=3", "text/plain"), LATENTS).message
 
 
+def test_json_that_came_as_a_form() -> None:
+    """What curl sends of ``-d '{...}'`` without a header: the server makes an empty form of it."""
+    with pytest.raises(ApiError, match="needs the header Content-Type: application/json"):
+        parse_sample(RawRequest("application/x-www-form-urlencoded", None, {}), LATENTS)
+    assert parse_sample(RawRequest("application/x-www-form-urlencoded", None, {"n": b"4"}), LATENTS).n == 4
+
+
 def test_noise_may_be_larger_than_latents() -> None:
     def levels(name: str) -> list[dict]:
         return [{name: np.full(shape, 5000.0).tolist()} for shape in LATENTS]

@@ -30,6 +30,7 @@ CSS = """
 .ade-why { width: 100%; border-collapse: collapse; font-size: 0.85rem; }
 .ade-why caption { text-align: left; font-weight: 600; }
 .ade-why td, .ade-why th { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 4px 6px; }
+.ade-caption { font-size: 0.85rem; color: var(--body-text-color-subdued); max-width: 560px; }
 .ade-verdict p { font-size: 1.25rem; font-weight: 600; }
 """
 
@@ -40,10 +41,12 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 def build_page(served: Served) -> gr.Blocks:
     """All tabs under one head."""
+    names = {name: "{}, {} × {} pixels".format(name, *bundle.image_shape[1::-1]) for name, bundle in served.bundles.items()}
     with gr.Blocks(title="AV-ADE", analytics_enabled=False) as page:
         gr.Markdown("# AV-ADE\nA generative image model with likelihoods: sample it, see what it keeps of an image, "
-                    "ask how likely an image is.")
-        model = gr.Dropdown(list(served.bundles), value=served.first, label="Model", visible=len(served.bundles) > 1)
+                    f"ask how likely an image is. {names[served.first]}.")
+        choices = [(name, value) for value, name in names.items()]
+        model = gr.Dropdown(choices, value=served.first, label="Model", visible=len(served.bundles) > 1)
         with gr.Tabs() as tabs:
             shared = Shared(served, model, tabs, make_inbox())
             for name, tab in TABS.items():

@@ -41,7 +41,7 @@ def add_tab(shared: Shared) -> None:
                                  label="Bits of models of different sizes are of different things: compare verdicts there")
             made = gr.Gallery(label="Reconstructions", type="filepath", format="png", interactive=False, columns=3,
                               fit_columns=False, allow_preview=False, elem_classes="ade-pixels ade-grid", buttons=[])
-    examples(image)
+    examples(image, shared.served)
     go.click(compare, [image, alpha, resize], [table, made], api_name="compare")
 
 

@@ -113,7 +113,7 @@ def add_tab(shared: Shared) -> None:
             frame = image_output("A place on the way")
             place = gr.Slider(0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False)
         with gr.Column(min_width=280):
-            animated = image_output("There and back (lossless WebP)")
+            animated = image_output("There and back, animated")
     strip = image_output("The way from one to the other", height=160)
     exchange = image_output("Fine levels of the second, with none, one, … all coarse ones of the first", height=200)
     gr.Markdown("### Level by level, of the first image")

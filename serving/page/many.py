@@ -7,7 +7,7 @@ import csv
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image, write_png
 from serving.ood import benjamini_hochberg, simes
-from serving.page.served import Served, Shared, ask, file
+from serving.page.served import Served, Shared, ask, file, sentence
 
 AT_ONCE = 32  # files a request
 MOST = 2000
@@ -79,12 +79,7 @@ def add_tab(shared: Shared) -> None:
         p_values = [results[i].p_value for i in judged]
         found = dict(zip(judged, benjamini_hochberg(p_values, fdr), strict=True)) if judged else {}
         rows = [_row(name, result, found.get(i)) for i, ((name, _), result) in enumerate(zip(named, results, strict=True))]
-        said = (f"**{sum(found.values())} of {len(rows)} images are unlike the training images**; of those, a share of "
-                f"at most {fdr:g} is expected to be false (Benjamini and Hochberg).")
-        if len(judged) > 1:
-            said += f" All together: p = {simes(p_values):.3g} (Simes)."
-        if len(judged) < len(rows):
-            said += f" Without a verdict: {len(rows) - len(judged)}."
+        said = _said(len(rows), p_values, found.values(), fdr)
         shown = [["" if isinstance(result, AdeError) else _thumbnail(data), *row]
                  for (_, data), result, row in zip(named, results, rows, strict=True)]
         return said, shown, gr.DownloadButton(value=file(_csv(rows), "scores.csv"), interactive=True)
@@ -102,9 +97,21 @@ def add_tab(shared: Shared) -> None:
             said = gr.Markdown()
             table = gr.Dataframe(headers=["image", *COLUMNS], datatype=["html", "str", "number", "number", "str", "str"],
                                  interactive=False, label="Scores; a click on a head sorts", wrap=True,
-                                 column_widths=[72, 160, 90, 110, 190, 240])
+                                 column_widths=[72, 160, 80, 100, 150, 300])
             download = gr.DownloadButton("Download CSV", interactive=False)
     go.click(score_many, [shared.model, files, folder, fdr, resize], [said, table, download], api_name="score_many")
+
+
+def _said(count: int, p_values: list[float], found: Collection[bool], fdr: float) -> str:
+    """What is to be reported of ``count`` files, in words, given the p-values of those that got a verdict."""
+    rest = f"{count - len(p_values)} of {count} got no verdict: their notes say why." if len(p_values) < count else ""
+    if not p_values:
+        return f"**No verdict on any of {count} images.** The notes say why."
+    said = (f"**{sum(found)} of {len(p_values)} images are unlike the training images**; of those, a share of at most "
+            f"{fdr:g} is expected to be false (Benjamini and Hochberg).")
+    if len(p_values) > 1:
+        said += f" All together: p = {simes(p_values):.3g} (Simes)."
+    return f"{said} {rest}"
 
 
 def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> list[Any]:
@@ -126,7 +133,7 @@ def _raise(error: AdeError) -> None:
 
 def _row(name: str, result: Any, is_found: bool | None) -> list[Any]:
     if isinstance(result, AdeError):
-        return [name, None, None, "could not be scored", result.message]
+        return [name, None, None, "could not be scored", sentence(result)]
     verdict = "no verdict" if is_found is None else "unlike the training images" if is_found else "usual"
     return [name, round(result.bpd, 4), result.p_value and round(result.p_value, 6), verdict, "; ".join(result.notes)]
 

@@ -53,9 +53,10 @@ def add_tab(shared: Shared) -> None:
             go = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
-                shown = [image_output(name, min_width=150) for name in ("Input", "Reconstruction", "Difference × 2")]
+                shown = [image_output(name, min_width=150)
+                         for name in ("Input", "Reconstruction", "Difference, doubled around grey")]
             said = gr.Markdown()
             bits = gr.HTML()
-    examples(image)
+    examples(image, served)
     go.click(reconstruct, [model, image, kind, levels, resize], [*shown, said, bits], api_name="reconstruct")
     model.change(all_levels, model, levels, api_visibility="private")

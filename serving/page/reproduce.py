@@ -36,7 +36,8 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
         raise gr.Error("This picture was decoded from latents, which it does not carry: its text is not enough.")
     missing = [key for key in KEYS if key not in text]
     if missing:
-        raise gr.Error(f"This PNG does not say how it was made: {', '.join(missing)} missing. Was it edited or converted?")
+        raise gr.Error(f"This PNG does not say how it was made ({', '.join(missing)} missing): it was not made here, or it "
+                       "lost its text when it was edited or converted.")
     return pixels, text
 
 

@@ -85,7 +85,7 @@ def add_tab(shared: Shared) -> None:
             n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
             with gr.Row():
                 seed = seed_input(7, scale=3)
-                dice = gr.Button("⚄ New seed", scale=1, min_width=90)
+                dice = gr.Button("⚄ New seed", scale=2, min_width=130)
             temperature = gr.Slider(0.1, 1.5, value=1.0, step=0.05, label="Temperature",
                                     info="multiplies the prior's standard deviations")
             kind = gr.Radio(KINDS, value="mean", label="Kind")

@@ -11,8 +11,11 @@ from PIL import Image
 from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import ScoreResult
 from serving.images import write_png
+from serving.ood import Calibration
 from serving.page.served import Shared, as_seen, ask, examples, file, read, usable
 
+PLACE = ("<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of 56 "
+         "statistics, of which the bits are but some: an image may be unusual in the middle of this hill.</p>")
 REASONS = 6  # statistics that are shown of an image
 
 
@@ -36,14 +39,14 @@ def add_tab(shared: Shared) -> None:
         (result,) = ask(served.clients[model].score, [data], samples=int(samples), alpha=alpha, resize=resize, map=True)
         usable(result)
         calibration = served.calibrations.get(model)
-        place = histogram_chart(calibration.bpd, result.bpd) if calibration else ""
+        place = "" if calibration is None else PLACE + histogram_chart(calibration.bpd, result.bpd)
         heat = over(as_seen(data, served.bundles[model], resize), result.heat_map) if result.heat_map else None
         why = explain_table(result.explain[:REASONS]) if result.explain else ""
-        return verdict_text(result, alpha), parts_chart(result.bpd_parts, result.bpd), place, heat, why, result
+        return verdict_text(result, alpha, calibration), parts_chart(result.bpd_parts, result.bpd), place, heat, why, result
 
-    def judge(result: ScoreResult | None, alpha: float) -> str:
+    def judge(model: str, result: ScoreResult | None, alpha: float) -> str:
         """The verdict at another alpha: the p-value stays."""
-        return "" if result is None else verdict_text(result, alpha)
+        return "" if result is None else verdict_text(result, alpha, served.calibrations.get(model))
 
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -58,29 +61,33 @@ def add_tab(shared: Shared) -> None:
             place = gr.HTML(label="Place among the calibration images")
             with gr.Row():
                 with gr.Column(min_width=280):
-                    heat = gr.ImageSlider(label="Where the bits lie: bright is dear", type="filepath", format="png",
+                    heat = gr.ImageSlider(label="Where the bits lie: bright costs many", type="filepath", format="png",
                                           interactive=False, height=280, elem_classes="ade-pixels", buttons=["fullscreen"])
                 with gr.Column(min_width=280):
                     why = gr.HTML(label="The most unusual statistics")
     scored = gr.State()
-    examples(image)
+    examples(image, served)
     go.click(score, [shared.model, image, samples, alpha, resize], [verdict, parts, place, heat, why, scored],
              api_name="score")
-    alpha.change(judge, [scored, alpha], verdict, show_progress="hidden", api_visibility="private")
+    alpha.change(judge, [shared.model, scored, alpha], verdict, show_progress="hidden", api_visibility="private")
 
 
 def verdict_word(result: ScoreResult) -> str:
     return "no verdict" if result.ood is None else "unlike the training images" if result.ood else "usual"
 
 
-def verdict_text(result: ScoreResult, alpha: float) -> str:
+def verdict_text(result: ScoreResult, alpha: float, calibration: Calibration | None) -> str:
     """A sentence, and the notes."""
     error = f" ± {result.standard_error:.3f}" if result.standard_error is not None else ""
     head = f"{result.bpd:.3f}{error} bits per dimension. "
+    too_small = None if calibration is None else calibration.too_small(alpha)
+    notes = [note for note in result.notes if not note.startswith("nothing can be flagged")]  # at the alpha of the request
     if result.p_value is None:
         verdict = "No verdict."
+    elif too_small is not None:
+        verdict, notes = f"No verdict at this alpha (p = {result.p_value:.3f}).", [*notes, too_small]
     elif result.p_value <= alpha:
         verdict = f"Unlike the training images (p = {result.p_value:.4f} ≤ {alpha:g})."
     else:
         verdict = f"Not unusual (p = {result.p_value:.3f})."
-    return head + verdict + "".join(f"\n- {note}" for note in result.notes)
+    return head + verdict + "".join(f"\n- {note}" for note in notes)

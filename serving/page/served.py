@@ -24,7 +24,7 @@ from serving.ood import Calibration
 from serving.requests import prepare_image
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
-KINDS = [("mean: f⁻¹(μ(z)), what the discriminator saw", "mean"),
+KINDS = [("mean: f⁻¹(μ(z)), the cleaner pictures", "mean"),
          ("density: f⁻¹(μ(z) + σε), what the likelihood describes", "density")]
 
 
@@ -173,6 +173,9 @@ def image_output(label: str, **options: Any) -> gr.Image:
                     buttons=["download", "fullscreen"], **{"height": 256, **options})
 
 
-def examples(image: gr.Image) -> None:
-    if EXAMPLES:
-        gr.Examples([[str(path)] for path in EXAMPLES], [image], examples_per_page=12, label="Examples")
+def examples(image: gr.Image, served: Served) -> None:
+    """Example pictures, if a model takes pictures of their size."""
+    sizes = {bundle.image_shape[:2] for bundle in served.bundles.values()}
+    shown = [path for path in EXAMPLES if (file_size(path) or (0, 0))[::-1] in sizes]
+    if shown:
+        gr.Examples([[str(path)] for path in shown], [image], examples_per_page=12, label="Examples")
