@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from serving.ports import PortError, Ports
+from serving.ports import VARIABLES, PortError, Ports
 from serving.status import read_status
 
 ERRORS = (PortError,)
