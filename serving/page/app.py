@@ -30,7 +30,7 @@ CSS = """
 .ade-why { width: 100%; border-collapse: collapse; font-size: 0.85rem; }
 .ade-why caption { text-align: left; font-weight: 600; }
 .ade-why td, .ade-why th { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 4px 6px; }
-.ade-caption { font-size: 0.85rem; color: var(--body-text-color-subdued); max-width: 560px; }
+.ade-caption { font-size: 0.85rem; opacity: 0.75; max-width: 560px; }
 .ade-verdict p { font-size: 1.25rem; font-weight: 600; }
 """
 
