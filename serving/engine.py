@@ -135,13 +135,7 @@ class InferenceEngine:
         Returns:
             uint8 ``(N, H, W, C)``.
         """
-        kinds = kinds or ["mean"] * len(seeds)
-
-        def inputs(i: int) -> dict[str, np.ndarray]:
-            latents = {f"z_{level}": np.asarray(z[level][i], np.float32) for level in range(self._levels)}
-            return {**latents, "y_eps": self._y_eps(NoiseStream(sample_key(seeds[i], i)), kinds[i])}
-
-        return self._run("decode", len(seeds), inputs)["images"]
+        return self._images_of("decode", "z", z, seeds, kinds)
 
     def sample_with(self, eps: Sequence[np.ndarray], seeds: Sequence[int],
                     kinds: Sequence[str] | None = None) -> np.ndarray:
@@ -156,13 +150,18 @@ class InferenceEngine:
         Returns:
             uint8 ``(N, H, W, C)``.
         """
+        return self._images_of("sample", "eps", eps, seeds, kinds)
+
+    def _images_of(self, graph: str, name: str, given: Sequence[np.ndarray], seeds: Sequence[int],
+                   kinds: Sequence[str] | None) -> np.ndarray:
+        """What a graph makes of one array a level, the inputs ``NAME_LEVEL``."""
         kinds = kinds or ["mean"] * len(seeds)
 
         def inputs(i: int) -> dict[str, np.ndarray]:
-            noise = {f"eps_{level}": np.asarray(eps[level][i], np.float32) for level in range(self._levels)}
-            return {**noise, "y_eps": self._y_eps(NoiseStream(sample_key(seeds[i], i)), kinds[i])}
+            arrays = {f"{name}_{level}": np.asarray(given[level][i], np.float32) for level in range(self._levels)}
+            return {**arrays, "y_eps": self._y_eps(NoiseStream(sample_key(seeds[i], i)), kinds[i])}
 
-        return self._run("sample", len(seeds), inputs)["images"]
+        return self._run(graph, len(seeds), inputs)["images"]
 
     def encode(self, images: np.ndarray, seeds: Sequence[int] | None = None,
                eps: Sequence[bool] | None = None) -> list[EncodedLevel]:
