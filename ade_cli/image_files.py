@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.bulk import image_paths
 from serving.bundle import BundleError, open_bundle
 from serving.engine import InferenceEngine
 from serving.errors import ApiError
@@ -18,7 +19,8 @@ class FileError(ValueError):
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE",
+                        help="image files, or folders of them (searched recursively)")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of latents (default: %(default)s)")
@@ -44,6 +46,21 @@ def check_parent(out: Path) -> None:
     """
     if not out.parent.is_dir():
         raise FileError(f"{out}: there is no folder {out.parent}")
+
+
+def files_of(paths: list[Path]) -> list[Path]:
+    """Files as they were given; of a folder, those below it, in order.
+
+    Raises:
+        FileError: a folder holds no images.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = [path / name for name in image_paths(path)] if path.is_dir() else [path]
+        if not found:
+            raise FileError(f"{path} holds no images")
+        files += found
+    return files
 
 
 def read_pixels(paths: list[Path], engine: InferenceEngine, resize: str | None) -> np.ndarray:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 VERBS = {
@@ -60,6 +61,8 @@ def _module(verb: str) -> ModuleType:
     try:
         return importlib.import_module(f"ade_cli.{verb.replace('-', '_')}")
     except ModuleNotFoundError as error:
+        if (Path(__file__).parents[1] / str(error.name).partition(".")[0]).is_dir():
+            raise  # one of ours: a fault, not something to install
         print(f"ade {verb}: {error.name} is not installed. Serving needs less than training: in the project's folder, "
               "`make fit` installs all, and so does pip install --editable '.[train,export,evaluate]'", file=sys.stderr)
         raise SystemExit(2) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ade_cli.image_files import FileError, add_image_arguments, load_engine, read_pixels
+from ade_cli.image_files import FileError, add_image_arguments, files_of, load_engine, read_pixels
 from serving.backends import BackendError
 from serving.bundle import BundleError
 from serving.images import IMAGE_SUFFIXES, write_png
@@ -24,15 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() in IMAGE_SUFFIXES:
         raise FileError(f"--out is a folder, of a PNG an image, got {args.out}")
-    names = [path.stem for path in args.images]
+    files = files_of(args.images)
+    names = [path.stem for path in files]
     if len(set(names)) < len(names):
         raise FileError("two of the images have the same name: their reconstructions would too")
     outputs = [args.out / f"{name}.png" for name in names]
-    overwritten = {path.resolve() for path in outputs} & {path.resolve() for path in args.images}
+    overwritten = {path.resolve() for path in outputs} & {path.resolve() for path in files}
     if overwritten:
         raise FileError(f"{overwritten.pop()} would be overwritten: take another --out")
     engine = load_engine(args.bundle, "reconstruct")
-    pixels = read_pixels(args.images, engine, args.resize)
+    pixels = read_pixels(files, engine, args.resize)
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))
     args.out.mkdir(parents=True, exist_ok=True)
     for path, before, after in zip(outputs, pixels, made, strict=True):

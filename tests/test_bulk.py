@@ -144,7 +144,11 @@ def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsy
     assert main(["encode", *files, *bundle, "--out", str(tmp_path / "z.npz")]) == 0
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     with np.load(tmp_path / "z.npz") as arrays:
-        assert np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z)
+        assert np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z) and arrays["path"].tolist() == files
+    assert main(["encode", files[0], str(folder / "class0"), *bundle, "--out", str(tmp_path / "all.npz")]) == 0
+    with np.load(tmp_path / "all.npz") as arrays:
+        inside = [str(folder / "class0" / path) for path in image_paths(folder / "class0")]
+        assert arrays["path"].tolist() == [files[0], *inside] and len(arrays["z_0"]) == 1 + len(inside) > 2
     assert main(["reconstruct", *files, *bundle, "--out", str(tmp_path / "made")]) == 0
     made = [np.asarray(Image.open(tmp_path / "made" / f"{Path(file).stem}.png")) for file in files]
     assert np.array_equal(made, engine.reconstruct(pixels))
@@ -159,6 +163,7 @@ def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsy
     (["score", "EMPTY", "--bundle", "BUNDLE", "--out", "x.csv"], "holds no images"),
     (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
     (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
+    (["encode", "EMPTY", "--bundle", "BUNDLE", "--out", "x.npz"], "empty holds no images"),
     (["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"], "wide.png: images must be 8 x 8 pixels"),
     (["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"], "missing.png: No such file"),
     (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "the same name"),

@@ -127,6 +127,14 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(sm
     trained.run(batch)
     assert all(torch.equal(a, b) for a, b in zip(average, trained.model.parameters(), strict=True))
     assert trained.rescued_at == [100 + MAX_SKIPPED_STEPS - 1]
+    trained.usual_norm["model"] = 1e9
+    rates = []
+    for _ in range(SMALL.warmup_steps):
+        trained.run(batch)
+        rates.append(trained.optimizer.param_groups[0]["lr"])
+    assert rates[0] < rates[-1] == SMALL.learning_rate / 2
+    trained.usual_norm["model"] = 1e-9
+    shake(trained.model)
     with pytest.raises(TrainingDiverged, match=f"{MAX_SKIPPED_STEPS} steps on end"):
         for _ in range(MAX_RESCUES * MAX_SKIPPED_STEPS):
             trained.run(batch)

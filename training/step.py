@@ -22,10 +22,12 @@ from training.recipes import TrainConfig
 logger = logging.getLogger(__name__)
 # A step whose gradient is this many times its running norm is skipped: one outlier among the images, clipped or
 # not, was seen to ruin a model within ten steps. When so many on end are skipped, it is the model that went wrong:
-# its averaged weights take over. After that many rescues within an average's memory the run has diverged.
+# its averaged weights take over, at half the rate and with a warm-up, for the rate was too high and Adam's first steps
+# are long. After that many rescues within an average's memory the run has diverged.
 SPIKE = 8.0
 MAX_SKIPPED_STEPS = 10
 MAX_RESCUES = 3
+RATE_AFTER_RESCUE = 0.5
 SPIKE_AFTER_STEPS = 50
 
 
@@ -229,7 +231,7 @@ class Trainer:
                 p.grad = flat[offset:offset + p.numel()].view(p.shape)
                 offset += p.numel()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(1.0, (self._age + 1) / max(1, self.config.warmup_steps))
+                group["lr"] = learning_rate * self._rate_share(name)
             optimizer.step()
             self.usual_norm[name] = norm if usual == 0 else 0.95 * usual + 0.05 * norm
             self.skipped_in_a_row[name] = 0
@@ -241,13 +243,19 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return losses | {"d_grad_norm" if module is self.discriminator else "grad_norm": norm}
 
+    def _rate_share(self, name: str) -> float:
+        """How much of a learning rate is used: less while warming up, and of the model's after each rescue."""
+        rescues = [step for step in self.rescued_at if name == "model" and step >= (self.inferring_since or 0)]
+        age = min([self._age, *(self.step - step for step in rescues[-1:])])
+        return float(RATE_AFTER_RESCUE ** len(rescues)) * min(1.0, (age + 1) / max(1, self.config.warmup_steps))
+
     def _rescue(self, name: str, why: str) -> None:
-        """Go back to the averaged weights, with a fresh optimiser."""
+        """Go back to the averaged weights, with a fresh optimiser and half the rate."""
         memory = round(1 / (1 - self.config.ema_decay))
-        self.rescued_at = [step for step in self.rescued_at if self.step - step < memory] + [self.step]
-        if name != "model" or len(self.rescued_at) > MAX_RESCUES:
+        self.rescued_at.append(self.step)
+        if name != "model" or sum(self.step - step < memory for step in self.rescued_at) > MAX_RESCUES:
             raise TrainingDiverged(f"step {self.step}: {why}")
-        logger.warning("step %d: %s; going on from the averaged weights", self.step, why)
+        logger.warning("step %d: %s; going on from the averaged weights at half the rate", self.step, why)
         self.model.load_state_dict(self.ema.state_dict())
         self.optimizer.state.clear()
         self.skipped_in_a_row[name] = 0

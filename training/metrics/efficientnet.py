@@ -95,7 +95,9 @@ class EfficientNetFeatures:
                 network, (torch.zeros(2, 3, SIZE, SIZE),), dynamo=True, verbose=False, input_names=["x"],
                 dynamic_shapes=({0: torch.export.Dim("N")},))
         assert program is not None
-        self._session = ort.InferenceSession(program.model_proto.SerializeToString(),
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()  # of its own it takes every core, even one not given to us
+        self._session = ort.InferenceSession(program.model_proto.SerializeToString(), options,
                                              providers=["CPUExecutionProvider"])
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
