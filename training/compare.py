@@ -3,15 +3,19 @@
 ``OUT/runs/SYSTEM-seedN/`` is a run like any other, with ``measured.json`` when it was measured and ``failure.json`` when
 it could not be finished. :mod:`training.compare_report` writes the page, and ``OUT/rows.json`` keeps what it tells of each
 run: where the runs' own folders are gone, the comparison still goes on from there.
+
+The same comparison may run in several processes at once: each takes the next system that no other has taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gc
 import json
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ from training.recipes import TrainConfig
 from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
 from training.step import TrainingDiverged
 
-MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
+MEASURED, FAILURE, ROWS, LOCK = "measured.json", "failure.json", "rows.json", ".lock"
 CURVES = ("bpd", "quality_loss", "d_loss")
 SMOOTHING = 25  # logged steps
 POINTS = 150  # of a curve that is kept
@@ -73,27 +77,43 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
         if _diverged(run):
             report(f"{job.name}: diverged before; delete {run} to try again")
             continue
-        try:
-            if not _is_trained(run, job):
-                report(f"{job.name}: training")
-                run.mkdir(parents=True, exist_ok=True)
-                write_json(run / "data.json", source)
-                train(job.config, dataset, run, job.options, resume=(run / "run.json").is_file())
-            folder = latest_checkpoint(run)
-            if not _is_measured(run, folder, how):
-                report(f"{job.name}: measuring")
-                ready = ready or measurer()
-                model = load_model(folder).to(ready.device)
-                found = ready.measure(model, read_config(folder).get("operations", model.config.operations))
-                write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
-            (run / FAILURE).unlink(missing_ok=True)
-        except RunError:
-            raise
-        except Exception as error:  # a row that says why, and on to the next
-            report(f"{job.name}: {type(error).__name__}: {error}")
-            run.mkdir(parents=True, exist_ok=True)
-            write_json(run / FAILURE, {"kind": type(error).__name__, "why": str(error), "trace": traceback.format_exc()})
+        with _claim(run) as is_ours:
+            if not is_ours:
+                report(f"{job.name}: another process is at it")
+                continue
+            try:
+                if not _is_trained(run, job):
+                    report(f"{job.name}: training")
+                    write_json(run / "data.json", source)
+                    train(job.config, dataset, run, job.options, resume=(run / "run.json").is_file())
+                folder = latest_checkpoint(run)
+                if not _is_measured(run, folder, how):
+                    report(f"{job.name}: measuring")
+                    ready = ready or measurer()
+                    model = load_model(folder).to(ready.device)
+                    found = ready.measure(model, read_config(folder).get("operations", model.config.operations))
+                    write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
+                (run / FAILURE).unlink(missing_ok=True)
+            except RunError:
+                raise
+            except Exception as error:  # a row that says why, and on to the next
+                report(f"{job.name}: {type(error).__name__}: {error}")
+                write_json(run / FAILURE, {"kind": type(error).__name__, "why": str(error),
+                                           "trace": traceback.format_exc()})
         gc.collect()
+
+
+@contextmanager
+def _claim(run: Path) -> Iterator[bool]:
+    """Whether a run's folder is this process's to work in; the claim ends with the process, however that ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _diverged(run: Path) -> bool:
