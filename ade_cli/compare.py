@@ -12,7 +12,7 @@ from training.compare import Job, compare, read_rows
 from training.compare_report import write_comparison
 from training.data import DataError
 from training.loop import RunOptions
-from training.measure import Measurer, check_held_out
+from training.measure import Measurer, check_options
 from training.metrics.features import FeatureError
 from training.recipes import SIZES, recipe, recipe_names
 from training.runs import RunError
@@ -38,17 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.images < 1:
-        raise RunError(f"--images must be at least 1, got {args.images}")
     for name in args.recipes:
         if name not in recipe_names():
             raise RunError(f"no recipe {name!r}; there are {', '.join(recipe_names())}")
+    budgets = [RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device) for seed in args.seeds]
     device = device_of(args.device)
     options = measure_options(args)
     dataset = dataset_of(args, args.out, args.image_size)
-    check_held_out(dataset, options)
-    jobs = [Job(recipe(name, dataset.image_size, dataset.channels, args.size),
-                RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device))
-            for seed in args.seeds for name in dict.fromkeys(args.recipes)]
+    check_options(dataset, options)
+    jobs = [Job(recipe(name, dataset.image_size, dataset.channels, args.size), budget)
+            for budget in budgets for name in dict.fromkeys(args.recipes)]
     compare(jobs, dataset, source_of(args), args.out, options, lambda: Measurer(dataset, device, options, say), say)
     say(f"{write_comparison(read_rows(args.out), args.out, device)}")

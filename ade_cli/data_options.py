@@ -29,8 +29,8 @@ def source_of(args: argparse.Namespace) -> dict[str, str | None]:
             "root": args.root and str(Path(args.root).resolve())}
 
 
-def dataset_of(args: argparse.Namespace, run: Path | None, image_size: int | None = None) -> Dataset:
-    """The data set that the options name, or the one that a run was trained on."""
+def dataset_of(args: argparse.Namespace, run: Path | None, image_size: int | None = None, cached: bool = True) -> Dataset:
+    """The data set that the options name, or the one that a run was trained on; decoded images may be kept in the run."""
     data, root = args.data, args.root
     if data is None:
         source = run / "data.json" if run else None
@@ -38,4 +38,5 @@ def dataset_of(args: argparse.Namespace, run: Path | None, image_size: int | Non
             raise DataError(f"--data is needed: {run} does not say what it was trained on")
         stored = json.loads(source.read_text())
         data, root = stored["data"], stored["root"]
-    return load_dataset(data, root, image_size, cache=run / "cache" if run and data != "cifar10" else None, report=say)
+    return load_dataset(data, root, image_size, cache=run / "cache" if run and cached and data != "cifar10" else None,
+                        report=say)

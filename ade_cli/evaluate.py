@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     device = device_of(args.device)
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)
-    dataset = dataset_of(args, args.run, model.config.image_size)
+    dataset = dataset_of(args, args.run, model.config.image_size, cached=folder != args.run)
     operations = read_config(folder).get("operations", model.config.operations)
     result = Measurer(dataset, device, options, say).measure(model, operations)
     print(json.dumps(result, indent=2))

@@ -52,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("images", "checkpoint_steps", "evaluate_steps"):
-        if getattr(args, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    options = RunOptions(
+        images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,
+        checkpoint_minutes=args.checkpoint_minutes, checkpoint_steps=args.checkpoint_steps,
+        evaluate_steps=args.evaluate_steps, init=args.init)
     args.out.mkdir(parents=True, exist_ok=True)
     dataset = dataset_of(args, args.out, args.image_size)
     changes = {name: getattr(args, name) for name in SETTABLE if getattr(args, name) is not None}
@@ -64,9 +65,5 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.resume or not (args.out / "run.json").exists():  # a run that is refused keeps what it was
         write_json(args.out / "data.json", source_of(args))
-    options = RunOptions(
-        images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,
-        checkpoint_minutes=args.checkpoint_minutes, checkpoint_steps=args.checkpoint_steps,
-        evaluate_steps=args.evaluate_steps, init=args.init)
     progress = train(config, dataset, args.out, options, args.resume)
     say(f"{progress.images:,} images in {progress.seconds / 60:.1f} minutes: {args.out / 'report.md'}")

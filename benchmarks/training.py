@@ -59,7 +59,7 @@ def main() -> None:
     dtype = torch.bfloat16 if "bf16" in str(fabric._precision.precision) else torch.float32
     peak = max(_convolution_speed(channels, size, dtype, fabric.device) for channels, size in PEAK_SHAPES)
     print(f"peak of convolutions, forward and backward: {peak / 1e9:.0f} GFLOP/s\n")
-    print(f"{'system':22s} {'images/s':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'GFLOP/image':>12s} {'peak memory':>12s}")
+    print(f"{'system':22s} {'images/s':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'GFLOP/image':>12s} {'memory so far':>14s}")
     for size in args.sizes:
         for name in args.recipes:
             trainers = {name: _trainer(name, size, fabric)}
@@ -122,7 +122,7 @@ def _measure(trainers: dict[str, Trainer], size: str, peak: float, device: torch
         memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
                   else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         print(f"{name + ', ' + size:22s} {config.batch_size / median:9.0f} {operations / median / 1e9:8.0f} "
-              f"{operations / median / peak:8.0%} {operations / config.batch_size / 1e9:12.2f} {memory / 2**20:8.0f} MiB",
+              f"{operations / median / peak:8.0%} {operations / config.batch_size / 1e9:12.2f} {memory / 2**20:10.0f} MiB",
               flush=True)
 
 

@@ -180,5 +180,16 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
     assert run(jobs[:1], MeasureOptions(draws=3)) == ["vae-seed0: measuring"]
     assert run([Job(jobs[0].config, options(2 * STEPS))], MeasureOptions(draws=3)) == [
         "vae-seed0: training", "vae-seed0: measuring"]
+    with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
+        run([jobs[3], Job(jobs[2].config, options(2 * STEPS))])
+    # A run that was trained on is not what was measured; where rows were measured otherwise, the notes say of which.
+    (found,) = [row for row in read_rows(tmp_path) if row["name"] == "gan-seed0"]
+    many = [{**row, "seed": seed} for seed in range(10) for row in rows if row["measured"]]
+    page = write_comparison([*many, {**found, "measured": {**found["measured"], "images": 7}}],
+                            tmp_path / "elsewhere", torch.device("cpu")).read_text()
+    assert "the ELBO of 7 held-out images" in page and "(gan)" in page
+    train(jobs[3].config, dataset, tmp_path / "runs" / "v-ade-seed0", options(2 * STEPS), resume=True)
+    (found,) = [row for row in read_rows(tmp_path) if row["name"] == "v-ade-seed0"]
+    assert found["measured"] is None and found["state"]["images"] == 640
     with pytest.raises(RunError, match="trained with another learning_rate"):
         run([Job(dataclasses.replace(narrow("vae"), learning_rate=0.1), options(2 * STEPS))])

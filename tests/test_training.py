@@ -161,6 +161,7 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(small_images
 
 @pytest.mark.parametrize("change, message", [
     ({"gp_every": 0}, "gp_every must be at least 1, got 0"), ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
+    ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"), ({"learning_rate": -1.0}, "learning_rate must be above 0"),
     ({"inference_share": 0.5}, "av-ade has one of its own"), ({"optimizer": "sgd"}, "optimizer must be one of")])
 def test_bad_training_options_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -304,10 +305,12 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
     refused = ade(*arguments, "--out", str(cut))
     assert refused.returncode == 2 and "--resume goes on with it" in refused.stderr
     other = ade(*arguments, "--out", str(cut), "--resume", "--quality-weight", "3")
-    assert other.returncode == 2 and "started with another config" in other.stderr
+    assert other.returncode == 2 and "started with another quality_weight" in other.stderr
     resumed = ade(*arguments, "--out", str(cut), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert losses_of(cut) == losses_of(whole) and max(losses_of(whole)) == 90
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all("gradient_penalty" in line for line in lines if "d_loss" in line)
     report = (whole / "report.md").read_text()
     assert "broken.png" in report and "pictures/samples-mean.png" in report
     assert (whole / "pictures" / "samples-mean.png").is_file() and list((whole / "tensorboard").iterdir())
@@ -358,9 +361,16 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
     assert "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
     rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
     assert rows[0].startswith("strangers,score,auroc") and any(row.startswith("noise,combined,") for row in rows)
+    at_home = sorted(path.name for path in bundle.iterdir())
+    assert ade("evaluate", str(bundle), "--data", str(strangers), "--draws", "1").returncode == 0
+    assert sorted(path.name for path in bundle.iterdir()) == at_home  # no cache of decoded images in what is given away
     again = ade("train", name, "--size", "tiny", "--data", str(folder), *TRAIN, "--images", "32", "--init", str(bundle),
                 "--out", str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr
+    shutil.rmtree(bundle)  # a run that was started goes on without what it started from
+    again = ade("train", name, "--size", "tiny", "--data", str(folder), *TRAIN, "--images", "32", "--resume", "--out",
+                str(tmp_path / "again"))
+    assert again.returncode == 0 and read_config(latest_checkpoint(tmp_path / "again"))["started_from"], again.stderr
 
 
 @pytest.mark.slow
@@ -385,6 +395,11 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     (["train", "av-ade", "--data", "DATA", "--image-size", "50", "--out", "OUT"], "image_size must be a multiple of 8"),
     (["train", "av-ade", "--data", "nowhere", "--out", "OUT"], "no data set and no folder is called 'nowhere'"),
     (["train", "av-ade", "--data", "DATA", "--images", "0", "--out", "OUT"], "--images must be at least 1"),
+    (["train", "av-ade", "--data", "DATA", "--seed", "-1", "--out", "OUT"], "a seed must be from 0"),
+    (["train", "av-ade", "--data", "DATA", "--minutes", "0", "--out", "OUT"], "--minutes must be above 0"),
+    (["train", "av-ade", "--data", "DATA", "--image-size", "-4", "--out", "OUT"], "must be at least 2 pixels, got -4"),
+    (["compare", "vae", "--data", "DATA", "--image-size", "8", "--resnet20", "no.npz", "--out", "OUT"], "does not hold"),
+    (["compare", "vae", "--data", "DATA", "--image-size", "8", "--inception", "no", "--out", "OUT"], "there is no file"),
     (["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"], "holds no run"),
     (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
     (["evaluate", "OUT"], "holds no finished checkpoint"),

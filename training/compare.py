@@ -24,7 +24,7 @@ import numpy as np
 
 from ade_model.checkpoint import load_model, read_config
 from training.data import Dataset
-from training.loop import RunOptions, train
+from training.loop import RunOptions, check_can_go_on, different_fields, train
 from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig
 from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
@@ -157,17 +157,19 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     if not (run / "run.json").is_file():
         return
     started = json.loads((run / "run.json").read_text())
-    before = {**started["config"], "data set": started["data"]}
-    wanted = {**json.loads(json.dumps(job.config.to_dict())), "data set": dataset.name}
-    if before != wanted:
-        different = sorted(k for k in set(before) | set(wanted) if before.get(k) != wanted.get(k))
+    different = different_fields(started, job.config, dataset)
+    if different:
         raise RunError(f"{run} was trained with another {', '.join(different)}; use another --out, or delete it")
+    folders = checkpoint_folders(run)
+    if folders and job.options.minutes is None:
+        state = json.loads((folders[-1] / STATE_NAME).read_text())
+        check_can_go_on(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """Of every run of a comparison: its configuration, where it got to, what was measured or went wrong, its curves.
 
-    ``run`` is its folder, ``None`` for a row that was kept without it.
+    ``run`` is its folder, ``None`` for a row that was kept without it. Measurements of an earlier checkpoint are left out.
     """
     rows = []
     for path in sorted((out / "runs").glob("*/run.json")):
@@ -182,6 +184,8 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         for key, file in (("measured", MEASURED), ("failure", FAILURE)):
             if (run / file).is_file():
                 row[key] = json.loads((run / file).read_text())
+        if row["failure"] or (row["measured"] and folders and row["measured"]["checkpoint"] != folders[-1].name):
+            row["measured"] = None
         row["curves"] = {name: _curve(run / "metrics.jsonl", name) for name in CURVES}
         rows.append(row)
     present = {row["name"] for row in rows}

@@ -42,7 +42,10 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         raise RunError(f"{out} holds no runs to report on")
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    first = list({row["config"].recipe: row for row in reversed(rows)}.values())[::-1]  # of each system its first seed
+    # Of each system the first seed that was measured, or just its first.
+    first = list({row["config"].recipe: row for row in sorted(rows[::-1], key=lambda row: row["measured"] is not None)}
+                 .values())
+    first.sort(key=rows.index)
     sizes, data = sorted({row["config"].size for row in rows}), sorted({row["data"] for row in rows})
     lines = [f"# {len(rows)} runs of {len(first)} systems, size {' and '.join(sizes)}, on {' and '.join(data)}", "",
              "Written by `ade compare`. The paper's figures are those of CIFAR-10 at full scale; ours are of the size and "
@@ -102,7 +105,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         bracket = "[{}]" if config.inference_share else "{}"
         cited = [("[{}]" if paper.bracketed else "{}").format(_number(paper.bpd, 1)), _number(paper.inception_score, 1),
                  _number(paper.fid, 1)]
-        if measured is None or row["failure"]:
+        if measured is None:
             why = row["failure"]["why"] if row["failure"] else "not finished"
             body.append([_label(row), *marks, f"**failed: {why}**" if row["failure"] else why,
                          *[""] * (2 + len(spaces)), *cited])
@@ -117,19 +120,31 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    measured = next((row["measured"] for row in rows if row["measured"]), None)
-    if measured is None:
-        return []
-    lines = [f"BPD: the ELBO of {measured['images']:,} held-out images ({measured['split']}), ± its standard error; in "
-             "brackets where an inference network was trained around a frozen generator."]
-    bound = next(((k, v) for k, v in measured.items() if k.startswith("iwae-")), None)
-    if bound:
-        lines.append(f"IWAE: {bound[0]} of the first {bound[1]['images']:,} of them.")
-    for name, found in measured.get("distances", {}).get("mean", {}).items():
-        lines.append(f"{SPACES[name]}: between {found['samples']:,} mean samples and {found['reference']}; it is not the "
-                     "FID.")
-    lines.append("Class score: the Inception score's formula on the ResNet-20's ten classes.")
+    """How each column was measured; where that differs between rows, of which."""
+    columns: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for column, how in _how(row["measured"] or {}).items():
+            columns.setdefault(column, {}).setdefault(how, []).append(_label(row))
+    lines = []
+    for column, hows in columns.items():
+        parts = [how + (f" ({', '.join(labels)})" if len(hows) > 1 else "") for how, labels in hows.items()]
+        lines.append(f"{column}: {'; '.join(parts)}.")
+    if any(RESNET20 in row["measured"].get("distances", {}).get("mean", {}) for row in rows if row["measured"]):
+        lines.append("Class score: the Inception score's formula on the ResNet-20's ten classes.")
     return [" ".join(lines)]
+
+
+def _how(measured: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    if "elbo" in measured:
+        found["BPD"] = (f"the ELBO of {measured['images']:,} held-out images ({measured['split']}), ± its standard error; "
+                        "in brackets where an inference network was trained around a frozen generator")
+    for name, value in measured.items():
+        if name.startswith("iwae-"):
+            found["IWAE"] = f"{name} of the first {value['images']:,} of them"
+    for space, value in measured.get("distances", {}).get("mean", {}).items():
+        found[SPACES[space]] = f"between {value['samples']:,} mean samples and {value['reference']}; it is not the FID"
+    return found
 
 
 def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -234,7 +249,7 @@ def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tupl
             images, values = row["curves"][name]
             if values:
                 axes.plot(images, values, label=_label(row), linewidth=1.1, color=f"C{i % 10}",
-                          linestyle=("-", "--", ":")[i // 10])
+                          linestyle=("-", "--", ":")[i // 10 % 3])
         if not axes.lines:
             continue
         if name == "bpd":

@@ -63,15 +63,25 @@ class RunOptions:
     evaluate_steps: int = 500
     init: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("images", "checkpoint_steps", "evaluate_steps"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise RunError(f"--minutes must be above 0, got {self.minutes:g}")
+        if not 0 <= self.seed < 2**63:
+            raise RunError(f"a seed must be from 0 to 2^63 - 1, got {self.seed}")
+
 
 def make_fabric(device: str, precision: str) -> Fabric:
-    """Lightning Fabric for one process, or for those that ``torchrun`` started.
+    """Lightning Fabric for one process, or for those that ``torchrun`` started; TF32 is off.
 
     Raises:
         RunError: a GPU was asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: PyTorch sees no CUDA device here")
+    torch.backends.cudnn.allow_tf32 = False
     accelerator = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(accelerator) else "float32"
@@ -125,14 +135,16 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     trainer = Trainer(config, fabric.device, fabric.autocast, average, options.seed, fabric.global_rank,
                       fabric.world_size)
     progress = Progress()
+    lineage: dict[str, Any] | None = None
     if resume and checkpoint_folders(run):
         progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
+        lineage = read_config(checkpoint_folders(run)[-1])["started_from"]
     elif options.init is not None:
         start_from(Path(options.init), trainer)
-    if trainer.inferring and progress.images < options.images and not _out_of_time(fabric, progress, options.minutes):
-        raise RunError(f"{run} has trained its inference network around a finished generator, after "
-                       f"{progress.images:,} images: it cannot go on to {options.images:,}")
-    about = {"recipe": config.recipe, "started_from": _lineage(options.init), "data": dataset.name,
+        lineage = _lineage(Path(options.init))
+    if not _out_of_time(fabric, progress, options.minutes):
+        check_can_go_on(run, trainer.inferring_since, config.batch_size, options.images)
+    about = {"recipe": config.recipe, "started_from": lineage, "data": dataset.name,
              "splits": dataset.splits, "seed": options.seed, "training": config.to_dict()}
     log = _Log(run, progress.step) if is_main else None
     batches_a_step = 1 + (config.d_steps if config.discriminator else 0)
@@ -140,6 +152,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     share = config.batch_size // fabric.world_size
     mine = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
 
+    recent: dict[str, float] = {}
     started = time.monotonic() - progress.seconds
     last_saved = time.monotonic()
     # What the inference network of a GAN takes comes on top of the budget.
@@ -159,11 +172,13 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
             if log is None:
                 continue
             bar.update(config.batch_size)
+            recent |= losses  # the penalty is not computed at every step
             if progress.step % LOG_EVERY == 0 or progress.step == 1:
                 bar.set_postfix({k: f"{losses[k]:.3f}" for k in ("bpd", "quality_loss", "d_loss") if k in losses})
                 if minutes is not None:
                     bar.set_description(f"{max(0.0, minutes - progress.seconds / 60):.1f} min left")
-                log.scalars(progress, losses)
+                log.scalars(progress, recent)
+                recent = {}
             if progress.step % options.evaluate_steps == 0:
                 log.look(trainer, dataset, progress)
             if (progress.step % options.checkpoint_steps == 0
@@ -181,11 +196,20 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     return progress
 
 
-def _lineage(init: str | None) -> dict[str, Any] | None:
+def check_can_go_on(run: Path, inferring_since: int | None, batch_size: int, images: int) -> None:
+    """Whether a run may see so many images.
+
+    Raises:
+        RunError: it is a GAN's whose generator was finished before, after ``inferring_since`` steps.
+    """
+    if inferring_since is not None and inferring_since * batch_size < images:
+        raise RunError(f"{run} has trained its inference network around a generator that was finished after "
+                       f"{inferring_since * batch_size:,} images: it cannot go on to {images:,}")
+
+
+def _lineage(init: Path) -> dict[str, Any]:
     """What the weights had learned before: the recipe and images of the run they were taken from, and so on back."""
-    if init is None:
-        return None
-    source = read_config(latest_checkpoint(Path(init)))
+    source = read_config(latest_checkpoint(init))
     return {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
 
 
@@ -205,14 +229,21 @@ def _open_run(run: Path, config: TrainConfig, dataset: Dataset, options: RunOpti
         if not started.is_file():
             raise RunError(f"--resume: {run} holds no run")
         before = json.loads(started.read_text())
-        for key, value in wanted.items():
-            if before[key] != value:
-                raise RunError(f"--resume: {run} was started with another {key}: {before[key]}, now {value}")
+        different = different_fields(before, config, dataset)
+        if different:
+            raise RunError(f"--resume: {run} was started with another {', '.join(different)}")
     elif started.exists():
         raise RunError(f"{run} holds a run already: --resume goes on with it, another --out starts anew")
     run.mkdir(parents=True, exist_ok=True)
     write_json(started, {**wanted, "splits": dataset.splits, "skipped_files": dataset.skipped,
                          "options": dataclasses.asdict(options), "torch": torch.__version__})
+
+
+def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Dataset) -> list[str]:
+    """Names of what a run, as its ``run.json`` has it, was started with otherwise."""
+    before = {**started["config"], "data set": started["data"]}
+    wanted = {**json.loads(json.dumps(config.to_dict())), "data set": dataset.name}
+    return sorted(key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key))
 
 
 class _Log:

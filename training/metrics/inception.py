@@ -40,7 +40,24 @@ def inception_features(weights: str, images: np.ndarray, device: torch.device) -
 
 
 def _load(weights: str) -> torch.nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    path = verified_inception(weights)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    network: torch.nn.Module = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+    return network
+
+
+def verified_inception(weights: str) -> Path:
+    """The file, downloaded if that is asked for, and found to be the right one.
+
+    Raises:
+        FeatureError: it is another, or cannot be had.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    except ModuleNotFoundError as error:
+        raise FeatureError("Inception comes with torch-fidelity: pip install 'av-ade[evaluate]'") from error
 
     if weights == DOWNLOAD:
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
@@ -59,6 +76,4 @@ def _load(weights: str) -> torch.nn.Module:
         found = hashlib.file_digest(file, "sha256").hexdigest()  # before it is unpickled
     if found != WEIGHTS_SHA256:
         raise FeatureError(f"{path} is not the FID's Inception: SHA-256 should be {WEIGHTS_SHA256}, is {found}")
-    network: torch.nn.Module = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
-    return network
+    return path
