@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.data_options import add_data_arguments, dataset_of, readable, say, was_trained_on
 from export.calibrate import calibrate_bundle
 from export.detector import false_alarm_band
 from serving.bundle import BundleError, open_bundle
 from serving.ood import Calibration, CalibrationError
 from training.data import PARTS, DataError, Dataset
 from training.datasets import NAMES
-from training.datasets.files import part_of
+from training.datasets.files import part_of, shuffled
 from training.datasets.folder import image_files
 
 ERRORS = (BundleError, CalibrationError, DataError)
@@ -40,42 +39,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     bundle = open_bundle(args.bundle)
     halves: list[Iterator[bytes | np.ndarray]]
-    trained_on = str(bundle.manifest["data"].get("name"))
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
-        halves, name = _rows(dataset, trained_on), dataset.name
+        halves, name = _rows(dataset, was_trained_on(bundle, dataset.name, dataset.splits)), dataset.name
     else:
         if args.root is not None:
             raise DataError(f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder")
         files, name = image_files(Path(args.data)), Path(args.data).resolve().name
-        if name == trained_on:
+        trained_on = was_trained_on(bundle, name)
+        if trained_on:
             say(f"{name} is what the model was trained on: its parts select and calibrate are taken")
-        halves = [_contents(half) for half in _files(files, name == trained_on)]
+        halves = [_contents(half) for half in _files(files, trained_on)]
     fit, calibration = halves
     result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, args.resize, say)
     _tell(result)
     say(f"wrote {args.out}; next: ade serve {args.out}")
 
 
-def _rows(dataset: Dataset, trained_on: str) -> list[Iterator[bytes | np.ndarray]]:
+def _rows(dataset: Dataset, trained_on: bool) -> list[Iterator[bytes | np.ndarray]]:
     """Images to fit and to calibrate on: of the training data its two held-out parts, of any other all."""
-    if dataset.name == trained_on:
+    if trained_on:
         chosen = [[(part, row) for row in range(len(dataset.parts[part]))] for part in ("select", "calibrate")]
     else:
         rows = [(part, row) for part in PARTS for row in range(len(dataset.parts[part]))]
-        chosen = _split([rows[i] for i in _order(len(rows))])
+        chosen = _split(shuffled(rows)[:MAX_IMAGES])
     return [(np.asarray(dataset.parts[part].images[[row]])[0] for part, row in half) for half in chosen]
 
 
 def _files(files: list[Path], trained_on: bool) -> list[list[Path]]:
     """The same of a folder's files."""
     if trained_on:
-        return [[path for path in files if part_of(path.name) == part] for part in ("select", "calibrate")]
-    return _split([files[i] for i in _order(len(files))])
-
-
-def _order(count: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=0)).permutation(count)[:MAX_IMAGES]
+        return [shuffled([path for path in files if part_of(path.name) == part]) for part in ("select", "calibrate")]
+    return _split(shuffled(files)[:MAX_IMAGES])
 
 
 def _split(items: list[Any]) -> list[list[Any]]:
@@ -84,7 +79,7 @@ def _split(items: list[Any]) -> list[list[Any]]:
 
 
 def _contents(paths: list[Path]) -> Iterator[bytes | np.ndarray]:
-    return (path.read_bytes() for path in islice(paths, MAX_IMAGES))
+    return readable(paths[:MAX_IMAGES])
 
 
 def _tell(calibration: Calibration) -> None:

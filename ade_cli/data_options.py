@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from serving.bundle import Bundle
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
+from training.datasets.files import contents, is_split_by_name
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -21,6 +24,33 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
 def say(line: str) -> None:
     """Progress goes to standard error, so that standard output holds results alone."""
     print(line, file=sys.stderr, flush=True)
+
+
+def was_trained_on(bundle: Bundle, name: str, splits: dict[str, str] | None = None) -> bool:
+    """Whether a data set is the one that a bundle's model was trained on, so that its own held-out parts are to be used.
+
+    Args:
+        bundle: its manifest names the data set and says how it was split.
+        name: of the data set, or of a folder.
+        splits: of a named data set; ``None`` for a folder, which is split by its files' names.
+    """
+    data = bundle.manifest["data"]
+    if data.get("name") != name:
+        return False
+    same = is_split_by_name(data.get("splits", {})) if splits is None else data.get("splits") == splits
+    if not same:
+        say(f"warning: {bundle.name} was trained on data called {name} too, split in another way: make sure that nothing "
+            "of this was trained on")
+    return same
+
+
+def readable(paths: Sequence[Path]) -> Iterator[bytes]:
+    """Files one after another; those that cannot be read are named and left out."""
+    for path, content in zip(paths, contents(paths), strict=True):
+        if isinstance(content, OSError):
+            say(f"left out {path}: {content.strerror}")
+        else:
+            yield content
 
 
 def source_of(args: argparse.Namespace) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from ade_model.checkpoint import read_config
 from ade_model.errors import ConfigError
 from export.parity import ParityError
 from export.write import ExportError, evaluation_of, export_bundle
-from serving.bundle import BundleError
+from serving.bundle import BundleError, plain_name
 from training.data import DataError
 from training.runs import RunError, latest_checkpoint
 
@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
-    run_folder = args.run if folder == args.run or (args.run / "data.json").is_file() else folder.parent.parent
-    dataset = dataset_of(args, run_folder, config["model"]["image_size"])
+    run_folder = folder.parent.parent if folder.parent.name == "checkpoints" else args.run
+    cached = (run_folder / "data.json").is_file()  # not into a bundle
+    dataset = dataset_of(args, run_folder, config["model"]["image_size"], cached)
     # Held-out images, and training images where a small folder has too few: parity is no statistic of theirs.
     images = np.concatenate([np.asarray(dataset.parts[part].images[:PARITY_IMAGES]) for part in ("select", "train")])
     images = images[:PARITY_IMAGES]
     if len(images) < 2:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
-    name = args.name or f"{dataset.name}-{config['recipe']}"
+    name = args.name or plain_name(f"{dataset.name}-{config['recipe']}")
     export_bundle(folder, args.out, name, images, evaluation_of(folder), report=say)
     say(f"wrote {args.out}; next: ade calibrate {args.out} OUT --data ...")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
 from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.survey import choose_image_size, folder_sizes
-from serving.bundle import BundleError
+from serving.bundle import BundleError, plain_name
 from serving.ood import CalibrationError
 from training.data import DataError
 from training.runs import RunError
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.folder.resolve()
     if not folder.is_dir():
         raise DataError(f"{args.folder} is no folder")
-    name = re.sub(r"[^A-Za-z0-9]+", "-", folder.name).strip("-").lower() or "images"
+    name = plain_name(folder.name)
     out = args.out or Path("fits") / name
     if out.resolve().is_relative_to(folder):
         raise DataError(f"--out must lie outside of {args.folder}: its pictures would be taken for images of yours")

@@ -55,6 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"ade {args.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _module(verb: str) -> ModuleType:

@@ -11,17 +11,17 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ade_cli.data_options import say
+from ade_cli.data_options import readable, say, was_trained_on
 from export.calibrate import statistics_of
 from export.corruptions import CORRUPTIONS
 from export.ood_bench import write_report
-from serving.bundle import BundleError, open_bundle
+from serving.bundle import Bundle, BundleError, open_bundle
 from serving.engine import InferenceEngine
 from serving.ood import CalibrationError
 from serving.requests import InputImage, prepare_image
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
-from training.datasets.files import part_of
+from training.datasets.files import part_of, shuffled
 from training.datasets.folder import image_files
 
 ERRORS = (BundleError, CalibrationError, DataError)
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="sets of strangers: folders, .npy or .npz files; made ones are always added: "
                              f"{', '.join(CORRUPTIONS)}")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT", help="a folder for the report")
-    parser.add_argument("--images", type=int, metavar="N", help="only the first N of each set")
+    parser.add_argument("--images", type=int, metavar="N", help="only N of each set")
     parser.add_argument("--corrupted", type=int, default=2000, metavar="N",
                         help="usual images that the made strangers are made from (default: %(default)s)")
     parser.add_argument("--resize", choices=("fit",), help="bring images of other sizes to the model's")
@@ -54,10 +54,11 @@ def run(args: argparse.Namespace) -> None:
     names = [path.stem for path in args.ood]
     if len({*names, *CORRUPTIONS}) < len(names) + len(CORRUPTIONS):
         raise DataError(f"sets of strangers need different names, got {', '.join((*names, *CORRUPTIONS))}")
-    usual_name, usual = _usual(args, bundle.image_shape[0], str(bundle.manifest["data"].get("name")))
+    usual_name, usual = _usual(args, bundle)
+    sets = {path.stem: _Images(path, args.images) for path in args.ood}
+    args.out.mkdir(parents=True, exist_ok=True)
     found = statistics_of(engine, usual, usual_name, args.resize, say)
-    strangers = {path.stem: statistics_of(engine, _Images(path, args.images), path.stem, args.resize, say)
-                 for path in args.ood}
+    strangers = {name: statistics_of(engine, images, name, args.resize, say) for name, images in sets.items()}
     prepared = (prepare_image(source, engine.image_shape, args.resize == "fit", 0) for source in usual)
     pixels = np.stack([image.pixels for image in islice(
         (image for image in prepared if isinstance(image, InputImage)), args.corrupted)])
@@ -66,14 +67,15 @@ def run(args: argparse.Namespace) -> None:
     say(f"{write_report(engine.calibration, bundle.model_id, usual_name, found, strangers, args.out)}")
 
 
-def _usual(args: argparse.Namespace, image_size: int, trained_on: str) -> tuple[str, Iterable[bytes | np.ndarray]]:
+def _usual(args: argparse.Namespace, bundle: Bundle) -> tuple[str, Iterable[bytes | np.ndarray]]:
     if args.usual in NAMES:
-        dataset = load_dataset(args.usual, args.root, image_size, report=say)
+        dataset = load_dataset(args.usual, args.root, bundle.image_shape[0], report=say)
         return dataset.splits["test"], np.asarray(dataset.parts["test"].images[:args.images])
     usual = Path(args.usual)
-    if usual.is_dir() and usual.resolve().name == trained_on:
-        say(f"{trained_on} is what the model was trained on: its part test is taken")
-        return f"{trained_on}, part test", _Images(usual, args.images, "test")
+    name = usual.resolve().name
+    if usual.is_dir() and was_trained_on(bundle, name):
+        say(f"{name} is what the model was trained on: its part test is taken")
+        return f"{name}, part test", _Images(usual, args.images, "test")
     return usual.name, _Images(usual, args.images)
 
 
@@ -88,7 +90,7 @@ class _Images:
     def __iter__(self) -> Iterator[bytes | np.ndarray]:
         if self._path.is_dir():
             files = [path for path in image_files(self._path) if self._part in (None, part_of(path.name))]
-            return (path.read_bytes() for path in files[:self._limit])
+            return readable(shuffled(files)[:self._limit])
         return iter(_array(self._path)[:self._limit])
 
 

@@ -29,7 +29,7 @@ from serving.launcher import (
     wait_until,
     working_folder,
 )
-from serving.ports import USER, PortError, Ports
+from serving.ports import LOOPBACK, USER, PortError, Ports
 from serving.profile import Totals, profile_table, read_totals
 from serving.signatures import OPERATIONS
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
             command, environment = write_configuration(folder, store, models, ports, args.host, options, logs)
             children.append(start_child("torchserve", command, environment, folder))
             token = None
-            if args.host not in ("127.0.0.1", "localhost", "::1"):
+            if args.host not in LOOPBACK:
                 keys = folder / "key_file.json"
                 wait_until(lambda: keys.is_file() and keys.stat().st_size > 0, children)
                 token = json.loads(keys.read_text())["inference"]["key"]

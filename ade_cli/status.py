@@ -14,13 +14,14 @@ ERRORS = (PortError,)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="as of `ade serve` (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.description = ("Say how the service on this machine is, on the ports that ADE_…_PORT say. Exit status 0 if all "
                           "operations answer, 1 if not. ADE_TOKEN: the token, where the service asks for one.")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = read_status(Ports.from_environment(), os.environ.get("ADE_TOKEN"))
+    found = read_status(Ports.from_environment(), os.environ.get("ADE_TOKEN"), args.host)
     print(json.dumps(found, indent=2) if args.json else _text(found))
     return 0 if found["ready"] else 1
 

@@ -45,11 +45,9 @@ class Result:
 
 async def _until_whole(service: Running, lost: int, started: float, limit: float) -> float:
     """Seconds until another worker stands where ``lost`` did and all are ready."""
-    count = len(await asyncio.to_thread(service.workers)) if lost == 0 else None
     while time.monotonic() - started < limit:
         workers = await asyncio.to_thread(service.workers)
-        if lost not in workers and all(state == "READY" for _, state in workers.values()) and (
-                count is None or len(workers) == count):
+        if lost not in workers and all(state == "READY" for _, state in workers.values()):
             return time.monotonic() - started
         await asyncio.sleep(0.1)
     return float("inf")

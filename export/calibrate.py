@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from export.detector import fit_calibration
-from serving.bundle import CALIBRATION_NAME, verify_bundle, write_manifest
+from serving.bundle import CALIBRATION_NAME, Bundle, verify_bundle, write_manifest
 from serving.engine import InferenceEngine
 from serving.errors import ApiError, unusable
 from serving.images import coder_version
@@ -45,7 +45,9 @@ def calibrate_bundle(folder: Path, out: Path, fit: Iterable[bytes | np.ndarray],
     bundle = verify_bundle(folder)
     if "score" not in bundle.operations:
         raise CalibrationError(f"{bundle.name} cannot score: it was trained without an inference network")
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    # Without the verdict that it may have had: it is replaced, and may be of an older version.
+    files = {name: digest for name, digest in bundle.manifest["files"].items() if name != CALIBRATION_NAME}
+    engine = InferenceEngine(Bundle(folder, {**bundle.manifest, "files": files}), device="cpu", operations=["score"])
     fitting = statistics_of(engine, fit, "fitting", resize, report)
     calibration = fit_calibration(fitting, statistics_of(engine, calibrate, "calibration", resize, report), resize=resize)
     out.parent.mkdir(parents=True, exist_ok=True)

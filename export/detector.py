@@ -79,8 +79,10 @@ def fit_mixture(scores: np.ndarray) -> Mixture:
     return Mixture(np.array(log_weights), found.means_, np.array(whiteners))
 
 
-def false_alarm_band(n: int, alpha: float, level: float = 0.95) -> tuple[float, float]:
+def false_alarm_band(n: int, alpha: float, level: float = 0.95, tested: int | None = None) -> tuple[float, float]:
     """Where the realised false-alarm rate lies, given the calibration: quantiles of Beta(k, n + 1 - k).
+
+    Of ``tested`` images, the share that is flagged is more scattered: their count follows the beta-binomial distribution.
 
     ``k = floor(alpha (n + 1))``; the mean over calibrations is ``k / (n + 1)``. Vovk, "Conditional validity of inductive
     conformal predictors", 2012.
@@ -89,6 +91,7 @@ def false_alarm_band(n: int, alpha: float, level: float = 0.95) -> tuple[float, 
         n: calibration images.
         alpha: that requests ask for.
         level: of the band.
+        tested: usual images whose flagged share is to be judged; ``None`` for the rate itself.
 
     Returns:
         Its ends; zeros where so few images cannot flag anything.
@@ -97,5 +100,8 @@ def false_alarm_band(n: int, alpha: float, level: float = 0.95) -> tuple[float, 
     if k == 0:
         return 0.0, 0.0
     tail = (1 - level) / 2
-    low, high = stats.beta.ppf([tail, 1 - tail], k, n + 1 - k)
+    if tested:
+        low, high = stats.betabinom.ppf([tail, 1 - tail], tested, k, n + 1 - k) / tested
+    else:
+        low, high = stats.beta.ppf([tail, 1 - tail], k, n + 1 - k)
     return float(low), float(high)

@@ -116,9 +116,9 @@ def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
     p_values = conformal_p_values(calibration.scores, scores)
     body = []
     for alpha in ALPHAS:
-        low, high = false_alarm_band(len(calibration.scores), alpha)
+        low, high = false_alarm_band(len(calibration.scores), alpha, tested=len(scores))
         body.append([f"{alpha}", f"{(p_values <= alpha).mean():.4f}", f"{low:.4f} to {high:.4f}"])
-    return _rows(["alpha", "flagged", "expected of 95 % of calibrations"], body)
+    return _rows(["alpha", "flagged", "95 % band of calibrations and tests like these"], body)
 
 
 def _summary(table: Mapping[str, Mapping[str, Figures]], strangers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:

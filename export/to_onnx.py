@@ -61,16 +61,15 @@ def _strip(model: ModelProto) -> None:
     model.doc_string = ""
     model.producer_version = ""
     del model.metadata_props[:]
-    graphs = [model.graph]
     for function in model.functions:
         function.doc_string = ""
         del function.metadata_props[:]
-    for graph in graphs:
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
-            value.doc_string = ""
-            del value.metadata_props[:]
+    graph = model.graph
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        value.doc_string = ""
+        del value.metadata_props[:]
     for node in [*model.graph.node, *(n for f in model.functions for n in f.node)]:
         node.doc_string = ""
         del node.metadata_props[:]

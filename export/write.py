@@ -16,7 +16,7 @@ from export.parity import check_parity, make_inputs
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.backends import BACKENDS, load_backend
-from serving.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, open_bundle, write_manifest
+from serving.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, check_name, open_bundle, write_manifest
 from serving.signatures import graphs_of, inputs_of
 
 LICENCE = "MIT (weights; the training images keep their own terms)"
@@ -39,11 +39,13 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
         report: is told of progress, a line at a time.
 
     Raises:
+        BundleError: the name cannot be one.
         ExportError: ``out`` exists.
         ParityError: an exported graph differs from the model.
     """
     if out.exists():
         raise ExportError(f"{out} exists: export into a new folder")
+    check_name(name)
     model = load_model(checkpoint)
     config = model.config
     if images.ndim != 4 or images.shape[1:] != (config.image_size, config.image_size, config.channels):

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from serving.bulk import BulkOptions, FileScorer
 from serving.bundle import open_bundle
 from serving.engine import InferenceEngine
 from training.data import DataError, Dataset
+from training.datasets.files import shuffled
 from training.datasets.folder import load_folder
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
@@ -42,7 +42,7 @@ SHOWN_UNUSUAL = 24
 SAMPLES = 64
 RECONSTRUCTED = 12
 LEAST = {"select": 20, "calibrate": 20, "test": 2}
-ENOUGH = 600  # images, of which a twenty-fifth is the part select
+ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
 
 Report = Callable[[str], None]
@@ -79,7 +79,7 @@ def fit_folder(plan: Plan, out: Path, say: Report) -> Fitted:
 
     folder = Path(plan.folder)
     step(f"reading {folder}")
-    dataset = dataclasses.replace(load_folder(folder, plan.image_size, out / "cache", lambda line: None), name=plan.name)
+    dataset = load_folder(folder, plan.image_size, out / "cache", lambda line: None)
     found, names = _survey(folder, dataset, out)
     for line in summary_lines(found):
         step(line)
@@ -104,7 +104,7 @@ def _keep_plan(plan: Plan, out: Path) -> None:
         before = Plan.from_dict(json.loads(path.read_text()))
         if before != plan:
             raise PlanError(f"{out} was begun for {before.folder} with {before.budget:g} minutes at {before.image_size} "
-                            "pixels: give the same, or another --out (make fit: OUT=)")
+                            f"pixels on the {before.device}: give the same, or another --out (make fit: OUT=)")
     write_json(path, plan.to_dict())
 
 
@@ -154,21 +154,21 @@ def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)
         side = f"{plan.image_size} x {plan.image_size}"
-        resize = "fit" if set(found.sizes) - {side} else None
+        resize = "fit" if set(found.sizes) - {side, "unreadable"} else None
 
         def files(part: str) -> Iterator[bytes]:
             return ((folder / name).read_bytes() for name in names[part] if name not in left_out)
 
-        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), plan.name, resize)
+        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name, resize)
         step(f"calibrated on {len(made.scores)} images: the verdict takes false-alarm rates from "
              f"{made.smallest_p_value:.2g} on")
     return bundle
 
 
 def _test_images(dataset: Dataset, names: dict[str, list[str]], found: Survey) -> np.ndarray:
-    """Those that are no copies of others, uint8 ``(N, H, W, C)``."""
+    """Those that are no copies of others, shuffled: uint8 ``(N, H, W, C)``."""
     left_out = set(found.leaking)
-    rows = [row for row, name in enumerate(names["test"]) if name not in left_out]
+    rows = shuffled([row for row, name in enumerate(names["test"]) if name not in left_out])
     return np.asarray(dataset.parts["test"].images[rows])
 
 
@@ -178,9 +178,9 @@ def _report(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
     resize = (opened.manifest["calibration"] or {}).get("resize")
     scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize=resize))
     left_out = set(found.leaking)
-    tested = [name for name in names["test"] if name not in left_out][:TEST_IMAGES]
+    tested = shuffled([name for name in names["test"] if name not in left_out])[:TEST_IMAGES]
     p_values = [row["p_value"] for row in scorer(tested) if row.get("p_value") is not None]
-    scanned = names["train"][:SCANNED_IMAGES]
+    scanned = shuffled(names["train"])[:SCANNED_IMAGES]
     rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
     rows.sort(key=lambda row: -row["ood_score"])
     index = {name: row for row, name in enumerate(names["train"])}

@@ -87,9 +87,7 @@ def false_alarms(p_values: Sequence[float], bundle: Bundle) -> list[FalseAlarms]
     found = []
     for alpha in ALPHAS:
         flagged = float(np.mean(np.asarray(p_values) <= alpha)) if p_values else 0.0
-        low, high = false_alarm_band(calibrated, alpha)
-        noise = 2 * (alpha * (1 - alpha) / max(1, len(p_values))) ** 0.5
-        found.append(FalseAlarms(alpha, flagged, max(0.0, low - noise), high + noise if high else 0.0))
+        found.append(FalseAlarms(alpha, flagged, *false_alarm_band(calibrated, alpha, tested=len(p_values))))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,6 @@ def split_names(folder: Path, dataset: Dataset) -> dict[str, list[str]]:
         if not any(line.startswith(f"{name}: ") for line in dataset.skipped):
             names[part_of(path.name)].append(name)
     return names
-
-
-Report = Callable[[str], None]
 
 
 def summary_lines(found: Survey) -> list[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,18 @@ class ServingOptions:
 def archive_name(operation: str, prefix: str | None) -> str:
     """The name under which an operation is served: the first bundle's plain, a further one's ``NAME-{op}``."""
     return operation if prefix is None else f"{prefix}-{operation}"
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """The archiver empties a folder of the model's name among the temporary ones, which may be another program's."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        tempfile.tempdir = temporary
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def write_archives(bundle: Bundle, store: Path, options: ServingOptions, workers: dict[str, int],
@@ -64,11 +79,12 @@ def write_archives(bundle: Bundle, store: Path, options: ServingOptions, workers
         }
         config_file = store / f"{name}.yaml"
         config_file.write_text(yaml.safe_dump(config))
-        generate_model_archive(ModelArchiverConfig(
-            model_name=name, handler=str(Path(__file__).with_name(f"{operation}.py")), version="1.0",
-            extra_files=",".join(str(p) for p in [bundle.folder / MANIFEST_NAME, *map(bundle.file, files)]),
-            export_path=str(store), force=True, runtime="python", archive_format="default",
-            config_file=str(config_file)))
+        with _temporary_files_in(store):
+            generate_model_archive(ModelArchiverConfig(
+                model_name=name, handler=str(Path(__file__).with_name(f"{operation}.py")), version="1.0",
+                extra_files=",".join(str(p) for p in [bundle.folder / MANIFEST_NAME, *map(bundle.file, files)]),
+                export_path=str(store), force=True, runtime="python", archive_format="default",
+                config_file=str(config_file)))
         config_file.unlink()
         names.append(name)
     return names

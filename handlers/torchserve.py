@@ -13,7 +13,7 @@ import yaml
 
 from handlers.archives import ServingOptions
 from handlers.reporter import COMMON_LABELS, UNIT
-from serving.ports import Ports
+from serving.ports import LOOPBACK, Ports
 from serving.telemetry import METRICS
 
 MAX_REQUEST_BYTES = 64 * 2**20  # our own limit of 16 MiB lies below and has the error shape
@@ -59,7 +59,7 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
     Returns:
         The command and the environment to start it with.
     """
-    loopback = host in ("127.0.0.1", "localhost", "::1")
+    loopback = host in LOOPBACK
     temporary = folder / "tmp"
     logs.mkdir(exist_ok=True)
     temporary.mkdir()
@@ -94,7 +94,8 @@ def write_configuration(folder: Path, store: Path, models: list[str], ports: Por
     # One thread a worker: several workers on the same cores would only fight, and sums keep their order.
     environment = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "LOG_LOCATION": str(logs),
                    "METRICS_LOCATION": str(logs), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0",
-                   "ADE_STOP_FOLDER": str(folder / STOP_FOLDER)}
+                   "ADE_STOP_FOLDER": str(folder / STOP_FOLDER),
+                   "TS_DECODE_INPUT_REQUEST": "FALSE"}  # JSON is parsed by us, once its size is known
     if options.backend == "onnxruntime" and not on_gpu:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")]))
     return command, environment

@@ -73,7 +73,7 @@ class OnnxRuntimeBackend:
         import onnxruntime as ort
 
         provider = "CPUExecutionProvider"
-        if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers() and _gpu_is_there(ort, device):
+        if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers() and _gpu_is_there(ort):
             provider = "CUDAExecutionProvider"
         elif device == "cuda":
             raise BackendError("device cuda: ONNX Runtime finds no CUDA device here (is onnxruntime-gpu installed, "
@@ -108,7 +108,7 @@ class OnnxRuntimeBackend:
         return dict(zip(names, self._sessions[graph].run(names, dict(inputs)), strict=True))
 
 
-def _gpu_is_there(ort: Any, device: str) -> bool:
+def _gpu_is_there(ort: Any) -> bool:
     """Whether a session on the GPU could start: ONNX Runtime lists the provider wherever it was compiled in."""
     import torch
 

@@ -8,6 +8,7 @@ there they become ``OUT``.
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import multiprocessing
 import os
@@ -112,7 +113,7 @@ class FileScorer:
 
     def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):
-            return {"error": image.code, "notes": image.message}
+            return {"error": image.code, "notes": image.message.replace('"resize": "fit"', "--resize fit")}
         if isinstance(score, NotFinite):
             return {"error": "not_finite", "notes": str(score)}
         verdict = None if image.resized and not self._judges_resized else score.verdict
@@ -155,9 +156,13 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
     part = out.with_name(out.name + ".part")
     head = {"model": bundle.model_id, "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
             "folder": str(folder.resolve()), **asdict(options)}
-    done = _begin(part, head, folder)
-    progress(done, total)
     with open(part, "a", encoding="utf-8") as rows:
+        try:
+            fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BulkError(f"{part}: another process is at it") from None
+        done = _begin(part, head, folder)
+        progress(done, total)
         for made in _in_order(bundle, folder, options, workers, _chunks(image_paths(folder), done)):
             rows.write("".join(json.dumps(row) + "\n" for row in made))
             rows.flush()
@@ -170,21 +175,18 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
 
 def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
     """How many rows stand in the file already; a line that was not finished is cut off."""
-    if not part.exists():
-        part.write_text(json.dumps(head) + "\n")
-        return 0
     end, count, last = 0, -1, b""
     with open(part, "rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
                 break
-            if count < 0 and json.loads(line) != head:
-                raise BulkError(f"{part} was begun with {json.loads(line)}, this is {head}: remove it to begin anew")
+            if count < 0 and _parsed(line) != head:
+                raise BulkError(f"{part} was begun with {_parsed(line)}, this is {head}: remove it to begin anew")
             end, count, last = end + len(line), count + 1, line
-    if count < 0:
-        part.unlink()
-        return _begin(part, head, folder)
     os.truncate(part, end)
+    if count < 0:
+        part.write_text(json.dumps(head) + "\n")
+        return 0
     if count:
         expected = next(islice(image_paths(folder), count - 1, None), None)
         found = json.loads(last)["path"]
@@ -192,6 +194,13 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
             raise BulkError(f"{folder} has changed since {part} was begun: its file {count} is {expected}, it was {found}; "
                             "remove the .part to begin anew")
     return count
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return "something else"
 
 
 def _chunks(paths: Iterator[str], done: int) -> Iterator[list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REQUIRED = {"name": str, "recipe": str, "image_shape": list, "latent_shapes": list, "files": dict, "data": dict,
              "licence": str}
 
@@ -104,6 +106,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_name(name: str) -> None:
+    """Make sure that a model can be called so: its name goes into URLs, headers and names of files.
+
+    Raises:
+        BundleError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise BundleError("a model's name has letters, digits, '-', '_' and '.', and begins with one of the first two; "
+                          f"got {name!r}")
+
+
+def plain_name(text: str) -> str:
+    """A name that a model can have, from any text."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "images"
+
+
 def open_bundle(folder: Path) -> Bundle:
     """Read a bundle's manifest.
 
@@ -125,6 +143,7 @@ def open_bundle(folder: Path) -> Bundle:
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest.get(key), kind):
             raise BundleError(f"{path}: {key} must be a {kind.__name__}, got {manifest.get(key)!r}")
+    check_name(manifest["name"])
     for name in manifest["files"]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{path}: {name!r} is no plain file name")

@@ -224,7 +224,7 @@ class AdeClient:
 
 def _is_passing(answer: httpx.Response) -> bool:
     """Whether the same request may well be answered a little later."""
-    return answer.status_code in (503, 507) or answer.status_code == 500 and WORKER_DIED in answer.text
+    return answer.status_code in (429, 503, 507) or answer.status_code == 500 and WORKER_DIED in answer.text
 
 
 def _images(images: Sequence[ImageLike] | np.ndarray, resize: bool) -> dict[str, Any]:

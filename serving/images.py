@@ -80,9 +80,8 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
                                                f"{image.height}; \"resize\": \"fit\" resizes them")
             if ";16" in str(image.tile) and not image.mode.startswith("I"):
                 notes.append("converted from 16-bit colour to 8 bits")
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                notes.append(f"first of {frames} frames taken")
+            if getattr(image, "is_animated", False):  # how many there are is dear to count
+                notes.append("first of several frames taken")
                 image.seek(0)
             image.load()
             turned = ImageOps.exif_transpose(image)
@@ -106,10 +105,11 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
         return image
     if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
         notes.append("converted from 16-bit greyscale to 8 bits")
-        values = np.asarray(image, np.float64)
-        if mode == "I" or mode.startswith("I;16"):
-            values = np.floor(values / 256)
-        eight = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
+        values = np.asarray(image)
+        if mode == "F":
+            eight = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
+        else:
+            eight = np.clip(values >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(eight).convert("RGB")
     if image.has_transparency_data:
         notes.append("alpha composited on white")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import httpx
 
-from serving.ports import Ports
-from serving.status import queued_requests
+from serving.ports import Ports, local_address
+from serving.status import management_key, queued_requests
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
@@ -74,7 +74,9 @@ def drain(folder: Path, workers: int, ports: Ports, server: Child) -> None:
         server: if it is gone, nothing is left to wait for.
     """
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
-    while server.process.poll() is None and time.monotonic() < deadline - DRAIN_TIMEOUT_S / 2 and queued_requests(ports):
+    key = management_key(folder.parent)
+    while (server.process.poll() is None and time.monotonic() < deadline - DRAIN_TIMEOUT_S / 2
+           and queued_requests(ports, key)):
         time.sleep(0.1)
     folder.mkdir()
     while server.process.poll() is None and time.monotonic() < deadline and len(list(folder.iterdir())) < workers:
@@ -105,7 +107,7 @@ def start_page(ports: Ports, host: str, folder: Path, token: str | None, bundles
 
 def inference_url(ports: Ports, host: str) -> str:
     """Where this machine reaches the service."""
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', 'localhost') else host}:{ports.inference}"
+    return f"http://{local_address(host)}:{ports.inference}"
 
 
 def wait_until(ready: Callable[[], bool], children: list[Child]) -> None:
@@ -127,8 +129,7 @@ def wait_until(ready: Callable[[], bool], children: list[Child]) -> None:
 
 def page_is_ready(ports: Ports, host: str) -> bool:
     """Whether the page's ``/readyz`` says that all operations answer."""
-    address = "127.0.0.1" if host in ("0.0.0.0", "localhost") else host
     try:
-        return httpx.get(f"http://{address}:{ports.ui}/readyz", timeout=30).status_code == 200
+        return httpx.get(f"http://{local_address(host)}:{ports.ui}/readyz", timeout=30).status_code == 200
     except httpx.TransportError:
         return False

@@ -10,7 +10,13 @@ VARIABLES = {"inference": ("ADE_INFERENCE_PORT", 8080), "management": ("ADE_MANA
              "metrics": ("ADE_METRICS_PORT", 8082), "grpc": ("ADE_GRPC_PORT", 7070),
              "grpc_management": ("ADE_GRPC_MANAGEMENT_PORT", 7071), "ui": ("ADE_UI_PORT", 7860)}
 
+LOOPBACK = ("127.0.0.1", "localhost")
 USER = "ade"  # of the page, where the service asks for a token: the token is the password
+
+
+def local_address(host: str) -> str:
+    """Where this machine reaches what listens on ``host``."""
+    return "127.0.0.1" if host in ("0.0.0.0", "localhost") else host
 
 
 class PortError(ValueError):
@@ -52,6 +58,8 @@ class Ports:
         Raises:
             PortError: naming the variable to set.
         """
+        if ":" in host:
+            raise PortError(f"--host takes an IPv4 address or a name, got {host}")
         for name, (variable, _) in VARIABLES.items():
             port = getattr(self, name)
             with socket.socket() as probe:

@@ -27,6 +27,8 @@ from serving.parameters import MAX_IMAGES, read_parameters, show
 PROBE_HEADER = "X-Ade-Probe"
 MAX_DRAWS = 1024
 MAX_BODY_BYTES = 16 * 2**20
+MAX_JSON_BYTES = 24 * 2**20  # 16 MiB of files are 22 in base64
+MAX_SUFFIX = 4  # digits of a form's field such as image12
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
@@ -85,6 +87,7 @@ class FilesRequest:
     parameters: dict[str, Any]
     fit: bool
     probe: bool = False
+    pixels: int = 0  # to decode and resize
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def _json_object(request: RawRequest) -> dict[str, Any]:
     """The JSON object of a request, however far the server parsed it."""
     body = request.body
     if isinstance(body, (bytes, bytearray, memoryview, str)):
+        if len(body) > MAX_JSON_BYTES:  # before it is parsed: lists take many times the room of their text
+            raise ApiError(413, "request_too_large", f"JSON may have {MAX_JSON_BYTES} bytes, this has {len(body)}")
         try:
             body = json.loads(_bytes(body))
         except (ValueError, RecursionError) as error:
@@ -248,12 +253,13 @@ def parse_images(operation: str, request: RawRequest) -> FilesRequest:
         raise ApiError(413, "too_many_draws", f"images x samples may be {MAX_DRAWS}, got {len(sources)} x "
                                               f"{parameters['samples']}")
     fit = parameters.pop("resize") == "fit"
+    pixels = 0
     if fit:  # otherwise pictures of other sizes are refused by their headers
         pixels = sum(header_pixels(source) for source in sources if isinstance(source, bytes))
         if pixels > MAX_REQUEST_PIXELS:
             raise ApiError(413, "too_large", f"the pictures of a request may have {MAX_REQUEST_PIXELS} pixels together, "
                                              f"these have {pixels}")
-    return FilesRequest(sources, parameters, fit, request.probe)
+    return FilesRequest(sources, parameters, fit, request.probe, pixels)
 
 
 def decode_images(requests: Sequence[FilesRequest], image_shape: tuple[int, int, int], each: Each = map) -> list[
@@ -283,7 +289,7 @@ def _form(request: RawRequest) -> tuple[list[Any], dict[str, Any]]:
     files = {}
     for name, value in request.fields.items():
         suffix = name.removeprefix("image")
-        if name.startswith("image") and (not suffix or suffix.isdecimal()):
+        if name.startswith("image") and (not suffix or suffix.isdecimal() and len(suffix) <= MAX_SUFFIX):
             files[int(suffix or 0), name] = _bytes(value)
             size += len(files[int(suffix or 0), name])
         else:

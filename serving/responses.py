@@ -24,6 +24,7 @@ from serving.requests import MAX_JSON_ENCODINGS, InputImage, SampleRequest
 MAX_ANSWER_BYTES = 64 * 2**20
 LEVELS_255 = 255.0
 DIGITS = 6  # after the point, of a statistic
+JSON_BYTES_A_NUMBER = 24
 MAP_BYTES_A_PIXEL = 32  # a number in JSON, and its share of the picture
 
 
@@ -136,6 +137,8 @@ def encode_response(images: Sequence[InputImage | ApiError], levels: list[Encode
         raise unusable("too_many_images", f"JSON carries the latents of at most {MAX_JSON_ENCODINGS} images, got "
                                           f"{len(images)}: ask for \"format\": \"npz\"")
 
+    _check_size(sum(len(names) * JSON_BYTES_A_NUMBER * level.z.size for level in levels), "ask for \"format\": \"npz\"")
+
     def entry(row: int) -> dict[str, Any] | ApiError:
         if not finite[row]:
             return _not_finite()
@@ -160,6 +163,7 @@ def reconstruct_response(images: Sequence[InputImage | ApiError], made: np.ndarr
         kind: ``mean`` or ``density``.
         model_id: goes into JSON and into the PNG's text.
     """
+    _check_size(2 * made.nbytes, "send fewer images")
     decibels = [psnr(image.pixels, other) for image, other in zip(
         (i for i in images if isinstance(i, InputImage)), made, strict=True)]
     format = format or ("png" if len(images) == 1 else "json")

@@ -17,6 +17,7 @@ from serving.engine import EncodedLevel, InferenceEngine, Score
 from serving.errors import ApiError, is_out_of_memory, unusable
 from serving.journal import Journal
 from serving.requests import (
+    MAX_REQUEST_PIXELS,
     Each,
     FilesRequest,
     ImagesRequest,
@@ -39,9 +40,9 @@ from serving.telemetry import Stopwatch, Telemetry
 
 logger = logging.getLogger(__name__)
 MAX_DRAWN_SEED = 2**32  # drawn seeds are short enough to type
-# Rows of a graph that one batch of requests may take, well within the server's patience with a worker; each request by
-# itself takes fewer.
-MAX_BATCH_ROWS = 8192
+# What one batch of requests may take, well within the server's patience with a worker; each request by itself takes less.
+MAX_BATCH_PIXELS = 4 * MAX_REQUEST_PIXELS  # of pictures, before resizing
+MAX_BATCH_ROWS = 8192  # of a graph
 
 
 class Service:
@@ -74,7 +75,7 @@ class Service:
         with watch("parse"):
             taken_apart = [self._parse(request) for request in requests]
         with watch("decode"):
-            parsed = self._within_reach(self._decode(taken_apart))
+            parsed = self._within_reach(self._decode(self._within_sight(taken_apart)))
         good = [p for p in parsed if not isinstance(p, ApiError)]
         try:
             computed = iter(self._compute(good, watch))
@@ -140,6 +141,18 @@ class Service:
             return self._failure(error)
 
     @staticmethod
+    def _within_sight(parsed: list[SampleRequest | FilesRequest | ApiError]) -> list[
+            SampleRequest | FilesRequest | ApiError]:
+        """The same, but for requests whose pictures would take the batch too long to decode: they are to come again."""
+        room = MAX_BATCH_PIXELS
+        kept: list[SampleRequest | FilesRequest | ApiError] = []
+        for request in parsed:
+            pixels = request.pixels if isinstance(request, FilesRequest) else 0
+            kept.append(request if pixels <= room else _overloaded())
+            room -= pixels if pixels <= room else 0
+        return kept
+
+    @staticmethod
     def _within_reach(parsed: list[SampleRequest | ImagesRequest | ApiError]) -> list[
             SampleRequest | ImagesRequest | ApiError]:
         """The same, but for requests that would make the batch too long: they are asked to come again."""
@@ -152,7 +165,7 @@ class Service:
             elif isinstance(request, ImagesRequest):
                 rows = len(request.images) * request.parameters.get("samples", 1)
             if rows > room:
-                kept.append(ApiError(503, "overloaded", "other requests keep the server busy: try again later"))
+                kept.append(_overloaded())
                 continue
             room -= rows
             kept.append(request)
@@ -276,6 +289,10 @@ def _guarded(make: Any, *args: Any) -> Response:
         return response
     except ApiError as error:
         return error_response(error)
+
+
+def _overloaded() -> ApiError:
+    return ApiError(503, "overloaded", "other requests keep the server busy: try again later")
 
 
 def _internal_error() -> ApiError:

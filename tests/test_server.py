@@ -226,7 +226,7 @@ def test_sample_refuses(service: RunningService, values: dict, message: str) -> 
 
 
 ODD = {
-    "animated": (encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True), "2 frames"),
+    "animated": (encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True), "several frames"),
     "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), "CMYK"),
     "16-bit": (encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"), "16-bit"),
     "palette": (encode(PICTURE.quantize(32), "PNG"), "from P to RGB"),

@@ -68,7 +68,7 @@ def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset,
     config, whole, cut = SYSTEMS[name], tmp_path / "whole", tmp_path / "cut"
     progress = train(config, dataset, whole, options(STEPS), resume=False)
     assert progress.step == round(STEPS * (1 + config.inference_share))
-    train(config, dataset, cut, options(STEPS, minutes=0.0 if config.inference_share else None,
+    train(config, dataset, cut, options(STEPS, minutes=1e-9 if config.inference_share else None,
                                         images=16 * (STEPS if config.inference_share else STEPS // 2)), resume=False)
     train(config, dataset, cut, options(STEPS), resume=True)
     a, b = weights(whole), weights(cut)

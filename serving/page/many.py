@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import httpx
 import numpy as np
 from PIL import Image
 
@@ -119,6 +120,8 @@ def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> lis
     client = served.clients[model]
     try:
         return client.score(batch, explain=False, resize=resize)
+    except httpx.TransportError as error:
+        ask(_raise, error)
     except AdeError as error:
         if len(batch) == 1:
             return [error]
@@ -127,7 +130,7 @@ def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> lis
     return [result for data in batch for result in _scores(served, model, [data], resize)]
 
 
-def _raise(error: AdeError) -> None:
+def _raise(error: Exception) -> None:
     raise error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from pathlib import Path
 
@@ -50,8 +51,11 @@ def add_tab(shared: Shared) -> None:
         pixels, text = read_text(picture)
         bundle = served.bundles[model]
         try:
+            temperature = float(text["ade:temperature"])
+            if not math.isfinite(temperature):
+                raise ValueError(temperature)
             wanted = {"n": int(text["ade:n"]), "seed": int(text["ade:seed"]), "index": int(text["ade:index"]),
-                      "temperature": float(text["ade:temperature"]), "kind": text["ade:kind"]}
+                      "temperature": temperature, "kind": text["ade:kind"]}
         except ValueError:
             raise gr.Error("The picture's text is damaged: its numbers are none.") from None
         data, _ = ask(served.clients[model].sample_png, **wanted)

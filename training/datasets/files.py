@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,13 +20,25 @@ from training.data import PARTS, DataError, Dataset, ImageSet, Rows
 Report = Callable[[str], None]
 # Of 100 names, where the name's hash puts them: below 80 train, then select, calibrate, test.
 _BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
+_BY_NAME = "by hash of the file name"
 _CHUNK = 1000
+Item = TypeVar("Item")
 
 
 def part_of(name: str) -> str:
     """The part that a file of this name belongs to: a stable hash, so that adding files moves none."""
-    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
+    bucket = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % 100
     return next(part for part, bound in _BOUNDS.items() if bucket < bound)
+
+
+def is_split_by_name(splits: dict[str, str]) -> bool:
+    """Whether a data set's parts, in a manifest's words, follow from the names of files."""
+    return splits.get("train", "").endswith(_BY_NAME)
+
+
+def shuffled(items: Sequence[Item]) -> list[Item]:
+    """In an order that is always the same: the first of them are a sample, where a folder's first are of one class."""
+    return [items[i] for i in np.random.Generator(np.random.Philox(key=0)).permutation(len(items))]
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
@@ -109,7 +122,7 @@ def split_by_name(name: str, files: list[str], pixels: np.ndarray, skipped: dict
             rows[part_of(file.rsplit("/", 1)[-1])].append(row)
     if not rows["train"]:
         raise DataError(f"{name}: {len(files)} files, {len(skipped)} of them unusable, and none left to train on")
-    splits = {part: f"{name}: {len(r)} files by hash of the file name" for part, r in rows.items()}
+    splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
     return Dataset(name, {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()}, splits,
                    [f"{files[row]}: {why}" for row, why in sorted(skipped.items())])
 
