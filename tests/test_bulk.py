@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -91,6 +92,10 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(tiny_bundle: Path, folde
     part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
     with pytest.raises(BulkError, match="was begun with"):
         score(tiny_bundle, folder, out, alpha=0.2)
+    with open(part, "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BulkError, match="another process is at it"):
+            score(tiny_bundle, folder, out)
     seen = []
     score_folder(open_bundle(tiny_bundle), folder, out, BulkOptions(), 1, lambda done, total: seen.append(done))
     assert seen[0] == 128 and seen[-1] == 303
@@ -163,6 +168,7 @@ def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsy
     (["score", "EMPTY", "--bundle", "BUNDLE", "--out", "x.csv"], "holds no images"),
     (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
     (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
+    (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
     (["encode", "EMPTY", "--bundle", "BUNDLE", "--out", "x.npz"], "empty holds no images"),
     (["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"], "wide.png: images must be 8 x 8 pixels"),
     (["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"], "missing.png: No such file"),
@@ -173,6 +179,7 @@ def test_what_cannot_be_done_says_so(arguments: list[str], message: str, tiny_bu
                                      monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.png").mkdir()
     names = {"FOLDER": folder, "BUNDLE": tiny_bundle, "EMPTY": tmp_path / "empty", "WIDE": folder / "wide.png",
              "MISSING": folder / "missing.png", "FILE": folder / "class0" / next(image_paths(folder / "class0"))}
     assert main([str(names.get(argument, argument)) for argument in arguments]) == 2

@@ -56,7 +56,7 @@ def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
 
 @pytest.mark.parametrize("change, message", [
     ({"format_version": 1}, "must be 2, got 1; another version's bundle has to be exported again"),
-    ({"name": 3}, "name must be a str"),
+    ({"name": 3}, "name must be a str"), ({"name": "../x"}, "a model's name has letters"), ({"name": "my cat"}, "got 'my"),
     ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"), ({"image_shape": None}, "image_shape must be a list"),
 ])
 def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:
@@ -135,6 +135,70 @@ def test_parity_sees_a_wrong_weight(tiny_bundle: Path, tiny_checkpoint: Path, sm
     backend = load_backend(engine.bundle, GRAPH_NAMES, "onnxruntime", "cpu")
     with pytest.raises(ParityError):
         check_parity(model, {"onnxruntime": backend}, small_images[:40])
+
+
+@pytest.mark.parametrize("spoil, message", [("nan", "by nan"), ("place", "relative, of a pixel")])
+def test_parity_misses_no_batch_and_no_pixel(spoil: str, message: str, tiny_bundle: Path, tiny_checkpoint: Path,
+                                             small_images: np.ndarray) -> None:
+    backend = InferenceEngine(tiny_bundle, device="cpu").backend
+
+    class Spoilt:
+        name, fixed_sizes = backend.name, backend.fixed_sizes
+
+        def run(self, graph: str, inputs: dict, *rest: object) -> dict:
+            found = dict(backend.run(graph, inputs, *rest))
+            if spoil == "nan" and graph == "encode" and len(inputs["images"]) == 1:
+                found = {name: np.full_like(value, np.nan) for name, value in found.items()}
+            if spoil == "place" and "cost" in found:
+                found["cost"] = found["cost"].swapaxes(2, 3)  # the sums are the same
+            return found
+
+    with pytest.raises(ParityError, match=message):
+        check_parity(load_model(tiny_checkpoint), {"spoilt": Spoilt()}, small_images[:40])
+
+
+def test_a_verdict_of_another_version_is_replaced(copy: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+    from export.calibrate import calibrate_bundle
+    from serving.bundle import sha256_of
+
+    (copy / "calibration.npz").write_bytes(b"of another version")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["calibration.npz"] = sha256_of(copy / "calibration.npz")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    calibrate_bundle(copy, tmp_path / "new", small_images[:150], small_images[150:], "corners")
+    assert InferenceEngine(tmp_path / "new", device="cpu").calibration is not None
+
+
+def test_what_a_model_was_trained_on_is_known_by_name_and_split(tiny_bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    from ade_cli.data_options import was_trained_on
+
+    def bundle(**data: object) -> Bundle:
+        return Bundle(tiny_bundle, {**open_bundle(tiny_bundle).manifest, "data": data})
+
+    by_name = {"train": "Photos: 80 files by hash of the file name"}
+    by_index = {"train": "train[0:45000]"}
+    assert was_trained_on(bundle(name="Photos", splits=by_name), "Photos")
+    assert was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10", by_index)
+    assert not was_trained_on(bundle(name="Photos", splits=by_name), "photos") and not capsys.readouterr().err
+    assert not was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10")  # a folder of that name
+    assert "split in another way" in capsys.readouterr().err
+    assert not was_trained_on(bundle(name="cifar10", splits=by_name), "cifar10", by_index)
+
+
+def test_archives_touch_no_temporary_file_of_others(tiny_bundle: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    from handlers.archives import ServingOptions, write_archives
+
+    mine = tmp_path / "temporary" / "score" / "results.csv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "store").mkdir()
+    names = write_archives(open_bundle(tiny_bundle), tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1))
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(f"{name}.mar" for name in names)
+    assert mine.read_text() == "mine" and list((tmp_path / "temporary").iterdir()) == [mine.parent]
 
 
 def test_export_refuses_an_existing_folder(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ def test_first_frame_of_an_animation() -> None:
     assert (decoded.pixels == [255, 0, 0]).all() and decoded.notes == ["first of several frames taken"]
 
 
+def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a TIFF that takes the square of their number."""
+    from PIL import TiffImagePlugin
+
+    frames = [Image.new("L", (4, 4), level) for level in range(5)]
+    data = encode(frames[0], "TIFF", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "n_frames", property(lambda self: pytest.fail("they were")))
+    decoded = read_image(data)
+    assert (decoded.pixels == 0).all() and "first of several frames taken" in decoded.notes
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
     def chunk(kind: bytes, data: bytes) -> bytes:

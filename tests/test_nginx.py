@@ -79,6 +79,8 @@ def test_operations_under_short_paths(proxy: str, service: RunningService) -> No
     assert answer.status_code == 200 and answer.content == direct.content
     assert answer.headers["x-ade-model"] == direct.headers["x-ade-model"] and answer.headers["x-request-id"]
     assert "access-control-allow-origin" not in answer.headers
+    long = ask(proxy, "/predictions/score", content=data, headers={"Content-Type": "image/png"})  # as AdeClient asks
+    assert long.status_code == 200 and long.content == direct.content
     sample = ask(proxy, "/v1/sample", json={"n": 2, "seed": 1})
     assert sample.content.startswith(b"\x89PNG") and sample.headers["content-type"] == "image/png"
     form = ask(proxy, "/v1/score", files={"image": EXAMPLE.read_bytes()}, data={"alpha": "0.05"})
@@ -99,7 +101,8 @@ def test_keys(proxy: str, key: str | None) -> None:
     assert answer.status_code == 401 and code_of(answer) == "bad_key" and answer.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/", "/predictions/score", "/models", "/v1/", "/v1/score/", "/metrics", "/v1/../models"])
+@pytest.mark.parametrize("path", ["/", "/predictions/other", "/predictions/", "/models", "/v1/",
+                                   "/v1/score/", "/metrics", "/v1/../models"])
 def test_nothing_else_is_reached(proxy: str, path: str) -> None:
     answer = ask(proxy, path, method="GET")
     assert answer.status_code == 404 and code_of(answer) == "not_found"

@@ -142,6 +142,8 @@ def test_the_band_of_false_alarms() -> None:
     low, high = false_alarm_band(3000, 0.01)
     assert low < 0.01 < high
     assert false_alarm_band(50, 0.01) == (0.0, 0.0)
+    few, many = false_alarm_band(3000, 0.01, tested=200), false_alarm_band(3000, 0.01, tested=10**6)
+    assert few[0] == 0.0 and few[1] > high and many == pytest.approx((low, high), abs=5e-4)
 
 
 def test_more_images_make_a_finer_density() -> None:

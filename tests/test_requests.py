@@ -113,6 +113,7 @@ BAD_IMAGE_REQUESTS = {
     "open bracket": (body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(1, 8, 8, 3 ")), 400, r"\.npy file is damaged"),
     "unknown version": (body(npy(PIXELS[None]).replace(b"NUMPY\x01", b"NUMPY\x09")), 400, r"\.npy file is damaged"),
     "seed of text": (form(image=png(), seed="x"), 422, "seed must be a whole number"),
+    "a field's number of many digits": (form(**{"image": png(), "image" + "1" * 5000: png()}), 400, "is no text"),
     "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "is no text"),
     "negative shape": (body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")), 400, "damaged: shape"),
     "a field that the server parsed": (form(image=png(), x=20_000_000_000), 400, "must be text or a file, got int"),
@@ -265,6 +266,13 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch
     assert caught.value.status == 413
     parsed = read_images("score", as_json(images=[one, one, b64(b"junk")]), SHAPE)
     assert [image.code for image in parsed.images] == ["wrong_size", "wrong_size", "not_an_image"]
+
+
+def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.requests.MAX_JSON_BYTES", 1000)
+    with pytest.raises(ApiError, match="JSON may have 1000 bytes, this has 2000") as caught:
+        read_images("score", RawRequest("application/json", b"[" * 2000), SHAPE)
+    assert caught.value.status == 413
 
 
 def test_messages_that_are_no_utf8_are_answered_too() -> None:

@@ -24,8 +24,9 @@ from PIL import Image
 from ade_cli.serve import MAX_SCORE_WORKERS
 from ade_model.checkpoint import save_model
 from serving.client import AdeClient, AdeError, ScoreResult
-from serving.ports import VARIABLES
+from serving.ports import VARIABLES, Ports
 from serving.profile import read_totals
+from serving.status import read_status
 from tests.conftest import PRETRAINED, ROOT, make_model, narrow
 from tests.service import RunningService, free_ports
 from tests.test_images import encode, png_header
@@ -226,7 +227,8 @@ def test_sample_refuses(service: RunningService, values: dict, message: str) -> 
 
 
 ODD = {
-    "animated": (encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True), "several frames"),
+    "animated": (encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True),
+                 "several frames"),
     "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), "CMYK"),
     "16-bit": (encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"), "16-bit"),
     "palette": (encode(PICTURE.quantize(32), "PNG"), "from P to RGB"),
@@ -411,6 +413,8 @@ def test_off_loopback_a_token_is_asked_for() -> None:
             assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
         assert httpx.get(f"{running.page}/readyz", timeout=60).status_code == 200
         assert httpx.get(f"{running.page}/config", timeout=60).status_code == 401  # the page is locked too
+        found = read_status(Ports(**running.ports), match.group(1))
+        assert found["ready"] and found["models"]["sample"]["queued"] == 0, found  # the management API has another key
     finally:
         assert running.stop() == []
 
