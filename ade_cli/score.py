@@ -47,8 +47,11 @@ def run(args: argparse.Namespace) -> None:
     if args.out is None:
         if any(path.is_dir() for path in args.images):
             raise BulkError(f"a folder's scores need --out FILE ({', '.join(FORMATS)})")
-        for row in FileScorer(bundle, Path(), options)([str(path) for path in args.images]):
+        rows = FileScorer(bundle, Path(), options)([str(path) for path in args.images])
+        for row in rows:
             print(json.dumps(row))
+        if all("error" in row for row in rows):
+            raise BulkError("no image could be scored")
         return
     for path in args.images:
         if not path.exists():

@@ -169,6 +169,7 @@ def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsy
     (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
     (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
     (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
+    (["score", "MISSING", "WIDE", "--bundle", "BUNDLE"], "no image could be scored"),
     (["encode", "EMPTY", "--bundle", "BUNDLE", "--out", "x.npz"], "empty holds no images"),
     (["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"], "wide.png: images must be 8 x 8 pixels"),
     (["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"], "missing.png: No such file"),

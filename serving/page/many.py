@@ -24,7 +24,6 @@ from serving.page.served import Served, Shared, ask, file, sentence
 AT_ONCE = 32  # files a request
 MOST = 2000
 MOST_BYTES = 256 * 2**20  # unpacked
-MAX_FILE_BYTES = 16 * 2**20
 COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 THUMBNAIL = 48  # pixels a side at most
 
@@ -44,16 +43,23 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
             count += 1
             size += len(item[1])
             if size > MOST_BYTES:
-                raise gr.Error(f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any size.")
+                raise _too_much()
             yield item
+
+
+def _too_much() -> gr.Error:
+    return gr.Error(f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any size.")
 
 
 def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                if Path(info.filename).suffix.lower() in IMAGE_SUFFIXES and info.file_size <= MAX_FILE_BYTES:
-                    yield info.filename, archive.read(info)
+                if Path(info.filename).suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                if info.file_size > MOST_BYTES:  # before it is unpacked
+                    raise _too_much()
+                yield info.filename, archive.read(info)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise gr.Error(f"{Path(path).name} cannot be unpacked: {error}.") from None
 
