@@ -104,7 +104,7 @@ def write_report(calibration: Calibration, model: str, usual_name: str, usual: M
              "## Each statistic by itself, AUROC", "", *_singles(table, calibration.names), "", "## Histograms", "",
              *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(strangers))]
     path = out / "report.md"
-    path.write_text("\n".join(lines).rstrip() + "\n")
+    path.write_text("\n".join(lines).rstrip() + "\n", errors="backslashreplace")  # names of folders may be no UTF-8
     return path
 
 

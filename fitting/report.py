@@ -118,7 +118,8 @@ def write_report(findings: Findings, path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
                     '<meta name="viewport" content="width=device-width">'
-                    f"<title>{escape(f.plan.name)}</title><style>{CSS}</style><body>{''.join(body)}</body></html>\n")
+                    f"<title>{escape(f.plan.name)}</title><style>{CSS}</style><body>{''.join(body)}</body></html>\n",
+                    errors="backslashreplace")  # names of files may be no UTF-8
     os.replace(unfinished, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def test_what_cannot_be_fitted(arguments: list[str], message: str, tmp_path: Pat
 def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_images: np.ndarray) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])
     folder = make_folder(tmp_path / "My images", both)
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken too")
     out = tmp_path / "fit"
     command = [sys.executable, "-m", "ade_cli.main", "fit", str(folder), "--out", str(out), "--budget", "1.2m"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -109,7 +111,7 @@ def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_i
     process.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "703 image files" in done.stderr and f"serve it: ade serve {out / 'bundle'}" in done.stdout
+    assert "704 image files" in done.stderr and f"serve it: ade serve {out / 'bundle'}" in done.stdout
     bundle = verify_bundle(out / "bundle")
     assert bundle.name == "my-images" and bundle.image_shape == (32, 32, 3)
     assert bundle.manifest["calibration"]["resize"] == "fit" and bundle.manifest["evaluation"]["elbo"]["bpd"] < 20
@@ -117,7 +119,8 @@ def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_i
     scores = InferenceEngine(bundle, device="cpu").score(noise)
     assert np.mean([score.verdict.p_value for score in scores]) < 0.1
     page = (out / "report.html").read_text()
-    for words in ("False alarms", "broken.png", "The most unusual", "data:image/png;base64,", "bits per dimension"):
+    for words in ("False alarms", "broken.png", "caf\\udce9.png", "The most unusual", "data:image/png;base64,",
+                  "bits per dimension"):
         assert words in page
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

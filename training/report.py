@@ -45,4 +45,4 @@ def write_report(run: Path, checkpoint: Path, dataset: Dataset, model: ADEModel,
               "", "## Density samples, f⁻¹(μ(z) + σε)", "", "![density samples](pictures/samples-density.png)"]
     if dataset.skipped:
         lines += ["", f"## Files left out ({len(dataset.skipped)})", "", *(f"- {line}" for line in dataset.skipped)]
-    (run / "report.md").write_text("\n".join(lines) + "\n")
+    (run / "report.md").write_text("\n".join(lines) + "\n", errors="backslashreplace")  # names of files may be no UTF-8
