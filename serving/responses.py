@@ -163,7 +163,7 @@ def reconstruct_response(images: Sequence[InputImage | ApiError], made: np.ndarr
         kind: ``mean`` or ``density``.
         model_id: goes into JSON and into the PNG's text.
     """
-    _check_size(2 * made.nbytes, "send fewer images")
+    _check_size(2 * sum(image.nbytes for image in made), "send fewer images")
     decibels = [psnr(image.pixels, other) for image, other in zip(
         (i for i in images if isinstance(i, InputImage)), made, strict=True)]
     format = format or ("png" if len(images) == 1 else "json")

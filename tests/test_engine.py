@@ -214,6 +214,15 @@ def file(pixels: np.ndarray) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+@pytest.mark.parametrize("operation", ["encode", "reconstruct", "score"])
+def test_an_answer_where_no_image_is_usable(operation: str, engine: InferenceEngine) -> None:
+    nothing, broken, whole = Service(operation, engine).answer(
+        [as_json(images=[""]), as_json(images=["", "AAAA"]), as_json(images=[file(np.zeros((32, 32, 3), np.uint8))])])
+    for answer in (nothing, broken, *Service(operation, engine).answer([as_json(images=[""])])):
+        assert answer.status == 415 and json.loads(answer.body)["error"]["code"] == "not_an_image"
+    assert whole.status == 200
+
+
 def test_neighbours_of_a_broken_request_get_their_normal_answers(engine: InferenceEngine, real_images: np.ndarray) -> (
         None):
     service = Service("score", engine)
