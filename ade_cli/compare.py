@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
 from ade_model.errors import ConfigError
-from training.compare import Job, compare, read_rows
+from training.compare import Job, claim, compare, read_rows
 from training.compare_report import write_comparison
 from training.data import DataError
 from training.loop import RunOptions
@@ -41,6 +42,10 @@ def run(args: argparse.Namespace) -> None:
     for name in args.recipes:
         if name not in recipe_names():
             raise RunError(f"no recipe {name!r}; there are {', '.join(recipe_names())}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("ade compare trains each system in one process: start it several times with the same --out instead")
+    if not args.recipes and not args.out.is_dir():
+        raise RunError(f"{args.out}: there is no such folder to report on")
     budgets = [RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device) for seed in args.seeds]
     device = device_of(args.device)
     options = measure_options(args)
@@ -49,4 +54,9 @@ def run(args: argparse.Namespace) -> None:
     jobs = [Job(recipe(name, dataset.image_size, dataset.channels, args.size), budget)
             for budget in budgets for name in dict.fromkeys(args.recipes)]
     compare(jobs, dataset, source_of(args), args.out, options, lambda: Measurer(dataset, device, options, say), say)
-    say(f"{write_comparison(read_rows(args.out), args.out, device)}")
+    with claim(args.out, wait=True):
+        rows = read_rows(args.out)
+        if jobs and not rows:
+            say("nothing to report yet: other processes are at it")
+        else:
+            say(f"{write_comparison(rows, args.out, device)}")

@@ -32,12 +32,14 @@ def was_trained_on(bundle: Bundle, name: str, splits: dict[str, str] | None = No
     Args:
         bundle: its manifest names the data set and says how it was split.
         name: of the data set, or of a folder.
-        splits: of a named data set; ``None`` for a folder, which is split by its files' names.
+        splits: of a named data set; ``None`` for a folder. Those by files' names say how many there are too: a file more or
+            less moves no other.
     """
     data = bundle.manifest["data"]
     if data.get("name") != name:
         return False
-    same = is_split_by_name(data.get("splits", {})) if splits is None else data.get("splits") == splits
+    by_name = is_split_by_name(data.get("splits", {})) and (splits is None or is_split_by_name(splits))
+    same = by_name or data.get("splits") == splits
     if not same:
         say(f"warning: {bundle.name} was trained on data called {name} too, split in another way: make sure that nothing "
             "of this was trained on")

@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from serving.ports import VARIABLES, PortError, Ports
+from serving.ports import VARIABLES, PortError, Ports, check_host
 from serving.status import read_status
 
 ERRORS = (PortError,)
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_host(args.host)
     found = read_status(Ports.from_environment(), os.environ.get("ADE_TOKEN"), args.host)
     print(json.dumps(found, indent=2) if args.json else _text(found))
     return 0 if found["ready"] else 1

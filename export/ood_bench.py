@@ -60,6 +60,10 @@ def compare_scores(usual: np.ndarray, strange: np.ndarray) -> Figures:
                    float((usual >= np.quantile(strange, 0.05)).mean()))
 
 
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()  # names of folders need not be UTF-8
+
+
 def _standard_error(auroc: float, usual: int, strange: int) -> float:
     """Hanley and McNeil, "The meaning and use of the area under a ROC curve", 1982, eq. 2."""
     q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
@@ -83,6 +87,7 @@ def write_report(calibration: Calibration, model: str, usual_name: str, usual: M
         The report's path.
     """
     out.mkdir(parents=True, exist_ok=True)
+    usual_name, strangers = _printable(usual_name), {_printable(name): its for name, its in strangers.items()}
     usual_scores = scores_of(calibration, usual)
     names = [COMBINED, RAW_BPD, NO_MODEL, *calibration.names]
     table: dict[str, dict[str, Figures]] = {}
@@ -104,7 +109,7 @@ def write_report(calibration: Calibration, model: str, usual_name: str, usual: M
              "## Each statistic by itself, AUROC", "", *_singles(table, calibration.names), "", "## Histograms", "",
              *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(strangers))]
     path = out / "report.md"
-    path.write_text("\n".join(lines).rstrip() + "\n", errors="backslashreplace")  # names of folders may be no UTF-8
+    path.write_text("\n".join(lines).rstrip() + "\n")
     return path
 
 

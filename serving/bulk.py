@@ -161,6 +161,9 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
             fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BulkError(f"{part}: another process is at it") from None
+        if out.exists():  # by now
+            part.unlink(missing_ok=True)
+            raise BulkError(f"{out} is there already")
         done = _begin(part, head, folder)
         progress(done, total)
         for made in _in_order(bundle, folder, options, workers, _chunks(image_paths(folder), done)):
@@ -168,8 +171,8 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
             rows.flush()
             done += len(made)
             progress(done, total)
-    summary = _finish(part, out, columns(bundle, options.samples))
-    part.unlink()
+        summary = _finish(part, out, columns(bundle, options.samples))
+        part.unlink()
     return summary
 
 

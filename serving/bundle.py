@@ -169,5 +169,5 @@ def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
     manifest = {"format_version": FORMAT_VERSION, **{k: v for k, v in fields.items() if k != "format_version"},
                 "files": files}
     temporary = folder / f".{MANIFEST_NAME}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     temporary.replace(folder / MANIFEST_NAME)

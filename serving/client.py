@@ -22,6 +22,7 @@ from serving.requests import PROBE_HEADER
 
 FORM_ERRORS = ("ErrorDataDecoderException", "ArrayIndexOutOfBoundsException")  # of forms that it cannot take apart
 WORKER_DIED = "Worker died"  # TorchServe of a request whose worker ended; another one may well answer it
+MAX_WAIT_S = 30.0  # between two tries, whatever a gateway asks for
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 Kind = Literal["mean", "density"]
 
@@ -215,11 +216,17 @@ class AdeClient:
             answer = self._http.post(f"/predictions/{self._prefix}{operation}", json=values, headers=headers)
             if not _is_passing(answer) or attempt == self._retries:
                 break
-            time.sleep(float(answer.headers.get("Retry-After", wait)))
+            time.sleep(asked_to_wait(answer) or wait)
             wait *= 2
         if answer.status_code != 200:
             raise _error(answer)
         return answer
+
+
+def asked_to_wait(answer: httpx.Response) -> float | None:
+    """Seconds until the next try; ``None`` where the answer does not say, or says a date."""
+    asked = answer.headers.get("Retry-After", "")
+    return min(float(asked), MAX_WAIT_S) if asked.isdecimal() else None
 
 
 def _is_passing(answer: httpx.Response) -> bool:

@@ -23,6 +23,16 @@ class PortError(ValueError):
     """A port that cannot be listened on."""
 
 
+def check_host(host: str) -> None:
+    """Make sure that a host is none by IPv6, which TorchServe's configuration does not take.
+
+    Raises:
+        PortError: it is.
+    """
+    if ":" in host:
+        raise PortError(f"--host takes an IPv4 address or a name, got {host}")
+
+
 @dataclass(frozen=True)
 class Ports:
     """TCP ports."""
@@ -58,8 +68,7 @@ class Ports:
         Raises:
             PortError: naming the variable to set.
         """
-        if ":" in host:
-            raise PortError(f"--host takes an IPv4 address or a name, got {host}")
+        check_host(host)
         for name, (variable, _) in VARIABLES.items():
             port = getattr(self, name)
             with socket.socket() as probe:

@@ -27,7 +27,9 @@ from serving.parameters import MAX_IMAGES, read_parameters, show
 PROBE_HEADER = "X-Ade-Probe"
 MAX_DRAWS = 1024
 MAX_BODY_BYTES = 16 * 2**20
-MAX_JSON_BYTES = 24 * 2**20  # 16 MiB of files are 22 in base64
+MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 in base64
+JSON_BYTES_A_NUMBER = 26  # at most, with what stands between two
+ARRAYS_A_LEVEL = 4  # of encode's answer, which is taken as it is: mean, log_scale, z, eps
 MAX_SUFFIX = 4  # digits of a form's field such as image12
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 MAX_JSON_ENCODINGS = 16
@@ -111,16 +113,20 @@ def _bytes(value: Any) -> bytes:
     return bytes(value)
 
 
-def _json_object(request: RawRequest) -> dict[str, Any]:
+def _parsed(text: bytes | bytearray | memoryview | str, name: str, limit: int) -> Any:
+    if len(text) > limit:  # before it is parsed: lists take many times the room of their text
+        raise ApiError(413, "request_too_large", f"JSON may have {limit} bytes here, {name} has {len(text)}")
+    try:
+        return json.loads(_bytes(text))
+    except (ValueError, RecursionError) as error:
+        raise malformed(f"{name} is not JSON: {error}") from None
+
+
+def _json_object(request: RawRequest, limit: int) -> dict[str, Any]:
     """The JSON object of a request, however far the server parsed it."""
     body = request.body
     if isinstance(body, (bytes, bytearray, memoryview, str)):
-        if len(body) > MAX_JSON_BYTES:  # before it is parsed: lists take many times the room of their text
-            raise ApiError(413, "request_too_large", f"JSON may have {MAX_JSON_BYTES} bytes, this has {len(body)}")
-        try:
-            body = json.loads(_bytes(body))
-        except (ValueError, RecursionError) as error:
-            raise malformed(f"the body is not JSON: {error}") from None
+        body = _parsed(body, "the body", limit)
     if not isinstance(body, dict):
         raise malformed(f"the body must be a JSON object, got {type(body).__name__}")
     return body
@@ -136,17 +142,15 @@ def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]])
     Raises:
         ApiError: with the status to answer.
     """
+    limit = 2**20 + MAX_IMAGES * ARRAYS_A_LEVEL * JSON_BYTES_A_NUMBER * sum(map(math.prod, latent_shapes))
     if request.body is None:
         if not request.fields and _is(request.content_type, URLENCODED):  # the server drops what has no name
             raise malformed("the form is empty: a JSON body needs the header Content-Type: application/json")
         given = {name: _text(name, value) for name, value in request.fields.items()}
         if "latents" in given:
-            try:
-                given["latents"] = json.loads(given["latents"])
-            except (ValueError, RecursionError) as error:
-                raise malformed(f"latents is not JSON: {error}") from None
+            given["latents"] = _parsed(given["latents"], "latents", limit)
     elif _is(request.content_type, "application/json") or isinstance(request.body, dict):
-        given = _json_object(request)
+        given = _json_object(request, limit)
     elif isinstance(request.body, (bytes, bytearray, str)) and not request.body:
         raise malformed("the request is empty: POST a JSON object, such as {\"n\": 4, \"seed\": 7}")
     else:
@@ -233,7 +237,7 @@ def parse_images(operation: str, request: RawRequest) -> FilesRequest:
     if request.body is None:
         sources, given = _form(request)
     elif _is(request.content_type, "application/json") or isinstance(request.body, (dict, list)):
-        given = dict(_json_object(request))
+        given = dict(_json_object(request, MAX_JSON_BYTES))
         sources = _json_images(given)
     elif isinstance(request.body, (bytes, bytearray, memoryview, str)):
         body = _bytes(request.body)

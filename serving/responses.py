@@ -19,12 +19,11 @@ from serving.engine import EncodedLevel, NotFinite, Score
 from serving.errors import PHRASES, ApiError, unusable
 from serving.images import tile, write_png
 from serving.ood import benjamini_hochberg, simes
-from serving.requests import MAX_JSON_ENCODINGS, InputImage, SampleRequest
+from serving.requests import JSON_BYTES_A_NUMBER, MAX_JSON_ENCODINGS, InputImage, SampleRequest
 
 MAX_ANSWER_BYTES = 64 * 2**20
 LEVELS_255 = 255.0
 DIGITS = 6  # after the point, of a statistic
-JSON_BYTES_A_NUMBER = 24
 MAP_BYTES_A_PIXEL = 32  # a number in JSON, and its share of the picture
 
 

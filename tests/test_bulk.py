@@ -135,6 +135,15 @@ def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(tiny_bundle: Path
     assert [row["path"] for row in read(out)] == list(image_paths(folder))
 
 
+def test_a_table_that_another_process_finished_meanwhile_stays(tiny_bundle: Path, folder: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "scores.csv"
+    monkeypatch.setattr("serving.bulk.FileScorer", lambda *options: out.write_text("theirs"))
+    with pytest.raises(BulkError, match="is there already"):
+        score(tiny_bundle, folder, out)
+    assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
+
+
 def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     bundle = ["--bundle", str(tiny_bundle)]
     files = [str(folder / path) for path in list(image_paths(folder))[3:6]]

@@ -183,6 +183,8 @@ def test_what_a_model_was_trained_on_is_known_by_name_and_split(tiny_bundle: Pat
     assert not was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10")  # a folder of that name
     assert "split in another way" in capsys.readouterr().err
     assert not was_trained_on(bundle(name="cifar10", splits=by_name), "cifar10", by_index)
+    more = {"train": "Photos: 81 files by hash of the file name"}
+    assert was_trained_on(bundle(name="lsun", splits=by_name), "lsun", more)
 
 
 def test_archives_touch_no_temporary_file_of_others(tiny_bundle: Path, tmp_path: Path,

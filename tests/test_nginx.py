@@ -101,6 +101,8 @@ def test_health_and_contract_need_no_key(proxy: str) -> None:
 def test_keys(proxy: str, key: str | None) -> None:
     answer = ask(proxy, "/v1/sample", key=key, json={})
     assert answer.status_code == 401 and code_of(answer) == "bad_key" and answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-request-id"] and answer.headers["strict-transport-security"] and "retry-after" not in (
+        answer.headers)
 
 
 @pytest.mark.parametrize("path", ["/", "/predictions/other", "/predictions/", "/models", "/v1/",
@@ -142,3 +144,4 @@ def test_a_key_has_a_rate(proxy: str) -> None:
     assert {answer.status_code for answer in answers} == {415, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert code_of(refused) == "rate_limited" and refused.headers["retry-after"] == "1"
+    assert refused.headers["x-request-id"] and "www-authenticate" not in refused.headers

@@ -270,9 +270,21 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch
 
 def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.requests.MAX_JSON_BYTES", 1000)
-    with pytest.raises(ApiError, match="JSON may have 1000 bytes, this has 2000") as caught:
+    with pytest.raises(ApiError, match="JSON may have 1000 bytes here, the body has 2000") as caught:
         read_images("score", RawRequest("application/json", b"[" * 2000), SHAPE)
     assert caught.value.status == 413
+
+
+def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no text is parsed that is longer than that, in a body or in a form."""
+    monkeypatch.setattr("serving.requests.MAX_JSON_BYTES", 1000)
+    shapes = [(8, 8, 8)]
+    number = -1.1754943508222875e-38  # as long as they come
+    level = dict.fromkeys(("mean", "log_scale", "z", "eps"), np.full(shapes[0], number).tolist())
+    whole = json.dumps({"latents": {"results": [{"levels": [level]}] * 256}}).encode()
+    assert parse_sample(body(whole, "application/json"), shapes).n == 256
+    for request in (body(b"[" * 2 * 10**7, "application/json"), form(latents=b"[" * 2 * 10**7)):
+        assert refused(parse_sample, request, shapes).status == 413
 
 
 def test_messages_that_are_no_utf8_are_answered_too() -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ade_cli.serve import MAX_SCORE_WORKERS
 from ade_model.checkpoint import save_model
-from serving.client import AdeClient, AdeError, ScoreResult
+from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from serving.ports import VARIABLES, Ports
 from serving.profile import read_totals
 from serving.status import read_status
@@ -319,6 +319,8 @@ def test_status(service: RunningService, client: AdeClient) -> None:
     unused = dict(zip((v for v, _ in VARIABLES.values()), map(str, free_ports(len(VARIABLES))), strict=True))
     away = status(**unused)
     assert away.returncode == 1 and "ready       no" in away.stdout and "Traceback" not in away.stderr
+    six = status("--host", "::1")
+    assert six.returncode == 2 and "takes an IPv4 address or a name, got ::1" in six.stderr
 
 
 def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
@@ -336,6 +338,12 @@ def test_everything_listens_on_loopback_alone(service: RunningService) -> None:
                  for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert {a.port for a in addresses} >= set(service.ports.values())
     assert {a.ip for a in addresses} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize("asked, seconds", [("1", 1.0), ("86400", MAX_WAIT_S), ("Wed, 25 Nov 2026 15:00:00 GMT", None),
+                                            ("", None), (None, None)])
+def test_the_client_waits_as_advised_within_reason(asked: str | None, seconds: float | None) -> None:
+    assert asked_to_wait(httpx.Response(503, headers={} if asked is None else {"Retry-After": asked})) == seconds
 
 
 def test_a_killed_worker_comes_back(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:

@@ -135,6 +135,12 @@ def test_a_system_that_another_process_trains_is_left_to_it(dataset: Dataset, tm
         held.communicate()
     start()
     assert said == ["vae-seed0: training", "vae-seed0: measuring"]
+    # What was measured stands, whatever goes wrong later, unless the run diverged.
+    for kind, stands in (("MemoryError", True), ("TrainingDiverged", False)):
+        (run / FAILURE).write_text(json.dumps({"kind": kind, "why": "x", "trace": ""}))
+        assert (read_rows(tmp_path)[0]["measured"] is not None) == stands
+    start()
+    assert said == [f"vae-seed0: diverged before; delete {run} to try again"]
 
 
 @pytest.mark.slow

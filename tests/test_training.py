@@ -347,7 +347,7 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
     exported = ade("export", str(run), str(bundle))
     assert exported.returncode == 0, exported.stderr
     assert json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
-    strangers = tmp_path / "strangers"
+    strangers = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
     shutil.copytree(folder, strangers)
     noise_file = tmp_path / "noise.npy"
     np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
@@ -358,6 +358,7 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
                 str(tmp_path / "bench"), "--images", "60", "--corrupted", "20")
     assert bench.returncode == 0, bench.stderr
     report = (tmp_path / "bench" / "report.md").read_text()
+    assert "caf\\udce9" in report
     assert "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
     rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
     assert rows[0].startswith("strangers,score,auroc") and any(row.startswith("noise,combined,") for row in rows)
@@ -400,6 +401,7 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     (["train", "av-ade", "--data", "DATA", "--image-size", "-4", "--out", "OUT"], "must be at least 2 pixels, got -4"),
     (["compare", "vae", "--data", "DATA", "--image-size", "8", "--resnet20", "no.npz", "--out", "OUT"], "does not hold"),
     (["compare", "vae", "--data", "DATA", "--image-size", "8", "--inception", "no", "--out", "OUT"], "there is no file"),
+    (["compare", "--data", "DATA", "--image-size", "8", "--out", "OUT"], "there is no such folder to report on"),
     (["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"], "holds no run"),
     (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
     (["evaluate", "OUT"], "holds no finished checkpoint"),

@@ -74,13 +74,14 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
         if job.name in kept and not run.is_dir() and _is_finished(kept[job.name], job, dataset, how):
             report(f"{job.name}: finished before, its row is kept")
             continue
-        if _diverged(run):
-            report(f"{job.name}: diverged before; delete {run} to try again")
-            continue
-        with _claim(run) as is_ours:
+        with claim(run) as is_ours:
             if not is_ours:
                 report(f"{job.name}: another process is at it")
                 continue
+            if _diverged(run):
+                report(f"{job.name}: diverged before; delete {run} to try again")
+                continue
+            (run / FAILURE).unlink(missing_ok=True)
             try:
                 if not _is_trained(run, job):
                     report(f"{job.name}: training")
@@ -93,7 +94,6 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
                     model = load_model(folder).to(ready.device)
                     found = ready.measure(model, read_config(folder).get("operations", model.config.operations))
                     write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
-                (run / FAILURE).unlink(missing_ok=True)
             except RunError:
                 raise
             except Exception as error:  # a row that says why, and on to the next
@@ -104,16 +104,24 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
 
 
 @contextmanager
-def _claim(run: Path) -> Iterator[bool]:
-    """Whether a run's folder is this process's to work in; the claim ends with the process, however that ends."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "w") as file:
+def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether a folder is this process's to work in; the claim ends with the process, however that ends.
+
+    Args:
+        folder: of a run, or of a whole comparison; made where it is missing.
+        wait: for whoever has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
+            is_ours = False
+        except OSError:  # a file system without locks: one process at a time is up to the user there
+            is_ours = True
         else:
-            yield True
+            is_ours = True
+        yield is_ours
 
 
 def _diverged(run: Path) -> bool:
@@ -184,7 +192,8 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         for key, file in (("measured", MEASURED), ("failure", FAILURE)):
             if (run / file).is_file():
                 row[key] = json.loads((run / file).read_text())
-        if row["failure"] or (row["measured"] and folders and row["measured"]["checkpoint"] != folders[-1].name):
+        stale = row["measured"] and folders and row["measured"]["checkpoint"] != folders[-1].name
+        if stale or _diverged(run):
             row["measured"] = None
         row["curves"] = {name: _curve(run / "metrics.jsonl", name) for name in CURVES}
         rows.append(row)

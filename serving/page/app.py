@@ -66,14 +66,14 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     served = Served(url, bundles, token)
     app = FastAPI(title="AV-ADE page", docs_url=None, redoc_url=None, openapi_url=None)
 
-    asking, known_at = threading.Lock(), -math.inf
+    asking, ready, known_at = threading.Lock(), False, -math.inf
 
     @app.get("/readyz")
     def readyz() -> JSONResponse:
-        nonlocal known_at
-        with asking:  # anybody may ask, and each answer is four inferences
-            ready = time.monotonic() - known_at < READY_FOR_S or served.is_ready()
-            if ready and time.monotonic() - known_at >= READY_FOR_S:
+        nonlocal ready, known_at
+        with asking:  # anybody may ask, and to know it takes four inferences; who waited takes what the first was told
+            if time.monotonic() - known_at >= READY_FOR_S:
+                ready = served.is_ready()
                 known_at = time.monotonic()
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 

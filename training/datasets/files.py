@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -54,19 +55,20 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
 
 def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]], cache: Path | None,
                   fill: Callable[[np.ndarray], dict[int, str]]) -> tuple[np.ndarray, dict[int, str]]:
-    """An array that ``fill`` wrote, in memory or in a memory map of the cache.
+    """An array that ``fill`` wrote, a memory map of a file.
 
     Args:
         identity: of the content; the same identity is not filled again.
         shape: gives ``(N, H, W, C)``; asked only where the array is to be filled.
-        cache: a folder; ``None`` keeps the array in memory.
+        cache: the file's folder; ``None`` takes a temporary file.
         fill: writes the pixels and returns the rows that are unusable, and why.
 
     Returns:
         uint8 pixels and the unusable rows.
     """
     if cache is None:
-        pixels = np.empty(shape(), np.uint8)
+        with tempfile.TemporaryFile() as file:
+            pixels: np.ndarray = np.memmap(file, np.uint8, "w+", shape=shape())
         return pixels, fill(pixels)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"

@@ -58,7 +58,7 @@ class ResNet20(nn.Module):
             with np.load(path, allow_pickle=False) as arrays:
                 state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
             missing, unexpected = self.load_state_dict(state, strict=False)
-        except (OSError, ValueError, RuntimeError, TypeError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, RuntimeError, TypeError, BadZipFile) as error:
             raise FeatureError(f"{path} does not hold a ResNet-20: {error}") from error
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:
