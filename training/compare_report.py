@@ -95,19 +95,20 @@ def _rows(header: list[str], body: list[list[str]]) -> list[str]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     spaces = _used_spaces(rows)
-    header = ["system", "f", "adv", "mle", "BPD", "IWAE", *(SPACES[s] for s in spaces), "class score",
+    header = ["system", "images", "f", "adv", "mle", "BPD", "IWAE", *(SPACES[s] for s in spaces), "class score",
               "paper: BPD", "IS", "FID"]
     body = []
     for row in rows:
         config, measured, paper = row["config"], row["measured"], PAPER[row["config"].recipe]
         marks = [("✓" if has else "") for has in (config.model.flow_scales > 0, config.discriminator is not None,
                                                    config.coverage)]
+        about = [_label(row), f"{(_images(row) - _for_inference(row)) / 1000:,.0f}k", *marks]
         bracket = "[{}]" if config.inference_share else "{}"
         cited = [("[{}]" if paper.bracketed else "{}").format(_number(paper.bpd, 1)), _number(paper.inception_score, 1),
                  _number(paper.fid, 1)]
         if measured is None:
             why = row["failure"]["why"] if row["failure"] else "not finished"
-            body.append([_label(row), *marks, f"**failed: {why}**" if row["failure"] else why,
+            body.append([*about, f"**failed: {why}**" if row["failure"] else why,
                          *[""] * (2 + len(spaces)), *cited])
             continue
         figures = _figures(row)
@@ -115,7 +116,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         bpd = bracket.format(f"{_number(elbo['bpd'], 3)} ± {_number(elbo['standard_error'], 3)}") if elbo else "–"
         iwae = next((bracket.format(_number(v["bpd"], 3)) for k, v in measured.items() if k.startswith("iwae-")), "–")
         score = measured.get("distances", {}).get("mean", {}).get(RESNET20, {}).get("class_score", {}).get("mean")
-        body.append([_label(row), *marks, bpd, iwae, *(_number(figures[s], 1) for s in spaces), _number(score), *cited])
+        body.append([*about, bpd, iwae, *(_number(figures[s], 1) for s in spaces), _number(score), *cited])
     return _rows(header, body)
 
 
@@ -200,13 +201,22 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def _images(row: dict[str, Any]) -> int:
+    return int((row["state"] or {}).get("images", 0))
+
+
+def _for_inference(row: dict[str, Any]) -> int:
+    """How many of the images seen went to the inference network around a frozen generator."""
+    state = row["state"] or {}
+    since = state.get("inferring_since")
+    return 0 if since is None else int((state["step"] - since) * row["config"].batch_size)
+
+
 def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
     body = []
     for row in rows:
-        config, state, counts = row["config"], row["state"] or {}, count_weights(row["config"])
-        images, seconds = state.get("images", 0), state.get("seconds", 0.0)
-        since = state.get("inferring_since")
-        inference = 0 if since is None else (state["step"] - since) * config.batch_size
+        state, counts = row["state"] or {}, count_weights(row["config"])
+        images, seconds, inference = _images(row), state.get("seconds", 0.0), _for_inference(row)
         extra = f", of them {inference:,} for the inference network" if inference else ""
         body.append([_label(row), str(row["seed"]), f"{images:,}{extra}", f"{state.get('step', 0):,}",
                      f"{seconds / 60:.1f}", f"{images / seconds:.0f}" if seconds else "–", f"{counts.model:,}",
@@ -253,7 +263,8 @@ def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tupl
         if not axes.lines:
             continue
         if name == "bpd":
-            axes.set_ylim(top=float(np.percentile(np.concatenate([line.get_ydata() for line in axes.lines]), 97)))
+            low, high = np.percentile(np.concatenate([line.get_ydata() for line in axes.lines]), [0, 97])
+            axes.set_ylim(low - 0.05 * (high - low), high)  # a start, or a step before a rescue, would flatten all the rest
         axes.set_xlabel("images seen")
         axes.set_ylabel(caption)
         axes.grid(alpha=0.25)
