@@ -20,7 +20,7 @@ def local_address(host: str) -> str:
 
 
 class PortError(ValueError):
-    """A port that cannot be listened on."""
+    """A port or a host that cannot be listened on."""
 
 
 def check_host(host: str) -> None:

@@ -75,7 +75,7 @@ class Service:
         with watch("parse"):
             taken_apart = [self._parse(request) for request in requests]
         with watch("decode"):
-            parsed = self._within_reach(self._decode(self._within_sight(taken_apart)))
+            parsed = _within(MAX_BATCH_ROWS, _rows, self._decode(_within(MAX_BATCH_PIXELS, _pixels, taken_apart)))
         good = [p for p in parsed if not isinstance(p, ApiError)]
         try:
             computed = iter(self._compute(good, watch))
@@ -139,37 +139,6 @@ class Service:
             return decode_images([files], self.engine.image_shape)[0]
         except Exception as error:
             return self._failure(error)
-
-    @staticmethod
-    def _within_sight(parsed: list[SampleRequest | FilesRequest | ApiError]) -> list[
-            SampleRequest | FilesRequest | ApiError]:
-        """The same, but for requests whose pictures would take the batch too long to decode: they are to come again."""
-        room = MAX_BATCH_PIXELS
-        kept: list[SampleRequest | FilesRequest | ApiError] = []
-        for request in parsed:
-            pixels = request.pixels if isinstance(request, FilesRequest) else 0
-            kept.append(request if pixels <= room else _overloaded())
-            room -= pixels if pixels <= room else 0
-        return kept
-
-    @staticmethod
-    def _within_reach(parsed: list[SampleRequest | ImagesRequest | ApiError]) -> list[
-            SampleRequest | ImagesRequest | ApiError]:
-        """The same, but for requests that would make the batch too long: they are asked to come again."""
-        room = MAX_BATCH_ROWS
-        kept: list[SampleRequest | ImagesRequest | ApiError] = []
-        for request in parsed:
-            rows = 0
-            if isinstance(request, SampleRequest):
-                rows = request.n
-            elif isinstance(request, ImagesRequest):
-                rows = len(request.images) * request.parameters.get("samples", 1)
-            if rows > room:
-                kept.append(_overloaded())
-                continue
-            room -= rows
-            kept.append(request)
-        return kept
 
     def _check_kind(self, kind: str) -> None:
         kinds = self.engine.bundle.kinds
@@ -271,6 +240,26 @@ class Service:
         if isinstance(request, SampleRequest):
             return request.n
         return sum(isinstance(image, InputImage) for image in request.images)
+
+
+def _within(room: int, cost: Callable[[Any], int], parsed: list[Any]) -> list[Any]:
+    """Requests, but for those that would make the batch too long: they are asked to come again."""
+    kept = []
+    for request in parsed:
+        taken = cost(request)
+        kept.append(request if taken <= room else _overloaded())
+        room -= taken if taken <= room else 0
+    return kept
+
+
+def _pixels(request: SampleRequest | FilesRequest | ApiError) -> int:
+    return request.pixels if isinstance(request, FilesRequest) else 0
+
+
+def _rows(request: SampleRequest | ImagesRequest | ApiError) -> int:
+    if isinstance(request, SampleRequest):
+        return request.n
+    return len(request.images) * request.parameters.get("samples", 1) if isinstance(request, ImagesRequest) else 0
 
 
 def _split(values: Any, counts: list[int]) -> list[Any]:
