@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from ade_cli.main import main
 from ade_model.checkpoint import load_model
 from export.calibrate import calibrate_bundle
 from export.write import export_bundle
@@ -141,6 +142,13 @@ def test_a_system_that_another_process_trains_is_left_to_it(dataset: Dataset, tm
         assert (read_rows(tmp_path)[0]["measured"] is not None) == stands
     start()
     assert said == [f"vae-seed0: diverged before; delete {run} to try again"]
+
+
+def test_processes_of_torchrun_do_not_share_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each would take another system, and average their gradients
+    assert main(["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]) == 2
+    assert "start it several times" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
