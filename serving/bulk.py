@@ -8,7 +8,6 @@ there they become ``OUT``.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
 from serving.engine import InferenceEngine, NotFinite
 from serving.errors import ApiError
 from serving.images import IMAGE_SUFFIXES
+from serving.locks import lock
 from serving.requests import InputImage, prepare_image
 from serving.signatures import part_names
 
@@ -157,10 +157,8 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
     head = {"model": bundle.model_id, "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
             "folder": str(folder.resolve()), **asdict(options)}
     with open(part, "a", encoding="utf-8") as rows:
-        try:
-            fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BulkError(f"{part}: another process is at it") from None
+        if not lock(rows):
+            raise BulkError(f"{part}: another process is at it")
         if out.exists():  # by now
             part.unlink(missing_ok=True)
             raise BulkError(f"{out} is there already")

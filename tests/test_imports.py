@@ -11,10 +11,11 @@ import pytest
 from tests.conftest import ROOT
 
 OURS = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
-# training reads image files through serving.images, so that trained and served pixels are decoded alike.
+# training reads image files through serving.images, so that trained and served pixels are decoded alike, and its files are
+# held by one process at a time as those of bulk scoring are.
 ALLOWED = {
     "ade_model": {"ade_model"},
-    "training": {"training", "ade_model", "serving.images"},
+    "training": {"training", "ade_model", "serving.images", "serving.locks"},
     "export": {"export", "ade_model", "serving"},
     "fitting": {"fitting", "ade_model", "training", "export", "serving"},
     "serving": {"serving"},

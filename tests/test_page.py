@@ -8,14 +8,17 @@ import io
 import os
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
@@ -24,7 +27,7 @@ from serving.client import AdeClient
 from serving.images import untile
 from serving.latents import with_level
 from serving.noise import NoiseStream, sample_key
-from serving.page.app import TABS, build_page
+from serving.page.app import READY_FOR_S, TABS, build_page, make_app
 from serving.page.explore import VARIATIONS
 from serving.page.score import REASONS
 from serving.page.served import Served
@@ -326,6 +329,23 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
     flat = dataclasses.replace(bundle, manifest={**bundle.manifest, "name": "flat", "latent_shapes": [[3, 8, 8]]})
     for bundles in ([flat], [flat, bundle], [bundle, flat]):
         build_page(Served("http://127.0.0.1:1", bundles, None))
+
+
+def test_readiness_is_asked_once_for_all_who_wait(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def is_ready(served: Served) -> bool:
+        asked.append(time.monotonic())
+        time.sleep(0.3)
+        return len(asked) > 1
+
+    monkeypatch.setattr(Served, "is_ready", is_ready)
+    client = TestClient(make_app("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None))
+    with ThreadPoolExecutor(4) as pool:
+        assert {answer.status_code for answer in pool.map(client.get, ["/readyz"] * 4)} == {503}
+    assert len(asked) == 1
+    time.sleep(READY_FOR_S)
+    assert client.get("/readyz").json() == {"ready": True} and len(asked) == 2
 
 
 def test_files_are_judged_as_they_are(page: Page, service: RunningService, tmp_path: Path) -> None:

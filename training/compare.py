@@ -10,7 +10,6 @@ The same comparison may run in several processes at once: each takes the next sy
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import gc
 import json
 import traceback
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ade_model.checkpoint import load_model, read_config
+from serving.locks import lock
 from training.data import Dataset
 from training.loop import RunOptions, check_can_go_on, different_fields, train
 from training.measure import MeasureOptions, Measurer
@@ -113,15 +113,7 @@ def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            is_ours = False
-        except OSError:  # a file system without locks: one process at a time is up to the user there
-            is_ours = True
-        else:
-            is_ours = True
-        yield is_ours
+        yield lock(file, wait)
 
 
 def _diverged(run: Path) -> bool:
