@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ade_cli.main import main, parse
 from serving.bundle import verify_bundle
 from tests.conftest import ROOT, make_folder
 from tests.service import RunningService
+from training.compare import read_rows
+from training.compare_report import write_comparison
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
@@ -51,6 +54,22 @@ def test_every_command_is_one(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
+    committed = ROOT / "docs" / "comparison"
+    shutil.copy(committed / "rows.json", tmp_path)
+    page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
+    assert page == (committed / "report.md").read_text()
+    for picture in re.findall(r"\(pictures/([^)]+)\)", page):
+        assert (committed / "pictures" / picture).is_file()
+    # A claim is of two systems that learned alike.
+    rows = read_rows(tmp_path)
+    for row in rows:
+        row["state"]["images"] //= 2 if row["config"].recipe == "av-ade" else 1
+    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
+    assert "not to be told: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
+    assert "**holds**: V-ADE beats VAE" in page
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         config, measured, paper = row["config"], row["measured"], PAPER[row["config"].recipe]
         marks = [("✓" if has else "") for has in (config.model.flow_scales > 0, config.discriminator is not None,
                                                    config.coverage)]
-        about = [_label(row), f"{(_images(row) - _for_inference(row)) / 1000:,.0f}k", *marks]
+        about = [_label(row), f"{_learned(row) / 1000:,.0f}k", *marks]
         bracket = "[{}]" if config.inference_share else "{}"
         cited = [("[{}]" if paper.bracketed else "{}").format(_number(paper.bpd, 1)), _number(paper.inception_score, 1),
                  _number(paper.fid, 1)]
@@ -149,13 +150,16 @@ def _how(measured: dict[str, Any]) -> dict[str, str]:
 
 
 def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
-    figures = {row["config"].recipe: _figures(row) for row in rows if row["measured"]}
+    measured = {row["config"].recipe: row for row in rows if row["measured"]}
     lines = []
     for claim in claims(tuple(_used_spaces(rows))):
-        a, b = claim.systems
-        if a not in figures or b not in figures:
+        a, b = (measured.get(name) for name in claim.systems)
+        if a is None or b is None:
             continue
-        pairs = [(name, figures[a][name], figures[b][name]) for name in claim.figures]
+        if not _same_budget(a, b):
+            lines.append(f"- not to be told: {claim.text} (after {_learned(a):,} and {_learned(b):,} images)")
+            continue
+        pairs = [(name, _figures(a)[name], _figures(b)[name]) for name in claim.figures]
         known = [(name, x, y) for name, x, y in pairs if x is not None and y is not None]
         if not known:
             continue
@@ -163,6 +167,13 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         shown = "; ".join(f"{SPACES.get(name, 'BPD')} {_number(x)} against {_number(y)}" for name, x, y in known)
         lines.append(f"- {'**holds**' if holds else '**does not hold here**'}: {claim.text} ({shown})")
     return lines or ["Too few systems were measured."]
+
+
+def _same_budget(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two runs trained for as long, or saw as many images."""
+    if a["budget"]["minutes"] != b["budget"]["minutes"]:
+        return False
+    return a["budget"]["minutes"] is not None or math.isclose(_learned(a), _learned(b), rel_tol=0.01)
 
 
 def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -203,6 +214,11 @@ def _percent(value: float | None) -> str:
 
 def _images(row: dict[str, Any]) -> int:
     return int((row["state"] or {}).get("images", 0))
+
+
+def _learned(row: dict[str, Any]) -> int:
+    """How many images the system itself has seen."""
+    return _images(row) - _for_inference(row)
 
 
 def _for_inference(row: dict[str, Any]) -> int:
