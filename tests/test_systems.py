@@ -6,8 +6,6 @@ import base64
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import Service
 from tests.conftest import make_folder, narrow
+from tests.test_locks import held_by_another
 from training.compare import FAILURE, LOCK, MEASURED, Job, compare, read_rows
 from training.compare_report import write_comparison
 from training.data import Dataset
@@ -124,16 +123,9 @@ def test_a_system_that_another_process_trains_is_left_to_it(dataset: Dataset, tm
         compare([Job(narrow("vae"), options(1))], dataset, {"data": "x", "root": None}, tmp_path, MeasureOptions(draws=1),
                 lambda: Measurer(dataset, torch.device("cpu"), MeasureOptions(draws=1)), said.append)
 
-    held = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); "
-                             "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()", str(run / LOCK)],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert held.stdout is not None and held.stdout.readline() == b"\n"
+    with held_by_another(run / LOCK):
         start()
         assert said == ["vae-seed0: another process is at it"] and not (run / "run.json").exists()
-    finally:
-        held.kill()
-        held.communicate()
     start()
     assert said == ["vae-seed0: training", "vae-seed0: measuring"]
     # What was measured stands, whatever goes wrong later, unless the run diverged.
