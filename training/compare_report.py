@@ -161,7 +161,7 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         equal = [pair for pair in pairs if _same_budget(*pair)]
         a, b = max(equal or pairs, key=lambda pair: min(map(_learned, pair)))
         if not equal:
-            lines.append(f"- not to be told: {claim.text} (after {_learned(a):,} and {_learned(b):,} images)")
+            lines.append(f"- undecided: {claim.text} (after {_learned(a):,} and {_learned(b):,} images)")
             continue
         figures = [(name, _figures(a)[name], _figures(b)[name]) for name in claim.figures]
         known = [(name, x, y) for name, x, y in figures if x is not None and y is not None]
