@@ -6,10 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
+from ade_cli.data_options import CHANNELS, add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
 from ade_model.errors import ConfigError
-from training.compare import Job, claim, compare, read_rows
+from serving.locks import claim
+from training.compare import Job, compare, read_rows
 from training.compare_report import write_comparison
 from training.data import DataError
 from training.loop import RunOptions
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
     budgets = [RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device) for seed in args.seeds]
     device = device_of(args.device)
     options = measure_options(args)
-    dataset = dataset_of(args, args.out, args.image_size)
+    check_outside(args.out, args.data)
+    dataset = dataset_of(args, args.out, args.image_size, fits=lambda side: [
+        recipe(name, side, CHANNELS, args.size) for name in args.recipes])
     check_options(dataset, options)
     jobs = [Job(recipe(name, dataset.image_size, dataset.channels, args.size), budget)
             for budget in budgets for name in dict.fromkeys(args.recipes)]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from serving.bundle import Bundle
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
 from training.datasets.files import contents, is_split_by_name
+
+CHANNELS = 3  # of whatever is trained on
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -61,8 +63,22 @@ def source_of(args: argparse.Namespace) -> dict[str, str | None]:
             "root": args.root and str(Path(args.root).resolve())}
 
 
-def dataset_of(args: argparse.Namespace, run: Path | None, image_size: int | None = None, cached: bool = True) -> Dataset:
-    """The data set that the options name, or the one that a run was trained on; decoded images may be kept in the run."""
+def check_outside(out: Path, data: str) -> None:
+    """Make sure that what is written is not taken for data later.
+
+    Raises:
+        DataError: the folder to be written lies in the folder of the data.
+    """
+    if data not in NAMES and out.resolve().is_relative_to(Path(data).resolve()):
+        raise DataError(f"--out must lie outside of {data}: its pictures would be taken for images of yours")
+
+
+def dataset_of(args: argparse.Namespace, run: Path | None, image_size: int | None = None, cached: bool = True,
+               fits: Callable[[int], object] = lambda side: None) -> Dataset:
+    """The data set that the options name, or the one that a run was trained on; decoded images may be kept in the run.
+
+    ``fits`` is asked of the images' size before they are all decoded, and raises where it will not do.
+    """
     data, root = args.data, args.root
     if data is None:
         source = run / "data.json" if run else None
@@ -71,4 +87,4 @@ def dataset_of(args: argparse.Namespace, run: Path | None, image_size: int | Non
         stored = json.loads(source.read_text())
         data, root = stored["data"], stored["root"]
     return load_dataset(data, root, image_size, cache=run / "cache" if run and cached and data != "cifar10" else None,
-                        report=say)
+                        report=say, fits=fits)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ade_cli.data_options import say
+from ade_cli.data_options import check_outside, say
 from ade_model.errors import ConfigError
 from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
@@ -16,7 +16,7 @@ from fitting.survey import choose_image_size, folder_sizes
 from serving.bundle import BundleError, plain_name
 from serving.ood import CalibrationError
 from training.data import DataError
-from training.runs import RunError
+from training.runs import RunError, alone_in
 from training.step import TrainingDiverged
 
 ERRORS = (PlanError, DataError, RunError, ConfigError, TrainingDiverged, ParityError, BundleError, CalibrationError)
@@ -41,13 +41,14 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.folder} is no folder")
     name = plain_name(folder.name)
     out = args.out or Path("fits") / name
-    if out.resolve().is_relative_to(folder):
-        raise DataError(f"--out must lie outside of {args.folder}: its pictures would be taken for images of yours")
+    check_outside(out, str(args.folder))
     budget = read_budget(args.budget)
     stored = out / "plan.json"
     before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
     side = args.image_size or (before.image_size if before else choose_image_size(folder_sizes(folder)))
-    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), out, say)
+    plan = make_plan(str(folder), name, side, budget, _on_gpu(args.device))
+    with alone_in(out):
+        fitted = fit_folder(plan, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
 

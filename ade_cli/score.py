@@ -41,8 +41,12 @@ def run(args: argparse.Namespace) -> None:
     options = BulkOptions(args.alpha, args.samples, args.resize)
     bundle = open_bundle(args.bundle)
     if bundle.has(CALIBRATION_NAME):
-        warning = Calibration.load(bundle.file(CALIBRATION_NAME)).too_small(args.alpha)
-        if warning is not None:
+        calibration = Calibration.load(bundle.file(CALIBRATION_NAME))
+        warnings = [calibration.too_small(args.alpha)]
+        if calibration.resize == "fit" and args.resize is None:
+            warnings.append("this bundle was calibrated on images of any size: without --resize fit, other sizes than the "
+                            "model's get an error")
+        for warning in filter(None, warnings):
             print(f"warning: {warning}", file=sys.stderr)
     if args.out is None:
         if any(path.is_dir() for path in args.images):

@@ -7,12 +7,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
+from ade_cli.data_options import CHANNELS, add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_model.errors import ConfigError
 from training.data import DataError
 from training.loop import RunOptions, train
 from training.recipes import OPTIMIZERS, SIZES, TrainConfig, recipe, recipe_names
-from training.runs import RunError, write_json
+from training.runs import RunError, alone_in
 from training.step import TrainingDiverged
 
 ERRORS = (RunError, DataError, ConfigError, TrainingDiverged)
@@ -56,14 +56,14 @@ def run(args: argparse.Namespace) -> None:
         images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,
         checkpoint_minutes=args.checkpoint_minutes, checkpoint_steps=args.checkpoint_steps,
         evaluate_steps=args.evaluate_steps, init=args.init)
-    args.out.mkdir(parents=True, exist_ok=True)
-    dataset = dataset_of(args, args.out, args.image_size)
     changes = {name: getattr(args, name) for name in SETTABLE if getattr(args, name) is not None}
+    check_outside(args.out, args.data)
+    dataset = dataset_of(args, args.out, args.image_size,
+                         fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes))
     config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
     if args.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return
-    if args.resume or not (args.out / "run.json").exists():  # a run that is refused keeps what it was
-        write_json(args.out / "data.json", source_of(args))
-    progress = train(config, dataset, args.out, options, args.resume)
+    with alone_in(args.out):
+        progress = train(config, dataset, args.out, options, args.resume, source_of(args))
     say(f"{progress.images:,} images in {progress.seconds / 60:.1f} minutes: {args.out / 'report.md'}")

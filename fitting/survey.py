@@ -12,7 +12,7 @@ import numpy as np
 
 from serving.images import file_size
 from training.data import PARTS, Dataset
-from training.datasets.files import part_of
+from training.datasets.files import part_of, shuffled
 from training.datasets.folder import image_files
 
 SMALLEST, LARGEST = 16, 64  # sides that a model of a fitting is made for
@@ -99,7 +99,7 @@ def split_names(folder: Path, dataset: Dataset) -> dict[str, list[str]]:
         name = path.relative_to(folder).as_posix()
         if not any(line.startswith(f"{name}: ") for line in dataset.skipped):
             names[part_of(path.name)].append(name)
-    return names
+    return {part: shuffled(found) for part, found in names.items()}
 
 
 def summary_lines(found: Survey) -> list[str]:

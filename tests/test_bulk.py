@@ -17,10 +17,13 @@ import pytest
 from PIL import Image
 
 from ade_cli.main import main
+from export.calibrate import calibrate_bundle
 from serving import bulk
 from serving.bulk import BulkError, BulkOptions, image_paths, score_folder
 from serving.bundle import open_bundle
 from serving.engine import InferenceEngine
+from serving.page.app import build_page
+from serving.page.served import Served
 from tests.conftest import ROOT, make_folder
 
 
@@ -74,6 +77,23 @@ def test_resized_images_have_no_verdict_and_more_draws_a_gap(tiny_bundle: Path, 
     score(tiny_bundle, tmp_path / "one", tmp_path / "a.jsonl", resize="fit", samples=3)
     (row,) = read(tmp_path / "a.jsonl")
     assert row["bpd"] > 0 and row["iwae_gap"] <= 0 and row["p_value"] is None and "resized from 40 x 20" in row["notes"]
+
+
+def test_a_verdict_for_images_of_any_size(tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray,
+                                          capsys: pytest.CaptureFixture) -> None:
+    calibrate_bundle(tiny_bundle, tmp_path / "any", small_images[:100], small_images[100:200], "corners", "fit")
+    Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "wide.png")
+    arguments = ["score", str(tmp_path / "wide.png"), "--bundle", str(tmp_path / "any"), "--alpha", "0.1"]
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "warning: this bundle was calibrated on images of any size" in said.err and "wrong_size" in said.out
+    assert main([*arguments, "--resize", "fit"]) == 0
+    said = capsys.readouterr()
+    assert "warning" not in said.err and 0 < json.loads(said.out)["p_value"] <= 1
+    for bundle, ticked in ((tiny_bundle, 0), (tmp_path / "any", 4)):  # and the page's tabs resize by themselves
+        page = build_page(Served("http://127.0.0.1:1", [open_bundle(bundle)], None))
+        boxes = [block for block in page.blocks.values() if getattr(block, "label", "") == "Resize other sizes to fit"]
+        assert sum(bool(box.value) for box in boxes) == ticked
 
 
 def test_what_was_begun_goes_on_without_loss_or_doubles(tiny_bundle: Path, folder: Path, tmp_path: Path,

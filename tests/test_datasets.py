@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -14,7 +15,7 @@ from PIL import Image
 
 from tests.conftest import make_folder
 from training.data import DataError
-from training.datasets import cifar10, load_dataset
+from training.datasets import cifar10, files, load_dataset
 from training.datasets.files import part_of
 
 
@@ -31,6 +32,46 @@ def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
     for part, images in dataset.parts.items():
         for other in (again, in_memory):
             assert np.array_equal(images.images[:], other.parts[part].images[:])
+
+
+def test_the_first_of_a_part_are_of_every_folder(tmp_path: Path) -> None:
+    for grey in range(4):
+        (tmp_path / str(grey)).mkdir()
+        for i in range(60):
+            Image.new("RGB", (8, 8), (60 * grey,) * 3).save(tmp_path / str(grey) / f"{grey}-{i}.png")
+    first = load_dataset(str(tmp_path), None, 8).parts["train"].images[:40]
+    assert len(np.unique(first[:, 0, 0, 0])) == 4
+
+
+def test_what_cannot_be_read_whole_leaves_nothing(tmp_path: Path, small_images: np.ndarray,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
+    sizes: list[int] = []
+
+    def refuse(side: int) -> None:
+        sizes.append(side)
+        raise DataError("not that size")
+
+    with pytest.raises(DataError, match="not that size"):
+        load_dataset(str(folder), None, None, cache, fits=refuse)
+    assert sizes == [8] and not cache.exists()  # asked before anything was decoded
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DataError, match="no room for 0.0 GiB of decoded images"):
+            load_dataset(str(folder), None, 8, cache)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "square", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load_dataset(str(folder), None, 8, cache)
+    assert not list(cache.iterdir())
 
 
 def test_parts_follow_the_file_name() -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.locks import lock
-from training.compare import LOCK, claim
+from serving.locks import LOCK, claim, lock
 
 HOLD = """
 import sys

@@ -18,12 +18,13 @@ from export.calibrate import calibrate_bundle
 from export.write import export_bundle
 from serving.engine import InferenceEngine
 from serving.images import write_png
+from serving.locks import LOCK
 from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import Service
 from tests.conftest import make_folder, narrow
 from tests.test_locks import held_by_another
-from training.compare import FAILURE, LOCK, MEASURED, Job, compare, read_rows
+from training.compare import FAILURE, MEASURED, Job, compare, read_rows
 from training.compare_report import write_comparison
 from training.data import Dataset
 from training.datasets import load_dataset
@@ -136,6 +137,30 @@ def test_a_system_that_another_process_trains_is_left_to_it(dataset: Dataset, tm
     assert said == [f"vae-seed0: diverged before; delete {run} to try again"]
 
 
+def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_path: Path) -> None:
+    said: list[str] = []
+    how = MeasureOptions(draws=1)
+
+    def start(job: Job) -> list[str]:
+        said.clear()
+        compare([job], dataset, {"data": "x", "root": None}, tmp_path, how,
+                lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None), said.append)
+        return list(said)
+
+    short, long = (Job(narrow("vae"), options(steps)) for steps in (1, 2))
+    run = tmp_path / "runs" / "vae-seed0"
+    start(short)
+    write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu"))
+    shutil.rmtree(run)
+    train(long.config, dataset, run, long.options, resume=False)  # and is killed before it is measured
+    (row,) = read_rows(tmp_path)
+    assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
+    assert start(short) == ["vae-seed0: finished before, its row is kept"]
+    assert start(long) == ["vae-seed0: measuring"]
+    (row,) = read_rows(tmp_path)
+    assert row["run"] == run and row["state"]["images"] == 32
+
+
 def test_processes_of_torchrun_do_not_share_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")  # each would take another system, and average their gradients
@@ -188,6 +213,10 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
         "vae-seed0: training", "vae-seed0: measuring"]
     with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS))])
+    started = (tmp_path / "runs" / "gan-seed0" / "run.json").read_text()
+    with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
+        run([jobs[3], Job(jobs[2].config, options(2 * STEPS, minutes=60))])
+    assert (tmp_path / "runs" / "gan-seed0" / "run.json").read_text() == started
     # A run that was trained on is not what was measured; where rows were measured otherwise, the notes say of which.
     (found,) = [row for row in read_rows(tmp_path) if row["name"] == "gan-seed0"]
     many = [{**row, "seed": seed} for seed in range(10) for row in rows if row["measured"]]

@@ -20,7 +20,9 @@ import torch
 
 from ade_model import ConfigError, ModelConfig
 from ade_model.checkpoint import load_model, read_config
+from serving.locks import LOCK
 from tests.conftest import ROOT, TINY, make_folder, narrow, shake
+from tests.test_locks import held_by_another
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
@@ -190,6 +192,39 @@ def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> Non
     train(config, dataset, tmp_path / "late", late, resume=True)
     train(config, dataset, tmp_path / "whole", options, resume=False)
     assert "score" in read_config(latest_checkpoint(tmp_path / "whole"))["operations"]
+
+
+def test_what_is_refused_leaves_a_run_as_it_was(folder: Path, tmp_path: Path, small_images: np.ndarray,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
+    options = RunOptions(images=16 * 2, device="cpu", precision="float32")
+    wrong = dataclasses.replace(options, init=str(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match="holds no finished checkpoint"):
+        train(narrow("vae"), dataset, run, wrong, resume=False, source={"data": "here"})
+    assert not run.exists()
+    train(narrow("vae"), dataset, run, options, resume=False, source={"data": "here"})
+    before = {name: (run / name).read_text() for name in ("run.json", "data.json")}
+    assert json.loads(before["data.json"]) == {"data": "here"}
+    for config, data, resume, message in [
+            (narrow("vae"), dataset, False, "holds a run already"), (narrow("v-ade"), dataset, True, "another .*model"),
+            (narrow("vae"), dataclasses.replace(dataset, name="other"), True, "another data set")]:
+        with pytest.raises(RunError, match=message):
+            train(config, data, run, options, resume, {"data": "elsewhere"})
+    assert before == {name: (run / name).read_text() for name in before}
+    assert not caplog.records
+    more = load_dataset(str(make_folder(tmp_path / "images", small_images[:200])), None, 8)
+    train(narrow("vae"), more, run, options, resume=True)
+    assert "files by hash" in caplog.text and "and goes on with" in caplog.text
+
+
+def test_a_run_has_one_process(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with held_by_another(out / LOCK):
+        for verb in (["train", "vae", "--data"], ["fit"]):
+            done = ade(*verb, str(folder), "--image-size", "16", "--out", str(out))
+            assert done.returncode == 2 and "another process is at it" in done.stderr
+    assert not (out / "run.json").exists() and not (out / "plan.json").exists()
 
 
 def test_processes_draw_one_batch_of_noise() -> None:
@@ -404,6 +439,8 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     (["compare", "--data", "DATA", "--image-size", "8", "--out", "OUT"], "there is no such folder to report on"),
     (["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"], "holds no run"),
     (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
+    (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
+    (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
     (["evaluate", "OUT"], "holds no finished checkpoint"),
     (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
     (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is no bundle"),
@@ -411,6 +448,7 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     (["serve", "OUT"], "is no bundle"),
 ])
 def test_the_command_line_says_what_is_wrong(arguments: list[str], message: str, folder: Path, tmp_path: Path) -> None:
-    names = {"DATA": str(folder), "OUT": str(tmp_path / "out"), "OUT2": str(tmp_path / "out2")}
+    names = {"DATA": str(folder), "DATA/run": str(folder / "run"), "OUT": str(tmp_path / "out"),
+             "OUT2": str(tmp_path / "out2")}
     done = ade(*[names.get(a, a) for a in arguments])
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -13,8 +13,7 @@ import dataclasses
 import gc
 import json
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ade_model.checkpoint import load_model, read_config
-from serving.locks import lock
+from serving.locks import claim
 from training.data import Dataset
 from training.loop import RunOptions, check_can_go_on, different_fields, train
 from training.measure import MeasureOptions, Measurer
@@ -30,7 +29,7 @@ from training.recipes import TrainConfig
 from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
 from training.step import TrainingDiverged
 
-MEASURED, FAILURE, ROWS, LOCK = "measured.json", "failure.json", "rows.json", ".lock"
+MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
 CURVES = ("bpd", "quality_loss", "d_loss")
 SMOOTHING = 25  # logged steps
 POINTS = 150  # of a curve that is kept
@@ -71,7 +70,7 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
     kept = {row["name"]: row for row in _kept_rows(out)}
     for job in jobs:
         run = out / "runs" / job.name
-        if job.name in kept and not run.is_dir() and _is_finished(kept[job.name], job, dataset, how):
+        if job.name in kept and _stands(kept[job.name], run) and _is_finished(kept[job.name], job, dataset, how):
             report(f"{job.name}: finished before, its row is kept")
             continue
         with claim(run) as is_ours:
@@ -85,8 +84,7 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
             try:
                 if not _is_trained(run, job):
                     report(f"{job.name}: training")
-                    write_json(run / "data.json", source)
-                    train(job.config, dataset, run, job.options, resume=(run / "run.json").is_file())
+                    train(job.config, dataset, run, job.options, (run / "run.json").is_file(), source)
                 folder = latest_checkpoint(run)
                 if not _is_measured(run, folder, how):
                     report(f"{job.name}: measuring")
@@ -103,22 +101,14 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
         gc.collect()
 
 
-@contextmanager
-def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether a folder is this process's to work in; the claim ends with the process, however that ends.
-
-    Args:
-        folder: of a run, or of a whole comparison; made where it is missing.
-        wait: for whoever has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        yield lock(file, wait)
-
-
 def _diverged(run: Path) -> bool:
     path = run / FAILURE
     return path.is_file() and json.loads(path.read_text())["kind"] == TrainingDiverged.__name__
+
+
+def _stands(kept: dict[str, Any], run: Path) -> bool:
+    """Whether a row that was kept is what is known of a system, though its run may have begun anew since."""
+    return kept["measured"] is not None and not (run / MEASURED).is_file() and not _diverged(run)
 
 
 def _is_trained(run: Path, job: Job) -> bool:
@@ -161,19 +151,25 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     if different:
         raise RunError(f"{run} was trained with another {', '.join(different)}; use another --out, or delete it")
     folders = checkpoint_folders(run)
-    if folders and job.options.minutes is None:
-        state = json.loads((folders[-1] / STATE_NAME).read_text())
+    if not folders:
+        return
+    state = json.loads((folders[-1] / STATE_NAME).read_text())
+    if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
         check_can_go_on(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """Of every run of a comparison: its configuration, where it got to, what was measured or went wrong, its curves.
 
-    ``run`` is its folder, ``None`` for a row that was kept without it. Measurements of an earlier checkpoint are left out.
+    ``run`` is its folder, ``None`` for a row that was kept without it; such a row stands until a run that began anew is
+    measured. Measurements of an earlier checkpoint are left out.
     """
     rows = []
+    kept = {row["name"]: row for row in _kept_rows(out)}
     for path in sorted((out / "runs").glob("*/run.json")):
         run = path.parent
+        if run.name in kept and _stands(kept[run.name], run):
+            continue
         started = json.loads(path.read_text())
         row: dict[str, Any] = {"name": run.name, "run": run, "config": TrainConfig.from_dict(started["config"]),
                                "data": started["data"], "seed": started["options"]["seed"],
@@ -190,7 +186,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         row["curves"] = {name: _curve(run / "metrics.jsonl", name) for name in CURVES}
         rows.append(row)
     present = {row["name"] for row in rows}
-    return rows + [row for row in _kept_rows(out) if row["name"] not in present]
+    return rows + [row for name, row in kept.items() if name not in present]
 
 
 def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:

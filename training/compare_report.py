@@ -147,6 +147,9 @@ def _how(measured: dict[str, Any]) -> dict[str, str]:
             found["IWAE"] = f"{name} of the first {value['images']:,} of them"
     for space, value in measured.get("distances", {}).get("mean", {}).items():
         found[SPACES[space]] = f"between {value['samples']:,} mean samples and {value['reference']}; it is not the FID"
+    fid = measured.get("inception", {}).get("fid", {}).get("50000")
+    if fid:
+        found[SPACES[INCEPTION]] = f"between 50,000 mean samples and {fid['reference']}"
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from training.runs import (
 )
 from training.step import Trainer
 
+logger = logging.getLogger(__name__)
 LOG_EVERY = 10
 SELECT_IMAGES = 500
 
@@ -100,7 +102,8 @@ def _bfloat16_is_faster(accelerator: str) -> bool:
                 and torch.cpu._is_avx512_bf16_supported())
 
 
-def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions, resume: bool) -> Progress:
+def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions, resume: bool,
+          source: dict[str, Any] | None = None) -> Progress:
     """Train until the budget is spent, and write the report.
 
     Args:
@@ -109,9 +112,10 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         run: the run's folder, new or, with ``resume``, one that was started with the same configuration.
         options: budget and cadence.
         resume: go on from the newest checkpoint.
+        source: where the data lies, for those who measure the run later: ``RUN/data.json``.
 
     Raises:
-        RunError: the folder is not as ``resume`` says.
+        RunError: the folder is not as ``resume`` says, or the run cannot go on so; the folder stays as it was.
         TrainingDiverged: losses were not finite; the last good checkpoint stays.
     """
     if resume and (run / "run.json").is_file():  # what shapes the weights stays as the run was started
@@ -121,9 +125,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     if config.batch_size % fabric.world_size:
         raise RunError(f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes")
     is_main = fabric.global_rank == 0
-    if is_main:
-        _open_run(run, config, dataset, options, resume)
-    fabric.barrier()
+    _check_run(run, config, dataset, resume)
 
     def average(flat: torch.Tensor) -> torch.Tensor:
         if fabric.world_size == 1:
@@ -144,6 +146,9 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         lineage = _lineage(Path(options.init))
     if not _out_of_time(fabric, progress, options.minutes):
         check_can_go_on(run, trainer.inferring_since, config.batch_size, options.images)
+    fabric.barrier()
+    if is_main:  # nothing is written before all is known to fit
+        _open_run(run, config, dataset, options, source)
     about = {"recipe": config.recipe, "started_from": lineage, "data": dataset.name,
              "splits": dataset.splits, "seed": options.seed, "training": config.to_dict()}
     log = _Log(run, progress.step) if is_main else None
@@ -222,21 +227,29 @@ def _out_of_time(fabric: Fabric, progress: Progress, minutes: float | None) -> b
     return seconds >= 60 * minutes
 
 
-def _open_run(run: Path, config: TrainConfig, dataset: Dataset, options: RunOptions, resume: bool) -> None:
+def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:
     started = run / "run.json"
-    wanted = {"config": json.loads(json.dumps(config.to_dict())), "data": dataset.name}
-    if resume:
-        if not started.is_file():
-            raise RunError(f"--resume: {run} holds no run")
-        before = json.loads(started.read_text())
-        different = different_fields(before, config, dataset)
-        if different:
-            raise RunError(f"--resume: {run} was started with another {', '.join(different)}")
-    elif started.exists():
-        raise RunError(f"{run} holds a run already: --resume goes on with it, another --out starts anew")
+    if not resume:
+        if started.exists():
+            raise RunError(f"{run} holds a run already: --resume goes on with it, another --out starts anew")
+        return
+    if not started.is_file():
+        raise RunError(f"--resume: {run} holds no run")
+    before = json.loads(started.read_text())
+    different = different_fields(before, config, dataset)
+    if different:
+        raise RunError(f"--resume: {run} was started with another {', '.join(different)}")
+    if before["splits"] != dataset.splits:
+        logger.warning("%s was started on %s and goes on with %s", run, before["splits"]["train"], dataset.splits["train"])
+
+
+def _open_run(run: Path, config: TrainConfig, dataset: Dataset, options: RunOptions, source: dict[str, Any] | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    write_json(started, {**wanted, "splits": dataset.splits, "skipped_files": dataset.skipped,
-                         "options": dataclasses.asdict(options), "torch": torch.__version__})
+    if source is not None:
+        write_json(run / "data.json", source)
+    write_json(run / "run.json", {"config": config.to_dict(), "data": dataset.name, "splits": dataset.splits,
+                                  "skipped_files": dataset.skipped, "options": dataclasses.asdict(options),
+                                  "torch": torch.__version__})
 
 
 def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Dataset) -> list[str]:

@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ade_model.checkpoint import WEIGHTS_NAME, save_model
+from serving.locks import claim
 from training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,22 @@ def write_json(path: Path, values: Any) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other programs out of a folder; the processes that ``torchrun`` started are one.
+
+    Raises:
+        RunError: another is at it.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    with claim(folder) as is_ours:
+        if not is_ours:
+            raise RunError(f"{folder}: another process is at it")
+        yield
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from serving.client import AdeClient
 from serving.images import tile, write_png
 from serving.latents import between, coarsest, exchanged, with_level
 from serving.noise import MAX_SEED, NoiseStream, sample_key
-from serving.page.served import Shared, ask, file, image_output, made_here, read, read_seed, seed_input
+from serving.page.served import Shared, ask, file, image_output, made_here, read, read_seed, resize_input, seed_input
 from serving.parameters import MAX_TEMPERATURE
 
 FRAME_MS = 120
@@ -103,7 +103,7 @@ def add_tab(shared: Shared) -> None:
                     seed = seed_input(seed_value, scale=2, min_width=80)
                     button = gr.Button(f"{side} a sample of this seed", scale=3)
                 button.click(draw, [model, seed], image, api_visibility="private")
-    resize = gr.Checkbox(False, label="Resize other sizes to fit")
+    resize = resize_input(shared.served)
     gr.Markdown("### From one to the other")
     with gr.Row():
         steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps")

@@ -19,7 +19,7 @@ from PIL import Image
 from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image, write_png
 from serving.ood import benjamini_hochberg, simes
-from serving.page.served import Served, Shared, ask, file, sentence
+from serving.page.served import Served, Shared, ask, file, resize_input, sentence
 
 AT_ONCE = 32  # files a request
 MOST = 2000
@@ -98,7 +98,7 @@ def add_tab(shared: Shared) -> None:
             folder = gr.File(label="Or a folder", file_count="directory", height=140)
             fdr = gr.Slider(0.01, 0.5, value=0.1, step=0.01, label="False discovery rate",
                             info="expected share of false ones among those that are reported")
-            resize = gr.Checkbox(False, label="Resize other sizes to fit")
+            resize = resize_input(served)
             go = gr.Button("Score all", variant="primary")
         with gr.Column(scale=2, min_width=300):
             said = gr.Markdown()

@@ -11,7 +11,7 @@ import numpy as np
 from serving.charts import levels_chart
 from serving.images import write_png
 from serving.latents import coarsest
-from serving.page.served import KINDS, Shared, as_seen, ask, examples, file, image_output, read, usable
+from serving.page.served import KINDS, Shared, as_seen, ask, examples, file, image_output, read, resize_input, usable
 from serving.responses import psnr
 
 
@@ -49,7 +49,7 @@ def add_tab(shared: Shared) -> None:
             most = max(2, served.most_levels)  # a slider has two ends
             levels = gr.Slider(1, most, value=most, step=1, label="Latent levels kept", visible=served.most_levels > 1,
                                info="of the finer ones, what the coarser lead to expect")
-            resize = gr.Checkbox(False, label="Resize other sizes to fit")
+            resize = resize_input(served)
             go = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=2, min_width=300):
             with gr.Row():

@@ -12,7 +12,7 @@ from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import ScoreResult
 from serving.images import write_png
 from serving.ood import Calibration
-from serving.page.served import Shared, as_seen, ask, examples, file, read, usable
+from serving.page.served import Shared, as_seen, ask, examples, file, read, resize_input, usable
 
 PLACE = ("<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of 56 "
          "statistics, of which the bits are but some: an image may be unusual in the middle of this hill.</p>")
@@ -53,7 +53,7 @@ def add_tab(shared: Shared) -> None:
             image.render()
             samples = gr.Slider(1, 64, value=1, step=1, label="Draws (K)", info="1 is the ELBO; more tighten the bound")
             alpha = gr.Slider(0.001, 0.2, value=0.01, step=0.001, label="False-alarm rate (alpha)")
-            resize = gr.Checkbox(False, label="Resize other sizes to fit")
+            resize = resize_input(served)
             go = gr.Button("Score", variant="primary")
         with gr.Column(scale=2, min_width=300):
             verdict = gr.Markdown(elem_classes="ade-verdict")

@@ -130,6 +130,12 @@ def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
     return gr.Number(value=value, precision=0, minimum=0, maximum=2**53 - 1, label=label, **options)
 
 
+def resize_input(served: Served) -> gr.Checkbox:
+    """Ticked where a verdict was calibrated for images that were resized: those of its user are of many sizes."""
+    ticked = any(calibration.resize == "fit" for calibration in served.calibrations.values())
+    return gr.Checkbox(ticked, label="Resize other sizes to fit")
+
+
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> np.ndarray:
     """What a model sees of a file, uint8 ``(H, W, C)``."""
     image = prepare_image(data, bundle.image_shape, resize, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from training.data import DataError, Dataset
@@ -16,7 +17,7 @@ NAMES = {"cifar10": 32, "stl10": None, "imagenet64": 64, "lsun": None}  # and th
 
 
 def load_dataset(data: str, root: str | None, image_size: int | None = None, cache: Path | None = None,
-                 report: Report = lambda line: None) -> Dataset:
+                 report: Report = lambda line: None, fits: Callable[[int], object] = lambda side: None) -> Dataset:
     """A data set by name or by folder.
 
     Args:
@@ -26,6 +27,7 @@ def load_dataset(data: str, root: str | None, image_size: int | None = None, cac
             antialiasing. Unless given it is the data set's own, or that of a folder's first file.
         cache: a folder for the decoded pixels; without one they are kept in memory.
         report: is told of progress, a line at a time.
+        fits: is asked of a size that the data set does not fix before images are decoded, and raises where it will not do.
 
     Raises:
         DataError: nothing usable is there.
@@ -37,7 +39,7 @@ def load_dataset(data: str, root: str | None, image_size: int | None = None, cac
             raise DataError(f"--root goes with a named data set ({', '.join(NAMES)}); {data!r} is a folder")
         if not Path(data).is_dir():
             raise DataError(f"no data set and no folder is called {data!r}")
-        return load_folder(Path(data), image_size, cache, report)
+        return load_folder(Path(data), image_size, cache, report, fits)
     if root is None:
         raise DataError(f"--data {data} needs --root DIR, the folder that holds it")
     if image_size is not None and NAMES[data] not in (None, image_size):
@@ -45,6 +47,8 @@ def load_dataset(data: str, root: str | None, image_size: int | None = None, cac
     path = Path(root)
     if not path.exists():
         raise DataError(f"--root: there is no {path}")
+    if image_size is not None:
+        fits(image_size)
     if data == "cifar10":
         return load_cifar10(path)
     if data == "stl10":

@@ -76,13 +76,28 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
         # Each of several processes writes a file of its own; the last to finish is kept, and all are the same.
         cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f"images-{key}.{os.getpid()}.tmp"
-        pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape())
-        skipped = fill(pixels)
-        pixels.flush()
-        os.replace(temporary, stored)
-        temporary.write_text(json.dumps(skipped))
-        os.replace(temporary, done)
+        try:
+            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape())
+            _take_room(temporary)
+            skipped = fill(pixels)
+            pixels.flush()
+            os.replace(temporary, stored)
+            temporary.write_text(json.dumps(skipped))
+            os.replace(temporary, done)
+        finally:
+            temporary.unlink(missing_ok=True)
     return np.load(stored, mmap_mode="r"), {int(row): why for row, why in json.loads(done.read_text()).items()}
+
+
+def _take_room(path: Path) -> None:
+    """Give a file its blocks: writing to a memory map without them ends the process where the disk is full."""
+    size = path.stat().st_size
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise DataError(f"{path.parent}: no room for {size / 2**30:.1f} GiB of decoded images ({error.strerror}); smaller "
+                        "ones take less (--image-size)") from error
 
 
 def decode_into(pixels: np.ndarray, size: int, files: Iterable[bytes | OSError], report: Report) -> dict[int, str]:
@@ -124,6 +139,7 @@ def split_by_name(name: str, files: list[str], pixels: np.ndarray, skipped: dict
             rows[part_of(file.rsplit("/", 1)[-1])].append(row)
     if not rows["train"]:
         raise DataError(f"{name}: {len(files)} files, {len(skipped)} of them unusable, and none left to train on")
+    rows = {part: shuffled(r) for part, r in rows.items()}  # so that the first of a part are of all kinds
     splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
     return Dataset(name, {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()}, splits,
                    [f"{files[row]}: {why}" for row, why in sorted(skipped.items())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image
@@ -10,10 +11,15 @@ from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, contents, decode_into, split_by_name
 
 
-def load_folder(folder: Path, image_size: int | None, cache: Path | None, report: Report) -> Dataset:
-    """Image files below a folder, those of another size cut to the centre square and resized."""
+def load_folder(folder: Path, image_size: int | None, cache: Path | None, report: Report,
+                fits: Callable[[int], object] = lambda side: None) -> Dataset:
+    """Image files below a folder, those of another size cut to the centre square and resized.
+
+    Arguments are those of :func:`training.datasets.load_dataset`.
+    """
     files = image_files(folder)
     size = image_size or _first_size(files)
+    fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
     stats = [p.stat() for p in files]
     identity = json.dumps([size, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]])

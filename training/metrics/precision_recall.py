@@ -19,11 +19,13 @@ def improved_precision_recall(generated: np.ndarray, real: np.ndarray) -> dict[s
 
     Args:
         generated: ``(N, F)``.
-        real: ``(M, F)``, of as many rows for figures that can be compared.
+        real: ``(M, F)``; the larger set is cut to the smaller one's size, since reach depends on how dense a set is.
     """
+    size = min(len(generated), len(real))
+    generated, real = generated[:size], real[:size]
     found = prc_features_to_metric(torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=NEIGHBOURS,
                                    prc_batch_size=2000, save_cpu_ram=True, verbose=False)
-    return {"precision": found["precision"], "recall": found["recall"], "neighbours": NEIGHBOURS}
+    return {"precision": found["precision"], "recall": found["recall"], "neighbours": NEIGHBOURS, "images": size}
 
 
 def prd_curve(generated: np.ndarray, real: np.ndarray, angles: int = ANGLES) -> tuple[np.ndarray, np.ndarray]:
