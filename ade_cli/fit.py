@@ -16,7 +16,7 @@ from fitting.survey import choose_image_size, folder_sizes
 from serving.bundle import BundleError, plain_name
 from serving.ood import CalibrationError
 from training.data import DataError
-from training.runs import RunError, alone_in
+from training.runs import RunError
 from training.step import TrainingDiverged
 
 ERRORS = (PlanError, DataError, RunError, ConfigError, TrainingDiverged, ParityError, BundleError, CalibrationError)
@@ -41,14 +41,12 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.folder} is no folder")
     name = plain_name(folder.name)
     out = args.out or Path("fits") / name
-    check_outside(out, str(args.folder))
+    check_outside(out, str(folder))
     budget = read_budget(args.budget)
     stored = out / "plan.json"
     before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
     side = args.image_size or (before.image_size if before else choose_image_size(folder_sizes(folder)))
-    plan = make_plan(str(folder), name, side, budget, _on_gpu(args.device))
-    with alone_in(out):
-        fitted = fit_folder(plan, out, say)
+    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
 

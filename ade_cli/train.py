@@ -10,7 +10,7 @@ from pathlib import Path
 from ade_cli.data_options import CHANNELS, add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_model.errors import ConfigError
 from training.data import DataError
-from training.loop import RunOptions, train
+from training.loop import RunOptions, check_folder, train
 from training.recipes import OPTIMIZERS, SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, alone_in
 from training.step import TrainingDiverged
@@ -58,12 +58,14 @@ def run(args: argparse.Namespace) -> None:
         evaluate_steps=args.evaluate_steps, init=args.init)
     changes = {name: getattr(args, name) for name in SETTABLE if getattr(args, name) is not None}
     check_outside(args.out, args.data)
-    dataset = dataset_of(args, args.out, args.image_size,
-                         fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes))
-    config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
-    if args.dry_run:
-        print(json.dumps(config.to_dict(), indent=2))
-        return
+    if not args.dry_run:
+        check_folder(args.out, args.resume)
     with alone_in(args.out):
+        dataset = dataset_of(args, args.out, args.image_size,
+                             fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes))
+        config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
+        if args.dry_run:
+            print(json.dumps(config.to_dict(), indent=2))
+            return
         progress = train(config, dataset, args.out, options, args.resume, source_of(args))
     say(f"{progress.images:,} images in {progress.seconds / 60:.1f} minutes: {args.out / 'report.md'}")

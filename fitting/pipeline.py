@@ -30,7 +30,7 @@ from training.datasets.folder import load_folder
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
 from training.recipes import recipe
-from training.runs import latest_checkpoint, write_json
+from training.runs import alone_in, latest_checkpoint, write_json
 
 CHANNELS = 3
 PARITY_IMAGES = 40
@@ -67,11 +67,16 @@ def fit_folder(plan: Plan, out: Path, say: Report) -> Fitted:
     Raises:
         PlanError: the folder was begun with another plan.
         DataError: images that are too few or cannot be used.
+        RunError: another process is at it.
     """
-    started = time.monotonic()
     for stage in plan.stages:  # before anything is written: a size that cannot be is an error here
         recipe(stage.recipe, plan.image_size, CHANNELS, plan.size)
-    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        return _fit(plan, out, say)
+
+
+def _fit(plan: Plan, out: Path, say: Report) -> Fitted:
+    started = time.monotonic()
     _keep_plan(plan, out)
 
     def step(text: str) -> None:
@@ -132,7 +137,8 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
             config = recipe(stage.recipe, dataset.image_size, dataset.channels, plan.size)
             options = RunOptions(images=NO_LIMIT, minutes=stage.minutes, device=plan.device, checkpoint_minutes=2.0,
                                  init=None if before is None else str(before))
-            train(config, dataset, run, options, resume=(run / "run.json").exists())
+            with alone_in(run):
+                train(config, dataset, run, options, resume=(run / "run.json").exists())
         before = run
     assert before is not None
     return before

@@ -61,8 +61,9 @@ def test_what_cannot_be_read_whole_leaves_nothing(tmp_path: Path, small_images: 
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", full)
-        with pytest.raises(DataError, match="no room for 0.0 GiB of decoded images"):
-            load_dataset(str(folder), None, 8, cache)
+        for kept in (cache, None):
+            with pytest.raises(DataError, match="no room for 0.0 GiB of decoded images"):
+                load_dataset(str(folder), None, 8, kept)
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt

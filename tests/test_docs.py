@@ -78,6 +78,13 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
     assert "**holds**: V-ADE beats VAE" in page
+    # Time is a budget as well, if it was spent.
+    for row in rows:
+        row["budget"]["minutes"] = 10.0
+        row["state"]["seconds"] = 599.0 if row["config"].recipe == "vae" else 601.0
+    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
+    assert "**holds**: AV-ADE beats V-ADE on samples (after 10 minutes: " in page
+    assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
     # Another seed may have.
     (seed1,) = [row for row in rows if row["name"] == "av-ade-seed1"]
     seed1["state"]["images"] = 400_000

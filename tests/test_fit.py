@@ -95,6 +95,13 @@ def test_what_cannot_be_fitted(arguments: list[str], message: str, tmp_path: Pat
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_may_be_called_like_a_data_set(tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture) -> None:
+    make_folder(tmp_path / "cifar10", small_images[:10])
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "cifar10", "--out", "cifar10/fit"]) == 2 and "must lie outside" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_images: np.ndarray) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])

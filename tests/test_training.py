@@ -224,7 +224,7 @@ def test_a_run_has_one_process(folder: Path, tmp_path: Path) -> None:
         for verb in (["train", "vae", "--data"], ["fit"]):
             done = ade(*verb, str(folder), "--image-size", "16", "--out", str(out))
             assert done.returncode == 2 and "another process is at it" in done.stderr
-    assert not (out / "run.json").exists() and not (out / "plan.json").exists()
+    assert [path.name for path in out.iterdir()] == [LOCK]
 
 
 def test_processes_draw_one_batch_of_noise() -> None:

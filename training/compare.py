@@ -162,7 +162,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     """Of every run of a comparison: its configuration, where it got to, what was measured or went wrong, its curves.
 
     ``run`` is its folder, ``None`` for a row that was kept without it; such a row stands until a run that began anew is
-    measured. Measurements of an earlier checkpoint are left out.
+    measured or diverges. Measurements of an earlier checkpoint are left out.
     """
     rows = []
     kept = {row["name"]: row for row in _kept_rows(out)}

@@ -161,7 +161,7 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         if not pairs:
             continue
         # Of the pairs that learned as much, the one that learned most; of several seeds, the first.
-        equal = [pair for pair in pairs if _same_budget(*pair)]
+        equal = [pair for pair in pairs if _shared_budget(*pair)]
         a, b = max(equal or pairs, key=lambda pair: min(map(_learned, pair)))
         if not equal:
             lines.append(f"- undecided: {claim.text} (after {_learned(a):,} and {_learned(b):,} images)")
@@ -171,18 +171,20 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         if not known:
             continue
         holds = all(claim.holds(x, y) for _, x, y in known)
-        minutes = a["budget"]["minutes"]
-        budget = f"{_learned(a):,} images" if minutes is None else f"{minutes:g} minutes"
         shown = "; ".join(f"{SPACES.get(name, 'BPD')} {_number(x)} against {_number(y)}" for name, x, y in known)
-        lines.append(f"- {'**holds**' if holds else '**does not hold here**'}: {claim.text} (after {budget}: {shown})")
+        lines.append(f"- {'**holds**' if holds else '**does not hold here**'}: {claim.text} "
+                     f"(after {_shared_budget(a, b)}: {shown})")
     return lines or ["Too few systems were measured."]
 
 
-def _same_budget(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two runs trained for as long, or saw as many images."""
-    if a["budget"]["minutes"] != b["budget"]["minutes"]:
-        return False
-    return a["budget"]["minutes"] is not None or math.isclose(_learned(a), _learned(b), rel_tol=0.01)
+def _shared_budget(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+    """What two runs had alike, in words: as many images, or as much time; ``None`` if neither."""
+    if math.isclose(_learned(a), _learned(b), rel_tol=0.01):
+        return f"{_learned(a):,} images"
+    minutes = a["budget"]["minutes"]
+    timed = minutes is not None and all(row["budget"]["minutes"] == minutes and row["state"]["seconds"] >= 60 * minutes
+                                        for row in (a, b))
+    return f"{minutes:g} minutes" if timed else None
 
 
 def _further(rows: Sequence[dict[str, Any]]) -> list[str]:

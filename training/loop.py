@@ -227,15 +227,24 @@ def _out_of_time(fabric: Fabric, progress: Progress, minutes: float | None) -> b
     return seconds >= 60 * minutes
 
 
-def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:
-    started = run / "run.json"
-    if not resume:
-        if started.exists():
-            raise RunError(f"{run} holds a run already: --resume goes on with it, another --out starts anew")
-        return
-    if not started.is_file():
+def check_folder(run: Path, resume: bool) -> None:
+    """Whether a run may begin there, or go on.
+
+    Raises:
+        RunError: there is one already, or none.
+    """
+    holds_run = (run / "run.json").is_file()
+    if holds_run and not resume:
+        raise RunError(f"{run} holds a run already: --resume goes on with it, another --out starts anew")
+    if resume and not holds_run:
         raise RunError(f"--resume: {run} holds no run")
-    before = json.loads(started.read_text())
+
+
+def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:
+    check_folder(run, resume)
+    if not resume:
+        return
+    before = json.loads((run / "run.json").read_text())
     different = different_fields(before, config, dataset)
     if different:
         raise RunError(f"--resume: {run} was started with another {', '.join(different)}")

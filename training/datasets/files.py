@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -67,8 +70,10 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
         uint8 pixels and the unusable rows.
     """
     if cache is None:
-        with tempfile.TemporaryFile() as file:
-            pixels: np.ndarray = np.memmap(file, np.uint8, "w+", shape=shape())
+        size = math.prod(wanted := shape())
+        with tempfile.TemporaryFile() as file, _room(size, tempfile.gettempdir()):
+            os.posix_fallocate(file.fileno(), 0, size)
+            pixels: np.ndarray = np.memmap(file, np.uint8, "r+", shape=wanted)
         return pixels, fill(pixels)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
@@ -77,8 +82,11 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
         cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f"images-{key}.{os.getpid()}.tmp"
         try:
-            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape())
-            _take_room(temporary)
+            size = math.prod(wanted := shape())
+            with _room(size, cache):
+                pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, wanted)
+                with open(temporary, "r+b") as room:
+                    os.posix_fallocate(room.fileno(), 0, temporary.stat().st_size)
             skipped = fill(pixels)
             pixels.flush()
             os.replace(temporary, stored)
@@ -89,15 +97,17 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
     return np.load(stored, mmap_mode="r"), {int(row): why for row, why in json.loads(done.read_text()).items()}
 
 
-def _take_room(path: Path) -> None:
-    """Give a file its blocks: writing to a memory map without them ends the process where the disk is full."""
-    size = path.stat().st_size
+@contextmanager
+def _room(num_bytes: int, where: str | Path) -> Iterator[None]:
+    """Says where a disk is full. What is made inside takes its blocks at once: without, writing to a memory map later ends
+    the process."""
     try:
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        yield
     except OSError as error:
-        raise DataError(f"{path.parent}: no room for {size / 2**30:.1f} GiB of decoded images ({error.strerror}); smaller "
-                        "ones take less (--image-size)") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(f"{where}: no room for {num_bytes / 2**30:.1f} GiB of decoded images; smaller ones take less "
+                        "(--image-size)") from error
 
 
 def decode_into(pixels: np.ndarray, size: int, files: Iterable[bytes | OSError], report: Report) -> dict[int, str]:
