@@ -71,6 +71,7 @@ def claims(spaces: tuple[str, ...]) -> list[Claim]:
         Claim("an inverse autoregressive posterior betters bits per dimension", ("av-ade-iaf-rd", "av-ade-rd"), ("bpd",),
               better),
         Claim("AV-ADE beats Flow-GAN by both losses on bits per dimension", ("av-ade-rd", "flow-gan-h"), ("bpd",), better),
+        Claim("AV-ADE beats Flow-GAN by both losses on samples", ("av-ade-rd", "flow-gan-h"), spaces, better),
         Claim("without the likelihood, Flow-GAN's bits per dimension are worse by at least 1", ("flow-gan-h", "flow-gan-a"),
               ("bpd",), lambda a, b: a < b - 1),
     ]
