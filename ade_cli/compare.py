@@ -6,13 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
-from ade_cli.data_options import CHANNELS, add_data_arguments, check_outside, dataset_of, say, source_of
+from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
 from ade_model.errors import ConfigError
 from serving.locks import claim
 from training.compare import Job, compare, read_rows
 from training.compare_report import write_comparison
-from training.data import DataError
+from training.data import CHANNELS, DataError
 from training.loop import RunOptions
 from training.measure import Measurer, check_options
 from training.metrics.features import FeatureError

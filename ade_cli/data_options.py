@@ -13,8 +13,6 @@ from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
 from training.datasets.files import contents, is_split_by_name
 
-CHANNELS = 3  # of whatever is trained on
-
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--data", required=required, metavar="NAME_OR_DIR",

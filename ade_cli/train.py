@@ -7,9 +7,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ade_cli.data_options import CHANNELS, add_data_arguments, check_outside, dataset_of, say, source_of
+from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_model.errors import ConfigError
-from training.data import DataError
+from training.data import CHANNELS, DataError
 from training.loop import RunOptions, check_folder, train
 from training.recipes import OPTIMIZERS, SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, alone_in

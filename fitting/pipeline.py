@@ -24,7 +24,7 @@ from fitting.survey import Survey, as_dict, folder_sizes, split_names, summary_l
 from serving.bulk import BulkOptions, FileScorer
 from serving.bundle import open_bundle
 from serving.engine import InferenceEngine
-from training.data import DataError, Dataset
+from training.data import CHANNELS, DataError, Dataset
 from training.datasets.files import shuffled
 from training.datasets.folder import load_folder
 from training.evaluate import evaluate
@@ -32,7 +32,6 @@ from training.loop import RunOptions, train
 from training.recipes import recipe
 from training.runs import alone_in, latest_checkpoint, write_json
 
-CHANNELS = 3
 PARITY_IMAGES = 40
 MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound

@@ -32,7 +32,7 @@ def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
     """Whether a folder is this process's to work in; the claim ends with the process, however that ends.
 
     Args:
-        folder: of a run, or of a whole comparison; made where it is missing.
+        folder: of a run, a fitting or a whole comparison; made where it is missing.
         wait: for whoever has it.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 PARTS = ("train", "select", "calibrate", "test")
+CHANNELS = 3  # of the images of every loader
 
 
 class DataError(ValueError):

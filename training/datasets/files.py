@@ -70,7 +70,8 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
         uint8 pixels and the unusable rows.
     """
     if cache is None:
-        size = math.prod(wanted := shape())
+        wanted = shape()
+        size = math.prod(wanted)
         with tempfile.TemporaryFile() as file, _room(size, tempfile.gettempdir()):
             os.posix_fallocate(file.fileno(), 0, size)
             pixels: np.ndarray = np.memmap(file, np.uint8, "r+", shape=wanted)
@@ -81,9 +82,9 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
         # Each of several processes writes a file of its own; the last to finish is kept, and all are the same.
         cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f"images-{key}.{os.getpid()}.tmp"
+        wanted = shape()
         try:
-            size = math.prod(wanted := shape())
-            with _room(size, cache):
+            with _room(math.prod(wanted), cache):
                 pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, wanted)
                 with open(temporary, "r+b") as room:
                     os.posix_fallocate(room.fileno(), 0, temporary.stat().st_size)
