@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.bulk import image_paths
 from serving.bundle import BundleError, open_bundle
 from serving.engine import InferenceEngine
 from serving.errors import ApiError
+from serving.files import image_paths, read_file
 from serving.requests import prepare_image
 
 
@@ -72,7 +72,7 @@ def read_pixels(paths: list[Path], engine: InferenceEngine, resize: str | None) 
     pixels = []
     for path in paths:
         try:
-            image = prepare_image(path.read_bytes(), engine.image_shape, resize == "fit", 0)
+            image = prepare_image(read_file(path), engine.image_shape, resize == "fit", 0)
         except OSError as error:
             raise FileError(f"{path}: {error.strerror}") from None
         if isinstance(image, ApiError):

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.serving import CORES, engines
-from serving.bulk import image_paths
+from serving.files import image_paths
 
 KILLED_AFTER = 0.4  # of the files
 LOOK_S = 2.0

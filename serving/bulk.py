@@ -8,6 +8,7 @@ there they become ``OUT``.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ import numpy as np
 from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
 from serving.engine import InferenceEngine, NotFinite
 from serving.errors import ApiError
+from serving.files import image_paths, read_file
 from serving.images import IMAGE_SUFFIXES
 from serving.locks import lock
 from serving.requests import InputImage, prepare_image
@@ -66,16 +68,6 @@ class Summary:
     errors: int
 
 
-def image_paths(folder: Path) -> Iterator[str]:
-    """Image files below a folder by their suffixes, relative to it, in a fixed order; one directory's names at a time."""
-    for directory, folders, names in os.walk(folder):
-        folders.sort()
-        below = Path(directory).relative_to(folder)
-        for name in sorted(names):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield (below / name).as_posix()
-
-
 class FileScorer:
     """Rows of files, by an engine in this process.
 
@@ -104,10 +96,11 @@ class FileScorer:
 
     def _read(self, path: str) -> InputImage | ApiError:
         try:
-            data = (self._folder / path).read_bytes()
+            data = read_file(self._folder / path)
             return prepare_image(data, self._engine.image_shape, self._options.resize == "fit", 0)
         except OSError as error:
-            return ApiError(404, "unreadable", error.strerror or str(error))
+            code = "too_large" if error.errno == errno.EFBIG else "unreadable"
+            return ApiError(404, code, error.strerror or str(error))
         except MemoryError:
             return ApiError(413, "too_large", "there is no memory to decode it")
 

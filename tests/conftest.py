@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,3 +109,14 @@ def make_folder(folder: Path, images: np.ndarray) -> Path:
     (folder / "notes.txt").write_text("not an image")
     Image.new("L", (40, 20), 90).save(folder / "wide.png")
     return folder
+
+
+def make_traps(folder: Path) -> dict[str, str]:
+    """What must not be opened, read to its end or waited for, with the reason that is given for each."""
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    with open(folder / "huge.png", "wb") as file:
+        file.truncate(2**40)
+    return {"pipe.png": "not a regular file", "endless.png": "not a regular file", "gone.png": "No such file or directory",
+            "huge.png": "an image file may have 16777216 bytes, this one has 1099511627776"}

@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ade_cli.data_options import readable
 from ade_cli.main import main
 from export.calibrate import calibrate_bundle
 from serving import bulk
-from serving.bulk import BulkError, BulkOptions, image_paths, score_folder
+from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.bundle import open_bundle
 from serving.engine import InferenceEngine
+from serving.files import image_paths
 from serving.page.app import build_page
 from serving.page.served import Served
-from tests.conftest import ROOT, make_folder
+from tests.conftest import ROOT, make_folder, make_traps
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,26 @@ def test_every_file_has_its_row_in_every_format(tiny_bundle: Path, folder: Path,
     assert sum(row["ood"] or False for row in rows) == summary.flagged
     assert tables[".parquet"] == rows
     assert [float(row["bpd"]) if row["bpd"] else None for row in tables[".csv"]] == [row["bpd"] for row in rows]
+
+
+def test_only_regular_files_are_read(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(small_images[0]).save(folder / "good.png")
+    reasons = make_traps(folder)
+    score(tiny_bundle, folder, tmp_path / "scores.jsonl")
+    rows = {row["path"]: row for row in read(tmp_path / "scores.jsonl")}
+    assert rows.pop("good.png")["bpd"] > 0
+    assert {path: row["notes"] for path, row in rows.items()} == reasons
+    assert {row["error"] for row in rows.values()} == {"unreadable", "too_large"}
+    for verb in (["score"], ["encode", "--out", str(tmp_path / "z.npz")], ["reconstruct", "--out", str(tmp_path / "made")]):
+        assert main([verb[0], str(folder / "pipe.png"), "--bundle", str(tiny_bundle), *verb[1:]]) == 2
+        captured = capsys.readouterr()
+        assert "not a regular file" in captured.out + captured.err
+    assert list(readable(sorted(folder.iterdir()))) == [(folder / "good.png").read_bytes()]  # of ade calibrate
+    said = capsys.readouterr().err
+    assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
 
 
 def test_resized_images_have_no_verdict_and_more_draws_a_gap(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ OURS = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ad
 # held by one process at a time as those of bulk scoring are.
 ALLOWED = {
     "ade_model": {"ade_model"},
-    "training": {"training", "ade_model", "serving.images", "serving.locks"},
+    "training": {"training", "ade_model", "serving.files", "serving.images", "serving.locks"},
     "export": {"export", "ade_model", "serving"},
     "fitting": {"fitting", "ade_model", "training", "export", "serving"},
     "serving": {"serving"},

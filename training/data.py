@@ -76,12 +76,14 @@ class Dataset:
         parts: by the names of :data:`PARTS`.
         splits: what each part is, in words for manifests and reports.
         skipped: files that were left out, and why.
+        files: of a folder, the file behind each row of each part, relative to it.
     """
 
     name: str
     parts: dict[str, ImageSet]
     splits: dict[str, str]
     skipped: list[str] = field(default_factory=list)
+    files: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def image_size(self) -> int:

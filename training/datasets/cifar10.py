@@ -41,7 +41,7 @@ def load_cifar10(root: Path) -> Dataset:
 
 def _strips(root: Path, split: str) -> _Split:
     """WebP files of images stacked top to bottom, 32 pixels wide, with the classes in ``labels.npz``."""
-    strips = [np.asarray(Image.open(f).convert("RGB")) for f in sorted(root.glob(f"{split}_*.webp"))]
+    strips = [np.asarray(Image.open(f).convert("RGB")) for f in sorted(root.glob(f"{split}_*.webp")) if f.is_file()]
     images = np.concatenate([s.reshape(-1, SIZE, SIZE, 3) for s in strips]) if strips else np.empty((0, SIZE, SIZE, 3))
     if not (root / "labels.npz").is_file():
         return images, None

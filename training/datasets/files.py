@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from serving.files import read_file
 from serving.images import ImageError, read_image
 from training.data import PARTS, DataError, Dataset, ImageSet, Rows
 
@@ -111,17 +112,22 @@ def _room(num_bytes: int, where: str | Path) -> Iterator[None]:
                         "(--image-size)") from error
 
 
-def decode_into(pixels: np.ndarray, size: int, files: Iterable[bytes | OSError], report: Report) -> dict[int, str]:
-    """Decode image files into the rows of an array, on all cores; returns the unusable rows, and why."""
+def decode_into(pixels: np.ndarray, size: int, files: Iterable[Item], read: Callable[[Item], bytes], report: Report) -> (
+        dict[int, str]):
+    """Decode image files into the rows of an array, on all cores; returns the unusable rows, and why.
+
+    ``read`` gives the content of one file. It is called by the thread that decodes it, so that no more files than threads
+    are in memory.
+    """
     skipped: dict[int, str] = {}
 
-    def decode(row: int, content: bytes | OSError) -> None:
+    def decode(row: int, file: Item) -> None:
         try:
-            if isinstance(content, OSError):
-                raise content
-            pixels[row] = square(read_image(content).pixels, size)
-        except (ImageError, OSError) as error:
+            pixels[row] = square(read_image(read(file)).pixels, size)
+        except ImageError as error:
             skipped[row] = str(error)
+        except OSError as error:
+            skipped[row] = error.strerror or str(error)
 
     numbered = enumerate(files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -153,13 +159,14 @@ def split_by_name(name: str, files: list[str], pixels: np.ndarray, skipped: dict
     rows = {part: shuffled(r) for part, r in rows.items()}  # so that the first of a part are of all kinds
     splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
     return Dataset(name, {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()}, splits,
-                   [f"{files[row]}: {why}" for row, why in sorted(skipped.items())])
+                   [f"{files[row]}: {why}" for row, why in sorted(skipped.items())],
+                   {part: [files[row] for row in r] for part, r in rows.items()})
 
 
 def contents(paths: Iterable[Path]) -> Iterator[bytes | OSError]:
     """Files one after another; one that cannot be read is its error."""
     for path in paths:
         try:
-            yield path.read_bytes()
+            yield read_file(path)
         except OSError as error:
             yield error

@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from serving.files import image_paths, read_file
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image
 from training.data import DataError, Dataset
-from training.datasets.files import Report, cached_pixels, contents, decode_into, split_by_name
+from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
 
 
 def load_folder(folder: Path, image_size: int | None, cache: Path | None, report: Report,
@@ -17,33 +18,46 @@ def load_folder(folder: Path, image_size: int | None, cache: Path | None, report
 
     Arguments are those of :func:`training.datasets.load_dataset`.
     """
-    files = image_files(folder)
+    return load_files(folder, image_files(folder), image_size, cache, report, fits)
+
+
+def load_files(folder: Path, files: list[Path], image_size: int | None, cache: Path | None, report: Report,
+               fits: Callable[[int], object] = lambda side: None) -> Dataset:
+    """The same of files that :func:`image_files` found."""
     size = image_size or _first_size(files)
     fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
-    stats = [p.stat() for p in files]
-    identity = json.dumps([size, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]])
+    identity = json.dumps([size, [(name, *_version(path)) for name, path in zip(names, files, strict=True)]])
     pixels, skipped = cached_pixels(identity, lambda: (len(files), size, size, 3), cache,
-                                    lambda out: decode_into(out, size, contents(files), report))
+                                    lambda out: decode_into(out, size, files, read_file, report))
     return split_by_name(folder.resolve().name, names, pixels, skipped, report)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files below a folder, by their suffixes, in order.
+    """Image files below a folder, by their suffixes, in order; some may turn out not to be readable.
 
     Raises:
         DataError: there are none.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files = sorted(folder / name for name in image_paths(folder))
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
 
 
+def _version(path: Path) -> tuple[int, int]:
+    """Size and time of change; zeros of what is not there, such as the target of a broken link."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
 def _first_size(files: list[Path]) -> int:
     for path in files:
         try:
-            return min(read_image(path.read_bytes()).pixels.shape[:2])
+            return min(read_image(read_file(path)).pixels.shape[:2])
         except (ImageError, OSError):
             continue
     raise DataError(f"none of {len(files)} image files can be read, the first is {files[0]}")

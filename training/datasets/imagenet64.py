@@ -23,7 +23,8 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
         DataError: they are not there.
     """
     # Of a batch that is there in both forms, one; 1 to 10 in their order.
-    by_stem = {p.stem: p for suffix in ("", ".npz") for p in root.glob(f"train_data_batch_*{suffix}") if p.suffix == suffix}
+    by_stem = {p.stem: p for suffix in ("", ".npz") for p in root.glob(f"train_data_batch_*{suffix}")
+               if p.suffix == suffix and p.is_file()}
     train = sorted(by_stem.values(), key=lambda p: (len(p.stem), p.stem))
     test = [p for p in (root / "val_data.npz", root / "val_data") if p.is_file()][:1]
     if not train or not test:

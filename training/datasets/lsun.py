@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from training.data import DataError, Dataset
@@ -34,14 +33,13 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
     if not keys:
         raise DataError(f"{root} holds no images")
 
-    def values() -> Iterator[bytes | OSError]:
+    def value(key: bytes) -> bytes:
         with environment.begin() as transaction:
-            for key in keys:
-                yield bytes(transaction.get(key) or b"")
+            return bytes(transaction.get(key) or b"")
 
     stat = (root / "data.mdb").stat()
     pixels, skipped = cached_pixels(json.dumps([size, stat.st_size, stat.st_mtime_ns]), lambda: (len(keys), size, size, 3),
-                                    cache, lambda out: decode_into(out, size, values(), report))
+                                    cache, lambda out: decode_into(out, size, keys, value, report))
     environment.close()
     return split_by_name(f"lsun-{root.name.removesuffix('_lmdb')}", [key.decode(errors="replace") for key in keys], pixels,
                          skipped, report)
