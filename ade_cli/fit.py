@@ -12,10 +12,11 @@ from ade_model.errors import ConfigError
 from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
 from fitting.plan import Plan, PlanError, make_plan, read_budget
-from fitting.survey import choose_image_size, folder_sizes
+from fitting.survey import choose_image_size, picture_sizes
 from serving.bundle import BundleError, plain_name
 from serving.ood import CalibrationError
 from training.data import DataError
+from training.datasets.folder import image_files
 from training.runs import RunError
 from training.step import TrainingDiverged
 
@@ -45,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
     budget = read_budget(args.budget)
     stored = out / "plan.json"
     before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
-    side = args.image_size or (before.image_size if before else choose_image_size(folder_sizes(folder)))
-    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), out, say)
+    files = image_files(folder)
+    side = args.image_size or (before.image_size if before else choose_image_size(picture_sizes(files)))
+    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), files, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
 

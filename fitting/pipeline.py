@@ -20,13 +20,13 @@ from export.calibrate import calibrate_bundle
 from export.write import export_bundle
 from fitting.plan import Plan, PlanError
 from fitting.report import Findings, Unusual, false_alarms, write_report
-from fitting.survey import Survey, as_dict, folder_sizes, split_names, summary_lines, survey
+from fitting.survey import Survey, as_dict, picture_sizes, summary_lines, survey
 from serving.bulk import BulkOptions, FileScorer
 from serving.bundle import open_bundle
 from serving.engine import InferenceEngine
 from training.data import CHANNELS, DataError, Dataset
-from training.datasets.files import shuffled
-from training.datasets.folder import load_folder
+from training.datasets.files import contents, shuffled
+from training.datasets.folder import load_files
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
 from training.recipes import recipe
@@ -55,11 +55,12 @@ class Fitted:
     report: Path
 
 
-def fit_folder(plan: Plan, out: Path, say: Report) -> Fitted:
+def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
     """Do what is left of a plan.
 
     Args:
         plan: of :func:`fitting.plan.make_plan`.
+        files: the images of the plan's folder, as :func:`training.datasets.folder.image_files` found them.
         out: the fitting's folder; one that was begun by another plan is refused.
         say: is told of progress, a line at a time.
 
@@ -71,10 +72,10 @@ def fit_folder(plan: Plan, out: Path, say: Report) -> Fitted:
     for stage in plan.stages:  # before anything is written: a size that cannot be is an error here
         recipe(stage.recipe, plan.image_size, CHANNELS, plan.size)
     with alone_in(out):
-        return _fit(plan, out, say)
+        return _fit(plan, files, out, say)
 
 
-def _fit(plan: Plan, out: Path, say: Report) -> Fitted:
+def _fit(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
     started = time.monotonic()
     _keep_plan(plan, out)
 
@@ -83,16 +84,16 @@ def _fit(plan: Plan, out: Path, say: Report) -> Fitted:
 
     folder = Path(plan.folder)
     step(f"reading {folder}")
-    dataset = load_folder(folder, plan.image_size, out / "cache", lambda line: None)
-    found, names = _survey(folder, dataset, out)
+    dataset = load_files(folder, files, plan.image_size, out / "cache", lambda line: None)
+    found = _survey(folder, files, dataset, out)
     for line in summary_lines(found):
         step(line)
     run = _train(plan, dataset, out, step)
     checkpoint = latest_checkpoint(run)
-    bundle = _bundle(plan, found, names, dataset, checkpoint, out, step)
+    bundle = _bundle(plan, found, dataset, checkpoint, out, step)
     if not (out / "report.html").exists():
         step("looking for the unusual among the images")
-        _report(plan, found, names, dataset, bundle, out)
+        _report(plan, found, dataset, bundle, out)
     step("done")
     return Fitted(bundle, out / "report.html")
 
@@ -112,9 +113,8 @@ def _keep_plan(plan: Plan, out: Path) -> None:
     write_json(path, plan.to_dict())
 
 
-def _survey(folder: Path, dataset: Dataset, out: Path) -> tuple[Survey, dict[str, list[str]]]:
-    names = split_names(folder, dataset)
-    found = survey(folder, folder_sizes(folder), dataset, names)
+def _survey(folder: Path, files: list[Path], dataset: Dataset, out: Path) -> Survey:
+    found = survey(picture_sizes(files), dataset)
     for part, least in LEAST.items():
         if found.parts[part] < least:
             raise DataError(f"{folder}: about {ENOUGH} different images are needed, got {found.files}: "
@@ -123,7 +123,7 @@ def _survey(folder: Path, dataset: Dataset, out: Path) -> tuple[Survey, dict[str
     if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):
         raise PlanError(f"{folder} has changed since {out} was begun: take another --out")
     write_json(path, as_dict(found))
-    return found, names
+    return found
 
 
 def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
@@ -143,13 +143,12 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
     return before
 
 
-def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dataset, checkpoint: Path, out: Path,
-            step: Report) -> Path:
+def _bundle(plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: Path, step: Report) -> Path:
     """Measured, exported and calibrated."""
     exported, bundle = out / "exported", out / "bundle"
     if not exported.exists():
         step("measuring the likelihood of held-out images")
-        tested = _test_images(dataset, names, found)[:MEASURED_IMAGES]
+        tested = _test_images(dataset, found)[:MEASURED_IMAGES]
         evaluation = {"data": dataset.name, "part": "test", "split": dataset.splits["test"], "images": len(tested),
                       "seed": 0, **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES)}
         step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
@@ -162,7 +161,8 @@ def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
         resize = "fit" if set(found.sizes) - {side, "unreadable"} else None
 
         def files(part: str) -> Iterator[bytes]:
-            return ((folder / name).read_bytes() for name in names[part] if name not in left_out)
+            read = contents(folder / name for name in dataset.files[part] if name not in left_out)
+            return (content for content in read if isinstance(content, bytes))
 
         made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name, resize)
         step(f"calibrated on {len(made.scores)} images: the verdict takes false-alarm rates from "
@@ -170,28 +170,28 @@ def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
     return bundle
 
 
-def _test_images(dataset: Dataset, names: dict[str, list[str]], found: Survey) -> np.ndarray:
+def _test_images(dataset: Dataset, found: Survey) -> np.ndarray:
     """Those that are no copies of others, shuffled: uint8 ``(N, H, W, C)``."""
     left_out = set(found.leaking)
-    rows = shuffled([row for row, name in enumerate(names["test"]) if name not in left_out])
+    rows = shuffled([row for row, name in enumerate(dataset.files["test"]) if name not in left_out])
     return np.asarray(dataset.parts["test"].images[rows])
 
 
-def _report(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dataset, bundle: Path, out: Path) -> None:
+def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path) -> None:
     opened = open_bundle(bundle)
     engine = InferenceEngine(opened, device="cpu")
     resize = (opened.manifest["calibration"] or {}).get("resize")
     scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize=resize))
     left_out = set(found.leaking)
-    tested = shuffled([name for name in names["test"] if name not in left_out])[:TEST_IMAGES]
+    tested = shuffled([name for name in dataset.files["test"] if name not in left_out])[:TEST_IMAGES]
     p_values = [row["p_value"] for row in scorer(tested) if row.get("p_value") is not None]
-    scanned = shuffled(names["train"])[:SCANNED_IMAGES]
+    scanned = shuffled(dataset.files["train"])[:SCANNED_IMAGES]
     rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
     rows.sort(key=lambda row: -row["ood_score"])
-    index = {name: row for row, name in enumerate(names["train"])}
+    index = {name: row for row, name in enumerate(dataset.files["train"])}
     unusual = [Unusual(row["path"], row["p_value"], row["bpd"], dataset.parts["train"].images[index[row["path"]]])
                for row in rows[:SHOWN_UNUSUAL]]
-    held_out = _test_images(dataset, names, found)[:RECONSTRUCTED]
+    held_out = _test_images(dataset, found)[:RECONSTRUCTED]
     findings = Findings(plan, found, opened, engine.sample([0] * SAMPLES, range(SAMPLES)), held_out,
                         engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual)
     write_report(findings, out / "report.html")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ import numpy as np
 
 from serving.images import file_size
 from training.data import PARTS, Dataset
-from training.datasets.files import part_of, shuffled
-from training.datasets.folder import image_files
+from training.datasets.files import part_of
 
 SMALLEST, LARGEST = 16, 64  # sides that a model of a fitting is made for
 STEP = 8  # networks halve three times
@@ -44,9 +44,9 @@ class Survey:
     warnings: list[str]
 
 
-def folder_sizes(folder: Path) -> Counter[tuple[int, int] | None]:
+def picture_sizes(files: Sequence[Path]) -> Counter[tuple[int, int] | None]:
     """Width and height of every image file, by their headers; ``None`` counts those that have none."""
-    return Counter(file_size(path) for path in image_files(folder))
+    return Counter(file_size(path) if path.is_file() else None for path in files)
 
 
 def choose_image_size(sizes: Counter[tuple[int, int] | None]) -> int:
@@ -58,15 +58,14 @@ def choose_image_size(sizes: Counter[tuple[int, int] | None]) -> int:
     return max(SMALLEST, min(LARGEST, usual // STEP * STEP))
 
 
-def survey(folder: Path, sizes: Counter[tuple[int, int] | None], dataset: Dataset, names: dict[str, list[str]]) -> Survey:
+def survey(sizes: Counter[tuple[int, int] | None], dataset: Dataset) -> Survey:
     """Look at a folder whose images were read.
 
     Args:
-        folder: of the images.
-        sizes: of :func:`folder_sizes`.
+        sizes: of :func:`picture_sizes`.
         dataset: of that folder, at the model's size.
-        names: the files of each part, in the order of its rows.
     """
+    names = dataset.files
     groups: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     for part in PARTS:  # the training part first: what is held out must not be in it
         for row, name in enumerate(names[part]):
@@ -90,16 +89,6 @@ def survey(folder: Path, sizes: Counter[tuple[int, int] | None], dataset: Datase
     return Survey(sum(sizes.values()),
                   {"unreadable" if size is None else f"{size[0]} x {size[1]}": n for size, n in sizes.most_common()},
                   dataset.skipped, twice, leaking, parts, warnings)
-
-
-def split_names(folder: Path, dataset: Dataset) -> dict[str, list[str]]:
-    """The files of each part of a folder's data set, in the order of its rows."""
-    names: dict[str, list[str]] = {part: [] for part in PARTS}
-    for path in image_files(folder):
-        name = path.relative_to(folder).as_posix()
-        if not any(line.startswith(f"{name}: ") for line in dataset.skipped):
-            names[part_of(path.name)].append(name)
-    return {part: shuffled(found) for part, found in names.items()}
 
 
 def summary_lines(found: Survey) -> list[str]:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import make_folder
+from fitting.survey import picture_sizes
+from tests.conftest import make_folder, make_traps
 from training.data import DataError
 from training.datasets import cifar10, files, load_dataset
 from training.datasets.files import part_of
+from training.datasets.folder import image_files
 
 
 def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
@@ -32,6 +34,19 @@ def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
     for part, images in dataset.parts.items():
         for other in (again, in_memory):
             assert np.array_equal(images.images[:], other.parts[part].images[:])
+
+
+def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -> None:
+    folder = tmp_path / "images"
+    for i, image in enumerate(small_images[:30]):
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "link.png").symlink_to(folder / "0.png")
+    reasons = make_traps(folder)
+    dataset = load_dataset(str(folder), None)
+    assert dict(line.split(": ", 1) for line in dataset.skipped) == reasons
+    assert dataset.image_size == 8 and sum(map(len, dataset.files.values())) == 31
+    assert picture_sizes(image_files(folder)) == {(8, 8): 31, None: 4}
 
 
 def test_the_first_of_a_part_are_of_every_folder(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from PIL import Image
 
 from ade_cli.main import main
 from fitting.plan import Plan, PlanError, make_plan, read_budget
-from fitting.survey import choose_image_size, folder_sizes, split_names, survey
+from fitting.survey import choose_image_size, picture_sizes, survey
 from serving.bundle import verify_bundle
 from serving.engine import InferenceEngine
 from tests.conftest import ROOT, make_folder
-from training.datasets.folder import load_folder
+from training.datasets.folder import image_files, load_files, load_folder
 
 
 @pytest.mark.parametrize("text, minutes", [("20m", 20), ("1.5h", 90), ("2d", 2880), ("45", 45), (" 5m ", 5)])
@@ -59,15 +59,16 @@ def test_what_a_folder_holds(tmp_path: Path, small_images: np.ndarray) -> None:
     folder = make_folder(tmp_path / "images", small_images)
     for i in range(30):
         shutil.copy(folder / "class0" / "0000.png", folder / f"copy{i}.png")
-    dataset = load_folder(folder, 8, None, lambda line: None)
-    names = split_names(folder, dataset)
+    files = image_files(folder)
+    dataset = load_files(folder, files, 8, None, lambda line: None)
+    names = dataset.files
     assert {part: len(rows) for part, rows in names.items()} == {part: len(s) for part, s in dataset.parts.items()}
     for part, rows in names.items():
         for row in (0, len(rows) - 1):
             pixels = np.asarray(Image.open(folder / rows[row]))
             if pixels.shape == (8, 8, 3):
                 assert np.array_equal(pixels, dataset.parts[part].images[row])
-    found = survey(folder, folder_sizes(folder), dataset, names)
+    found = survey(picture_sizes(files), dataset)
     assert found.files == 333 and found.sizes == {"8 x 8": 330, "unreadable": 2, "40 x 20": 1}
     assert len(found.broken) == 2 and any(line.startswith("broken.png: ") for line in found.broken)
     (group,) = found.twice
@@ -78,6 +79,32 @@ def test_what_a_folder_holds(tmp_path: Path, small_images: np.ndarray) -> None:
     assert [line.split(":")[0] for line in found.warnings[1:]] == [
         "Held-out files that are copies of others, left out of calibration and tests", "Files that could not be read",
         "Images that are not 8 x 8, whose centre squares were resized"]
+
+
+def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndarray) -> None:
+    """Whatever files are called: here each good file's name begins that of a broken one."""
+    for i, image in enumerate(small_images[:120]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.png: copy.png").write_bytes(b"broken")
+    dataset = load_folder(tmp_path, 8, tmp_path / "cache", lambda line: None)
+    again = load_folder(tmp_path, 8, tmp_path / "cache", lambda line: None)
+    assert len(dataset.skipped) == 120 and sum(map(len, dataset.files.values())) == 120 and again.files == dataset.files
+    for part, names in dataset.files.items():
+        for row, name in enumerate(names):
+            assert np.array_equal(dataset.parts[part].images[row], small_images[int(name.removesuffix(".png"))])
+
+
+def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
+    """So that memory does not grow with the number of large files."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)).save(
+        tmp_path / "0.png", compress_level=0)
+    for i in range(1, 100):  # 432 MB in all
+        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
+    script = ("import resource, sys\nfrom training.datasets import load_dataset\n"
+              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+              "before = peak()\nload_dataset(sys.argv[1], None, 8)\nprint(peak() - before)\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 30 + 30 * (os.cpu_count() or 1), done.stderr
 
 
 @pytest.mark.parametrize("arguments, message", [
