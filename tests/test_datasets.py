@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fitting.survey import picture_sizes
-from tests.conftest import make_folder, make_traps
+from tests.conftest import ROOT, make_folder, make_traps
 from training.data import DataError
 from training.datasets import cifar10, files, load_dataset
 from training.datasets.files import part_of
@@ -247,15 +249,37 @@ def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.
         load_dataset("imagenet64", str(tmp_path))
 
 
-def test_lsun_from_its_lmdb(tmp_path: Path, real_images: np.ndarray) -> None:
+def make_lmdb(root: Path, images: np.ndarray) -> Path:
+    """As LSUN's, with one value that is no image."""
     lmdb = pytest.importorskip("lmdb")
-    root = tmp_path / "tower_train_lmdb"
     with lmdb.open(str(root), map_size=2**24) as environment, environment.begin(write=True) as transaction:
-        for i in range(60):
+        for i, image in enumerate(images):
             out = io.BytesIO()
-            Image.fromarray(real_images[i].repeat(3, axis=1)).save(out, "WEBP", lossless=True)
+            Image.fromarray(image).save(out, "WEBP", lossless=True)
             transaction.put(f"{i:040x}".encode(), out.getvalue())
         transaction.put(b"f" * 40, b"no image")
+    return root
+
+
+def test_a_truncated_lmdb_is_refused(tmp_path: Path, real_images: np.ndarray) -> None:
+    """In a process of its own, which a page beyond the end would kill (SIGBUS)."""
+    data = (make_lmdb(tmp_path / "tower_train_lmdb", real_images[:60]) / "data.mdb")
+    script = ("import os, sys\nfrom pathlib import Path\nfrom training.data import DataError\n"
+              "from training.datasets import load_dataset\n"
+              "data = Path(sys.argv[1])\nwhole = data.read_bytes()\nassert load_dataset('lsun', str(data.parent), 8)\n"
+              "for i in range(60):\n"
+              "    data.write_bytes(whole[:len(whole) * i // 60])\n"
+              "    try:\n        load_dataset('lsun', str(data.parent), 8)\n"
+              "    except DataError as error:\n        print(error)\n")
+    done = subprocess.run([sys.executable, "-c", script, str(data)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 60 and all("is truncated" in line or "is not an LMDB" in line for line in said)
+    assert f"is truncated: it has {data.stat().st_size} bytes of " in said[-1]
+
+
+def test_lsun_from_its_lmdb(tmp_path: Path, real_images: np.ndarray) -> None:
+    root = make_lmdb(tmp_path / "tower_train_lmdb", real_images[:60].repeat(3, axis=2))
     said: list[str] = []
     dataset = load_dataset("lsun", str(root), 32, tmp_path / "cache", said.append)
     assert dataset.name == "lsun-tower_train" and sum(len(part) for part in dataset.parts.values()) == 60

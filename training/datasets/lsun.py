@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
 
 DEFAULT_SIZE = 64
+# The first two pages of an LMDB each describe it, the newer one holds: magic number, then the size of pages, the number of
+# the last page and of the transaction (lmdb's mdb.c: MDB_page, MDB_meta).
+_META = struct.Struct("=16xI20xI92xQQ")
+_MAGIC = 0xBEEFC0DE
 
 
 def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Report) -> Dataset:
@@ -24,6 +29,7 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
     size = image_size or DEFAULT_SIZE
     if not (root / "data.mdb").is_file():
         raise DataError(f"{root} is no LMDB: it holds no data.mdb (for a folder of image files: --data {root}, no --root)")
+    _check_length(root / "data.mdb")
     try:
         environment = lmdb.open(str(root), readonly=True, lock=False, readahead=False, create=False)
         with environment.begin() as transaction:
@@ -34,8 +40,11 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
         raise DataError(f"{root} holds no images")
 
     def value(key: bytes) -> bytes:
-        with environment.begin() as transaction:
-            return bytes(transaction.get(key) or b"")
+        try:
+            with environment.begin() as transaction:
+                return bytes(transaction.get(key) or b"")
+        except lmdb.Error as error:
+            raise OSError(f"the LMDB is damaged here: {error}") from error
 
     stat = (root / "data.mdb").stat()
     pixels, skipped = cached_pixels(json.dumps([size, stat.st_size, stat.st_mtime_ns]), lambda: (len(keys), size, size, 3),
@@ -43,3 +52,22 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
     environment.close()
     return split_by_name(f"lsun-{root.name.removesuffix('_lmdb')}", [key.decode(errors="replace") for key in keys], pixels,
                          skipped, report)
+
+
+def _check_length(path: Path) -> None:
+    """Make sure that a database is as long as it says: reading a mapped page beyond the end would kill the process.
+
+    Raises:
+        DataError: it is shorter, or no LMDB.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        first = file.read(_META.size)
+        magic, page, *_ = _META.unpack(first.ljust(_META.size, b"\0"))
+        file.seek(page)
+        metas = [first, file.read(_META.size)]
+    if magic != _MAGIC or len(metas[1]) < _META.size:
+        raise DataError(f"{path} is not an LMDB")
+    _, _, last, _ = max((_META.unpack(meta) for meta in metas), key=lambda fields: fields[3])
+    if size < (last + 1) * page:
+        raise DataError(f"{path} is truncated: it has {size} bytes of {(last + 1) * page}")
