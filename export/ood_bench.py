@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from export.detector import false_alarm_band
 from serving.ood import Calibration, conformal_p_values
+from serving.tables import safe_cell
 
 COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
 ALPHAS = (0.1, 0.05, 0.01)
@@ -150,7 +151,7 @@ def _write_csv(table: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
                          *(f"flagged_{alpha}" for alpha in ALPHAS)])
         for name, figures in table.items():
             for score, f in figures.items():
-                writer.writerow([name, score, f.auroc, f.standard_error, f.aupr, f.fpr95,
+                writer.writerow([safe_cell(name), score, f.auroc, f.standard_error, f.aupr, f.fpr95,
                                  *(f.flagged or ("",) * len(ALPHAS))])
 
 

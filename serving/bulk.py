@@ -33,6 +33,7 @@ from serving.images import IMAGE_SUFFIXES
 from serving.locks import lock
 from serving.requests import InputImage, prepare_image
 from serving.signatures import part_names
+from serving.tables import safe_cell
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK = 64  # files that a process takes at a time
@@ -258,6 +259,10 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
                 row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()  # names need not be UTF-8
                 yield {name: row.get(name) for name in names}
 
+    def cells() -> Iterator[dict[str, Any]]:
+        for row in rows():
+            yield {name: safe_cell(value) if isinstance(value, str) else value for name, value in row.items()}
+
     unfinished = out.with_name(out.name + ".tmp")
     if out.suffix == ".parquet":
         _write_parquet(unfinished, names, rows())
@@ -266,7 +271,7 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
             if out.suffix == ".csv":
                 table = csv.DictWriter(file, names)
                 table.writeheader()
-                table.writerows(rows())
+                table.writerows(cells())
             else:
                 file.writelines(json.dumps(row) + "\n" for row in rows())
     os.replace(unfinished, out)

@@ -19,6 +19,7 @@ from PIL import Image
 from ade_cli.data_options import readable
 from ade_cli.main import main
 from export.calibrate import calibrate_bundle
+from export.ood_bench import Figures, _write_csv
 from serving import bulk
 from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.bundle import open_bundle
@@ -71,6 +72,25 @@ def test_every_file_has_its_row_in_every_format(tiny_bundle: Path, folder: Path,
     assert sum(row["ood"] or False for row in rows) == summary.flagged
     assert tables[".parquet"] == rows
     assert [float(row["bpd"]) if row["bpd"] else None for row in tables[".csv"]] == [row["bpd"] for row in rows]
+
+
+def test_a_spreadsheet_runs_no_file_name(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "\ta.png", "\ra.png"]
+    for name in names:
+        Image.fromarray(small_images[0]).save(folder / name)
+    for suffix, mark in ((".csv", "'"), (".jsonl", ""), (".parquet", "")):
+        score(tiny_bundle, folder, tmp_path / f"scores{suffix}")
+        rows = read(tmp_path / f"scores{suffix}")
+        assert [row["path"] for row in rows] == [mark + name for name in sorted(names)]
+        assert any(float(row[part]) < 0 for row in rows for part in bulk.columns(open_bundle(tiny_bundle), 1)[2:8])
+
+
+def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path: Path) -> None:
+    _write_csv({"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv")  # of ade ood-bench
+    (row,) = read(tmp_path / "figures.csv")
+    assert row["strangers"] == "'=1+1" and row["standard_error"] == "-0.1"
 
 
 def test_only_regular_files_are_read(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path,
