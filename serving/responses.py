@@ -19,12 +19,21 @@ from serving.engine import EncodedLevel, NotFinite, Score
 from serving.errors import PHRASES, ApiError, unusable
 from serving.images import tile, write_png
 from serving.ood import benjamini_hochberg, simes
-from serving.requests import JSON_BYTES_A_NUMBER, MAX_JSON_ENCODINGS, InputImage, SampleRequest
+from serving.requests import (
+    ARRAYS_A_LEVEL,
+    JSON_BYTES_A_NUMBER,
+    MAX_JSON_ENCODINGS,
+    ImagesRequest,
+    InputImage,
+    SampleRequest,
+)
 
 MAX_ANSWER_BYTES = 64 * 2**20
 LEVELS_255 = 255.0
 DIGITS = 6  # after the point, of a statistic
 MAP_BYTES_A_PIXEL = 32  # a number in JSON, and its share of the picture
+EXPLAIN_BYTES = 8192  # of one image's statistics
+HEAD_BYTES = 1024  # of a file beside its pixels or numbers, or of an entry in JSON
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,32 @@ def _check_size(num_bytes: int, advice: str) -> None:
     if num_bytes > MAX_ANSWER_BYTES:
         raise unusable("answer_too_large", f"the answer would have {num_bytes} bytes, at most {MAX_ANSWER_BYTES} are "
                                            f"sent: {advice}")
+
+
+def expected_bytes(operation: str, request: SampleRequest | ImagesRequest, image_shape: tuple[int, int, int],
+                   latent_shapes: Sequence[tuple[int, int, int]]) -> int:
+    """At most how long an answer will be but for its notes, before anything of it is computed.
+
+    Args:
+        operation: of the request.
+        request: with its images decoded.
+        image_shape: ``(H, W, C)`` of the model.
+        latent_shapes: of the model, level by level.
+    """
+    picture = 2 * math.prod(image_shape) + HEAD_BYTES
+    if isinstance(request, SampleRequest):
+        return min(request.n * picture, MAX_ANSWER_BYTES)
+    parameters = request.parameters
+    if operation == "encode":
+        arrays = ARRAYS_A_LEVEL if parameters["eps"] else ARRAYS_A_LEVEL - 1
+        number = JSON_BYTES_A_NUMBER if parameters["format"] == "json" else np.dtype(np.float32).itemsize
+        each = arrays * number * sum(map(math.prod, latent_shapes)) + HEAD_BYTES
+    elif operation == "reconstruct":
+        each = picture
+    else:
+        map_bytes = MAP_BYTES_A_PIXEL * math.prod(image_shape[:2])
+        each = HEAD_BYTES + parameters["explain"] * EXPLAIN_BYTES + parameters["map"] * map_bytes
+    return min(len(request.images) * each, MAX_ANSWER_BYTES)
 
 
 def sample_response(images: np.ndarray, request: SampleRequest, seed: int, model_id: str) -> Response:

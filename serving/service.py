@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,9 +30,11 @@ from serving.requests import (
     parse_sample,
 )
 from serving.responses import (
+    MAX_ANSWER_BYTES,
     Response,
     encode_response,
     error_response,
+    expected_bytes,
     reconstruct_response,
     sample_response,
     score_response,
@@ -40,9 +43,11 @@ from serving.telemetry import Stopwatch, Telemetry
 
 logger = logging.getLogger(__name__)
 MAX_DRAWN_SEED = 2**32  # drawn seeds are short enough to type
-# What one batch of requests may take, well within the server's patience with a worker; each request by itself takes less.
+# What one batch of requests may take, well within what the server allows a worker; each request by itself takes less.
 MAX_BATCH_PIXELS = 4 * MAX_REQUEST_PIXELS  # of pictures, before resizing
-MAX_BATCH_ROWS = 8192  # of a graph
+MAX_BATCH_BYTES = MAX_ANSWER_BYTES  # of all answers: the server takes them in one piece
+MAX_BATCH_S = 20.0  # from when on nothing more is begun
+PASS_ROWS = 256  # of a graph, computed between two looks at the clock
 
 
 class Service:
@@ -72,24 +77,65 @@ class Service:
     def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
         """One answer a request, in order; never raises for what a client sent."""
         watch = Stopwatch()
+        deadline = time.monotonic() + MAX_BATCH_S
         with watch("parse"):
             taken_apart = [self._parse(request) for request in requests]
         with watch("decode"):
-            parsed = _within(MAX_BATCH_ROWS, _rows, self._decode(_within(MAX_BATCH_PIXELS, _pixels, taken_apart)))
-        good = [p for p in parsed if not isinstance(p, ApiError)]
-        try:
-            computed = iter(self._compute(good, watch))
-        except Exception:  # one request must not take its neighbours down: compute each by itself
-            logger.exception("%s: a batch of %d requests failed", self.operation, len(good))
-            computed = iter([self._alone(p, watch) for p in good])
-        count = sum(self._count(p) for p in good)
-        answers = [error_response(p) if isinstance(p, ApiError) else next(computed) for p in parsed]
+            parsed = self._decode(_within(MAX_BATCH_PIXELS, taken_apart))
+        answers, count = self._in_passes(parsed, deadline, watch)
         stages = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in watch.seconds.items())
         for answer in answers:
             answer.headers.update({"X-Ade-Model": self._model_id, "X-Ade-Backend": self.engine.backend.name,
                                    "X-Ade-Batch": str(count), "Server-Timing": stages})
         self._report(requests, answers, count, watch)
         return answers
+
+    def _in_passes(self, parsed: list[SampleRequest | ImagesRequest | ApiError], deadline: float, watch: Stopwatch) -> (
+            tuple[list[Response], int]):
+        """Compute in passes for as long as there is time and room for answers; those left over are asked to come again.
+
+        The first pass is always computed, so that a request by itself always is.
+
+        Returns:
+            The answers, and how many images were computed.
+        """
+        answers = {i: error_response(p) for i, p in enumerate(parsed) if isinstance(p, ApiError)}
+        waiting = {i: p for i, p in enumerate(parsed) if not isinstance(p, ApiError)}
+        room, count = MAX_BATCH_BYTES, 0
+        while waiting:
+            is_first = not count
+            chosen = self._next_pass(waiting, room, is_first) if is_first or time.monotonic() < deadline else []
+            if not chosen:
+                answers |= {i: error_response(_overloaded()) for i in waiting}
+                break
+            requests = [waiting.pop(i) for i in chosen]
+            for i, answer in zip(chosen, self._together(requests, watch), strict=True):
+                answers[i] = answer
+                room -= len(answer.body)
+            count += sum(self._count(request) for request in requests)
+        return [answers[i] for i in range(len(parsed))], count
+
+    def _next_pass(self, waiting: dict[int, SampleRequest | ImagesRequest], room: int, is_first: bool) -> list[int]:
+        """Which requests to compute together: the first ones whose answers have room."""
+        chosen: list[int] = []
+        rows = 0
+        for i, request in waiting.items():
+            size = expected_bytes(self.operation, request, self.engine.image_shape, self.engine.latent_shapes)
+            if size > room and (chosen or not is_first):
+                continue  # there may be room once the others' answers are there, which are shorter than expected
+            if chosen and rows + _rows(request) > PASS_ROWS:
+                break
+            chosen.append(i)
+            rows += _rows(request)
+            room -= size
+        return chosen
+
+    def _together(self, requests: list[Any], watch: Stopwatch) -> list[Response]:
+        try:
+            return self._compute(requests, watch)
+        except Exception:  # one request must not take its neighbours down: compute each by itself
+            logger.exception("%s: a batch of %d requests failed", self.operation, len(requests))
+            return [self._alone(request, watch) for request in requests]
 
     def _report(self, requests: Sequence[RawRequest], answers: list[Response], count: int, watch: Stopwatch) -> None:
         """To metrics and log; probes are no traffic."""
@@ -242,24 +288,21 @@ class Service:
         return sum(isinstance(image, InputImage) for image in request.images)
 
 
-def _within(room: int, cost: Callable[[Any], int], parsed: list[Any]) -> list[Any]:
-    """Requests, but for those that would make the batch too long: they are asked to come again."""
+def _within(room: int, parsed: list[Any]) -> list[Any]:
+    """Requests, but for those whose pictures would be too many for one batch: they are asked to come again."""
     kept = []
     for request in parsed:
-        taken = cost(request)
+        taken = request.pixels if isinstance(request, FilesRequest) else 0
         kept.append(request if taken <= room else _overloaded())
         room -= taken if taken <= room else 0
     return kept
 
 
-def _pixels(request: SampleRequest | FilesRequest | ApiError) -> int:
-    return request.pixels if isinstance(request, FilesRequest) else 0
-
-
-def _rows(request: SampleRequest | ImagesRequest | ApiError) -> int:
+def _rows(request: SampleRequest | ImagesRequest) -> int:
+    """Of a graph. The noise of an encoding is computed as a likelihood is: a row more."""
     if isinstance(request, SampleRequest):
         return request.n
-    return len(request.images) * request.parameters.get("samples", 1) if isinstance(request, ImagesRequest) else 0
+    return len(request.images) * (request.parameters.get("samples", 1) + request.parameters.get("eps", False))
 
 
 def _split(values: Any, counts: list[int]) -> list[Any]:

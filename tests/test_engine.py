@@ -383,16 +383,6 @@ def test_statistics_that_are_not_finite_are_that_image_s_error(engine: Inference
     assert answer.status == 200 and results[0]["bpd"] == expected.bpd and results[1]["error"]["code"] == "not_finite"
 
 
-def test_a_batch_that_would_take_too_long_asks_some_to_come_again(engine: InferenceEngine, real_images: np.ndarray,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.service.MAX_BATCH_ROWS", 10)
-    image = file(real_images[0])
-    answers = Service("score", engine).answer([as_json(images=[image], samples=8), as_json(images=[image], samples=3),
-                                               as_json(images=[image, image])])
-    assert [a.status for a in answers] == [200, 503, 200]
-    assert json.loads(answers[1].body)["error"]["code"] == "overloaded" and answers[1].headers["Retry-After"] == "1"
-
-
 def test_pretrained_is_small_and_says_what_it_is() -> None:
     files = list(Path(PRETRAINED).iterdir())
     assert sum(f.stat().st_size for f in files) <= 40e6
