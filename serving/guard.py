@@ -160,21 +160,29 @@ def check_token(values: list[str], token: str) -> None:
         raise ApiError(401, "bad_token", "the server requires Authorization: Bearer with a valid token")
 
 
+def error_answer(error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
+    """Headers and body of an error in the API's shape."""
+    body = json.dumps(error.body()).encode()
+    headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
+    if error.status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    if error.status == 503:
+        headers.append(("retry-after", "1"))
+    return headers, body
+
+
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send,
                  headers: Collection[tuple[str, str]] = ()) -> None:
-    """Answer an error in the API's shape; if the request has a body, discard it for a while and close the connection.
+    """Answer an error before the body has been read; if there is one, discard it for a while and close the connection.
 
     Many clients read no answer before they have sent their body, and lose it if the connection is closed before.
     """
-    body = json.dumps(error.body()).encode()
-    fields = [("content-type", "application/json"), ("content-length", str(len(body))), *headers]
+    fields, body = error_answer(error)
     has_body = bool(header_values(scope, "transfer-encoding")) or header_values(scope, "content-length") not in ([], ["0"])
-    if error.status == 401:
-        fields.append(("www-authenticate", "Bearer"))
     if has_body:
         fields.append(("connection", "close"))
     await send({"type": "http.response.start", "status": error.status,
-                "headers": [(name.encode(), value.encode()) for name, value in fields]})
+                "headers": [(name.encode(), value.encode()) for name, value in [*fields, *headers]]})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     if has_body:
         await _discard_body(receive)
