@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http
+import re
 from typing import Any, cast
 
 from uvicorn import Config
@@ -13,6 +14,8 @@ from uvicorn.server import ServerState
 from handlers.admission import Limits
 from serving.errors import ApiError
 from serving.guard import error_answer
+
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -44,15 +47,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_idle():
             self._await_head()  # also of blank lines before a head, which the parser passes over
+        if self._head_timer is not None:  # Java's client offers HTTP/2, upon which the parser would pass over the body
+            head, blank, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nX-Declined:", head) + blank + rest
         self._num_pending += len(data)
         super().data_received(data)
         if self._num_pending > self._limits.head_bytes:  # a long head, or trailers after a body
-            if self.cycle is None or self.cycle.response_complete:
-                self._refuse(ApiError(431, "headers_too_large", f"headers may have {self._limits.head_bytes} bytes"))
-            else:
-                self.transport.abort()
+            self._refuse(ApiError(431, "headers_too_large", f"headers may have {self._limits.head_bytes} bytes"))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -61,7 +64,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_head_timer()
         self._num_pending = 0
-        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            self._refuse(ApiError(501, "not_implemented", "the service speaks HTTP/1.1 and upgrades to nothing else"))
+        else:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._num_pending = 0
@@ -78,6 +84,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "malformed_request", "the request is not valid HTTP"))
 
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
     def _await_head(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self._limits.head_s, self.transport.abort)
@@ -93,8 +102,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _refuse(self, error: ApiError) -> None:
+        is_bad_body = not self._is_idle() and self.cycle.more_body and not self.cycle.response_started and not self.pipeline
+        if not (self._is_idle() or is_bad_body):  # an earlier request has no answer yet
+            self.transport.abort()
+        if self.transport.is_closing():
+            return
         headers, body = error_answer(error)
-        lines = [f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}",
-                 *(f"{name}: {value}" for name, value in [*headers, ("connection", "close")])]
+        headers += [("content-length", str(len(body))), ("connection", "close")]
+        lines = [f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}", *map(": ".join, headers)]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()

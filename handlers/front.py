@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
 READING = ("GET", "HEAD")
 INFERRING = (*READING, "POST", "PUT")  # GET and HEAD have no body: the handler answers what is missing
-HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-              "transfer-encoding", "upgrade"}
+NOT_PASSED = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+              "transfer-encoding", "upgrade", "content-length", "date", "server"}  # of a connection, or the front's own
 SLICE_BYTES = 256 * 2**10  # of an answer; the client's time to read runs for each
 KEEP_ALIVE_S = 75  # longer than nginx and HTTP libraries keep a connection: who closes first loses no request
 STOP_S = 10
@@ -199,7 +199,7 @@ class Front:
 def _passing_headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:
     named = {name.strip().lower() for value in response.headers.getall("connection", []) for name in value.split(",")}
     return [(name, value) for name, value in response.headers.items()
-            if name.lower() not in HOP_BY_HOP | named | {"content-length"}]
+            if name.lower() not in NOT_PASSED | named]
 
 
 def _translated(answer: Answer) -> Answer:
@@ -234,9 +234,8 @@ def _torchserve_error(status: int, kind: str, message: str) -> ApiError:
 
 
 async def _send_answer(answer: Answer, send: Send) -> None:
-    headers = [(name.lower().encode("latin-1"), value.encode("latin-1", "replace")) for name, value in answer.headers
-               if name.lower() != "content-length"]
-    headers.append((b"content-length", str(len(answer.body)).encode()))
+    headers = [(name.lower().encode("latin-1"), value.encode("latin-1", "replace")) for name, value in
+               [*answer.headers, ("content-length", str(len(answer.body)))]]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     view = memoryview(answer.body)
     for first in range(0, max(1, len(view)), SLICE_BYTES):

@@ -161,14 +161,13 @@ def check_token(values: list[str], token: str) -> None:
 
 
 def error_answer(error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
-    """Headers and body of an error in the API's shape."""
-    body = json.dumps(error.body()).encode()
-    headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
+    """Headers, but for the length, and body of an error in the API's shape."""
+    headers = [("content-type", "application/json")]
     if error.status == 401:
         headers.append(("www-authenticate", "Bearer"))
     if error.status == 503:
         headers.append(("retry-after", "1"))
-    return headers, body
+    return headers, json.dumps(error.body()).encode()
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send,
@@ -178,6 +177,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send,
     Many clients read no answer before they have sent their body, and lose it if the connection is closed before.
     """
     fields, body = error_answer(error)
+    fields.append(("content-length", str(len(body))))
     has_body = bool(header_values(scope, "transfer-encoding")) or header_values(scope, "content-length") not in ([], ["0"])
     if has_body:
         fields.append(("connection", "close"))
