@@ -20,6 +20,7 @@ from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image, write_png
 from serving.ood import benjamini_hochberg, simes
 from serving.page.served import Served, Shared, ask, file, resize_input, sentence
+from serving.tables import safe_cell
 
 AT_ONCE = 32  # files a request
 MOST = 2000
@@ -163,5 +164,5 @@ def _csv(rows: list[list[Any]]) -> bytes:
     out = io.StringIO(newline="")
     writer = csv.writer(out)
     writer.writerow(COLUMNS)
-    writer.writerows(rows)
+    writer.writerows([safe_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
     return out.getvalue().encode()
