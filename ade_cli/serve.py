@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
+import secrets
+import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 
 from handlers.archives import ServingOptions, write_archives
-from handlers.torchserve import STOP_FOLDER, write_configuration
+from handlers.front import FrontSettings
+from handlers.torchserve import write_configuration
 from serving.backends import BACKENDS, DEVICES, BackendError
 from serving.bundle import Bundle, BundleError, open_bundle
 from serving.images import coder_version
-from serving.launcher import (
-    Child,
-    LaunchError,
-    drain,
-    inference_url,
-    page_is_ready,
-    start_child,
-    start_page,
-    stop_child,
-    wait_until,
-    working_folder,
-)
+from serving.launcher import drain, inference_url, page_is_ready, start_front, start_page, wait_until
 from serving.ports import LOOPBACK, USER, PortError, Ports
 from serving.profile import Totals, profile_table, read_totals
+from serving.run_folder import RunFolder, RunFolderError, run_folder
 from serving.signatures import OPERATIONS
+from serving.supervision import LaunchError, Supervisor
 
-ERRORS = (BundleError, PortError, LaunchError, BackendError)
+ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
 MAX_SCORE_WORKERS = 4
 PROFILE_S = 10.0
+WATCH_S = 0.5
+TOKEN_VARIABLE = "ADE_TOKEN"
+MIN_TOKEN = 32
 SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 
 
@@ -44,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the first is served under the plain names, a further one NAME as NAME-{op}")
     parser.add_argument("--host", default="127.0.0.1",
                         help="address of the API and the page; off loopback a token is asked for (default: %(default)s)")
+    parser.add_argument("--allowed-hosts", default="", metavar="NAME[,NAME]",
+                        help="names by which clients may reach API and page, besides localhost and IP addresses")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
     parser.add_argument("--workers", type=int, metavar="N",
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         raise BundleError(f"bundles served side by side need different names, got {', '.join(names)}")
     for bundle in bundles:
         _warn_of_another_coder(bundle)
+    allowed_hosts = _allowed_hosts(args.allowed_hosts)
+    token = _token(args.host)
     on_gpu = _gpu_for(args.device)
     ports = Ports.from_environment()
     ports.check_free(args.host)
@@ -78,49 +81,84 @@ def run(args: argparse.Namespace) -> None:
     options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu", threads, args.cuda_graphs)
     if args.logs is not None:
         args.logs.mkdir(parents=True, exist_ok=True)
-    with working_folder() as folder:
-        children: list[Child] = []
-        is_serving = False
+    with run_folder() as folder, Supervisor(folder.path) as supervisor:
+        server, is_serving = None, False
         try:
-            store = folder / "store"
-            store.mkdir()
+            folder.store.mkdir()
             models = []
             for i, bundle in enumerate(bundles):
-                models += write_archives(bundle, store, options, workers, bundle.name if i else None)
-            logs = folder / "logs" if args.logs is None else args.logs.resolve()
-            command, environment = write_configuration(folder, store, models, ports, args.host, options, logs)
-            children.append(start_child("torchserve", command, environment, folder))
-            token = None
-            if args.host not in LOOPBACK:
-                keys = folder / "key_file.json"
-                wait_until(lambda: keys.is_file() and keys.stat().st_size > 0, children)
-                token = json.loads(keys.read_text())["inference"]["key"]
-            children.append(start_page(ports, args.host, folder, token, [b.folder for b in bundles]))
-            wait_until(lambda: page_is_ready(ports, args.host), children)
-            _print_addresses(bundles, ports, args.host, token, logs, time.monotonic() - started)
+                models += write_archives(bundle, folder.store, options, workers, bundle.name if i else None)
+            logs = folder.path / "logs" if args.logs is None else args.logs.resolve()
+            server = supervisor.start("torchserve", *write_configuration(folder, models, options, logs))
+            probe_secret = secrets.token_hex(16)
+            folder.write(folder.probe_file, probe_secret)
+            if token is not None:
+                folder.write(folder.token_file, token)
+                folder.write(folder.header_file, f"Authorization: Bearer {token}\n")
+            start_page(supervisor, folder, ports, args.host, [b.folder for b in bundles], token, probe_secret,
+                       allowed_hosts)
+            wait_until(lambda: folder.server_key("inference") is not None, supervisor)
+            settings = folder.path / "front.json"
+            FrontSettings(args.host, ports.inference, ports.metrics, str(folder.inference_socket),
+                          str(folder.metrics_socket), folder.server_key("inference") or "", tuple(models), token,
+                          tuple(allowed_hosts), probe_secret).save(settings)
+            start_front(supervisor, settings)
+            wait_until(lambda: page_is_ready(ports, args.host), supervisor)
+            folder.describe(ports, args.host, logs, supervisor.pids)
+            _print_addresses(bundles, ports, args.host, folder, token is not None, logs, time.monotonic() - started)
             is_serving = True
-            _watch(children, ports if args.profile else None)
-            ended = next(child for child in children if child.process.poll() is not None)
-            raise LaunchError(f"{ended.name} ended with {ended.process.returncode}:\n{ended.tail()}")
+            _watch(supervisor, folder, lambda: folder.describe(ports, args.host, logs, supervisor.pids),
+                   ports if args.profile else None)
         except (KeyboardInterrupt, SystemExit):
+            _ignore_signals()
             print("stopping", file=sys.stderr, flush=True)
+            if is_serving and server is not None:
+                drain(folder, len(bundles) * sum(workers.values()), server)
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            try:
-                if is_serving:
-                    drain(folder / STOP_FOLDER, len(bundles) * sum(workers.values()), ports, children[0])
-            finally:
-                for child in reversed(children):
-                    stop_child(child)
+            _ignore_signals()
 
 
-def _watch(children: list[Child], profiled: Ports | None) -> None:
-    """Wait until a child ends; meanwhile say where time goes, if the ports to ask at are given."""
+def _ignore_signals() -> None:
+    """A second Ctrl-C must not leave processes behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _token(host: str) -> str | None:
+    """What API and page ask for off loopback: ``ADE_TOKEN``, or a new one of 256 bits."""
+    if host in LOOPBACK:
+        return None
+    given = os.environ.get(TOKEN_VARIABLE)
+    if given is None:
+        return secrets.token_urlsafe(32)
+    if not re.fullmatch(rf"[\x21-\x7e]{{{MIN_TOKEN},}}", given):
+        raise LaunchError(f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII without spaces, "
+                          f"got {len(given)} characters")
+    return given
+
+
+def _allowed_hosts(text: str) -> list[str]:
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", name):
+            raise LaunchError(f"--allowed-hosts takes host names without scheme or port, got {name!r}")
+    return names
+
+
+def _watch(supervisor: Supervisor, folder: RunFolder, describe: Callable[[], None], profiled: Ports | None) -> NoReturn:
+    """Tend the children until an exception ends it; meanwhile say where time goes, if the ports to ask at are given.
+
+    Raises:
+        LaunchError: a child cannot be kept up, or the working folder is gone.
+    """
     totals: Totals = {}
     next_profile = time.monotonic() + PROFILE_S
-    while all(child.process.poll() is None for child in children):
-        time.sleep(0.5)
+    while True:
+        if not folder.is_whole():
+            raise LaunchError(f"the working folder {folder.path} was deleted or damaged while the service ran")
+        if supervisor.tend():
+            describe()
+        time.sleep(WATCH_S)
         if profiled is not None and time.monotonic() > next_profile:
             next_profile += PROFILE_S
             try:
@@ -159,11 +197,12 @@ def _gpu_for(device: str) -> bool:
     return found
 
 
-def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str | None, logs: Path,
+def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, folder: RunFolder, needs_token: bool, logs: Path,
                      seconds: float) -> None:
     url = inference_url(ports, host)
-    auth = "" if token is None else f' -H "Authorization: Bearer {token}"'
-    login = "" if token is None else f"  (user {USER}, password {token})"
+    auth = f" -H @{shlex.quote(str(folder.header_file))}" if needs_token else ""
+    login = f"  (user {USER}, password: the token)" if needs_token else ""
+    token = f"token    {folder.token_file}\n" if needs_token else ""
     lines = {"sample": "sample -H 'Content-Type: application/json' -d '{\"n\": 16, \"seed\": 7}' -o samples.png",
              "score": "score -T image.png", "reconstruct": "reconstruct -T image.png -o reconstruction.png",
              "encode": "encode -T image.png -o latents.json"}
@@ -172,5 +211,5 @@ def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, token: str 
     print(f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in bundles)}\n"
           f"page     http://{host}:{ports.ui}{login}\n"
           f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
-          f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n"
+          f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n{token}"
           f"logs     {logs}\n", *curls, "\nCtrl-C stops everything.", sep="\n", flush=True)

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="as of `ade serve` (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.description = ("Say how the service on this machine is, on the ports that ADE_…_PORT say. Exit status 0 if all "
-                          "operations answer, 1 if not. ADE_TOKEN: the token, where the service asks for one.")
+                          "operations answer, 1 if not. Workers, queues and errors are shown to the user that serves. "
+                          "ADE_TOKEN: the token of a service of another user.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,10 +34,9 @@ def _text(found: dict[str, Any]) -> str:
                       if name in ("inference", "ui"))
     lines = [f"ready       {'yes, all operations answer' if found['ready'] else f'no, not at {ports}'}",
              f"model       {answers.get('model', 'no answer')}", f"backend     {answers.get('backend', 'no answer')}"]
-    for name, model in (found["models"] or {"workers": None}).items():
-        if model is None:
-            lines.append(f"{name:11} unknown: the management API does not answer")
-            continue
+    if found["models"] is None:
+        lines.append("workers     unknown: no service of this user is on these ports")
+    for name, model in (found["models"] or {}).items():
         states = ", ".join(f"{w['state']} (pid {w['pid']}, {w['memory_mib']} MiB)" for w in model["workers"]) or "none"
         lines.append(f"{name:11} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}")
     if found["requests"] is not None:

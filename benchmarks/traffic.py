@@ -24,6 +24,8 @@ import psutil
 from serving.images import read_image, write_png
 from serving.page.served import EXAMPLES
 from serving.ports import VARIABLES, Ports
+from serving.run_folder import find_service
+from serving.status import describe_models
 
 OUTCOMES = ("right", "refused", "failed", "silent", "wrong")
 
@@ -77,12 +79,9 @@ class Running:
 
     def workers(self) -> dict[int, tuple[str, str]]:
         """Model and state by process id, as TorchServe tells."""
-        management = f"http://127.0.0.1:{self.ports.management}/models"
-        found = {}
-        for model in httpx.get(management, timeout=30).json()["models"]:
-            described = httpx.get(f"{management}/{model['modelName']}", timeout=30).json()[0]
-            found |= {w["pid"]: (model["modelName"], w["status"]) for w in described["workers"]}
-        return found
+        folder = find_service(self.ports)
+        described = {} if folder is None else describe_models(folder)
+        return {w["pid"]: (name, w["status"]) for name, model in described.items() for w in model["workers"]}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a service listens: six ports, each with an environment variable of its own."""
+"""Where a service listens: three TCP ports, each with an environment variable of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import os
 import socket
 from dataclasses import dataclass
 
-VARIABLES = {"inference": ("ADE_INFERENCE_PORT", 8080), "management": ("ADE_MANAGEMENT_PORT", 8081),
-             "metrics": ("ADE_METRICS_PORT", 8082), "grpc": ("ADE_GRPC_PORT", 7070),
-             "grpc_management": ("ADE_GRPC_MANAGEMENT_PORT", 7071), "ui": ("ADE_UI_PORT", 7860)}
+VARIABLES = {"inference": ("ADE_INFERENCE_PORT", 8080), "metrics": ("ADE_METRICS_PORT", 8082),
+             "ui": ("ADE_UI_PORT", 7860)}
 
 LOOPBACK = ("127.0.0.1", "localhost")
 USER = "ade"  # of the page, where the service asks for a token: the token is the password
@@ -24,10 +23,10 @@ class PortError(ValueError):
 
 
 def check_host(host: str) -> None:
-    """Make sure that a host is none by IPv6, which TorchServe's configuration does not take.
+    """Reject IPv6 hosts, which the service does not listen on.
 
     Raises:
-        PortError: it is.
+        PortError: it is one.
     """
     if ":" in host:
         raise PortError(f"--host takes an IPv4 address or a name, got {host}")
@@ -38,10 +37,7 @@ class Ports:
     """TCP ports."""
 
     inference: int
-    management: int
     metrics: int
-    grpc: int
-    grpc_management: int
     ui: int
 
     @classmethod

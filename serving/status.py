@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from importlib import metadata
@@ -15,6 +14,7 @@ import psutil
 from serving.journal import last_errors
 from serving.ports import Ports, local_address
 from serving.requests import PROBE_HEADER
+from serving.run_folder import RunFolder, find_service
 
 PACKAGES = ("av-ade", "torchserve", "torch", "onnxruntime-gpu", "onnxruntime", "gradio", "pillow", "numpy")
 TIMEOUT_S = 30.0
@@ -23,70 +23,55 @@ TIMEOUT_S = 30.0
 def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1") -> dict[str, Any]:
     """Ask every part of a service on this machine; what does not answer is ``None``.
 
+    Workers, queues and errors are known to the user that serves, and to nobody else.
+
     Args:
         ports: where it listens.
-        token: where it asks for one.
+        token: where it asks for one and is another user's.
         host: on which address its API and page listen.
     """
     address = local_address(host)
-    headers = {PROBE_HEADER: "1", **_bearer(token)}
+    folder = find_service(ports)
+    probe = None
+    if folder is not None:
+        probe, token = folder.read(folder.probe_file), token or folder.read(folder.token_file)
+    headers = {**({} if probe is None else {PROBE_HEADER: probe}), **_bearer(token)}
     with httpx.Client(timeout=TIMEOUT_S, headers=headers) as http:
         ready = _get(http, f"http://{address}:{ports.ui}/readyz", {200, 503})
         metrics = _get(http, f"http://127.0.0.1:{ports.metrics}/metrics", {200})
         answers = _who_answers(http, f"http://{address}:{ports.inference}")
-        http.headers.update(_bearer(None if token is None else _running_key(ports)))  # management has a key of its own
-        listed = _get(http, f"http://127.0.0.1:{ports.management}/models?limit=1000", {200})
-        names = [model["modelName"] for model in listed.json()["models"]] if listed else []
-        models = {}
-        for name in names:
-            described = _get(http, f"http://127.0.0.1:{ports.management}/models/{name}", {200})
-            models[name] = _model(described.json()[0]) if described else None
-        pids = [w["pid"] for model in models.values() if model for w in model["workers"]]
-        return {"ready": ready is not None and bool(ready.json().get("ready")),
-                "answers": answers, "models": models or None,
-                "requests": _requests(metrics.text) if metrics else None,
-                "last_errors": _last_errors(pids), "versions": versions()}
+    described = {} if folder is None else describe_models(folder)
+    return {"ready": ready is not None and bool(ready.json().get("ready")), "answers": answers,
+            "models": {name: _model(model) for name, model in described.items()} or None,
+            "requests": _requests(metrics.text) if metrics else None,
+            "last_errors": folder and _last_errors(folder), "versions": versions()}
 
 
-def management_key(folder: Path) -> str | None:
-    """The key of the management API, which TorchServe leaves in its folder; ``None`` where it asks for none."""
+def describe_models(folder: RunFolder, timeout: float = TIMEOUT_S) -> dict[str, dict[str, Any]]:
+    """What TorchServe tells of each model that it serves; empty where it does not answer.
+
+    Args:
+        folder: of the service; its socket and key are this user's.
+        timeout: seconds for each answer.
+    """
+    transport = httpx.HTTPTransport(uds=str(folder.management_socket))
+    headers = _bearer(folder.server_key("management"))
     try:
-        return str(json.loads((folder / "key_file.json").read_text())["management"]["key"])
-    except (OSError, ValueError, KeyError):
-        return None
+        with httpx.Client(base_url="http://torchserve", transport=transport, timeout=timeout, headers=headers) as http:
+            names = [model["modelName"] for model in http.get("/models?limit=1000").json()["models"]]
+            return {name: http.get(f"/models/{name}").json()[0] for name in names}
+    except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError):
+        return {}
 
 
-def _running_key(ports: Ports) -> str | None:
-    """The same of the service on these ports, found by the environment of its processes."""
-    for process in psutil.process_iter():
-        try:
-            folder = Path(process.environ()["ADE_STOP_FOLDER"]).parent
-            if f"management_address=http://127.0.0.1:{ports.management}\n" in (folder / "config.properties").read_text():
-                return management_key(folder)
-        except (psutil.Error, KeyError, OSError):
-            continue
-    return None
+def queued_requests(folder: RunFolder) -> int:
+    """How many requests wait for a worker; 0 where that is not to be known, as of a service that is going down."""
+    return sum(model.get("jobQueueStatus", {}).get("pendingRequests", 0)
+               for model in describe_models(folder, timeout=2.0).values())
 
 
 def _bearer(key: str | None) -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
-
-
-def queued_requests(ports: Ports, key: str | None = None) -> int:
-    """How many requests wait for a worker; 0 where that is not to be known, as of a service that is going down.
-
-    Args:
-        ports: where the service listens.
-        key: of :func:`management_key`.
-    """
-    try:
-        with httpx.Client(timeout=2.0, headers=_bearer(key)) as http:
-            listed = _get(http, f"http://127.0.0.1:{ports.management}/models?limit=1000", {200})
-            described = [_get(http, f"http://127.0.0.1:{ports.management}/models/{model['modelName']}", {200})
-                         for model in (listed.json()["models"] if listed else [])]
-        return sum(answer.json()[0].get("jobQueueStatus", {}).get("pendingRequests", 0) for answer in described if answer)
-    except (ValueError, KeyError, IndexError, TypeError):
-        return 0
 
 
 def _get(http: httpx.Client, url: str, statuses: set[int]) -> httpx.Response | None:
@@ -121,14 +106,12 @@ def _memory(pid: int) -> int | None:
         return None
 
 
-def _last_errors(pids: list[int]) -> list[dict[str, Any]] | None:
-    """From the journals in the folder that the workers were told to log to; ``None`` if that is not to be known."""
-    for pid in pids:
-        try:
-            return last_errors(Path(psutil.Process(pid).environ()["LOG_LOCATION"]))
-        except (psutil.Error, KeyError, ValueError, OSError):
-            continue
-    return None
+def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
+    """From the journals of the service's workers; ``None`` if there are none."""
+    try:
+        return last_errors(Path((folder.read_description() or {})["logs"]))
+    except (KeyError, ValueError, OSError):
+        return None
 
 
 def _requests(metrics: str) -> dict[str, float]:

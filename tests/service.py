@@ -13,8 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from serving.ports import VARIABLES
+from serving.ports import VARIABLES, Ports
+from serving.run_folder import RunFolder, find_service
 from tests.conftest import ROOT
+
+CANARIES = {"OPENAI_API_KEY": "canary-of-openai", "AWS_SECRET_ACCESS_KEY": "canary-of-aws"}  # in the starter's environment
 
 
 def free_ports(count: int) -> list[int]:
@@ -32,13 +35,14 @@ class RunningService:
     """Started at once; ``output`` grows as it prints."""
 
     def __init__(self, *bundles: Path, options: tuple[str, ...] = (), timeout: float = 180,
-                 python: str = sys.executable, folder: Path = ROOT) -> None:
+                 python: str = sys.executable, folder: Path = ROOT, variables: dict[str, str] | None = None) -> None:
         ports = dict(zip(VARIABLES, free_ports(len(VARIABLES)), strict=True))
         self.url = f"http://127.0.0.1:{ports['inference']}"
         self.page = f"http://127.0.0.1:{ports['ui']}"
         self.metrics = f"http://127.0.0.1:{ports['metrics']}"
         self.ports = ports
-        environment = {**os.environ, **{VARIABLES[name][0]: str(port) for name, port in ports.items()}}
+        environment = {**os.environ, **CANARIES, **{VARIABLES[name][0]: str(port) for name, port in ports.items()},
+                       **(variables or {})}
         started = time.monotonic()
         self.process = subprocess.Popen(
             [python, "-m", "ade_cli.main", "serve", *map(str, bundles), *options], cwd=folder, env=environment,
@@ -55,6 +59,20 @@ class RunningService:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.output.append(line)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Its working folder, found as ``ade status`` finds it."""
+        folder = find_service(Ports(**self.ports))
+        assert folder is not None
+        return folder
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of its parts, as they are written down; those of workers are TorchServe's to know."""
+        found = self.folder.read_description()
+        assert found is not None
+        return found["pids"]
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

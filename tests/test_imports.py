@@ -44,7 +44,7 @@ def test_serving_needs_no_training_packages() -> None:
               "for name in ('lightning_fabric', 'tensorboard', 'onnx', 'onnxscript', 'training', 'export',\n"
               "             'ade_model'):\n"
               "    sys.modules[name] = None\n"
-              "import ade_cli.main, ade_cli.serve, handlers.base, handlers.score, handlers.archives, serving.page.app\n"
+              "import ade_cli.main, ade_cli.serve, handlers.base, handlers.front, handlers.score, serving.page.app\n"
               "import serving.client, serving.service\n")
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 

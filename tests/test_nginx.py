@@ -28,10 +28,10 @@ pytestmark = [pytest.mark.slow,
 def proxy(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The file as it is, but for the ports and a low rate; its address."""
     folder = tmp_path_factory.mktemp("nginx")
-    outer, inner = free_ports(2)
+    (outer,) = free_ports(1)
     text = (ROOT / "deploy" / "nginx.conf").read_text()
     # A request a second, after the first hundred at once: no machine is too slow to be refused then.
-    for old, new in (("listen 443", f"listen 127.0.0.1:{outer}"), ("127.0.0.1:8090", f"127.0.0.1:{inner}"),
+    for old, new in (("listen 443", f"listen 127.0.0.1:{outer}"),
                      ("127.0.0.1:8080", f"127.0.0.1:{service.ports['inference']}"),
                      ("127.0.0.1:7860", f"127.0.0.1:{service.ports['ui']}"), ("rate=50r/s", "rate=1r/s")):
         assert old in text

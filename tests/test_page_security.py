@@ -2,13 +2,504 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import json
+import os
+import secrets
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
+import gradio as gr
+import httpx
+import psutil
 import pytest
+from fastapi.testclient import TestClient
 
-from serving.page.many import _csv
+from serving.bundle import open_bundle
+from serving.page import app as page_app
+from serving.page import many, uploads
+from serving.page.app import make_app
+from serving.page.files import FileRefused, read_file, write_file
+from serving.page.gate import is_open
+from serving.page.many import _csv, batches, contents
+from serving.page.uploads import Quota, UploadRefused, safe_name
 from serving.tables import safe_cell
+from tests.conftest import PRETRAINED, ROOT
+from tests.service import RunningService, free_ports
+
+EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
+SECRET = "what-nobody-may-read"
+TOKEN = "a-token-of-the-tests"
+# Inputs of these kinds take no file; every other input of the page is attacked, those of a new tab too.
+PLAIN = {"button", "checkbox", "dataset", "dropdown", "number", "radio", "slider", "state"}
+
+
+class RunningPage:
+    """The page alone, as the launcher starts it: a process, its folder and what it prints."""
+
+    def __init__(self, url: str, folder: Path, token: str | None = None) -> None:
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        self.inbox, self.output, self.token = folder / "page-files", folder / "page.out", token
+        environment = {"PATH": os.environ["PATH"], "GRADIO_TEMP_DIR": str(self.inbox), "OMP_NUM_THREADS": "1",
+                       "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": str(ROOT)}
+        if token is not None:
+            environment["ADE_TOKEN"] = token
+        with open(self.output, "wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "serving.page.app", str(PRETRAINED), "--url", url, "--port", str(port),
+                 "--allowed-hosts", "pictures.example"], cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while not self._answers():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(self.url).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def client(self, **options: Any) -> httpx.Client:
+        """A client that is logged in where that is asked for."""
+        client = httpx.Client(base_url=self.url, timeout=60, **options)
+        if self.token is not None:
+            assert client.post("/login", data={"username": "ade", "password": self.token}).status_code == 200
+        return client
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module", params=[None, TOKEN], ids=["open", "login"])
+def page(request: pytest.FixtureRequest, service: RunningService,
+         tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPage]:
+    running = RunningPage(service.url, tmp_path_factory.mktemp("page"), request.param)
+    yield running
+    running.stop()
+
+
+class Asked(BaseHTTPRequestHandler):
+    """A server of this machine that a request could be forged to."""
+
+    paths: list[str] = []
+
+    def do_GET(self) -> None:
+        self.paths.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(SECRET.encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def inner() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/secret.png"
+    server.shutdown()
+
+
+def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
+    """Paths that nobody may read, by what they are; those that can be made here lie in ``folder``."""
+    (folder / "key_file.json").write_text(json.dumps({"management": {"key": SECRET}}))
+    (folder / "private.png").write_text(SECRET)
+    (folder / "private.png").chmod(0o600)
+    os.mkfifo(folder / "fifo.png")
+    inbox.mkdir(exist_ok=True)
+    for name, target in (("link.png", folder / "private.png"), ("loop.png", inbox / "loop.png")):
+        if not (inbox / name).is_symlink():
+            (inbox / name).symlink_to(target)
+    if not (inbox / "waiting.png").exists():
+        os.mkfifo(inbox / "waiting.png")
+    return {"passwd": "/etc/passwd", "environment": "/proc/self/environ", "key": str(folder / "key_file.json"),
+            "private": str(folder / "private.png"), "link": str(inbox / "link.png"), "loop": str(inbox / "loop.png"),
+            "fifo": str(folder / "fifo.png"), "fifo inside": str(inbox / "waiting.png"), "zero": "/dev/zero",
+            "dots": f"{inbox}/../../../../../../../../etc/passwd", "url": inner, "file url": "file:///etc/passwd",
+            "folder": str(folder), "folder inside": str(inbox / "uploads"), "the inbox": str(inbox),
+            "nothing": str(folder / "nothing.png"), "null": f"{inbox}/a\0b", "long": f"{inbox}/{'a' * 5000}"}
+
+
+def shapes(path: str) -> list[Any]:
+    """How components spell a file."""
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    return [file, {"path": path}, [file, file], [{"image": file, "caption": None}]]
+
+
+def targets(config: dict[str, Any]) -> list[tuple[int, int, list[Any]]]:
+    """Each function and input that takes a file, with usual values of all inputs."""
+    components = {one["id"]: one for one in config["components"]}
+    found = []
+    for function in config["dependencies"]:
+        usual = [components[i]["props"].get("value") for i in function["inputs"]]
+        found += [(function["id"], place, usual) for place, i in enumerate(function["inputs"])
+                  if components[i]["type"] not in PLAIN]
+    return found
+
+
+def call(client: httpx.Client, function: int, data: list[Any]) -> tuple[bool, str]:
+    """Whether an event succeeded, and all that was answered."""
+    session = secrets.token_hex(8)
+    joined = client.post("/gradio_api/queue/join", json={"fn_index": function, "data": data, "session_hash": session})
+    if joined.status_code != 200:
+        return False, joined.text
+    answer = client.get("/gradio_api/queue/data", params={"session_hash": session}).text
+    return '"success":true' in answer.replace(" ", ""), answer
+
+
+def test_no_file_of_the_machine_is_read(page: RunningPage, inner: str, tmp_path: Path) -> None:
+    """Over every input that takes a file; the answer is the same whether anything is there or not."""
+    client = page.client()
+    paths = outside(page.inbox, tmp_path, inner)
+    attacked = targets(client.get("/config").json())
+    assert len({function for function, _, _ in attacked}) >= 12, "the tabs' inputs are found"
+    answers = set()
+    for function, place, usual in attacked:
+        for name, path in paths.items():
+            for shape in shapes(path):
+                succeeded, answer = call(client, function, [*usual[:place], shape, *usual[place + 1:]])
+                assert not succeeded, (function, name, answer)
+                answers.add(answer)
+        succeeded, answer = call(client, function, [*usual[:place], paths["private"], *usual[place + 1:]])
+        assert not succeeded and SECRET not in answer and str(tmp_path) not in answer, function
+    assert answers == {"The page opens only files that were dropped on it or made by it."}
+    for name, path in paths.items():
+        for address in (path, path.replace("/", "%2f"), path.replace("..", "%2e%2e")):
+            got = client.get("/gradio_api/file=" + address.replace("\0", "%00"))
+            assert got.status_code in (403, 404) and SECRET not in got.text and "root:" not in got.text, name
+    assert Asked.paths == [], "the page asks no address that a client names"
+    assert call(client, *score_of(client))[0], "the page still answers"
+
+
+def score_of(client: httpx.Client) -> tuple[int, list[Any]]:
+    """What scores an example that was uploaded."""
+    (path,) = client.post("/gradio_api/upload", files=[("files", ("cat.png", EXAMPLE.read_bytes()))]).json()
+    function = next(f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "score")
+    return function["id"], ["cifar10-av-ade", {"path": path, "meta": {"_type": "gradio.FileData"}}, 1, 0.01, False]
+
+
+def test_gradio_by_itself_checks_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
+    """Without the gate: a new Gradio that does not look at ``has_launched`` any more fails here."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "inbox"))
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    paths = outside(tmp_path / "inbox", outer, inner)
+    with TestClient(make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)) as client:
+        config = client.get("/config").json()
+        pick = next(f["id"] for f in config["dependencies"] if f["api_name"] == "pick")
+        for name in ("passwd", "environment", "key", "private", "dots", "zero"):
+            path = paths[name]
+            session = secrets.token_hex(8)
+            body = {"fn_index": pick, "data": [[{"image": shapes(path)[0], "caption": None}]], "session_hash": session,
+                    "event_data": {"index": 0, "value": None}}
+            assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+            answer = client.get("/gradio_api/queue/data", params={"session_hash": session}).text
+            assert '"success":false' in answer and str(outer) not in answer, name
+            assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), name
+
+
+def test_our_own_code_reads_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "inbox"))
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    refused = set()
+    write_file(b"", "first.png")
+    (tmp_path / "inbox" / "uploads").mkdir()
+    for name, path in outside(tmp_path / "inbox", outer, inner).items():
+        with pytest.raises((FileRefused, FileNotFoundError)) as error:
+            read_file(path)
+        refused.add(str(error.value))
+        assert isinstance(error.value, FileRefused), name
+    assert len(refused) == 1
+    own = write_file(b"a picture", "picture.png")
+    assert read_file(own) == b"a picture" and stat.S_IMODE((tmp_path / "inbox").stat().st_mode) == 0o700
+    os.truncate(own, 2**40)  # a hole, which takes no disk
+    with pytest.raises(FileRefused, match="16 MiB"):
+        read_file(own)
+    Path(own).unlink()
+    with pytest.raises(FileNotFoundError):
+        read_file(own)
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"},
+                                     {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example:80"}])
+def test_other_sites_are_refused(page: RunningPage, headers: dict[str, str]) -> None:
+    before = sorted(path.name for path in (page.inbox / "uploads").iterdir())
+    client = page.client()
+    requests = [("POST", "/gradio_api/upload"), ("POST", "/gradio_api/queue/join"), ("POST", "/login")]
+    if "Host" in headers:
+        requests += [("GET", path) for path in ("/", "/config", "/readyz", "/openapi.json", "/theme.css")]
+    for method, path in requests:
+        files = [("files", ("evil.png", EXAMPLE.read_bytes()))] if path.endswith("upload") else None
+        answer = client.request(method, path, files=files, headers=headers)
+        assert answer.status_code in (403, 421) and "av-ade" not in answer.text, (method, path, answer.text)
+    assert client.get("/readyz", headers={"Host": "pictures.example"}).status_code == 200
+    assert sorted(path.name for path in (page.inbox / "uploads").iterdir()) == before
+
+
+def test_without_login_nothing_is_kept(page: RunningPage) -> None:
+    """And of what is behind the login, only that there is one."""
+    if page.token is None:
+        pytest.skip("this page has no login")
+    for cookies in ({}, {"access-token-unsecure": "x"}):
+        client = httpx.Client(base_url=page.url, cookies=cookies)
+        files = [("files", ("cat.png", EXAMPLE.read_bytes()))]
+        assert client.post("/gradio_api/upload", files=files).status_code == 401
+        for path in ("/config", "/gradio_api/info", f"/gradio_api/file={page.inbox}",
+                     "/gradio_api/queue/data?session_hash=a"):
+            answer = client.get(path)
+            assert answer.status_code in (401, 403) and "cifar" not in answer.text, path
+        joined = client.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "a"})
+        assert joined.status_code == 401
+        assert client.post("/login", data={"username": "ade", "password": "wrong"}).status_code == 400
+
+
+def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
+    """Of Gradio's routes; a new one of a new Gradio is closed, since what is open is named."""
+    client = page.client()
+    for path in ("proxy=http://127.0.0.1:1/", "component_server", "process_recording", "stream/a/b/c/playlist.m3u8",
+                 "token", "dev/reload", "custom_component/a/client/b/c", "runs", "run-history/buckets", "vibe-code",
+                 "deep_link", "upload_progress?upload_id=a", "openapi.json", "queue/status", "file/etc/passwd", "user"):
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
+            assert client.request(method, f"/gradio_api/{path}").status_code == 404, path
+    for path in ("/monitoring", "/monitoring/summary", "/monitoring/key", "/?deep_link=a", "/config?deep_link=a", "/docs",
+                 "/pwa_icon", "/robots.txt"):
+        assert client.get(path).status_code == 404, path
+    assert not is_open("GET", "/gradio_api/upload") and is_open("HEAD", "/")
+
+
+def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
+    """But for the folder of uploads, which Gradio's addresses of files hold by design."""
+    client = page.client()
+    for path in ("/", "/config", "/gradio_api/info", "/theme.css", "/openapi.json", "/manifest.json", "/readyz"):
+        text = client.get(path).text.replace(str(page.inbox), "")
+        for place in (str(ROOT), sys.prefix, str(Path.home()) + "/", str(page.inbox.parent), "site-packages"):
+            assert place not in text, (path, place)
+    assert "access-token" not in client.get("/config").text
+
+
+def test_errors_tell_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the answer nor the log of an unexpected error holds what was sent, or where the page lies."""
+    client, mark = page.client(), "a-mark-of-the-payload"
+    function, data = score_of(client)
+    for wrong in ([mark, *data[1:]], [*data[:2], mark, *data[3:]], [data[0], {"path": 7, "orig_name": mark}, *data[2:]],
+                  [data[0], {"image": {"mark": mark}}, *data[2:]], [mark]):
+        succeeded, answer = call(client, function, wrong)
+        assert not succeeded and str(ROOT) not in answer and "Traceback" not in answer and str(page.inbox) not in answer
+    for body in (b"{", b"[" * 100_000, json.dumps({"data": mark}).encode(), b"\xff", b'{"data": [], "fn_index": 99999}'):
+        answer = client.post("/gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"})
+        assert 400 <= answer.status_code < 500 or str(ROOT) not in answer.text
+    said = page.output.read_text()
+    assert mark not in said and "cat.png" not in said and TOKEN not in said and "Traceback" not in said
+    assert "an event failed: " in said, "the operator reads where"
+
+
+def test_an_internal_error_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
+    def broken(*args: Any) -> str:
+        raise RuntimeError(f"{SECRET} at {tmp_path}")
+
+    monkeypatch.setattr(page_app.about, "card", broken)
+    monkeypatch.setattr(page_app.about, "add_tab", lambda shared: shared.model.change(broken, None, shared.model,
+                                                                                     api_name="about"))
+    with TestClient(make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)) as client:
+        event = client.post("/gradio_api/call/about", json={"data": []}).json()["event_id"]
+        answer = client.get(f"/gradio_api/call/about/{event}").text
+    assert "Something went wrong in the page" in answer
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "RuntimeError at test_page_security.py" in said
+    for text in (answer, said):
+        assert SECRET not in text and str(tmp_path) not in text and "Traceback" not in text
+
+
+def upload(client: httpx.Client, *files: tuple[str, bytes]) -> httpx.Response:
+    return client.post("/gradio_api/upload", files=[("files", file) for file in files])
+
+
+def test_uploads(page: RunningPage) -> None:
+    client = page.client()
+    image = EXAMPLE.read_bytes()
+    for name in ("evil.war", "evil.html", "evil.svg", "evil.py", "noname", "a.png.exe", ""):
+        assert upload(client, (name, b"x")).status_code in (400, 415), name
+    answer = upload(client, ("notes.txt", b"a folder holds them"), ("../../cat <b>.PNG", image))
+    dropped, kept = map(Path, answer.json())
+    assert not dropped.exists() and kept.read_bytes() == image and kept.name == "cat b.PNG"
+    assert kept.parent.parent == page.inbox / "uploads"
+    for folder in (kept.parent, kept.parent.parent, page.inbox):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert upload(client, ("large.png", bytes(17 * 2**20))).status_code == 413
+    assert upload(client, *[("a.png", b"x")] * 1001).status_code == 413
+    assert client.post("/gradio_api/upload", content=b"x").status_code == 400
+    for body in (b"", b"--b\r\n", b"--b\r\nContent-Disposition: form-data; name=files\r\n\r\nx\r\n--b--", b"--b\rx",
+                 b"--b\r\nContent-Disposition: form-data; name=\"other\"; filename=\"a.png\"\r\n\r\nx\r\n--b--",
+                 b"--b\r\n" + b"X: " + b"a" * 100_000):
+        for kind in ("multipart/form-data; boundary=b", "multipart/form-data; boundary=", "multipart/form-data"):
+            answer = client.post("/gradio_api/upload", content=body, headers={"Content-Type": kind})
+            assert answer.status_code in (400, 415), (body[:50], kind)
+    chunked = client.post("/gradio_api/upload", content=iter([b"x"]), headers={"Content-Type": "multipart/form-data"})
+    assert chunked.status_code == 411
+    left = [path for path in (page.inbox / "uploads").iterdir() if not any(path.iterdir())]
+    assert left == [], "what was refused is gone"
+
+
+def test_an_upload_above_the_quota_is_refused_and_others_go_on(page: RunningPage) -> None:
+    client = page.client()
+    files = [("files", (f"{i}.png", bytes(15 * 2**20))) for i in range(18)]
+    answer = client.post("/gradio_api/upload", files=files)
+    assert answer.status_code == 413 and answer.text == "At most 256 MiB at once."
+    assert call(client, *score_of(client))[0]
+
+
+def test_clients_lose_their_own_oldest_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "CLIENT_BYTES", 100)
+    monkeypatch.setattr(uploads, "ALL_BYTES", 250)
+    monkeypatch.setattr(uploads, "CLIENT_FILES", 3)
+    monkeypatch.setattr(uploads, "ALL_FILES", 5)
+    quota = Quota()
+
+    def send(client: str, name: str, size: int) -> Path:
+        with quota.sending(client, size):
+            path = tmp_path / name / "a.png"
+            path.parent.mkdir()
+            path.write_bytes(bytes(size))
+        quota.keep(client, [path])
+        return path
+
+    first, second = send("a", "1", 60), send("a", "2", 30)
+    other = send("b", "3", 90)
+    third = send("a", "4", 50)
+    assert not first.exists() and second.exists() and third.exists() and other.exists()
+    with pytest.raises(UploadRefused, match="At most"):
+        send("a", "5", 101)
+    with quota.sending("a", 60), pytest.raises(UploadRefused, match="still under way"):
+        send("a", "6", 60)
+    send("a", "6", 70)
+    send("b", "7", 5)
+    with pytest.raises(UploadRefused, match="try again later") as refused:
+        send("c", "8", 100)
+    assert refused.value.status == 503 and other.exists()
+    send("c", "9", 1)
+    send("c", "10", 1)
+    with pytest.raises(UploadRefused, match="try again later"):
+        send("d", "11", 1)
+    assert not (tmp_path / "11").exists()
+    monkeypatch.setattr(uploads, "KEPT_S", 0.0)
+    send("d", "12", 100)
+    assert not other.exists(), "it expired"
+
+
+@pytest.mark.parametrize(("name", "kept"), [
+    ("../../a.png", "a.png"), ("C:\\x\\b.zip", "b.zip"), ("..", "file"), ("", "file"), (".png", "png"),
+    ("<b>é.png", "bé.png"), ("a" * 300 + ".png", "a" * 80 + ".png"), ("a\0\n\x1b[31m.png", "a31m.png"),
+    ("漢" * 200 + ".png", "漢" * 65 + ".png")])
+def test_names_of_uploads(name: str, kept: str) -> None:
+    assert safe_name(name) == kept
+
+
+def lying_zip(path: Path, name: str, size: int, declared: int) -> Path:
+    """A zip of one entry of ``size`` zeros that says in both of its headers that it has ``declared``."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(size))
+    data = path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", declared))
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_zip_is_unpacked_within_bounds(inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> str:
+        with pytest.raises(gr.Error) as error:
+            list(contents([str(path)]))
+        return str(error.value.message)
+
+    bomb = lying_zip(inbox / "bomb.zip", "<b>large.png", 255 * 2**20, 255 * 2**20)
+    assert bomb.stat().st_size < 300_000
+    assert "&lt;b&gt;large.png in bomb.zip is too large: an image file may have 16 MiB" in refused(bomb)
+    lie = lying_zip(inbox / "lie.zip", "a.png", 255 * 2**20, 1000)
+    with contextlib.suppress(gr.Error):
+        assert sum(len(data) for _, data in contents([str(lie)])) <= 1000
+    (inbox / "no.zip").write_bytes(b"PK nothing")
+    assert "no.zip cannot be unpacked" in refused(inbox / "no.zip")
+    (inbox / "cut.zip").write_bytes(bomb.read_bytes()[:-30])
+    assert "cut.zip cannot be unpacked" in refused(inbox / "cut.zip")
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(inbox / "other.zip", "w", method) as archive:
+            archive.writestr("a.png", bytes(2**20))
+        assert "packed by another method" in refused(inbox / "other.zip")
+    with zipfile.ZipFile(inbox / "many.zip", "w") as archive:
+        for i in range(many.MOST_ENTRIES + 1):
+            archive.writestr(f"{i}.txt", b"")
+    assert "many.zip holds more than 10000 files" in refused(inbox / "many.zip")
+    with zipfile.ZipFile(inbox / "total.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(17):
+            archive.writestr(f"{i}.png", bytes(16 * 2**20))
+    assert "At most 256 MiB at once" in refused(inbox / "total.zip")
+    nested = io.BytesIO()
+    with zipfile.ZipFile(nested, "w") as archive:
+        archive.writestr("inner.png", b"x")
+    with zipfile.ZipFile(inbox / "nest.zip", "w") as archive:
+        archive.writestr("nested.zip", nested.getvalue())
+        archive.writestr("own.png", b"y")
+    assert list(contents([str(inbox / "nest.zip")])) == [("own.png", b"y")]
+
+
+def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "BATCH_BYTES", 10)
+    sizes = [[len(data) for _, data in batch] for batch in batches([("a", bytes(n)) for n in (4, 4, 4, 20, 1, 1)])]
+    assert sizes == [[4, 4, 4], [20], [1, 1]]
+    monkeypatch.undo()
+    assert [len(batch) for batch in batches([("a", b"")] * 70)] == [32, 32, 6]
+
+
+def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
+    client = page.client()
+    function = next(f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "score_many")["id"]
+    call(client, *score_of(client))
+    process, peak, done = psutil.Process(page.process.pid), [0], threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        for name, declared in (("bomb.zip", 255 * 2**20), ("lie.zip", 1000)):
+            zipped = lying_zip(tmp_path / name, "large.png", 255 * 2**20, declared)
+            (path,) = upload(client, (name, zipped.read_bytes())).json()
+            file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+            succeeded, answer = call(client, function, ["cifar10-av-ade", [file], None, 0.1, False])
+            assert not succeeded or name == "lie.zip"
+            assert name == "lie.zip" or "large.png in bomb.zip is too large" in answer
+    finally:
+        done.set()
+        watching.join()
+    assert peak[0] - before < 200 * 2**20, f"{(peak[0] - before) >> 20} MiB more"
+    assert call(client, *score_of(client))[0]
 
 
 @pytest.mark.parametrize("name", ["=1+1.png", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1"])

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+import httpx
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.routing import Mount
+from starlette.types import ASGIApp
 
 from serving.bundle import Bundle, open_bundle
+from serving.guard import Guard
+from serving.images import MAX_FILE_BYTES
 from serving.openapi import openapi_document
 from serving.page import about, compare, explore, many, reconstruct, reproduce, sample, score
+from serving.page.files import UPLOADS, inbox
+from serving.page.gate import UPLOAD, Gate, summary
 from serving.page.served import Served, Shared, make_inbox
 from serving.page.sweep import start_sweeping
+from serving.page.uploads import Quota, receive
 from serving.ports import USER
 
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED = 64  # events
+MAX_SESSIONS = 200  # whose state is in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # Gradio looks for work a thousand times a second, which takes 6 % of a core from the model
 READY_FOR_S = 1.0  # an answer that all is well holds so long
 TABS = {"Sample": sample, "Explore": explore, "Reconstruct": reconstruct, "Score": score, "Score many": many,
@@ -43,10 +58,25 @@ CSS = """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
+class PageBlocks(gr.Blocks):
+    """Gradio's blocks, whose errors say nothing of the machine to a client, and nothing of a request in the log."""
+
+    async def process_api(self, *args: Any, **options: Any) -> Any:
+        """Run an event: what is between a request and its answer, the functions of the tabs included."""
+        try:
+            return await super().process_api(*args, **options)
+        except gr.Error as error:
+            error.print_exception = False  # it is for the client
+            raise
+        except Exception as error:
+            logger.error("an event failed: %s", summary(error))
+            raise gr.Error("Something went wrong in the page. Its log says where.", print_exception=False) from None
+
+
 def build_page(served: Served) -> gr.Blocks:
     """All tabs under one head."""
     names = {name: "{}, {} × {} pixels".format(name, *bundle.image_shape[1::-1]) for name, bundle in served.bundles.items()}
-    with gr.Blocks(title="AV-ADE", analytics_enabled=False) as page:
+    with PageBlocks(title="AV-ADE", analytics_enabled=False) as page:
         gr.Markdown("# AV-ADE\nA generative image model with likelihoods: sample it, see what it keeps of an image, "
                     f"ask how likely an image is. {names[served.first]}.")
         choices = [(name, value) for value, name in names.items()]
@@ -83,13 +113,32 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     def openapi() -> JSONResponse:
         return JSONResponse(document)
 
-    blocks = build_page(served).queue(default_concurrency_limit=4)
+    (inbox() / UPLOADS).mkdir(mode=0o700, exist_ok=True)
+    quota = Quota()
+
+    @app.post(UPLOAD)
+    async def upload(request: Request) -> Response:
+        login = httpx.AsyncClient(transport=httpx.ASGITransport(gradio), base_url="http://localhost")
+        answer = await login.get("/gradio_api/login_check", headers={"Cookie": request.headers.get("cookie", "")})
+        if answer.status_code != 200:
+            return JSONResponse(answer.json(), answer.status_code)
+        return await receive(request, quota)
+
+    blocks = build_page(served).queue(default_concurrency_limit=4, max_size=MAX_QUEUED)
     blocks._queue.sleep_when_free = QUEUE_SLEEP_S
-    mounted: FastAPI = gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME,
-                                           auth=None if token is None else (USER, token), show_error=True,
-                                           max_file_size="16mb",
-                                           footer_links=["api"])
-    return mounted
+    blocks.state_session_capacity = MAX_SESSIONS
+    gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME, auth=None if token is None else (USER, token),
+                        show_error=False, max_file_size=MAX_FILE_BYTES, run_history=False, enable_monitoring=False,
+                        footer_links=["api"])
+    gradio = next(route.app for route in app.routes if isinstance(route, Mount))
+    # Gradio checks which files a request may name only of what was launched, and mounting is none to it.
+    blocks.has_launched = True
+    return app
+
+
+def make_server(url: str, bundles: list[Bundle], token: str | None, allowed_hosts: list[str]) -> ASGIApp:
+    """The application as it is exposed; its login, not the guard, asks for the token."""
+    return Guard(Gate(make_app(url, bundles, token)), allowed_hosts)
 
 
 def main() -> None:
@@ -99,11 +148,17 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--allowed-hosts", metavar="NAME", nargs="*", default=[], help="names of the host in addresses")
     args = parser.parse_args()
-    app = make_app(args.url, [open_bundle(folder) for folder in args.bundles], os.environ.get("ADE_TOKEN"))
-    if "GRADIO_TEMP_DIR" in os.environ:  # the launcher gives the page a folder of its own
-        start_sweeping(Path(os.environ["GRADIO_TEMP_DIR"]))
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    os.umask(0o077)
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # it makes a table of them after each error
+    # What the page shows may lie in the folder for temporary files or the current one, says Gradio.
+    tempfile.tempdir = str(inbox())
+    app = make_server(args.url, [open_bundle(folder.resolve()) for folder in args.bundles], os.environ.get("ADE_TOKEN"),
+                      args.allowed_hosts)
+    os.chdir(inbox())
+    start_sweeping(inbox())
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import gradio as gr
 
 from serving.client import AdeClient, AdeError
 from serving.images import write_png
+from serving.page.files import write_file
 from serving.page.score import verdict_word
-from serving.page.served import Shared, ask, examples, file, read, sentence
+from serving.page.served import Shared, ask, examples, read, sentence
 
 COLUMNS = ["model", "bpd", "p-value", "verdict", "PSNR, dB", "notes"]
 NONE = "–"
@@ -27,7 +28,7 @@ def add_tab(shared: Shared) -> None:
             row, made = _row(client, data, alpha, resize)
             rows.append([name, *row])
             if made is not None:
-                pictures.append((file(write_png(made), f"{name}.png"), name))
+                pictures.append((write_file(write_png(made), f"{name}.png"), name))
         return rows, pictures
 
     with gr.Row():

@@ -14,7 +14,8 @@ from serving.client import AdeClient
 from serving.images import tile, write_png
 from serving.latents import between, coarsest, exchanged, with_level
 from serving.noise import MAX_SEED, NoiseStream, sample_key
-from serving.page.served import Shared, ask, file, image_output, made_here, read, read_seed, resize_input, seed_input
+from serving.page.files import write_file
+from serving.page.served import Shared, ask, image_output, made_here, read, read_seed, resize_input, seed_input
 from serving.parameters import MAX_TEMPERATURE
 
 FRAME_MS = 120
@@ -66,7 +67,7 @@ def add_tab(shared: Shared) -> None:
     def draw(model: str, seed: float | None) -> str:
         """One sample, to start or to end with."""
         data, used = ask(served.clients[model].sample_png, n=1, seed=read_seed(seed))
-        return file(data, f"seed-{used}.png")
+        return write_file(data, f"seed-{used}.png")
 
     def explore(model: str, first: str, last: str, steps: float, resize: bool) -> tuple[
             Any, str, str, str, str, list[str]]:
@@ -76,10 +77,11 @@ def add_tab(shared: Shared) -> None:
         frames = ask(client.sample_with, between(a, b, int(steps)))
         levels = ask(client.sample_with, exchanged(a, b))
         middle = len(frames) // 2
-        paths = [file(write_png(frame), f"step-{i}.png") for i, frame in enumerate(frames)]
+        paths = [write_file(write_png(frame), f"step-{i}.png") for i, frame in enumerate(frames)]
         return (gr.Slider(maximum=len(frames) - 1, value=middle, interactive=True), paths[middle],
-                file(animation(frames), "interpolation.webp"), file(write_png(tile(frames, len(frames))), "strip.png"),
-                file(write_png(tile(levels, len(levels))), "levels.png"), paths)
+                write_file(animation(frames), "interpolation.webp"),
+                write_file(write_png(tile(frames, len(frames))), "strip.png"),
+                write_file(write_png(tile(levels, len(levels))), "levels.png"), paths)
 
     def levels(model: str, first: str, level: int, seed: float | None, resize: bool) -> tuple[str, str]:
         """The first image from its coarsest levels alone, and with one level of others in the place of its own."""
@@ -92,8 +94,8 @@ def add_tab(shared: Shared) -> None:
         streams = [NoiseStream(sample_key(read_seed(seed), i)) for i in range(VARIATIONS)]
         others = [np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes]
         varied = ask(client.sample_with, with_level(own, others, int(level)))
-        return (file(write_png(tile(coarse, len(coarse))), "coarse.png"),
-                file(write_png(tile(varied, len(varied))), "varied.png"))
+        return (write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),
+                write_file(write_png(tile(varied, len(varied))), "varied.png"))
 
     with gr.Row():
         for side, seed_value, image in (("From", 1, shared.inbox.first), ("To", 2, shared.inbox.last)):

@@ -6,8 +6,8 @@ import base64
 import csv
 import io
 import zipfile
-import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +17,76 @@ import numpy as np
 from PIL import Image
 
 from serving.client import AdeError
-from serving.images import IMAGE_SUFFIXES, ImageError, read_image, write_png
+from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
 from serving.ood import benjamini_hochberg, simes
-from serving.page.served import Served, Shared, ask, file, resize_input, sentence
+from serving.page.files import write_file
+from serving.page.served import Served, Shared, ask, read, resize_input, sentence
 from serving.tables import safe_cell
 
 AT_ONCE = 32  # files a request
+BATCH_BYTES = 16 * 2**20
 MOST = 2000
+MOST_ENTRIES = 10_000  # of a zip, other files than images too
+ENTRY_MARK = b"PK\x01\x02"  # each entry of a zip's directory begins with it
 MOST_BYTES = 256 * 2**20  # unpacked
 COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 THUMBNAIL = 48  # pixels a side at most
 
 
 def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each image file, those inside of ``.zip`` files too; at most :data:`MOST`."""
+    """Yield name and bytes of each image file, those inside of ``.zip`` files too; one file is in memory at a time.
+
+    Raises:
+        gr.Error: a file is too large, a zip is damaged, or all of them are too many.
+    """
     count = size = 0
     for path in paths:
-        found: Iterator[tuple[str, bytes]]
-        if Path(path).suffix.lower() == ".zip":
-            found = _unzipped(path)
-        else:
-            found = iter([(Path(path).name, Path(path).read_bytes())])
-        for item in found:
-            if count == MOST:
-                raise gr.Error(f"At most {MOST} images at once: `ade score` takes folders of any size.")
+        for name, data in _unzipped(path) if Path(path).suffix.lower() == ".zip" else [(Path(path).name, read(path))]:
             count += 1
-            size += len(item[1])
+            size += len(data)
+            if count > MOST:
+                raise gr.Error(f"At most {MOST} images at once: `ade score` takes folders of any size.")
             if size > MOST_BYTES:
-                raise _too_much()
-            yield item
-
-
-def _too_much() -> gr.Error:
-    return gr.Error(f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any size.")
+                raise gr.Error(f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any size.")
+            yield name, data
 
 
 def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
+    """Unpack the images of a zip file, each up to :data:`MAX_FILE_BYTES`; what is no image, a zip too, is left alone."""
+    zipped, shown = read(path), escape(Path(path).name)
+    # Before the directory of entries is read, which takes a hundred times the memory.
+    if zipped.count(ENTRY_MARK) > MOST_ENTRIES:
+        raise gr.Error(f"{shown} holds more than {MOST_ENTRIES} files.")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
             for info in archive.infolist():
                 if Path(info.filename).suffix.lower() not in IMAGE_SUFFIXES:
                     continue
-                if info.file_size > MOST_BYTES:  # before it is unpacked
-                    raise _too_much()
-                yield info.filename, archive.read(info)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise gr.Error(f"{Path(path).name} cannot be unpacked: {error}.") from None
+                entry = f"{escape(info.filename[:200])} in {shown}"
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    # Python unpacks these without a bound, whatever size is declared.
+                    raise gr.Error(f"{entry} is packed by another method than deflate: pack it anew.")
+                with archive.open(info) as file:
+                    data = b"" if info.file_size > MAX_FILE_BYTES else file.read(MAX_FILE_BYTES + 1)
+                if max(info.file_size, len(data)) > MAX_FILE_BYTES:  # what is declared may be less than what is there
+                    raise gr.Error(f"{entry} is too large: an image file may have {MAX_FILE_BYTES >> 20} MiB unpacked.")
+                yield info.filename, data
+    except (gr.Error, MemoryError):
+        raise
+    except Exception:  # whatever zipfile stumbles over: struct.error, zlib.error, UnicodeDecodeError, RuntimeError, …
+        raise gr.Error(f"{shown} cannot be unpacked: it is damaged, encrypted or not a zip file.") from None
+
+
+def batches(named: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    """Group files into requests of at most :data:`AT_ONCE` files and about :data:`BATCH_BYTES`."""
+    batch: list[tuple[str, bytes]] = []
+    for item in named:
+        batch.append(item)
+        if len(batch) == AT_ONCE or sum(len(data) for _, data in batch) >= BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def add_tab(shared: Shared) -> None:
@@ -75,22 +99,27 @@ def add_tab(shared: Shared) -> None:
         if not files and not folder:
             raise gr.Error("There are no files yet: drop some, or a zip of them, or choose a folder.")
         inside = [path for path in folder or [] if Path(path).suffix.lower() in IMAGE_SUFFIXES]
-        named = list(contents([*(files or []), *inside]))
-        if not named:
+        paths = [*(files or []), *inside]
+        count = sum(1 for _ in contents(paths))  # what is refused is refused before anything is scored
+        if not count:
             raise gr.Error("There are no images among the files.")
+        names: list[str] = []
+        pictures: list[str] = []
         results: list[Any] = []
-        for first in range(0, len(named), AT_ONCE):
-            progress((first, len(named)), unit="images")
-            batch = [data for _, data in named[first:first + AT_ONCE]]
-            results += _scores(served, model, batch, resize)
+        for batch in batches(contents(paths)):
+            progress((len(results), count), unit="images")
+            scored = _scores(served, model, [data for _, data in batch], resize)
+            names += [name for name, _ in batch]
+            pictures += ["" if isinstance(result, AdeError) else _thumbnail(data)
+                         for (_, data), result in zip(batch, scored, strict=True)]
+            results += scored
         judged = [i for i, r in enumerate(results) if not isinstance(r, AdeError) and r.p_value is not None]
         p_values = [results[i].p_value for i in judged]
         found = dict(zip(judged, benjamini_hochberg(p_values, fdr), strict=True)) if judged else {}
-        rows = [_row(name, result, found.get(i)) for i, ((name, _), result) in enumerate(zip(named, results, strict=True))]
+        rows = [_row(name, result, found.get(i)) for i, (name, result) in enumerate(zip(names, results, strict=True))]
         said = _said(len(rows), p_values, found.values(), fdr)
-        shown = [["" if isinstance(result, AdeError) else _thumbnail(data), *row]
-                 for (_, data), result, row in zip(named, results, rows, strict=True)]
-        return said, shown, gr.DownloadButton(value=file(_csv(rows), "scores.csv"), interactive=True)
+        shown = [[picture, *row] for picture, row in zip(pictures, rows, strict=True)]
+        return said, shown, gr.DownloadButton(value=write_file(_csv(rows), "scores.csv"), interactive=True)
 
     with gr.Row():
         with gr.Column(scale=1, min_width=300):

@@ -11,7 +11,8 @@ import numpy as np
 from serving.charts import levels_chart
 from serving.images import write_png
 from serving.latents import coarsest
-from serving.page.served import KINDS, Shared, as_seen, ask, examples, file, image_output, read, resize_input, usable
+from serving.page.files import write_file
+from serving.page.served import KINDS, Shared, as_seen, ask, examples, image_output, read, resize_input, usable
 from serving.responses import psnr
 
 
@@ -34,8 +35,8 @@ def add_tab(shared: Shared) -> None:
         said = ["**PSNR " + ("infinite: they are equal" if decibels is None else f"{decibels:.2f} dB") + "**",
                 *(f"- {note}" for note in score.notes), "\nBits that it takes, by latent level:"]
         difference = np.clip(128 + 2 * (made.astype(int) - seen), 0, 255).astype(np.uint8)
-        return (file(write_png(seen), "input.png"), file(write_png(made), "reconstruction.png"),
-                file(write_png(difference), "difference.png"), "\n".join(said),
+        return (write_file(write_png(seen), "input.png"), write_file(write_png(made), "reconstruction.png"),
+                write_file(write_png(difference), "difference.png"), "\n".join(said),
                 levels_chart(score.bpd_parts, bundle.latent_shapes, math.prod(bundle.image_shape)))
 
     def all_levels(name: str) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from pathlib import Path
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
 from serving.images import MAX_PIXELS, file_size
-from serving.page.served import Shared, ask, file, image_output
+from serving.page.files import write_file
+from serving.page.served import Shared, ask, image_output, read
 
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
 
@@ -23,11 +23,12 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     """Pixels and text keys of a PNG that was made by a sampler of ours."""
     if path is None:
         raise gr.Error("There is no picture yet: drop a PNG that was made here.")
-    width, height = file_size(Path(path)) or (0, 0)
+    data = read(path)
+    width, height = file_size(io.BytesIO(data)) or (0, 0)
     if width * height > MAX_PIXELS:
         raise gr.Error(f"This picture has {width} × {height} pixels: none was made so large here.")
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             picture.load()
             text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
             pixels = np.asarray(picture)
@@ -70,7 +71,7 @@ def add_tab(shared: Shared) -> None:
         else:
             said = "**Not the same**: the picture was changed after it was made, or made on another kind of device."
         told = ", ".join(f"{name} {value}" for name, value in wanted.items())
-        return file(data, Path("again.png").name), f"{said}\n\n{told}"
+        return write_file(data, "again.png"), f"{said}\n\n{told}"
 
     with gr.Row():
         with gr.Column(scale=1):

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from serving.images import untile, write_png
-from serving.page.served import KINDS, Shared, ask, file, read_seed, seed_input
+from serving.page.files import write_file
+from serving.page.served import KINDS, Shared, ask, read_seed, seed_input
 
 MAX_GRID = 64
 HISTORY = 24  # grids of a session that are remembered
@@ -53,10 +54,10 @@ def add_tab(shared: Shared) -> None:
         data, used = ask(served.clients[model].sample_png, n=int(n), seed=read_seed(seed),
                          temperature=float(temperature), kind=kind)
         images, texts = cells(data, served.bundles[model].image_shape)
-        paths = [file(write_png(image, text), f"sample-{used}-{text['ade:index']}.png")
+        paths = [write_file(write_png(image, text), f"sample-{used}-{text['ade:index']}.png")
                  for image, text in zip(images, texts, strict=True)]
         name = f"samples-{used}-{len(paths)}"
-        return paths, file(data, f"{name}.png"), file(archive(images, texts), f"{name}.npz")
+        return paths, write_file(data, f"{name}.png"), write_file(archive(images, texts), f"{name}.npz")
 
     def settle(samples: list[Any]) -> tuple[Any, Any, Any, None]:
         """None is chosen yet, and all can be downloaded."""

@@ -12,7 +12,8 @@ from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import ScoreResult
 from serving.images import write_png
 from serving.ood import Calibration
-from serving.page.served import Shared, as_seen, ask, examples, file, read, resize_input, usable
+from serving.page.files import write_file
+from serving.page.served import Shared, as_seen, ask, examples, read, resize_input, usable
 
 PLACE = ("<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of 56 "
          "statistics, of which the bits are but some: an image may be unusual in the middle of this hill.</p>")
@@ -25,7 +26,7 @@ def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
         size = picture.size
     own = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     shown = own.convert("RGB").resize(size, Image.Resampling.NEAREST)
-    return file(write_png(np.asarray(shown)), "image.png"), file(heat, "map.png")
+    return write_file(write_png(np.asarray(shown)), "image.png"), write_file(heat, "map.png")
 
 
 def add_tab(shared: Shared) -> None:

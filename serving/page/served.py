@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from serving.client import AdeClient, AdeError
 from serving.errors import ApiError
 from serving.images import file_size
 from serving.ood import Calibration
+from serving.page.files import FileRefused, read_file
 from serving.requests import prepare_image
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
@@ -113,9 +112,11 @@ def read(path: str | None) -> bytes:
     if path is None:
         raise gr.Error("There is no image yet: drop one, or choose an example.")
     try:
-        return Path(path).read_bytes()
+        return read_file(path)
+    except FileRefused as error:
+        raise gr.Error(str(error)) from None
     except OSError:
-        raise gr.Error("The file is no longer there: the page keeps files for a day. Drop it again.") from None
+        raise gr.Error("The file is no longer there: the page keeps files for an hour. Drop it again.") from None
 
 
 def read_seed(value: float | None) -> int:
@@ -156,13 +157,6 @@ def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dic
     except Exception:  # whatever Pillow stumbles over
         return None
     return (pixels.reshape(shape), text) if pixels.size == math.prod(shape) else None
-
-
-def file(data: bytes, name: str) -> str:
-    """A file for the page to show; Gradio serves it as it is, text keys included."""
-    folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
-    (folder / name).write_bytes(data)
-    return str(folder / name)
 
 
 def image_input(label: str) -> gr.Image:

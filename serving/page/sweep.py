@@ -1,4 +1,4 @@
-"""Files that the page showed or was given go after a day: it may run for months."""
+"""Files that the page showed or was given go after an hour: it may run for months."""
 
 from __future__ import annotations
 
@@ -9,20 +9,39 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-MAX_AGE_S = 24 * 3600.0
-EVERY_S = 600.0
+from serving.page.files import UPLOADS
+
+MAX_AGE_S = 3600.0
+MAX_BYTES = 2**30  # of disk
+EVERY_S = 60.0
 
 
-def sweep(folder: Path, kept: Collection[str], max_age: float = MAX_AGE_S) -> None:
-    """Remove what lies in a folder for longer than ``max_age`` seconds, but for names that are ``kept``."""
-    for path in list(folder.iterdir()):
+def sweep(folder: Path, kept: Collection[str], max_age: float = MAX_AGE_S, max_bytes: int = MAX_BYTES) -> None:
+    """Remove what lies in a folder for longer than ``max_age`` seconds, but for names that are ``kept``.
+
+    If the rest takes more than ``max_bytes``, the oldest goes too.
+    """
+    found = []
+    for path in folder.iterdir():
         with contextlib.suppress(OSError):  # others may remove it too
-            if path.name in kept or time.time() - path.lstat().st_mtime < max_age:
-                continue
-            if path.is_dir():
+            if path.name not in kept:
+                found.append((path.lstat().st_mtime, _disk(path), path))
+    size = 0
+    for changed, taken, path in sorted(found, reverse=True):
+        size += taken
+        if time.time() - changed < max_age and size <= max_bytes:
+            continue
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()
+
+
+def _disk(path: Path) -> int:
+    """Bytes that a file, or a folder with its files, takes: small files take a block each."""
+    inside = path.iterdir() if path.is_dir() else ()
+    return sum(one.lstat().st_blocks * 512 for one in (path, *inside))
 
 
 def start_sweeping(folder: Path) -> None:
@@ -33,5 +52,6 @@ def start_sweeping(folder: Path) -> None:
         while True:
             time.sleep(EVERY_S)
             sweep(folder, kept)
+            sweep(folder / UPLOADS, ())
 
     threading.Thread(target=run, name="sweep", daemon=True).start()

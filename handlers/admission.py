@@ -1,0 +1,219 @@
+"""Who may take the front's memory and the model server's time, and how long others wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from handlers.archives import MAX_BATCH, RESPONSE_TIMEOUT_S
+from handlers.torchserve import MAX_REQUEST_BYTES, QUEUE_SIZE
+from serving.errors import ApiError
+from serving.guard import Receive, Scope, header_values
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the front; tests make them small.
+
+    Attributes:
+        connections: at most, of all clients.
+        head_s: for a request's head to come.
+        head_bytes: of a head.
+        write_s: for a client to read a part of an answer.
+        body_bytes: of a body.
+        body_idle_s: between two parts of a body.
+        body_grace_s, body_rate: the time for a whole body, seconds and what a byte adds as bytes per second.
+        memory_bytes: of all bodies and answers that are held.
+        free_bytes: of each, which do not count: small requests come in while large ones fill the memory.
+        in_flight: lower bound, start and upper bound of a model's requests that are with the model server.
+        latency_s: how long one of them should take at most there, its queue included.
+        waiting: requests of a model that wait here for their turn.
+        waiting_s: how long.
+        upstream_s: for the model server's answer.
+    """
+
+    connections: int = 2048
+    head_s: float = 10.0
+    head_bytes: int = 64 * 2**10
+    write_s: float = 30.0
+    body_bytes: int = MAX_REQUEST_BYTES
+    body_idle_s: float = 15.0
+    body_grace_s: float = 60.0
+    body_rate: float = 64 * 2**10
+    memory_bytes: int = 256 * 2**20
+    free_bytes: int = 64 * 2**10
+    in_flight: tuple[int, int, int] = (MAX_BATCH // 2, 2 * MAX_BATCH, QUEUE_SIZE)
+    latency_s: float = 5.0
+    waiting: int = QUEUE_SIZE
+    waiting_s: float = 120.0
+    upstream_s: float = RESPONSE_TIMEOUT_S + 5.0
+
+
+class ClientGone(Exception):
+    """The client hung up: nobody waits for an answer."""
+
+
+def overloaded(message: str) -> ApiError:
+    """503, as for TorchServe's full queue."""
+    return ApiError(503, "overloaded", f"{message}: try again later")
+
+
+class Memory:
+    """Counts the bytes that all bodies and answers take together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._used = 0
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Share]:
+        """One request's part, given back at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            share.set(0)
+
+    def change(self, before: int, after: int) -> bool:
+        """Count a part that grew or shrank; whether all fit."""
+        counted = max(0, after - self._limits.free_bytes) - max(0, before - self._limits.free_bytes)
+        self._used += counted
+        return counted <= 0 or self._used <= self._limits.memory_bytes
+
+
+class Share:
+    """What one request holds."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._size = 0
+
+    def set(self, size: int) -> bool:
+        """Hold so many bytes; whether there is room. They count in either case."""
+        fits = self._memory.change(self._size, size)
+        self._size = size
+        return fits
+
+
+async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits) -> bytearray:
+    """The whole body of a request.
+
+    Raises:
+        ApiError: 413, 408 if it stalls, 503 if all bodies together are too large.
+        ClientGone: the client hung up.
+    """
+    too_large = ApiError(413, "request_too_large", f"a request may have {limits.body_bytes} bytes")
+    if any(int(value) > limits.body_bytes for value in header_values(scope, "content-length")):
+        raise too_large
+    clock = asyncio.get_running_loop().time
+    started, body, is_complete = clock(), bytearray(), False
+    while not is_complete:
+        left = started + limits.body_grace_s + len(body) / limits.body_rate - clock()
+        try:
+            async with asyncio.timeout(min(limits.body_idle_s, left)):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, "request_timeout", f"the body came too slowly: {len(body)} bytes so far") from None
+        if message["type"] != "http.request":
+            raise ClientGone
+        body += message["body"]
+        if len(body) > limits.body_bytes:
+            raise too_large
+        if not share.set(len(body)):
+            raise overloaded("the bodies of all requests are too large together")
+        is_complete = not message.get("more_body", False)
+    return body
+
+
+async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """The result of work that is cancelled if the client hangs up; the request's body has been read.
+
+    Raises:
+        ClientGone: it did.
+    """
+    worker, watcher = asyncio.create_task(work), asyncio.create_task(_hang_up(receive))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise ClientGone
+        return worker.result()
+    finally:
+        worker.cancel()
+        watcher.cancel()
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Lane:
+    """Lets a bounded number of one model's requests go to the model server; the others wait here for their turn.
+
+    What the model server has taken it computes, even if its client has gone: what waits here can still be dropped. So no
+    more should be there than keeps the workers busy with full batches. Their number and what a request costs differ by a
+    thousand, therefore the bound follows the time that answers take: by Little's law it is what gives ``latency_s`` at the
+    present throughput, and it grows by one with each faster answer while requests wait.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._least, self._bound, self._most = limits.in_flight
+        self._num_in_flight = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for the turn, and hold it.
+
+        Raises:
+            ApiError: 503, too many wait or it took too long.
+        """
+        if self._waiting or self._num_in_flight >= self._bound:
+            await self._wait()
+        else:
+            self._num_in_flight += 1
+        num_sent, started = self._num_in_flight, asyncio.get_running_loop().time()
+        try:
+            yield
+            self._adapt(num_sent, asyncio.get_running_loop().time() - started)
+        finally:
+            self._leave()
+
+    async def _wait(self) -> None:
+        if len(self._waiting) >= self._limits.waiting:
+            raise overloaded("too many requests are waiting")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(self._limits.waiting_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # it was let go in the moment in which it gave up
+                self._leave()
+            with contextlib.suppress(ValueError):  # taken out already
+                self._waiting.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise overloaded("the request has waited too long") from None
+            raise
+
+    def _adapt(self, num_sent: int, seconds: float) -> None:
+        if seconds > self._limits.latency_s:
+            fitting = int(num_sent * self._limits.latency_s / seconds)
+            self._bound = max(self._least, min(self._bound, fitting))
+        elif self._waiting:
+            self._bound = min(self._bound + 1, self._most)
+
+    def _leave(self) -> None:
+        self._num_in_flight -= 1
+        while self._waiting and self._num_in_flight < self._bound:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._num_in_flight += 1
+                turn.set_result(None)

@@ -1,0 +1,70 @@
+"""The folder that holds what the page was given and what it shows, and the one way to open a file of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from gradio.utils import get_upload_folder
+
+from serving.images import MAX_FILE_BYTES
+
+UPLOADS = "uploads"  # the folder in :func:`inbox` of what the page was given
+
+
+class FileRefused(ValueError):
+    """A path that a client named and the page does not open. The message does not say whether anything is there."""
+
+
+def inbox() -> Path:
+    """Return the page's folder, which nobody but its user may enter; Gradio takes it from ``GRADIO_TEMP_DIR``."""
+    folder = Path(os.path.abspath(get_upload_folder()))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+def own_path(path: str) -> Path:
+    """Resolve a path that came from a client.
+
+    Paths outside of :func:`inbox` are refused by their text, so that the answer does not depend on what lies there.
+
+    Raises:
+        FileRefused: the path leads out of the folder, or to something that is not a regular file.
+    """
+    folder = os.path.abspath(get_upload_folder())
+    refused = FileRefused("The page opens only files that were dropped on it or made by it.")
+    if "\0" in path or not os.path.isabs(path) or not os.path.abspath(path).startswith(folder + os.sep):
+        raise refused
+    try:
+        resolved = Path(path).resolve()
+        is_regular = not resolved.exists() or stat.S_ISREG(resolved.stat().st_mode)
+    except (OSError, RuntimeError):  # too long a name, a loop of links
+        raise refused from None
+    if not is_regular or not resolved.is_relative_to(Path(folder).resolve()):
+        raise refused
+    return resolved
+
+
+def read_file(path: str) -> bytes:
+    """Read a file that a client named.
+
+    Raises:
+        FileRefused: see :func:`own_path`; or the file is larger than an upload may be.
+        FileNotFoundError: it is no longer there.
+    """
+    # Neither a FIFO nor a device that appeared since own_path looked is waited for.
+    with open(os.open(own_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE_BYTES:
+            raise FileRefused(f"A file may have {MAX_FILE_BYTES >> 20} MiB.")
+        return file.read(MAX_FILE_BYTES)
+
+
+def write_file(data: bytes, name: str) -> str:
+    """Write a file for the page to show; Gradio serves it as it is, text keys included."""
+    folder = Path(tempfile.mkdtemp(dir=inbox()))
+    (folder / name).write_bytes(data)
+    return str(folder / name)

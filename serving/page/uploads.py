@@ -1,0 +1,245 @@
+"""``POST /gradio_api/upload``, in the place of Gradio's own: within a quota, and only files that the page reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
+from serving.page.files import UPLOADS, inbox
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+SUFFIXES = IMAGE_SUFFIXES | {".zip"}
+CLIENT_BYTES, CLIENT_FILES = 256 * 2**20, 4000
+ALL_BYTES, ALL_FILES = 2**30, 20_000
+FILES_AT_ONCE = 1000  # Gradio's frontend sends so many in a request
+HEADER_BYTES = 8192  # of a part
+STALL_S = 30.0  # without a byte
+KEPT_S = 3600.0
+
+
+class UploadRefused(Exception):
+    """An upload that the page does not take, with the status and the words of the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+@dataclass
+class _Kept:
+    """What a client has on the page, oldest first, and the bytes that it is sending."""
+
+    files: dict[Path, tuple[int, float]] = field(default_factory=dict)  # bytes, and when it came
+    sending: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.sending + sum(size for size, _ in self.files.values())
+
+
+class Quota:
+    """How much each client may keep on the page, and all of them together.
+
+    A client that sends more loses its own oldest files. Nobody loses a file to another client: when all together hold
+    too much, new uploads are refused until older ones expire.
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[str, _Kept] = {}
+
+    @contextlib.contextmanager
+    def sending(self, client: str, size: int) -> Iterator[None]:
+        """Hold room for an upload of ``size`` bytes while it comes.
+
+        Raises:
+            UploadRefused: there is no room for it.
+        """
+        self._expire()
+        if size > CLIENT_BYTES:
+            raise UploadRefused(413, f"At most {CLIENT_BYTES >> 20} MiB at once.")
+        kept = self._clients.setdefault(client, _Kept())
+        while kept.files and kept.size + size > CLIENT_BYTES:
+            self._drop(kept, next(iter(kept.files)))
+        if kept.size + size > CLIENT_BYTES:
+            raise UploadRefused(429, "Other uploads of yours are still under way: try again when they are done.")
+        if sum(one.size for one in self._clients.values()) + size > ALL_BYTES:
+            raise self._full()
+        kept.sending += size
+        try:
+            yield
+        finally:
+            kept.sending -= size
+
+    def keep(self, client: str, files: list[Path]) -> None:
+        """Count files that came.
+
+        Raises:
+            UploadRefused: all clients together hold too many; the files are removed.
+        """
+        kept = self._clients.setdefault(client, _Kept())
+        kept.files |= {path: (path.stat().st_size, time.monotonic()) for path in files}
+        while len(kept.files) > CLIENT_FILES:
+            self._drop(kept, next(iter(kept.files)))
+        if sum(len(one.files) for one in self._clients.values()) > ALL_FILES:
+            for path in files:
+                self._drop(kept, path)
+            raise self._full()
+
+    def _full(self) -> UploadRefused:
+        return UploadRefused(503, f"The page holds as many uploads as it may; they are kept for {KEPT_S / 60:.0f} "
+                                  "minutes: try again later.")
+
+    def _drop(self, kept: _Kept, path: Path) -> None:
+        kept.files.pop(path, None)
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _expire(self) -> None:
+        for client, kept in list(self._clients.items()):
+            for path, (_, came) in list(kept.files.items()):
+                if time.monotonic() - came > KEPT_S:
+                    self._drop(kept, path)
+            if not kept.files and not kept.sending:
+                del self._clients[client]
+
+
+class _Receiver:
+    """Writes the files of a multipart body as it comes, one open at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: list[Path] = []  # in the order in which they came; those of other suffixes are not there
+        self._name = self._value = b""
+        self._disposition = b""
+        self._header_bytes = self._left = 0
+        self._file: BinaryIO | None = None
+
+    def callbacks(self) -> MultipartCallbacks:
+        return {"on_part_begin": self._begin, "on_header_field": self._header_field,
+                "on_header_value": self._header_value, "on_header_end": self._header_end,
+                "on_headers_finished": self._open, "on_part_data": self._write, "on_part_end": self.close}
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> None:
+        self._name = self._value = self._disposition = b""
+        self._header_bytes = 0
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > HEADER_BYTES:
+            raise UploadRefused(400, f"The headers of a part may have {HEADER_BYTES} bytes.")
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._name += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._name = self._value = b""
+
+    def _open(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        if options.get(b"name") != b"files" or b"filename" not in options:
+            raise UploadRefused(400, "Every part must be a file named \"files\".")
+        if len(self.paths) == FILES_AT_ONCE:
+            raise UploadRefused(413, f"At most {FILES_AT_ONCE} files in a request.")
+        path = self.folder / secrets.token_hex(16) / safe_name(options[b"filename"].decode(errors="replace"))
+        self.paths.append(path)
+        self._left = MAX_FILE_BYTES
+        if path.suffix.lower() in SUFFIXES:
+            path.parent.mkdir(mode=0o700)
+            self._file = open(path, "xb")
+
+    def _write(self, data: bytes, start: int, end: int) -> None:
+        self._left -= end - start
+        if self._left < 0:
+            raise UploadRefused(413, f"A file may have {MAX_FILE_BYTES >> 20} MiB.")
+        if self._file is not None:
+            self._file.write(data[start:end])
+
+
+def safe_name(name: str) -> str:
+    """Keep of a client's file name what is harmless in a path and in a url.
+
+    Example:
+        >>> safe_name("../a b/..\\\\cat <1>.PNG")
+        'cat 1.PNG'
+    """
+    last = name.replace("\\", "/").rpartition("/")[2]
+    kept = "".join(letter for letter in last if letter.isalnum() or letter in " ._-+=@()").strip(" .")
+    stem, dot, suffix = kept.rpartition(".")
+    return f"{stem[:80] if dot else ''}{dot}{suffix[:80]}".encode()[-200:].decode(errors="ignore") or "file"
+
+
+async def receive(request: Request, quota: Quota) -> Response:
+    """Take an upload: a JSON list of the paths of its files, or why it is refused as text, which the page shows.
+
+    A folder that is chosen in a browser holds other files too. Only those that the page reads are kept; when there are
+    none, the upload is refused.
+    """
+    client = request.client.host if request.client else ""
+    receiver = _Receiver(inbox() / UPLOADS)
+    receiver.folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with quota.sending(client, _length(request)):
+            await _parse(request, receiver)
+            kept = [path for path in receiver.paths if path.exists()]
+            if not kept:
+                raise UploadRefused(415, f"The page takes {', '.join(sorted(SUFFIXES))} files.")
+        quota.keep(client, kept)
+    except BaseException as error:
+        for path in receiver.paths:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        if isinstance(error, UploadRefused):
+            return PlainTextResponse(error.message, error.status)
+        raise
+    finally:
+        receiver.close()
+    return JSONResponse([str(path) for path in receiver.paths])
+
+
+def _length(request: Request) -> int:
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        raise UploadRefused(411, "An upload must say its length.")
+    return int(length)
+
+
+async def _parse(request: Request, receiver: _Receiver) -> None:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise UploadRefused(400, "An upload must be multipart/form-data with a boundary.")
+    stream = request.stream()
+    try:
+        parser = MultipartParser(options[b"boundary"], receiver.callbacks())
+        while chunk := await asyncio.wait_for(anext(stream), STALL_S):  # the last one is empty
+            parser.write(chunk)
+    except FormParserError:
+        raise UploadRefused(400, "The upload's multipart body is damaged.") from None
+    except TimeoutError:
+        raise UploadRefused(408, f"Nothing came for {STALL_S:.0f} s.") from None

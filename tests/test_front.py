@@ -1,0 +1,555 @@
+"""The front as a process, before an upstream that says what came."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import re
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from handlers.admission import Lane, Limits
+from handlers.front import FrontSettings
+from serving.errors import ApiError
+from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream, wait_for
+
+HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
+SHORT = {"head_s": 1.0, "write_s": 1.0, "connections": 60, "body_bytes": 4 * 2**20, "body_idle_s": 1.0, "body_grace_s": 2.0,
+         "memory_bytes": 5 * 2**20, "in_flight": (1, 2, 2), "waiting": 2, "waiting_s": 3.0, "upstream_s": 4.0}
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
+    yield from running(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
+    """A front with little patience."""
+    yield from running(tmp_path_factory, SHORT)
+
+
+def running(tmp_path_factory: pytest.TempPathFactory, limits: dict[str, Any] | None = None) -> Iterator[RunningFront]:
+    made = RunningFront(tmp_path_factory.mktemp("front"), limits)
+    yield made
+    made.stop()
+    log = made.log.read_text()
+    assert "Traceback" not in log and not re.search("key-of|secret-of", log), log
+
+
+@pytest.fixture
+def upstream(request: pytest.FixtureRequest) -> Iterator[Upstream]:
+    """Behind whichever front the test has."""
+    name = "short" if "short" in request.fixturenames else "front"
+    made = Upstream(request.getfixturevalue(name).socket)
+    yield made
+    made.stop()
+
+
+def error_of(answer: httpx.Response) -> str:
+    body = answer.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"code", "message"}, body
+    assert answer.headers["content-type"] == "application/json"
+    return body["error"]["code"]
+
+
+def read_answer(connection: socket.socket) -> tuple[int, bytes]:
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, answer.read()
+
+
+def is_closed(connection: socket.socket, seconds: float = 5.0) -> bool:
+    """Whether the server closes; what it still sends is passed over."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(2**16):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def post(front: RunningFront, word: str = "", content: bytes = b"", timeout: float = 20, **headers: str) -> httpx.Response:
+    """``word`` is what the upstream should do."""
+    return httpx.post(f"{front.url}/predictions/score", content=content, timeout=timeout,
+                      headers={**({"Content-Type": f"test/{word}"} if word else {}), **headers})
+
+
+# What is passed on
+
+
+def test_a_request_and_its_answer_pass(front: RunningFront, upstream: Upstream) -> None:
+    body = bytes(range(256)) * 1000
+    answer = post(front, "echo", body, Authorization="Bearer of-the-client", Cookie="a=b", **{"X-Other": "1"})
+    assert answer.status_code == 200
+    came = answer.json()
+    assert (came["method"], came["path"], came["body"].encode("latin-1")) == ("POST", "/predictions/score", body)
+    headers = {name.lower(): value for name, value in came["headers"]}
+    assert headers == {"host": "localhost", "authorization": "Bearer key-of-torchserve", "content-type": "test/echo",
+                       "content-length": str(len(body))}
+    assert answer.headers["x-ade-model"] == "m@1" and answer.headers["server-timing"] == "parse;dur=1"
+    assert answer.headers["x-request-id"] and answer.headers["content-type"] == "application/json; charset=utf-8"
+    assert not {"keep-alive", "x-hop", "server"} & set(answer.headers)
+
+
+def test_a_form_passes_as_it_is(front: RunningFront, upstream: Upstream) -> None:
+    answer = httpx.post(f"{front.url}/predictions/sample", files={"image": b"\r\n--x\0" * 9999}, data={"alpha": "0.5"})
+    came = answer.json()
+    assert came["body"].encode("latin-1") == answer.request.read()
+    assert dict(came["headers"])["Content-Type"] == answer.request.headers["content-type"]
+
+
+@pytest.mark.parametrize("method, seen", [("POST", "POST"), ("PUT", "PUT"), ("GET", "GET"), ("HEAD", "GET")])
+def test_methods_that_pass(front: RunningFront, upstream: Upstream, method: str, seen: str) -> None:
+    answer = httpx.request(method, f"{front.url}/predictions/tiny-score?n=4")
+    assert answer.status_code == 200
+    (came,) = upstream.seen
+    assert came["method"] == seen and came["path"] == "/predictions/tiny-score" and came["body"] == ""
+    assert "content-type" not in {name.lower() for name, _ in came["headers"]}
+    assert (answer.content == b"") == (method == "HEAD") and int(answer.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "DELETE", "PATCH", "TRACE"])
+@pytest.mark.parametrize("path, allowed", [("/predictions/score", "GET, HEAD, POST, PUT"), ("/ping", "GET, HEAD")])
+def test_methods_that_do_not(front: RunningFront, upstream: Upstream, method: str, path: str, allowed: str) -> None:
+    answer = httpx.request(method, front.url + path)
+    assert answer.status_code == 405 and error_of(answer) == "not_allowed" and answer.headers["allow"] == allowed
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize("path", ["/", "/models", "/models/score", "/explanations/score", "/v1/models/score:predict",
+                                  "/v2/models/score/infer", "/wfpredict/x", "/workflows", "/api-description", "/metrics",
+                                  "/invocations", "/predictions", "/predictions/", "/predictions/score/1.0",
+                                  "/predictions/score/", "//predictions/score", "/predictions/../models", "/Ping",
+                                  "/ping/"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_nothing_else_is_reached(front: RunningFront, upstream: Upstream, path: str, method: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", front.port)  # sends paths as they are
+    connection.request(method, path)
+    answer = connection.getresponse()
+    assert answer.status == 404 and json.loads(answer.read())["error"]["code"] == "not_found"
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize("name", ["other", "score%2F..%2F..%2Fmodels", "Score", "score%00"])
+def test_models_that_are_not_served(front: RunningFront, upstream: Upstream, name: str) -> None:
+    answer = httpx.post(f"{front.url}/predictions/{name}")
+    assert answer.status_code == 404 and error_of(answer) in ("unknown_model", "not_found") and upstream.seen == []
+
+
+def test_ping(front: RunningFront, upstream: Upstream) -> None:
+    assert httpx.get(f"{front.url}/ping").json()["path"] == "/ping"
+    assert httpx.head(f"{front.url}/ping").status_code == 200
+
+
+def test_metrics_are_read_only(front: RunningFront, upstream: Upstream) -> None:
+    came = httpx.get(f"{front.metrics}/metrics?name[]=x").json()
+    assert came["path"] == "/metrics" and "key-of" not in str(came)
+    assert httpx.head(f"{front.metrics}/metrics").status_code == 200
+    upstream.seen.clear()
+    refused = httpx.post(f"{front.metrics}/metrics")
+    assert refused.status_code == 405 and error_of(refused) == "not_allowed"
+    for path in ("/", "/predictions/score", "/ping", "/models"):
+        assert httpx.get(front.metrics + path).status_code == 404
+    assert httpx.get(f"{front.metrics}/metrics", headers={"Host": "evil.example"}).status_code == 421
+    assert upstream.seen == []
+
+
+def test_only_who_knows_the_secret_is_a_probe(front: RunningFront, upstream: Upstream) -> None:
+    for value, is_probe in [("1", False), ("secret-of-probe", False), ("", False), ("secret-of-probes", True)]:
+        came = dict(post(front, "echo", **{"X-ADE-Probe": value}).json()["headers"])
+        assert came.get("X-Ade-Probe") == ("1" if is_probe else None)
+
+
+# Who comes in
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"Host": "evil.example"}, 421), ({"Host": "ade.example.org"}, 200), ({"Origin": "http://evil.example"}, 403),
+    ({"Origin": "null"}, 403), ({"Origin": "https://ade.example.org"}, 200), ({"Sec-Fetch-Site": "cross-site"}, 403)])
+def test_the_guard_is_before_it(front: RunningFront, upstream: Upstream, headers: dict[str, str], status: int) -> None:
+    answer = post(front, "text/plain", b"{}", **headers)
+    assert answer.status_code == status and len(upstream.seen) == (status == 200)
+    assert not any(name.startswith("access-control") for name in answer.headers)
+
+
+def test_a_token(tmp_path: Path) -> None:
+    guarded = RunningFront(tmp_path, token="t" * 43)
+    upstream = Upstream(guarded.socket)
+    try:
+        for value in ("", "Bearer " + "t" * 42, "Bearer key-of-torchserve"):
+            answer = post(guarded, Authorization=value)
+            assert answer.status_code == 401 and error_of(answer) == "bad_token"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert upstream.seen == []
+        came = post(guarded, Authorization="bearer " + "t" * 43).json()
+        assert dict(came["headers"])["Authorization"] == "Bearer key-of-torchserve"
+        assert httpx.get(f"{guarded.metrics}/metrics").status_code == 200  # loopback alone, as before
+    finally:
+        upstream.stop()
+        guarded.stop()
+
+
+# What TorchServe says itself
+
+
+@pytest.mark.parametrize("word, status, code", [
+    ("died", 503, "unavailable"), ("form", 400, "malformed_request"), ("full", 503, "overloaded"),
+    ("memory", 503, "overloaded"), ("fault", 500, "internal_error"), ("model", 404, "unknown_model"),
+    ("key", 500, "internal_error"), ("bad", 400, "malformed_request"), ("413", 413, "request_too_large")])
+def test_torchserves_errors_get_the_shape(front: RunningFront, upstream: Upstream, word: str, status: int,
+                                              code: str) -> None:
+    answer = post(front, word)
+    assert answer.status_code == status and error_of(answer) == code and answer.headers["x-request-id"]
+    assert (answer.headers.get("retry-after") == "1") == (status == 503)
+    assert word == "413" or TORCHSERVE_ERRORS[word][2] not in answer.text
+
+
+def test_our_handlers_errors_pass(front: RunningFront, upstream: Upstream) -> None:
+    answer = post(front, "ours")
+    assert answer.status_code == 415 and error_of(answer) == "not_an_image" and answer.headers["retry-after"] == "3"
+
+
+def test_without_upstream_it_says_so_and_resumes(front: RunningFront) -> None:
+    for _ in range(3):
+        answer = post(front)
+        assert answer.status_code == 503 and error_of(answer) == "unavailable" and answer.headers["retry-after"] == "1"
+    assert front.log.read_text().count("the model server cannot be reached") == 1
+    upstream = Upstream(front.socket)
+    assert post(front).status_code == 200
+    upstream.stop()
+    assert post(front).status_code == 503
+
+
+# HTTP
+
+
+def test_pipelined_requests_are_answered_in_order(front: RunningFront, upstream: Upstream) -> None:
+    names = [b"%03d" % i for i in range(50)]
+    with front.connect() as connection:
+        connection.sendall(b"".join(HEAD + b"Content-Length: 3\r\n\r\n" + name for name in names))
+        stream = connection.makefile("rb")
+        ids = []
+        for name in names:
+            length = None
+            while (line := stream.readline().strip().lower()):
+                field, _, value = line.partition(b": ")
+                length = int(value) if field == b"content-length" else length
+                ids += [value] if field == b"x-request-id" else []
+            assert length is not None and json.loads(stream.read(length))["body"] == name.decode()
+    assert len(set(ids)) == len(names)
+
+
+def test_http_1_0_and_close(front: RunningFront, upstream: Upstream) -> None:
+    for head in (b"GET /ping HTTP/1.0\r\nHost: localhost\r\n\r\n",
+                 b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"):
+        with front.connect() as connection:
+            connection.sendall(head)
+            assert read_answer(connection)[0] == 200 and is_closed(connection)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 2\r\nTransfer-Encoding: chunked",
+                                     b"Content-Length: 2\r\nContent-Length: 3", b"Content-Length: -1",
+                                     b"Transfer-Encoding: x", b"Content-Length : 2"])
+def test_ambiguous_bodies_are_refused(front: RunningFront, upstream: Upstream, framing: bytes) -> None:
+    with front.connect() as connection:
+        connection.sendall(HEAD + framing + b"\r\n\r\n0\r\n\r\n")
+        status, body = read_answer(connection)
+        assert status == 400 and json.loads(body)["error"]["code"] == "malformed_request" and is_closed(connection)
+    assert upstream.seen == []
+
+
+def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream: Upstream) -> None:
+    """What comes after a request and is invalid does not answer it."""
+    with hang(front, b"") as connection:
+        wait_for(lambda: upstream.num_waiting == 1)
+        connection.sendall(b"junk\r\n\r\n")
+        assert is_closed(connection) and wait_for(lambda: upstream.num_cancelled == 1) is None
+
+
+def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Upstream) -> None:
+    def parts() -> Iterator[bytes]:
+        yield from [b"a" * 70_000, b"b", b"c" * 300_000]
+
+    answer = httpx.post(f"{front.url}/predictions/score", content=parts())
+    assert answer.json()["body"] == "a" * 70_000 + "b" + "c" * 300_000
+    assert dict(answer.json()["headers"])["Content-Length"] == "370001"
+    with front.connect() as connection:  # as Java's client and curl --http2 do
+        connection.sendall(HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+                                  b"Content-Length: 3\r\n\r\nabc")
+        for _ in range(2):
+            status, body = read_answer(connection)
+            assert status == 200 and json.loads(body)["body"] == "abc"
+            connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc")
+    with front.connect() as connection:
+        connection.sendall(b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_answer(connection)[0] == 501 and is_closed(connection)
+
+
+def test_a_body_waits_for_100_continue(front: RunningFront, upstream: Upstream) -> None:
+    with front.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"abc")
+        assert read_answer(connection)[0] == 200
+
+
+def test_what_is_too_large_is_refused_before_it_is_sent(front: RunningFront, upstream: Upstream) -> None:
+    with front.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: 67108865\r\nExpect: 100-continue\r\n\r\n")
+        status, body = read_answer(connection)
+        assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
+    answer = post(front, content=b"\0" * (64 * 2**20 + 1), timeout=60)  # a client that sends it all the same
+    assert answer.status_code == 413 and upstream.seen == []
+
+
+def test_long_heads_are_refused(front: RunningFront, upstream: Upstream) -> None:
+    for head in (HEAD + b"X-Long: " + b"x" * 400_000, HEAD + b"X-Short: 1\r\n" * 40_000):
+        with front.connect() as connection:
+            connection.sendall(head)
+            status, body = read_answer(connection)
+            assert status == 431 and json.loads(body)["error"]["code"] == "headers_too_large" and is_closed(connection)
+    with front.connect() as connection:  # headers after a body
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n")
+        with pytest.raises(OSError):
+            for _ in range(100):
+                connection.sendall(b"X-Trailer: " + b"x" * 100_000 + b"\r\n")
+                time.sleep(0.01)
+    assert upstream.seen == [] and post(front).status_code == 200
+
+
+# Clients that are slow, or many
+
+
+def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -> None:
+    """Whether nothing comes, or a byte now and then, before the first request or after one."""
+    silent, half, blank, second = (short.connect() for _ in range(4))
+    half.sendall(HEAD)
+    second.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert read_answer(second)[0] == 200
+    started = time.monotonic()
+    for _ in range(12):
+        for connection, data in ((half, b"X: 1\r\n"), (blank, b"\r\n"), (second, b"\r\n")):
+            try:
+                connection.sendall(data)
+            except ConnectionError:
+                pass
+        time.sleep(0.2)
+    for connection in (silent, half, blank, second):
+        with connection:
+            assert is_closed(connection, 0.5)
+    assert time.monotonic() - started < 4
+
+
+def test_bodies_that_stall_keep_nobody_out(short: RunningFront, upstream: Upstream) -> None:
+    stalled = [short.connect() for _ in range(50)]
+    for connection in stalled:
+        connection.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000)
+    started = time.monotonic()
+    assert post(short).status_code == 200 and time.monotonic() - started < 0.9, "before the stalled ones are dropped"
+    for connection in stalled:
+        with connection:
+            status, body = read_answer(connection)
+            assert status == 408 and json.loads(body)["error"]["code"] == "request_timeout"
+    assert len(upstream.seen) == 1
+
+
+def test_bodies_that_trickle_are_refused(short: RunningFront, upstream: Upstream) -> None:
+    with short.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
+        started = time.monotonic()
+        for _ in range(9):
+            connection.sendall(b"x")
+            time.sleep(0.3)
+        assert read_answer(connection)[0] == 408 and 1.5 < time.monotonic() - started < 5
+    assert upstream.seen == []
+
+
+def test_chunked_bodies_have_the_same_limit(short: RunningFront, upstream: Upstream) -> None:
+    answer = httpx.post(f"{short.url}/predictions/score", content=(b"x" * 2**16 for _ in range(80)))
+    assert answer.status_code == 413 and error_of(answer) == "request_too_large" and upstream.seen == []
+
+
+def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) -> None:
+    """Large ones are refused once it is used up; small ones are not, and it comes back."""
+    large = b"x" * (3 * 2**20)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, short, "wait", large)
+        wait_for(lambda: upstream.num_waiting == 1)
+        refused = post(short, content=large)
+        assert refused.status_code == 503 and error_of(refused) == "overloaded" and refused.headers["retry-after"] == "1"
+        assert post(short, content=b"x" * 60_000).status_code == 200
+        upstream.release()
+        assert first.result().status_code == 200
+    assert post(short, content=large).status_code == 200
+
+
+def test_connections_are_bounded(short: RunningFront, upstream: Upstream) -> None:
+    time.sleep(0.1)
+    held = [short.connect() for _ in range(SHORT["connections"])]
+    with short.connect() as connection:
+        status, body = read_answer(connection)
+        assert status == 503 and json.loads(body)["error"]["code"] == "overloaded"
+    for connection in held:
+        connection.close()
+    wait_for(lambda: _status(short) == 200)
+
+
+def _status(front: RunningFront) -> int | None:
+    try:
+        return post(front).status_code
+    except httpx.TransportError:
+        return None
+
+
+def test_answers_that_nobody_reads_are_dropped(short: RunningFront, upstream: Upstream) -> None:
+    """The memory that they hold comes back."""
+    size = 40 * 2**20  # more than the sockets' buffers, and than the budget
+    lazy = short.connect()
+    with lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        content = str(size).encode()
+        lazy.sendall(HEAD + b"Content-Type: test/large\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+        wait_for(lambda: post(short, content=b"x" * 2**17).status_code == 503)
+        wait_for(lambda: post(short, content=b"x" * 2**17).status_code == 200)
+        assert is_closed(lazy)
+
+
+def test_a_slow_reader_gets_everything(short: RunningFront, upstream: Upstream) -> None:
+    size = 8 * 2**20
+    with httpx.stream("POST", f"{short.url}/predictions/score", content=str(size).encode(),
+                      headers={"Content-Type": "test/large"}) as answer:
+        seen = 0
+        for part in answer.iter_raw(2**20):
+            seen += len(part)
+            time.sleep(0.3)
+    assert seen == size
+
+
+# Turns
+
+
+def hang(front: RunningFront, body: bytes) -> socket.socket:
+    connection = front.connect()
+    connection.sendall(HEAD + b"Content-Type: test/wait\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    return connection
+
+
+def test_who_hangs_up_while_waiting_is_not_computed(short: RunningFront, upstream: Upstream) -> None:
+    taken = [hang(short, b"taken") for _ in range(2)]
+    wait_for(lambda: upstream.num_waiting == 2)
+    gone, patient = hang(short, b"gone"), hang(short, b"patient")
+    time.sleep(0.3)
+    refused = post(short)
+    assert refused.status_code == 503 and error_of(refused) == "overloaded", "two wait already"
+    gone.close()
+    time.sleep(0.2)
+    upstream.release()
+    assert [read_answer(connection)[0] for connection in taken] == [200, 200]
+    wait_for(lambda: upstream.num_waiting == 1)
+    upstream.release()
+    assert read_answer(patient)[0] == 200
+    assert [came["body"] for came in upstream.seen] == ["taken", "taken", "patient"]
+
+
+def test_who_hangs_up_in_flight_gives_up_the_turn(short: RunningFront, upstream: Upstream) -> None:
+    for connection in [hang(short, b"") for _ in range(2)]:
+        wait_for(lambda: upstream.seen)
+        connection.close()
+    wait_for(lambda: upstream.num_cancelled == 2)
+    assert post(short).status_code == 200
+
+
+def test_an_upstream_that_hangs(short: RunningFront, upstream: Upstream) -> None:
+    """Who is there gets an answer after its time, and so does who waits for a turn."""
+    with ThreadPoolExecutor(3) as pool:
+        started = time.monotonic()
+        answers = list(pool.map(lambda _: post(short, "wait"), range(3)))
+        assert time.monotonic() - started < 8
+    assert sorted((a.status_code, error_of(a)) for a in answers) == [(503, "overloaded"), *[(503, "unavailable")] * 2]
+    assert {a.headers["retry-after"] for a in answers} == {"1"} and post(short).status_code == 200
+
+
+def test_the_bound_follows_the_time_that_answers_take() -> None:
+    async def play(lane: Lane, num: int, seconds: float) -> int:
+        """The most that were in flight at once, once the bound has had time to move."""
+        in_flight: set[int] = set()
+        most: list[int] = []
+
+        async def one(i: int) -> None:
+            async with lane.turn():
+                in_flight.add(i)
+                most.append(len(in_flight))
+                await asyncio.sleep(seconds)
+                in_flight.discard(i)
+
+        await asyncio.gather(*(one(i) for i in range(num)))
+        return max(most[-num // 4:])
+
+    async def check() -> None:
+        lane = Lane(Limits(in_flight=(3, 8, 40), latency_s=0.1))
+        assert await play(lane, 200, 0.001) == 40  # fast answers: as many as wait
+        assert await play(lane, 60, 0.15) == 3  # slow ones: few, so that others can still be dropped
+        assert await play(lane, 200, 0.001) == 40
+        with pytest.raises(ApiError, match="too many requests are waiting"):
+            await play(Lane(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)
+
+    asyncio.run(check())
+
+
+def test_a_stop_answers_what_was_accepted(tmp_path: Path) -> None:
+    made = RunningFront(tmp_path)
+    upstream = Upstream(made.socket)
+    with hang(made, b"") as connection:
+        wait_for(lambda: upstream.num_waiting == 1)
+        threading.Timer(0.5, upstream.release).start()
+        assert made.stop() == 0
+        assert read_answer(connection)[0] == 200
+    upstream.stop()
+    assert made.log.read_text() == ""
+
+
+# Settings
+
+
+def settings() -> FrontSettings:
+    return FrontSettings("127.0.0.1", 1, 2, "/i", "/m", "the-key", ("score", "a-score"), "the-token", ("host",),
+                         "the-secret")
+
+
+def test_settings_are_kept_and_secret(tmp_path: Path) -> None:
+    path = tmp_path / "front.json"
+    before = os.umask(0)
+    try:
+        settings().save(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert FrontSettings.load(path) == settings()
+    assert not re.search("the-key|the-token|the-secret", repr(settings()))
+    with pytest.raises(FileExistsError):
+        settings().save(path)
+
+
+@pytest.mark.parametrize("change", [{"more": 1}, {"token": ...}])
+def test_settings_with_other_keys_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "front.json"
+    settings().save(path)
+    values = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+    with pytest.raises(ValueError, match="must be a JSON object with the keys"):
+        FrontSettings.load(path)

@@ -1,0 +1,353 @@
+"""What a hostile page, another user of the machine and a client can do to a running service: nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from handlers.torchserve import BROADCAST, NO_FOLDER, unreachable_address
+from serving.client import AdeClient, AdeError
+from serving.environment import child_environment
+from serving.ports import Ports
+from serving.status import read_status
+from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
+from tests.conftest import PRETRAINED, ROOT
+from tests.service import CANARIES, RunningService
+
+NOBODY = 65534
+
+
+def family(service: RunningService) -> list[psutil.Process]:
+    return [psutil.Process(service.process.pid), *service.descendants()]
+
+
+def listening(service: RunningService) -> set[tuple[str, int]]:
+    return {tuple(c.laddr) for p in family(service) for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+
+def connects(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=3).close()
+        return True
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def management(service: RunningService) -> Iterator[httpx.Client]:
+    """TorchServe's management API, as only the user that serves can reach it."""
+    key = service.folder.server_key("management")
+    transport = httpx.HTTPTransport(uds=str(service.folder.management_socket))
+    with httpx.Client(base_url="http://torchserve", transport=transport, headers={"Authorization": f"Bearer {key}"},
+                      timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def planted(service: RunningService, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A hostile archive in every folder of the service, as if an upload had put it there; and its marker."""
+    marker, archive = tmp_path / "marker", workflow_archive(tmp_path / "marker")
+    places = [service.folder.store, service.folder.temporary, service.folder.path / "page-files" / "hash"]
+    for place in places:
+        place.mkdir(exist_ok=True)
+        (place / "evil.war").write_bytes(archive)
+    yield places[-1] / "evil.war", marker
+    for place in places:
+        (place / "evil.war").unlink()
+    shutil.rmtree(places[-1])
+
+
+def test_the_whole_chain(service: RunningService, tmp_path: Path) -> None:
+    """A visited web site uploads an archive and has it registered, at every port that listens."""
+    marker = tmp_path / "marker"
+    path = upload(service.page, workflow_archive(marker), HOSTILE)
+    store = service.folder.store
+    archive = Path(path) if path else store.parent / "page-files" / "hash" / "evil.war"
+    for host, port in listening(service):
+        if connects((host, port)):
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=HOSTILE, timeout=60) as client:
+                assert 200 not in register(client, fetch_addresses(archive, store)), port
+    assert not was_run(marker) and not list(service.folder.store.glob("*.war"))
+
+
+def test_nothing_can_be_fetched(service: RunningService, management: httpx.Client, planted: tuple[Path, Path]) -> None:
+    """With the key to the management socket, too."""
+    archive, marker = planted
+    before = sorted(service.folder.path.rglob("evil*"))
+    statuses = register(management, fetch_addresses(archive, service.folder.store))
+    assert set(statuses) <= {400, 404, 405}, statuses
+    assert not was_run(marker, 3.0) and sorted(service.folder.path.rglob("evil*")) == before
+
+
+@pytest.mark.parametrize("name", ["evil.war", "../page-files/hash/evil.war", "tmp/evil.war"])
+def test_nothing_can_be_registered_by_name(management: httpx.Client, planted: tuple[Path, Path], name: str) -> None:
+    """Although the archive lies where TorchServe keeps its own."""
+    for path in ("/workflows", "/models"):
+        assert management.post(path, params={"url": name, "initial_workers": 1}).status_code in (400, 404, 405)
+        assert management.post(path, json={"url": name, "workflow_url": name}).status_code in (400, 404, 405, 500)
+    assert not was_run(planted[1], 2.0)
+    assert management.get("/workflows").json()["workflows"] == []
+
+
+def test_the_workflow_store_cannot_be_written_by_root() -> None:
+    with pytest.raises(NotADirectoryError):
+        Path(NO_FOLDER, "evil.war").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        Path(NO_FOLDER).mkdir(parents=True)
+
+
+def test_nothing_can_be_unregistered(management: httpx.Client) -> None:
+    for path in ("/models/sample", "/models/sample/1.0", "/workflows/evil"):
+        assert management.delete(path).status_code in (404, 405)
+    assert len(management.get("/models").json()["models"]) == 4
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+def test_torchserve_answers_nothing_without_its_key(service: RunningService, method: str) -> None:
+    """On its sockets, on which only the user that serves gets so far; its metrics have no key."""
+    folder = service.folder
+    for path, key in ((folder.management_socket, "inference"), (folder.inference_socket, "management")):
+        with httpx.Client(base_url="http://x", transport=httpx.HTTPTransport(uds=str(path))) as client:
+            for headers in ({}, {"Authorization": "Bearer 0"}, {"Authorization": f"Bearer {folder.server_key(key)}"}):
+                for url in ("/models", "/models/score?min_worker=0", "/workflows?url=evil.war", "/predictions/score"):
+                    answer = client.request(method, url, headers=headers)
+                    assert answer.status_code == 400 and answer.json()["type"] == "InvalidKeyException", (url, answer.text)
+
+
+def test_only_our_ports_can_be_connected_to(service: RunningService) -> None:
+    """TorchServe's gRPC cannot be turned off: it listens where no connection gets to."""
+    others = {port for _, port in listening(service)} - set(service.ports.values())
+    assert len(others) == 2 and unreachable_address() == BROADCAST
+    addresses = {address.address.split("%")[0] for found in psutil.net_if_addrs().values() for address in found
+                 if address.family in (socket.AF_INET, socket.AF_INET6)}
+    for port in others:
+        for address in addresses | {BROADCAST, f"::ffff:{BROADCAST}", "0.0.0.0", "::", "127.255.255.255"}:
+            assert not connects((address, port)), address
+
+
+def test_secrets_of_the_environment_reach_no_child(service: RunningService) -> None:
+    workers = [p for p in service.descendants() if "model_service_worker" in " ".join(p.cmdline())]
+    assert len(workers) >= 4
+    for process in service.descendants():
+        environment = process.environ()
+        assert not set(CANARIES) & set(environment), process.cmdline()
+        assert not set(CANARIES.values()) & set(environment.values())
+    assert workers[0].environ()["ADE_STOP_FOLDER"] == str(service.folder.stop_folder)
+
+
+def test_a_childs_environment_is_a_list_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GITHUB_TOKEN", "DATABASE_URL", "ADE_TOKEN", "LC_ALL", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "x")
+    found = child_environment(ADE_STOP_FOLDER="y")
+    assert {"PATH", "LC_ALL", "CUDA_VISIBLE_DEVICES", "ADE_STOP_FOLDER"} <= set(found)
+    assert not {"GITHUB_TOKEN", "DATABASE_URL", "ADE_TOKEN"} & set(found)
+
+
+def test_the_working_folder_is_nobody_elses(service: RunningService) -> None:
+    folder = service.folder
+    assert folder.path.stat().st_mode & 0o777 == 0o700 and folder.path.stat().st_uid == os.getuid()
+    assert Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) in folder.path.parents
+    for file in (folder.path / "key_file.json", folder.path / "front.json", folder.probe_file, folder.description):
+        assert file.stat().st_mode & 0o777 == 0o600, file
+    page_files = folder.path / "page-files"
+    assert page_files.stat().st_mode & 0o777 == 0o700 and folder.store not in page_files.parents
+
+
+def test_a_probe_needs_the_secret(service: RunningService) -> None:
+    """Nobody hides traffic from logs and metrics by a header."""
+    def requests() -> float:
+        lines = httpx.get(f"{service.metrics}/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith('ade_requests{model_name="sample"'))
+
+    def count(secret: str) -> float:
+        before = requests()
+        for _ in range(3):
+            answer = httpx.post(f"{service.url}/predictions/sample", json={"seed": 1}, headers={"X-Ade-Probe": secret})
+            assert answer.status_code == 200
+        time.sleep(1.6)
+        return requests() - before
+
+    secret = service.folder.probe_file.read_text()
+    assert len(secret) == 32 and count("1") == 3 and count(secret) == 0
+
+
+def run_serve(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED), *options], cwd=ROOT, timeout=60,
+                          env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+def test_short_tokens_and_bad_names_are_refused() -> None:
+    short = run_serve("--host", "0.0.0.0", ADE_TOKEN="x" * 31)
+    assert short.returncode == 2 and "at least 32 characters" in short.stderr and "xxx" not in short.stderr
+    spaced = run_serve("--host", "0.0.0.0", ADE_TOKEN="secret " * 6)
+    assert spaced.returncode == 2 and "without spaces" in spaced.stderr and "secret" not in spaced.stderr
+    for name in ("http://ade.example.org", "ade.example.org:8080", "*", "a..b"):
+        named = run_serve("--allowed-hosts", f"ok.example.org,{name}")
+        assert named.returncode == 2 and "takes host names without scheme or port" in named.stderr
+
+
+def as_nobody(attack: Callable[[], object]) -> object:
+    """What a function returns in a child process of another user."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reader)
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os.write(writer, json.dumps(attack()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        found = pipe.read()
+    os.waitpid(pid, 0)
+    return json.loads(found)
+
+
+@pytest.fixture(scope="module")
+def exposed() -> Iterator[RunningService]:
+    """Off loopback, with the operator's token and name."""
+    running = RunningService(PRETRAINED, options=("--host", "0.0.0.0", "--workers", "1",
+                                                  "--allowed-hosts", "ade.example.org"))
+    yield running
+    assert running.stop() == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) -> None:
+    """Tries every port, every socket and every file: nothing changes, and no token, image or path is revealed."""
+    folder, marker = exposed.folder, tmp_path / "marker"
+    secrets = [folder.token_file.read_text(), folder.probe_file.read_text(), str(folder.path),
+               *(folder.server_key(kind) or "" for kind in ("inference", "management"))]
+    assert all(secrets)
+    files = sorted(folder.path.rglob("*"))
+    sockets = [str(file) for file in files if file.is_socket()]
+    assert len(sockets) >= 7
+    ports = sorted({port for _, port in listening(exposed)})
+    pids = [p.pid for p in family(exposed)]
+    ours = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids).decode()
+    paths = ("/", "/models", "/models/score", "/workflows", "/metrics", "/ping", "/api-description", "/predictions/score",
+             "/config", "/openapi.json", "/readyz", "/gradio_api/info", f"/gradio_api/file={folder.token_file}",
+             "/gradio_api/file=/etc/passwd")
+
+    def attack() -> dict[str, object]:
+        opened, answers = [], []
+        for file in [folder.path, *files]:
+            for way in (os.listdir, lambda f: open(f, "rb").close(), lambda f: open(f, "ab").close(), os.unlink):
+                try:
+                    way(file)
+                    opened.append(str(file))
+                except OSError:
+                    pass
+        for path in sockets:
+            with socket.socket(socket.AF_UNIX) as s:
+                opened += [path] if s.connect_ex(path) == 0 else []
+        for pid in pids:
+            for name in ("environ", "mem", "cwd", "fd"):
+                try:
+                    (os.listdir if name in ("cwd", "fd") else lambda f: open(f, "rb").read(1))(f"/proc/{pid}/{name}")
+                    opened.append(f"/proc/{pid}/{name}")
+                except OSError:
+                    pass
+            try:
+                os.kill(pid, 0)
+                opened.append(f"kill {pid}")
+            except OSError:
+                pass
+        for port in ports:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+                for path in paths:
+                    for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
+                        try:
+                            answer = client.request(method, path, headers={"Authorization": "Bearer 0"})
+                            answers.append([port, method, path, answer.status_code,
+                                            answer.text + str(answer.headers.multi_items())])
+                        except httpx.TransportError:
+                            pass
+                try:
+                    register(client, [f"file://{tmp_path}/evil.war"])
+                except httpx.TransportError:
+                    pass
+        return {"opened": opened, "answers": answers}
+
+    tmp_path.chmod(0o755)
+    (tmp_path / "evil.war").write_bytes(workflow_archive(marker))
+    found = as_nobody(attack)
+    assert isinstance(found, dict) and found["opened"] == []
+    answers = found["answers"]
+    assert {answer[0] for answer in answers} == set(exposed.ports.values())
+    for port, method, path, status, text in answers:
+        assert not [s for s in secrets if s in text], (port, method, path, text)
+        assert not [sign for sign in ("root:x:", "PNG\r\n", "iVBORw0KGgo") if sign in text], (port, method, path)
+        if port == exposed.ports["inference"]:
+            assert status in (401, 403, 404, 405), (method, path, status)
+    assert not [s for s in secrets if s in ours and s != str(folder.path)]
+    assert not was_run(marker, 1.0) and folder.is_whole()
+    with AdeClient(exposed.url, token=folder.token_file.read_text()) as client:
+        assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(exposed: RunningService, tmp_path: Path) -> None:
+    token, output = exposed.folder.token_file.read_text(), "".join(exposed.output)
+    assert len(token) == 43 and exposed.folder.token_file.stat().st_mode & 0o777 == 0o600
+    for wrong in (None, "0", token[:-1], token + "x", token.swapcase()):
+        with AdeClient(exposed.url, token=wrong) as stranger, pytest.raises(AdeError) as caught:
+            stranger.sample()
+        assert (caught.value.status, caught.value.code) == (401, "bad_token")
+    with AdeClient(exposed.url, token=token) as client:
+        assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
+    assert httpx.get(f"{exposed.page}/readyz", timeout=60).status_code == 200
+    assert httpx.get(f"{exposed.page}/config", timeout=60).status_code == 401  # the page is locked too
+    (line,) = [line for line in output.splitlines() if line.startswith("curl") and "/predictions/sample" in line]
+    subprocess.run(["sh", "-c", f"{line} -sS --fail"], cwd=tmp_path, check=True)
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert token not in output and str(exposed.folder.token_file) in output
+    assert not any(token in " ".join(p.cmdline()) for p in family(exposed))
+    known = {exposed.folder.token_file, exposed.folder.header_file, exposed.folder.path / "front.json"}
+    holders = {file for file in exposed.folder.path.rglob("*") if file.is_file() and token.encode() in file.read_bytes()}
+    assert holders <= known
+    assert os.environ.get("ADE_TOKEN") is None
+    found = read_status(Ports(**exposed.ports))
+    assert found["ready"] and found["answers"] and found["models"]["sample"]["queued"] == 0, found
+
+
+@pytest.mark.slow
+def test_names_by_which_it_is_reached(exposed: RunningService) -> None:
+    headers = {"Authorization": f"Bearer {exposed.folder.token_file.read_text()}"}
+    for host, status in (("ade.example.org", 200), ("ADE.example.org:80", 200), ("localhost", 200), ("10.1.2.3", 200),
+                         ("rebound.example.org", 421)):
+        for url in (f"{exposed.url}/predictions/sample",):
+            answer = httpx.post(url, json={"seed": 1}, headers={**headers, "Host": host}, timeout=60)
+            assert answer.status_code == status, (host, answer.text)
+
+
+@pytest.mark.slow
+def test_the_operators_token() -> None:
+    """On an address of the loopback network that is not for everybody."""
+    token = "operator-0123456789-0123456789-0123456789"
+    running = RunningService(PRETRAINED, options=("--host", "127.0.0.2", "--workers", "1"), variables={"ADE_TOKEN": token})
+    url = running.url.replace("127.0.0.1", "127.0.0.2")
+    try:
+        assert token not in "".join(running.output) and not connects(("127.0.0.1", running.ports["inference"]))
+        with AdeClient(url) as stranger, pytest.raises(AdeError, match="bad_token"):
+            stranger.sample()
+        with AdeClient(url, token=token) as client:
+            assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
+        assert read_status(Ports(**running.ports), host="127.0.0.2")["ready"]
+    finally:
+        assert running.stop() == []

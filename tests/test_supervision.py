@@ -1,0 +1,270 @@
+"""Processes and the working folder: what happens when one is killed, and what is left when the service is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serving.client import AdeClient
+from serving.locks import LOCK
+from serving.ports import Ports
+from serving.run_folder import PREFIX, RunFolderError, find_service, run_folder
+from serving.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, LaunchError, Supervisor
+from tests.conftest import PRETRAINED, ROOT
+from tests.service import RunningService
+
+SLEEP = ["sleep", "1000"]
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_child_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
+        first = child.process.pid
+        assert not supervisor.tend()
+        os.kill(first, signal.SIGKILL)
+        assert until(supervisor.tend) and supervisor.pids["page"] != first
+        assert is_running(supervisor.pids["page"]) and "page ended with -9: restarting it" in capfd.readouterr().err
+    assert not is_running(supervisor.pids["page"])
+
+
+def test_a_child_that_dies_again_and_again_ends_the_service(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        supervisor.start("page", ["sh", "-c", "echo the reason; exit 3"], dict(os.environ), restarts=True)
+        with pytest.raises(LaunchError, match=rf"page ended {MAX_DEATHS} times within 60 s, at last with 3:\nthe reason"):
+            until(lambda: supervisor.tend() and False)
+
+
+def test_a_child_that_fails_while_the_service_starts(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        supervisor.start("page", ["sh", "-c", "echo the reason; exit 2"], dict(os.environ), restarts=True)
+        with pytest.raises(LaunchError, match="page ended with 2:\nthe reason"):
+            until(lambda: supervisor.tend(restarts=False))
+
+
+def test_a_child_that_may_not_end(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        supervisor.start("torchserve", ["sh", "-c", "echo the reason; exit 1"], dict(os.environ))
+        with pytest.raises(LaunchError, match="torchserve ended with 1:\nthe reason"):
+            until(supervisor.tend)
+
+
+def test_output_is_bounded(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("page", ["sh", "-c", "yes 0123456789"], dict(os.environ))
+        assert until(lambda: child.output.stat().st_size > MAX_OUTPUT_BYTES)
+        os.kill(child.process.pid, signal.SIGSTOP)
+        os.killpg(child.process.pid, signal.SIGSTOP)
+        child.trim()
+        assert child.output.stat().st_size == 0 and (tmp_path / "page.out.1").stat().st_size > MAX_OUTPUT_BYTES
+        os.killpg(child.process.pid, signal.SIGCONT)
+        assert until(lambda: child.output.stat().st_size) and child.output.read_bytes()[:1].isdigit()  # no hole of zeros
+
+
+@pytest.mark.parametrize("kills_reaper", [False, True])
+def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: bool) -> None:
+    """A child of a child too, as TorchServe's workers are."""
+    folder = tmp_path / "folder with space"
+    folder.mkdir()
+    script = ("import os, sys, time\nfrom pathlib import Path\nfrom serving.supervision import Supervisor\n"
+              "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
+              "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], dict(os.environ))\n"
+              "    supervisor.start('page', ['sleep', '1000'], dict(os.environ), restarts=True)\n"
+              "    while True:\n        supervisor.tend()\n        time.sleep(0.1)\n")
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
+    try:
+        def descendants() -> list[psutil.Process]:
+            return psutil.Process(process.pid).children(recursive=True)
+
+        def reaper() -> int | None:
+            for child in descendants():
+                with contextlib.suppress(psutil.Error):
+                    if "ade-reaper" in child.cmdline():
+                        return child.pid
+            return None
+
+        assert until(lambda: len(descendants()) == 5)
+        if kills_reaper:
+            first = reaper()
+            assert first is not None
+            os.kill(first, signal.SIGKILL)
+            assert until(lambda: reaper() not in (None, first))
+        everything = descendants()
+        process.kill()
+        process.wait(10)
+        _, alive = psutil.wait_procs(everything, timeout=5)
+        assert alive == [] and until(lambda: not folder.exists(), 2)
+    finally:
+        process.kill()
+
+
+def test_the_folder_is_locked_found_and_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path / "run"))
+    ports, other = Ports(1, 2, 3), Ports(1, 2, 4)
+    with run_folder() as folder:
+        assert folder.path.parent == tmp_path / "run" and folder.path.stat().st_mode & 0o777 == 0o700
+        assert find_service(ports) is None
+        folder.describe(ports, "127.0.0.1", tmp_path, {"page": 1})
+        assert find_service(ports) == folder and find_service(other) is None
+        folder.description.write_text("{")
+        assert find_service(ports) is None
+    assert not folder.path.exists()
+
+
+def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> (
+        None):
+    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
+    dead, living, other = tmp_path / f"{PREFIX}dead", tmp_path / f"{PREFIX}living", tmp_path / "other"
+    for folder in (dead, living, other):
+        folder.mkdir()
+        (folder / LOCK).touch()
+    (tmp_path / f"{PREFIX}link").symlink_to(other)
+    script = (f"import fcntl, time; f = open({str(living / LOCK)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
+              "time.sleep(99)")
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline()
+        with run_folder() as mine, run_folder() as second:
+            assert not dead.exists() and living.exists() and other.exists() and mine.path.exists() and second.path.exists()
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("ADE_RUN_DIR", raising=False)
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / ("long" * 30)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        with run_folder() as folder:
+            assert tmp_path not in folder.path.parents and folder.path.stat().st_mode & 0o777 == 0o700
+            folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {})
+            assert find_service(Ports(1, 2, 3)) == folder
+        assert "taking one among the temporary files" in capfd.readouterr().err
+    for chosen in (tmp_path / "file", tmp_path / ("long" * 30)):
+        monkeypatch.setenv("ADE_RUN_DIR", str(chosen))
+        with pytest.raises(RunFolderError, match="ADE_RUN_DIR must be a folder"), run_folder():
+            pass
+
+
+def test_the_page_and_the_front_come_back(service: RunningService) -> None:
+    """The API answers while the page is gone."""
+    pids, java = service.pids, service.pids["torchserve"]
+    with AdeClient(service.url, retries=0) as client:
+        expected = client.sample(seed=1).images
+        os.kill(pids["page"], signal.SIGKILL)
+        assert until(lambda: service.pids["page"] != pids["page"], 3)
+        while True:
+            assert (client.sample(seed=1).images == expected).all()
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{service.page}/readyz", timeout=30).status_code == 200:
+                    break
+        os.kill(pids["front"], signal.SIGKILL)
+        assert until(lambda: service.pids["front"] != pids["front"], 3)
+
+    def answers() -> bool:
+        with contextlib.suppress(httpx.TransportError), AdeClient(service.url) as other:
+            return bool((other.sample(seed=1).images == expected).all())
+        return False
+
+    assert until(answers, 30) and httpx.get(f"{service.metrics}/metrics").status_code == 200
+    text = "".join(service.output)
+    assert "page ended with -9: restarting it" in text and "front ended with -9: restarting it" in text
+    assert service.process.poll() is None and service.pids["torchserve"] == java
+
+
+@pytest.fixture
+def running() -> Iterator[RunningService]:
+    started = RunningService(PRETRAINED, options=("--workers", "1"))
+    family = [psutil.Process(started.process.pid), *started.descendants()]
+    assert len(family) >= 9  # serve, reaper, Java, four workers, front, page
+    folder = started.folder.path
+    yield started
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    assert until(lambda: not folder.exists(), 2)
+    for port in started.ports.values():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.slow
+def test_the_service_is_killed(running: RunningService) -> None:
+    running.process.kill()
+    running.process.wait(10)
+
+
+@pytest.mark.slow
+def test_java_is_killed(running: RunningService) -> None:
+    os.kill(running.pids["torchserve"], signal.SIGKILL)
+    assert running.process.wait(30) == 2
+    assert until(lambda: "torchserve ended with -9" in "".join(running.output), 2)
+
+
+@pytest.mark.slow
+def test_the_reaper_is_killed_and_then_the_service(running: RunningService) -> None:
+    (reaper,) = [p for p in running.descendants() if "ade-reaper" in p.cmdline()]
+    reaper.kill()
+    time.sleep(2)
+    running.process.kill()
+    running.process.wait(10)
+
+
+@pytest.mark.slow
+def test_the_working_folder_is_deleted(running: RunningService) -> None:
+    """What asks meanwhile is answered or refused, and does not hang."""
+    folder = running.folder.path
+    shutil.rmtree(folder)
+    with contextlib.suppress(httpx.TransportError):
+        assert httpx.post(f"{running.url}/predictions/sample", json={}, timeout=20).status_code in (200, 503)
+    assert running.process.wait(40) == 2
+    assert until(lambda: f"the working folder {folder} was deleted or damaged" in "".join(running.output), 2)
+
+
+@pytest.mark.slow
+def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next_removes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
+    first = RunningService(PRETRAINED, options=("--workers", "1"))
+    family, folder = first.descendants(), first.folder.path
+    assert folder.parent == tmp_path
+    for process in [*family, psutil.Process(first.process.pid)]:
+        process.suspend()  # so that none can act on the death of another
+    for process in [*family, psutil.Process(first.process.pid)]:
+        process.kill()
+    first.process.wait(10)
+    assert folder.exists()
+    second = RunningService(PRETRAINED, options=("--workers", "1"))
+    try:
+        assert not folder.exists() and second.folder.path.parent == tmp_path
+    finally:
+        assert second.stop() == []
