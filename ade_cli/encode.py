@@ -10,6 +10,7 @@ import numpy as np
 from ade_cli.image_files import FileError, add_image_arguments, check_parent, files_of, load_engine, read_pixels
 from serving.backends import BackendError
 from serving.bundle import BundleError
+from serving.files import replacing
 from serving.ood import CalibrationError
 
 ERRORS = (BundleError, BackendError, CalibrationError, FileError)
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     pixels = read_pixels(files, engine, args.resize)
     levels = engine.encode(pixels, [args.seed] * len(pixels))
     arrays = {f"{name}_{i}": getattr(level, name) for i, level in enumerate(levels) for name in ("mean", "log_scale", "z")}
-    np.savez(args.out, path=np.array([str(path) for path in files]), **arrays)
+    with replacing(args.out) as file:
+        np.savez(file, path=np.array([str(path) for path in files]), **arrays)
     shapes = ", ".join(f"z_{i} {level.z.shape}" for i, level in enumerate(levels))
     print(f"{args.out}: {shapes}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from ade_cli.image_files import FileError, add_image_arguments, files_of, load_engine, read_pixels
 from serving.backends import BackendError
 from serving.bundle import BundleError
+from serving.files import replacing
 from serving.images import IMAGE_SUFFIXES, write_png
 from serving.ood import CalibrationError
 from serving.responses import psnr
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))
     args.out.mkdir(parents=True, exist_ok=True)
     for path, before, after in zip(outputs, pixels, made, strict=True):
-        path.write_bytes(write_png(after))
+        with replacing(path) as file:
+            file.write(write_png(after))
         decibels = psnr(before, after)
         print(f"{path}: {'exact' if decibels is None else f'{decibels:.2f} dB'}")

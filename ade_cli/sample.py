@@ -10,6 +10,7 @@ from ade_cli.image_files import FileError, check_parent, load_engine
 from serving.backends import BackendError
 from serving.bundle import BundleError
 from serving.errors import ApiError
+from serving.files import replacing
 from serving.ood import CalibrationError
 from serving.requests import RawRequest
 from serving.service import MAX_DRAWN_SEED, Service
@@ -40,5 +41,6 @@ def run(args: argparse.Namespace) -> None:
     (answer,) = Service("sample", load_engine(args.bundle, "sample")).answer([RawRequest("application/json", values)])
     if answer.error is not None:
         raise answer.error
-    args.out.write_bytes(answer.body)
+    with replacing(args.out) as file:
+        file.write(answer.body)
     print(f"{args.out}: {args.n} samples of seed {seed}")

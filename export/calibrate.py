@@ -12,6 +12,7 @@ from export.detector import fit_calibration
 from serving.bundle import CALIBRATION_NAME, Bundle, verify_bundle, write_manifest
 from serving.engine import InferenceEngine
 from serving.errors import ApiError, unusable
+from serving.files import new_folder
 from serving.images import coder_version
 from serving.ood import Calibration, CalibrationError
 from serving.requests import InputImage, prepare_image
@@ -38,7 +39,8 @@ def calibrate_bundle(folder: Path, out: Path, fit: Iterable[bytes | np.ndarray],
 
     Raises:
         BundleError: the bundle is not whole.
-        CalibrationError: ``out`` exists, too few images, or scores that cannot be used.
+        CalibrationError: ``out`` exists or was written by another process meanwhile, too few images, or scores that cannot
+            be used.
     """
     if out.exists():
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
@@ -50,18 +52,12 @@ def calibrate_bundle(folder: Path, out: Path, fit: Iterable[bytes | np.ndarray],
     engine = InferenceEngine(Bundle(folder, {**bundle.manifest, "files": files}), device="cpu", operations=["score"])
     fitting = statistics_of(engine, fit, "fitting", resize, report)
     calibration = fit_calibration(fitting, statistics_of(engine, calibrate, "calibration", resize, report), resize=resize)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        shutil.copytree(folder, temporary)
+    with new_folder(out, CalibrationError) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
         (temporary / CALIBRATION_NAME).write_bytes(calibration.to_bytes())
         write_manifest(temporary, {**bundle.manifest, "calibration": {
             **calibration.summary(), "fitted_to": len(fitting["bpd"]), "data": data_name,
             "webp": coder_version()}})
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return calibration
 
 

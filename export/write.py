@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.backends import BACKENDS, load_backend
 from serving.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, check_name, open_bundle, write_manifest
+from serving.files import new_folder
 from serving.signatures import graphs_of, inputs_of
 
 LICENCE = "MIT (weights; the training images keep their own terms)"
@@ -40,7 +40,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
 
     Raises:
         BundleError: the name cannot be one.
-        ExportError: ``out`` exists.
+        ExportError: ``out`` exists, or was written by another process meanwhile.
         ParityError: an exported graph differs from the model.
     """
     if out.exists():
@@ -55,11 +55,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
     graphs = Graphs(model)
     operations = about.get("operations", config.operations)
     names = graphs_of(operations)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
+    with new_folder(out, ExportError) as folder:
         save_model(model, folder, {k: v for k, v in about.items() if k not in ("model", "format_version")})
         examples = {graph: make_inputs(images[:2], config.latent_shapes, inputs_of(graph, graphs.levels))
                     for graph in names}
@@ -86,9 +82,6 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
         backends = {b: load_backend(bundle, names, b, "cpu") for b in BACKENDS}
         table = check_parity(model, backends, images, operations)
         write_manifest(folder, {**fields, "parity": [row.to_dict() for row in table]})
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +15,7 @@ from export.detector import false_alarm_band
 from fitting.plan import Plan
 from fitting.survey import SHOWN, Survey
 from serving.bundle import Bundle
+from serving.files import replacing
 from serving.images import tile, write_png
 from serving.responses import psnr
 
@@ -115,12 +115,11 @@ def write_report(findings: Findings, path: Path) -> None:
         "<h2>Samples</h2>", _picture(tile(f.samples, 16), "samples", 3),
         "<h2>Reconstructions</h2><p>Test images above, what the model makes of them below.</p>",
         _picture(tile(np.concatenate([f.held_out, f.rebuilt]), len(f.held_out)), "reconstructions", 3)]
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
-                    '<meta name="viewport" content="width=device-width">'
-                    f"<title>{escape(f.plan.name)}</title><style>{CSS}</style><body>{''.join(body)}</body></html>\n",
-                    errors="backslashreplace")  # names of files may be no UTF-8
-    os.replace(unfinished, path)
+    page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{escape(f.plan.name)}</title><style>{CSS}</style><body>{''.join(body)}</body></html>\n")
+    with replacing(path) as file:
+        file.write(page.encode(errors="backslashreplace"))  # names of files may be no UTF-8
 
 
 def _resize(f: Findings) -> str:

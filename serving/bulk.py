@@ -21,14 +21,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
 from serving.engine import InferenceEngine, NotFinite
 from serving.errors import ApiError
-from serving.files import image_paths, read_file
+from serving.files import image_paths, read_file, replacing
 from serving.images import IMAGE_SUFFIXES
 from serving.locks import lock
 from serving.requests import InputImage, prepare_image
@@ -150,7 +150,7 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
     part = out.with_name(out.name + ".part")
     head = {"model": bundle.model_id, "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
             "folder": str(folder.resolve()), **asdict(options)}
-    with open(part, "a", encoding="utf-8") as rows:
+    with open(part, "a", encoding="utf-8", opener=_unless_link) as rows:
         if not lock(rows):
             raise BulkError(f"{part}: another process is at it")
         if out.exists():  # by now
@@ -166,6 +166,14 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
         summary = _finish(part, out, columns(bundle, options.samples))
         part.unlink()
     return summary
+
+
+def _unless_link(path: str, flags: int) -> int:
+    """Open a file whose name can be guessed: somebody may have left a link there."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise BulkError(f"{path}: {error.strerror}") from None
 
 
 def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
@@ -263,27 +271,24 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
         for row in rows():
             yield {name: safe_cell(value) if isinstance(value, str) else value for name, value in row.items()}
 
-    unfinished = out.with_name(out.name + ".tmp")
-    if out.suffix == ".parquet":
-        _write_parquet(unfinished, names, rows())
-    else:
-        with open(unfinished, "w", encoding="utf-8", newline="") as file:
-            if out.suffix == ".csv":
-                table = csv.DictWriter(file, names)
-                table.writeheader()
-                table.writerows(cells())
-            else:
-                file.writelines(json.dumps(row) + "\n" for row in rows())
-    os.replace(unfinished, out)
+    with replacing(out, text=out.suffix != ".parquet") as file:
+        if out.suffix == ".parquet":
+            _write_parquet(file, names, rows())
+        elif out.suffix == ".csv":
+            table = csv.DictWriter(file, names)
+            table.writeheader()
+            table.writerows(cells())
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows())
     return Summary(**counts)
 
 
-def _write_parquet(path: Path, names: list[str], rows: Iterator[dict[str, Any]]) -> None:
+def _write_parquet(file: IO[bytes], names: list[str], rows: Iterator[dict[str, Any]]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     kinds = {"path": pa.string(), "ood": pa.bool_(), "error": pa.string(), "notes": pa.string()}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
-    with parquet.ParquetWriter(path, schema) as writer:
+    with parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROWS_A_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema))

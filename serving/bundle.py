@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.files import replacing
 from serving.signatures import OPERATIONS
 
 FORMAT_VERSION = 2  # 1 had graphs that gave a score's parts alone, without what the verdict is made of
@@ -168,6 +169,5 @@ def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
              if p.is_file() and p.name != MANIFEST_NAME and not p.name.startswith(".")}
     manifest = {"format_version": FORMAT_VERSION, **{k: v for k, v in fields.items() if k != "format_version"},
                 "files": files}
-    temporary = folder / f".{MANIFEST_NAME}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    temporary.replace(folder / MANIFEST_NAME)
+    with replacing(folder / MANIFEST_NAME, text=True) as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")

@@ -1,12 +1,16 @@
-"""Files on disk: which of a folder are images, and their contents, in bounded time and memory."""
+"""Files on disk: which of a folder are images, their contents in bounded time and memory, and writing all or nothing."""
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
 
@@ -42,3 +46,52 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         if size > limit:
             raise OSError(errno.EFBIG, f"an image file may have {limit} bytes, this one has {size}")
         return content
+
+
+@contextmanager
+def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
+    """A new file to write to, which takes the place of ``path`` at the end of the block; removed where the block fails.
+
+    It is made under a name that nobody can guess in the same folder: a link that somebody left at ``path`` is replaced, not
+    followed.
+
+    Args:
+        path: may exist.
+        text: UTF-8 with line ends as they are written, instead of bytes.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") if text else open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` at the end of the block; removed where the block fails.
+
+    Of several processes that make the same folder at the same time, the first to finish does; the others raise.
+
+    Args:
+        path: must not exist.
+        taken: makes the error to raise where it exists, or was made by another process meanwhile, from a message.
+    """
+    if os.path.lexists(path):
+        raise taken(f"{path} exists: take a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise taken(f"{path} was made by another process meanwhile: it stays as it is") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

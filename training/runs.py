@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ade_model.checkpoint import WEIGHTS_NAME, save_model
+from serving.files import replacing
 from serving.locks import claim
 from training.step import Trainer
 
@@ -47,9 +48,8 @@ class Progress:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file that is whole or not there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path, text=True) as file:
+        file.write(json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager
