@@ -24,7 +24,10 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     if path is None:
         raise gr.Error("There is no picture yet: drop a PNG that was made here.")
     data = read(path)
-    width, height = file_size(io.BytesIO(data)) or (0, 0)
+    size = file_size(data)
+    if size is None:
+        raise gr.Error("This is no PNG file.")
+    width, height = size
     if width * height > MAX_PIXELS:
         raise gr.Error(f"This picture has {width} × {height} pixels: none was made so large here.")
     try:
