@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 
+from ade_cli.main import main
+from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
 from ade_model import ConfigError, ModelConfig
 from ade_model.checkpoint import load_model, read_config
 from serving.locks import LOCK
@@ -252,10 +255,10 @@ def test_gradient_penalty(target: float) -> None:
     assert linear.weight.grad is not None
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_discriminator_shapes(residual: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+def test_discriminator_shapes(kind: str) -> None:
     for size, patch, plain in ((32, 1, 0), (48, 2, 1), (64, 2, 2)):
-        discriminator = Discriminator(DiscriminatorConfig((4, 4, 4), residual, plain, patch), size, 3)
+        discriminator = Discriminator(DiscriminatorConfig((4, 4, 4), kind, plain, patch), size, 3)
         assert discriminator(torch.rand(2, 3, size, size)).shape == (2,)
 
 
@@ -268,7 +271,7 @@ def test_recipes_are_complete_and_survive_json(name: str, size: str) -> None:
     assert (config.discriminator is not None) == (name not in ("vae", "v-ade", "real-nvp"))
     assert (config.model.flow_scales > 0) == (name not in ("gan", "gan-rd", "vae", "av-gde"))
     assert config.coverage == (name not in ("gan", "gan-rd", "flow-gan-a"))
-    assert config.discriminator is None or config.discriminator.residual == name.endswith("rd")
+    assert config.discriminator is None or (config.discriminator.kind == "residual") == name.endswith("rd")
 
 
 def test_what_sets_the_refinements_apart() -> None:
@@ -283,6 +286,49 @@ def test_the_flow_of_the_papers_size_costs_no_weights_of_its_own() -> None:
     """The generator is narrowed: within two per cent, systems with and without f have as many weights."""
     with_flow, without = (count_weights(recipe(n, 32, 3, "paper")) for n in ("v-ade", "vae"))
     assert with_flow.model == pytest.approx(without.model, rel=0.02)
+
+
+def test_every_field_of_the_networks_is_an_option(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """From the command line, with its description; a dry run prints what comes of it and writes nothing."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    described = {action.dest: action.help for action in parser._actions}
+    for config, own, prefix in ((TrainConfig, RECIPES_OWN, ""), (ModelConfig, MODELS_OWN, ""),
+                                (DiscriminatorConfig, DISCRIMINATORS_OWN, "d_")):
+        assert all(described[prefix + field.name] for field in dataclasses.fields(config) if field.name not in own)
+    given = {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 3, "flow_blocks": 2, "flow_width": 24,
+             "flow_max_log_scale": 0.5, "widths": [48, 32], "latent_channels": [4, 6], "decoder_blocks": [0, 2],
+             "patch": 1, "sigma": "scalar", "posterior_iaf": True}
+    opponent = {"widths": [16, 24, 24], "plain_stages": 1, "patch": 1}
+    arguments = [f"--{prefix}{name.replace('_', '-')}" + (
+        "" if value is True else "=" + (",".join(map(str, value)) if isinstance(value, list) else str(value)))
+        for prefix, values in (("", given), ("d-", opponent)) for name, value in values.items()]
+    out = tmp_path / "out"
+    assert main(["train", "av-ade", "--data", str(folder), "--image-size", "8", "--out", str(out), "--dry-run",
+                 "--no-flips", *arguments]) == 0
+    assert not out.exists()
+    config = json.loads(capsys.readouterr().out)
+    assert config["model"] == {**config["model"], **given} and config["flips"] is False
+    assert config["discriminator"] == {**opponent, "kind": "plain"}
+
+
+def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
+    for scales, blocks in ((1, 2), (2, 1), (3, 3)):
+        config = recipe("v-ade", 8, 3, "paper", flow_scales=scales, flow_blocks=blocks, flow_width=4, widths=(8, 8, 8, 8),
+                        batch_size=4)
+        assert np.isfinite(trainer(config).run(batches(small_images, 1, config)[0])["bpd"])
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("v-ade", {"d_widths": (8, 8)}, "d_widths: v-ade has no discriminator"),
+    ("av-ade", {"d_widths": (8,) * 7}, "6 stages that halve the size takes multiples of 2 from 128 pixels on, got 32"),
+    ("av-ade", {"d_plain_stages": 3}, "d_plain_stages must be from 0 to 2"),
+    ("av-ade", {"d_patch": 3}, "multiples of 3"),
+    ("av-ade", {"widths": (8, 8)}, "latent_channels must have one number"),
+    ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of")])
+def test_networks_that_cannot_be_are_refused(name: str, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(name, 32, 3, **change)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -438,6 +484,7 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     (["compare", "vae", "--data", "DATA", "--image-size", "8", "--inception", "no", "--out", "OUT"], "there is no file"),
     (["compare", "--data", "DATA", "--image-size", "8", "--out", "OUT"], "there is no such folder to report on"),
     (["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"], "holds no run"),
+    (["train", "vae", "--widths", "8,x", "--data", "DATA", "--out", "OUT"], "--widths: invalid integers value: '8,x'"),
     (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
     (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
     (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),

@@ -22,22 +22,24 @@ class TrainConfig:
         size: one of :data:`SIZES`.
         model: what is trained.
         discriminator: its opponent; ``None`` trains by maximum likelihood alone.
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
         optimizer: ``adam`` or ``adamax``, of model and discriminator.
-        learning_rate: of the model.
-        beta1: of both optimisers; likewise beta2.
-        warmup_steps: steps over which the learning rate grows linearly from zero.
+        learning_rate: of the model, at its highest.
+        beta1: of both optimisers, the decay of the gradient's running mean, per step.
+        beta2: of both optimisers, the decay of the squared gradient's running mean, per step.
+        warmup_steps: steps over which the learning rates grow linearly from zero.
         coverage: whether the model learns by L_C.
-        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension; without L_C, of L_Q alone.
+        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats; without L_C, the weight
+            of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
-        inference_share: of the budget, this much more is spent in the end on an inference network and sigma around
-            the frozen generator: a GAN's likelihood.
-        d_learning_rate: of the discriminator.
-        d_steps: discriminator steps a model step.
+        inference_share: fraction of the budget, spent on top of it, in which an inference network and sigma are trained
+            around the frozen generator: a GAN's likelihood.
+        d_learning_rate: of the discriminator, at its highest.
+        d_steps: discriminator steps per model step.
         gp_weight: weight of the gradient penalty.
-        gp_target: slope that the penalty asks for at random interpolates of real and generated images.
-        gp_every: the penalty is computed at every so many discriminator steps, its weight multiplied accordingly.
-        ema_decay: of the averaged weights, which are evaluated and exported.
+        gp_target: slope that the penalty asks for at random interpolates of real and generated images, per unit of x.
+        gp_every: the penalty is computed at every such number of discriminator steps, its weight multiplied accordingly.
+        ema_decay: per step, of the averaged weights, which are evaluated and exported.
         max_grad_norm: gradients are clipped to this norm.
         flips: mirror training images at random.
     """
@@ -81,6 +83,9 @@ class TrainConfig:
         if self.inference_share and (self.coverage or not self.model.widths):
             raise ConfigError(f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own")
 
+        if self.discriminator is not None:
+            self.discriminator.check_image_size(self.model.image_size)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
@@ -91,8 +96,7 @@ class TrainConfig:
         values = dict(values)
         values["model"] = ModelConfig.from_dict(values["model"])
         if values["discriminator"] is not None:
-            values["discriminator"] = DiscriminatorConfig(
-                **{**values["discriminator"], "widths": tuple(values["discriminator"]["widths"])})
+            values["discriminator"] = DiscriminatorConfig.from_dict(values["discriminator"])
         return cls(**values)
 
 
@@ -113,11 +117,11 @@ _SIZES = {
         {"widths": (96, 64, 32), "latent_channels": (16, 8, 4), "decoder_blocks": (1, 1, 1),
          "flow_couplings": 4, "flow_blocks": 1, "flow_width": 32},
         {"flow_scales": 2, "flow_couplings": 6, "flow_blocks": 1, "flow_width": 48},
-        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128), residual=True, plain_stages=1),
+        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128), "residual", plain_stages=1),
         batch_size=32, adversarial_rate=5e-4),
     "small": _Size(
         {}, {"flow_scales": 2, "flow_couplings": 8, "flow_blocks": 1, "flow_width": 64},
-        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128, 128), residual=True, plain_stages=1),
+        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128, 128), "residual", plain_stages=1),
         batch_size=64, adversarial_rate=3e-4),
     # The networks of the paper as far as they are known: SNGAN's generator and discriminator, Real-NVP's f.
     "paper": _Size(
@@ -125,7 +129,7 @@ _SIZES = {
          "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 2, "flow_width": 32},
         {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 8, "flow_width": 64},
         DiscriminatorConfig((64, 128, 256, 512), patch=1),
-        DiscriminatorConfig((128, 128, 128, 128, 128), residual=True, plain_stages=2, patch=1),
+        DiscriminatorConfig((128, 128, 128, 128, 128), "residual", plain_stages=2, patch=1),
         batch_size=64, adversarial_rate=3e-4),
 }
 # Adam lets a weight that rarely sees a gradient jump by (1 - beta1) / sqrt(1 - beta2) rates at once: with 0.5 and the
@@ -185,21 +189,28 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
         image_size: pixels.
         channels: colour channels.
         size: of the networks, one of :data:`SIZES`.
-        changes: fields of :class:`TrainConfig` to set differently.
+        changes: fields to set differently: of :class:`TrainConfig`, of :class:`ModelConfig`, and with ``d_`` before their
+            names of :class:`DiscriminatorConfig`.
 
     Raises:
         ValueError: no recipe or size of that name.
-        ConfigError: the image size does not fit.
+        ConfigError: the image size does not fit, or a change is invalid.
     """
     if name not in _SYSTEMS:
         raise ValueError(f"no recipe {name!r}; there are {', '.join(_SYSTEMS)}")
     if size not in _SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(_SIZES)}")
     system, sized = _SYSTEMS[name], _SIZES[size]
+    of_the_model = {name: changes.pop(name) for name in _names(ModelConfig) & changes.keys()}
+    of_the_discriminator = {name: changes.pop(f"d_{name}") for name in _names(DiscriminatorConfig)
+                            if f"d_{name}" in changes}
     training: dict[str, Any] = {"batch_size": sized.batch_size, "coverage": system.coverage}
     if system.adversary is not None:
         discriminator = sized.residual if system.adversary == "residual" else sized.plain
-        training |= {"discriminator": discriminator, "learning_rate": sized.adversarial_rate, **ADVERSARIAL_BETAS}
+        training |= {"discriminator": dataclasses.replace(discriminator, **of_the_discriminator),
+                     "learning_rate": sized.adversarial_rate, **ADVERSARIAL_BETAS}
+    elif of_the_discriminator:
+        raise ConfigError(f"d_{min(of_the_discriminator)}: {name} has no discriminator")
     training |= {**system.training, **changes}
     if system.vae:
         options = {"flow_scales": system.flow_scales, **sized.model, **system.model}
@@ -214,8 +225,12 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
             options["encoder"] = training["inference_share"] > 0
     else:
         options = {**sized.flow_alone, "widths": (), "latent_channels": (), "decoder_blocks": ()}
-    model = ModelConfig(image_size=image_size, channels=channels, **options)
+    model = ModelConfig(**{"image_size": image_size, "channels": channels, **options, **of_the_model})
     return TrainConfig(recipe=name, size=size, model=model, **training)
+
+
+def _names(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
 
 
 def _paper_networks(options: dict[str, Any], image_size: int) -> dict[str, Any]:
