@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from ade_cli.main import main
 from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
 from ade_model import ConfigError, ModelConfig
 from ade_model.checkpoint import load_model, read_config
+from ade_model.likelihood import Evidence
 from serving.locks import LOCK
 from tests.conftest import ROOT, TINY, make_folder, narrow, shake
 from tests.test_locks import held_by_another
@@ -30,7 +32,7 @@ from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
 from training.loop import RunOptions, train
-from training.losses import discriminator_loss, gradient_penalty, quality_loss
+from training.losses import coverage_loss, discriminator_loss, gradient_penalty, latent_surcharge, quality_loss
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, latest_checkpoint, start_from
 from training.step import LAST_RATE, MAX_RESCUES, MAX_SKIPPED_STEPS, RECOVERY_STEPS, Trainer, TrainingDiverged, _Noise
@@ -97,7 +99,7 @@ def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, s
     {"batch_size": 8},
     {"learning_rate": 1e-2}, {"beta1": 0.0}, {"beta2": 0.5}, {"g_learning_rate": 1e-2}, {"g_beta1": 0.0}, {"g_beta2": 0.5},
     {"d_beta1": 0.0}, {"d_beta2": 0.5}, {"optimizer": "adamax"}, {"coverage": False},
-    {"warmup_steps": 1}, {"cooldown": 0.5}, {"quality_weight": 5.0},
+    {"warmup_steps": 1}, {"cooldown": 0.5}, {"quality_weight": 5.0}, {"free_bits": 9.0}, {"kl_warmup": 100},
     {"flow_sees_quality": True}, {"d_learning_rate": 1e-2}, {"d_steps": 2}, {"gp_weight": 10.0}, {"gp_target": 1.0},
     {"gp_every": 2}, {"ema_decay": 0.05}, {"clip": 1e-3}, {"flips": False}])
 def test_every_option_changes_the_outcome(small_images: np.ndarray, change: dict) -> None:
@@ -168,6 +170,43 @@ def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray, d_st
     assert trained.discriminator is not None
     quality_loss(trained.discriminator(sample(drawn[-1]))).backward()
     assert all(torch.allclose(p.grad, found[n], atol=1e-7) for n, p in trained.model.named_parameters() if n in found)
+
+
+def test_free_bits_charge_only_what_exceeds_them() -> None:
+    """Channel by channel, over the batch; the bound itself stays as it is."""
+    kl = [torch.tensor([[1.0, 5.0], [2.0, 3.0]], requires_grad=True), torch.tensor([[0.5], [0.7]], requires_grad=True)]
+    evidence = Evidence(torch.zeros(2), torch.zeros(2), [level.sum(1) for level in kl], kl)
+    same = lambda flat: flat
+    dims, nat = 12, 1 / (12 * math.log(2))
+    bound = coverage_loss(evidence, dims)
+    assert latent_surcharge(evidence, dims, 0.0, 1.0, same).item() == pytest.approx(0, abs=1e-6)
+    surcharge = latent_surcharge(evidence, dims, 2.0, 1.0, same)  # channels have 1.5, 4 and 0.6
+    assert surcharge.item() == pytest.approx((2.0 + 4.0 + 2.0 - 6.1) * nat)
+    (bound + surcharge).backward()
+    assert kl[0].grad is not None and kl[1].grad is not None
+    assert torch.allclose(kl[0].grad, torch.tensor([[0.0, nat / 2]] * 2)) and not kl[1].grad.any()
+    assert latent_surcharge(evidence, dims, 2.0, 0.5, same).item() == pytest.approx((0.5 * 8.0 - 6.1) * nat)
+    # Whether a channel is charged is decided over all processes: here others' batches had 4 nats more.
+    assert latent_surcharge(evidence, dims, 2.0, 1.0, lambda flat: flat.add_(4)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarray) -> None:
+    config = dataclasses.replace(SMALL, discriminator=None, kl_warmup=2 * SMALL.batch_size)
+    trained, plain = trainer(config), trainer(dataclasses.replace(config, kl_warmup=0, free_bits=1.0))
+    shake(trained.model)
+    plain.model.load_state_dict(trained.model.state_dict())
+    (batch,) = batches(small_images, 1, config)
+    evidence: list[Evidence] = []
+    infer = trained.model.evidence
+    trained.model.evidence = lambda x, eps: evidence.append(infer(x, eps)) or evidence[-1]  # type: ignore[method-assign]
+    losses = trained.run(batch)
+    dims = config.model.num_dims * math.log(2)
+    assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx([kl.mean().item() / dims for kl in evidence[0].kl])
+    assert losses["bpd"] == pytest.approx(coverage_loss(evidence[0], config.model.num_dims).item(), abs=1e-6)
+    assert plain.run(batch)["bpd"] == pytest.approx(losses["bpd"], abs=1e-6)  # the bound, without either
+    for step, weight in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)):
+        trained.step = step
+        assert trained._kl_weight == weight
 
 
 def test_rates_fall_in_the_last_part_of_a_budget(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +296,7 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(small_images
 
 @pytest.mark.parametrize("change, message", [
     ({"gp_every": 0}, "gp_every must be at least 1, got 0"), ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
+    ({"free_bits": -1.0}, "free_bits must be at least 0"),
     ({"clip": 0.0}, "clip must be above 0"), ({"cooldown": 1.5}, "cooldown must be from 0 to 1"),
     ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"), ({"learning_rate": -1.0}, "learning_rate must be above 0"),
     ({"inference_share": 0.5}, "av-ade has one of its own"), ({"optimizer": "sgd"}, "optimizer must be one of")])

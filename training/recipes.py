@@ -37,6 +37,9 @@ class TrainConfig:
         warmup_steps: steps over which the learning rates grow linearly from zero.
         cooldown: last fraction of the budget, over which the learning rates fall linearly to a fiftieth.
         coverage: whether the model learns by L_C.
+        free_bits: nats per latent channel and image; a channel whose KL is smaller is not charged for it (L_C as reported
+            is without this).
+        kl_warmup: training images over which the weight of the KL grows from 0 to 1, from the run's start.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats; without L_C, the weight
             of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
@@ -71,6 +74,8 @@ class TrainConfig:
     warmup_steps: int = 200
     cooldown: float = 0.2
     coverage: bool = True
+    free_bits: float = 0.0
+    kl_warmup: int = 0
     quality_weight: float = 0.05
     flow_sees_quality: bool = False
     inference_share: float = 0.0
@@ -83,7 +88,8 @@ class TrainConfig:
     flips: bool = True
 
     def __post_init__(self) -> None:
-        least_values = {"batch_size": 1, "d_steps": 1, "gp_every": 1, "warmup_steps": 0, "inference_share": 0}
+        least_values = {"batch_size": 1, "d_steps": 1, "gp_every": 1, "warmup_steps": 0, "inference_share": 0,
+                        "free_bits": 0, "kl_warmup": 0}
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -100,6 +106,8 @@ class TrainConfig:
         if self.inference_share and (self.coverage or not self.model.widths):
             raise ConfigError(f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own")
 
+        if (self.free_bits or self.kl_warmup) and not self.model.widths:
+            raise ConfigError(f"free_bits and kl_warmup are for latents: {self.recipe} has none")
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
 

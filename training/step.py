@@ -16,7 +16,7 @@ from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
 from training.discriminator import Discriminator
-from training.losses import coverage_loss, discriminator_loss, gradient_penalty, quality_loss
+from training.losses import coverage_loss, discriminator_loss, gradient_penalty, latent_surcharge, quality_loss
 from training.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,11 @@ class Trainer:
         """Steps of what is in training now: averages, warm-up and norms begin anew with the inference network."""
         return self.step - (self.inferring_since or 0)
 
+    @property
+    def _kl_weight(self) -> float:
+        """Of the KL in what is minimised."""
+        return min(1.0, self._age * self.config.batch_size / self.config.kl_warmup) if self.config.kl_warmup else 1.0
+
     def begin_inference(self) -> None:
         """From now on train the inference network and sigma alone, around the averaged generator (paper, section 5)."""
         if self.inferring_since is None:
@@ -171,7 +176,8 @@ class Trainer:
             spent: fraction of the budget of what is in training that was spent before, for the cooldown.
 
         Returns:
-            Losses by name, over all processes; ``bpd`` is L_C.
+            Losses by name, over all processes; ``bpd`` is L_C and ``kl_0`` the KL of the coarsest level in it, both in bits
+            per dimension.
 
         Raises:
             TrainingDiverged: a loss was not finite, or gradients were not for several steps on end.
@@ -232,6 +238,11 @@ class Trainer:
                 evidence = self.model.evidence(x, self._eps(len(x), noise))
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
+            losses |= {f"kl_{level}": (kl.mean() / (self.config.model.num_dims * math.log(2.0))).item()
+                       for level, kl in enumerate(evidence.kl)}
+            if self.config.free_bits or self._kl_weight < 1:
+                loss = loss + latent_surcharge(evidence, self.config.model.num_dims, self.config.free_bits,
+                                               self._kl_weight, self.average)
             loss.backward()
         if self.discriminator is not None and x_fake is not None:
             # The samples of the discriminator's last step are judged anew, by its weights of now: the model has not
