@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import json
 from pathlib import Path
 
+from ade_cli.config_options import add_config_options, given
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
+from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
+from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, check_folder, train
-from training.recipes import OPTIMIZERS, SIZES, TrainConfig, recipe, recipe_names
+from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, alone_in
 from training.step import TrainingDiverged
 
 ERRORS = (RunError, DataError, ConfigError, TrainingDiverged)
-# Fields of TrainConfig that the command line can set; the rest belongs to the recipe.
-SETTABLE = ("batch_size", "optimizer", "learning_rate", "beta1", "beta2", "quality_weight", "inference_share",
-            "d_learning_rate", "d_steps", "gp_weight", "gp_target", "gp_every", "ema_decay")
+# What makes a system that system, or follows from the data and from other options, is no option.
+RECIPES_OWN = ("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality")
+MODELS_OWN = ("image_size", "channels", "encoder")
+DISCRIMINATORS_OWN = ("kind",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint-steps", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument("--evaluate-steps", type=int, default=500, metavar="N",
                         help="steps between looks at held-out images and samples (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
-    for field in dataclasses.fields(TrainConfig):
-        if field.name in SETTABLE:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
-                                choices=OPTIMIZERS if field.name == "optimizer" else None,
-                                help="default: the recipe's")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop; nothing is written")
+    settable = [
+        *add_config_options(parser, "training (default: the recipe's)", TrainConfig, RECIPES_OWN),
+        *add_config_options(parser, "networks of the model (default: the recipe's)", ModelConfig, MODELS_OWN),
+        *add_config_options(parser, "network of the discriminator (default: the recipe's)", DiscriminatorConfig,
+                            DISCRIMINATORS_OWN, prefix="d_")]
+    parser.set_defaults(settable=settable)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -56,12 +61,12 @@ def run(args: argparse.Namespace) -> None:
         images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,
         checkpoint_minutes=args.checkpoint_minutes, checkpoint_steps=args.checkpoint_steps,
         evaluate_steps=args.evaluate_steps, init=args.init)
-    changes = {name: getattr(args, name) for name in SETTABLE if getattr(args, name) is not None}
+    changes = given(args, args.settable)
     check_outside(args.out, args.data)
     if not args.dry_run:
         check_folder(args.out, args.resume)
-    with alone_in(args.out):
-        dataset = dataset_of(args, args.out, args.image_size,
+    with contextlib.nullcontext() if args.dry_run else alone_in(args.out):
+        dataset = dataset_of(args, None if args.dry_run else args.out, args.image_size,
                              fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes))
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
         if args.dry_run:

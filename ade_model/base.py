@@ -42,7 +42,7 @@ class StandardNormal(nn.Module):
         prior = DiagonalGaussian(torch.zeros_like(encoded), torch.zeros_like(encoded))
         rate = -prior.log_prob_terms(encoded)
         posterior = DiagonalGaussian(encoded, torch.full_like(encoded, LOG_ZERO))
-        return [Draw(posterior, encoded, prior, rate, sum_dims(rate))], PointMass(encoded)
+        return [Draw(posterior, encoded, prior, rate, rate)], PointMass(encoded)
 
     def generate(self, eps: list[Tensor], temperature: Tensor | float = 1.0) -> tuple[list[Tensor], PointMass]:
         z = eps[0] * temperature

@@ -33,8 +33,8 @@ class ModelConfig:
         sigma: ``scalar``, one trainable standard deviation of the decoder's Gaussian, or ``pixel``,
             one for each of its dimensions.
         flow_scales: scales of the invertible head ``f``; 0 leaves ``f`` (and its logit) out.
-        flow_mask: what a coupling layer keeps: half of the ``channel``\\ s of 2x2 patches, or every other pixel, as on
-            a ``checkerboard``.
+        flow_mask: what a coupling layer keeps: ``channel``, half of the channels of 2x2 patches, or ``checkerboard``,
+            every other pixel.
         flow_couplings: coupling layers at each scale.
         flow_blocks: residual blocks in each coupling network.
         flow_width: channels of each coupling network.

@@ -49,6 +49,10 @@ class DiagonalGaussian:
 
     def kl(self, other: DiagonalGaussian) -> Tensor:
         """``KL(self || other)`` in closed form, ``(N,)``, nats, never negative."""
+        return sum_dims(self.kl_terms(other))
+
+    def kl_terms(self, other: DiagonalGaussian) -> Tensor:
+        """Of each dimension, the shape of ``mean``, nats, never negative; they sum to :meth:`kl`."""
         log_ratio = other.log_scale - self.log_scale
         shift = (self.mean - other.mean) * (-other.log_scale).exp()
-        return sum_dims(log_ratio + 0.5 * ((-2 * log_ratio).exp() + shift.square() - 1))
+        return log_ratio + 0.5 * ((-2 * log_ratio).exp() + shift.square() - 1)

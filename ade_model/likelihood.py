@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ class Evidence:
     Attributes:
         log_prob_y: ``log p(y | z)``.
         log_det_jacobian: ``log |det df/dx|``.
-        kl: one a level, ``log q(z_i | ...) - log p(z_i | ...)`` at the draw, or its expectation.
+        kl: one per level, ``log q(z_i | ...) - log p(z_i | ...)`` at the draw, or its expectation.
+        kl_by_channel: ``(N, latent_channels)`` per level, what each channel adds to ``kl``; from
+            :meth:`ade_model.model.ADEModel.evidence` alone.
     """
 
     log_prob_y: Tensor
     log_det_jacobian: Tensor
     kl: list[Tensor]
+    kl_by_channel: list[Tensor] = field(default_factory=list)
 
     @property
     def log_weight(self) -> Tensor:

@@ -119,7 +119,8 @@ class ADEModel(nn.Module):
     def evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
         """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for training."""
         draws, p_y, y, log_det_map = self._infer(x, eps)
-        return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.kl for draw in draws])
+        return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.kl for draw in draws],
+                        [draw.kl_terms.sum((2, 3)) for draw in draws])
 
     def _infer(self, x: Tensor, eps: list[Tensor]) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
         if self.encoder is None:

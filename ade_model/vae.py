@@ -39,19 +39,24 @@ class Draw:
         z: ``(N, c, h, w)``.
         prior: ``p(z_i | z_<i)``.
         log_ratio_terms: ``log q(z | ...) - log p(z | ...)`` at ``z``, term by term, the shape of ``z``, nats.
-        kl: its expectation where that has a closed form, else ``log_ratio`` again; ``(N,)``, nats.
+        kl_terms: their expectations where these have a closed form, else ``log_ratio_terms`` again.
     """
 
     posterior: DiagonalGaussian
     z: Tensor
     prior: DiagonalGaussian
     log_ratio_terms: Tensor
-    kl: Tensor
+    kl_terms: Tensor
 
     @property
     def log_ratio(self) -> Tensor:
         """``(N,)``, nats."""
         return sum_dims(self.log_ratio_terms)
+
+    @property
+    def kl(self) -> Tensor:
+        """``(N,)``, nats."""
+        return sum_dims(self.kl_terms)
 
 
 class Encoder(nn.Module):
@@ -117,10 +122,10 @@ class Level(nn.Module):
         z = posterior.sample(eps)
         log_q = posterior.log_prob_terms(z)
         if self.iaf is None:
-            return Draw(posterior, z, prior, log_q - prior.log_prob_terms(z), posterior.kl(prior))
+            return Draw(posterior, z, prior, log_q - prior.log_prob_terms(z), posterior.kl_terms(prior))
         z, log_det = self.iaf(z, both)
         log_ratio = log_q - log_det - prior.log_prob_terms(z)
-        return Draw(posterior, z, prior, log_ratio, sum_dims(log_ratio))
+        return Draw(posterior, z, prior, log_ratio, log_ratio)
 
     def finish(self, features: Tensor, z: Tensor | None) -> Tensor:
         """Features that know of ``z``."""

@@ -117,7 +117,7 @@ class LinearDecoder(nn.Module):
         prior = DiagonalGaussian(torch.zeros_like(mean), torch.zeros_like(mean))
         z = posterior.sample(eps[0])
         log_scale = torch.tensor(self.log_s, dtype=y.dtype)
-        draw = Draw(posterior, z, prior, posterior.log_prob_terms(z) - prior.log_prob_terms(z), posterior.kl(prior))
+        draw = Draw(posterior, z, prior, posterior.log_prob_terms(z) - prior.log_prob_terms(z), posterior.kl_terms(prior))
         return [draw], DiagonalGaussian(self.w * z + self.b, log_scale)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from training.datasets import load_dataset
 from training.loop import RunOptions, train
 from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig, recipe_names
-from training.runs import RunError, latest_checkpoint
+from training.runs import RunError, latest_checkpoint, save_checkpoint
 
 SYSTEMS: dict[str, TrainConfig] = {
     **{name: narrow(name) for name in recipe_names()},
@@ -62,15 +63,22 @@ def weights(run: Path) -> dict[str, np.ndarray]:
     return {k: v.numpy() for k, v in load_model(latest_checkpoint(run)).state_dict().items()}
 
 
+def save_and_stop(*arguments: Any) -> None:
+    save_checkpoint(*arguments)
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset, tmp_path: Path,
-                                                    small_images: np.ndarray) -> None:
+def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset, tmp_path: Path, small_images: np.ndarray,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     config, whole, cut = SYSTEMS[name], tmp_path / "whole", tmp_path / "cut"
     progress = train(config, dataset, whole, options(STEPS), resume=False)
     assert progress.step == round(STEPS * (1 + config.inference_share))
-    train(config, dataset, cut, options(STEPS, minutes=1e-9 if config.inference_share else None,
-                                        images=16 * (STEPS if config.inference_share else STEPS // 2)), resume=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, dataset, cut, options(STEPS, checkpoint_steps=STEPS // 2), resume=False)
     train(config, dataset, cut, options(STEPS), resume=True)
     a, b = weights(whole), weights(cut)
     assert all(np.array_equal(a[key], b[key]) for key in a)
@@ -181,7 +189,7 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Datase
                 lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None), said.append)
         return list(said)
 
-    broken = dataclasses.replace(narrow("av-gde"), learning_rate=float("inf"))
+    broken = dataclasses.replace(narrow("av-gde"), g_learning_rate=float("inf"))
     jobs = [Job(config, options(STEPS)) for config in (narrow("vae"), broken, narrow("gan"), narrow("v-ade"))]
     jobs.append(Job(narrow("vae"), options(STEPS, seed=1)))
     assert "av-gde-seed0: TrainingDiverged" in "".join(run(jobs[:3]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -18,8 +20,11 @@ import numpy as np
 import pytest
 import torch
 
+from ade_cli.main import main
+from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
 from ade_model import ConfigError, ModelConfig
 from ade_model.checkpoint import load_model, read_config
+from ade_model.likelihood import Evidence
 from serving.locks import LOCK
 from tests.conftest import ROOT, TINY, make_folder, narrow, shake
 from tests.test_locks import held_by_another
@@ -27,10 +32,10 @@ from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
 from training.loop import RunOptions, train
-from training.losses import discriminator_loss, gradient_penalty, quality_loss
+from training.losses import coverage_loss, discriminator_loss, gradient_penalty, latent_surcharge, quality_loss
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, latest_checkpoint, start_from
-from training.step import MAX_RESCUES, MAX_SKIPPED_STEPS, Trainer, TrainingDiverged, _Noise
+from training.step import LAST_RATE, MAX_RESCUES, MAX_SKIPPED_STEPS, RECOVERY_STEPS, Trainer, TrainingDiverged, _Noise
 from training.weights import count_weights
 
 SMALL = dataclasses.replace(
@@ -82,7 +87,7 @@ def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, s
     """Its update is that of weight zero unless the option says otherwise; the decoder's is not."""
     updates = {}
     for weight in (0.0, 50.0):
-        trained = trainer(dataclasses.replace(SMALL, quality_weight=weight, flow_sees_quality=sees, max_grad_norm=1e9))
+        trained = trainer(dataclasses.replace(SMALL, quality_weight=weight, flow_sees_quality=sees))
         updates[weight] = gradients_of_one_step(trained, small_images)
     flow = [n for n in updates[0.0] if n.startswith("flow.")]
     decoder = [n for n in updates[0.0] if n.startswith("decoder.to_mean")]
@@ -92,17 +97,144 @@ def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, s
 
 @pytest.mark.parametrize("change", [
     {"batch_size": 8},
-    {"learning_rate": 1e-2}, {"beta1": 0.0}, {"beta2": 0.5}, {"optimizer": "adamax"}, {"coverage": False},
-    {"warmup_steps": 1}, {"quality_weight": 5.0},
+    {"learning_rate": 1e-2}, {"beta1": 0.0}, {"beta2": 0.5}, {"g_learning_rate": 1e-2}, {"g_beta1": 0.0}, {"g_beta2": 0.5},
+    {"d_beta1": 0.0}, {"d_beta2": 0.5}, {"optimizer": "adamax"}, {"coverage": False},
+    {"warmup_steps": 1}, {"cooldown": 0.5}, {"quality_weight": 5.0}, {"free_bits": 9.0}, {"kl_warmup": 100},
     {"flow_sees_quality": True}, {"d_learning_rate": 1e-2}, {"d_steps": 2}, {"gp_weight": 10.0}, {"gp_target": 1.0},
-    {"gp_every": 2}, {"ema_decay": 0.05}, {"max_grad_norm": 1e-3}, {"flips": False}])
+    {"gp_every": 2}, {"ema_decay": 0.05}, {"clip": 1e-3}, {"flips": False}])
 def test_every_option_changes_the_outcome(small_images: np.ndarray, change: dict) -> None:
     def outcome(config: TrainConfig) -> torch.Tensor:
         trained = trainer(config)
         for b in batches(small_images, 4, config):
-            trained.run(b)
+            trained.run(b, spent=0.6)
         return torch.cat([p.flatten() for p in trained.ema.parameters()])
     assert not torch.equal(outcome(SMALL), outcome(dataclasses.replace(SMALL, **change)))
+
+
+def test_the_likelihood_and_the_generators_path_are_two_groups() -> None:
+    """Each with its own rate and betas; together they are all weights, each once."""
+    for name in ("v-ade", "av-ade", "av-ade-iaf-rd", "gan", "real-nvp", "flow-gan-h"):
+        trained = trainer(narrow(name))
+        names = {p: n for n, p in trained.model.named_parameters()}
+        groups = [{names[p] for p in group["params"]} for group in trained.optimizer.param_groups]
+        assert sorted(n for group in groups for n in group) == sorted(names.values())
+        if name in ("v-ade", "real-nvp"):
+            assert len(groups) == 1 and trained.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+        elif name == "flow-gan-h":
+            assert len(groups) == 1 and trained.optimizer.param_groups[0]["betas"] == (0.5, 0.99)
+        else:
+            likelihood, path = groups
+            assert all(n.startswith(("flow.", "encoder.")) or ".posterior_net." in n or ".iaf." in n
+                       or n == "decoder.log_sigma" for n in likelihood)
+            assert any(".prior_net." in n for n in path) and any("to_mean" in n for n in path)
+            assert not any(n.startswith(("flow.", "encoder.")) for n in path)
+            assert [group["betas"] for group in trained.optimizer.param_groups] == [(0.9, 0.999), (0.5, 0.99)]
+            assert [group["rate"] for group in trained.optimizer.param_groups] == [
+                trained.config.learning_rate, trained.config.g_learning_rate]
+
+
+def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray) -> None:
+    config = dataclasses.replace(SMALL, discriminator=None, warmup_steps=0, clip=4.0)
+    (batch,) = batches(small_images, 1, config)
+
+    def applied(usual: float) -> tuple[float, float, float]:
+        """Norms of one step's gradient before and after clipping, and the usual norm afterwards."""
+        trained = trainer(config)
+        trained.usual_norm["model"] = usual
+        seen: list[float] = []
+        trained.optimizer.step = lambda: seen.append(torch.cat([  # type: ignore[method-assign]
+            p.grad.flatten() for p in trained.model.parameters() if p.grad is not None]).norm().item())
+        norm = trained.run(batch)["grad_norm"]
+        return norm, seen[0], trained.usual_norm["model"]
+
+    norm, first, usual = applied(0.0)
+    assert first == pytest.approx(norm, rel=1e-4) and usual == pytest.approx(norm, rel=1e-4)
+    assert applied(norm / 3.9)[1] == pytest.approx(norm, rel=1e-4)  # nearly four times as long as usual: left as it is
+    _, kept, after = applied(norm / 6)
+    assert kept == pytest.approx(4 * norm / 6, rel=1e-4) and after == pytest.approx((0.95 + 0.05 * 4) * norm / 6, rel=1e-4)
+
+
+@pytest.mark.parametrize("d_steps", [1, 2])
+def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray, d_steps: int) -> None:
+    """The generator's gradient is that of the discriminator after its step, on the samples of that step."""
+    config = dataclasses.replace(SMALL, coverage=False, quality_weight=1.0, d_steps=d_steps)
+    trained = trainer(config)
+    drawn: list[list[torch.Tensor]] = []
+    sample = trained.model.sample
+    trained.model.sample = lambda eps: drawn.append(eps) or sample(eps)  # type: ignore[method-assign,func-returns-value]
+    found: dict[str, torch.Tensor] = {}
+    trained.optimizer.step = lambda: found.update({  # type: ignore[method-assign]
+        n: p.grad.clone() for n, p in trained.model.named_parameters() if p.grad is not None})
+    trained.run(batches(small_images, 1, config)[0])
+    assert len(drawn) == d_steps and found and not any(n.startswith("flow.") for n in found)
+    assert trained.discriminator is not None
+    quality_loss(trained.discriminator(sample(drawn[-1]))).backward()
+    assert all(torch.allclose(p.grad, found[n], atol=1e-7) for n, p in trained.model.named_parameters() if n in found)
+
+
+def test_free_bits_charge_only_what_exceeds_them() -> None:
+    """Channel by channel, over the batch; the bound itself stays as it is."""
+    kl = [torch.tensor([[1.0, 5.0], [2.0, 3.0]], requires_grad=True), torch.tensor([[0.5], [0.7]], requires_grad=True)]
+    evidence = Evidence(torch.zeros(2), torch.zeros(2), [level.sum(1) for level in kl], kl)
+    same = lambda flat: flat
+    dims, nat = 12, 1 / (12 * math.log(2))
+    bound = coverage_loss(evidence, dims)
+    assert latent_surcharge(evidence, dims, 0.0, 1.0, same).item() == pytest.approx(0, abs=1e-6)
+    surcharge = latent_surcharge(evidence, dims, 2.0, 1.0, same)  # channels have 1.5, 4 and 0.6
+    assert surcharge.item() == pytest.approx((2.0 + 4.0 + 2.0 - 6.1) * nat)
+    (bound + surcharge).backward()
+    assert kl[0].grad is not None and kl[1].grad is not None
+    assert torch.allclose(kl[0].grad, torch.tensor([[0.0, nat / 2]] * 2)) and not kl[1].grad.any()
+    assert latent_surcharge(evidence, dims, 2.0, 0.5, same).item() == pytest.approx((0.5 * 8.0 - 6.1) * nat)
+    # Whether a channel is charged is decided over all processes: here others' batches had 4 nats more.
+    assert latent_surcharge(evidence, dims, 2.0, 1.0, lambda flat: flat.add_(4)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarray) -> None:
+    config = dataclasses.replace(SMALL, discriminator=None, kl_warmup=2 * SMALL.batch_size)
+    trained, plain = trainer(config), trainer(dataclasses.replace(config, kl_warmup=0, free_bits=1.0))
+    shake(trained.model)
+    plain.model.load_state_dict(trained.model.state_dict())
+    (batch,) = batches(small_images, 1, config)
+    evidence: list[Evidence] = []
+    infer = trained.model.evidence
+    trained.model.evidence = lambda x, eps: evidence.append(infer(x, eps)) or evidence[-1]  # type: ignore[method-assign]
+    losses = trained.run(batch)
+    dims = config.model.num_dims * math.log(2)
+    assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx([kl.mean().item() / dims for kl in evidence[0].kl])
+    assert losses["bpd"] == pytest.approx(coverage_loss(evidence[0], config.model.num_dims).item(), abs=1e-6)
+    assert plain.run(batch)["bpd"] == pytest.approx(losses["bpd"], abs=1e-6)  # the bound, without either
+    for step, weight in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)):
+        trained.step = step
+        assert trained._kl_weight == weight
+
+
+def test_rates_fall_in_the_last_part_of_a_budget(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images and of minutes; with a larger budget they are back until its last part."""
+    shares: list[float] = []
+    run = Trainer.run
+
+    def look(self: Trainer, drawn: list[torch.Tensor], spent: float = 0.0) -> dict[str, float]:
+        losses = run(self, drawn, spent)
+        shares.append(round(self.optimizer.param_groups[0]["lr"] / self.config.learning_rate, 3))
+        return losses
+
+    monkeypatch.setattr(Trainer, "run", look)
+    dataset = load_dataset(str(folder), None, 8)
+    config = dataclasses.replace(narrow("v-ade"), warmup_steps=0, cooldown=0.4)
+    options = RunOptions(images=16 * 10, device="cpu", precision="float32")
+    train(config, dataset, tmp_path / "run", options, resume=False)
+    assert shares == [1.0] * 7 + [0.755, 0.51, 0.265]
+    shares.clear()
+    train(config, dataset, tmp_path / "run", dataclasses.replace(options, images=16 * 20), resume=True)
+    assert shares == pytest.approx([1.0] * 3 + [0.8775, 0.755, 0.6325, 0.51, 0.3875, 0.265, 0.1425], abs=1e-3)
+    shares.clear()
+    train(config, dataset, tmp_path / "timed", dataclasses.replace(options, images=10**9, minutes=0.02), resume=False)
+    assert shares[0] == 1.0 and shares == sorted(shares, reverse=True) and LAST_RATE <= shares[-1] < 0.5
+    gan = dataclasses.replace(narrow("gan"), warmup_steps=0, cooldown=0.4, inference_share=1.0)
+    shares.clear()
+    train(gan, dataset, tmp_path / "gan", options, resume=False)
+    assert shares == 2 * ([1.0] * 7 + [0.755, 0.51, 0.265])  # each phase has its own
 
 
 def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> None:
@@ -130,11 +262,12 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(sm
     assert all(torch.equal(a, b) for a, b in zip(average, trained.model.parameters(), strict=True))
     assert trained.rescued_at == [100 + MAX_SKIPPED_STEPS - 1]
     trained.usual_norm["model"] = 1e9
-    rates = []
-    for _ in range(SMALL.warmup_steps):
-        trained.run(batch)
-        rates.append(trained.optimizer.param_groups[0]["lr"])
-    assert rates[0] < rates[-1] == SMALL.learning_rate / 2
+    trained.run(batch)
+    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(SMALL.learning_rate / SMALL.warmup_steps, rel=0.01)
+    for steps, share in ((SMALL.warmup_steps, 0.5), (RECOVERY_STEPS // 2, 0.5**0.5), (RECOVERY_STEPS, 1.0)):
+        trained.step = trained.rescued_at[0] + steps  # the rate comes back
+        assert trained._rate_share("model") == pytest.approx(share, rel=0.05)
+    trained.step = 200
     trained.usual_norm["model"] = 1e-9
     shake(trained.model)
     with pytest.raises(TrainingDiverged, match=f"{MAX_SKIPPED_STEPS} steps on end"):
@@ -163,6 +296,8 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(small_images
 
 @pytest.mark.parametrize("change, message", [
     ({"gp_every": 0}, "gp_every must be at least 1, got 0"), ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
+    ({"free_bits": -1.0}, "free_bits must be at least 0"),
+    ({"clip": 0.0}, "clip must be above 0"), ({"cooldown": 1.5}, "cooldown must be from 0 to 1"),
     ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"), ({"learning_rate": -1.0}, "learning_rate must be above 0"),
     ({"inference_share": 0.5}, "av-ade has one of its own"), ({"optimizer": "sgd"}, "optimizer must be one of")])
 def test_bad_training_options_are_refused(change: dict, message: str) -> None:
@@ -252,10 +387,10 @@ def test_gradient_penalty(target: float) -> None:
     assert linear.weight.grad is not None
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_discriminator_shapes(residual: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+def test_discriminator_shapes(kind: str) -> None:
     for size, patch, plain in ((32, 1, 0), (48, 2, 1), (64, 2, 2)):
-        discriminator = Discriminator(DiscriminatorConfig((4, 4, 4), residual, plain, patch), size, 3)
+        discriminator = Discriminator(DiscriminatorConfig((4, 4, 4), kind, plain, patch), size, 3)
         assert discriminator(torch.rand(2, 3, size, size)).shape == (2,)
 
 
@@ -268,7 +403,17 @@ def test_recipes_are_complete_and_survive_json(name: str, size: str) -> None:
     assert (config.discriminator is not None) == (name not in ("vae", "v-ade", "real-nvp"))
     assert (config.model.flow_scales > 0) == (name not in ("gan", "gan-rd", "vae", "av-gde"))
     assert config.coverage == (name not in ("gan", "gan-rd", "flow-gan-a"))
-    assert config.discriminator is None or config.discriminator.residual == name.endswith("rd")
+    assert config.discriminator is None or (config.discriminator.kind == "residual") == name.endswith("rd")
+
+
+def test_configurations_of_earlier_runs_are_read() -> None:
+    """The rows of a comparison that were kept."""
+    rows = json.loads((ROOT / "docs" / "comparison" / "rows.json").read_text())
+    for row in rows:
+        config = TrainConfig.from_dict(row["config"])
+        assert TrainConfig.from_dict(config.to_dict()) == config
+        if "max_grad_norm" in row["config"]:
+            assert config.g_learning_rate == config.learning_rate and config.g_beta2 == config.beta2 and not config.cooldown
 
 
 def test_what_sets_the_refinements_apart() -> None:
@@ -283,6 +428,49 @@ def test_the_flow_of_the_papers_size_costs_no_weights_of_its_own() -> None:
     """The generator is narrowed: within two per cent, systems with and without f have as many weights."""
     with_flow, without = (count_weights(recipe(n, 32, 3, "paper")) for n in ("v-ade", "vae"))
     assert with_flow.model == pytest.approx(without.model, rel=0.02)
+
+
+def test_every_field_of_the_networks_is_an_option(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """From the command line, with its description; a dry run prints what comes of it and writes nothing."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    described = {action.dest: action.help for action in parser._actions}
+    for config, own, prefix in ((TrainConfig, RECIPES_OWN, ""), (ModelConfig, MODELS_OWN, ""),
+                                (DiscriminatorConfig, DISCRIMINATORS_OWN, "d_")):
+        assert all(described[prefix + field.name] for field in dataclasses.fields(config) if field.name not in own)
+    given = {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 3, "flow_blocks": 2, "flow_width": 24,
+             "flow_max_log_scale": 0.5, "widths": [48, 32], "latent_channels": [4, 6], "decoder_blocks": [0, 2],
+             "patch": 1, "sigma": "scalar", "posterior_iaf": True}
+    opponent = {"widths": [16, 24, 24], "plain_stages": 1, "patch": 1}
+    arguments = [f"--{prefix}{name.replace('_', '-')}" + (
+        "" if value is True else "=" + (",".join(map(str, value)) if isinstance(value, list) else str(value)))
+        for prefix, values in (("", given), ("d-", opponent)) for name, value in values.items()]
+    out = tmp_path / "out"
+    assert main(["train", "av-ade", "--data", str(folder), "--image-size", "8", "--out", str(out), "--dry-run",
+                 "--no-flips", *arguments]) == 0
+    assert not out.exists()
+    config = json.loads(capsys.readouterr().out)
+    assert config["model"] == {**config["model"], **given} and config["flips"] is False
+    assert config["discriminator"] == {**opponent, "kind": "plain"}
+
+
+def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
+    for scales, blocks in ((1, 2), (2, 1), (3, 3)):
+        config = recipe("v-ade", 8, 3, "paper", flow_scales=scales, flow_blocks=blocks, flow_width=4, widths=(8, 8, 8, 8),
+                        batch_size=4)
+        assert np.isfinite(trainer(config).run(batches(small_images, 1, config)[0])["bpd"])
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("v-ade", {"d_widths": (8, 8)}, "d_widths: v-ade has no discriminator"),
+    ("av-ade", {"d_widths": (8,) * 7}, "6 stages that halve the size takes multiples of 2 from 128 pixels on, got 32"),
+    ("av-ade", {"d_plain_stages": 3}, "d_plain_stages must be from 0 to 2"),
+    ("av-ade", {"d_patch": 3}, "multiples of 3"),
+    ("av-ade", {"widths": (8, 8)}, "latent_channels must have one number"),
+    ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of")])
+def test_networks_that_cannot_be_are_refused(name: str, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(name, 32, 3, **change)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -438,6 +626,7 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     (["compare", "vae", "--data", "DATA", "--image-size", "8", "--inception", "no", "--out", "OUT"], "there is no file"),
     (["compare", "--data", "DATA", "--image-size", "8", "--out", "OUT"], "there is no such folder to report on"),
     (["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"], "holds no run"),
+    (["train", "vae", "--widths", "8,x", "--data", "DATA", "--out", "OUT"], "--widths: invalid integers value: '8,x'"),
     (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
     (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
     (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),

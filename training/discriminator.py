@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ade_model.errors import ConfigError
 from ade_model.layers import conv3x3
+
+KINDS = ("plain", "residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +22,53 @@ class DiscriminatorConfig:
 
     Attributes:
         widths: channels after the first convolution and after each stage; a stage halves the size.
-        residual: the paper's ``rd``, stages as in Gulrajani et al., "Improved Training of Wasserstein GANs", 2017;
-            else those of Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018,
-            without their normalisation.
-        plain_stages: so many of the last stages keep the size instead.
-        patch: pixels a side that the first convolution takes for one position.
+        kind: ``residual`` is the paper's ``rd``, with stages as in Gulrajani et al., "Improved Training of Wasserstein
+            GANs", 2017; ``plain`` has those of Miyato et al., "Spectral Normalization for Generative Adversarial
+            Networks", 2018, without their normalisation.
+        plain_stages: number of stages, the last ones, that keep the size instead of halving it.
+        patch: side of the square of pixels that the first convolution takes as one position.
     """
 
     widths: tuple[int, ...] = (64, 128, 256)
-    residual: bool = False
+    kind: str = "plain"
     plain_stages: int = 0
     patch: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if self.kind not in KINDS:
+            raise ConfigError(f"a discriminator's kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not self.widths or min(self.widths) < 1:
+            raise ConfigError(f"d_widths must be one or more integers of at least 1, got {self.widths}")
+        if not 0 <= self.plain_stages < len(self.widths):
+            raise ConfigError(f"d_plain_stages must be from 0 to {len(self.widths) - 1}, the number of stages, "
+                              f"got {self.plain_stages}")
+        if self.patch < 1:
+            raise ConfigError(f"d_patch must be at least 1, got {self.patch}")
+
+    @property
+    def halvings(self) -> int:
+        """How many stages halve the size."""
+        return len(self.widths) - 1 - self.plain_stages
+
+    def check_image_size(self, image_size: int) -> None:
+        """Whether the stages fit.
+
+        Raises:
+            ConfigError: images of that size do not divide into patches, or are too small for so many stages.
+        """
+        if image_size % self.patch or image_size // self.patch < 2**self.halvings:
+            raise ConfigError(f"a discriminator with d_patch {self.patch} and {self.halvings} stages that halve the size "
+                              f"takes multiples of {self.patch} from {self.patch * 2**self.halvings} pixels on, "
+                              f"got {image_size}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DiscriminatorConfig:
+        """Rebuild from its fields as JSON has them; until November 2026 ``residual`` stood for the kind."""
+        values = dict(values)
+        if "residual" in values:
+            values["kind"] = "residual" if values.pop("residual") else "plain"
+        return cls(**values)
 
 
 class _Stage(nn.Module):
@@ -68,11 +108,10 @@ class Discriminator(nn.Module):
         super().__init__()
         self.patch = config.patch
         self.stem = conv3x3(config.patch**2 * channels, config.widths[0])
-        stage = _ResidualStage if config.residual else _Stage
-        halvings = len(config.widths) - 1 - config.plain_stages
+        stage = _ResidualStage if config.kind == "residual" else _Stage
         self.stages = nn.Sequential(*(
-            stage(a, b, down=i < halvings) for i, (a, b) in enumerate(pairwise(config.widths))))
-        size = image_size // config.patch // 2**halvings
+            stage(a, b, down=i < config.halvings) for i, (a, b) in enumerate(pairwise(config.widths))))
+        size = image_size // config.patch // 2**config.halvings
         self.head = nn.Linear(config.widths[-1] * size * size, 1)
 
     def forward(self, x: Tensor) -> Tensor:

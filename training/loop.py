@@ -111,7 +111,8 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         dataset: its ``train`` part is learned from, its ``select`` part looked at.
         run: the run's folder, new or, with ``resume``, one that was started with the same configuration.
         options: budget and cadence.
-        resume: go on from the newest checkpoint.
+        resume: go on from the newest checkpoint. The cooldown is that of the present budget: with a larger one than
+            before, the rates are back at once, until the last part of that budget.
         source: where the data lies, for those who measure the run later: ``RUN/data.json``.
 
     Raises:
@@ -144,7 +145,7 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     elif options.init is not None:
         start_from(Path(options.init), trainer)
         lineage = _lineage(Path(options.init))
-    if not _out_of_time(fabric, progress, options.minutes):
+    if not _out_of_time(progress, options.minutes):
         check_can_go_on(run, trainer.inferring_since, config.batch_size, options.images)
     fabric.barrier()
     if is_main:  # nothing is written before all is known to fit
@@ -167,13 +168,17 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     bar = tqdm(total=total if minutes is None else None, initial=progress.images, unit="img", unit_scale=True,
                disable=not is_main, mininterval=1.0, dynamic_ncols=True)
     try:
-        while progress.images < total and not _out_of_time(fabric, progress, minutes):
-            if config.inference_share and (progress.images >= options.images
-                                           or _out_of_time(fabric, progress, options.minutes)):
+        while progress.images < total and not _out_of_time(progress, minutes):
+            spent = _spent(progress, options)
+            if config.inference_share and spent >= 1:
                 trainer.begin_inference()
+                spent = (spent - 1) / config.inference_share
             drawn = [torch.from_numpy(np.ascontiguousarray(next(batches)[mine])) for _ in range(batches_a_step)]
-            losses = trainer.run(drawn)
-            progress = Progress(trainer.step, progress.images + config.batch_size, time.monotonic() - started)
+            losses = trainer.run(drawn, spent)
+            seconds = time.monotonic() - started
+            if fabric.world_size > 1 and minutes is not None:  # all must take the same rate and stop at the same step
+                seconds = float(fabric.broadcast(seconds))
+            progress = Progress(trainer.step, progress.images + config.batch_size, seconds)
             if log is None:
                 continue
             bar.update(config.batch_size)
@@ -218,13 +223,15 @@ def _lineage(init: Path) -> dict[str, Any]:
     return {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
 
 
-def _out_of_time(fabric: Fabric, progress: Progress, minutes: float | None) -> bool:
-    if minutes is None:
-        return False
-    seconds = progress.seconds
-    if fabric.world_size > 1:  # all processes must stop at the same step
-        seconds = float(fabric.broadcast(seconds))
-    return seconds >= 60 * minutes
+def _out_of_time(progress: Progress, minutes: float | None) -> bool:
+    return minutes is not None and progress.seconds >= 60 * minutes
+
+
+def _spent(progress: Progress, options: RunOptions) -> float:
+    """The fraction of the budget that was spent, of images or of time, whichever is further; above 1 once the inference
+    network of a GAN is in training."""
+    of_time = progress.seconds / (60 * options.minutes) if options.minutes else 0.0
+    return max(progress.images / options.images, of_time)
 
 
 def check_folder(run: Path, resume: bool) -> None:
@@ -263,8 +270,8 @@ def _open_run(run: Path, config: TrainConfig, dataset: Dataset, options: RunOpti
 
 def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Dataset) -> list[str]:
     """Names of what a run, as its ``run.json`` has it, was started with otherwise."""
-    before = {**started["config"], "data set": started["data"]}
-    wanted = {**json.loads(json.dumps(config.to_dict())), "data set": dataset.name}
+    before = {**TrainConfig.from_dict(started["config"]).to_dict(), "data set": started["data"]}
+    wanted = {**config.to_dict(), "data set": dataset.name}
     return sorted(key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key))
 
 

@@ -22,23 +22,35 @@ class TrainConfig:
         size: one of :data:`SIZES`.
         model: what is trained.
         discriminator: its opponent; ``None`` trains by maximum likelihood alone.
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
         optimizer: ``adam`` or ``adamax``, of model and discriminator.
-        learning_rate: of the model.
-        beta1: of both optimisers; likewise beta2.
-        warmup_steps: steps over which the learning rate grows linearly from zero.
+        learning_rate: highest rate of what the likelihood alone trains (flow, encoder, posterior and sigma), and of the
+            whole model where there is no adversary.
+        beta1: of the same weights, the decay of the gradient's running mean, per step.
+        beta2: of the same weights, the decay of the squared gradient's running mean, per step.
+        g_learning_rate: highest rate of the generator's path, all that makes samples, where there is an adversary.
+        g_beta1: as beta1, for the generator's path.
+        g_beta2: as beta2, for the generator's path.
+        d_learning_rate: highest rate of the discriminator.
+        d_beta1: as beta1, for the discriminator.
+        d_beta2: as beta2, for the discriminator.
+        warmup_steps: steps over which the learning rates grow linearly from zero.
+        cooldown: last fraction of the budget, over which the learning rates fall linearly to a fiftieth.
         coverage: whether the model learns by L_C.
-        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension; without L_C, of L_Q alone.
+        free_bits: nats per latent channel and image; a channel whose KL is smaller is not charged for it (L_C as reported
+            is without this).
+        kl_warmup: training images over which the weight of the KL grows from 0 to 1, from the run's start.
+        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats; without L_C, the weight
+            of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
-        inference_share: of the budget, this much more is spent in the end on an inference network and sigma around
-            the frozen generator: a GAN's likelihood.
-        d_learning_rate: of the discriminator.
-        d_steps: discriminator steps a model step.
+        inference_share: fraction of the budget, spent on top of it, in which an inference network and sigma are trained
+            around the frozen generator: a GAN's likelihood.
+        d_steps: discriminator steps per model step.
         gp_weight: weight of the gradient penalty.
-        gp_target: slope that the penalty asks for at random interpolates of real and generated images.
-        gp_every: the penalty is computed at every so many discriminator steps, its weight multiplied accordingly.
-        ema_decay: of the averaged weights, which are evaluated and exported.
-        max_grad_norm: gradients are clipped to this norm.
+        gp_target: slope that the penalty asks for at random interpolates of real and generated images, per unit of x.
+        gp_every: the penalty is computed at every such number of discriminator steps, its weight multiplied accordingly.
+        ema_decay: per step, of the averaged weights, which are evaluated and exported.
+        clip: gradients longer than this many times their usual norm, a running mean, are shortened to that length.
         flips: mirror training images at random.
     """
 
@@ -51,35 +63,53 @@ class TrainConfig:
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
+    # Adam lets a weight that rarely sees a gradient jump by (1 - beta1) / sqrt(1 - beta2) rates at once: with 0.5 and the
+    # usual 0.999 that is 16, and a run was lost to one such step; with 0.5 and 0.99 it is 5.
+    g_learning_rate: float = 5e-4
+    g_beta1: float = 0.5
+    g_beta2: float = 0.99
+    d_learning_rate: float = 8e-4
+    d_beta1: float = 0.5
+    d_beta2: float = 0.99
     warmup_steps: int = 200
+    cooldown: float = 0.2
     coverage: bool = True
+    free_bits: float = 0.0
+    kl_warmup: int = 0
     quality_weight: float = 0.05
     flow_sees_quality: bool = False
     inference_share: float = 0.0
-    d_learning_rate: float = 8e-4
     d_steps: int = 1
     gp_weight: float = 0.5
     gp_target: float = 0.0
     gp_every: int = 4
-    ema_decay: float = 0.999
-    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9995
+    clip: float = 4.0
     flips: bool = True
 
     def __post_init__(self) -> None:
-        least_values = {"batch_size": 1, "d_steps": 1, "gp_every": 1, "warmup_steps": 0, "inference_share": 0}
+        least_values = {"batch_size": 1, "d_steps": 1, "gp_every": 1, "warmup_steps": 0, "inference_share": 0,
+                        "free_bits": 0, "kl_warmup": 0}
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2", "g_beta1", "g_beta2", "d_beta1", "d_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "d_learning_rate"):
+        for name in ("learning_rate", "g_learning_rate", "d_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.cooldown <= 1:
+            raise ConfigError(f"cooldown must be from 0 to 1, got {self.cooldown}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.inference_share and (self.coverage or not self.model.widths):
             raise ConfigError(f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own")
+
+        if (self.free_bits or self.kl_warmup) and not self.model.widths:
+            raise ConfigError(f"free_bits and kl_warmup are for latents: {self.recipe} has none")
+        if self.discriminator is not None:
+            self.discriminator.check_image_size(self.model.image_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -87,12 +117,16 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Rebuild from :meth:`to_dict`."""
+        """Rebuild from :meth:`to_dict`. Of a run that was trained before November 2026, fields that did not exist take the
+        values that describe it."""
         values = dict(values)
+        if "max_grad_norm" in values:  # then all weights had one rate, gradients one bound, and no run cooled down
+            del values["max_grad_norm"]
+            values |= {"g_learning_rate": values["learning_rate"], "cooldown": 0.0}
+            values |= {f"{who}_{beta}": values[beta] for who in "gd" for beta in ("beta1", "beta2")}
         values["model"] = ModelConfig.from_dict(values["model"])
         if values["discriminator"] is not None:
-            values["discriminator"] = DiscriminatorConfig(
-                **{**values["discriminator"], "widths": tuple(values["discriminator"]["widths"])})
+            values["discriminator"] = DiscriminatorConfig.from_dict(values["discriminator"])
         return cls(**values)
 
 
@@ -113,11 +147,11 @@ _SIZES = {
         {"widths": (96, 64, 32), "latent_channels": (16, 8, 4), "decoder_blocks": (1, 1, 1),
          "flow_couplings": 4, "flow_blocks": 1, "flow_width": 32},
         {"flow_scales": 2, "flow_couplings": 6, "flow_blocks": 1, "flow_width": 48},
-        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128), residual=True, plain_stages=1),
+        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128), "residual", plain_stages=1),
         batch_size=32, adversarial_rate=5e-4),
     "small": _Size(
         {}, {"flow_scales": 2, "flow_couplings": 8, "flow_blocks": 1, "flow_width": 64},
-        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128, 128), residual=True, plain_stages=1),
+        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128, 128), "residual", plain_stages=1),
         batch_size=64, adversarial_rate=3e-4),
     # The networks of the paper as far as they are known: SNGAN's generator and discriminator, Real-NVP's f.
     "paper": _Size(
@@ -125,12 +159,9 @@ _SIZES = {
          "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 2, "flow_width": 32},
         {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 8, "flow_width": 64},
         DiscriminatorConfig((64, 128, 256, 512), patch=1),
-        DiscriminatorConfig((128, 128, 128, 128, 128), residual=True, plain_stages=2, patch=1),
+        DiscriminatorConfig((128, 128, 128, 128, 128), "residual", plain_stages=2, patch=1),
         batch_size=64, adversarial_rate=3e-4),
 }
-# Adam lets a weight that rarely sees a gradient jump by (1 - beta1) / sqrt(1 - beta2) rates at once: with 0.5 and the
-# usual 0.999 that is 16, and a run was lost to one such step; here it is 5.
-ADVERSARIAL_BETAS = {"beta1": 0.5, "beta2": 0.99}
 PAPER_WIDTH_WITH_FLOW = 496  # of 512: about the weights that f adds, as in Table 1's dagger
 
 
@@ -148,14 +179,14 @@ class _System:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_PIXELS: dict[str, Any] = {"flow_scales": 0, "model": {"sigma": "scalar"}}
 # The smaller sigma gets, the steeper the likelihood of pixels: at 1e-3 the VAE broke after 119,000 images of CIFAR-10.
-_PIXELS_RATE = 5e-4
-_GAN: dict[str, Any] = {**_PIXELS, "coverage": False, "training": {"quality_weight": 1.0, "inference_share": 0.25}}
+_PIXELS: dict[str, Any] = {"flow_scales": 0, "model": {"sigma": "scalar"}, "training": {"learning_rate": 5e-4}}
+_GAN: dict[str, Any] = {**_PIXELS, "coverage": False,
+                        "training": {**_PIXELS["training"], "quality_weight": 1.0, "inference_share": 0.25}}
 _SYSTEMS = {
     "gan": _System("adversarial alone", adversary="plain", **_GAN),
     "gan-rd": _System("adversarial alone, residual discriminator", adversary="residual", **_GAN),
-    "vae": _System("maximum likelihood, Gaussian decoder on pixels", training={"learning_rate": _PIXELS_RATE}, **_PIXELS),
+    "vae": _System("maximum likelihood, Gaussian decoder on pixels", **_PIXELS),
     "v-ade": _System("maximum likelihood, decoder in the flow's feature space"),
     "av-gde": _System("likelihood and adversarial, Gaussian decoder on pixels", adversary="plain", **_PIXELS),
     "av-ade": _System("likelihood and adversarial, decoder in the flow's feature space", adversary="plain"),
@@ -185,21 +216,28 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
         image_size: pixels.
         channels: colour channels.
         size: of the networks, one of :data:`SIZES`.
-        changes: fields of :class:`TrainConfig` to set differently.
+        changes: fields to set differently: of :class:`TrainConfig`, of :class:`ModelConfig`, and with ``d_`` before their
+            names of :class:`DiscriminatorConfig`.
 
     Raises:
         ValueError: no recipe or size of that name.
-        ConfigError: the image size does not fit.
+        ConfigError: the image size does not fit, or a change is invalid.
     """
     if name not in _SYSTEMS:
         raise ValueError(f"no recipe {name!r}; there are {', '.join(_SYSTEMS)}")
     if size not in _SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(_SIZES)}")
     system, sized = _SYSTEMS[name], _SIZES[size]
+    of_the_model = {name: changes.pop(name) for name in _names(ModelConfig) & changes.keys()}
+    of_the_discriminator = {name: changes.pop(f"d_{name}") for name in _names(DiscriminatorConfig)
+                            if f"d_{name}" in changes}
     training: dict[str, Any] = {"batch_size": sized.batch_size, "coverage": system.coverage}
     if system.adversary is not None:
         discriminator = sized.residual if system.adversary == "residual" else sized.plain
-        training |= {"discriminator": discriminator, "learning_rate": sized.adversarial_rate, **ADVERSARIAL_BETAS}
+        training |= {"discriminator": dataclasses.replace(discriminator, **of_the_discriminator),
+                     "g_learning_rate": sized.adversarial_rate}
+    elif of_the_discriminator:
+        raise ConfigError(f"d_{min(of_the_discriminator)}: {name} has no discriminator")
     training |= {**system.training, **changes}
     if system.vae:
         options = {"flow_scales": system.flow_scales, **sized.model, **system.model}
@@ -214,8 +252,12 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
             options["encoder"] = training["inference_share"] > 0
     else:
         options = {**sized.flow_alone, "widths": (), "latent_channels": (), "decoder_blocks": ()}
-    model = ModelConfig(image_size=image_size, channels=channels, **options)
+    model = ModelConfig(**{"image_size": image_size, "channels": channels, **options, **of_the_model})
     return TrainConfig(recipe=name, size=size, model=model, **training)
+
+
+def _names(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
 
 
 def _paper_networks(options: dict[str, Any], image_size: int) -> dict[str, Any]:

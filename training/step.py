@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,22 @@ from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
 from training.discriminator import Discriminator
-from training.losses import coverage_loss, discriminator_loss, gradient_penalty, quality_loss
+from training.losses import coverage_loss, discriminator_loss, gradient_penalty, latent_surcharge, quality_loss
 from training.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
 # A step whose gradient is this many times its running norm is skipped: one outlier among the images, clipped or
 # not, was seen to ruin a model within ten steps. When so many on end are skipped, it is the model that went wrong:
 # its averaged weights take over, at half the rate and with a warm-up, for the rate was too high and Adam's first steps
-# are long. After that many rescues within an average's memory the run has diverged.
+# are long. The rate comes back over the steps that follow. After that many rescues within an average's memory the run
+# has diverged.
 SPIKE = 8.0
 MAX_SKIPPED_STEPS = 10
 MAX_RESCUES = 3
 RATE_AFTER_RESCUE = 0.5
+RECOVERY_STEPS = 5000
 SPIKE_AFTER_STEPS = 50
+LAST_RATE = 0.02  # of the full one, at the end of a cooldown
 
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -91,23 +94,48 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = _to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = self._optimizer(self.model, config.learning_rate)
+        self.optimizer = self._optimizer(self._parameter_groups())
         self.discriminator: Discriminator | None = None
         self.d_optimizer: torch.optim.Optimizer | None = None
         if config.discriminator is not None:
             self.discriminator = _to_device(Discriminator(
                 config.discriminator, config.model.image_size, config.model.channels), device)
-            self.d_optimizer = self._optimizer(self.discriminator, config.d_learning_rate)
+            self.d_optimizer = self._optimizer([self._group("d_", list(self.discriminator.parameters()))])
         self.step = 0
+        self.spent = 0.0
         self.inferring_since: int | None = None
         self.skipped_in_a_row = {"model": 0, "discriminator": 0}
         self.usual_norm = {"model": 0.0, "discriminator": 0.0}
         self.rescued_at: list[int] = []
 
-    def _optimizer(self, network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         kinds = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
-        return kinds[self.config.optimizer](network.parameters(), learning_rate,
-                                            betas=(self.config.beta1, self.config.beta2))
+        return kinds[self.config.optimizer]([group for group in groups if group["params"]])
+
+    def _group(self, prefix: str, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        """Parameters for an optimiser, with the rate and betas of that prefix; ``rate`` is the highest rate."""
+        rate, beta1, beta2 = (getattr(self.config, prefix + name) for name in ("learning_rate", "beta1", "beta2"))
+        return {"params": parameters, "lr": rate, "rate": rate, "betas": (beta1, beta2)}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """What the likelihood alone trains, and the generator's path, which an adversary trains too.
+
+        The adversary needs short memories and a low rate; at these settings the likelihood learns more slowly.
+        """
+        if self.config.discriminator is None:
+            return [self._group("", list(self.model.parameters()))]
+        path = set(self.model.decoder.parameters()) - set(self._inference_parameters())
+        if self.config.flow_sees_quality:
+            path |= set(self.model.flow.parameters())
+        return [self._group("", [p for p in self.model.parameters() if p not in path]),
+                self._group("g_", [p for p in self.model.parameters() if p in path])]
+
+    def _inference_parameters(self) -> list[nn.Parameter]:
+        """Weights of ``q(z | x)``, and sigma: what a mean sample does not depend on. Empty for a flow by itself."""
+        if not isinstance(self.model.decoder, Decoder):
+            return []
+        modules = [*self.model.decoder.inference_modules(), *([self.model.encoder] if self.model.encoder else [])]
+        return [self.model.decoder.log_sigma, *(p for module in modules for p in module.parameters())]
 
     @property
     def inferring(self) -> bool:
@@ -124,6 +152,11 @@ class Trainer:
         """Steps of what is in training now: averages, warm-up and norms begin anew with the inference network."""
         return self.step - (self.inferring_since or 0)
 
+    @property
+    def _kl_weight(self) -> float:
+        """Of the KL in what is minimised."""
+        return min(1.0, self._age * self.config.batch_size / self.config.kl_warmup) if self.config.kl_warmup else 1.0
+
     def begin_inference(self) -> None:
         """From now on train the inference network and sigma alone, around the averaged generator (paper, section 5)."""
         if self.inferring_since is None:
@@ -131,36 +164,47 @@ class Trainer:
             self.usual_norm["model"] = 0.0
             self.inferring_since = self.step
         self.model.requires_grad_(False)
-        assert self.model.encoder is not None and isinstance(self.model.decoder, Decoder)
-        for module in (self.model.encoder, *self.model.decoder.inference_modules()):
-            module.requires_grad_(True)
-        self.model.decoder.log_sigma.requires_grad_(True)
+        for parameter in self._inference_parameters():
+            parameter.requires_grad_(True)
 
-    def run(self, batches: list[Tensor]) -> dict[str, float]:
+    def run(self, batches: list[Tensor], spent: float = 0.0) -> dict[str, float]:
         """One iteration: ``d_steps`` discriminator steps, then one joint step of the model.
 
         Args:
             batches: this process's share, uint8 images ``(N, H, W, C)``: one batch for each discriminator step, then
                 the model's.
+            spent: fraction of the budget of what is in training that was spent before, for the cooldown.
 
         Returns:
-            Losses by name, over all processes; ``bpd`` is L_C.
+            Losses by name, over all processes; ``bpd`` is L_C and ``kl_0`` the KL of the coarsest level in it, both in bits
+            per dimension.
 
         Raises:
             TrainingDiverged: a loss was not finite, or gradients were not for several steps on end.
         """
         noise = _Noise(self.seed, self.step, self.device, self.rank, self.processes)
+        self.spent = spent
         *d_batches, model_batch = batches
         losses: dict[str, float] = {}
+        x_fake: Tensor | None = None
         if not self.inferring:
             for i, images in enumerate(d_batches):
                 x = self._dequantize(images, noise)
-                losses.update(self._discriminator_step(x, noise, self.step * self.config.d_steps + i))
-        losses.update(self._model_step(self._dequantize(model_batch, noise), noise))
+                x_fake = self._generate(len(x), noise, with_graph=i == len(d_batches) - 1)
+                losses.update(self._discriminator_step(x, x_fake.detach(), noise, self.step * self.config.d_steps + i))
+        losses.update(self._model_step(self._dequantize(model_batch, noise), x_fake, noise))
         if not self.skipped_in_a_row["model"]:
             self._update_ema()
         self.step += 1
         return losses
+
+    def _generate(self, n: int, noise: _Noise, with_graph: bool) -> Tensor:
+        """Mean samples. Where the flow is not to learn from L_Q, its weights have no part in their graph."""
+        self.model.flow.requires_grad_(self.config.flow_sees_quality)
+        with torch.set_grad_enabled(with_graph), self.autocast():
+            x_fake = self.model.sample(self._eps(n, noise))
+        self.model.flow.requires_grad_(True)
+        return x_fake
 
     def _dequantize(self, images: Tensor, noise: _Noise) -> Tensor:
         x = images.to(self.device).permute(0, 3, 1, 2).float()
@@ -172,10 +216,8 @@ class Trainer:
     def _eps(self, n: int, noise: _Noise) -> list[Tensor]:
         return [noise.normal(n, *shape) for shape in self.config.model.latent_shapes]
 
-    def _discriminator_step(self, x: Tensor, noise: _Noise, count: int) -> dict[str, float]:
+    def _discriminator_step(self, x: Tensor, x_fake: Tensor, noise: _Noise, count: int) -> dict[str, float]:
         assert self.discriminator is not None and self.d_optimizer is not None
-        with torch.no_grad(), self.autocast():
-            x_fake = self.model.sample(self._eps(len(x), noise))
         with self.autocast():
             logits_real, logits_fake = self.discriminator(torch.cat([x, x_fake])).chunk(2)
         loss = discriminator_loss(logits_real, logits_fake)
@@ -187,31 +229,35 @@ class Trainer:
             loss = loss + self.config.gp_weight * self.config.gp_every * penalty
             losses["gradient_penalty"] = penalty.item()
         loss.backward()
-        return self._apply("discriminator", self.discriminator, self.d_optimizer, losses, self.config.d_learning_rate)
+        return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _model_step(self, x: Tensor, noise: _Noise) -> dict[str, float]:
+    def _model_step(self, x: Tensor, x_fake: Tensor | None, noise: _Noise) -> dict[str, float]:
         losses: dict[str, float] = {}
         if self.config.coverage or self.inferring:
             with self.autocast():
                 evidence = self.model.evidence(x, self._eps(len(x), noise))
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
+            losses |= {f"kl_{level}": (kl.mean() / (self.config.model.num_dims * math.log(2.0))).item()
+                       for level, kl in enumerate(evidence.kl)}
+            if self.config.free_bits or self._kl_weight < 1:
+                loss = loss + latent_surcharge(evidence, self.config.model.num_dims, self.config.free_bits,
+                                               self._kl_weight, self.average)
             loss.backward()
-        if self.discriminator is not None and not self.inferring:
-            # L_C and L_Q are two backward passes of one joint step: the flow's weights sit the second one out.
-            self.model.flow.requires_grad_(self.config.flow_sees_quality)
+        if self.discriminator is not None and x_fake is not None:
+            # The samples of the discriminator's last step are judged anew, by its weights of now: the model has not
+            # changed since, so their graph gives L_Q's exact gradient and saves a pass through the generator.
             self.discriminator.requires_grad_(False)
             with self.autocast():
-                logits_fake = self.discriminator(self.model.sample(self._eps(len(x), noise)))
+                logits_fake = self.discriminator(x_fake)
             loss = quality_loss(logits_fake)
             losses["quality_loss"] = loss.item()
             (self.config.quality_weight * loss).backward()
-            self.model.flow.requires_grad_(True)
             self.discriminator.requires_grad_(True)
-        return self._apply("model", self.model, self.optimizer, losses, self.config.learning_rate)
+        return self._apply("model", self.model, self.optimizer, losses)
 
-    def _apply(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, losses: dict[str, float],
-               learning_rate: float) -> dict[str, float]:
+    def _apply(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer,
+               losses: dict[str, float]) -> dict[str, float]:
         """Average, check and clip the gradients, and step; returns the losses and the norm before clipping."""
         gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
         local = torch.tensor(list(losses.values()), device=self.device)
@@ -226,15 +272,18 @@ class Trainer:
         # The discriminator must answer when the model has found a weakness: its large gradients are no outliers.
         in_proportion = module is self.discriminator or self._age < SPIKE_AFTER_STEPS or usual == 0 or norm < SPIKE * usual
         if math.isfinite(norm) and in_proportion:
-            flat *= min(1.0, self.config.max_grad_norm / (norm + 1e-12))
+            # Adam takes no notice of a gradient's usual scale, but an outlier would move weights far at once and then,
+            # in the mean of squares, make the following steps short.
+            kept = min(norm, self.config.clip * usual) if usual else norm
+            flat *= kept / (norm + 1e-12)
             offset = 0
             for p in gradients:
                 p.grad = flat[offset:offset + p.numel()].view(p.shape)
                 offset += p.numel()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * self._rate_share(name)
+                group["lr"] = group["rate"] * self._rate_share(name)
             optimizer.step()
-            self.usual_norm[name] = norm if usual == 0 else 0.95 * usual + 0.05 * norm
+            self.usual_norm[name] = kept if usual == 0 else 0.95 * usual + 0.05 * kept
             self.skipped_in_a_row[name] = 0
         else:
             self.skipped_in_a_row[name] += 1
@@ -245,10 +294,16 @@ class Trainer:
         return losses | {"d_grad_norm" if module is self.discriminator else "grad_norm": norm}
 
     def _rate_share(self, name: str) -> float:
-        """How much of a learning rate is used: less while warming up, and of the model's after each rescue."""
+        """How much of the highest rates is used: less while warming up, near the budget's end, and, of the model's,
+        after a rescue."""
         rescues = [step for step in self.rescued_at if name == "model" and step >= (self.inferring_since or 0)]
         age = min([self._age, *(self.step - step for step in rescues[-1:])])
-        return float(RATE_AFTER_RESCUE ** len(rescues)) * min(1.0, (age + 1) / max(1, self.config.warmup_steps))
+        share = min(1.0, (age + 1) / max(1, self.config.warmup_steps))
+        for step in rescues:
+            share *= RATE_AFTER_RESCUE ** max(0.0, 1 - (self.step - step) / RECOVERY_STEPS)
+        if self.spent > 1 - self.config.cooldown:
+            share *= LAST_RATE + (1 - LAST_RATE) * max(0.0, 1 - self.spent) / self.config.cooldown
+        return share
 
     def _rescue(self, name: str, why: str) -> None:
         """Go back to the averaged weights, with a fresh optimiser and half the rate."""
