@@ -208,7 +208,8 @@ def test_a_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word, status, code", [
-    ("died", 503, "unavailable"), ("form", 400, "malformed_request"), ("full", 503, "overloaded"),
+    ("died", 503, "unavailable"), ("form", 400, "malformed_request"),
+    ("boundary", 400, "malformed_request"), ("full", 503, "overloaded"),
     ("memory", 503, "overloaded"), ("fault", 500, "internal_error"), ("model", 404, "unknown_model"),
     ("key", 500, "internal_error"), ("bad", 400, "malformed_request"), ("413", 413, "request_too_large")])
 def test_torchserves_errors_get_the_shape(front: RunningFront, upstream: Upstream, word: str, status: int,
