@@ -279,7 +279,8 @@ def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream
     with hang(front, b"") as connection:
         wait_for(lambda: upstream.num_waiting == 1)
         connection.sendall(b"junk\r\n\r\n")
-        assert is_closed(connection) and wait_for(lambda: upstream.num_cancelled == 1) is None
+        assert is_closed(connection)
+    upstream.release()
 
 
 def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Upstream) -> None:
@@ -478,13 +479,18 @@ def test_who_hangs_up_while_waiting_is_not_computed(short: RunningFront, upstrea
     assert [came["body"] for came in upstream.seen] == ["taken", "taken", "patient"]
 
 
-def test_who_hangs_up_in_flight_gives_up_the_turn(short: RunningFront, upstream: Upstream) -> None:
-    held = [hang(short, b"") for _ in range(2)]
+def test_who_hangs_up_in_flight_holds_the_turn(short: RunningFront, upstream: Upstream) -> None:
+    """TorchServe computes it all the same: letting others go there would only lengthen its queue."""
+    taken = [hang(short, b"") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)
-    for connection in held:
+    for connection in taken:
         connection.close()
-    wait_for(lambda: upstream.num_cancelled == 2, 2)
-    assert post(short).status_code == 200 and len(upstream.seen) == 3
+    with ThreadPoolExecutor(1) as pool:
+        patient = pool.submit(post, short)
+        time.sleep(0.3)
+        assert len(upstream.seen) == 2 and not patient.done()
+        upstream.release()
+        assert patient.result().status_code == 200
 
 
 def test_an_upstream_that_hangs(short: RunningFront, upstream: Upstream) -> None:
@@ -503,8 +509,11 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         in_flight: set[int] = set()
         most: list[int] = []
 
+        async def patient() -> dict[str, Any]:
+            return await asyncio.Future()
+
         async def one(i: int) -> None:
-            async with lane.turn():
+            async with lane.turn(patient):
                 in_flight.add(i)
                 most.append(len(in_flight))
                 await asyncio.sleep(seconds)
