@@ -29,6 +29,7 @@ run(FrontSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
 TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them
     "died": (500, "InternalServerException", "Worker died."),
     "form": (500, "ErrorDataDecoderException", "bad multipart"),
+    "boundary": (500, "StringIndexOutOfBoundsException", "Index 0 out of bounds for length 0"),
     "full": (503, "ServiceUnavailableException", 'Model "score" has no worker to serve inference request.'),
     "memory": (507, "InternalServerException", "out of memory"),
     "fault": (500, "InternalServerException", "Exception at /home/somebody"),
@@ -45,7 +46,6 @@ class Upstream:
         self.path = path
         self.seen: list[dict[str, Any]] = []
         self.num_waiting = 0  # requests that wait for :meth:`release`
-        self.num_cancelled = 0
         self._loop = asyncio.new_event_loop()
         self._gate = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -98,9 +98,6 @@ class Upstream:
             self.num_waiting += 1
             try:
                 await self._gate.wait()
-            except asyncio.CancelledError:
-                self.num_cancelled += 1
-                raise
             finally:
                 self.num_waiting -= 1
         return web.json_response(what, headers=headers)
