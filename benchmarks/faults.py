@@ -100,7 +100,7 @@ async def disconnect(service: Running, known: list[Known]) -> list[Result]:
     async def leave(whole: bool) -> None:
         body = known[2].body
         _, writer = await asyncio.open_connection("127.0.0.1", service.ports.inference)
-        head = f"POST /predictions/score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + (body if whole else body[:len(body) // 2]))
         await writer.drain()
         writer.transport.abort()

@@ -25,10 +25,11 @@ class Limits:
         connections: at most, of all clients.
         head_s: for a request's head to come.
         head_bytes: of a head.
-        write_s: for a client to read a part of an answer.
+        write_s: for a client to read a part of an answer, of 256 KiB.
         body_bytes: of a body.
         body_idle_s: between two parts of a body.
-        body_grace_s, body_rate: the time for a whole body, seconds and what a byte adds as bytes per second.
+        body_grace_s: how far a body may fall behind ``body_rate``.
+        body_rate: bytes per second.
         memory_bytes: of all bodies and answers that are held.
         free_bytes: of each, which do not count: small requests come in while large ones fill the memory.
         in_flight: lower bound, start and upper bound of a model's requests that are with the model server.
@@ -41,7 +42,7 @@ class Limits:
     connections: int = 2048
     head_s: float = 10.0
     head_bytes: int = 64 * 2**10
-    write_s: float = 30.0
+    write_s: float = 10.0
     body_bytes: int = MAX_REQUEST_BYTES
     body_idle_s: float = 15.0
     body_grace_s: float = 60.0
@@ -65,40 +66,79 @@ def overloaded(message: str) -> ApiError:
 
 
 class Memory:
-    """Counts the bytes that all bodies and answers take together."""
+    """Counts the bytes that all bodies and answers take together, and decides who gives way if they are too many.
+
+    A body that is still arriving and an answer that is still being read give way to smaller ones, the largest first:
+    otherwise a few clients that are slow on purpose would keep all others out.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._used = 0
+        self._shares: set[Share] = set()
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Share]:
         """One request's part, given back at the end."""
         share = Share(self)
+        self._shares.add(share)
         try:
             yield share
         finally:
-            share.set(0)
+            share.hold(0)
+            self._shares.discard(share)
 
-    def change(self, before: int, after: int) -> bool:
-        """Count a part that grew or shrank; whether all fit."""
-        counted = max(0, after - self._limits.free_bytes) - max(0, before - self._limits.free_bytes)
-        self._used += counted
-        return counted <= 0 or self._used <= self._limits.memory_bytes
+    def fits(self, share: Share, size: int) -> bool:
+        """Count a part that grew or shrank, and make room for it; whether there is some."""
+        free = self._limits.free_bytes
+        self._used += max(0, size - free) - max(0, share.size - free)
+        share.size = size
+        while size > free and self._used > self._limits.memory_bytes:
+            largest = max((s for s in self._shares if s.patience is not None), key=lambda s: s.size, default=share)
+            if largest.size <= size:
+                return False
+            largest.drop()
+        return True
 
 
 class Share:
-    """What one request holds."""
+    """What one request holds: its body, then its answer.
+
+    Attributes:
+        size: bytes.
+        patience: ends the wait for the client, while there is one.
+        was_dropped: whether it ended because others needed the memory.
+    """
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._size = 0
+        self.size = 0
+        self.patience: asyncio.Timeout | None = None
+        self.was_dropped = False
 
-    def set(self, size: int) -> bool:
+    def hold(self, size: int) -> bool:
         """Hold so many bytes; whether there is room. They count in either case."""
-        fits = self._memory.change(self._size, size)
-        self._size = size
-        return fits
+        return self._memory.fits(self, size)
+
+    @contextlib.asynccontextmanager
+    async def waiting(self, seconds: float | None) -> AsyncIterator[None]:
+        """Wait for the client, at most so long.
+
+        Raises:
+            TimeoutError: it took longer, or others needed the memory.
+        """
+        try:
+            async with asyncio.timeout(seconds) as self.patience:
+                yield
+        finally:
+            self.patience = None
+
+    def drop(self) -> None:
+        """Give the memory to others."""
+        self.hold(0)
+        self.was_dropped = True
+        if self.patience is not None and not self.patience.expired():
+            self.patience.reschedule(asyncio.get_running_loop().time())
 
 
 async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits) -> bytearray:
@@ -108,27 +148,43 @@ async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits
         ApiError: 413, 408 if it stalls, 503 if all bodies together are too large.
         ClientGone: the client hung up.
     """
-    too_large = ApiError(413, "request_too_large", f"a request may have {limits.body_bytes} bytes")
     if any(int(value) > limits.body_bytes for value in header_values(scope, "content-length")):
-        raise too_large
+        raise _too_large(limits)
+    body = bytearray()
+    try:
+        await _fill(body, receive, share, limits)
+    except BaseException:
+        body.clear()  # the error's traceback holds it, and what is left of the body may still be passed over
+        share.hold(0)
+        raise
+    return body
+
+
+async def _fill(body: bytearray, receive: Receive, share: Share, limits: Limits) -> None:
     clock = asyncio.get_running_loop().time
-    started, body, is_complete = clock(), bytearray(), False
+    deadline, is_complete = clock() + limits.body_grace_s, False
     while not is_complete:
-        left = started + limits.body_grace_s + len(body) / limits.body_rate - clock()
         try:
-            async with asyncio.timeout(min(limits.body_idle_s, left)):
+            async with share.waiting(min(limits.body_idle_s, deadline - clock())):
                 message = await receive()
         except TimeoutError:
+            if share.was_dropped:
+                raise overloaded("the bodies of all requests are too large together") from None
             raise ApiError(408, "request_timeout", f"the body came too slowly: {len(body)} bytes so far") from None
         if message["type"] != "http.request":
             raise ClientGone
         body += message["body"]
         if len(body) > limits.body_bytes:
-            raise too_large
-        if not share.set(len(body)):
+            raise _too_large(limits)
+        if not share.hold(len(body)):
             raise overloaded("the bodies of all requests are too large together")
+        # Fast parts do not earn the right to stall for long.
+        deadline = min(deadline + len(message["body"]) / limits.body_rate, clock() + limits.body_grace_s)
         is_complete = not message.get("more_body", False)
-    return body
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, "request_too_large", f"a request may have {limits.body_bytes} bytes")
 
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
@@ -137,7 +193,7 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     Raises:
         ClientGone: it did.
     """
-    worker, watcher = asyncio.create_task(work), asyncio.create_task(_hang_up(receive))
+    worker, watcher = asyncio.create_task(work), asyncio.create_task(hang_up(receive))
     try:
         await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
         if not worker.done():
@@ -148,7 +204,7 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
         watcher.cancel()
 
 
-async def _hang_up(receive: Receive) -> None:
+async def hang_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 

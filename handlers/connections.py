@@ -8,7 +8,7 @@ import re
 from typing import Any, cast
 
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from handlers.admission import Limits
@@ -33,6 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None  # runs while a head is awaited that has begun, or is the first
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
         self._num_pending = 0  # bytes since a head was complete or a part of a body came
+        self._cycles: list[RequestResponseCycle] = []  # those without an answer, the first being computed
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
@@ -44,6 +45,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head_timer()
         self._end_write_timer()
+        for cycle in self._cycles:  # uvicorn tells the latest alone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -59,6 +63,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {"ade.abort": {"connection": self.transport.abort}}  # for an answer that nobody reads
         self._await_head()
 
     def on_headers_complete(self) -> None:
@@ -68,6 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(ApiError(501, "not_implemented", "the service speaks HTTP/1.1 and upgrades to nothing else"))
         else:
             super().on_headers_complete()
+            self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
 
     def on_body(self, body: bytes) -> None:
         self._num_pending = 0

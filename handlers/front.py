@@ -26,7 +26,7 @@ import aiohttp
 import uvicorn
 import uvloop
 
-from handlers.admission import ClientGone, Lane, Limits, Memory, read_body, unless_gone
+from handlers.admission import ClientGone, Lane, Limits, Memory, hang_up, read_body, unless_gone
 from handlers.connections import BoundedProtocol
 from serving.client import FORM_ERRORS, WORKER_DIED
 from serving.errors import ApiError
@@ -165,8 +165,13 @@ class Front:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             answer = await unless_gone(self._ask(server, method, path, headers, body, lane), receive)
             del body
-            share.set(len(answer.body))
-            await _send_answer(answer, send)
+            share.hold(len(answer.body))
+            try:
+                async with share.waiting(None):
+                    await _send_answer(answer, send)
+            except TimeoutError:
+                scope["extensions"]["ade.abort"]["connection"]()
+                await hang_up(receive)
 
     def _request_headers(self, scope: Scope) -> dict[str, str]:
         """What the model server must know: the type of the body, and whether this is a probe."""

@@ -20,7 +20,8 @@ from serving.ood import Unusual
 from serving.ports import Ports
 from serving.requests import PROBE_HEADER
 
-FORM_ERRORS = ("ErrorDataDecoderException", "ArrayIndexOutOfBoundsException")  # of forms that it cannot take apart
+FORM_ERRORS = ("ErrorDataDecoderException", "ArrayIndexOutOfBoundsException",
+               "StringIndexOutOfBoundsException")  # of forms that TorchServe cannot take apart
 WORKER_DIED = "Worker died"  # TorchServe of a request whose worker ended; another one may well answer it
 PROBE_VARIABLE = "ADE_PROBE_SECRET"  # the service's to its page
 MAX_WAIT_S = 30.0  # between two tries, whatever a gateway asks for

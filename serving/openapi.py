@@ -11,7 +11,7 @@ from serving.signatures import OPERATIONS, part_names
 
 JSON = "application/json"
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/tiff")
-# TorchServe itself answers a full queue (503), a body above 64 MiB (413) and a missing token (400) in words of its own.
+# Beside these, docs/api.md lists what is answered before a request reaches an operation.
 STATUSES = {"400": "the request cannot be taken apart", "413": "more than a request may have",
             "415": "not an image, or a damaged one", "422": "well formed and not usable",
             "503": "overloaded or stopping: come again after Retry-After seconds"}

@@ -29,6 +29,7 @@ run(FrontSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
 TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them
     "died": (500, "InternalServerException", "Worker died."),
     "form": (500, "ErrorDataDecoderException", "bad multipart"),
+    "boundary": (500, "StringIndexOutOfBoundsException", "Index 0 out of bounds for length 0"),
     "full": (503, "ServiceUnavailableException", 'Model "score" has no worker to serve inference request.'),
     "memory": (507, "InternalServerException", "out of memory"),
     "fault": (500, "InternalServerException", "Exception at /home/somebody"),
