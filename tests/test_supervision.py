@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from serving.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, LaunchError, Super
 from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService
 
+EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SLEEP = ["sleep", "1000"]
 
 
@@ -268,3 +270,36 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
         assert not folder.exists() and second.folder.path.parent == tmp_path
     finally:
         assert second.stop() == []
+
+
+@pytest.mark.slow
+def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> None:
+    """Through the sockets: queues are asked for on one, the profile's metrics come from another."""
+    running = RunningService(PRETRAINED, options=("--workers", "1", "--profile"))
+    body = EXAMPLE.read_bytes()
+    results: list[int | str] = []
+
+    def ask() -> None:
+        while True:
+            try:
+                answer = httpx.post(f"{running.url}/predictions/score", content=body, timeout=60)
+            except httpx.ConnectError:  # the front is gone: it accepted nothing
+                return
+            except httpx.TransportError as error:
+                results.append(repr(error))
+                return
+            results.append(answer.status_code)
+            if answer.status_code != 200:
+                assert answer.json()["error"]["code"] in ("stopping", "unavailable", "overloaded"), answer.text
+                return
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert until(lambda: "ms a request" in "".join(running.output) and "score " in "".join(running.output), 30)
+    finally:
+        assert running.stop() == [] and running.process.returncode == 0
+    for thread in threads:
+        thread.join(30)
+    assert results.count(200) > 30 and set(results) <= {200, 503}, results
