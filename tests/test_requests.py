@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -311,3 +312,38 @@ def test_messages_that_are_no_utf8_are_answered_too() -> None:
 ])
 def test_boundaries_of_forms(content_type: str, is_valid: bool) -> None:
     assert multipart_boundary_is_valid(content_type) == is_valid
+
+
+@pytest.mark.parametrize("operation, text, what", [
+    ("score", '{"images":[' + "[]," * 8_000_000 + "[]]}", "100000 lists and objects"),
+    ("encode", "[" + "{}," * 5_000_000 + "{}]", "100000 lists and objects"),
+    ("reconstruct", "{" + ",".join(f'"k{i}":1' for i in range(500_000)) + "}", "100000 values"),
+    ("sample", '{"latents":[' + "[]," * 300_000 + "[]]}", "123552 lists and objects"),
+    ("sample", '{"latents":[' + "0," * 300_000 + "0]}", "245056 values"),
+])
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(operation: str, text: str, what: str) -> None:
+    """Within the limit of bytes, 8 million lists take 450 MB and, parsed, many seconds."""
+    raw = RawRequest("application/json", text.encode())
+    started = time.process_time()
+    with pytest.raises(ApiError) as raised:
+        parse_sample(raw, LATENTS) if operation == "sample" else parse_images(operation, raw)
+    assert (raised.value.status, raised.value.code) == (413, "request_too_large") and what in raised.value.message
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("shapes", [LATENTS, [(32, 4, 4), (16, 8, 8), (8, 16, 16)], [(3, 1, 1)], [(1, 1, 512)]])
+def test_all_that_encode_answers_can_be_sent_back(shapes: list) -> None:
+    levels = [{"shape": shape, **dict.fromkeys(("mean", "log_scale", "z", "eps"), np.zeros(shape).tolist())}
+              for shape in shapes]
+    body = json.dumps({"latents": {"model": "a", "results": [{"levels": levels}] * 256}}).encode()
+    try:
+        request = parse_sample(RawRequest("application/json", body), shapes)
+    except ApiError as error:
+        raise AssertionError(error.message) from error
+    assert request.n == 256
+
+
+def test_an_array_whose_shape_has_a_truth_value() -> None:
+    data = npy(PIXELS[None]).replace(b"(1, 8, 8, 3), }   ", b"(True, 8, 8, 3), }")
+    (image,) = parse_images("score", RawRequest("application/x-npy", data[:len(npy(PIXELS[None]))])).sources
+    assert np.array_equal(image, PIXELS)
