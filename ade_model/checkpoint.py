@@ -15,6 +15,9 @@ from ade_model.model import ADEModel
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+_KINDS = {str: "string", int: "integer", dict: "object", list: "array"}
+_FIELDS = {"model": dict, "recipe": str, "data": str, "splits": dict, "seed": int, "images_seen": int, "training": dict,
+           "operations": list}  # those that are there
 
 
 def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
@@ -36,14 +39,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a saved model, its version checked.
 
     Raises:
-        ConfigError: it is missing, of another version or not a model's.
+        ConfigError: it is missing, of another version, or a field is not of its type.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {CONFIG_NAME}")
-    values = json.loads(path.read_text())
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{path}: format_version must be {FORMAT_VERSION}, got {values.get('format_version')}")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ConfigError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r:.60}")
+    for name, kind in _FIELDS.items():
+        value = values.get(name)
+        if not isinstance(value, kind) and (name in values or name == "model") or isinstance(value, bool):
+            raise ConfigError(f"{path}: {name} must be a JSON {_KINDS[kind]}, got {value!r:.60}")
     return values
 
 

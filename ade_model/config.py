@@ -60,7 +60,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("widths", 1), ("latent_channels", 0), ("decoder_blocks", 0)):
-            value = tuple(getattr(self, name))
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise ConfigError(f"{name} must be a list of integers, got {value!r}")
+            value = tuple(value)
             object.__setattr__(self, name, value)
             if any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in value):
                 raise ConfigError(f"{name} must be integers of at least {least}, got {value}")
@@ -72,9 +75,13 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name, allowed in (("sigma", SIGMA_KINDS), ("flow_mask", MASKS), ("patch", (1, 2))):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed or isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        if not self.flow_max_log_scale > 0:
+        for name in ("encoder", "posterior_iaf"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        bound = self.flow_max_log_scale
+        if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not bound > 0:
             raise ConfigError(f"flow_max_log_scale must be positive, got {self.flow_max_log_scale}")
         if self.widths and not self.latent_channels[0]:
             raise ConfigError(f"latent_channels must begin with latents at the coarsest level, got {self.latent_channels}")

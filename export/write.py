@@ -52,6 +52,9 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
         raise ExportError(f"parity needs images of (N, {config.image_size}, {config.image_size}, {config.channels}), "
                           f"got {images.shape}")
     about = read_config(checkpoint)
+    missing = {"recipe", "data", "splits", "images_seen", "seed"} - about.keys()
+    if missing:
+        raise ExportError(f"{checkpoint}: its configuration lacks {', '.join(sorted(missing))}")
     graphs = Graphs(model)
     operations = about.get("operations", config.operations)
     names = graphs_of(operations)

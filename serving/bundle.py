@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.files import replacing
+from serving.manifest import MANIFEST, REQUIRED, check_types
 from serving.signatures import OPERATIONS
 
 FORMAT_VERSION = 2  # 1 had graphs that gave a score's parts alone, without what the verdict is made of
@@ -24,8 +25,6 @@ WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_REQUIRED = {"name": str, "recipe": str, "image_shape": list, "latent_shapes": list, "files": dict, "data": dict,
-             "licence": str}
 
 
 class BundleError(ValueError):
@@ -135,19 +134,27 @@ def open_bundle(folder: Path) -> Bundle:
                                                         "there is no such folder"))
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON: {error}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise BundleError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; another version's bundle "
                           "has to be exported again")
-    for key, kind in _REQUIRED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise BundleError(f"{path}: {key} must be a {kind.__name__}, got {manifest.get(key)!r}")
+    try:
+        check_types(dict.fromkeys(REQUIRED) | manifest, MANIFEST, "")
+    except TypeError as error:
+        raise BundleError(f"{path}: {error}") from None
     check_name(manifest["name"])
+    if min(manifest["image_shape"]) < 1 or any(min(shape) < 1 for shape in manifest["latent_shapes"]):
+        raise BundleError(f"{path}: image_shape and latent_shapes must be positive")
+    unknown = set(manifest.get("operations", OPERATIONS)) - set(OPERATIONS)
+    if unknown:
+        raise BundleError(f"{path}: operations are some of {', '.join(OPERATIONS)}, got {unknown.pop()!r}")
     for name in manifest["files"]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{path}: {name!r} is no plain file name")
+    if WEIGHTS_NAME not in manifest["files"]:
+        raise BundleError(f"{path}: files must list {WEIGHTS_NAME}")
     return Bundle(folder, manifest)
 
 

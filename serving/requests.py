@@ -11,8 +11,10 @@ import binascii
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from email.message import Message
 from itertools import islice
 from typing import Any
 
@@ -28,6 +30,7 @@ PROBE_HEADER = "X-Ade-Probe"
 MAX_DRAWS = 1024
 MAX_BODY_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 in base64
+MAX_JSON_VALUES = 100_000  # beside the numbers of latents; far more than images and parameters are
 JSON_BYTES_A_NUMBER = 26  # at most, with what stands between two
 ARRAYS_A_LEVEL = 4  # of encode's answer, which is taken as it is: mean, log_scale, z, eps
 MAX_SUFFIX = 4  # digits of a form's field such as image12
@@ -36,6 +39,7 @@ MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
 URLENCODED = "application/x-www-form-urlencoded"
 MAX_NOISE = 1e6  # an image far from all training images has noise in the thousands
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
@@ -101,6 +105,24 @@ class ImagesRequest:
     probe: bool = False
 
 
+def multipart_boundary_is_valid(content_type: str) -> bool:
+    """Whether a form's parts can be told apart: false of a multipart type without a boundary as RFC 2046 has it.
+
+    The server fails on such a form before we see it, so that whatever stands before the server has to ask. True of every
+    other content type.
+
+    Example:
+        >>> multipart_boundary_is_valid("multipart/form-data; boundary=")
+        False
+    """
+    message = Message()
+    message["Content-Type"] = content_type
+    if message.get_content_maintype() != "multipart":
+        return True
+    boundary = message.get_param("boundary")
+    return isinstance(boundary, str) and _BOUNDARY.fullmatch(boundary) is not None
+
+
 def _is(content_type: str, *kinds: str) -> bool:
     return content_type.split(";")[0].strip().lower() in kinds
 
@@ -113,20 +135,27 @@ def _bytes(value: Any) -> bytes:
     return bytes(value)
 
 
-def _parsed(text: bytes | bytearray | memoryview | str, name: str, limit: int) -> Any:
-    if len(text) > limit:  # before it is parsed: lists take many times the room of their text
+def _parsed(text: bytes | bytearray | memoryview | str, name: str, limit: int, lists: int, values: int) -> Any:
+    """JSON whose bytes, lists and values are counted before it is parsed: these take many times the room of their text."""
+    if len(text) > limit:
         raise ApiError(413, "request_too_large", f"JSON may have {limit} bytes here, {name} has {len(text)}")
+    data = _bytes(text)
+    for what, most, count in (("lists and objects", lists, data.count(b"[") + data.count(b"{")),
+                              ("values", values, data.count(b","))):
+        if count > most:
+            raise ApiError(413, "request_too_large", f"JSON may have {most} {what} here, {name} has {count}")
     try:
-        return json.loads(_bytes(text))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise malformed(f"{name} is not JSON: {error}") from None
 
 
-def _json_object(request: RawRequest, limit: int) -> dict[str, Any]:
+def _json_object(request: RawRequest, limit: int, lists: int = MAX_JSON_VALUES, values: int = MAX_JSON_VALUES) -> (
+        dict[str, Any]):
     """The JSON object of a request, however far the server parsed it."""
     body = request.body
     if isinstance(body, (bytes, bytearray, memoryview, str)):
-        body = _parsed(body, "the body", limit)
+        body = _parsed(body, "the body", limit, lists, values)
     if not isinstance(body, dict):
         raise malformed(f"the body must be a JSON object, got {type(body).__name__}")
     return body
@@ -142,15 +171,18 @@ def parse_sample(request: RawRequest, latent_shapes: list[tuple[int, int, int]])
     Raises:
         ApiError: with the status to answer.
     """
-    limit = 2**20 + MAX_IMAGES * ARRAYS_A_LEVEL * JSON_BYTES_A_NUMBER * sum(map(math.prod, latent_shapes))
+    arrays = MAX_IMAGES * ARRAYS_A_LEVEL
+    numbers = arrays * sum(map(math.prod, latent_shapes))
+    limits = (2**20 + JSON_BYTES_A_NUMBER * numbers,
+              MAX_JSON_VALUES + arrays * sum(2 + c + c * h for c, h, _ in latent_shapes), 2 * MAX_JSON_VALUES + numbers)
     if request.body is None:
         if not request.fields and _is(request.content_type, URLENCODED):  # the server drops what has no name
             raise malformed("the form is empty: a JSON body needs the header Content-Type: application/json")
         given = {name: _text(name, value) for name, value in request.fields.items()}
         if "latents" in given:
-            given["latents"] = _parsed(given["latents"], "latents", limit)
+            given["latents"] = _parsed(given["latents"], "latents", *limits)
     elif _is(request.content_type, "application/json") or isinstance(request.body, dict):
-        given = _json_object(request, limit)
+        given = _json_object(request, *limits)
     elif isinstance(request.body, (bytes, bytearray, str)) and not request.body:
         raise malformed("the request is empty: POST a JSON object, such as {\"n\": 4, \"seed\": 7}")
     else:
@@ -200,7 +232,8 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
                                           f"{len(given) if isinstance(given, list) else show(given)}").at(i)
         for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
             try:
-                array = np.asarray(item.get(are) if isinstance(item, dict) else item, dtype=np.float32)
+                with np.errstate(over="ignore"):  # what becomes infinite is refused below
+                    array = np.asarray(item.get(are) if isinstance(item, dict) else item, dtype=np.float32)
             except (ValueError, TypeError, OverflowError):
                 raise unusable("bad_latents", f"{are} of level {level} must be numbers of shape {shape}").at(i) from None
             if array.shape != shape:
@@ -351,6 +384,7 @@ def _split_npy(data: bytes) -> list[Any]:
         raise malformed(f"the .npy file is damaged: shape {tuple(shape)}")
     if shape[0] > MAX_IMAGES:
         raise ApiError(413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {shape[0]}")
+    shape = tuple(map(int, shape))  # NumPy takes True for 1 here, and refuses it later
     if math.prod(shape) != len(data) - stream.tell():
         raise malformed(f"the .npy file is damaged: shape {tuple(shape)} needs {math.prod(shape)} bytes, "
                         f"{len(data) - stream.tell()} are there")

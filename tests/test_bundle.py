@@ -7,13 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from ade_model.checkpoint import load_model
+from ade_model import ModelConfig
+from ade_model.checkpoint import load_model, read_config
+from ade_model.errors import ConfigError
 from export.parity import ParityError, check_parity
 from export.write import ExportError, export_bundle
 from serving.bundle import Bundle, BundleError, open_bundle, verify_bundle
@@ -56,14 +60,91 @@ def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
 
 @pytest.mark.parametrize("change, message", [
     ({"format_version": 1}, "must be 2, got 1; another version's bundle has to be exported again"),
-    ({"name": 3}, "name must be a str"), ({"name": "../x"}, "a model's name has letters"), ({"name": "my cat"}, "got 'my"),
-    ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"), ({"image_shape": None}, "image_shape must be a list"),
+    ({"name": 3}, "name must be a string, got 3"), ({"image_shape": None}, "image_shape must be a list, got None"),
+    ({"name": "../x"}, "a model's name has letters"), ({"name": "my cat"}, "got 'my"),
+    ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"),
 ])
 def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_text()) | change
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=message):
         open_bundle(copy)
+
+
+WRONG: list[Any] = [None, True, 7, 1.5, "x", [True], {"x": True}]
+
+
+def same_type(a: Any, b: Any) -> bool:
+    numbers = (int, float)
+    return type(a) is type(b) or isinstance(a, float) and type(b) in numbers
+
+
+def with_wrong_types(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Every key of nested JSON, with each value of another type than it has."""
+    if path:
+        yield from ((path, wrong) for wrong in WRONG if not same_type(value, wrong))
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from with_wrong_types(item, (*path, key))
+
+
+def replaced(value: Any, path: tuple, new: Any) -> Any:
+    whole = json.loads(json.dumps(value))
+    inner = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = new
+    return whole
+
+
+def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
+    manifest = json.loads((PRETRAINED / "manifest.json").read_text())
+    manifest["parity"] = manifest["parity"][:2]
+    may_be_null = ("evaluation", "calibration", "training.started_from", "training.started_from.started_from")
+    figures = ("evaluation.iwae-4", "evaluation.frechet_resnet20")  # numbers, or objects of numbers, or null
+    tried = 0
+    for path, wrong in with_wrong_types(manifest):
+        name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
+        if name in may_be_null and wrong is None or name == "calibration.resize" and wrong == "x" or (
+                name.startswith(figures) and type(wrong) in (int, float, type(None))):
+            continue
+        (tmp_path / "manifest.json").write_text(json.dumps(replaced(manifest, path, wrong)))
+        with pytest.raises(BundleError) as raised:
+            open_bundle(tmp_path)
+        assert name in str(raised.value) and "got " in str(raised.value), (path, wrong)
+        tried += 1
+    assert tried > 300
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert open_bundle(tmp_path).manifest == manifest
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"files": {}}, "files must list model.safetensors"), ({"image_shape": [32, 32]}, "image_shape must have 3 values"),
+    ({"image_shape": [0, 32, 3]}, "must be positive"), ({"latent_shapes": [[1, 2, -3]]}, "must be positive"),
+    ({"operations": ["score", "pickle"]}, "operations are some of sample, encode, reconstruct, score, got 'pickle'"),
+])
+def test_values_that_no_bundle_has(copy: Path, change: dict, message: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text()) | change
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=re.escape(message)):
+        open_bundle(copy)
+
+
+def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
+    """Those of the model, and of what an export puts into the manifest; others are kept as they are."""
+    config = json.loads((PRETRAINED / "config.json").read_text())
+    checked = {"format_version", "recipe", "data", "splits", "seed", "training", "images_seen", "model"}
+    for path, wrong in with_wrong_types(config):
+        (tmp_path / "config.json").write_text(json.dumps(replaced(config, path, wrong)))
+        if path[0] == "model" or len(path) == 1 and path[0] in checked:
+            with pytest.raises(ConfigError, match=str(next(key for key in path[::-1] if isinstance(key, str)))):
+                ModelConfig.from_dict(read_config(tmp_path)["model"])
+        else:
+            read_config(tmp_path)
+    for text in ("[]", "{", "null", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError):
+            read_config(tmp_path)
 
 
 def test_no_bundle(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,15 @@ from PIL import Image
 
 from serving.errors import ApiError
 from serving.parameters import PARAMETERS
-from serving.requests import ImagesRequest, InputImage, RawRequest, decode_images, parse_images, parse_sample
+from serving.requests import (
+    ImagesRequest,
+    InputImage,
+    RawRequest,
+    decode_images,
+    multipart_boundary_is_valid,
+    parse_images,
+    parse_sample,
+)
 from serving.responses import error_response
 
 SHAPE = (8, 8, 3)
@@ -290,3 +299,51 @@ def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> No
 def test_messages_that_are_no_utf8_are_answered_too() -> None:
     answer = error_response(ApiError(422, "bad_parameter", "kind is '\ud800'"))
     assert json.loads(answer.body)["error"]["message"] == "kind is '\ud800'"
+
+
+@pytest.mark.parametrize("content_type, is_valid", [
+    ("multipart/form-data; boundary=abc", True), ("Multipart/Form-Data; charset=utf-8; Boundary=\"a b:c\"", True),
+    ("multipart/form-data; boundary=----WebKitFormBoundary7MA4YWxkTrZu0gW", True), ("application/json", True), ("", True),
+    ("image/png; boundary=", True), ("multipart/form-data; boundary=" + "a" * 70, True),
+    ("multipart/form-data", False), ("multipart/form-data; boundary", False), ("multipart/form-data; boundary=", False),
+    ("multipart/form-data; boundary=\"\"", False), ("multipart/form-data; boundary=\" \"", False),
+    ("multipart/form-data; boundary=" + "a" * 71, False), ("multipart/form-data; boundary=é", False),
+    ("multipart/form-data; boundary*=utf-8''abc", False), ("multipart/form-data; boundary=a\r\nb", False),
+])
+def test_boundaries_of_forms(content_type: str, is_valid: bool) -> None:
+    assert multipart_boundary_is_valid(content_type) == is_valid
+
+
+@pytest.mark.parametrize("operation, text, what", [
+    ("score", '{"images":[' + "[]," * 8_000_000 + "[]]}", "100000 lists and objects"),
+    ("encode", "[" + "{}," * 5_000_000 + "{}]", "100000 lists and objects"),
+    ("reconstruct", "{" + ",".join(f'"k{i}":1' for i in range(500_000)) + "}", "100000 values"),
+    ("sample", '{"latents":[' + "[]," * 300_000 + "[]]}", "123552 lists and objects"),
+    ("sample", '{"latents":[' + "0," * 300_000 + "0]}", "245056 values"),
+])
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(operation: str, text: str, what: str) -> None:
+    """Within the limit of bytes, 8 million lists take 450 MB and, parsed, many seconds."""
+    raw = RawRequest("application/json", text.encode())
+    started = time.process_time()
+    with pytest.raises(ApiError) as raised:
+        parse_sample(raw, LATENTS) if operation == "sample" else parse_images(operation, raw)
+    assert (raised.value.status, raised.value.code) == (413, "request_too_large") and what in raised.value.message
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("shapes", [LATENTS, [(32, 4, 4), (16, 8, 8), (8, 16, 16)], [(3, 1, 1)], [(1, 1, 512)]])
+def test_all_that_encode_answers_can_be_sent_back(shapes: list) -> None:
+    levels = [{"shape": shape, **dict.fromkeys(("mean", "log_scale", "z", "eps"), np.zeros(shape).tolist())}
+              for shape in shapes]
+    body = json.dumps({"latents": {"model": "a", "results": [{"levels": levels}] * 256}}).encode()
+    try:
+        request = parse_sample(RawRequest("application/json", body), shapes)
+    except ApiError as error:
+        raise AssertionError(error.message) from error
+    assert request.n == 256
+
+
+def test_an_array_whose_shape_has_a_truth_value() -> None:
+    data = npy(PIXELS[None]).replace(b"(1, 8, 8, 3), }   ", b"(True, 8, 8, 3), }")
+    (image,) = parse_images("score", RawRequest("application/x-npy", data[:len(npy(PIXELS[None]))])).sources
+    assert np.array_equal(image, PIXELS)
