@@ -81,8 +81,7 @@ def run(args: argparse.Namespace) -> None:
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)
     dataset = dataset_of(args, args.run, model.config.image_size, cached=folder != args.run)
-    operations = read_config(folder).get("operations", model.config.operations)
-    result = Measurer(dataset, device, options, say).measure(model, operations)
+    result = Measurer(dataset, device, options, say).measure(model, read_config(folder))
     print(json.dumps(result, indent=2))
     if folder != args.run:  # a run's checkpoint: `ade export` puts this into the manifest
         write_json(folder / "evaluation.json", result)

@@ -17,10 +17,12 @@ from serving.bundle import BundleError, plain_name
 from serving.ood import CalibrationError
 from training.data import DataError
 from training.datasets.folder import image_files
+from training.metrics.features import FeatureError
 from training.runs import RunError
 from training.step import TrainingDiverged
 
-ERRORS = (PlanError, DataError, RunError, ConfigError, TrainingDiverged, ParityError, BundleError, CalibrationError)
+ERRORS = (PlanError, DataError, RunError, ConfigError, FeatureError, TrainingDiverged, ParityError, BundleError,
+          CalibrationError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

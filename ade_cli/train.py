@@ -14,11 +14,12 @@ from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
 from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, check_folder, train
+from training.metrics.features import FeatureError
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, alone_in
 from training.step import TrainingDiverged
 
-ERRORS = (RunError, DataError, ConfigError, TrainingDiverged)
+ERRORS = (RunError, DataError, ConfigError, FeatureError, TrainingDiverged)
 # What makes a system that system, or follows from the data and from other options, is no option.
 RECIPES_OWN = ("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality")
 MODELS_OWN = ("image_size", "channels", "encoder")

@@ -83,6 +83,6 @@ def make_plan(folder: str, name: str, image_size: int, budget: float, on_gpu: bo
         raise PlanError(f"{budget:g} minutes are too few: {2 * LEAST_FOR_THE_REST_MIN:g} at least")
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)
     if budget >= ADVERSARIAL_FROM_MIN or on_gpu:
-        stages = (Stage("v-ade", LIKELIHOOD_SHARE * training), Stage("av-ade", (1 - LIKELIHOOD_SHARE) * training))
+        stages = (Stage("v-ade", LIKELIHOOD_SHARE * training), Stage("av-ade-pd", (1 - LIKELIHOOD_SHARE) * training))
     size = "small" if on_gpu or budget >= SMALL_FROM_MIN else "tiny"
     return Plan(folder, name, image_size, size, "cuda" if on_gpu else "cpu", budget, stages)

@@ -50,8 +50,10 @@ def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -
     small: dict[str, Any] = {"image_size": image_size, "widths": (8,) * levels, "flow_width": 8, "flow_couplings": 2,
                              "latent_channels": tuple(min(3, c) for c in model.latent_channels[:levels]),
                              "decoder_blocks": model.decoder_blocks[:levels]}
-    discriminator = config.discriminator and dataclasses.replace(
-        config.discriminator, widths=(8,) * (2 + config.discriminator.plain_stages))
+    discriminator = config.discriminator
+    if discriminator is not None:
+        stages = 4 if discriminator.kind == "projected" else 2 + discriminator.plain_stages
+        discriminator = dataclasses.replace(discriminator, widths=(8,) * stages)
     return dataclasses.replace(config, model=dataclasses.replace(model, **small), discriminator=discriminator)
 
 

@@ -35,7 +35,7 @@ def test_budgets_that_are_none(text: str) -> None:
 
 
 def test_plans_fit_their_budget() -> None:
-    both = ["v-ade", "av-ade"]
+    both = ["v-ade", "av-ade-pd"]
     for budget, on_gpu, recipes, size in ((1.2, False, both[:1], "tiny"), (20, False, both[:1], "tiny"),
                                           (120, False, both, "tiny"), (20, True, both, "small"),
                                           (600, False, both, "small")):

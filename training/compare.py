@@ -90,7 +90,7 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
                     report(f"{job.name}: measuring")
                     ready = ready or measurer()
                     model = load_model(folder).to(ready.device)
-                    found = ready.measure(model, read_config(folder).get("operations", model.config.operations))
+                    found = ready.measure(model, read_config(folder))
                     write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
             except RunError:
                 raise

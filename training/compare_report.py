@@ -87,6 +87,12 @@ def _number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
+def _mark(row: dict[str, Any], space: str) -> str:
+    """Beside a figure in features that the model was trained against."""
+    found = ((row["measured"] or {}).get("distances", {}).get("mean", {}).get(space) or {}).get("independent")
+    return " (not independent)" if found else ""
+
+
 def _label(row: dict[str, Any]) -> str:
     return row["config"].recipe + (f" (seed {row['seed']})" if row["seed"] else "")
 
@@ -118,7 +124,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         bpd = bracket.format(f"{_number(elbo['bpd'], 3)} ± {_number(elbo['standard_error'], 3)}") if elbo else "–"
         iwae = next((bracket.format(_number(v["bpd"], 3)) for k, v in measured.items() if k.startswith("iwae-")), "–")
         score = measured.get("distances", {}).get("mean", {}).get(RESNET20, {}).get("class_score", {}).get("mean")
-        body.append([*about, bpd, iwae, *(_number(figures[s], 1) for s in spaces), _number(score), *cited])
+        body.append([*about, bpd, iwae, *(_number(figures[s], 1) + _mark(row, s) for s in spaces), _number(score), *cited])
     return _rows(header, body)
 
 
@@ -134,6 +140,8 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"{column}: {'; '.join(parts)}.")
     if any(RESNET20 in row["measured"].get("distances", {}).get("mean", {}) for row in rows if row["measured"]):
         lines.append("Class score: the Inception score's formula on the ResNet-20's ten classes.")
+    if any(_mark(row, EFFICIENTNET) for row in rows):
+        lines.append("Not independent: the model was trained against these features.")
     return [" ".join(lines)]
 
 
@@ -205,7 +213,7 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
         for space in spaces:
             found = measured.get("distances", {}).get("mean", {}).get(space, {})
             kernel = found.get("kernel", {}).get("mean")
-            cells += [_number(None if kernel is None else 1e3 * kernel), *(
+            cells += [_number(None if kernel is None else 1e3 * kernel) + _mark(row, space), *(
                 _number(found.get(group, {}).get(name)) for group, name in (
                     ("neighbours", "precision"), ("neighbours", "recall"), ("prd", "f8"), ("prd", "f1_8")))]
         cells.append(_number(measured.get("distances", {}).get("density", {}).get(RESNET20, {}).get("frechet"), 1))

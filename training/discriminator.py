@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from ade_model.errors import ConfigError
 from ade_model.layers import conv3x3
+from training.metrics.efficientnet import LEVEL_CHANNELS
+from training.projected import ProjectedDiscriminator
 
-KINDS = ("plain", "residual")
+KINDS = ("plain", "residual", "projected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +23,11 @@ class DiscriminatorConfig:
     """A convolutional classifier of real against generated images.
 
     Attributes:
-        widths: channels after the first convolution and after each stage; a stage halves the size.
+        widths: channels after the first convolution and after each stage; a stage halves the size. Of ``projected``,
+            channels to which the features of each of four levels are mixed, finest first.
         kind: ``residual`` is the paper's ``rd``, with stages as in Gulrajani et al., "Improved Training of Wasserstein
             GANs", 2017; ``plain`` has those of Miyato et al., "Spectral Normalization for Generative Adversarial
-            Networks", 2018, without their normalisation.
+            Networks", 2018, without their normalisation; ``projected`` is that of :mod:`training.projected`.
         plain_stages: number of stages, the last ones, that keep the size instead of halving it.
         patch: side of the square of pixels that the first convolution takes as one position.
     """
@@ -43,6 +46,9 @@ class DiscriminatorConfig:
         if not 0 <= self.plain_stages < len(self.widths):
             raise ConfigError(f"d_plain_stages must be from 0 to {len(self.widths) - 1}, the number of stages, "
                               f"got {self.plain_stages}")
+        if self.kind == "projected" and (len(self.widths) != len(LEVEL_CHANNELS) or self.plain_stages):
+            raise ConfigError(f"a projected discriminator has {len(LEVEL_CHANNELS)} d_widths and no d_plain_stages, "
+                              f"got {self.widths} and {self.plain_stages}")
         if self.patch < 1:
             raise ConfigError(f"d_patch must be at least 1, got {self.patch}")
 
@@ -52,11 +58,13 @@ class DiscriminatorConfig:
         return len(self.widths) - 1 - self.plain_stages
 
     def check_image_size(self, image_size: int) -> None:
-        """Whether the stages fit.
+        """Whether the stages fit; a projected discriminator enlarges what it is given.
 
         Raises:
             ConfigError: images of that size do not divide into patches, or are too small for so many stages.
         """
+        if self.kind == "projected":
+            return
         if image_size % self.patch or image_size // self.patch < 2**self.halvings:
             raise ConfigError(f"a discriminator with d_patch {self.patch} and {self.halvings} stages that halve the size "
                               f"takes multiples of {self.patch} from {self.patch * 2**self.halvings} pixels on, "
@@ -117,3 +125,10 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.stages(self.stem(F.pixel_unshuffle(2 * x - 1, self.patch)))
         return self.head(F.leaky_relu(h, 0.2).flatten(1)).squeeze(1).to(torch.float32)
+
+
+def make_discriminator(config: DiscriminatorConfig, image_size: int, channels: int) -> nn.Module:
+    """``x (N, C, H, W)`` in [0, 1] to logits ``(N, …)``, positive for real."""
+    if config.kind == "projected":
+        return ProjectedDiscriminator(config.widths, image_size, channels)
+    return Discriminator(config, image_size, channels)

@@ -47,6 +47,14 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
 
 
+def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """``E[max(0, 1 - logit(x))] + E[max(0, 1 + logit(x_fake))]``; scalar.
+
+    Lim and Ye, "Geometric GAN", 2017; for a projected discriminator, as in its authors' code.
+    """
+    return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
+
+
 def gradient_penalty(discriminator: nn.Module, points: Tensor, target: float) -> Tensor:
     """``E[(|grad D(x)| - target)^2]`` at ``points``; scalar.
 

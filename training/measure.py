@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from training.metrics.inception_score import inception_score
 from training.metrics.kid import kernel_distance
 from training.metrics.precision_recall import improved_precision_recall, prd_f_scores
 from training.metrics.psnr import psnr
+from training.recipes import saw_efficientnet
 
 CHUNK = 500
 MIN_HELD_OUT = 20  # for distances between sets of features
 FID_COUNTS = (5_000, 10_000, 50_000)
+NOT_INDEPENDENT = "not independent: the model was trained against these features"
 RESNET20, EFFICIENTNET, INCEPTION = "resnet20-cifar10", "efficientnet-lite0", "inception-v3"
 
 
@@ -120,14 +122,16 @@ class Measurer:
         self.report(f"{name}: features of held-out images")
         self._spaces[name] = _Space(samples, features, features(self.images[:samples]), logits)
 
-    def measure(self, model: ADEModel, operations: Sequence[str]) -> dict[str, Any]:
+    def measure(self, model: ADEModel, about: Mapping[str, Any]) -> dict[str, Any]:
         """Plain values for JSON; each figure stands beside its sample count and its reference.
 
         Args:
             model: in evaluation mode, float32, on the device.
-            operations: what it can do; a GAN before its inference network is trained can only sample.
+            about: its checkpoint's ``config.json``: what it can do (a GAN before its inference network is trained can only
+                sample), and what it was trained against.
         """
         options = self.options
+        operations = about.get("operations", model.config.operations)
         result: dict[str, Any] = {"data": self.dataset.name, "part": options.part,
                                   "split": self.dataset.splits[options.part], "images": len(self.images),
                                   "seed": options.seed}
@@ -146,6 +150,8 @@ class Measurer:
             if wanted:
                 self.report(f"{wanted} {kind} samples")
                 self._samples(result, sample_images(model, wanted, self.device, kind, options.seed), kind)
+        if saw_efficientnet(about) and EFFICIENTNET in self._spaces:
+            result["distances"]["mean"][EFFICIENTNET]["independent"] = NOT_INDEPENDENT
         if options.inception is not None:
             self._inception(result, model)
         return result

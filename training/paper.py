@@ -24,6 +24,7 @@ PAPER = {
     "av-gde": PaperRow(4.4, None, None),
     "av-ade": PaperRow(3.9, 7.1, 28.0),
     "av-ade-rd": PaperRow(3.8, 7.5, 26.0),
+    "av-ade-pd": PaperRow(None, None, None),  # a later discriminator
     "av-ade-wg-rd": PaperRow(3.8, 8.2, 17.2),
     "av-ade-iaf-rd": PaperRow(3.7, 8.1, 18.6),
     "av-ade-s2": PaperRow(3.5, 6.9, 28.9),

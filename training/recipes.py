@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ade_model.config import ModelConfig
@@ -51,6 +52,8 @@ class TrainConfig:
         gp_every: the penalty is computed at every such number of discriminator steps, its weight multiplied accordingly.
         ema_decay: per step, of the averaged weights, which are evaluated and exported.
         clip: gradients longer than this many times their usual norm, a running mean, are shortened to that length.
+        augment: whether the discriminator sees all images, real and generated, with random changes of brightness,
+            saturation, contrast and place.
         flips: mirror training images at random.
     """
 
@@ -85,6 +88,7 @@ class TrainConfig:
     gp_every: int = 4
     ema_decay: float = 0.9995
     clip: float = 4.0
+    augment: bool = False
     flips: bool = True
 
     def __post_init__(self) -> None:
@@ -162,6 +166,8 @@ _SIZES = {
         DiscriminatorConfig((128, 128, 128, 128, 128), "residual", plain_stages=2, patch=1),
         batch_size=64, adversarial_rate=3e-4),
 }
+# One for all sizes: most of its operations are those of the frozen features.
+_PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
 PAPER_WIDTH_WITH_FLOW = 496  # of 512: about the weights that f adds, as in Table 1's dagger
 
 
@@ -171,7 +177,7 @@ class _System:
 
     line: str
     coverage: bool = True
-    adversary: str | None = None  # plain or residual
+    adversary: str | None = None  # a kind of discriminator
     vae: bool = True
     flow_scales: int = 1
     wide: bool = False
@@ -191,6 +197,9 @@ _SYSTEMS = {
     "av-gde": _System("likelihood and adversarial, Gaussian decoder on pixels", adversary="plain", **_PIXELS),
     "av-ade": _System("likelihood and adversarial, decoder in the flow's feature space", adversary="plain"),
     "av-ade-rd": _System("av-ade with a residual discriminator", adversary="residual"),
+    "av-ade-pd": _System("av-ade with a projected discriminator: frozen features of ImageNet (not in the paper)",
+                         adversary="projected",
+                         training={"d_learning_rate": 4e-4, "d_beta1": 0.0, "gp_weight": 0.0, "augment": True}),
     "av-ade-wg-rd": _System("av-ade-rd with a generator of twice the width", adversary="residual", wide=True),
     "av-ade-iaf-rd": _System("av-ade-rd with an inverse autoregressive posterior", adversary="residual",
                              model={"posterior_iaf": True}),
@@ -206,6 +215,17 @@ _SYSTEMS = {
 def recipe_names() -> dict[str, str]:
     """Every recipe's name and one line on it."""
     return {name: system.line for name, system in _SYSTEMS.items()}
+
+
+def saw_efficientnet(about: Mapping[str, Any]) -> bool:
+    """Whether a model was trained against EfficientNet's features, by its recipe or by one that it was started from.
+
+    Args:
+        about: a checkpoint's or a bundle's ``config.json``.
+    """
+    known = _SYSTEMS.get(about.get("recipe", ""))
+    before = about.get("started_from")
+    return (known is not None and known.adversary == "projected") or (before is not None and saw_efficientnet(before))
 
 
 def recipe(name: str, image_size: int, channels: int, size: str = "small", **changes: Any) -> TrainConfig:
@@ -233,7 +253,7 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
                             if f"d_{name}" in changes}
     training: dict[str, Any] = {"batch_size": sized.batch_size, "coverage": system.coverage}
     if system.adversary is not None:
-        discriminator = sized.residual if system.adversary == "residual" else sized.plain
+        discriminator = {"plain": sized.plain, "residual": sized.residual, "projected": _PROJECTED}[system.adversary]
         training |= {"discriminator": dataclasses.replace(discriminator, **of_the_discriminator),
                      "g_learning_rate": sized.adversarial_rate}
     elif of_the_discriminator:

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
-from training.discriminator import Discriminator
-from training.losses import coverage_loss, discriminator_loss, gradient_penalty, latent_surcharge, quality_loss
+from training.augment import NUMBERS, augment
+from training.discriminator import make_discriminator
+from training.losses import (
+    coverage_loss,
+    discriminator_loss,
+    gradient_penalty,
+    hinge_discriminator_loss,
+    latent_surcharge,
+    quality_loss,
+)
 from training.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -95,10 +103,10 @@ class Trainer:
         self.model = _to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = self._optimizer(self._parameter_groups())
-        self.discriminator: Discriminator | None = None
+        self.discriminator: nn.Module | None = None
         self.d_optimizer: torch.optim.Optimizer | None = None
         if config.discriminator is not None:
-            self.discriminator = _to_device(Discriminator(
+            self.discriminator = _to_device(make_discriminator(
                 config.discriminator, config.model.image_size, config.model.channels), device)
             self.d_optimizer = self._optimizer([self._group("d_", list(self.discriminator.parameters()))])
         self.step = 0
@@ -216,14 +224,20 @@ class Trainer:
     def _eps(self, n: int, noise: _Noise) -> list[Tensor]:
         return [noise.normal(n, *shape) for shape in self.config.model.latent_shapes]
 
+    def _seen(self, x: Tensor, noise: _Noise) -> Tensor:
+        """Images as the discriminator sees them."""
+        return augment(x, noise.uniform(len(x), NUMBERS)) if self.config.augment else x
+
     def _discriminator_step(self, x: Tensor, x_fake: Tensor, noise: _Noise, count: int) -> dict[str, float]:
-        assert self.discriminator is not None and self.d_optimizer is not None
+        assert self.discriminator is not None and self.d_optimizer is not None and self.config.discriminator is not None
+        seen = torch.cat([self._seen(x, noise), self._seen(x_fake, noise)])
         with self.autocast():
-            logits_real, logits_fake = self.discriminator(torch.cat([x, x_fake])).chunk(2)
-        loss = discriminator_loss(logits_real, logits_fake)
+            logits_real, logits_fake = self.discriminator(seen).chunk(2)
+        divergence = hinge_discriminator_loss if self.config.discriminator.kind == "projected" else discriminator_loss
+        loss = divergence(logits_real, logits_fake)
         losses = {"d_loss": loss.item(), "logit_real": logits_real.mean().item(),
                   "logit_fake": logits_fake.mean().item()}
-        if count % self.config.gp_every == 0:
+        if self.config.gp_weight and count % self.config.gp_every == 0:
             mix = noise.uniform(len(x), 1, 1, 1)
             penalty = gradient_penalty(self.discriminator, mix * x + (1 - mix) * x_fake, self.config.gp_target)
             loss = loss + self.config.gp_weight * self.config.gp_every * penalty
@@ -248,8 +262,9 @@ class Trainer:
             # The samples of the discriminator's last step are judged anew, by its weights of now: the model has not
             # changed since, so their graph gives L_Q's exact gradient and saves a pass through the generator.
             self.discriminator.requires_grad_(False)
+            seen = self._seen(x_fake, noise)
             with self.autocast():
-                logits_fake = self.discriminator(x_fake)
+                logits_fake = self.discriminator(seen)
             loss = quality_loss(logits_fake)
             losses["quality_loss"] = loss.item()
             (self.config.quality_weight * loss).backward()

