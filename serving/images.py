@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import io
-import warnings
-from dataclasses import dataclass, field
+import stat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, PngImagePlugin, features
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+from serving.decoders import decode_apart
+from serving.decoding import DecodedImage, decode
+from serving.image_structure import ImageError, read_structure
+
+__all__ = ["IMAGE_SUFFIXES", "MAX_FILE_BYTES", "MAX_PIXELS", "DecodedImage", "ImageError", "coder_version", "file_size",
+           "header_pixels", "lossless_bits", "read_image", "tile", "untile", "write_png"]
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 16_000_000  # decoded, this is 48 MB; a larger picture of another size is of no use to a small model
 MAX_FILE_BYTES = 16 * 2**20
 
 
-class ImageError(ValueError):
-    """A file that is no usable image. ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """Pixels of a file, uint8 ``(H, W, 3)``, and what was done to get them."""
-
-    pixels: np.ndarray
-    notes: list[str] = field(default_factory=list)
-
-
-def file_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
-    """Width and height that a file says it has, undecoded; ``None`` of what is no image."""
+def file_size(file: Path | bytes) -> tuple[int, int] | None:
+    """Width and height that a file says it has, undecoded; ``None`` if it is not an image that would be decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=FORMATS) as image:
-                return image.size
-    except Exception:  # whatever Pillow's parsers stumble over: decoding will say so
+        data = _contents(file) if isinstance(file, Path) else file
+        structure = read_structure(data)
+    except (ImageError, OSError):
         return None
+    return structure.width, structure.height
+
+
+def _contents(path: Path) -> bytes:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+        return b""
+    return path.read_bytes()
 
 
 def header_pixels(data: bytes) -> int:
-    """The same multiplied; 0 of what is no image."""
-    width, height = file_size(io.BytesIO(data)) or (0, 0)
+    """Pixel count that a file says it has, or 0 if unreadable."""
+    width, height = file_size(data) or (0, 0)
     return width * height
 
 
@@ -54,6 +49,9 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
 
     EXIF orientation is applied, alpha is composited on white, 16-bit samples keep their high byte, the
     first frame of an animation is taken; each is noted.
+
+    The structure of the file is checked first. Small files in plain forms are decoded in this process, all others in one
+    that has limits of memory and time and may die.
 
     Args:
         data: the whole file.
@@ -67,58 +65,14 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
         raise ImageError("not_an_image", "the image is empty: 0 bytes came")
     if len(data) > MAX_FILE_BYTES:
         raise ImageError("too_large", f"an image file may have {MAX_FILE_BYTES} bytes, this one has {len(data)}")
-    notes: list[str] = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata, which does no harm here
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels, this one has "
-                                              f"{image.width} x {image.height}")
-            if size is not None and image.size not in (size, size[::-1]):
-                raise ImageError("wrong_size", f"images must be {size[0]} x {size[1]} pixels, got {image.width} x "
-                                               f"{image.height}; \"resize\": \"fit\" resizes them")
-            if ";16" in str(image.tile) and not image.mode.startswith("I"):
-                notes.append("converted from 16-bit colour to 8 bits")
-            if getattr(image, "is_animated", False):  # how many there are is dear to count
-                notes.append("first of several frames taken")
-                image.seek(0)
-            image.load()
-            turned = ImageOps.exif_transpose(image)
-            if turned is not image and image.getexif().get(0x0112, 1) != 1:
-                notes.append("EXIF orientation applied")
-            return DecodedImage(np.asarray(_to_rgb(turned, notes)), notes)
-    except UnidentifiedImageError:
-        raise ImageError("not_an_image", f"not an image: expected {', '.join(FORMATS)}, got {len(data)} bytes that "
-                                         f"start with {data[:8].hex(' ')}") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels: {error}") from None
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # Pillow raises whatever its parsers stumble over: struct.error, SyntaxError, KeyError, …
-        raise ImageError("not_an_image", f"the image is damaged: {error}") from error
-
-
-def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    mode = image.mode
-    if mode == "RGB" and "transparency" not in image.info:
-        return image
-    if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
-        notes.append("converted from 16-bit greyscale to 8 bits")
-        values = np.asarray(image)
-        if mode == "F":
-            eight = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
-        else:
-            eight = np.clip(values >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(eight).convert("RGB")
-    if image.has_transparency_data:
-        notes.append("alpha composited on white")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    if mode != "RGB":
-        notes.append(f"converted from {mode} to RGB")
-    return image.convert("RGB")
+    structure = read_structure(data)
+    width, height = structure.width, structure.height
+    if width * height > MAX_PIXELS:
+        raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels, this one has {width} x {height}")
+    if size is not None and (width, height) not in (size, size[::-1]):
+        raise ImageError("wrong_size", f"images must be {size[0]} x {size[1]} pixels, got {width} x {height}; "
+                                       "\"resize\": \"fit\" resizes them")
+    return (decode if structure.is_plain else decode_apart)(data, structure)
 
 
 def write_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:

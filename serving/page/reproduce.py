@@ -23,7 +23,10 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     """Pixels and text keys of a PNG that was made by a sampler of ours."""
     if path is None:
         raise gr.Error("There is no picture yet: drop a PNG that was made here.")
-    width, height = file_size(Path(path)) or (0, 0)
+    size = file_size(Path(path))
+    if size is None:
+        raise gr.Error("This is no PNG file.")
+    width, height = size
     if width * height > MAX_PIXELS:
         raise gr.Error(f"This picture has {width} × {height} pixels: none was made so large here.")
     try:

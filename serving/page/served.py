@@ -146,7 +146,7 @@ def as_seen(data: bytes, bundle: Bundle, resize: bool) -> np.ndarray:
 
 def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
     """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` of what is none of this shape."""
-    if file_size(io.BytesIO(data)) != (shape[1], shape[0]):
+    if file_size(data) != (shape[1], shape[0]):
         return None
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:

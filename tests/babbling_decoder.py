@@ -1,0 +1,23 @@
+"""A decoder that answers with noise, or with more pixels than the picture has: ``python -m tests.babbling_decoder``."""
+
+import json
+import socket
+import sys
+
+from serving.decoding import ANSWER, READY, REQUEST, receive
+
+if __name__ == "__main__":
+    connection = socket.socket(fileno=sys.stdin.fileno())
+    connection.sendall(READY)
+    (length,) = REQUEST.unpack(receive(connection, REQUEST.size))
+    last = receive(connection, length)[-1]
+    answers = [
+        bytes(range(64)),  # nonsense
+        ANSWER.pack(True, 2, 60_000, 60_000) + b"[]",  # too many pixels
+        ANSWER.pack(True, 2**31, 4, 4),  # too much text
+        ANSWER.pack(True, 4, 4, 4) + b"{}[]" + bytes(48),  # no JSON
+        ANSWER.pack(False, 4, 0, 0) + json.dumps("no").encode(),  # not an error
+        ANSWER.pack(True, 2, 4, 4) + b"[]" + bytes(20),  # too few pixels
+        b"",
+    ]
+    connection.sendall(answers[last % len(answers)])

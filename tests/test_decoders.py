@@ -1,0 +1,348 @@
+"""Files that would take gigabytes or minutes, and the processes that decode what might be one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from serving import decoders
+from serving.decoders import decode_apart
+from serving.decoding import decode
+from serving.image_structure import read_structure
+from serving.images import ImageError, file_size, read_image
+from tests.bombs import BOMBS, HARMLESS
+from tests.conftest import ROOT
+from tests.service import RunningService
+from tests.test_images import encode
+
+EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
+# Those that were measured on the service before there were limits, and what must refuse each.
+REASONS = {
+    "bmp-rle-delta": "must be uncompressed", "tiff-tags": "tags in a directory", "png-exif-tags": "tags in a directory",
+    "webp-exif-tags": "tags in a directory", "jpeg-exif-tags": "tags in a directory", "gif-comment": "bytes of comments",
+    "jpeg-scans": "100 scans", "tiff-tile": "tiles not larger than the image", "tiff-strips": "strips or tiles"}
+
+
+@pytest.fixture(autouse=True)
+def _no_decoders_left() -> Iterator[None]:
+    """Each test starts without idle processes, and leaves none."""
+    _end_all()
+    yield
+    _end_all()
+
+
+def _end_all() -> None:
+    while decoders._idle:
+        decoders._idle.pop().end()
+
+
+@pytest.fixture(scope="module")
+def gif() -> bytes:
+    """A file that is always decoded in another process."""
+    return encode(Image.new("RGB", (4, 4), "red"), "GIF")
+
+
+def _measured(names: list[str]) -> dict[str, dict[str, Any]]:
+    done = subprocess.run([sys.executable, "-m", "tests.bombs", *names], cwd=ROOT, capture_output=True, text=True,
+                          check=True, timeout=500)
+    rows = map(json.loads, done.stdout.splitlines())
+    return {row["name"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, dict[str, Any]]:
+    return _measured([name for name in BOMBS if name not in HARMLESS])
+
+
+@pytest.mark.parametrize("name", [name for name in BOMBS if name not in HARMLESS])
+def test_a_bomb_is_refused_with_its_reason(refused: dict[str, dict[str, Any]], name: str) -> None:
+    """By processor time, which does not depend on the machine's other work, and with the start of a process."""
+    row = refused[name]
+    assert row["outcome"].split(":")[0] in ("too_large", "not_an_image") and REASONS.get(name, "") in row["outcome"]
+    assert row["bytes"] <= 16 * 2**20 and row["cpu_seconds"] < 1 and row["header_cpu_seconds"] < 0.2 and row["MiB"] < 286
+
+
+@pytest.mark.slow
+def test_pictures_of_the_largest_size_are_decoded() -> None:
+    for row in _measured(sorted(HARMLESS)).values():
+        assert row["outcome"].startswith("decoded"), row
+        assert row["cpu_seconds"] < 2 and row["header_cpu_seconds"] < 0.2 and row["MiB"] < 400, row
+
+
+def _files(real_images: np.ndarray) -> dict[str, bytes]:
+    """Good files of many kinds, those included that are decoded in this process."""
+    picture = Image.fromarray(real_images[0]).resize((40, 30))
+    files = {}
+    for orientation in (0, 1, 3, 6, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        files |= {f"{format} turned {orientation}": encode(picture, format, exif=exif)
+                  for format in ("PNG", "JPEG", "WEBP", "TIFF")}
+    alpha = picture.copy()
+    alpha.putalpha(picture.convert("L"))
+    sixteen = Image.fromarray((np.asarray(picture.convert("L")).astype(np.uint16) << 8) + 7)
+    by_mode = {"RGB": picture, "RGBA": alpha, "LA": alpha.convert("LA"), "P": picture.quantize(16), "I;16": sixteen,
+               "F": sixteen.convert("F"), **{mode: picture.convert(mode) for mode in ("L", "1", "CMYK", "YCbCr")}}
+    for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
+        for mode, image in by_mode.items():
+            try:
+                files[f"{format} {mode}"] = encode(image, format)
+            except (OSError, ValueError):  # the format has no such mode
+                continue
+    del files["TIFF YCbCr"]  # Pillow cannot read what it writes
+    files |= {f"TIFF {name}": encode(picture, "TIFF", compression=name)
+              for name in ("tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits")}
+    files["JPEG progressive"] = encode(picture, "JPEG", progressive=True)
+    files["JPEG profile"] = encode(picture, "JPEG", icc_profile=bytes(100_000), comment=b"hello")
+    files["PNG text"] = encode(picture, "PNG", icc_profile=bytes(1000))
+    files["PNG palette"] = encode(picture.quantize(16), "PNG", transparency=3)
+    for format in ("PNG", "WEBP", "GIF", "TIFF"):
+        files[f"{format} frames"] = encode(picture, format, save_all=True, append_images=[alpha.convert("RGB").rotate(90)])
+    files["MPO"] = encode(picture, "MPO", save_all=True, append_images=[picture.rotate(90)])
+    return files
+
+
+def test_good_files_are_decoded_alike_in_both_places(real_images: np.ndarray) -> None:
+    plain = 0
+    for name, data in _files(real_images).items():
+        structure = read_structure(data)
+        here, there = decode(data, structure), decode_apart(data, structure)
+        assert np.array_equal(here.pixels, there.pixels) and here.notes == there.notes, name
+        plain += structure.is_plain
+        with Image.open(io.BytesIO(data)) as image:
+            assert file_size(data) == image.size, name
+            if image.mode in ("RGB", "L", "CMYK", "YCbCr", "1"):
+                expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                assert np.array_equal(here.pixels, expected), name
+    assert 20 < plain < 60
+    assert len(decoders._idle) == 1
+
+
+def test_large_pictures_are_converted_in_blocks() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (1200, 1000, 4), np.uint8)
+    decoded = read_image(encode(Image.fromarray(pixels), "PNG", compress_level=1))
+    white = Image.new("RGBA", (1000, 1200), "white")
+    expected = Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB")
+    assert np.array_equal(decoded.pixels, np.asarray(expected)) and decoded.notes == ["alpha composited on white"]
+    wide = rng.integers(0, 256, (2, 2**20 + 5), np.uint8)
+    decoded = read_image(encode(Image.fromarray(wide), "PNG", compress_level=1))
+    assert np.array_equal(decoded.pixels[..., 1], wide) and decoded.notes == ["converted from L to RGB"]
+
+
+def test_small_plain_files_need_no_process() -> None:
+    picture = Image.open(EXAMPLE).convert("RGB")
+    for format in ("PNG", "JPEG", "WEBP", "BMP"):
+        read_image(encode(picture, format))
+    assert not decoders._idle
+
+
+def test_a_size_is_read_of_regular_files_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    assert file_size(EXAMPLE) == (32, 32)
+    assert all(file_size(tmp_path / name) is None for name in ("pipe.png", "endless.png", "missing.png"))
+
+
+def test_a_killed_process_is_replaced(gif: bytes) -> None:
+    expected = read_image(gif).pixels
+    (decoder,) = decoders._idle
+    os.kill(decoder.pid, signal.SIGKILL)
+    psutil.Process(decoder.pid).wait(10)
+    assert np.array_equal(read_image(gif).pixels, expected)
+    assert decoders._idle[0].pid != decoder.pid
+
+
+def test_a_process_that_ended_when_it_was_asked_is_replaced(gif: bytes) -> None:
+    read_image(gif)
+    decoders._idle[0]._connection.shutdown(1)  # it reads the end, as an idle one would
+    assert read_image(gif).pixels.shape == (4, 4, 3)
+
+
+def test_a_process_that_hangs_is_an_error_of_its_image(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "WALL_SECONDS", 0.5)
+    read_image(gif)
+    (decoder,) = decoders._idle
+    os.kill(decoder.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(ImageError, match="takes more than 2 seconds") as error:
+        read_image(gif)
+    assert error.value.code == "too_large" and time.monotonic() - started < 5
+    assert not psutil.pid_exists(decoder.pid)
+    assert read_image(gif).pixels.shape == (4, 4, 3)
+
+
+def test_processor_time_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "CPU_SECONDS", 0.05)
+    with pytest.raises(ImageError, match="takes more than 0.05 seconds") as error:
+        read_image(BOMBS["tiff-deflate"]())
+    assert error.value.code == "too_large"
+    assert read_image(gif).pixels.shape == (4, 4, 3)
+
+
+def test_memory_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "MEMORY_BYTES", 32 * 2**20)
+    with pytest.raises(ImageError, match="takes more than 32 MiB") as error:
+        read_image(BOMBS["bmp-1-bit"]())
+    assert error.value.code == "too_large"
+    assert read_image(gif).pixels.shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("kind", range(7))
+def test_nonsense_is_an_error_of_its_image(monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int) -> None:
+    monkeypatch.setattr(decoders, "PROGRAM", "tests.babbling_decoder")
+    monkeypatch.setattr(decoders, "WALL_SECONDS", 3.0)
+    with pytest.raises(ImageError):
+        read_image(gif[:-1] + bytes([kind]))
+    monkeypatch.undo()
+    assert read_image(gif).pixels.shape == (4, 4, 3)
+
+
+def test_a_process_that_does_not_start_is_no_image_error(monkeypatch: pytest.MonkeyPatch, gif: bytes) -> None:
+    """Or a whole folder would be skipped as damaged."""
+    monkeypatch.setattr(decoders, "PROGRAM", "tests.no_such_module")
+    with pytest.raises(RuntimeError, match="did not start"):
+        read_image(gif)
+
+
+def test_idle_processes_end(monkeypatch: pytest.MonkeyPatch, gif: bytes) -> None:
+    monkeypatch.setattr(decoders, "IDLE_SECONDS", 0.2)
+    read_image(gif)
+    assert psutil.Process(decoders._idle[0].pid).wait(10) == 0
+    assert read_image(gif).pixels.shape == (4, 4, 3) and len(decoders._idle) == 1
+
+
+def test_threads_have_a_process_each_and_share_them(gif: bytes) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        shapes = {decoded.pixels.shape for decoded in pool.map(read_image, [gif] * 60)}
+    assert shapes == {(4, 4, 3)} and 1 <= len(decoders._idle) <= 3
+
+
+def test_a_forked_process_has_no_decoders(gif: bytes) -> None:
+    read_image(gif)
+    child = os.fork()
+    if not child:
+        os._exit(len(decoders._idle))
+    assert os.waitpid(child, 0)[1] == 0 and len(decoders._idle) == 1
+
+
+def test_a_decoder_ends_with_its_parent_and_knows_no_secrets(tmp_path: Path, gif: bytes) -> None:
+    (tmp_path / "image.gif").write_bytes(gif)
+    script = ("import sys, time; from pathlib import Path; from serving import decoders, images\n"
+              "images.read_image(Path(sys.argv[1]).read_bytes())\n"
+              "print(decoders._idle[0].pid, flush=True); time.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", script, tmp_path / "image.gif"], stdout=subprocess.PIPE, cwd=ROOT,
+                              env={**os.environ, "ADE_TOKEN": "hush"})
+    assert parent.stdout is not None
+    decoder = psutil.Process(int(parent.stdout.readline()))
+    assert "hush" not in decoder.environ().values() and decoder.environ().keys().isdisjoint({"ADE_TOKEN"})
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs([decoder], timeout=10)
+    assert not alive
+
+
+def _seeds() -> list[bytes]:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "a camera"
+    made = [encode(picture, format) for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")]
+    made += [encode(picture, format, exif=exif) for format in ("PNG", "JPEG", "WEBP", "TIFF")]
+    made += [encode(picture, "TIFF", compression=name) for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits")]
+    made += [encode(picture, format, save_all=True, append_images=[picture.rotate(180)])
+             for format in ("PNG", "WEBP", "GIF", "TIFF", "MPO")]
+    return [*made, encode(picture, "JPEG", progressive=True), encode(picture, "GIF", comment=b"x" * 300)]
+
+
+SEEDS = _seeds()
+EDIT = st.tuples(st.integers(0, 2**16), st.integers(0, 3), st.binary(min_size=1, max_size=8))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(seed=st.sampled_from(SEEDS), edits=st.lists(EDIT, min_size=1, max_size=6))
+def test_a_mutated_file_is_an_image_or_an_image_error(seed: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+    data = bytearray(seed)
+    for where, kind, new in edits:
+        at = where % (len(data) + 1)
+        if kind == 0:  # change
+            data[at:at + len(new)] = new
+        elif kind == 1:  # insert
+            data[at:at] = new * 50
+        elif kind == 2:  # remove
+            del data[at:at + len(new)]
+        else:  # repeat
+            data[at:at] = data[at // 2:at] * 3
+    started = time.monotonic()
+    size = file_size(bytes(data))
+    try:
+        decoded = read_image(bytes(data))
+        assert decoded.pixels.dtype == np.uint8 and size in (decoded.pixels.shape[1::-1], decoded.pixels.shape[:2])
+    except ImageError as error:
+        assert error.code in ("not_an_image", "too_large") and str(error)
+    assert time.monotonic() - started < decoders.WALL_SECONDS + 5
+
+
+@pytest.mark.slow
+def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
+    """30 seconds of it without bombs, for what the machine gives, and as long with."""
+    names = [*REASONS, "jpeg-mpf-tags", "png-raw-profile", "png-iccp", "gif-comments", "png-chunks", "jpeg-tables"]
+    bombs = [BOMBS[name]() for name in names]
+    good = EXAMPLE.read_bytes()
+    workers = {process.pid for process in service.descendants() if "model_service_worker" in " ".join(process.cmdline())}
+    assert workers
+
+    def seconds_of_good_requests(duration: float) -> list[float]:
+        taken = []
+        with httpx.Client(base_url=service.url, timeout=120) as http:
+            end = time.monotonic() + duration
+            while time.monotonic() < end:
+                started = time.monotonic()
+                answer = http.post("/predictions/score", content=good, headers={"Content-Type": "image/png"})
+                taken.append(time.monotonic() - started)
+                assert answer.status_code == 200, answer.text
+        return taken
+
+    before = seconds_of_good_requests(30)
+    stop = threading.Event()
+    refused = []
+
+    def send_bombs(first: int) -> None:
+        with httpx.Client(base_url=service.url, timeout=120) as http:
+            for i in range(first, 10**6):
+                if stop.is_set():
+                    return
+                answer = http.post("/predictions/score", files={"image": bombs[i % len(bombs)]}, data={"resize": "fit"})
+                refused.append((answer.status_code, answer.json()["error"]["code"]))
+
+    with ThreadPoolExecutor(2) as pool:
+        sending = [pool.submit(send_bombs, first) for first in (0, 7)]
+        beside = seconds_of_good_requests(30)
+        stop.set()
+        for each in sending:
+            each.result()
+    assert len(refused) > len(bombs) and set(refused) <= {(413, "too_large"), (415, "not_an_image")}
+    assert workers <= {process.pid for process in service.descendants()}
+    print(f"{len(before)} alone: median {statistics.median(before):.3f} s, longest {max(before):.3f}; {len(beside)} beside "
+          f"{len(refused)} bombs: median {statistics.median(beside):.3f}, longest {max(beside):.3f}")
+    assert max(beside) < max(2.0, 4 * max(before))
