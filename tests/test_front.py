@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from handlers.admission import Lane, Limits
@@ -440,6 +441,22 @@ def test_answers_that_nobody_reads_are_dropped(short: RunningFront, upstream: Up
         time.sleep(0 if others else 2.0)
         assert post(short, content=b"x" * 2**17).status_code == 200
         assert is_closed(lazy, 1.0)
+
+
+def test_no_connection_outlasts_a_client_that_does_not_read(short: RunningFront, upstream: Upstream) -> None:
+    """Whatever part of an answer is left in the front, down to a few bytes."""
+    lazy = []
+    for size in range(2**21, 2**22, 2**16):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+        connection.connect(("127.0.0.1", short.port))
+        connection.sendall(HEAD + b"Connection: close\r\nContent-Type: test/large\r\nContent-Length: 7\r\n\r\n%d" % size)
+        lazy.append(connection)
+        assert connection.recv(1) == b"H"
+    process = psutil.Process(short.process.pid)
+    wait_for(lambda: not [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED], 5)
+    for connection in lazy:
+        connection.close()
 
 
 def test_a_slow_reader_gets_everything(short: RunningFront, upstream: Upstream) -> None:
