@@ -59,6 +59,8 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
         path: may exist.
         text: UTF-8 with line ends as they are written, instead of bytes.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="") if text else open(temporary, "xb") as file:
