@@ -158,15 +158,14 @@ def _bundle(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
     if not bundle.exists():
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)
-        side = f"{plan.image_size} x {plan.image_size}"
-        resize = "fit" if set(found.sizes) - {side, "unreadable"} else None
 
         def files(part: str) -> Iterator[bytes]:
             return ((folder / name).read_bytes() for name in names[part] if name not in left_out)
 
-        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name, resize)
-        step(f"calibrated on {len(made.scores)} images: the verdict takes false-alarm rates from "
-             f"{made.smallest_p_value:.2g} on")
+        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name)
+        assert made.exact is not None
+        step(f"calibrated on {len(made.exact.scores)} images: the verdict takes false-alarm rates from "
+             f"{made.exact.smallest_p_value:.2g} on")
     return bundle
 
 

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from serving.decision import NOT_SCORED, Choice
 from serving.ood import Unusual
 from serving.ports import Ports
 from serving.requests import PROBE_HEADER
@@ -28,7 +29,13 @@ Kind = Literal["mean", "density"]
 
 
 class AdeError(Exception):
-    """An answer that is an error: ``status``, ``code``, ``message`` and, for one of several images, ``index``."""
+    """An answer that is an error: ``status``, ``code``, ``message`` and, for one of several images, ``index``.
+
+    In the place of a :class:`ScoreResult` it has that one's ``accepted`` (never), ``decision`` and ``decision_reason``.
+    """
+
+    accepted = False
+    decision: Choice = "no_verdict"
 
     def __init__(self, status: int, code: str, message: str, index: int | None = None) -> None:
         super().__init__(f"{message} ({status} {code})")
@@ -36,6 +43,10 @@ class AdeError(Exception):
         self.code = code
         self.message = message
         self.index = index
+
+    @property
+    def decision_reason(self) -> str:
+        return f"{NOT_SCORED}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,10 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """One image's bits per dimension, its parts, and the verdict (``None`` where it is withheld)."""
+    """One image's bits per dimension, its parts, the verdict (``None`` where it is withheld) and the decision.
+
+    Let an image through if it is ``accepted``: without a verdict, ``ood`` is ``None``, and it is not.
+    """
 
     bpd: float
     bpd_parts: dict[str, float]
@@ -84,6 +98,13 @@ class ScoreResult:
     discovery: bool | None = None  # whether it is reported at the false discovery rate that was asked for
     bits: np.ndarray | None = None  # of each pixel, float64 (H, W); they sum to bpd times the image's values
     heat_map: bytes | None = None  # the same as a PNG
+    decision: Choice = "no_verdict"
+    decision_reason: str | None = "not_reported: the server is of a version that decides nothing"
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a calibrated verdict at this alpha found nothing unusual."""
+        return self.decision == "accept"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""From a verdict to what is done with an image: accept it, reject it, or know that there is no verdict.
+
+An image is accepted only where a calibration of its own path could have rejected it and did not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from serving.ood import Calibrations
+
+Choice = Literal["accept", "reject", "no_verdict"]
+NOT_SCORED = "not_scored"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with one image.
+
+    Attributes:
+        choice: ``no_verdict`` wherever neither of the others has a ground.
+        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is one.
+    """
+
+    choice: Choice
+    reason: str | None = None
+
+
+def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float) -> Decision:
+    """Decide on an image that was scored.
+
+    Args:
+        p_value: of its verdict; ``None`` without one.
+        calibrations: of the bundle.
+        resized: whether the image was resized to the model's size.
+        alpha: false-alarm rate.
+    """
+    calibration = calibrations.of(resized)
+    if calibration is None:
+        if resized and calibrations.exact is not None:
+            return Decision("no_verdict", "resized_not_calibrated: the bundle has no calibration for resized images; "
+                                          "ade calibrate makes one")
+        return Decision("no_verdict", "not_calibrated: the bundle has no calibration; ade calibrate makes one")
+    if p_value is None or not math.isfinite(p_value):
+        return Decision("no_verdict", "not_finite: the p-value is not a finite number")
+    if alpha < calibration.smallest_p_value:
+        return Decision("no_verdict", f"alpha_too_small: alpha {alpha:g} takes {images_needed(alpha):,} calibration images "
+                                      f"or more, there are {len(calibration.scores):,}")
+    return Decision("reject" if p_value <= alpha else "accept")
+
+
+def images_needed(p_value: float) -> int:
+    """Calibration images whose smallest attainable p-value, 1/(n + 1), is at most ``p_value``."""
+    return max(0, math.ceil(1 / p_value - 1e-9) - 1)
