@@ -7,7 +7,7 @@ import io
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -109,11 +109,17 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """Several images judged together: ``p_value`` is of all (Simes), ``None`` where fewer than two got a verdict."""
+    """Several images judged together: ``p_value`` is of all (Simes), ``None`` where fewer than two got a verdict.
+
+    ``notes`` say what too few calibration images make impossible; ``rejected`` are those that each by itself has a p-value
+    of at most 0.01, whether discovered or not.
+    """
 
     results: list[ScoreResult | AdeError]
     p_value: float | None
     discoveries: int
+    rejected: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class AdeClient:
@@ -227,8 +233,10 @@ class AdeClient:
         """Verdicts of several images together; of the discoveries a share of at most ``fdr`` is expected to be false."""
         answer = self._post("score", {**_images(images, resize), "fdr": fdr, "explain": False}).json()
         results = [_entry(r) or _score(r) for r in answer["results"]]
-        return GroupScore(results, answer.get("group", {}).get("p_value"),
-                          sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results))
+        group = answer.get("group", {})
+        return GroupScore(results, group.get("p_value"),
+                          sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results),
+                          sum(r.decision == "reject" for r in results), group.get("notes", []))
 
     def _post(self, operation: str, values: dict[str, Any], headers: dict[str, str] | None = None) -> httpx.Response:
         values = {name: value for name, value in values.items() if value is not None}

@@ -54,3 +54,23 @@ def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alp
 def images_needed(p_value: float) -> int:
     """Calibration images whose smallest attainable p-value, 1/(n + 1), is at most ``p_value``."""
     return max(0, math.ceil(1 / p_value - 1e-9) - 1)
+
+
+def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
+    """What to say of discoveries that the smallest p-value makes impossible, of however unusual images; or nothing.
+
+    Benjamini and Hochberg's procedure reports ``k`` of ``count`` images only if k p-values are at most ``fdr k / count``.
+
+    Args:
+        calibrated: calibration images; the smallest p-value is one over one more.
+        count: images that are judged together.
+        fdr: false discovery rate.
+    """
+    fewest = math.ceil(count / (fdr * (calibrated + 1)) - 1e-9)
+    if fewest <= 1:
+        return None
+    who = f"at least {fewest} of {count} images must have the smallest p-value, 1/{calibrated + 1}, before any is reported"
+    if fewest > count:
+        who = f"none of {count} images can be reported: the smallest p-value is 1/{calibrated + 1}"
+    return (f"at a false discovery rate of {fdr:g}, {who}; to report a single one takes {images_needed(fdr / count):,} "
+            "calibration images")

@@ -123,7 +123,8 @@ def _answers(operation: str, bundle: Bundle) -> dict[str, Any]:
     head = {"estimator": {"type": "string", "pattern": "^(elbo|iwae-[0-9]+)$"}, "samples": {"type": "integer"},
             "alpha": _NUMBER}
     group = _object({"images": {"type": "integer"}, "p_value": _PROBABILITY, "fdr": _NUMBER,
-                     "discoveries": {"type": "integer"}}, ("images", "p_value"))
+                     "discoveries": {"type": "integer"}, "rejected": {"type": "integer"},
+                     "notes": {"type": "array", "items": {"type": "string"}}}, ("images", "p_value"))
     return {JSON: _results(result, head, optional={"group": group})}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from serving.charts import heat_map
-from serving.decision import decide
+from serving.decision import decide, fdr_note
 from serving.engine import EncodedLevel, NotFinite, Score
 from serving.errors import PHRASES, ApiError, unusable
 from serving.images import tile, write_png
@@ -240,7 +240,10 @@ def score_response(images: Sequence[InputImage | ApiError], scores: list[Score |
     if len(judged) > 1:
         head["group"] = {"images": len(judged), "p_value": simes(p_values)}
         if fdr is not None:
-            head["group"] |= {"fdr": fdr, "discoveries": sum(discoveries.values())}
+            judges = [calibrations.of(usable[row].resized) for row in judged]
+            note = fdr_note(min(len(judge.scores) for judge in judges if judge is not None), len(judged), fdr)
+            head["group"] |= {"fdr": fdr, "discoveries": sum(discoveries.values()),
+                              "rejected": sum(p <= alpha for p in p_values), **({"notes": [note]} if note else {})}
     return _results(images, entry, head)
 
 

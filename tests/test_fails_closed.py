@@ -16,10 +16,11 @@ from export.calibrate import calibrate_bundle
 from serving.bulk import BulkOptions, FileScorer
 from serving.bundle import open_bundle
 from serving.client import AdeClient, AdeError, ScoreResult
-from serving.decision import decide, images_needed
+from serving.decision import decide, fdr_note, images_needed
 from serving.engine import InferenceEngine
 from serving.images import write_png
 from serving.ood import Calibrations
+from serving.page.many import _said
 from serving.page.score import verdict_text, verdict_word
 from serving.requests import RawRequest
 from serving.service import Service
@@ -140,6 +141,30 @@ def test_how_many_images_an_alpha_takes(bundles: dict[str, Path]) -> None:
     assert decide(0.9, few, False, 1 / 21).choice == "accept" and decide(1 / 21, few, False, 1 / 21).choice == "reject"
     assert decide(0.9, few, False, 0.047).reason == ("alpha_too_small: alpha 0.047 takes 21 calibration images or more, "
                                                      "there are 20")
+
+
+def test_discoveries_that_too_few_calibration_images_make_impossible(bundles: dict[str, Path],
+                                                                      small_images: np.ndarray) -> None:
+    """They are said to be, and images that are rejected each by itself are counted beside."""
+    engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
+    noise = np.random.default_rng(0).integers(0, 2, (3, 8, 8, 3), np.uint8) * 255
+    images = [base64.b64encode(write_png(pixels)).decode() for pixels in (*small_images[200:207], *noise)]
+    (answer,) = Service("score", engine).answer([RawRequest("application/json", {
+        "images": images, "fdr": 0.1, "alpha": 0.05})])
+    body = json.loads(answer.body)
+    assert body["group"]["discoveries"] == 0 and body["group"]["rejected"] >= 3
+    assert [r["decision"] for r in body["results"][-3:]] == ["reject"] * 3
+    (note,) = body["group"]["notes"]
+    assert note == fdr_note(20, 10, 0.1) == (
+        "at a false discovery rate of 0.1, at least 5 of 10 images must have the smallest p-value, 1/21, before any is "
+        "reported; to report a single one takes 99 calibration images")
+    assert "at least 6 of 100" in str(fdr_note(169, 100, 0.1)) and "takes 999" in str(fdr_note(169, 100, 0.1))
+    assert "none of 100 images can be reported" in str(fdr_note(5, 100, 0.1))
+    assert fdr_note(999, 100, 0.1) is None and fdr_note(998, 100, 0.1) is not None
+    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169)  # five flat images among a hundred, on the page
+    assert said.startswith("**5 of 100 images are unlike the training images**: 0 at a false discovery rate of 0.1")
+    assert "At a false discovery rate of 0.1, at least 6 of 100 images must have the smallest p-value" in said
+    assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.1, 3000)
 
 
 def test_the_documentation_never_lets_pass_what_is_merely_not_ood() -> None:
