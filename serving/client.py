@@ -264,11 +264,11 @@ def _is_passing(answer: httpx.Response) -> bool:
 
 
 def _images(images: Sequence[ImageLike] | np.ndarray, resize: bool) -> dict[str, Any]:
-    files = [base64.b64encode(_file(image)).decode() for image in images]
+    files = [base64.b64encode(image_file(image)).decode() for image in images]
     return {"images": files, **({"resize": "fit"} if resize else {})}
 
 
-def _file(image: ImageLike) -> bytes:
+def image_file(image: ImageLike) -> bytes:
     """The bytes of an image file: as they are for paths and bytes, lossless for pixels."""
     if isinstance(image, bytes):
         return image

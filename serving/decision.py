@@ -16,8 +16,8 @@ NOT_SCORED = "not_scored"
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What to do with one image.
+class Ruling:
+    """A choice, and why it is none.
 
     Attributes:
         choice: ``no_verdict`` wherever neither of the others has a ground.
@@ -28,7 +28,7 @@ class Decision:
     reason: str | None = None
 
 
-def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float) -> Decision:
+def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float) -> Ruling:
     """Decide on an image that was scored.
 
     Args:
@@ -40,15 +40,15 @@ def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alp
     calibration = calibrations.of(resized)
     if calibration is None:
         if resized and calibrations.exact is not None:
-            return Decision("no_verdict", "resized_not_calibrated: the bundle has no calibration for resized images; "
-                                          "ade calibrate makes one")
-        return Decision("no_verdict", "not_calibrated: the bundle has no calibration; ade calibrate makes one")
+            return Ruling("no_verdict", "resized_not_calibrated: the bundle has no calibration for resized images; "
+                                        "ade calibrate makes one")
+        return Ruling("no_verdict", "not_calibrated: the bundle has no calibration; ade calibrate makes one")
     if p_value is None or not math.isfinite(p_value):
-        return Decision("no_verdict", "not_finite: the p-value is not a finite number")
+        return Ruling("no_verdict", "not_finite: the p-value is not a finite number")
     if alpha < calibration.smallest_p_value:
-        return Decision("no_verdict", f"alpha_too_small: alpha {alpha:g} takes {images_needed(alpha):,} calibration images "
-                                      f"or more, there are {len(calibration.scores):,}")
-    return Decision("reject" if p_value <= alpha else "accept")
+        return Ruling("no_verdict", f"alpha_too_small: alpha {alpha:g} takes {images_needed(alpha):,} calibration images "
+                                    f"or more, there are {len(calibration.scores):,}")
+    return Ruling("reject" if p_value <= alpha else "accept")
 
 
 def images_needed(p_value: float) -> int:

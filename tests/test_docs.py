@@ -24,7 +24,7 @@ from training.compare_report import write_comparison
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
-ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
