@@ -17,13 +17,14 @@ import torch
 
 from ade_model.checkpoint import load_model
 from export.calibrate import calibrate_bundle
+from export.corruptions import CORRUPTIONS, SUBTLE
 from export.write import export_bundle
 from fitting.plan import Plan, PlanError
-from fitting.report import Findings, Unusual, false_alarms, write_report
+from fitting.report import ALPHAS, Caught, Findings, Unusual, false_alarms, write_report
 from fitting.survey import Survey, as_dict, folder_sizes, split_names, summary_lines, survey
 from serving.bulk import BulkOptions, FileScorer
 from serving.bundle import open_bundle
-from serving.engine import InferenceEngine
+from serving.engine import InferenceEngine, Score
 from training.data import CHANNELS, DataError, Dataset
 from training.datasets.files import shuffled
 from training.datasets.folder import load_folder
@@ -40,6 +41,7 @@ SCANNED_IMAGES = 4000  # of those trained on, for the unusual among them
 SHOWN_UNUSUAL = 24
 SAMPLES = 64
 RECONSTRUCTED = 12
+CORRUPTED_IMAGES = 200  # of each kind of corruption
 LEAST = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
@@ -176,11 +178,22 @@ def _test_images(dataset: Dataset, names: dict[str, list[str]], found: Survey) -
     return np.asarray(dataset.parts["test"].images[rows])
 
 
+def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
+    """What the verdict says of held-out images that were corrupted."""
+    found = []
+    for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
+        scores = engine.score(corrupt(pixels, np.random.default_rng(0)))
+        # What is not finite has no verdict: it is not accepted, but nor was it caught.
+        p_values = [score.verdict.p_value if isinstance(score, Score) and score.verdict else 1.0 for score in scores]
+        rejected = tuple(float(np.mean(np.array(p_values) <= alpha)) for alpha in ALPHAS)
+        found.append(Caught(name, name in CORRUPTIONS, rejected))
+    return found
+
+
 def _report(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dataset, bundle: Path, out: Path) -> None:
     opened = open_bundle(bundle)
     engine = InferenceEngine(opened, device="cpu")
-    resize = (opened.manifest["calibration"] or {}).get("resize")
-    scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize=resize))
+    scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize="fit"))
     left_out = set(found.leaking)
     tested = shuffled([name for name in names["test"] if name not in left_out])[:TEST_IMAGES]
     p_values = [row["p_value"] for row in scorer(tested) if row.get("p_value") is not None]
@@ -190,8 +203,10 @@ def _report(plan: Plan, found: Survey, names: dict[str, list[str]], dataset: Dat
     index = {name: row for row, name in enumerate(names["train"])}
     unusual = [Unusual(row["path"], row["p_value"], row["bpd"], dataset.parts["train"].images[index[row["path"]]])
                for row in rows[:SHOWN_UNUSUAL]]
-    held_out = _test_images(dataset, names, found)[:RECONSTRUCTED]
+    pixels = _test_images(dataset, names, found)[:CORRUPTED_IMAGES]
+    held_out = pixels[:RECONSTRUCTED]
     findings = Findings(plan, found, opened, engine.sample([0] * SAMPLES, range(SAMPLES)), held_out,
-                        engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual)
+                        engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual,
+                        len(pixels), _caught(engine, pixels))
     write_report(findings, out / "report.html")
 
