@@ -13,7 +13,8 @@ from ade_cli.data_options import add_data_arguments, dataset_of, readable, say, 
 from export.calibrate import calibrate_bundle
 from export.detector import false_alarm_band
 from serving.bundle import BundleError, open_bundle
-from serving.ood import Calibration, CalibrationError
+from serving.decision import images_needed
+from serving.ood import Calibration, CalibrationError, Calibrations
 from training.data import PARTS, DataError, Dataset
 from training.datasets import NAMES
 from training.datasets.files import part_of, shuffled
@@ -31,9 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("out", type=Path, metavar="OUT", help="the new bundle's folder; must not exist")
     add_data_arguments(parser, required=True)
-    parser.add_argument("--resize", choices=("fit",),
-                        help="bring files of other sizes to the model's, as requests with this parameter are: resized "
-                             "images get a verdict then; without it such files are left out")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
             say(f"{name} is what the model was trained on: its parts select and calibrate are taken")
         halves = [_contents(half) for half in _files(files, trained_on)]
     fit, calibration = halves
-    result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, args.resize, say)
-    _tell(result)
+    result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, say)
+    _tell(result, open_bundle(args.out).manifest["calibration"])
     say(f"wrote {args.out}; next: ade serve {args.out}")
 
 
@@ -82,16 +80,28 @@ def _contents(paths: list[Path]) -> Iterator[bytes | np.ndarray]:
     return readable(paths[:MAX_IMAGES])
 
 
-def _tell(calibration: Calibration) -> None:
+def _tell(calibrations: Calibrations, about: dict[str, Any]) -> None:
     """What users may expect of the false-alarm rate that they will ask for."""
+    assert calibrations.exact is not None and calibrations.resized is not None
+    both = calibrations.exact is calibrations.resized
+    _tell_of(calibrations.exact, "images of the model's size and resized ones" if both else "images of the model's size")
+    if not both:
+        _tell_of(calibrations.resized, "resized images")
+        simulated = about["resized"]["resized_and_back"]
+        if simulated:
+            say(f"{simulated} of them have the model's size and were enlarged first, for want of larger ones: of pictures "
+                "that come from elsewhere, more may be rejected")
+    if len(calibrations.exact.scores) < ENOUGH * (1 - FIT_SHARE):
+        say(f"warning: with fewer than {ENOUGH} images in all, verdicts are coarse, and the density behind them is rough")
+
+
+def _tell_of(calibration: Calibration, what: str) -> None:
     count = len(calibration.scores)
-    say(f"calibrated on {count} images: p-values from {1 / (count + 1):.2g} on")
+    say(f"{what}: calibrated on {count} images, p-values from {calibration.smallest_p_value:.2g} on")
     for alpha in ALPHAS:
         low, high = false_alarm_band(count, alpha)
         if high == 0:
-            say(f"warning: at alpha {alpha} nothing can be flagged with so few; that takes {round(1 / alpha) - 1} "
+            say(f"warning: at alpha {alpha} there is no verdict with so few; that takes {images_needed(alpha)} "
                 "calibration images at least")
         else:
-            say(f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be flagged (95 % band)")
-    if count < ENOUGH * (1 - FIT_SHARE):
-        say(f"warning: with fewer than {ENOUGH} images in all, verdicts are coarse, and the density behind them is rough")
+            say(f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be rejected (95 % band)")

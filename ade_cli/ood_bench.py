@@ -49,8 +49,10 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(f"--{name} must be at least 2, got {getattr(args, name)}")
     bundle = open_bundle(args.bundle)
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    if engine.calibration is None:
-        raise CalibrationError(f"{args.bundle} is not calibrated: ade calibrate does that")
+    calibration = engine.calibrations.of(args.resize == "fit")
+    if calibration is None:
+        raise CalibrationError(f"{args.bundle} is not calibrated" + (" for resized images" if engine.calibration else "")
+                               + ": ade calibrate does that")
     names = [path.stem for path in args.ood]
     if len({*names, *CORRUPTIONS}) < len(names) + len(CORRUPTIONS):
         raise DataError(f"sets of strangers need different names, got {', '.join((*names, *CORRUPTIONS))}")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         (image for image in prepared if isinstance(image, InputImage)), args.corrupted)])
     for name, corrupt in CORRUPTIONS.items():
         strangers[name] = statistics_of(engine, corrupt(pixels, np.random.default_rng(0)), name, report=say)
-    say(f"{write_report(engine.calibration, bundle.model_id, usual_name, found, strangers, args.out)}")
+    say(f"{write_report(calibration, bundle.model_id, usual_name, found, strangers, args.out)}")
 
 
 def _usual(args: argparse.Namespace, bundle: Bundle) -> tuple[str, Iterable[bytes | np.ndarray]]:

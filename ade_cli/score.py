@@ -14,14 +14,16 @@ from tqdm import tqdm
 from ade_cli.image_files import FileError, check_parent
 from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, score_folder
 from serving.bundle import CALIBRATION_NAME, BundleError, open_bundle
-from serving.ood import Calibration, CalibrationError
+from serving.ood import CalibrationError, Calibrations
 
+NO_VERDICT = 3  # exit status
 ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Score image files: bits per dimension and the verdict. Files are answered as JSON lines; a "
-                          "folder goes into a table, and the same command goes on where it was ended.")
+    parser.description = ("Score image files: bits per dimension, the verdict and the decision. Files are answered as JSON "
+                          "lines; a folder goes into a table, and the same command resumes where it was ended. Exit "
+                          f"status: 0; 2 for an error; {NO_VERDICT} where no image got a verdict.")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES",
                         help="files, or one folder (searched recursively)")
     parser.add_argument("--bundle", type=Path, required=True)
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="processes (default: one a core)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     if not 0 < args.alpha < 1:
         raise BulkError(f"--alpha must be between 0 and 1, got {args.alpha}")
     if args.samples < 1 or args.workers < 1:
@@ -41,9 +43,10 @@ def run(args: argparse.Namespace) -> None:
     options = BulkOptions(args.alpha, args.samples, args.resize)
     bundle = open_bundle(args.bundle)
     if bundle.has(CALIBRATION_NAME):
-        calibration = Calibration.load(bundle.file(CALIBRATION_NAME))
-        warnings = [calibration.too_small(args.alpha)]
-        if calibration.resize == "fit" and args.resize is None:
+        calibrations = Calibrations.load(bundle.file(CALIBRATION_NAME))
+        judge = calibrations.of(args.resize == "fit") or calibrations.exact
+        warnings = [judge and judge.too_small(args.alpha)]
+        if judge is not None and judge.resize == "fit" and args.resize is None:
             warnings.append("this bundle was calibrated on images of any size: without --resize fit, other sizes than the "
                             "model's get an error")
         for warning in filter(None, warnings):
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(row))
         if all("error" in row for row in rows):
             raise BulkError("no image could be scored")
-        return
+        return _status({row["decision_reason"] for row in rows if "error" not in row})
     for path in args.images:
         if not path.exists():
             raise FileError(f"{path}: there is no such file or folder")
@@ -74,9 +77,20 @@ def run(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         summary = score_folder(bundle, args.images[0], args.out, options, args.workers, progress)
-    print(f"{args.out}: {summary.scored} scored, {summary.errors} could not be")
+    print(f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, {summary.accepted} accepted "
+          f"at alpha {args.alpha:g}; {summary.errors} could not be scored")
     if not summary.scored:
         raise BulkError(f"no image could be scored: the reasons are in the column notes of {args.out}")
-    if bundle.manifest.get("calibration"):
-        print(f"{summary.flagged} flagged at alpha {args.alpha:g}; images like the calibration's would give about "
-              f"{args.alpha * summary.scored:.0f}")
+    judged = summary.rejected + summary.accepted
+    if judged:
+        print(f"of {judged} images like the calibration's, about {args.alpha * judged:.0f} would be rejected")
+    return _status({None} if judged else {f"see the column decision_reason of {args.out}"})
+
+
+def _status(reasons: set[str | None]) -> int:
+    """0, or the status that says that there is no verdict, with a warning."""
+    if None in reasons:
+        return 0
+    print(f"warning: no image got a verdict, so none is accepted: {'; '.join(sorted(filter(None, reasons)))}",
+          file=sys.stderr)
+    return NO_VERDICT

@@ -16,6 +16,7 @@ import numpy as np
 
 from serving.engine import InferenceEngine
 from serving.images import lossless_bits, read_image
+from serving.ood import Calibrations
 from serving.page.served import EXAMPLES
 
 TURNS = 7
@@ -29,7 +30,7 @@ def main() -> None:
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     engine.warm_up()
     bare = InferenceEngine(args.bundle, device="cpu", operations=["score"])
-    bare.calibration = None
+    bare.calibrations = Calibrations()
     bare.warm_up()
     examples = [np.resize(read_image(path.read_bytes()).pixels, engine.image_shape) for path in EXAMPLES]
     images = np.stack([np.roll(examples[i % len(examples)], i, axis=1) for i in range(BATCH)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -38,10 +39,31 @@ def permute_pixels(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.stack([image[rng.permutation(len(image))] for image in flat]).reshape(images.shape)
 
 
+def add_noise(images: np.ndarray, rng: np.random.Generator, sigma: float) -> np.ndarray:
+    """Gaussian noise of a standard deviation in grey levels."""
+    return np.clip(np.rint(images + rng.normal(0, sigma, images.shape)), 0, 255).astype(np.uint8)
+
+
+def jpeg(images: np.ndarray, quality: int) -> np.ndarray:
+    """Copies through JPEG."""
+    made = []
+    for image in images:
+        out = io.BytesIO()
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(out, "JPEG", quality=quality)
+        made.append(np.asarray(Image.open(out)).reshape(image.shape))
+    return np.stack(made)
+
+
 CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "constant": constant,
     "uniform noise": uniform_noise,
     "blurred, σ = 2": lambda images, rng: blur(images, 2.0),
     "posterised to 2 bits": lambda images, rng: posterize(images, 2),
     "permuted pixels": permute_pixels,
+}
+# Of what a gate should notice, the harder part: images that look nearly as they did.
+SUBTLE: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    "blurred, σ = 1": lambda images, rng: blur(images, 1.0),
+    "noise added, σ = 16": lambda images, rng: add_noise(images, rng, 16.0),
+    "JPEG, quality 10": lambda images, rng: jpeg(images, 10),
 }

@@ -17,13 +17,14 @@ import torch
 
 from ade_model.checkpoint import load_model
 from export.calibrate import calibrate_bundle
+from export.corruptions import CORRUPTIONS, SUBTLE
 from export.write import export_bundle
 from fitting.plan import Plan, PlanError
-from fitting.report import Findings, Unusual, false_alarms, write_report
+from fitting.report import ALPHAS, Caught, Findings, Unusual, false_alarms, write_report
 from fitting.survey import Survey, as_dict, picture_sizes, summary_lines, survey
 from serving.bulk import BulkOptions, FileScorer
 from serving.bundle import open_bundle
-from serving.engine import InferenceEngine
+from serving.engine import InferenceEngine, Score
 from training.data import CHANNELS, DataError, Dataset
 from training.datasets.files import contents, shuffled
 from training.datasets.folder import load_files
@@ -40,6 +41,7 @@ SCANNED_IMAGES = 4000  # of those trained on, for the unusual among them
 SHOWN_UNUSUAL = 24
 SAMPLES = 64
 RECONSTRUCTED = 12
+CORRUPTED_IMAGES = 200  # of each kind of corruption
 LEAST = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
@@ -157,16 +159,15 @@ def _bundle(plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: 
     if not bundle.exists():
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)
-        side = f"{plan.image_size} x {plan.image_size}"
-        resize = "fit" if set(found.sizes) - {side, "unreadable"} else None
 
         def files(part: str) -> Iterator[bytes]:
             read = contents(folder / name for name in dataset.files[part] if name not in left_out)
             return (content for content in read if isinstance(content, bytes))
 
-        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name, resize)
-        step(f"calibrated on {len(made.scores)} images: the verdict takes false-alarm rates from "
-             f"{made.smallest_p_value:.2g} on")
+        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name)
+        assert made.exact is not None
+        step(f"calibrated on {len(made.exact.scores)} images: the verdict takes false-alarm rates from "
+             f"{made.exact.smallest_p_value:.2g} on")
     return bundle
 
 
@@ -177,11 +178,22 @@ def _test_images(dataset: Dataset, found: Survey) -> np.ndarray:
     return np.asarray(dataset.parts["test"].images[rows])
 
 
+def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
+    """What the verdict says of held-out images that were corrupted."""
+    found = []
+    for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
+        scores = engine.score(corrupt(pixels, np.random.default_rng(0)))
+        # What is not finite has no verdict: it is not accepted, but nor was it caught.
+        p_values = [score.verdict.p_value if isinstance(score, Score) and score.verdict else 1.0 for score in scores]
+        rejected = tuple(float(np.mean(np.array(p_values) <= alpha)) for alpha in ALPHAS)
+        found.append(Caught(name, name in CORRUPTIONS, rejected))
+    return found
+
+
 def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path) -> None:
     opened = open_bundle(bundle)
     engine = InferenceEngine(opened, device="cpu")
-    resize = (opened.manifest["calibration"] or {}).get("resize")
-    scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize=resize))
+    scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize="fit"))
     left_out = set(found.leaking)
     tested = shuffled([name for name in dataset.files["test"] if name not in left_out])[:TEST_IMAGES]
     p_values = [row["p_value"] for row in scorer(tested) if row.get("p_value") is not None]
@@ -191,8 +203,10 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
     index = {name: row for row, name in enumerate(dataset.files["train"])}
     unusual = [Unusual(row["path"], row["p_value"], row["bpd"], dataset.parts["train"].images[index[row["path"]]])
                for row in rows[:SHOWN_UNUSUAL]]
-    held_out = _test_images(dataset, found)[:RECONSTRUCTED]
+    pixels = _test_images(dataset, found)[:CORRUPTED_IMAGES]
+    held_out = pixels[:RECONSTRUCTED]
     findings = Findings(plan, found, opened, engine.sample([0] * SAMPLES, range(SAMPLES)), held_out,
-                        engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual)
+                        engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual,
+                        len(pixels), _caught(engine, pixels))
     write_report(findings, out / "report.html")
 

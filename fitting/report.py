@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,10 @@ from serving.images import tile, write_png
 from serving.responses import psnr
 
 ALPHAS = (0.1, 0.05, 0.01)
+LEAST_EPOCHS = 3.0
+LEAST_CALIBRATED = 1000
+LEAST_CAUGHT = 0.9  # of each gross corruption, at the alpha of VERDICT_ALPHA
+VERDICT_ALPHA = 0.05
 CSS = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -55,6 +60,15 @@ class FalseAlarms:
 
 
 @dataclass(frozen=True)
+class Caught:
+    """Shares of corrupted held-out images that are rejected at each of :data:`ALPHAS`; ``gross`` ones should all be."""
+
+    corruption: str
+    gross: bool
+    rejected: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that the report shows.
 
@@ -67,6 +81,7 @@ class Findings:
         tested: test images that were judged.
         alarms: of those.
         scanned: images trained on that were judged, for ``unusual``.
+        corrupted: held-out images that were corrupted, for ``caught``.
     """
 
     plan: Plan
@@ -79,6 +94,8 @@ class Findings:
     alarms: list[FalseAlarms]
     scanned: int
     unusual: list[Unusual]
+    corrupted: int
+    caught: list[Caught]
 
 
 def false_alarms(p_values: Sequence[float], bundle: Bundle) -> list[FalseAlarms]:
@@ -105,10 +122,10 @@ def write_report(findings: Findings, path: Path) -> None:
         f"{sum(s.minutes for s in f.plan.stages):.0f} minutes on the {f.plan.device}. Test images cost "
         f"<b>{elbo['bpd']:.3f} ± {elbo['standard_error']:.3f} bits per dimension</b>"
         + (f", reconstructions have {np.mean(decibels):.1f} dB.</p>" if decibels else ".</p>"),
+        "<h2>The gate</h2>", _verdict(f), _caught(f), _alarms(f),
         "<h2>Use it</h2>", f"<pre>ade serve {escape(str(f.bundle.folder))}\n"
-        f"ade score IMAGES --bundle {escape(str(f.bundle.folder))}{_resize(f)}</pre>",
+        f"ade score IMAGES --bundle {escape(str(f.bundle.folder))} --resize fit</pre>",
         "<h2>The images</h2>", _survey(f.survey),
-        "<h2>False alarms</h2>", _alarms(f),
         "<h2>The most unusual of the images trained on</h2>",
         f"<p>Of {f.scanned:,} that were looked at. Wrong labels, broken pictures and strays come up here.</p>",
         '<div class="grid">' + "".join(_unusual(u) for u in f.unusual) + "</div>",
@@ -122,9 +139,56 @@ def write_report(findings: Findings, path: Path) -> None:
         file.write(page.encode(errors="backslashreplace"))  # names of files may be no UTF-8
 
 
-def _resize(f: Findings) -> str:
-    calibration = f.bundle.manifest.get("calibration") or {}
-    return " --resize fit" if calibration.get("resize") == "fit" else ""
+def epochs(training: dict[str, Any] | None, images: int) -> float:
+    """How often a model has seen each of its training images, in all the runs that it came from."""
+    seen = 0
+    while training:
+        seen += training.get("images_seen") or 0
+        training = training.get("started_from")
+    return seen / max(images, 1)
+
+
+def weaknesses(f: Findings) -> list[str]:
+    """Why the gate is not to be relied on yet; empty if nothing was found."""
+    found = []
+    calibrated = int((f.bundle.manifest.get("calibration") or {}).get("images", 0))
+    seen = epochs(f.bundle.manifest.get("training"), f.survey.parts["train"])
+    if seen < LEAST_EPOCHS:
+        found.append(f"The model has seen each training image {seen:.1f} times; {LEAST_EPOCHS:g} or more are advisable: "
+                     "give it a larger --budget.")
+    if calibrated < LEAST_CALIBRATED:
+        low, high = false_alarm_band(calibrated, VERDICT_ALPHA)
+        found.append(f"{calibrated:,} images calibrated the verdict; {LEAST_CALIBRATED:,} or more are advisable: at alpha "
+                     f"{VERDICT_ALPHA:g} the false-alarm rate may lie anywhere from {low:.3f} to {high:.3f}.")
+    for alarm in f.alarms:
+        if alarm.high and not alarm.low <= alarm.flagged <= alarm.high:
+            found.append(f"At alpha {alarm.alpha:g}, {alarm.flagged:.3f} of the test images are rejected; {alarm.low:.3f} "
+                         f"to {alarm.high:.3f} are expected.")
+    column = ALPHAS.index(VERDICT_ALPHA)
+    for caught in f.caught:
+        if caught.gross and caught.rejected[column] < LEAST_CAUGHT:
+            found.append(f"At alpha {VERDICT_ALPHA:g}, only {caught.rejected[column]:.0%} of corrupted images are "
+                         f"rejected: {caught.corruption}.")
+    return found
+
+
+def _verdict(f: Findings) -> str:
+    found = weaknesses(f)
+    if not found:
+        return ("<p><b>No weakness was found</b>: false alarms come at the rate that is chosen, and gross corruptions are "
+                "rejected. Other OOD images may still pass: try those that you expect, <code>ade ood-bench</code>.</p>")
+    items = "".join(f"<li>{escape(line)}</li>" for line in found)
+    return f"<p><b class=bad>Do not rely on this gate yet.</b></p><ul class=bad>{items}</ul>"
+
+
+def _caught(f: Findings) -> str:
+    head = "".join(f"<th>at alpha {alpha:g}" for alpha in ALPHAS)
+    possible = {alarm.alpha: alarm.high > 0 for alarm in f.alarms}
+    rows = "".join(f"<tr><td>{escape(c.corruption)}</td>" + "".join(
+        f"<td class=n>{f'{share:.0%}' if possible[alpha] else 'no verdict'}</td>"
+        for alpha, share in zip(ALPHAS, c.rejected, strict=True)) + "</tr>" for c in f.caught)
+    return (f"<p>Of {f.corrupted:,} test images, corrupted in each of these ways, this share is rejected; the last "
+            f"{sum(not c.gross for c in f.caught)} are subtle.</p><table><tr><th>corruption{head}</tr>{rows}</table>")
 
 
 def _survey(found: Survey) -> str:
@@ -153,11 +217,12 @@ def _alarms(f: Findings) -> str:
             rows += (f"<tr><td class=n>{alarm.alpha:g}</td><td colspan=3>the calibration has too few images to flag any at "
                      "this rate</td></tr>")
             continue
-        holds = alarm.low <= alarm.flagged <= alarm.high
+        inside = alarm.low <= alarm.flagged <= alarm.high
         rows += (f"<tr><td class=n>{alarm.alpha:g}</td><td class=n>{alarm.flagged:.4f}</td><td class=n>{alarm.low:.4f} to "
-                 f"{alarm.high:.4f}</td><td>{'holds' if holds else '<b class=bad>does not hold</b>'}</td></tr>")
-    return (f"<p>Of {f.tested:,} test images, which nothing was fitted to, this share is flagged.</p>"
-            f"<table><tr><th>alpha<th>flagged<th>expected (95 %)<th></tr>{rows}</table>")
+                 f"{alarm.high:.4f}</td><td>{'as expected' if inside else '<b class=bad>not as expected</b>'}</td></tr>")
+    return (f"<p>False alarms: of {f.tested:,} test images, which nothing was fitted to, this share is rejected. It does "
+            "not show how good the model is.</p>"
+            f"<table><tr><th>alpha<th>rejected<th>expected (95 %)<th></tr>{rows}</table>")
 
 
 def _unusual(image: Unusual) -> str:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
+from serving.decision import NOT_SCORED, decide
 from serving.engine import InferenceEngine, NotFinite
 from serving.errors import ApiError
 from serving.files import image_paths, read_file, replacing
@@ -62,11 +63,16 @@ class BulkOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of it: files ``scored``, of those ``flagged``, and files that have an error instead."""
+    """What came of it: files by decision, and those that have an error instead."""
 
-    scored: int
-    flagged: int
+    no_verdict: int
+    rejected: int
+    accepted: int
     errors: int
+
+    @property
+    def scored(self) -> int:
+        return self.no_verdict + self.rejected + self.accepted
 
 
 class FileScorer:
@@ -83,15 +89,14 @@ class FileScorer:
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
         self._folder = folder
         self._options = options
-        calibration = self._engine.calibration
-        self._judges_resized = calibration is not None and calibration.resize == "fit"
 
     def __call__(self, paths: list[str]) -> list[dict[str, Any]]:
         """One a path, with the columns of :func:`columns`."""
         images = [self._read(path) for path in paths]
         usable = [image for image in images if isinstance(image, InputImage)]
         scores = iter(self._engine.score(np.stack([image.pixels for image in usable]),
-                                         samples=[self._options.samples] * len(usable)) if usable else [])
+                                         samples=[self._options.samples] * len(usable),
+                                         resized=[image.resized for image in usable]) if usable else [])
         return [{"path": path, **self._row(image, next(scores) if isinstance(image, InputImage) else None)}
                 for path, image in zip(paths, images, strict=True)]
 
@@ -107,21 +112,29 @@ class FileScorer:
 
     def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):
-            return {"error": image.code, "notes": image.message.replace('"resize": "fit"', "--resize fit")}
+            return _failed(image.code, image.message.replace('"resize": "fit"', "--resize fit"))
         if isinstance(score, NotFinite):
-            return {"error": "not_finite", "notes": str(score)}
-        verdict = None if image.resized and not self._judges_resized else score.verdict
+            return _failed("not_finite", str(score))
+        verdict = score.verdict
         row = {"bpd": score.bpd, **score.parts}
         if verdict is not None:
             row |= {"ood_score": verdict.ood_score, "p_value": verdict.p_value,
                     "ood": verdict.p_value <= self._options.alpha}
-        return {**row, "notes": "; ".join(image.notes)} if image.notes else row
+        if image.notes:
+            row["notes"] = "; ".join(image.notes)
+        decision = decide(row.get("p_value"), self._engine.calibrations, image.resized, self._options.alpha)
+        return {**row, "decision": decision.choice, "decision_reason": decision.reason}
+
+
+def _failed(code: str, message: str) -> dict[str, Any]:
+    return {"error": code, "notes": message, "decision": "no_verdict", "decision_reason": f"{NOT_SCORED}: {code}"}
 
 
 def columns(bundle: Bundle, samples: int) -> list[str]:
     """Of every row; what a row lacks is empty in it."""
     parts = ["dequantization", *part_names(len(bundle.latent_shapes)), *(["iwae_gap"] if samples > 1 else [])]
-    return ["path", "bpd", *parts, "ood_score", "p_value", "ood", "error", "notes"]
+    return ["path", "bpd", *parts, "ood_score", "p_value", "ood", "error", "notes", "decision",
+            "decision_reason"]
 
 
 def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, workers: int,
@@ -149,7 +162,7 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
         raise BulkError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     part = out.with_name(out.name + ".part")
     head = {"model": bundle.model_id, "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
-            "folder": str(folder.resolve()), **asdict(options)}
+            "folder": str(folder.resolve()), **asdict(options), "columns": columns(bundle, options.samples)}
     with open(part, "a", encoding="utf-8", opener=_unless_link) as rows:
         if not lock(rows):
             raise BulkError(f"{part}: another process is at it")
@@ -255,15 +268,14 @@ def _score_chunk(paths: list[str]) -> list[dict[str, Any]]:
 
 def _finish(part: Path, out: Path, names: list[str]) -> Summary:
     """The rows in the format of ``out``, and what they say."""
-    counts = {"scored": 0, "flagged": 0, "errors": 0}
+    counts: Counter[str] = Counter()
 
     def rows() -> Iterator[dict[str, Any]]:
         with open(part, encoding="utf-8") as lines:
             next(lines)  # the head
             for line in lines:
                 row = json.loads(line)
-                counts["errors" if "error" in row else "scored"] += 1
-                counts["flagged"] += bool(row.get("ood"))
+                counts["error" if "error" in row else row["decision"]] += 1
                 row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()  # names need not be UTF-8
                 yield {name: row.get(name) for name in names}
 
@@ -280,14 +292,14 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
             table.writerows(cells())
         else:
             file.writelines(json.dumps(row) + "\n" for row in rows())
-    return Summary(**counts)
+    return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
 
 
 def _write_parquet(file: IO[bytes], names: list[str], rows: Iterator[dict[str, Any]]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {"path": pa.string(), "ood": pa.bool_(), "error": pa.string(), "notes": pa.string()}
+    kinds = {"ood": pa.bool_(), **dict.fromkeys(("path", "error", "notes", "decision", "decision_reason"), pa.string())}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
     with parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROWS_A_GROUP)):

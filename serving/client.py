@@ -7,7 +7,7 @@ import io
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from serving.decision import NOT_SCORED, Choice
 from serving.ood import Unusual
 from serving.ports import Ports
 from serving.requests import PROBE_HEADER
@@ -30,7 +31,13 @@ Kind = Literal["mean", "density"]
 
 
 class AdeError(Exception):
-    """An answer that is an error: ``status``, ``code``, ``message`` and, for one of several images, ``index``."""
+    """An answer that is an error: ``status``, ``code``, ``message`` and, for one of several images, ``index``.
+
+    In the place of a :class:`ScoreResult` it has that one's ``accepted`` (never), ``decision`` and ``decision_reason``.
+    """
+
+    accepted = False
+    decision: Choice = "no_verdict"
 
     def __init__(self, status: int, code: str, message: str, index: int | None = None) -> None:
         super().__init__(f"{message} ({status} {code})")
@@ -38,6 +45,10 @@ class AdeError(Exception):
         self.code = code
         self.message = message
         self.index = index
+
+    @property
+    def decision_reason(self) -> str:
+        return f"{NOT_SCORED}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,10 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """One image's bits per dimension, its parts, and the verdict (``None`` where it is withheld)."""
+    """One image's bits per dimension, its parts, the verdict (``None`` where it is withheld) and the decision.
+
+    Let an image through if it is ``accepted``: without a verdict, ``ood`` is ``None``, and it is not.
+    """
 
     bpd: float
     bpd_parts: dict[str, float]
@@ -86,15 +100,28 @@ class ScoreResult:
     discovery: bool | None = None  # whether it is reported at the false discovery rate that was asked for
     bits: np.ndarray | None = None  # of each pixel, float64 (H, W); they sum to bpd times the image's values
     heat_map: bytes | None = None  # the same as a PNG
+    decision: Choice = "no_verdict"
+    decision_reason: str | None = "not_reported: the server is of a version that decides nothing"
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a calibrated verdict at this alpha found nothing unusual."""
+        return self.decision == "accept"
 
 
 @dataclass(frozen=True)
 class GroupScore:
-    """Several images judged together: ``p_value`` is of all (Simes), ``None`` where fewer than two got a verdict."""
+    """Several images judged together: ``p_value`` is of all (Simes), ``None`` where fewer than two got a verdict.
+
+    ``notes`` say what too few calibration images make impossible; ``rejected`` are those that each by itself has a p-value
+    of at most 0.01, whether discovered or not.
+    """
 
     results: list[ScoreResult | AdeError]
     p_value: float | None
     discoveries: int
+    rejected: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class AdeClient:
@@ -209,8 +236,10 @@ class AdeClient:
         """Verdicts of several images together; of the discoveries a share of at most ``fdr`` is expected to be false."""
         answer = self._post("score", {**_images(images, resize), "fdr": fdr, "explain": False}).json()
         results = [_entry(r) or _score(r) for r in answer["results"]]
-        return GroupScore(results, answer.get("group", {}).get("p_value"),
-                          sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results))
+        group = answer.get("group", {})
+        return GroupScore(results, group.get("p_value"),
+                          sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results),
+                          sum(r.decision == "reject" for r in results), group.get("notes", []))
 
     def _post(self, operation: str, values: dict[str, Any], headers: dict[str, str] | None = None) -> httpx.Response:
         values = {name: value for name, value in values.items() if value is not None}
@@ -238,11 +267,11 @@ def _is_passing(answer: httpx.Response) -> bool:
 
 
 def _images(images: Sequence[ImageLike] | np.ndarray, resize: bool) -> dict[str, Any]:
-    files = [base64.b64encode(_file(image)).decode() for image in images]
+    files = [base64.b64encode(image_file(image)).decode() for image in images]
     return {"images": files, **({"resize": "fit"} if resize else {})}
 
 
-def _file(image: ImageLike) -> bytes:
+def image_file(image: ImageLike) -> bytes:
     """The bytes of an image file: as they are for paths and bytes, lossless for pixels."""
     if isinstance(image, bytes):
         return image

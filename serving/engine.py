@@ -17,7 +17,7 @@ import numpy as np
 from serving.backends import Backend, load_backend
 from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
 from serving.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
-from serving.ood import Calibration, Verdict
+from serving.ood import Calibration, Calibrations, Verdict
 from serving.signatures import OPERATIONS, input_shape, inputs_of, part_names
 from serving.statistics import compute_statistics, statistic_names
 
@@ -47,7 +47,7 @@ class Score:
         parts: they sum to ``bpd``, by name.
         standard_error: of ``bpd`` over its ``K`` draws; ``None`` for one draw.
         bits: of each pixel, float64 ``(H, W)``; they sum to ``bpd`` times the image's values. ``None`` unless asked for.
-        verdict: by the calibrated estimator; ``None`` without a calibration.
+        verdict: by the calibrated estimator; ``None`` without a calibration for the way that the image came.
     """
 
     bpd: float
@@ -84,14 +84,20 @@ class InferenceEngine:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         graphs = self.bundle.graphs(operations)
         self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu, cuda_graphs)
-        self.calibration: Calibration | None = None
+        self.calibrations = Calibrations()
         if self.bundle.has(CALIBRATION_NAME):
-            self.calibration = Calibration.load(self.bundle.file(CALIBRATION_NAME))
-            self.calibration.check_statistics(statistic_names(self.bundle.image_shape, self.bundle.latent_shapes))
+            self.calibrations = Calibrations.load(self.bundle.file(CALIBRATION_NAME))
+            for calibration in filter(None, (self.calibrations.exact, self.calibrations.resized)):
+                calibration.check_statistics(statistic_names(self.bundle.image_shape, self.bundle.latent_shapes))
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)
         self._graphs = graphs
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of images of the model's size."""
+        return self.calibrations.exact
 
     def warm_up(self) -> None:
         """Run every loaded graph at every batch size once, so that no request is the first."""
@@ -204,8 +210,8 @@ class InferenceEngine:
 
         return self._run("reconstruct", len(images), inputs)["reconstruction"]
 
-    def score(self, images: np.ndarray, seeds: Sequence[int] | None = None,
-              samples: Sequence[int] | None = None, maps: Sequence[bool] | None = None) -> list[Score | NotFinite]:
+    def score(self, images: np.ndarray, seeds: Sequence[int] | None = None, samples: Sequence[int] | None = None,
+              maps: Sequence[bool] | None = None, resized: Sequence[bool] | None = None) -> list[Score | NotFinite]:
         """Bits per dimension of each image, its parts, the verdict, and where the bits lie.
 
         Args:
@@ -213,26 +219,28 @@ class InferenceEngine:
             seeds: one an image; 0 unless given. The verdict always uses seed 0, as the calibration did.
             samples: K an image, 1 unless given: 1 is the ELBO, more the importance-weighted bound.
             maps: whether each image gets its bits pixel by pixel, the mean over its draws; no unless given.
+            resized: whether each image was resized to the model's size, which another calibration judges; no unless given.
 
         Returns:
             One an image; an image whose likelihood is not finite gets the error in its place.
         """
         seeds = seeds or [0] * len(images)
         samples = samples or [1] * len(images)
+        judges = [self.calibrations.of(its) for its in resized or [False] * len(images)]
         digests = [image_digest(image) for image in images]
         # The verdict needs draw 0 of seed 0: a draw of its own where another seed was asked for.
         plan = [(i, seeds[i], k) for i in range(len(images)) for k in range(samples[i])]
-        extra = [(i, 0, 0) for i in range(len(images)) if seeds[i] != 0 and self.calibration is not None]
+        extra = [(i, 0, 0) for i in range(len(images)) if seeds[i] != 0 and judges[i] is not None]
         draws = plan + extra
         parts: list[np.ndarray] = []
         bits: dict[int, np.ndarray] = {}
         verdicts: dict[int, Verdict] = {}
-        wanted = ["parts"] if self.calibration is None and not (maps and any(maps)) else None
+        wanted = ["parts"] if not any(judges) and not (maps and any(maps)) else None
         inputs = lambda row: self._draw(images, digests, draws[row])
         for first, outputs in self._batches("score", len(draws), inputs, wanted):
             rows = draws[first:first + len(outputs["parts"])]
             parts.append(outputs["parts"].astype(np.float64))
-            verdicts |= self._verdicts(images, digests, rows, outputs)
+            verdicts |= self._verdicts(judges, images, digests, rows, outputs)
             for n, (i, _, _) in enumerate(rows):
                 if maps and maps[i] and first + n < len(plan):
                     bits[i] = bits.get(i, 0.0) + outputs["cost"][n].astype(np.float64).sum(0) / samples[i]
@@ -242,7 +250,7 @@ class InferenceEngine:
         for i, k in enumerate(samples):
             mine = values[start:start + k]
             start += k
-            if not np.isfinite(mine).all() or self.calibration is not None and i not in verdicts:
+            if not np.isfinite(mine).all() or judges[i] is not None and i not in verdicts:
                 results.append(NotFinite("the model's likelihood of this image is not a finite number"))
                 continue
             score = self._summarize(mine, verdicts.get(i))
@@ -272,22 +280,24 @@ class InferenceEngine:
         eps = {name: stream.normal(shape) for name, shape in self._eps()}
         return {"images": images[i], "u": stream.uniform(self.image_shape), **eps}
 
-    def _verdicts(self, images: np.ndarray, digests: Sequence[bytes], draws: Sequence[tuple[int, int, int]],
-                  outputs: dict[str, np.ndarray]) -> dict[int, Verdict]:
-        """Verdicts by image, of those rows that are the calibrated draw and finite."""
-        if self.calibration is None:
-            return {}
-        rows = [n for n, draw in enumerate(draws) if draw[1:] == (0, 0) and np.isfinite(outputs["parts"][n]).all()]
+    def _verdicts(self, judges: Sequence[Calibration | None], images: np.ndarray, digests: Sequence[bytes],
+                  draws: Sequence[tuple[int, int, int]], outputs: dict[str, np.ndarray]) -> dict[int, Verdict]:
+        """Verdicts by image, of those rows that are the calibrated draw and finite, each by its image's calibration."""
+        rows = [n for n, (i, *draw) in enumerate(draws) if judges[i] is not None and draw == [0, 0]
+                and np.isfinite(outputs["parts"][n]).all()]
         if not rows:
             return {}
         chosen = [draws[n][0] for n in rows]
         statistics = compute_statistics(images[chosen], {name: value[rows] for name, value in outputs.items()})
         finite = np.isfinite(np.stack(list(statistics.values()))).all(0)
-        if not finite.all():
-            chosen = [i for i, good in zip(chosen, finite, strict=True) if good]
-            statistics = {name: values[finite] for name, values in statistics.items()}
-        ties = [tie_breaker(digests[i]) for i in chosen]
-        return dict(zip(chosen, self.calibration.verdicts(statistics, ties), strict=True))
+        verdicts: dict[int, Verdict] = {}
+        for judge in {id(judge): judge for judge in judges if judge is not None}.values():
+            mine = [n for n, i in enumerate(chosen) if judges[i] is judge and finite[n]]
+            if mine:
+                ties = [tie_breaker(digests[chosen[n]]) for n in mine]
+                verdicts |= zip((chosen[n] for n in mine), judge.verdicts(
+                    {name: values[mine] for name, values in statistics.items()}, ties), strict=True)
+        return verdicts
 
     def _summarize(self, parts: np.ndarray, verdict: Verdict | None) -> Score:
         """From the parts of ``K`` draws, ``(K, P)``, to one score."""

@@ -22,6 +22,7 @@ import numpy as np
 from serving.statistics import PIXEL_PREFIX
 
 LEVELS = 257  # of the quantiles that a normal score is read from
+RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
 FARTHEST = 6.0  # a normal score beyond counts as this: one wild statistic must not hide the others
 
 
@@ -133,7 +134,7 @@ class Calibration:
 
     Attributes:
         estimator: of the bits per dimension, such as ``elbo``; served verdicts use the same.
-        resize: ``fit`` if the calibration images went through that resizing; otherwise resized images get no verdict.
+        resize: ``fit`` if calibration images went through that resizing.
         names: of the ``S`` statistics, those that vary.
         normal: their normal scores.
         mixture: on all of them.
@@ -227,32 +228,71 @@ class Calibration:
                 "components": len(self.mixture.means), "images": len(self.scores),
                 "median_bpd": float(np.median(self.bpd)), "smallest_p_value": self.smallest_p_value}
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, by name."""
+        return {"estimator": np.array(self.estimator), "resize": np.array(self.resize or ""), "names": np.array(self.names),
+                "grid": self.normal.grid, "spread": self.normal.spread, "scores": self.scores, "reference": self.reference,
+                **_arrays("mixture", self.mixture), **_arrays("baseline", self.baseline)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> Calibration:
+        """What :meth:`arrays` gave, each name after a prefix."""
+        def of(name: str) -> np.ndarray:
+            return arrays[prefix + name]
+
+        return cls(str(of("estimator")), str(of("resize")) or None, tuple(map(str, of("names"))),
+                   NormalScores(of("grid"), of("spread")), _mixture(f"{prefix}mixture", arrays), of("scores"),
+                   of("reference"), _mixture(f"{prefix}baseline", arrays))
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """The calibration of each path that an image takes to the model; ``None`` where there is none, and so no verdict.
+
+    Attributes:
+        exact: for images of the model's size.
+        resized: for images that the request had resized; may be the same.
+    """
+
+    exact: Calibration | None = None
+    resized: Calibration | None = None
+
+    def of(self, resized: bool) -> Calibration | None:
+        """The one for an image that was or was not resized."""
+        return self.resized if resized else self.exact
+
     def to_bytes(self) -> bytes:
-        """An ``.npz`` file."""
+        """An ``.npz`` file. One calibration for both paths is stored once, with ``resize`` set.
+
+        Raises:
+            CalibrationError: there is none for images of the model's size.
+        """
+        if self.exact is None:
+            raise CalibrationError("a calibration of resized images goes with one of images of the model's size")
+        second = {} if self.resized is None or self.resized is self.exact else self.resized.arrays()
         out = io.BytesIO()
-        np.savez_compressed(out, estimator=np.array(self.estimator), resize=np.array(self.resize or ""),
-                            names=np.array(self.names), grid=self.normal.grid, spread=self.normal.spread,
-                            scores=self.scores, reference=self.reference,
-                            **_arrays("mixture", self.mixture), **_arrays("baseline", self.baseline))
+        arrays: dict[str, Any] = {**self.exact.arrays(), **{RESIZED_PREFIX + name: its for name, its in second.items()}}
+        np.savez_compressed(out, **arrays)
         return out.getvalue()
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
-        """Read what :meth:`to_bytes` made.
+    def load(cls, path: Path) -> Calibrations:
+        """Read what :meth:`to_bytes` made, or a file of one calibration, as versions before had it.
 
         Raises:
             CalibrationError: the file is of another kind.
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return cls(str(arrays["estimator"]), str(arrays["resize"]) or None, tuple(map(str, arrays["names"])),
-                           NormalScores(arrays["grid"], arrays["spread"]), _mixture("mixture", arrays), arrays["scores"],
-                           arrays["reference"], _mixture("baseline", arrays))
+                exact = Calibration.from_arrays(arrays)
+                if f"{RESIZED_PREFIX}scores" in arrays:
+                    return cls(exact, Calibration.from_arrays(arrays, RESIZED_PREFIX))
+                return cls(exact, exact if exact.resize == "fit" else None)
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise CalibrationError(f"{path} is no calibration: {error}") from error
 
 
-def _arrays(name: str, mixture: Mixture) -> dict[str, Any]:
+def _arrays(name: str, mixture: Mixture) -> dict[str, np.ndarray]:
     return {f"{name}_log_weights": mixture.log_weights, f"{name}_means": mixture.means,
             f"{name}_whiteners": mixture.whiteners}
 

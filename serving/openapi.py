@@ -111,16 +111,20 @@ def _answers(operation: str, bundle: Bundle) -> dict[str, Any]:
                      ("statistic", "value", "p_value"))
     verdict = {"ood_score": _MAYBE, "p_value": {**_PROBABILITY, "type": ["number", "null"]},
                "ood": {"type": ["boolean", "null"]}}
+    decision = {"decision": {"enum": ["accept", "reject", "no_verdict"],
+                             "description": "accept where a calibrated verdict could have rejected"},
+                "decision_reason": {"type": ["string", "null"], "description": "why there is no verdict, after a code"}}
     result = _noted({
         "bpd": _NUMBER, "standard_error": _MAYBE, **verdict,
         "bpd_parts": _object({**{part: _NUMBER for part in parts}, "iwae_gap": _NUMBER}, parts),
         "discovery": {"type": ["boolean", "null"]}, "explain": {"type": "array", "items": reason},
-        "map": _object({"bits": {"type": "array"}, "png": _PNG}, ("bits", "png"))},
-        ("bpd", "bpd_parts", "standard_error", *verdict))
+        "map": _object({"bits": {"type": "array"}, "png": _PNG}, ("bits", "png")), **decision},
+        ("bpd", "bpd_parts", "standard_error", *verdict, *decision))
     head = {"estimator": {"type": "string", "pattern": "^(elbo|iwae-[0-9]+)$"}, "samples": {"type": "integer"},
             "alpha": _NUMBER}
     group = _object({"images": {"type": "integer"}, "p_value": _PROBABILITY, "fdr": _NUMBER,
-                     "discoveries": {"type": "integer"}}, ("images", "p_value"))
+                     "discoveries": {"type": "integer"}, "rejected": {"type": "integer"},
+                     "notes": {"type": "array", "items": {"type": "string"}}}, ("images", "p_value"))
     return {JSON: _results(result, head, optional={"group": group})}
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import orjson
 
 from serving.charts import heat_map
+from serving.decision import decide, fdr_note
 from serving.engine import EncodedLevel, NotFinite, Score
 from serving.errors import PHRASES, ApiError, unusable
 from serving.images import tile, write_png
-from serving.ood import benjamini_hochberg, simes
+from serving.ood import Calibrations, benjamini_hochberg, simes
 from serving.requests import (
     ARRAYS_A_LEVEL,
     JSON_BYTES_A_NUMBER,
@@ -224,23 +225,21 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def score_response(images: Sequence[InputImage | ApiError], scores: list[Score | NotFinite], parameters: dict[str, Any],
-                   judges_resized: bool, too_small: str | None, model_id: str) -> Response:
-    """Bits per dimension and verdicts, in the order of the request.
+                   calibrations: Calibrations, model_id: str) -> Response:
+    """Bits per dimension, verdicts and decisions, in the order of the request.
 
     Args:
         images: of the request.
         scores: of those among them that are usable, in order.
         parameters: of the request: ``alpha``, ``fdr``, ``samples`` and ``explain``.
-        judges_resized: whether resized images get a verdict: those that the bundle was calibrated on were resized too.
-        too_small: what to note of verdicts, if ``alpha`` is below the smallest p-value there can be.
+        calibrations: of the bundle, which the verdicts came from.
         model_id: goes into the answer.
     """
     usable = [image for image in images if isinstance(image, InputImage)]
     alpha, fdr, samples = parameters["alpha"], parameters["fdr"], parameters["samples"]
     _check_size(sum(MAP_BYTES_A_PIXEL * score.bits.size for score in scores
                     if isinstance(score, Score) and score.bits is not None), "send fewer images")
-    verdicts = [None if isinstance(score, NotFinite) or image.resized and not judges_resized else score.verdict
-                for image, score in zip(usable, scores, strict=True)]
+    verdicts = [None if isinstance(score, NotFinite) else score.verdict for score in scores]
     judged = [row for row, verdict in enumerate(verdicts) if verdict is not None]
     p_values = [verdict.p_value for verdict in verdicts if verdict is not None]
     discoveries = {} if fdr is None else dict(zip(judged, benjamini_hochberg(p_values, fdr), strict=True))
@@ -261,18 +260,25 @@ def score_response(images: Sequence[InputImage | ApiError], scores: list[Score |
         if score.bits is not None:
             value["map"] = {"bits": score.bits.tolist(), "png": _base64_png(heat_map(score.bits))}
         notes = list(usable[row].notes)
-        if score.verdict is not None and verdict is None:
+        calibration = calibrations.of(usable[row].resized)
+        if calibration is None and calibrations.exact is not None:
             notes.append("no verdict: the images that the model was calibrated on were not resized")
-        if verdict is not None and too_small is not None:
+        if calibration is not None and (too_small := calibration.too_small(alpha)) is not None:
             notes.append(too_small)
-        return {**value, "notes": notes} if notes else value
+        p_value = None if verdict is None else verdict.p_value
+        decision = decide(p_value, calibrations, usable[row].resized, alpha)
+        return {**value, **({"notes": notes} if notes else {}), "decision": decision.choice,
+                "decision_reason": decision.reason}
 
     head = {"model": model_id, "estimator": "elbo" if samples == 1 else f"iwae-{samples}", "samples": samples,
             "alpha": alpha}
     if len(judged) > 1:
         head["group"] = {"images": len(judged), "p_value": simes(p_values)}
         if fdr is not None:
-            head["group"] |= {"fdr": fdr, "discoveries": sum(discoveries.values())}
+            judges = [calibrations.of(usable[row].resized) for row in judged]
+            note = fdr_note(min(len(judge.scores) for judge in judges if judge is not None), len(judged), fdr)
+            head["group"] |= {"fdr": fdr, "discoveries": sum(discoveries.values()),
+                              "rejected": sum(p <= alpha for p in p_values), **({"notes": [note]} if note else {})}
     return _results(images, entry, head)
 
 

@@ -71,7 +71,6 @@ class Service:
         self.is_exhausted = False
         self._journal = journal
         self._each: Each = ThreadPoolExecutor(threads, "decode").map if threads > 1 else map
-        self._judges_resized = engine.calibration is not None and engine.calibration.resize == "fit"
         self._model_name = f"{engine.bundle.name} ({engine.bundle.manifest['recipe']})"
 
     def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
@@ -244,24 +243,23 @@ class Service:
 
         pixels = [image.pixels for images in usable for image in images]
         with watch("compute"):
-            computed = self._run(np.stack(pixels), each) if pixels else []
+            resized = [image.resized for images in usable for image in images]
+            computed = self._run(np.stack(pixels), resized, each) if pixels else []
         with watch("encode"):
             answers = [_guarded(self._image_response, r, mine) for r, mine in zip(
                 requests, self._shares(computed, counts), strict=True)]
         if self.operation == "score":  # once all is answered: a batch that fails is computed again, request by request
-            self.telemetry.observe_scores(
-                (score, self._judges_resized or not image.resized)
-                for r, images, mine in zip(requests, usable, _split(computed, counts), strict=True) if not r.probe
-                for image, score in zip(images, mine, strict=True) if isinstance(score, Score))
+            self.telemetry.observe_scores(score for r, mine in zip(requests, _split(computed, counts), strict=True)
+                                          if not r.probe for score in mine if isinstance(score, Score))
         return answers
 
-    def _run(self, batch: np.ndarray, each: Callable[[str], list[Any]]) -> Any:
+    def _run(self, batch: np.ndarray, resized: list[bool], each: Callable[[str], list[Any]]) -> Any:
         """Compute the batch with the parameters of each image."""
         if self.operation == "encode":
             return self.engine.encode(batch, each("seed"), each("eps"))
         if self.operation == "reconstruct":
             return self.engine.reconstruct(batch, each("seed"), each("kind"))
-        return self.engine.score(batch, each("seed"), each("samples"), each("map"))
+        return self.engine.score(batch, each("seed"), each("samples"), each("map"), resized)
 
     def _shares(self, computed: Any, counts: list[int]) -> list[Any]:
         """What was computed, apart by request."""
@@ -277,9 +275,7 @@ class Service:
             return encode_response(request.images, mine, parameters["format"], parameters["eps"], self._model_id)
         if self.operation == "reconstruct":
             return reconstruct_response(request.images, mine, parameters["format"], parameters["kind"], self._model_id)
-        calibration = self.engine.calibration
-        too_small = None if calibration is None else calibration.too_small(parameters["alpha"])
-        return score_response(request.images, mine, parameters, self._judges_resized, too_small, self._model_id)
+        return score_response(request.images, mine, parameters, self.engine.calibrations, self._model_id)
 
     @staticmethod
     def _count(request: SampleRequest | ImagesRequest) -> int:

@@ -158,12 +158,12 @@ class Telemetry:
             self._seconds.add(sum(stages.values()), count)
             self._batch.add(images)
 
-    def observe_scores(self, scores: Iterable[tuple[Score, bool]]) -> None:
-        """Take in scores; with each whether its verdict counts, as that of a resized image may not."""
+    def observe_scores(self, scores: Iterable[Score]) -> None:
+        """Take in scores; those without a verdict have no part in the drift."""
         with self._lock:
-            for score, counts in scores:
+            for score in scores:
                 self._bpd.add(min(max(score.bpd, 0.0), MAX_BPD))  # a counter never falls, nor is it to be one image's
-                if counts and score.verdict is not None:
+                if score.verdict is not None:
                     self._drift.update(score.verdict.uniform)
                     self._drift_moved = True
 

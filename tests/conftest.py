@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from PIL import Image
 
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
+from serving.bundle import CALIBRATION_NAME, open_bundle, write_manifest
+from serving.ood import Calibrations
 
 if TYPE_CHECKING:
     from tests.service import RunningService
@@ -88,6 +91,20 @@ def tiny_bundle(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factor
     export_bundle(tiny_checkpoint, folder / "exported", "tiny", small_images[:40], None)
     calibrate_bundle(folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners")
     return folder / "tiny"
+
+
+def with_calibrations(bundle: Path, out: Path, change: Callable[[Calibrations], Calibrations | None],
+                      name: str | None = None) -> Path:
+    """A copy of a bundle with other calibrations, or without any; under another name too."""
+    shutil.copytree(bundle, out)
+    changed = change(Calibrations.load(out / CALIBRATION_NAME))
+    (out / CALIBRATION_NAME).unlink()
+    manifest = open_bundle(bundle).manifest
+    if changed is not None:
+        (out / CALIBRATION_NAME).write_bytes(changed.to_bytes())
+    about = manifest["calibration"] if changed else None
+    write_manifest(out, {**manifest, "name": name or manifest["name"], "calibration": about})
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ade_cli.data_options import readable
 from ade_cli.main import main
+from ade_cli.score import NO_VERDICT
 from export.calibrate import calibrate_bundle
 from export.ood_bench import Figures, _write_csv
 from serving import bulk
@@ -25,9 +26,10 @@ from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.bundle import open_bundle
 from serving.engine import InferenceEngine
 from serving.files import image_paths
+from serving.ood import Calibrations
 from serving.page.app import build_page
 from serving.page.served import Served
-from tests.conftest import ROOT, make_folder, make_traps
+from tests.conftest import ROOT, make_folder, make_traps, with_calibrations
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,11 @@ def test_every_file_has_its_row_in_every_format(tiny_bundle: Path, folder: Path,
     for row, direct in zip(good, engine.score(images), strict=True):
         assert row["bpd"] == direct.bpd and row["p_value"] == direct.verdict.p_value
         assert row["ood"] == (direct.verdict.p_value <= 0.1) and row["distortion"] == direct.parts["distortion"]
-    assert sum(row["ood"] or False for row in rows) == summary.flagged
+        assert row["decision"] == ("reject" if row["ood"] else "accept") and row["decision_reason"] is None
+    assert sum(row["ood"] or False for row in rows) == summary.rejected > 0
+    assert summary.accepted == 300 - summary.rejected and summary.no_verdict == 0
+    assert by_path["wide.png"]["decision"] == "no_verdict"
+    assert by_path["wide.png"]["decision_reason"] == "not_scored: wrong_size"
     assert tables[".parquet"] == rows
     assert [float(row["bpd"]) if row["bpd"] else None for row in tables[".csv"]] == [row["bpd"] for row in rows]
 
@@ -113,17 +119,29 @@ def test_only_regular_files_are_read(tiny_bundle: Path, small_images: np.ndarray
     assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
 
 
-def test_resized_images_have_no_verdict_and_more_draws_a_gap(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_resized_images_without_their_calibration_have_no_verdict(tiny_bundle: Path, tmp_path: Path,
+                                                                  capsys: pytest.CaptureFixture) -> None:
+    with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
     (tmp_path / "one").mkdir()
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "one" / "wide.webp")
-    score(tiny_bundle, tmp_path / "one", tmp_path / "a.jsonl", resize="fit", samples=3)
+    arguments = ["score", str(tmp_path / "one"), "--bundle", str(tmp_path / "exact"), "--resize", "fit", "--samples", "3"]
+    assert main([*arguments, "--out", str(tmp_path / "a.jsonl")]) == NO_VERDICT
+    said = capsys.readouterr()
+    assert "1 without a verdict, 0 rejected, 0 accepted" in said.out and "would be rejected" not in said.out
+    assert "warning: no image got a verdict, so none is accepted" in said.err
     (row,) = read(tmp_path / "a.jsonl")
     assert row["bpd"] > 0 and row["iwae_gap"] <= 0 and row["p_value"] is None and "resized from 40 x 20" in row["notes"]
+    assert row["decision"] == "no_verdict" and row["decision_reason"].startswith("resized_not_calibrated: ")
+    assert main([*arguments[:1], str(tmp_path / "one" / "wide.webp"), *arguments[2:]]) == NO_VERDICT
+    assert "resized_not_calibrated" in capsys.readouterr().err
 
 
-def test_a_verdict_for_images_of_any_size(tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray,
-                                          capsys: pytest.CaptureFixture) -> None:
-    calibrate_bundle(tiny_bundle, tmp_path / "any", small_images[:100], small_images[100:200], "corners", "fit")
+def test_images_of_any_size_calibrate_both_paths_at_once(tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray,
+                                                         capsys: pytest.CaptureFixture) -> None:
+    larger = [np.repeat(image, 2, 0).repeat(2, 1) for image in small_images]
+    calibrate_bundle(tiny_bundle, tmp_path / "any", larger[:100], larger[100:200], "corners")
+    manifest = open_bundle(tmp_path / "any").manifest["calibration"]
+    assert manifest["resize"] == manifest["resized"]["resize"] == "fit" and manifest["images"] == 100
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "wide.png")
     arguments = ["score", str(tmp_path / "wide.png"), "--bundle", str(tmp_path / "any"), "--alpha", "0.1"]
     assert main(arguments) == 2
@@ -132,7 +150,8 @@ def test_a_verdict_for_images_of_any_size(tiny_bundle: Path, tmp_path: Path, sma
     assert main([*arguments, "--resize", "fit"]) == 0
     said = capsys.readouterr()
     assert "warning" not in said.err and 0 < json.loads(said.out)["p_value"] <= 1
-    for bundle, ticked in ((tiny_bundle, 0), (tmp_path / "any", 4)):  # and the page's tabs resize by themselves
+    with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
+    for bundle, ticked in ((tmp_path / "exact", 0), (tmp_path / "any", 4)):  # and the page's tabs resize by themselves
         page = build_page(Served("http://127.0.0.1:1", [open_bundle(bundle)], None))
         boxes = [block for block in page.blocks.values() if getattr(block, "label", "") == "Resize other sizes to fit"]
         assert sum(bool(box.value) for box in boxes) == ticked
@@ -193,7 +212,7 @@ def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(tiny_bundle: Path
         raise AssertionError("workers outlived the program")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "300 scored, 3 could not be" in done.stdout and "flagged at alpha 0.01" in done.stdout
+    assert "0 without a verdict, " in done.stdout and "at alpha 0.01; 3 could not be scored" in done.stdout
     assert [row["path"] for row in read(out)] == list(image_paths(folder))
 
 

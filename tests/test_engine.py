@@ -16,10 +16,10 @@ from serving.backends import BackendError
 from serving.cuda import BoundGraph
 from serving.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
 from serving.noise import NoiseStream, sample_key
-from serving.ood import CalibrationError
+from serving.ood import CalibrationError, Calibrations
 from serving.requests import RawRequest
 from serving.service import Service
-from tests.conftest import PRETRAINED
+from tests.conftest import PRETRAINED, with_calibrations
 
 
 @pytest.fixture(scope="module")
@@ -255,31 +255,56 @@ def test_a_failure_of_one_computation_fails_that_request_alone(engine: Inference
     assert json.loads(answers[1].body)["error"]["code"] == "internal_error" and b"secret" not in answers[1].body
 
 
-def test_a_resized_image_has_no_verdict(engine: InferenceEngine) -> None:
+def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) -> None:
+    exact = InferenceEngine(with_calibrations(PRETRAINED, tmp_path / "exact", lambda both: Calibrations(both.exact)),
+                            device="cpu", operations=["score"])
     large = np.tile(np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 3))
-    (answer,) = Service("score", engine).answer([as_json(images=[file(large)], resize="fit")])
+    (answer,) = Service("score", exact).answer([as_json(images=[file(large)], resize="fit")])
     (result,) = json.loads(answer.body)["results"]
     assert result["p_value"] is result["ood"] is result["ood_score"] is None and "resized" in result["notes"][0]
     assert "no verdict" in result["notes"][1] and "explain" not in result
+    assert result["decision"] == "no_verdict" and result["decision_reason"].startswith("resized_not_calibrated: ")
+    assert list(result)[-3:] == ["notes", "decision", "decision_reason"]
 
 
-def test_a_calibration_on_resized_images_judges_resized_images(tmp_path: Path, real_images: np.ndarray) -> None:
+def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) -> None:
+    """In one batch: the same pixels, of the model's size and after resizing, before different calibrations."""
     from export.calibrate import calibrate_bundle
 
-    large = [base64.b64decode(file(np.repeat(np.repeat(image, 2, 0), 2, 1))) for image in real_images[:70]]
+    larger = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in real_images[200:]]
     told: list[str] = []
-    calibrate_bundle(PRETRAINED, tmp_path / "out", [*large[:35], b"junk"], large[35:], "large", "fit", told.append)
-    assert any("left out 1 images: image 35: not an image" in line for line in told)
+    made = calibrate_bundle(PRETRAINED, tmp_path / "out", [*real_images[:60], *larger[:30], b"junk"],
+                            [*real_images[60:160], *larger[30:]], "mixed", told.append)
+    assert made.exact is not None and made.resized is not None
+    assert len(made.exact.scores) == 100 and len(made.resized.scores) == 170
+    about = json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration"]
+    assert about["images"] == 100 and about["resized"]["images"] == 170 and about["resized"]["resized_and_back"] == 160
+    assert any("left out 1 images: image 90: not an image" in line for line in told)
     engine = InferenceEngine(tmp_path / "out", device="cpu", operations=["score"])
-    (answer,) = Service("score", engine).answer([as_json(images=[base64.b64encode(large[0]).decode()], resize="fit")])
-    (result,) = json.loads(answer.body)["results"]
-    assert 0 < result["p_value"] <= 1
-    assert [note.split()[0] for note in result["notes"]] == ["resized", "nothing"]  # 35 images allow no alpha of 0.01
+    images = np.stack([real_images[0]] * 3)
+    exact, resized, again = engine.score(images, seeds=[0, 5, 0], resized=[False, True, False])
+    assert exact.verdict == again.verdict != resized.verdict and resized.verdict is not None
+    assert resized.verdict.explain != exact.verdict.explain
+    picture = file(np.repeat(np.repeat(real_images[0], 2, 0), 2, 1))
+    (answer,) = Service("score", engine).answer([as_json(images=[file(real_images[0]), picture], resize="fit", alpha=0.05)])
+    first, second = json.loads(answer.body)["results"]
+    assert first["p_value"] == exact.verdict.p_value and second["decision"] in ("accept", "reject")
+    assert "notes" not in first and [note.split()[0] for note in second["notes"]] == ["resized"]
     with pytest.raises(CalibrationError, match="exists"):
-        calibrate_bundle(PRETRAINED, tmp_path / "out", large, large, "large", "fit")
-    with pytest.raises(CalibrationError, match="none of 35 images could be used: image 0: images must be 32 x 32"):
-        calibrate_bundle(PRETRAINED, tmp_path / "other", large[:35], large[35:], "large")
+        calibrate_bundle(PRETRAINED, tmp_path / "out", larger, larger, "larger")
+    with pytest.raises(CalibrationError, match="fitting: none of 2 images could be used: image 0: not an image"):
+        calibrate_bundle(PRETRAINED, tmp_path / "other", [b"junk", b""], larger, "junk")
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".other*"))
+
+
+def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(real_images: np.ndarray) -> None:
+    from export.calibrate import resize_and_back
+
+    made = np.stack([resize_and_back(image) for image in real_images[:20]])
+    assert made.dtype == np.uint8 and np.array_equal(made[7], resize_and_back(real_images[7]))
+    difference = np.abs(made.astype(float) - real_images[:20]).mean((1, 2, 3))
+    assert (0 < difference).all() and difference.max() < 16
+    assert resize_and_back(real_images[0][:, :, :1]).shape == (32, 32, 1)
 
 
 def test_why_an_image_is_strange(engine: InferenceEngine, real_images: np.ndarray) -> None:
@@ -328,8 +353,9 @@ def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> No
     least, less = Service("score", engine).answer([as_json(images=[noise], alpha=alpha) for alpha in (
         smallest, smallest / 2)])
     (reached,), (missed,) = json.loads(least.body)["results"], json.loads(less.body)["results"]
-    assert reached["ood"] is True and "notes" not in reached
-    assert missed["ood"] is False
+    assert reached["ood"] is True and "notes" not in reached and reached["decision"] == "reject"
+    assert missed["ood"] is False and missed["decision"] == "no_verdict"
+    assert missed["decision_reason"].startswith("alpha_too_small: alpha 0.000166611 takes 6,001 calibration images or more")
     assert missed["notes"][0].startswith("nothing can be flagged at alpha 0.000166611: 3000 images")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,9 +16,12 @@ import pytest
 from PIL import Image
 
 from ade_cli.main import main
+from export.corruptions import CORRUPTIONS, SUBTLE
+from fitting.pipeline import _caught
 from fitting.plan import Plan, PlanError, make_plan, read_budget
-from fitting.survey import choose_image_size, picture_sizes, survey
-from serving.bundle import verify_bundle
+from fitting.report import Caught, Findings, false_alarms, weaknesses, write_report
+from fitting.survey import Survey, choose_image_size, picture_sizes, survey
+from serving.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine import InferenceEngine
 from tests.conftest import ROOT, make_folder
 from training.datasets.folder import image_files, load_files, load_folder
@@ -129,6 +133,37 @@ def test_a_folder_may_be_called_like_a_data_set(tmp_path: Path, small_images: np
     assert main(["fit", "cifar10", "--out", "cifar10/fit"]) == 2 and "must lie outside" in capsys.readouterr().err
 
 
+def test_the_report_says_first_what_the_gate_is_worth(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+    """Few calibration images, few epochs and corruptions that pass are named; false alarms as expected are no praise."""
+    bundle = open_bundle(tiny_bundle)
+    engine = InferenceEngine(bundle, device="cpu")
+    held_out = small_images[:40]
+    caught = _caught(engine, held_out)
+    assert {c.corruption for c in caught} == {*CORRUPTIONS, *SUBTLE}
+    by_name = {c.corruption: c.rejected for c in caught}
+    assert by_name["uniform noise"][0] > 0.5 and all(a >= b >= c for a, b, c in by_name.values())
+    found = Survey(300, {"8 x 8": 300}, [], [], [], {"train": 1000, "select": 40, "calibrate": 80, "test": 40}, [])
+    plan = make_plan("/images", "images", 8, 20, False)
+    alarms = false_alarms(list((np.arange(40) + 0.5) / 40), bundle)
+    findings = Findings(plan, found, bundle, held_out, held_out, held_out, 40, alarms, 0, [], 40,
+                        [*caught, Caught("nothing at all", True, (0.4, 0.3, 0.0))])
+    said = " ".join(weaknesses(findings))
+    assert "seen each training image 0.0 times" in said and "150 images calibrated the verdict" in said
+    assert "only 30% of corrupted images are rejected: nothing at all" in said
+    evaluated = Bundle(bundle.folder, {**bundle.manifest, "evaluation": {"elbo": {"bpd": 3.0, "standard_error": 0.1}}})
+    write_report(dataclasses.replace(findings, bundle=evaluated), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.index("Do not rely on this gate yet") < page.index("uniform noise") < page.index("<h2>Use it")
+    assert "holds" not in page and "as expected" in page
+    manifest = {**evaluated.manifest, "training": {"images_seen": 1000, "started_from": {"images_seen": 2500}},
+                "calibration": {**bundle.manifest["calibration"], "images": 1000}}
+    good = dataclasses.replace(findings, bundle=Bundle(bundle.folder, manifest),
+                               caught=[Caught("flat", True, (1.0, 0.95, 0.5))])
+    assert weaknesses(good) == []
+    write_report(good, tmp_path / "report.html")
+    assert "No weakness was found" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_images: np.ndarray) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])
@@ -148,12 +183,15 @@ def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_i
     assert "704 image files" in done.stderr and f"serve it: ade serve {out / 'bundle'}" in done.stdout
     bundle = verify_bundle(out / "bundle")
     assert bundle.name == "my-images" and bundle.image_shape == (32, 32, 3)
-    assert bundle.manifest["calibration"]["resize"] == "fit" and bundle.manifest["evaluation"]["elbo"]["bpd"] < 20
+    calibration = bundle.manifest["calibration"]
+    assert calibration["images"] > 40 and calibration["resized"]["resized_and_back"] > 60
+    assert bundle.manifest["evaluation"]["elbo"]["bpd"] < 20
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     scores = InferenceEngine(bundle, device="cpu").score(noise)
     assert np.mean([score.verdict.p_value for score in scores]) < 0.1
     page = (out / "report.html").read_text()
-    for words in ("False alarms", "broken.png", "caf\\udce9.png", "The most unusual", "data:image/png;base64,",
+    for words in ("Do not rely on this gate yet", "JPEG, quality 10",
+                  "False alarms", "broken.png", "caf\\udce9.png", "The most unusual", "data:image/png;base64,",
                   "bits per dimension"):
         assert words in page
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from serving.ood import (
     FARTHEST,
     Calibration,
     CalibrationError,
+    Calibrations,
     NormalScores,
     benjamini_hochberg,
     conformal_p_values,
@@ -167,16 +169,33 @@ def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    fitted = calibration()
+    """Of a calibration for each path, of one alone, and of one for both."""
+    exact, resized, either = (calibration(seed) for seed in range(3))
+    either = dataclasses.replace(either, resize="fit")
     path = tmp_path / "calibration.npz"
-    path.write_bytes(fitted.to_bytes())
-    again = Calibration.load(path)
     some = draw(np.random.default_rng(3), 5)
-    assert again.verdicts(some, [0.1] * 5) == fitted.verdicts(some, [0.1] * 5)
-    assert again.resize is None and again.summary() == fitted.summary()
+    for kept in (Calibrations(exact, resized), Calibrations(exact, None), Calibrations(either, either)):
+        path.write_bytes(kept.to_bytes())
+        again = Calibrations.load(path)
+        for before, after in ((kept.exact, again.exact), (kept.resized, again.resized)):
+            assert (before is None) == (after is None)
+            if before is not None and after is not None:
+                assert after.verdicts(some, [0.1] * 5) == before.verdicts(some, [0.1] * 5)
+                assert after.resize == before.resize and after.summary() == before.summary()
     path.write_bytes(b"not an archive")
     with pytest.raises(CalibrationError, match="is no calibration"):
-        Calibration.load(path)
+        Calibrations.load(path)
+
+
+def test_a_file_as_versions_before_wrote_it(tmp_path: Path) -> None:
+    """One calibration, at the top: for resized images too if it says so."""
+    path = tmp_path / "calibration.npz"
+    for resize in (None, "fit"):
+        old = dataclasses.replace(calibration(), resize=resize)
+        np.savez_compressed(path, **old.arrays())
+        again = Calibrations.load(path)
+        assert again.exact is not None and again.of(False) is again.exact
+        assert again.of(True) is (again.exact if resize else None)
 
 
 @pytest.mark.parametrize("fit, cal, message", [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from export.calibrate import statistics_of
@@ -15,6 +16,7 @@ from export.detector import fit_calibration
 from export.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.engine import InferenceEngine
 from serving.ood import conformal_p_values
+from serving.requests import InputImage, prepare_image
 from tests.conftest import PRETRAINED, ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -36,6 +38,21 @@ def test_spoilt_images_are_found_among_a_few(engine: InferenceEngine, real_image
     for name, corrupt in CORRUPTIONS.items():
         strange = scores_of(engine.calibration, engine.statistics(corrupt(real_images[:40], np.random.default_rng(0))))
         assert compare_scores(usual[COMBINED], strange[COMBINED]).auroc > 0.985, name
+
+
+def test_resized_images_have_a_verdict_of_their_own(engine: InferenceEngine, real_images: np.ndarray) -> None:
+    """Of the shipped bundle, on pictures that were enlarged by what its calibration did not draw."""
+    def resized(images: np.ndarray) -> np.ndarray:
+        larger = (np.asarray(Image.fromarray(image).resize((75, 75), Image.Resampling.HAMMING)) for image in images)
+        made = [prepare_image(image, (32, 32, 3), True, 0) for image in larger]
+        return np.stack([image.pixels for image in made if isinstance(image, InputImage)])
+
+    usual = engine.score(resized(real_images[:150]), resized=[True] * 150)
+    p_values = np.array([score.verdict.p_value for score in usual])
+    assert (p_values <= 0.1).mean() < 0.1 + 4 * math.sqrt(0.09 / 150) and np.median(p_values) > 0.3
+    for name in ("constant", "uniform noise", "permuted pixels"):
+        strange = resized(CORRUPTIONS[name](real_images[:20], np.random.default_rng(0)))
+        assert np.mean([score.verdict.p_value <= 0.05 for score in engine.score(strange, resized=[True] * 20)]) > 0.9, name
 
 
 @pytest.mark.slow

@@ -40,21 +40,21 @@ def values(telemetry: Telemetry) -> dict[tuple, float]:
 def test_a_histogram_of_increments() -> None:
     telemetry = started()
     assert telemetry.collect() == []
-    telemetry.observe_scores([(score(3.7), True), (score(3.9), True), (score(50.0), True)])
+    telemetry.observe_scores([score(3.7), score(3.9), score(50.0)])
     found = values(telemetry)
     assert found[BPD.bucket, "4"] == 2 and found[BPD.bucket, "+Inf"] == found[BPD.count,] == 3
     assert found[BPD.bucket, "3.5"] == 0 and found[BPD.sum,] == pytest.approx(57.6)
     assert telemetry.collect() == []
-    telemetry.observe_scores([(score(3.7), True)])
+    telemetry.observe_scores([score(3.7)])
     again = values(telemetry)
     assert again[BPD.count,] == again[BPD.bucket, "4"] == 1 and again[DRIFT_IMAGES,] == 4
 
 
 def test_images_without_a_verdict_are_no_drift() -> None:
     telemetry = started()
-    telemetry.observe_scores([(score(4.0, None), True), (score(4.0), False)])
+    telemetry.observe_scores([score(4.0, None)])
     assert {m.metric for m in telemetry.collect()} == {BPD.bucket, BPD.sum, BPD.count}
-    telemetry.observe_scores([(score(4.0, 1e-4), True)])
+    telemetry.observe_scores([score(4.0, 1e-4)])
     assert values(telemetry)[DRIFT_STRANGE,] == pytest.approx(3.72 - 0.5, abs=0.01)
 
 

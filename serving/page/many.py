@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 from serving.client import AdeError
+from serving.decision import fdr_note
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
 from serving.ood import benjamini_hochberg, simes
 from serving.page.files import write_file
+from serving.page.score import verdict_word
 from serving.page.served import Served, Shared, ask, read, resize_input, sentence
 from serving.tables import safe_cell
 
@@ -28,6 +30,7 @@ MOST = 2000
 MOST_ENTRIES = 10_000  # of a zip, other files than images too
 ENTRY_MARK = b"PK\x01\x02"  # each entry of a zip's directory begins with it
 MOST_BYTES = 256 * 2**20  # unpacked
+ALPHA = 0.01  # of each image by itself
 COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 THUMBNAIL = 48  # pixels a side at most
 
@@ -116,7 +119,10 @@ def add_tab(shared: Shared) -> None:
         p_values = [results[i].p_value for i in judged]
         found = dict(zip(judged, benjamini_hochberg(p_values, fdr), strict=True)) if judged else {}
         rows = [_row(name, result, found.get(i)) for i, (name, result) in enumerate(zip(names, results, strict=True))]
-        said = _said(len(rows), p_values, found.values(), fdr)
+        calibrations = served.calibrations[model]
+        calibrated = [len(judge.scores) for judge in (calibrations.exact, calibrations.resized) if judge is not None]
+        alone = sum(results[i].decision == "reject" and not is_found for i, is_found in found.items())
+        said = _said(len(rows), p_values, sum(found.values()), alone, fdr, min(calibrated, default=0))
         shown = [[picture, *row] for picture, row in zip(pictures, rows, strict=True)]
         return said, shown, gr.DownloadButton(value=write_file(_csv(rows), "scores.csv"), interactive=True)
 
@@ -138,13 +144,30 @@ def add_tab(shared: Shared) -> None:
     go.click(score_many, [shared.model, files, folder, fdr, resize], [said, table, download], api_name="score_many")
 
 
-def _said(count: int, p_values: list[float], found: Collection[bool], fdr: float) -> str:
-    """What is to be reported of ``count`` files, in words, given the p-values of those that got a verdict."""
+def _said(count: int, p_values: list[float], found: int, alone: int, fdr: float, calibrated: int) -> str:
+    """What is to be reported of ``count`` files, in words.
+
+    Args:
+        count: of files.
+        p_values: of those that got a verdict.
+        found: discoveries at ``fdr``.
+        alone: further images that are rejected each by itself.
+        fdr: false discovery rate.
+        calibrated: calibration images.
+    """
     rest = f"{count - len(p_values)} of {count} got no verdict: their notes say why." if len(p_values) < count else ""
     if not p_values:
         return f"**No verdict on any of {count} images.** The notes say why."
-    said = (f"**{sum(found)} of {len(p_values)} images are unlike the training images**; of those, a share of at most "
-            f"{fdr:g} is expected to be false (Benjamini and Hochberg).")
+    said = f"**{found + alone} of {len(p_values)} images are unlike the training images**"
+    if alone:
+        said += (f": {found} at a false discovery rate of {fdr:g} (Benjamini and Hochberg), and {alone} more each at a "
+                 f"false-alarm rate of {ALPHA:g}, where about {ALPHA * len(p_values):.1f} of {len(p_values)} usual images "
+                 "are rejected.")
+    else:
+        said += f"; of those, a share of at most {fdr:g} is expected to be false (Benjamini and Hochberg)."
+    note = fdr_note(calibrated, len(p_values), fdr)
+    if note is not None and not found:
+        said += f" {note[:1].upper()}{note[1:]}."
     if len(p_values) > 1:
         said += f" All together: p = {simes(p_values):.3g} (Simes)."
     return f"{said} {rest}"
@@ -154,7 +177,7 @@ def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> lis
     """Of one request; where no image of it could be used, each one's own error."""
     client = served.clients[model]
     try:
-        return client.score(batch, explain=False, resize=resize)
+        return client.score(batch, alpha=ALPHA, explain=False, resize=resize)
     except httpx.TransportError as error:
         ask(_raise, error)
     except AdeError as error:
@@ -172,7 +195,7 @@ def _raise(error: Exception) -> None:
 def _row(name: str, result: Any, is_found: bool | None) -> list[Any]:
     if isinstance(result, AdeError):
         return [name, None, None, "could not be scored", sentence(result)]
-    verdict = "no verdict" if is_found is None else "unlike the training images" if is_found else "usual"
+    verdict = "unlike the training images" if is_found else verdict_word(result)
     return [name, round(result.bpd, 4), result.p_value and round(result.p_value, 6), verdict, "; ".join(result.notes)]
 
 

@@ -24,7 +24,7 @@ def add_tab(shared: Shared) -> None:
         """The image as the model sees it, its reconstruction and their difference as PNG files, how near they are, and
         the bits by level."""
         data, client, bundle = read(image), served.clients[model], served.bundles[model]
-        seen = as_seen(data, bundle, resize)
+        seen = as_seen(data, bundle, resize).pixels
         if levels < len(bundle.latent_shapes):
             eps = ask(client.encode, [data], resize=resize, eps=True).eps
             made = ask(client.sample_with, coarsest(eps, int(levels)), kind=kind)[0]

@@ -10,8 +10,9 @@ from PIL import Image
 
 from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import ScoreResult
+from serving.decision import decide
 from serving.images import write_png
-from serving.ood import Calibration
+from serving.ood import Calibrations
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import Shared, as_seen, ask, examples, read, resize_input, usable
 
@@ -34,20 +35,25 @@ def add_tab(shared: Shared) -> None:
     served, image = shared.served, shared.inbox.score
 
     def score(model: str, image: str, samples: float, alpha: float, resize: bool) -> tuple[
-            str, str, str, tuple[str, str] | None, str, ScoreResult]:
+            str, str, str, tuple[str, str] | None, str, tuple[ScoreResult, bool]]:
         """The verdict in words, the parts, the place in the reference histogram, the heat map and the reasons."""
         data = read(image)
         (result,) = ask(served.clients[model].score, [data], samples=int(samples), alpha=alpha, resize=resize, map=True)
         usable(result)
-        calibration = served.calibrations.get(model)
+        seen = as_seen(data, served.bundles[model], resize)
+        calibration = served.calibrations[model].of(seen.resized)
         place = "" if calibration is None else PLACE + histogram_chart(calibration.bpd, result.bpd)
-        heat = over(as_seen(data, served.bundles[model], resize), result.heat_map) if result.heat_map else None
+        heat = over(seen.pixels, result.heat_map) if result.heat_map else None
         why = explain_table(result.explain[:REASONS]) if result.explain else ""
-        return verdict_text(result, alpha, calibration), parts_chart(result.bpd_parts, result.bpd), place, heat, why, result
+        text = verdict_text(result, alpha, served.calibrations[model], seen.resized)
+        return text, parts_chart(result.bpd_parts, result.bpd), place, heat, why, (result, seen.resized)
 
-    def judge(model: str, result: ScoreResult | None, alpha: float) -> str:
+    def judge(model: str, scored: tuple[ScoreResult, bool] | None, alpha: float) -> str:
         """The verdict at another alpha: the p-value stays."""
-        return "" if result is None else verdict_text(result, alpha, served.calibrations.get(model))
+        if scored is None:
+            return ""
+        result, resized = scored
+        return verdict_text(result, alpha, served.calibrations[model], resized)
 
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -74,20 +80,21 @@ def add_tab(shared: Shared) -> None:
 
 
 def verdict_word(result: ScoreResult) -> str:
-    return "no verdict" if result.ood is None else "unlike the training images" if result.ood else "usual"
+    return {"accept": "usual", "reject": "unlike the training images"}.get(result.decision, "no verdict")
 
 
-def verdict_text(result: ScoreResult, alpha: float, calibration: Calibration | None) -> str:
+def verdict_text(result: ScoreResult, alpha: float, calibrations: Calibrations, resized: bool) -> str:
     """A sentence, and the notes."""
     error = f" ± {result.standard_error:.3f}" if result.standard_error is not None else ""
     head = f"{result.bpd:.3f}{error} bits per dimension. "
-    too_small = None if calibration is None else calibration.too_small(alpha)
     notes = [note for note in result.notes if not note.startswith("nothing can be flagged")]  # at the alpha of the request
+    decision = decide(result.p_value, calibrations, resized, alpha)
     if result.p_value is None:
         verdict = "No verdict."
-    elif too_small is not None:
-        verdict, notes = f"No verdict at this alpha (p = {result.p_value:.3f}).", [*notes, too_small]
-    elif result.p_value <= alpha:
+    elif decision.reason is not None:
+        verdict = f"No verdict at this alpha (p = {result.p_value:.3f})."
+        notes = [*notes, decision.reason.partition(": ")[2]]
+    elif decision.choice == "reject":
         verdict = f"Unlike the training images (p = {result.p_value:.4f} ≤ {alpha:g})."
     else:
         verdict = f"Not unusual (p = {result.p_value:.3f})."

@@ -18,9 +18,9 @@ from serving.bundle import CALIBRATION_NAME, Bundle
 from serving.client import AdeClient, AdeError
 from serving.errors import ApiError
 from serving.images import file_size
-from serving.ood import Calibration
+from serving.ood import Calibrations
 from serving.page.files import FileRefused, read_file
-from serving.requests import prepare_image
+from serving.requests import InputImage, prepare_image
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 KINDS = [("mean: f⁻¹(μ(z)), the cleaner pictures", "mean"),
@@ -41,8 +41,8 @@ class Served:
         self.bundles = {bundle.name: bundle for bundle in bundles}
         self.clients = {bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
                         for i, bundle in enumerate(bundles)}
-        self.calibrations = {bundle.name: Calibration.load(bundle.file(CALIBRATION_NAME))
-                             for bundle in bundles if bundle.has(CALIBRATION_NAME)}
+        self.calibrations = {bundle.name: Calibrations.load(bundle.file(CALIBRATION_NAME)) if bundle.has(CALIBRATION_NAME)
+                             else Calibrations() for bundle in bundles}
 
     @property
     def first(self) -> str:
@@ -133,16 +133,16 @@ def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
 
 def resize_input(served: Served) -> gr.Checkbox:
     """Ticked where a verdict was calibrated for images that were resized: those of its user are of many sizes."""
-    ticked = any(calibration.resize == "fit" for calibration in served.calibrations.values())
+    ticked = any(calibrations.resized is not None for calibrations in served.calibrations.values())
     return gr.Checkbox(ticked, label="Resize other sizes to fit")
 
 
-def as_seen(data: bytes, bundle: Bundle, resize: bool) -> np.ndarray:
-    """What a model sees of a file, uint8 ``(H, W, C)``."""
+def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
+    """What a model sees of a file."""
     image = prepare_image(data, bundle.image_shape, resize, 0)
     if isinstance(image, ApiError):
         raise gr.Error(sentence(image))
-    return image.pixels
+    return image
 
 
 def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:

@@ -1,0 +1,113 @@
+"""The gate in the caller's own process: decisions on images, without a server and without PyTorch.
+
+    from serving.gate import Gate
+
+    gate = Gate("fits/images/bundle", alpha=0.01)
+    if gate.check("some.png")[0].accepted:
+        ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from serving.bundle import BundleError, open_bundle
+from serving.client import ImageLike, image_file
+from serving.decision import NOT_SCORED, Choice, decide
+from serving.engine import InferenceEngine, NotFinite, Score
+from serving.errors import ApiError
+from serving.requests import InputImage, prepare_image
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with one image.
+
+    Attributes:
+        decision: ``accept``, ``reject`` or ``no_verdict``.
+        p_value: ``None`` without a verdict.
+        bpd: bits per dimension; ``None`` where the image could not be scored, which is an error.
+        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is one.
+    """
+
+    decision: Choice
+    p_value: float | None = None
+    bpd: float | None = None
+    reason: str | None = None
+
+    @property
+    def accepted(self) -> bool:
+        return self.decision == "accept"
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the image could not be scored at all."""
+        return self.bpd is None
+
+
+class Gate:
+    """Decides on images by a bundle; may be used by several threads at once.
+
+    Images of another size than the model's are resized, and judged by the calibration for that.
+
+    Args:
+        bundle: its folder.
+        alpha: false-alarm rate.
+
+    Raises:
+        BundleError: the bundle is not whole, or has no ``score``.
+        CalibrationError: its calibration cannot be read.
+        ValueError: alpha is not above 0 and below 1.
+    """
+
+    def __init__(self, bundle: Path | str, alpha: float = 0.01) -> None:
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must be above 0 and below 1, got {alpha}")
+        opened = open_bundle(Path(bundle))
+        if "score" not in opened.operations:
+            raise BundleError(f"{bundle} has no score: it was trained without an inference network")
+        self.alpha = alpha
+        self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
+
+    def check(self, images: ImageLike | Sequence[ImageLike]) -> list[Decision]:
+        """A decision for each image; one that cannot be used has ``no_verdict`` and is an error.
+
+        Args:
+            images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a sequence of these, or uint8
+                ``(N, H, W, C)``.
+
+        Raises:
+            ValueError: an array is not of uint8 or not of that shape.
+        """
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+            images = [images]
+        elif isinstance(images, np.ndarray) and images.ndim == 3:
+            images = images[None]
+        prepared = [self._prepare(image) for image in images]
+        usable = [image for image in prepared if isinstance(image, InputImage)]
+        scores = iter(self._engine.score(np.stack([image.pixels for image in usable]),
+                                         resized=[image.resized for image in usable]) if usable else [])
+        return [self._decide(image, next(scores) if isinstance(image, InputImage) else None) for image in prepared]
+
+    def _prepare(self, image: ImageLike) -> InputImage | ApiError:
+        try:
+            return prepare_image(image_file(image), self._engine.image_shape, True, 0)
+        except OSError as error:
+            return ApiError(404, "unreadable", error.strerror or str(error))
+        except MemoryError:
+            return ApiError(413, "too_large", "there is no memory to decode it")
+
+    def _decide(self, image: InputImage | ApiError, score: Score | NotFinite | None) -> Decision:
+        if isinstance(image, ApiError):
+            return Decision("no_verdict", reason=f"{NOT_SCORED}: {image.message}")
+        if not isinstance(score, Score):
+            return Decision("no_verdict", reason=f"{NOT_SCORED}: {score}")
+        p_value = None if score.verdict is None else score.verdict.p_value
+        found = decide(p_value, self._engine.calibrations, image.resized, self.alpha)
+        return Decision(found.choice, p_value, score.bpd, found.reason)

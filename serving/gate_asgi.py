@@ -1,0 +1,161 @@
+"""The gate before a classifier's own service: ASGI middleware that lets requests through whose images are accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect, Request
+
+from serving.gate import Decision, Gate
+
+logger = logging.getLogger(__name__)
+Action = Literal["reject", "flag"]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # carry no image
+MAX_BODY_BYTES = 16 * 2**20
+
+
+class GateMiddleware:
+    """Checks the images of each request, and passes it on, byte for byte, with ``request.state.gate``: the decisions.
+
+    An image is the body (``Content-Type: image/…``) or a file of a form. Requests other than GET, HEAD and OPTIONS that
+    carry no image, and web sockets, are refused, so that nothing reaches the app unchecked. A request whose image is an
+    error (not an image, not scored) is refused whatever the options are; so is everything while the gate fails or takes
+    too long.
+
+    Args:
+        app: the classifier's.
+        gate: decides.
+        on_reject: ``reject`` answers 422; ``flag`` passes the request on, and the app has to look at the decisions.
+        on_no_verdict: the same where there is no verdict.
+        timeout_s: for the decisions on one request, waiting included; then the answer is 503.
+        threads: that decide.
+        waiting: requests at most that wait or are decided on; further ones are answered 503 at once.
+
+    Raises:
+        ValueError: an option is not one of its values.
+    """
+
+    def __init__(self, app: App, gate: Gate, on_reject: Action = "reject", on_no_verdict: Action = "reject",
+                 timeout_s: float = 10.0, threads: int = 1, waiting: int = 32) -> None:
+        for name, action in (("on_reject", on_reject), ("on_no_verdict", on_no_verdict)):
+            if action not in ("reject", "flag"):
+                raise ValueError(f"{name} must be reject or flag, got {action!r}")
+        self._app = app
+        self._gate = gate
+        self._flagged = {"accept", *(choice for choice, action in (("reject", on_reject), ("no_verdict", on_no_verdict))
+                                     if action == "flag")}
+        self._timeout_s = timeout_s
+        self._pool = ThreadPoolExecutor(threads, "gate")
+        self._room = waiting
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await _read(Request(scope, receive))
+            images = await _images(scope, body)
+        except ClientDisconnect:
+            return
+        except _Refused as refused:
+            await _answer(send, refused.status, refused.code, str(refused))
+            return
+        if not self._room:
+            await _answer(send, 503, "gate_busy", "too many requests wait for the gate: try again later")
+            return
+        try:
+            decisions = await self._check(images)
+        except Exception:  # fails closed: whatever went wrong, the image was not accepted
+            logger.exception("the gate failed")
+            await _answer(send, 503, "gate_unavailable", "the gate could not decide: try again later")
+            return
+        if any(d.is_error or d.decision not in self._flagged for d in decisions):
+            await _answer(send, 422, "not_accepted", "the gate did not accept the image", decisions)
+            return
+        scope.setdefault("state", {})["gate"] = decisions
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _check(self, images: list[bytes]) -> list[Decision]:
+        """The gate's decisions; a thread that takes too long keeps its place until it is done."""
+        self._room -= 1
+        work = asyncio.get_running_loop().run_in_executor(self._pool, self._gate.check, images)
+        work.add_done_callback(self._done)
+        decisions = await asyncio.wait_for(asyncio.shield(work), self._timeout_s)
+        if len(decisions) != len(images):
+            raise RuntimeError(f"{len(images)} images, {len(decisions)} decisions")
+        return decisions
+
+    def _done(self, work: asyncio.Future[list[Decision]]) -> None:
+        self._room += 1
+        if not work.cancelled():
+            work.exception()  # was told to whoever waited, if anybody still did
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+async def _read(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise _Refused(413, "request_too_large", f"a request may have {MAX_BODY_BYTES} bytes")
+    return bytes(body)
+
+
+async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
+    """The files that a request carries, at least one."""
+    request = Request(scope, _replay(body))
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind.startswith("image/"):
+        return [body]
+    if kind == "multipart/form-data":
+        try:
+            async with request.form() as form:
+                files = [await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        except Exception as error:  # Starlette raises its own kinds and the parser's
+            raise _Refused(400, "malformed_request", "the form cannot be taken apart") from error
+        if files:
+            return files
+    raise _Refused(415, "no_image", "send an image as the body (Content-Type: image/...) or as a file of a form")
+
+
+def _replay(body: bytes, after: Receive | None = None) -> Receive:
+    """The body once more; then whatever comes after it, such as a disconnection."""
+    told = False
+
+    async def receive() -> Message:
+        nonlocal told
+        if told and after is not None:
+            return await after()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+async def _answer(send: Send, status: int, code: str, message: str, decisions: list[Decision] | None = None) -> None:
+    error: dict[str, Any] = {"code": code, "message": message}
+    if decisions is not None:
+        error["decisions"] = [dataclasses.asdict(decision) for decision in decisions]
+    headers = [(b"content-type", b"application/json"), *([(b"retry-after", b"1")] if status == 503 else [])]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})

@@ -1,0 +1,210 @@
+"""The gate in process, and the middleware that puts it before a classifier: nothing passes that was not accepted."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+from PIL import Image
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from serving.bundle import BundleError
+from serving.gate import Decision, Gate
+from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
+from serving.images import write_png
+from serving.ood import Calibrations
+from tests.conftest import PRETRAINED, ROOT, with_calibrations
+
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+CAT = ROOT / "serving" / "examples" / "cat.png"
+PNG = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def gate() -> Gate:
+    return Gate(PRETRAINED, alpha=0.01)
+
+
+@pytest.fixture(scope="module")
+def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """No calibration for resized images."""
+    out = tmp_path_factory.mktemp("bundles") / "exact"
+    return Gate(with_calibrations(PRETRAINED, out, lambda both: Calibrations(both.exact)))
+
+
+def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:
+    pixels = np.asarray(Image.open(CAT).convert("RGB"))
+    expected = gate.check(CAT)
+    assert [d.decision for d in expected] == ["accept"] and expected[0].accepted and expected[0].p_value > 0.9
+    for same in (str(CAT), CAT.read_bytes(), Image.open(CAT), pixels, [CAT], pixels[None], (pixels,)):
+        assert gate.check(same) == expected
+    larger = NOISE.repeat(3, 0).repeat(3, 1)
+    found = gate.check([CAT, b"no image", NOISE, ROOT / "nowhere.png", larger])
+    assert [d.decision for d in found] == ["accept", "no_verdict", "reject", "no_verdict", "reject"]
+    assert [d.accepted for d in found] == [True, False, False, False, False]
+    assert [d.is_error for d in found] == [False, True, False, True, False]
+    assert found[1].reason.startswith("not_scored: not an image") and found[3].reason.startswith("not_scored: No such file")
+    assert found[0] == expected[0] and gate.check([]) == []
+    with pytest.raises(ValueError, match="uint8"):
+        gate.check(NOISE.astype(np.float32))
+
+
+def test_without_a_verdict_nothing_is_accepted(exact_only: Gate, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    (resized,) = exact_only.check(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))
+    assert not resized.accepted and resized.reason.startswith("resized_not_calibrated: ") and resized.bpd > 0
+    (floor,) = Gate(PRETRAINED, alpha=0.0001).check(CAT)
+    assert not floor.accepted and floor.reason.startswith("alpha_too_small: alpha 0.0001 takes 9,999 ")
+    whole = gate._engine.backend.run
+    monkeypatch.setattr(gate._engine.backend, "run", lambda *given: {
+        name: np.full_like(values, np.nan) for name, values in whole(*given).items()})
+    (bad,) = gate.check(CAT)
+    assert not bad.accepted and bad.is_error and bad.reason.startswith("not_scored: the model's likelihood")
+    with pytest.raises(ValueError, match="alpha"):
+        Gate(PRETRAINED, alpha=0.0)
+    with pytest.raises(BundleError, match="is no bundle"):
+        Gate(ROOT / "docs")
+
+
+def test_it_needs_no_torch() -> None:
+    script = ("import sys\n"
+              "for name in ('torch', 'gradio', 'training', 'export', 'ade_model'):\n"
+              "    sys.modules[name] = None\n"
+              "from serving.gate import Gate\n"
+              "print(Gate('pretrained/cifar10').check('serving/examples/cat.png')[0].decision)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "accept\n", done.stderr
+
+
+def app_behind(gate: Any, **options: Any) -> tuple[TestClient, list[list[Decision]]]:
+    """A classifier that notes what reached it."""
+    app = FastAPI()
+    app.add_middleware(GateMiddleware, gate=gate, **options)
+    reached: list[list[Decision]] = []
+
+    @app.post("/classify")
+    async def classify(request: Request) -> dict[str, Any]:
+        reached.append(request.state.gate)
+        if request.headers["content-type"].startswith("multipart"):
+            async with request.form() as form:
+                return {"bytes": [len(await value.read()) for _, value in form.multi_items()]}
+        return {"bytes": [len(await request.body())]}
+
+    @app.get("/health")
+    def health() -> str:
+        return "ok"
+
+    @app.websocket("/stream")
+    async def stream(socket: WebSocket) -> None:
+        await socket.accept()
+
+    return TestClient(app), reached
+
+
+def test_an_accepted_image_reaches_the_classifier_as_it_was_sent(gate: Gate) -> None:
+    client, reached = app_behind(gate)
+    cat = CAT.read_bytes()
+    assert client.post("/classify", content=cat, headers=PNG).json() == {"bytes": [len(cat)]}
+    both = [("a", ("cat.png", cat)), ("b", ("cat.png", cat))]
+    assert client.post("/classify", files=both).json() == {"bytes": [len(cat)] * 2}
+    assert [[d.decision for d in decisions] for decisions in reached] == [["accept"], ["accept", "accept"]]
+    assert client.get("/health").json() == "ok"
+
+
+def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Gate) -> None:
+    cat, noise = CAT.read_bytes(), write_png(NOISE)
+    client, reached = app_behind(gate)
+    for content, headers, status, code in (
+            (noise, PNG, 422, "not_accepted"), (write_png(NOISE.repeat(2, 0).repeat(2, 1)), PNG, 422, "not_accepted"),
+            (b"no image", PNG, 422, "not_accepted"), (b"", PNG, 422, "not_accepted"),
+            (b"{}", {"Content-Type": "application/json"}, 415, "no_image"), (cat, {}, 415, "no_image"),
+            (b"junk", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "malformed_request"),
+            (b"0" * (MAX_BODY_BYTES + 1), PNG, 413, "request_too_large")):
+        answer = client.post("/classify", content=content, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    mixed = client.post("/classify", files=[("a", ("a.png", cat)), ("b", ("b.png", noise))])
+    assert mixed.status_code == 422 and [d["decision"] for d in mixed.json()["error"]["decisions"]] == ["accept", "reject"]
+    assert client.post("/classify", data={"image": "text"}, files={}).status_code == 415
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/stream"):
+        pass
+    larger = write_png(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))
+    unsure, reached_unsure = app_behind(exact_only)
+    answer = unsure.post("/classify", content=larger, headers=PNG)
+    assert answer.status_code == 422 and "resized_not_calibrated" in answer.text
+    assert reached == reached_unsure == []
+
+
+def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> None:
+    larger = write_png(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))
+    client, reached = app_behind(exact_only, on_no_verdict="flag")
+    assert client.post("/classify", content=larger, headers=PNG).status_code == 200
+    assert client.post("/classify", content=write_png(NOISE), headers=PNG).status_code == 422
+    assert client.post("/classify", content=b"no image", headers=PNG).status_code == 422
+    assert [[d.accepted for d in decisions] for decisions in reached] == [[False]]
+    client, reached = app_behind(exact_only, on_reject="flag")
+    assert client.post("/classify", content=write_png(NOISE), headers=PNG).status_code == 200
+    assert client.post("/classify", content=larger, headers=PNG).status_code == 422
+    assert reached[0][0].decision == "reject"
+    with pytest.raises(ValueError, match="on_no_verdict must be reject or flag, got 'accept'"):
+        GateMiddleware(FastAPI(), exact_only, on_no_verdict="accept")  # type: ignore[arg-type]
+
+
+def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
+    """As documented: 503, and the next request is answered as soon as the gate is well again."""
+    free = threading.Event()
+
+    class Slow:
+        def check(self, images: list[bytes]) -> list[Decision]:
+            free.wait(30)
+            return gate.check(images)
+
+    class Broken:
+        def check(self, images: list[bytes]) -> list[Decision]:
+            raise RuntimeError("a secret")
+
+    class Silent:
+        def check(self, images: list[bytes]) -> list[Decision]:
+            return []
+
+    for broken in (Broken(), Silent()):
+        client, reached = app_behind(broken)
+        answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "gate_unavailable")
+        assert "secret" not in answer.text and reached == []
+    client, reached = app_behind(Slow(), timeout_s=0.2, waiting=1)
+    with client:  # one event loop for all requests
+        codes = [client.post("/classify", content=CAT.read_bytes(), headers=PNG).json()["error"]["code"] for _ in range(2)]
+        assert codes == ["gate_unavailable", "gate_busy"] and reached == []
+        free.set()
+        for _ in range(100):
+            answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
+            if answer.status_code == 200:
+                break
+        assert reached[0][0].accepted
+
+
+def test_the_documented_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """An ID image is classified, an OOD image is not; and when the gate dies, nothing is."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
+    service, in_process = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(service, "service.py", "exec"), names)
+    client = TestClient(names["app"])
+    answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
+    assert answer.status_code == 200 and answer.json()["label"] in ("blue", "red") and answer.json()["p_value"] > 0.9
+    answer = client.post("/classify", content=write_png(NOISE), headers=PNG)
+    assert answer.status_code == 422 and answer.json()["error"]["decisions"][0]["decision"] == "reject"
+    monkeypatch.setattr(Gate, "check", lambda self, images: 1 / 0)
+    answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "gate_unavailable"
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    exec(compile(in_process, "gate.py", "exec"), {})
+    assert capsys.readouterr().out.startswith("True accept 0.98")
