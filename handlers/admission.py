@@ -7,14 +7,12 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from handlers.archives import MAX_BATCH, RESPONSE_TIMEOUT_S
 from handlers.torchserve import MAX_REQUEST_BYTES, QUEUE_SIZE
 from serving.errors import ApiError
 from serving.guard import Receive, Scope, header_values
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -187,35 +185,13 @@ def _too_large(limits: Limits) -> ApiError:
     return ApiError(413, "request_too_large", f"a request may have {limits.body_bytes} bytes")
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of work that is cancelled if the client hangs up; the request's body has been read.
-
-    Raises:
-        ClientGone: it did.
-    """
-    worker, watcher = asyncio.create_task(work), asyncio.create_task(hang_up(receive))
-    try:
-        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
-            raise ClientGone
-        return worker.result()
-    finally:
-        worker.cancel()
-        watcher.cancel()
-
-
-async def hang_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 class Lane:
     """Lets a bounded number of one model's requests go to the model server; the others wait here for their turn.
 
-    What the model server has taken it computes, even if its client has gone: what waits here can still be dropped. So no
-    more should be there than keeps the workers busy with full batches. Their number and what a request costs differ by a
-    thousand, therefore the bound follows the time that answers take: by Little's law it is what gives ``latency_s`` at the
-    present throughput, and it grows by one with each faster answer while requests wait.
+    What the model server has taken it computes, even if its client has gone; it holds its turn until then. What waits here
+    can still be dropped. So no more should be there than keeps the workers busy with full batches. Their number and what a
+    request costs differ by a thousand, therefore the bound follows the time that answers take: by Little's law it is what
+    gives ``latency_s`` at the present throughput, and it grows by one with each faster answer while requests wait.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -225,14 +201,18 @@ class Lane:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def turn(self, receive: Receive) -> AsyncIterator[None]:
         """Wait for the turn, and hold it.
+
+        Args:
+            receive: of the request, whose body has been read.
 
         Raises:
             ApiError: 503, too many wait or it took too long.
+            ClientGone: the client hung up before.
         """
         if self._waiting or self._num_in_flight >= self._bound:
-            await self._wait()
+            await _unless_gone(self._wait(), receive)
         else:
             self._num_in_flight += 1
         num_sent, started = self._num_in_flight, asyncio.get_running_loop().time()
@@ -273,3 +253,22 @@ class Lane:
             if not turn.done():
                 self._num_in_flight += 1
                 turn.set_result(None)
+
+
+async def _unless_gone(wait: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Wait for something, but not if the client hangs up."""
+    waiter, watcher = asyncio.create_task(wait), asyncio.create_task(hang_up(receive))
+    try:
+        await asyncio.wait((waiter, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not waiter.done():
+            raise ClientGone
+        waiter.result()
+    finally:
+        waiter.cancel()
+        watcher.cancel()
+
+
+async def hang_up(receive: Receive) -> None:
+    """Wait until the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -37,6 +37,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
+        self.transport.set_write_buffer_limits(high=0)  # so that the time to read runs for every byte that is left
         if len(self.connections) > self._limits.connections:
             self._refuse(ApiError(503, "overloaded", "too many connections: try again later"))
         else:

@@ -26,7 +26,7 @@ import aiohttp
 import uvicorn
 import uvloop
 
-from handlers.admission import ClientGone, Lane, Limits, Memory, hang_up, read_body, unless_gone
+from handlers.admission import ClientGone, Lane, Limits, Memory, hang_up, read_body
 from handlers.connections import BoundedProtocol
 from serving.client import FORM_ERRORS, WORKER_DIED
 from serving.errors import ApiError
@@ -163,7 +163,11 @@ class Front:
                 await refuse(error, scope, receive, send)
                 return
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            answer = await unless_gone(self._ask(server, method, path, headers, body, lane), receive)
+            try:
+                async with lane.turn(receive) if lane else contextlib.nullcontext():
+                    answer = await self._ask(server, method, path, headers, body)
+            except ApiError as error:
+                answer = Answer.of_error(error)
             del body
             share.hold(len(answer.body))
             try:
@@ -181,22 +185,23 @@ class Front:
                 headers[PROBE_HEADER] = "1"
         return headers
 
-    async def _ask(self, server: aiohttp.ClientSession, method: str, path: str, headers: dict[str, str], body: bytearray,
-                   lane: Lane | None) -> Answer:
-        """The model server's answer, or the reason why there is none."""
+    async def _ask(self, server: aiohttp.ClientSession, method: str, path: str, headers: dict[str, str],
+                   body: bytearray) -> Answer:
+        """The model server's answer.
+
+        Raises:
+            ApiError: there is none.
+        """
         try:
-            async with lane.turn() if lane else contextlib.nullcontext():
-                async with server.request(method, path, headers=headers, data=body or None) as response:
-                    answer = Answer(response.status, _passing_headers(response), await response.read())
-        except ApiError as error:
-            return Answer.of_error(error)
+            async with server.request(method, path, headers=headers, data=body or None) as response:
+                answer = Answer(response.status, _passing_headers(response), await response.read())
         except TimeoutError:
-            return Answer.of_error(ApiError(503, "unavailable", "the model server did not answer in time"))
+            raise ApiError(503, "unavailable", "the model server did not answer in time") from None
         except (aiohttp.ClientError, OSError) as error:
             if self._was_reached:  # one line, not one for each request
                 logger.warning("the model server cannot be reached: %s", error)
             self._was_reached = False
-            return Answer.of_error(ApiError(503, "unavailable", "the model server cannot be reached: try again later"))
+            raise ApiError(503, "unavailable", "the model server cannot be reached: try again later") from None
         self._was_reached = True
         return _translated(answer)
 

@@ -46,7 +46,6 @@ class Upstream:
         self.path = path
         self.seen: list[dict[str, Any]] = []
         self.num_waiting = 0  # requests that wait for :meth:`release`
-        self.num_cancelled = 0
         self._loop = asyncio.new_event_loop()
         self._gate = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -99,9 +98,6 @@ class Upstream:
             self.num_waiting += 1
             try:
                 await self._gate.wait()
-            except asyncio.CancelledError:
-                self.num_cancelled += 1
-                raise
             finally:
                 self.num_waiting -= 1
         return web.json_response(what, headers=headers)
