@@ -287,6 +287,58 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     assert rows["inside/0.png"]["bpd"] == rows["0.png"]["bpd"]
 
 
+HOSTILE = "<img src=x onerror=window.ran=1>"
+
+
+def test_a_folder_with_other_files_and_hostile_names(browser: Browser, service: RunningService, tmp_path: Path) -> None:
+    """Other files of a folder are left out; no name or text is run as HTML, neither in the table nor in an error."""
+    folder = tmp_path / "folder"
+    (folder / "inside").mkdir(parents=True)
+    shutil.copy(EXAMPLE, folder / "cat.png")
+    shutil.copy(EXAMPLE, folder / "inside" / "again.png")
+    (folder / "notes.txt").write_text("no image")
+    with zipfile.ZipFile(tmp_path / "names.zip", "w") as archive:
+        archive.write(EXAMPLE, f"{HOSTILE}.png")
+    with zipfile.ZipFile(tmp_path / "large.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{HOSTILE}.png", bytes(17 * 2**20))
+    text = PngImagePlugin.PngInfo()
+    for key in ("seed", "index", "n", "temperature"):
+        text.add_text(f"ade:{key}", "1")
+    text.add_text("ade:kind", f"{HOSTILE}<img src=http://elsewhere.example/a.png>![a](http://elsewhere.example/b.png)")
+    Image.open(EXAMPLE).save(tmp_path / "kind.png", pnginfo=text)
+    with opened(browser, service.page) as page:
+        show(page, "Score many")
+        panel = panel_of(page)
+        panel.locator("input[type=file]").nth(1).set_input_files(folder)
+        panel.locator("input[type=file]").first.set_input_files(tmp_path / "names.zip")
+        expect(panel.get_by_role("row", name="names.zip")).to_be_visible()
+        page.get_by_role("button", name="Score all").click()
+        expect(panel.get_by_text("of 3 images are unlike")).to_be_visible()
+        expect(panel.get_by_role("gridcell", name=f"{HOSTILE}.png").first).to_be_visible()
+        panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
+        panel.locator("input[type=file]").first.set_input_files(tmp_path / "large.zip")
+        expect(panel.get_by_role("row", name="large.zip")).to_be_visible()
+        page.get_by_role("button", name="Score all").click()
+        expect(page.get_by_text(f"{HOSTILE}.png in large.zip is too large").first).to_be_visible()
+        show(page, "Reproduce")
+        panel_of(page).locator("input[type=file]").first.set_input_files(tmp_path / "kind.png")
+        expect(panel_of(page).get_by_role("row", name="kind.png")).to_be_visible()
+        page.get_by_role("button", name="Make it again").click()
+        expect(page.get_by_text(f"got '{HOSTILE}").first).to_be_visible()
+        page.wait_for_timeout(1000)
+        assert page.evaluate("window.ran") is None
+
+
+def test_an_example_is_chosen(browser: Browser, service: RunningService) -> None:
+    with opened(browser, service.page) as page:
+        show(page, "Score")
+        panel = panel_of(page)
+        panel.get_by_role("button").filter(has=page.locator("img")).first.click()
+        expect(panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first).to_be_visible()
+        page.get_by_role("button", name="Score", exact=True).click()
+        expect(panel.get_by_text("bits per dimension.")).to_be_visible()
+
+
 def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
     with AdeClient(service.url) as client:
         data, _ = client.sample_png(4, seed=11, kind="density")
@@ -375,6 +427,15 @@ def test_old_files_go(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (0, 0))
     sweep(tmp_path, {"example"})
     assert {path.name for path in tmp_path.iterdir()} == {"example", "new"}
+
+
+def test_the_oldest_files_go_when_all_take_too_much(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "picture.png").write_bytes(bytes(2**20))
+        os.utime(tmp_path / f"{i}", (time.time() - 100 + i,) * 2)
+    sweep(tmp_path, {"0"}, max_bytes=5 * 2**19)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "2", "3"}
 
 
 def test_every_function_has_a_stable_name(page: Page, service: RunningService) -> None:

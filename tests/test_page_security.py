@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -30,9 +31,9 @@ from fastapi.testclient import TestClient
 from serving.bundle import open_bundle
 from serving.page import app as page_app
 from serving.page import many, uploads
-from serving.page.app import make_app
-from serving.page.files import FileRefused, read_file, write_file
-from serving.page.gate import is_open
+from serving.page.app import MAX_SESSIONS, gradio_of, make_app
+from serving.page.files import KEPT_S, FileRefused, read_file, write_file
+from serving.page.gate import MAX_UNREAD, route_of
 from serving.page.many import _csv, batches, contents
 from serving.page.uploads import Quota, UploadRefused, safe_name
 from serving.tables import safe_cell
@@ -278,9 +279,9 @@ def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
             assert client.request(method, f"/gradio_api/{path}").status_code == 404, path
     for path in ("/monitoring", "/monitoring/summary", "/monitoring/key", "/?deep_link=a", "/config?deep_link=a", "/docs",
-                 "/pwa_icon", "/robots.txt"):
+                 "/logout", "/pwa_icon", "/robots.txt"):
         assert client.get(path).status_code == 404, path
-    assert not is_open("GET", "/gradio_api/upload") and is_open("HEAD", "/")
+    assert route_of("GET", "/gradio_api/upload") is None and route_of("HEAD", "/") == "/"
 
 
 def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
@@ -327,6 +328,57 @@ def test_an_internal_error_says_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert "RuntimeError at test_page_security.py" in said
     for text in (answer, said):
         assert SECRET not in text and str(tmp_path) not in text and "Traceback" not in text
+
+
+def test_sessions_that_are_remembered_are_bounded(inbox: Path) -> None:
+    """Each takes 0.2 MB before it holds anything."""
+    app = make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)
+    holder = gradio_of(app).state_holder
+    for i in range(MAX_SESSIONS + 5):
+        holder[f"session-{i}"]
+    assert len(holder.session_data) == MAX_SESSIONS
+    states = [block for block in gradio_of(app).get_blocks().blocks.values() if isinstance(block, gr.State)]
+    assert states and all(state.time_to_live == KEPT_S for state in states)
+
+
+def test_answers_that_nobody_reads_do_not_pile_up(page: RunningPage) -> None:
+    """Gradio keeps them without a bound: 35 kB an event."""
+    client = page.client()
+    about = next(f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "about")["id"]
+    body = {"fn_index": about, "data": ["cifar10-av-ade"], "session_hash": secrets.token_hex(8)}
+    answers = [client.post("/gradio_api/queue/join", json=body).status_code for _ in range(3 * MAX_UNREAD)]
+    assert answers.count(200) <= MAX_UNREAD and 429 in answers
+    assert call(client, about, ["cifar10-av-ade"])[0], "another session goes on"
+
+
+def test_bodies_are_bounded(page: RunningPage) -> None:
+    client = page.client()
+    for path in ("/gradio_api/queue/join", "/gradio_api/call/score", "/gradio_api/run/predict", "/login"):
+        assert client.post(path, content=bytes(3 * 2**20)).status_code == 413, path
+    port = int(page.url.rpartition(":")[2])
+    before = set((page.inbox / "uploads").iterdir())
+    head = (b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            b"Cookie: " + "; ".join(f"{c.name}={c.value}" for c in client.cookies.jar).encode() + b"\r\n"
+            b"Content-Length: 2000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", port)) as sender:
+        sender.sendall(head + bytes(1_000_000))
+        deadline = time.monotonic() + 10
+        while set((page.inbox / "uploads").iterdir()) == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert set((page.inbox / "uploads").iterdir()) != before, "it is under way"
+    while set((page.inbox / "uploads").iterdir()) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert set((page.inbox / "uploads").iterdir()) == before, "what its sender gave up is gone"
+
+
+def test_a_client_does_not_fill_the_log(page: RunningPage) -> None:
+    client = page.client()
+    before = len(page.output.read_text().splitlines())
+    for i in range(20):
+        client.post("/gradio_api/call/v2/no%0asuch", json={})
+        client.get(f"/gradio_api/call/no/such{i}")
+    lines = page.output.read_text().splitlines()[before:]
+    assert len(lines) <= 4 and "such" not in "".join(lines), lines
 
 
 def upload(client: httpx.Client, *files: tuple[str, bytes]) -> httpx.Response:
@@ -435,9 +487,9 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path, monkeypatch: pytest.Monkey
             list(contents([str(path)]))
         return str(error.value.message)
 
-    bomb = lying_zip(inbox / "bomb.zip", "<b>large.png", 255 * 2**20, 255 * 2**20)
+    bomb = lying_zip(inbox / "bomb.zip", "large.png", 255 * 2**20, 255 * 2**20)
     assert bomb.stat().st_size < 300_000
-    assert "&lt;b&gt;large.png in bomb.zip is too large: an image file may have 16 MiB" in refused(bomb)
+    assert "large.png in bomb.zip is too large: an image file may have 16 MiB" in refused(bomb)
     lie = lying_zip(inbox / "lie.zip", "a.png", 255 * 2**20, 1000)
     with contextlib.suppress(gr.Error):
         assert sum(len(data) for _, data in contents([str(lie)])) <= 1000

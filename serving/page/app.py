@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import tempfile
 import threading
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ from serving.images import MAX_FILE_BYTES
 from serving.openapi import openapi_document
 from serving.page import about, compare, explore, many, reconstruct, reproduce, sample, score
 from serving.page.files import UPLOADS, inbox
-from serving.page.gate import UPLOAD, Gate, summary
+from serving.page.gate import UPLOAD, Gate, report
 from serving.page.served import Served, Shared, make_inbox
 from serving.page.sweep import start_sweeping
 from serving.page.uploads import Quota, receive
 from serving.ports import USER
-
-logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 64  # events
 MAX_SESSIONS = 200  # whose state is in memory, the last used ones
@@ -67,9 +65,10 @@ class PageBlocks(gr.Blocks):
             return await super().process_api(*args, **options)
         except gr.Error as error:
             error.print_exception = False  # it is for the client
+            error.message = escape(str(error.message), quote=False)  # the page shows it as HTML; it may quote a file
             raise
         except Exception as error:
-            logger.error("an event failed: %s", summary(error))
+            report("an event failed", error)
             raise gr.Error("Something went wrong in the page. Its log says where.", print_exception=False) from None
 
 
@@ -130,15 +129,22 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME, auth=None if token is None else (USER, token),
                         show_error=False, max_file_size=MAX_FILE_BYTES, run_history=False, enable_monitoring=False,
                         footer_links=["api"])
-    gradio = next(route.app for route in app.routes if isinstance(route, Mount))
+    gradio = gradio_of(app)
     # Gradio checks which files a request may name only of what was launched, and mounting is none to it.
     blocks.has_launched = True
     return app
 
 
+def gradio_of(app: FastAPI) -> Any:
+    """Return the application of Gradio that is mounted in the page's."""
+    return next(route.app for route in app.routes if isinstance(route, Mount))
+
+
 def make_server(url: str, bundles: list[Bundle], token: str | None, allowed_hosts: list[str]) -> ASGIApp:
     """The application as it is exposed; its login, not the guard, asks for the token."""
-    return Guard(Gate(make_app(url, bundles, token)), allowed_hosts)
+    app = make_app(url, bundles, token)
+    waiting = gradio_of(app).get_blocks()._queue.pending_event_ids_session
+    return Guard(Gate(app, lambda session: len(waiting.get(session, ()))), allowed_hosts)
 
 
 def main() -> None:

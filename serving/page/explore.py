@@ -14,7 +14,7 @@ from serving.client import AdeClient
 from serving.images import tile, write_png
 from serving.latents import between, coarsest, exchanged, with_level
 from serving.noise import MAX_SEED, NoiseStream, sample_key
-from serving.page.files import write_file
+from serving.page.files import KEPT_S, write_file
 from serving.page.served import Shared, ask, image_output, made_here, read, read_seed, resize_input, seed_input
 from serving.parameters import MAX_TEMPERATURE
 
@@ -125,7 +125,7 @@ def add_tab(shared: Shared) -> None:
         look = gr.Button("Show its levels", variant="primary")
     coarse = image_output("From its coarsest level alone, from two, … from all", height=200)
     varied = image_output("This level of other samples, its own other levels", height=160)
-    frames = gr.State()
+    frames = gr.State(time_to_live=KEPT_S)
     go.click(explore, [model, shared.inbox.first, shared.inbox.last, steps, resize],
              [place, frame, animated, strip, exchange, frames], api_name="explore")
     place.change(lambda at, paths: paths[min(int(at), len(paths) - 1)] if paths else None, [place, frames], frame,

@@ -12,6 +12,7 @@ from gradio.utils import get_upload_folder
 from serving.images import MAX_FILE_BYTES
 
 UPLOADS = "uploads"  # the folder in :func:`inbox` of what the page was given
+KEPT_S = 3600.0  # what was given, made or remembered
 
 
 class FileRefused(ValueError):

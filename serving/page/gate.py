@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
@@ -19,8 +22,9 @@ logger = logging.getLogger(__name__)
 FILE = "/gradio_api/file="
 UPLOAD = "/gradio_api/upload"
 # Paths, and with a slash or an equals sign at the end what paths begin with. Gradio has many more: proxies, streams,
-# recordings, deep links, monitoring, functions of components, tokens as JSON, … The page uses none of them.
-GET = ("/", "/config", "/config/", "/login_check", "/logout", "/readyz", "/openapi.json", "/theme.css", "/favicon.ico",
+# recordings, deep links, monitoring, functions of components, tokens as JSON, a logout of everybody by a link, …: the page
+# uses none of them.
+GET = ("/", "/config", "/config/", "/login_check", "/readyz", "/openapi.json", "/theme.css", "/favicon.ico",
        "/manifest.json", "/assets/", "/static/", "/svelte/", FILE, "/gradio_api/app_id", "/gradio_api/call/",
        "/gradio_api/heartbeat/", "/gradio_api/info", "/gradio_api/login_check", "/gradio_api/queue/data",
        "/gradio_api/startup-events", "/gradio_api/theme.css")
@@ -28,12 +32,14 @@ POST = ("/login", "/login/", UPLOAD, "/gradio_api/call/", "/gradio_api/cancel", 
         "/gradio_api/reset", "/gradio_api/run/")
 ALLOWED = {"GET": GET, "HEAD": GET, "POST": POST}
 STALL_S = 30.0
-MAX_BODY = 4 * 2**20  # of all but an upload: 2,000 files are named in less
+MAX_UNREAD = 64  # as many as may wait to be computed
+MAX_BODY = 2 * 2**20  # of all but an upload: 2,000 files are named in less; 4 MiB of empty objects took 208 MB
 
 
-def is_open(method: str, path: str) -> bool:
-    """Whether the page uses an address."""
-    return any(path == one or (one != "/" and one[-1] in "/=" and path.startswith(one)) for one in ALLOWED.get(method, ()))
+def route_of(method: str, path: str) -> str | None:
+    """Find the entry of :data:`ALLOWED` that an address belongs to; ``None`` if the page does not use it."""
+    return next((one for one in ALLOWED.get(method, ())
+                 if path == one or (one != "/" and one[-1] in "/=" and path.startswith(one))), None)
 
 
 def paths_in(value: Any) -> Iterator[str]:
@@ -55,14 +61,30 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__} at {' < '.join(reversed(places[-6:]))}"
 
 
+_reported: dict[str, float] = {}  # lines of the log, and when they were last written
+
+
+def report(what: str, error: BaseException) -> None:
+    """Log an error, one of a kind each minute: a client must not fill the log."""
+    line = f"{what}: {summary(error)}"
+    if time.monotonic() - _reported.get(line, -math.inf) > 60:
+        _reported[line] = time.monotonic()
+        logger.error(line)
+
+
 class Gate:
     """ASGI middleware that lets through what the page uses.
 
     Every path of a file in a request is checked here, before Gradio sees it: it must lie in the page's own folder.
+
+    Args:
+        app: Gradio's, and what is beside it.
+        unread: how many answers a session has asked for and not taken; Gradio keeps them without a bound.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, unread: Callable[[str], int]) -> None:
         self.app = app
+        self.unread = unread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -72,6 +94,7 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
+        route = route_of(method, path)
         started = False
 
         async def forward(message: Message) -> None:
@@ -80,9 +103,9 @@ class Gate:
             await send(message)
 
         try:
-            if not is_open(method, path) or b"deep_link" in scope["query_string"]:
+            if route is None or b"deep_link" in scope["query_string"]:
                 return await PlainTextResponse("Not found", 404)(scope, receive, send)
-            if path.startswith(FILE):
+            if route == FILE:
                 own_path(path.removeprefix(FILE))
             if method == "POST" and path != UPLOAD:
                 async with asyncio.timeout(STALL_S):
@@ -90,8 +113,12 @@ class Gate:
                 if body is None:
                     return await PlainTextResponse(f"At most {MAX_BODY >> 20} MiB.", 413)(scope, receive, send)
                 if not path.startswith("/login"):
-                    for named in paths_in(orjson.loads(body)):
+                    value = orjson.loads(body)
+                    for named in paths_in(value):
                         own_path(named)
+                    session = value.get("session_hash") if isinstance(value, dict) else None
+                    if isinstance(session, str) and self.unread(session) >= MAX_UNREAD:
+                        return await PlainTextResponse(f"{MAX_UNREAD} answers wait to be read.", 429)(scope, receive, send)
                 receive = _replay(body, receive)
             await self.app(scope, receive, forward)
         except FileRefused as error:
@@ -101,9 +128,12 @@ class Gate:
         except TimeoutError:
             await PlainTextResponse(f"The body did not come within {STALL_S:.0f} s.", 408)(scope, receive, send)
         except Exception as error:
-            logger.error("%s %s: %s", method, path if not path.startswith(FILE) else FILE, summary(error))
+            report(f"{method} {route}", error)
             if not started:
                 await PlainTextResponse("Internal error", 500)(scope, receive, send)
+            else:
+                with contextlib.suppress(Exception):  # shorter than it said: the connection is closed
+                    await send({"type": "http.response.body", "body": b""})
 
 
 async def _body(receive: Receive) -> bytes | None:

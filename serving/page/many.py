@@ -7,7 +7,6 @@ import csv
 import io
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
     """Unpack the images of a zip file, each up to :data:`MAX_FILE_BYTES`; what is no image, a zip too, is left alone."""
-    zipped, shown = read(path), escape(Path(path).name)
+    zipped, shown = read(path), Path(path).name
     # Before the directory of entries is read, which takes a hundred times the memory.
     if zipped.count(ENTRY_MARK) > MOST_ENTRIES:
         raise gr.Error(f"{shown} holds more than {MOST_ENTRIES} files.")
@@ -62,7 +61,7 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
             for info in archive.infolist():
                 if Path(info.filename).suffix.lower() not in IMAGE_SUFFIXES:
                     continue
-                entry = f"{escape(info.filename[:200])} in {shown}"
+                entry = f"{info.filename[:200]} in {shown}"
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     # Python unpacks these without a bound, whatever size is declared.
                     raise gr.Error(f"{entry} is packed by another method than deflate: pack it anew.")

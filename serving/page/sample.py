@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from serving.images import untile, write_png
-from serving.page.files import write_file
-from serving.page.served import KINDS, Shared, ask, read_seed, seed_input
+from serving.page.files import KEPT_S, write_file
+from serving.page.served import KINDS, Shared, ask, read, read_seed, seed_input
 
 MAX_GRID = 64
 HISTORY = 24  # grids of a session that are remembered
@@ -66,7 +66,7 @@ def add_tab(shared: Shared) -> None:
 
     def remember(history: list[Any], grid: str) -> tuple[list[Any], list[tuple[str, str]]]:
         """The session's grids, the latest first, each once; their own text says how they were made."""
-        with Image.open(grid) as picture:
+        with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
             text = {str(key): str(value) for key, value in picture.info.items()}
         settings = (text["ade:model"].split("@")[0], int(text["ade:n"]), int(text["ade:seed"]),
                     float(text["ade:temperature"]), text["ade:kind"])
@@ -94,7 +94,7 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=300):
             gallery = gr.Gallery(label="Samples", show_label=False, type="filepath", format="png", interactive=False,
                                  allow_preview=False, columns=4, elem_classes="ade-pixels ade-grid", buttons=[])
-            picked = gr.State()
+            picked = gr.State(time_to_live=KEPT_S)
             gr.Markdown("Click a sample, then hand it on:")
             with gr.Row():
                 targets = [("Explore from it", "Explore", inbox.first), ("Explore to it", "Explore", inbox.last),
@@ -107,7 +107,7 @@ def add_tab(shared: Shared) -> None:
                 png = gr.DownloadButton("Download PNG (its text holds the seed)", interactive=False, size="sm")
                 npz = gr.DownloadButton("Download npz", interactive=False, size="sm")
     with gr.Accordion("Samples of this session: click one to have it again", open=False):
-        history = gr.State([])
+        history = gr.State([], time_to_live=KEPT_S)
         past = gr.Gallery(label="Samples of this session", show_label=False, type="filepath", format="png",
                           interactive=False, allow_preview=False, columns=6, fit_columns=False,
                           elem_classes="ade-pixels ade-grid", buttons=[])

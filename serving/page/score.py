@@ -12,7 +12,7 @@ from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import ScoreResult
 from serving.images import write_png
 from serving.ood import Calibration
-from serving.page.files import write_file
+from serving.page.files import KEPT_S, write_file
 from serving.page.served import Shared, as_seen, ask, examples, read, resize_input, usable
 
 PLACE = ("<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of 56 "
@@ -66,7 +66,7 @@ def add_tab(shared: Shared) -> None:
                                           interactive=False, height=280, elem_classes="ade-pixels", buttons=["fullscreen"])
                 with gr.Column(min_width=280):
                     why = gr.HTML(label="The most unusual statistics")
-    scored = gr.State()
+    scored = gr.State(time_to_live=KEPT_S)
     examples(image, served)
     go.click(score, [shared.model, image, samples, alpha, resize], [verdict, parts, place, heat, why, scored],
              api_name="score")

@@ -9,14 +9,13 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from serving.page.files import UPLOADS
+from serving.page.files import KEPT_S, UPLOADS
 
-MAX_AGE_S = 3600.0
 MAX_BYTES = 2**30  # of disk
 EVERY_S = 60.0
 
 
-def sweep(folder: Path, kept: Collection[str], max_age: float = MAX_AGE_S, max_bytes: int = MAX_BYTES) -> None:
+def sweep(folder: Path, kept: Collection[str], max_age: float = KEPT_S, max_bytes: int = MAX_BYTES) -> None:
     """Remove what lies in a folder for longer than ``max_age`` seconds, but for names that are ``kept``.
 
     If the rest takes more than ``max_bytes``, the oldest goes too.

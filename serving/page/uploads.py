@@ -19,7 +19,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
-from serving.page.files import UPLOADS, inbox
+from serving.page.files import KEPT_S, UPLOADS, inbox
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -30,7 +30,7 @@ ALL_BYTES, ALL_FILES = 2**30, 20_000
 FILES_AT_ONCE = 1000  # Gradio's frontend sends so many in a request
 HEADER_BYTES = 8192  # of a part
 STALL_S = 30.0  # without a byte
-KEPT_S = 3600.0
+SLOWEST = 64 * 2**10  # bytes a second, all in all: who sends holds room
 
 
 class UploadRefused(Exception):
@@ -237,9 +237,10 @@ async def _parse(request: Request, receiver: _Receiver) -> None:
     stream = request.stream()
     try:
         parser = MultipartParser(options[b"boundary"], receiver.callbacks())
-        while chunk := await asyncio.wait_for(anext(stream), STALL_S):  # the last one is empty
-            parser.write(chunk)
+        async with asyncio.timeout(STALL_S + _length(request) / SLOWEST):
+            while chunk := await asyncio.wait_for(anext(stream), STALL_S):  # the last one is empty
+                parser.write(chunk)
     except FormParserError:
         raise UploadRefused(400, "The upload's multipart body is damaged.") from None
     except TimeoutError:
-        raise UploadRefused(408, f"Nothing came for {STALL_S:.0f} s.") from None
+        raise UploadRefused(408, "The upload came too slowly.") from None
