@@ -145,16 +145,23 @@ def find_service(ports: Ports) -> RunFolder | None:
 
 
 def _base() -> Path:
+    """Where working folders belong.
+
+    Raises:
+        OSError: the user has no home.
+    """
     explicit = os.environ.get(VARIABLE)
     if explicit:
         return Path(explicit).absolute()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path(os.path.expanduser("~"), ".cache")).absolute() / "ade" / "run"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(cache):
+        raise FileNotFoundError(f"{cache} is not an absolute path")
+    return Path(cache, "ade", "run")
 
 
 def _new_folder() -> tuple[Path, Any]:
-    base = _base()
     try:
+        base = _base()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         with claim(base, wait=True):  # two services that start at once must not take each other's folder for abandoned
             for path in _folders():
@@ -162,21 +169,22 @@ def _new_folder() -> tuple[Path, Any]:
                     shutil.rmtree(path, ignore_errors=True)
             return _make(base)
     except OSError as error:
-        reason = error.strerror or str(error)
-    if VARIABLE in os.environ:
-        raise RunFolderError(f"{VARIABLE} must be a folder that can be written and has a short path, got {base}: {reason}")
-    print(f"no working folder below {base} ({reason}): taking one among the temporary files", file=sys.stderr, flush=True)
+        reason = str(error)
+    if os.environ.get(VARIABLE):
+        raise RunFolderError(f"{VARIABLE} must be a folder that can be written and has a short path: {reason}")
+    print(f"no working folder in the cache ({reason}): taking one among the temporary files", file=sys.stderr, flush=True)
     try:
         return _make(Path(tempfile.gettempdir()))
     except OSError as error:
-        raise RunFolderError(f"no working folder below {base} or {tempfile.gettempdir()}: {error}") from None
+        raise RunFolderError(f"no working folder in the cache or among the temporary files: {error}") from None
 
 
 def _make(base: Path) -> tuple[Path, Any]:
     path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     if len(os.fsencode(path / LONGEST_SOCKET)) > MAX_SOCKET_PATH:
         path.rmdir()
-        raise OSError(f"a path of {MAX_SOCKET_PATH - len(LONGEST_SOCKET) - len(PREFIX) - 10} bytes at most is needed")
+        most = MAX_SOCKET_PATH - len(os.fsencode(path.relative_to(base) / LONGEST_SOCKET)) - 1
+        raise OSError(f"{base} has more than {most} bytes, too many for addresses of sockets in it")
     held = open(path / LOCK, "w")
     lock(held)
     return path, held
@@ -185,9 +193,9 @@ def _make(base: Path) -> tuple[Path, Any]:
 def _folders() -> list[Path]:
     """This user's folders of services, running or not."""
     found = []
-    for base in {_base(), Path(tempfile.gettempdir())}:
+    for base in (_base, lambda: Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError):
-            found += [path for path in base.glob(f"{PREFIX}*")
+            found += [path for path in base().glob(f"{PREFIX}*")
                       if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid()]
     return sorted(found)
 

@@ -164,7 +164,7 @@ def test_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.M
                                            capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("ADE_RUN_DIR", raising=False)
     (tmp_path / "file").touch()
-    for cache in (tmp_path / "file", tmp_path / ("long" * 30)):
+    for cache in (tmp_path / "file", tmp_path / ("long" * 30), "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         with run_folder() as folder:
             assert tmp_path not in folder.path.parents and folder.path.stat().st_mode & 0o777 == 0o700
