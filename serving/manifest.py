@@ -33,6 +33,7 @@ _FIGURES[...] = Either((float, _FIGURES, None))
 _CALIBRATION: dict[str, Expected] = {
     "statistic": str, "estimator": str, "resize": _or_null(str), "components": int, "images": int, "median_bpd": float,
     "smallest_p_value": float, "fitted_to": int, "data": str, "webp": str}
+_CALIBRATION["resized"] = _or_null({**_CALIBRATION, "resized_and_back": int})
 MANIFEST: dict[str, Expected] = {
     "format_version": int, "name": str, "recipe": str, "licence": str, "image_shape": _SHAPE, "latent_shapes": [_SHAPE],
     "operations": [str], "files": {...: str}, "data": {"name": str, "splits": {...: str}},

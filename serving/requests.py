@@ -11,10 +11,8 @@ import binascii
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.message import Message
 from itertools import islice
 from typing import Any
 
@@ -39,7 +37,6 @@ MAX_JSON_ENCODINGS = 16
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
 URLENCODED = "application/x-www-form-urlencoded"
 MAX_NOISE = 1e6  # an image far from all training images has noise in the thousands
-_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
@@ -103,24 +100,6 @@ class ImagesRequest:
     images: list[InputImage | ApiError]
     parameters: dict[str, Any]
     probe: bool = False
-
-
-def multipart_boundary_is_valid(content_type: str) -> bool:
-    """Whether a form's parts can be told apart: false of a multipart type without a boundary as RFC 2046 has it.
-
-    The server fails on such a form before we see it, so that whatever stands before the server has to ask. True of every
-    other content type.
-
-    Example:
-        >>> multipart_boundary_is_valid("multipart/form-data; boundary=")
-        False
-    """
-    message = Message()
-    message["Content-Type"] = content_type
-    if message.get_content_maintype() != "multipart":
-        return True
-    boundary = message.get_param("boundary")
-    return isinstance(boundary, str) and _BOUNDARY.fullmatch(boundary) is not None
 
 
 def _is(content_type: str, *kinds: str) -> bool:

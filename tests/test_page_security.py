@@ -33,8 +33,8 @@ from serving.page import app as page_app
 from serving.page import many, uploads
 from serving.page.app import MAX_SESSIONS, gradio_of, make_app
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
-from serving.page.gate import MAX_UNREAD, route_of
 from serving.page.many import _csv, batches, contents
+from serving.page.routes import MAX_UNREAD, route_of
 from serving.page.uploads import Quota, UploadRefused, safe_name
 from serving.tables import safe_cell
 from tests.conftest import PRETRAINED, ROOT

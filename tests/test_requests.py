@@ -21,7 +21,6 @@ from serving.requests import (
     InputImage,
     RawRequest,
     decode_images,
-    multipart_boundary_is_valid,
     parse_images,
     parse_sample,
 )
@@ -299,19 +298,6 @@ def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> No
 def test_messages_that_are_no_utf8_are_answered_too() -> None:
     answer = error_response(ApiError(422, "bad_parameter", "kind is '\ud800'"))
     assert json.loads(answer.body)["error"]["message"] == "kind is '\ud800'"
-
-
-@pytest.mark.parametrize("content_type, is_valid", [
-    ("multipart/form-data; boundary=abc", True), ("Multipart/Form-Data; charset=utf-8; Boundary=\"a b:c\"", True),
-    ("multipart/form-data; boundary=----WebKitFormBoundary7MA4YWxkTrZu0gW", True), ("application/json", True), ("", True),
-    ("image/png; boundary=", True), ("multipart/form-data; boundary=" + "a" * 70, True),
-    ("multipart/form-data", False), ("multipart/form-data; boundary", False), ("multipart/form-data; boundary=", False),
-    ("multipart/form-data; boundary=\"\"", False), ("multipart/form-data; boundary=\" \"", False),
-    ("multipart/form-data; boundary=" + "a" * 71, False), ("multipart/form-data; boundary=é", False),
-    ("multipart/form-data; boundary*=utf-8''abc", False), ("multipart/form-data; boundary=a\r\nb", False),
-])
-def test_boundaries_of_forms(content_type: str, is_valid: bool) -> None:
-    assert multipart_boundary_is_valid(content_type) == is_valid
 
 
 @pytest.mark.parametrize("operation, text, what", [

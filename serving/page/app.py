@@ -26,7 +26,7 @@ from serving.images import MAX_FILE_BYTES
 from serving.openapi import openapi_document
 from serving.page import about, compare, explore, many, reconstruct, reproduce, sample, score
 from serving.page.files import UPLOADS, inbox
-from serving.page.gate import UPLOAD, Gate, report
+from serving.page.routes import UPLOAD, OpenRoutes, report
 from serving.page.served import Served, Shared, make_inbox
 from serving.page.sweep import start_sweeping
 from serving.page.uploads import Quota, receive
@@ -144,7 +144,7 @@ def make_server(url: str, bundles: list[Bundle], token: str | None, allowed_host
     """The application as it is exposed; its login, not the guard, asks for the token."""
     app = make_app(url, bundles, token)
     waiting = gradio_of(app).get_blocks()._queue.pending_event_ids_session
-    return Guard(Gate(app, lambda session: len(waiting.get(session, ()))), allowed_hosts)
+    return Guard(OpenRoutes(app, lambda session: len(waiting.get(session, ()))), allowed_hosts)
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def report(what: str, error: BaseException) -> None:
         logger.error(line)
 
 
-class Gate:
+class OpenRoutes:
     """ASGI middleware that lets through what the page uses.
 
     Every path of a file in a request is checked here, before Gradio sees it: it must lie in the page's own folder.
