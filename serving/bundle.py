@@ -23,8 +23,7 @@ WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_REQUIRED = {"name": str, "recipe": str, "image_shape": list, "latent_shapes": list, "files": dict, "data": dict,
-             "licence": str}
+_REQUIRED = {"name": str, "recipe": str, "image_shape": list, "latent_shapes": list, "files": dict, "data": dict}
 
 
 class BundleError(ValueError):
