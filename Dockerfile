@@ -18,10 +18,7 @@ COPY fitting fitting
 COPY serving serving
 COPY handlers handlers
 COPY ade_cli ade_cli
-# PyPI's torch for Linux brings CUDA; a CPU image takes the build without it.
-RUN if [ "$DEVICE" = cpu ]; then \
-      /opt/venv/bin/pip install "torch>=2.9,<3" --index-url https://download.pytorch.org/whl/cpu; \
-    fi && /opt/venv/bin/pip install .
+RUN /opt/venv/bin/pip install ".[${DEVICE},serve]"
 
 FROM python:${PYTHON}-slim
 ARG DEVICE

@@ -1,8 +1,11 @@
-# Everything sets itself up: a virtual environment in .venv, made again when pyproject.toml changes.
+# Everything sets itself up: a virtual environment in .venv, brought up to date when pyproject.toml changes.
 PYTHON ?= python3
 VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
+# cuda where there is an NVIDIA driver, otherwise cpu.
+DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /dev/dxg),cuda,cpu)
 BIN := $(VENV)/bin
+OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 
 .PHONY: serve test test-slow check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood clean
 
@@ -19,7 +22,7 @@ check: $(VENV)/.test  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fit: $(VENV)/.test  ## a model of a folder of images, ready to be served: make fit DATA=DIR BUDGET=1h
+fit: $(VENV)/.fit  ## a model of a folder of images, ready to be served: make fit DATA=DIR BUDGET=1h
 	@test -n "$(DATA)" || { echo "make fit needs DATA=DIR, a folder of images" >&2; exit 2; }
 	$(BIN)/ade fit "$(DATA)" --budget "$(or $(BUDGET),1h)" $(if $(OUT),--out "$(OUT)")
 
@@ -44,20 +47,32 @@ bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, why it is made so:
 	$(BIN)/python -m benchmarks.ood_choice $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.drift_thresholds
 
-$(VENV)/.bench: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	@touch $@
-
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# pip install --editable .[cpu,EXTRAS], or .[cuda,EXTRAS]. The files of the two ONNX Runtime wheels overlap: to replace
+# one by the other, both have to be removed first.
+define install
+@if $(BIN)/python -m pip show --quiet $(OTHER_RUNTIME) 2>/dev/null; then \
+	$(BIN)/python -m pip uninstall --yes onnxruntime onnxruntime-gpu; fi
+$(BIN)/python -m pip install --editable ".[$(DEVICE),$(1)]"
+@touch $@
+endef
+
 $(VENV)/.serve: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
-	@touch $@
+	$(call install,serve)
+
+$(VENV)/.fit: pyproject.toml | $(BIN)/python
+	$(call install,serve$(comma)fit)
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	@touch $(VENV)/.serve $@
+	$(call install,dev)
+	@touch $(VENV)/.serve $(VENV)/.fit
+
+$(VENV)/.bench: $(VENV)/.test
+	$(call install,dev$(comma)bench)
+
+comma := ,

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, one of its checkpoints, or a bundle")
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle's folder; must not exist")
     parser.add_argument("--name", help="of the model in answers (default: DATA-RECIPE)")
+    parser.add_argument("--licence", metavar="TEXT", help="of the weights, for the manifest (default: none is stated)")
     add_data_arguments(parser, required=False)
 
 
@@ -39,5 +40,5 @@ def run(args: argparse.Namespace) -> None:
     if len(images) < 2:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
     name = args.name or plain_name(f"{dataset.name}-{config['recipe']}")
-    export_bundle(folder, args.out, name, images, evaluation_of(folder), report=say)
+    export_bundle(folder, args.out, name, images, evaluation_of(folder), report=say, licence=args.licence)
     say(f"wrote {args.out}; next: ade calibrate {args.out} OUT --data ...")

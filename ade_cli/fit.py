@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="in all, such as 20m, 2h or 1d (default: %(default)s)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS",
                         help="default: what suits most of the images, at most 64")
+    parser.add_argument("--licence", metavar="TEXT", help="of the weights, for the bundle (default: none is stated)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
     files = image_files(folder)
     side = args.image_size or (before.image_size if before else choose_image_size(picture_sizes(files)))
-    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device)), files, out, say)
+    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device), args.licence), files, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
+import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+from ade_cli.absent import import_for_help
+
+PROJECT = "av-ade"
 VERBS = {
     "fit": "turn a folder of images into a bundle that can be served, in one command",
     "recipes": "list the systems that can be trained",
@@ -26,16 +32,21 @@ VERBS = {
     "status": "say how the service on this machine is",
 }
 RESUMED = ("fit", "score", "compare")
+EXTRAS = {  # of pyproject.toml: what the packages of a verb come with; others need the runtime's alone
+    "fit": "fit", "recipes": "train", "train": "train", "evaluate": "evaluate", "compare": "evaluate", "export": "fit",
+    "calibrate": "fit", "ood-bench": "fit", "serve": "serve", "status": "serve"}
+HELP = {"-h", "--help"}
 
 
 def parse(given: list[str]) -> argparse.Namespace:
     """What a command line says; ``verb`` is the verb."""
     parser = argparse.ArgumentParser(prog="ade", description="Train, export and serve AV-ADE image models.")
+    parser.add_argument("--version", action="version", version=f"ade {metadata.version(PROJECT)}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in given[:1]:  # only the verb that runs is imported: serving needs no training packages
-            _module(name).add_arguments(verb)
+            _module(name, for_help=not HELP.isdisjoint(given)).add_arguments(verb)
     return parser.parse_args(given)
 
 
@@ -55,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except ModuleNotFoundError as error:  # of a package that only some of the verb's options need
+        _say_what_to_install(args.verb, error)
+        return 2
     except OSError as error:
         if error.filename is None:
             raise
@@ -62,15 +76,44 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _module(verb: str) -> ModuleType:
+def _module(verb: str, for_help: bool = False) -> ModuleType:
+    name = f"ade_cli.{verb.replace('-', '_')}"
     try:
-        return importlib.import_module(f"ade_cli.{verb.replace('-', '_')}")
+        return import_for_help(name) if for_help else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if (Path(__file__).parents[1] / str(error.name).partition(".")[0]).is_dir():
-            raise  # one of ours: a fault, not something to install
-        print(f"ade {verb}: {error.name} is not installed. Serving needs less than training: in the project's folder, "
-              "`make fit` installs all, and so does pip install --editable '.[train,export,evaluate]'", file=sys.stderr)
+        _say_what_to_install(verb, error)
         raise SystemExit(2) from None
+
+
+def _say_what_to_install(verb: str, error: ModuleNotFoundError) -> None:
+    """Print which package is missing and the command that installs it.
+
+    Raises:
+        ModuleNotFoundError: the module is one of ours: a fault, not something to install.
+    """
+    package = str(error.name).partition(".")[0]
+    if (Path(__file__).parents[1] / package).is_dir():
+        raise error
+    extras = [_runtime(), *([EXTRAS[verb]] if verb in EXTRAS else [])]
+    print(f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:\n"
+          f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}", file=sys.stderr)
+
+
+def _runtime() -> str:
+    """The extra whose ONNX Runtime is installed, or should be: the two exclude each other."""
+    names = {str(distribution.name).lower() for distribution in metadata.distributions()}
+    return "cuda" if "onnxruntime-gpu" in names else "cpu"
+
+
+def _requirement(extras: list[str]) -> str:
+    """This project with extras, for pip: from the folder that it was installed from, if it was."""
+    listed = f"[{','.join(extras)}]"
+    source = json.loads(metadata.distribution(PROJECT).read_text("direct_url.json") or "{}")
+    url = str(source.get("url", ""))
+    if not url.startswith("file://"):
+        return shlex.quote(PROJECT + listed)
+    editable = "--editable " if source.get("dir_info", {}).get("editable") else ""
+    return editable + shlex.quote(url.removeprefix("file://") + listed)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import secrets
@@ -35,6 +36,7 @@ PROFILE_S = 10.0
 WATCH_S = 0.5
 TOKEN_VARIABLE = "ADE_TOKEN"
 MIN_TOKEN = 32
+PACKAGES = {"onnxruntime": "onnxruntime", "torchscript": "torch"}  # that workers compute with
 SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 
 
@@ -61,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
+    if importlib.util.find_spec(PACKAGES[args.backend]) is None:  # here, not in a worker's log
+        raise ModuleNotFoundError(f"--backend {args.backend}", name=PACKAGES[args.backend])
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _stop)
     bundles = [open_bundle(folder.resolve()) for folder in args.bundles]
@@ -188,12 +192,13 @@ def _gpu_for(device: str) -> bool:
     if device == "cpu":
         return False
     found = False
-    if any(path.exists() for path in SIGNS_OF_A_GPU):  # otherwise spare the second that PyTorch takes to say no
+    # Without a driver, spare the second that PyTorch takes to say no; without PyTorch, serve on the CPU.
+    if any(path.exists() for path in SIGNS_OF_A_GPU) and importlib.util.find_spec("torch") is not None:
         import torch
 
         found = torch.cuda.is_available()
     if device == "cuda" and not found:
-        raise BackendError("--device cuda: PyTorch sees no CUDA device here")
+        raise BackendError("--device cuda: PyTorch sees no CUDA device here, or is not installed (extra cuda)")
     return found
 
 

@@ -19,15 +19,13 @@ from serving.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, check_name, open_bun
 from serving.files import new_folder
 from serving.signatures import graphs_of, inputs_of
 
-LICENCE = "MIT (weights; the training images keep their own terms)"
-
 
 class ExportError(ValueError):
     """A bundle that cannot be written as asked."""
 
 
 def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, evaluation: dict[str, Any] | None,
-                  report: Callable[[str], None] = lambda line: None) -> Path:
+                  report: Callable[[str], None] = lambda line: None, licence: str | None = None) -> Path:
     """Export a checkpoint; what is written has passed the parity test.
 
     Args:
@@ -37,6 +35,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
         images: uint8 ``(N, H, W, C)``, held-out images to test parity on; at least 40 are wanted.
         evaluation: what ``ade evaluate`` found, for the manifest.
         report: is told of progress, a line at a time.
+        licence: of the weights, for the manifest; without one it states none.
 
     Raises:
         BundleError: the name cannot be one.
@@ -77,7 +76,7 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
                          "seed": about["seed"],
                          "weights": sum(p.numel() for p in model.parameters()),
                          "flow_weights": sum(p.numel() for p in model.flow.parameters())},
-            "evaluation": evaluation, "calibration": None, "licence": LICENCE,
+            "evaluation": evaluation, "calibration": None, "licence": licence,
         }
         write_manifest(folder, fields)
         report("testing parity")

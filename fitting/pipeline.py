@@ -155,7 +155,7 @@ def _bundle(plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: 
                       "seed": 0, **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES)}
         step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
         images = np.concatenate([dataset.parts[part].images[:PARITY_IMAGES] for part in ("select", "train")])
-        export_bundle(checkpoint, exported, plan.name, images[:PARITY_IMAGES], evaluation)
+        export_bundle(checkpoint, exported, plan.name, images[:PARITY_IMAGES], evaluation, licence=plan.licence)
     if not bundle.exists():
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FOR_THE_REST = 0.2  # of the budget: reading, exporting, calibrating, the report
@@ -38,6 +38,7 @@ class Plan:
         device: ``cpu`` or ``cuda``.
         budget: minutes in all.
         stages: training runs.
+        licence: of the weights, for the bundle; another one is no other plan.
     """
 
     folder: str
@@ -47,6 +48,7 @@ class Plan:
     device: str
     budget: float
     stages: tuple[Stage, ...]
+    licence: str | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +70,8 @@ def read_budget(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def make_plan(folder: str, name: str, image_size: int, budget: float, on_gpu: bool) -> Plan:
+def make_plan(folder: str, name: str, image_size: int, budget: float, on_gpu: bool,
+              licence: str | None = None) -> Plan:
     """Decide: a gate needs the likelihood, good samples the adversary and time.
 
     Args:
@@ -77,6 +80,7 @@ def make_plan(folder: str, name: str, image_size: int, budget: float, on_gpu: bo
         image_size: pixels a side.
         budget: minutes in all.
         on_gpu: whether there is one.
+        licence: of the weights, for the bundle.
     """
     training = budget - max(LEAST_FOR_THE_REST_MIN, FOR_THE_REST * budget)
     if training <= 0:
@@ -85,4 +89,4 @@ def make_plan(folder: str, name: str, image_size: int, budget: float, on_gpu: bo
     if budget >= ADVERSARIAL_FROM_MIN or on_gpu:
         stages = (Stage("v-ade", LIKELIHOOD_SHARE * training), Stage("av-ade-pd", (1 - LIKELIHOOD_SHARE) * training))
     size = "small" if on_gpu or budget >= SMALL_FROM_MIN else "tiny"
-    return Plan(folder, name, image_size, size, "cuda" if on_gpu else "cpu", budget, stages)
+    return Plan(folder, name, image_size, size, "cuda" if on_gpu else "cpu", budget, stages, licence)

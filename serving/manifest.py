@@ -35,8 +35,8 @@ _CALIBRATION: dict[str, Expected] = {
     "smallest_p_value": float, "fitted_to": int, "data": str, "webp": str}
 _CALIBRATION["resized"] = _or_null({**_CALIBRATION, "resized_and_back": int})
 MANIFEST: dict[str, Expected] = {
-    "format_version": int, "name": str, "recipe": str, "licence": str, "image_shape": _SHAPE, "latent_shapes": [_SHAPE],
-    "operations": [str], "files": {...: str}, "data": {"name": str, "splits": {...: str}},
+    "format_version": int, "name": str, "recipe": str, "licence": _or_null(str), "image_shape": _SHAPE,
+    "latent_shapes": [_SHAPE], "operations": [str], "files": {...: str}, "data": {"name": str, "splits": {...: str}},
     "training": {"images_seen": int, "started_from": _or_null(_STARTED_FROM), "seed": int, "weights": int,
                  "flow_weights": int},
     "evaluation": _or_null({"data": str, "part": str, "split": str, "images": int, "seed": int,
@@ -44,7 +44,7 @@ MANIFEST: dict[str, Expected] = {
     "calibration": _or_null(_CALIBRATION),
     "parity": [{"graph": str, "output": str, "backend": str, "unit": str, "difference": float, "limit": float}],
 }
-REQUIRED = ("name", "recipe", "licence", "image_shape", "latent_shapes", "files", "data")
+REQUIRED = ("name", "recipe", "image_shape", "latent_shapes", "files", "data")
 
 
 def check_types(value: Any, expected: Expected, name: str) -> None:

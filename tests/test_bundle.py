@@ -22,6 +22,7 @@ from export.parity import ParityError, check_parity
 from export.write import ExportError, export_bundle
 from serving.bundle import Bundle, BundleError, open_bundle, verify_bundle
 from serving.engine import InferenceEngine
+from serving.page.about import card
 from serving.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from tests.conftest import PRETRAINED, ROOT
 
@@ -282,6 +283,14 @@ def test_archives_touch_no_temporary_file_of_others(tiny_bundle: Path, tmp_path:
     names = write_archives(open_bundle(tiny_bundle), tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1))
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(f"{name}.mar" for name in names)
     assert mine.read_text() == "mine" and list((tmp_path / "temporary").iterdir()) == [mine.parent]
+
+
+def test_a_model_has_the_licence_that_its_owner_states(tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray,
+                                                       tmp_path: Path) -> None:
+    assert open_bundle(tiny_bundle).manifest["licence"] is None
+    assert "**Licence**: not stated" in card(open_bundle(tiny_bundle), "http://x", "")
+    export_bundle(tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None, licence="CC0-1.0")
+    assert open_bundle(tmp_path / "out").manifest["licence"] == "CC0-1.0"
 
 
 def test_export_refuses_an_existing_folder(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path) -> None:

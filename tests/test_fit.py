@@ -44,6 +44,8 @@ def test_plans_fit_their_budget() -> None:
                                           (120, False, both, "tiny"), (20, True, both, "small"),
                                           (600, False, both, "small")):
         plan = make_plan("/images", "images", 32, budget, on_gpu)
+        licensed = make_plan("/images", "images", 32, budget, on_gpu, "CC0-1.0")
+        assert Plan.from_dict(licensed.to_dict()).licence == "CC0-1.0" and licensed == plan and plan.licence is None
         assert [stage.recipe for stage in plan.stages] == recipes and plan.size == size
         assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan

