@@ -55,7 +55,7 @@ class Examination:
 class ADEModel(nn.Module):
     """``p(x) = p(f(x)) |det df/dx|`` with ``p(y) = int p(y | z) p(z) dz``, a top-down VAE.
 
-    Lucas et al., "Adaptive Density Estimation for Generative Models", 2019, eq. 4 to 6.
+    Lucas et al., "Adaptive Density Estimation for Generative Models", 2019, section 4, eq. 3 and 4.
 
     Shapes: ``x``, ``y`` and ``y_eps`` are ``(N, C, H, W)``; ``z`` and ``eps`` are lists of tensors, one
     a level, of ``(N, *config.latent_shapes[i])``. All noise is standard normal. Passing

@@ -19,7 +19,7 @@ from training.datasets import load_dataset
 from training.discriminator import DiscriminatorConfig, make_discriminator
 from training.loop import RunOptions, train
 from training.losses import hinge_discriminator_loss
-from training.measure import EFFICIENTNET, MeasureOptions, Measurer
+from training.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from training.projected import ProjectedDiscriminator
 from training.recipes import TrainConfig, recipe, saw_efficientnet
 from training.runs import latest_checkpoint, start_from
@@ -123,7 +123,7 @@ def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -
 
 @pytest.mark.slow
 def test_what_it_trained_is_not_judged_by_its_features(small_images: np.ndarray, tmp_path: Path) -> None:
-    """From a V-ADE run to its own, resumed as if never cut; its distances are marked in the figures and in the report."""
+    """From a V-ADE run to its own, resumed as if never cut; its distances are marked in the figures."""
     dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
     options = RunOptions(images=16 * 4, device="cpu", precision="float32")
     train(narrow("v-ade"), dataset, tmp_path / "v-ade", options, resume=False)
@@ -139,19 +139,30 @@ def test_what_it_trained_is_not_judged_by_its_features(small_images: np.ndarray,
     start_from(run, heads)
     assert heads.discriminator is not None
 
+    how = MeasureOptions(draws=1, efficientnet=True, efficientnet_samples=30, samples=30)
+    measurer = Measurer(dataset, torch.device("cpu"), how)
+    for name, marked in (("av-ade", False), ("av-ade-pd", True)):
+        found = measurer.measure(heads.ema, {"recipe": name, "operations": ["sample", "score"]})
+        assert ("independent" in found["distances"]["mean"][EFFICIENTNET]) == marked
+
+
+def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_path: Path) -> None:
     about = {"recipe": "av-ade-pd"}
     assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av-ade", "started_from": about})
     assert not saw_efficientnet({"recipe": "av-ade", "started_from": {"recipe": "v-ade", "started_from": None}})
-    how = MeasureOptions(draws=1, efficientnet=True, efficientnet_samples=30, samples=30)
-    measurer = Measurer(dataset, torch.device("cpu"), how)
-    measured = {name: measurer.measure(heads.ema, {"recipe": name, "operations": ["sample", "score"]})
-                for name in ("av-ade", "av-ade-pd")}
-    marks = {name: found["distances"]["mean"][EFFICIENTNET].get("independent") for name, found in measured.items()}
-    assert marks["av-ade"] is None and "not independent" in marks["av-ade-pd"]
-    rows = [{"name": name, "run": None, "config": narrow(name), "data": "x", "seed": 0, "budget": {"minutes": None},
-             "state": {"images": 64, "step": 4, "seconds": 1.0}, "measured": found, "failure": None,
-             "curves": {key: [[], []] for key in ("bpd", "quality_loss", "d_loss")}} for name, found in measured.items()]
-    page = write_comparison(rows, tmp_path / "out", torch.device("cpu")).read_text()
+
+    def row(name: str, space: dict) -> dict:
+        measured = {"distances": {"mean": {EFFICIENTNET: {"samples": 9, "reference": "9 images", "frechet": 5.0,
+                                                          "kernel": {"mean": 0.1}, **space}}}}
+        return {"name": name, "run": None, "config": narrow(name), "data": "x", "seed": 0, "budget": {"minutes": None},
+                "state": {"images": 64, "step": 4, "seconds": 1.0}, "measured": measured, "failure": None,
+                "curves": {key: [[], []] for key in ("bpd", "quality_loss", "d_loss")}}
+
+    rows = [row("av-ade", {}), row("av-ade-pd", {"independent": NOT_INDEPENDENT}), row("real-nvp", {})]
+    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     marked = [line for line in page.splitlines() if "(not independent)" in line]
-    assert marked and all(line.startswith("| av-ade-pd |") for line in marked)
+    assert len(marked) == 2 and all(line.startswith("| av-ade-pd |") for line in marked)
     assert "Not independent: the model was trained against these features." in page
+    assert "it is not the published network" in page
+    page = write_comparison(rows[:1], tmp_path, torch.device("cpu")).read_text()
+    assert "ndependent" not in page and "published network" not in page

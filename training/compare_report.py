@@ -140,6 +140,9 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"{column}: {'; '.join(parts)}.")
     if any(RESNET20 in row["measured"].get("distances", {}).get("mean", {}) for row in rows if row["measured"]):
         lines.append("Class score: the Inception score's formula on the ResNet-20's ten classes.")
+    if any(row["config"].recipe == "real-nvp" and row["config"].size != "paper" for row in rows):
+        lines.append("real-nvp at the sizes tiny and small has couplings of channels and rotations, no checkerboards: it "
+                     "is not the published network.")
     if any(_mark(row, EFFICIENTNET) for row in rows):
         lines.append("Not independent: the model was trained against these features.")
     return [" ".join(lines)]

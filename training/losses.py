@@ -13,7 +13,7 @@ from ade_model.likelihood import Evidence, bits_per_dim
 
 
 def coverage_loss(evidence: Evidence, num_dims: int) -> Tensor:
-    """L_C, the mean bound on the negative log-likelihood (paper, eq. 5), in bits per dimension; scalar."""
+    """L_C, the mean bound on the negative log-likelihood (paper, eq. 4), in bits per dimension; scalar."""
     return bits_per_dim(evidence.log_weight, num_dims).mean()
 
 
@@ -38,7 +38,7 @@ def latent_surcharge(evidence: Evidence, num_dims: int, free_bits: float, weight
 
 
 def quality_loss(logits_fake: Tensor) -> Tensor:
-    """L_Q for the generator: ``-E[ln D - ln(1 - D)]``, minus the mean logit (paper, eq. 3); scalar."""
+    """L_Q for the generator: ``-E[ln D - ln(1 - D)]``, minus the mean logit (paper, eq. 5); scalar."""
     return -logits_fake.mean()
 
 

@@ -157,10 +157,11 @@ _SIZES = {
         {}, {"flow_scales": 2, "flow_couplings": 8, "flow_blocks": 1, "flow_width": 64},
         DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128, 128), "residual", plain_stages=1),
         batch_size=64, adversarial_rate=3e-4),
-    # The networks of the paper as far as they are known: SNGAN's generator and discriminator, Real-NVP's f.
+    # The networks of the paper as far as they are known: SNGAN's generator and discriminator, Real-NVP's f with one scale
+    # and three residual blocks of two layers (footnote 3).
     "paper": _Size(
         {"widths": (512, 256, 128, 64), "latent_channels": (32, 32, 32, 0), "decoder_blocks": (0, 0, 0, 0), "patch": 1,
-         "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 2, "flow_width": 32},
+         "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 3, "flow_width": 32},
         {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 8, "flow_width": 64},
         DiscriminatorConfig((64, 128, 256, 512), patch=1),
         DiscriminatorConfig((128, 128, 128, 128, 128), "residual", plain_stages=2, patch=1),
@@ -168,7 +169,7 @@ _SIZES = {
 }
 # One for all sizes: most of its operations are those of the frozen features.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
-PAPER_WIDTH_WITH_FLOW = 496  # of 512: about the weights that f adds, as in Table 1's dagger
+PAPER_WIDTH_WITH_FLOW = 472  # of 512: about the weights that f adds, as in Table 1's dagger
 
 
 @dataclasses.dataclass(frozen=True)
