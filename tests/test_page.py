@@ -458,6 +458,7 @@ def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
     page.get_by_role("button", name="Score", exact=True).click()
     expect(page.get_by_text("There is no image yet").first).to_be_visible()
     panel.locator("input[type=file]").first.set_input_files(str(large))
+    panel.get_by_label("Resize other sizes to fit").uncheck()
     page.get_by_role("button", name="Score", exact=True).click()
     expect(page.get_by_text("must be 32 x 32 pixels, got 100 x 80").first).to_be_visible()
 
