@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -75,7 +76,17 @@ class RunningService:
         return found["pids"]
 
     def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        """All its processes but those that have ended and are not reaped yet, such as an idle decoder."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def workers(self) -> list[psutil.Process]:
+        """TorchServe's worker processes; decoders come and go, these stay."""
+        return [process for process in self.descendants() if "model_service_worker" in " ".join(process.cmdline())]
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> list[psutil.Process]:
         """Ask it to stop; returns the processes that are still there."""

@@ -24,7 +24,7 @@ def test_the_same_seed_breaks_in_the_same_ways() -> None:
 @pytest.mark.slow
 def test_broken_requests_harm_nobody(service: RunningService, real_images: np.ndarray) -> None:
     def workers() -> set[int]:
-        return {process.pid for process in service.descendants()}
+        return {process.pid for process in service.workers()}
 
     before = workers()
     with AdeClient(service.url) as client:

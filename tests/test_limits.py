@@ -121,7 +121,7 @@ def test_many_large_answers_end_no_worker(service: RunningService, real_images: 
     """Twenty requests at once, whose answers have 264 MB together."""
     array = io.BytesIO()
     np.save(array, real_images[:256])
-    workers = {process.pid for process in service.descendants()}
+    workers = {process.pid for process in service.workers()}
 
     def ask(_: int) -> tuple[int, int]:
         answer = httpx.post(f"{service.url}/predictions/encode", files={"image": array.getvalue()},
@@ -134,13 +134,13 @@ def test_many_large_answers_end_no_worker(service: RunningService, real_images: 
     found = Counter(answers)
     ((length, count),) = [(size, n) for (status, size), n in found.items() if status == 200]
     assert count >= 4 and length > 12e6
-    assert {process.pid for process in service.descendants()} == workers
+    assert {process.pid for process in service.workers()} == workers
 
 
 @pytest.mark.slow
 def test_a_full_batch_of_scores_ends_no_worker(service: RunningService, real_images: np.ndarray) -> None:
     """8,192 rows took nearly all of the time that a worker has: now some are computed, and the others asked again."""
-    workers = {process.pid for process in service.descendants()}
+    workers = {process.pid for process in service.workers()}
     body = request(real_images[:128], samples=8).body
 
     def ask(_: int) -> tuple[int, float]:
@@ -151,4 +151,4 @@ def test_a_full_batch_of_scores_ends_no_worker(service: RunningService, real_ima
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, range(8)))
     assert {status for status, _ in answers} <= {200, 503} and (200 in dict(answers))
-    assert {process.pid for process in service.descendants()} == workers
+    assert {process.pid for process in service.workers()} == workers

@@ -137,7 +137,7 @@ def test_only_our_ports_can_be_connected_to(service: RunningService) -> None:
 
 
 def test_secrets_of_the_environment_reach_no_child(service: RunningService) -> None:
-    workers = [p for p in service.descendants() if "model_service_worker" in " ".join(p.cmdline())]
+    workers = service.workers()
     assert len(workers) >= 4
     for process in service.descendants():
         environment = process.environ()

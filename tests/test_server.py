@@ -348,7 +348,7 @@ def test_the_client_waits_as_advised_within_reason(asked: str | None, seconds: f
 
 def test_a_killed_worker_comes_back(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:
     expected = client.score(real_images[:1])
-    workers = [p for p in service.descendants() if "model_service_worker" in " ".join(p.cmdline())]
+    workers = service.workers()
     assert len(workers) >= 4
     for worker in workers:
         worker.kill()
