@@ -278,8 +278,8 @@ def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
                  "deep_link", "upload_progress?upload_id=a", "openapi.json", "queue/status", "file/etc/passwd", "user"):
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
             assert client.request(method, f"/gradio_api/{path}").status_code == 404, path
-    for path in ("/monitoring", "/monitoring/summary", "/monitoring/key", "/?deep_link=a", "/config?deep_link=a", "/docs",
-                 "/logout", "/pwa_icon", "/robots.txt"):
+    for path in ("/monitoring", "/monitoring/summary", "/monitoring/key", "/?deep_link=a", "/config?deep_link=a",
+                 "/?deep%5flink=a", "/config?%64eep_link=a", "/docs", "/logout", "/pwa_icon", "/robots.txt"):
         assert client.get(path).status_code == 404, path
     assert route_of("GET", "/gradio_api/upload") is None and route_of("HEAD", "/") == "/"
 

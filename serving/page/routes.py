@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from fastapi.responses import PlainTextResponse
@@ -103,7 +104,7 @@ class OpenRoutes:
             await send(message)
 
         try:
-            if route is None or b"deep_link" in scope["query_string"]:
+            if route is None or b"deep_link" in unquote_to_bytes(scope["query_string"]):
                 return await PlainTextResponse("Not found", 404)(scope, receive, send)
             if route == FILE:
                 own_path(path.removeprefix(FILE))
