@@ -284,6 +284,13 @@ def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
     assert route_of("GET", "/gradio_api/upload") is None and route_of("HEAD", "/") == "/"
 
 
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "http://127.0.0.1:3000", "null", "https://evil.example"])
+def test_pages_of_other_origins_cannot_read(page: RunningPage, origin: str) -> None:
+    for path in ("/", "/config", "/readyz", "/gradio_api/info", "/gradio_api/queue/data?session_hash=a"):
+        answer = page.client().get(path, headers={"Origin": origin})
+        assert not [name for name in answer.headers if name.startswith("access-control-")], (path, answer.headers)
+
+
 def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
     """But for the folder of uploads, which Gradio's addresses of files hold by design."""
     client = page.client()

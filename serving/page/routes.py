@@ -101,6 +101,9 @@ class OpenRoutes:
         async def forward(message: Message) -> None:
             nonlocal started
             started = True
+            if message["type"] == "http.response.start":  # Gradio lets pages of all of localhost's ports read its answers
+                message["headers"] = [(name, value) for name, value in message["headers"]
+                                      if not name.lower().startswith(b"access-control-")]
             await send(message)
 
         try:
