@@ -128,6 +128,12 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
             (b"0" * (MAX_BODY_BYTES + 1), PNG, 413, "request_too_large")):
         answer = client.post("/classify", content=content, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    # An accepted image that is a form, too, for an app that goes by the other type.
+    form = cat + b'\r\n--b\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n' + noise + b"\r\n--b--\r\n"
+    other = "multipart/form-data; boundary=b"
+    twice = client.post("/classify", content=form, headers=[("Content-Type", "image/png"), ("Content-Type", other)])
+    assert twice.status_code == 400 and twice.json()["error"]["code"] == "malformed_request"
+    assert client.post("/classify", content=form, headers={"Content-Type": f"image/png, {other}"}).status_code == 415
     mixed = client.post("/classify", files=[("a", ("a.png", cat)), ("b", ("b.png", noise))])
     assert mixed.status_code == 422 and [d["decision"] for d in mixed.json()["error"]["decisions"]] == ["accept", "reject"]
     assert client.post("/classify", data={"image": "text"}, files={}).status_code == 415
