@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -207,6 +208,12 @@ def test_the_documented_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert answer.status_code == 200 and answer.json()["label"] in ("blue", "red") and answer.json()["p_value"] > 0.9
     answer = client.post("/classify", content=write_png(NOISE), headers=PNG)
     assert answer.status_code == 422 and answer.json()["error"]["decisions"][0]["decision"] == "reject"
+    hidden = np.dstack([np.asarray(Image.open(CAT).convert("RGB")), np.full((32, 32), 255, np.uint8)])
+    hidden[:4] = 0, 0, 255, 0  # blue without alpha, enough for another label; the gate sees white
+    file = io.BytesIO()
+    Image.fromarray(hidden).save(file, "PNG")
+    answer = client.post("/classify", content=file.getvalue(), headers=PNG)
+    assert answer.status_code == 200 and answer.json()["label"] == "red"  # of what the gate accepted
     monkeypatch.setattr(Gate, "check", lambda self, images: 1 / 0)
     answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "gate_unavailable"
