@@ -305,6 +305,15 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
         assert read_answer(connection)[0] == 501 and is_closed(connection)
 
 
+def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream) -> None:
+    request = HEAD + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+    for trailer in (b"X-Ade-Probe: secret-of-probes", b"Content-Type: test/413", b"Host: localhost", b"Origin: http://a.example"):
+        with front.connect() as connection:
+            connection.sendall(request + trailer + b"\r\n\r\n")
+            assert read_answer(connection)[0] == 200, trailer
+        assert not {"X-Ade-Probe", "Content-Type"} & {name for name, _ in upstream.seen[-1]["headers"]}
+
+
 def test_a_body_waits_for_100_continue(front: RunningFront, upstream: Upstream) -> None:
     with front.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n")
