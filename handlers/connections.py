@@ -67,6 +67,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.scope["extensions"] = {"ade.abort": {"connection": self.transport.abort}}  # for an answer that nobody reads
         self._await_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_timer is not None:  # a trailer after a body is no header: RFC 9110, section 6.5.1
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._end_head_timer()
         self._num_pending = 0

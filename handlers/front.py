@@ -26,7 +26,7 @@ import aiohttp
 import uvicorn
 import uvloop
 
-from handlers.admission import ClientGone, Lane, Limits, Memory, hang_up, read_body
+from handlers.admission import ClientGone, Lane, Limits, Memory, hang_up, overloaded, read_body
 from handlers.connections import BoundedProtocol
 from serving.client import FORM_ERRORS, WORKER_DIED
 from serving.errors import ApiError
@@ -169,7 +169,9 @@ class Front:
             except ApiError as error:
                 answer = Answer.of_error(error)
             del body
-            share.hold(len(answer.body))
+            if not share.hold(len(answer.body)):  # answers that are read slowly would fill the memory
+                answer = Answer.of_error(overloaded("the answers that clients have yet to read are too large together"))
+                share.hold(len(answer.body))
             try:
                 async with share.waiting(None):
                     await _send_answer(answer, send)

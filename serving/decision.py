@@ -13,6 +13,7 @@ from serving.ood import Calibrations
 
 Choice = Literal["accept", "reject", "no_verdict"]
 NOT_SCORED = "not_scored"
+TINY = 1e-300  # what is divided by less overflows
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alp
 
 def images_needed(p_value: float) -> int:
     """Calibration images whose smallest attainable p-value, 1/(n + 1), is at most ``p_value``."""
-    return max(0, math.ceil(1 / p_value - 1e-9) - 1)
+    return max(0, math.ceil(1 / max(p_value, TINY) - 1e-9) - 1)
 
 
 def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
@@ -66,7 +67,7 @@ def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
         count: images that are judged together.
         fdr: false discovery rate.
     """
-    fewest = math.ceil(count / (fdr * (calibrated + 1)) - 1e-9)
+    fewest = math.ceil(count / max(fdr * (calibrated + 1), TINY) - 1e-9)
     if fewest <= 1:
         return None
     who = f"at least {fewest} of {count} images must have the smallest p-value, 1/{calibrated + 1}, before any is reported"

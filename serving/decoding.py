@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from serving.errors import words_of
 from serving.image_structure import ImageError, Structure, check_exif, read_structure
 
 READY = b"\1"
@@ -79,7 +80,7 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises whatever its parsers stumble over: struct.error, SyntaxError, KeyError, …
-        raise ImageError("not_an_image", f"the image is damaged: {error}") from error
+        raise ImageError("not_an_image", f"the image is damaged: {words_of(error)}") from error
 
 
 def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 PHRASES = {400: "Bad Request", 413: "Content Too Large", 415: "Unsupported Media Type", 422: "Unprocessable Content",
@@ -45,6 +46,11 @@ def malformed(message: str) -> ApiError:
 def unusable(code: str, message: str) -> ApiError:
     """422: the request is well formed and asks for what cannot be had."""
     return ApiError(422, code, message)
+
+
+def words_of(error: Exception) -> str:
+    """What a library says of its input, without the addresses of its objects: they help whoever attacks a decoder."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

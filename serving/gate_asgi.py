@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -23,6 +24,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # carry no image
 MAX_BODY_BYTES = 16 * 2**20
+_IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
 
 class GateMiddleware:
@@ -124,8 +126,11 @@ async def _read(request: Request) -> bytes:
 async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
     """The files that a request carries, at least one."""
     request = Request(scope, _replay(body))
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind.startswith("image/"):
+    types = request.headers.getlist("content-type")
+    if len(types) > 1:  # the app might go by another one
+        raise _Refused(400, "malformed_request", f"a request has one Content-Type, this one has {len(types)}")
+    kind = "".join(types).split(";")[0].strip().lower()
+    if _IMAGE_TYPE.fullmatch(kind):
         return [body]
     if kind == "multipart/form-data":
         try:

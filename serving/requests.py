@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from serving.errors import ApiError, malformed, unusable
+from serving.errors import ApiError, malformed, unusable, words_of
 from serving.images import ImageError, header_pixels, read_image
 from serving.noise import MAX_SEED
 from serving.parameters import MAX_IMAGES, read_parameters, show
@@ -351,7 +351,7 @@ def _split_npy(data: bytes) -> list[Any]:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(stream)
     except Exception as error:  # the header is a Python literal, and its parser raises whatever it stumbles over
-        raise malformed(f"the .npy file is damaged: {str(error)[:200]}") from None
+        raise malformed(f"the .npy file is damaged: {words_of(error)}") from None
     # Told by the header, before any pixel is read: an array of objects would be a pickle.
     if dtype.hasobject:
         raise unusable("bad_array", "the array holds Python objects; expected uint8")

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -163,6 +164,7 @@ def _new_folder() -> tuple[Path, Any]:
     try:
         base = _base()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(base)
         with claim(base, wait=True):  # two services that start at once must not take each other's folder for abandoned
             for path in _folders():
                 if _is_abandoned(path):
@@ -171,12 +173,28 @@ def _new_folder() -> tuple[Path, Any]:
     except OSError as error:
         reason = str(error)
     if os.environ.get(VARIABLE):
-        raise RunFolderError(f"{VARIABLE} must be a folder that can be written and has a short path: {reason}")
+        raise RunFolderError(f"{VARIABLE} must be a folder with a short path that you can write and nobody else: {reason}")
     print(f"no working folder in the cache ({reason}): taking one among the temporary files", file=sys.stderr, flush=True)
     try:
-        return _make(Path(tempfile.gettempdir()))
+        temporary = Path(tempfile.gettempdir())
+        if not temporary.stat().st_mode & stat.S_ISVTX:  # where it is set, as for /tmp, nobody can rename others' folders
+            _check_private(temporary)
+        return _make(temporary)
     except OSError as error:
         raise RunFolderError(f"no working folder in the cache or among the temporary files: {error}") from None
+
+
+def _check_private(base: Path) -> None:
+    """Make sure that nobody else can put something of theirs in the place of the working folder, or of the lock beside it.
+
+    Raises:
+        PermissionError: others can.
+    """
+    found = base.stat()
+    if found.st_uid != os.getuid():
+        raise PermissionError(f"{base} belongs to another user")
+    if found.st_mode & 0o022:
+        raise PermissionError(f"others can write {base}: take a folder in it, or chmod go-w")
 
 
 def _make(base: Path) -> tuple[Path, Any]:

@@ -143,6 +143,18 @@ def test_how_many_images_an_alpha_takes(bundles: dict[str, Path]) -> None:
                                                      "there are 20")
 
 
+def test_an_alpha_that_is_next_to_nothing(bundles: dict[str, Path]) -> None:
+    """Its reciprocal is infinite. There is no verdict, and no error."""
+    engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
+    image = base64.b64encode(write_png(np.zeros((8, 8, 3), np.uint8))).decode()
+    for tiny in (5e-324, 1e-310):
+        (answer,) = Service("score", engine).answer([RawRequest("application/json", {
+            "images": [image] * 2, "alpha": tiny, "fdr": tiny})])
+        body = json.loads(answer.body)
+        assert answer.status == 200 and [r["decision"] for r in body["results"]] == ["no_verdict"] * 2
+        assert body["group"]["discoveries"] == 0
+
+
 def test_discoveries_that_too_few_calibration_images_make_impossible(bundles: dict[str, Path],
                                                                       small_images: np.ndarray) -> None:
     """They are said to be, and images that are rejected each by itself are counted beside."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -28,6 +29,7 @@ from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream, wait_for
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
 SHORT = {"head_s": 1.0, "write_s": 1.0, "connections": 60, "body_bytes": 4 * 2**20, "body_idle_s": 1.0, "body_grace_s": 1.5,
          "memory_bytes": 5 * 2**20, "in_flight": (1, 2, 2), "waiting": 2, "waiting_s": 3.0, "upstream_s": 4.0}
+UNREAD = 9 * 2**19  # bytes of an answer: nearly the budget, and more than the sockets' buffers
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +305,15 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
         assert read_answer(connection)[0] == 501 and is_closed(connection)
 
 
+def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream) -> None:
+    request = HEAD + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+    for trailer in (b"X-Ade-Probe: secret-of-probes", b"Content-Type: test/413", b"Host: localhost", b"Origin: http://a.example"):
+        with front.connect() as connection:
+            connection.sendall(request + trailer + b"\r\n\r\n")
+            assert read_answer(connection)[0] == 200, trailer
+        assert not {"X-Ade-Probe", "Content-Type"} & {name for name, _ in upstream.seen[-1]["headers"]}
+
+
 def test_a_body_waits_for_100_continue(front: RunningFront, upstream: Upstream) -> None:
     with front.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n")
@@ -430,17 +441,34 @@ def _status(front: RunningFront) -> int | None:
         return None
 
 
+@contextlib.contextmanager
+def unread_answer(front: RunningFront) -> Iterator[socket.socket]:
+    """A client that reads one byte of a large answer."""
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+        lazy.connect(("127.0.0.1", front.port))
+        lazy.sendall(HEAD + b"Content-Type: test/large\r\nContent-Length: 7\r\n\r\n%d" % UNREAD)
+        assert lazy.recv(1) == b"H"  # the front has the answer now
+        yield lazy
+
+
 @pytest.mark.parametrize("others", [True, False], ids=["at once for others", "after a while"])
 def test_answers_that_nobody_reads_are_dropped(short: RunningFront, upstream: Upstream, others: bool) -> None:
-    content = str(40 * 2**20).encode()  # more than the sockets' buffers, and than the budget
-    with short.connect() as lazy:
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-        lazy.sendall(HEAD + b"Content-Type: test/large\r\nContent-Length: %d\r\n\r\n" % len(content) + content
-                     + b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert lazy.recv(1) == b"H"  # the front has the answer now
+    with unread_answer(short) as lazy:
+        lazy.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0 if others else 2.0)
-        assert post(short, content=b"x" * 2**17).status_code == 200
+        assert post(short, content=b"x" * 2**20).status_code == 200  # too much for the budget together
         assert is_closed(lazy, 1.0)
+
+
+def test_answers_that_nobody_reads_have_a_budget_together(short: RunningFront, upstream: Upstream) -> None:
+    """Answers of the same size do not give way to each other, so a further one is refused. Small ones are not."""
+    size = str(UNREAD).encode()
+    with unread_answer(short):
+        refused = post(short, "large", size)
+        assert refused.status_code == 503 and error_of(refused) == "overloaded" and refused.headers["retry-after"] == "1"
+        assert post(short).status_code == 200
+    wait_for(lambda: post(short, "large", size).status_code == 200)
 
 
 def test_no_connection_outlasts_a_client_that_does_not_read(short: RunningFront, upstream: Upstream) -> None:
@@ -460,7 +488,7 @@ def test_no_connection_outlasts_a_client_that_does_not_read(short: RunningFront,
 
 
 def test_a_slow_reader_gets_everything(short: RunningFront, upstream: Upstream) -> None:
-    size = 8 * 2**20
+    size = UNREAD
     with httpx.stream("POST", f"{short.url}/predictions/score", content=str(size).encode(),
                       headers={"Content-Type": "test/large"}) as answer:
         seen = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -128,6 +129,12 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
             (b"0" * (MAX_BODY_BYTES + 1), PNG, 413, "request_too_large")):
         answer = client.post("/classify", content=content, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    # An accepted image that is a form, too, for an app that goes by the other type.
+    form = cat + b'\r\n--b\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n' + noise + b"\r\n--b--\r\n"
+    other = "multipart/form-data; boundary=b"
+    twice = client.post("/classify", content=form, headers=[("Content-Type", "image/png"), ("Content-Type", other)])
+    assert twice.status_code == 400 and twice.json()["error"]["code"] == "malformed_request"
+    assert client.post("/classify", content=form, headers={"Content-Type": f"image/png, {other}"}).status_code == 415
     mixed = client.post("/classify", files=[("a", ("a.png", cat)), ("b", ("b.png", noise))])
     assert mixed.status_code == 422 and [d["decision"] for d in mixed.json()["error"]["decisions"]] == ["accept", "reject"]
     assert client.post("/classify", data={"image": "text"}, files={}).status_code == 415
@@ -201,6 +208,12 @@ def test_the_documented_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert answer.status_code == 200 and answer.json()["label"] in ("blue", "red") and answer.json()["p_value"] > 0.9
     answer = client.post("/classify", content=write_png(NOISE), headers=PNG)
     assert answer.status_code == 422 and answer.json()["error"]["decisions"][0]["decision"] == "reject"
+    hidden = np.dstack([np.asarray(Image.open(CAT).convert("RGB")), np.full((32, 32), 255, np.uint8)])
+    hidden[:4] = 0, 0, 255, 0  # blue without alpha, enough for another label; the gate sees white
+    file = io.BytesIO()
+    Image.fromarray(hidden).save(file, "PNG")
+    answer = client.post("/classify", content=file.getvalue(), headers=PNG)
+    assert answer.status_code == 200 and answer.json()["label"] == "red"  # of what the gate accepted
     monkeypatch.setattr(Gate, "check", lambda self, images: 1 / 0)
     answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "gate_unavailable"

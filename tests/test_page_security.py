@@ -24,17 +24,21 @@ from typing import Any
 
 import gradio as gr
 import httpx
+import numpy as np
 import psutil
 import pytest
 from fastapi.testclient import TestClient
 
 from serving.bundle import open_bundle
+from serving.images import write_png
 from serving.page import app as page_app
 from serving.page import many, uploads
 from serving.page.app import MAX_SESSIONS, gradio_of, make_app
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.page.many import _csv, batches, contents
+from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
+from serving.page.served import made_here
 from serving.page.uploads import Quota, UploadRefused, safe_name
 from serving.tables import safe_cell
 from tests.conftest import PRETRAINED, ROOT
@@ -278,10 +282,17 @@ def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
                  "deep_link", "upload_progress?upload_id=a", "openapi.json", "queue/status", "file/etc/passwd", "user"):
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
             assert client.request(method, f"/gradio_api/{path}").status_code == 404, path
-    for path in ("/monitoring", "/monitoring/summary", "/monitoring/key", "/?deep_link=a", "/config?deep_link=a", "/docs",
-                 "/logout", "/pwa_icon", "/robots.txt"):
+    for path in ("/monitoring", "/monitoring/summary", "/monitoring/key", "/?deep_link=a", "/config?deep_link=a",
+                 "/?deep%5flink=a", "/config?%64eep_link=a", "/docs", "/logout", "/pwa_icon", "/robots.txt"):
         assert client.get(path).status_code == 404, path
     assert route_of("GET", "/gradio_api/upload") is None and route_of("HEAD", "/") == "/"
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "http://127.0.0.1:3000", "null", "https://evil.example"])
+def test_pages_of_other_origins_cannot_read(page: RunningPage, origin: str) -> None:
+    for path in ("/", "/config", "/readyz", "/gradio_api/info", "/gradio_api/queue/data?session_hash=a"):
+        answer = page.client().get(path, headers={"Origin": origin})
+        assert not [name for name in answer.headers if name.startswith("access-control-")], (path, answer.headers)
 
 
 def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
@@ -524,6 +535,21 @@ def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes == [[4, 4, 4], [20], [1, 1]]
     monkeypatch.undo()
     assert [len(batch) for batch in batches([("a", b"")] * 70)] == [32, 32, 6]
+
+
+def test_a_png_with_two_sizes_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first header is small, the second, which Pillow takes, is not."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    text = {"ade:seed": "1", "ade:index": "0", "ade:n": "1", "ade:kind": "mean", "ade:temperature": "1"}
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    small, large = write_png(pixels, text), write_png(pixels.repeat(50, 0).repeat(50, 1), text)
+    header = slice(8, 33)  # the chunk IHDR
+    for data, is_read in ((small, True), (small[:33] + large[header] + large[33:], False)):
+        file = tmp_path / "a.png"
+        file.write_bytes(data)
+        assert (made_here(data, (32, 32, 3)) is not None) is is_read
+        with contextlib.nullcontext() if is_read else pytest.raises(gr.Error, match="no PNG file"):
+            assert np.array_equal(read_text(str(file))[0], pixels)
 
 
 def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:

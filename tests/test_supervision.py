@@ -177,6 +177,33 @@ def test_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.M
             pass
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_no_working_folder_where_others_can_write(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could leave a link in the place of the lock, which is emptied, or rename the folder and take its place."""
+    mine = tmp_path / "mine"
+    mine.write_text("something")
+    (tmp_path / LOCK).symlink_to(mine)
+    tmp_path.chmod(mode)
+    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
+    with pytest.raises(RunFolderError, match="nobody else: others can write"), run_folder():
+        pass
+    assert mine.read_text() == "something"
+
+
+def test_temporary_files_without_a_sticky_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADE_RUN_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for mode, is_usable in ((0o1777, True), (0o777, False), (0o700, True)):
+        tmp_path.chmod(mode)
+        if is_usable:
+            with run_folder() as folder:
+                assert folder.path.parent == tmp_path
+        else:
+            with pytest.raises(RunFolderError, match="others can write"), run_folder():
+                pass
+
+
 def test_the_page_and_the_front_come_back(service: RunningService) -> None:
     """The API answers while the page is gone."""
     pids, java = service.pids, service.pids["torchserve"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from serving.images import MAX_PIXELS, file_size
 from serving.page.files import write_file
-from serving.page.served import Shared, ask, image_output, read
+from serving.page.served import Shared, ask, image_output, open_png, read
 
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
 
@@ -30,13 +30,10 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     width, height = size
     if width * height > MAX_PIXELS:
         raise gr.Error(f"This picture has {width} × {height} pixels: none was made so large here.")
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            picture.load()
-            text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
-            pixels = np.asarray(picture)
-    except Exception:  # whatever Pillow stumbles over
-        raise gr.Error("This is no PNG file.") from None
+    found = open_png(data)
+    if found is None:
+        raise gr.Error("This is no PNG file.")
+    pixels, text = found
     if "ade:from" in text:
         raise gr.Error("This picture was decoded from latents, which it does not carry: its text is not enough.")
     missing = [key for key in KEYS if key not in text]

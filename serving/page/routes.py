@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from fastapi.responses import PlainTextResponse
@@ -100,10 +101,13 @@ class OpenRoutes:
         async def forward(message: Message) -> None:
             nonlocal started
             started = True
+            if message["type"] == "http.response.start":  # Gradio lets pages of all of localhost's ports read its answers
+                message["headers"] = [(name, value) for name, value in message["headers"]
+                                      if not name.lower().startswith(b"access-control-")]
             await send(message)
 
         try:
-            if route is None or b"deep_link" in scope["query_string"]:
+            if route is None or b"deep_link" in unquote_to_bytes(scope["query_string"]):
                 return await PlainTextResponse("Not found", 404)(scope, receive, send)
             if route == FILE:
                 own_path(path.removeprefix(FILE))

@@ -145,18 +145,25 @@ def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
     return image
 
 
-def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
-    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` of what is none of this shape."""
-    if file_size(data) != (shape[1], shape[0]):
-        return None
+def open_png(data: bytes) -> tuple[np.ndarray, dict[str, str]] | None:
+    """Pixels, as they are, and our text of a PNG file, whose :func:`file_size` was checked; ``None`` if it is not one."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if picture.size != file_size(data):  # Pillow takes the last of several headers
+                return None
             picture.load()
             text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
-            pixels = np.asarray(picture)
+            return np.asarray(picture), text
     except Exception:  # whatever Pillow stumbles over
         return None
-    return (pixels.reshape(shape), text) if pixels.size == math.prod(shape) else None
+
+
+def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
+    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` of what is none of this shape."""
+    found = open_png(data) if file_size(data) == (shape[1], shape[0]) else None
+    if found is None or found[0].size != math.prod(shape):
+        return None
+    return found[0].reshape(shape), found[1]
 
 
 def image_input(label: str) -> gr.Image:
