@@ -18,7 +18,7 @@ TINY = 1e-300  # what is divided by less overflows
 
 @dataclass(frozen=True)
 class Ruling:
-    """A choice, and why it is none.
+    """A choice, with the reason if there is no verdict.
 
     Attributes:
         choice: ``no_verdict`` wherever neither of the others has a ground.

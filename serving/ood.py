@@ -247,7 +247,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Calibrations:
-    """The calibration of each path that an image takes to the model; ``None`` where there is none, and so no verdict.
+    """The calibration of each path that an image takes to the model; a path without one (``None``) has no verdict.
 
     Attributes:
         exact: for images of the model's size.

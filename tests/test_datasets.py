@@ -250,7 +250,7 @@ def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.
 
 
 def make_lmdb(root: Path, images: np.ndarray) -> Path:
-    """As LSUN's, with one value that is no image."""
+    """As LSUN's, with one value that is not an image."""
     lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(root), map_size=2**24) as environment, environment.begin(write=True) as transaction:
         for i, image in enumerate(images):

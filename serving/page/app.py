@@ -130,7 +130,7 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
                         show_error=False, max_file_size=MAX_FILE_BYTES, run_history=False, enable_monitoring=False,
                         footer_links=["api"])
     gradio = gradio_of(app)
-    # Gradio checks which files a request may name only of what was launched, and mounting is none to it.
+    # Gradio checks which files a request may name only in an app that was launched; mounting does not count as that.
     blocks.has_launched = True
     return app
 

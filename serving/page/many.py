@@ -54,7 +54,7 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
-    """Unpack the images of a zip file, each up to :data:`MAX_FILE_BYTES`; what is no image, a zip too, is left alone."""
+    """Unpack the images of a zip file, each up to :data:`MAX_FILE_BYTES`; other entries, zips included, are skipped."""
     zipped, shown = read(path), Path(path).name
     # Before the directory of entries is read, which takes a hundred times the memory.
     if zipped.count(ENTRY_MARK) > MOST_ENTRIES:

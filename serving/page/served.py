@@ -159,7 +159,7 @@ def open_png(data: bytes) -> tuple[np.ndarray, dict[str, str]] | None:
 
 
 def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
-    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` of what is none of this shape."""
+    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` if it is not of this shape."""
     found = open_png(data) if file_size(data) == (shape[1], shape[0]) else None
     if found is None or found[0].size != math.prod(shape):
         return None
