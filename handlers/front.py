@@ -192,7 +192,7 @@ class Front:
         """The model server's answer.
 
         Raises:
-            ApiError: there is none.
+            ApiError: 503 ``unavailable``, because the model server did not answer.
         """
         try:
             async with server.request(method, path, headers=headers, data=body or None) as response:

@@ -265,7 +265,7 @@ class Calibrations:
         """An ``.npz`` file. One calibration for both paths is stored once, with ``resize`` set.
 
         Raises:
-            CalibrationError: there is none for images of the model's size.
+            CalibrationError: the file has no calibration for images of the model's size.
         """
         if self.exact is None:
             raise CalibrationError("a calibration of resized images goes with one of images of the model's size")

@@ -375,12 +375,12 @@ def test_latents_that_are_not_finite_are_that_image_s_error(engine: InferenceEng
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     whole = engine.encode
 
-    def spoilt(images: np.ndarray, *options) -> list:
+    def corrupted(images: np.ndarray, *options) -> list:
         levels = whole(images, *options)
         levels[1].z[1, 0, 0, 0] = np.inf
         return levels
 
-    monkeypatch.setattr(engine, "encode", spoilt)
+    monkeypatch.setattr(engine, "encode", corrupted)
     files = [file(image) for image in real_images[:3]]
     (answer,) = Service("encode", engine).answer([as_json(images=files)])
     (npz,) = Service("encode", engine).answer([as_json(images=files[:2], format="npz")])
@@ -395,12 +395,12 @@ def test_statistics_that_are_not_finite_are_that_image_s_error(engine: Inference
     (expected,) = engine.score(real_images[:1])
     whole = engine.backend.run
 
-    def spoilt(graph: str, inputs: dict, wanted: list | None = None) -> dict:
+    def corrupted(graph: str, inputs: dict, wanted: list | None = None) -> dict:
         outputs = whole(graph, inputs, wanted)
         return {**outputs, "residual": np.where(np.arange(len(inputs["images"]))[:, None, None, None] == 1, 1e30,
                                                 outputs["residual"]).astype(np.float32)}
 
-    monkeypatch.setattr(engine.backend, "run", spoilt)
+    monkeypatch.setattr(engine.backend, "run", corrupted)
     with np.errstate(all="ignore"):
         good, bad = engine.score(real_images[:2])
         (answer,) = Service("score", engine).answer([as_json(images=[file(image) for image in real_images[:2]])])

@@ -118,10 +118,10 @@ def test_what_is_not_finite(bundles: dict[str, Path], strange: list[Path], monke
     engine = InferenceEngine(bundles["both"], device="cpu", operations=["score"])
     whole = engine.backend.run
 
-    def spoilt(graph: str, inputs: dict, wanted: list | None = None) -> dict:
+    def corrupted(graph: str, inputs: dict, wanted: list | None = None) -> dict:
         return {name: np.full_like(values, np.nan) for name, values in whole(graph, inputs, wanted).items()}
 
-    monkeypatch.setattr(engine.backend, "run", spoilt)
+    monkeypatch.setattr(engine.backend, "run", corrupted)
     monkeypatch.setattr("serving.bulk.InferenceEngine", lambda *args, **options: engine)
     image = base64.b64encode(strange[0].read_bytes()).decode()
     (answer,) = Service("score", engine).answer([RawRequest("application/json", {"images": [image]})])

@@ -306,8 +306,8 @@ def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(exposed: RunningS
     token, output = exposed.folder.token_file.read_text(), "".join(exposed.output)
     assert len(token) == 43 and exposed.folder.token_file.stat().st_mode & 0o777 == 0o600
     for wrong in (None, "0", token[:-1], token + "x", token.swapcase()):
-        with AdeClient(exposed.url, token=wrong) as stranger, pytest.raises(AdeError) as caught:
-            stranger.sample()
+        with AdeClient(exposed.url, token=wrong) as outsider, pytest.raises(AdeError) as caught:
+            outsider.sample()
         assert (caught.value.status, caught.value.code) == (401, "bad_token")
     with AdeClient(exposed.url, token=token) as client:
         assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
@@ -344,8 +344,8 @@ def test_the_operators_token() -> None:
     url = running.url.replace("127.0.0.1", "127.0.0.2")
     try:
         assert token not in "".join(running.output) and not connects(("127.0.0.1", running.ports["inference"]))
-        with AdeClient(url) as stranger, pytest.raises(AdeError, match="bad_token"):
-            stranger.sample()
+        with AdeClient(url) as outsider, pytest.raises(AdeError, match="bad_token"):
+            outsider.sample()
         with AdeClient(url, token=token) as client:
             assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
         assert read_status(Ports(**running.ports), host="127.0.0.2")["ready"]

@@ -259,8 +259,8 @@ def test_get_and_put(service: RunningService) -> None:
 
 
 def test_what_torchserve_answers_itself_is_translated(service: RunningService) -> None:
-    with AdeClient(service.url, model="other") as stranger, pytest.raises(AdeError) as caught:
-        stranger.sample()
+    with AdeClient(service.url, model="other") as outsider, pytest.raises(AdeError) as caught:
+        outsider.sample()
     assert (caught.value.status, caught.value.code) == (404, "unknown_model")
 
 
