@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ade_cli.data_options import add_data_arguments, dataset_of, readable, say, was_trained_on
-from export.calibrate import calibrate_bundle
-from export.detector import false_alarm_band
-from serving.bundle import BundleError, open_bundle
-from serving.decision import images_needed
-from serving.ood import Calibration, CalibrationError, Calibrations
+from export.verdict.calibrate import calibrate_bundle
+from export.verdict.detector import false_alarm_band
+from serving.engine.bundle import BundleError, open_bundle
+from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
+from serving.verdict.decision import images_needed
 from training.data import PARTS, DataError, Dataset
 from training.datasets import NAMES
 from training.datasets.files import part_of, shuffled

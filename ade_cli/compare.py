@@ -10,8 +10,8 @@ from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, 
 from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
 from ade_model.errors import ConfigError
 from serving.locks import claim
-from training.compare import Job, compare, read_rows
-from training.compare_report import write_comparison
+from training.comparison.compare import Job, compare, read_rows
+from training.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
 from training.loop import RunOptions
 from training.measure import Measurer, check_options

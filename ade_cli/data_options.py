@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from serving.bundle import Bundle
+from serving.engine.bundle import Bundle
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
 from training.datasets.files import contents, is_split_by_name

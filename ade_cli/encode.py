@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.image_files import FileError, add_image_arguments, check_parent, files_of, load_engine, read_pixels
-from serving.backends import BackendError
-from serving.bundle import BundleError
+from serving.engine.backends import BackendError
+from serving.engine.bundle import BundleError
 from serving.files import replacing
-from serving.ood import CalibrationError
+from serving.verdict.calibration import CalibrationError
 
 ERRORS = (BundleError, BackendError, CalibrationError, FileError)
 

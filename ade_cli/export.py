@@ -12,7 +12,7 @@ from ade_model.checkpoint import read_config
 from ade_model.errors import ConfigError
 from export.parity import ParityError
 from export.write import ExportError, evaluation_of, export_bundle
-from serving.bundle import BundleError, plain_name
+from serving.engine.bundle import BundleError, plain_name
 from training.data import DataError
 from training.runs import RunError, latest_checkpoint
 

@@ -13,8 +13,8 @@ from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
 from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.survey import choose_image_size, picture_sizes
-from serving.bundle import BundleError, plain_name
-from serving.ood import CalibrationError
+from serving.engine.bundle import BundleError, plain_name
+from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets.folder import image_files
 from training.metrics.features import FeatureError

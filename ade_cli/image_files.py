@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.bundle import BundleError, open_bundle
-from serving.engine import InferenceEngine
-from serving.errors import ApiError
+from serving.api.errors import ApiError
+from serving.api.requests import prepare_image
+from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, read_file
-from serving.requests import prepare_image
 
 
 class FileError(ValueError):

@@ -12,13 +12,13 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ade_cli.data_options import readable, say, was_trained_on
-from export.calibrate import statistics_of
-from export.corruptions import CORRUPTIONS
-from export.ood_bench import write_report
-from serving.bundle import Bundle, BundleError, open_bundle
-from serving.engine import InferenceEngine
-from serving.ood import CalibrationError
-from serving.requests import InputImage, prepare_image
+from export.verdict.calibrate import statistics_of
+from export.verdict.corruptions import CORRUPTIONS
+from export.verdict.ood_bench import write_report
+from serving.api.requests import InputImage, prepare_image
+from serving.engine.bundle import Bundle, BundleError, open_bundle
+from serving.engine.engine import InferenceEngine
+from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
 from training.datasets.files import part_of, shuffled

@@ -7,13 +7,13 @@ import secrets
 from pathlib import Path
 
 from ade_cli.image_files import FileError, check_parent, load_engine
-from serving.backends import BackendError
-from serving.bundle import BundleError
-from serving.errors import ApiError
+from serving.api.errors import ApiError
+from serving.api.requests import RawRequest
+from serving.api.service import MAX_DRAWN_SEED, Service
+from serving.engine.backends import BackendError
+from serving.engine.bundle import BundleError
 from serving.files import replacing
-from serving.ood import CalibrationError
-from serving.requests import RawRequest
-from serving.service import MAX_DRAWN_SEED, Service
+from serving.verdict.calibration import CalibrationError
 
 ERRORS = (BundleError, BackendError, CalibrationError, FileError, ApiError)
 FORMATS = {".png": "png", ".npy": "npy"}

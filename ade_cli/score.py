@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ade_cli.image_files import FileError, check_parent
 from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, score_folder
-from serving.bundle import CALIBRATION_NAME, BundleError, open_bundle
-from serving.ood import CalibrationError, Calibrations
+from serving.engine.bundle import CALIBRATION_NAME, BundleError, open_bundle
+from serving.verdict.calibration import CalibrationError, Calibrations
 
 NO_VERDICT = 3  # exit status
 ERRORS = (BundleError, BulkError, CalibrationError, FileError)

@@ -7,8 +7,8 @@ import json
 import os
 from typing import Any
 
+from handlers.torchserve.status import read_status
 from serving.ports import VARIABLES, PortError, Ports, check_host
-from serving.status import read_status
 
 ERRORS = (PortError,)
 

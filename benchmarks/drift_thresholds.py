@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from serving.drift import ALLOWANCE, WINDOW, DriftMonitor
+from serving.verdict.drift import ALLOWANCE, WINDOW, DriftMonitor
 
 CALIBRATED = (1000, 3000, 10_000)
 THRESHOLDS = (5.0, 6.0, 8.0, 10.0)

@@ -23,8 +23,8 @@ import psutil
 from PIL import Image
 
 from benchmarks.traffic import OUTCOMES, Known, Running, Tally, Traffic, ask, known_requests, new_session, running
-from handlers.archives import RESPONSE_TIMEOUT_S
-from serving.bundle import open_bundle
+from handlers.torchserve.archives import RESPONSE_TIMEOUT_S
+from serving.engine.bundle import open_bundle
 
 CLIENTS = 16
 RECOVERY_S = 10.0

@@ -142,7 +142,7 @@ def is_torchserves_own(status: int, answer: bytes) -> bool:
 
 def main() -> None:
     from benchmarks.traffic import Tally, Traffic, known_requests, new_session, running
-    from serving.bundle import open_bundle
+    from serving.engine.bundle import open_bundle
 
     parser = argparse.ArgumentParser(description="Broken requests beside good traffic.")
     parser.add_argument("bundle", type=Path)

@@ -19,11 +19,11 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-from export import detector
-from export.calibrate import statistics_of
-from export.corruptions import CORRUPTIONS, blur, posterize
-from serving.engine import InferenceEngine
-from serving.ood import FARTHEST, NormalScores
+from export.verdict import detector
+from export.verdict.calibrate import statistics_of
+from export.verdict.corruptions import CORRUPTIONS, blur, posterize
+from serving.engine.engine import InferenceEngine
+from serving.verdict.calibration import FARTHEST, NormalScores
 from training.datasets import load_dataset
 
 FIT = 1000

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.engine import InferenceEngine
+from serving.engine.engine import InferenceEngine
 from serving.images import lossless_bits, read_image
-from serving.ood import Calibrations
 from serving.page.served import EXAMPLES
+from serving.verdict.calibration import Calibrations
 
 TURNS = 7
 BATCH = 256

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from export.calibrate import statistics_of
-from export.detector import fit_calibration
-from serving.engine import InferenceEngine
-from serving.ood import conformal_p_values
+from export.verdict.calibrate import statistics_of
+from export.verdict.detector import fit_calibration
+from serving.engine.engine import InferenceEngine
+from serving.verdict.calibration import conformal_p_values
 from training.datasets import load_dataset
 
 ALPHAS = (0.1, 0.05, 0.01)

@@ -34,7 +34,7 @@ import psutil
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
 from export.write import export_bundle
-from serving.engine import MAX_BATCH, InferenceEngine
+from serving.engine.engine import MAX_BATCH, InferenceEngine
 from serving.images import read_image, write_png
 from serving.page.served import EXAMPLES
 from serving.ports import VARIABLES

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 
 from benchmarks.traffic import OUTCOMES, Known, Running, Tally, Traffic, ask, known_requests, new_session, running
-from serving.bundle import open_bundle
+from serving.engine.bundle import open_bundle
 
 SHARE = 0.7
 SETTLE_S = 300.0

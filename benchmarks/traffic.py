@@ -21,11 +21,11 @@ import httpx
 import numpy as np
 import psutil
 
+from handlers.torchserve.run_folder import find_service
+from handlers.torchserve.status import describe_models
 from serving.images import read_image, write_png
 from serving.page.served import EXAMPLES
 from serving.ports import VARIABLES, Ports
-from serving.run_folder import find_service
-from serving.status import describe_models
 
 OUTCOMES = ("right", "refused", "failed", "silent", "wrong")
 

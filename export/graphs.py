@@ -1,7 +1,7 @@
 """The model as graphs of tensors: pixels in, pixels out, every random draw an input.
 
 One module with a method a graph, so that TorchScript stores the weights once; :class:`Graph` makes a module of
-one method for the ONNX exporter. Inputs and outputs are those of :mod:`serving.signatures`.
+one method for the ONNX exporter. Inputs and outputs are those of :mod:`serving.engine.signatures`.
 """
 
 from __future__ import annotations

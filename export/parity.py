@@ -15,9 +15,9 @@ from ade_model.config import OPERATIONS
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from export.graphs import Graph, Graphs
-from serving.backends import Backend
-from serving.noise import NoiseStream, sample_key
-from serving.signatures import graphs_of, input_shape, inputs_of, outputs_of
+from serving.engine.backends import Backend
+from serving.engine.noise import NoiseStream, sample_key
+from serving.engine.signatures import graphs_of, input_shape, inputs_of, outputs_of
 
 BATCHES = (1, 7, 64)
 MAX_BPD = 1e-4  # and in proportion for parts above LARGE_BPD

@@ -14,8 +14,8 @@ import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from export.graphs import Graph, Graphs
-from serving.bundle import WEIGHTS_NAME
-from serving.signatures import inputs_of, outputs_of
+from serving.engine.bundle import WEIGHTS_NAME
+from serving.engine.signatures import inputs_of, outputs_of
 
 OPSET = 20
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from export.graphs import Graphs
-from serving.signatures import inputs_of
+from serving.engine.signatures import inputs_of
 
 
 def export_torchscript(graphs: Graphs, examples: dict[str, dict[str, np.ndarray]], path: Path) -> Path:

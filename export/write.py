@@ -14,10 +14,10 @@ from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
-from serving.backends import BACKENDS, load_backend
-from serving.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, check_name, open_bundle, write_manifest
+from serving.engine.backends import BACKENDS, load_backend
+from serving.engine.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, check_name, open_bundle, write_manifest
+from serving.engine.signatures import graphs_of, inputs_of
 from serving.files import new_folder
-from serving.signatures import graphs_of, inputs_of
 
 
 class ExportError(ValueError):

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from ade_model.checkpoint import load_model
-from export.calibrate import calibrate_bundle
-from export.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.calibrate import calibrate_bundle
+from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.write import export_bundle
 from fitting.plan import Plan, PlanError
 from fitting.report import ALPHAS, Caught, Findings, Unusual, false_alarms, write_report
 from fitting.survey import Survey, as_dict, picture_sizes, summary_lines, survey
 from serving.bulk import BulkOptions, FileScorer
-from serving.bundle import open_bundle
-from serving.engine import InferenceEngine, Score
+from serving.engine.bundle import open_bundle
+from serving.engine.engine import InferenceEngine, Score
 from training.data import CHANNELS, DataError, Dataset
 from training.datasets.files import contents, shuffled
 from training.datasets.folder import load_files

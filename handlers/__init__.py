@@ -1,1 +1,1 @@
-"""TorchServe adapters: one model an operation. They translate, and nothing more."""
+"""Adapters of model servers, a folder each. They translate, and nothing more."""

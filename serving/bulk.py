@@ -25,16 +25,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from serving.bundle import CALIBRATION_NAME, Bundle, open_bundle
-from serving.decision import NOT_SCORED, decide
-from serving.engine import InferenceEngine, NotFinite
-from serving.errors import ApiError
+from serving.api.errors import ApiError
+from serving.api.requests import InputImage, prepare_image
+from serving.engine.bundle import CALIBRATION_NAME, Bundle, open_bundle
+from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, read_file, replacing
 from serving.images import IMAGE_SUFFIXES
 from serving.locks import lock
-from serving.requests import InputImage, prepare_image
-from serving.signatures import part_names
 from serving.tables import safe_cell
+from serving.verdict.decision import NOT_SCORED, decide
+from serving.verdict.statistics import part_names
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK = 64  # files that a process takes at a time

@@ -16,10 +16,10 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from serving.decision import NOT_SCORED, Choice
-from serving.ood import Unusual
+from serving.api.requests import PROBE_HEADER
 from serving.ports import Ports
-from serving.requests import PROBE_HEADER
+from serving.verdict.calibration import Unusual
+from serving.verdict.decision import NOT_SCORED, Choice
 
 FORM_ERRORS = ("ErrorDataDecoderException", "ArrayIndexOutOfBoundsException",
                "StringIndexOutOfBoundsException")  # of forms that TorchServe cannot take apart

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from serving.bundle import BundleError, open_bundle
+from serving.api.errors import ApiError
+from serving.api.requests import InputImage, prepare_image
 from serving.client import ImageLike, image_file
-from serving.decision import NOT_SCORED, Choice, decide
-from serving.engine import InferenceEngine, NotFinite, Score
-from serving.errors import ApiError
-from serving.requests import InputImage, prepare_image
+from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.engine import InferenceEngine, NotFinite, Score
+from serving.verdict.decision import NOT_SCORED, Choice, decide
 
 
 @dataclass(frozen=True)

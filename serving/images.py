@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin, features
 
-from serving.decoders import decode_apart
-from serving.decoding import DecodedImage, decode
-from serving.image_structure import ImageError, read_structure
+from serving.decode.pool import decode_apart
+from serving.decode.structure import ImageError, read_structure
+from serving.decode.worker import DecodedImage, decode
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_FILE_BYTES", "MAX_PIXELS", "DecodedImage", "ImageError", "coder_version", "file_size",
            "header_pixels", "lossless_bits", "read_image", "tile", "untile", "write_png"]

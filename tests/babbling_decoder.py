@@ -4,7 +4,7 @@ import json
 import socket
 import sys
 
-from serving.decoding import ANSWER, READY, REQUEST, receive
+from serving.decode.worker import ANSWER, READY, REQUEST, receive
 
 if __name__ == "__main__":
     connection = socket.socket(fileno=sys.stdin.fileno())

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from serving import decoders
+from serving.decode import pool as decoders
 from serving.images import ImageError, file_size, read_image
 
 MIB = 2**20

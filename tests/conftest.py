@@ -16,8 +16,8 @@ from PIL import Image
 
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
-from serving.bundle import CALIBRATION_NAME, open_bundle, write_manifest
-from serving.ood import Calibrations
+from serving.engine.bundle import CALIBRATION_NAME, open_bundle, write_manifest
+from serving.verdict.calibration import Calibrations
 
 if TYPE_CHECKING:
     from tests.service import RunningService
@@ -84,7 +84,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of that model, exported and calibrated by the real code."""
-    from export.calibrate import calibrate_bundle
+    from export.verdict.calibrate import calibrate_bundle
     from export.write import export_bundle
 
     folder = tmp_path_factory.mktemp("bundles")

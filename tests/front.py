@@ -15,15 +15,15 @@ from typing import Any
 
 from aiohttp import web
 
-from handlers.front import FrontSettings
+from handlers.torchserve.front import FrontSettings
 from tests.conftest import ROOT
 from tests.service import free_ports
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from handlers.admission import Limits
-from handlers.front import FrontSettings, run
+from handlers.torchserve.admission import Limits
+from handlers.torchserve.front import FrontSettings, run
 run(FrontSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
 """
 TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them

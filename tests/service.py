@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from handlers.torchserve.run_folder import RunFolder, find_service
 from serving.ports import VARIABLES, Ports
-from serving.run_folder import RunFolder, find_service
 from tests.conftest import ROOT
 
 CANARIES = {"OPENAI_API_KEY": "canary-of-openai", "AWS_SECRET_ACCESS_KEY": "canary-of-aws"}  # in the starter's environment

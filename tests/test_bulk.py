@@ -19,16 +19,16 @@ from PIL import Image
 from ade_cli.data_options import readable
 from ade_cli.main import main
 from ade_cli.score import NO_VERDICT
-from export.calibrate import calibrate_bundle
-from export.ood_bench import Figures, _write_csv
+from export.verdict.calibrate import calibrate_bundle
+from export.verdict.ood_bench import Figures, _write_csv
 from serving import bulk
 from serving.bulk import BulkError, BulkOptions, score_folder
-from serving.bundle import open_bundle
-from serving.engine import InferenceEngine
+from serving.engine.bundle import open_bundle
+from serving.engine.engine import InferenceEngine
 from serving.files import image_paths
-from serving.ood import Calibrations
 from serving.page.app import build_page
 from serving.page.served import Served
+from serving.verdict.calibration import Calibrations
 from tests.conftest import ROOT, make_folder, make_traps, with_calibrations
 
 

@@ -20,10 +20,10 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from export.parity import ParityError, check_parity
 from export.write import ExportError, export_bundle
-from serving.bundle import Bundle, BundleError, open_bundle, verify_bundle
-from serving.engine import InferenceEngine
+from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundle
+from serving.engine.engine import InferenceEngine
+from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.page.about import card
-from serving.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from tests.conftest import PRETRAINED, ROOT
 
 GRAPH_NAMES = graphs_of(OPERATIONS)
@@ -215,7 +215,7 @@ def test_parity_sees_a_wrong_weight(tiny_bundle: Path, tiny_checkpoint: Path, sm
     model = load_model(tiny_checkpoint)
     with torch.no_grad():
         model.decoder.to_mean[1].bias[0] += 0.01
-    from serving.backends import load_backend
+    from serving.engine.backends import load_backend
     backend = load_backend(engine.bundle, GRAPH_NAMES, "onnxruntime", "cpu")
     with pytest.raises(ParityError):
         check_parity(model, {"onnxruntime": backend}, small_images[:40])
@@ -242,8 +242,8 @@ def test_parity_misses_no_batch_and_no_pixel(spoil: str, message: str, tiny_bund
 
 
 def test_a_verdict_of_another_version_is_replaced(copy: Path, small_images: np.ndarray, tmp_path: Path) -> None:
-    from export.calibrate import calibrate_bundle
-    from serving.bundle import sha256_of
+    from export.verdict.calibrate import calibrate_bundle
+    from serving.engine.bundle import sha256_of
 
     (copy / "calibration.npz").write_bytes(b"of another version")
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -275,7 +275,7 @@ def test_archives_touch_no_temporary_file_of_others(tiny_bundle: Path, tmp_path:
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
-    from handlers.archives import ServingOptions, write_archives
+    from handlers.torchserve.archives import ServingOptions, write_archives
 
     mine = tmp_path / "temporary" / "score" / "results.csv"
     mine.parent.mkdir(parents=True)
@@ -303,7 +303,7 @@ def test_export_refuses_an_existing_folder(tiny_checkpoint: Path, small_images: 
 
 
 def test_another_lossless_coder_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    from ade_cli.serve import _warn_of_another_coder
+    from handlers.torchserve.serve import _warn_of_another_coder
 
     bundle = open_bundle(PRETRAINED)
     _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": None}))

@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from serving import decoders
-from serving.decoders import decode_apart
-from serving.decoding import decode
-from serving.image_structure import read_structure
+from serving.decode import pool as decoders
+from serving.decode.pool import decode_apart
+from serving.decode.structure import read_structure
+from serving.decode.worker import decode
 from serving.images import ImageError, file_size, read_image
 from tests.bombs import BOMBS, HARMLESS
 from tests.conftest import ROOT

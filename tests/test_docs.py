@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from ade_cli.main import main, parse
-from serving.bundle import verify_bundle
+from serving.engine.bundle import verify_bundle
 from tests.conftest import ROOT, make_folder
 from tests.service import RunningService
-from training.compare import read_rows
-from training.compare_report import write_comparison
+from training.comparison.compare import read_rows
+from training.comparison.report import write_comparison
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]

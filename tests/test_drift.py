@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from serving.drift import MOST, WINDOW, DriftMonitor
+from serving.verdict.drift import MOST, WINDOW, DriftMonitor
 
 
 def run(values: np.ndarray) -> DriftMonitor:

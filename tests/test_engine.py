@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.backends import BackendError
-from serving.cuda import BoundGraph
-from serving.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
-from serving.noise import NoiseStream, sample_key
-from serving.ood import CalibrationError, Calibrations
-from serving.requests import RawRequest
-from serving.service import Service
+from serving.api.requests import RawRequest
+from serving.api.service import Service
+from serving.engine.backends import BackendError
+from serving.engine.cuda import BoundGraph
+from serving.engine.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
+from serving.engine.noise import NoiseStream, sample_key
+from serving.verdict.calibration import CalibrationError, Calibrations
 from tests.conftest import PRETRAINED, with_calibrations
 
 
@@ -269,7 +269,7 @@ def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) 
 
 def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) -> None:
     """In one batch: the same pixels, of the model's size and after resizing, before different calibrations."""
-    from export.calibrate import calibrate_bundle
+    from export.verdict.calibrate import calibrate_bundle
 
     larger = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in real_images[200:]]
     told: list[str] = []
@@ -298,7 +298,7 @@ def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) 
 
 
 def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(real_images: np.ndarray) -> None:
-    from export.calibrate import resize_and_back
+    from export.verdict.calibrate import resize_and_back
 
     made = np.stack([resize_and_back(image) for image in real_images[:20]])
     assert made.dtype == np.uint8 and np.array_equal(made[7], resize_and_back(real_images[7]))
@@ -435,7 +435,7 @@ def test_the_map_sums_to_the_bits_of_the_image(engine: InferenceEngine, real_ima
 def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: np.ndarray) -> None:
     """Before the rest is divided: the graph's own pixels sum to the score's parts within float32."""
     from export.parity import make_inputs
-    from serving.signatures import inputs_of
+    from serving.engine.signatures import inputs_of
 
     inputs = make_inputs(real_images[:8], engine.latent_shapes, inputs_of("score", len(engine.latent_shapes)))
     found = engine.backend.run("score", inputs)

@@ -12,18 +12,18 @@ import pytest
 
 from ade_cli.main import main
 from ade_cli.score import NO_VERDICT
-from export.calibrate import calibrate_bundle
+from export.verdict.calibrate import calibrate_bundle
+from serving.api.requests import RawRequest
+from serving.api.service import Service
 from serving.bulk import BulkOptions, FileScorer
-from serving.bundle import open_bundle
 from serving.client import AdeClient, AdeError, ScoreResult
-from serving.decision import decide, fdr_note, images_needed
-from serving.engine import InferenceEngine
+from serving.engine.bundle import open_bundle
+from serving.engine.engine import InferenceEngine
 from serving.images import write_png
-from serving.ood import Calibrations
 from serving.page.many import _said
 from serving.page.score import verdict_text, verdict_word
-from serving.requests import RawRequest
-from serving.service import Service
+from serving.verdict.calibration import Calibrations
+from serving.verdict.decision import decide, fdr_note, images_needed
 from tests.conftest import with_calibrations
 from tests.service import RunningService
 

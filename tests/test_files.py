@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from ade_cli.main import main
-from export.calibrate import calibrate_bundle
+from export.verdict.calibrate import calibrate_bundle
 from export.write import ExportError, export_bundle
 from serving.bulk import BulkError, BulkOptions, score_folder
-from serving.bundle import open_bundle, verify_bundle
+from serving.engine.bundle import open_bundle, verify_bundle
 from serving.files import new_folder, replacing
-from serving.ood import CalibrationError
+from serving.verdict.calibration import CalibrationError
 from tests.conftest import make_folder
 
 

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from ade_cli.main import main
-from export.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from fitting.pipeline import _caught
 from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.report import Caught, Findings, false_alarms, weaknesses, write_report
 from fitting.survey import Survey, choose_image_size, picture_sizes, survey
-from serving.bundle import Bundle, open_bundle, verify_bundle
-from serving.engine import InferenceEngine
+from serving.engine.bundle import Bundle, open_bundle, verify_bundle
+from serving.engine.engine import InferenceEngine
 from tests.conftest import ROOT, make_folder
 from training.datasets.folder import image_files, load_files, load_folder
 

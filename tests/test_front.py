@@ -21,9 +21,9 @@ import httpx
 import psutil
 import pytest
 
-from handlers.admission import Lane, Limits
-from handlers.front import FrontSettings
-from serving.errors import ApiError
+from handlers.torchserve.admission import Lane, Limits
+from handlers.torchserve.front import FrontSettings
+from serving.api.errors import ApiError
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream, wait_for
 
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"

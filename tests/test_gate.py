@@ -16,11 +16,11 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from serving.bundle import BundleError
+from serving.engine.bundle import BundleError
 from serving.gate import Decision, Gate
 from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
 from serving.images import write_png
-from serving.ood import Calibrations
+from serving.verdict.calibration import Calibrations
 from tests.conftest import PRETRAINED, ROOT, with_calibrations
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.guard import Guard, is_address, is_same_origin, split_authority
+from serving.api.guard import Guard, is_address, is_same_origin, split_authority
 
 ALLOWED = ("ade.example.org", "Mixed.Example")
 TOKEN = "0123456789abcdef"

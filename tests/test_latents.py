@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.latents import between, coarsest, exchanged, with_level
+from serving.api.latents import between, coarsest, exchanged, with_level
 
 SHAPES = [(4, 2, 2), (3, 4, 4), (2, 8, 8)]
 

@@ -13,11 +13,11 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.engine import InferenceEngine
+from serving.api.requests import RawRequest, SampleRequest, decode_images, parse_images, parse_sample
+from serving.api.responses import expected_bytes
+from serving.api.service import Service
+from serving.engine.engine import InferenceEngine
 from serving.images import write_png
-from serving.requests import RawRequest, SampleRequest, decode_images, parse_images, parse_sample
-from serving.responses import expected_bytes
-from serving.service import Service
 from tests.conftest import PRETRAINED
 from tests.service import RunningService
 
@@ -56,14 +56,14 @@ def test_a_batch_has_room_for_so_many_bytes_of_answers(engine: InferenceEngine, 
     requests = [request(real_images[:4], format="npz", eps=True) for _ in range(5)]
     (alone,) = Service("encode", engine).answer(requests[:1])
     for room, answered in ((1, 1), (2.5, 2), (5.5, 5)):
-        monkeypatch.setattr("serving.service.MAX_BATCH_BYTES", math.floor(room * len(alone.body)))
+        monkeypatch.setattr("serving.api.service.MAX_BATCH_BYTES", math.floor(room * len(alone.body)))
         answers = Service("encode", engine).answer(requests)
         assert [a.status for a in answers] == [200] * answered + [503] * (5 - answered)
         assert all(a.body == alone.body for a in answers[:answered])
         for refused in answers[answered:]:
             assert json.loads(refused.body)["error"]["code"] == "overloaded" and refused.headers["Retry-After"] == "1"
     # An answer that has no room does not keep a shorter one behind it from being computed.
-    monkeypatch.setattr("serving.service.MAX_BATCH_BYTES", math.floor(1.5 * len(alone.body)))
+    monkeypatch.setattr("serving.api.service.MAX_BATCH_BYTES", math.floor(1.5 * len(alone.body)))
     small = request(real_images[:1], format="npz")
     assert [a.status for a in Service("encode", engine).answer([*requests[:2], small])] == [200, 503, 200]
 
@@ -76,7 +76,7 @@ def test_room_that_answers_did_not_need_goes_to_others(engine: InferenceEngine, 
     room = 6 * len(alone.body)
     (parsed,) = decode_images([parse_images("score", requests[0])], engine.image_shape)
     assert 6 * expected_bytes("score", parsed, engine.image_shape, engine.latent_shapes) > room
-    monkeypatch.setattr("serving.service.MAX_BATCH_BYTES", room + len(alone.body))
+    monkeypatch.setattr("serving.api.service.MAX_BATCH_BYTES", room + len(alone.body))
     assert Counter(a.status for a in service.answer(requests))[200] >= 5
 
 
@@ -84,13 +84,13 @@ def test_a_batch_is_computed_until_its_time_is_over(engine: InferenceEngine, rea
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [request(real_images[i:i + 2], samples=4) for i in range(3)]
     alone = [Service("score", engine).answer([r])[0].body for r in requests]
-    monkeypatch.setattr("serving.service.PASS_ROWS", 8)
+    monkeypatch.setattr("serving.api.service.PASS_ROWS", 8)
     in_passes = Service("score", engine).answer(requests)
     assert [a.body for a in in_passes] == alone and in_passes[0].headers["X-Ade-Batch"] == "6"
-    monkeypatch.setattr("serving.service.MAX_BATCH_S", 0.0)
+    monkeypatch.setattr("serving.api.service.MAX_BATCH_S", 0.0)
     late = Service("score", engine).answer(requests)
     assert [a.status for a in late] == [200, 503, 503] and late[0].headers["X-Ade-Batch"] == "2"
-    monkeypatch.setattr("serving.service.PASS_ROWS", 16)
+    monkeypatch.setattr("serving.api.service.PASS_ROWS", 16)
     assert [a.status for a in Service("score", engine).answer(requests)] == [200, 200, 503]
 
 
@@ -99,7 +99,7 @@ def test_noise_counts_as_another_row(engine: InferenceEngine, real_images: np.nd
     calls = []
     encode = engine.encode
     monkeypatch.setattr(engine, "encode", lambda images, *rest: calls.append(len(images)) or encode(images, *rest))
-    monkeypatch.setattr("serving.service.PASS_ROWS", 4)
+    monkeypatch.setattr("serving.api.service.PASS_ROWS", 4)
     for eps, passes in ((False, [4]), (True, [2, 2])):
         calls.clear()
         Service("encode", engine).answer([request(real_images[:2], eps=eps)] * 2)
@@ -110,7 +110,7 @@ def test_noise_counts_as_another_row(engine: InferenceEngine, real_images: np.nd
 def test_a_request_by_itself_is_always_answered(operation: str, parameters: dict, engine: InferenceEngine,
                                                 real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MAX_BATCH_BYTES", "MAX_BATCH_S", "PASS_ROWS"):
-        monkeypatch.setattr(f"serving.service.{name}", 0)
+        monkeypatch.setattr(f"serving.api.service.{name}", 0)
     images = None if operation == "sample" else real_images[:3]
     (answer,) = Service(operation, engine).answer([request(images, **parameters)])
     assert answer.status == 200

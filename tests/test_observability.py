@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from handlers.reporter import COMMON_LABELS
-from serving.journal import Journal, last_errors
-from serving.profile import profile_table, read_totals
-from serving.telemetry import METRICS, Stopwatch
+from handlers.torchserve.profile import profile_table, read_totals
+from handlers.torchserve.reporter import COMMON_LABELS
+from serving.api.journal import Journal, last_errors
+from serving.api.telemetry import METRICS, Stopwatch
 from tests.conftest import ROOT
 
 METRICS_TEXT = """# HELP ade_requests Torchserve prometheus counter metric

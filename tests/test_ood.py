@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from export.detector import MAX_COMPONENTS, false_alarm_band, fit_calibration
-from serving.ood import (
+from export.verdict.detector import MAX_COMPONENTS, false_alarm_band, fit_calibration
+from serving.verdict.calibration import (
     FARTHEST,
     Calibration,
     CalibrationError,

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from export.calibrate import statistics_of
-from export.corruptions import CORRUPTIONS
-from export.detector import fit_calibration
-from export.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
-from serving.engine import InferenceEngine
-from serving.ood import conformal_p_values
-from serving.requests import InputImage, prepare_image
+from export.verdict.calibrate import statistics_of
+from export.verdict.corruptions import CORRUPTIONS
+from export.verdict.detector import fit_calibration
+from export.verdict.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
+from serving.api.requests import InputImage, prepare_image
+from serving.engine.engine import InferenceEngine
+from serving.verdict.calibration import conformal_p_values
 from tests.conftest import PRETRAINED, ROOT
 
 SHARED = ROOT.parent / "shared" / "data"

@@ -17,10 +17,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from serving.bundle import Bundle, open_bundle
+from serving.api.openapi import IMAGE_TYPES, openapi_document
+from serving.api.parameters import PARAMETERS
+from serving.engine.bundle import Bundle, open_bundle
 from serving.images import write_png
-from serving.openapi import IMAGE_TYPES, openapi_document
-from serving.parameters import PARAMETERS
 from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService
 from tests.test_images import encode

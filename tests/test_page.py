@@ -22,11 +22,11 @@ from fastapi.testclient import TestClient
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from serving.bundle import open_bundle
+from serving.api.latents import with_level
 from serving.client import AdeClient
+from serving.engine.bundle import open_bundle
+from serving.engine.noise import NoiseStream, sample_key
 from serving.images import untile
-from serving.latents import with_level
-from serving.noise import NoiseStream, sample_key
 from serving.page.app import READY_FOR_S, TABS, build_page, make_app
 from serving.page.explore import VARIATIONS
 from serving.page.score import REASONS

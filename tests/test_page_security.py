@@ -29,7 +29,7 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 
-from serving.bundle import open_bundle
+from serving.engine.bundle import open_bundle
 from serving.images import write_png
 from serving.page import app as page_app
 from serving.page import many, uploads

@@ -13,7 +13,7 @@ import torch
 from ade_model import ConfigError
 from tests.conftest import make_folder, narrow
 from training.augment import NUMBERS, augment
-from training.compare_report import write_comparison
+from training.comparison.report import write_comparison
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import DiscriminatorConfig, make_discriminator

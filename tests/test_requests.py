@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.errors import ApiError
-from serving.parameters import PARAMETERS
-from serving.requests import (
+from serving.api.errors import ApiError
+from serving.api.parameters import PARAMETERS
+from serving.api.requests import (
     ImagesRequest,
     InputImage,
     RawRequest,
@@ -24,7 +24,7 @@ from serving.requests import (
     parse_images,
     parse_sample,
 )
-from serving.responses import error_response
+from serving.api.responses import error_response
 
 SHAPE = (8, 8, 3)
 LATENTS = [(3, 2, 2), (2, 4, 4)]
@@ -269,7 +269,7 @@ def check(operation: str, request_: RawRequest) -> None:
 
 
 def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.requests.MAX_REQUEST_PIXELS", 2_000)
+    monkeypatch.setattr("serving.api.requests.MAX_REQUEST_PIXELS", 2_000)
     one = b64(png(np.zeros((40, 40, 3), np.uint8)))
     assert isinstance(read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage)
     with pytest.raises(ApiError, match="may have 2000 pixels together, these have 3200") as caught:
@@ -280,7 +280,7 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch
 
 
 def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.requests.MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
     with pytest.raises(ApiError, match="JSON may have 1000 bytes here, the body has 2000") as caught:
         read_images("score", RawRequest("application/json", b"[" * 2000), SHAPE)
     assert caught.value.status == 413
@@ -288,7 +288,7 @@ def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPat
 
 def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no text is parsed that is longer than that, in a body or in a form."""
-    monkeypatch.setattr("serving.requests.MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
     shapes = [(8, 8, 8)]
     number = -1.1754943508222875e-38  # as long as they come
     level = dict.fromkeys(("mean", "log_scale", "z", "eps"), np.full(shapes[0], number).tolist())

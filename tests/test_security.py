@@ -16,11 +16,11 @@ import httpx
 import psutil
 import pytest
 
-from handlers.torchserve import BROADCAST, NO_FOLDER, unreachable_address
+from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
+from handlers.torchserve.environment import child_environment
+from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
-from serving.environment import child_environment
 from serving.ports import Ports
-from serving.status import read_status
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
 from tests.conftest import PRETRAINED, ROOT
 from tests.service import CANARIES, RunningService

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_cli.serve import MAX_SCORE_WORKERS
 from ade_model.checkpoint import save_model
-from handlers.torchserve import BROADCAST
+from handlers.torchserve.configuration import BROADCAST
+from handlers.torchserve.profile import read_totals
+from handlers.torchserve.serve import MAX_SCORE_WORKERS
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from serving.ports import VARIABLES
-from serving.profile import read_totals
 from tests.conftest import PRETRAINED, ROOT, make_model, narrow
 from tests.service import RunningService, free_ports
 from tests.test_images import encode, png_header
@@ -390,7 +390,7 @@ def test_the_other_backend_and_further_bundles(tiny_bundle: Path, real_images: n
     running = RunningService(PRETRAINED, tiny_bundle, tmp_path / "sampler",
                              options=("--backend", "torchscript", "--workers", "1"))
     try:
-        from serving.engine import InferenceEngine
+        from serving.engine.engine import InferenceEngine
         expected = InferenceEngine(PRETRAINED, device="cpu", operations=["score"]).score(real_images[:20])
         with AdeClient(running.url) as client, AdeClient(running.url, model="tiny") as tiny:
             for a, b in zip(client.score(real_images[:20]), expected, strict=True):

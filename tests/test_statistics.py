@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from serving.engine import InferenceEngine
+from serving.engine.engine import InferenceEngine
 from serving.images import lossless_bits
-from serving.statistics import MEANINGS, compute_statistics, meaning
+from serving.verdict.statistics import MEANINGS, compute_statistics, meaning
 from tests.conftest import PRETRAINED
 
 

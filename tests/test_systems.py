@@ -15,18 +15,18 @@ import torch
 
 from ade_cli.main import main
 from ade_model.checkpoint import load_model
-from export.calibrate import calibrate_bundle
+from export.verdict.calibrate import calibrate_bundle
 from export.write import export_bundle
-from serving.engine import InferenceEngine
+from serving.api.requests import RawRequest
+from serving.api.service import Service
+from serving.engine.engine import InferenceEngine
 from serving.images import write_png
 from serving.locks import LOCK
-from serving.ood import CalibrationError
-from serving.requests import RawRequest
-from serving.service import Service
+from serving.verdict.calibration import CalibrationError
 from tests.conftest import make_folder, narrow
 from tests.test_locks import held_by_another
-from training.compare import FAILURE, MEASURED, Job, compare, read_rows
-from training.compare_report import write_comparison
+from training.comparison.compare import FAILURE, MEASURED, Job, compare, read_rows
+from training.comparison.report import write_comparison
 from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import RunOptions, train

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.engine import Score
-from serving.ood import Verdict
-from serving.telemetry import (
+from serving.api.telemetry import (
     BATCH,
     BPD,
     DRIFT_IMAGES,
@@ -20,6 +18,8 @@ from serving.telemetry import (
     STARTS,
     Telemetry,
 )
+from serving.engine.engine import Score
+from serving.verdict.calibration import Verdict
 
 
 def score(bpd: float, uniform: float | None = 0.5) -> Score:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bentoml
 
 from benchmarks.peers.scorer import BATCH, WORKERS, Scorer
-from serving.requests import RawRequest
+from serving.api.requests import RawRequest
 
 
 @bentoml.service(workers=WORKERS, traffic={"timeout": 120}, logging={"access": {"enabled": False}})

@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from benchmarks.peers.scorer import BATCH, DELAY_S, PORT, WORKERS, Scorer
-from serving.requests import RawRequest
+from serving.api.requests import RawRequest
 
 waiting: asyncio.Queue[tuple[RawRequest, asyncio.Future[bytes]]] = asyncio.Queue()
 

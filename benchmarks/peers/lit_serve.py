@@ -6,7 +6,7 @@ import litserve
 from fastapi import Response
 
 from benchmarks.peers.scorer import BATCH, DELAY_S, PORT, WORKERS, Scorer
-from serving.requests import RawRequest
+from serving.api.requests import RawRequest
 
 
 class ScoreApi(litserve.LitAPI):

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from handlers.archives import MAX_BATCH
-from serving.engine import InferenceEngine
-from serving.requests import RawRequest
-from serving.service import Service
+from handlers.torchserve.archives import MAX_BATCH
+from serving.api.requests import RawRequest
+from serving.api.service import Service
+from serving.engine.engine import InferenceEngine
 
 BATCH = MAX_BATCH
 DELAY_S = 0.001

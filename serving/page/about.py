@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from serving.bundle import Bundle
+from serving.engine.bundle import Bundle
 from serving.page.served import Shared
 
 UNITS = {"relative": "of a latent's size"}  # of differences, for people

@@ -20,10 +20,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
-from serving.bundle import Bundle, open_bundle
-from serving.guard import Guard
+from serving.api.guard import Guard
+from serving.api.openapi import openapi_document
+from serving.engine.bundle import Bundle, open_bundle
 from serving.images import MAX_FILE_BYTES
-from serving.openapi import openapi_document
 from serving.page import about, compare, explore, many, reconstruct, reproduce, sample, score
 from serving.page.files import UPLOADS, inbox
 from serving.page.routes import UPLOAD, OpenRoutes, report

@@ -9,14 +9,14 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serving.bundle import Bundle
+from serving.api.latents import between, coarsest, exchanged, with_level
+from serving.api.parameters import MAX_TEMPERATURE
 from serving.client import AdeClient
+from serving.engine.bundle import Bundle
+from serving.engine.noise import MAX_SEED, NoiseStream, sample_key
 from serving.images import tile, write_png
-from serving.latents import between, coarsest, exchanged, with_level
-from serving.noise import MAX_SEED, NoiseStream, sample_key
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import Shared, ask, image_output, made_here, read, read_seed, resize_input, seed_input
-from serving.parameters import MAX_TEMPERATURE
 
 FRAME_MS = 120
 FRAME_SCALE = 4

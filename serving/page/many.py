@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 
 from serving.client import AdeError
-from serving.decision import fdr_note
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
-from serving.ood import benjamini_hochberg, simes
 from serving.page.files import write_file
 from serving.page.score import verdict_word
 from serving.page.served import Served, Shared, ask, read, resize_input, sentence
 from serving.tables import safe_cell
+from serving.verdict.calibration import benjamini_hochberg, simes
+from serving.verdict.decision import fdr_note
 
 AT_ONCE = 32  # files a request
 BATCH_BYTES = 16 * 2**20

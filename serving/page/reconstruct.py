@@ -8,12 +8,12 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from serving.charts import levels_chart
+from serving.api.latents import coarsest
+from serving.api.responses import psnr
 from serving.images import write_png
-from serving.latents import coarsest
+from serving.page.charts import levels_chart
 from serving.page.files import write_file
 from serving.page.served import KINDS, Shared, as_seen, ask, examples, image_output, read, resize_input, usable
-from serving.responses import psnr
 
 
 def add_tab(shared: Shared) -> None:

@@ -8,13 +8,13 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serving.charts import explain_table, histogram_chart, parts_chart
 from serving.client import ScoreResult
-from serving.decision import decide
 from serving.images import write_png
-from serving.ood import Calibrations
+from serving.page.charts import explain_table, histogram_chart, parts_chart
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import Shared, as_seen, ask, examples, read, resize_input, usable
+from serving.verdict.calibration import Calibrations
+from serving.verdict.decision import decide
 
 PLACE = ("<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of 56 "
          "statistics, of which the bits are but some: an image may be unusual in the middle of this hill.</p>")

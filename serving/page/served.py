@@ -14,13 +14,13 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from serving.bundle import CALIBRATION_NAME, Bundle
+from serving.api.errors import ApiError
+from serving.api.requests import InputImage, prepare_image
 from serving.client import AdeClient, AdeError
-from serving.errors import ApiError
+from serving.engine.bundle import CALIBRATION_NAME, Bundle
 from serving.images import file_size
-from serving.ood import Calibrations
 from serving.page.files import FileRefused, read_file
-from serving.requests import InputImage, prepare_image
+from serving.verdict.calibration import Calibrations
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 KINDS = [("mean: f⁻¹(μ(z)), the cleaner pictures", "mean"),

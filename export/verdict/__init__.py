@@ -1,0 +1,1 @@
+"""The verdict of a bundle: fitted, calibrated and measured."""

@@ -1,0 +1,196 @@
+"""Calibration of a bundle: held-out images through the serving engine, what they give into a new bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from export.verdict.detector import MIN_IMAGES, fit_calibration
+from serving.api.errors import ApiError, unusable
+from serving.api.requests import InputImage, prepare_image
+from serving.engine.bundle import CALIBRATION_NAME, Bundle, verify_bundle, write_manifest
+from serving.engine.engine import InferenceEngine
+from serving.engine.noise import image_digest
+from serving.files import new_folder
+from serving.images import coder_version
+from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
+
+CHUNK = 256
+MAX_SKIPPED_SHOWN = 5
+LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
+FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+
+Report = Callable[[str], None]
+
+
+def calibrate_bundle(folder: Path, out: Path, fit: Iterable[bytes | np.ndarray], calibrate: Iterable[bytes | np.ndarray],
+                     data_name: str, report: Report = lambda line: None) -> Calibrations:
+    """Score images as requests are scored, and write the bundle with its verdicts fitted to them.
+
+    There is a calibration for images of the model's size and one for images that a request had resized. Each is made of
+    the images that came that way, if they are at least half of all; otherwise of all of them: to images of the model's size
+    the others resized as requests resize them, to resized ones those of the model's size after
+    :func:`resize_and_back`.
+
+    Args:
+        folder: of the bundle.
+        out: the new bundle's folder; must not exist.
+        fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. Never trained on.
+        calibrate: others, never trained on.
+        data_name: what they are, for the manifest.
+        report: is told of progress, a line at a time.
+
+    Raises:
+        BundleError: the bundle is not whole.
+        CalibrationError: ``out`` exists or was written by another process meanwhile, too few images, or scores that cannot
+            be used.
+    """
+    if out.exists():
+        raise CalibrationError(f"{out} exists: calibrate into a new folder")
+    bundle = verify_bundle(folder)
+    if "score" not in bundle.operations:
+        raise CalibrationError(f"{bundle.name} cannot score: it was trained without an inference network")
+    # Without the verdict that it may have had: it is replaced, and may be of an older version.
+    files = {name: digest for name, digest in bundle.manifest["files"].items() if name != CALIBRATION_NAME}
+    engine = InferenceEngine(Bundle(folder, {**bundle.manifest, "files": files}), device="cpu", operations=["score"])
+    halves = (_usable(fit, bundle.image_shape, "fitting", report),
+              _usable(calibrate, bundle.image_shape, "calibration", report))
+    exact, about = _exact(engine, halves, report)
+    resized, about_resized = (exact, about) if all(image.resized for half in halves for image in half) else _resized(
+        engine, halves, report)
+    calibrations = Calibrations(exact, resized)
+    with new_folder(out, CalibrationError) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
+        write_manifest(temporary, {**bundle.manifest, "calibration": {
+            **about, "data": data_name, "webp": coder_version(), "resized": about_resized}})
+    return calibrations
+
+
+Halves = tuple[list[InputImage], list[InputImage]]
+
+
+def _usable(images: Iterable[bytes | np.ndarray], image_shape: tuple[int, int, int], name: str, report: Report) -> (
+        list[InputImage]):
+    """The images at the model's size; those that a request could not use are left out."""
+    found = [prepare_image(source, image_shape, True, index) for index, source in enumerate(images)]
+    skipped = [image for image in found if isinstance(image, ApiError)]
+    _tell_skipped(name, skipped, report)
+    usable = [image for image in found if isinstance(image, InputImage)]
+    if not usable:
+        raise _none_usable(name, skipped)
+    return usable
+
+
+def _that_came(halves: Halves, resized: bool) -> Halves | None:
+    """Those that were or were not resized, if they are the half of all, and enough."""
+    fit, calibrate = ([image for image in half if image.resized == resized] for half in halves)
+    many = 2 * (len(fit) + len(calibrate)) >= sum(map(len, halves)) and min(len(fit), len(calibrate)) >= MIN_IMAGES
+    return (fit, calibrate) if many else None
+
+
+def _exact(engine: InferenceEngine, halves: Halves, report: Report) -> tuple[Calibration, dict[str, Any]]:
+    chosen = _that_came(halves, resized=False)
+    pixels = [[image.pixels for image in half] for half in chosen or halves]
+    return _calibrated(engine, pixels, "" if chosen else "fit", "", report)
+
+
+def _resized(engine: InferenceEngine, halves: Halves, report: Report) -> tuple[Calibration, dict[str, Any]]:
+    chosen = _that_came(halves, resized=True) or halves
+    pixels = [[image.pixels if image.resized else resize_and_back(image.pixels) for image in half] for half in chosen]
+    calibration, about = _calibrated(engine, pixels, "fit", " of resized images", report)
+    return calibration, {**about, "resized_and_back": sum(not image.resized for half in chosen for image in half)}
+
+
+def _calibrated(engine: InferenceEngine, pixels: Sequence[Sequence[np.ndarray]], resize: str, name: str,
+                report: Report) -> tuple[Calibration, dict[str, Any]]:
+    """A calibration, and what the manifest says of it."""
+    fitting, calibrating = (statistics_of(engine, half, part + name, report=report) for part, half in zip(
+        ("fitting", "calibration"), pixels, strict=True))
+    calibration = fit_calibration(fitting, calibrating, resize=resize or None)
+    return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
+
+
+def resize_and_back(pixels: np.ndarray) -> np.ndarray:
+    """An image of the model's size as if it came from a larger picture: enlarged, and resized as a request does it.
+
+    How much larger, from 1.25 to 8 times, and by which filter depends on the pixels alone.
+
+    Args:
+        pixels: uint8 ``(H, W, C)``.
+    """
+    rng = np.random.default_rng(int.from_bytes(image_digest(pixels)))
+    scale, kind = 2 ** rng.uniform(*LOG2_ENLARGED), FILTERS[rng.integers(len(FILTERS))]
+    size = (round(scale * pixels.shape[1]), round(scale * pixels.shape[0]))
+    planes = [np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, kind))
+              for plane in pixels.transpose(2, 0, 1)]
+    image = prepare_image(np.stack(planes, axis=2), pixels.shape, True, 0)
+    assert isinstance(image, InputImage)
+    return image.pixels
+
+
+def statistics_of(engine: InferenceEngine, images: Iterable[bytes | np.ndarray], name: str, resize: str | None = None,
+                  report: Report = lambda line: None) -> dict[str, np.ndarray]:
+    """Statistics by name of many images, a chunk at a time; images that a request could not use are left out.
+
+    Args:
+        engine: with ``score``.
+        images: image files, or uint8 ``(H, W, C)``.
+        name: of them, for progress and errors.
+        resize: ``fit`` brings images of other sizes to the model's, as requests with that parameter are; ``None`` leaves
+            them out.
+        report: is told of progress.
+
+    Raises:
+        CalibrationError: no image could be used.
+    """
+    chunks: list[dict[str, np.ndarray]] = []
+    skipped: list[ApiError] = []
+    waiting: list[tuple[int, np.ndarray]] = []
+    done = 0
+
+    def flush() -> None:
+        nonlocal done
+        if waiting:
+            found = engine.statistics(np.stack([pixels for _, pixels in waiting]))
+            finite = np.isfinite(np.stack(list(found.values()))).all(0)
+            skipped.extend(unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
+                           for row in np.flatnonzero(~finite))
+            chunks.append({key: values[finite] for key, values in found.items()})
+            done += len(waiting)
+            waiting.clear()
+            report(f"{name}: scored {done} images")
+
+    for index, source in enumerate(images):
+        image = prepare_image(source, engine.image_shape, resize == "fit", index)
+        if isinstance(image, InputImage):
+            waiting.append((index, image.pixels))
+        else:
+            skipped.append(image)
+        if len(waiting) == CHUNK:
+            flush()
+    flush()
+    _tell_skipped(name, skipped, report)
+    if not chunks:
+        raise _none_usable(name, skipped)
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def _tell_skipped(name: str, skipped: Sequence[ApiError], report: Report) -> None:
+    if skipped:
+        report(f"{name}: left out {len(skipped)} images: {_examples(skipped)}")
+
+
+def _none_usable(name: str, skipped: Sequence[ApiError]) -> CalibrationError:
+    return CalibrationError(f"{name}: none of {len(skipped)} images could be used" +
+                            (f": {_examples(skipped)}" if skipped else ""))
+
+
+def _examples(errors: Sequence[ApiError]) -> str:
+    shown = "; ".join(f"image {e.index}: {e.message}" for e in errors[:MAX_SKIPPED_SHOWN])
+    return shown + ("; …" if len(errors) > MAX_SKIPPED_SHOWN else "")

@@ -1,0 +1,173 @@
+"""How well does a bundle's verdict tell strangers? Figures for each set of them, beside the raw likelihood and no model."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from export.verdict.detector import false_alarm_band
+from serving.tables import safe_cell
+from serving.verdict.calibration import Calibration, conformal_p_values
+
+COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
+ALPHAS = (0.1, 0.05, 0.01)
+BINS = 60
+HEADLINES = (COMBINED, RAW_BPD, NO_MODEL)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How one score tells one set of strangers from usual images.
+
+    Attributes:
+        auroc: probability that a stranger scores higher than a usual image.
+        standard_error: of it.
+        aupr: average precision, strangers being the positives.
+        fpr95: false-alarm rate at the threshold that finds 95 % of the strangers.
+        flagged: share of the strangers that is flagged at each of :data:`ALPHAS`; of the combined score alone.
+    """
+
+    auroc: float
+    standard_error: float
+    aupr: float
+    fpr95: float
+    flagged: tuple[float, ...] | None = None
+
+
+def scores_of(calibration: Calibration, statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores by name, higher is stranger: the combined one, the raw bpd, the one without a model, each statistic's.
+
+    A single statistic's is its distance from the middle in normal scores, on both sides.
+    """
+    rows = calibration.rows(statistics)
+    normal = calibration.normal(rows)
+    return {COMBINED: calibration.mixture.surprise(normal), RAW_BPD: statistics["bpd"].astype(np.float64),
+            NO_MODEL: calibration.baseline.surprise(normal[:, calibration.pixel_columns]),
+            **dict(zip(calibration.names, np.abs(normal).T, strict=True))}
+
+
+def compare_scores(usual: np.ndarray, strange: np.ndarray) -> Figures:
+    """Figures of one score, ``(N,)`` and ``(M,)``."""
+    truth = np.concatenate([np.zeros(len(usual)), np.ones(len(strange))])
+    values = np.concatenate([usual, strange])
+    auroc = float(roc_auc_score(truth, values))
+    return Figures(auroc, _standard_error(auroc, len(usual), len(strange)), float(average_precision_score(truth, values)),
+                   float((usual >= np.quantile(strange, 0.05)).mean()))
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()  # names of folders need not be UTF-8
+
+
+def _standard_error(auroc: float, usual: int, strange: int) -> float:
+    """Hanley and McNeil, "The meaning and use of the area under a ROC curve", 1982, eq. 2."""
+    q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
+    variance = auroc * (1 - auroc) + (strange - 1) * (q1 - auroc**2) + (usual - 1) * (q2 - auroc**2)
+    return math.sqrt(max(variance, 0.0) / (usual * strange))
+
+
+def write_report(calibration: Calibration, model: str, usual_name: str, usual: Mapping[str, np.ndarray],
+                 strangers: Mapping[str, Mapping[str, np.ndarray]], out: Path) -> Path:
+    """``OUT/report.md``, ``OUT/figures.csv`` and a histogram for each set.
+
+    Args:
+        calibration: of the bundle.
+        model: its name in answers.
+        usual_name: of the usual images, in words.
+        usual: their statistics, of images that neither trained, fitted nor calibrated anything.
+        strangers: statistics of each set of strangers, by its name.
+        out: a folder.
+
+    Returns:
+        The report's path.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    usual_name, strangers = _printable(usual_name), {_printable(name): its for name, its in strangers.items()}
+    usual_scores = scores_of(calibration, usual)
+    names = [COMBINED, RAW_BPD, NO_MODEL, *calibration.names]
+    table: dict[str, dict[str, Figures]] = {}
+    for number, (name, statistics) in enumerate(strangers.items()):
+        scores = scores_of(calibration, statistics)
+        table[name] = {score: compare_scores(usual_scores[score], scores[score]) for score in names}
+        p_values = conformal_p_values(calibration.scores, scores[COMBINED])
+        flagged = tuple(float((p_values <= alpha).mean()) for alpha in ALPHAS)
+        table[name][COMBINED] = Figures(**{**vars(table[name][COMBINED]), "flagged": flagged})
+        _histogram(usual_scores, scores, usual_name, name, out / f"histogram-{number}.png")
+    _write_csv(table, out / "figures.csv")
+    lines = [f"# Strangers to {model}", "",
+             f"Usual images: {len(usual['bpd']):,} of {usual_name}. Calibrated on {len(calibration.scores):,} others.", "",
+             "## False alarms", "", *_false_alarms(calibration, usual_scores[COMBINED]), "",
+             "## Strangers", "", *_summary(table, strangers), "",
+             "AUROC ± its standard error; AUPR with strangers as positives; FPR: false alarms where 95 % of strangers are "
+             f"found; then the share of strangers that is flagged at each alpha. *{NO_MODEL}*: the same kind of density on "
+             "statistics of the pixels, without any model.", "",
+             "## Each statistic by itself, AUROC", "", *_singles(table, calibration.names), "", "## Histograms", "",
+             *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(strangers))]
+    path = out / "report.md"
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    return path
+
+
+def _rows(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(cells)} |" for cells in body)]
+
+
+def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
+    p_values = conformal_p_values(calibration.scores, scores)
+    body = []
+    for alpha in ALPHAS:
+        low, high = false_alarm_band(len(calibration.scores), alpha, tested=len(scores))
+        body.append([f"{alpha}", f"{(p_values <= alpha).mean():.4f}", f"{low:.4f} to {high:.4f}"])
+    return _rows(["alpha", "flagged", "95 % band of calibrations and tests like these"], body)
+
+
+def _summary(table: Mapping[str, Mapping[str, Figures]], strangers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    body = []
+    for name, figures in table.items():
+        for score in HEADLINES:
+            f = figures[score]
+            flagged = [f"{share:.1%}" for share in f.flagged] if f.flagged else ["", "", ""]
+            body.append([f"{name} ({len(strangers[name]['bpd']):,})" if score == COMBINED else "", score,
+                         f"{f.auroc:.4f} ± {f.standard_error:.4f}", f"{f.aupr:.3f}", f"{f.fpr95:.1%}", *flagged])
+    return _rows(["strangers", "score", "AUROC", "AUPR", "FPR", *(f"at {alpha}" for alpha in ALPHAS)], body)
+
+
+def _singles(table: Mapping[str, Mapping[str, Figures]], names: Sequence[str]) -> list[str]:
+    sets = list(table)
+    body = [[score, *(f"{table[s][score].auroc:.3f}" for s in sets)] for score in (*HEADLINES, *names)]
+    return _rows(["score", *sets], body)
+
+
+def _write_csv(table: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["strangers", "score", "auroc", "standard_error", "aupr", "fpr95",
+                         *(f"flagged_{alpha}" for alpha in ALPHAS)])
+        for name, figures in table.items():
+            for score, f in figures.items():
+                writer.writerow([safe_cell(name), score, f.auroc, f.standard_error, f.aupr, f.fpr95,
+                                 *(f.flagged or ("",) * len(ALPHAS))])
+
+
+def _histogram(usual: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarray], usual_name: str, name: str,
+               path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    for axes, score in zip(figure.subplots(1, 2), (COMBINED, RAW_BPD), strict=True):
+        both = np.concatenate([usual[score], strange[score]])
+        low, high = np.quantile(both, [0.002, 0.998])
+        edges = np.linspace(low, max(high, low + 1e-6), BINS)
+        for values, label in ((usual[score], usual_name), (strange[score], name)):
+            axes.hist(np.clip(values, low, high), edges, density=True, alpha=0.55, label=label)
+        axes.set_xlabel({COMBINED: "combined score, nats", RAW_BPD: "bits per dimension"}[score])
+        axes.set_yticks([])
+        axes.legend(fontsize=7)
+    FigureCanvasAgg(figure).print_figure(path, dpi=80)

@@ -1,0 +1,97 @@
+"""What TorchServe calls, and how its requests and answers translate to :class:`serving.api.service.Service`.
+
+TorchServe is archived upstream: whatever replaces it needs one such file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from ts.metrics import caching_metric
+
+from handlers.torchserve.reporter import Reporter, worker_name
+from serving.api.errors import ApiError
+from serving.api.journal import Journal
+from serving.api.requests import PROBE_HEADER, URLENCODED, RawRequest
+from serving.api.responses import error_response
+from serving.api.service import Service
+from serving.engine.engine import InferenceEngine
+
+EXIT_DELAY_S = 0.2  # for the answers to be sent
+
+
+class OperationHandler:
+    """Serves one operation; each subclass names its own.
+
+    TorchServe makes one object a worker process, calls :meth:`initialize` once and :meth:`handle` with each batch.
+    """
+
+    operation: str
+
+    def initialize(self, context: Any) -> None:
+        """Load and warm up the engine from the archive's folder, as ``model-config.yaml`` says."""
+        _quieten()
+        properties = context.system_properties
+        options = context.model_yaml_config["ade"]
+        engine = InferenceEngine(Path(properties["model_dir"]), options["backend"], options["device"],
+                                 [self.operation], int(properties.get("gpu_id") or 0), options["cuda_graphs"])
+        engine.warm_up()
+        journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
+        self.service = Service(self.operation, engine, options["threads"], journal)
+        self._busy = threading.Lock()
+        self._is_leaving = False
+        self._stop_folder = Path(os.environ["ADE_STOP_FOLDER"])
+        Reporter(self.service.telemetry, context.metrics, context.model_name, self._tell_when_done).start()
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """Answer a batch; every item gets its own status, type and headers."""
+        with self._busy:
+            if self._stop_folder.exists():
+                answers = [error_response(ApiError(503, "stopping", "the service is being stopped")) for _ in data]
+            elif self._is_leaving:
+                answers = [error_response(ApiError(503, "overloaded", "try again later")) for _ in data]
+            else:
+                answers = self.service.answer([
+                    _raw_request(row, context.get_all_request_header(i), context.request_ids[i])
+                    for i, row in enumerate(data)])
+        bodies = []
+        for i, answer in enumerate(answers):
+            context.set_response_status(answer.status, answer.phrase, idx=i)
+            context.set_response_content_type(i, answer.content_type)
+            for name, value in answer.headers.items():
+                context.set_response_header(i, name, value)
+            bodies.append(answer.body)
+        if self.service.is_exhausted and not self._is_leaving:  # TorchServe starts another worker
+            self._is_leaving = True
+            threading.Timer(EXIT_DELAY_S, os._exit, [1]).start()
+        return bodies
+
+    def _tell_when_done(self) -> None:
+        """Where the service is being stopped: leave a sign once no request is computed any more."""
+        if self._stop_folder.exists() and self._busy.acquire(blocking=False):
+            self._busy.release()
+            (self._stop_folder / worker_name()).touch()
+
+
+def _quieten() -> None:
+    """Keep TorchServe's worker from writing lines for every batch, which its other half would read one by one.
+
+    Metrics travel as such lines, at a level below warnings: their logger alone may go on.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger(caching_metric.__name__).setLevel(logging.INFO)
+
+
+def _raw_request(row: dict[str, Any], headers: dict[str, Any], request_id: str) -> RawRequest:
+    # A form's fields share TorchServe's dictionary with the headers, as {"content-type": ...} of each part.
+    named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+    content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
+    kind = content_type.split(";")[0].strip().lower()
+    if kind in ("multipart/form-data", URLENCODED):
+        return RawRequest(content_type, None, row, probe, request_id)
+    body = row.get("body", row.get("data", b""))
+    return RawRequest(content_type, body if body is not None else b"", probe=probe, id=request_id)

@@ -1,0 +1,57 @@
+"""Where the time of requests goes, from the service's own metrics: mean milliseconds a request, by stage."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from serving.api.telemetry import IMAGES, REQUESTS, STAGE_SECONDS, STAGES
+
+_LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+# TorchServe's own counters, microseconds: from a request's arrival to its answer, and how much of it was waiting.
+LATENCY = "ts_inference_latency_microseconds"
+QUEUE = "ts_queue_latency_microseconds"
+
+Totals = dict[str, dict[str, float]]
+
+
+def read_totals(metrics: str) -> Totals:
+    """Sums since the start, by served model: ``requests``, ``images``, and seconds by stage.
+
+    Args:
+        metrics: the text that Prometheus would scrape.
+    """
+    found: Totals = defaultdict(lambda: defaultdict(float))
+    for name, labels, value in _LINE.findall(metrics):
+        named = dict(_LABEL.findall(labels))
+        mine = found[named.get("model_name", "")]
+        if name == REQUESTS.name:
+            mine["requests"] += float(value)
+        elif name == IMAGES.name:
+            mine["images"] += float(value)
+        elif name == STAGE_SECONDS.name:
+            mine[named["stage"]] += float(value)
+        elif name in (LATENCY, QUEUE):
+            mine["queue" if name == QUEUE else "whole"] += float(value) / 1e6
+    return {model: dict(values) for model, values in found.items() if "requests" in values}
+
+
+def profile_table(before: Totals, after: Totals) -> str:
+    """A line for each model that was asked in between; empty if none was.
+
+    ``queue`` is the waiting for a worker, ``carry`` what is left: the way to the worker and back.
+    """
+    columns = ("queue", *STAGES, "carry", "whole")
+    lines = []
+    for model, values in after.items():
+        new = {key: value - before.get(model, {}).get(key, 0.0) for key, value in values.items()}
+        if new.get("requests", 0) < 1:
+            continue
+        new["carry"] = new.get("whole", 0.0) - sum(new.get(stage, 0.0) for stage in ("queue", *STAGES))
+        times = "".join(f"{1000 * new.get(column, 0.0) / new['requests']:9.2f}" for column in columns)
+        lines.append(f"{model:14}{new['requests']:9.0f}{new.get('images', 0):9.0f}{times}")
+    if not lines:
+        return ""
+    head = "ms a request  " + "".join(f"{column:>9}" for column in ("requests", "images", *columns))
+    return "\n".join([head, *lines])

@@ -1,0 +1,54 @@
+"""The one shape of every error that a client sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PHRASES = {400: "Bad Request", 413: "Content Too Large", 415: "Unsupported Media Type", 422: "Unprocessable Content",
+           500: "Internal Server Error", 503: "Service Unavailable"}
+
+
+class ApiError(Exception):
+    """An answer other than 200.
+
+    Attributes:
+        status: HTTP status.
+        code: a short name that programs can compare.
+        message: what is wrong, what was expected and what came, for people.
+        index: which image of the request it is about, if one.
+    """
+
+    def __init__(self, status: int, code: str, message: str, index: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.index = index
+
+    def at(self, index: int) -> ApiError:
+        """The same error about image ``index``."""
+        return ApiError(self.status, self.code, self.message, index)
+
+    def body(self) -> dict[str, Any]:
+        """``{"error": {"code", "message", "index"?}}``."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.index is not None:
+            error["index"] = self.index
+        return {"error": error}
+
+
+def malformed(message: str) -> ApiError:
+    """400: the request cannot be taken apart."""
+    return ApiError(400, "malformed_request", message)
+
+
+def unusable(code: str, message: str) -> ApiError:
+    """422: the request is well formed and asks for what cannot be had."""
+    return ApiError(422, code, message)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory: Python's own error, or what ONNX Runtime and PyTorch say."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("out of memory", "failed to allocate memory", "bad_alloc", "can't allocate memory"))

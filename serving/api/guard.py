@@ -1,0 +1,202 @@
+"""Decides which requests may come in at all: by the host they name, the page they come from, and their token.
+
+A server on loopback is reachable by every web page that a browser on this machine shows. A page may name the server by a
+host name of its own whose address it changes (DNS rebinding), and may send it requests whose answers it cannot read
+(cross-site request forgery). Both leave traces in headers that a page cannot set; these are checked here. Pure ASGI, since
+the API and the page share it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import re
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+from serving.api.errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+FOREIGN_SITES = ("cross-site", "same-site")  # of Sec-Fetch-Site; same-site is another port or a neighbouring name
+DEFAULT_PORTS = {"http": 80, "https": 443}
+LINGER_S = 5.0
+LINGER_BYTES = 64 * 2**20
+_AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]{1,255})(?::(?P<port>[0-9]{1,5}))?")
+_ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<authority>.+)")
+
+
+class Guard:
+    """ASGI middleware that refuses what may not come in.
+
+    Args:
+        app: what to protect.
+        allowed_hosts: names by which clients may reach it, beside IP addresses and ``localhost``.
+        token: if given, what every request must bring as ``Authorization: Bearer TOKEN``.
+    """
+
+    def __init__(self, app: App, allowed_hosts: Collection[str], token: str | None = None) -> None:
+        self._app = app
+        self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            try:
+                check_host(header_values(scope, "host"), self._allowed_hosts)
+                if scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS:
+                    check_origin(scope, self._allowed_hosts)
+                if self._token is not None:
+                    check_token(header_values(scope, "authorization"), self._token)
+            except ApiError as error:
+                if scope["type"] == "websocket":  # not accepted yet: the server answers 403
+                    await send({"type": "websocket.close", "code": 1008})
+                else:
+                    await refuse(error, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def header_values(scope: Scope, name: str) -> list[str]:
+    """All values of a header, as they came."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name.encode()]
+
+
+def split_authority(text: str) -> tuple[str, int | None]:
+    """Host, in lower case, and port of ``HOST[:PORT]``; IPv6 addresses keep their brackets.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    match = _AUTHORITY.fullmatch(text.lower())
+    if match is None:
+        raise ValueError(f"expected HOST or HOST:PORT, got {text!r}")
+    return match["host"], None if match["port"] is None else int(match["port"])
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IPv4 address, or an IPv6 address in brackets."""
+    try:
+        if host.startswith("["):
+            ipaddress.IPv6Address(host[1:-1])
+        else:
+            ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def check_host(values: list[str], allowed_hosts: Collection[str]) -> None:
+    """Check the ``Host`` header.
+
+    IP addresses are always allowed: DNS rebinding needs a name, since a page that was loaded from an address has no name
+    whose resolution could be changed.
+
+    Args:
+        values: of the request; there must be exactly one.
+        allowed_hosts: further names, in lower case.
+
+    Raises:
+        ApiError: 421 ``host_not_allowed``.
+    """
+    try:
+        (value,) = values
+        host, _ = split_authority(value)
+    except ValueError:
+        raise ApiError(421, "host_not_allowed", "the request must have exactly one valid Host header") from None
+    if host != "localhost" and host not in allowed_hosts and not is_address(host):
+        raise ApiError(421, "host_not_allowed", f"this service is not reached under the name {host!r}: start it with "
+                                                f"--allowed-hosts {host} if it should be")
+
+
+def check_origin(scope: Scope, allowed_hosts: Collection[str]) -> None:
+    """Check that a request does not come from another site's page; programs that are not browsers send neither header.
+
+    Args:
+        scope: of the request; its ``Host`` has been checked.
+        allowed_hosts: names that may also be the origin's, whatever its port: a proxy may have changed ``Host``.
+
+    Raises:
+        ApiError: 403 ``cross_origin``.
+    """
+    (host,), origins = header_values(scope, "host"), header_values(scope, "origin")
+    is_foreign = any(site.strip().lower() in FOREIGN_SITES for site in header_values(scope, "sec-fetch-site"))
+    if is_foreign or len(origins) > 1 or not all(is_same_origin(origin, host, allowed_hosts) for origin in origins):
+        raise ApiError(403, "cross_origin", "requests from pages of other origins are refused")
+
+
+def is_same_origin(origin: str, host_header: str, allowed_hosts: Collection[str] = ()) -> bool:
+    """Whether an ``Origin`` names the host and port of ``Host``, or an allowed host; ``null`` does not.
+
+    The schemes are not compared: before a proxy with TLS the origin is ``https``, behind it nobody knows.
+    """
+    match = _ORIGIN.fullmatch(origin.lower())
+    if match is None:
+        return False
+    default = DEFAULT_PORTS[match["scheme"]]
+    try:
+        host, port = split_authority(match["authority"])
+        own_host, own_port = split_authority(host_header)
+    except ValueError:
+        return False
+    return host in allowed_hosts or (host, port or default) == (own_host, own_port or default)
+
+
+def check_token(values: list[str], token: str) -> None:
+    """Check the ``Authorization`` header, in a time that does not depend on where it differs.
+
+    Raises:
+        ApiError: 401 ``bad_token``.
+    """
+    scheme, _, given = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    if not hmac.compare_digest(given.strip().encode(), token.encode()) or scheme.lower() != "bearer":
+        raise ApiError(401, "bad_token", "the server requires Authorization: Bearer with a valid token")
+
+
+def error_answer(error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
+    """Headers, but for the length, and body of an error in the API's shape."""
+    headers = [("content-type", "application/json")]
+    if error.status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    if error.status == 503:
+        headers.append(("retry-after", "1"))
+    return headers, json.dumps(error.body()).encode()
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send,
+                 headers: Collection[tuple[str, str]] = ()) -> None:
+    """Answer an error before the body has been read; if there is one, discard it for a while and close the connection.
+
+    Many clients read no answer before they have sent their body, and lose it if the connection is closed before.
+    """
+    fields, body = error_answer(error)
+    fields.append(("content-length", str(len(body))))
+    has_body = bool(header_values(scope, "transfer-encoding")) or header_values(scope, "content-length") not in ([], ["0"])
+    if has_body:
+        fields.append(("connection", "close"))
+    await send({"type": "http.response.start", "status": error.status,
+                "headers": [(name.encode(), value.encode()) for name, value in [*fields, *headers]]})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if has_body:
+        await _discard_body(receive)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard_body(receive: Receive) -> None:
+    seen = 0
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while seen < LINGER_BYTES:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                seen += len(message["body"])
+    except TimeoutError:
+        return

@@ -1,0 +1,184 @@
+"""What a worker tells of its work: requests, where their time goes, the bits of what it scores, whether the stream drifts.
+
+Counters are given as increments and gauges as they stand; whoever runs the worker carries them to where they are scraped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from serving.engine.engine import Score
+from serving.verdict.drift import DriftMonitor
+
+STAGES = ("parse", "decode", "compute", "encode")
+MAX_BPD = 1000.0
+INFINITY = float("inf")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``kind`` is Prometheus's; ``labels`` come after the model's name and the worker's."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HistogramMetric:
+    """A histogram in Prometheus's form: counters of values up to each bound, of their sum and of their number."""
+
+    name: str
+    bounds: tuple[float, ...]
+
+    @property
+    def bucket(self) -> Metric:
+        return Metric(f"{self.name}_bucket", "counter", ("le",))
+
+    @property
+    def sum(self) -> Metric:
+        return Metric(f"{self.name}_sum", "counter")
+
+    @property
+    def count(self) -> Metric:
+        return Metric(f"{self.name}_count", "counter")
+
+
+REQUESTS = Metric("ade_requests", "counter", ("status", "code"))
+IMAGES = Metric("ade_images", "counter")
+STAGE_SECONDS = Metric("ade_stage_seconds", "counter", ("stage",))
+STARTS = Metric("ade_worker_starts", "counter")  # one more than the restarts
+INFO = Metric("ade_info", "gauge", ("bundle", "backend"))
+DRIFT_IMAGES = Metric("ade_drift_images", "gauge")
+DRIFT_STRANGE = Metric("ade_drift_cusum_strange", "gauge")
+DRIFT_USUAL = Metric("ade_drift_cusum_usual", "gauge")
+DRIFT_DISTANCE = Metric("ade_drift_ks", "gauge")
+SECONDS = HistogramMetric("ade_request_seconds", (.0025, .005, .01, .025, .05, .1, .25, .5, 1.0, 2.5, 5.0, 10.0, INFINITY))
+BATCH = HistogramMetric("ade_batch_images", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, INFINITY))
+BPD = HistogramMetric("ade_bpd", (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, INFINITY))
+METRICS = (REQUESTS, IMAGES, STAGE_SECONDS, STARTS, INFO, DRIFT_IMAGES, DRIFT_STRANGE, DRIFT_USUAL, DRIFT_DISTANCE,
+           *(metric for h in (SECONDS, BATCH, BPD) for metric in (h.bucket, h.sum, h.count)))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A value of one metric, with the values of its own labels."""
+
+    metric: Metric
+    value: float
+    labels: tuple[str, ...] = ()
+
+
+class Stopwatch:
+    """Seconds of one batch, by stage."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - started
+
+
+class _Histogram:
+    """What came since the last look."""
+
+    def __init__(self, metric: HistogramMetric) -> None:
+        self.metric = metric
+        self._buckets = [0] * len(metric.bounds)
+        self._sum = 0.0
+        self._told = False
+
+    def add(self, value: float, times: int = 1) -> None:
+        self._sum += value * times
+        for i, bound in enumerate(self.metric.bounds):
+            if value <= bound:
+                self._buckets[i] += times
+
+    def collect(self) -> list[Measurement]:
+        if not self._buckets[-1]:
+            return []
+        # All of them the first time: without its lowest buckets, though empty, a histogram would have other quantiles.
+        found = [Measurement(self.metric.bucket, count, (_le(bound),))
+                 for bound, count in zip(self.metric.bounds, self._buckets, strict=True) if count or not self._told]
+        found += [Measurement(self.metric.sum, self._sum), Measurement(self.metric.count, self._buckets[-1])]
+        self._buckets = [0] * len(self._buckets)
+        self._sum = 0.0
+        self._told = True
+        return found
+
+
+def _le(bound: float) -> str:
+    return "+Inf" if bound == INFINITY else f"{bound:g}"
+
+
+class Telemetry:
+    """Of one worker; may be read by another thread than the one that feeds it.
+
+    Args:
+        model_id: name and hash of the bundle.
+        backend: what computes.
+    """
+
+    def __init__(self, model_id: str, backend: str) -> None:
+        self._lock = threading.Lock()
+        self._drift = DriftMonitor()
+        self._drift_moved = False
+        self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
+        self._counts[STARTS, ()] = 1
+        self._gauges = {(INFO, (model_id, backend)): 1.0}
+        self._seconds, self._batch, self._bpd = map(_Histogram, (SECONDS, BATCH, BPD))
+
+    def observe_batch(self, answers: Iterable[tuple[int, str]], images: int, stages: dict[str, float]) -> None:
+        """Take in a batch of requests.
+
+        Args:
+            answers: status and error code (empty where none) of each.
+            images: that were computed.
+            stages: seconds by stage; each request waited for all of them.
+        """
+        with self._lock:
+            count = 0
+            for status, code in answers:
+                self._counts[REQUESTS, (str(status), code or "none")] += 1
+                count += 1
+            self._counts[IMAGES, ()] += images
+            for stage, seconds in stages.items():
+                self._counts[STAGE_SECONDS, (stage,)] += seconds * count  # type: ignore[assignment]
+            self._seconds.add(sum(stages.values()), count)
+            self._batch.add(images)
+
+    def observe_scores(self, scores: Iterable[Score]) -> None:
+        """Take in scores; those without a verdict have no part in the drift."""
+        with self._lock:
+            for score in scores:
+                self._bpd.add(min(max(score.bpd, 0.0), MAX_BPD))  # a counter never falls, nor is it to be one image's
+                if score.verdict is not None:
+                    self._drift.update(score.verdict.uniform)
+                    self._drift_moved = True
+
+    def collect(self) -> list[Measurement]:
+        """What is new since the last call; empty if nothing is."""
+        with self._lock:
+            found = [Measurement(metric, value, labels) for (metric, labels), value in self._counts.items() if value]
+            found += [Measurement(metric, value, labels) for (metric, labels), value in self._gauges.items()]
+            for histogram in (self._seconds, self._batch, self._bpd):
+                found += histogram.collect()
+            if self._drift_moved:
+                found += [Measurement(DRIFT_IMAGES, self._drift.images), Measurement(DRIFT_STRANGE, self._drift.strange),
+                          Measurement(DRIFT_USUAL, self._drift.usual),
+                          Measurement(DRIFT_DISTANCE, self._drift.distance())]
+            self._counts.clear()
+            self._gauges.clear()
+            self._drift_moved = False
+            return found

@@ -1,0 +1,156 @@
+"""Processes that decode files which may be bombs: started for the first one, ended when idle, replaced when they die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from serving.decode.structure import ImageError, Structure
+from serving.decode.worker import ANSWER, READY, REQUEST, DecodedImage, fill, receive
+
+MEMORY_BYTES = 384 * 2**20  # a picture of 16 million pixels takes up to 340 MiB
+CPU_SECONDS = 2.0  # a picture of 16 million pixels takes up to one
+WALL_SECONDS = 10.0  # where a busy machine gives it no processor
+START_SECONDS = 30.0
+END_SECONDS = 5.0  # for the exit code of a process that has closed its connection
+IDLE_SECONDS = 60.0
+MAX_TEXT_BYTES = 2**16
+PROGRAM = "serving.decode.worker"
+_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME")
+
+_idle: list[_Decoder] = []
+
+
+class _Died(Exception):
+    """The process ended, hangs, or answered nonsense."""
+
+
+class _Decoder:
+    """One process, which decodes one file at a time."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        root = str(Path(__file__).parents[2])
+        # It parses files of unknown origin: the environment's secrets are not passed on.
+        environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+        environment |= {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]), "OPENBLAS_NUM_THREADS": "1",
+                        "MALLOC_ARENA_MAX": "1"}  # further threads and arenas would count against its memory
+        command = [sys.executable, "-P", "-m", PROGRAM, str(MEMORY_BYTES), str(CPU_SECONDS), str(IDLE_SECONDS)]
+        with theirs:
+            try:
+                self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
+            except OSError as error:  # a caller would take it for an error of its file
+                ours.close()
+                raise RuntimeError(f"the process that decodes images cannot be started: {error}") from error
+        self._connection = ours
+        self.pid = self._process.pid
+        self.is_used = False
+        try:
+            ours.settimeout(START_SECONDS)
+            is_ready = receive(ours, 1) == READY
+        except (OSError, EOFError):
+            is_ready = False
+        if not is_ready:
+            raise RuntimeError(f"the process that decodes images did not start (exit code {self.end()})")
+
+    def decode(self, data: bytes, structure: Structure) -> DecodedImage:
+        """As :func:`serving.decode.worker.decode`.
+
+        Raises:
+            ImageError: of the file.
+            _Died: of this process.
+        """
+        deadline = time.monotonic() + WALL_SECONDS
+        try:
+            self._connection.settimeout(WALL_SECONDS)
+            self._connection.sendall(REQUEST.pack(len(data)))
+            self._connection.sendall(data)
+            self._connection.settimeout(max(0.001, deadline - time.monotonic()))
+            is_image, length, height, width = ANSWER.unpack(receive(self._connection, ANSWER.size))
+            if length > MAX_TEXT_BYTES or height * width != is_image * structure.width * structure.height:
+                raise ValueError(f"an answer of {length} bytes and {height} x {width} pixels")
+            said = json.loads(receive(self._connection, length))
+            if not is_image:
+                code, message = said
+                self.is_used = True
+                raise ImageError(str(code), str(message))
+            pixels = np.empty((height, width, 3), np.uint8)
+            fill(self._connection, pixels.data.cast("B"))
+            self.is_used = True
+            return DecodedImage(pixels, [str(note) for note in said])
+        except ImageError:
+            raise
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            raise _Died from error
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self, patience: float = 0.1) -> int:
+        """Kill the process if it does not end in so many seconds; returns its exit code."""
+        self._connection.close()
+        try:
+            return self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
+    """Decode a file in another process, within limits of memory and time.
+
+    May be called from several threads; each has a process of its own while it waits.
+
+    Args:
+        data: the whole file.
+        structure: of that file.
+
+    Raises:
+        ImageError: the file is damaged, or takes too much.
+        RuntimeError: no process can be started.
+    """
+    while True:
+        decoder = _take()
+        try:
+            decoded = decoder.decode(data, structure)
+        except ImageError:
+            _idle.append(decoder)
+            raise
+        except _Died as died:
+            closed = isinstance(died.__cause__, (EOFError, ConnectionError))
+            code = decoder.end(END_SECONDS if closed else 0)
+            if code == 0 and decoder.is_used:  # it had been idle for too long just when it was asked
+                continue
+            if code == -signal.SIGPROF or isinstance(died.__cause__, TimeoutError):
+                raise ImageError("too_large", f"the image takes more than {CPU_SECONDS:g} seconds to decode") from None
+            raise ImageError("not_an_image", f"the image is damaged: its decoder ended (exit code {code})") from None
+        except BaseException:
+            decoder.end()
+            raise
+        _idle.append(decoder)
+        return decoded
+
+
+def _take() -> _Decoder:
+    """A process that waits, or else a new one."""
+    while _idle:
+        try:
+            decoder = _idle.pop()
+        except IndexError:  # another thread was quicker
+            break
+        if decoder.is_alive():
+            return decoder
+        decoder.end()
+    return _Decoder()
+
+
+# A forked process must not talk to the decoders of its parent.
+os.register_at_fork(after_in_child=_idle.clear)

@@ -1,0 +1,192 @@
+"""Pixels of an image file, by Pillow; as a program, a process that does so for another one.
+
+The process has limits of memory and of processor time, and a file may kill it. It ends when no file came for a while, or
+with the process that started it.
+
+    python -m serving.decode.worker MEMORY_BYTES CPU_SECONDS IDLE_SECONDS
+
+A request is a :data:`REQUEST` and the file, an answer a :data:`ANSWER`, the notes or the error as JSON, and the pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import signal
+import socket
+import struct
+import sys
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from serving.decode.structure import ImageError, Structure, check_exif, read_structure
+from serving.messages import words_of
+
+READY = b"\1"
+REQUEST = struct.Struct("<Q")  # bytes of the file
+ANSWER = struct.Struct("<?III")  # whether it was decoded, bytes of JSON, height, width
+_BLOCK_PIXELS = 2**20  # converted at a time
+
+_TRANSPOSITIONS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+                   5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+                   8: Image.Transpose.ROTATE_90}
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """Pixels of a file, uint8 ``(H, W, 3)``, and what was done to get them."""
+
+    pixels: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+
+def decode(data: bytes, structure: Structure) -> DecodedImage:
+    """Decode a file in this process.
+
+    Args:
+        data: the whole file.
+        structure: of :func:`read_structure`.
+
+    Raises:
+        ImageError: the file is damaged.
+        MemoryError: there is no room to decode it.
+    """
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata, which does no harm here
+            image: Image.Image = Image.open(io.BytesIO(data), formats=(structure.format,))
+            if image.size != (structure.width, structure.height):
+                raise ImageError("not_an_image", f"the image is damaged: it has two sizes, {structure.width} x "
+                                                 f"{structure.height} and {image.width} x {image.height}")
+            if ";16" in str(getattr(image, "tile", [])[:1]) and not image.mode.startswith("I"):
+                notes.append("converted from 16-bit colour to 8 bits")
+            if getattr(image, "is_animated", False):  # counting the frames would take long
+                notes.append("first of several frames taken")
+                image.seek(0)
+            image.load()
+            if "exif" not in image.info and "Raw profile type exif" in image.info:  # in PNG text, where Pillow finds it
+                check_exif(bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:])))
+            orientation = image.getexif().get(0x0112, 1)
+            if orientation in _TRANSPOSITIONS:
+                image = image.transpose(_TRANSPOSITIONS[orientation])
+            if orientation != 1:
+                notes.append("EXIF orientation applied")
+            return DecodedImage(_rgb(image, notes), notes)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises whatever its parsers stumble over: struct.error, SyntaxError, KeyError, …
+        raise ImageError("not_an_image", f"the image is damaged: {words_of(error)}") from error
+
+
+def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
+    """All pixels, a block after the other: of alpha and other modes several copies are made."""
+    columns = min(image.width, _BLOCK_PIXELS)
+    rows = min(image.height, max(1, _BLOCK_PIXELS // columns))
+    if (columns, rows) == image.size:
+        return np.asarray(_to_rgb(image, notes))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    said: list[str] = []
+    for top in range(0, image.height, rows):
+        for left in range(0, image.width, columns):
+            said = []
+            block = image.crop((left, top, min(left + columns, image.width), min(top + rows, image.height)))
+            pixels[top:top + rows, left:left + columns] = np.asarray(_to_rgb(block, said))
+    notes += said
+    return pixels
+
+
+def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image
+    if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+        notes.append("converted from 16-bit greyscale to 8 bits")
+        values = np.asarray(image)
+        if mode == "F":
+            eight = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
+        else:
+            eight = np.clip(values >> 8, 0, 255).astype(np.uint8)
+        return Image.fromarray(eight).convert("RGB")
+    if image.has_transparency_data:
+        notes.append("alpha composited on white")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    if mode != "RGB":
+        notes.append(f"converted from {mode} to RGB")
+    return image.convert("RGB")
+
+
+def receive(connection: socket.socket, count: int) -> bytearray:
+    """Exactly so many bytes.
+
+    Raises:
+        EOFError: the other end was closed before.
+    """
+    received = bytearray(count)
+    fill(connection, memoryview(received))
+    return received
+
+
+def fill(connection: socket.socket, room: memoryview) -> None:
+    """As :func:`receive`, into a buffer of bytes."""
+    while len(room):
+        count = connection.recv_into(room)
+        if not count:
+            raise EOFError("the connection was closed")
+        room = room[count:]
+
+
+def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
+    """Decode what comes over the socket that is the standard input.
+
+    Args:
+        memory_bytes: beyond what the program itself takes.
+        cpu_seconds: for a file, after which the process is killed.
+        idle_seconds: to wait for a file.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends whoever started this, and that ends this
+    connection = socket.socket(fileno=sys.stdin.fileno())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as sizes:
+            used = int(sizes.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
+    connection.settimeout(idle_seconds)
+    try:
+        connection.sendall(READY)
+        while True:
+            (length,) = REQUEST.unpack(receive(connection, REQUEST.size))
+            data = bytes(receive(connection, length))
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # the signal ends the process
+            head, pixels = _answer(data, memory_bytes)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.sendall(head)
+            connection.sendall(pixels)
+            del data, pixels
+    except (EOFError, OSError):  # the other process ended, or sent no file
+        pass
+
+
+def _answer(data: bytes, memory_bytes: int) -> tuple[bytes, memoryview]:
+    try:
+        decoded = decode(data, read_structure(data))
+    except MemoryError:
+        said = ["too_large", f"the image takes more than {memory_bytes >> 20} MiB to decode"]
+    except ImageError as error:
+        said = [error.code, str(error)]
+    else:
+        text = json.dumps(decoded.notes).encode()
+        height, width = decoded.pixels.shape[:2]
+        return ANSWER.pack(True, len(text), height, width) + text, np.ascontiguousarray(decoded.pixels).data.cast("B")
+    text = json.dumps(said).encode()
+    return ANSWER.pack(False, len(text), 0, 0) + text, memoryview(b"")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))

@@ -1,0 +1,1 @@
+"""A bundle's graphs: NumPy arrays in, NumPy arrays out."""

@@ -1,0 +1,335 @@
+"""Does this image look like the training data? One calibrated verdict from many statistics, and why.
+
+The statistics (:mod:`serving.verdict.statistics`) are turned into normal scores and judged by a density that was fitted to
+held-out images, after Morningstar et al., "Density of States Estimation for Out-of-Distribution Detection", 2021:
+whatever is rare among them is strange, too high a likelihood included. The verdict is conformal: whatever the score, an
+image that is exchangeable with the calibration images is flagged at ``alpha`` with probability at most ``alpha``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from serving.verdict.statistics import PIXEL_PREFIX
+
+LEVELS = 257  # of the quantiles that a normal score is read from
+RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
+FARTHEST = 6.0  # a normal score beyond counts as this: one wild statistic must not hide the others
+
+
+class CalibrationError(ValueError):
+    """A calibration that cannot be made or read."""
+
+
+@dataclass(frozen=True)
+class Unusual:
+    """One statistic of an image: ``p_value`` is two-sided, among the calibration images by this statistic alone."""
+
+    statistic: str
+    value: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How strange one image is.
+
+    Attributes:
+        ood_score: higher is stranger, nats: minus the log-density of the statistics.
+        p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
+        uniform: the same with ties broken at random, so that it is uniform on (0, 1) for images like the calibration's.
+        explain: every statistic, the most unusual first.
+    """
+
+    ood_score: float
+    p_value: float
+    uniform: float
+    explain: tuple[Unusual, ...]
+
+
+@dataclass(frozen=True)
+class NormalScores:
+    """A transform that makes each statistic standard normal over the images it was fitted to.
+
+    Attributes:
+        grid: float32 ``(LEVELS, S)``, quantiles of each statistic at the levels ``(i + 1/2) / LEVELS``.
+        spread: float32 ``(S,)``, what beyond the grid's ends counts as one more.
+    """
+
+    grid: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def fit(cls, rows: np.ndarray) -> NormalScores:
+        """From float32 ``(m, S)``; every statistic must vary."""
+        grid = np.quantile(rows, (np.arange(LEVELS) + 0.5) / LEVELS, axis=0)
+        low, high = np.quantile(rows, [0.16, 0.84], axis=0)
+        spread = np.where(high > low, (high - low) / 2, rows.std(0, dtype=np.float64))
+        return cls(grid.astype(np.float32), spread.astype(np.float32))
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """float64 ``(N, S)`` of float32 ``(N, S)``; a value among equal ones gets the middle of their scores."""
+        first, last = _places(self._columns, rows)
+        below, above = np.clip(first - 1, 0, LEVELS - 1), np.clip(first, 0, LEVELS - 1)
+        column = np.arange(rows.shape[1])
+        low = self.grid[below, column]
+        step = (self.grid[above, column] - low).astype(np.float64)
+        inside = below + np.where(step > 0, (rows - low) / np.where(step > 0, step, 1), 0)
+        place = np.where(last > first, (first + last - 1) / 2, inside)
+        beyond = np.maximum(rows - self.grid[-1], 0) - np.maximum(self.grid[0] - rows, 0)
+        return np.interp(place, np.arange(LEVELS), _QUANTILES) + beyond / self.spread
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        return np.ascontiguousarray(self.grid.T)
+
+
+def _places(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many of each sorted column, ``(S, n)``, are below and at most the values, ``(N, S)``; each ``(N, S)``."""
+    below = [column.searchsorted(values, "left") for column, values in zip(columns, rows.T, strict=True)]
+    at_most = [column.searchsorted(values, "right") for column, values in zip(columns, rows.T, strict=True)]
+    return np.stack(below, axis=1), np.stack(at_most, axis=1)
+
+
+_QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / LEVELS) for i in range(LEVELS)])
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of ``k`` Gaussians on normal scores of ``d`` statistics.
+
+    Attributes:
+        log_weights: ``(k,)``, with the Gaussians' normalisation.
+        means: ``(k, d)``.
+        whiteners: ``(k, d, d)``: ``whitener @ (z - mean)`` is standard normal.
+    """
+
+    log_weights: np.ndarray
+    means: np.ndarray
+    whiteners: np.ndarray
+
+    def surprise(self, scores: np.ndarray) -> np.ndarray:
+        """Minus the log-density, ``(N,)``, nats, of ``(N, d)``. Row by row: products of matrices vary with their size."""
+        return np.array([self._surprise(row) for row in np.clip(scores, -FARTHEST, FARTHEST)])
+
+    def _surprise(self, row: np.ndarray) -> float:
+        white = self.whiteners @ (row - self.means)[:, :, None]
+        terms = self.log_weights - 0.5 * np.square(white).sum((1, 2))
+        top = terms.max()
+        return float(-top - math.log(np.exp(terms - top).sum()))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The density of statistics, and where the calibration images lie in it.
+
+    Attributes:
+        estimator: of the bits per dimension, such as ``elbo``; served verdicts use the same.
+        resize: ``fit`` if calibration images went through that resizing.
+        names: of the ``S`` statistics, those that vary.
+        normal: their normal scores.
+        mixture: on all of them.
+        scores: float64 ``(n,)``, of the calibration images, sorted.
+        reference: float32 ``(n, S)``, their statistics, each column sorted by itself.
+        baseline: a mixture on the pixels' statistics alone: what can be had without a model.
+    """
+
+    estimator: str
+    resize: str | None
+    names: tuple[str, ...]
+    normal: NormalScores
+    mixture: Mixture
+    scores: np.ndarray
+    reference: np.ndarray
+    baseline: Mixture
+
+    @property
+    def bpd(self) -> np.ndarray:
+        """Of the calibration images, sorted."""
+        return self.reference[:, self.names.index("bpd")]
+
+    @property
+    def pixel_columns(self) -> list[int]:
+        """Which of the statistics need no model."""
+        return [i for i, name in enumerate(self.names) if name.startswith(PIXEL_PREFIX)]
+
+    def check_statistics(self, names: Sequence[str]) -> None:
+        """Make sure that what it was fitted to is still computed.
+
+        Raises:
+            CalibrationError: naming what is not.
+        """
+        missing = sorted(set(self.names) - set(names))
+        if missing:
+            raise CalibrationError(f"the calibration was fitted to statistics that this version does not compute: "
+                                   f"{', '.join(missing)}; ade calibrate makes another")
+
+    def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
+        """float32 ``(N, S)`` from arrays by name."""
+        return np.stack([statistics[name] for name in self.names], axis=1)
+
+    def verdicts(self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]) -> list[Verdict]:
+        """A verdict for each image.
+
+        Args:
+            statistics: of :func:`serving.verdict.statistics.compute_statistics`.
+            ties: one an image, uniform on [0, 1), to break ties with.
+        """
+        rows = self.rows(statistics)
+        normal = self.normal(rows)
+        scores = self.mixture.surprise(normal)
+        p_values = conformal_p_values(self.scores, scores)
+        above = len(self.scores) - np.searchsorted(self.scores, scores, "right")
+        equal = p_values * (len(self.scores) + 1) - above
+        uniform = (above + np.asarray(ties) * equal) / (len(self.scores) + 1)
+        two_sided = self._two_sided(rows)
+        verdicts = []
+        for row in range(len(rows)):
+            order = np.lexsort((-np.abs(normal[row]), two_sided[row]))
+            explain = tuple(map(Unusual, [self.names[i] for i in order], rows[row, order].tolist(),
+                                two_sided[row, order].tolist()))
+            verdicts.append(Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain))
+        return verdicts
+
+    def _two_sided(self, rows: np.ndarray) -> np.ndarray:
+        """p-values of each statistic by itself, ``(N, S)``."""
+        below, at_most = _places(self._columns, rows)
+        count = len(self.reference)
+        return np.minimum(1.0, 2 * (1 + np.minimum(at_most, count - below)) / (count + 1))
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        return np.ascontiguousarray(self.reference.T)
+
+    @property
+    def smallest_p_value(self) -> float:
+        """Below it no image can come, whatever it looks like: so many images calibrated the verdict."""
+        return 1 / (len(self.scores) + 1)
+
+    def too_small(self, alpha: float) -> str | None:
+        """A note, if nothing can be flagged at a false-alarm rate."""
+        if alpha >= self.smallest_p_value:
+            return None
+        return (f"nothing can be flagged at alpha {alpha:g}: {len(self.scores)} images calibrated the verdict, and the "
+                f"smallest p-value is {self.smallest_p_value:.2g}")
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"statistic": f"density of {len(self.names)} statistics", "estimator": self.estimator, "resize": self.resize,
+                "components": len(self.mixture.means), "images": len(self.scores),
+                "median_bpd": float(np.median(self.bpd)), "smallest_p_value": self.smallest_p_value}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, by name."""
+        return {"estimator": np.array(self.estimator), "resize": np.array(self.resize or ""), "names": np.array(self.names),
+                "grid": self.normal.grid, "spread": self.normal.spread, "scores": self.scores, "reference": self.reference,
+                **_arrays("mixture", self.mixture), **_arrays("baseline", self.baseline)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> Calibration:
+        """What :meth:`arrays` gave, each name after a prefix."""
+        def of(name: str) -> np.ndarray:
+            return arrays[prefix + name]
+
+        return cls(str(of("estimator")), str(of("resize")) or None, tuple(map(str, of("names"))),
+                   NormalScores(of("grid"), of("spread")), _mixture(f"{prefix}mixture", arrays), of("scores"),
+                   of("reference"), _mixture(f"{prefix}baseline", arrays))
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """The calibration of each path that an image takes to the model; a path without one (``None``) has no verdict.
+
+    Attributes:
+        exact: for images of the model's size.
+        resized: for images that the request had resized; may be the same.
+    """
+
+    exact: Calibration | None = None
+    resized: Calibration | None = None
+
+    def of(self, resized: bool) -> Calibration | None:
+        """The one for an image that was or was not resized."""
+        return self.resized if resized else self.exact
+
+    def to_bytes(self) -> bytes:
+        """An ``.npz`` file. One calibration for both paths is stored once, with ``resize`` set.
+
+        Raises:
+            CalibrationError: the file has no calibration for images of the model's size.
+        """
+        if self.exact is None:
+            raise CalibrationError("a calibration of resized images goes with one of images of the model's size")
+        second = {} if self.resized is None or self.resized is self.exact else self.resized.arrays()
+        out = io.BytesIO()
+        arrays: dict[str, Any] = {**self.exact.arrays(), **{RESIZED_PREFIX + name: its for name, its in second.items()}}
+        np.savez_compressed(out, **arrays)
+        return out.getvalue()
+
+    @classmethod
+    def load(cls, path: Path) -> Calibrations:
+        """Read what :meth:`to_bytes` made, or a file of one calibration, as versions before had it.
+
+        Raises:
+            CalibrationError: the file is of another kind.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                exact = Calibration.from_arrays(arrays)
+                if f"{RESIZED_PREFIX}scores" in arrays:
+                    return cls(exact, Calibration.from_arrays(arrays, RESIZED_PREFIX))
+                return cls(exact, exact if exact.resize == "fit" else None)
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise CalibrationError(f"{path} is no calibration: {error}") from error
+
+
+def _arrays(name: str, mixture: Mixture) -> dict[str, np.ndarray]:
+    return {f"{name}_log_weights": mixture.log_weights, f"{name}_means": mixture.means,
+            f"{name}_whiteners": mixture.whiteners}
+
+
+def _mixture(name: str, arrays: Mapping[str, np.ndarray]) -> Mixture:
+    return Mixture(arrays[f"{name}_log_weights"], arrays[f"{name}_means"], arrays[f"{name}_whiteners"])
+
+
+def conformal_p_values(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """``(1 + #{reference >= score}) / (n + 1)``: never 0, and at most ``alpha`` with probability at most ``alpha``.
+
+    Vovk et al., "Algorithmic Learning in a Random World", 2005, for one score fitted to other data.
+
+    Args:
+        reference: ``(n,)``, sorted.
+        scores: ``(N,)``.
+    """
+    return (1 + len(reference) - np.searchsorted(reference, scores, "left")) / (len(reference) + 1)
+
+
+def simes(p_values: Sequence[float]) -> float:
+    """One p-value for a group of images: ``min_i m p_(i) / i`` (Simes, "An improved Bonferroni procedure", 1986).
+
+    Valid for conformal p-values of one calibration set, which depend on each other positively (Bates et al., "Testing for
+    Outliers with Conformal p-values", 2023).
+    """
+    ordered = np.sort(np.asarray(p_values, np.float64))
+    return float(min(1.0, (len(ordered) * ordered / np.arange(1, len(ordered) + 1)).min()))
+
+
+def benjamini_hochberg(p_values: Sequence[float], fdr: float) -> list[bool]:
+    """Which images to report so that, of those reported, a fraction of at most ``fdr`` is expected to be false.
+
+    Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
+    """
+    values = np.asarray(p_values, np.float64)
+    ordered = np.sort(values)
+    passing = np.flatnonzero(ordered <= fdr * np.arange(1, len(ordered) + 1) / len(ordered))
+    threshold = ordered[passing[-1]] if len(passing) else -1.0
+    return [bool(v) for v in values <= threshold]

@@ -1,0 +1,77 @@
+"""From a verdict to what is done with an image: accept it, reject it, or know that there is no verdict.
+
+An image is accepted only where a calibration of its own path could have rejected it and did not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from serving.verdict.calibration import Calibrations
+
+Choice = Literal["accept", "reject", "no_verdict"]
+NOT_SCORED = "not_scored"
+TINY = 1e-300  # what is divided by less overflows
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A choice, with the reason if there is no verdict.
+
+    Attributes:
+        choice: ``no_verdict`` wherever neither of the others has a ground.
+        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is one.
+    """
+
+    choice: Choice
+    reason: str | None = None
+
+
+def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float) -> Ruling:
+    """Decide on an image that was scored.
+
+    Args:
+        p_value: of its verdict; ``None`` without one.
+        calibrations: of the bundle.
+        resized: whether the image was resized to the model's size.
+        alpha: false-alarm rate.
+    """
+    calibration = calibrations.of(resized)
+    if calibration is None:
+        if resized and calibrations.exact is not None:
+            return Ruling("no_verdict", "resized_not_calibrated: the bundle has no calibration for resized images; "
+                                        "ade calibrate makes one")
+        return Ruling("no_verdict", "not_calibrated: the bundle has no calibration; ade calibrate makes one")
+    if p_value is None or not math.isfinite(p_value):
+        return Ruling("no_verdict", "not_finite: the p-value is not a finite number")
+    if alpha < calibration.smallest_p_value:
+        return Ruling("no_verdict", f"alpha_too_small: alpha {alpha:g} takes {images_needed(alpha):,} calibration images "
+                                    f"or more, there are {len(calibration.scores):,}")
+    return Ruling("reject" if p_value <= alpha else "accept")
+
+
+def images_needed(p_value: float) -> int:
+    """Calibration images whose smallest attainable p-value, 1/(n + 1), is at most ``p_value``."""
+    return max(0, math.ceil(1 / max(p_value, TINY) - 1e-9) - 1)
+
+
+def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
+    """What to say of discoveries that the smallest p-value makes impossible, of however unusual images; or nothing.
+
+    Benjamini and Hochberg's procedure reports ``k`` of ``count`` images only if k p-values are at most ``fdr k / count``.
+
+    Args:
+        calibrated: calibration images; the smallest p-value is one over one more.
+        count: images that are judged together.
+        fdr: false discovery rate.
+    """
+    fewest = math.ceil(count / max(fdr * (calibrated + 1), TINY) - 1e-9)
+    if fewest <= 1:
+        return None
+    who = f"at least {fewest} of {count} images must have the smallest p-value, 1/{calibrated + 1}, before any is reported"
+    if fewest > count:
+        who = f"none of {count} images can be reported: the smallest p-value is 1/{calibrated + 1}"
+    return (f"at a false discovery rate of {fdr:g}, {who}; to report a single one takes {images_needed(fdr / count):,} "
+            "calibration images")

@@ -1,0 +1,107 @@
+"""The rooms of the code: who may import whom, without a circle; and which of them know the model server."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
+# A room is a folder, or a module at the top of serving/. What a room may import beside itself: rooms, or single modules.
+IMAGES = {"serving.images", "serving.files", "serving.decode"}
+SERVED = {"serving.api", "serving.engine", "serving.verdict", *IMAGES}
+MAY_IMPORT = {
+    "ade_model": set(),
+    "serving.decode": set(),
+    "serving.images": {"serving.decode"},
+    "serving.files": {"serving.images"},
+    "serving.verdict": IMAGES,
+    "serving.engine": {"serving.verdict", *IMAGES},
+    "serving.api": {"serving.engine", "serving.verdict", *IMAGES},
+    # Of ours only names and constants: it needs NumPy, Pillow and httpx alone.
+    "serving.client": {"serving.api.requests", "serving.verdict.calibration", "serving.verdict.decision", *IMAGES},
+    "serving.bulk": SERVED,
+    "serving.gate": {"serving.client", *SERVED},
+    "serving.gate_asgi": {"serving.gate"},
+    "serving.page": {"serving.client", *SERVED},
+    "handlers": {"serving.client", *SERVED},
+    "training": {"ade_model", *IMAGES},
+    "export": {"ade_model", "training.data", "training.datasets", *SERVED},
+    "fitting": {"ade_model", "training", "export", "serving"},
+    "ade_cli": set(PACKAGES),
+}
+# Small modules at the top of serving/ that import nothing of ours are everybody's.
+SHARED = {"serving.locks", "serving.messages", "serving.ports", "serving.tables"}
+SERVER = "handlers/torchserve/"
+# Beside the server's own room and the docs: the client translates what it answers by itself.
+MAY_NAME_THE_SERVER = {"serving/client.py"}
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """Every import of ours in our packages: the importing module and the imported one."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    assert node.level == 0, f"{path}: imports are absolute"
+                    names = [node.module or ""]
+                yield from ((module, name) for name in names if name.split(".")[0] in PACKAGES)
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "serving" else parts[0]
+
+
+def is_within(module: str, names: set[str]) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in names)
+
+
+ARROWS = sorted({(room_of(a), a, b) for a, b in imports() if room_of(a) != room_of(b)})
+
+
+@pytest.mark.parametrize("room", sorted({room for room, _, _ in ARROWS}))
+def test_a_room_imports_what_it_may(room: str) -> None:
+    allowed = MAY_IMPORT.get(room, set()) | (SHARED if room != "ade_model" else set())
+    wrong = [f"{a} imports {b}" for from_room, a, b in ARROWS if from_room == room and not is_within(b, allowed)]
+    assert not wrong, wrong
+
+
+def test_shared_modules_import_nothing_of_ours() -> None:
+    assert not [(a, b) for a, b in imports() if is_within(a, SHARED)]
+
+
+def test_rooms_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = defaultdict(set)
+    for room, _, imported in ARROWS:
+        graph[room].add(room_of(imported))
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
+
+
+def test_every_room_is_a_package_that_loads_nothing() -> None:
+    for init in (path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")):
+        if init.parent.name not in ("ade_model", "datasets"):  # their names are meant to be imported from there
+            assert not [n for n in ast.parse(init.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))], init
+
+
+def test_one_room_knows_the_model_server() -> None:
+    """A second server is a second folder beside it."""
+    for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
+        name = str(path.relative_to(ROOT))
+        if name.startswith(SERVER) or name in MAY_NAME_THE_SERVER:
+            continue
+        text = path.read_text()
+        for own in ("handlers.torchserve", "handlers/torchserve"):  # the room's own name
+            text = text.replace(own, "")
+        assert "torchserve" not in text.lower(), name
+        assert not re.search(r"^\s*(import|from) ts\b", text, re.MULTILINE), name

@@ -1,0 +1,1 @@
+"""Several systems under one budget, measured alike, in one report."""

@@ -1,0 +1,222 @@
+"""Several systems under one budget: trained one after another, measured alike, and taken up where it stopped.
+
+``OUT/runs/SYSTEM-seedN/`` is a run like any other, with ``measured.json`` when it was measured and ``failure.json`` when
+it could not be finished. :mod:`training.comparison.report` writes the page, and ``OUT/rows.json`` keeps what it tells of
+each run: where the runs' own folders are gone, the comparison still goes on from there.
+
+The same comparison may run in several processes at once: each takes the next system that no other has taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ade_model.checkpoint import load_model, read_config
+from serving.locks import claim
+from training.data import Dataset
+from training.loop import RunOptions, check_can_go_on, different_fields, train
+from training.measure import MeasureOptions, Measurer
+from training.recipes import TrainConfig
+from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
+from training.step import TrainingDiverged
+
+MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
+CURVES = ("bpd", "quality_loss", "d_loss")
+SMOOTHING = 25  # logged steps
+POINTS = 150  # of a curve that is kept
+
+
+@dataclass(frozen=True)
+class Job:
+    """One system to train, and for how long."""
+
+    config: TrainConfig
+    options: RunOptions
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.recipe}-seed{self.options.seed}"
+
+
+def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: Path, options: MeasureOptions,
+            measurer: Callable[[], Measurer], report: Callable[[str], None]) -> None:
+    """Finish every job that is not finished; a job that fails is recorded, and the next one begins.
+
+    Args:
+        jobs: in the order of training.
+        dataset: of all.
+        source: what each run remembers of where its data lies.
+        out: the comparison's folder; jobs of earlier calls stay in it.
+        options: what to measure; a run that was measured otherwise is measured again.
+        measurer: makes what measures so; called once there is something to measure.
+        report: is told of progress, a line at a time.
+
+    Raises:
+        RunError: the folder holds a run of the same name that was started otherwise.
+    """
+    ready: Measurer | None = None
+    how = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    for job in jobs:
+        _check_same(out / "runs" / job.name, job, dataset)
+    kept = {row["name"]: row for row in _kept_rows(out)}
+    for job in jobs:
+        run = out / "runs" / job.name
+        if job.name in kept and _stands(kept[job.name], run) and _is_finished(kept[job.name], job, dataset, how):
+            report(f"{job.name}: finished before, its row is kept")
+            continue
+        with claim(run) as is_ours:
+            if not is_ours:
+                report(f"{job.name}: another process is at it")
+                continue
+            if _diverged(run):
+                report(f"{job.name}: diverged before; delete {run} to try again")
+                continue
+            (run / FAILURE).unlink(missing_ok=True)
+            try:
+                if not _is_trained(run, job):
+                    report(f"{job.name}: training")
+                    train(job.config, dataset, run, job.options, (run / "run.json").is_file(), source)
+                folder = latest_checkpoint(run)
+                if not _is_measured(run, folder, how):
+                    report(f"{job.name}: measuring")
+                    ready = ready or measurer()
+                    model = load_model(folder).to(ready.device)
+                    found = ready.measure(model, read_config(folder))
+                    write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
+            except RunError:
+                raise
+            except Exception as error:  # a row that says why, and on to the next
+                report(f"{job.name}: {type(error).__name__}: {error}")
+                write_json(run / FAILURE, {"kind": type(error).__name__, "why": str(error),
+                                           "trace": traceback.format_exc()})
+        gc.collect()
+
+
+def _diverged(run: Path) -> bool:
+    path = run / FAILURE
+    return path.is_file() and json.loads(path.read_text())["kind"] == TrainingDiverged.__name__
+
+
+def _stands(kept: dict[str, Any], run: Path) -> bool:
+    """Whether a row that was kept is what is known of a system, though its run may have begun anew since."""
+    return kept["measured"] is not None and not (run / MEASURED).is_file() and not _diverged(run)
+
+
+def _is_trained(run: Path, job: Job) -> bool:
+    folders = checkpoint_folders(run)
+    if not folders:
+        return False
+    return _is_enough(json.loads((folders[-1] / STATE_NAME).read_text()), job)
+
+
+def _is_enough(state: dict[str, Any], job: Job) -> bool:
+    share = 1 + job.config.inference_share
+    enough = state["images"] >= round(job.options.images * share)
+    return enough or (job.options.minutes is not None and state["seconds"] >= 60 * job.options.minutes * share)
+
+
+def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str, Any]) -> bool:
+    """Whether a row that was kept is what a job asks for."""
+    return bool(row["config"] == job.config and row["data"] == dataset.name and row["state"] is not None
+                and _is_enough(row["state"], job) and row["measured"] is not None
+                and _without_paths(row["measured"]["how"]) == _without_paths(how))
+
+
+def _without_paths(how: dict[str, Any]) -> dict[str, Any]:
+    """How a run was measured, but for where networks' weights lay on that machine."""
+    return {key: bool(value) if key in ("resnet20", "inception") else value for key, value in how.items()}
+
+
+def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
+    if not (run / MEASURED).is_file():
+        return False
+    before = json.loads((run / MEASURED).read_text())
+    return bool(before["checkpoint"] == folder.name and before["how"] == how)
+
+
+def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
+    if not (run / "run.json").is_file():
+        return
+    started = json.loads((run / "run.json").read_text())
+    different = different_fields(started, job.config, dataset)
+    if different:
+        raise RunError(f"{run} was trained with another {', '.join(different)}; use another --out, or delete it")
+    folders = checkpoint_folders(run)
+    if not folders:
+        return
+    state = json.loads((folders[-1] / STATE_NAME).read_text())
+    if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
+        check_can_go_on(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Of every run of a comparison: its configuration, where it got to, what was measured or went wrong, its curves.
+
+    ``run`` is its folder, ``None`` for a row that was kept without it; such a row stands until a run that began anew is
+    measured or diverges. Measurements of an earlier checkpoint are left out.
+    """
+    rows = []
+    kept = {row["name"]: row for row in _kept_rows(out)}
+    for path in sorted((out / "runs").glob("*/run.json")):
+        run = path.parent
+        if run.name in kept and _stands(kept[run.name], run):
+            continue
+        started = json.loads(path.read_text())
+        row: dict[str, Any] = {"name": run.name, "run": run, "config": TrainConfig.from_dict(started["config"]),
+                               "data": started["data"], "seed": started["options"]["seed"],
+                               "budget": started["options"], "state": None, "measured": None, "failure": None}
+        folders = checkpoint_folders(run)
+        if folders:
+            row["state"] = json.loads((folders[-1] / STATE_NAME).read_text())
+        for key, file in (("measured", MEASURED), ("failure", FAILURE)):
+            if (run / file).is_file():
+                row[key] = json.loads((run / file).read_text())
+        stale = row["measured"] and folders and row["measured"]["checkpoint"] != folders[-1].name
+        if stale or _diverged(run):
+            row["measured"] = None
+        row["curves"] = {name: _curve(run / "metrics.jsonl", name) for name in CURVES}
+        rows.append(row)
+    present = {row["name"] for row in rows}
+    return rows + [row for name, row in kept.items() if name not in present]
+
+
+def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write ``OUT/rows.json``."""
+    write_json(out / ROWS, [{**{k: v for k, v in row.items() if k != "run"}, "config": row["config"].to_dict()}
+                            for row in rows])
+
+
+def _kept_rows(out: Path) -> list[dict[str, Any]]:
+    if not (out / ROWS).is_file():
+        return []
+    return [{**row, "run": None, "config": TrainConfig.from_dict(row["config"])}
+            for row in json.loads((out / ROWS).read_text())]
+
+
+def _curve(path: Path, name: str) -> list[list[float]]:
+    """Images seen and a running mean of one logged value, at most :data:`POINTS` of them; empty where it was not logged."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # cut off when the run was killed
+        if name in row:
+            found.append((row["images"], row[name]))
+    if len(found) < 2:
+        return [[], []]
+    images, values = np.array(found, float).T
+    width = min(SMOOTHING, len(values))
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    means = (sums[width:] - sums[:-width]) / width
+    chosen = np.unique(np.linspace(0, len(means) - 1, POINTS).round().astype(int))
+    return [images[width - 1:][chosen].tolist(), means[chosen].round(4).tolist()]
