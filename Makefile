@@ -18,7 +18,8 @@ test: $(VENV)/.test  ## every fast test, in under ten minutes on two cores
 test-slow: $(VENV)/.test  ## the rest: training, resuming, all sizes, fuzzing
 	$(BIN)/python -m pytest -m slow
 
-check: $(VENV)/.test  ## lint and types
+check: $(VENV)/.test  ## format, lint and types
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -1,4 +1,6 @@
-"""Stand-ins for packages that are not installed, so that a verb's ``--help`` can be printed without them."""
+"""Stand-ins for packages that are not installed, so that a verb's ``--help`` can be printed without
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class _AnythingType(type):
 
 
 class Anything(metaclass=_AnythingType):
-    """A class to inherit from, a decorator and a value: whatever a module does with a name as it is imported."""
+    """A class to inherit from, a decorator and a value: whatever a module does with a name as it is
+    imported.
+    """
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         is_decorating = len(args) == 1 and callable(args[0]) and not options
@@ -44,7 +48,11 @@ class _Finder(MetaPathFinder, Loader):
         self.packages: set[str] = set()
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] in self.packages else None
+        return (
+            ModuleSpec(fullname, self, is_package=True)
+            if fullname.partition(".")[0] in self.packages
+            else None
+        )
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _AbsentModule(spec.name)

@@ -30,7 +30,9 @@ FIT_SHARE = 0.4  # the rest calibrates; of CIFAR-10's held-out images it is as m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the new bundle's folder; must not exist")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="the new bundle's folder; must not exist"
+    )
     add_data_arguments(parser, required=True)
 
 
@@ -39,14 +41,21 @@ def run(args: argparse.Namespace) -> None:
     halves: list[Iterator[bytes | np.ndarray]]
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
-        halves, name = _rows(dataset, was_trained_on(bundle, dataset.name, dataset.splits)), dataset.name
+        halves, name = (
+            _rows(dataset, was_trained_on(bundle, dataset.name, dataset.splits)),
+            dataset.name,
+        )
     else:
         if args.root is not None:
-            raise DataError(f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder")
+            raise DataError(
+                f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder"
+            )
         files, name = image_files(Path(args.data)), Path(args.data).resolve().name
         trained_on = was_trained_on(bundle, name)
         if trained_on:
-            say(f"{name} is what the model was trained on: its parts select and calibrate are taken")
+            say(
+                f"{name} is what the model was trained on: its parts select and calibrate are taken"
+            )
         halves = [_contents(half) for half in _files(files, trained_on)]
     fit, calibration = halves
     result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, say)
@@ -55,19 +64,29 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _rows(dataset: Dataset, trained_on: bool) -> list[Iterator[bytes | np.ndarray]]:
-    """Images to fit and to calibrate on: of the training data its two held-out parts, of any other all."""
+    """Images to fit and to calibrate on: of the training data its two held-out parts, of any other
+    all.
+    """
     if trained_on:
-        chosen = [[(part, row) for row in range(len(dataset.parts[part]))] for part in ("select", "calibrate")]
+        chosen = [
+            [(part, row) for row in range(len(dataset.parts[part]))]
+            for part in ("select", "calibrate")
+        ]
     else:
         rows = [(part, row) for part in PARTS for row in range(len(dataset.parts[part]))]
         chosen = _split(shuffled(rows)[:MAX_IMAGES])
-    return [(np.asarray(dataset.parts[part].images[[row]])[0] for part, row in half) for half in chosen]
+    return [
+        (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in half) for half in chosen
+    ]
 
 
 def _files(files: list[Path], trained_on: bool) -> list[list[Path]]:
     """The same of a folder's files."""
     if trained_on:
-        return [shuffled([path for path in files if part_of(path.name) == part]) for part in ("select", "calibrate")]
+        return [
+            shuffled([path for path in files if part_of(path.name) == part])
+            for part in ("select", "calibrate")
+        ]
     return _split(shuffled(files)[:MAX_IMAGES])
 
 
@@ -84,24 +103,37 @@ def _tell(calibrations: Calibrations, about: dict[str, Any]) -> None:
     """What users may expect of the false-alarm rate that they will ask for."""
     assert calibrations.exact is not None and calibrations.resized is not None
     both = calibrations.exact is calibrations.resized
-    _tell_of(calibrations.exact, "images of the model's size and resized ones" if both else "images of the model's size")
+    _tell_of(
+        calibrations.exact,
+        "images of the model's size and resized ones" if both else "images of the model's size",
+    )
     if not both:
         _tell_of(calibrations.resized, "resized images")
         simulated = about["resized"]["resized_and_back"]
         if simulated:
-            say(f"{simulated} of them have the model's size and were enlarged first, for want of larger ones: of pictures "
-                "that come from elsewhere, more may be rejected")
+            say(
+                f"{simulated} of them have the model's size and were enlarged first, for want of larger ones: of pictures "
+                "that come from elsewhere, more may be rejected"
+            )
     if len(calibrations.exact.scores) < ENOUGH * (1 - FIT_SHARE):
-        say(f"warning: with fewer than {ENOUGH} images in all, verdicts are coarse, and the density behind them is rough")
+        say(
+            f"warning: with fewer than {ENOUGH} images in all, verdicts are coarse, and the density behind them is rough"
+        )
 
 
 def _tell_of(calibration: Calibration, what: str) -> None:
     count = len(calibration.scores)
-    say(f"{what}: calibrated on {count} images, p-values from {calibration.smallest_p_value:.2g} on")
+    say(
+        f"{what}: calibrated on {count} images, p-values from {calibration.smallest_p_value:.2g} on"
+    )
     for alpha in ALPHAS:
         low, high = false_alarm_band(count, alpha)
         if high == 0:
-            say(f"warning: at alpha {alpha} there is no verdict with so few; that takes {images_needed(alpha)} "
-                "calibration images at least")
+            say(
+                f"warning: at alpha {alpha} there is no verdict with so few; that takes {images_needed(alpha)} "
+                "calibration images at least"
+            )
         else:
-            say(f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be rejected (95 % band)")
+            say(
+                f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be rejected (95 % band)"
+            )

@@ -1,4 +1,6 @@
-"""Options made from the fields of a configuration: their names, types and descriptions are written there, once."""
+"""Options made from the fields of a configuration: their names, types and descriptions are written
+there, once.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,13 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def add_config_options(parser: argparse.ArgumentParser, title: str, config: type, leave_out: Collection[str],
-                       prefix: str = "") -> list[str]:
+def add_config_options(
+    parser: argparse.ArgumentParser,
+    title: str,
+    config: type,
+    leave_out: Collection[str],
+    prefix: str = "",
+) -> list[str]:
     """One option for each field of a configuration, ``None`` where it is not given.
 
     Args:

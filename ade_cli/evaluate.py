@@ -31,19 +31,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     """What `ade evaluate` and `ade compare` measure alike."""
-    parser.add_argument("--draws", type=int, default=8, metavar="K",
-                        help="of the importance-weighted bound, beside the ELBO (default: %(default)s)")
-    parser.add_argument("--bound-images", type=int, metavar="N",
-                        help="take that bound, and reconstructions, of the first N images only")
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N",
-                        help="generated images in ResNet-20's space (default: %(default)s)")
-    parser.add_argument("--resnet20", type=Path, metavar="NPZ",
-                        help="weights of a CIFAR-10 ResNet-20: distances in its feature space (not the FID), class score, "
-                             "GAN-train")
-    parser.add_argument("--efficientnet", action="store_true",
-                        help="distances in the feature space of EfficientNet-Lite0 (not the FID), on half as many samples")
-    parser.add_argument("--inception", metavar="PATH", help="weights of the FID's Inception, or `download`: FID at 5,000, "
-                                                             "10,000 and 50,000 samples, KID and Inception score")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=8,
+        metavar="K",
+        help="of the importance-weighted bound, beside the ELBO (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bound-images",
+        type=int,
+        metavar="N",
+        help="take that bound, and reconstructions, of the first N images only",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="generated images in ResNet-20's space (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resnet20",
+        type=Path,
+        metavar="NPZ",
+        help="weights of a CIFAR-10 ResNet-20: distances in its feature space (not the FID), class score, "
+        "GAN-train",
+    )
+    parser.add_argument(
+        "--efficientnet",
+        action="store_true",
+        help="distances in the feature space of EfficientNet-Lite0 (not the FID), on half as many samples",
+    )
+    parser.add_argument(
+        "--inception",
+        metavar="PATH",
+        help="weights of the FID's Inception, or `download`: FID at 5,000, "
+        "10,000 and 50,000 samples, KID and Inception score",
+    )
 
 
 def measure_options(args: argparse.Namespace, **others: object) -> MeasureOptions:
@@ -56,9 +81,16 @@ def measure_options(args: argparse.Namespace, **others: object) -> MeasureOption
         value = getattr(args, name)
         if value is not None and value < least:
             raise RunError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    return MeasureOptions(draws=args.draws, bound_images=args.bound_images, resnet20=args.resnet20,
-                          efficientnet=args.efficientnet, inception=args.inception, samples=args.samples,
-                          efficientnet_samples=args.samples // 2, **others)  # type: ignore[arg-type]  # checked there
+    return MeasureOptions(
+        draws=args.draws,
+        bound_images=args.bound_images,
+        resnet20=args.resnet20,
+        efficientnet=args.efficientnet,
+        inception=args.inception,
+        samples=args.samples,
+        efficientnet_samples=args.samples // 2,
+        **others,
+    )  # type: ignore[arg-type]  # checked there
 
 
 def device_of(name: str) -> torch.device:

@@ -21,10 +21,16 @@ PARITY_IMAGES = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run, one of its checkpoints, or a bundle")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run, one of its checkpoints, or a bundle"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle's folder; must not exist")
     parser.add_argument("--name", help="of the model in answers (default: DATA-RECIPE)")
-    parser.add_argument("--licence", metavar="TEXT", help="of the weights, for the manifest (default: none is stated)")
+    parser.add_argument(
+        "--licence",
+        metavar="TEXT",
+        help="of the weights, for the manifest (default: none is stated)",
+    )
     add_data_arguments(parser, required=False)
 
 
@@ -34,11 +40,16 @@ def run(args: argparse.Namespace) -> None:
     run_folder = folder.parent.parent if folder.parent.name == "checkpoints" else args.run
     cached = (run_folder / "data.json").is_file()  # not into a bundle
     dataset = dataset_of(args, run_folder, config["model"]["image_size"], cached)
-    # Held-out images, and training images where a small folder has too few: parity is no statistic of theirs.
-    images = np.concatenate([np.asarray(dataset.parts[part].images[:PARITY_IMAGES]) for part in ("select", "train")])
+    # Held-out images, and training images where a small folder has too few: parity is no statistic
+    # of theirs.
+    images = np.concatenate(
+        [np.asarray(dataset.parts[part].images[:PARITY_IMAGES]) for part in ("select", "train")]
+    )
     images = images[:PARITY_IMAGES]
     if len(images) < 2:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
     name = args.name or plain_name(f"{dataset.name}-{config['recipe']}")
-    export_bundle(folder, args.out, name, images, evaluation_of(folder), report=say, licence=args.licence)
+    export_bundle(
+        folder, args.out, name, images, evaluation_of(folder), report=say, licence=args.licence
+    )
     say(f"wrote {args.out}; next: ade calibrate {args.out} OUT --data ...")

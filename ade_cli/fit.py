@@ -21,21 +21,47 @@ from training.metrics.features import FeatureError
 from training.runs import RunError
 from training.step import TrainingDiverged
 
-ERRORS = (PlanError, DataError, RunError, ConfigError, FeatureError, TrainingDiverged, ParityError, BundleError,
-          CalibrationError)
+ERRORS = (
+    PlanError,
+    DataError,
+    RunError,
+    ConfigError,
+    FeatureError,
+    TrainingDiverged,
+    ParityError,
+    BundleError,
+    CalibrationError,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("From a folder of images to a bundle that can be served: looks at the images, chooses what to "
-                          "train, trains, measures, exports and calibrates it, and writes a report. The same command goes "
-                          "on where it was ended.")
+    parser.description = (
+        "From a folder of images to a bundle that can be served: looks at the images, chooses what to "
+        "train, trains, measures, exports and calibrates it, and writes a report. The same command goes "
+        "on where it was ended."
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="of images, searched recursively")
-    parser.add_argument("--out", type=Path, metavar="OUT", help="for everything that comes of it (default: fits/DIR)")
-    parser.add_argument("--budget", default="1h", metavar="TIME",
-                        help="in all, such as 20m, 2h or 1d (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS",
-                        help="default: what suits most of the images, at most 64")
-    parser.add_argument("--licence", metavar="TEXT", help="of the weights, for the bundle (default: none is stated)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="OUT",
+        help="for everything that comes of it (default: fits/DIR)",
+    )
+    parser.add_argument(
+        "--budget",
+        default="1h",
+        metavar="TIME",
+        help="in all, such as 20m, 2h or 1d (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="default: what suits most of the images, at most 64",
+    )
+    parser.add_argument(
+        "--licence", metavar="TEXT", help="of the weights, for the bundle (default: none is stated)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -50,8 +76,15 @@ def run(args: argparse.Namespace) -> None:
     stored = out / "plan.json"
     before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
     files = image_files(folder)
-    side = args.image_size or (before.image_size if before else choose_image_size(picture_sizes(files)))
-    fitted = fit_folder(make_plan(str(folder), name, side, budget, _on_gpu(args.device), args.licence), files, out, say)
+    side = args.image_size or (
+        before.image_size if before else choose_image_size(picture_sizes(files))
+    )
+    fitted = fit_folder(
+        make_plan(str(folder), name, side, budget, _on_gpu(args.device), args.licence),
+        files,
+        out,
+        say,
+    )
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
 

@@ -19,11 +19,18 @@ class FileError(ValueError):
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE",
-                        help="image files, or folders of them (searched recursively)")
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, or folders of them (searched recursively)",
+    )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of latents (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the draw of latents (default: %(default)s)"
+    )
 
 
 def load_engine(folder: Path, operation: str) -> InferenceEngine:
@@ -34,7 +41,9 @@ def load_engine(folder: Path, operation: str) -> InferenceEngine:
     """
     bundle = open_bundle(folder)
     if operation not in bundle.operations:
-        raise BundleError(f"{bundle.name} has no {operation}: it was trained without an inference network")
+        raise BundleError(
+            f"{bundle.name} has no {operation}: it was trained without an inference network"
+        )
     return InferenceEngine(bundle, operations=[operation])
 
 

@@ -33,19 +33,32 @@ VERBS = {
 }
 RESUMED = ("fit", "score", "compare")
 EXTRAS = {  # of pyproject.toml: what the packages of a verb come with; others need the runtime's alone
-    "fit": "fit", "recipes": "train", "train": "train", "evaluate": "evaluate", "compare": "evaluate", "export": "fit",
-    "calibrate": "fit", "ood-bench": "fit", "serve": "serve", "status": "serve"}
+    "fit": "fit",
+    "recipes": "train",
+    "train": "train",
+    "evaluate": "evaluate",
+    "compare": "evaluate",
+    "export": "fit",
+    "calibrate": "fit",
+    "ood-bench": "fit",
+    "serve": "serve",
+    "status": "serve",
+}
 HELP = {"-h", "--help"}
 
 
 def parse(given: list[str]) -> argparse.Namespace:
     """What a command line says; ``verb`` is the verb."""
-    parser = argparse.ArgumentParser(prog="ade", description="Train, export and serve AV-ADE image models.")
+    parser = argparse.ArgumentParser(
+        prog="ade", description="Train, export and serve AV-ADE image models."
+    )
     parser.add_argument("--version", action="version", version=f"ade {metadata.version(PROJECT)}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
-        if name in given[:1]:  # only the verb that runs is imported: serving needs no training packages
+        if (
+            name in given[:1]
+        ):  # only the verb that runs is imported: serving needs no training packages
             _module(name, for_help=not HELP.isdisjoint(given)).add_arguments(verb)
     return parser.parse_args(given)
 
@@ -60,8 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ade {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"ade {args.verb}: interrupted" + (": the same command goes on from here" if args.verb in RESUMED else ""),
-              file=sys.stderr)
+        print(
+            f"ade {args.verb}: interrupted"
+            + (": the same command goes on from here" if args.verb in RESUMED else ""),
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,8 +111,11 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError) -> None:
     if (Path(__file__).parents[1] / package).is_dir():
         raise error
     extras = [_runtime(), *([EXTRAS[verb]] if verb in EXTRAS else [])]
-    print(f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:\n"
-          f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}", file=sys.stderr)
+    print(
+        f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:\n"
+        f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}",
+        file=sys.stderr,
+    )
 
 
 def _runtime() -> str:

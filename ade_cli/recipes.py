@@ -11,7 +11,9 @@ ERRORS = (ValueError,)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", action="store_true", help="count each system's weights for 32x32 colour images")
+    parser.add_argument(
+        "--weights", action="store_true", help="count each system's weights for 32x32 colour images"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,5 +22,7 @@ def run(args: argparse.Namespace) -> None:
         if args.weights:
             for size in SIZES:
                 counts = count_weights(recipe(name, 32, 3, size))
-                print(f"{'':14s}   {size:6s} {counts.model:>11,} weights, {counts.flow_share:5.1%} of them in the flow; "
-                      f"discriminator {counts.discriminator:,}")
+                print(
+                    f"{'':14s}   {size:6s} {counts.model:>11,} weights, {counts.flow_share:5.1%} of them in the flow; "
+                    f"discriminator {counts.discriminator:,}"
+                )

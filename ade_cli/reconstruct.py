@@ -18,8 +18,16 @@ ERRORS = (BundleError, BackendError, CalibrationError, FileError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
-    parser.add_argument("--kind", choices=["mean", "density"], default="mean", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a PNG of each image's name goes there")
+    parser.add_argument(
+        "--kind", choices=["mean", "density"], default="mean", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a PNG of each image's name goes there",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

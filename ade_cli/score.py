@@ -21,18 +21,47 @@ ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Score image files: bits per dimension, the verdict and the decision. Files are answered as JSON "
-                          "lines; a folder goes into a table, and the same command resumes where it was ended. Exit "
-                          f"status: 0; 2 for an error; {NO_VERDICT} where no image got a verdict.")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES",
-                        help="files, or one folder (searched recursively)")
+    parser.description = (
+        "Score image files: bits per dimension, the verdict and the decision. Files are answered as JSON "
+        "lines; a folder goes into a table, and the same command resumes where it was ended. Exit "
+        f"status: 0; 2 for an error; {NO_VERDICT} where no image got a verdict."
+    )
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGES",
+        help="files, or one folder (searched recursively)",
+    )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"of a folder's scores: {', '.join(FORMATS)}")
-    parser.add_argument("--alpha", type=float, default=0.01, help="false-alarm rate of the verdict (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=1, metavar="K", help="draws of the bound (default: %(default)s)")
-    parser.add_argument("--resize", choices=["fit"], help="resize images of another size: this changes the likelihood")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes (default: one a core)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=f"of a folder's scores: {', '.join(FORMATS)}"
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.01,
+        help="false-alarm rate of the verdict (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="K",
+        help="draws of the bound (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=["fit"],
+        help="resize images of another size: this changes the likelihood",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: one a core)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,8 +76,10 @@ def run(args: argparse.Namespace) -> int:
         judge = calibrations.of(args.resize == "fit") or calibrations.exact
         warnings = [judge and judge.too_small(args.alpha)]
         if judge is not None and judge.resize == "fit" and args.resize is None:
-            warnings.append("this bundle was calibrated on images of any size: without --resize fit, other sizes than the "
-                            "model's get an error")
+            warnings.append(
+                "this bundle was calibrated on images of any size: without --resize fit, other sizes than the "
+                "model's get an error"
+            )
         for warning in filter(None, warnings):
             print(f"warning: {warning}", file=sys.stderr)
     if args.out is None:
@@ -64,12 +95,17 @@ def run(args: argparse.Namespace) -> int:
         if not path.exists():
             raise FileError(f"{path}: there is no such file or folder")
     if len(args.images) != 1 or not args.images[0].is_dir():
-        raise BulkError(f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: without it, files "
-                        "are answered as JSON lines")
+        raise BulkError(
+            f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: without it, files "
+            "are answered as JSON lines"
+        )
     check_parent(args.out)
     if args.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise BulkError("a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl")
+        raise BulkError(
+            "a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl"
+        )
     with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
+
         def progress(done: int, total: int) -> None:
             if bar.total is None:
                 bar.initial = bar.n = bar.last_print_n = done
@@ -77,13 +113,19 @@ def run(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         summary = score_folder(bundle, args.images[0], args.out, options, args.workers, progress)
-    print(f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, {summary.accepted} accepted "
-          f"at alpha {args.alpha:g}; {summary.errors} could not be scored")
+    print(
+        f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, {summary.accepted} accepted "
+        f"at alpha {args.alpha:g}; {summary.errors} could not be scored"
+    )
     if not summary.scored:
-        raise BulkError(f"no image could be scored: the reasons are in the column notes of {args.out}")
+        raise BulkError(
+            f"no image could be scored: the reasons are in the column notes of {args.out}"
+        )
     judged = summary.rejected + summary.accepted
     if judged:
-        print(f"of {judged} images like the calibration's, about {args.alpha * judged:.0f} would be rejected")
+        print(
+            f"of {judged} images like the calibration's, about {args.alpha * judged:.0f} would be rejected"
+        )
     return _status({None} if judged else {f"see the column decision_reason of {args.out}"})
 
 
@@ -91,6 +133,8 @@ def _status(reasons: set[str | None]) -> int:
     """0, or the status that says that there is no verdict, with a warning."""
     if None in reasons:
         return 0
-    print(f"warning: no image got a verdict, so none is accepted: {'; '.join(sorted(filter(None, reasons)))}",
-          file=sys.stderr)
+    print(
+        f"warning: no image got a verdict, so none is accepted: {'; '.join(sorted(filter(None, reasons)))}",
+        file=sys.stderr,
+    )
     return NO_VERDICT

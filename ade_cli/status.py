@@ -14,11 +14,15 @@ ERRORS = (PortError,)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="as of `ade serve` (default: %(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="as of `ade serve` (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.description = ("Say how the service on this machine is, on the ports that ADE_…_PORT say. Exit status 0 if all "
-                          "operations answer, 1 if not. Workers, queues and errors are shown to the user that serves. "
-                          "ADE_TOKEN: the token of a service of another user.")
+    parser.description = (
+        "Say how the service on this machine is, on the ports that ADE_…_PORT say. Exit status 0 if all "
+        "operations answer, 1 if not. Workers, queues and errors are shown to the user that serves. "
+        "ADE_TOKEN: the token of a service of another user."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,20 +34,40 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(found: dict[str, Any]) -> str:
     answers = found["answers"] or {}
-    ports = ", ".join(f"{VARIABLES[name][0]}={port}" for name, port in vars(Ports.from_environment()).items()
-                      if name in ("inference", "ui"))
-    lines = [f"ready       {'yes, all operations answer' if found['ready'] else f'no, not at {ports}'}",
-             f"model       {answers.get('model', 'no answer')}", f"backend     {answers.get('backend', 'no answer')}"]
+    ports = ", ".join(
+        f"{VARIABLES[name][0]}={port}"
+        for name, port in vars(Ports.from_environment()).items()
+        if name in ("inference", "ui")
+    )
+    lines = [
+        f"ready       {'yes, all operations answer' if found['ready'] else f'no, not at {ports}'}",
+        f"model       {answers.get('model', 'no answer')}",
+        f"backend     {answers.get('backend', 'no answer')}",
+    ]
     if found["models"] is None:
         lines.append("workers     unknown: no service of this user is on these ports")
     for name, model in (found["models"] or {}).items():
-        states = ", ".join(f"{w['state']} (pid {w['pid']}, {w['memory_mib']} MiB)" for w in model["workers"]) or "none"
-        lines.append(f"{name:11} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}")
+        states = (
+            ", ".join(
+                f"{w['state']} (pid {w['pid']}, {w['memory_mib']} MiB)" for w in model["workers"]
+            )
+            or "none"
+        )
+        lines.append(
+            f"{name:11} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}"
+        )
     if found["requests"] is not None:
-        counts = ", ".join(f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items()))
+        counts = ", ".join(
+            f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items())
+        )
         lines.append(f"requests    {counts or 'none yet'}")
     for error in found["last_errors"] or []:
         text = "error       {time} {operation} {status} {code}: {message}".format(**error)
-        lines.append("".join(c if c.isprintable() else "?" for c in text))  # messages quote what clients sent
-    lines.append("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+        lines.append(
+            "".join(c if c.isprintable() else "?" for c in text)
+        )  # messages quote what clients sent
+    lines.append(
+        "versions    "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    )
     return "\n".join(lines)

@@ -27,51 +27,110 @@ DISCRIMINATORS_OWN = ("kind",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", choices=list(recipe_names()), help="which system; see `ade recipes`")
+    parser.add_argument(
+        "recipe", choices=list(recipe_names()), help="which system; see `ade recipes`"
+    )
     add_data_arguments(parser, required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--size", choices=SIZES, default="small",
-                        help="of the networks: tiny for an hour on two cores, small for a day, paper for a GPU "
-                             "(default: %(default)s)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS",
-                        help="default: the data set's own, or that of a folder's first image")
-    parser.add_argument("--images", type=int, default=1_000_000, metavar="N",
-                        help="training images to see, over all processes (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop after so much training time")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: %(default)s)")
-    parser.add_argument("--init", metavar="RUN_OR_BUNDLE", help="start from the weights of another run or a bundle")
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="of the networks: tiny for an hour on two cores, small for a day, paper for a GPU "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="default: the data set's own, or that of a folder's first image",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="training images to see, over all processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="stop after so much training time"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, order and noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--init", metavar="RUN_OR_BUNDLE", help="start from the weights of another run or a bundle"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of the networks; log-densities are float32 always")
-    parser.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="default: %(default)s")
-    parser.add_argument("--checkpoint-steps", type=int, default=1000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--evaluate-steps", type=int, default=500, metavar="N",
-                        help="steps between looks at held-out images and samples (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="print the configuration and stop; nothing is written")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the networks; log-densities are float32 always",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=5.0, metavar="M", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--checkpoint-steps", type=int, default=1000, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--evaluate-steps",
+        type=int,
+        default=500,
+        metavar="N",
+        help="steps between looks at held-out images and samples (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the configuration and stop; nothing is written",
+    )
     settable = [
         *add_config_options(parser, "training (default: the recipe's)", TrainConfig, RECIPES_OWN),
-        *add_config_options(parser, "networks of the model (default: the recipe's)", ModelConfig, MODELS_OWN),
-        *add_config_options(parser, "network of the discriminator (default: the recipe's)", DiscriminatorConfig,
-                            DISCRIMINATORS_OWN, prefix="d_")]
+        *add_config_options(
+            parser, "networks of the model (default: the recipe's)", ModelConfig, MODELS_OWN
+        ),
+        *add_config_options(
+            parser,
+            "network of the discriminator (default: the recipe's)",
+            DiscriminatorConfig,
+            DISCRIMINATORS_OWN,
+            prefix="d_",
+        ),
+    ]
     parser.set_defaults(settable=settable)
 
 
 def run(args: argparse.Namespace) -> None:
     options = RunOptions(
-        images=args.images, minutes=args.minutes, seed=args.seed, device=args.device, precision=args.precision,
-        checkpoint_minutes=args.checkpoint_minutes, checkpoint_steps=args.checkpoint_steps,
-        evaluate_steps=args.evaluate_steps, init=args.init)
+        images=args.images,
+        minutes=args.minutes,
+        seed=args.seed,
+        device=args.device,
+        precision=args.precision,
+        checkpoint_minutes=args.checkpoint_minutes,
+        checkpoint_steps=args.checkpoint_steps,
+        evaluate_steps=args.evaluate_steps,
+        init=args.init,
+    )
     changes = given(args, args.settable)
     check_outside(args.out, args.data)
     if not args.dry_run:
         check_folder(args.out, args.resume)
     with contextlib.nullcontext() if args.dry_run else alone_in(args.out):
-        dataset = dataset_of(args, None if args.dry_run else args.out, args.image_size,
-                             fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes))
+        dataset = dataset_of(
+            args,
+            None if args.dry_run else args.out,
+            args.image_size,
+            fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes),
+        )
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
         if args.dry_run:
             print(json.dumps(config.to_dict(), indent=2))
             return
         progress = train(config, dataset, args.out, options, args.resume, source_of(args))
-    say(f"{progress.images:,} images in {progress.seconds / 60:.1f} minutes: {args.out / 'report.md'}")
+    say(
+        f"{progress.images:,} images in {progress.seconds / 60:.1f} minutes: {args.out / 'report.md'}"
+    )

@@ -2,8 +2,9 @@
 
 Every layer keeps the number of values. ``forward`` goes from images to features, ``inverse`` comes
 back; both are differentiable, since the adversarial loss reaches the decoder through ``inverse``.
-Every log-determinant here is a sum of terms at positions: :meth:`Bijection.with_map` gives them position by position.
-Log-determinants are float32 or better whatever autocast does to the networks inside.
+Every log-determinant here is a sum of terms at positions: :meth:`Bijection.with_map` gives them
+position by position. Log-determinants are float32 or better whatever autocast does to the networks
+inside.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from ade_model.layers import ResidualBlock, conv3x3
 
 
 class Bijection(nn.Module):
-    """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``, nats.
+    """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``,
+    nats.
 
-    Layers implement ``transform`` and ``inverse``; what holds other layers implements ``with_map`` and ``inverse``.
+    Layers implement ``transform`` and ``inverse``; what holds other layers implements ``with_map``
+    and ``inverse``.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,9 +68,11 @@ class Chain(Bijection):
 
 
 class Logit(Bijection):
-    """``logit(a + (1 - 2a) x)``: [0, 1] onto a bounded interval, so that no sample leaves the pixels' range far.
+    """``logit(a + (1 - 2a) x)``: [0, 1] onto a bounded interval, so that no sample leaves the
+    pixels' range far.
 
-    Dinh et al., "Density estimation using Real NVP", 2017, section 4.1, with its margin ``a = 0.05``.
+    Dinh et al., "Density estimation using Real NVP", 2017, section 4.1, with its margin ``a =
+    0.05``.
     """
 
     MARGIN = 0.05
@@ -93,10 +98,11 @@ class Squeeze(Bijection):
 
 
 class Rotation(Bijection):
-    """A learned orthogonal mixing of channels at each position, as a product of Householder reflections.
+    """A learned orthogonal mixing of channels at each position, as a product of Householder
+    reflections.
 
-    The invertible 1x1 convolution of Kingma and Dhariwal, "Glow", 2018, restricted to rotations: its
-    inverse is its transpose and its log-determinant zero, exactly, however it is trained.
+    The invertible 1x1 convolution of Kingma and Dhariwal, "Glow", 2018, restricted to rotations:
+    its inverse is its transpose and its log-determinant zero, exactly, however it is trained.
     """
 
     def __init__(self, channels: int) -> None:
@@ -121,24 +127,29 @@ class Rotation(Bijection):
 
 
 class _Coupling(Bijection):
-    """What coupling layers share: the network that sees the kept values, and bounds on what it can do.
+    """What coupling layers share: the network that sees the kept values, and bounds on what it can
+    do.
 
-    Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5. The log-scale is a learned constant of
-    each channel, which may grow as it needs, and a part that depends on the image, bounded smoothly to
-    ``±max_log_scale``. The network sees its input squashed smoothly to ``±MAX_INPUT``, beyond what images of the
-    training data reach: strange images cannot drive it far, and ``inverse`` stays exact for them.
+    Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5. The log-scale is a learned
+    constant of each channel, which may grow as it needs, and a part that depends on the image,
+    bounded smoothly to ``±max_log_scale``. The network sees its input squashed smoothly to
+    ``±MAX_INPUT``, beyond what images of the training data reach: strange images cannot drive it
+    far, and ``inverse`` stays exact for them.
     """
 
     MAX_INPUT = 12.0
 
-    def __init__(self, seen: int, changed: int, width: int, blocks: int, max_log_scale: float) -> None:
+    def __init__(
+        self, seen: int, changed: int, width: int, blocks: int, max_log_scale: float
+    ) -> None:
         super().__init__()
         self.max_log_scale = max_log_scale
         self.log_gain = nn.Parameter(torch.zeros(changed, 1, 1))
         output = conv3x3(width, 2 * changed)
         nn.init.zeros_(output.weight)  # the layer starts as the identity
         self.coupling_net = nn.Sequential(
-            conv3x3(seen, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output)
+            conv3x3(seen, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output
+        )
 
     def _log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         seen = self.MAX_INPUT * torch.tanh(kept / self.MAX_INPUT)
@@ -176,7 +187,9 @@ class CheckerboardCoupling(_Coupling):
 
     kept: Tensor
 
-    def __init__(self, channels: int, size: int, colour: int, width: int, blocks: int, max_log_scale: float) -> None:
+    def __init__(
+        self, channels: int, size: int, colour: int, width: int, blocks: int, max_log_scale: float
+    ) -> None:
         super().__init__(channels, channels, width, blocks, max_log_scale)
         rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
         self.register_buffer("kept", ((rows + columns + colour) % 2).float(), persistent=False)

@@ -1,4 +1,7 @@
-"""Weights and configuration on disk: ``model.safetensors`` and ``config.json``. Nobody else saves or loads models."""
+"""Weights and configuration on disk: ``model.safetensors`` and ``config.json``.
+
+Nobody else saves or loads models.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,16 @@ FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 _KINDS = {str: "string", int: "integer", dict: "object", list: "array"}
-_FIELDS = {"model": dict, "recipe": str, "data": str, "splits": dict, "seed": int, "images_seen": int, "training": dict,
-           "operations": list}  # those that are there
+_FIELDS = {
+    "model": dict,
+    "recipe": str,
+    "data": str,
+    "splits": dict,
+    "seed": int,
+    "images_seen": int,
+    "training": dict,
+    "operations": list,
+}  # those that are there
 
 
 def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
@@ -31,7 +42,9 @@ def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     # Not save_file: it keeps others from reading the file, whatever the umask says.
     (folder / WEIGHTS_NAME).write_bytes(safetensors.torch.save(tensors))
-    text = json.dumps({"format_version": FORMAT_VERSION, **about, "model": model.config.to_dict()}, indent=2)
+    text = json.dumps(
+        {"format_version": FORMAT_VERSION, **about, "model": model.config.to_dict()}, indent=2
+    )
     (folder / CONFIG_NAME).write_text(text + "\n")
 
 
@@ -53,7 +66,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r:.60}")
     for name, kind in _FIELDS.items():
         value = values.get(name)
-        if not isinstance(value, kind) and (name in values or name == "model") or isinstance(value, bool):
+        if (
+            not isinstance(value, kind)
+            and (name in values or name == "model")
+            or isinstance(value, bool)
+        ):
             raise ConfigError(f"{path}: {name} must be a JSON {_KINDS[kind]}, got {value!r:.60}")
     return values
 

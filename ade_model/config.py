@@ -16,30 +16,33 @@ OPERATIONS = ("sample", "encode", "reconstruct", "score")
 class ModelConfig:
     """One model of the AV-ADE family.
 
-    ``len(widths)`` resolutions, the finest of them ``patch`` pixels to a position, each coarser one half of that.
-    All tuples are ordered coarsest first, as ``z`` is. Without any (``widths = ()``) the model is the flow by
-    itself: its latents are ``y``, standard normal.
+    ``len(widths)`` resolutions, the finest of them ``patch`` pixels to a position, each coarser one
+    half of that. All tuples are ordered coarsest first, as ``z`` is. Without any (``widths = ()``)
+    the model is the flow by itself: its latents are ``y``, standard normal.
 
     Attributes:
         image_size: height and width of the (square) images, pixels.
         channels: colour channels of the images.
         widths: feature channels of encoder and decoder, one number a resolution.
-        latent_channels: channels of ``z``, one number a resolution; 0 leaves a resolution without latents.
-        decoder_blocks: residual blocks of the decoder at each resolution; 0 makes it a plain convolution, and the
-            encoder's too.
+        latent_channels: channels of ``z``, one number a resolution; 0 leaves a resolution without
+            latents.
+        decoder_blocks: residual blocks of the decoder at each resolution; 0 makes it a plain
+            convolution, and the encoder's too.
         patch: pixels a side that a position of the finest resolution stands for, 1 or 2.
         encoder: whether there is an inference network; a GAN without one can only sample.
-        posterior_iaf: whether an inverse autoregressive step follows the posterior's Gaussian at each level.
+        posterior_iaf: whether an inverse autoregressive step follows the posterior's Gaussian at
+            each level.
         sigma: ``scalar``, one trainable standard deviation of the decoder's Gaussian, or ``pixel``,
             one for each of its dimensions.
         flow_scales: scales of the invertible head ``f``; 0 leaves ``f`` (and its logit) out.
-        flow_mask: what a coupling layer keeps: ``channel``, half of the channels of 2x2 patches, or ``checkerboard``,
-            every other pixel.
+        flow_mask: what a coupling layer keeps: ``channel``, half of the channels of 2x2 patches, or
+            ``checkerboard``, every other pixel.
         flow_couplings: coupling layers at each scale.
         flow_blocks: residual blocks in each coupling network.
         flow_width: channels of each coupling network.
-        flow_max_log_scale: bound on how far the log-scale of one coupling layer may depend on the image. Eight
-            layers at 2.0 learned to stretch noise images by 1e4 and lost their float32 inverse.
+        flow_max_log_scale: bound on how far the log-scale of one coupling layer may depend on the
+            image. Eight layers at 2.0 learned to stretch noise images by 1e4 and lost their float32
+            inverse.
     """
 
     image_size: int = 32
@@ -68,15 +71,25 @@ class ModelConfig:
             if any(not isinstance(v, int) or isinstance(v, bool) or v < least for v in value):
                 raise ConfigError(f"{name} must be integers of at least {least}, got {value}")
             if len(value) != len(self.widths):
-                raise ConfigError(f"{name} must have one number a resolution ({len(self.widths)}), got {value}")
-        for name, least in (("image_size", 2), ("channels", 1), ("flow_scales", 0), ("flow_couplings", 1),
-                            ("flow_blocks", 0), ("flow_width", 1)):
+                raise ConfigError(
+                    f"{name} must have one number a resolution ({len(self.widths)}), got {value}"
+                )
+        for name, least in (
+            ("image_size", 2),
+            ("channels", 1),
+            ("flow_scales", 0),
+            ("flow_couplings", 1),
+            ("flow_blocks", 0),
+            ("flow_width", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name, allowed in (("sigma", SIGMA_KINDS), ("flow_mask", MASKS), ("patch", (1, 2))):
             if getattr(self, name) not in allowed or isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}"
+                )
         for name in ("encoder", "posterior_iaf"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -84,16 +97,21 @@ class ModelConfig:
         if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not bound > 0:
             raise ConfigError(f"flow_max_log_scale must be positive, got {self.flow_max_log_scale}")
         if self.widths and not self.latent_channels[0]:
-            raise ConfigError(f"latent_channels must begin with latents at the coarsest level, got {self.latent_channels}")
+            raise ConfigError(
+                f"latent_channels must begin with latents at the coarsest level, got {self.latent_channels}"
+            )
         if not self.widths and not (self.flow_scales and self.encoder):
-            raise ConfigError("a model without resolutions (widths = ()) is a flow: it needs flow_scales of at least 1, "
-                              "and its encoder is itself")
+            raise ConfigError(
+                "a model without resolutions (widths = ()) is a flow: it needs flow_scales of at least 1, "
+                "and its encoder is itself"
+            )
         if self.image_size % self.size_multiple:
             fitting = [s for s in (32, 48, 64) if s % self.size_multiple == 0]
             raise ConfigError(
                 f"image_size must be a multiple of {self.size_multiple} "
                 f"({len(self.widths)} latent resolutions, {self.flow_scales} flow scales), "
-                f"such as {', '.join(map(str, fitting)) or self.size_multiple}; got {self.image_size}")
+                f"such as {', '.join(map(str, fitting)) or self.size_multiple}; got {self.image_size}"
+            )
 
     @property
     def size_multiple(self) -> int:
@@ -129,11 +147,14 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Rebuild from :meth:`to_dict`. Unknown names are refused, missing ones too, but for those that came later:
-        their defaults are what older models are."""
+        """Rebuild from :meth:`to_dict`. Unknown names are refused, missing ones too, but for those
+        that came later: their defaults are what older models are.
+        """
         known = {f.name for f in dataclasses.fields(cls)}
         later = {"patch", "encoder", "posterior_iaf", "flow_mask"}
         wrong = sorted((set(values) ^ known) - (later - set(values)))
         if wrong:
-            raise ConfigError(f"a model configuration has the fields {sorted(known)}; unknown or missing: {wrong}")
+            raise ConfigError(
+                f"a model configuration has the fields {sorted(known)}; unknown or missing: {wrong}"
+            )
         return cls(**values)

@@ -18,7 +18,8 @@ def sum_dims(values: Tensor) -> Tensor:
 def sum_channels(values: Tensor) -> Tensor:
     """``(N, C, H, W)`` to ``(N, H, W)``: the sum at each position.
 
-    Added up channel by channel: with a reduction over them ONNX Runtime's sums vary with the size of the batch.
+    Added up channel by channel: with a reduction over them ONNX Runtime's sums vary with the size
+        of the batch.
     """
     first, *others = values.unbind(1)
     return sum(others, first)
@@ -32,7 +33,9 @@ class DiagonalGaussian:
     log_scale: Tensor
 
     def sample(self, eps: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-        """``mean + temperature * scale * eps`` for standard normal ``eps`` of the shape of ``mean``."""
+        """``mean + temperature * scale * eps`` for standard normal ``eps`` of the shape of
+        ``mean``.
+        """
         return self.mean + temperature * self.log_scale.exp() * eps
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from ade_model.layers import spread
 
 
 class _Unsqueezed(Bijection):
-    """Squeeze, apply ``inner``, and bring every value back to its place, so that ``y`` has the image's shape."""
+    """Squeeze, apply ``inner``, and bring every value back to its place, so that ``y`` has the
+    image's shape.
+    """
 
     def __init__(self, inner: Bijection) -> None:
         super().__init__()
@@ -37,8 +39,9 @@ class _Unsqueezed(Bijection):
 def build_flow(config: ModelConfig) -> Bijection:
     """``f`` for a model: ``y`` is ``(N, C, H, W)`` like ``x``, whatever the number of scales.
 
-    After Dinh et al., "Density estimation using Real NVP", 2017, section 3.6: a scale runs its couplings and hands
-    half of the channels on to the next one. With ``flow_scales = 0`` it is the identity, without the logit.
+    After Dinh et al., "Density estimation using Real NVP", 2017, section 3.6: a scale runs its
+    couplings and hands half of the channels on to the next one. With ``flow_scales = 0`` it is the
+    identity, without the logit.
     """
     if config.flow_scales == 0:
         return Chain()
@@ -46,11 +49,16 @@ def build_flow(config: ModelConfig) -> Bijection:
     return Chain(Logit(), build(config, config.channels, config.image_size, config.flow_scales))
 
 
-def _channel_couplings(config: ModelConfig, channels: int, count: int, width: int) -> list[Bijection]:
+def _channel_couplings(
+    config: ModelConfig, channels: int, count: int, width: int
+) -> list[Bijection]:
     """Couplings of channels, a rotation before each."""
     layers: list[Bijection] = []
     for _ in range(count):
-        layers += [Rotation(channels), AffineCoupling(channels, width, config.flow_blocks, config.flow_max_log_scale)]
+        layers += [
+            Rotation(channels),
+            AffineCoupling(channels, width, config.flow_blocks, config.flow_max_log_scale),
+        ]
     return layers
 
 
@@ -58,19 +66,32 @@ def _channel_scale(config: ModelConfig, channels: int, size: int, remaining: int
     """Squeezed at once: all couplings work at half the resolution, which is four times as fast."""
     layers = _channel_couplings(config, 4 * channels, config.flow_couplings, config.flow_width)
     if remaining > 1:
-        layers.append(OnHalfOfTheChannels(_channel_scale(config, 2 * channels, size // 2, remaining - 1)))
+        layers.append(
+            OnHalfOfTheChannels(_channel_scale(config, 2 * channels, size // 2, remaining - 1))
+        )
     return _Unsqueezed(Chain(*layers))
 
 
 def _checkerboard_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
-    """As published: the last scale has checkerboards alone; one before it has a coupling less, squeezes, and has as
-    many couplings of channels, twice as wide."""
+    """As published: the last scale has checkerboards alone; one before it has a coupling less,
+    squeezes, and has as many couplings of channels, twice as wide.
+    """
     count = config.flow_couplings if remaining == 1 else max(1, config.flow_couplings - 1)
     layers: list[Bijection] = [
-        CheckerboardCoupling(channels, size, i % 2, config.flow_width, config.flow_blocks, config.flow_max_log_scale)
-        for i in range(count)]
+        CheckerboardCoupling(
+            channels, size, i % 2, config.flow_width, config.flow_blocks, config.flow_max_log_scale
+        )
+        for i in range(count)
+    ]
     if remaining > 1:
-        layers.append(_Unsqueezed(Chain(
-            *_channel_couplings(config, 4 * channels, count, 2 * config.flow_width),
-            OnHalfOfTheChannels(_checkerboard_scale(config, 2 * channels, size // 2, remaining - 1)))))
+        layers.append(
+            _Unsqueezed(
+                Chain(
+                    *_channel_couplings(config, 4 * channels, count, 2 * config.flow_width),
+                    OnHalfOfTheChannels(
+                        _checkerboard_scale(config, 2 * channels, size // 2, remaining - 1)
+                    ),
+                )
+            )
+        )
     return Chain(*layers)

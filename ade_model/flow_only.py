@@ -1,4 +1,7 @@
-"""The flow by itself: ``z`` is ``y``, standard normal. The counterpart of the autoencoder's decoder."""
+"""The flow by itself: ``z`` is ``y``, standard normal.
+
+The counterpart of the autoencoder's decoder.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,9 @@ class StandardNormal(nn.Module):
         posterior = DiagonalGaussian(encoded, torch.full_like(encoded, LOG_ZERO))
         return [Draw(posterior, encoded, prior, rate, rate)], PointMass(encoded)
 
-    def generate(self, eps: list[Tensor], temperature: Tensor | float = 1.0) -> tuple[list[Tensor], PointMass]:
+    def generate(
+        self, eps: list[Tensor], temperature: Tensor | float = 1.0
+    ) -> tuple[list[Tensor], PointMass]:
         z = eps[0] * temperature
         return [z], PointMass(z)
 

@@ -1,8 +1,9 @@
 """One inverse autoregressive step on latents.
 
-Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, eq. 10 and 11. Every value
-is shifted and scaled by what a network makes of the values before it, in raster order and, at one position, by
-channel. Sampling the posterior takes one pass; only the inference network has it, the generator never does.
+Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, eq. 10 and
+11. Every value is shifted and scaled by what a network makes of the values before it, in raster
+order and, at one position, by channel. Sampling the posterior takes one pass; only the inference
+network has it, the generator never does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ MAX_LOG_SCALE = 2.0
 
 
 class MaskedConv(nn.Conv2d):
-    """A 3x3 convolution that sees the positions before its own and, of its own, the channel groups before.
+    """A 3x3 convolution that sees the positions before its own and, of its own, the channel groups
+    before.
 
     Args:
         in_channels: in groups of ``in_channels / groups`` that share a place in the order.
@@ -63,6 +65,9 @@ class InverseAutoregressiveStep(nn.Module):
         """
         h = F.elu(self.first(z0) + self.context(context))
         out = self.third(F.elu(self.second(h))).to(z0.dtype)
-        shift, raw = out[:, 0::2], out[:, 1::2]  # a channel's two numbers lie side by side: one group
+        shift, raw = (
+            out[:, 0::2],
+            out[:, 1::2],
+        )  # a channel's two numbers lie side by side: one group
         log_scale = MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
         return (z0 - shift) * (-log_scale).exp(), -log_scale

@@ -7,8 +7,12 @@ from torch.nn import functional as F
 
 
 def spread(values: Tensor, factor: int) -> Tensor:
-    """What ``(N, h, w)`` cells hold, divided evenly among the ``factor x factor`` pixels that each covers."""
-    return F.interpolate(values[:, None], scale_factor=float(factor), mode="nearest")[:, 0] / factor**2
+    """What ``(N, h, w)`` cells hold, divided evenly among the ``factor x factor`` pixels that each
+    covers.
+    """
+    return (
+        F.interpolate(values[:, None], scale_factor=float(factor), mode="nearest")[:, 0] / factor**2
+    )
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

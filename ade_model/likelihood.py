@@ -39,7 +39,8 @@ class Evidence:
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
-    """``log mean_k exp(log_weight_k)`` (Burda et al., "Importance Weighted Autoencoders", 2016, eq. 8).
+    """``log mean_k exp(log_weight_k)`` (Burda et al., "Importance Weighted Autoencoders", 2016, eq.
+    8).
 
     Args:
         log_weights: ``(K, N)``, nats, from independent draws of latents and of the dequantisation.

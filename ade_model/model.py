@@ -38,8 +38,9 @@ class Examination:
 
     Attributes:
         evidence: the terms of the log-weight.
-        cost: ``(N, 3, H, W)``, nats: what each pixel adds to ``-log_weight``, by distortion, log-determinant and latents.
-            What belongs to a cell of several pixels (latents, squeezed features) is divided evenly among them.
+        cost: ``(N, 3, H, W)``, nats: what each pixel adds to ``-log_weight``, by distortion,
+            log-determinant and latents. What belongs to a cell of several pixels (latents, squeezed
+            features) is divided evenly among them.
         y: the flow's output, ``(N, C, H, W)``.
         residual: ``y`` standardised by ``p(y | z)``, ``(N, C, H, W)``; zeros for a flow by itself.
         surprises: ``z`` standardised by its prior, one tensor a level.
@@ -57,14 +58,15 @@ class ADEModel(nn.Module):
 
     Lucas et al., "Adaptive Density Estimation for Generative Models", 2019, section 4, eq. 3 and 4.
 
-    Shapes: ``x``, ``y`` and ``y_eps`` are ``(N, C, H, W)``; ``z`` and ``eps`` are lists of tensors, one
-    a level, of ``(N, *config.latent_shapes[i])``. All noise is standard normal. Passing
-    ``y_eps=None`` gives mean samples ``f^-1(mu(z))``, what the discriminator sees; passing noise gives
-    density samples ``f^-1(mu(z) + sigma y_eps)``, what the likelihood describes. Of a flow by itself the two are the
-    same, and its ``z`` is ``y``.
+    Shapes: ``x``, ``y`` and ``y_eps`` are ``(N, C, H, W)``; ``z`` and ``eps`` are lists of tensors,
+    one a level, of ``(N, *config.latent_shapes[i])``. All noise is standard normal. Passing
+    ``y_eps=None`` gives mean samples ``f^-1(mu(z))``, what the discriminator sees; passing noise
+    gives density samples ``f^-1(mu(z) + sigma y_eps)``, what the likelihood describes. Of a flow by
+    itself the two are the same, and its ``z`` is ``y``.
 
     Example:
-        >>> model = ADEModel(ModelConfig(image_size=8, widths=(8, 8), latent_channels=(2, 2), decoder_blocks=(1, 1)))
+        >>> model = ADEModel(ModelConfig(image_size=8, widths=(8, 8), latent_channels=(2, 2),
+        decoder_blocks=(1, 1)))
         >>> eps = [torch.randn(3, *shape) for shape in model.config.latent_shapes]
         >>> model.sample(eps).shape
         torch.Size([3, 3, 8, 8])
@@ -80,7 +82,9 @@ class ADEModel(nn.Module):
             self.encoder = Encoder(config) if config.encoder else None
             self.decoder = Decoder(config)
 
-    def sample(self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0) -> Tensor:
+    def sample(
+        self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0
+    ) -> Tensor:
         """New images ``x``; ``temperature`` multiplies the prior's standard deviations."""
         self._check_latents(eps, "eps")
         _, p_y = self.decoder.generate(eps, temperature)
@@ -108,26 +112,44 @@ class ADEModel(nn.Module):
     def examine(self, x: Tensor, eps: list[Tensor]) -> Examination:
         """What :meth:`score` computes, with where it comes from and what is left unexplained."""
         draws, p_y, y, log_det_map = self._infer(x, eps)
-        evidence = Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws])
+        evidence = Evidence(
+            p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws]
+        )
         latents = torch.zeros_like(log_det_map)
         for draw in draws:
             cells = sum_channels(draw.log_ratio_terms)
             latents = latents + spread(cells, self.config.image_size // cells.shape[-1])
         cost = torch.stack([-sum_channels(p_y.log_prob_terms(y)), -log_det_map, latents], dim=1)
-        return Examination(evidence, cost, y, p_y.standardize(y), [draw.prior.standardize(draw.z) for draw in draws])
+        return Examination(
+            evidence,
+            cost,
+            y,
+            p_y.standardize(y),
+            [draw.prior.standardize(draw.z) for draw in draws],
+        )
 
     def evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
-        """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for training."""
+        """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for
+        training.
+        """
         draws, p_y, y, log_det_map = self._infer(x, eps)
-        return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.kl for draw in draws],
-                        [draw.kl_terms.sum((2, 3)) for draw in draws])
+        return Evidence(
+            p_y.log_prob(y),
+            sum_dims(log_det_map),
+            [draw.kl for draw in draws],
+            [draw.kl_terms.sum((2, 3)) for draw in draws],
+        )
 
-    def _infer(self, x: Tensor, eps: list[Tensor]) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
+    def _infer(
+        self, x: Tensor, eps: list[Tensor]
+    ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
         if self.encoder is None:
             raise ConfigError("this model has no inference network: it can only sample")
         expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ShapeError(f"x must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+            raise ShapeError(
+                f"x must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
+            )
         self._check_latents(eps, "eps")
         y, log_det_map = self.flow.with_map(x)
         draws, p_y = self.decoder.infer(self.encoder(y), eps)
@@ -139,5 +161,7 @@ class ADEModel(nn.Module):
     def _check_latents(self, values: list[Tensor], name: str) -> None:
         shapes = [tuple(v.shape[1:]) for v in values]
         if shapes != self.config.latent_shapes:
-            raise ShapeError(f"{name} must have one tensor a level with (N, ...) of {self.config.latent_shapes}, "
-                             f"got {shapes}")
+            raise ShapeError(
+                f"{name} must have one tensor a level with (N, ...) of {self.config.latent_shapes}, "
+                f"got {shapes}"
+            )

@@ -12,7 +12,8 @@ def dequantize(images: Tensor, u: Tensor | float) -> Tensor:
     """Spread each stored pixel over its bin: ``x = (images + u) / 256``.
 
     With ``u`` uniform on [0, 1) the density of ``x`` bounds the probability of ``images`` (Theis et
-    al., "A note on the evaluation of generative models", 2016, eq. 3). ``u = 0.5`` is the bin's middle.
+    al., "A note on the evaluation of generative models", 2016, eq. 3). ``u = 0.5`` is the bin's
+    middle.
 
     Args:
         images: ``(N, C, H, W)``, whole numbers 0..255 in any real dtype.
@@ -27,4 +28,3 @@ def dequantize(images: Tensor, u: Tensor | float) -> Tensor:
 def quantize(x: Tensor) -> Tensor:
     """The pixel whose bin ``x`` lies in: ``clamp(floor(256 x), 0, 255)``, still a float tensor."""
     return (x * NUM_LEVELS).floor().clamp(0, NUM_LEVELS - 1)
-

@@ -1,9 +1,9 @@
 """The top-down variational autoencoder on features ``y``.
 
-The encoder climbs from fine to coarse and leaves one map of features a resolution. The decoder comes
-down from coarse to fine: at each level the prior depends on the latents drawn above it, and the
-posterior on those and on the encoder's map (Sonderby et al., "Ladder Variational Autoencoders", 2016;
-Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016).
+The encoder climbs from fine to coarse and leaves one map of features a resolution. The decoder
+comes down from coarse to fine: at each level the prior depends on the latents drawn above it, and
+the posterior on those and on the encoder's map (Sonderby et al., "Ladder Variational Autoencoders",
+2016; Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016).
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from ade_model.iaf import InverseAutoregressiveStep
 from ade_model.layers import ResidualBlock, conv3x3
 
 MAX_LOG_SCALE = 4.0
-# Where sigma starts when y is pixels: from 1 it would take an optimiser's whole budget to come down to their scale.
+# Where sigma starts when y is pixels: from 1 it would take an optimiser's whole budget to come down
+# to their scale.
 PIXEL_LOG_SIGMA = -2.0
 
 
 def bounded(log_scale: Tensor) -> Tensor:
-    """Log-scales of latents stay within ±4, smoothly: unbounded ones made adversarial training diverge."""
+    """Log-scales of latents stay within ±4, smoothly: unbounded ones made adversarial training
+    diverge.
+    """
     return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
 
 
@@ -38,7 +41,8 @@ class Draw:
         posterior: the Gaussian that the noise goes through; an autoregressive step may follow it.
         z: ``(N, c, h, w)``.
         prior: ``p(z_i | z_<i)``.
-        log_ratio_terms: ``log q(z | ...) - log p(z | ...)`` at ``z``, term by term, the shape of ``z``, nats.
+        log_ratio_terms: ``log q(z | ...) - log p(z | ...)`` at ``z``, term by term, the shape of
+            ``z``, nats.
         kl_terms: their expectations where these have a closed form, else ``log_ratio_terms`` again.
     """
 
@@ -67,9 +71,15 @@ class Encoder(nn.Module):
         self.patch = config.patch
         stages = []
         previous = config.patch**2 * config.channels
-        for i, (width, blocks) in enumerate(zip(config.widths[::-1], config.decoder_blocks[::-1], strict=True)):
-            stages.append(nn.Sequential(
-                conv3x3(previous, width, stride=1 if i == 0 else 2), ResidualBlock(width) if blocks else nn.ELU()))
+        for i, (width, blocks) in enumerate(
+            zip(config.widths[::-1], config.decoder_blocks[::-1], strict=True)
+        ):
+            stages.append(
+                nn.Sequential(
+                    conv3x3(previous, width, stride=1 if i == 0 else 2),
+                    ResidualBlock(width) if blocks else nn.ELU(),
+                )
+            )
             previous = width
         self.stages = nn.ModuleList(stages)
 
@@ -83,22 +93,38 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the decoder: prior and posterior of its latents, if it has any, then its features."""
+    """One resolution of the decoder: prior and posterior of its latents, if it has any, then its
+    features.
+    """
 
-    def __init__(self, width: int, latent_channels: int, blocks: int, size: int, above: int | None,
-                 infers: bool, iaf: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        latent_channels: int,
+        blocks: int,
+        size: int,
+        above: int | None,
+        infers: bool,
+        iaf: bool,
+    ) -> None:
         super().__init__()
         self.above = None if above is None else conv3x3(above, width)
-        if above is None:  # the coarsest level starts from a learned map; its prior is the same for all images
+        if (
+            above is None
+        ):  # the coarsest level starts from a learned map; its prior is the same for all images
             self.top = nn.Parameter(torch.randn(1, width, size, size) * 0.1)
         self.has_latents = latent_channels > 0
         if self.has_latents:
             self.prior_net = nn.Sequential(nn.ELU(), conv3x3(width, 2 * latent_channels))
             self.from_latents = nn.Conv2d(latent_channels, width, 1)
         infers = infers and self.has_latents
-        self.posterior_net = nn.Sequential(nn.ELU(), conv3x3(2 * width, 2 * latent_channels)) if infers else None
+        self.posterior_net = (
+            nn.Sequential(nn.ELU(), conv3x3(2 * width, 2 * latent_channels)) if infers else None
+        )
         self.iaf = InverseAutoregressiveStep(latent_channels, 2 * width) if infers and iaf else None
-        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))) if blocks else nn.ELU()
+        self.blocks = (
+            nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))) if blocks else nn.ELU()
+        )
 
     def start(self, features: Tensor | None, num_images: int) -> Tensor:
         """Features from the level above, brought to this resolution."""
@@ -109,11 +135,15 @@ class Level(nn.Module):
 
     def prior(self, features: Tensor) -> DiagonalGaussian:
         """``p(z_i | z_<i)``."""
-        mean, log_scale = self.prior_net(features).to(self.from_latents.weight.dtype).chunk(2, dim=1)
+        mean, log_scale = (
+            self.prior_net(features).to(self.from_latents.weight.dtype).chunk(2, dim=1)
+        )
         return DiagonalGaussian(mean, bounded(log_scale))
 
     def infer(self, features: Tensor, encoded: Tensor, eps: Tensor) -> Draw:
-        """Draw from ``q(z_i | z_<i, y)``: a Gaussian that is a correction to the prior, and a step after it."""
+        """Draw from ``q(z_i | z_<i, y)``: a Gaussian that is a correction to the prior, and a step
+        after it.
+        """
         assert self.posterior_net is not None
         prior = self.prior(features)
         both = torch.cat([features, encoded], dim=1)
@@ -122,7 +152,9 @@ class Level(nn.Module):
         z = posterior.sample(eps)
         log_q = posterior.log_prob_terms(z)
         if self.iaf is None:
-            return Draw(posterior, z, prior, log_q - prior.log_prob_terms(z), posterior.kl_terms(prior))
+            return Draw(
+                posterior, z, prior, log_q - prior.log_prob_terms(z), posterior.kl_terms(prior)
+            )
         z, log_det = self.iaf(z, both)
         log_ratio = log_q - log_det - prior.log_prob_terms(z)
         return Draw(posterior, z, prior, log_ratio, log_ratio)
@@ -143,10 +175,25 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(
             Level(width, latents, blocks, size, up, config.encoder, config.posterior_iaf)
             for width, latents, blocks, size, up in zip(
-                config.widths, config.latent_channels, config.decoder_blocks, config.level_sizes, above, strict=True))
-        self.to_mean = nn.Sequential(nn.ELU(), conv3x3(config.widths[-1], config.patch**2 * config.channels))
-        shape = (1, 1, 1) if config.sigma == "scalar" else (config.channels, config.image_size, config.image_size)
-        self.log_sigma = nn.Parameter(torch.full(shape, 0.0 if config.flow_scales else PIXEL_LOG_SIGMA))
+                config.widths,
+                config.latent_channels,
+                config.decoder_blocks,
+                config.level_sizes,
+                above,
+                strict=True,
+            )
+        )
+        self.to_mean = nn.Sequential(
+            nn.ELU(), conv3x3(config.widths[-1], config.patch**2 * config.channels)
+        )
+        shape = (
+            (1, 1, 1)
+            if config.sigma == "scalar"
+            else (config.channels, config.image_size, config.image_size)
+        )
+        self.log_sigma = nn.Parameter(
+            torch.full(shape, 0.0 if config.flow_scales else PIXEL_LOG_SIGMA)
+        )
 
     @property
     def _levels(self) -> list[Level]:
@@ -154,9 +201,13 @@ class Decoder(nn.Module):
 
     def inference_modules(self) -> list[nn.Module]:
         """What belongs to ``q(z | y)`` and not to the generator."""
-        return [m for level in self._levels for m in (level.posterior_net, level.iaf) if m is not None]
+        return [
+            m for level in self._levels for m in (level.posterior_net, level.iaf) if m is not None
+        ]
 
-    def infer(self, encoded: list[Tensor], eps: list[Tensor]) -> tuple[list[Draw], DiagonalGaussian]:
+    def infer(
+        self, encoded: list[Tensor], eps: list[Tensor]
+    ) -> tuple[list[Draw], DiagonalGaussian]:
         """Draw latents from the posterior, top down.
 
         Args:
@@ -175,7 +226,9 @@ class Decoder(nn.Module):
             features = level.finish(features, draws[-1].z if level.has_latents else None)
         return draws, self._observe(features)
 
-    def generate(self, eps: list[Tensor], temperature: Tensor | float = 1.0) -> tuple[list[Tensor], DiagonalGaussian]:
+    def generate(
+        self, eps: list[Tensor], temperature: Tensor | float = 1.0
+    ) -> tuple[list[Tensor], DiagonalGaussian]:
         """Draw latents from the prior: ``z`` and ``p(y | z)``."""
         z: list[Tensor] = []
         features = None

@@ -1,4 +1,7 @@
-"""``ade score`` of a folder: speed beside bare engines, memory, and what a kill costs. ``make bench-bulk DATA=FOLDER``."""
+"""``ade score`` of a folder: speed beside bare engines, memory, and what a kill costs.
+
+``make bench-bulk DATA=FOLDER``.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ class Memory(threading.Thread):
     def run(self) -> None:
         while True:
             try:
-                family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+                family = [
+                    psutil.Process(self.pid),
+                    *psutil.Process(self.pid).children(recursive=True),
+                ]
                 self.seen.append(sum(process.memory_full_info().pss for process in family) / 2**20)
             except psutil.Error:
                 return
@@ -46,7 +52,17 @@ class Memory(threading.Thread):
 
 
 def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:
-    command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--bundle", str(bundle), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "ade_cli.main",
+        "score",
+        str(folder),
+        "--bundle",
+        str(bundle),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     memory = Memory(process.pid)
     memory.start()
@@ -56,7 +72,9 @@ def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("folder", type=Path, help="tens of thousands of image files of the model's size")
+    parser.add_argument(
+        "folder", type=Path, help="tens of thousands of image files of the model's size"
+    )
     args = parser.parse_args()
     wanted = list(image_paths(args.folder))
     ceilings: list[float] = []
@@ -98,13 +116,23 @@ def main() -> None:
             raise SystemExit("it ended before it could be killed: give it a folder of more files")
         names = [json.loads(line)["path"] for line in open(out)]
     ratio = statistics.median(rates) / statistics.median(ceilings)
-    print(f"{len(wanted)} files, {CORES} processes: {statistics.median(rates):.0f} images a second, bare engines "
-          f"{statistics.median(ceilings):.0f}: {ratio:.2f}")
-    print(f"killed at {kept} rows, {left} processes left behind; {len(names)} rows at last, {len(set(names))} different: "
-          f"{'' if names == wanted else 'NOT '}the files in order")
+    print(
+        f"{len(wanted)} files, {CORES} processes: {statistics.median(rates):.0f} images a second, bare engines "
+        f"{statistics.median(ceilings):.0f}: {ratio:.2f}"
+    )
+    print(
+        f"killed at {kept} rows, {left} processes left behind; {len(names)} rows at last, {len(set(names))} different: "
+        f"{'' if names == wanted else 'NOT '}the files in order"
+    )
     for when, seen in (("before the kill", first.seen), ("after it", memory.seen)):
-        parts = [statistics.median(seen[len(seen) * i // 4:len(seen) * (i + 1) // 4]) for i in range(1, 4)]
-        print(f"memory {when}, MiB in the second, third and last quarter: " + ", ".join(f"{size:.0f}" for size in parts))
+        parts = [
+            statistics.median(seen[len(seen) * i // 4 : len(seen) * (i + 1) // 4])
+            for i in range(1, 4)
+        ]
+        print(
+            f"memory {when}, MiB in the second, third and last quarter: "
+            + ", ".join(f"{size:.0f}" for size in parts)
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""How long does a stream without a change go on until a drift statistic crosses a threshold? How soon is a change found?
+"""How long does a stream without a change go on until a drift statistic crosses a threshold? How
+soon is a change found?
 
-Simulated with verdicts against calibrations of n images, drawn anew for each stream: a calibration has errors of its own.
+Simulated with verdicts against calibrations of n images, drawn anew for each stream: a calibration
+    has errors of its own.
 
 ``python -m benchmarks.drift_thresholds``
 """
@@ -42,16 +44,22 @@ def _first_crossings(z: np.ndarray) -> list[int]:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    print("| n | threshold | images without a change, mean | median | images after a shift of 1, mean |")
+    print(
+        "| n | threshold | images without a change, mean | median | images after a shift of 1, mean |"
+    )
     print("|---|---|---|---|---|")
     for n in CALIBRATED:
         quiet = np.array([_first_crossings(_verdicts(rng, n, LENGTH)) for _ in range(STREAMS)])
         shifted = np.array([_first_crossings(_verdicts(rng, n, 500, 1.0)) for _ in range(STREAMS)])
         for j, threshold in enumerate(THRESHOLDS):
             censored = " (at least)" if (quiet[:, j] == LENGTH).mean() > 0.02 else ""
-            print(f"| {n} | {threshold:g} | {quiet[:, j].mean():.0f}{censored} | {np.median(quiet[:, j]):.0f} | "
-                  f"{shifted[:, j].mean():.1f} |")
-    print(f"\n| n | distance over {WINDOW} images | windows without a change above it |\n|---|---|---|")
+            print(
+                f"| {n} | {threshold:g} | {quiet[:, j].mean():.0f}{censored} | {np.median(quiet[:, j]):.0f} | "
+                f"{shifted[:, j].mean():.1f} |"
+            )
+    print(
+        f"\n| n | distance over {WINDOW} images | windows without a change above it |\n|---|---|---|"
+    )
     for n in CALIBRATED:
         distances = []
         for _ in range(WINDOWS):

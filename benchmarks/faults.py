@@ -22,7 +22,17 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.traffic import OUTCOMES, Known, Running, Tally, Traffic, ask, known_requests, new_session, running
+from benchmarks.traffic import (
+    OUTCOMES,
+    Known,
+    Running,
+    Tally,
+    Traffic,
+    ask,
+    known_requests,
+    new_session,
+    running,
+)
 from handlers.torchserve.archives import RESPONSE_TIMEOUT_S
 from serving.engine.bundle import open_bundle
 
@@ -61,7 +71,9 @@ async def kill_each(service: Running, known: list[Known]) -> list[Result]:
             os.kill(pid, signal.SIGKILL)
             seconds = await _until_whole(service, pid, time.monotonic(), 60)
             await asyncio.sleep(1)
-        results.append(Result(f"SIGKILL of a worker of {model}", traffic.tally, seconds, RECOVERY_S))
+        results.append(
+            Result(f"SIGKILL of a worker of {model}", traffic.tally, seconds, RECOVERY_S)
+        )
     return results
 
 
@@ -76,11 +88,18 @@ async def hang(service: Running, known: list[Known]) -> list[Result]:
 
 
 async def exhaust(service: Running, known: list[Known]) -> list[Result]:
-    """Take away all memory but a little from one worker, and send what wants more: large pictures to resize."""
+    """Take away all memory but a little from one worker, and send what wants more: large pictures
+    to resize.
+    """
     out = io.BytesIO()
     Image.linear_gradient("L").resize((4000, 3900)).convert("RGB").save(out, "PNG")
     body = b'{"resize": "fit", "images": ["' + base64.b64encode(out.getvalue()) + b'"]}'
-    answer = httpx.post(f"{service.url}/score", content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    answer = httpx.post(
+        f"{service.url}/score",
+        content=body,
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
     large = Known("score", body, "application/json", answer.raise_for_status().content)
     pid = next(pid for pid, (model, _) in service.workers().items() if model == "score")
     async with Traffic(service.url, [*known, large], CLIENTS) as traffic:
@@ -97,11 +116,12 @@ async def exhaust(service: Running, known: list[Known]) -> list[Result]:
 
 async def disconnect(service: Running, known: list[Known]) -> list[Result]:
     """Clients that go away in the middle of sending, and before the answer."""
+
     async def leave(whole: bool) -> None:
         body = known[2].body
         _, writer = await asyncio.open_connection("127.0.0.1", service.ports.inference)
         head = f"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + (body if whole else body[:len(body) // 2]))
+        writer.write(head.encode() + (body if whole else body[: len(body) // 2]))
         await writer.drain()
         writer.transport.abort()
 
@@ -115,7 +135,9 @@ async def disconnect(service: Running, known: list[Known]) -> list[Result]:
 async def flood(service: Running, known: list[Known]) -> list[Result]:
     tally = Tally()
     async with new_session() as session:
-        await asyncio.gather(*(ask(session, service.url, known[1 + i % 5], tally) for i in range(AT_ONCE)))
+        await asyncio.gather(
+            *(ask(session, service.url, known[1 + i % 5], tally) for i in range(AT_ONCE))
+        )
     return [Result(f"{AT_ONCE} clients at once", tally)]
 
 
@@ -125,20 +147,27 @@ async def fill_queue(service: Running, known: list[Known]) -> list[Result]:
     slow = known[2]
     tally, large = Tally(), Tally()
     async with new_session() as session:
-        await asyncio.gather(*(ask(session, service.url, slow, tally) for _ in range(600)),
-                             *(ask(session, service.url, big, large) for _ in range(64)))
+        await asyncio.gather(
+            *(ask(session, service.url, slow, tally) for _ in range(600)),
+            *(ask(session, service.url, big, large) for _ in range(64)),
+        )
     # None of the large ones is an image: 415 is their right answer.
     large.outcomes["right"] += large.statuses[415]
     large.outcomes["failed"] -= large.statuses[415]
-    return [Result("600 requests of 8 images in a queue of 256", tally),
-            Result(f"beside them, 64 bodies of {BIG_BODY >> 20} MiB", large)]
+    return [
+        Result("600 requests of 8 images in a queue of 256", tally),
+        Result(f"beside them, 64 bodies of {BIG_BODY >> 20} MiB", large),
+    ]
 
 
 async def stop(service: Running, known: list[Known]) -> list[Result]:
     """SIGTERM while requests are computed: what was sent before has to be answered."""
     tally = Tally()
     async with new_session() as session:
-        asked = [asyncio.create_task(ask(session, service.url, known[i % len(known)], tally)) for i in range(64)]
+        asked = [
+            asyncio.create_task(ask(session, service.url, known[i % len(known)], tally))
+            for i in range(64)
+        ]
         await asyncio.sleep(0.2)
         started = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
@@ -148,7 +177,14 @@ async def stop(service: Running, known: list[Known]) -> list[Result]:
 
 
 FAULTS: tuple[Callable[[Running, list[Known]], Awaitable[list[Result]]], ...] = (
-    kill_each, exhaust, disconnect, flood, fill_queue, hang, stop)
+    kill_each,
+    exhaust,
+    disconnect,
+    flood,
+    fill_queue,
+    hang,
+    stop,
+)
 
 
 def _held(service: Running) -> dict[str, int]:
@@ -165,7 +201,9 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--only", help="names of faults, such as hang,stop")
     args = parser.parse_args()
-    chosen = [fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")]
+    chosen = [
+        fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")
+    ]
     bad = 0
     words: dict[str, str] = {}  # what errors said, and where
     with running(args.bundle) as service:
@@ -173,27 +211,49 @@ def main() -> None:
         asyncio.run(_warm(service, known))
         time.sleep(5)
         before = _held(service)
-        print("| fault | " + " | ".join(OUTCOMES) + " | statuses | p99 s | whole again after s | allowed |")
+        print(
+            "| fault | "
+            + " | ".join(OUTCOMES)
+            + " | statuses | p99 s | whole again after s | allowed |"
+        )
         print("|---" * (len(OUTCOMES) + 5) + "|")
         for fault in chosen:
             family = service.family()
             for result in asyncio.run(fault(service, known)):  # type: ignore[arg-type]
                 counts = result.tally.outcomes
-                p99 = f"{np.quantile(result.tally.latencies, 0.99):.2f}" if result.tally.latencies else "–"
+                p99 = (
+                    f"{np.quantile(result.tally.latencies, 0.99):.2f}"
+                    if result.tally.latencies
+                    else "–"
+                )
                 seconds = "–" if result.seconds is None else f"{result.seconds:.1f}"
                 allowed = "–" if result.allowed is None else f"{result.allowed:.0f}"
-                statuses = ", ".join(f"{status or 'none'}: {n}" for status, n in sorted(result.tally.statuses.items()))
-                print(f"| {result.name} | " + " | ".join(str(counts[o]) for o in OUTCOMES)
-                      + f" | {statuses} | {p99} | {seconds} | {allowed} |", flush=True)
+                statuses = ", ".join(
+                    f"{status or 'none'}: {n}"
+                    for status, n in sorted(result.tally.statuses.items())
+                )
+                print(
+                    f"| {result.name} | "
+                    + " | ".join(str(counts[o]) for o in OUTCOMES)
+                    + f" | {statuses} | {p99} | {seconds} | {allowed} |",
+                    flush=True,
+                )
                 words |= {name: result.name for name in result.tally.words}
                 bad += counts["wrong"] + counts["silent"]
-                bad += result.allowed is not None and result.seconds is not None and result.seconds > result.allowed
+                bad += (
+                    result.allowed is not None
+                    and result.seconds is not None
+                    and result.seconds > result.allowed
+                )
             if fault is not stop:
                 asyncio.run(_warm(service, known))
         if service.process.poll() is None:
             time.sleep(5)
             after = _held(service)
-            print("\nheld before and after: " + ", ".join(f"{name} {before[name]} and {after[name]}" for name in before))
+            print(
+                "\nheld before and after: "
+                + ", ".join(f"{name} {before[name]} and {after[name]}" for name in before)
+            )
     for text, name in words.items():
         print(f"- {name}: {text}")
     alive = psutil.wait_procs(family, timeout=5)[1]

@@ -1,7 +1,8 @@
-"""Why the verdict is made as it is: families of statistics and densities, compared on corrupted held-out images alone.
+"""Why the verdict is made as it is: families of statistics and densities, compared on corrupted
+held-out images alone.
 
-Fitted to CIFAR-10's training images 45,000-45,999; the usual images are 46,000-46,999, and the strangers are made from
-them. No set of real strangers has a part in it.
+Fitted to CIFAR-10's training images 45,000-45,999; the usual images are 46,000-46,999, and the
+strangers are made from them. No set of real strangers has a part in it.
 
 ``python -m benchmarks.ood_choice pretrained/cifar10 --root CIFAR10``
 """
@@ -29,9 +30,14 @@ from training.datasets import load_dataset
 FIT = 1000
 Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 FAMILIES = {  # by what names begin with; the first that fits
-    "map": ("map_", "log_det_map_"), "likelihood": ("bpd", "distortion", "log_det", "kl_"),
-    "complexity": ("complexity", "excess"), "pixels": ("pixel_",), "residual": ("residual_",), "features": ("feature_",),
-    "latents": ("latent_",)}
+    "map": ("map_", "log_det_map_"),
+    "likelihood": ("bpd", "distortion", "log_det", "kl_"),
+    "complexity": ("complexity", "excess"),
+    "pixels": ("pixel_",),
+    "residual": ("residual_",),
+    "features": ("feature_",),
+    "latents": ("latent_",),
+}
 
 
 def _clipped(values: np.ndarray) -> np.ndarray:
@@ -50,6 +56,7 @@ def _jpeg(quality: int) -> Corruption:
             Image.fromarray(image).save(out, "JPEG", quality=quality)
             made.append(np.asarray(Image.open(out)))
         return np.stack(made)
+
     return corrupt
 
 
@@ -58,15 +65,22 @@ def _shuffled_patches(size: int) -> Corruption:
         side = images.shape[1] // size
         made = []
         for image in images:
-            patches = image.reshape(side, size, side, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+            patches = (
+                image.reshape(side, size, side, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+            )
             patches = patches[rng.permutation(len(patches))]
-            made.append(patches.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(image.shape))
+            made.append(
+                patches.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(image.shape)
+            )
         return np.stack(made)
+
     return corrupt
 
 
 def _contrast(factor: float) -> Corruption:
-    return lambda images, rng: _clipped(images.mean((1, 2), keepdims=True) * (1 - factor) + images * factor)
+    return lambda images, rng: _clipped(
+        images.mean((1, 2), keepdims=True) * (1 - factor) + images * factor
+    )
 
 
 def _coarse(size: int) -> Corruption:
@@ -74,6 +88,7 @@ def _coarse(size: int) -> Corruption:
         side = images.shape[1] // size
         means = _clipped(images.reshape(len(images), side, size, side, size, 3).mean((2, 4)))
         return means.repeat(size, 1).repeat(size, 2)
+
     return corrupt
 
 
@@ -82,8 +97,17 @@ def _zoom(factor: float) -> Corruption:
         size = images.shape[1]
         cut = int(size / factor)
         first = (size - cut) // 2
-        return np.stack([np.asarray(Image.fromarray(image[first:first + cut, first:first + cut]).resize(
-            (size, size), Image.Resampling.BICUBIC)) for image in images])
+        return np.stack(
+            [
+                np.asarray(
+                    Image.fromarray(image[first : first + cut, first : first + cut]).resize(
+                        (size, size), Image.Resampling.BICUBIC
+                    )
+                )
+                for image in images
+            ]
+        )
+
     return corrupt
 
 
@@ -99,8 +123,13 @@ def _tiles(size: int) -> Corruption:
     def corrupt(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         count = images.shape[1] // size
         places = rng.integers(0, images.shape[1] - size + 1, (len(images), 2))
-        return np.stack([np.tile(image[y:y + size, x:x + size], (count, count, 1))
-                         for image, (y, x) in zip(images, places, strict=True)])
+        return np.stack(
+            [
+                np.tile(image[y : y + size, x : x + size], (count, count, 1))
+                for image, (y, x) in zip(images, places, strict=True)
+            ]
+        )
+
     return corrupt
 
 
@@ -123,18 +152,35 @@ def _shapes(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 STRANGERS: dict[str, Corruption] = {
     **CORRUPTIONS,
-    "noise 5": _noise(5), "noise 15": _noise(15),
-    "blurred 0.5": lambda x, rng: blur(x, 0.5), "blurred 1": lambda x, rng: blur(x, 1.0),
-    "JPEG 20": _jpeg(20), "JPEG 60": _jpeg(60),
-    "blue for red": lambda x, rng: x[..., ::-1].copy(), "colours turned": lambda x, rng: x[..., [1, 2, 0]],
+    "noise 5": _noise(5),
+    "noise 15": _noise(15),
+    "blurred 0.5": lambda x, rng: blur(x, 0.5),
+    "blurred 1": lambda x, rng: blur(x, 1.0),
+    "JPEG 20": _jpeg(20),
+    "JPEG 60": _jpeg(60),
+    "blue for red": lambda x, rng: x[..., ::-1].copy(),
+    "colours turned": lambda x, rng: x[..., [1, 2, 0]],
     "posterised to 4 bits": lambda x, rng: posterize(x, 4),
-    "patches of 4": _shuffled_patches(4), "patches of 8": _shuffled_patches(8), "patches of 16": _shuffled_patches(16),
-    "contrast 0.3": _contrast(0.3), "contrast 1.8": _contrast(1.8), "pixels of 2": _coarse(2), "pixels of 4": _coarse(4),
-    "grey": lambda x, rng: _clipped(x.mean(3, keepdims=True).repeat(3, 3)), "inverted": lambda x, rng: 255 - x,
-    "zoomed 1.4": _zoom(1.4), "zoomed 2": _zoom(2), "zoomed 3.2": _zoom(3.2),
+    "patches of 4": _shuffled_patches(4),
+    "patches of 8": _shuffled_patches(8),
+    "patches of 16": _shuffled_patches(16),
+    "contrast 0.3": _contrast(0.3),
+    "contrast 1.8": _contrast(1.8),
+    "pixels of 2": _coarse(2),
+    "pixels of 4": _coarse(4),
+    "grey": lambda x, rng: _clipped(x.mean(3, keepdims=True).repeat(3, 3)),
+    "inverted": lambda x, rng: 255 - x,
+    "zoomed 1.4": _zoom(1.4),
+    "zoomed 2": _zoom(2),
+    "zoomed 3.2": _zoom(3.2),
     "upside down": lambda x, rng: x[:, ::-1].copy(),
-    "random phases": _random_phases, "tiles of 8": _tiles(8), "tiles of 16": _tiles(16), "shapes": _shapes,
-    "two at once": lambda x, rng: ((x.astype(int) + x[rng.permutation(len(x))]) // 2).astype(np.uint8),
+    "random phases": _random_phases,
+    "tiles of 8": _tiles(8),
+    "tiles of 16": _tiles(16),
+    "shapes": _shapes,
+    "two at once": lambda x, rng: ((x.astype(int) + x[rng.permutation(len(x))]) // 2).astype(
+        np.uint8
+    ),
 }
 
 
@@ -147,19 +193,27 @@ def _gaussians(components: int) -> Callable[[np.ndarray], Callable[[np.ndarray],
     def fit(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         found = GaussianMixture(components, reg_covar=0.1, random_state=0).fit(scores)
         return lambda z: -found.score_samples(z)
+
     return fit
 
 
 def _copod(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Li et al., "COPOD", 2020: tails of each statistic added up, the more extreme of the two sides and their skew's."""
+    """Li et al., "COPOD", 2020: tails of each statistic added up, the more extreme of the two sides
+    and their skew's.
+    """
     ordered = np.sort(scores, axis=0)
     n = len(ordered)
     skew = np.sign(((scores - scores.mean(0)) ** 3).mean(0))
 
     def surprise(z: np.ndarray) -> np.ndarray:
-        places = np.stack([np.searchsorted(ordered[:, j], z[:, j], "right") for j in range(z.shape[1])], axis=1)
+        places = np.stack(
+            [np.searchsorted(ordered[:, j], z[:, j], "right") for j in range(z.shape[1])], axis=1
+        )
         left, right = -np.log((places + 1) / (n + 1)), -np.log((n - places + 1) / (n + 1))
-        return np.maximum(np.maximum(left.sum(1), right.sum(1)), np.where(skew < 0, left, right).sum(1))
+        return np.maximum(
+            np.maximum(left.sum(1), right.sum(1)), np.where(skew < 0, left, right).sum(1)
+        )
+
     return surprise
 
 
@@ -167,8 +221,12 @@ def _ours(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return detector.fit_mixture(scores).surprise
 
 
-DENSITIES = {"shrunk mixture (served)": _ours, "one Gaussian, Ledoit-Wolf": _ledoit_wolf, "4 Gaussians": _gaussians(4),
-             "COPOD": _copod}
+DENSITIES = {
+    "shrunk mixture (served)": _ours,
+    "one Gaussian, Ledoit-Wolf": _ledoit_wolf,
+    "4 Gaussians": _gaussians(4),
+    "COPOD": _copod,
+}
 
 
 def main() -> None:
@@ -178,33 +236,48 @@ def main() -> None:
     args = parser.parse_args()
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     images = np.asarray(load_dataset("cifar10", args.root).parts["select"].images[:])
-    found = {"fit": statistics_of(engine, images[:FIT], "fit"), "usual": statistics_of(engine, images[FIT:], "usual")}
+    found = {
+        "fit": statistics_of(engine, images[:FIT], "fit"),
+        "usual": statistics_of(engine, images[FIT:], "usual"),
+    }
     for name, corrupt in STRANGERS.items():
         found[name] = statistics_of(engine, corrupt(images[FIT:], np.random.default_rng(0)), name)
     every = [name for name, values in found["fit"].items() if values.min() < values.max()]
 
-    def mean_auroc(names: list[str], density: Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]) -> float:
+    def mean_auroc(
+        names: list[str], density: Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]
+    ) -> float:
         rows = {key: np.stack([values[n] for n in names], axis=1) for key, values in found.items()}
         normal = NormalScores.fit(rows["fit"])
         scores = {key: np.clip(normal(values), -FARTHEST, FARTHEST) for key, values in rows.items()}
         judge = density(scores["fit"])
         usual = judge(scores["usual"])
         truth = np.repeat([0, 1], [len(usual), len(usual)])
-        return float(np.mean([roc_auc_score(truth, np.concatenate([usual, judge(scores[s])])) for s in STRANGERS]))
+        return float(
+            np.mean(
+                [roc_auc_score(truth, np.concatenate([usual, judge(scores[s])])) for s in STRANGERS]
+            )
+        )
 
-    print(f"mean AUROC over {len(STRANGERS)} kinds of made strangers\n\n| density, on all statistics | |\n|---|---|")
+    print(
+        f"mean AUROC over {len(STRANGERS)} kinds of made strangers\n\n| density, on all statistics | |\n|---|---|"
+    )
     for name, density in DENSITIES.items():
         print(f"| {name} | {mean_auroc(every, density):.4f} |")
     print("\n| statistics, served density | |\n|---|---|")
     families: dict[str, list[str]] = {family: [] for family in FAMILIES}
     for name in every:
-        families[next(family for family, starts in FAMILIES.items() if name.startswith(starts))].append(name)
+        families[
+            next(family for family, starts in FAMILIES.items() if name.startswith(starts))
+        ].append(name)
     print(f"| bpd alone | {mean_auroc(['bpd'], _ours):.4f} |")
     for family, names in families.items():
         print(f"| {family} alone | {mean_auroc(names, _ours):.4f} |")
     print(f"| all | {mean_auroc(every, _ours):.4f} |")
     for family, names in families.items():
-        print(f"| all but {family} | {mean_auroc([n for n in every if n not in names], _ours):.4f} |")
+        print(
+            f"| all but {family} | {mean_auroc([n for n in every if n not in names], _ours):.4f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What a verdict costs: scoring with all statistics against scoring without a calibration, in turns in one run.
+"""What a verdict costs: scoring with all statistics against scoring without a calibration, in turns
+in one run.
 
 ``python -m benchmarks.ood_cost pretrained/cifar10``
 """
@@ -32,10 +33,15 @@ def main() -> None:
     bare = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     bare.calibrations = Calibrations()
     bare.warm_up()
-    examples = [np.resize(read_image(path.read_bytes()).pixels, engine.image_shape) for path in EXAMPLES]
+    examples = [
+        np.resize(read_image(path.read_bytes()).pixels, engine.image_shape) for path in EXAMPLES
+    ]
     images = np.stack([np.roll(examples[i % len(examples)], i, axis=1) for i in range(BATCH)])
-    cases = {"bpd alone": lambda: bare.score(images), "with the verdict": lambda: engine.score(images),
-             "of it, the lossless code": lambda: [lossless_bits(image) for image in images]}
+    cases = {
+        "bpd alone": lambda: bare.score(images),
+        "with the verdict": lambda: engine.score(images),
+        "of it, the lossless code": lambda: [lossless_bits(image) for image in images],
+    }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(TURNS):
         for name, call in cases.items():
@@ -43,11 +49,15 @@ def main() -> None:
             call()
             seconds[name].append(time.perf_counter() - started)
     ratios = [a / b for a, b in zip(seconds["with the verdict"], seconds["bpd alone"], strict=True)]
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {engine.backend.name}, one thread, {BATCH} images, "
-          f"medians of {TURNS} turns\n\n| case | ms an image |\n|---|---|")
+    print(
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {engine.backend.name}, one thread, {BATCH} images, "
+        f"medians of {TURNS} turns\n\n| case | ms an image |\n|---|---|"
+    )
     for name, values in seconds.items():
         print(f"| {name} | {1e3 * statistics.median(values) / BATCH:.2f} |")
-    print(f"\nwith the verdict / bpd alone: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(
+        f"\nwith the verdict / bpd alone: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Does the verdict keep its promise? Realised false-alarm rates on CIFAR-10's test images, for several calibrations.
+"""Does the verdict keep its promise? Realised false-alarm rates on CIFAR-10's test images, for
+several calibrations.
 
-The 5,000 held-out images are split anew each time, 2,000 to fit and 3,000 to calibrate. Given a calibration on n images,
-the number of flagged ones among m others follows a beta-binomial law.
+The 5,000 held-out images are split anew each time, 2,000 to fit and 3,000 to calibrate. Given a
+calibration on n images, the number of flagged ones among m others follows a beta-binomial law.
 
 ``python -m benchmarks.ood_false_alarms pretrained/cifar10 --root CIFAR10``
 """
@@ -34,22 +35,34 @@ def main() -> None:
     args = parser.parse_args()
     parts = load_dataset("cifar10", args.root).parts
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
-    held_out = statistics_of(engine, np.concatenate([parts["select"].images[:], parts["calibrate"].images[:]]), "held out")
+    held_out = statistics_of(
+        engine,
+        np.concatenate([parts["select"].images[:], parts["calibrate"].images[:]]),
+        "held out",
+    )
     test = statistics_of(engine, parts["test"].images[:], "test")
     count, m = len(held_out["bpd"]), len(test["bpd"])
-    print(f"{m:,} test images, band of {LEVEL:.4%}\n\n| split | alpha | flagged | band | |\n|---|---|---|---|---|")
+    print(
+        f"{m:,} test images, band of {LEVEL:.4%}\n\n| split | alpha | flagged | band | |\n|---|---|---|---|---|"
+    )
     for split in range(SPLITS):
         order = np.random.default_rng(split).permutation(count) if split else np.arange(count)
-        fitted = fit_calibration({k: v[order[:FIT]] for k, v in held_out.items()},
-                                 {k: v[order[FIT:]] for k, v in held_out.items()})
-        p_values = conformal_p_values(fitted.scores, fitted.mixture.surprise(fitted.normal(fitted.rows(test))))
+        fitted = fit_calibration(
+            {k: v[order[:FIT]] for k, v in held_out.items()},
+            {k: v[order[FIT:]] for k, v in held_out.items()},
+        )
+        p_values = conformal_p_values(
+            fitted.scores, fitted.mixture.surprise(fitted.normal(fitted.rows(test)))
+        )
         n = count - FIT
         for alpha in ALPHAS:
             k = math.floor(alpha * (n + 1))
             low, high = stats.betabinom.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], m, k, n + 1 - k)
             flagged = int((p_values <= alpha).sum())
-            print(f"| {'as shipped' if split == 0 else f'anew {split}'} | {alpha} | {flagged / m:.4f} | "
-                  f"{low / m:.4f} to {high / m:.4f} | {'inside' if low <= flagged <= high else 'OUTSIDE'} |")
+            print(
+                f"| {'as shipped' if split == 0 else f'anew {split}'} | {alpha} | {flagged / m:.4f} | "
+                f"{low / m:.4f} to {high / m:.4f} | {'inside' if low <= flagged <= high else 'OUTSIDE'} |"
+            )
 
 
 if __name__ == "__main__":

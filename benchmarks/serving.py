@@ -1,8 +1,9 @@
-"""The service, its engine in process, and other servers with the same engine: throughput and latency. ``make bench``.
+"""The service, its engine in process, and other servers with the same engine: throughput and
+latency. ``make bench``.
 
-All servers run side by side, idle but for the one that is asked; rounds go through all cases and all servers in turn, and
-medians over the rounds are printed, for machines are noisy and shared. Clients run on the same cores: their share is
-in the table.
+All servers run side by side, idle but for the one that is asked; rounds go through all cases and
+all servers in turn, and medians over the rounds are printed, for machines are noisy and shared.
+Clients run on the same cores: their share is in the table.
 """
 
 from __future__ import annotations
@@ -43,13 +44,22 @@ CORES = len(os.sched_getaffinity(0))
 WORKERS = min(CORES, 4)
 SECONDS = 4.0
 # As small as a model can be: with it, all time is the server's.
-EMPTY = ModelConfig(image_size=8, channels=3, widths=(4,), latent_channels=(2,), decoder_blocks=(1,), flow_couplings=1,
-                    flow_width=4)
+EMPTY = ModelConfig(
+    image_size=8,
+    channels=3,
+    widths=(4,),
+    latent_channels=(2,),
+    decoder_blocks=(1,),
+    flow_couplings=1,
+    flow_width=4,
+)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked for: ``images`` a request, by ``clients`` that wait for their answers, or ``rate`` times a second."""
+    """What is asked for: ``images`` a request, by ``clients`` that wait for their answers, or
+    ``rate`` times a second.
+    """
 
     name: str
     operation: str
@@ -92,7 +102,9 @@ class Row:
 
 async def _ask(session: aiohttp.ClientSession, url: str, load: Load) -> bool:
     try:
-        async with session.post(url, data=load.body, headers={"Content-Type": load.content_type}) as answer:
+        async with session.post(
+            url, data=load.body, headers={"Content-Type": load.content_type}
+        ) as answer:
             await answer.read()
             return answer.status == 200
     except (aiohttp.ClientError, TimeoutError):
@@ -100,7 +112,10 @@ async def _ask(session: aiohttp.ClientSession, url: str, load: Load) -> bool:
 
 
 async def _drive(url: str, load: Load) -> tuple[list[float], int, float]:
-    """Latencies in seconds, failures, and how long it took. At a fixed rate, time counts from when a request was due."""
+    """Latencies in seconds, failures, and how long it took.
+
+    At a fixed rate, time counts from when a request was due.
+    """
     latencies: list[float] = []
     failures = 0
 
@@ -111,13 +126,16 @@ async def _drive(url: str, load: Load) -> tuple[list[float], int, float]:
         else:
             failures += 1
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0),
-                                     timeout=aiohttp.ClientTimeout(300)) as session:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(300)
+    ) as session:
         started = time.perf_counter()
         if load.rate is None:
+
             async def client() -> None:
                 while time.perf_counter() - started < load.seconds:
                     await one(session, time.perf_counter())
+
             await asyncio.gather(*(client() for _ in range(load.clients)))
         else:
             tasks = []
@@ -154,8 +172,13 @@ def measure(server: Server, load: Load) -> Outcome:
     family = _family(server)
     before, mine = _cpu(family), time.process_time()
     latencies, failures, seconds = asyncio.run(_drive(f"{server.url}/{load.operation}", load))
-    return Outcome(load.images * len(latencies) / seconds, latencies or [float("nan")], failures,
-                   (_cpu(family) - before) / seconds, (time.process_time() - mine) / seconds)
+    return Outcome(
+        load.images * len(latencies) / seconds,
+        latencies or [float("nan")],
+        failures,
+        (_cpu(family) - before) / seconds,
+        (time.process_time() - mine) / seconds,
+    )
 
 
 def measure_engine(call: Callable[[], Any], images: int, seconds: float = SECONDS) -> Outcome:
@@ -166,7 +189,9 @@ def measure_engine(call: Callable[[], Any], images: int, seconds: float = SECOND
         call()
         latencies.append(time.perf_counter() - begun)
     took = time.perf_counter() - started
-    return Outcome(images * len(latencies) / took, latencies, 0, (time.process_time() - mine) / took, 0.0)
+    return Outcome(
+        images * len(latencies) / took, latencies, 0, (time.process_time() - mine) / took, 0.0
+    )
 
 
 def _engine_process(bundle: Path, go: Any, rates: Any) -> None:
@@ -185,7 +210,10 @@ def engines(bundle: Path) -> Iterator[Callable[[], Outcome]]:
     """One engine a core, each in its own process: what the machine can do at most."""
     context = multiprocessing.get_context("spawn")
     go, rates = context.Barrier(CORES + 1), context.Queue()
-    children = [context.Process(target=_engine_process, args=(bundle, go, rates), daemon=True) for _ in range(CORES)]
+    children = [
+        context.Process(target=_engine_process, args=(bundle, go, rates), daemon=True)
+        for _ in range(CORES)
+    ]
     for child in children:
         child.start()
     for _ in children:
@@ -205,16 +233,32 @@ def engines(bundle: Path) -> Iterator[Callable[[], Outcome]]:
 
 
 def example_images(shape: tuple[int, int, int], count: int) -> np.ndarray:
-    """uint8 ``(count, H, W, C)`` of the example pictures, brightened a little each time they come again."""
+    """uint8 ``(count, H, W, C)`` of the example pictures, brightened a little each time they come
+    again.
+    """
     pictures = [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
-    return np.stack([np.clip(pictures[i % len(pictures)].astype(int) + i // len(pictures), 0, 255).astype(np.uint8)
-                     for i in range(count)])
+    return np.stack(
+        [
+            np.clip(pictures[i % len(pictures)].astype(int) + i // len(pictures), 0, 255).astype(
+                np.uint8
+            )
+            for i in range(count)
+        ]
+    )
 
 
 @contextmanager
-def _started(name: str, command: list[str], changes: dict[str, str], url: str, ready: Callable[[], bool],
-             wants_json: bool = False) -> Iterator[Server]:
-    process = subprocess.Popen(command, env={**os.environ, **changes}, stdout=subprocess.DEVNULL, start_new_session=True)
+def _started(
+    name: str,
+    command: list[str],
+    changes: dict[str, str],
+    url: str,
+    ready: Callable[[], bool],
+    wants_json: bool = False,
+) -> Iterator[Server]:
+    process = subprocess.Popen(
+        command, env={**os.environ, **changes}, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 180
         while not ready():
@@ -232,48 +276,101 @@ def _started(name: str, command: list[str], changes: dict[str, str], url: str, r
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def start_servers(stack: ExitStack, bundle: Path, first_port: int, operations: tuple[str, ...]) -> list[Server]:
+def start_servers(
+    stack: ExitStack, bundle: Path, first_port: int, operations: tuple[str, ...]
+) -> list[Server]:
     """The service and its three peers, on ports from ``first_port`` on; the service first."""
-    ports = dict(zip((v for v, _ in VARIABLES.values()), range(first_port, first_port + len(VARIABLES)), strict=True))
+    ports = dict(
+        zip(
+            (v for v, _ in VARIABLES.values()),
+            range(first_port, first_port + len(VARIABLES)),
+            strict=True,
+        )
+    )
     page = ports[VARIABLES["ui"][0]]
     python = [sys.executable, "-m"]
-    servers = [stack.enter_context(_started(
-        "ade serve", [*python, "ade_cli.main", "serve", str(bundle), "--device", "cpu", "--workers", str(WORKERS)]
-        if operations == ("score",) else [*python, "ade_cli.main", "serve", str(bundle), "--device", "cpu"],
-        {name: str(port) for name, port in ports.items()}, f"http://127.0.0.1:{first_port}/predictions",
-        lambda: _answers(f"http://127.0.0.1:{page}/readyz", None)))]
+    servers = [
+        stack.enter_context(
+            _started(
+                "ade serve",
+                [
+                    *python,
+                    "ade_cli.main",
+                    "serve",
+                    str(bundle),
+                    "--device",
+                    "cpu",
+                    "--workers",
+                    str(WORKERS),
+                ]
+                if operations == ("score",)
+                else [*python, "ade_cli.main", "serve", str(bundle), "--device", "cpu"],
+                {name: str(port) for name, port in ports.items()},
+                f"http://127.0.0.1:{first_port}/predictions",
+                lambda: _answers(f"http://127.0.0.1:{page}/readyz", None),
+            )
+        )
+    ]
     picture = _png(bundle)
     as_json = {"images": [base64.b64encode(picture).decode()]}
     bento = ["bentoml", "serve", "benchmarks.peers.bento:Score", "--host", "127.0.0.1", "--port"]
-    peers = {"FastAPI": ([*python, "benchmarks.peers.fast_api"], False),
-             "LitServe": ([*python, "benchmarks.peers.lit_serve"], True),
-             "BentoML": ([*python, *bento], True)}
+    peers = {
+        "FastAPI": ([*python, "benchmarks.peers.fast_api"], False),
+        "LitServe": ([*python, "benchmarks.peers.lit_serve"], True),
+        "BentoML": ([*python, *bento], True),
+    }
     for i, (name, (command, wants_json)) in enumerate(peers.items()):
         port = first_port + len(VARIABLES) + i
         url = f"http://127.0.0.1:{port}"
-        changes = {"PEER_PORT": str(port), "PEER_BUNDLE": str(bundle), "PEER_WORKERS": str(WORKERS), "OMP_NUM_THREADS": "1",
-                   "BENTOML_DO_NOT_TRACK": "True"}
+        changes = {
+            "PEER_PORT": str(port),
+            "PEER_BUNDLE": str(bundle),
+            "PEER_WORKERS": str(WORKERS),
+            "OMP_NUM_THREADS": "1",
+            "BENTOML_DO_NOT_TRACK": "True",
+        }
         question = {"json": as_json} if wants_json else {"content": picture}
-        servers.append(stack.enter_context(_started(
-            name, command + [str(port)] * (command[-1] == "--port"), changes, url,
-            lambda url=url, question=question: _answers(f"{url}/score", question), wants_json)))
+        servers.append(
+            stack.enter_context(
+                _started(
+                    name,
+                    command + [str(port)] * (command[-1] == "--port"),
+                    changes,
+                    url,
+                    lambda url=url, question=question: _answers(f"{url}/score", question),
+                    wants_json,
+                )
+            )
+        )
     return servers
 
 
 def _answers(url: str, question: dict[str, Any] | None) -> bool:
     try:
-        answer = httpx.get(url, timeout=60) if question is None else httpx.post(url, timeout=60, **question)
+        answer = (
+            httpx.get(url, timeout=60)
+            if question is None
+            else httpx.post(url, timeout=60, **question)
+        )
         return answer.status_code == 200
     except httpx.TransportError:
         return False
 
 
 def _png(bundle: Path) -> bytes:
-    return write_png(example_images(InferenceEngine(bundle, device="cpu", operations=["score"]).image_shape, 1)[0])
+    return write_png(
+        example_images(InferenceEngine(bundle, device="cpu", operations=["score"]).image_shape, 1)[
+            0
+        ]
+    )
 
 
 def one_image(server: Server, picture: bytes, clients: int, rate: float | None = None) -> Load:
-    name = f"score, one PNG, {clients} clients" if rate is None else f"score, one PNG, {rate:.0f} a second"
+    name = (
+        f"score, one PNG, {clients} clients"
+        if rate is None
+        else f"score, one PNG, {rate:.0f} a second"
+    )
     if server.wants_json:
         body = b'{"images": ["' + base64.b64encode(picture) + b'"]}'
         return Load(name, "score", body, "application/json", 1, clients, rate)
@@ -283,8 +380,15 @@ def one_image(server: Server, picture: bytes, clients: int, rate: float | None =
 def npy(images: np.ndarray, clients: int, seconds: float) -> Load:
     out = io.BytesIO()
     np.save(out, images)
-    return Load(f"score, {len(images)}-image npy, {clients} clients", "score", out.getvalue(), "application/x-npy",
-                len(images), clients, seconds=seconds)
+    return Load(
+        f"score, {len(images)}-image npy, {clients} clients",
+        "score",
+        out.getvalue(),
+        "application/x-npy",
+        len(images),
+        clients,
+        seconds=seconds,
+    )
 
 
 def samples(n: int, clients: int) -> Load:
@@ -295,8 +399,11 @@ def samples(n: int, clients: int) -> Load:
 def empty_bundle(folder: Path) -> Path:
     """The bundle of a model of next to no weights."""
     (folder / "run").mkdir()
-    save_model(ADEModel(EMPTY).eval(), folder / "run", {"recipe": "av-ade", "data": "none", "splits": {}, "seed": 0,
-                                                        "images_seen": 0})
+    save_model(
+        ADEModel(EMPTY).eval(),
+        folder / "run",
+        {"recipe": "av-ade", "data": "none", "splits": {}, "seed": 0, "images_seen": 0},
+    )
     export_bundle(folder / "run", folder / "bundle", "empty", example_images((8, 8, 3), 32), None)
     return folder / "bundle"
 
@@ -317,17 +424,29 @@ def main() -> None:
 
     with ExitStack() as stack:
         empty = empty_bundle(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        servers = start_servers(stack, args.bundle.resolve(), 18080, ("sample", "encode", "reconstruct", "score"))
+        servers = start_servers(
+            stack, args.bundle.resolve(), 18080, ("sample", "encode", "reconstruct", "score")
+        )
         bare = start_servers(stack, empty, 18180, ("score",))
         all_engines = stack.enter_context(engines(args.bundle.resolve()))
         ours = servers[0]
         little = _png(empty)
         for round_ in range(args.rounds):
             print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr, flush=True)
-            note("score, batches of 1", "engine", measure_engine(lambda: engine.score(images[:1]), 1))
-            note(f"score, batches of {MAX_BATCH}", "engine", measure_engine(lambda: engine.score(images), 256))
+            note(
+                "score, batches of 1", "engine", measure_engine(lambda: engine.score(images[:1]), 1)
+            )
+            note(
+                f"score, batches of {MAX_BATCH}",
+                "engine",
+                measure_engine(lambda: engine.score(images), 256),
+            )
             note(f"score, batches of {MAX_BATCH}", f"{CORES} engines", all_engines())
-            note("sample n=64", "engine", measure_engine(lambda: engine.sample([7] * 64, range(64)), 64))
+            note(
+                "sample n=64",
+                "engine",
+                measure_engine(lambda: engine.sample([7] * 64, range(64)), 64),
+            )
             for load in (npy(images, 1, 6), npy(images, 8, 12)):
                 note(load.name, ours.name, measure(ours, load))
             for clients in (1, 8, 64):
@@ -335,11 +454,20 @@ def main() -> None:
                     load = one_image(server, picture, clients)
                     note(load.name, server.name, measure(server, load))
             if round_ == 0:  # the same rate for all and in all rounds
-                rate = 0.7 * max(rows["score, one PNG, 64 clients", s.name].outcomes[0].images_a_second for s in servers)
+                rate = 0.7 * max(
+                    rows["score, one PNG, 64 clients", s.name].outcomes[0].images_a_second
+                    for s in servers
+                )
             for server in servers:
                 load = one_image(server, picture, 1, round(rate))
                 note(load.name, server.name, measure(server, load))
-            for load in (samples(1, 1), samples(1, 8), samples(1, 64), samples(64, 1), samples(64, 8)):
+            for load in (
+                samples(1, 1),
+                samples(1, 8),
+                samples(1, 64),
+                samples(64, 1),
+                samples(64, 8),
+            ):
                 note(load.name, ours.name, measure(ours, load))
             for clients in (1, 64):
                 for server in bare:
@@ -349,18 +477,39 @@ def main() -> None:
     _print(rows, memory, engine.backend.name, args.rounds)
 
 
-def _print(rows: dict[tuple[str, str], Row], memory: dict[str, float], backend: str, rounds: int) -> None:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())
-    print(f"{model}, {CORES} cores, {backend}, {WORKERS} workers for score, medians of {rounds} rounds\n")
-    print("| case | who | images/s | p50 ms | p95 ms | p99 ms | errors | cores, server | cores, client |")
+def _print(
+    rows: dict[tuple[str, str], Row], memory: dict[str, float], backend: str, rounds: int
+) -> None:
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    print(
+        f"{model}, {CORES} cores, {backend}, {WORKERS} workers for score, medians of {rounds} rounds\n"
+    )
+    print(
+        "| case | who | images/s | p50 ms | p95 ms | p99 ms | errors | cores, server | cores, client |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for (case, who), row in rows.items():
-        times = [row.median(lambda o, q=q: 1000 * float(np.quantile(o.latencies, q))) for q in (0.5, 0.95, 0.99)]
-        print(f"| {case} | {who} | {row.median(lambda o: o.images_a_second):.0f} | "
-              + " | ".join(f"{t:.1f}" for t in times) + f" | {sum(o.errors for o in row.outcomes)} | "
-              f"{row.median(lambda o: o.server_cpu):.2f} | {row.median(lambda o: o.client_cpu):.2f} |")
-    print("\nMemory at the end, MiB (PSS): " + ", ".join(f"{name} {size:.0f}" for name, size in memory.items()))
+        times = [
+            row.median(lambda o, q=q: 1000 * float(np.quantile(o.latencies, q)))
+            for q in (0.5, 0.95, 0.99)
+        ]
+        print(
+            f"| {case} | {who} | {row.median(lambda o: o.images_a_second):.0f} | "
+            + " | ".join(f"{t:.1f}" for t in times)
+            + f" | {sum(o.errors for o in row.outcomes)} | "
+            f"{row.median(lambda o: o.server_cpu):.2f} | {row.median(lambda o: o.client_cpu):.2f} |"
+        )
+    print(
+        "\nMemory at the end, MiB (PSS): "
+        + ", ".join(f"{name} {size:.0f}" for name, size in memory.items())
+    )
 
 
 if __name__ == "__main__":

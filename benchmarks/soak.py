@@ -1,4 +1,6 @@
-"""Half an hour at 70 % of the peak with all four operations: does memory grow, does anything fail? ``make bench-soak``"""
+"""Half an hour at 70 % of the peak with all four operations: does memory grow, does anything fail?
+``make bench-soak``
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.traffic import OUTCOMES, Known, Running, Tally, Traffic, ask, known_requests, new_session, running
+from benchmarks.traffic import (
+    OUTCOMES,
+    Known,
+    Running,
+    Tally,
+    Traffic,
+    ask,
+    known_requests,
+    new_session,
+    running,
+)
 from serving.engine.bundle import open_bundle
 
 SHARE = 0.7
@@ -30,8 +42,9 @@ async def _peak(service: Running, known: list[Known], seconds: float) -> float:
         return sum(traffic.tally.outcomes.values()) / seconds
 
 
-async def _soak(service: Running, known: list[Known], rate: float, minutes: float) -> tuple[
-        Tally, list[tuple[float, float]]]:
+async def _soak(
+    service: Running, known: list[Known], rate: float, minutes: float
+) -> tuple[Tally, list[tuple[float, float]]]:
     """What became of all, and the memory with the seconds when it was taken."""
     tally = Tally()
     memory: list[tuple[float, float]] = []
@@ -63,16 +76,22 @@ def main() -> None:
         tally, memory = asyncio.run(_soak(service, known, rate, args.minutes))
         before = {process.pid for process in service.family()}
         print(f"idle: {idle:.0f} MiB in {len(before)} processes (PSS)")
-        print(f"{args.minutes:.0f} minutes of {rate:.0f} requests a second ({SHARE:.0%} of the peak), all operations: "
-              + ", ".join(f"{name} {tally.outcomes[name]}" for name in OUTCOMES)
-              + f"; p50 {1000 * np.median(tally.latencies):.0f} ms, p99 {1000 * np.quantile(tally.latencies, 0.99):.0f} ms")
+        print(
+            f"{args.minutes:.0f} minutes of {rate:.0f} requests a second ({SHARE:.0%} of the peak), all operations: "
+            + ", ".join(f"{name} {tally.outcomes[name]}" for name in OUTCOMES)
+            + f"; p50 {1000 * np.median(tally.latencies):.0f} ms, p99 {1000 * np.quantile(tally.latencies, 0.99):.0f} ms"
+        )
     settled = [value for at, value in memory if SETTLE_S <= at < SETTLE_S + 60] or [memory[0][1]]
     last = [value for at, value in memory if at >= memory[-1][0] - 60]
     growth = float(np.median(last) / np.median(settled) - 1)
-    print(f"memory after {SETTLE_S / 60:.0f} minutes {np.median(settled):.0f} MiB, in the last one {np.median(last):.0f}: "
-          f"{growth:+.1%}; highest {max(value for _, value in memory):.0f} MiB")
+    print(
+        f"memory after {SETTLE_S / 60:.0f} minutes {np.median(settled):.0f} MiB, in the last one {np.median(last):.0f}: "
+        f"{growth:+.1%}; highest {max(value for _, value in memory):.0f} MiB"
+    )
     left = [pid for pid in before if psutil.pid_exists(pid)]
-    raise SystemExit(bool(left or growth > 0.03 or tally.outcomes["right"] < sum(tally.outcomes.values())))
+    raise SystemExit(
+        bool(left or growth > 0.03 or tally.outcomes["right"] < sum(tally.outcomes.values()))
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ class Known:
 
 @dataclass
 class Tally:
-    """What became of requests: ``refused`` is a 503, ``failed`` another error, ``silent`` no answer at all."""
+    """What became of requests: ``refused`` is a 503, ``failed`` another error, ``silent`` no answer
+    at all.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -81,7 +83,11 @@ class Running:
         """Model and state by process id, as TorchServe tells."""
         folder = find_service(self.ports)
         described = {} if folder is None else describe_models(folder)
-        return {w["pid"]: (name, w["status"]) for name, model in described.items() for w in model["workers"]}
+        return {
+            w["pid"]: (name, w["status"])
+            for name, model in described.items()
+            for w in model["workers"]
+        }
 
 
 @contextmanager
@@ -93,9 +99,17 @@ def running(bundle: Path, *options: str) -> Iterator[Running]:
     numbers = dict(zip(VARIABLES, (s.getsockname()[1] for s in sockets), strict=True))
     for s in sockets:
         s.close()
-    environment = {**os.environ, **{VARIABLES[name][0]: str(port) for name, port in numbers.items()}}
-    process = subprocess.Popen([sys.executable, "-m", "ade_cli.main", "serve", str(bundle), "--device", "cpu", *options],
-                               env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {
+        **os.environ,
+        **{VARIABLES[name][0]: str(port) for name, port in numbers.items()},
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ade_cli.main", "serve", str(bundle), "--device", "cpu", *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -113,13 +127,19 @@ def known_requests(url: str, shape: tuple[int, int, int]) -> list[Known]:
     pictures = [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
     out = io.BytesIO()
     np.save(out, np.stack([pictures[i % len(pictures)] for i in range(8)]))
-    requests = [("sample", b'{"n": 4, "seed": 3, "format": "npy"}', "application/json"),
-                ("score", write_png(pictures[0]), "image/png"), ("score", out.getvalue(), "application/x-npy"),
-                ("score", write_png(pictures[1]), "image/png"), ("encode", write_png(pictures[0]), "image/png"),
-                ("reconstruct", write_png(pictures[1]), "image/png")]
+    requests = [
+        ("sample", b'{"n": 4, "seed": 3, "format": "npy"}', "application/json"),
+        ("score", write_png(pictures[0]), "image/png"),
+        ("score", out.getvalue(), "application/x-npy"),
+        ("score", write_png(pictures[1]), "image/png"),
+        ("encode", write_png(pictures[0]), "image/png"),
+        ("reconstruct", write_png(pictures[1]), "image/png"),
+    ]
     known = []
     for operation, body, content_type in requests:
-        answer = httpx.post(f"{url}/{operation}", content=body, headers={"Content-Type": content_type}, timeout=60)
+        answer = httpx.post(
+            f"{url}/{operation}", content=body, headers={"Content-Type": content_type}, timeout=60
+        )
         answer.raise_for_status()
         known.append(Known(operation, body, content_type, answer.content))
     return known
@@ -128,10 +148,17 @@ def known_requests(url: str, shape: tuple[int, int, int]) -> list[Known]:
 async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tally) -> None:
     started = time.perf_counter()
     try:
-        async with session.post(f"{url}/{known.operation}", data=known.body,
-                                headers={"Content-Type": known.content_type}) as answer:
+        async with session.post(
+            f"{url}/{known.operation}",
+            data=known.body,
+            headers={"Content-Type": known.content_type},
+        ) as answer:
             content = await answer.read()
-            words = "" if answer.status == 200 else " ".join(content.decode(errors="replace").split())[:150]
+            words = (
+                ""
+                if answer.status == 200
+                else " ".join(content.decode(errors="replace").split())[:150]
+            )
             tally.add(answer.status, content == known.answer, time.perf_counter() - started, words)
     except (aiohttp.ClientError, TimeoutError) as error:
         tally.add(None, False, time.perf_counter() - started, repr(error))
@@ -139,7 +166,9 @@ async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tal
 
 def new_session() -> aiohttp.ClientSession:
     """Patient, and of as many connections as asked for."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(300))
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(300)
+    )
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""Training steps: images a second, operations a second against what convolutions reach here, memory; and the loader.
+"""Training steps: images a second, operations a second against what convolutions reach here,
+memory; and the loader.
 
-``make bench-training`` runs it. The peak is measured in the same run, on a convolution that suits the machine; medians
-over steps are printed, for machines are noisy and shared. With ``--compile`` the networks' passes are compiled too, and
-both are timed in turns.
+``make bench-training`` runs it. The peak is measured in the same run, on a convolution that suits
+the machine; medians over steps are printed, for machines are noisy and shared. With ``--compile``
+the networks' passes are compiled too, and both are timed in turns.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ PEAK_SHAPES = ((256, 8), (128, 16), (64, 32))  # channels, size
 
 
 class _Counter(TorchDispatchMode):
-    """Counts multiplications and additions of convolutions and products; PyTorch's own mode fails on hooks here."""
+    """Counts multiplications and additions of convolutions and products; PyTorch's own mode fails
+    on hooks here.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,9 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
-            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.total += flop_registry[function._overloadpacket](
+                *args, **(kwargs or {}), out_val=result
+            )
         return result
 
 
@@ -51,15 +56,23 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["v-ade", "av-ade"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--compile", action="store_true", help="time compiled passes beside eager ones")
+    parser.add_argument(
+        "--compile", action="store_true", help="time compiled passes beside eager ones"
+    )
     args = parser.parse_args()
     fabric = make_fabric(args.device, "auto")
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-          f"{fabric.device}, precision {fabric._precision.precision}, torch {torch.__version__}")
+    print(
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
+        f"{fabric.device}, precision {fabric._precision.precision}, torch {torch.__version__}"
+    )
     dtype = torch.bfloat16 if "bf16" in str(fabric._precision.precision) else torch.float32
-    peak = max(_convolution_speed(channels, size, dtype, fabric.device) for channels, size in PEAK_SHAPES)
+    peak = max(
+        _convolution_speed(channels, size, dtype, fabric.device) for channels, size in PEAK_SHAPES
+    )
     print(f"peak of convolutions, forward and backward: {peak / 1e9:.0f} GFLOP/s\n")
-    print(f"{'system':22s} {'images/s':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'GFLOP/image':>12s} {'memory so far':>14s}")
+    print(
+        f"{'system':22s} {'images/s':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'GFLOP/image':>12s} {'memory so far':>14s}"
+    )
     for size in args.sizes:
         for name in args.recipes:
             trainers = {name: _trainer(name, size, fabric)}
@@ -71,8 +84,12 @@ def main() -> None:
 
 def _convolution_speed(channels: int, size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of a 3x3 convolution, forward and backward."""
-    conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
-    x = torch.randn(64, channels, size, size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(
+        device, dtype, memory_format=torch.channels_last
+    )
+    x = torch.randn(64, channels, size, size, device=device, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
     x.requires_grad_(True)
 
     def once() -> None:
@@ -103,8 +120,10 @@ def _compiled(trainer: Trainer) -> Trainer:
 
 def _measure(trainers: dict[str, Trainer], size: str, peak: float, device: torch.device) -> None:
     config = next(iter(trainers.values())).config
-    batches = [torch.randint(0, 256, (config.batch_size, 32, 32, 3), dtype=torch.uint8)
-               for _ in range(1 + (config.d_steps if config.discriminator else 0))]
+    batches = [
+        torch.randint(0, 256, (config.batch_size, 32, 32, 3), dtype=torch.uint8)
+        for _ in range(1 + (config.d_steps if config.discriminator else 0))
+    ]
     with _Counter() as counter:
         # As many steps as the gradient penalty's cadence, so that its share is counted as it comes.
         for _ in range(config.gp_every):
@@ -115,21 +134,34 @@ def _measure(trainers: dict[str, Trainer], size: str, peak: float, device: torch
         trainer.run(batches)
     for _ in range(STEPS):
         for name, trainer in trainers.items():
-            seconds[name].append(_timed(lambda t=trainer: [t.run(batches) for _ in range(config.gp_every)], device)
-                                 / config.gp_every)
+            seconds[name].append(
+                _timed(lambda t=trainer: [t.run(batches) for _ in range(config.gp_every)], device)
+                / config.gp_every
+            )
     for name, times in seconds.items():
         median = statistics.median(times)
-        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-                  else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        print(f"{name + ', ' + size:22s} {config.batch_size / median:9.0f} {operations / median / 1e9:8.0f} "
-              f"{operations / median / peak:8.0%} {operations / config.batch_size / 1e9:12.2f} {memory / 2**20:10.0f} MiB",
-              flush=True)
+        memory = (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
+        print(
+            f"{name + ', ' + size:22s} {config.batch_size / median:9.0f} {operations / median / 1e9:8.0f} "
+            f"{operations / median / peak:8.0%} {operations / config.batch_size / 1e9:12.2f} {memory / 2**20:10.0f} MiB",
+            flush=True,
+        )
 
 
 def _loader() -> None:
-    """Batches a loader hands out, from memory and from a folder's cache: to be far above every rate of training."""
+    """Batches a loader hands out, from memory and from a folder's cache: to be far above every rate
+    of training.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 3), dtype=np.uint8)
-    print(f"\nloader, batches of 64: {_rate(ImageSet(pixels)):,.0f} images/s from memory", end="", flush=True)
+    print(
+        f"\nloader, batches of 64: {_rate(ImageSet(pixels)):,.0f} images/s from memory",
+        end="",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for i, image in enumerate(pixels[:2000]):
             Image.fromarray(image).save(Path(folder) / f"{i}.bmp")

@@ -1,7 +1,8 @@
 """The model as graphs of tensors: pixels in, pixels out, every random draw an input.
 
-One module with a method a graph, so that TorchScript stores the weights once; :class:`Graph` makes a module of
-one method for the ONNX exporter. Inputs and outputs are those of :mod:`serving.engine.signatures`.
+One module with a method a graph, so that TorchScript stores the weights once; :class:`Graph` makes
+a module of one method for the ONNX exporter. Inputs and outputs are those of
+:mod:`serving.engine.signatures`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Graphs(nn.Module):
         encoding = self.model.encode(_to_x(images, 0.5, eps[0]), list(eps))
         # The coarsest prior, and so part of a posterior, may be one map for all images.
         means = [q.mean.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)]
-        log_scales = [q.log_scale.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)]
+        log_scales = [
+            q.log_scale.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)
+        ]
         return (*means, *log_scales, *encoding.z)
 
     def flow_forward(self, images: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

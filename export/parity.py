@@ -1,4 +1,6 @@
-"""Are the exported graphs the model? Eager float64 against both formats, at three batch sizes, on easy and hard images."""
+"""Are the exported graphs the model? Eager float64 against both formats, at three batch sizes, on
+easy and hard images.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ LARGE_BPD = 100.0
 PIXELS = ("images", "reconstruction")
 MAX_ROUND_TRIP = 0.01  # grey levels
 MAX_PIXELS_OFF = 1e-4  # of all values may be one level apart
-# Of a small model's few values that is a handful at most: three may be by chance where one is expected.
+# Of a small model's few values that is a handful at most: three may be by chance where one is
+# expected.
 MAX_VALUES_OFF = 3
 MAX_LATENT = 1e-3  # of means, log-scales, draws and features: relative to 1 + their size
 
@@ -36,7 +39,9 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of one output over all batches and images; of pixels, the share of all that differ."""
+    """The largest difference of one output over all batches and images; of pixels, the share of all
+    that differ.
+    """
 
     graph: str
     output: str
@@ -46,8 +51,14 @@ class Difference:
     unit: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"graph": self.graph, "output": self.output, "backend": self.backend, "difference": self.value,
-                "limit": self.limit, "unit": self.unit}
+        return {
+            "graph": self.graph,
+            "output": self.output,
+            "backend": self.backend,
+            "difference": self.value,
+            "limit": self.limit,
+            "unit": self.unit,
+        }
 
 
 def probe_images(real: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -60,17 +71,25 @@ def probe_images(real: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
     height, width, channels = image_shape
     constants = [np.full(image_shape, level, np.uint8) for level in (0, 1, 64, 127, 128, 254, 255)]
     checks = np.indices((height, width)).sum(0) % 2
-    extremes = [np.repeat((checks * 255).astype(np.uint8)[:, :, None], channels, 2),
-                np.repeat(((np.arange(width) // (width // 2)) * 255).astype(np.uint8)[None, :, None].repeat(height, 0),
-                          channels, 2)]
+    extremes = [
+        np.repeat((checks * 255).astype(np.uint8)[:, :, None], channels, 2),
+        np.repeat(
+            ((np.arange(width) // (width // 2)) * 255)
+            .astype(np.uint8)[None, :, None]
+            .repeat(height, 0),
+            channels,
+            2,
+        ),
+    ]
     stream = NoiseStream(sample_key(0, 0))
     count = 64 - min(40, len(real)) - len(constants) - len(extremes)
     noise = [(stream.uniform(image_shape) * 256).astype(np.uint8) for _ in range(count)]
     return np.stack([*real[:40], *constants, *extremes, *noise])
 
 
-def make_inputs(images: np.ndarray, latent_shapes: list[tuple[int, int, int]], names: list[str]) -> dict[
-        str, np.ndarray]:
+def make_inputs(
+    images: np.ndarray, latent_shapes: list[tuple[int, int, int]], names: list[str]
+) -> dict[str, np.ndarray]:
     """Noise and latents for a batch of images, of every input that is named."""
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     result = {}
@@ -79,13 +98,22 @@ def make_inputs(images: np.ndarray, latent_shapes: list[tuple[int, int, int]], n
             result[name] = images
             continue
         shape = input_shape(name, image_shape, latent_shapes)
-        streams = [NoiseStream(hashlib.sha256(f"parity {name} {i}".encode()).digest()[:16]) for i in range(len(images))]
-        result[name] = np.stack([s.uniform(shape) if name == "u" else s.normal(shape) for s in streams])
+        streams = [
+            NoiseStream(hashlib.sha256(f"parity {name} {i}".encode()).digest()[:16])
+            for i in range(len(images))
+        ]
+        result[name] = np.stack(
+            [s.uniform(shape) if name == "u" else s.normal(shape) for s in streams]
+        )
     return result
 
 
-def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray,
-                 operations: Sequence[str] = OPERATIONS) -> list[Difference]:
+def check_parity(
+    model: ADEModel,
+    backends: dict[str, Backend],
+    real: np.ndarray,
+    operations: Sequence[str] = OPERATIONS,
+) -> list[Difference]:
     """Compare every output of every graph; return the table.
 
     Args:
@@ -101,10 +129,14 @@ def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray
     config = model.config
     images = probe_images(real, (config.image_size, config.image_size, config.channels))
     worst: dict[tuple[str, str, str], Difference] = {}
-    pixels: dict[tuple[str, str, str], tuple[float, int]] = {}  # how many are one level apart, and of how many
+    pixels: dict[
+        tuple[str, str, str], tuple[float, int]
+    ] = {}  # how many are one level apart, and of how many
     for graph in graphs_of(operations):
         for batch in BATCHES:
-            inputs = _inputs(graph, images[:batch] if batch > 1 else images[-1:], config.latent_shapes, reference)
+            inputs = _inputs(
+                graph, images[:batch] if batch > 1 else images[-1:], config.latent_shapes, reference
+            )
             expected = _eager(reference, graph, inputs)
             for label, backend in backends.items():
                 found = backend.run(graph, inputs)
@@ -112,13 +144,24 @@ def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray
                     key = (graph, name, label)
                     if name in PIXELS:
                         apart, count = pixels.get(key, (0.0, 0))
-                        pixels[key] = apart + _apart(*key, expected[name], found[name]), count + found[name].size
+                        pixels[key] = (
+                            apart + _apart(*key, expected[name], found[name]),
+                            count + found[name].size,
+                        )
                         share = pixels[key][0] / pixels[key][1]
-                        worst[key] = Difference(*key, share, max(MAX_PIXELS_OFF, (MAX_VALUES_OFF + 0.5) / pixels[key][1]),
-                                                "of the values one level apart")
+                        worst[key] = Difference(
+                            *key,
+                            share,
+                            max(MAX_PIXELS_OFF, (MAX_VALUES_OFF + 0.5) / pixels[key][1]),
+                            "of the values one level apart",
+                        )
                         continue
-                    difference = _difference(graph, name, label, expected[name], found[name], config.num_dims)
-                    _raise_if_above(difference)  # at once: a number that is none is not to be lost in a comparison
+                    difference = _difference(
+                        graph, name, label, expected[name], found[name], config.num_dims
+                    )
+                    _raise_if_above(
+                        difference
+                    )  # at once: a number that is none is not to be lost in a comparison
                     if key not in worst or difference.value > worst[key].value:
                         worst[key] = difference
     for label, backend in backends.items():
@@ -131,15 +174,20 @@ def check_parity(model: ADEModel, backends: dict[str, Backend], real: np.ndarray
 
 def _raise_if_above(row: Difference) -> None:
     if not row.value <= row.limit:
-        raise ParityError(f"{row.backend}: output {row.output} of {row.graph} differs from eager float64 by "
-                          f"{row.value:.3g} {row.unit}; at most {row.limit:g} is allowed. Nothing was written.")
+        raise ParityError(
+            f"{row.backend}: output {row.output} of {row.graph} differs from eager float64 by "
+            f"{row.value:.3g} {row.unit}; at most {row.limit:g} is allowed. Nothing was written."
+        )
 
 
-def _inputs(graph: str, images: np.ndarray, latent_shapes: list[tuple[int, int, int]], reference: Graphs) -> dict[
-        str, np.ndarray]:
+def _inputs(
+    graph: str, images: np.ndarray, latent_shapes: list[tuple[int, int, int]], reference: Graphs
+) -> dict[str, np.ndarray]:
     """Noise for most graphs; latents and features of real images for those that take them."""
     names = inputs_of(graph, len(latent_shapes))
-    inputs = make_inputs(images, latent_shapes, [n for n in names if n not in ("y",) and not n.startswith("z_")])
+    inputs = make_inputs(
+        images, latent_shapes, [n for n in names if n not in ("y",) and not n.startswith("z_")]
+    )
     if graph == "decode" and not reference.model.config.encoder:
         prior = make_inputs(images, latent_shapes, inputs_of("sample", len(latent_shapes)))
         inputs |= {n: prior[n.replace("z_", "eps_")] for n in names if n.startswith("z_")}
@@ -156,14 +204,20 @@ def _inputs(graph: str, images: np.ndarray, latent_shapes: list[tuple[int, int, 
 def _eager(reference: Graphs, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tensors = [torch.from_numpy(v) for v in inputs.values()]
     with torch.inference_mode():
-        values = Graph(reference, graph)(*(t if t.dtype == torch.uint8 else t.double() for t in tensors))
+        values = Graph(reference, graph)(
+            *(t if t.dtype == torch.uint8 else t.double() for t in tensors)
+        )
     values = values if isinstance(values, tuple) else (values,)
     return {n: v.numpy() for n, v in zip(outputs_of(graph, reference.levels), values, strict=True)}
 
 
-def _gap(graph: str, output: str, backend: str, expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+def _gap(
+    graph: str, output: str, backend: str, expected: np.ndarray, found: np.ndarray
+) -> np.ndarray:
     if found.shape != expected.shape:
-        raise ParityError(f"{backend}: output {output} of {graph} has shape {found.shape}, not {expected.shape}")
+        raise ParityError(
+            f"{backend}: output {output} of {graph} has shape {found.shape}, not {expected.shape}"
+        )
     return np.abs(expected.astype(np.float64) - found.astype(np.float64))
 
 
@@ -173,34 +227,54 @@ def _apart(graph: str, output: str, backend: str, expected: np.ndarray, found: n
     return float((gap > 0).sum()) if gap.max() <= 1 else float("inf")
 
 
-def _difference(graph: str, output: str, backend: str, expected: np.ndarray, found: np.ndarray,
-                num_dims: int) -> Difference:
+def _difference(
+    graph: str, output: str, backend: str, expected: np.ndarray, found: np.ndarray, num_dims: int
+) -> Difference:
     gap = _gap(graph, output, backend, expected, found)
     if output == "parts":
-        # Float32 has seven digits: a score far above any photograph's (a one-pixel checkerboard has 500 bpd) is
-        # held to the same number of them, and not to the same absolute difference.
+        # Float32 has seven digits: a score far above any photograph's (a one-pixel checkerboard has
+        # 500 bpd) is held to the same number of them, and not to the same absolute difference.
         size = np.maximum(1, np.abs(expected).max(1) / LARGE_BPD)
         total = np.abs(expected.sum(1) - found.astype(np.float64).sum(1))
         worst = float((np.maximum(total, gap.max(1)) / size).max())
         return Difference(graph, output, backend, worst, MAX_BPD, "bits per dimension")
-    if output == "cost":  # of each pixel, in its place; its sums are held to what the score's parts are
+    if (
+        output == "cost"
+    ):  # of each pixel, in its place; its sums are held to what the score's parts are
         place = gap / (1 + np.abs(expected).max((1, 2, 3), keepdims=True))
-        _raise_if_above(Difference(graph, output, backend, float(place.max()), MAX_LATENT, "relative, of a pixel"))
+        _raise_if_above(
+            Difference(
+                graph, output, backend, float(place.max()), MAX_LATENT, "relative, of a pixel"
+            )
+        )
         total = np.abs((found.astype(np.float64) - expected).sum((2, 3))).max(1) / num_dims
         size = np.maximum(1, np.abs(expected).sum((1, 2, 3)) / num_dims / LARGE_BPD)
-        return Difference(graph, output, backend, float((total / size).max()), MAX_BPD, "bits per dimension")
+        return Difference(
+            graph, output, backend, float((total / size).max()), MAX_BPD, "bits per dimension"
+        )
     if output == "log_det_jacobian":
-        return Difference(graph, output, backend, float(gap.max() / (num_dims * np.log(2))), MAX_BPD,
-                          "bits per dimension")
-    return Difference(graph, output, backend, float((gap / (1 + np.abs(expected))).max()), MAX_LATENT, "relative")
+        return Difference(
+            graph,
+            output,
+            backend,
+            float(gap.max() / (num_dims * np.log(2))),
+            MAX_BPD,
+            "bits per dimension",
+        )
+    return Difference(
+        graph, output, backend, float((gap / (1 + np.abs(expected))).max()), MAX_LATENT, "relative"
+    )
 
 
-def _round_trip(backend: Backend, label: str, images: np.ndarray, latent_shapes: list[tuple[int, int, int]]) -> (
-        Difference):
+def _round_trip(
+    backend: Backend, label: str, images: np.ndarray, latent_shapes: list[tuple[int, int, int]]
+) -> Difference:
     inputs = make_inputs(images, latent_shapes, ["images", "u"])
     y = backend.run("flow_forward", inputs)["y"]
     x = backend.run("flow_inverse", {"y": y})["x"]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).double()
-    expected = dequantize(pixels, torch.from_numpy(inputs["u"]).permute(0, 3, 1, 2).double()).numpy()
+    expected = dequantize(
+        pixels, torch.from_numpy(inputs["u"]).permute(0, 3, 1, 2).double()
+    ).numpy()
     levels = float(np.abs(x.astype(np.float64) - expected).max() * 256)
     return Difference("round trip", "x", label, levels, MAX_ROUND_TRIP, "grey levels")

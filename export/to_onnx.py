@@ -1,4 +1,6 @@
-"""ONNX files whose weights lie in ``model.safetensors``, by offset: stored once, whatever the number of graphs."""
+"""ONNX files whose weights lie in ``model.safetensors``, by offset: stored once, whatever the
+number of graphs.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
     Args:
         graphs: float32, on the CPU.
         name: of the graph.
-        example: inputs with a batch of at least two (a batch of one would be frozen into the graph).
+        example: inputs with a batch of at least two (a batch of one would be frozen into the
+            graph).
         folder: of the bundle.
 
     Returns:
@@ -41,9 +44,16 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                Graph(graphs, name), tuple(torch.from_numpy(example[i]) for i in inputs), dynamo=True, verbose=False,
-                opset_version=OPSET, input_names=inputs, output_names=outputs_of(name, graphs.levels),
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),), optimize=True)
+                Graph(graphs, name),
+                tuple(torch.from_numpy(example[i]) for i in inputs),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs_of(name, graphs.levels),
+                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                optimize=True,
+            )
     finally:
         quiet.setLevel(level)
     assert program is not None
@@ -57,7 +67,9 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
 
 
 def _strip(model: ModelProto) -> None:
-    """Take out what tells of the machine that made the file: source paths, stack traces, module names."""
+    """Take out what tells of the machine that made the file: source paths, stack traces, module
+    names.
+    """
     model.doc_string = ""
     model.producer_version = ""
     del model.metadata_props[:]
@@ -76,7 +88,9 @@ def _strip(model: ModelProto) -> None:
 
 
 def _point_at_weights(model: ModelProto, weights: Path) -> None:
-    """Turn each initialiser that is a tensor of the weights' file into a reference to its place there."""
+    """Turn each initialiser that is a tensor of the weights' file into a reference to its place
+    there.
+    """
     with open(weights, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -97,5 +111,9 @@ def _point_at_weights(model: ModelProto, weights: Path) -> None:
             tensor.ClearField(field)  # type: ignore[arg-type]  # both are fields of the message
         tensor.data_location = TensorProto.EXTERNAL
         del tensor.external_data[:]
-        for key, value in (("location", weights.name), ("offset", str(place[0])), ("length", str(place[1]))):
+        for key, value in (
+            ("location", weights.name),
+            ("offset", str(place[0])),
+            ("length", str(place[1])),
+        ):
             tensor.external_data.add(key=key, value=value)

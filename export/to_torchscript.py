@@ -14,7 +14,9 @@ from export.graphs import Graphs
 from serving.engine.signatures import inputs_of
 
 
-def export_torchscript(graphs: Graphs, examples: dict[str, dict[str, np.ndarray]], path: Path) -> Path:
+def export_torchscript(
+    graphs: Graphs, examples: dict[str, dict[str, np.ndarray]], path: Path
+) -> Path:
     """Trace every graph and write one file without the sources' paths.
 
     Args:
@@ -22,10 +24,14 @@ def export_torchscript(graphs: Graphs, examples: dict[str, dict[str, np.ndarray]
         examples: inputs of each graph by its name.
         path: of the file.
     """
-    inputs = {name: tuple(torch.from_numpy(example[i]) for i in inputs_of(name, graphs.levels))
-              for name, example in examples.items()}
+    inputs = {
+        name: tuple(torch.from_numpy(example[i]) for i in inputs_of(name, graphs.levels))
+        for name, example in examples.items()
+    }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is deprecated upstream; the format is what is asked for
+        warnings.simplefilter(
+            "ignore"
+        )  # tracing is deprecated upstream; the format is what is asked for
         traced = torch.jit.trace_module(graphs, inputs, check_trace=False)
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer)

@@ -15,7 +15,13 @@ from export.parity import check_parity, make_inputs
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.engine.backends import BACKENDS, load_backend
-from serving.engine.bundle import MANIFEST_NAME, TORCHSCRIPT_NAME, check_name, open_bundle, write_manifest
+from serving.engine.bundle import (
+    MANIFEST_NAME,
+    TORCHSCRIPT_NAME,
+    check_name,
+    open_bundle,
+    write_manifest,
+)
 from serving.engine.signatures import graphs_of, inputs_of
 from serving.files import new_folder
 
@@ -24,8 +30,15 @@ class ExportError(ValueError):
     """A bundle that cannot be written as asked."""
 
 
-def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, evaluation: dict[str, Any] | None,
-                  report: Callable[[str], None] = lambda line: None, licence: str | None = None) -> Path:
+def export_bundle(
+    checkpoint: Path,
+    out: Path,
+    name: str,
+    images: np.ndarray,
+    evaluation: dict[str, Any] | None,
+    report: Callable[[str], None] = lambda line: None,
+    licence: str | None = None,
+) -> Path:
     """Export a checkpoint; what is written has passed the parity test.
 
     Args:
@@ -47,9 +60,15 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
     check_name(name)
     model = load_model(checkpoint)
     config = model.config
-    if images.ndim != 4 or images.shape[1:] != (config.image_size, config.image_size, config.channels):
-        raise ExportError(f"parity needs images of (N, {config.image_size}, {config.image_size}, {config.channels}), "
-                          f"got {images.shape}")
+    if images.ndim != 4 or images.shape[1:] != (
+        config.image_size,
+        config.image_size,
+        config.channels,
+    ):
+        raise ExportError(
+            f"parity needs images of (N, {config.image_size}, {config.image_size}, {config.channels}), "
+            f"got {images.shape}"
+        )
     about = read_config(checkpoint)
     missing = {"recipe", "data", "splits", "images_seen", "seed"} - about.keys()
     if missing:
@@ -58,25 +77,35 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
     operations = about.get("operations", config.operations)
     names = graphs_of(operations)
     with new_folder(out, ExportError) as folder:
-        save_model(model, folder, {k: v for k, v in about.items() if k not in ("model", "format_version")})
-        examples = {graph: make_inputs(images[:2], config.latent_shapes, inputs_of(graph, graphs.levels))
-                    for graph in names}
+        save_model(
+            model, folder, {k: v for k, v in about.items() if k not in ("model", "format_version")}
+        )
+        examples = {
+            graph: make_inputs(images[:2], config.latent_shapes, inputs_of(graph, graphs.levels))
+            for graph in names
+        }
         for graph in names:
             report(f"exporting {graph}.onnx")
             export_onnx(graphs, graph, examples[graph], folder)
         report(f"exporting {TORCHSCRIPT_NAME}")
         export_torchscript(graphs, examples, folder / TORCHSCRIPT_NAME)
         fields = {
-            "name": name, "recipe": about["recipe"],
+            "name": name,
+            "recipe": about["recipe"],
             "image_shape": [config.image_size, config.image_size, config.channels],
             "latent_shapes": [list(shape) for shape in config.latent_shapes],
             "operations": list(operations),
             "data": {"name": about["data"], "splits": about["splits"]},
-            "training": {"images_seen": about["images_seen"], "started_from": about.get("started_from"),
-                         "seed": about["seed"],
-                         "weights": sum(p.numel() for p in model.parameters()),
-                         "flow_weights": sum(p.numel() for p in model.flow.parameters())},
-            "evaluation": evaluation, "calibration": None, "licence": licence,
+            "training": {
+                "images_seen": about["images_seen"],
+                "started_from": about.get("started_from"),
+                "seed": about["seed"],
+                "weights": sum(p.numel() for p in model.parameters()),
+                "flow_weights": sum(p.numel() for p in model.flow.parameters()),
+            },
+            "evaluation": evaluation,
+            "calibration": None,
+            "licence": licence,
         }
         write_manifest(folder, fields)
         report("testing parity")
@@ -88,12 +117,14 @@ def export_bundle(checkpoint: Path, out: Path, name: str, images: np.ndarray, ev
 
 
 def evaluation_of(folder: Path) -> dict[str, Any] | None:
-    """What ``ade evaluate`` left beside a checkpoint, if it did; of a bundle, what its manifest says."""
+    """What ``ade evaluate`` left beside a checkpoint, if it did; of a bundle, what its manifest
+    says.
+    """
     for name, key in ((MANIFEST_NAME, "evaluation"), ("evaluation.json", None)):
         if (folder / name).is_file():
-            values = json.loads((folder / name).read_text())  # of a bundle of any version: it may be old
+            values = json.loads(
+                (folder / name).read_text()
+            )  # of a bundle of any version: it may be old
             found: dict[str, Any] | None = values if key is None else values.get(key)
             return found
     return None
-
-

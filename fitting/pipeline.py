@@ -1,7 +1,9 @@
-"""The steps of a fitting: read, train, measure, export, calibrate, report. Each is done once, whatever ends the program.
+"""The steps of a fitting: read, train, measure, export, calibrate, report. Each is done once,
+whatever ends the program.
 
-``OUT/plan.json`` is what was decided, ``OUT/survey.json`` what the folder holds, ``OUT/stage-N`` the training runs,
-``OUT/exported`` the bundle before and ``OUT/bundle`` after its calibration, ``OUT/report.html`` the end.
+``OUT/plan.json`` is what was decided, ``OUT/survey.json`` what the folder holds, ``OUT/stage-N``
+the training runs, ``OUT/exported`` the bundle before and ``OUT/bundle`` after its calibration,
+``OUT/report.html`` the end.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
 
     Args:
         plan: of :func:`fitting.plan.make_plan`.
-        files: the images of the plan's folder, as :func:`training.datasets.folder.image_files` found them.
+        files: the images of the plan's folder, as :func:`training.datasets.folder.image_files`
+            found them.
         out: the fitting's folder; one that was begun by another plan is refused.
         say: is told of progress, a line at a time.
 
@@ -110,8 +113,10 @@ def _keep_plan(plan: Plan, out: Path) -> None:
     if has_begun(out):
         before = Plan.from_dict(json.loads(path.read_text()))
         if before != plan:
-            raise PlanError(f"{out} was begun for {before.folder} with {before.budget:g} minutes at {before.image_size} "
-                            f"pixels on the {before.device}: give the same, or another --out (make fit: OUT=)")
+            raise PlanError(
+                f"{out} was begun for {before.folder} with {before.budget:g} minutes at {before.image_size} "
+                f"pixels on the {before.device}: give the same, or another --out (make fit: OUT=)"
+            )
     write_json(path, plan.to_dict())
 
 
@@ -119,8 +124,10 @@ def _survey(folder: Path, files: list[Path], dataset: Dataset, out: Path) -> Sur
     found = survey(picture_sizes(files), dataset)
     for part, least in LEAST.items():
         if found.parts[part] < least:
-            raise DataError(f"{folder}: about {ENOUGH} different images are needed, got {found.files}: "
-                            f"{found.parts[part]} are left for the part {part} and {least} are needed")
+            raise DataError(
+                f"{folder}: about {ENOUGH} different images are needed, got {found.files}: "
+                f"{found.parts[part]} are left for the part {part} and {least} are needed"
+            )
     path = out / "survey.json"
     if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):
         raise PlanError(f"{folder} has changed since {out} was begun: take another --out")
@@ -136,8 +143,13 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
         if not (run / "report.md").exists():
             step(f"training {stage.recipe}, {stage.minutes:.0f} minutes")
             config = recipe(stage.recipe, dataset.image_size, dataset.channels, plan.size)
-            options = RunOptions(images=NO_LIMIT, minutes=stage.minutes, device=plan.device, checkpoint_minutes=2.0,
-                                 init=None if before is None else str(before))
+            options = RunOptions(
+                images=NO_LIMIT,
+                minutes=stage.minutes,
+                device=plan.device,
+                checkpoint_minutes=2.0,
+                init=None if before is None else str(before),
+            )
             with alone_in(run):
                 train(config, dataset, run, options, resume=(run / "run.json").exists())
         before = run
@@ -145,17 +157,34 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
     return before
 
 
-def _bundle(plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: Path, step: Report) -> Path:
+def _bundle(
+    plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: Path, step: Report
+) -> Path:
     """Measured, exported and calibrated."""
     exported, bundle = out / "exported", out / "bundle"
     if not exported.exists():
         step("measuring the likelihood of held-out images")
         tested = _test_images(dataset, found)[:MEASURED_IMAGES]
-        evaluation = {"data": dataset.name, "part": "test", "split": dataset.splits["test"], "images": len(tested),
-                      "seed": 0, **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES)}
+        evaluation = {
+            "data": dataset.name,
+            "part": "test",
+            "split": dataset.splits["test"],
+            "images": len(tested),
+            "seed": 0,
+            **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES),
+        }
         step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
-        images = np.concatenate([dataset.parts[part].images[:PARITY_IMAGES] for part in ("select", "train")])
-        export_bundle(checkpoint, exported, plan.name, images[:PARITY_IMAGES], evaluation, licence=plan.licence)
+        images = np.concatenate(
+            [dataset.parts[part].images[:PARITY_IMAGES] for part in ("select", "train")]
+        )
+        export_bundle(
+            checkpoint,
+            exported,
+            plan.name,
+            images[:PARITY_IMAGES],
+            evaluation,
+            licence=plan.licence,
+        )
     if not bundle.exists():
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)
@@ -166,8 +195,10 @@ def _bundle(plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: 
 
         made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name)
         assert made.exact is not None
-        step(f"calibrated on {len(made.exact.scores)} images: the verdict takes false-alarm rates from "
-             f"{made.exact.smallest_p_value:.2g} on")
+        step(
+            f"calibrated on {len(made.exact.scores)} images: the verdict takes false-alarm rates from "
+            f"{made.exact.smallest_p_value:.2g} on"
+        )
     return bundle
 
 
@@ -184,7 +215,10 @@ def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
     for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
         scores = engine.score(corrupt(pixels, np.random.default_rng(0)))
         # What is not finite has no verdict: it is not accepted, but nor was it caught.
-        p_values = [score.verdict.p_value if isinstance(score, Score) and score.verdict else 1.0 for score in scores]
+        p_values = [
+            score.verdict.p_value if isinstance(score, Score) and score.verdict else 1.0
+            for score in scores
+        ]
         rejected = tuple(float(np.mean(np.array(p_values) <= alpha)) for alpha in ALPHAS)
         found.append(Caught(name, name in CORRUPTIONS, rejected))
     return found
@@ -195,18 +229,37 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
     engine = InferenceEngine(opened, device="cpu")
     scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize="fit"))
     left_out = set(found.leaking)
-    tested = shuffled([name for name in dataset.files["test"] if name not in left_out])[:TEST_IMAGES]
+    tested = shuffled([name for name in dataset.files["test"] if name not in left_out])[
+        :TEST_IMAGES
+    ]
     p_values = [row["p_value"] for row in scorer(tested) if row.get("p_value") is not None]
     scanned = shuffled(dataset.files["train"])[:SCANNED_IMAGES]
     rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
     rows.sort(key=lambda row: -row["ood_score"])
     index = {name: row for row, name in enumerate(dataset.files["train"])}
-    unusual = [Unusual(row["path"], row["p_value"], row["bpd"], dataset.parts["train"].images[index[row["path"]]])
-               for row in rows[:SHOWN_UNUSUAL]]
+    unusual = [
+        Unusual(
+            row["path"],
+            row["p_value"],
+            row["bpd"],
+            dataset.parts["train"].images[index[row["path"]]],
+        )
+        for row in rows[:SHOWN_UNUSUAL]
+    ]
     pixels = _test_images(dataset, found)[:CORRUPTED_IMAGES]
     held_out = pixels[:RECONSTRUCTED]
-    findings = Findings(plan, found, opened, engine.sample([0] * SAMPLES, range(SAMPLES)), held_out,
-                        engine.reconstruct(held_out), len(p_values), false_alarms(p_values, opened), len(scanned), unusual,
-                        len(pixels), _caught(engine, pixels))
+    findings = Findings(
+        plan,
+        found,
+        opened,
+        engine.sample([0] * SAMPLES, range(SAMPLES)),
+        held_out,
+        engine.reconstruct(held_out),
+        len(p_values),
+        false_alarms(p_values, opened),
+        len(scanned),
+        unusual,
+        len(pixels),
+        _caught(engine, pixels),
+    )
     write_report(findings, out / "report.html")
-

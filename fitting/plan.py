@@ -8,7 +8,9 @@ from typing import Any
 
 FOR_THE_REST = 0.2  # of the budget: reading, exporting, calibrating, the report
 LEAST_FOR_THE_REST_MIN = 0.5
-ADVERSARIAL_FROM_MIN = 60.0  # below, likelihood alone makes the better gate, and nothing makes good samples
+ADVERSARIAL_FROM_MIN = (
+    60.0  # below, likelihood alone makes the better gate, and nothing makes good samples
+)
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversary comes in
 SMALL_FROM_MIN = 360.0
 _UNITS = {"m": 1.0, "h": 60.0, "d": 1440.0, "": 1.0}
@@ -70,8 +72,9 @@ def read_budget(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def make_plan(folder: str, name: str, image_size: int, budget: float, on_gpu: bool,
-              licence: str | None = None) -> Plan:
+def make_plan(
+    folder: str, name: str, image_size: int, budget: float, on_gpu: bool, licence: str | None = None
+) -> Plan:
     """Decide: a gate needs the likelihood, good samples the adversary and time.
 
     Args:
@@ -87,6 +90,11 @@ def make_plan(folder: str, name: str, image_size: int, budget: float, on_gpu: bo
         raise PlanError(f"{budget:g} minutes are too few: {2 * LEAST_FOR_THE_REST_MIN:g} at least")
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)
     if budget >= ADVERSARIAL_FROM_MIN or on_gpu:
-        stages = (Stage("v-ade", LIKELIHOOD_SHARE * training), Stage("av-ade-pd", (1 - LIKELIHOOD_SHARE) * training))
+        stages = (
+            Stage("v-ade", LIKELIHOOD_SHARE * training),
+            Stage("av-ade-pd", (1 - LIKELIHOOD_SHARE) * training),
+        )
     size = "small" if on_gpu or budget >= SMALL_FROM_MIN else "tiny"
-    return Plan(folder, name, image_size, size, "cuda" if on_gpu else "cpu", budget, stages, licence)
+    return Plan(
+        folder, name, image_size, size, "cuda" if on_gpu else "cpu", budget, stages, licence
+    )

@@ -27,10 +27,12 @@ class Survey:
 
     Attributes:
         files: image files.
-        sizes: how many have each width and height, the most frequent first; ``unreadable`` is one of them.
+        sizes: how many have each width and height, the most frequent first; ``unreadable`` is one
+            of them.
         broken: files that cannot be used, and why.
         twice: groups of files with the same pixels at the model's size; in each the first is kept.
-        leaking: held-out files that have the pixels of one that is trained on, or of an earlier one: left out.
+        leaking: held-out files that have the pixels of one that is trained on, or of an earlier
+            one: left out.
         parts: usable files of each part, ``leaking`` ones not counted.
         warnings: in sentences.
     """
@@ -50,7 +52,9 @@ def picture_sizes(files: Sequence[Path]) -> Counter[tuple[int, int] | None]:
 
 
 def choose_image_size(sizes: Counter[tuple[int, int] | None]) -> int:
-    """The side of the model's images: that of half the pictures or more, as far as a small model goes."""
+    """The side of the model's images: that of half the pictures or more, as far as a small model
+    goes.
+    """
     sides = sorted(min(size) for size, count in sizes.items() if size for _ in range(count))
     if not sides:
         return SMALLEST
@@ -73,30 +77,51 @@ def survey(sizes: Counter[tuple[int, int] | None], dataset: Dataset) -> Survey:
             groups[hashlib.sha256(pixels.data).digest()].append((part, name))
     twice = [[name for _, name in group] for group in groups.values() if len(group) > 1]
     leaking = [name for group in groups.values() for part, name in group[1:] if part != "train"]
-    parts = {part: len(names[part]) - sum(part_of(name.rsplit("/", 1)[-1]) == part for name in leaking) for part in PARTS}
+    parts = {
+        part: len(names[part]) - sum(part_of(name.rsplit("/", 1)[-1]) == part for name in leaking)
+        for part in PARTS
+    }
     warnings = []
     if parts["train"] < FEW:
-        warnings.append(f"{parts['train']} images to train on are few: the model will know them by heart, and its verdict "
-                        f"will be rough. {FEW} or more are better.")
+        warnings.append(
+            f"{parts['train']} images to train on are few: the model will know them by heart, and its verdict "
+            f"will be rough. {FEW} or more are better."
+        )
     if leaking:
-        warnings.append(f"Held-out files that are copies of others, left out of calibration and tests: {len(leaking)}.")
+        warnings.append(
+            f"Held-out files that are copies of others, left out of calibration and tests: {len(leaking)}."
+        )
     if dataset.skipped:
         warnings.append(f"Files that could not be read: {len(dataset.skipped)}.")
     side = dataset.image_size
     other = sum(count for size, count in sizes.items() if size not in (None, (side, side)))
     if other:
-        warnings.append(f"Images that are not {side} x {side}, whose centre squares were resized: {other}.")
-    return Survey(sum(sizes.values()),
-                  {"unreadable" if size is None else f"{size[0]} x {size[1]}": n for size, n in sizes.most_common()},
-                  dataset.skipped, twice, leaking, parts, warnings)
+        warnings.append(
+            f"Images that are not {side} x {side}, whose centre squares were resized: {other}."
+        )
+    return Survey(
+        sum(sizes.values()),
+        {
+            "unreadable" if size is None else f"{size[0]} x {size[1]}": n
+            for size, n in sizes.most_common()
+        },
+        dataset.skipped,
+        twice,
+        leaking,
+        parts,
+        warnings,
+    )
 
 
 def summary_lines(found: Survey) -> list[str]:
     """For people, a line each."""
     sizes = ", ".join(f"{size}: {count}" for size, count in list(found.sizes.items())[:4])
     more = f" and {len(found.sizes) - 4} other sizes" if len(found.sizes) > 4 else ""
-    return [f"{found.files} image files; {sizes}{more}",
-            ", ".join(f"{part} {count}" for part, count in found.parts.items()), *found.warnings]
+    return [
+        f"{found.files} image files; {sizes}{more}",
+        ", ".join(f"{part} {count}" for part, count in found.parts.items()),
+        *found.warnings,
+    ]
 
 
 def as_dict(found: Survey) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Scores of a folder of images, by several processes, in memory that does not grow with the folder, and resumable.
+"""Scores of a folder of images, by several processes, in memory that does not grow with the folder,
+and resumable.
 
-Rows go to ``OUT.part``, a line of JSON each, in the order of the files; a chunk is written when all before it are. Whatever
-ends the program, what stands there is whole but for its last line, and the next call goes on after it. When all are
-there they become ``OUT``.
+Rows go to ``OUT.part``, a line of JSON each, in the order of the files; a chunk is written when all
+before it are. Whatever ends the program, what stands there is whole but for its last line, and the
+next call goes on after it. When all are there they become ``OUT``.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class FileScorer:
 
     def __init__(self, bundle: Bundle, folder: Path, options: BulkOptions) -> None:
         if "score" not in bundle.operations:
-            raise BulkError(f"{bundle.name} has no score: it was trained without an inference network")
+            raise BulkError(
+                f"{bundle.name} has no score: it was trained without an inference network"
+            )
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
         self._folder = folder
         self._options = options
@@ -94,11 +97,22 @@ class FileScorer:
         """One a path, with the columns of :func:`columns`."""
         images = [self._read(path) for path in paths]
         usable = [image for image in images if isinstance(image, InputImage)]
-        scores = iter(self._engine.score(np.stack([image.pixels for image in usable]),
-                                         samples=[self._options.samples] * len(usable),
-                                         resized=[image.resized for image in usable]) if usable else [])
-        return [{"path": path, **self._row(image, next(scores) if isinstance(image, InputImage) else None)}
-                for path, image in zip(paths, images, strict=True)]
+        scores = iter(
+            self._engine.score(
+                np.stack([image.pixels for image in usable]),
+                samples=[self._options.samples] * len(usable),
+                resized=[image.resized for image in usable],
+            )
+            if usable
+            else []
+        )
+        return [
+            {
+                "path": path,
+                **self._row(image, next(scores) if isinstance(image, InputImage) else None),
+            }
+            for path, image in zip(paths, images, strict=True)
+        ]
 
     def _read(self, path: str) -> InputImage | ApiError:
         try:
@@ -118,27 +132,57 @@ class FileScorer:
         verdict = score.verdict
         row = {"bpd": score.bpd, **score.parts}
         if verdict is not None:
-            row |= {"ood_score": verdict.ood_score, "p_value": verdict.p_value,
-                    "ood": verdict.p_value <= self._options.alpha}
+            row |= {
+                "ood_score": verdict.ood_score,
+                "p_value": verdict.p_value,
+                "ood": verdict.p_value <= self._options.alpha,
+            }
         if image.notes:
             row["notes"] = "; ".join(image.notes)
-        decision = decide(row.get("p_value"), self._engine.calibrations, image.resized, self._options.alpha)
+        decision = decide(
+            row.get("p_value"), self._engine.calibrations, image.resized, self._options.alpha
+        )
         return {**row, "decision": decision.choice, "decision_reason": decision.reason}
 
 
 def _failed(code: str, message: str) -> dict[str, Any]:
-    return {"error": code, "notes": message, "decision": "no_verdict", "decision_reason": f"{NOT_SCORED}: {code}"}
+    return {
+        "error": code,
+        "notes": message,
+        "decision": "no_verdict",
+        "decision_reason": f"{NOT_SCORED}: {code}",
+    }
 
 
 def columns(bundle: Bundle, samples: int) -> list[str]:
     """Of every row; what a row lacks is empty in it."""
-    parts = ["dequantization", *part_names(len(bundle.latent_shapes)), *(["iwae_gap"] if samples > 1 else [])]
-    return ["path", "bpd", *parts, "ood_score", "p_value", "ood", "error", "notes", "decision",
-            "decision_reason"]
+    parts = [
+        "dequantization",
+        *part_names(len(bundle.latent_shapes)),
+        *(["iwae_gap"] if samples > 1 else []),
+    ]
+    return [
+        "path",
+        "bpd",
+        *parts,
+        "ood_score",
+        "p_value",
+        "ood",
+        "error",
+        "notes",
+        "decision",
+        "decision_reason",
+    ]
 
 
-def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, workers: int,
-                 progress: Callable[[int, int], None]) -> Summary:
+def score_folder(
+    bundle: Bundle,
+    folder: Path,
+    out: Path,
+    options: BulkOptions,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> Summary:
     """Score every image file below a folder into a file.
 
     Args:
@@ -156,13 +200,20 @@ def score_folder(bundle: Bundle, folder: Path, out: Path, options: BulkOptions, 
         raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
     if out.exists():
         raise BulkError(f"{out} is there already")
-    FileScorer(bundle, folder, options)  # what is wrong with the bundle is an error here, not in a process
+    FileScorer(
+        bundle, folder, options
+    )  # what is wrong with the bundle is an error here, not in a process
     total = sum(1 for _ in image_paths(folder))
     if not total:
         raise BulkError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     part = out.with_name(out.name + ".part")
-    head = {"model": bundle.model_id, "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
-            "folder": str(folder.resolve()), **asdict(options), "columns": columns(bundle, options.samples)}
+    head = {
+        "model": bundle.model_id,
+        "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
+        "folder": str(folder.resolve()),
+        **asdict(options),
+        "columns": columns(bundle, options.samples),
+    }
     with open(part, "a", encoding="utf-8", opener=_unless_link) as rows:
         if not lock(rows):
             raise BulkError(f"{part}: another process is at it")
@@ -197,7 +248,9 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
             if not line.endswith(b"\n"):
                 break
             if count < 0 and _parsed(line) != head:
-                raise BulkError(f"{part} was begun with {_parsed(line)}, this is {head}: remove it to begin anew")
+                raise BulkError(
+                    f"{part} was begun with {_parsed(line)}, this is {head}: remove it to begin anew"
+                )
             end, count, last = end + len(line), count + 1, line
     os.truncate(part, end)
     if count < 0:
@@ -207,8 +260,10 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
         expected = next(islice(image_paths(folder), count - 1, None), None)
         found = json.loads(last)["path"]
         if found != expected:
-            raise BulkError(f"{folder} has changed since {part} was begun: its file {count} is {expected}, it was {found}; "
-                            "remove the .part to begin anew")
+            raise BulkError(
+                f"{folder} has changed since {part} was begun: its file {count} is {expected}, it was {found}; "
+                "remove the .part to begin anew"
+            )
     return count
 
 
@@ -225,11 +280,16 @@ def _chunks(paths: Iterator[str], done: int) -> Iterator[list[str]]:
         yield chunk
 
 
-def _in_order(bundle: Bundle, folder: Path, options: BulkOptions, workers: int, chunks: Iterator[list[str]]) -> Iterator[
-        list[dict[str, Any]]]:
+def _in_order(
+    bundle: Bundle, folder: Path, options: BulkOptions, workers: int, chunks: Iterator[list[str]]
+) -> Iterator[list[dict[str, Any]]]:
     """Rows of the chunks, in order, a few of them ahead."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of whoever calls
-    with ProcessPoolExecutor(workers, context, _start_worker, (bundle.folder, folder, options, os.getpid())) as pool:
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would inherit the threads of whoever calls
+    with ProcessPoolExecutor(
+        workers, context, _start_worker, (bundle.folder, folder, options, os.getpid())
+    ) as pool:
         waiting: deque[Future[list[dict[str, Any]]]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_score_chunk, chunk))
@@ -243,7 +303,9 @@ def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
         return future.result()
     except BrokenProcessPool:
-        raise BulkError("a process ended (was there too little memory?): the same command goes on from here") from None
+        raise BulkError(
+            "a process ended (was there too little memory?): the same command goes on from here"
+        ) from None
 
 
 _scorer: FileScorer
@@ -276,12 +338,17 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
             for line in lines:
                 row = json.loads(line)
                 counts["error" if "error" in row else row["decision"]] += 1
-                row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()  # names need not be UTF-8
+                row["path"] = (
+                    row["path"].encode("utf-8", "backslashreplace").decode()
+                )  # names need not be UTF-8
                 yield {name: row.get(name) for name in names}
 
     def cells() -> Iterator[dict[str, Any]]:
         for row in rows():
-            yield {name: safe_cell(value) if isinstance(value, str) else value for name, value in row.items()}
+            yield {
+                name: safe_cell(value) if isinstance(value, str) else value
+                for name, value in row.items()
+            }
 
     with replacing(out, text=out.suffix != ".parquet") as file:
         if out.suffix == ".parquet":
@@ -299,7 +366,10 @@ def _write_parquet(file: IO[bytes], names: list[str], rows: Iterator[dict[str, A
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {"ood": pa.bool_(), **dict.fromkeys(("path", "error", "notes", "decision", "decision_reason"), pa.string())}
+    kinds = {
+        "ood": pa.bool_(),
+        **dict.fromkeys(("path", "error", "notes", "decision", "decision_reason"), pa.string()),
+    }
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
     with parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROWS_A_GROUP)):

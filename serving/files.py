@@ -1,4 +1,6 @@
-"""Files on disk: which of a folder are images, their contents in bounded time and memory, and writing all or nothing."""
+"""Files on disk: which of a folder are images, their contents in bounded time and memory, and
+writing all or nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
 
 
 def image_paths(folder: Path) -> Iterator[str]:
-    """Image files below a folder by their suffixes, relative to it, in a fixed order; one directory's names at a time.
+    """Image files below a folder by their suffixes, relative to it, in a fixed order; one
+    directory's names at a time.
 
-    Whether they can be read is not known yet: a name may belong to a pipe, a device or a broken link. Links to folders are
-    not followed.
+    Whether they can be read is not known yet: a name may belong to a pipe, a device or a broken
+    link. Links to folders are not followed.
     """
     for directory, folders, names in os.walk(folder):
         folders.sort()
@@ -30,11 +33,12 @@ def image_paths(folder: Path) -> Iterator[str]:
 
 
 def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The content of a regular file, whose size is checked before anything is read. Links are followed.
+    """The content of a regular file, whose size is checked before anything is read. Links are
+    followed.
 
     Raises:
-        OSError: it cannot be read; with ``EINVAL`` it is a pipe, a device or the like, with ``EFBIG`` it has more than
-            ``limit`` bytes.
+        OSError: it cannot be read; with ``EINVAL`` it is a pipe, a device or the like, with
+            ``EFBIG`` it has more than ``limit`` bytes.
     """
     # Opening a pipe would otherwise wait for somebody to write to it.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -50,10 +54,11 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
 
 @contextmanager
 def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
-    """A new file to write to, which takes the place of ``path`` at the end of the block; removed where the block fails.
+    """A new file to write to, which takes the place of ``path`` at the end of the block; removed
+    where the block fails.
 
-    It is made under a name that nobody can guess in the same folder: a link that somebody left at ``path`` is replaced, not
-    followed.
+    It is made under a name that nobody can guess in the same folder: a link that somebody left at
+    ``path`` is replaced, not followed.
 
     Args:
         path: may exist.
@@ -63,7 +68,11 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="") if text else open(temporary, "xb") as file:
+        with (
+            open(temporary, "x", encoding="utf-8", newline="")
+            if text
+            else open(temporary, "xb") as file
+        ):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -74,13 +83,16 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
 
 @contextmanager
 def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` at the end of the block; removed where the block fails.
+    """A folder to fill, which becomes ``path`` at the end of the block; removed where the block
+    fails.
 
-    Of several processes that make the same folder at the same time, the first to finish does; the others raise.
+    Of several processes that make the same folder at the same time, the first to finish does; the
+    others raise.
 
     Args:
         path: must not exist.
-        taken: makes the error to raise where it exists, or was made by another process meanwhile, from a message.
+        taken: makes the error to raise where it exists, or was made by another process meanwhile,
+            from a message.
     """
     if os.path.lexists(path):
         raise taken(f"{path} exists: take a new folder")
@@ -94,6 +106,8 @@ def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            raise taken(f"{path} was made by another process meanwhile: it stays as it is") from error
+            raise taken(
+                f"{path} was made by another process meanwhile: it stays as it is"
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,10 +1,10 @@
 """The gate in the caller's own process: decisions on images, without a server and without PyTorch.
 
-    from serving.gate import Gate
+from serving.gate import Gate
 
-    gate = Gate("fits/images/bundle", alpha=0.01)
-    if gate.check("some.png")[0].accepted:
-        ...
+gate = Gate("fits/images/bundle", alpha=0.01)
+if gate.check("some.png")[0].accepted:
+    ...
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Decision:
         decision: ``accept``, ``reject`` or ``no_verdict``.
         p_value: ``None`` without a verdict.
         bpd: bits per dimension; ``None`` where the image could not be scored, which is an error.
-        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is one.
+        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is
+            one.
     """
 
     decision: Choice
@@ -79,8 +80,8 @@ class Gate:
         """A decision for each image; one that cannot be used has ``no_verdict`` and is an error.
 
         Args:
-            images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a sequence of these, or uint8
-                ``(N, H, W, C)``.
+            images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a sequence
+                of these, or uint8 ``(N, H, W, C)``.
 
         Raises:
             ValueError: an array is not of uint8 or not of that shape.
@@ -91,9 +92,18 @@ class Gate:
             images = images[None]
         prepared = [self._prepare(image) for image in images]
         usable = [image for image in prepared if isinstance(image, InputImage)]
-        scores = iter(self._engine.score(np.stack([image.pixels for image in usable]),
-                                         resized=[image.resized for image in usable]) if usable else [])
-        return [self._decide(image, next(scores) if isinstance(image, InputImage) else None) for image in prepared]
+        scores = iter(
+            self._engine.score(
+                np.stack([image.pixels for image in usable]),
+                resized=[image.resized for image in usable],
+            )
+            if usable
+            else []
+        )
+        return [
+            self._decide(image, next(scores) if isinstance(image, InputImage) else None)
+            for image in prepared
+        ]
 
     def _prepare(self, image: ImageLike) -> InputImage | ApiError:
         try:

@@ -1,4 +1,6 @@
-"""The gate before a classifier's own service: ASGI middleware that lets requests through whose images are accepted."""
+"""The gate before a classifier's own service: ASGI middleware that lets requests through whose
+images are accepted.
+"""
 
 from __future__ import annotations
 
@@ -28,35 +30,52 @@ _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
 
 class GateMiddleware:
-    """Checks the images of each request, and passes it on, byte for byte, with ``request.state.gate``: the decisions.
+    """Checks the images of each request, and passes it on, byte for byte, with
+    ``request.state.gate``: the decisions.
 
-    An image is the body (``Content-Type: image/…``) or a file of a form. Requests other than GET, HEAD and OPTIONS that
-    carry no image, and web sockets, are refused, so that nothing reaches the app unchecked. A request whose image is an
-    error (not an image, not scored) is refused whatever the options are; so is everything while the gate fails or takes
-    too long.
+    An image is the body (``Content-Type: image/…``) or a file of a form. Requests other than GET,
+    HEAD and OPTIONS that carry no image, and web sockets, are refused, so that nothing reaches the
+    app unchecked. A request whose image is an error (not an image, not scored) is refused whatever
+    the options are; so is everything while the gate fails or takes too long.
 
     Args:
         app: the classifier's.
         gate: decides.
-        on_reject: ``reject`` answers 422; ``flag`` passes the request on, and the app has to look at the decisions.
+        on_reject: ``reject`` answers 422; ``flag`` passes the request on, and the app has to look
+            at the decisions.
         on_no_verdict: the same where there is no verdict.
         timeout_s: for the decisions on one request, waiting included; then the answer is 503.
         threads: that decide.
-        waiting: requests at most that wait or are decided on; further ones are answered 503 at once.
+        waiting: requests at most that wait or are decided on; further ones are answered 503 at
+            once.
 
     Raises:
         ValueError: an option is not one of its values.
     """
 
-    def __init__(self, app: App, gate: Gate, on_reject: Action = "reject", on_no_verdict: Action = "reject",
-                 timeout_s: float = 10.0, threads: int = 1, waiting: int = 32) -> None:
+    def __init__(
+        self,
+        app: App,
+        gate: Gate,
+        on_reject: Action = "reject",
+        on_no_verdict: Action = "reject",
+        timeout_s: float = 10.0,
+        threads: int = 1,
+        waiting: int = 32,
+    ) -> None:
         for name, action in (("on_reject", on_reject), ("on_no_verdict", on_no_verdict)):
             if action not in ("reject", "flag"):
                 raise ValueError(f"{name} must be reject or flag, got {action!r}")
         self._app = app
         self._gate = gate
-        self._flagged = {"accept", *(choice for choice, action in (("reject", on_reject), ("no_verdict", on_no_verdict))
-                                     if action == "flag")}
+        self._flagged = {
+            "accept",
+            *(
+                choice
+                for choice, action in (("reject", on_reject), ("no_verdict", on_no_verdict))
+                if action == "flag"
+            ),
+        }
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(threads, "gate")
         self._room = waiting
@@ -77,13 +96,17 @@ class GateMiddleware:
             await _answer(send, refused.status, refused.code, str(refused))
             return
         if not self._room:
-            await _answer(send, 503, "gate_busy", "too many requests wait for the gate: try again later")
+            await _answer(
+                send, 503, "gate_busy", "too many requests wait for the gate: try again later"
+            )
             return
         try:
             decisions = await self._check(images)
         except Exception:  # fails closed: whatever went wrong, the image was not accepted
             logger.exception("the gate failed")
-            await _answer(send, 503, "gate_unavailable", "the gate could not decide: try again later")
+            await _answer(
+                send, 503, "gate_unavailable", "the gate could not decide: try again later"
+            )
             return
         if any(d.is_error or d.decision not in self._flagged for d in decisions):
             await _answer(send, 422, "not_accepted", "the gate did not accept the image", decisions)
@@ -128,19 +151,29 @@ async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
     request = Request(scope, _replay(body))
     types = request.headers.getlist("content-type")
     if len(types) > 1:  # the app might go by another one
-        raise _Refused(400, "malformed_request", f"a request has one Content-Type, this one has {len(types)}")
+        raise _Refused(
+            400, "malformed_request", f"a request has one Content-Type, this one has {len(types)}"
+        )
     kind = "".join(types).split(";")[0].strip().lower()
     if _IMAGE_TYPE.fullmatch(kind):
         return [body]
     if kind == "multipart/form-data":
         try:
             async with request.form() as form:
-                files = [await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)]
+                files = [
+                    await value.read()
+                    for _, value in form.multi_items()
+                    if isinstance(value, UploadFile)
+                ]
         except Exception as error:  # Starlette raises its own kinds and the parser's
             raise _Refused(400, "malformed_request", "the form cannot be taken apart") from error
         if files:
             return files
-    raise _Refused(415, "no_image", "send an image as the body (Content-Type: image/...) or as a file of a form")
+    raise _Refused(
+        415,
+        "no_image",
+        "send an image as the body (Content-Type: image/...) or as a file of a form",
+    )
 
 
 def _replay(body: bytes, after: Receive | None = None) -> Receive:
@@ -157,10 +190,15 @@ def _replay(body: bytes, after: Receive | None = None) -> Receive:
     return receive
 
 
-async def _answer(send: Send, status: int, code: str, message: str, decisions: list[Decision] | None = None) -> None:
+async def _answer(
+    send: Send, status: int, code: str, message: str, decisions: list[Decision] | None = None
+) -> None:
     error: dict[str, Any] = {"code": code, "message": message}
     if decisions is not None:
         error["decisions"] = [dataclasses.asdict(decision) for decision in decisions]
-    headers = [(b"content-type", b"application/json"), *([(b"retry-after", b"1")] if status == 503 else [])]
+    headers = [
+        (b"content-type", b"application/json"),
+        *([(b"retry-after", b"1")] if status == 503 else []),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})

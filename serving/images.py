@@ -13,8 +13,21 @@ from serving.decode.pool import decode_apart
 from serving.decode.structure import ImageError, read_structure
 from serving.decode.worker import DecodedImage, decode
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_FILE_BYTES", "MAX_PIXELS", "DecodedImage", "ImageError", "coder_version", "file_size",
-           "header_pixels", "lossless_bits", "read_image", "tile", "untile", "write_png"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_FILE_BYTES",
+    "MAX_PIXELS",
+    "DecodedImage",
+    "ImageError",
+    "coder_version",
+    "file_size",
+    "header_pixels",
+    "lossless_bits",
+    "read_image",
+    "tile",
+    "untile",
+    "write_png",
+]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 16_000_000  # decoded, this is 48 MB; a larger picture of another size is of no use to a small model
@@ -22,7 +35,9 @@ MAX_FILE_BYTES = 16 * 2**20
 
 
 def file_size(file: Path | bytes) -> tuple[int, int] | None:
-    """Width and height that a file says it has, undecoded; ``None`` if it is not an image that would be decoded."""
+    """Width and height that a file says it has, undecoded; ``None`` if it is not an image that
+    would be decoded.
+    """
     try:
         data = _contents(file) if isinstance(file, Path) else file
         structure = read_structure(data)
@@ -47,15 +62,16 @@ def header_pixels(data: bytes) -> int:
 def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage:
     """Decode an image file to RGB.
 
-    EXIF orientation is applied, alpha is composited on white, 16-bit samples keep their high byte, the
-    first frame of an animation is taken; each is noted.
+    EXIF orientation is applied, alpha is composited on white, 16-bit samples keep their high byte,
+    the first frame of an animation is taken; each is noted.
 
-    The structure of the file is checked first. Small files in plain forms are decoded in this process, all others in one
-    that has limits of memory and time and may die.
+    The structure of the file is checked first. Small files in plain forms are decoded in this
+    process, all others in one that has limits of memory and time and may die.
 
     Args:
         data: the whole file.
-        size: width and height; a picture of another size (EXIF may turn it) is refused by its header, undecoded.
+        size: width and height; a picture of another size (EXIF may turn it) is refused by its
+            header, undecoded.
 
     Raises:
         ImageError: not an image of a known format, damaged, too large, or of another size.
@@ -64,14 +80,21 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
     if not data:
         raise ImageError("not_an_image", "the image is empty: 0 bytes came")
     if len(data) > MAX_FILE_BYTES:
-        raise ImageError("too_large", f"an image file may have {MAX_FILE_BYTES} bytes, this one has {len(data)}")
+        raise ImageError(
+            "too_large", f"an image file may have {MAX_FILE_BYTES} bytes, this one has {len(data)}"
+        )
     structure = read_structure(data)
     width, height = structure.width, structure.height
     if width * height > MAX_PIXELS:
-        raise ImageError("too_large", f"an image may have {MAX_PIXELS} pixels, this one has {width} x {height}")
+        raise ImageError(
+            "too_large", f"an image may have {MAX_PIXELS} pixels, this one has {width} x {height}"
+        )
     if size is not None and (width, height) not in (size, size[::-1]):
-        raise ImageError("wrong_size", f"images must be {size[0]} x {size[1]} pixels, got {width} x {height}; "
-                                       "\"resize\": \"fit\" resizes them")
+        raise ImageError(
+            "wrong_size",
+            f"images must be {size[0]} x {size[1]} pixels, got {width} x {height}; "
+            '"resize": "fit" resizes them',
+        )
     return (decode if structure.is_plain else decode_apart)(data, structure)
 
 
@@ -94,8 +117,8 @@ def coder_version() -> str:
 def lossless_bits(pixels: np.ndarray) -> float:
     """Bits per value of a lossless code of uint8 ``(H, W, C)``: WebP's, at its quickest setting.
 
-    It is within 4 % of the slowest setting's length, in a tenth of the time, and a fifth shorter than PNG's for small
-    photographs. Channels that are not three are coded as so many grey images.
+    It is within 4 % of the slowest setting's length, in a tenth of the time, and a fifth shorter
+    than PNG's for small photographs. Channels that are not three are coded as so many grey images.
     """
     planes = [pixels] if pixels.shape[2] == 3 else list(pixels.transpose(2, 0, 1))
     size = 0
@@ -109,12 +132,16 @@ def lossless_bits(pixels: np.ndarray) -> float:
 def untile(picture: np.ndarray, count: int, shape: tuple[int, int, int]) -> np.ndarray:
     """The ``count`` images of ``shape`` that :func:`tile` laid out; uint8 ``(count, H, W, C)``."""
     height, width, channels = shape
-    grid = picture.reshape(picture.shape[0] // height, height, picture.shape[1] // width, width, channels).swapaxes(1, 2)
+    grid = picture.reshape(
+        picture.shape[0] // height, height, picture.shape[1] // width, width, channels
+    ).swapaxes(1, 2)
     return grid.reshape(-1, height, width, channels)[:count]
 
 
 def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """uint8 ``(N, H, W, C)`` to one picture ``(rows H, columns W, C)``, as square as may be; spare cells white."""
+    """uint8 ``(N, H, W, C)`` to one picture ``(rows H, columns W, C)``, as square as may be; spare
+    cells white.
+    """
     n, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)

@@ -12,7 +12,8 @@ LOCK = ".lock"
 
 
 def lock(file: IO[Any], wait: bool = False) -> bool:
-    """Whether a file is this process's from now on, until it is closed or the process ends, however that ends.
+    """Whether a file is this process's from now on, until it is closed or the process ends, however
+    that ends.
 
     Args:
         file: open.
@@ -29,7 +30,8 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
 
 @contextmanager
 def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether a folder is this process's to work in; the claim ends with the process, however that ends.
+    """Whether a folder is this process's to work in; the claim ends with the process, however that
+    ends.
 
     Args:
         folder: of a run, a fitting or a whole comparison; made where it is missing.

@@ -1,4 +1,6 @@
-"""Values and errors as they may appear in messages to a client: short, and without what helps an attacker."""
+"""Values and errors as they may appear in messages to a client: short, and without what helps an
+attacker.
+"""
 
 from __future__ import annotations
 
@@ -15,5 +17,7 @@ def show(value: Any) -> str:
 
 
 def words_of(error: Exception) -> str:
-    """What a library says of its input, without the addresses of its objects: they help whoever attacks a decoder."""
+    """What a library says of its input, without the addresses of its objects: they help whoever
+    attacks a decoder.
+    """
     return re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200]

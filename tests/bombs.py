@@ -1,9 +1,11 @@
-"""Small files that would take gigabytes or minutes to decode, each made by the code that explains it.
+"""Small files that would take gigabytes or minutes to decode, each made by the code that explains
+it.
 
-None has more than 16 MiB or claims more than 16 million pixels, so that no simpler limit applies. :data:`HARMLESS` names
-those that are decoded: they cost no more than other pictures of their size.
+None has more than 16 MiB or claims more than 16 million pixels, so that no simpler limit applies.
+:data:`HARMLESS` names those that are decoded: they cost no more than other pictures of their size.
 
-``python -m tests.bombs NAME…`` decodes each in a process of its own and prints what it took, a line of JSON each.
+``python -m tests.bombs NAME…`` decodes each in a process of its own and prints what it took, a line
+of JSON each.
 """
 
 from __future__ import annotations
@@ -31,7 +33,14 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(*extra: bytes, width: int = 32, height: int = 32, depth: int = 8, colours: int = 2, after: bytes = b"") -> bytes:
+def png(
+    *extra: bytes,
+    width: int = 32,
+    height: int = 32,
+    depth: int = 8,
+    colours: int = 2,
+    after: bytes = b"",
+) -> bytes:
     """A black PNG with further chunks before its pixels, and after them."""
     samples = {0: 1, 2: 3, 4: 2, 6: 4}[colours] * depth // 8
     compressor = zlib.compressobj(9)
@@ -41,22 +50,47 @@ def png(*extra: bytes, width: int = 32, height: int = 32, depth: int = 8, colour
         pixels += compressor.compress(bytes(min(missing, 8 * MIB)))
         missing -= min(missing, 8 * MIB)
     pixels += compressor.flush()
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
-            + b"".join(extra) + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+        + b"".join(extra)
+        + chunk(b"IDAT", pixels)
+        + after
+        + chunk(b"IEND", b"")
+    )
 
 
-def directory(entries: int, size: int, order: str = "<", first: tuple[tuple[int, int, int, int], ...] = ()) -> bytes:
+def directory(
+    entries: int, size: int, order: str = "<", first: tuple[tuple[int, int, int, int], ...] = ()
+) -> bytes:
     """A TIFF whose tags are all the same bytes: each reader copies them for every tag."""
     tags = [*first, *((0x9C00 + i, 7, size, 0) for i in range(entries))]
-    return ((b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
-            + b"".join(struct.pack(order + "HHII", *tag) for tag in tags) + bytes(4))
+    return (
+        (b"II*\0" if order == "<" else b"MM\0*")
+        + struct.pack(order + "IH", 8, len(tags))
+        + b"".join(struct.pack(order + "HHII", *tag) for tag in tags)
+        + bytes(4)
+    )
 
 
 def tiff(tags: dict[int, tuple[int, int, int]], data: bytes = b"") -> bytes:
     """A TIFF of tags (type, count, value or offset), with data right after them."""
-    every = {256: (4, 1, 32), 257: (4, 1, 32), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 277: (3, 1, 1), **tags}
-    return (b"II*\0" + struct.pack("<IH", 8, len(every))
-            + b"".join(struct.pack("<HHII", tag, *every[tag]) for tag in sorted(every)) + bytes(4) + data)
+    every = {
+        256: (4, 1, 32),
+        257: (4, 1, 32),
+        258: (3, 1, 8),
+        259: (3, 1, 1),
+        262: (3, 1, 1),
+        277: (3, 1, 1),
+        **tags,
+    }
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, len(every))
+        + b"".join(struct.pack("<HHII", tag, *every[tag]) for tag in sorted(every))
+        + bytes(4)
+        + data
+    )
 
 
 def saved(image: Image.Image, format: str, **options: object) -> bytes:
@@ -106,15 +140,25 @@ def animation(format: str, frames: int) -> bytes:
 
 
 def bmp_delta() -> bytes:
-    """A BMP in RLE8 of 16,000,000 x 1 whose jumps say that rows are skipped, each as long as the picture."""
+    """A BMP in RLE8 of 16,000,000 x 1 whose jumps say that rows are skipped, each as long as the
+    picture.
+    """
     palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
     head = struct.pack("<IiiHHIIiiII", 40, 16_000_000, 1, 1, 8, 1, 0, 0, 0, 256, 0)
     return b"BM" + struct.pack("<IHHI", 1084, 0, 0, 54 + 1024) + head + palette + b"\0\2\0\xff\0\1"
 
 
 def tiff_of_tags(size: int = MIB, entries: int = 3000) -> bytes:
-    strip = ((256, 4, 1, 32), (257, 4, 1, 32), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (277, 3, 1, 1),
-             (278, 4, 1, 32), (279, 4, 1, 1024))
+    strip = (
+        (256, 4, 1, 32),
+        (257, 4, 1, 32),
+        (258, 3, 1, 8),
+        (262, 3, 1, 1),
+        (273, 4, 1, 8),
+        (277, 3, 1, 1),
+        (278, 4, 1, 32),
+        (279, 4, 1, 1024),
+    )
     return directory(entries, size - 100, first=strip).ljust(size, b"\0")
 
 
@@ -124,17 +168,27 @@ def exif_of_tags(size: int, entries: int = 3000) -> bytes:
 
 def loop_of_directories() -> bytes:
     """A TIFF whose next directory is itself, and whose EXIF too."""
-    data = tiff({273: (4, 1, 0), 278: (4, 1, 32), 279: (4, 1, 1024), 0x8769: (4, 1, 8)}, bytes(1024))
+    data = tiff(
+        {273: (4, 1, 0), 278: (4, 1, 32), 279: (4, 1, 1024), 0x8769: (4, 1, 8)}, bytes(1024)
+    )
     next_at = 10 + 12 * 10
-    data = data[:next_at] + struct.pack("<I", 8) + data[next_at + 4:]
+    data = data[:next_at] + struct.pack("<I", 8) + data[next_at + 4 :]
     return data
 
 
 def tiff_tile() -> bytes:
     """A TIFF of 32 x 32 in one tile of 30,000 x 30,000."""
     packed = zlib.compress(bytes(1024))
-    return tiff({259: (3, 1, 8), 322: (4, 1, 30_000), 323: (4, 1, 30_000), 324: (4, 1, 148),
-                 325: (4, 1, len(packed))}, bytes(20) + packed)
+    return tiff(
+        {
+            259: (3, 1, 8),
+            322: (4, 1, 30_000),
+            323: (4, 1, 30_000),
+            324: (4, 1, 148),
+            325: (4, 1, len(packed)),
+        },
+        bytes(20) + packed,
+    )
 
 
 def tiff_of_strips(count: int = 2_000_000) -> bytes:
@@ -153,17 +207,33 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "bmp-jpeg": lambda: bmp_delta()[:30] + struct.pack("<I", 4) + bmp_delta()[34:],
     "bmp-header": lambda: b"BM" + bytes(12) + struct.pack("<I", 0xFFFFFFFF) + bytes(MIB),
     "bmp-1-bit": lambda: saved(Image.new("1", (4000, 4000)), "BMP"),
-    "bmp-colours": lambda: saved(Image.new("P", (32, 32)), "BMP")[:46] + struct.pack("<I", 65536)
-        + saved(Image.new("P", (32, 32)), "BMP")[50:] + bytes(2**18),
+    "bmp-colours": lambda: (
+        saved(Image.new("P", (32, 32)), "BMP")[:46]
+        + struct.pack("<I", 65536)
+        + saved(Image.new("P", (32, 32)), "BMP")[50:]
+        + bytes(2**18)
+    ),
     "tiff-tags": tiff_of_tags,
-    "tiff-exif-tags": lambda: tiff({273: (4, 1, 0), 278: (4, 1, 32), 279: (4, 1, 1024), 0x8769: (4, 1, 200)},
-                                   bytes(200 - 134) + directory(3000, MIB - 200)[8:].ljust(MIB, b"\0")),
+    "tiff-exif-tags": lambda: tiff(
+        {273: (4, 1, 0), 278: (4, 1, 32), 279: (4, 1, 1024), 0x8769: (4, 1, 200)},
+        bytes(200 - 134) + directory(3000, MIB - 200)[8:].ljust(MIB, b"\0"),
+    ),
     "tiff-loop": loop_of_directories,
     "tiff-tile": tiff_tile,
     "tiff-strips": tiff_of_strips,
-    "tiff-strips-of-1x16M": lambda: tiff({256: (4, 1, 1), 257: (4, 1, 4_000_000), 273: (4, 4_000_000, 200), 278: (4, 1, 1),
-                                          279: (4, 1, 1)}, bytes(200 + 16_000_000)),
-    "tiff-deflate": lambda: saved(Image.new("RGBA", (4000, 4000)), "TIFF", compression="tiff_adobe_deflate"),
+    "tiff-strips-of-1x16M": lambda: tiff(
+        {
+            256: (4, 1, 1),
+            257: (4, 1, 4_000_000),
+            273: (4, 4_000_000, 200),
+            278: (4, 1, 1),
+            279: (4, 1, 1),
+        },
+        bytes(200 + 16_000_000),
+    ),
+    "tiff-deflate": lambda: saved(
+        Image.new("RGBA", (4000, 4000)), "TIFF", compression="tiff_adobe_deflate"
+    ),
     "tiff-lzw": lambda: saved(Image.new("CMYK", (4000, 4000)), "TIFF", compression="tiff_lzw"),
     "tiff-group4": lambda: saved(Image.new("1", (4000, 4000)), "TIFF", compression="group4"),
     "tiff-jpeg": lambda: saved(Image.new("RGB", (3000, 3000)), "TIFF", compression="jpeg"),
@@ -173,21 +243,29 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "png-raw-profile": lambda: png(raw_profile(400_000)),
     "png-exif-prefixes": lambda: png(chunk(b"eXIf", b"Exif\0\0" * 600_000)),
     "png-iccp": lambda: png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(200 * MIB), 9))),
-    "png-ztxt": lambda: png(*[chunk(b"zTXt", b"k%d\0\0" % i + zlib.compress(bytes(MIB), 9)) for i in range(63)]),
+    "png-ztxt": lambda: png(
+        *[chunk(b"zTXt", b"k%d\0\0" % i + zlib.compress(bytes(MIB), 9)) for i in range(63)]
+    ),
     "png-itxt": lambda: png(*[chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(MIB), 9))] * 200),
     "png-text": lambda: png(chunk(b"tEXt", b"k\0" + bytes(15 * MIB))),
     "png-chunks": lambda: png(chunk(b"tEXt", b"") * 1_300_000),
     "png-idats": lambda: png(after=chunk(b"IDAT", b"") * 1_300_000),
     "png-frames": lambda: animation("PNG", 1000),
-    "png-frame-count": lambda: png(chunk(b"acTL", struct.pack(">II", 0x7FFFFFFF, 0)),
-                                   chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 32, 32, 0, 0, 1, 1, 0, 0))),
+    "png-frame-count": lambda: png(
+        chunk(b"acTL", struct.pack(">II", 0x7FFFFFFF, 0)),
+        chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 32, 32, 0, 0, 1, 1, 0, 0)),
+    ),
     "png-16-bit-alpha": lambda: png(width=4000, height=4000, depth=16, colours=6),
     "png-1x16M": lambda: png(width=1, height=16_000_000, colours=0),
     "png-16Mx1": lambda: png(width=16_000_000, height=1, colours=6),
-    "jpeg-exif-tags": lambda: jpeg(segment(0xE1, b"Exif\0\0" + exif_of_tags(65_000)),
-                                   *[segment(0xE1, b"Exif\0\0" + bytes(65_000))] * 20),
+    "jpeg-exif-tags": lambda: jpeg(
+        segment(0xE1, b"Exif\0\0" + exif_of_tags(65_000)),
+        *[segment(0xE1, b"Exif\0\0" + bytes(65_000))] * 20,
+    ),
     "jpeg-exif-segments": lambda: jpeg(*[segment(0xE1, b"Exif\0\0" + bytes(400))] * 9_000),
-    "jpeg-exif-behind-end": lambda: jpeg(b"\xff\xd9", segment(0xE1, b"Exif\0\0" + exif_of_tags(65_000))),
+    "jpeg-exif-behind-end": lambda: jpeg(
+        b"\xff\xd9", segment(0xE1, b"Exif\0\0" + exif_of_tags(65_000))
+    ),
     "jpeg-mpf-tags": lambda: jpeg(segment(0xE2, b"MPF\0" + exif_of_tags(65_000))),
     "jpeg-scans": jpeg_of_many_scans,
     "jpeg-segments": lambda: jpeg(segment(0xE5, b"") * 4_000_000),
@@ -197,8 +275,12 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "jpeg-junk": lambda: jpeg(segment(0xE5, b"") + bytes(15 * MIB)),
     "jpeg-65500x244": lambda: saved(grey(65_500, 244), "JPEG", progressive=True),
     "jpeg-restarts": lambda: saved(grey(4000, 3900, "L"), "JPEG", restart_marker_blocks=1),
-    "jpeg-cmyk": lambda: saved(Image.new("CMYK", (4000, 3900)), "JPEG", progressive=True, subsampling=0),
-    "gif-comment": lambda: gif_with(b"!\xfe" + (b"\xff" + bytes(range(1, 256))) * (7 * MIB // 256) + b"\0"),
+    "jpeg-cmyk": lambda: saved(
+        Image.new("CMYK", (4000, 3900)), "JPEG", progressive=True, subsampling=0
+    ),
+    "gif-comment": lambda: gif_with(
+        b"!\xfe" + (b"\xff" + bytes(range(1, 256))) * (7 * MIB // 256) + b"\0"
+    ),
     "gif-comments": lambda: gif_with((b"!\xfe\1x\0") * (7 * MIB // 5)),
     "gif-application": lambda: gif_with(b"!\xff\x0bNETSCAPE2.0" + b"\1x" * (7 * MIB) + b"\0"),
     "gif-blocks": lambda: saved(grey(32, 32, "L"), "GIF")[:-2] + b"\1x" * (7 * MIB) + b"\0;",
@@ -213,9 +295,25 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "webp-4000x4000": lambda: saved(Image.new("RGBA", (4000, 4000)), "WEBP", lossless=True),
 }
 HARMLESS = {
-    "bmp-1-bit", "tiff-deflate", "tiff-lzw", "tiff-pages", "png-ztxt", "png-frames", "png-frame-count", "png-16-bit-alpha",
-    "png-1x16M", "png-16Mx1", "jpeg-65500x244", "jpeg-restarts", "jpeg-cmyk", "gif-frames", "gif-screen", "gif-4000x4000",
-    "webp-frames", "webp-4000x4000"}
+    "bmp-1-bit",
+    "tiff-deflate",
+    "tiff-lzw",
+    "tiff-pages",
+    "png-ztxt",
+    "png-frames",
+    "png-frame-count",
+    "png-16-bit-alpha",
+    "png-1x16M",
+    "png-16Mx1",
+    "jpeg-65500x244",
+    "jpeg-restarts",
+    "jpeg-cmyk",
+    "gif-frames",
+    "gif-screen",
+    "gif-4000x4000",
+    "webp-frames",
+    "webp-4000x4000",
+}
 
 
 def _mebibytes(field: str, process: int | str = "self") -> float:
@@ -225,11 +323,15 @@ def _mebibytes(field: str, process: int | str = "self") -> float:
 
 def _cpu_seconds(process: int) -> float:
     with open(f"/proc/{process}/stat") as line:
-        return sum(map(int, line.read().rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        return sum(map(int, line.read().rsplit(")", 1)[1].split()[11:13])) / os.sysconf(
+            "SC_CLK_TCK"
+        )
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Decode one bomb in this process and its children, and say what it took, the children's start included."""
+    """Decode one bomb in this process and its children, and say what it took, the children's start
+    included.
+    """
     data = BOMBS[name]()
     before = _mebibytes("VmRSS")
     with open("/proc/self/clear_refs", "w") as peak:
@@ -249,8 +351,15 @@ def measure(name: str) -> dict[str, Any]:
     for decoder in decoders._idle:
         used += _mebibytes("VmHWM", decoder.pid)
         cpu += _cpu_seconds(decoder.pid)
-    return {"name": name, "bytes": len(data), "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3),
-            "header_cpu_seconds": round(header_seconds, 4), "MiB": round(used), "outcome": outcome}
+    return {
+        "name": name,
+        "bytes": len(data),
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu, 3),
+        "header_cpu_seconds": round(header_seconds, 4),
+        "MiB": round(used),
+        "outcome": outcome,
+    }
 
 
 if __name__ == "__main__":

@@ -26,8 +26,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 PRETRAINED = ROOT / "pretrained" / "cifar10"
-TINY = ModelConfig(image_size=8, channels=3, widths=(8, 8), latent_channels=(3, 2), decoder_blocks=(1, 1),
-                   flow_couplings=2, flow_width=8)
+TINY = ModelConfig(
+    image_size=8,
+    channels=3,
+    widths=(8, 8),
+    latent_channels=(3, 2),
+    decoder_blocks=(1, 1),
+    flow_couplings=2,
+    flow_width=8,
+)
 
 
 def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.nn.Module:
@@ -35,7 +42,9 @@ def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.n
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(
+                parameter.dtype
+            )
     return model
 
 
@@ -50,20 +59,29 @@ def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -
 
     config = recipe(name, 32, 3, size, batch_size=16, **changes)
     model, levels = config.model, min(2, len(config.model.widths))
-    small: dict[str, Any] = {"image_size": image_size, "widths": (8,) * levels, "flow_width": 8, "flow_couplings": 2,
-                             "latent_channels": tuple(min(3, c) for c in model.latent_channels[:levels]),
-                             "decoder_blocks": model.decoder_blocks[:levels]}
+    small: dict[str, Any] = {
+        "image_size": image_size,
+        "widths": (8,) * levels,
+        "flow_width": 8,
+        "flow_couplings": 2,
+        "latent_channels": tuple(min(3, c) for c in model.latent_channels[:levels]),
+        "decoder_blocks": model.decoder_blocks[:levels],
+    }
     discriminator = config.discriminator
     if discriminator is not None:
         stages = 4 if discriminator.kind == "projected" else 2 + discriminator.plain_stages
         discriminator = dataclasses.replace(discriminator, widths=(8,) * stages)
-    return dataclasses.replace(config, model=dataclasses.replace(model, **small), discriminator=discriminator)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(model, **small), discriminator=discriminator
+    )
 
 
 @pytest.fixture(scope="session")
 def real_images() -> np.ndarray:
     """300 test images of CIFAR-10, uint8 ``(300, 32, 32, 3)``."""
-    return np.asarray(Image.open(DATA / "cifar10_test_300.webp").convert("RGB")).reshape(-1, 32, 32, 3)
+    return np.asarray(Image.open(DATA / "cifar10_test_300.webp").convert("RGB")).reshape(
+        -1, 32, 32, 3
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,25 +94,36 @@ def small_images(real_images: np.ndarray) -> np.ndarray:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model of a few thousand random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_model(make_model(scale=0.06), folder, {"recipe": "av-ade", "data": "corners", "splits": {}, "seed": 0,
-                                      "images_seen": 0})
+    save_model(
+        make_model(scale=0.06),
+        folder,
+        {"recipe": "av-ade", "data": "corners", "splits": {}, "seed": 0, "images_seen": 0},
+    )
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(
+    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The bundle of that model, exported and calibrated by the real code."""
     from export.verdict.calibrate import calibrate_bundle
     from export.write import export_bundle
 
     folder = tmp_path_factory.mktemp("bundles")
     export_bundle(tiny_checkpoint, folder / "exported", "tiny", small_images[:40], None)
-    calibrate_bundle(folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners")
+    calibrate_bundle(
+        folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners"
+    )
     return folder / "tiny"
 
 
-def with_calibrations(bundle: Path, out: Path, change: Callable[[Calibrations], Calibrations | None],
-                      name: str | None = None) -> Path:
+def with_calibrations(
+    bundle: Path,
+    out: Path,
+    change: Callable[[Calibrations], Calibrations | None],
+    name: str | None = None,
+) -> Path:
     """A copy of a bundle with other calibrations, or without any; under another name too."""
     shutil.copytree(bundle, out)
     changed = change(Calibrations.load(out / CALIBRATION_NAME))
@@ -131,11 +160,17 @@ def make_folder(folder: Path, images: np.ndarray) -> Path:
 
 
 def make_traps(folder: Path) -> dict[str, str]:
-    """What must not be opened, read to its end or waited for, with the reason that is given for each."""
+    """What must not be opened, read to its end or waited for, with the reason that is given for
+    each.
+    """
     os.mkfifo(folder / "pipe.png")
     (folder / "endless.png").symlink_to("/dev/zero")
     (folder / "gone.png").symlink_to(folder / "nowhere")
     with open(folder / "huge.png", "wb") as file:
         file.truncate(2**40)
-    return {"pipe.png": "not a regular file", "endless.png": "not a regular file", "gone.png": "No such file or directory",
-            "huge.png": "an image file may have 16777216 bytes, this one has 1099511627776"}
+    return {
+        "pipe.png": "not a regular file",
+        "endless.png": "not a regular file",
+        "gone.png": "No such file or directory",
+        "huge.png": "an image file may have 16777216 bytes, this one has 1099511627776",
+    }

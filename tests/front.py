@@ -1,4 +1,6 @@
-"""A real front for tests, in a process of its own, before a small HTTP server on a Unix domain socket."""
+"""A real front for tests, in a process of its own, before a small HTTP server on a Unix domain
+socket.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them
     "died": (500, "InternalServerException", "Worker died."),
     "form": (500, "ErrorDataDecoderException", "bad multipart"),
     "boundary": (500, "StringIndexOutOfBoundsException", "Index 0 out of bounds for length 0"),
-    "full": (503, "ServiceUnavailableException", 'Model "score" has no worker to serve inference request.'),
+    "full": (
+        503,
+        "ServiceUnavailableException",
+        'Model "score" has no worker to serve inference request.',
+    ),
     "memory": (507, "InternalServerException", "out of memory"),
     "fault": (500, "InternalServerException", "Exception at /home/somebody"),
     "model": (404, "ModelNotFoundException", "Model not found: score"),
@@ -64,6 +70,7 @@ class Upstream:
 
     def release(self) -> None:
         """Let those that wait have their answer; later ones wait again."""
+
         async def open_gate() -> None:
             gate, self._gate = self._gate, asyncio.Event()
             gate.set()
@@ -78,18 +85,34 @@ class Upstream:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        what = {"method": request.method, "path": request.path_qs, "headers": [list(h) for h in request.headers.items()],
-                "body": body.decode("latin-1")}
+        what = {
+            "method": request.method,
+            "path": request.path_qs,
+            "headers": [list(h) for h in request.headers.items()],
+            "body": body.decode("latin-1"),
+        }
         self.seen.append(what)
-        headers = {"x-request-id": secrets.token_hex(8), "X-Ade-Model": "m@1", "Server-Timing": "parse;dur=1",
-                   "Keep-Alive": "timeout=5", "X-Hop": "1", "Connection": "X-Hop"}
+        headers = {
+            "x-request-id": secrets.token_hex(8),
+            "X-Ade-Model": "m@1",
+            "Server-Timing": "parse;dur=1",
+            "Keep-Alive": "timeout=5",
+            "X-Hop": "1",
+            "Connection": "X-Hop",
+        }
         word = request.headers.get("Content-Type", "").removeprefix("test/")
         if word in TORCHSERVE_ERRORS:
             status, kind, message = TORCHSERVE_ERRORS[word]
-            return web.json_response({"code": status, "type": kind, "message": message}, status=status, headers=headers)
+            return web.json_response(
+                {"code": status, "type": kind, "message": message}, status=status, headers=headers
+            )
         if word == "ours":
-            return web.Response(body=b'{"error": {"code": "not_an_image", "message": "m"}}', status=415,
-                                content_type="application/json", headers={**headers, "Retry-After": "3"})
+            return web.Response(
+                body=b'{"error": {"code": "not_an_image", "message": "m"}}',
+                status=415,
+                content_type="application/json",
+                headers={**headers, "Retry-After": "3"},
+            )
         if word == "413":
             return web.Response(status=413, headers=headers)
         if word == "large":
@@ -109,19 +132,33 @@ class RunningFront:
     def __init__(self, folder: Path, limits: dict[str, Any] | None = None, **settings: Any) -> None:
         self.port, self.metrics_port = free_ports(2)
         self.socket = folder / "inference.sock"
-        self.settings = FrontSettings(**{
-            "host": "127.0.0.1", "port": self.port, "metrics_port": self.metrics_port, "inference_socket": str(self.socket),
-            "metrics_socket": str(self.socket), "server_key": "key-of-torchserve",
-            "models": ("score", "sample", "tiny-score"),
-            "token": None, "allowed_hosts": ("ade.example.org",), "probe_secret": "secret-of-probes", **settings})
+        self.settings = FrontSettings(
+            **{
+                "host": "127.0.0.1",
+                "port": self.port,
+                "metrics_port": self.metrics_port,
+                "inference_socket": str(self.socket),
+                "metrics_socket": str(self.socket),
+                "server_key": "key-of-torchserve",
+                "models": ("score", "sample", "tiny-score"),
+                "token": None,
+                "allowed_hosts": ("ade.example.org",),
+                "probe_secret": "secret-of-probes",
+                **settings,
+            }
+        )
         self.url = f"http://127.0.0.1:{self.port}"
         self.metrics = f"http://127.0.0.1:{self.metrics_port}"
         path = folder / "front.json"
         self.settings.save(path)
         self.log = folder / "front.out"
         with open(self.log, "wb") as out:
-            self.process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(path), json.dumps(limits or {})], cwd=ROOT,
-                                            stdout=out, stderr=out)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(path), json.dumps(limits or {})],
+                cwd=ROOT,
+                stdout=out,
+                stderr=out,
+            )
         wait_for(self._listens, 60)
 
     def _listens(self) -> bool:

@@ -18,7 +18,10 @@ from handlers.torchserve.run_folder import RunFolder, find_service
 from serving.ports import VARIABLES, Ports
 from tests.conftest import ROOT
 
-CANARIES = {"OPENAI_API_KEY": "canary-of-openai", "AWS_SECRET_ACCESS_KEY": "canary-of-aws"}  # in the starter's environment
+CANARIES = {
+    "OPENAI_API_KEY": "canary-of-openai",
+    "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
+}  # in the starter's environment
 
 
 def free_ports(count: int) -> list[int]:
@@ -35,19 +38,35 @@ def free_ports(count: int) -> list[int]:
 class RunningService:
     """Started at once; ``output`` grows as it prints."""
 
-    def __init__(self, *bundles: Path, options: tuple[str, ...] = (), timeout: float = 180,
-                 python: str = sys.executable, folder: Path = ROOT, variables: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *bundles: Path,
+        options: tuple[str, ...] = (),
+        timeout: float = 180,
+        python: str = sys.executable,
+        folder: Path = ROOT,
+        variables: dict[str, str] | None = None,
+    ) -> None:
         ports = dict(zip(VARIABLES, free_ports(len(VARIABLES)), strict=True))
         self.url = f"http://127.0.0.1:{ports['inference']}"
         self.page = f"http://127.0.0.1:{ports['ui']}"
         self.metrics = f"http://127.0.0.1:{ports['metrics']}"
         self.ports = ports
-        environment = {**os.environ, **CANARIES, **{VARIABLES[name][0]: str(port) for name, port in ports.items()},
-                       **(variables or {})}
+        environment = {
+            **os.environ,
+            **CANARIES,
+            **{VARIABLES[name][0]: str(port) for name, port in ports.items()},
+            **(variables or {}),
+        }
         started = time.monotonic()
         self.process = subprocess.Popen(
-            [python, "-m", "ade_cli.main", "serve", *map(str, bundles), *options], cwd=folder, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            [python, "-m", "ade_cli.main", "serve", *map(str, bundles), *options],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         self.output: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
         while "Ctrl-C stops everything." not in "".join(self.output):
@@ -76,7 +95,9 @@ class RunningService:
         return found["pids"]
 
     def descendants(self) -> list[psutil.Process]:
-        """All its processes but those that have ended and are not reaped yet, such as an idle decoder."""
+        """All its processes but those that have ended and are not reaped yet, such as an idle
+        decoder.
+        """
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -86,7 +107,11 @@ class RunningService:
 
     def workers(self) -> list[psutil.Process]:
         """TorchServe's worker processes; decoders come and go, these stay."""
-        return [process for process in self.descendants() if "model_service_worker" in " ".join(process.cmdline())]
+        return [
+            process
+            for process in self.descendants()
+            if "model_service_worker" in " ".join(process.cmdline())
+        ]
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> list[psutil.Process]:
         """Ask it to stop; returns the processes that are still there."""

@@ -23,8 +23,19 @@ from tests.conftest import shake
 
 
 def flow(scales: int, channels: int = 1, size: int = 4, mask: str = "channel") -> Bijection:
-    return build_flow(ModelConfig(image_size=size, channels=channels, widths=(4,), latent_channels=(1,), flow_mask=mask,
-                                  decoder_blocks=(1,), flow_scales=scales, flow_couplings=2, flow_width=4))
+    return build_flow(
+        ModelConfig(
+            image_size=size,
+            channels=channels,
+            widths=(4,),
+            latent_channels=(1,),
+            flow_mask=mask,
+            decoder_blocks=(1,),
+            flow_scales=scales,
+            flow_couplings=2,
+            flow_width=4,
+        )
+    )
 
 
 CASES = {
@@ -104,13 +115,17 @@ def test_batch_rows_do_not_meet() -> None:
     layer, x = make("flow, two scales")
     whole, log_det_jacobian = layer(x)
     alone, log_det_alone = layer(x[1:2])
-    assert torch.allclose(whole[1:2], alone, atol=1e-12) and torch.allclose(log_det_jacobian[1:2], log_det_alone)
+    assert torch.allclose(whole[1:2], alone, atol=1e-12) and torch.allclose(
+        log_det_jacobian[1:2], log_det_alone
+    )
 
 
 def test_rotation_is_orthogonal_whatever_its_weights() -> None:
     rotation = Rotation(6).double()
     shake(rotation, scale=10)
-    assert torch.allclose(rotation.matrix() @ rotation.matrix().t(), torch.eye(6, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        rotation.matrix() @ rotation.matrix().t(), torch.eye(6, dtype=torch.float64), atol=1e-12
+    )
 
 
 def test_max_log_scale_bounds_what_depends_on_the_image() -> None:

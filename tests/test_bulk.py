@@ -1,4 +1,6 @@
-"""The verbs that work without a service: a folder into a table, whatever interrupts it, and files one by one."""
+"""The verbs that work without a service: a folder into a table, whatever interrupts it, and files
+one by one.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -
 
 
 def score(bundle: Path, folder: Path, out: Path, **options) -> bulk.Summary:
-    return score_folder(open_bundle(bundle), folder, out, BulkOptions(**options), 1, lambda done, total: None)
+    return score_folder(
+        open_bundle(bundle), folder, out, BulkOptions(**options), 1, lambda done, total: None
+    )
 
 
 def read(path: Path) -> list[dict]:
@@ -53,7 +57,9 @@ def read(path: Path) -> list[dict]:
     return parquet.read_table(path).to_pylist()
 
 
-def test_every_file_has_its_row_in_every_format(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_every_file_has_its_row_in_every_format(
+    tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
     tables = {}
     for suffix in bulk.FORMATS:
         summary = score(tiny_bundle, folder, tmp_path / f"scores{suffix}", alpha=0.1)
@@ -70,17 +76,27 @@ def test_every_file_has_its_row_in_every_format(tiny_bundle: Path, folder: Path,
     images = np.stack([np.asarray(Image.open(folder / row["path"])) for row in good])
     for row, direct in zip(good, engine.score(images), strict=True):
         assert row["bpd"] == direct.bpd and row["p_value"] == direct.verdict.p_value
-        assert row["ood"] == (direct.verdict.p_value <= 0.1) and row["distortion"] == direct.parts["distortion"]
-        assert row["decision"] == ("reject" if row["ood"] else "accept") and row["decision_reason"] is None
+        assert (
+            row["ood"] == (direct.verdict.p_value <= 0.1)
+            and row["distortion"] == direct.parts["distortion"]
+        )
+        assert (
+            row["decision"] == ("reject" if row["ood"] else "accept")
+            and row["decision_reason"] is None
+        )
     assert sum(row["ood"] or False for row in rows) == summary.rejected > 0
     assert summary.accepted == 300 - summary.rejected and summary.no_verdict == 0
     assert by_path["wide.png"]["decision"] == "no_verdict"
     assert by_path["wide.png"]["decision_reason"] == "not_scored: wrong_size"
     assert tables[".parquet"] == rows
-    assert [float(row["bpd"]) if row["bpd"] else None for row in tables[".csv"]] == [row["bpd"] for row in rows]
+    assert [float(row["bpd"]) if row["bpd"] else None for row in tables[".csv"]] == [
+        row["bpd"] for row in rows
+    ]
 
 
-def test_a_spreadsheet_runs_no_file_name(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+def test_a_spreadsheet_runs_no_file_name(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "\ta.png", "\ra.png"]
@@ -90,17 +106,24 @@ def test_a_spreadsheet_runs_no_file_name(tiny_bundle: Path, small_images: np.nda
         score(tiny_bundle, folder, tmp_path / f"scores{suffix}")
         rows = read(tmp_path / f"scores{suffix}")
         assert [row["path"] for row in rows] == [mark + name for name in sorted(names)]
-        assert any(float(row[part]) < 0 for row in rows for part in bulk.columns(open_bundle(tiny_bundle), 1)[2:8])
+        assert any(
+            float(row[part]) < 0
+            for row in rows
+            for part in bulk.columns(open_bundle(tiny_bundle), 1)[2:8]
+        )
 
 
 def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path: Path) -> None:
-    _write_csv({"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv")  # of ade ood-bench
+    _write_csv(
+        {"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv"
+    )  # of ade ood-bench
     (row,) = read(tmp_path / "figures.csv")
     assert row["strangers"] == "'=1+1" and row["standard_error"] == "-0.1"
 
 
-def test_only_regular_files_are_read(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path,
-                                     capsys: pytest.CaptureFixture) -> None:
+def test_only_regular_files_are_read(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(small_images[0]).save(folder / "good.png")
@@ -110,55 +133,104 @@ def test_only_regular_files_are_read(tiny_bundle: Path, small_images: np.ndarray
     assert rows.pop("good.png")["bpd"] > 0
     assert {path: row["notes"] for path, row in rows.items()} == reasons
     assert {row["error"] for row in rows.values()} == {"unreadable", "too_large"}
-    for verb in (["score"], ["encode", "--out", str(tmp_path / "z.npz")], ["reconstruct", "--out", str(tmp_path / "made")]):
-        assert main([verb[0], str(folder / "pipe.png"), "--bundle", str(tiny_bundle), *verb[1:]]) == 2
+    for verb in (
+        ["score"],
+        ["encode", "--out", str(tmp_path / "z.npz")],
+        ["reconstruct", "--out", str(tmp_path / "made")],
+    ):
+        assert (
+            main([verb[0], str(folder / "pipe.png"), "--bundle", str(tiny_bundle), *verb[1:]]) == 2
+        )
         captured = capsys.readouterr()
         assert "not a regular file" in captured.out + captured.err
-    assert list(readable(sorted(folder.iterdir()))) == [(folder / "good.png").read_bytes()]  # of ade calibrate
+    assert list(readable(sorted(folder.iterdir()))) == [
+        (folder / "good.png").read_bytes()
+    ]  # of ade calibrate
     said = capsys.readouterr().err
     assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
 
 
-def test_resized_images_without_their_calibration_have_no_verdict(tiny_bundle: Path, tmp_path: Path,
-                                                                  capsys: pytest.CaptureFixture) -> None:
+def test_resized_images_without_their_calibration_have_no_verdict(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
     (tmp_path / "one").mkdir()
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "one" / "wide.webp")
-    arguments = ["score", str(tmp_path / "one"), "--bundle", str(tmp_path / "exact"), "--resize", "fit", "--samples", "3"]
+    arguments = [
+        "score",
+        str(tmp_path / "one"),
+        "--bundle",
+        str(tmp_path / "exact"),
+        "--resize",
+        "fit",
+        "--samples",
+        "3",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "a.jsonl")]) == NO_VERDICT
     said = capsys.readouterr()
-    assert "1 without a verdict, 0 rejected, 0 accepted" in said.out and "would be rejected" not in said.out
+    assert (
+        "1 without a verdict, 0 rejected, 0 accepted" in said.out
+        and "would be rejected" not in said.out
+    )
     assert "warning: no image got a verdict, so none is accepted" in said.err
     (row,) = read(tmp_path / "a.jsonl")
-    assert row["bpd"] > 0 and row["iwae_gap"] <= 0 and row["p_value"] is None and "resized from 40 x 20" in row["notes"]
-    assert row["decision"] == "no_verdict" and row["decision_reason"].startswith("resized_not_calibrated: ")
+    assert (
+        row["bpd"] > 0
+        and row["iwae_gap"] <= 0
+        and row["p_value"] is None
+        and "resized from 40 x 20" in row["notes"]
+    )
+    assert row["decision"] == "no_verdict" and row["decision_reason"].startswith(
+        "resized_not_calibrated: "
+    )
     assert main([*arguments[:1], str(tmp_path / "one" / "wide.webp"), *arguments[2:]]) == NO_VERDICT
     assert "resized_not_calibrated" in capsys.readouterr().err
 
 
-def test_images_of_any_size_calibrate_both_paths_at_once(tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray,
-                                                         capsys: pytest.CaptureFixture) -> None:
+def test_images_of_any_size_calibrate_both_paths_at_once(
+    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray, capsys: pytest.CaptureFixture
+) -> None:
     larger = [np.repeat(image, 2, 0).repeat(2, 1) for image in small_images]
     calibrate_bundle(tiny_bundle, tmp_path / "any", larger[:100], larger[100:200], "corners")
     manifest = open_bundle(tmp_path / "any").manifest["calibration"]
-    assert manifest["resize"] == manifest["resized"]["resize"] == "fit" and manifest["images"] == 100
+    assert (
+        manifest["resize"] == manifest["resized"]["resize"] == "fit" and manifest["images"] == 100
+    )
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "wide.png")
-    arguments = ["score", str(tmp_path / "wide.png"), "--bundle", str(tmp_path / "any"), "--alpha", "0.1"]
+    arguments = [
+        "score",
+        str(tmp_path / "wide.png"),
+        "--bundle",
+        str(tmp_path / "any"),
+        "--alpha",
+        "0.1",
+    ]
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert "warning: this bundle was calibrated on images of any size" in said.err and "wrong_size" in said.out
+    assert (
+        "warning: this bundle was calibrated on images of any size" in said.err
+        and "wrong_size" in said.out
+    )
     assert main([*arguments, "--resize", "fit"]) == 0
     said = capsys.readouterr()
     assert "warning" not in said.err and 0 < json.loads(said.out)["p_value"] <= 1
     with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
-    for bundle, ticked in ((tmp_path / "exact", 0), (tmp_path / "any", 4)):  # and the page's tabs resize by themselves
+    for bundle, ticked in (
+        (tmp_path / "exact", 0),
+        (tmp_path / "any", 4),
+    ):  # and the page's tabs resize by themselves
         page = build_page(Served("http://127.0.0.1:1", [open_bundle(bundle)], None))
-        boxes = [block for block in page.blocks.values() if getattr(block, "label", "") == "Resize other sizes to fit"]
+        boxes = [
+            block
+            for block in page.blocks.values()
+            if getattr(block, "label", "") == "Resize other sizes to fit"
+        ]
         assert sum(bool(box.value) for box in boxes) == ticked
 
 
-def test_what_was_begun_goes_on_without_loss_or_doubles(tiny_bundle: Path, folder: Path, tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_begun_goes_on_without_loss_or_doubles(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     score(tiny_bundle, folder, tmp_path / "whole.jsonl")
     out = tmp_path / "scores.jsonl"
 
@@ -178,7 +250,14 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(tiny_bundle: Path, folde
         with pytest.raises(BulkError, match="another process is at it"):
             score(tiny_bundle, folder, out)
     seen = []
-    score_folder(open_bundle(tiny_bundle), folder, out, BulkOptions(), 1, lambda done, total: seen.append(done))
+    score_folder(
+        open_bundle(tiny_bundle),
+        folder,
+        out,
+        BulkOptions(),
+        1,
+        lambda done, total: seen.append(done),
+    )
     assert seen[0] == 128 and seen[-1] == 303
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not part.exists()
     with pytest.raises(BulkError, match="is there already"):
@@ -190,10 +269,23 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(tiny_bundle: Path, folde
         score(tiny_bundle, folder, out)
 
 
-def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(
+    tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "scores.csv"
-    command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--bundle", str(tiny_bundle), "--out", str(out),
-               "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "ade_cli.main",
+        "score",
+        str(folder),
+        "--bundle",
+        str(tiny_bundle),
+        "--out",
+        str(out),
+        "--workers",
+        "2",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     part = tmp_path / "scores.csv.part"
     deadline = time.monotonic() + 60
@@ -212,12 +304,16 @@ def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(tiny_bundle: Path
         raise AssertionError("workers outlived the program")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "0 without a verdict, " in done.stdout and "at alpha 0.01; 3 could not be scored" in done.stdout
+    assert (
+        "0 without a verdict, " in done.stdout
+        and "at alpha 0.01; 3 could not be scored" in done.stdout
+    )
     assert [row["path"] for row in read(out)] == list(image_paths(folder))
 
 
-def test_a_table_that_another_process_finished_meanwhile_stays(tiny_bundle: Path, folder: Path, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_another_process_finished_meanwhile_stays(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "scores.csv"
     monkeypatch.setattr("serving.bulk.FileScorer", lambda *options: out.write_text("theirs"))
     with pytest.raises(BulkError, match="is there already"):
@@ -225,13 +321,21 @@ def test_a_table_that_another_process_finished_meanwhile_stays(tiny_bundle: Path
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
 
 
-def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files_one_by_one(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     bundle = ["--bundle", str(tiny_bundle)]
     files = [str(folder / path) for path in list(image_paths(folder))[3:6]]
     assert main(["score", *files, str(folder / "wide.png"), *bundle]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 4 and all("bpd" in row for row in rows[:3]) and rows[3]["error"] == "wrong_size"
-    assert main(["sample", *bundle, "--n", "4", "--seed", "7", "--out", str(tmp_path / "s.npy")]) == 0
+    assert (
+        len(rows) == 4
+        and all("bpd" in row for row in rows[:3])
+        and rows[3]["error"] == "wrong_size"
+    )
+    assert (
+        main(["sample", *bundle, "--n", "4", "--seed", "7", "--out", str(tmp_path / "s.npy")]) == 0
+    )
     assert main(["sample", *bundle, "--n", "4", "--out", str(tmp_path / "s.png")]) == 0
     engine = InferenceEngine(tiny_bundle, device="cpu")
     assert np.array_equal(np.load(tmp_path / "s.npy"), engine.sample([7] * 4, range(4)))
@@ -239,51 +343,100 @@ def test_files_one_by_one(tiny_bundle: Path, folder: Path, tmp_path: Path, capsy
     assert main(["encode", *files, *bundle, "--out", str(tmp_path / "z.npz")]) == 0
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     with np.load(tmp_path / "z.npz") as arrays:
-        assert np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z) and arrays["path"].tolist() == files
-    assert main(["encode", files[0], str(folder / "class0"), *bundle, "--out", str(tmp_path / "all.npz")]) == 0
+        assert (
+            np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z)
+            and arrays["path"].tolist() == files
+        )
+    assert (
+        main(
+            [
+                "encode",
+                files[0],
+                str(folder / "class0"),
+                *bundle,
+                "--out",
+                str(tmp_path / "all.npz"),
+            ]
+        )
+        == 0
+    )
     with np.load(tmp_path / "all.npz") as arrays:
         inside = [str(folder / "class0" / path) for path in image_paths(folder / "class0")]
-        assert arrays["path"].tolist() == [files[0], *inside] and len(arrays["z_0"]) == 1 + len(inside) > 2
+        assert (
+            arrays["path"].tolist() == [files[0], *inside]
+            and len(arrays["z_0"]) == 1 + len(inside) > 2
+        )
     assert main(["reconstruct", *files, *bundle, "--out", str(tmp_path / "made")]) == 0
     made = [np.asarray(Image.open(tmp_path / "made" / f"{Path(file).stem}.png")) for file in files]
     assert np.array_equal(made, engine.reconstruct(pixels))
     assert "dB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["score", "FOLDER", "--bundle", "BUNDLE"], "need --out FILE"),
-    (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.txt"], "the name must end with"),
-    (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.csv", "--alpha", "2"], "--alpha must be between 0 and 1"),
-    (["score", "FILE", "--bundle", "BUNDLE", "--out", "x.csv"], "--out is for the scores of one folder"),
-    (["score", "EMPTY", "--bundle", "BUNDLE", "--out", "x.csv"], "holds no images"),
-    (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
-    (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
-    (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
-    (["score", "MISSING", "WIDE", "--bundle", "BUNDLE"], "no image could be scored"),
-    (["encode", "EMPTY", "--bundle", "BUNDLE", "--out", "x.npz"], "empty holds no images"),
-    (["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"], "wide.png: images must be 8 x 8 pixels"),
-    (["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"], "missing.png: No such file"),
-    (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "the same name"),
-    (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
-])
-def test_what_cannot_be_done_says_so(arguments: list[str], message: str, tiny_bundle: Path, folder: Path, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["score", "FOLDER", "--bundle", "BUNDLE"], "need --out FILE"),
+        (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.txt"], "the name must end with"),
+        (
+            ["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.csv", "--alpha", "2"],
+            "--alpha must be between 0 and 1",
+        ),
+        (
+            ["score", "FILE", "--bundle", "BUNDLE", "--out", "x.csv"],
+            "--out is for the scores of one folder",
+        ),
+        (["score", "EMPTY", "--bundle", "BUNDLE", "--out", "x.csv"], "holds no images"),
+        (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
+        (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
+        (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
+        (["score", "MISSING", "WIDE", "--bundle", "BUNDLE"], "no image could be scored"),
+        (["encode", "EMPTY", "--bundle", "BUNDLE", "--out", "x.npz"], "empty holds no images"),
+        (
+            ["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"],
+            "wide.png: images must be 8 x 8 pixels",
+        ),
+        (
+            ["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"],
+            "missing.png: No such file",
+        ),
+        (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "the same name"),
+        (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
+    ],
+)
+def test_what_cannot_be_done_says_so(
+    arguments: list[str],
+    message: str,
+    tiny_bundle: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.png").mkdir()
-    names = {"FOLDER": folder, "BUNDLE": tiny_bundle, "EMPTY": tmp_path / "empty", "WIDE": folder / "wide.png",
-             "MISSING": folder / "missing.png", "FILE": folder / "class0" / next(image_paths(folder / "class0"))}
+    names = {
+        "FOLDER": folder,
+        "BUNDLE": tiny_bundle,
+        "EMPTY": tmp_path / "empty",
+        "WIDE": folder / "wide.png",
+        "MISSING": folder / "missing.png",
+        "FILE": folder / "class0" / next(image_paths(folder / "class0")),
+    }
     assert main([str(names.get(argument, argument)) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("x*"))
 
 
-def test_originals_are_never_overwritten(tiny_bundle: Path, folder: Path, tmp_path: Path,
-                                         capsys: pytest.CaptureFixture) -> None:
+def test_originals_are_never_overwritten(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     mine = tmp_path / "a.png"
     mine.write_bytes((folder / "class0" / "0000.png").read_bytes())
     before = mine.read_bytes()
-    assert main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
+    assert (
+        main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
+    )
     assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
 
 

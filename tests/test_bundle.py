@@ -38,8 +38,12 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 def test_a_bundle_is_whole(bundle: str, tiny_bundle: Path) -> None:
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     found = verify_bundle(folder)
-    assert {f"{g}.onnx" for g in GRAPH_NAMES} | {"model.ts", "model.safetensors", "config.json", "calibration.npz"} == (
-        set(found.manifest["files"]))
+    assert {f"{g}.onnx" for g in GRAPH_NAMES} | {
+        "model.ts",
+        "model.safetensors",
+        "config.json",
+        "calibration.npz",
+    } == (set(found.manifest["files"]))
     assert {row["backend"] for row in found.manifest["parity"]} == {"onnxruntime", "torchscript"}
     assert all(row["difference"] <= row["limit"] for row in found.manifest["parity"])
     assert re.fullmatch(r"[\w.-]+@[0-9a-f]{12}", found.model_id)
@@ -59,12 +63,20 @@ def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
         verify_bundle(copy)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"format_version": 1}, "must be 2, got 1; another version's bundle has to be exported again"),
-    ({"name": 3}, "name must be a string, got 3"), ({"image_shape": None}, "image_shape must be a list, got None"),
-    ({"name": "../x"}, "a model's name has letters"), ({"name": "my cat"}, "got 'my"),
-    ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"format_version": 1},
+            "must be 2, got 1; another version's bundle has to be exported again",
+        ),
+        ({"name": 3}, "name must be a string, got 3"),
+        ({"image_shape": None}, "image_shape must be a list, got None"),
+        ({"name": "../x"}, "a model's name has letters"),
+        ({"name": "my cat"}, "got 'my"),
+        ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"),
+    ],
+)
 def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_text()) | change
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -84,7 +96,13 @@ def with_wrong_types(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]
     """Every key of nested JSON, with each value of another type than it has."""
     if path:
         yield from ((path, wrong) for wrong in WRONG if not same_type(value, wrong))
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield from with_wrong_types(item, (*path, key))
 
@@ -101,15 +119,29 @@ def replaced(value: Any, path: tuple, new: Any) -> Any:
 def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
     manifest["parity"] = manifest["parity"][:2]
-    may_be_null = ("licence", "evaluation", "calibration", "calibration.resized", "training.started_from",
-                   "training.started_from.started_from")
+    may_be_null = (
+        "licence",
+        "evaluation",
+        "calibration",
+        "calibration.resized",
+        "training.started_from",
+        "training.started_from.started_from",
+    )
     resizes = ("calibration.resize", "calibration.resized.resize")  # a string or null
-    figures = ("evaluation.iwae-4", "evaluation.frechet_resnet20")  # numbers, or objects of numbers, or null
+    figures = (
+        "evaluation.iwae-4",
+        "evaluation.frechet_resnet20",
+    )  # numbers, or objects of numbers, or null
     tried = 0
     for path, wrong in with_wrong_types(manifest):
         name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
-        if name in may_be_null and wrong is None or name in resizes and wrong in ("x", None) or (
-                name.startswith(figures) and type(wrong) in (int, float, type(None))):
+        if (
+            name in may_be_null
+            and wrong is None
+            or name in resizes
+            and wrong in ("x", None)
+            or (name.startswith(figures) and type(wrong) in (int, float, type(None)))
+        ):
             continue
         (tmp_path / "manifest.json").write_text(json.dumps(replaced(manifest, path, wrong)))
         with pytest.raises(BundleError) as raised:
@@ -121,11 +153,19 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
     assert open_bundle(tmp_path).manifest == manifest
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"files": {}}, "files must list model.safetensors"), ({"image_shape": [32, 32]}, "image_shape must have 3 values"),
-    ({"image_shape": [0, 32, 3]}, "must be positive"), ({"latent_shapes": [[1, 2, -3]]}, "must be positive"),
-    ({"operations": ["score", "pickle"]}, "operations are some of sample, encode, reconstruct, score, got 'pickle'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"files": {}}, "files must list model.safetensors"),
+        ({"image_shape": [32, 32]}, "image_shape must have 3 values"),
+        ({"image_shape": [0, 32, 3]}, "must be positive"),
+        ({"latent_shapes": [[1, 2, -3]]}, "must be positive"),
+        (
+            {"operations": ["score", "pickle"]},
+            "operations are some of sample, encode, reconstruct, score, got 'pickle'",
+        ),
+    ],
+)
 def test_values_that_no_bundle_has(copy: Path, change: dict, message: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_text()) | change
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -134,13 +174,26 @@ def test_values_that_no_bundle_has(copy: Path, change: dict, message: str) -> No
 
 
 def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
-    """Those of the model, and of what an export puts into the manifest; others are kept as they are."""
+    """Those of the model, and of what an export puts into the manifest; others are kept as they
+    are.
+    """
     config = json.loads((PRETRAINED / "config.json").read_text())
-    checked = {"format_version", "recipe", "data", "splits", "seed", "training", "images_seen", "model"}
+    checked = {
+        "format_version",
+        "recipe",
+        "data",
+        "splits",
+        "seed",
+        "training",
+        "images_seen",
+        "model",
+    }
     for path, wrong in with_wrong_types(config):
         (tmp_path / "config.json").write_text(json.dumps(replaced(config, path, wrong)))
         if path[0] == "model" or len(path) == 1 and path[0] in checked:
-            with pytest.raises(ConfigError, match=str(next(key for key in path[::-1] if isinstance(key, str)))):
+            with pytest.raises(
+                ConfigError, match=str(next(key for key in path[::-1] if isinstance(key, str)))
+            ):
                 ModelConfig.from_dict(read_config(tmp_path)["model"])
         else:
             read_config(tmp_path)
@@ -163,11 +216,17 @@ def test_weights_are_stored_once_a_format(bundle: str, tiny_bundle: Path) -> Non
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     for graph in GRAPH_NAMES:
         model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
-        inline = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        inline = [
+            t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL
+        ]
         assert sum(len(t.raw_data) for t in inline) < 20_000, graph
-        external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        external = [
+            t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL
+        ]
         assert external
-        assert {e.value for t in external for e in t.external_data if e.key == "location"} == {"model.safetensors"}
+        assert {e.value for t in external for e in t.external_data if e.key == "location"} == {
+            "model.safetensors"
+        }
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
@@ -179,36 +238,49 @@ def test_no_file_tells_of_the_machine_that_made_it(bundle: str, tiny_bundle: Pat
         assert not [word for word in here if word.encode() in data], path.name
     for graph in GRAPH_NAMES:
         model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
-        assert not model.doc_string and not any(n.doc_string or n.metadata_props for n in model.graph.node)
+        assert not model.doc_string and not any(
+            n.doc_string or n.metadata_props for n in model.graph.node
+        )
 
 
-def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(tiny_bundle: Path, small_images: np.ndarray) -> None:
+def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(
+    tiny_bundle: Path, small_images: np.ndarray
+) -> None:
     """With nothing but ONNX Runtime: pixels in, pixels and bits out."""
     script = (
         "import sys, numpy as np, onnxruntime as ort\n"
         f"session = ort.InferenceSession({str(tiny_bundle / 'score.onnx')!r})\n"
         "inputs = dict(np.load(sys.argv[1]))\n"
-        "np.save(sys.argv[2], session.run(None, inputs)[0])\n")
+        "np.save(sys.argv[2], session.run(None, inputs)[0])\n"
+    )
     engine = InferenceEngine(tiny_bundle, device="cpu")
     names = inputs_of("score", 2)
     from export.parity import make_inputs
+
     inputs = make_inputs(small_images[:5], engine.latent_shapes, names)
     source, target = tiny_bundle.parent / "in.npz", tiny_bundle.parent / "out.npy"
     np.savez(source, **inputs)
-    subprocess.run([sys.executable, "-c", script, str(source), str(target)], check=True, cwd=tiny_bundle.parent)
+    subprocess.run(
+        [sys.executable, "-c", script, str(source), str(target)], check=True, cwd=tiny_bundle.parent
+    )
     ours = engine.backend.run("score", inputs)[outputs_of("score", 2)[0]]
     assert np.allclose(np.load(target), ours, atol=1e-5)
 
 
 def test_failing_parity_writes_nothing_and_says_what_differs(
-        tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("export.parity.MAX_BPD", 1e-12)
-    with pytest.raises(ParityError, match=r"output \w+ of \w+ differs from eager float64 by .* bits per dimension"):
+    with pytest.raises(
+        ParityError, match=r"output \w+ of \w+ differs from eager float64 by .* bits per dimension"
+    ):
         export_bundle(tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parity_sees_a_wrong_weight(tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray) -> None:
+def test_parity_sees_a_wrong_weight(
+    tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray
+) -> None:
     import torch
 
     engine = InferenceEngine(tiny_bundle, device="cpu")
@@ -216,14 +288,16 @@ def test_parity_sees_a_wrong_weight(tiny_bundle: Path, tiny_checkpoint: Path, sm
     with torch.no_grad():
         model.decoder.to_mean[1].bias[0] += 0.01
     from serving.engine.backends import load_backend
+
     backend = load_backend(engine.bundle, GRAPH_NAMES, "onnxruntime", "cpu")
     with pytest.raises(ParityError):
         check_parity(model, {"onnxruntime": backend}, small_images[:40])
 
 
 @pytest.mark.parametrize("spoil, message", [("nan", "by nan"), ("place", "relative, of a pixel")])
-def test_parity_misses_no_batch_and_no_pixel(spoil: str, message: str, tiny_bundle: Path, tiny_checkpoint: Path,
-                                             small_images: np.ndarray) -> None:
+def test_parity_misses_no_batch_and_no_pixel(
+    spoil: str, message: str, tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray
+) -> None:
     backend = InferenceEngine(tiny_bundle, device="cpu").backend
 
     class Spoilt:
@@ -241,7 +315,9 @@ def test_parity_misses_no_batch_and_no_pixel(spoil: str, message: str, tiny_bund
         check_parity(load_model(tiny_checkpoint), {"spoilt": Spoilt()}, small_images[:40])
 
 
-def test_a_verdict_of_another_version_is_replaced(copy: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+def test_a_verdict_of_another_version_is_replaced(
+    copy: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
     from export.verdict.calibrate import calibrate_bundle
     from serving.engine.bundle import sha256_of
 
@@ -253,7 +329,9 @@ def test_a_verdict_of_another_version_is_replaced(copy: Path, small_images: np.n
     assert InferenceEngine(tmp_path / "new", device="cpu").calibration is not None
 
 
-def test_what_a_model_was_trained_on_is_known_by_name_and_split(tiny_bundle: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_a_model_was_trained_on_is_known_by_name_and_split(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture
+) -> None:
     from ade_cli.data_options import was_trained_on
 
     def bundle(**data: object) -> Bundle:
@@ -263,16 +341,22 @@ def test_what_a_model_was_trained_on_is_known_by_name_and_split(tiny_bundle: Pat
     by_index = {"train": "train[0:45000]"}
     assert was_trained_on(bundle(name="Photos", splits=by_name), "Photos")
     assert was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10", by_index)
-    assert not was_trained_on(bundle(name="Photos", splits=by_name), "photos") and not capsys.readouterr().err
-    assert not was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10")  # a folder of that name
+    assert (
+        not was_trained_on(bundle(name="Photos", splits=by_name), "photos")
+        and not capsys.readouterr().err
+    )
+    assert not was_trained_on(
+        bundle(name="cifar10", splits=by_index), "cifar10"
+    )  # a folder of that name
     assert "split in another way" in capsys.readouterr().err
     assert not was_trained_on(bundle(name="cifar10", splits=by_name), "cifar10", by_index)
     more = {"train": "Photos: 81 files by hash of the file name"}
     assert was_trained_on(bundle(name="lsun", splits=by_name), "lsun", more)
 
 
-def test_archives_touch_no_temporary_file_of_others(tiny_bundle: Path, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_touch_no_temporary_file_of_others(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tempfile
 
     from handlers.torchserve.archives import ServingOptions, write_archives
@@ -282,20 +366,29 @@ def test_archives_touch_no_temporary_file_of_others(tiny_bundle: Path, tmp_path:
     mine.write_text("mine")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "store").mkdir()
-    names = write_archives(open_bundle(tiny_bundle), tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1))
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(f"{name}.mar" for name in names)
+    names = write_archives(
+        open_bundle(tiny_bundle), tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1)
+    )
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(
+        f"{name}.mar" for name in names
+    )
     assert mine.read_text() == "mine" and list((tmp_path / "temporary").iterdir()) == [mine.parent]
 
 
-def test_a_model_has_the_licence_that_its_owner_states(tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray,
-                                                       tmp_path: Path) -> None:
+def test_a_model_has_the_licence_that_its_owner_states(
+    tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
     assert open_bundle(tiny_bundle).manifest["licence"] is None
     assert "**Licence**: not stated" in card(open_bundle(tiny_bundle), "http://x", "")
-    export_bundle(tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None, licence="CC0-1.0")
+    export_bundle(
+        tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None, licence="CC0-1.0"
+    )
     assert open_bundle(tmp_path / "out").manifest["licence"] == "CC0-1.0"
 
 
-def test_export_refuses_an_existing_folder(tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+def test_export_refuses_an_existing_folder(
+    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match="exists: export into a new folder"):
         export_bundle(tiny_checkpoint, tmp_path, "tiny", small_images, None)
     with pytest.raises(ExportError, match="parity needs images of"):
@@ -308,5 +401,7 @@ def test_another_lossless_coder_is_warned_of(capsys: pytest.CaptureFixture[str])
     bundle = open_bundle(PRETRAINED)
     _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": None}))
     assert capsys.readouterr().err == ""
-    _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": {"webp": "0.1"}}))
+    _warn_of_another_coder(
+        Bundle(bundle.folder, {**bundle.manifest, "calibration": {"webp": "0.1"}})
+    )
     assert f"{bundle.name} was calibrated with libwebp 0.1" in capsys.readouterr().err

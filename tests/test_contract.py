@@ -1,13 +1,15 @@
-"""The recorded contract: what docs/api.md promises, answered as it was when ``data/contract.json`` was recorded.
+"""The recorded contract: what docs/api.md promises, answered as it was when ``data/contract.json``
+was recorded.
 
-The requests are below, as code; their answers are in the record, one line each. A failing request means that clients
-see another answer. If that is intended, record again and read the diff line by line before committing it::
+The requests are below, as code; their answers are in the record, one line each. A failing request
+means that clients see another answer. If that is intended, record again and read the diff line by
+line before committing it::
 
     python -m tests.test_contract --record
 
-In the environment of the recording (versions, processor), bodies are compared byte for byte. Elsewhere rounding may
-differ: there, numbers are compared within a tolerance and pictures and arrays by shape and mean, and everything else
-still exactly.
+In the environment of the recording (versions, processor), bodies are compared byte for byte.
+Elsewhere rounding may differ: there, numbers are compared within a tolerance and pictures and
+arrays by shape and mean, and everything else still exactly.
 """
 
 from __future__ import annotations
@@ -60,10 +62,14 @@ class Request:
     def send(self, url: str) -> httpx.Response:
         options: dict[str, Any] = {"data": self.fields or None}
         if self.files:
-            options["files"] = [(name, ("image", data, "application/octet-stream")) for name, data in self.files]
+            options["files"] = [
+                (name, ("image", data, "application/octet-stream")) for name, data in self.files
+            ]
         if self.content is not None:
             options = {"content": self.content, "headers": {"Content-Type": self.content_type}}
-        return httpx.request(self.method, f"{url}/predictions/{self.operation}", timeout=120, **options)
+        return httpx.request(
+            self.method, f"{url}/predictions/{self.operation}", timeout=120, **options
+        )
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -84,12 +90,21 @@ def as_form(operation: str, *files: bytes, **fields: str) -> Request:
 def latents(**values: float) -> list[dict[str, Any]]:
     """Of one image of the shipped bundle: each named array filled with its value."""
     shapes = json.loads((PRETRAINED / "manifest.json").read_text())["latent_shapes"]
-    return [{"levels": [{name: np.full(shape, value).tolist() for name, value in values.items()} for shape in shapes]}]
+    return [
+        {
+            "levels": [
+                {name: np.full(shape, value).tolist() for name, value in values.items()}
+                for shape in shapes
+            ]
+        }
+    ]
 
 
 CAT, DOG, SHIP = ((EXAMPLES / f"{name}.png").read_bytes() for name in ("cat", "dog", "ship"))
 PICTURE = Image.open(io.BytesIO(CAT)).convert("RGB")
-ARRAY = np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (CAT, DOG, SHIP)])
+ARRAY = np.stack(
+    [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (CAT, DOG, SHIP)]
+)
 WIDE = encoded(PICTURE.resize((80, 48), Image.Resampling.NEAREST))
 FLAT = encoded(Image.new("RGB", (32, 32), (90, 120, 200)))
 TURNED = Image.Exif()
@@ -108,7 +123,9 @@ def requests() -> dict[str, Request]:
         "sample: temperature": as_json("sample", n=2, seed=3, temperature=0.7, kind="density"),
         "sample: a form": as_form("sample", n="2", seed="5", temperature="0.5", format="npy"),
         "sample: z": as_json("sample", latents=latents(z=0.25), seed=1, format="npy"),
-        "sample: eps": as_json("sample", latents=latents(eps=0.5), seed=1, kind="density", format="npy"),
+        "sample: eps": as_json(
+            "sample", latents=latents(eps=0.5), seed=1, kind="density", format="npy"
+        ),
         "sample: latents as json": as_json("sample", latents=latents(z=0.1), seed=1, format="json"),
         "sample: latents as png": as_json("sample", latents={"results": latents(z=0.1)}, seed=1),
         "encode: json": Request("encode", CAT, "image/png"),
@@ -142,7 +159,9 @@ def requests() -> dict[str, Request]:
         "score: no reasons": as_form("score", CAT, explain="false"),
         "score: map": as_form("score", CAT, map="true", explain="false"),
         "score: resized": as_form("score", WIDE, CAT, resize="fit"),
-        "score: a bad image": as_json("score", images=[b64(CAT), b64(b"junk"), "&&&", None, b64(WIDE), b64(DOG)]),
+        "score: a bad image": as_json(
+            "score", images=[b64(CAT), b64(b"junk"), "&&&", None, b64(WIDE), b64(DOG)]
+        ),
         "score: only bad images": as_json("score", images=[b64(b"junk"), b64(WIDE)]),
         "score: put": Request("score", CAT, "image/png", method="PUT"),
         "score: get": Request("score", method="GET"),
@@ -151,26 +170,40 @@ def requests() -> dict[str, Request]:
         "score: form without a boundary": Request("score", b"--x\r\n", "multipart/form-data"),
     }
     odd = {
-        "jpeg": encoded(PICTURE, "JPEG", quality=95), "webp": encoded(PICTURE, "WEBP", lossless=True),
-        "bmp": encoded(PICTURE, "BMP"), "gif": encoded(PICTURE.quantize(64), "GIF"), "tiff": encoded(PICTURE, "TIFF"),
-        "turned": encoded(PICTURE, exif=TURNED), "cmyk": encoded(PICTURE.convert("CMYK"), "TIFF"),
-        "16-bit": encoded(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257)),
-        "palette": encoded(PICTURE.quantize(32)), "alpha": encoded(PICTURE.convert("RGBA").rotate(20)),
+        "jpeg": encoded(PICTURE, "JPEG", quality=95),
+        "webp": encoded(PICTURE, "WEBP", lossless=True),
+        "bmp": encoded(PICTURE, "BMP"),
+        "gif": encoded(PICTURE.quantize(64), "GIF"),
+        "tiff": encoded(PICTURE, "TIFF"),
+        "turned": encoded(PICTURE, exif=TURNED),
+        "cmyk": encoded(PICTURE.convert("CMYK"), "TIFF"),
+        "16-bit": encoded(
+            Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257)
+        ),
+        "palette": encoded(PICTURE.quantize(32)),
+        "alpha": encoded(PICTURE.convert("RGBA").rotate(20)),
         "grey": encoded(PICTURE.convert("L")),
-        "animated": encoded(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True),
+        "animated": encoded(
+            PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True
+        ),
     }
-    made |= {f"score: {name}": as_form("score", data, explain="false") for name, data in odd.items()}
+    made |= {
+        f"score: {name}": as_form("score", data, explain="false") for name, data in odd.items()
+    }
     for operation in IMAGE_OPERATIONS:
-        made |= {f"{operation}: {name}": request for name, request in {
-            "empty body": Request(operation, b"", "image/png"),
-            "empty object": as_json(operation),
-            "no images": as_json(operation, images=[]),
-            "junk": Request(operation, b"hello", "text/plain"),
-            "wrong size": Request(operation, WIDE, "image/png"),
-            "unknown parameter": as_form(operation, CAT, sede="1"),
-            "bad seed": as_form(operation, CAT, seed="-1"),
-            "bad format": as_form(operation, CAT, format="gif"),
-        }.items()}
+        made |= {
+            f"{operation}: {name}": request
+            for name, request in {
+                "empty body": Request(operation, b"", "image/png"),
+                "empty object": as_json(operation),
+                "no images": as_json(operation, images=[]),
+                "junk": Request(operation, b"hello", "text/plain"),
+                "wrong size": Request(operation, WIDE, "image/png"),
+                "unknown parameter": as_form(operation, CAT, sede="1"),
+                "bad seed": as_form(operation, CAT, seed="-1"),
+                "bad format": as_form(operation, CAT, format="gif"),
+            }.items()
+        }
     bad_images = {
         "truncated": (CAT[:300], "image/png"),
         "bomb": (png_header(60000, 60000), "image/png"),
@@ -193,31 +226,55 @@ def requests() -> dict[str, Request]:
     made["score: images of another kind"] = as_json("score", images="abc")
     made["score: form without an image"] = as_form("score", alpha="0.5")
     made["score: too many pixels"] = as_form(
-        "score", *[encoded(Image.new("L", (3900, 3900)))] * 5, resize="fit")
-    values: dict[str, list[Any]] = {"alpha": [0, 1.5, "x"], "fdr": [2], "samples": [0, 65, 1.5], "explain": ["yes"],
-                                    "map": [1], "resize": ["crop"], "seed": [2**63, True], "format": ["npy"]}
-    made |= {f"score: {name} {value!r}": as_json("score", images=[b64(CAT)], **{name: value})
-             for name, bad in values.items() for value in bad}
+        "score", *[encoded(Image.new("L", (3900, 3900)))] * 5, resize="fit"
+    )
+    values: dict[str, list[Any]] = {
+        "alpha": [0, 1.5, "x"],
+        "fdr": [2],
+        "samples": [0, 65, 1.5],
+        "explain": ["yes"],
+        "map": [1],
+        "resize": ["crop"],
+        "seed": [2**63, True],
+        "format": ["npy"],
+    }
+    made |= {
+        f"score: {name} {value!r}": as_json("score", images=[b64(CAT)], **{name: value})
+        for name, bad in values.items()
+        for value in bad
+    }
     made["encode: eps 2"] = as_json("encode", images=[b64(CAT)], eps=2)
     made["reconstruct: kind 'x'"] = as_json("reconstruct", images=[b64(CAT)], kind="x")
     short = latents(z=0.0)[0]["levels"][:1]
     bad_sample: dict[str, dict[str, Any]] = {
-        "n 0": {"n": 0}, "n 257": {"n": 257}, "seed -1": {"seed": -1}, "seed 0.5": {"seed": 0.5},
-        "temperature 0": {"temperature": 0}, "temperature 11": {"temperature": 11}, "kind 'x'": {"kind": "x"},
-        "format 'gif'": {"format": "gif"}, "index -1": {"index": -1}, "unknown parameter": {"size": 64},
+        "n 0": {"n": 0},
+        "n 257": {"n": 257},
+        "seed -1": {"seed": -1},
+        "seed 0.5": {"seed": 0.5},
+        "temperature 0": {"temperature": 0},
+        "temperature 11": {"temperature": 11},
+        "kind 'x'": {"kind": "x"},
+        "format 'gif'": {"format": "gif"},
+        "index -1": {"index": -1},
+        "unknown parameter": {"size": 64},
         "index beyond the last": {"index": 2**63 - 1, "n": 2},
         "latents and n": {"latents": latents(z=0.0), "n": 3},
         "latents and index": {"latents": latents(z=0.0), "index": 3},
         "latents and temperature": {"latents": latents(z=0.0), "temperature": 0.5},
-        "latents of few levels": {"latents": [{"levels": short}]}, "latents of text": {"latents": "x"},
-        "no latents": {"latents": []}, "large latents": {"latents": latents(z=2000.0)},
-        "large eps": {"latents": latents(eps=2e6)}, "too many latents": {"latents": [[]] * 257},
+        "latents of few levels": {"latents": [{"levels": short}]},
+        "latents of text": {"latents": "x"},
+        "no latents": {"latents": []},
+        "large latents": {"latents": latents(z=2000.0)},
+        "large eps": {"latents": latents(eps=2e6)},
+        "too many latents": {"latents": [[]] * 257},
         "latents of another shape": {"latents": [[[0.0]] * len(latents(z=0.0)[0]["levels"])]},
     }
     made |= {f"sample: {name}": as_json("sample", **given) for name, given in bad_sample.items()}
     made["sample: empty body"] = Request("sample", b"", "application/json")
     made["sample: an image"] = Request("sample", CAT, "image/png")
-    made["sample: json without its type"] = Request("sample", b'{"n": 4}', "application/x-www-form-urlencoded")
+    made["sample: json without its type"] = Request(
+        "sample", b'{"n": 4}', "application/x-www-form-urlencoded"
+    )
     return made
 
 
@@ -235,20 +292,38 @@ REQUESTS, SERVERS_OWN = requests(), servers_own()
 
 def environment() -> dict[str, str]:
     """What the bytes of an answer may depend on."""
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     names = {name.lower() for name in (d.name for d in metadata.distributions()) if name}
     runtime = "onnxruntime-gpu" if "onnxruntime-gpu" in names else "onnxruntime"
-    return {"processor": f"{platform.machine()} {cpu}", "onnxruntime": metadata.version(runtime),
-            "numpy": metadata.version("numpy"), "pillow": metadata.version("pillow")}
+    return {
+        "processor": f"{platform.machine()} {cpu}",
+        "onnxruntime": metadata.version(runtime),
+        "numpy": metadata.version("numpy"),
+        "pillow": metadata.version("pillow"),
+    }
 
 
 def observed(answer: httpx.Response) -> dict[str, Any]:
     """What is recorded of an answer."""
-    headers = {name: PRESENT if name in VARYING else value for name, value in sorted(answer.headers.items())
-               if name in HEADERS}
-    return {"status": answer.status_code, "type": answer.headers.get("content-type", ""), "headers": headers,
-            "sha256": hashlib.sha256(answer.content).hexdigest(), "body": outline(answer)}
+    headers = {
+        name: PRESENT if name in VARYING else value
+        for name, value in sorted(answer.headers.items())
+        if name in HEADERS
+    }
+    return {
+        "status": answer.status_code,
+        "type": answer.headers.get("content-type", ""),
+        "headers": headers,
+        "sha256": hashlib.sha256(answer.content).hexdigest(),
+        "body": outline(answer),
+    }
 
 
 def outline(answer: httpx.Response) -> Any:
@@ -267,7 +342,11 @@ def outline(answer: httpx.Response) -> Any:
 
 
 def _array(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": str(array.dtype), "shape": list(array.shape), "mean": float(array.mean(dtype=np.float64))}
+    return {
+        "dtype": str(array.dtype),
+        "shape": list(array.shape),
+        "mean": float(array.mean(dtype=np.float64)),
+    }
 
 
 def _picture(data: bytes) -> dict[str, Any]:
@@ -301,15 +380,23 @@ def assert_close(found: Any, expected: Any, where: str) -> None:
             assert_close(a, b, f"{where}[{i}]")
     elif isinstance(expected, float):
         tolerance = P_VALUE_TOLERANCE if where.endswith("p_value") else TOLERANCE
-        assert math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance), f"{where}: {found}, not {expected}"
+        assert math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance), (
+            f"{where}: {found}, not {expected}"
+        )
     else:
         assert found == expected, where
 
 
 def compare(answer: httpx.Response, expected: dict[str, Any], exact: bool) -> None:
     found = observed(answer)
-    headers = {name: value for name, value in expected["headers"].items() if exact or name not in ENVIRONMENT_HEADERS}
-    assert (found["status"], found["type"]) == (expected["status"], expected["type"]), answer.text[:500]
+    headers = {
+        name: value
+        for name, value in expected["headers"].items()
+        if exact or name not in ENVIRONMENT_HEADERS
+    }
+    assert (found["status"], found["type"]) == (expected["status"], expected["type"]), answer.text[
+        :500
+    ]
     assert {name: found["headers"].get(name) for name in headers} == headers
     assert_close(found["body"], expected["body"], "body")  # first, because it says what differs
     if exact:
@@ -322,16 +409,26 @@ def record() -> Iterator[dict[str, Any]]:
 
 
 def test_the_record_has_every_request(record: dict[str, Any]) -> None:
-    assert list(record["answers"]) == list(REQUESTS) and list(record["servers_own"]) == list(SERVERS_OWN)
+    assert list(record["answers"]) == list(REQUESTS) and list(record["servers_own"]) == list(
+        SERVERS_OWN
+    )
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_an_answer_is_as_recorded(service: RunningService, record: dict[str, Any], name: str) -> None:
-    compare(REQUESTS[name].send(service.url), record["answers"][name], record["environment"] == environment())
+def test_an_answer_is_as_recorded(
+    service: RunningService, record: dict[str, Any], name: str
+) -> None:
+    compare(
+        REQUESTS[name].send(service.url),
+        record["answers"][name],
+        record["environment"] == environment(),
+    )
 
 
 @pytest.mark.parametrize("name", SERVERS_OWN)
-def test_an_answer_of_the_server_itself(service: RunningService, record: dict[str, Any], name: str) -> None:
+def test_an_answer_of_the_server_itself(
+    service: RunningService, record: dict[str, Any], name: str
+) -> None:
     """As recorded, or in the error shape of our own answers."""
     answer = SERVERS_OWN[name].send(service.url)
     body = answer.json()
@@ -351,15 +448,23 @@ def test_a_changed_answer_is_noticed(record: dict[str, Any]) -> None:
 
 def write_record(url: str) -> None:
     """Send all requests and write their answers, one line each."""
-    lines = {section: [f"{json.dumps(name)}: {json.dumps(observed(request.send(url)), separators=(',', ':'))}"
-                       for name, request in made.items()]
-             for section, made in (("answers", REQUESTS), ("servers_own", SERVERS_OWN))}
+    lines = {
+        section: [
+            f"{json.dumps(name)}: {json.dumps(observed(request.send(url)), separators=(',', ':'))}"
+            for name, request in made.items()
+        ]
+        for section, made in (("answers", REQUESTS), ("servers_own", SERVERS_OWN))
+    }
     sections = [f'"{section}": {{\n' + ",\n".join(rows) + "\n}" for section, rows in lines.items()]
-    RECORD.write_text("{\n" + ",\n".join([f'"environment": {json.dumps(environment())}', *sections]) + "\n}\n")
+    RECORD.write_text(
+        "{\n" + ",\n".join([f'"environment": {json.dumps(environment())}', *sections]) + "\n}\n"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Record the answers of the service in this work tree.")
+    parser = argparse.ArgumentParser(
+        description="Record the answers of the service in this work tree."
+    )
     parser.add_argument("--record", action="store_true", required=True)
     parser.parse_args()
     running = RunningService(PRETRAINED)

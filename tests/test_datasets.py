@@ -55,13 +55,16 @@ def test_the_first_of_a_part_are_of_every_folder(tmp_path: Path) -> None:
     for grey in range(4):
         (tmp_path / str(grey)).mkdir()
         for i in range(60):
-            Image.new("RGB", (8, 8), (60 * grey,) * 3).save(tmp_path / str(grey) / f"{grey}-{i}.png")
+            Image.new("RGB", (8, 8), (60 * grey,) * 3).save(
+                tmp_path / str(grey) / f"{grey}-{i}.png"
+            )
     first = load_dataset(str(tmp_path), None, 8).parts["train"].images[:40]
     assert len(np.unique(first[:, 0, 0, 0])) == 4
 
 
-def test_what_cannot_be_read_whole_leaves_nothing(tmp_path: Path, small_images: np.ndarray,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_whole_leaves_nothing(
+    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
     sizes: list[int] = []
 
@@ -94,14 +97,22 @@ def test_what_cannot_be_read_whole_leaves_nothing(tmp_path: Path, small_images: 
 
 def test_parts_follow_the_file_name() -> None:
     assert part_of("0001.png") == part_of("0001.png")
-    counts = {part: sum(part_of(f"{i}.png") == part for i in range(5000)) / 50 for part in
-              ("train", "select", "calibrate", "test")}
+    counts = {
+        part: sum(part_of(f"{i}.png") == part for i in range(5000)) / 50
+        for part in ("train", "select", "calibrate", "test")
+    }
     assert counts == pytest.approx({"train": 80, "select": 4, "calibrate": 8, "test": 8}, abs=2)
 
 
-@pytest.mark.parametrize("data, root, message", [
-    ("cifar10", None, "needs --root DIR"), ("nowhere", None, "no data set and no folder"), ("cifar10", ".", "no CIFAR-10"),
-    (".", "x", "--root goes with a named data set")])
+@pytest.mark.parametrize(
+    "data, root, message",
+    [
+        ("cifar10", None, "needs --root DIR"),
+        ("nowhere", None, "no data set and no folder"),
+        ("cifar10", ".", "no CIFAR-10"),
+        (".", "x", "--root goes with a named data set"),
+    ],
+)
 def test_data_that_is_not_there(tmp_path: Path, data: str, root: str | None, message: str) -> None:
     os.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
@@ -120,7 +131,9 @@ def test_a_pickle_that_is_no_array_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture()
 def small_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CIFAR-10 of 100 training images, four of them to select and six to calibrate, and 20 test images."""
+    """A CIFAR-10 of 100 training images, four of them to select and six to calibrate, and 20 test
+    images.
+    """
     monkeypatch.setattr(cifar10, "COUNTS", {"train": 100, "test": 20})
     monkeypatch.setattr(cifar10, "TRAIN", 90)
     monkeypatch.setattr(cifar10, "SELECT", 94)
@@ -134,12 +147,21 @@ def cifar10_files(images: np.ndarray, labels: np.ndarray, kind: str) -> dict[str
     """The official batches: five of training images and one of test images."""
     files = {}
     for i, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
-        rows, classes = planes(images[20 * i:20 * i + 20]), labels[20 * i:20 * i + 20]
+        rows, classes = planes(images[20 * i : 20 * i + 20]), labels[20 * i : 20 * i + 20]
         if kind == "python":
-            files[name] = pickle.dumps({b"batch_label": b"x", b"labels": classes.tolist(), b"data": rows,
-                                        b"filenames": [b"a.png"] * 20}, protocol=2)
+            files[name] = pickle.dumps(
+                {
+                    b"batch_label": b"x",
+                    b"labels": classes.tolist(),
+                    b"data": rows,
+                    b"filenames": [b"a.png"] * 20,
+                },
+                protocol=2,
+            )
         else:
-            files[f"{name}.bin"] = np.concatenate([classes[:, None].astype(np.uint8), rows], axis=1).tobytes()
+            files[f"{name}.bin"] = np.concatenate(
+                [classes[:, None].astype(np.uint8), rows], axis=1
+            ).tobytes()
     return files
 
 
@@ -151,10 +173,18 @@ def archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("kind, folder", [("python", "cifar-10-batches-py"), ("binary", "cifar-10-batches-bin")])
+@pytest.mark.parametrize(
+    "kind, folder", [("python", "cifar-10-batches-py"), ("binary", "cifar-10-batches-bin")]
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_official_cifar10(kind: str, folder: str, packed: bool, tmp_path: Path, real_images: np.ndarray,
-                          small_cifar10: None) -> None:
+def test_official_cifar10(
+    kind: str,
+    folder: str,
+    packed: bool,
+    tmp_path: Path,
+    real_images: np.ndarray,
+    small_cifar10: None,
+) -> None:
     labels = np.arange(120) % 10
     files = cifar10_files(real_images[:120], labels, kind)
     roots = [tmp_path]
@@ -175,7 +205,9 @@ def test_official_cifar10(kind: str, folder: str, packed: bool, tmp_path: Path, 
         assert dataset.splits["select"] == "train[90:94]"
 
 
-def test_cifar10_as_torchvision_leaves_it(tmp_path: Path, real_images: np.ndarray, small_cifar10: None) -> None:
+def test_cifar10_as_torchvision_leaves_it(
+    tmp_path: Path, real_images: np.ndarray, small_cifar10: None
+) -> None:
     """The folder and the file names are those that torchvision looks for."""
     from torchvision.datasets import CIFAR10
 
@@ -183,13 +215,18 @@ def test_cifar10_as_torchvision_leaves_it(tmp_path: Path, real_images: np.ndarra
     folder.mkdir()
     for name, content in cifar10_files(real_images[:120], np.arange(120) % 10, "python").items():
         (folder / name).write_bytes(content)
-    assert {name for name, _ in CIFAR10.train_list + CIFAR10.test_list} == {p.name for p in folder.iterdir()}
+    assert {name for name, _ in CIFAR10.train_list + CIFAR10.test_list} == {
+        p.name for p in folder.iterdir()
+    }
     assert len(load_dataset("cifar10", str(tmp_path)).parts["train"]) == 90
 
 
 def test_cifar10_strips(tmp_path: Path, real_images: np.ndarray, small_cifar10: None) -> None:
-    for name, images in (("train_000", real_images[:60]), ("train_001", real_images[60:100]),
-                         ("test_000", real_images[:20])):
+    for name, images in (
+        ("train_000", real_images[:60]),
+        ("train_001", real_images[60:100]),
+        ("test_000", real_images[:20]),
+    ):
         Image.fromarray(images.reshape(-1, 32, 3)).save(tmp_path / f"{name}.webp", lossless=True)
     np.savez(tmp_path / "labels.npz", train=np.arange(100) % 10, test=np.arange(20) % 10)
     dataset = load_dataset("cifar10", str(tmp_path))
@@ -211,12 +248,20 @@ def test_stl10_from_its_binary_files(tmp_path: Path, real_images: np.ndarray) ->
     """Stored channel by channel and column by column, as the original is."""
     large = real_images[:30].repeat(3, axis=1).repeat(3, axis=2)
     stored = large.transpose(0, 3, 2, 1)
-    files = {"unlabeled_X.bin": stored[:20].tobytes(), "test_X.bin": stored[20:].tobytes(),
-             "test_y.bin": (np.arange(10, dtype=np.uint8) % 10 + 1).tobytes()}
+    files = {
+        "unlabeled_X.bin": stored[:20].tobytes(),
+        "test_X.bin": stored[20:].tobytes(),
+        "test_y.bin": (np.arange(10, dtype=np.uint8) % 10 + 1).tobytes(),
+    }
     archive(tmp_path / "stl10_binary.tar.gz", "stl10_binary", files)
     whole = load_dataset("stl10", str(tmp_path), 96)
-    assert np.array_equal(np.concatenate([whole.parts[p].images for p in ("train", "select", "calibrate")]), large[:20])
-    assert np.array_equal(whole.parts["test"].images, large[20:]) and whole.parts["test"].labels.tolist() == list(range(10))
+    assert np.array_equal(
+        np.concatenate([whole.parts[p].images for p in ("train", "select", "calibrate")]),
+        large[:20],
+    )
+    assert np.array_equal(whole.parts["test"].images, large[20:]) and whole.parts[
+        "test"
+    ].labels.tolist() == list(range(10))
     dataset = load_dataset("stl10", str(tmp_path))
     assert dataset.image_size == 48 and whole.splits["train"] == "unlabeled[0:18]"
     assert abs(dataset.parts["train"].images.mean() - large[:18].mean()) < 1
@@ -229,20 +274,32 @@ def test_stl10_from_its_binary_files(tmp_path: Path, real_images: np.ndarray) ->
 @pytest.mark.parametrize("kind", ["npz", "pickle"])
 def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.ndarray) -> None:
     images = real_images[:50].repeat(2, axis=1).repeat(2, axis=2)
-    for name, rows in (("train_data_batch_2", images[20:40]), ("train_data_batch_1", images[:20]),
-                       ("val_data", images[40:])):
+    for name, rows in (
+        ("train_data_batch_2", images[20:40]),
+        ("train_data_batch_1", images[:20]),
+        ("val_data", images[40:]),
+    ):
         values = {"data": planes(rows), "labels": np.arange(1, len(rows) + 1), "mean": np.zeros(3)}
         if kind == "npz":
             np.savez(tmp_path / f"{name}.npz", **values)
         else:
-            (tmp_path / name).write_bytes(pickle.dumps({**values, "labels": values["labels"].tolist()}))
+            (tmp_path / name).write_bytes(
+                pickle.dumps({**values, "labels": values["labels"].tolist()})
+            )
     if kind == "npz":  # the other form of a batch, too: it is the same images, and counts once
-        (tmp_path / "train_data_batch_1").write_bytes(pickle.dumps({"data": planes(images[:20]), "labels": [1] * 20}))
+        (tmp_path / "train_data_batch_1").write_bytes(
+            pickle.dumps({"data": planes(images[:20]), "labels": [1] * 20})
+        )
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         dataset = load_dataset("imagenet64", str(tmp_path), None, cache)
-        trained = np.concatenate([np.asarray(dataset.parts[p].images) for p in ("train", "select", "calibrate")])
+        trained = np.concatenate(
+            [np.asarray(dataset.parts[p].images) for p in ("train", "select", "calibrate")]
+        )
         assert np.array_equal(trained, images[:40])
-        assert np.array_equal(dataset.parts["test"].images, images[40:]) and dataset.splits["test"] == "val[0:10]"
+        assert (
+            np.array_equal(dataset.parts["test"].images, images[40:])
+            and dataset.splits["test"] == "val[0:10]"
+        )
         assert dataset.parts["test"].labels.tolist() == list(range(10))
     (tmp_path / ("val_data.npz" if kind == "npz" else "val_data")).write_bytes(b"PK nothing")
     with pytest.raises(DataError, match="val_data"):
@@ -252,7 +309,10 @@ def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.
 def make_lmdb(root: Path, images: np.ndarray) -> Path:
     """As LSUN's, with one value that is not an image."""
     lmdb = pytest.importorskip("lmdb")
-    with lmdb.open(str(root), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+    with (
+        lmdb.open(str(root), map_size=2**24) as environment,
+        environment.begin(write=True) as transaction,
+    ):
         for i, image in enumerate(images):
             out = io.BytesIO()
             Image.fromarray(image).save(out, "WEBP", lossless=True)
@@ -263,18 +323,24 @@ def make_lmdb(root: Path, images: np.ndarray) -> Path:
 
 def test_a_truncated_lmdb_is_refused(tmp_path: Path, real_images: np.ndarray) -> None:
     """In a process of its own, which a page beyond the end would kill (SIGBUS)."""
-    data = (make_lmdb(tmp_path / "tower_train_lmdb", real_images[:60]) / "data.mdb")
-    script = ("import os, sys\nfrom pathlib import Path\nfrom training.data import DataError\n"
-              "from training.datasets import load_dataset\n"
-              "data = Path(sys.argv[1])\nwhole = data.read_bytes()\nassert load_dataset('lsun', str(data.parent), 8)\n"
-              "for i in range(60):\n"
-              "    data.write_bytes(whole[:len(whole) * i // 60])\n"
-              "    try:\n        load_dataset('lsun', str(data.parent), 8)\n"
-              "    except DataError as error:\n        print(error)\n")
-    done = subprocess.run([sys.executable, "-c", script, str(data)], cwd=ROOT, capture_output=True, text=True)
+    data = make_lmdb(tmp_path / "tower_train_lmdb", real_images[:60]) / "data.mdb"
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom training.data import DataError\n"
+        "from training.datasets import load_dataset\n"
+        "data = Path(sys.argv[1])\nwhole = data.read_bytes()\nassert load_dataset('lsun', str(data.parent), 8)\n"
+        "for i in range(60):\n"
+        "    data.write_bytes(whole[:len(whole) * i // 60])\n"
+        "    try:\n        load_dataset('lsun', str(data.parent), 8)\n"
+        "    except DataError as error:\n        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(data)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert len(said) == 60 and all("is truncated" in line or "is not an LMDB" in line for line in said)
+    assert len(said) == 60 and all(
+        "is truncated" in line or "is not an LMDB" in line for line in said
+    )
     assert f"is truncated: it has {data.stat().st_size} bytes of " in said[-1]
 
 
@@ -282,8 +348,15 @@ def test_lsun_from_its_lmdb(tmp_path: Path, real_images: np.ndarray) -> None:
     root = make_lmdb(tmp_path / "tower_train_lmdb", real_images[:60].repeat(3, axis=2))
     said: list[str] = []
     dataset = load_dataset("lsun", str(root), 32, tmp_path / "cache", said.append)
-    assert dataset.name == "lsun-tower_train" and sum(len(part) for part in dataset.parts.values()) == 60
-    assert dataset.image_size == 32 and len(dataset.skipped) == 1 and any("skipped ffff" in line for line in said)
+    assert (
+        dataset.name == "lsun-tower_train"
+        and sum(len(part) for part in dataset.parts.values()) == 60
+    )
+    assert (
+        dataset.image_size == 32
+        and len(dataset.skipped) == 1
+        and any("skipped ffff" in line for line in said)
+    )
     assert load_dataset("lsun", str(root)).image_size == 64
     with pytest.raises(DataError, match="holds no data.mdb"):
         load_dataset("lsun", str(tmp_path))

@@ -37,9 +37,16 @@ from tests.test_images import encode
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 # Those that were measured on the service before there were limits, and what must refuse each.
 REASONS = {
-    "bmp-rle-delta": "must be uncompressed", "tiff-tags": "tags in a directory", "png-exif-tags": "tags in a directory",
-    "webp-exif-tags": "tags in a directory", "jpeg-exif-tags": "tags in a directory", "gif-comment": "bytes of comments",
-    "jpeg-scans": "100 scans", "tiff-tile": "tiles not larger than the image", "tiff-strips": "strips or tiles"}
+    "bmp-rle-delta": "must be uncompressed",
+    "tiff-tags": "tags in a directory",
+    "png-exif-tags": "tags in a directory",
+    "webp-exif-tags": "tags in a directory",
+    "jpeg-exif-tags": "tags in a directory",
+    "gif-comment": "bytes of comments",
+    "jpeg-scans": "100 scans",
+    "tiff-tile": "tiles not larger than the image",
+    "tiff-strips": "strips or tiles",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +69,14 @@ def gif() -> bytes:
 
 
 def _measured(names: list[str]) -> dict[str, dict[str, Any]]:
-    done = subprocess.run([sys.executable, "-m", "tests.bombs", *names], cwd=ROOT, capture_output=True, text=True,
-                          check=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bombs", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=500,
+    )
     rows = map(json.loads, done.stdout.splitlines())
     return {row["name"]: row for row in rows}
 
@@ -75,10 +88,20 @@ def refused() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [name for name in BOMBS if name not in HARMLESS])
 def test_a_bomb_is_refused_with_its_reason(refused: dict[str, dict[str, Any]], name: str) -> None:
-    """By processor time, which does not depend on the machine's other work, and with the start of a process."""
+    """By processor time, which does not depend on the machine's other work, and with the start of a
+    process.
+    """
     row = refused[name]
-    assert row["outcome"].split(":")[0] in ("too_large", "not_an_image") and REASONS.get(name, "") in row["outcome"]
-    assert row["bytes"] <= 16 * 2**20 and row["cpu_seconds"] < 1 and row["header_cpu_seconds"] < 0.2 and row["MiB"] < 286
+    assert (
+        row["outcome"].split(":")[0] in ("too_large", "not_an_image")
+        and REASONS.get(name, "") in row["outcome"]
+    )
+    assert (
+        row["bytes"] <= 16 * 2**20
+        and row["cpu_seconds"] < 1
+        and row["header_cpu_seconds"] < 0.2
+        and row["MiB"] < 286
+    )
 
 
 @pytest.mark.slow
@@ -95,13 +118,22 @@ def _files(real_images: np.ndarray) -> dict[str, bytes]:
     for orientation in (0, 1, 3, 6, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        files |= {f"{format} turned {orientation}": encode(picture, format, exif=exif)
-                  for format in ("PNG", "JPEG", "WEBP", "TIFF")}
+        files |= {
+            f"{format} turned {orientation}": encode(picture, format, exif=exif)
+            for format in ("PNG", "JPEG", "WEBP", "TIFF")
+        }
     alpha = picture.copy()
     alpha.putalpha(picture.convert("L"))
     sixteen = Image.fromarray((np.asarray(picture.convert("L")).astype(np.uint16) << 8) + 7)
-    by_mode = {"RGB": picture, "RGBA": alpha, "LA": alpha.convert("LA"), "P": picture.quantize(16), "I;16": sixteen,
-               "F": sixteen.convert("F"), **{mode: picture.convert(mode) for mode in ("L", "1", "CMYK", "YCbCr")}}
+    by_mode = {
+        "RGB": picture,
+        "RGBA": alpha,
+        "LA": alpha.convert("LA"),
+        "P": picture.quantize(16),
+        "I;16": sixteen,
+        "F": sixteen.convert("F"),
+        **{mode: picture.convert(mode) for mode in ("L", "1", "CMYK", "YCbCr")},
+    }
     for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
         for mode, image in by_mode.items():
             try:
@@ -109,14 +141,18 @@ def _files(real_images: np.ndarray) -> dict[str, bytes]:
             except (OSError, ValueError):  # the format has no such mode
                 continue
     del files["TIFF YCbCr"]  # Pillow cannot read what it writes
-    files |= {f"TIFF {name}": encode(picture, "TIFF", compression=name)
-              for name in ("tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits")}
+    files |= {
+        f"TIFF {name}": encode(picture, "TIFF", compression=name)
+        for name in ("tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits")
+    }
     files["JPEG progressive"] = encode(picture, "JPEG", progressive=True)
     files["JPEG profile"] = encode(picture, "JPEG", icc_profile=bytes(100_000), comment=b"hello")
     files["PNG text"] = encode(picture, "PNG", icc_profile=bytes(1000))
     files["PNG palette"] = encode(picture.quantize(16), "PNG", transparency=3)
     for format in ("PNG", "WEBP", "GIF", "TIFF"):
-        files[f"{format} frames"] = encode(picture, format, save_all=True, append_images=[alpha.convert("RGB").rotate(90)])
+        files[f"{format} frames"] = encode(
+            picture, format, save_all=True, append_images=[alpha.convert("RGB").rotate(90)]
+        )
     files["MPO"] = encode(picture, "MPO", save_all=True, append_images=[picture.rotate(90)])
     return files
 
@@ -143,10 +179,14 @@ def test_large_pictures_are_converted_in_blocks() -> None:
     decoded = read_image(encode(Image.fromarray(pixels), "PNG", compress_level=1))
     white = Image.new("RGBA", (1000, 1200), "white")
     expected = Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB")
-    assert np.array_equal(decoded.pixels, np.asarray(expected)) and decoded.notes == ["alpha composited on white"]
+    assert np.array_equal(decoded.pixels, np.asarray(expected)) and decoded.notes == [
+        "alpha composited on white"
+    ]
     wide = rng.integers(0, 256, (2, 2**20 + 5), np.uint8)
     decoded = read_image(encode(Image.fromarray(wide), "PNG", compress_level=1))
-    assert np.array_equal(decoded.pixels[..., 1], wide) and decoded.notes == ["converted from L to RGB"]
+    assert np.array_equal(decoded.pixels[..., 1], wide) and decoded.notes == [
+        "converted from L to RGB"
+    ]
 
 
 def test_small_plain_files_need_no_process() -> None:
@@ -160,7 +200,9 @@ def test_a_size_is_read_of_regular_files_alone(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     assert file_size(EXAMPLE) == (32, 32)
-    assert all(file_size(tmp_path / name) is None for name in ("pipe.png", "endless.png", "missing.png"))
+    assert all(
+        file_size(tmp_path / name) is None for name in ("pipe.png", "endless.png", "missing.png")
+    )
 
 
 def test_a_killed_process_is_replaced(gif: bytes) -> None:
@@ -178,7 +220,9 @@ def test_a_process_that_ended_when_it_was_asked_is_replaced(gif: bytes) -> None:
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
-def test_a_process_that_hangs_is_an_error_of_its_image(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_hangs_is_an_error_of_its_image(
+    gif: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(decoders, "WALL_SECONDS", 0.5)
     read_image(gif)
     (decoder,) = decoders._idle
@@ -208,7 +252,9 @@ def test_memory_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", range(7))
-def test_nonsense_is_an_error_of_its_image(monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int) -> None:
+def test_nonsense_is_an_error_of_its_image(
+    monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int
+) -> None:
     monkeypatch.setattr(decoders, "PROGRAM", "tests.babbling_decoder")
     monkeypatch.setattr(decoders, "WALL_SECONDS", 3.0)
     with pytest.raises(ImageError):
@@ -217,7 +263,9 @@ def test_nonsense_is_an_error_of_its_image(monkeypatch: pytest.MonkeyPatch, gif:
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
-def test_a_process_that_does_not_start_is_no_image_error(monkeypatch: pytest.MonkeyPatch, gif: bytes) -> None:
+def test_a_process_that_does_not_start_is_no_image_error(
+    monkeypatch: pytest.MonkeyPatch, gif: bytes
+) -> None:
     """Or a whole folder would be skipped as damaged."""
     monkeypatch.setattr(decoders, "PROGRAM", "tests.no_such_module")
     with pytest.raises(RuntimeError, match="did not start"):
@@ -247,14 +295,22 @@ def test_a_forked_process_has_no_decoders(gif: bytes) -> None:
 
 def test_a_decoder_ends_with_its_parent_and_knows_no_secrets(tmp_path: Path, gif: bytes) -> None:
     (tmp_path / "image.gif").write_bytes(gif)
-    script = ("import sys, time; from pathlib import Path; from serving import decoders, images\n"
-              "images.read_image(Path(sys.argv[1]).read_bytes())\n"
-              "print(decoders._idle[0].pid, flush=True); time.sleep(60)")
-    parent = subprocess.Popen([sys.executable, "-c", script, tmp_path / "image.gif"], stdout=subprocess.PIPE, cwd=ROOT,
-                              env={**os.environ, "ADE_TOKEN": "hush"})
+    script = (
+        "import sys, time; from pathlib import Path; from serving import decoders, images\n"
+        "images.read_image(Path(sys.argv[1]).read_bytes())\n"
+        "print(decoders._idle[0].pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "image.gif"],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "ADE_TOKEN": "hush"},
+    )
     assert parent.stdout is not None
     decoder = psutil.Process(int(parent.stdout.readline()))
-    assert "hush" not in decoder.environ().values() and decoder.environ().keys().isdisjoint({"ADE_TOKEN"})
+    assert "hush" not in decoder.environ().values() and decoder.environ().keys().isdisjoint(
+        {"ADE_TOKEN"}
+    )
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs([decoder], timeout=10)
@@ -268,36 +324,54 @@ def _seeds() -> list[bytes]:
     exif[0x010F] = "a camera"
     made = [encode(picture, format) for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")]
     made += [encode(picture, format, exif=exif) for format in ("PNG", "JPEG", "WEBP", "TIFF")]
-    made += [encode(picture, "TIFF", compression=name) for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits")]
-    made += [encode(picture, format, save_all=True, append_images=[picture.rotate(180)])
-             for format in ("PNG", "WEBP", "GIF", "TIFF", "MPO")]
-    return [*made, encode(picture, "JPEG", progressive=True), encode(picture, "GIF", comment=b"x" * 300)]
+    made += [
+        encode(picture, "TIFF", compression=name)
+        for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits")
+    ]
+    made += [
+        encode(picture, format, save_all=True, append_images=[picture.rotate(180)])
+        for format in ("PNG", "WEBP", "GIF", "TIFF", "MPO")
+    ]
+    return [
+        *made,
+        encode(picture, "JPEG", progressive=True),
+        encode(picture, "GIF", comment=b"x" * 300),
+    ]
 
 
 SEEDS = _seeds()
 EDIT = st.tuples(st.integers(0, 2**16), st.integers(0, 3), st.binary(min_size=1, max_size=8))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(seed=st.sampled_from(SEEDS), edits=st.lists(EDIT, min_size=1, max_size=6))
-def test_a_mutated_file_is_an_image_or_an_image_error(seed: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+def test_a_mutated_file_is_an_image_or_an_image_error(
+    seed: bytes, edits: list[tuple[int, int, bytes]]
+) -> None:
     data = bytearray(seed)
     for where, kind, new in edits:
         at = where % (len(data) + 1)
         if kind == 0:  # change
-            data[at:at + len(new)] = new
+            data[at : at + len(new)] = new
         elif kind == 1:  # insert
             data[at:at] = new * 50
         elif kind == 2:  # remove
-            del data[at:at + len(new)]
+            del data[at : at + len(new)]
         else:  # repeat
-            data[at:at] = data[at // 2:at] * 3
+            data[at:at] = data[at // 2 : at] * 3
     started = time.monotonic()
     size = file_size(bytes(data))
     try:
         decoded = read_image(bytes(data))
-        assert decoded.pixels.dtype == np.uint8 and size in (decoded.pixels.shape[1::-1], decoded.pixels.shape[:2])
+        assert decoded.pixels.dtype == np.uint8 and size in (
+            decoded.pixels.shape[1::-1],
+            decoded.pixels.shape[:2],
+        )
     except ImageError as error:
         assert error.code in ("not_an_image", "too_large") and str(error)
     assert time.monotonic() - started < decoders.WALL_SECONDS + 5
@@ -305,16 +379,30 @@ def test_a_mutated_file_is_an_image_or_an_image_error(seed: bytes, edits: list[t
 
 @pytest.mark.slow
 def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
-    """For 30 seconds; and beside as many bytes that nobody would take for images, which tells what the machine gives."""
-    names = [*REASONS, "jpeg-mpf-tags", "png-raw-profile", "png-iccp", "gif-comments", "png-chunks", "jpeg-tables"]
+    """For 30 seconds; and beside as many bytes that nobody would take for images, which tells what
+    the machine gives.
+    """
+    names = [
+        *REASONS,
+        "jpeg-mpf-tags",
+        "png-raw-profile",
+        "png-iccp",
+        "gif-comments",
+        "png-chunks",
+        "jpeg-tables",
+    ]
     bombs = [BOMBS[name]() for name in names]
     workers = {process.pid for process in service.workers()}
     assert workers
     alone = _seconds_beside(service, [b"not an image".ljust(len(bomb)) for bomb in bombs])
     beside = _seconds_beside(service, bombs)
     assert workers == {process.pid for process in service.workers()}
-    print("\n".join(f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, longest {max(taken):.3f} s"
-                    for kind, taken in (("beside junk", alone), ("beside bombs", beside))))
+    print(
+        "\n".join(
+            f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, longest {max(taken):.3f} s"
+            for kind, taken in (("beside junk", alone), ("beside bombs", beside))
+        )
+    )
     assert max(beside) < max(2.0, 4 * max(alone))
 
 
@@ -329,7 +417,9 @@ def _seconds_beside(service: RunningService, bad: list[bytes]) -> list[float]:
             for i in range(first, 10**6):
                 if stop.is_set():
                     return
-                answer = http.post("/predictions/score", files={"image": bad[i % len(bad)]}, data={"resize": "fit"})
+                answer = http.post(
+                    "/predictions/score", files={"image": bad[i % len(bad)]}, data={"resize": "fit"}
+                )
                 refused.append((answer.status_code, answer.json()["error"]["code"]))
 
     with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=service.url, timeout=120) as http:
@@ -337,10 +427,16 @@ def _seconds_beside(service: RunningService, bad: list[bytes]) -> list[float]:
         end = time.monotonic() + 30
         while time.monotonic() < end:
             started = time.monotonic()
-            answer = http.post("/predictions/score", content=EXAMPLE.read_bytes(), headers={"Content-Type": "image/png"})
+            answer = http.post(
+                "/predictions/score",
+                content=EXAMPLE.read_bytes(),
+                headers={"Content-Type": "image/png"},
+            )
             taken.append(time.monotonic() - started)
             assert answer.status_code == 200, answer.text
-            stages = dict(stage.split(";dur=") for stage in answer.headers["Server-Timing"].split(", "))
+            stages = dict(
+                stage.split(";dur=") for stage in answer.headers["Server-Timing"].split(", ")
+            )
             assert float(stages["decode"]) < 1000, stages
         stop.set()
         for each in sending:

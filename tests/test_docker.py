@@ -1,4 +1,6 @@
-"""The Dockerfile, as far as it can be exercised without a Docker engine: its files, its steps, its commands."""
+"""The Dockerfile, as far as it can be exercised without a Docker engine: its files, its steps, its
+commands.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ STEPS = re.findall(r"^([A-Z]+) +(.*)$", TEXT, re.MULTILINE)
 
 
 def test_everything_that_is_copied_is_there_and_in_the_context() -> None:
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    kept = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     for kind, arguments in STEPS:
         if kind == "COPY" and not arguments.startswith("--from"):
             for source in arguments.split()[:-1]:
@@ -29,7 +35,10 @@ def test_everything_that_is_copied_is_there_and_in_the_context() -> None:
 
 def test_every_package_is_copied() -> None:
     import tomllib
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
     copied = " ".join(arguments for kind, arguments in STEPS if kind == "COPY")
     assert all(package.split(".")[0] in copied.split() for package in packages)
 
@@ -44,23 +53,39 @@ def test_it_runs_as_nobody_special_and_checks_its_health() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_alone_serves(tmp_path: Path) -> None:
-    """What the image does: build and install the package without its sources, and serve; dependencies are shared."""
+    """What the image does: build and install the package without its sources, and serve;
+    dependencies are shared.
+    """
     venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(ROOT)], check=True)
-    site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], check=True, text=True,
-                          capture_output=True).stdout.strip()
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"],
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout.strip()
     assert list(Path(site, "serving", "examples").glob("*.png"))
-    ours = subprocess.run([sys.executable, "-c", "import site; print(site.getsitepackages()[0])"], check=True, text=True,
-                          capture_output=True).stdout.strip()
+    ours = subprocess.run(
+        [sys.executable, "-c", "import site; print(site.getsitepackages()[0])"],
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout.strip()
     Path(site, "dependencies.pth").write_text(ours + "\n")
     health = re.search(r'CMD (python -c ".*")', TEXT)
     assert health
-    running = RunningService(PRETRAINED, options=("--host", "0.0.0.0", "--device", "cpu", "--workers", "1"),
-                             python=str(python), folder=tmp_path)
+    running = RunningService(
+        PRETRAINED,
+        options=("--host", "0.0.0.0", "--device", "cpu", "--workers", "1"),
+        python=str(python),
+        folder=tmp_path,
+    )
     try:
         command = health.group(1).replace("7860", str(running.ports["ui"]))
-        subprocess.run(["sh", "-c", command], check=True, env={"PATH": f"{python.parent}:/usr/bin:/bin"})
+        subprocess.run(
+            ["sh", "-c", command], check=True, env={"PATH": f"{python.parent}:/usr/bin:/bin"}
+        )
     finally:
         assert running.stop() == []
 
@@ -68,6 +93,11 @@ def test_the_wheel_alone_serves(tmp_path: Path) -> None:
 def test_the_entry_point_passes_arguments_on() -> None:
     entry = json.loads(next(arguments for kind, arguments in STEPS if kind == "ENTRYPOINT"))
     command = json.loads(next(arguments for kind, arguments in STEPS if kind == "CMD"))
-    done = subprocess.run([*entry[:2], entry[2].replace("exec ade", "echo ade"), *entry[3:], *command],
-                          capture_output=True, text=True, env={"ADE_DEVICE": "cpu", "PATH": "/usr/bin:/bin"}, check=True)
+    done = subprocess.run(
+        [*entry[:2], entry[2].replace("exec ade", "echo ade"), *entry[3:], *command],
+        capture_output=True,
+        text=True,
+        env={"ADE_DEVICE": "cpu", "PATH": "/usr/bin:/bin"},
+        check=True,
+    )
     assert done.stdout.strip() == "ade serve --host 0.0.0.0 --device cpu /bundles/cifar10"

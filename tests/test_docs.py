@@ -1,4 +1,6 @@
-"""What the documentation tells people to type, typed: commands, Python, JavaScript, curl and notebooks."""
+"""What the documentation tells people to type, typed: commands, Python, JavaScript, curl and
+notebooks.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ from training.comparison.report import write_comparison
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
-ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+ALL_PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
@@ -34,7 +40,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def ade_commands(page: Path) -> list[list[str]]:
     """The words of every ``ade …`` in a page's blocks."""
-    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
     words = [shlex.split(line, comments=True) for line in lines]
     return [line[1:] for line in words if line and Path(line[0]).name == "ade"]
 
@@ -45,7 +53,9 @@ def test_pages_have_commands() -> None:
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
 def test_every_command_is_one(page: Path) -> None:
-    """Verbs and options are as they are written; what the commands do is tested elsewhere and below."""
+    """Verbs and options are as they are written; what the commands do is tested elsewhere and
+    below.
+    """
     for words in ade_commands(page):
         assert parse(words).verb == words[0]
 
@@ -95,9 +105,14 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_training_guide(tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_guide(
+    tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first block but for the serving, on 700 images and with seconds for minutes."""
-    make_folder(tmp_path / "DIR", np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]]))
+    make_folder(
+        tmp_path / "DIR",
+        np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]]),
+    )
     monkeypatch.chdir(tmp_path)
     *commands, serve = ade_commands(ROOT / "docs" / "training.md")[:5]
     assert serve[0] == "serve"
@@ -106,23 +121,40 @@ def test_the_training_guide(tmp_path: Path, real_images: np.ndarray, monkeypatch
     assert verify_bundle(tmp_path / serve[1]).manifest["calibration"]["images"] > 50
 
 
-def test_the_gate_of_the_quick_start(service: RunningService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                     capsys: pytest.CaptureFixture) -> None:
+def test_the_gate_of_the_quick_start(
+    service: RunningService,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save("some.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(
+        "some.png"
+    )
     (block,) = blocks(ROOT / "docs" / "quickstart.md", "python")
-    exec(compile(block.replace("AdeClient()", f'AdeClient("{service.url}")'), "quickstart.md", "exec"), {})
+    exec(
+        compile(
+            block.replace("AdeClient()", f'AdeClient("{service.url}")'), "quickstart.md", "exec"
+        ),
+        {},
+    )
     assert "not what the classifier was made for" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python(page: Path, service: RunningService, monkeypatch: pytest.MonkeyPatch,
-                capsys: pytest.CaptureFixture) -> None:
+def test_python(
+    page: Path,
+    service: RunningService,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     monkeypatch.chdir(ROOT)
     found = blocks(page, "python")
     assert found
     for block in found:
-        code = block.replace("AdeClient()", f'AdeClient("{DEFAULT_URL}")').replace(DEFAULT_URL, service.url)
+        code = block.replace("AdeClient()", f'AdeClient("{DEFAULT_URL}")').replace(
+            DEFAULT_URL, service.url
+        )
         exec(compile(code, str(page), "exec"), {})
     assert capsys.readouterr().out
 
@@ -136,8 +168,16 @@ def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
         if "curl " not in block:
             continue
         count += 1
-        subprocess.run(["bash", "-euc", block.replace("curl ", "curl --fail -sS ").replace(DEFAULT_URL, service.url)],
-                       cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            [
+                "bash",
+                "-euc",
+                block.replace("curl ", "curl --fail -sS ").replace(DEFAULT_URL, service.url),
+            ],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
     assert count and Image.open(tmp_path / "reconstruction.png").size == (32, 32)
 
 
@@ -169,10 +209,13 @@ def test_notebook(notebook: Path) -> None:
 
     committed = nbformat.read(notebook, nbformat.NO_CONVERT)
     made = copy.deepcopy(committed)
-    NotebookClient(made, timeout=300, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    NotebookClient(
+        made, timeout=300, resources={"metadata": {"path": str(notebook.parent)}}
+    ).execute()
     for before, after in zip(committed.cells, made.cells, strict=True):
         assert [kinds(output) for output in before.get("outputs", [])] == [
-            kinds(output) for output in after.get("outputs", [])], before.source
+            kinds(output) for output in after.get("outputs", [])
+        ], before.source
 
 
 def kinds(output: dict[str, Any]) -> tuple[str, ...]:

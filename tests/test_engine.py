@@ -37,31 +37,45 @@ def same(a: list, b: list) -> bool:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 9, 12, 15, 17, 23, 31, 32, 33, 64])
-def test_the_same_bytes_in_any_batch(engine: InferenceEngine, real_images: np.ndarray, batch: int) -> None:
+def test_the_same_bytes_in_any_batch(
+    engine: InferenceEngine, real_images: np.ndarray, batch: int
+) -> None:
     images = real_images[:64]
     alone = engine.score(images[:1]) + engine.score(images[63:64])
-    scores = engine.score(images[64 - batch:])
+    scores = engine.score(images[64 - batch :])
     assert scores[-1] == alone[1]
     assert batch < 64 or scores[0] == alone[0]
-    assert np.array_equal(engine.reconstruct(images[64 - batch:])[-1], engine.reconstruct(images[63:])[0])
-    assert all(np.array_equal(a.z[-1], b.z[0]) for a, b in zip(
-        engine.encode(images[64 - batch:]), engine.encode(images[63:]), strict=True))
+    assert np.array_equal(
+        engine.reconstruct(images[64 - batch :])[-1], engine.reconstruct(images[63:])[0]
+    )
+    assert all(
+        np.array_equal(a.z[-1], b.z[0])
+        for a, b in zip(
+            engine.encode(images[64 - batch :]), engine.encode(images[63:]), strict=True
+        )
+    )
     samples = engine.sample([5] * batch, list(range(batch)))
     assert np.array_equal(samples[-1], engine.sample([5], [batch - 1])[0])
 
 
-def test_a_new_engine_gives_the_same_bytes(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_a_new_engine_gives_the_same_bytes(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     again = InferenceEngine(PRETRAINED, device="cpu")
     assert same(engine.score(real_images[:5]), again.score(real_images[:5]))
     assert np.array_equal(engine.sample([1], [2]), again.sample([1], [2]))
 
 
-def test_backends_agree(engine: InferenceEngine, torchscript: InferenceEngine, real_images: np.ndarray) -> None:
+def test_backends_agree(
+    engine: InferenceEngine, torchscript: InferenceEngine, real_images: np.ndarray
+) -> None:
     images = real_images[:24]
     for a, b in zip(engine.score(images), torchscript.score(images), strict=True):
         assert abs(a.bpd - b.bpd) <= 1e-4 and a.parts.keys() == b.parts.keys()
-    for a, b in ((engine.sample([3] * 24, range(24)), torchscript.sample([3] * 24, range(24))),
-                 (engine.reconstruct(images), torchscript.reconstruct(images))):
+    for a, b in (
+        (engine.sample([3] * 24, range(24)), torchscript.sample([3] * 24, range(24))),
+        (engine.reconstruct(images), torchscript.reconstruct(images)),
+    ):
         gap = np.abs(a.astype(int) - b)
         assert gap.max() <= 1 and (gap > 0).mean() <= 1e-4
     assert np.allclose(engine.encode(images)[0].mean, torchscript.encode(images)[0].mean, atol=1e-4)
@@ -83,7 +97,9 @@ def test_more_draws_tighten_the_bound(engine: InferenceEngine, real_images: np.n
     assert means[0] > means[1] > means[2]
 
 
-def test_the_verdict_does_not_depend_on_seed_or_samples(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_the_verdict_does_not_depend_on_seed_or_samples(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     (base,) = engine.score(real_images[:1])
     (other,) = engine.score(real_images[:1], seeds=[99], samples=[4])
     assert base.verdict is not None and base.verdict == other.verdict and base.bpd != other.bpd
@@ -92,12 +108,18 @@ def test_the_verdict_does_not_depend_on_seed_or_samples(engine: InferenceEngine,
 
 def test_options_change_samples(engine: InferenceEngine) -> None:
     base = engine.sample([1], [0])
-    for other in (engine.sample([2], [0]), engine.sample([1], [1]), engine.sample([1], [0], ["density"]),
-                  engine.sample([1], [0], temperatures=[0.5])):
+    for other in (
+        engine.sample([2], [0]),
+        engine.sample([1], [1]),
+        engine.sample([1], [0], ["density"]),
+        engine.sample([1], [0], temperatures=[0.5]),
+    ):
         assert not np.array_equal(base, other)
 
 
-def test_decoding_the_latents_reconstructs(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_decoding_the_latents_reconstructs(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     images = real_images[:3]
     z = [level.z for level in engine.encode(images)]
     assert np.abs(engine.decode(z, [0] * 3).astype(int) - engine.reconstruct(images)).max() <= 1
@@ -111,42 +133,64 @@ def test_noise_samples_what_was_encoded(engine: InferenceEngine, real_images: np
     from_z = engine.decode([level.z for level in levels], [0] * 12).astype(int)
     from_eps = engine.sample_with(eps, [0] * 12)
     assert (np.abs(from_eps - from_z) <= 1).all() and (from_eps != from_z).mean() < 1e-3
-    errors = [np.square(engine.sample_with([e * (level < kept) for level, e in enumerate(eps)], [0] * 12).astype(int)
-                        - images).mean() for kept in range(1, count + 1)]
+    errors = [
+        np.square(
+            engine.sample_with(
+                [e * (level < kept) for level, e in enumerate(eps)], [0] * 12
+            ).astype(int)
+            - images
+        ).mean()
+        for kept in range(1, count + 1)
+    ]
     assert errors == sorted(errors, reverse=True) and errors[0] > 1.2 * errors[-1]
     mixed = engine.encode(images, eps=[False, True] * 6)
     for one, both in zip(mixed, levels, strict=True):
-        assert np.array_equal(one.eps[1::2], both.eps[1::2]) and not one.eps[0::2].any() and np.array_equal(one.z, both.z)
+        assert (
+            np.array_equal(one.eps[1::2], both.eps[1::2])
+            and not one.eps[0::2].any()
+            and np.array_equal(one.z, both.z)
+        )
 
 
 def test_noise_of_a_seed_is_its_sample(engine: InferenceEngine) -> None:
     streams = [NoiseStream(sample_key(7, i)) for i in range(3)]
-    eps = [np.stack(level) for level in zip(*([s.normal(shape) for shape in engine.latent_shapes] for s in streams),
-                                            strict=True)]
+    eps = [
+        np.stack(level)
+        for level in zip(
+            *([s.normal(shape) for shape in engine.latent_shapes] for s in streams), strict=True
+        )
+    ]
     assert np.array_equal(engine.sample_with(eps, [0] * 3), engine.sample([7] * 3, range(3)))
 
 
 def test_noise_over_the_wire(engine: InferenceEngine, real_images: np.ndarray) -> None:
-    plain, asked = Service("encode", engine).answer([as_json(images=[file(real_images[0])]),
-                                                     as_json(images=[file(real_images[0])], eps=True)])
+    plain, asked = Service("encode", engine).answer(
+        [as_json(images=[file(real_images[0])]), as_json(images=[file(real_images[0])], eps=True)]
+    )
     (before,), (entry,) = json.loads(plain.body)["results"], json.loads(asked.body)["results"]
     assert "eps" not in before["levels"][0] and entry["levels"][0]["z"] == before["levels"][0]["z"]
     noise = {"levels": [{"eps": level["eps"]} for level in entry["levels"]]}
     half = {"levels": [{"z": entry["levels"][0]["z"]}, *noise["levels"][1:]]}
     whole, again, mixed = Service("sample", engine).answer(
-        [as_json(latents=[latents], format="npy") for latents in (entry, noise, half)])
+        [as_json(latents=[latents], format="npy") for latents in (entry, noise, half)]
+    )
     pixels = [np.load(io.BytesIO(answer.body)).astype(int) for answer in (whole, again)]
     assert np.abs(pixels[0] - pixels[1]).max() <= 1
     assert mixed.status == 422
-    assert "z in all levels of all images, or eps in all" in json.loads(mixed.body)["error"]["message"]
+    assert (
+        "z in all levels of all images, or eps in all" in json.loads(mixed.body)["error"]["message"]
+    )
 
 
-def test_test_images_look_like_training_images_and_noise_does_not(engine: InferenceEngine, real_images: np.ndarray) -> (
-        None):
+def test_test_images_look_like_training_images_and_noise_does_not(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     usual = [s.verdict.p_value for s in engine.score(real_images)]
     assert np.mean(np.array(usual) <= 0.1) < 0.1 + 4 * math.sqrt(0.09 / 300)
     rng = np.random.default_rng(0)
-    strange = np.stack([rng.integers(0, 256, (32, 32, 3), np.uint8), np.full((32, 32, 3), 128, np.uint8)])
+    strange = np.stack(
+        [rng.integers(0, 256, (32, 32, 3), np.uint8), np.full((32, 32, 3), 128, np.uint8)]
+    )
     assert all(s.verdict.p_value <= 0.01 for s in engine.score(strange))
 
 
@@ -170,7 +214,9 @@ def test_buckets_cover_every_batch() -> None:
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_batches_are_padded_only_where_sizes_are_fixed(real_images: np.ndarray, fixed: bool) -> None:
+def test_batches_are_padded_only_where_sizes_are_fixed(
+    real_images: np.ndarray, fixed: bool
+) -> None:
     engine = InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
     sizes = []
 
@@ -187,20 +233,31 @@ def test_batches_are_padded_only_where_sizes_are_fixed(real_images: np.ndarray, 
     assert sizes == [32, 8 if fixed else 5]
 
 
-def test_bound_buffers_give_the_same_bytes_and_keep_nothing(engine: InferenceEngine, real_images: np.ndarray) -> None:
-    """The way that CUDA takes, on the CPU: buffers of each size, used again, and answers that later batches leave alone."""
+def test_bound_buffers_give_the_same_bytes_and_keep_nothing(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
+    """The way that CUDA takes, on the CPU: buffers of each size, used again, and answers that later
+    batches leave alone.
+    """
     session = engine.backend._sessions["encode"]
     bound = BoundGraph(session, "cpu", 0, capture=False)
     names = [output.name for output in session.get_outputs()]
     kept = []
     for size, first in ((4, 0), (8, 4), (4, 12), (8, 0)):
-        images = real_images[first:first + size]
+        images = real_images[first : first + size]
         rng = np.random.default_rng(first)
-        inputs = {"images": images, **{f"eps_{i}": rng.standard_normal((size, *shape), np.float32)
-                                       for i, shape in enumerate(engine.latent_shapes)}}
+        inputs = {
+            "images": images,
+            **{
+                f"eps_{i}": rng.standard_normal((size, *shape), np.float32)
+                for i, shape in enumerate(engine.latent_shapes)
+            },
+        }
         kept.append((bound.run(inputs, names), engine.backend.run("encode", inputs)))
     for found, expected in kept:
-        assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in names)
+        assert found.keys() == expected.keys() and all(
+            np.array_equal(found[name], expected[name]) for name in names
+        )
     assert set(bound.run(inputs, names[:1])) == {names[0]}
 
 
@@ -217,19 +274,32 @@ def file(pixels: np.ndarray) -> str:
 @pytest.mark.parametrize("operation", ["encode", "reconstruct", "score"])
 def test_an_answer_where_no_image_is_usable(operation: str, engine: InferenceEngine) -> None:
     nothing, broken, whole = Service(operation, engine).answer(
-        [as_json(images=[""]), as_json(images=["", "AAAA"]), as_json(images=[file(np.zeros((32, 32, 3), np.uint8))])])
+        [
+            as_json(images=[""]),
+            as_json(images=["", "AAAA"]),
+            as_json(images=[file(np.zeros((32, 32, 3), np.uint8))]),
+        ]
+    )
     for answer in (nothing, broken, *Service(operation, engine).answer([as_json(images=[""])])):
         assert answer.status == 415 and json.loads(answer.body)["error"]["code"] == "not_an_image"
     assert whole.status == 200
 
 
-def test_neighbours_of_a_broken_request_get_their_normal_answers(engine: InferenceEngine, real_images: np.ndarray) -> (
-        None):
+def test_neighbours_of_a_broken_request_get_their_normal_answers(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     service = Service("score", engine)
     good = [as_json(images=[file(image)]) for image in real_images[:3]]
     expected = [answer.body for request in good for answer in service.answer([request])]
-    mixed = [good[0], RawRequest("image/png", b"junk"), good[1], as_json(images=[file(real_images[0])], alpha=7),
-             RawRequest("application/json", b"{"), as_json(images=[file(real_images[5]), "junk"]), good[2]]
+    mixed = [
+        good[0],
+        RawRequest("image/png", b"junk"),
+        good[1],
+        as_json(images=[file(real_images[0])], alpha=7),
+        RawRequest("application/json", b"{"),
+        as_json(images=[file(real_images[5]), "junk"]),
+        good[2],
+    ]
     answers = service.answer(mixed)
     assert [a.status for a in answers] == [200, 415, 200, 422, 400, 200, 200]
     assert [answers[i].body for i in (0, 2, 6)] == expected
@@ -238,8 +308,9 @@ def test_neighbours_of_a_broken_request_get_their_normal_answers(engine: Inferen
     assert "bpd" in results[0] and results[1]["error"]["index"] == 1
 
 
-def test_a_failure_of_one_computation_fails_that_request_alone(engine: InferenceEngine, real_images: np.ndarray,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_one_computation_fails_that_request_alone(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = Service("score", engine)
     whole = engine.score
 
@@ -249,36 +320,63 @@ def test_a_failure_of_one_computation_fails_that_request_alone(engine: Inference
         return whole(images, *options)
 
     monkeypatch.setattr(engine, "score", fails_on_black)
-    answers = service.answer([as_json(images=[file(real_images[0])]),
-                              as_json(images=[file(np.zeros((32, 32, 3), np.uint8))])])
+    answers = service.answer(
+        [
+            as_json(images=[file(real_images[0])]),
+            as_json(images=[file(np.zeros((32, 32, 3), np.uint8))]),
+        ]
+    )
     assert [a.status for a in answers] == [200, 500]
-    assert json.loads(answers[1].body)["error"]["code"] == "internal_error" and b"secret" not in answers[1].body
+    assert (
+        json.loads(answers[1].body)["error"]["code"] == "internal_error"
+        and b"secret" not in answers[1].body
+    )
 
 
 def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) -> None:
-    exact = InferenceEngine(with_calibrations(PRETRAINED, tmp_path / "exact", lambda both: Calibrations(both.exact)),
-                            device="cpu", operations=["score"])
+    exact = InferenceEngine(
+        with_calibrations(PRETRAINED, tmp_path / "exact", lambda both: Calibrations(both.exact)),
+        device="cpu",
+        operations=["score"],
+    )
     large = np.tile(np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 3))
     (answer,) = Service("score", exact).answer([as_json(images=[file(large)], resize="fit")])
     (result,) = json.loads(answer.body)["results"]
-    assert result["p_value"] is result["ood"] is result["ood_score"] is None and "resized" in result["notes"][0]
+    assert (
+        result["p_value"] is result["ood"] is result["ood_score"] is None
+        and "resized" in result["notes"][0]
+    )
     assert "no verdict" in result["notes"][1] and "explain" not in result
-    assert result["decision"] == "no_verdict" and result["decision_reason"].startswith("resized_not_calibrated: ")
+    assert result["decision"] == "no_verdict" and result["decision_reason"].startswith(
+        "resized_not_calibrated: "
+    )
     assert list(result)[-3:] == ["notes", "decision", "decision_reason"]
 
 
 def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) -> None:
-    """In one batch: the same pixels, of the model's size and after resizing, before different calibrations."""
+    """In one batch: the same pixels, of the model's size and after resizing, before different
+    calibrations.
+    """
     from export.verdict.calibrate import calibrate_bundle
 
     larger = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in real_images[200:]]
     told: list[str] = []
-    made = calibrate_bundle(PRETRAINED, tmp_path / "out", [*real_images[:60], *larger[:30], b"junk"],
-                            [*real_images[60:160], *larger[30:]], "mixed", told.append)
+    made = calibrate_bundle(
+        PRETRAINED,
+        tmp_path / "out",
+        [*real_images[:60], *larger[:30], b"junk"],
+        [*real_images[60:160], *larger[30:]],
+        "mixed",
+        told.append,
+    )
     assert made.exact is not None and made.resized is not None
     assert len(made.exact.scores) == 100 and len(made.resized.scores) == 170
     about = json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration"]
-    assert about["images"] == 100 and about["resized"]["images"] == 170 and about["resized"]["resized_and_back"] == 160
+    assert (
+        about["images"] == 100
+        and about["resized"]["images"] == 170
+        and about["resized"]["resized_and_back"] == 160
+    )
     assert any("left out 1 images: image 90: not an image" in line for line in told)
     engine = InferenceEngine(tmp_path / "out", device="cpu", operations=["score"])
     images = np.stack([real_images[0]] * 3)
@@ -286,18 +384,24 @@ def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) 
     assert exact.verdict == again.verdict != resized.verdict and resized.verdict is not None
     assert resized.verdict.explain != exact.verdict.explain
     picture = file(np.repeat(np.repeat(real_images[0], 2, 0), 2, 1))
-    (answer,) = Service("score", engine).answer([as_json(images=[file(real_images[0]), picture], resize="fit", alpha=0.05)])
+    (answer,) = Service("score", engine).answer(
+        [as_json(images=[file(real_images[0]), picture], resize="fit", alpha=0.05)]
+    )
     first, second = json.loads(answer.body)["results"]
     assert first["p_value"] == exact.verdict.p_value and second["decision"] in ("accept", "reject")
     assert "notes" not in first and [note.split()[0] for note in second["notes"]] == ["resized"]
     with pytest.raises(CalibrationError, match="exists"):
         calibrate_bundle(PRETRAINED, tmp_path / "out", larger, larger, "larger")
-    with pytest.raises(CalibrationError, match="fitting: none of 2 images could be used: image 0: not an image"):
+    with pytest.raises(
+        CalibrationError, match="fitting: none of 2 images could be used: image 0: not an image"
+    ):
         calibrate_bundle(PRETRAINED, tmp_path / "other", [b"junk", b""], larger, "junk")
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".other*"))
 
 
-def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(real_images: np.ndarray) -> None:
+def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
+    real_images: np.ndarray,
+) -> None:
     from export.verdict.calibrate import resize_and_back
 
     made = np.stack([resize_and_back(image) for image in real_images[:20]])
@@ -310,39 +414,57 @@ def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(real_im
 def test_why_an_image_is_strange(engine: InferenceEngine, real_images: np.ndarray) -> None:
     service = Service("score", engine)
     grey = np.full((32, 32, 3), 128, np.uint8)
-    with_reasons, without = service.answer([as_json(images=[file(grey)]), as_json(images=[file(grey)], explain=False)])
+    with_reasons, without = service.answer(
+        [as_json(images=[file(grey)]), as_json(images=[file(grey)], explain=False)]
+    )
     (result,) = json.loads(with_reasons.body)["results"]
     reasons = result["explain"]
     assert result["ood"] and len(reasons) == len(engine.calibration.names)
     assert [r["p_value"] for r in reasons] == sorted(r["p_value"] for r in reasons)
     assert all(0 < r["p_value"] <= 1 for r in reasons)
     assert "complexity" in [r["statistic"] for r in reasons if r["p_value"] < 0.001]
-    assert json.loads(without.body)["results"][0] == {k: v for k, v in result.items() if k != "explain"}
+    assert json.loads(without.body)["results"][0] == {
+        k: v for k, v in result.items() if k != "explain"
+    }
 
 
 def test_many_images_at_once(engine: InferenceEngine, real_images: np.ndarray) -> None:
     service = Service("score", engine)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     files = [file(image) for image in [*real_images[:9], noise]]
-    plain, controlled, one = service.answer([as_json(images=files), as_json(images=files, fdr=0.1),
-                                             as_json(images=files[:1], fdr=0.1)])
+    plain, controlled, one = service.answer(
+        [as_json(images=files), as_json(images=files, fdr=0.1), as_json(images=files[:1], fdr=0.1)]
+    )
     group = json.loads(plain.body)["group"]
     p_values = [r["p_value"] for r in json.loads(plain.body)["results"]]
-    assert group == {"images": 10, "p_value": pytest.approx(min(10 * min(p_values), 1))} and group["p_value"] < 0.05
+    assert (
+        group == {"images": 10, "p_value": pytest.approx(min(10 * min(p_values), 1))}
+        and group["p_value"] < 0.05
+    )
     answer = json.loads(controlled.body)
     assert answer["group"]["discoveries"] == sum(r["discovery"] for r in answer["results"]) >= 1
-    assert answer["results"][-1]["discovery"] and "discovery" not in json.loads(plain.body)["results"][0]
-    assert "group" not in json.loads(one.body) and json.loads(one.body)["results"][0]["discovery"] is False
+    assert (
+        answer["results"][-1]["discovery"]
+        and "discovery" not in json.loads(plain.body)["results"][0]
+    )
+    assert (
+        "group" not in json.loads(one.body)
+        and json.loads(one.body)["results"][0]["discovery"] is False
+    )
 
 
 def test_a_request_without_usable_images_costs_its_neighbours_nothing(
-        engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     encode = engine.encode
-    monkeypatch.setattr(engine, "encode", lambda images, *rest: calls.append(len(images)) or encode(images, *rest))
+    monkeypatch.setattr(
+        engine, "encode", lambda images, *rest: calls.append(len(images)) or encode(images, *rest)
+    )
     for eps in (False, True):
-        bad, good = Service("encode", engine).answer([as_json(images=["!!"], eps=eps),
-                                                      as_json(images=[file(real_images[0])], eps=not eps)])
+        bad, good = Service("encode", engine).answer(
+            [as_json(images=["!!"], eps=eps), as_json(images=[file(real_images[0])], eps=not eps)]
+        )
         assert (bad.status, good.status) == (400, 200)
     assert calls == [1, 1]
 
@@ -350,12 +472,15 @@ def test_a_request_without_usable_images_costs_its_neighbours_nothing(
 def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> None:
     smallest = engine.calibration.smallest_p_value
     noise = file(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    least, less = Service("score", engine).answer([as_json(images=[noise], alpha=alpha) for alpha in (
-        smallest, smallest / 2)])
+    least, less = Service("score", engine).answer(
+        [as_json(images=[noise], alpha=alpha) for alpha in (smallest, smallest / 2)]
+    )
     (reached,), (missed,) = json.loads(least.body)["results"], json.loads(less.body)["results"]
     assert reached["ood"] is True and "notes" not in reached and reached["decision"] == "reject"
     assert missed["ood"] is False and missed["decision"] == "no_verdict"
-    assert missed["decision_reason"].startswith("alpha_too_small: alpha 0.000166611 takes 6,001 calibration images or more")
+    assert missed["decision_reason"].startswith(
+        "alpha_too_small: alpha 0.000166611 takes 6,001 calibration images or more"
+    )
     assert missed["notes"][0].startswith("nothing can be flagged at alpha 0.000166611: 3000 images")
 
 
@@ -363,7 +488,8 @@ def test_latents_of_many_images_need_npz(engine: InferenceEngine, real_images: n
     service = Service("encode", engine)
     files = [file(image) for image in real_images[:17]]
     json_answer, npz_answer, small = service.answer(
-        [as_json(images=files), as_json(images=files, format="npz"), as_json(images=files[:1])])
+        [as_json(images=files), as_json(images=files, format="npz"), as_json(images=files[:1])]
+    )
     assert json_answer.status == 422 and b"npz" in json_answer.body
     with np.load(io.BytesIO(npz_answer.body), allow_pickle=False) as arrays:
         assert arrays["z_0"].shape[0] == 17 and arrays["mean_2"].dtype == np.float32
@@ -371,8 +497,9 @@ def test_latents_of_many_images_need_npz(engine: InferenceEngine, real_images: n
     assert np.asarray(level["z"]).shape == tuple(level["shape"])
 
 
-def test_latents_that_are_not_finite_are_that_image_s_error(engine: InferenceEngine, real_images: np.ndarray,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_that_are_not_finite_are_that_image_s_error(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = engine.encode
 
     def corrupted(images: np.ndarray, *options) -> list:
@@ -386,27 +513,44 @@ def test_latents_that_are_not_finite_are_that_image_s_error(engine: InferenceEng
     (npz,) = Service("encode", engine).answer([as_json(images=files[:2], format="npz")])
     results = json.loads(answer.body)["results"]
     assert answer.status == 200 and [("error" in r) for r in results] == [False, True, False]
-    assert results[1]["error"] | {"message": ""} == {"code": "not_finite", "message": "", "index": 1}
+    assert results[1]["error"] | {"message": ""} == {
+        "code": "not_finite",
+        "message": "",
+        "index": 1,
+    }
     assert npz.status == 422 and json.loads(npz.body)["error"]["index"] == 1
 
 
-def test_statistics_that_are_not_finite_are_that_image_s_error(engine: InferenceEngine, real_images: np.ndarray,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_that_are_not_finite_are_that_image_s_error(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (expected,) = engine.score(real_images[:1])
     whole = engine.backend.run
 
     def corrupted(graph: str, inputs: dict, wanted: list | None = None) -> dict:
         outputs = whole(graph, inputs, wanted)
-        return {**outputs, "residual": np.where(np.arange(len(inputs["images"]))[:, None, None, None] == 1, 1e30,
-                                                outputs["residual"]).astype(np.float32)}
+        return {
+            **outputs,
+            "residual": np.where(
+                np.arange(len(inputs["images"]))[:, None, None, None] == 1,
+                1e30,
+                outputs["residual"],
+            ).astype(np.float32),
+        }
 
     monkeypatch.setattr(engine.backend, "run", corrupted)
     with np.errstate(all="ignore"):
         good, bad = engine.score(real_images[:2])
-        (answer,) = Service("score", engine).answer([as_json(images=[file(image) for image in real_images[:2]])])
+        (answer,) = Service("score", engine).answer(
+            [as_json(images=[file(image) for image in real_images[:2]])]
+        )
     assert good == expected and isinstance(bad, NotFinite)
     results = json.loads(answer.body)["results"]
-    assert answer.status == 200 and results[0]["bpd"] == expected.bpd and results[1]["error"]["code"] == "not_finite"
+    assert (
+        answer.status == 200
+        and results[0]["bpd"] == expected.bpd
+        and results[1]["error"]["code"] == "not_finite"
+    )
 
 
 def test_pretrained_is_small_and_says_what_it_is() -> None:
@@ -418,7 +562,9 @@ def test_pretrained_is_small_and_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_the_map_sums_to_the_bits_of_the_image(engine: InferenceEngine, real_images: np.ndarray, samples: int) -> None:
+def test_the_map_sums_to_the_bits_of_the_image(
+    engine: InferenceEngine, real_images: np.ndarray, samples: int
+) -> None:
     images = np.concatenate([real_images[:3], np.full((1, 32, 32, 3), 200, np.uint8)])
     plain = engine.score(images, samples=[samples] * 4)
     mapped = engine.score(images, samples=[samples] * 4, maps=[True, False, True, True])
@@ -437,7 +583,9 @@ def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: n
     from export.parity import make_inputs
     from serving.engine.signatures import inputs_of
 
-    inputs = make_inputs(real_images[:8], engine.latent_shapes, inputs_of("score", len(engine.latent_shapes)))
+    inputs = make_inputs(
+        real_images[:8], engine.latent_shapes, inputs_of("score", len(engine.latent_shapes))
+    )
     found = engine.backend.run("score", inputs)
     cost, parts = (found[name].astype(np.float64) for name in ("cost", "parts"))
     assert np.allclose(cost.sum((1, 2, 3)), parts.sum(1) * 3072, rtol=1e-5)

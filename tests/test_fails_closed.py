@@ -29,20 +29,30 @@ from tests.service import RunningService
 
 ALPHA = 0.04
 # What each bundle says of an OOD image of the model's size and of a resized one, at ALPHA.
-EXPECTED = {"both": ("reject", "reject"), "exact": ("reject", "resized_not_calibrated"),
-            "few": ("alpha_too_small", "alpha_too_small"), "none": ("not_calibrated", "not_calibrated")}
+EXPECTED = {
+    "both": ("reject", "reject"),
+    "exact": ("reject", "resized_not_calibrated"),
+    "few": ("alpha_too_small", "alpha_too_small"),
+    "none": ("not_calibrated", "not_calibrated"),
+}
 PATHS = ("of the model's size", "resized")
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """With a calibration for both paths, for one, for both with too few images, and without any."""
     out = tmp_path_factory.mktemp("bundles")
     calibrate_bundle(tiny_bundle, out / "calibrated", small_images[:20], small_images[20:40], "few")
-    return {"both": with_calibrations(tiny_bundle, out / "both", lambda both: both, "both"),
-            "exact": with_calibrations(tiny_bundle, out / "exact", lambda both: Calibrations(both.exact), "exact"),
-            "few": with_calibrations(out / "calibrated", out / "few", lambda both: both, "few"),
-            "none": with_calibrations(tiny_bundle, out / "none", lambda both: None, "none")}
+    return {
+        "both": with_calibrations(tiny_bundle, out / "both", lambda both: both, "both"),
+        "exact": with_calibrations(
+            tiny_bundle, out / "exact", lambda both: Calibrations(both.exact), "exact"
+        ),
+        "few": with_calibrations(out / "calibrated", out / "few", lambda both: both, "few"),
+        "none": with_calibrations(tiny_bundle, out / "none", lambda both: None, "none"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +61,9 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("ood")
     rng = np.random.default_rng(0)
     for side in (8, 20):
-        (folder / f"{side}.png").write_bytes(write_png(rng.integers(0, 2, (side, side, 3), np.uint8) * 255))
+        (folder / f"{side}.png").write_bytes(
+            write_png(rng.integers(0, 2, (side, side, 3), np.uint8) * 255)
+        )
     return [folder / "8.png", folder / "20.png"]
 
 
@@ -65,25 +77,56 @@ def check(name: str, path: int, choice: str, reason: str | None) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("path", (0, 1), ids=PATHS)
-def test_over_http_in_files_and_on_the_page(name: str, path: int, bundles: dict[str, Path], strange: list[Path],
-                                            capsys: pytest.CaptureFixture) -> None:
+def test_over_http_in_files_and_on_the_page(
+    name: str,
+    path: int,
+    bundles: dict[str, Path],
+    strange: list[Path],
+    capsys: pytest.CaptureFixture,
+) -> None:
     engine = InferenceEngine(bundles[name], device="cpu", operations=["score"])
     image = base64.b64encode(strange[path].read_bytes()).decode()
-    (answer,) = Service("score", engine).answer([RawRequest("application/json", {
-        "images": [image], "resize": "fit", "alpha": ALPHA})])
+    (answer,) = Service("score", engine).answer(
+        [RawRequest("application/json", {"images": [image], "resize": "fit", "alpha": ALPHA})]
+    )
     (result,) = json.loads(answer.body)["results"]
     check(name, path, result["decision"], result["decision_reason"])
     assert list(result)[-2:] == ["decision", "decision_reason"]
-    (row,) = FileScorer(open_bundle(bundles[name]), Path(), BulkOptions(ALPHA, resize="fit"))([str(strange[path])])
+    (row,) = FileScorer(open_bundle(bundles[name]), Path(), BulkOptions(ALPHA, resize="fit"))(
+        [str(strange[path])]
+    )
     check(name, path, row["decision"], row["decision_reason"])
-    status = main(["score", str(strange[path]), "--bundle", str(bundles[name]), "--resize", "fit", "--alpha", str(ALPHA)])
+    status = main(
+        [
+            "score",
+            str(strange[path]),
+            "--bundle",
+            str(bundles[name]),
+            "--resize",
+            "fit",
+            "--alpha",
+            str(ALPHA),
+        ]
+    )
     row = json.loads(capsys.readouterr().out)
     check(name, path, row["decision"], row["decision_reason"])
     assert status == (0 if row["decision"] == "reject" else NO_VERDICT)
-    shown = ScoreResult(1.0, {}, None, result["ood_score"], result["p_value"], result["ood"], [], [],
-                        decision=result["decision"], decision_reason=result["decision_reason"])
+    shown = ScoreResult(
+        1.0,
+        {},
+        None,
+        result["ood_score"],
+        result["p_value"],
+        result["ood"],
+        [],
+        [],
+        decision=result["decision"],
+        decision_reason=result["decision_reason"],
+    )
     text = verdict_text(shown, ALPHA, engine.calibrations, bool(path))
-    assert ("Unlike" if row["decision"] == "reject" else "No verdict") in text and "Not unusual" not in text
+    assert (
+        "Unlike" if row["decision"] == "reject" else "No verdict"
+    ) in text and "Not unusual" not in text
     assert verdict_word(shown) != "usual"
 
 
@@ -95,7 +138,9 @@ def served(bundles: dict[str, Path]) -> Iterator[RunningService]:
 
 
 @pytest.mark.parametrize("number, name", list(enumerate(EXPECTED)))
-def test_over_the_client(number: int, name: str, served: RunningService, strange: list[Path]) -> None:
+def test_over_the_client(
+    number: int, name: str, served: RunningService, strange: list[Path]
+) -> None:
     with AdeClient(served.url, model=name if number else None) as client:
         results = client.score([*strange, b"no image"], alpha=ALPHA, resize=True)
         assert not any(result.accepted for result in results)
@@ -106,25 +151,38 @@ def test_over_the_client(number: int, name: str, served: RunningService, strange
     if name == "both":
         with AdeClient(served.url) as client:
             usual = client.score(client.sample(8, seed=1).images, alpha=0.01)
-        assert all(result.accepted == (result.ood is False) for result in usual) and any(r.accepted for r in usual)
+        assert all(result.accepted == (result.ood is False) for result in usual) and any(
+            r.accepted for r in usual
+        )
 
 
 def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
     result = ScoreResult(3.0, {}, None, 1.0, 0.5, False, [], [])
-    assert not result.accepted and result.decision == "no_verdict" and result.decision_reason.startswith("not_reported: ")
+    assert (
+        not result.accepted
+        and result.decision == "no_verdict"
+        and result.decision_reason.startswith("not_reported: ")
+    )
 
 
-def test_what_is_not_finite(bundles: dict[str, Path], strange: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite(
+    bundles: dict[str, Path], strange: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = InferenceEngine(bundles["both"], device="cpu", operations=["score"])
     whole = engine.backend.run
 
     def corrupted(graph: str, inputs: dict, wanted: list | None = None) -> dict:
-        return {name: np.full_like(values, np.nan) for name, values in whole(graph, inputs, wanted).items()}
+        return {
+            name: np.full_like(values, np.nan)
+            for name, values in whole(graph, inputs, wanted).items()
+        }
 
     monkeypatch.setattr(engine.backend, "run", corrupted)
     monkeypatch.setattr("serving.bulk.InferenceEngine", lambda *args, **options: engine)
     image = base64.b64encode(strange[0].read_bytes()).decode()
-    (answer,) = Service("score", engine).answer([RawRequest("application/json", {"images": [image]})])
+    (answer,) = Service("score", engine).answer(
+        [RawRequest("application/json", {"images": [image]})]
+    )
     assert answer.status == 422 and json.loads(answer.body)["error"]["code"] == "not_finite"
     (row,) = FileScorer(open_bundle(bundles["both"]), Path(), BulkOptions())([str(strange[0])])
     assert row["error"] == "not_finite" and row["decision"] == "no_verdict"
@@ -138,9 +196,13 @@ def test_how_many_images_an_alpha_takes(bundles: dict[str, Path]) -> None:
         assert images_needed(alpha) == needed
         assert 1 / (needed + 1) <= alpha * (1 + 1e-12) and (needed == 0 or 1 / needed > alpha)
     few = Calibrations.load(bundles["few"] / "calibration.npz")
-    assert decide(0.9, few, False, 1 / 21).choice == "accept" and decide(1 / 21, few, False, 1 / 21).choice == "reject"
-    assert decide(0.9, few, False, 0.047).reason == ("alpha_too_small: alpha 0.047 takes 21 calibration images or more, "
-                                                     "there are 20")
+    assert (
+        decide(0.9, few, False, 1 / 21).choice == "accept"
+        and decide(1 / 21, few, False, 1 / 21).choice == "reject"
+    )
+    assert decide(0.9, few, False, 0.047).reason == (
+        "alpha_too_small: alpha 0.047 takes 21 calibration images or more, there are 20"
+    )
 
 
 def test_an_alpha_that_is_next_to_nothing(bundles: dict[str, Path]) -> None:
@@ -148,40 +210,68 @@ def test_an_alpha_that_is_next_to_nothing(bundles: dict[str, Path]) -> None:
     engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
     image = base64.b64encode(write_png(np.zeros((8, 8, 3), np.uint8))).decode()
     for tiny in (5e-324, 1e-310):
-        (answer,) = Service("score", engine).answer([RawRequest("application/json", {
-            "images": [image] * 2, "alpha": tiny, "fdr": tiny})])
+        (answer,) = Service("score", engine).answer(
+            [RawRequest("application/json", {"images": [image] * 2, "alpha": tiny, "fdr": tiny})]
+        )
         body = json.loads(answer.body)
-        assert answer.status == 200 and [r["decision"] for r in body["results"]] == ["no_verdict"] * 2
+        assert (
+            answer.status == 200 and [r["decision"] for r in body["results"]] == ["no_verdict"] * 2
+        )
         assert body["group"]["discoveries"] == 0
 
 
-def test_discoveries_that_too_few_calibration_images_make_impossible(bundles: dict[str, Path],
-                                                                      small_images: np.ndarray) -> None:
+def test_discoveries_that_too_few_calibration_images_make_impossible(
+    bundles: dict[str, Path], small_images: np.ndarray
+) -> None:
     """They are said to be, and images that are rejected each by itself are counted beside."""
     engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
     noise = np.random.default_rng(0).integers(0, 2, (3, 8, 8, 3), np.uint8) * 255
-    images = [base64.b64encode(write_png(pixels)).decode() for pixels in (*small_images[200:207], *noise)]
-    (answer,) = Service("score", engine).answer([RawRequest("application/json", {
-        "images": images, "fdr": 0.1, "alpha": 0.05})])
+    images = [
+        base64.b64encode(write_png(pixels)).decode() for pixels in (*small_images[200:207], *noise)
+    ]
+    (answer,) = Service("score", engine).answer(
+        [RawRequest("application/json", {"images": images, "fdr": 0.1, "alpha": 0.05})]
+    )
     body = json.loads(answer.body)
     assert body["group"]["discoveries"] == 0 and body["group"]["rejected"] >= 3
     assert [r["decision"] for r in body["results"][-3:]] == ["reject"] * 3
     (note,) = body["group"]["notes"]
-    assert note == fdr_note(20, 10, 0.1) == (
-        "at a false discovery rate of 0.1, at least 5 of 10 images must have the smallest p-value, 1/21, before any is "
-        "reported; to report a single one takes 99 calibration images")
-    assert "at least 6 of 100" in str(fdr_note(169, 100, 0.1)) and "takes 999" in str(fdr_note(169, 100, 0.1))
+    assert (
+        note
+        == fdr_note(20, 10, 0.1)
+        == (
+            "at a false discovery rate of 0.1, at least 5 of 10 images must have the smallest p-value, 1/21, before any is "
+            "reported; to report a single one takes 99 calibration images"
+        )
+    )
+    assert "at least 6 of 100" in str(fdr_note(169, 100, 0.1)) and "takes 999" in str(
+        fdr_note(169, 100, 0.1)
+    )
     assert "none of 100 images can be reported" in str(fdr_note(5, 100, 0.1))
     assert fdr_note(999, 100, 0.1) is None and fdr_note(998, 100, 0.1) is not None
-    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169)  # five flat images among a hundred, on the page
-    assert said.startswith("**5 of 100 images are unlike the training images**: 0 at a false discovery rate of 0.1")
-    assert "At a false discovery rate of 0.1, at least 6 of 100 images must have the smallest p-value" in said
+    said = _said(
+        100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169
+    )  # five flat images among a hundred, on the page
+    assert said.startswith(
+        "**5 of 100 images are unlike the training images**: 0 at a false discovery rate of 0.1"
+    )
+    assert (
+        "At a false discovery rate of 0.1, at least 6 of 100 images must have the smallest p-value"
+        in said
+    )
     assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.1, 3000)
 
 
 def test_the_documentation_never_lets_pass_what_is_merely_not_ood() -> None:
     root = Path(__file__).parents[1]
-    for page in (root / "README.md", *(root / "docs").rglob("*.md"), *(root / "docs").rglob("*.ipynb")):
+    for page in (
+        root / "README.md",
+        *(root / "docs").rglob("*.md"),
+        *(root / "docs").rglob("*.ipynb"),
+    ):
         for line in page.read_text().splitlines():
-            assert not any(f"if {'not ' * no}{what}" in line for no in (0, 1) for what in (
-                "result.ood", "score.ood", "r.ood", "result[\"ood\"]")), (page, line)
+            assert not any(
+                f"if {'not ' * no}{what}" in line
+                for no in (0, 1)
+                for what in ("result.ood", "score.ood", "r.ood", 'result["ood"]')
+            ), (page, line)

@@ -38,17 +38,29 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~before
 
 
-def test_a_link_is_replaced_and_not_followed(tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray) -> None:
+def test_a_link_is_replaced_and_not_followed(
+    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray
+) -> None:
     theirs = tmp_path / "theirs"
     theirs.write_text("precious")
     folder = make_folder(tmp_path / "images", small_images[:2])
-    for name, verb in {"samples.npy": ["sample"], "latents.npz": ["encode", str(folder / "class0" / "0000.png")]}.items():
+    for name, verb in {
+        "samples.npy": ["sample"],
+        "latents.npz": ["encode", str(folder / "class0" / "0000.png")],
+    }.items():
         (tmp_path / name).symlink_to(theirs)
         assert main([*verb, "--bundle", str(tiny_bundle), "--out", str(tmp_path / name)]) == 0
         assert not (tmp_path / name).is_symlink() and np.load(tmp_path / name) is not None
     (tmp_path / "scores.csv.part").symlink_to(theirs)
     with pytest.raises(BulkError, match=r"scores.csv.part: Too many levels of symbolic links"):
-        score_folder(open_bundle(tiny_bundle), folder, tmp_path / "scores.csv", BulkOptions(), 1, lambda done, total: None)
+        score_folder(
+            open_bundle(tiny_bundle),
+            folder,
+            tmp_path / "scores.csv",
+            BulkOptions(),
+            1,
+            lambda done, total: None,
+        )
     assert theirs.read_text() == "precious"
 
 
@@ -67,25 +79,34 @@ def test_the_first_to_finish_makes_the_folder(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(make, "ab"))
     content = (tmp_path / "out" / "file").read_text()
-    assert content in results and f"{tmp_path / 'out'} was made by another process meanwhile: it stays as it is" in results
+    assert (
+        content in results
+        and f"{tmp_path / 'out'} was made by another process meanwhile: it stays as it is"
+        in results
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 @pytest.mark.slow
-def test_an_export_that_another_overtakes(tiny_checkpoint: Path, tiny_bundle: Path, small_images: np.ndarray,
-                                          tmp_path: Path) -> None:
+def test_an_export_that_another_overtakes(
+    tiny_checkpoint: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
     def report(line: str) -> None:
         if line == "testing parity":  # the other one is done by now
             shutil.copytree(tiny_bundle, out)
 
-    with pytest.raises(ExportError, match="was made by another process meanwhile: it stays as it is"):
+    with pytest.raises(
+        ExportError, match="was made by another process meanwhile: it stays as it is"
+    ):
         export_bundle(tiny_checkpoint, out, "late", small_images[:40], None, report)
     assert verify_bundle(out).name == "tiny" and list(tmp_path.iterdir()) == [out]
 
 
-def test_two_calibrations_into_one_folder(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path) -> None:
+def test_two_calibrations_into_one_folder(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
     """One of them wins, and what it wrote is whole."""
     both = Barrier(2)
 
@@ -95,7 +116,14 @@ def test_two_calibrations_into_one_folder(tiny_bundle: Path, small_images: np.nd
 
     def calibrate(name: str) -> str:
         try:
-            calibrate_bundle(tiny_bundle, tmp_path / "out", small_images[:150], small_images[150:], name, report=report)
+            calibrate_bundle(
+                tiny_bundle,
+                tmp_path / "out",
+                small_images[:150],
+                small_images[150:],
+                name,
+                report=report,
+            )
             return name
         except CalibrationError as error:
             return str(error)
@@ -103,5 +131,11 @@ def test_two_calibrations_into_one_folder(tiny_bundle: Path, small_images: np.nd
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(calibrate, ["one", "other"]))
     assert verify_bundle(tmp_path / "out").manifest["calibration"]["data"] in results
-    assert sum("exists" in result or "was made by another process meanwhile" in result for result in results) == 1
+    assert (
+        sum(
+            "exists" in result or "was made by another process meanwhile" in result
+            for result in results
+        )
+        == 1
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]

@@ -1,4 +1,6 @@
-"""From a folder to a served gate: what is decided, what is found in the folder, and the whole way once."""
+"""From a folder to a served gate: what is decided, what is found in the folder, and the whole way
+once.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from tests.conftest import ROOT, make_folder
 from training.datasets.folder import image_files, load_files, load_folder
 
 
-@pytest.mark.parametrize("text, minutes", [("20m", 20), ("1.5h", 90), ("2d", 2880), ("45", 45), (" 5m ", 5)])
+@pytest.mark.parametrize(
+    "text, minutes", [("20m", 20), ("1.5h", 90), ("2d", 2880), ("45", 45), (" 5m ", 5)]
+)
 def test_budgets(text: str, minutes: float) -> None:
     assert read_budget(text) == minutes
 
@@ -40,12 +44,20 @@ def test_budgets_that_are_none(text: str) -> None:
 
 def test_plans_fit_their_budget() -> None:
     both = ["v-ade", "av-ade-pd"]
-    for budget, on_gpu, recipes, size in ((1.2, False, both[:1], "tiny"), (20, False, both[:1], "tiny"),
-                                          (120, False, both, "tiny"), (20, True, both, "small"),
-                                          (600, False, both, "small")):
+    for budget, on_gpu, recipes, size in (
+        (1.2, False, both[:1], "tiny"),
+        (20, False, both[:1], "tiny"),
+        (120, False, both, "tiny"),
+        (20, True, both, "small"),
+        (600, False, both, "small"),
+    ):
         plan = make_plan("/images", "images", 32, budget, on_gpu)
         licensed = make_plan("/images", "images", 32, budget, on_gpu, "CC0-1.0")
-        assert Plan.from_dict(licensed.to_dict()).licence == "CC0-1.0" and licensed == plan and plan.licence is None
+        assert (
+            Plan.from_dict(licensed.to_dict()).licence == "CC0-1.0"
+            and licensed == plan
+            and plan.licence is None
+        )
         assert [stage.recipe for stage in plan.stages] == recipes and plan.size == size
         assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
@@ -53,10 +65,17 @@ def test_plans_fit_their_budget() -> None:
         make_plan("/images", "images", 32, 0.4, False)
 
 
-@pytest.mark.parametrize("sizes, side", [
-    ({(32, 32): 9}, 32), ({(640, 480): 5, (20, 20): 1}, 64), ({(50, 70): 5}, 48), ({(9, 9): 3}, 16), ({None: 4}, 16),
-    ({(28, 28): 6, None: 2}, 24),
-])
+@pytest.mark.parametrize(
+    "sizes, side",
+    [
+        ({(32, 32): 9}, 32),
+        ({(640, 480): 5, (20, 20): 1}, 64),
+        ({(50, 70): 5}, 48),
+        ({(9, 9): 3}, 16),
+        ({None: 4}, 16),
+        ({(28, 28): 6, None: 2}, 24),
+    ],
+)
 def test_the_size_suits_most_images(sizes: dict, side: int) -> None:
     assert choose_image_size(Counter(sizes)) == side
 
@@ -68,7 +87,9 @@ def test_what_a_folder_holds(tmp_path: Path, small_images: np.ndarray) -> None:
     files = image_files(folder)
     dataset = load_files(folder, files, 8, None, lambda line: None)
     names = dataset.files
-    assert {part: len(rows) for part, rows in names.items()} == {part: len(s) for part, s in dataset.parts.items()}
+    assert {part: len(rows) for part, rows in names.items()} == {
+        part: len(s) for part, s in dataset.parts.items()
+    }
     for part, rows in names.items():
         for row in (0, len(rows) - 1):
             pixels = np.asarray(Image.open(folder / rows[row]))
@@ -83,8 +104,10 @@ def test_what_a_folder_holds(tmp_path: Path, small_images: np.ndarray) -> None:
     assert found.leaking and set(found.leaking) == held_out & set(group)
     assert sum(found.parts.values()) == 331 - len(found.leaking)
     assert [line.split(":")[0] for line in found.warnings[1:]] == [
-        "Held-out files that are copies of others, left out of calibration and tests", "Files that could not be read",
-        "Images that are not 8 x 8, whose centre squares were resized"]
+        "Held-out files that are copies of others, left out of calibration and tests",
+        "Files that could not be read",
+        "Images that are not 8 x 8, whose centre squares were resized",
+    ]
 
 
 def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndarray) -> None:
@@ -94,49 +117,87 @@ def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndar
         (tmp_path / f"{i}.png: copy.png").write_bytes(b"broken")
     dataset = load_folder(tmp_path, 8, tmp_path / "cache", lambda line: None)
     again = load_folder(tmp_path, 8, tmp_path / "cache", lambda line: None)
-    assert len(dataset.skipped) == 120 and sum(map(len, dataset.files.values())) == 120 and again.files == dataset.files
+    assert (
+        len(dataset.skipped) == 120
+        and sum(map(len, dataset.files.values())) == 120
+        and again.files == dataset.files
+    )
     for part, names in dataset.files.items():
         for row, name in enumerate(names):
-            assert np.array_equal(dataset.parts[part].images[row], small_images[int(name.removesuffix(".png"))])
+            assert np.array_equal(
+                dataset.parts[part].images[row], small_images[int(name.removesuffix(".png"))]
+            )
 
 
 def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
     """So that memory does not grow with the number of large files."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)).save(
-        tmp_path / "0.png", compress_level=0)
+        tmp_path / "0.png", compress_level=0
+    )
     for i in range(1, 100):  # 432 MB in all
         os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
-    script = ("import resource, sys\nfrom training.datasets import load_dataset\n"
-              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-              "before = peak()\nload_dataset(sys.argv[1], None, 8)\nprint(peak() - before)\n")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    script = (
+        "import resource, sys\nfrom training.datasets import load_dataset\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = peak()\nload_dataset(sys.argv[1], None, 8)\nprint(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert int(done.stdout) < 30 + 30 * (os.cpu_count() or 1), done.stderr
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["NOWHERE"], "is no folder"), (["FEW", "--budget", "soon"], "a budget is a time"),
-    (["FEW", "--budget", "5m"], "are left for the part select and 20 are needed"), (["EMPTY"], "holds no images"),
-    (["FEW", "--image-size", "20"], "image_size"), (["TMP"], "--out must lie outside"),
-])
-def test_what_cannot_be_fitted(arguments: list[str], message: str, tmp_path: Path, small_images: np.ndarray,
-                               capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["NOWHERE"], "is no folder"),
+        (["FEW", "--budget", "soon"], "a budget is a time"),
+        (["FEW", "--budget", "5m"], "are left for the part select and 20 are needed"),
+        (["EMPTY"], "holds no images"),
+        (["FEW", "--image-size", "20"], "image_size"),
+        (["TMP"], "--out must lie outside"),
+    ],
+)
+def test_what_cannot_be_fitted(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    small_images: np.ndarray,
+    capsys: pytest.CaptureFixture,
+) -> None:
     make_folder(tmp_path / "few", small_images[:60])
     (tmp_path / "empty").mkdir()
-    places = {"NOWHERE": tmp_path / "nowhere", "FEW": tmp_path / "few", "EMPTY": tmp_path / "empty", "TMP": tmp_path}
+    places = {
+        "NOWHERE": tmp_path / "nowhere",
+        "FEW": tmp_path / "few",
+        "EMPTY": tmp_path / "empty",
+        "TMP": tmp_path,
+    }
     given = [str(places.get(argument, argument)) for argument in arguments]
     assert main(["fit", *given, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_may_be_called_like_a_data_set(tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_may_be_called_like_a_data_set(
+    tmp_path: Path,
+    small_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     make_folder(tmp_path / "cifar10", small_images[:10])
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", "cifar10", "--out", "cifar10/fit"]) == 2 and "must lie outside" in capsys.readouterr().err
+    assert (
+        main(["fit", "cifar10", "--out", "cifar10/fit"]) == 2
+        and "must lie outside" in capsys.readouterr().err
+    )
 
 
-def test_the_report_says_first_what_the_gate_is_worth(tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path) -> None:
-    """Few calibration images, few epochs and corruptions that pass are named; false alarms as expected are no praise."""
+def test_the_report_says_first_what_the_gate_is_worth(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """Few calibration images, few epochs and corruptions that pass are named; false alarms as
+    expected are no praise.
+    """
     bundle = open_bundle(tiny_bundle)
     engine = InferenceEngine(bundle, device="cpu")
     held_out = small_images[:40]
@@ -144,35 +205,82 @@ def test_the_report_says_first_what_the_gate_is_worth(tiny_bundle: Path, small_i
     assert {c.corruption for c in caught} == {*CORRUPTIONS, *SUBTLE}
     by_name = {c.corruption: c.rejected for c in caught}
     assert by_name["uniform noise"][0] > 0.5 and all(a >= b >= c for a, b, c in by_name.values())
-    found = Survey(300, {"8 x 8": 300}, [], [], [], {"train": 1000, "select": 40, "calibrate": 80, "test": 40}, [])
+    found = Survey(
+        300,
+        {"8 x 8": 300},
+        [],
+        [],
+        [],
+        {"train": 1000, "select": 40, "calibrate": 80, "test": 40},
+        [],
+    )
     plan = make_plan("/images", "images", 8, 20, False)
     alarms = false_alarms(list((np.arange(40) + 0.5) / 40), bundle)
-    findings = Findings(plan, found, bundle, held_out, held_out, held_out, 40, alarms, 0, [], 40,
-                        [*caught, Caught("nothing at all", True, (0.4, 0.3, 0.0))])
+    findings = Findings(
+        plan,
+        found,
+        bundle,
+        held_out,
+        held_out,
+        held_out,
+        40,
+        alarms,
+        0,
+        [],
+        40,
+        [*caught, Caught("nothing at all", True, (0.4, 0.3, 0.0))],
+    )
     said = " ".join(weaknesses(findings))
-    assert "seen each training image 0.0 times" in said and "150 images calibrated the verdict" in said
+    assert (
+        "seen each training image 0.0 times" in said and "150 images calibrated the verdict" in said
+    )
     assert "only 30% of corrupted images are rejected: nothing at all" in said
-    evaluated = Bundle(bundle.folder, {**bundle.manifest, "evaluation": {"elbo": {"bpd": 3.0, "standard_error": 0.1}}})
+    evaluated = Bundle(
+        bundle.folder,
+        {**bundle.manifest, "evaluation": {"elbo": {"bpd": 3.0, "standard_error": 0.1}}},
+    )
     write_report(dataclasses.replace(findings, bundle=evaluated), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert page.index("Do not rely on this gate yet") < page.index("uniform noise") < page.index("<h2>Use it")
+    assert (
+        page.index("Do not rely on this gate yet")
+        < page.index("uniform noise")
+        < page.index("<h2>Use it")
+    )
     assert "holds" not in page and "as expected" in page
-    manifest = {**evaluated.manifest, "training": {"images_seen": 1000, "started_from": {"images_seen": 2500}},
-                "calibration": {**bundle.manifest["calibration"], "images": 1000}}
-    good = dataclasses.replace(findings, bundle=Bundle(bundle.folder, manifest),
-                               caught=[Caught("flat", True, (1.0, 0.95, 0.5))])
+    manifest = {
+        **evaluated.manifest,
+        "training": {"images_seen": 1000, "started_from": {"images_seen": 2500}},
+        "calibration": {**bundle.manifest["calibration"], "images": 1000},
+    }
+    good = dataclasses.replace(
+        findings,
+        bundle=Bundle(bundle.folder, manifest),
+        caught=[Caught("flat", True, (1.0, 0.95, 0.5))],
+    )
     assert weaknesses(good) == []
     write_report(good, tmp_path / "report.html")
     assert "No weakness was found" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_images: np.ndarray) -> None:
+def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(
+    tmp_path: Path, real_images: np.ndarray
+) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])
     folder = make_folder(tmp_path / "My images", both)
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken too")
     out = tmp_path / "fit"
-    command = [sys.executable, "-m", "ade_cli.main", "fit", str(folder), "--out", str(out), "--budget", "1.2m"]
+    command = [
+        sys.executable,
+        "-m",
+        "ade_cli.main",
+        "fit",
+        str(folder),
+        "--out",
+        str(out),
+        "--budget",
+        "1.2m",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -182,7 +290,9 @@ def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_i
     process.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "704 image files" in done.stderr and f"serve it: ade serve {out / 'bundle'}" in done.stdout
+    assert (
+        "704 image files" in done.stderr and f"serve it: ade serve {out / 'bundle'}" in done.stdout
+    )
     bundle = verify_bundle(out / "bundle")
     assert bundle.name == "my-images" and bundle.image_shape == (32, 32, 3)
     calibration = bundle.manifest["calibration"]
@@ -192,14 +302,23 @@ def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(tmp_path: Path, real_i
     scores = InferenceEngine(bundle, device="cpu").score(noise)
     assert np.mean([score.verdict.p_value for score in scores]) < 0.1
     page = (out / "report.html").read_text()
-    for words in ("Do not rely on this gate yet", "JPEG, quality 10",
-                  "False alarms", "broken.png", "caf\\udce9.png", "The most unusual", "data:image/png;base64,",
-                  "bits per dimension"):
+    for words in (
+        "Do not rely on this gate yet",
+        "JPEG, quality 10",
+        "False alarms",
+        "broken.png",
+        "caf\\udce9.png",
+        "The most unusual",
+        "data:image/png;base64,",
+        "bits per dimension",
+    ):
         assert words in page
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "training" not in again.stderr
-    other = subprocess.run([*command, "--image-size", "16"], cwd=ROOT, capture_output=True, text=True)
+    other = subprocess.run(
+        [*command, "--image-size", "16"], cwd=ROOT, capture_output=True, text=True
+    )
     assert other.returncode == 2 and "was begun for" in other.stderr
     Image.new("RGB", (32, 32)).save(folder / "another.png")
     changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -27,8 +27,19 @@ from serving.api.errors import ApiError
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream, wait_for
 
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
-SHORT = {"head_s": 1.0, "write_s": 1.0, "connections": 60, "body_bytes": 4 * 2**20, "body_idle_s": 1.0, "body_grace_s": 1.5,
-         "memory_bytes": 5 * 2**20, "in_flight": (1, 2, 2), "waiting": 2, "waiting_s": 3.0, "upstream_s": 4.0}
+SHORT = {
+    "head_s": 1.0,
+    "write_s": 1.0,
+    "connections": 60,
+    "body_bytes": 4 * 2**20,
+    "body_idle_s": 1.0,
+    "body_grace_s": 1.5,
+    "memory_bytes": 5 * 2**20,
+    "in_flight": (1, 2, 2),
+    "waiting": 2,
+    "waiting_s": 3.0,
+    "upstream_s": 4.0,
+}
 UNREAD = 9 * 2**19  # bytes of an answer: nearly the budget, and more than the sockets' buffers
 
 
@@ -43,7 +54,9 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
     yield from running(tmp_path_factory, SHORT)
 
 
-def running(tmp_path_factory: pytest.TempPathFactory, limits: dict[str, Any] | None = None) -> Iterator[RunningFront]:
+def running(
+    tmp_path_factory: pytest.TempPathFactory, limits: dict[str, Any] | None = None
+) -> Iterator[RunningFront]:
     made = RunningFront(tmp_path_factory.mktemp("front"), limits)
     yield made
     made.stop()
@@ -86,10 +99,16 @@ def is_closed(connection: socket.socket, seconds: float = 5.0) -> bool:
     return True
 
 
-def post(front: RunningFront, word: str = "", content: bytes = b"", timeout: float = 20, **headers: str) -> httpx.Response:
+def post(
+    front: RunningFront, word: str = "", content: bytes = b"", timeout: float = 20, **headers: str
+) -> httpx.Response:
     """``word`` is what the upstream should do."""
-    return httpx.post(f"{front.url}/predictions/score", content=content, timeout=timeout,
-                      headers={**({"Content-Type": f"test/{word}"} if word else {}), **headers})
+    return httpx.post(
+        f"{front.url}/predictions/score",
+        content=content,
+        timeout=timeout,
+        headers={**({"Content-Type": f"test/{word}"} if word else {}), **headers},
+    )
 
 
 # What is passed on
@@ -97,50 +116,104 @@ def post(front: RunningFront, word: str = "", content: bytes = b"", timeout: flo
 
 def test_a_request_and_its_answer_pass(front: RunningFront, upstream: Upstream) -> None:
     body = bytes(range(256)) * 1000
-    answer = post(front, "echo", body, Authorization="Bearer of-the-client", Cookie="a=b", **{"X-Other": "1"})
+    answer = post(
+        front, "echo", body, Authorization="Bearer of-the-client", Cookie="a=b", **{"X-Other": "1"}
+    )
     assert answer.status_code == 200
     came = answer.json()
-    assert (came["method"], came["path"], came["body"].encode("latin-1")) == ("POST", "/predictions/score", body)
+    assert (came["method"], came["path"], came["body"].encode("latin-1")) == (
+        "POST",
+        "/predictions/score",
+        body,
+    )
     headers = {name.lower(): value for name, value in came["headers"]}
-    assert headers == {"host": "localhost", "authorization": "Bearer key-of-torchserve", "content-type": "test/echo",
-                       "content-length": str(len(body))}
-    assert answer.headers["x-ade-model"] == "m@1" and answer.headers["server-timing"] == "parse;dur=1"
-    assert answer.headers["x-request-id"] and answer.headers["content-type"] == "application/json; charset=utf-8"
+    assert headers == {
+        "host": "localhost",
+        "authorization": "Bearer key-of-torchserve",
+        "content-type": "test/echo",
+        "content-length": str(len(body)),
+    }
+    assert (
+        answer.headers["x-ade-model"] == "m@1" and answer.headers["server-timing"] == "parse;dur=1"
+    )
+    assert (
+        answer.headers["x-request-id"]
+        and answer.headers["content-type"] == "application/json; charset=utf-8"
+    )
     assert not {"keep-alive", "x-hop", "server"} & set(answer.headers)
 
 
 def test_a_form_passes_as_it_is(front: RunningFront, upstream: Upstream) -> None:
-    answer = httpx.post(f"{front.url}/predictions/sample", files={"image": b"\r\n--x\0" * 9999}, data={"alpha": "0.5"})
+    answer = httpx.post(
+        f"{front.url}/predictions/sample",
+        files={"image": b"\r\n--x\0" * 9999},
+        data={"alpha": "0.5"},
+    )
     came = answer.json()
     assert came["body"].encode("latin-1") == answer.request.read()
     assert dict(came["headers"])["Content-Type"] == answer.request.headers["content-type"]
 
 
-@pytest.mark.parametrize("method, seen", [("POST", "POST"), ("PUT", "PUT"), ("GET", "GET"), ("HEAD", "GET")])
+@pytest.mark.parametrize(
+    "method, seen", [("POST", "POST"), ("PUT", "PUT"), ("GET", "GET"), ("HEAD", "GET")]
+)
 def test_methods_that_pass(front: RunningFront, upstream: Upstream, method: str, seen: str) -> None:
     answer = httpx.request(method, f"{front.url}/predictions/tiny-score?n=4")
     assert answer.status_code == 200
     (came,) = upstream.seen
-    assert came["method"] == seen and came["path"] == "/predictions/tiny-score" and came["body"] == ""
+    assert (
+        came["method"] == seen and came["path"] == "/predictions/tiny-score" and came["body"] == ""
+    )
     assert "content-type" not in {name.lower() for name, _ in came["headers"]}
-    assert (answer.content == b"") == (method == "HEAD") and int(answer.headers["content-length"]) > 0
+    assert (answer.content == b"") == (method == "HEAD") and int(
+        answer.headers["content-length"]
+    ) > 0
 
 
 @pytest.mark.parametrize("method", ["OPTIONS", "DELETE", "PATCH", "TRACE"])
-@pytest.mark.parametrize("path, allowed", [("/predictions/score", "GET, HEAD, POST, PUT"), ("/ping", "GET, HEAD")])
-def test_methods_that_do_not(front: RunningFront, upstream: Upstream, method: str, path: str, allowed: str) -> None:
+@pytest.mark.parametrize(
+    "path, allowed", [("/predictions/score", "GET, HEAD, POST, PUT"), ("/ping", "GET, HEAD")]
+)
+def test_methods_that_do_not(
+    front: RunningFront, upstream: Upstream, method: str, path: str, allowed: str
+) -> None:
     answer = httpx.request(method, front.url + path)
-    assert answer.status_code == 405 and error_of(answer) == "not_allowed" and answer.headers["allow"] == allowed
+    assert (
+        answer.status_code == 405
+        and error_of(answer) == "not_allowed"
+        and answer.headers["allow"] == allowed
+    )
     assert upstream.seen == []
 
 
-@pytest.mark.parametrize("path", ["/", "/models", "/models/score", "/explanations/score", "/v1/models/score:predict",
-                                  "/v2/models/score/infer", "/wfpredict/x", "/workflows", "/api-description", "/metrics",
-                                  "/invocations", "/predictions", "/predictions/", "/predictions/score/1.0",
-                                  "/predictions/score/", "//predictions/score", "/predictions/../models", "/Ping",
-                                  "/ping/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/models",
+        "/models/score",
+        "/explanations/score",
+        "/v1/models/score:predict",
+        "/v2/models/score/infer",
+        "/wfpredict/x",
+        "/workflows",
+        "/api-description",
+        "/metrics",
+        "/invocations",
+        "/predictions",
+        "/predictions/",
+        "/predictions/score/1.0",
+        "/predictions/score/",
+        "//predictions/score",
+        "/predictions/../models",
+        "/Ping",
+        "/ping/",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_nothing_else_is_reached(front: RunningFront, upstream: Upstream, path: str, method: str) -> None:
+def test_nothing_else_is_reached(
+    front: RunningFront, upstream: Upstream, path: str, method: str
+) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", front.port)  # sends paths as they are
     connection.request(method, path)
     answer = connection.getresponse()
@@ -151,7 +224,11 @@ def test_nothing_else_is_reached(front: RunningFront, upstream: Upstream, path: 
 @pytest.mark.parametrize("name", ["other", "score%2F..%2F..%2Fmodels", "Score", "score%00"])
 def test_models_that_are_not_served(front: RunningFront, upstream: Upstream, name: str) -> None:
     answer = httpx.post(f"{front.url}/predictions/{name}")
-    assert answer.status_code == 404 and error_of(answer) in ("unknown_model", "not_found") and upstream.seen == []
+    assert (
+        answer.status_code == 404
+        and error_of(answer) in ("unknown_model", "not_found")
+        and upstream.seen == []
+    )
 
 
 def test_ping(front: RunningFront, upstream: Upstream) -> None:
@@ -168,12 +245,19 @@ def test_metrics_are_read_only(front: RunningFront, upstream: Upstream) -> None:
     assert refused.status_code == 405 and error_of(refused) == "not_allowed"
     for path in ("/", "/predictions/score", "/ping", "/models"):
         assert httpx.get(front.metrics + path).status_code == 404
-    assert httpx.get(f"{front.metrics}/metrics", headers={"Host": "evil.example"}).status_code == 421
+    assert (
+        httpx.get(f"{front.metrics}/metrics", headers={"Host": "evil.example"}).status_code == 421
+    )
     assert upstream.seen == []
 
 
 def test_only_who_knows_the_secret_is_a_probe(front: RunningFront, upstream: Upstream) -> None:
-    for value, is_probe in [("1", False), ("secret-of-probe", False), ("", False), ("secret-of-probes", True)]:
+    for value, is_probe in [
+        ("1", False),
+        ("secret-of-probe", False),
+        ("", False),
+        ("secret-of-probes", True),
+    ]:
         came = dict(post(front, "echo", **{"X-ADE-Probe": value}).json()["headers"])
         assert came.get("X-Ade-Probe") == ("1" if is_probe else None)
 
@@ -181,10 +265,20 @@ def test_only_who_knows_the_secret_is_a_probe(front: RunningFront, upstream: Ups
 # Who comes in
 
 
-@pytest.mark.parametrize("headers, status", [
-    ({"Host": "evil.example"}, 421), ({"Host": "ade.example.org"}, 200), ({"Origin": "http://evil.example"}, 403),
-    ({"Origin": "null"}, 403), ({"Origin": "https://ade.example.org"}, 200), ({"Sec-Fetch-Site": "cross-site"}, 403)])
-def test_the_guard_is_before_it(front: RunningFront, upstream: Upstream, headers: dict[str, str], status: int) -> None:
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "ade.example.org"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "https://ade.example.org"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_the_guard_is_before_it(
+    front: RunningFront, upstream: Upstream, headers: dict[str, str], status: int
+) -> None:
     answer = post(front, "text/plain", b"{}", **headers)
     assert answer.status_code == status and len(upstream.seen) == (status == 200)
     assert not any(name.startswith("access-control") for name in answer.headers)
@@ -201,7 +295,9 @@ def test_a_token(tmp_path: Path) -> None:
         assert upstream.seen == []
         came = post(guarded, Authorization="bearer " + "t" * 43).json()
         assert dict(came["headers"])["Authorization"] == "Bearer key-of-torchserve"
-        assert httpx.get(f"{guarded.metrics}/metrics").status_code == 200  # loopback alone, as before
+        assert (
+            httpx.get(f"{guarded.metrics}/metrics").status_code == 200
+        )  # loopback alone, as before
     finally:
         upstream.stop()
         guarded.stop()
@@ -210,28 +306,49 @@ def test_a_token(tmp_path: Path) -> None:
 # What TorchServe says itself
 
 
-@pytest.mark.parametrize("word, status, code", [
-    ("died", 503, "unavailable"), ("form", 400, "malformed_request"),
-    ("boundary", 400, "malformed_request"), ("full", 503, "overloaded"),
-    ("memory", 503, "overloaded"), ("fault", 500, "internal_error"), ("model", 404, "unknown_model"),
-    ("key", 500, "internal_error"), ("bad", 400, "malformed_request"), ("413", 413, "request_too_large")])
-def test_torchserves_errors_get_the_shape(front: RunningFront, upstream: Upstream, word: str, status: int,
-                                              code: str) -> None:
+@pytest.mark.parametrize(
+    "word, status, code",
+    [
+        ("died", 503, "unavailable"),
+        ("form", 400, "malformed_request"),
+        ("boundary", 400, "malformed_request"),
+        ("full", 503, "overloaded"),
+        ("memory", 503, "overloaded"),
+        ("fault", 500, "internal_error"),
+        ("model", 404, "unknown_model"),
+        ("key", 500, "internal_error"),
+        ("bad", 400, "malformed_request"),
+        ("413", 413, "request_too_large"),
+    ],
+)
+def test_torchserves_errors_get_the_shape(
+    front: RunningFront, upstream: Upstream, word: str, status: int, code: str
+) -> None:
     answer = post(front, word)
-    assert answer.status_code == status and error_of(answer) == code and answer.headers["x-request-id"]
+    assert (
+        answer.status_code == status and error_of(answer) == code and answer.headers["x-request-id"]
+    )
     assert (answer.headers.get("retry-after") == "1") == (status == 503)
     assert word == "413" or TORCHSERVE_ERRORS[word][2] not in answer.text
 
 
 def test_our_handlers_errors_pass(front: RunningFront, upstream: Upstream) -> None:
     answer = post(front, "ours")
-    assert answer.status_code == 415 and error_of(answer) == "not_an_image" and answer.headers["retry-after"] == "3"
+    assert (
+        answer.status_code == 415
+        and error_of(answer) == "not_an_image"
+        and answer.headers["retry-after"] == "3"
+    )
 
 
 def test_without_upstream_it_says_so_and_resumes(front: RunningFront) -> None:
     for _ in range(3):
         answer = post(front)
-        assert answer.status_code == 503 and error_of(answer) == "unavailable" and answer.headers["retry-after"] == "1"
+        assert (
+            answer.status_code == 503
+            and error_of(answer) == "unavailable"
+            and answer.headers["retry-after"] == "1"
+        )
     assert front.log.read_text().count("the model server cannot be reached") == 1
     upstream = Upstream(front.socket)
     assert post(front).status_code == 200
@@ -250,7 +367,7 @@ def test_pipelined_requests_are_answered_in_order(front: RunningFront, upstream:
         ids = []
         for name in names:
             length = None
-            while (line := stream.readline().strip().lower()):
+            while line := stream.readline().strip().lower():
                 field, _, value = line.partition(b": ")
                 length = int(value) if field == b"content-length" else length
                 ids += [value] if field == b"x-request-id" else []
@@ -259,21 +376,36 @@ def test_pipelined_requests_are_answered_in_order(front: RunningFront, upstream:
 
 
 def test_http_1_0_and_close(front: RunningFront, upstream: Upstream) -> None:
-    for head in (b"GET /ping HTTP/1.0\r\nHost: localhost\r\n\r\n",
-                 b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"):
+    for head in (
+        b"GET /ping HTTP/1.0\r\nHost: localhost\r\n\r\n",
+        b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    ):
         with front.connect() as connection:
             connection.sendall(head)
             assert read_answer(connection)[0] == 200 and is_closed(connection)
 
 
-@pytest.mark.parametrize("framing", [b"Content-Length: 2\r\nTransfer-Encoding: chunked",
-                                     b"Content-Length: 2\r\nContent-Length: 3", b"Content-Length: -1",
-                                     b"Transfer-Encoding: x", b"Content-Length : 2"])
-def test_ambiguous_bodies_are_refused(front: RunningFront, upstream: Upstream, framing: bytes) -> None:
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"Content-Length: 2\r\nTransfer-Encoding: chunked",
+        b"Content-Length: 2\r\nContent-Length: 3",
+        b"Content-Length: -1",
+        b"Transfer-Encoding: x",
+        b"Content-Length : 2",
+    ],
+)
+def test_ambiguous_bodies_are_refused(
+    front: RunningFront, upstream: Upstream, framing: bytes
+) -> None:
     with front.connect() as connection:
         connection.sendall(HEAD + framing + b"\r\n\r\n0\r\n\r\n")
         status, body = read_answer(connection)
-        assert status == 400 and json.loads(body)["error"]["code"] == "malformed_request" and is_closed(connection)
+        assert (
+            status == 400
+            and json.loads(body)["error"]["code"] == "malformed_request"
+            and is_closed(connection)
+        )
     assert upstream.seen == []
 
 
@@ -294,8 +426,11 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
     assert answer.json()["body"] == "a" * 70_000 + "b" + "c" * 300_000
     assert dict(answer.json()["headers"])["Content-Length"] == "370001"
     with front.connect() as connection:  # as Java's client and curl --http2 do
-        connection.sendall(HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
-                                  b"Content-Length: 3\r\n\r\nabc")
+        connection.sendall(
+            HEAD
+            + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+            b"Content-Length: 3\r\n\r\nabc"
+        )
         for _ in range(2):
             status, body = read_answer(connection)
             assert status == 200 and json.loads(body)["body"] == "abc"
@@ -306,12 +441,22 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
 
 
 def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream) -> None:
-    request = HEAD + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n1\r\nx\r\n0\r\n"
-    for trailer in (b"X-Ade-Probe: secret-of-probes", b"Content-Type: test/413", b"Host: localhost", b"Origin: http://a.example"):
+    request = (
+        HEAD
+        + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+    )
+    for trailer in (
+        b"X-Ade-Probe: secret-of-probes",
+        b"Content-Type: test/413",
+        b"Host: localhost",
+        b"Origin: http://a.example",
+    ):
         with front.connect() as connection:
             connection.sendall(request + trailer + b"\r\n\r\n")
             assert read_answer(connection)[0] == 200, trailer
-        assert not {"X-Ade-Probe", "Content-Type"} & {name for name, _ in upstream.seen[-1]["headers"]}
+        assert not {"X-Ade-Probe", "Content-Type"} & {
+            name for name, _ in upstream.seen[-1]["headers"]
+        }
 
 
 def test_a_body_waits_for_100_continue(front: RunningFront, upstream: Upstream) -> None:
@@ -322,12 +467,16 @@ def test_a_body_waits_for_100_continue(front: RunningFront, upstream: Upstream) 
         assert read_answer(connection)[0] == 200
 
 
-def test_what_is_too_large_is_refused_before_it_is_sent(front: RunningFront, upstream: Upstream) -> None:
+def test_what_is_too_large_is_refused_before_it_is_sent(
+    front: RunningFront, upstream: Upstream
+) -> None:
     with front.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 67108865\r\nExpect: 100-continue\r\n\r\n")
         status, body = read_answer(connection)
         assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
-    answer = post(front, content=b"\0" * (64 * 2**20 + 1), timeout=60)  # a client that sends it all the same
+    answer = post(
+        front, content=b"\0" * (64 * 2**20 + 1), timeout=60
+    )  # a client that sends it all the same
     assert answer.status_code == 413 and upstream.seen == []
 
 
@@ -336,7 +485,11 @@ def test_long_heads_are_refused(front: RunningFront, upstream: Upstream) -> None
         with front.connect() as connection:
             connection.sendall(head)
             status, body = read_answer(connection)
-            assert status == 431 and json.loads(body)["error"]["code"] == "headers_too_large" and is_closed(connection)
+            assert (
+                status == 431
+                and json.loads(body)["error"]["code"] == "headers_too_large"
+                and is_closed(connection)
+            )
     with front.connect() as connection:  # headers after a body
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n")
         with pytest.raises(OSError):
@@ -374,7 +527,9 @@ def test_bodies_that_stall_keep_nobody_out(short: RunningFront, upstream: Upstre
     for connection in stalled:
         connection.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000)
     started = time.monotonic()
-    assert post(short).status_code == 200 and time.monotonic() - started < 0.9, "before the stalled ones are dropped"
+    assert post(short).status_code == 200 and time.monotonic() - started < 0.9, (
+        "before the stalled ones are dropped"
+    )
     for connection in stalled:
         with connection:
             status, body = read_answer(connection)
@@ -395,7 +550,11 @@ def test_bodies_that_trickle_are_refused(short: RunningFront, upstream: Upstream
 
 def test_chunked_bodies_have_the_same_limit(short: RunningFront, upstream: Upstream) -> None:
     answer = httpx.post(f"{short.url}/predictions/score", content=(b"x" * 2**16 for _ in range(80)))
-    assert answer.status_code == 413 and error_of(answer) == "request_too_large" and upstream.seen == []
+    assert (
+        answer.status_code == 413
+        and error_of(answer) == "request_too_large"
+        and upstream.seen == []
+    )
 
 
 def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) -> None:
@@ -405,7 +564,11 @@ def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) 
         first = pool.submit(post, short, "wait", large)
         wait_for(lambda: upstream.num_waiting == 1)
         refused = post(short, content=large)
-        assert refused.status_code == 503 and error_of(refused) == "overloaded" and refused.headers["retry-after"] == "1"
+        assert (
+            refused.status_code == 503
+            and error_of(refused) == "overloaded"
+            and refused.headers["retry-after"] == "1"
+        )
         assert post(short, content=b"x" * 60_000).status_code == 200
         upstream.release()
         assert first.result().status_code == 200
@@ -418,7 +581,10 @@ def test_large_bodies_that_stall_give_way(short: RunningFront, upstream: Upstrea
     for connection in stalled:
         connection.sendall(HEAD + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_500_000)
     started = time.monotonic()
-    assert post(short, content=b"x" * 1_000_000).status_code == 200 and time.monotonic() - started < 0.9
+    assert (
+        post(short, content=b"x" * 1_000_000).status_code == 200
+        and time.monotonic() - started < 0.9
+    )
     answers = [read_answer(connection) for connection in stalled]
     assert sorted({status for status, _ in answers}) == [408, 503]
 
@@ -453,44 +619,71 @@ def unread_answer(front: RunningFront) -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("others", [True, False], ids=["at once for others", "after a while"])
-def test_answers_that_nobody_reads_are_dropped(short: RunningFront, upstream: Upstream, others: bool) -> None:
+def test_answers_that_nobody_reads_are_dropped(
+    short: RunningFront, upstream: Upstream, others: bool
+) -> None:
     with unread_answer(short) as lazy:
         lazy.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0 if others else 2.0)
-        assert post(short, content=b"x" * 2**20).status_code == 200  # too much for the budget together
+        assert (
+            post(short, content=b"x" * 2**20).status_code == 200
+        )  # too much for the budget together
         assert is_closed(lazy, 1.0)
 
 
-def test_answers_that_nobody_reads_have_a_budget_together(short: RunningFront, upstream: Upstream) -> None:
-    """Answers of the same size do not give way to each other, so a further one is refused. Small ones are not."""
+def test_answers_that_nobody_reads_have_a_budget_together(
+    short: RunningFront, upstream: Upstream
+) -> None:
+    """Answers of the same size do not give way to each other, so a further one is refused.
+
+    Small ones are not.
+    """
     size = str(UNREAD).encode()
     with unread_answer(short):
         refused = post(short, "large", size)
-        assert refused.status_code == 503 and error_of(refused) == "overloaded" and refused.headers["retry-after"] == "1"
+        assert (
+            refused.status_code == 503
+            and error_of(refused) == "overloaded"
+            and refused.headers["retry-after"] == "1"
+        )
         assert post(short).status_code == 200
     wait_for(lambda: post(short, "large", size).status_code == 200)
 
 
-def test_no_connection_outlasts_a_client_that_does_not_read(short: RunningFront, upstream: Upstream) -> None:
+def test_no_connection_outlasts_a_client_that_does_not_read(
+    short: RunningFront, upstream: Upstream
+) -> None:
     """Whatever part of an answer is left in the front, down to a few bytes."""
     lazy = []
     for size in range(2**21, 2**22, 2**16):
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
         connection.connect(("127.0.0.1", short.port))
-        connection.sendall(HEAD + b"Connection: close\r\nContent-Type: test/large\r\nContent-Length: 7\r\n\r\n%d" % size)
+        connection.sendall(
+            HEAD
+            + b"Connection: close\r\nContent-Type: test/large\r\nContent-Length: 7\r\n\r\n%d" % size
+        )
         lazy.append(connection)
         assert connection.recv(1) == b"H"
     process = psutil.Process(short.process.pid)
-    wait_for(lambda: not [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED], 5)
+    wait_for(
+        lambda: (
+            not [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
+        ),
+        5,
+    )
     for connection in lazy:
         connection.close()
 
 
 def test_a_slow_reader_gets_everything(short: RunningFront, upstream: Upstream) -> None:
     size = UNREAD
-    with httpx.stream("POST", f"{short.url}/predictions/score", content=str(size).encode(),
-                      headers={"Content-Type": "test/large"}) as answer:
+    with httpx.stream(
+        "POST",
+        f"{short.url}/predictions/score",
+        content=str(size).encode(),
+        headers={"Content-Type": "test/large"},
+    ) as answer:
         seen = 0
         for part in answer.iter_raw(2**20):
             seen += len(part)
@@ -503,11 +696,15 @@ def test_a_slow_reader_gets_everything(short: RunningFront, upstream: Upstream) 
 
 def hang(front: RunningFront, body: bytes) -> socket.socket:
     connection = front.connect()
-    connection.sendall(HEAD + b"Content-Type: test/wait\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    connection.sendall(
+        HEAD + b"Content-Type: test/wait\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
     return connection
 
 
-def test_who_hangs_up_while_waiting_is_not_computed(short: RunningFront, upstream: Upstream) -> None:
+def test_who_hangs_up_while_waiting_is_not_computed(
+    short: RunningFront, upstream: Upstream
+) -> None:
     taken = [hang(short, b"taken") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)
     gone, patient = hang(short, b"gone"), hang(short, b"patient")
@@ -544,7 +741,10 @@ def test_an_upstream_that_hangs(short: RunningFront, upstream: Upstream) -> None
         started = time.monotonic()
         answers = list(pool.map(lambda _: post(short, "wait"), range(3)))
         assert time.monotonic() - started < 8
-    assert sorted((a.status_code, error_of(a)) for a in answers) == [(503, "overloaded"), *[(503, "unavailable")] * 2]
+    assert sorted((a.status_code, error_of(a)) for a in answers) == [
+        (503, "overloaded"),
+        *[(503, "unavailable")] * 2,
+    ]
     assert {a.headers["retry-after"] for a in answers} == {"1"} and post(short).status_code == 200
 
 
@@ -565,12 +765,14 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
                 in_flight.discard(i)
 
         await asyncio.gather(*(one(i) for i in range(num)))
-        return max(most[-num // 4:])
+        return max(most[-num // 4 :])
 
     async def check() -> None:
         lane = Lane(Limits(in_flight=(3, 8, 40), latency_s=0.1))
         assert await play(lane, 200, 0.001) == 40  # fast answers: as many as wait
-        assert await play(lane, 60, 0.15) == 3  # slow ones: few, so that others can still be dropped
+        assert (
+            await play(lane, 60, 0.15) == 3
+        )  # slow ones: few, so that others can still be dropped
         assert await play(lane, 200, 0.001) == 40
         with pytest.raises(ApiError, match="too many requests are waiting"):
             await play(Lane(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)
@@ -594,8 +796,18 @@ def test_a_stop_answers_what_was_accepted(tmp_path: Path) -> None:
 
 
 def settings() -> FrontSettings:
-    return FrontSettings("127.0.0.1", 1, 2, "/i", "/m", "the-key", ("score", "a-score"), "the-token", ("host",),
-                         "the-secret")
+    return FrontSettings(
+        "127.0.0.1",
+        1,
+        2,
+        "/i",
+        "/m",
+        "the-key",
+        ("score", "a-score"),
+        "the-token",
+        ("host",),
+        "the-secret",
+    )
 
 
 def test_settings_are_kept_and_secret(tmp_path: Path) -> None:

@@ -29,21 +29,33 @@ def test_broken_requests_harm_nobody(service: RunningService, real_images: np.nd
     before = workers()
     with AdeClient(service.url) as client:
         expected = client.score(real_images[:4])
-        with httpx.Client(base_url=service.url, timeout=60, limits=httpx.Limits(max_connections=8)) as http:
+        with httpx.Client(
+            base_url=service.url, timeout=60, limits=httpx.Limits(max_connections=8)
+        ) as http:
+
             def send(request) -> tuple[str, int, bytes]:
-                answer = http.post(f"/predictions/{request.operation}", content=request.body,
-                                   headers={"Content-Type": request.content_type})
+                answer = http.post(
+                    f"/predictions/{request.operation}",
+                    content=request.body,
+                    headers={"Content-Type": request.content_type},
+                )
                 return request.kind, answer.status_code, answer.content
 
             with ThreadPoolExecutor(8) as pool:
                 answers = list(pool.map(send, malformed_requests(0, 10_000)))
         assert client.score(real_images[:4]) == expected
     assert workers() == before
-    blamed = Counter((kind, status) for kind, status, content in answers
-                     if status >= 500 and status != 503 and not is_torchserves_own(status, content))
+    blamed = Counter(
+        (kind, status)
+        for kind, status, content in answers
+        if status >= 500 and status != 503 and not is_torchserves_own(status, content)
+    )
     assert not blamed
     refused = [(status, content) for _, status, content in answers if 400 <= status < 500]
     assert len(refused) > 5_000
     for status, content in refused:
         error = json.loads(content).get("error")
-        assert error and error["code"] and error["message"] and status in (400, 413, 415, 422), (status, content[:200])
+        assert error and error["code"] and error["message"] and status in (400, 413, 415, 422), (
+            status,
+            content[:200],
+        )

@@ -1,4 +1,6 @@
-"""The gate in process, and the middleware that puts it before a classifier: nothing passes that was not accepted."""
+"""The gate in process, and the middleware that puts it before a classifier: nothing passes that was
+not accepted.
+"""
 
 from __future__ import annotations
 
@@ -43,30 +45,61 @@ def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
 def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:
     pixels = np.asarray(Image.open(CAT).convert("RGB"))
     expected = gate.check(CAT)
-    assert [d.decision for d in expected] == ["accept"] and expected[0].accepted and expected[0].p_value > 0.9
-    for same in (str(CAT), CAT.read_bytes(), Image.open(CAT), pixels, [CAT], pixels[None], (pixels,)):
+    assert (
+        [d.decision for d in expected] == ["accept"]
+        and expected[0].accepted
+        and expected[0].p_value > 0.9
+    )
+    for same in (
+        str(CAT),
+        CAT.read_bytes(),
+        Image.open(CAT),
+        pixels,
+        [CAT],
+        pixels[None],
+        (pixels,),
+    ):
         assert gate.check(same) == expected
     larger = NOISE.repeat(3, 0).repeat(3, 1)
     found = gate.check([CAT, b"no image", NOISE, ROOT / "nowhere.png", larger])
     assert [d.decision for d in found] == ["accept", "no_verdict", "reject", "no_verdict", "reject"]
     assert [d.accepted for d in found] == [True, False, False, False, False]
     assert [d.is_error for d in found] == [False, True, False, True, False]
-    assert found[1].reason.startswith("not_scored: not an image") and found[3].reason.startswith("not_scored: No such file")
+    assert found[1].reason.startswith("not_scored: not an image") and found[3].reason.startswith(
+        "not_scored: No such file"
+    )
     assert found[0] == expected[0] and gate.check([]) == []
     with pytest.raises(ValueError, match="uint8"):
         gate.check(NOISE.astype(np.float32))
 
 
-def test_without_a_verdict_nothing_is_accepted(exact_only: Gate, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_verdict_nothing_is_accepted(
+    exact_only: Gate, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (resized,) = exact_only.check(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))
-    assert not resized.accepted and resized.reason.startswith("resized_not_calibrated: ") and resized.bpd > 0
+    assert (
+        not resized.accepted
+        and resized.reason.startswith("resized_not_calibrated: ")
+        and resized.bpd > 0
+    )
     (floor,) = Gate(PRETRAINED, alpha=0.0001).check(CAT)
-    assert not floor.accepted and floor.reason.startswith("alpha_too_small: alpha 0.0001 takes 9,999 ")
+    assert not floor.accepted and floor.reason.startswith(
+        "alpha_too_small: alpha 0.0001 takes 9,999 "
+    )
     whole = gate._engine.backend.run
-    monkeypatch.setattr(gate._engine.backend, "run", lambda *given: {
-        name: np.full_like(values, np.nan) for name, values in whole(*given).items()})
+    monkeypatch.setattr(
+        gate._engine.backend,
+        "run",
+        lambda *given: {
+            name: np.full_like(values, np.nan) for name, values in whole(*given).items()
+        },
+    )
     (bad,) = gate.check(CAT)
-    assert not bad.accepted and bad.is_error and bad.reason.startswith("not_scored: the model's likelihood")
+    assert (
+        not bad.accepted
+        and bad.is_error
+        and bad.reason.startswith("not_scored: the model's likelihood")
+    )
     with pytest.raises(ValueError, match="alpha"):
         Gate(PRETRAINED, alpha=0.0)
     with pytest.raises(BundleError, match="is no bundle"):
@@ -74,11 +107,13 @@ def test_without_a_verdict_nothing_is_accepted(exact_only: Gate, gate: Gate, mon
 
 
 def test_it_needs_no_torch() -> None:
-    script = ("import sys\n"
-              "for name in ('torch', 'gradio', 'training', 'export', 'ade_model'):\n"
-              "    sys.modules[name] = None\n"
-              "from serving.gate import Gate\n"
-              "print(Gate('pretrained/cifar10').check('serving/examples/cat.png')[0].decision)")
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'gradio', 'training', 'export', 'ade_model'):\n"
+        "    sys.modules[name] = None\n"
+        "from serving.gate import Gate\n"
+        "print(Gate('pretrained/cifar10').check('serving/examples/cat.png')[0].decision)"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "accept\n", done.stderr
 
@@ -114,7 +149,10 @@ def test_an_accepted_image_reaches_the_classifier_as_it_was_sent(gate: Gate) -> 
     assert client.post("/classify", content=cat, headers=PNG).json() == {"bytes": [len(cat)]}
     both = [("a", ("cat.png", cat)), ("b", ("cat.png", cat))]
     assert client.post("/classify", files=both).json() == {"bytes": [len(cat)] * 2}
-    assert [[d.decision for d in decisions] for decisions in reached] == [["accept"], ["accept", "accept"]]
+    assert [[d.decision for d in decisions] for decisions in reached] == [
+        ["accept"],
+        ["accept", "accept"],
+    ]
     assert client.get("/health").json() == "ok"
 
 
@@ -122,21 +160,39 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
     cat, noise = CAT.read_bytes(), write_png(NOISE)
     client, reached = app_behind(gate)
     for content, headers, status, code in (
-            (noise, PNG, 422, "not_accepted"), (write_png(NOISE.repeat(2, 0).repeat(2, 1)), PNG, 422, "not_accepted"),
-            (b"no image", PNG, 422, "not_accepted"), (b"", PNG, 422, "not_accepted"),
-            (b"{}", {"Content-Type": "application/json"}, 415, "no_image"), (cat, {}, 415, "no_image"),
-            (b"junk", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "malformed_request"),
-            (b"0" * (MAX_BODY_BYTES + 1), PNG, 413, "request_too_large")):
+        (noise, PNG, 422, "not_accepted"),
+        (write_png(NOISE.repeat(2, 0).repeat(2, 1)), PNG, 422, "not_accepted"),
+        (b"no image", PNG, 422, "not_accepted"),
+        (b"", PNG, 422, "not_accepted"),
+        (b"{}", {"Content-Type": "application/json"}, 415, "no_image"),
+        (cat, {}, 415, "no_image"),
+        (b"junk", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "malformed_request"),
+        (b"0" * (MAX_BODY_BYTES + 1), PNG, 413, "request_too_large"),
+    ):
         answer = client.post("/classify", content=content, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     # An accepted image that is a form, too, for an app that goes by the other type.
-    form = cat + b'\r\n--b\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n' + noise + b"\r\n--b--\r\n"
+    form = (
+        cat
+        + b'\r\n--b\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n'
+        + noise
+        + b"\r\n--b--\r\n"
+    )
     other = "multipart/form-data; boundary=b"
-    twice = client.post("/classify", content=form, headers=[("Content-Type", "image/png"), ("Content-Type", other)])
+    twice = client.post(
+        "/classify", content=form, headers=[("Content-Type", "image/png"), ("Content-Type", other)]
+    )
     assert twice.status_code == 400 and twice.json()["error"]["code"] == "malformed_request"
-    assert client.post("/classify", content=form, headers={"Content-Type": f"image/png, {other}"}).status_code == 415
+    assert (
+        client.post(
+            "/classify", content=form, headers={"Content-Type": f"image/png, {other}"}
+        ).status_code
+        == 415
+    )
     mixed = client.post("/classify", files=[("a", ("a.png", cat)), ("b", ("b.png", noise))])
-    assert mixed.status_code == 422 and [d["decision"] for d in mixed.json()["error"]["decisions"]] == ["accept", "reject"]
+    assert mixed.status_code == 422 and [
+        d["decision"] for d in mixed.json()["error"]["decisions"]
+    ] == ["accept", "reject"]
     assert client.post("/classify", data={"image": "text"}, files={}).status_code == 415
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("/stream"):
         pass
@@ -186,7 +242,10 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
         assert "secret" not in answer.text and reached == []
     client, reached = app_behind(Slow(), timeout_s=0.2, waiting=1)
     with client:  # one event loop for all requests
-        codes = [client.post("/classify", content=CAT.read_bytes(), headers=PNG).json()["error"]["code"] for _ in range(2)]
+        codes = [
+            client.post("/classify", content=CAT.read_bytes(), headers=PNG).json()["error"]["code"]
+            for _ in range(2)
+        ]
         assert codes == ["gate_unavailable", "gate_busy"] and reached == []
         free.set()
         for _ in range(100):
@@ -196,7 +255,9 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
         assert reached[0][0].accepted
 
 
-def test_the_documented_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_documented_service(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """An ID image is classified, an OOD image is not; and when the gate dies, nothing is."""
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
@@ -205,15 +266,25 @@ def test_the_documented_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     exec(compile(service, "service.py", "exec"), names)
     client = TestClient(names["app"])
     answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
-    assert answer.status_code == 200 and answer.json()["label"] in ("blue", "red") and answer.json()["p_value"] > 0.9
+    assert (
+        answer.status_code == 200
+        and answer.json()["label"] in ("blue", "red")
+        and answer.json()["p_value"] > 0.9
+    )
     answer = client.post("/classify", content=write_png(NOISE), headers=PNG)
-    assert answer.status_code == 422 and answer.json()["error"]["decisions"][0]["decision"] == "reject"
-    hidden = np.dstack([np.asarray(Image.open(CAT).convert("RGB")), np.full((32, 32), 255, np.uint8)])
+    assert (
+        answer.status_code == 422 and answer.json()["error"]["decisions"][0]["decision"] == "reject"
+    )
+    hidden = np.dstack(
+        [np.asarray(Image.open(CAT).convert("RGB")), np.full((32, 32), 255, np.uint8)]
+    )
     hidden[:4] = 0, 0, 255, 0  # blue without alpha, enough for another label; the gate sees white
     file = io.BytesIO()
     Image.fromarray(hidden).save(file, "PNG")
     answer = client.post("/classify", content=file.getvalue(), headers=PNG)
-    assert answer.status_code == 200 and answer.json()["label"] == "red"  # of what the gate accepted
+    assert (
+        answer.status_code == 200 and answer.json()["label"] == "red"
+    )  # of what the gate accepted
     monkeypatch.setattr(Gate, "check", lambda self, images: 1 / 0)
     answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "gate_unavailable"

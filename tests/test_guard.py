@@ -22,8 +22,13 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"hello"})
 
 
-def ask(*headers: tuple[str, str], method: str = "GET", kind: str = "http", token: str | None = None,
-        body: list[bytes] | None = None) -> list[dict[str, Any]]:
+def ask(
+    *headers: tuple[str, str],
+    method: str = "GET",
+    kind: str = "http",
+    token: str | None = None,
+    body: list[bytes] | None = None,
+) -> list[dict[str, Any]]:
     """What a guarded application sends upon one request."""
     sent: list[dict[str, Any]] = []
     parts = list(body or [])
@@ -35,7 +40,12 @@ def ask(*headers: tuple[str, str], method: str = "GET", kind: str = "http", toke
     async def send(message: Any) -> None:
         sent.append(dict(message))
 
-    scope = {"type": kind, "method": method, "path": "/", "headers": [(n.lower().encode(), v.encode()) for n, v in headers]}
+    scope = {
+        "type": kind,
+        "method": method,
+        "path": "/",
+        "headers": [(n.lower().encode(), v.encode()) for n, v in headers],
+    }
     if kind == "websocket":
         del scope["method"]
     asyncio.run(Guard(hello, ALLOWED, token)(scope, receive, send))
@@ -51,24 +61,64 @@ def outcome(*headers: tuple[str, str], **options: Any) -> tuple[int, str]:
     if start["status"] == 200:
         return 200, text.decode()
     fields = dict(start["headers"])
-    assert fields[b"content-type"] == b"application/json" and int(fields[b"content-length"]) == len(text)
+    assert fields[b"content-type"] == b"application/json" and int(fields[b"content-length"]) == len(
+        text
+    )
     error = json.loads(text)["error"]
     assert set(error) == {"code", "message"}
     return start["status"], error["code"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8080", "192.168.0.7:1", "localhost", "LocalHost:8080", "[::1]",
-                                  "[::1]:8080", "[fe80::1]", "ade.example.org", "ADE.example.org:443", "mixed.example"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "127.0.0.1:8080",
+        "192.168.0.7:1",
+        "localhost",
+        "LocalHost:8080",
+        "[::1]",
+        "[::1]:8080",
+        "[fe80::1]",
+        "ade.example.org",
+        "ADE.example.org:443",
+        "mixed.example",
+    ],
+)
 def test_hosts_that_come_in(host: str) -> None:
     assert outcome(("Host", host)) == (200, "hello")
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example",
-                                  "x" * 256, "x.localhost", "localhost.", "ade.example.org.", "x.ade.example.org", "0x7f.1",
-                                  "127.1", "2130706433",
-                                  "::1", "[::1", "[ade.example.org]", "[127.0.0.1]", "", " ", "127.0.0.1:", "127.0.0.1:x",
-                                  "127.0.0.1:123456", "user@127.0.0.1", "127.0.0.1/", "127.0.0.1, evil.example",
-                                  "127.0.0.1\n"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8080",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "x" * 256,
+        "x.localhost",
+        "localhost.",
+        "ade.example.org.",
+        "x.ade.example.org",
+        "0x7f.1",
+        "127.1",
+        "2130706433",
+        "::1",
+        "[::1",
+        "[ade.example.org]",
+        "[127.0.0.1]",
+        "",
+        " ",
+        "127.0.0.1:",
+        "127.0.0.1:x",
+        "127.0.0.1:123456",
+        "user@127.0.0.1",
+        "127.0.0.1/",
+        "127.0.0.1, evil.example",
+        "127.0.0.1\n",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_hosts_that_stay_out(host: str, method: str) -> None:
     assert outcome(("Host", host), method=method) == (421, "host_not_allowed")
@@ -84,20 +134,38 @@ def test_a_refused_name_is_told_how_to_be_allowed() -> None:
     assert "--allowed-hosts gpu-box" in json.loads(bodies[0]["body"])["error"]["message"]
 
 
-SAME = [("127.0.0.1:8080", "http://127.0.0.1:8080"), ("[::1]:8080", "http://[::1]:8080"), ("localhost", "http://localhost"),
-        ("LOCALHOST:80", "http://localhost"), ("127.0.0.1", "http://127.0.0.1:80"), ("1.2.3.4", "https://1.2.3.4"),
-        ("1.2.3.4:443", "https://1.2.3.4"), ("127.0.0.1:8080", "https://ade.example.org"),  # a proxy that changed Host
-        ("localhost", "http://ADE.example.org:7860")]
-OTHER = [("127.0.0.1:8080", "http://evil.example"), ("127.0.0.1:8080", "http://127.0.0.1:8081"), ("127.0.0.1:8080", "null"),
-         ("127.0.0.1:8080", "http://127.0.0.1"), ("127.0.0.1:8080", "http://localhost:8080"), ("127.0.0.1:8080", ""),
-         ("127.0.0.1", "ftp://127.0.0.1"), ("127.0.0.1", "http://127.0.0.1/"), ("127.0.0.1", "http://x@127.0.0.1"),
-         ("127.0.0.1", "http://127.0.0.1 http://evil.example"), ("127.0.0.1", "chrome-extension://127.0.0.1"),
-         ("127.0.0.1", "https://ade.example.org.evil.example")]
+SAME = [
+    ("127.0.0.1:8080", "http://127.0.0.1:8080"),
+    ("[::1]:8080", "http://[::1]:8080"),
+    ("localhost", "http://localhost"),
+    ("LOCALHOST:80", "http://localhost"),
+    ("127.0.0.1", "http://127.0.0.1:80"),
+    ("1.2.3.4", "https://1.2.3.4"),
+    ("1.2.3.4:443", "https://1.2.3.4"),
+    ("127.0.0.1:8080", "https://ade.example.org"),  # a proxy that changed Host
+    ("localhost", "http://ADE.example.org:7860"),
+]
+OTHER = [
+    ("127.0.0.1:8080", "http://evil.example"),
+    ("127.0.0.1:8080", "http://127.0.0.1:8081"),
+    ("127.0.0.1:8080", "null"),
+    ("127.0.0.1:8080", "http://127.0.0.1"),
+    ("127.0.0.1:8080", "http://localhost:8080"),
+    ("127.0.0.1:8080", ""),
+    ("127.0.0.1", "ftp://127.0.0.1"),
+    ("127.0.0.1", "http://127.0.0.1/"),
+    ("127.0.0.1", "http://x@127.0.0.1"),
+    ("127.0.0.1", "http://127.0.0.1 http://evil.example"),
+    ("127.0.0.1", "chrome-extension://127.0.0.1"),
+    ("127.0.0.1", "https://ade.example.org.evil.example"),
+]
 
 
 @pytest.mark.parametrize("host, origin", SAME)
 def test_origins_that_come_in(host: str, origin: str) -> None:
-    assert outcome(("Host", host), ("Origin", origin), ("Sec-Fetch-Site", "same-origin"), method="POST") == (200, "hello")
+    assert outcome(
+        ("Host", host), ("Origin", origin), ("Sec-Fetch-Site", "same-origin"), method="POST"
+    ) == (200, "hello")
 
 
 @pytest.mark.parametrize("host, origin", OTHER)
@@ -110,11 +178,21 @@ def test_programs_that_are_no_browsers_come_in() -> None:
     assert outcome(("Host", "127.0.0.1"), method="POST") == (200, "hello")
 
 
-@pytest.mark.parametrize("site, status", [("cross-site", 403), ("same-site", 403), ("Cross-Site", 403),
-                                          ("same-origin", 200), ("none", 200)])
+@pytest.mark.parametrize(
+    "site, status",
+    [
+        ("cross-site", 403),
+        ("same-site", 403),
+        ("Cross-Site", 403),
+        ("same-origin", 200),
+        ("none", 200),
+    ],
+)
 def test_sec_fetch_site(site: str, status: int) -> None:
     assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site), method="POST")[0] == status
-    assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site))[0] == 200  # reading: no CORS, so no page sees it
+    assert (
+        outcome(("Host", "localhost"), ("Sec-Fetch-Site", site))[0] == 200
+    )  # reading: no CORS, so no page sees it
 
 
 def test_two_origins_are_refused() -> None:
@@ -122,8 +200,14 @@ def test_two_origins_are_refused() -> None:
     assert outcome(("Host", "localhost"), origin, origin, method="POST") == (403, "cross_origin")
 
 
-@pytest.mark.parametrize("headers", [[("Host", "evil.example")], [("Host", "localhost"), ("Origin", "http://evil.example")],
-                                     [("Host", "localhost"), ("Sec-Fetch-Site", "cross-site")]])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Host", "evil.example")],
+        [("Host", "localhost"), ("Origin", "http://evil.example")],
+        [("Host", "localhost"), ("Sec-Fetch-Site", "cross-site")],
+    ],
+)
 def test_websockets_are_closed_before_they_open(headers: list[tuple[str, str]]) -> None:
     assert ask(*headers, kind="websocket") == [{"type": "websocket.close", "code": 1008}]
 
@@ -131,13 +215,27 @@ def test_websockets_are_closed_before_they_open(headers: list[tuple[str, str]]) 
 def test_websockets_of_the_own_page_open() -> None:
     headers = ("Host", "localhost:7860"), ("Origin", "http://localhost:7860")
     assert ask(*headers, kind="websocket") == [{"type": "websocket.accept"}]
-    assert ask(*headers, kind="websocket", token=TOKEN) == [{"type": "websocket.close", "code": 1008}]
+    assert ask(*headers, kind="websocket", token=TOKEN) == [
+        {"type": "websocket.close", "code": 1008}
+    ]
 
 
-@pytest.mark.parametrize("value, status", [
-    (f"Bearer {TOKEN}", 200), (f"bearer {TOKEN}", 200), (f"BEARER  {TOKEN}", 200), (f"Basic {TOKEN}", 401), (TOKEN, 401),
-    (f"Bearer {TOKEN}x", 401), (f"Bearer {TOKEN[:-1]}", 401), ("Bearer", 401), ("Bearer ", 401), ("", 401),
-    ("Bearer \u00fc", 401)])
+@pytest.mark.parametrize(
+    "value, status",
+    [
+        (f"Bearer {TOKEN}", 200),
+        (f"bearer {TOKEN}", 200),
+        (f"BEARER  {TOKEN}", 200),
+        (f"Basic {TOKEN}", 401),
+        (TOKEN, 401),
+        (f"Bearer {TOKEN}x", 401),
+        (f"Bearer {TOKEN[:-1]}", 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        ("", 401),
+        ("Bearer \u00fc", 401),
+    ],
+)
 def test_tokens(value: str, status: int) -> None:
     start, *_ = ask(("Host", "localhost"), ("Authorization", value), token=TOKEN)
     assert start["status"] == status
@@ -148,11 +246,16 @@ def test_one_token() -> None:
     assert outcome(("Host", "localhost"), token=TOKEN) == (401, "bad_token")
     right = ("Authorization", f"Bearer {TOKEN}")
     assert outcome(("Host", "localhost"), right, right, token=TOKEN) == (401, "bad_token")
-    assert outcome(("Host", "localhost"), right) == (200, "hello")  # none is required: what comes is the application's
+    assert outcome(("Host", "localhost"), right) == (
+        200,
+        "hello",
+    )  # none is required: what comes is the application's
 
 
 def test_a_refused_body_is_discarded_and_the_connection_closed() -> None:
-    start, *bodies = ask(("Host", "evil.example"), ("Content-Length", "6"), method="POST", body=[b"abc", b"def"])
+    start, *bodies = ask(
+        ("Host", "evil.example"), ("Content-Length", "6"), method="POST", body=[b"abc", b"def"]
+    )
     assert (b"connection", b"close") in start["headers"]
     assert [message["more_body"] for message in bodies] == [True, False]
 
@@ -168,8 +271,15 @@ def test_the_application_of_a_lifespan_is_reached() -> None:
 
 
 def test_parts() -> None:
-    assert split_authority("Ade.Example:80") == ("ade.example", 80) and split_authority("[::1]") == ("[::1]", None)
+    assert split_authority("Ade.Example:80") == ("ade.example", 80) and split_authority(
+        "[::1]"
+    ) == ("[::1]", None)
     with pytest.raises(ValueError, match="expected HOST or HOST:PORT, got 'a b'"):
         split_authority("a b")
-    assert is_address("[::1]") and is_address("10.0.0.1") and not is_address("::1") and not is_address("010.0.0.1")
+    assert (
+        is_address("[::1]")
+        and is_address("10.0.0.1")
+        and not is_address("::1")
+        and not is_address("010.0.0.1")
+    )
     assert is_same_origin("http://a:80", "a") and not is_same_origin("http://a", "b")

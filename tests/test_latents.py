@@ -47,7 +47,9 @@ def test_exchanged_levels() -> None:
 def test_one_level_changes_and_the_others_stay(changed: int) -> None:
     own, others = noise(1), noise(2, 5)
     for level, made in enumerate(with_level(own, others, changed)):
-        assert np.array_equal(made, others[level] if level == changed else np.repeat(own[level], 5, axis=0))
+        assert np.array_equal(
+            made, others[level] if level == changed else np.repeat(own[level], 5, axis=0)
+        )
 
 
 def test_coarsest() -> None:

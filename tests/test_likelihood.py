@@ -19,8 +19,15 @@ from ade_model.vae import Draw
 from tests.conftest import TINY, make_model, shake
 
 # Four pixels and one latent: small enough to integrate.
-FOUR_PIXELS = ModelConfig(image_size=2, channels=1, widths=(6,), latent_channels=(1,), decoder_blocks=(1,),
-                          flow_couplings=2, flow_width=6)
+FOUR_PIXELS = ModelConfig(
+    image_size=2,
+    channels=1,
+    widths=(6,),
+    latent_channels=(1,),
+    decoder_blocks=(1,),
+    flow_couplings=2,
+    flow_width=6,
+)
 
 
 def four_pixel_model(scale: float = 0.3) -> ADEModel:
@@ -38,7 +45,9 @@ def log_density(model: ADEModel, x: torch.Tensor) -> torch.Tensor:
         log_prior = -0.5 * z.square() - 0.5 * math.log(2 * math.pi) + math.log(float(z[1] - z[0]))
         y, log_det_jacobian = model.flow(x)
         standard = (y.flatten(1)[:, None] - p_y.mean.flatten(1)) * (-p_y.log_scale.flatten(1)).exp()
-        log_likelihood = (-0.5 * standard.square() - p_y.log_scale.flatten(1) - 0.5 * math.log(2 * math.pi)).sum(2)
+        log_likelihood = (
+            -0.5 * standard.square() - p_y.log_scale.flatten(1) - 0.5 * math.log(2 * math.pi)
+        ).sum(2)
     return torch.logsumexp(log_likelihood + log_prior, 1) + log_det_jacobian
 
 
@@ -47,7 +56,9 @@ def test_a_uniform_model_has_exactly_8_bits() -> None:
 
 
 def test_one_nat_a_dimension() -> None:
-    assert bits_per_dim(torch.tensor([12 * math.log(2.0)], dtype=torch.float64), 12).item() == pytest.approx(7.0)
+    assert bits_per_dim(
+        torch.tensor([12 * math.log(2.0)], dtype=torch.float64), 12
+    ).item() == pytest.approx(7.0)
 
 
 def test_log_prob_must_be_one_value_an_image() -> None:
@@ -58,7 +69,9 @@ def test_log_prob_must_be_one_value_an_image() -> None:
 
 
 def test_density_integrates_to_one() -> None:
-    """Over the flow's whole domain, in the variable ``l = logit(0.05 + 0.9 x)``, in which the density is smooth."""
+    """Over the flow's whole domain, in the variable ``l = logit(0.05 + 0.9 x)``, in which the
+    density is smooth.
+    """
     model = four_pixel_model()
     cells, bound = 24, 8.0
     step = 2 * bound / cells
@@ -81,9 +94,14 @@ def test_bounds_lie_below_the_likelihood_and_tighten() -> None:
     exact = log_density(model, x).mean()
     draws = 2048
     with torch.no_grad():
-        weights = torch.stack([
-            model.score(x, [torch.randn(64, 1, 1, 1, generator=generator, dtype=torch.float64)]).log_weight
-            for _ in range(draws)])
+        weights = torch.stack(
+            [
+                model.score(
+                    x, [torch.randn(64, 1, 1, 1, generator=generator, dtype=torch.float64)]
+                ).log_weight
+                for _ in range(draws)
+            ]
+        )
     bounds = []
     for k in (1, 4, 16, 64, 256):
         groups = weights.reshape(draws // k, k, 64)
@@ -112,19 +130,37 @@ class LinearDecoder(nn.Module):
     def infer(self, encoded, eps):
         (y,) = encoded
         precision = 1 + self.w.square().sum() * math.exp(-2 * self.log_s)
-        mean = ((y - self.b) * self.w).sum((1, 2, 3), keepdim=True) * math.exp(-2 * self.log_s) / precision
+        mean = (
+            ((y - self.b) * self.w).sum((1, 2, 3), keepdim=True)
+            * math.exp(-2 * self.log_s)
+            / precision
+        )
         posterior = DiagonalGaussian(mean, -0.5 * precision.log().expand_as(mean))
         prior = DiagonalGaussian(torch.zeros_like(mean), torch.zeros_like(mean))
         z = posterior.sample(eps[0])
         log_scale = torch.tensor(self.log_s, dtype=y.dtype)
-        draw = Draw(posterior, z, prior, posterior.log_prob_terms(z) - prior.log_prob_terms(z), posterior.kl_terms(prior))
+        draw = Draw(
+            posterior,
+            z,
+            prior,
+            posterior.log_prob_terms(z) - prior.log_prob_terms(z),
+            posterior.kl_terms(prior),
+        )
         return [draw], DiagonalGaussian(self.w * z + self.b, log_scale)
 
 
 @pytest.mark.parametrize("scales", [0, 1])
 def test_a_linear_gaussian_model_has_its_closed_form(scales: int) -> None:
-    config = ModelConfig(image_size=2, channels=1, widths=(4,), latent_channels=(1,), decoder_blocks=(1,),
-                         flow_scales=scales, flow_couplings=1, flow_width=4)
+    config = ModelConfig(
+        image_size=2,
+        channels=1,
+        widths=(4,),
+        latent_channels=(1,),
+        decoder_blocks=(1,),
+        flow_scales=scales,
+        flow_couplings=1,
+        flow_width=4,
+    )
     model = shake(ADEModel(config).double())
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(1, 1, 2, 2, generator=generator, dtype=torch.float64)
@@ -135,9 +171,18 @@ def test_a_linear_gaussian_model_has_its_closed_form(scales: int) -> None:
     x = torch.rand(5, 1, 2, 2, generator=generator, dtype=torch.float64)
     y, log_det_jacobian = model.flow(x)
     covariance = w.flatten()[:, None] * w.flatten() + 0.16 * torch.eye(4, dtype=torch.float64)
-    exact = torch.distributions.MultivariateNormal(b.flatten(), covariance).log_prob(y.flatten(1)) + log_det_jacobian
-    weights = torch.stack([model.score(x, [torch.randn(5, 1, 1, 1, generator=generator, dtype=torch.float64)])
-                           .log_weight for _ in range(16)])
+    exact = (
+        torch.distributions.MultivariateNormal(b.flatten(), covariance).log_prob(y.flatten(1))
+        + log_det_jacobian
+    )
+    weights = torch.stack(
+        [
+            model.score(
+                x, [torch.randn(5, 1, 1, 1, generator=generator, dtype=torch.float64)]
+            ).log_weight
+            for _ in range(16)
+        ]
+    )
     assert torch.allclose(weights, exact.expand(16, 5), atol=1e-9)  # every draw weighs the same
     assert torch.allclose(importance_weighted_bound(weights), exact, atol=1e-9)
 
@@ -147,11 +192,21 @@ def test_kraft_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ade_model.quantization, "NUM_LEVELS", 4)
     monkeypatch.setattr(ade_model.likelihood, "NUM_LEVELS", 4)
     model = four_pixel_model()
-    images = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.float64).reshape(-1, 1, 2, 2)
+    images = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.float64).reshape(
+        -1, 1, 2, 2
+    )
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([
-        log_density(model, dequantize(images, torch.rand(images.shape, generator=generator, dtype=torch.float64)))
-        for _ in range(64)])
+    draws = torch.stack(
+        [
+            log_density(
+                model,
+                dequantize(
+                    images, torch.rand(images.shape, generator=generator, dtype=torch.float64)
+                ),
+            )
+            for _ in range(64)
+        ]
+    )
     bits = 4 * bits_per_dim(draws.mean(0), num_dims=4)
     kraft = float((2.0**-bits).sum())
     assert 0.3 < kraft <= 1.0
@@ -160,11 +215,20 @@ def test_kraft_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kl_in_closed_form_is_the_mean_of_the_sampled_one() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 2, 2)
-    q, p = (DiagonalGaussian(torch.randn(shape, generator=generator, dtype=torch.float64),
-                             0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)) for _ in range(2))
-    draws = [q.sample(torch.randn(shape, generator=generator, dtype=torch.float64)) for _ in range(4000)]
+    q, p = (
+        DiagonalGaussian(
+            torch.randn(shape, generator=generator, dtype=torch.float64),
+            0.3 * torch.randn(shape, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(2)
+    )
+    draws = [
+        q.sample(torch.randn(shape, generator=generator, dtype=torch.float64)) for _ in range(4000)
+    ]
     ratios = torch.stack([q.log_prob(z) - p.log_prob(z) for z in draws])
-    assert torch.allclose(ratios.mean(0), q.kl(p), atol=4 * float(ratios.std(0).max()) / math.sqrt(4000))
+    assert torch.allclose(
+        ratios.mean(0), q.kl(p), atol=4 * float(ratios.std(0).max()) / math.sqrt(4000)
+    )
     assert torch.allclose(q.kl(q), torch.zeros(2, dtype=torch.float64))
 
 

@@ -13,7 +13,13 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.api.requests import RawRequest, SampleRequest, decode_images, parse_images, parse_sample
+from serving.api.requests import (
+    RawRequest,
+    SampleRequest,
+    decode_images,
+    parse_images,
+    parse_sample,
+)
 from serving.api.responses import expected_bytes
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
@@ -21,10 +27,20 @@ from serving.images import write_png
 from tests.conftest import PRETRAINED
 from tests.service import RunningService
 
-CASES = [("sample", {"n": 5, "format": format}) for format in ("png", "npy", "json")] + [
-    ("encode", {"format": format, "eps": eps}) for format in ("json", "npz") for eps in (False, True)] + [
-    ("reconstruct", {"format": format}) for format in ("npy", "json")] + [
-    ("score", {"map": map, "explain": explain, "fdr": 0.1}) for map in (False, True) for explain in (False, True)]
+CASES = (
+    [("sample", {"n": 5, "format": format}) for format in ("png", "npy", "json")]
+    + [
+        ("encode", {"format": format, "eps": eps})
+        for format in ("json", "npz")
+        for eps in (False, True)
+    ]
+    + [("reconstruct", {"format": format}) for format in ("npy", "json")]
+    + [
+        ("score", {"map": map, "explain": explain, "fdr": 0.1})
+        for map in (False, True)
+        for explain in (False, True)
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,43 +49,64 @@ def engine() -> InferenceEngine:
 
 
 def request(images: np.ndarray | None = None, **parameters: object) -> RawRequest:
-    files = {} if images is None else {"images": [base64.b64encode(write_png(image)).decode() for image in images]}
+    files = (
+        {}
+        if images is None
+        else {"images": [base64.b64encode(write_png(image)).decode() for image in images]}
+    )
     return RawRequest("application/json", json.dumps({**files, **parameters}).encode())
 
 
 @pytest.mark.parametrize("operation, parameters", CASES)
-def test_answers_are_no_longer_than_expected(operation: str, parameters: dict, engine: InferenceEngine,
-                                             real_images: np.ndarray) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)  # which no PNG shortens
+def test_answers_are_no_longer_than_expected(
+    operation: str, parameters: dict, engine: InferenceEngine, real_images: np.ndarray
+) -> None:
+    noise = np.random.default_rng(0).integers(
+        0, 256, (5, 32, 32, 3), np.uint8
+    )  # which no PNG shortens
     raw = request(None if operation == "sample" else noise, **parameters)
     (answer,) = Service(operation, engine).answer([raw])
     assert answer.status == 200
-    parsed = parse_sample(raw, engine.latent_shapes) if operation == "sample" else (
-        decode_images([parse_images(operation, raw)], engine.image_shape)[0])
+    parsed = (
+        parse_sample(raw, engine.latent_shapes)
+        if operation == "sample"
+        else (decode_images([parse_images(operation, raw)], engine.image_shape)[0])
+    )
     expected = expected_bytes(operation, parsed, engine.image_shape, engine.latent_shapes)
     assert isinstance(parsed, SampleRequest) == (operation == "sample")
     assert len(answer.body) <= expected <= 16 * len(answer.body)
 
 
-def test_a_batch_has_room_for_so_many_bytes_of_answers(engine: InferenceEngine, real_images: np.ndarray,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_has_room_for_so_many_bytes_of_answers(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = [request(real_images[:4], format="npz", eps=True) for _ in range(5)]
     (alone,) = Service("encode", engine).answer(requests[:1])
     for room, answered in ((1, 1), (2.5, 2), (5.5, 5)):
-        monkeypatch.setattr("serving.api.service.MAX_BATCH_BYTES", math.floor(room * len(alone.body)))
+        monkeypatch.setattr(
+            "serving.api.service.MAX_BATCH_BYTES", math.floor(room * len(alone.body))
+        )
         answers = Service("encode", engine).answer(requests)
         assert [a.status for a in answers] == [200] * answered + [503] * (5 - answered)
         assert all(a.body == alone.body for a in answers[:answered])
         for refused in answers[answered:]:
-            assert json.loads(refused.body)["error"]["code"] == "overloaded" and refused.headers["Retry-After"] == "1"
+            assert (
+                json.loads(refused.body)["error"]["code"] == "overloaded"
+                and refused.headers["Retry-After"] == "1"
+            )
     # An answer that has no room does not keep a shorter one behind it from being computed.
     monkeypatch.setattr("serving.api.service.MAX_BATCH_BYTES", math.floor(1.5 * len(alone.body)))
     small = request(real_images[:1], format="npz")
-    assert [a.status for a in Service("encode", engine).answer([*requests[:2], small])] == [200, 503, 200]
+    assert [a.status for a in Service("encode", engine).answer([*requests[:2], small])] == [
+        200,
+        503,
+        200,
+    ]
 
 
-def test_room_that_answers_did_not_need_goes_to_others(engine: InferenceEngine, real_images: np.ndarray,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_that_answers_did_not_need_goes_to_others(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = [request(real_images[:1])] * 6
     service = Service("score", engine)
     (alone,) = service.answer(requests[:1])
@@ -80,9 +117,10 @@ def test_room_that_answers_did_not_need_goes_to_others(engine: InferenceEngine, 
     assert Counter(a.status for a in service.answer(requests))[200] >= 5
 
 
-def test_a_batch_is_computed_until_its_time_is_over(engine: InferenceEngine, real_images: np.ndarray,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = [request(real_images[i:i + 2], samples=4) for i in range(3)]
+def test_a_batch_is_computed_until_its_time_is_over(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request(real_images[i : i + 2], samples=4) for i in range(3)]
     alone = [Service("score", engine).answer([r])[0].body for r in requests]
     monkeypatch.setattr("serving.api.service.PASS_ROWS", 8)
     in_passes = Service("score", engine).answer(requests)
@@ -94,11 +132,14 @@ def test_a_batch_is_computed_until_its_time_is_over(engine: InferenceEngine, rea
     assert [a.status for a in Service("score", engine).answer(requests)] == [200, 200, 503]
 
 
-def test_noise_counts_as_another_row(engine: InferenceEngine, real_images: np.ndarray,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_counts_as_another_row(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     encode = engine.encode
-    monkeypatch.setattr(engine, "encode", lambda images, *rest: calls.append(len(images)) or encode(images, *rest))
+    monkeypatch.setattr(
+        engine, "encode", lambda images, *rest: calls.append(len(images)) or encode(images, *rest)
+    )
     monkeypatch.setattr("serving.api.service.PASS_ROWS", 4)
     for eps, passes in ((False, [4]), (True, [2, 2])):
         calls.clear()
@@ -107,8 +148,13 @@ def test_noise_counts_as_another_row(engine: InferenceEngine, real_images: np.nd
 
 
 @pytest.mark.parametrize("operation, parameters", CASES)
-def test_a_request_by_itself_is_always_answered(operation: str, parameters: dict, engine: InferenceEngine,
-                                                real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_by_itself_is_always_answered(
+    operation: str,
+    parameters: dict,
+    engine: InferenceEngine,
+    real_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("MAX_BATCH_BYTES", "MAX_BATCH_S", "PASS_ROWS"):
         monkeypatch.setattr(f"serving.api.service.{name}", 0)
     images = None if operation == "sample" else real_images[:3]
@@ -124,8 +170,12 @@ def test_many_large_answers_end_no_worker(service: RunningService, real_images: 
     workers = {process.pid for process in service.workers()}
 
     def ask(_: int) -> tuple[int, int]:
-        answer = httpx.post(f"{service.url}/predictions/encode", files={"image": array.getvalue()},
-                            data={"format": "npz", "eps": "true"}, timeout=300)
+        answer = httpx.post(
+            f"{service.url}/predictions/encode",
+            files={"image": array.getvalue()},
+            data={"format": "npz", "eps": "true"},
+            timeout=300,
+        )
         return answer.status_code, len(answer.content)
 
     with ThreadPoolExecutor(20) as pool:
@@ -138,14 +188,22 @@ def test_many_large_answers_end_no_worker(service: RunningService, real_images: 
 
 
 @pytest.mark.slow
-def test_a_full_batch_of_scores_ends_no_worker(service: RunningService, real_images: np.ndarray) -> None:
-    """8,192 rows took nearly all of the time that a worker has: now some are computed, and the others asked again."""
+def test_a_full_batch_of_scores_ends_no_worker(
+    service: RunningService, real_images: np.ndarray
+) -> None:
+    """8,192 rows took nearly all of the time that a worker has: now some are computed, and the
+    others asked again.
+    """
     workers = {process.pid for process in service.workers()}
     body = request(real_images[:128], samples=8).body
 
     def ask(_: int) -> tuple[int, float]:
-        answer = httpx.post(f"{service.url}/predictions/score", content=body, timeout=300,
-                            headers={"Content-Type": "application/json"})
+        answer = httpx.post(
+            f"{service.url}/predictions/score",
+            content=body,
+            timeout=300,
+            headers={"Content-Type": "application/json"},
+        )
         return answer.status_code, answer.elapsed.total_seconds()
 
     with ThreadPoolExecutor(8) as pool:

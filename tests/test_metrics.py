@@ -1,4 +1,6 @@
-"""Metrics against closed forms, against the library's own results, and on images whose answer is known."""
+"""Metrics against closed forms, against the library's own results, and on images whose answer is
+known.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
 
 def test_frechet_distance_of_independent_gaussians() -> None:
     rng = np.random.default_rng(0)
-    scales_a, scales_b, shift = np.array([1.0, 2.0, 0.5]), np.array([2.0, 1.0, 0.5]), np.array([1.0, 0.0, -2.0])
+    scales_a, scales_b, shift = (
+        np.array([1.0, 2.0, 0.5]),
+        np.array([2.0, 1.0, 0.5]),
+        np.array([1.0, 0.0, -2.0]),
+    )
     a, b = rng.normal(0, scales_a, (200_000, 3)), rng.normal(shift, scales_b, (200_000, 3))
     expected = np.square(shift).sum() + np.square(scales_a - scales_b).sum()
     assert frechet_distance(a, b) == pytest.approx(expected, rel=0.01)
@@ -37,7 +43,9 @@ def test_frechet_distance_does_not_depend_on_the_basis() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, (500, 4)) * [1, 2, 3, 4], rng.normal(1, 2, (400, 4))
     rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
-    assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(frechet_distance(a, b), rel=1e-6)
+    assert frechet_distance(a @ rotation, b @ rotation) == pytest.approx(
+        frechet_distance(a, b), rel=1e-6
+    )
 
 
 def test_shapes_are_checked() -> None:
@@ -54,8 +62,11 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_frechet_distance_is_the_librarys() -> None:
     rng = np.random.default_rng(2)
     a, b = rng.normal(0, 1, (600, 6)) @ rng.normal(size=(6, 6)), rng.normal(0.3, 2, (500, 6))
-    library = fid_statistics_to_metric(fid_features_to_statistics(torch.from_numpy(a)),
-                                       fid_features_to_statistics(torch.from_numpy(b)), False)
+    library = fid_statistics_to_metric(
+        fid_features_to_statistics(torch.from_numpy(a)),
+        fid_features_to_statistics(torch.from_numpy(b)),
+        False,
+    )
     assert frechet_distance(a, b) == pytest.approx(library["frechet_inception_distance"], rel=1e-6)
 
 
@@ -76,7 +87,11 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
     small, other = a[:40], c[:30]
     kernel = lambda x, y: (x @ y.T / 8 + 1) ** 3
     off = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-    exact = off(kernel(small[:30], small[:30])) + off(kernel(other, other)) - 2 * kernel(small[:30], other).mean()
+    exact = (
+        off(kernel(small[:30], small[:30]))
+        + off(kernel(other, other))
+        - 2 * kernel(small[:30], other).mean()
+    )
     assert kernel_distance(small[:30], other)["mean"] == pytest.approx(exact, rel=1e-6)
     with pytest.raises(ValueError, match="must be"):
         kernel_distance(a, a[:, :3])
@@ -85,7 +100,11 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
 def test_improved_precision_and_recall() -> None:
     rng = np.random.default_rng(4)
     both = rng.normal(size=(400, 4))
-    assert improved_precision_recall(both, both)["precision"] == improved_precision_recall(both, both)["recall"] == 1
+    assert (
+        improved_precision_recall(both, both)["precision"]
+        == improved_precision_recall(both, both)["recall"]
+        == 1
+    )
     far = improved_precision_recall(both + 100, both)
     assert far["precision"] == far["recall"] == 0
     few = improved_precision_recall(rng.normal(size=(400, 4)), both[:100])
@@ -100,7 +119,9 @@ def test_prd_of_known_histograms() -> None:
     assert max(np.minimum(precision, recall)) == pytest.approx(1, abs=1e-3)
     half = np.array([0.5, 0.5, 0, 0])  # all it makes is real, of half the kinds
     precision, recall = prd_curve(half, real)
-    assert precision.max() == pytest.approx(1, abs=1e-3) and recall.max() == pytest.approx(0.5, abs=1e-3)
+    assert precision.max() == pytest.approx(1, abs=1e-3) and recall.max() == pytest.approx(
+        0.5, abs=1e-3
+    )
     rng = np.random.default_rng(5)
     modes = 20 * rng.normal(size=(8, 5))
     draw = lambda count: modes[rng.integers(0, count, 2000)] + rng.normal(size=(2000, 5))
@@ -112,10 +133,14 @@ def test_prd_of_known_histograms() -> None:
 def test_gan_train_learns_what_the_samples_show() -> None:
     rng = np.random.default_rng(6)
     classes = rng.integers(0, 3, 600)
-    images = rng.integers(0, 60, (600, 8, 8, 3)) + 120 * np.eye(3, dtype=int)[classes][:, None, None]
+    images = (
+        rng.integers(0, 60, (600, 8, 8, 3)) + 120 * np.eye(3, dtype=int)[classes][:, None, None]
+    )
     images = images.astype(np.uint8)
     device = torch.device("cpu")
-    assert gan_train_accuracy(images[:400], classes[:400], images[400:], classes[400:], device) > 0.95
+    assert (
+        gan_train_accuracy(images[:400], classes[:400], images[400:], classes[400:], device) > 0.95
+    )
     shuffled = rng.permutation(classes[:400])
     assert gan_train_accuracy(images[:400], shuffled, images[400:], classes[400:], device) < 0.7
 
@@ -133,7 +158,9 @@ def test_psnr() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (RESNET20.is_file() and CIFAR10.is_dir()), reason="needs CIFAR-10 and a trained ResNet-20")
+@pytest.mark.skipif(
+    not (RESNET20.is_file() and CIFAR10.is_dir()), reason="needs CIFAR-10 and a trained ResNet-20"
+)
 def test_resnet20_tells_images_from_noise() -> None:
     from training.datasets import load_dataset
 
@@ -148,11 +175,16 @@ def test_resnet20_tells_images_from_noise() -> None:
 
 def test_batch_normalisation_is_folded_into_convolutions() -> None:
     torch.manual_seed(0)
-    conv, norm = torch.nn.Conv2d(4, 6, 3, padding=1, bias=False), torch.nn.BatchNorm2d(6, eps=1e-3).eval()
+    conv, norm = (
+        torch.nn.Conv2d(4, 6, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(6, eps=1e-3).eval(),
+    )
     for value in (norm.weight, norm.bias, norm.running_mean):
         value.data = torch.randn(6)
     norm.running_var.data = torch.rand(6) + 0.5
-    state = {f"c.{k}": v for k, v in conv.state_dict().items()} | {f"n.{k}": v for k, v in norm.state_dict().items()}
+    state = {f"c.{k}": v for k, v in conv.state_dict().items()} | {
+        f"n.{k}": v for k, v in norm.state_dict().items()
+    }
     x = torch.randn(2, 4, 9, 9)
     assert torch.allclose(_conv(_fold(state, "c", "n"), x), norm(conv(x)), atol=1e-5)
 
@@ -168,22 +200,28 @@ def test_efficientnet_tells_images_from_noise(real_images: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-def test_inception_is_loaded_by_its_hash_alone(tmp_path: Path, real_images: np.ndarray,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_is_loaded_by_its_hash_alone(
+    tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With random weights in the library's format: the whole path but the numbers."""
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
     monkeypatch.setattr(library, "load_state_dict_from_url", lambda *a, **k: {})
-    monkeypatch.setattr(library.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    monkeypatch.setattr(
+        library.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None
+    )
     network = library.FeatureExtractorInceptionV3("x", ["2048"])
     monkeypatch.undo()
     path = tmp_path / "weights.pth"
     torch.save(network.state_dict(), path)
-    with pytest.raises(FeatureError, match="is not the FID's Inception: SHA-256 should be 6726825d"):
+    with pytest.raises(
+        FeatureError, match="is not the FID's Inception: SHA-256 should be 6726825d"
+    ):
         inception.inception_features(str(path), real_images[:2], torch.device("cpu"))
     with pytest.raises(FeatureError, match="there is no file"):
         inception.inception_features(str(tmp_path / "none"), real_images[:2], torch.device("cpu"))
     import hashlib
+
     monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     pooled, logits = inception.inception_features(str(path), real_images[:3], torch.device("cpu"))
     assert pooled.shape == (3, 2048) and logits.shape == (3, 1008) and np.isfinite(pooled).all()

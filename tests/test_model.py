@@ -20,8 +20,17 @@ def noise(model: ADEModel, n: int = 2, seed: int = 0) -> list[torch.Tensor]:
 @pytest.mark.parametrize("size", [32, 48, 64])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_sizes_and_channels(size: int, channels: int) -> None:
-    model = make_model(ModelConfig(image_size=size, channels=channels, widths=(8, 8, 8), latent_channels=(2, 2, 2),
-                                   flow_couplings=2, flow_width=4), scale=0.02)
+    model = make_model(
+        ModelConfig(
+            image_size=size,
+            channels=channels,
+            widths=(8, 8, 8),
+            latent_channels=(2, 2, 2),
+            flow_couplings=2,
+            flow_width=4,
+        ),
+        scale=0.02,
+    )
     x = torch.rand(2, channels, size, size)
     eps = noise(model)
     encoding = model.encode(x, eps)
@@ -39,25 +48,49 @@ def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size: int) -> No
         ModelConfig(image_size=size)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"widths": ()}, "latent_channels must have one number"),
-    ({"widths": (8, 0, 8)}, "widths must be integers of at least 1"),
-    ({"latent_channels": (0, 2, 2)}, "latents at the coarsest level"), ({"patch": 3}, "patch must be one of 1, 2"),
-    ({"flow_mask": "stripes"}, "flow_mask must be one of"),
-    ({"widths": (), "latent_channels": (), "decoder_blocks": (), "flow_scales": 0}, "it needs flow_scales"),
-    ({"latent_channels": (1, 2)}, "one number a resolution"), ({"channels": 0}, "channels must be an integer"),
-    ({"flow_scales": -1}, "flow_scales"), ({"flow_width": 2.5}, "flow_width"), ({"sigma": "two"}, "sigma must be one"),
-    ({"flow_max_log_scale": 0.0}, "flow_max_log_scale must be positive"), ({"channels": True}, "channels"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"widths": ()}, "latent_channels must have one number"),
+        ({"widths": (8, 0, 8)}, "widths must be integers of at least 1"),
+        ({"latent_channels": (0, 2, 2)}, "latents at the coarsest level"),
+        ({"patch": 3}, "patch must be one of 1, 2"),
+        ({"flow_mask": "stripes"}, "flow_mask must be one of"),
+        (
+            {"widths": (), "latent_channels": (), "decoder_blocks": (), "flow_scales": 0},
+            "it needs flow_scales",
+        ),
+        ({"latent_channels": (1, 2)}, "one number a resolution"),
+        ({"channels": 0}, "channels must be an integer"),
+        ({"flow_scales": -1}, "flow_scales"),
+        ({"flow_width": 2.5}, "flow_width"),
+        ({"sigma": "two"}, "sigma must be one"),
+        ({"flow_max_log_scale": 0.0}, "flow_max_log_scale must be positive"),
+        ({"channels": True}, "channels"),
+    ],
+)
 def test_bad_configurations_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**change)
 
 
-@pytest.mark.parametrize("change", [
-    {"widths": (8, 12)}, {"latent_channels": (3, 3)}, {"decoder_blocks": (2, 1)}, {"sigma": "scalar"},
-    {"flow_scales": 0}, {"flow_scales": 2}, {"flow_couplings": 3}, {"flow_blocks": 0}, {"flow_width": 4},
-    {"flow_max_log_scale": 1.5}, {"channels": 1}, {"image_size": 16}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": (8, 12)},
+        {"latent_channels": (3, 3)},
+        {"decoder_blocks": (2, 1)},
+        {"sigma": "scalar"},
+        {"flow_scales": 0},
+        {"flow_scales": 2},
+        {"flow_couplings": 3},
+        {"flow_blocks": 0},
+        {"flow_width": 4},
+        {"flow_max_log_scale": 1.5},
+        {"channels": 1},
+        {"image_size": 16},
+    ],
+)
 def test_every_option_changes_the_model(change: dict) -> None:
     """Weights or, for an option without any, the answer."""
     other = make_model(dataclasses.replace(TINY, **change))
@@ -102,7 +135,9 @@ def test_decoding_an_encoding_is_the_reconstruction() -> None:
     model = make_model()
     x = torch.rand(2, 3, 8, 8)
     eps = noise(model)
-    assert torch.allclose(model.decode(model.encode(x, eps).z), model.reconstruct(x, eps), atol=1e-5)
+    assert torch.allclose(
+        model.decode(model.encode(x, eps).z), model.reconstruct(x, eps), atol=1e-5
+    )
 
 
 def test_wrong_shapes_are_named() -> None:
@@ -123,7 +158,9 @@ def test_a_checkpoint_is_enough(tmp_path) -> None:
     x, eps = torch.rand(2, 3, 8, 8), noise(model)
     assert torch.equal(model.score(x, eps).log_weight, again.score(x, eps).log_weight)
     text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    (tmp_path / "config.json").write_text(
+        text.replace('"format_version": 1', '"format_version": 99')
+    )
     with pytest.raises(ConfigError, match="format_version must be 1, got 99"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text(text.replace('"flow_width": 8', '"flow_width": 9'))
@@ -131,8 +168,15 @@ def test_a_checkpoint_is_enough(tmp_path) -> None:
         load_model(tmp_path)
 
 
-FLOW_ALONE = ModelConfig(image_size=8, widths=(), latent_channels=(), decoder_blocks=(), flow_scales=2, flow_couplings=2,
-                         flow_width=8)
+FLOW_ALONE = ModelConfig(
+    image_size=8,
+    widths=(),
+    latent_channels=(),
+    decoder_blocks=(),
+    flow_scales=2,
+    flow_couplings=2,
+    flow_width=8,
+)
 
 
 def test_a_flow_alone_is_exact() -> None:
@@ -141,18 +185,29 @@ def test_a_flow_alone_is_exact() -> None:
     eps = [torch.randn(3, 3, 8, 8, dtype=torch.float64)]
     y, log_det = model.flow(x)
     encoding = model.encode(x, eps)
-    assert torch.equal(encoding.z[0], y) and torch.equal(encoding.posteriors[0].sample(eps[0]).float(), y.float())
+    assert torch.equal(encoding.z[0], y) and torch.equal(
+        encoding.posteriors[0].sample(eps[0]).float(), y.float()
+    )
     assert (model.reconstruct(x, eps) - x).abs().max() < 1e-9
     assert (model.decode(encoding.z) - x).abs().max() < 1e-9
     normal = torch.distributions.Normal(0.0, 1.0)
     expected = normal.log_prob(y).flatten(1).sum(1) + log_det
     for evidence in (model.score(x, eps), model.evidence(x, eps)):
-        assert torch.allclose(evidence.log_weight, expected) and evidence.log_prob_y.abs().max() == 0
+        assert (
+            torch.allclose(evidence.log_weight, expected) and evidence.log_prob_y.abs().max() == 0
+        )
     assert torch.allclose(model.sample(eps, temperature=0.5), model.flow.inverse(0.5 * eps[0]))
 
 
 def test_levels_without_latents() -> None:
-    config = ModelConfig(image_size=8, widths=(8, 8), latent_channels=(3, 0), decoder_blocks=(0, 1), patch=1, flow_scales=0)
+    config = ModelConfig(
+        image_size=8,
+        widths=(8, 8),
+        latent_channels=(3, 0),
+        decoder_blocks=(0, 1),
+        patch=1,
+        flow_scales=0,
+    )
     model = make_model(config)
     assert config.latent_shapes == [(3, 4, 4)] and config.level_sizes == [4, 8]
     eps = [torch.randn(2, 3, 4, 4)]
@@ -163,7 +218,11 @@ def test_levels_without_latents() -> None:
 
 
 def test_a_model_without_an_inference_network_can_only_sample() -> None:
-    model = make_model(ModelConfig(image_size=8, widths=(8,), latent_channels=(3,), decoder_blocks=(1,), encoder=False))
+    model = make_model(
+        ModelConfig(
+            image_size=8, widths=(8,), latent_channels=(3,), decoder_blocks=(1,), encoder=False
+        )
+    )
     assert model.config.operations == ("sample",)
     eps = [torch.randn(2, 3, 4, 4)]
     assert model.sample(eps).shape == (2, 3, 8, 8)
@@ -172,7 +231,11 @@ def test_a_model_without_an_inference_network_can_only_sample() -> None:
 
 
 def test_models_of_before_are_read() -> None:
-    old = {k: v for k, v in TINY.to_dict().items() if k not in ("patch", "encoder", "posterior_iaf", "flow_mask")}
+    old = {
+        k: v
+        for k, v in TINY.to_dict().items()
+        if k not in ("patch", "encoder", "posterior_iaf", "flow_mask")
+    }
     assert ModelConfig.from_dict(old) == TINY
     with pytest.raises(ConfigError, match="unknown or missing: \\['widths'\\]"):
         ModelConfig.from_dict({k: v for k, v in old.items() if k != "widths"})
@@ -180,10 +243,17 @@ def test_models_of_before_are_read() -> None:
         ModelConfig.from_dict({**old, "depth": 3})
 
 
-@pytest.mark.parametrize("config", [
-    TINY, FLOW_ALONE, dataclasses.replace(TINY, posterior_iaf=True), dataclasses.replace(TINY, flow_scales=0),
-    dataclasses.replace(TINY, flow_scales=2, flow_mask="checkerboard")], ids=[
-        "av-ade", "flow alone", "autoregressive posterior", "no flow", "checkerboards"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        FLOW_ALONE,
+        dataclasses.replace(TINY, posterior_iaf=True),
+        dataclasses.replace(TINY, flow_scales=0),
+        dataclasses.replace(TINY, flow_scales=2, flow_mask="checkerboard"),
+    ],
+    ids=["av-ade", "flow alone", "autoregressive posterior", "no flow", "checkerboards"],
+)
 def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> None:
     model = make_model(config).double()
     x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
@@ -191,7 +261,9 @@ def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> Non
     found = model.examine(x, eps)
     evidence = found.evidence
     assert found.cost.shape == (3, 3, 8, 8)
-    for part, whole in enumerate((-evidence.log_prob_y, -evidence.log_det_jacobian, sum(evidence.kl))):
+    for part, whole in enumerate(
+        (-evidence.log_prob_y, -evidence.log_det_jacobian, sum(evidence.kl))
+    ):
         assert torch.allclose(found.cost[:, part].sum((1, 2)), whole, rtol=1e-10, atol=1e-9)
     assert torch.allclose(found.cost.sum((1, 2, 3)), -model.score(x, eps).log_weight, rtol=1e-12)
 
@@ -210,5 +282,7 @@ def test_what_is_left_unexplained() -> None:
     prior = top.prior(top.start(None, 3))
     assert torch.allclose(prior.mean + prior.log_scale.exp() * found.surprises[0], z[0])
     flow = make_model(FLOW_ALONE).double()
-    alone = flow.examine(x, [torch.randn(3, *s, dtype=torch.float64) for s in FLOW_ALONE.latent_shapes])
+    alone = flow.examine(
+        x, [torch.randn(3, *s, dtype=torch.float64) for s in FLOW_ALONE.latent_shapes]
+    )
     assert torch.equal(alone.surprises[0], alone.y) and not alone.residual.any()

@@ -20,8 +20,12 @@ NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 KEY = "0123456789abcdef0123456789abcdef"
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx-light)")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        NGINX is None, reason="nginx is not installed (apt-get install nginx-light)"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +34,43 @@ def proxy(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("nginx")
     (outer,) = free_ports(1)
     text = (ROOT / "deploy" / "nginx.conf").read_text()
-    # A request a second, after the first hundred at once: no machine is too slow to be refused then.
-    for old, new in (("listen 443", f"listen 127.0.0.1:{outer}"),
-                     ("127.0.0.1:8080", f"127.0.0.1:{service.ports['inference']}"),
-                     ("127.0.0.1:7860", f"127.0.0.1:{service.ports['ui']}"), ("rate=50r/s", "rate=1r/s")):
+    # A request a second, after the first hundred at once: no machine is too slow to be refused
+    # then.
+    for old, new in (
+        ("listen 443", f"listen 127.0.0.1:{outer}"),
+        ("127.0.0.1:8080", f"127.0.0.1:{service.ports['inference']}"),
+        ("127.0.0.1:7860", f"127.0.0.1:{service.ports['ui']}"),
+        ("rate=50r/s", "rate=1r/s"),
+    ):
         assert old in text
         text = text.replace(old, new)
     (folder / "nginx.conf").write_text(text)
     (folder / "keys.conf").write_text(f'"{KEY}" tests;\n')
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1",
-                    "-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem")], check=True,
-                   capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "1",
+            "-subj",
+            "/CN=127.0.0.1",
+            "-keyout",
+            str(folder / "key.pem"),
+            "-out",
+            str(folder / "certificate.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )
     assert NGINX is not None
-    process = subprocess.Popen([NGINX, "-p", str(folder), "-c", "nginx.conf", "-g", "daemon off;"],
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [NGINX, "-p", str(folder), "-c", "nginx.conf", "-g", "daemon off;"],
+        stderr=subprocess.DEVNULL,
+    )
     url = f"https://127.0.0.1:{outer}"
     for _ in range(100):
         if process.poll() is not None:
@@ -60,8 +87,13 @@ def proxy(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> 
     assert KEY not in log and '"client":"tests"' in log
 
 
-def ask(proxy: str, path: str, key: str | None = KEY, method: str = "POST", **options) -> httpx.Response:
-    headers = {**({} if key is None else {"Authorization": f"Bearer {key}"}), **options.pop("headers", {})}
+def ask(
+    proxy: str, path: str, key: str | None = KEY, method: str = "POST", **options
+) -> httpx.Response:
+    headers = {
+        **({} if key is None else {"Authorization": f"Bearer {key}"}),
+        **options.pop("headers", {}),
+    }
     return httpx.request(method, proxy + path, headers=headers, verify=False, timeout=60, **options)
 
 
@@ -79,16 +111,22 @@ def test_operations_under_short_paths(proxy: str, service: RunningService) -> No
     assert answer.status_code == 200 and answer.content == direct.content
     assert answer.headers["x-ade-model"] == direct.headers["x-ade-model"]
     (name,) = answer.headers.get_list("x-request-id")
-    assert len(name) == len(direct.headers["x-request-id"]) == 36  # the service's own, as in its journal
+    assert (
+        len(name) == len(direct.headers["x-request-id"]) == 36
+    )  # the service's own, as in its journal
     assert "access-control-allow-origin" not in answer.headers
-    long = ask(proxy, "/predictions/score", content=data, headers={"Content-Type": "image/png"})  # as AdeClient asks
+    long = ask(
+        proxy, "/predictions/score", content=data, headers={"Content-Type": "image/png"}
+    )  # as AdeClient asks
     assert long.status_code == 200 and long.content == direct.content
     sample = ask(proxy, "/v1/sample", json={"n": 2, "seed": 1})
     assert sample.content.startswith(b"\x89PNG") and sample.headers["content-type"] == "image/png"
     form = ask(proxy, "/v1/score", files={"image": EXAMPLE.read_bytes()}, data={"alpha": "0.05"})
     assert form.json()["alpha"] == 0.05
     images = np.zeros((256, 32, 32, 3), np.uint8)
-    many = ask(proxy, "/v1/score", content=npy(images), headers={"Content-Type": "application/x-npy"})
+    many = ask(
+        proxy, "/v1/score", content=npy(images), headers={"Content-Type": "application/x-npy"}
+    )
     assert many.status_code == 200 and len(many.json()["results"]) == 256, many.text[:300]
 
 
@@ -96,7 +134,9 @@ def test_health_and_contract_need_no_key(proxy: str) -> None:
     assert ask(proxy, "/healthz", key=None, method="GET").json() == {"ready": True}
     document = ask(proxy, "/v1/openapi.json", key=None, method="GET").json()
     assert document["servers"] == [{"url": proxy}]
-    assert sorted(document["paths"]) == [f"/v1/{name}" for name in ("encode", "reconstruct", "sample", "score")]
+    assert sorted(document["paths"]) == [
+        f"/v1/{name}" for name in ("encode", "reconstruct", "sample", "score")
+    ]
     (scheme,) = document["security"][0]
     assert document["components"]["securitySchemes"][scheme] == {"type": "http", "scheme": "bearer"}
 
@@ -104,13 +144,31 @@ def test_health_and_contract_need_no_key(proxy: str) -> None:
 @pytest.mark.parametrize("key", [None, "wrong", KEY[:-1], KEY + "x", f"{KEY}' OR 1"])
 def test_keys(proxy: str, key: str | None) -> None:
     answer = ask(proxy, "/v1/sample", key=key, json={})
-    assert answer.status_code == 401 and code_of(answer) == "bad_key" and answer.headers["www-authenticate"] == "Bearer"
-    assert answer.headers["x-request-id"] and answer.headers["strict-transport-security"] and "retry-after" not in (
-        answer.headers)
+    assert (
+        answer.status_code == 401
+        and code_of(answer) == "bad_key"
+        and answer.headers["www-authenticate"] == "Bearer"
+    )
+    assert (
+        answer.headers["x-request-id"]
+        and answer.headers["strict-transport-security"]
+        and "retry-after" not in (answer.headers)
+    )
 
 
-@pytest.mark.parametrize("path", ["/", "/predictions/other", "/predictions/", "/models", "/v1/",
-                                   "/v1/score/", "/metrics", "/v1/../models"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/predictions/other",
+        "/predictions/",
+        "/models",
+        "/v1/",
+        "/v1/score/",
+        "/metrics",
+        "/v1/../models",
+    ],
+)
 def test_nothing_else_is_reached(proxy: str, path: str) -> None:
     answer = ask(proxy, path, method="GET")
     assert answer.status_code == 404 and code_of(answer) == "not_found"
@@ -143,7 +201,9 @@ def test_tls_is_modern_and_plain_text_is_refused(proxy: str) -> None:
 
 
 def test_a_key_has_a_rate(proxy: str) -> None:
-    with httpx.Client(verify=False, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
+    with httpx.Client(
+        verify=False, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+    ) as client:
         answers = [client.post(f"{proxy}/v1/score", content=b"junk") for _ in range(400)]
     assert {answer.status_code for answer in answers} == {415, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)

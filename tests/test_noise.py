@@ -17,14 +17,21 @@ def test_the_streams_are_those_of_version_1() -> None:
     assert hashlib.sha256(stream.uniform((64,)).tobytes()).hexdigest()[:16] == "04e02e5801a33928"
     normals = stream.normal((4, 4))
     assert np.allclose(normals[0], [-0.0876371, 0.6378855, 0.6005905, -0.5982022], atol=1e-6)
-    assert image_key(0, image_digest(np.zeros((2, 2, 3), np.uint8)), 1).hex() == "1115f496c39eef3cb057c19d8bc91b3e"
+    assert (
+        image_key(0, image_digest(np.zeros((2, 2, 3), np.uint8)), 1).hex()
+        == "1115f496c39eef3cb057c19d8bc91b3e"
+    )
 
 
 @settings(max_examples=50)
 @given(st.integers(0, MAX_SEED), st.integers(0, MAX_SEED), st.integers(0, 63))
 def test_every_part_of_the_key_counts(seed: int, index: int, draw: int) -> None:
-    keys = {sample_key(seed, index, draw), sample_key(seed ^ 1, index, draw), sample_key(seed, index ^ 1, draw),
-            sample_key(seed, index, draw + 1)}
+    keys = {
+        sample_key(seed, index, draw),
+        sample_key(seed ^ 1, index, draw),
+        sample_key(seed, index ^ 1, draw),
+        sample_key(seed, index, draw + 1),
+    }
     assert len(keys) == 4
 
 

@@ -24,14 +24,22 @@ from serving.verdict.calibration import (
 )
 
 NAMES = ("bpd", "complexity", "pixel_mean_0", "residual_rows")
-LAWS = {"normal": lambda rng, n: rng.normal(4, 1, n), "gamma": lambda rng, n: rng.gamma(2.0, 1.0, n),
-        "ties": lambda rng, n: np.round(rng.normal(4, 1, n), 1)}
+LAWS = {
+    "normal": lambda rng, n: rng.normal(4, 1, n),
+    "gamma": lambda rng, n: rng.gamma(2.0, 1.0, n),
+    "ties": lambda rng, n: np.round(rng.normal(4, 1, n), 1),
+}
 
 
-def draw(rng: np.random.Generator, n: int, law: str = "normal", shift: float = 0.0) -> dict[str, np.ndarray]:
+def draw(
+    rng: np.random.Generator, n: int, law: str = "normal", shift: float = 0.0
+) -> dict[str, np.ndarray]:
     """Statistics that depend on each other, of one law."""
     common = rng.normal(0, 1, n)
-    return {name: (LAWS[law](rng, n) + 0.7 * common * (law != "ties") + shift).astype(np.float32) for name in NAMES}
+    return {
+        name: (LAWS[law](rng, n) + 0.7 * common * (law != "ties") + shift).astype(np.float32)
+        for name in NAMES
+    }
 
 
 def calibration(seed: int = 0, n: int = 999, law: str = "normal") -> Calibration:
@@ -40,10 +48,15 @@ def calibration(seed: int = 0, n: int = 999, law: str = "normal") -> Calibration
 
 
 def p_values(fitted: Calibration, statistics: dict[str, np.ndarray]) -> np.ndarray:
-    return np.array([v.p_value for v in fitted.verdicts(statistics, np.full(len(statistics["bpd"]), 0.5))])
+    return np.array(
+        [v.p_value for v in fitted.verdicts(statistics, np.full(len(statistics["bpd"]), 0.5))]
+    )
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.lists(st.integers(-1, 13), min_size=1, max_size=10))
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=40),
+    st.lists(st.integers(-1, 13), min_size=1, max_size=10),
+)
 def test_p_values_count_the_calibration_scores(reference: list[int], scores: list[int]) -> None:
     """Ties included; never 0, never above 1."""
     found = conformal_p_values(np.sort(np.array(reference, float)), np.array(scores, float))
@@ -55,7 +68,9 @@ def test_p_values_count_the_calibration_scores(reference: list[int], scores: lis
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from(sorted(LAWS)))
 def test_false_alarms_come_at_the_rate_that_was_chosen(seed: int, alpha: float, law: str) -> None:
-    """Whatever the law: the realised rate, given the calibration, follows Beta(k, n + 1 - k), or is below with ties."""
+    """Whatever the law: the realised rate, given the calibration, follows Beta(k, n + 1 - k), or is
+    below with ties.
+    """
     rng = np.random.default_rng(seed)
     n, m = 1000, 4000
     fitted = fit_calibration(draw(rng, 300, law), draw(rng, n, law))
@@ -74,7 +89,9 @@ def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
     fitted = fit_calibration(draw(rng, 300, law), draw(rng, 2000, law))
     verdicts = fitted.verdicts(draw(rng, 1000, law), rng.uniform(size=1000))
     values = np.array([v.uniform for v in verdicts])
-    assert (values > 0).all() and (values < 1).all() and all(v.uniform <= v.p_value for v in verdicts)
+    assert (
+        (values > 0).all() and (values < 1).all() and all(v.uniform <= v.p_value for v in verdicts)
+    )
     assert stats.kstest(values, "uniform").pvalue > 1e-6
 
 
@@ -86,8 +103,12 @@ def test_strangers_on_either_side_are_flagged_and_explained() -> None:
             strange = {**usual, name: np.array([4.0 + shift], np.float32)}
             (verdict,) = fitted.verdicts(strange, [0.5])
             assert verdict.p_value == pytest.approx(0.001)
-            assert verdict.explain[0].statistic == name and verdict.explain[0].p_value == pytest.approx(0.002)
-            assert [u.p_value for u in verdict.explain] == sorted(u.p_value for u in verdict.explain)
+            assert verdict.explain[0].statistic == name and verdict.explain[
+                0
+            ].p_value == pytest.approx(0.002)
+            assert [u.p_value for u in verdict.explain] == sorted(
+                u.p_value for u in verdict.explain
+            )
     (verdict,) = fitted.verdicts(usual, [0.5])
     assert verdict.p_value > 0.5 and {u.statistic for u in verdict.explain} == set(NAMES)
 
@@ -98,12 +119,20 @@ def test_unlikely_together_is_strange_though_each_is_usual() -> None:
 
     def twins(n: int, sign: float = 1.0) -> dict[str, np.ndarray]:
         first = rng.normal(0, 1, n)
-        return {"bpd": first.astype(np.float32), "complexity": (sign * first + rng.normal(0, 0.1, n)).astype(np.float32)}
+        return {
+            "bpd": first.astype(np.float32),
+            "complexity": (sign * first + rng.normal(0, 0.1, n)).astype(np.float32),
+        }
 
-    fitted = fit_calibration({**twins(500), "pixel_mean_0": rng.normal(size=500).astype(np.float32)},
-                             {**twins(999), "pixel_mean_0": rng.normal(size=999).astype(np.float32)})
-    strange = {"bpd": np.array([1.0], np.float32), "complexity": np.array([-1.0], np.float32),
-               "pixel_mean_0": np.zeros(1, np.float32)}
+    fitted = fit_calibration(
+        {**twins(500), "pixel_mean_0": rng.normal(size=500).astype(np.float32)},
+        {**twins(999), "pixel_mean_0": rng.normal(size=999).astype(np.float32)},
+    )
+    strange = {
+        "bpd": np.array([1.0], np.float32),
+        "complexity": np.array([-1.0], np.float32),
+        "pixel_mean_0": np.zeros(1, np.float32),
+    }
     (verdict,) = fitted.verdicts(strange, [0.5])
     assert verdict.p_value == pytest.approx(0.001) and min(u.p_value for u in verdict.explain) > 0.1
 
@@ -117,7 +146,9 @@ def test_normal_scores_keep_the_order(values: list[float]) -> None:
 
 def test_normal_scores_are_normal_and_equal_values_share_theirs() -> None:
     rng = np.random.default_rng(0)
-    rows = np.stack([rng.gamma(2, 1, 3000), np.where(rng.random(3000) < 0.6, 0.0, rng.random(3000))], axis=1)
+    rows = np.stack(
+        [rng.gamma(2, 1, 3000), np.where(rng.random(3000) < 0.6, 0.0, rng.random(3000))], axis=1
+    )
     fitted = NormalScores.fit(rows.astype(np.float32))
     scores = fitted(rows.astype(np.float32))
     assert stats.kstest(scores[:, 0], "norm").pvalue > 0.01
@@ -140,7 +171,9 @@ def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
 
 
 def test_the_band_of_false_alarms() -> None:
-    assert false_alarm_band(999, 0.01) == pytest.approx((0.0048, 0.0170), abs=2e-4)  # published for n = 1000
+    assert false_alarm_band(999, 0.01) == pytest.approx(
+        (0.0048, 0.0170), abs=2e-4
+    )  # published for n = 1000
     low, high = false_alarm_band(3000, 0.01)
     assert low < 0.01 < high
     assert false_alarm_band(50, 0.01) == (0.0, 0.0)
@@ -150,21 +183,27 @@ def test_the_band_of_false_alarms() -> None:
 
 def test_more_images_make_a_finer_density() -> None:
     rng = np.random.default_rng(0)
-    sizes = [len(fit_calibration(draw(rng, n), draw(rng, 50)).mixture.means) for n in (30, 600, 4000)]
+    sizes = [
+        len(fit_calibration(draw(rng, n), draw(rng, 50)).mixture.means) for n in (30, 600, 4000)
+    ]
     assert sizes == [1, 2, MAX_COMPONENTS]
 
 
 def test_what_does_not_vary_is_left_out() -> None:
     rng = np.random.default_rng(0)
     constant = {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)}
-    fitted = fit_calibration(constant, {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)})
+    fitted = fit_calibration(
+        constant, {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)}
+    )
     assert fitted.names == NAMES[:3]
 
 
 def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
     fitted = calibration()
     fitted.check_statistics([*NAMES, "another"])
-    with pytest.raises(CalibrationError, match="does not compute: complexity, residual_rows; ade calibrate"):
+    with pytest.raises(
+        CalibrationError, match="does not compute: complexity, residual_rows; ade calibrate"
+    ):
         fitted.check_statistics(["bpd", "pixel_mean_0"])
 
 
@@ -174,7 +213,11 @@ def test_file_round_trip(tmp_path: Path) -> None:
     either = dataclasses.replace(either, resize="fit")
     path = tmp_path / "calibration.npz"
     some = draw(np.random.default_rng(3), 5)
-    for kept in (Calibrations(exact, resized), Calibrations(exact, None), Calibrations(either, either)):
+    for kept in (
+        Calibrations(exact, resized),
+        Calibrations(exact, None),
+        Calibrations(either, either),
+    ):
         path.write_bytes(kept.to_bytes())
         again = Calibrations.load(path)
         for before, after in ((kept.exact, again.exact), (kept.resized, again.resized)):
@@ -198,8 +241,13 @@ def test_a_file_as_versions_before_wrote_it(tmp_path: Path) -> None:
         assert again.of(True) is (again.exact if resize else None)
 
 
-@pytest.mark.parametrize("fit, cal, message", [
-    (10, 200, "fitting needs at least 20 images, got 10"), (200, 5, "calibration needs at least 20 images, got 5")])
+@pytest.mark.parametrize(
+    "fit, cal, message",
+    [
+        (10, 200, "fitting needs at least 20 images, got 10"),
+        (200, 5, "calibration needs at least 20 images, got 5"),
+    ],
+)
 def test_too_few_images(fit: int, cal: int, message: str) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(CalibrationError, match=message):
@@ -210,7 +258,9 @@ def test_what_cannot_be_calibrated() -> None:
     rng = np.random.default_rng(0)
     bad = draw(rng, 100)
     bad["complexity"][3:5] = np.nan
-    with pytest.raises(CalibrationError, match="fitting: the statistics of 2 images are not finite"):
+    with pytest.raises(
+        CalibrationError, match="fitting: the statistics of 2 images are not finite"
+    ):
         fit_calibration(bad, draw(rng, 100))
     with pytest.raises(CalibrationError, match="do not vary"):
         fit_calibration({name: np.ones(100, np.float32) for name in NAMES}, draw(rng, 100))

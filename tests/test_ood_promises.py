@@ -1,4 +1,6 @@
-"""What docs/ood.md promises of the shipped bundle, on real images: false alarms, strangers, never worse than the bits."""
+"""What docs/ood.md promises of the shipped bundle, on real images: false alarms, strangers, never
+worse than the bits.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ SHARED = ROOT.parent / "shared" / "data"
 ALPHAS = (0.1, 0.05, 0.01)
 LEAST = {"chars74k": 0.95, "textures": 0.94, **dict.fromkeys(CORRUPTIONS, 0.99)}
 
-needs_data = pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="CIFAR-10 is not at ../shared/data")
+needs_data = pytest.mark.skipif(
+    not (SHARED / "cifar10").is_dir(), reason="CIFAR-10 is not at ../shared/data"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +35,32 @@ def engine() -> InferenceEngine:
     return InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
 
 
-def test_spoilt_images_are_found_among_a_few(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_spoilt_images_are_found_among_a_few(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     """On the few images that ship, whatever else is there."""
     usual = scores_of(engine.calibration, engine.statistics(real_images))
-    assert (conformal_p_values(engine.calibration.scores, usual[COMBINED]) <= 0.1).mean() < 0.1 + 4 * math.sqrt(0.09 / 300)
+    assert (
+        conformal_p_values(engine.calibration.scores, usual[COMBINED]) <= 0.1
+    ).mean() < 0.1 + 4 * math.sqrt(0.09 / 300)
     for name, corrupt in CORRUPTIONS.items():
-        strange = scores_of(engine.calibration, engine.statistics(corrupt(real_images[:40], np.random.default_rng(0))))
+        strange = scores_of(
+            engine.calibration,
+            engine.statistics(corrupt(real_images[:40], np.random.default_rng(0))),
+        )
         assert compare_scores(usual[COMBINED], strange[COMBINED]).auroc > 0.985, name
 
 
-def test_resized_images_have_a_verdict_of_their_own(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_resized_images_have_a_verdict_of_their_own(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     """Of the shipped bundle, on pictures that were enlarged by what its calibration did not draw."""
+
     def resized(images: np.ndarray) -> np.ndarray:
-        larger = (np.asarray(Image.fromarray(image).resize((75, 75), Image.Resampling.HAMMING)) for image in images)
+        larger = (
+            np.asarray(Image.fromarray(image).resize((75, 75), Image.Resampling.HAMMING))
+            for image in images
+        )
         made = [prepare_image(image, (32, 32, 3), True, 0) for image in larger]
         return np.stack([image.pixels for image in made if isinstance(image, InputImage)])
 
@@ -52,7 +69,15 @@ def test_resized_images_have_a_verdict_of_their_own(engine: InferenceEngine, rea
     assert (p_values <= 0.1).mean() < 0.1 + 4 * math.sqrt(0.09 / 150) and np.median(p_values) > 0.3
     for name in ("constant", "uniform noise", "permuted pixels"):
         strange = resized(CORRUPTIONS[name](real_images[:20], np.random.default_rng(0)))
-        assert np.mean([score.verdict.p_value <= 0.05 for score in engine.score(strange, resized=[True] * 20)]) > 0.9, name
+        assert (
+            np.mean(
+                [
+                    score.verdict.p_value <= 0.05
+                    for score in engine.score(strange, resized=[True] * 20)
+                ]
+            )
+            > 0.9
+        ), name
 
 
 @pytest.mark.slow
@@ -63,23 +88,37 @@ def test_false_alarms_and_strangers(engine: InferenceEngine) -> None:
     parts = load_dataset("cifar10", str(SHARED / "cifar10")).parts
     test_images = np.asarray(parts["test"].images[:])
     test = statistics_of(engine, test_images, "test")
-    held_out = statistics_of(engine, np.concatenate([parts["select"].images[:], parts["calibrate"].images[:]]), "held out")
+    held_out = statistics_of(
+        engine,
+        np.concatenate([parts["select"].images[:], parts["calibrate"].images[:]]),
+        "held out",
+    )
     level = 1 - 0.05 / 9
     for split in range(3):
         order = np.random.default_rng(split).permutation(5000) if split else np.arange(5000)
-        fitted = fit_calibration({k: v[order[:2000]] for k, v in held_out.items()},
-                                 {k: v[order[2000:]] for k, v in held_out.items()})
-        p_values = conformal_p_values(fitted.scores, fitted.mixture.surprise(fitted.normal(fitted.rows(test))))
+        fitted = fit_calibration(
+            {k: v[order[:2000]] for k, v in held_out.items()},
+            {k: v[order[2000:]] for k, v in held_out.items()},
+        )
+        p_values = conformal_p_values(
+            fitted.scores, fitted.mixture.surprise(fitted.normal(fitted.rows(test)))
+        )
         for alpha in ALPHAS:
             k = math.floor(alpha * 3001)
             low, high = stats.betabinom.ppf([(1 - level) / 2, (1 + level) / 2], 10_000, k, 3001 - k)
             assert low <= (p_values <= alpha).sum() <= high, (split, alpha)
     usual = scores_of(engine.calibration, test)
     for name, least in LEAST.items():
-        images = (np.load(SHARED / "ood" / f"{name}.npz")["images"] if name not in CORRUPTIONS
-                  else CORRUPTIONS[name](test_images[:500], np.random.default_rng(0)))
+        images = (
+            np.load(SHARED / "ood" / f"{name}.npz")["images"]
+            if name not in CORRUPTIONS
+            else CORRUPTIONS[name](test_images[:500], np.random.default_rng(0))
+        )
         strange = scores_of(engine.calibration, statistics_of(engine, images, name))
-        found = {score: compare_scores(usual[score], strange[score]).auroc for score in (COMBINED, RAW_BPD, NO_MODEL)}
+        found = {
+            score: compare_scores(usual[score], strange[score]).auroc
+            for score in (COMBINED, RAW_BPD, NO_MODEL)
+        }
         assert found[COMBINED] >= least and found[COMBINED] >= found[RAW_BPD] - 0.01, (name, found)
 
 

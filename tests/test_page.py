@@ -36,12 +36,21 @@ from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService
 
 CHROMIUM = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 WAIT_MS = 60_000
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="Debian's chromium is not installed (apt-get install chromium)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +67,10 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
     page.set_default_timeout(WAIT_MS)
     outside: list[str] = []
-    page.on("request", lambda r: outside.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+    page.on(
+        "request",
+        lambda r: outside.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None,
+    )
     page.goto(url)
     expect(page.get_by_role("tab", name="Sample")).to_be_visible()
     yield page
@@ -87,25 +99,38 @@ def image_bytes(page: Page, selector: str) -> bytes:
 
 
 def test_sample(page: Page, tmp_path: Path) -> None:
-    """Each sample says how it is made again, and so does the picture of all; the npz holds the same pixels."""
+    """Each sample says how it is made again, and so does the picture of all; the npz holds the same
+    pixels.
+    """
     show(page, "Sample")
     panel = panel_of(page)
     page.get_by_role("button", name="Sample", exact=True).click()
     samples = panel.locator(".ade-grid img").filter(visible=True)
     expect(samples).to_have_count(16)
-    third = Image.open(io.BytesIO(page.request.get(samples.nth(2).get_attribute("src") or "").body()))
-    assert third.format == "PNG" and third.text["ade:seed"] == "7" and third.text["ade:index"] == "2"
+    third = Image.open(
+        io.BytesIO(page.request.get(samples.nth(2).get_attribute("src") or "").body())
+    )
+    assert (
+        third.format == "PNG" and third.text["ade:seed"] == "7" and third.text["ade:index"] == "2"
+    )
     assert third.text["ade:n"] == "1"
     for name in ("png", "npz"):
         with page.expect_download() as download:
             button = f"Download {name.upper() if name == 'png' else name}"
-            panel.get_by_role("button", name=button).or_(panel.get_by_role("link", name=button)).first.click()
+            panel.get_by_role("button", name=button).or_(
+                panel.get_by_role("link", name=button)
+            ).first.click()
         download.value.save_as(tmp_path / f"samples.{name}")
     grid = Image.open(tmp_path / "samples.png")
     assert grid.size == (128, 128) and grid.text["ade:seed"] == "7"
     with np.load(tmp_path / "samples.npz") as arrays:
-        assert np.array_equal(arrays["images"][2], np.asarray(third)) and arrays["index"].tolist() == list(range(16))
-        assert np.array_equal(untile(np.asarray(grid), 16, (32, 32, 3)), arrays["images"]) and arrays["seed"] == "7"
+        assert np.array_equal(arrays["images"][2], np.asarray(third)) and arrays[
+            "index"
+        ].tolist() == list(range(16))
+        assert (
+            np.array_equal(untile(np.asarray(grid), 16, (32, 32, 3)), arrays["images"])
+            and arrays["seed"] == "7"
+        )
 
 
 def test_dice_and_history(page: Page) -> None:
@@ -139,7 +164,11 @@ def test_a_sample_is_handed_on(page: Page) -> None:
     panel_of(page).get_by_role("button", name="Score it").click()
     expect(page.get_by_text("No sample is chosen yet").first).to_be_visible()
     chosen = panel_of(page).locator(".ade-grid button:has(img)").nth(5)
-    pixels = np.asarray(Image.open(io.BytesIO(page.request.get(chosen.locator("img").get_attribute("src") or "").body())))
+    pixels = np.asarray(
+        Image.open(
+            io.BytesIO(page.request.get(chosen.locator("img").get_attribute("src") or "").body())
+        )
+    )
     for button in ("Explore from it", "Explore to it"):
         show(page, "Sample")
         chosen.focus()
@@ -153,10 +182,14 @@ def test_a_sample_is_handed_on(page: Page) -> None:
     page.get_by_role("button", name="Explore", exact=True).focus()
     page.keyboard.press("Enter")
     expect(panel.locator("img[src*='strip.png']")).to_be_visible()
-    strip = np.asarray(Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']"))))
+    strip = np.asarray(
+        Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']")))
+    )
     assert np.array_equal(strip[:, :32], pixels) and np.array_equal(strip[:, -32:], pixels)
     for _ in range(2):
-        panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
+        panel.get_by_label("Remove Image").or_(
+            panel.get_by_role("button", name="Clear")
+        ).first.click()
 
 
 def test_reconstruct(page: Page) -> None:
@@ -170,7 +203,10 @@ def test_reconstruct(page: Page) -> None:
     decibels = float((panel.get_by_text("PSNR").text_content() or "").split()[1])
     panel.get_by_label("number input for Latent levels kept").fill("1")
     page.get_by_role("button", name="Reconstruct", exact=True).click()
-    wait_for(page, lambda: float((panel.get_by_text("PSNR").text_content() or "").split()[1]) < decibels - 0.5)
+    wait_for(
+        page,
+        lambda: float((panel.get_by_text("PSNR").text_content() or "").split()[1]) < decibels - 0.5,
+    )
 
 
 def test_score(page: Page, tmp_path: Path) -> None:
@@ -183,9 +219,12 @@ def test_score(page: Page, tmp_path: Path) -> None:
     expect(panel.locator("svg[aria-label*='calibration images']")).to_be_visible()
     expect(panel.locator("img[src*='map.png']")).to_be_visible()
     heat = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='map.png']")))
-    under = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='image.png']")))
-    assert heat.size == under.size == (256, 256) and np.array_equal(np.asarray(under)[::8, ::8], np.asarray(
-        Image.open(EXAMPLE).convert("RGB")))
+    under = Image.open(
+        io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='image.png']"))
+    )
+    assert heat.size == under.size == (256, 256) and np.array_equal(
+        np.asarray(under)[::8, ::8], np.asarray(Image.open(EXAMPLE).convert("RGB"))
+    )
     expect(panel.get_by_role("table").get_by_role("row")).to_have_count(1 + REASONS)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
@@ -195,7 +234,9 @@ def test_score(page: Page, tmp_path: Path) -> None:
     expect(panel.get_by_text("Unlike the training images")).to_be_visible()
 
 
-def test_another_alpha_is_another_verdict_of_the_same_score(page: Page, service: RunningService) -> None:
+def test_another_alpha_is_another_verdict_of_the_same_score(
+    page: Page, service: RunningService
+) -> None:
     show(page, "Score")
     panel = panel_of(page)
     panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
@@ -219,19 +260,27 @@ def test_explore(page: Page, tmp_path: Path) -> None:
         panel.get_by_role("button", name=f"{side} a sample of this seed").click()
     expect(panel.locator("img[src*='seed-']")).to_have_count(2)
     shown = panel.locator("img[src*='strip.png']")
-    before = (shown.get_attribute("src") or "") if shown.count() else ""  # of samples that were handed on, if any were
+    before = (
+        (shown.get_attribute("src") or "") if shown.count() else ""
+    )  # of samples that were handed on, if any were
     page.get_by_role("button", name="Explore", exact=True).click()
     expect(panel.locator("img[src*='strip.png']")).not_to_have_attribute("src", before)
     expect(panel.locator("img[src*='step-4.png']")).to_be_visible()
     expect(panel.locator("img[src*='levels.png']")).to_be_visible()
-    strip = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']")))
+    strip = Image.open(
+        io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']"))
+    )
     assert strip.size == (9 * 32, 32) and len(strip.getcolors(10**5) or []) > 50
     panel.get_by_label("number input for Place").fill("8")
     panel.get_by_label("number input for Place").press("Tab")
     expect(panel.locator("img[src*='step-8.png']")).to_be_visible()
-    last = np.asarray(Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='seed-2.png']"))))
+    last = np.asarray(
+        Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='seed-2.png']")))
+    )
     assert np.array_equal(np.asarray(strip)[:, -32:], last)
-    moving = page.request.get(panel.locator("img[src*='interpolation.webp']").get_attribute("src") or "").body()
+    moving = page.request.get(
+        panel.locator("img[src*='interpolation.webp']").get_attribute("src") or ""
+    ).body()
     assert Image.open(io.BytesIO(moving)).n_frames == 16
 
 
@@ -242,14 +291,21 @@ def test_levels(page: Page, service: RunningService) -> None:
     page.get_by_role("button", name="Show its levels").click()
     expect(panel.locator("img[src*='varied.png']")).to_be_visible()
     first, coarse, varied = (
-        np.asarray(Image.open(io.BytesIO(image_bytes(page, f"[role=tabpanel]:visible img[src*='{name}']")))).astype(int)
-        for name in ("seed-1", "coarse.png", "varied.png"))
+        np.asarray(
+            Image.open(io.BytesIO(image_bytes(page, f"[role=tabpanel]:visible img[src*='{name}']")))
+        ).astype(int)
+        for name in ("seed-1", "coarse.png", "varied.png")
+    )
     pieces = coarse.reshape(32, 3, 32, 3).swapaxes(0, 1)
     assert np.array_equal(pieces[2], first)
     assert np.abs(pieces[0] - first).mean() > np.abs(pieces[1] - first).mean() > 0
+
     def noise(seed: int, count: int) -> list[np.ndarray]:
         streams = [NoiseStream(sample_key(seed, i)) for i in range(count)]
-        return [np.stack([s.normal(shape) for s in streams]) for shape in open_bundle(PRETRAINED).latent_shapes]
+        return [
+            np.stack([s.normal(shape) for s in streams])
+            for shape in open_bundle(PRETRAINED).latent_shapes
+        ]
 
     with AdeClient(service.url) as client:
         expected = client.sample_with(with_level(noise(1, 1), noise(1, VARIATIONS), 2))
@@ -270,28 +326,42 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     page.get_by_role("button", name="Score all").click()
     expect(page.get_by_text("There are no files yet").first).to_be_visible()
     panel.locator("input[type=file]").first.set_input_files(
-        [str(tmp_path / name) for name in (*(f"{i}.png" for i in range(8)), "broken.png", "more.zip")])
+        [
+            str(tmp_path / name)
+            for name in (*(f"{i}.png" for i in range(8)), "broken.png", "more.zip")
+        ]
+    )
     expect(panel.get_by_role("row", name="more.zip")).to_be_visible()
     page.get_by_role("button", name="Score all").click()
     expect(panel.get_by_text("2 of 12 images are unlike the training images")).to_be_visible()
     expect(panel.get_by_text("1 of 13 got no verdict")).to_be_visible()
     expect(panel.locator("[role=gridcell] img[src^='data:image/png']").first).to_be_visible()
     with page.expect_download() as download:
-        panel.get_by_role("button", name="Download CSV").or_(panel.get_by_role("link", name="Download CSV")).first.click()
+        panel.get_by_role("button", name="Download CSV").or_(
+            panel.get_by_role("link", name="Download CSV")
+        ).first.click()
     download.value.save_as(tmp_path / "scores.csv")
     with open(tmp_path / "scores.csv", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
-    assert len(rows) == 13 and {name for name, row in rows.items() if row["verdict"] == "unlike the training images"} == {
-        "6.png", "7.png"}
-    assert rows["broken.png"]["verdict"] == "could not be scored" and "Not an image" in rows["broken.png"]["notes"]
+    assert len(rows) == 13 and {
+        name for name, row in rows.items() if row["verdict"] == "unlike the training images"
+    } == {"6.png", "7.png"}
+    assert (
+        rows["broken.png"]["verdict"] == "could not be scored"
+        and "Not an image" in rows["broken.png"]["notes"]
+    )
     assert rows["inside/0.png"]["bpd"] == rows["0.png"]["bpd"]
 
 
 HOSTILE = "<img src=x onerror=window.ran=1>"
 
 
-def test_a_folder_with_other_files_and_hostile_names(browser: Browser, service: RunningService, tmp_path: Path) -> None:
-    """Other files of a folder are left out; no name or text is run as HTML, neither in the table nor in an error."""
+def test_a_folder_with_other_files_and_hostile_names(
+    browser: Browser, service: RunningService, tmp_path: Path
+) -> None:
+    """Other files of a folder are left out; no name or text is run as HTML, neither in the table
+    nor in an error.
+    """
     folder = tmp_path / "folder"
     (folder / "inside").mkdir(parents=True)
     shutil.copy(EXAMPLE, folder / "cat.png")
@@ -304,7 +374,10 @@ def test_a_folder_with_other_files_and_hostile_names(browser: Browser, service: 
     text = PngImagePlugin.PngInfo()
     for key in ("seed", "index", "n", "temperature"):
         text.add_text(f"ade:{key}", "1")
-    text.add_text("ade:kind", f"{HOSTILE}<img src=http://elsewhere.example/a.png>![a](http://elsewhere.example/b.png)")
+    text.add_text(
+        "ade:kind",
+        f"{HOSTILE}<img src=http://elsewhere.example/a.png>![a](http://elsewhere.example/b.png)",
+    )
     Image.open(EXAMPLE).save(tmp_path / "kind.png", pnginfo=text)
     with opened(browser, service.page) as page:
         show(page, "Score many")
@@ -334,7 +407,9 @@ def test_an_example_is_chosen(browser: Browser, service: RunningService) -> None
         show(page, "Score")
         panel = panel_of(page)
         panel.get_by_role("button").filter(has=page.locator("img")).first.click()
-        expect(panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first).to_be_visible()
+        expect(
+            panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first
+        ).to_be_visible()
         page.get_by_role("button", name="Score", exact=True).click()
         expect(panel.get_by_text("bits per dimension.")).to_be_visible()
 
@@ -350,14 +425,20 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
         text.add_text(key, value)
     edited.save(tmp_path / "edited.png", pnginfo=text)
     text = PngImagePlugin.PngInfo()
-    for key, value in {**edited.info, "ade:model": "![a picture](http://elsewhere.example/a.png)"}.items():
+    for key, value in {
+        **edited.info,
+        "ade:model": "![a picture](http://elsewhere.example/a.png)",
+    }.items():
         text.add_text(key, value)
     edited.save(tmp_path / "strange.png", pnginfo=text)
     show(page, "Reproduce")
     panel = panel_of(page)
-    for name, words in (("made.png", "The same picture, pixel for pixel"), ("edited.png", "the picture was changed"),
-                        ("strange.png", "it was made by an unknown model"),
-                        (str(EXAMPLE), "does not say how it was made")):
+    for name, words in (
+        ("made.png", "The same picture, pixel for pixel"),
+        ("edited.png", "the picture was changed"),
+        ("strange.png", "it was made by an unknown model"),
+        (str(EXAMPLE), "does not say how it was made"),
+    ):
         if panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).count():
             panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
         panel.locator("input[type=file]").first.set_input_files(str(tmp_path / name))
@@ -369,21 +450,35 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
 def test_about(page: Page, service: RunningService) -> None:
     show(page, "About")
     panel = page.locator("[role=tabpanel]:visible")
-    for words in ("3.920 ± 0.006 bits per dimension", "calibrated on 3,000 images", "of the values one level apart",
-                  f"{service.url}/predictions/score"):
+    for words in (
+        "3.920 ± 0.006 bits per dimension",
+        "calibrated on 3,000 images",
+        "of the values one level apart",
+        f"{service.url}/predictions/score",
+    ):
         expect(panel.get_by_text(words).first).to_be_visible()
     href = panel.get_by_role("link", name="OpenAPI document").get_attribute("href")
-    assert href and page.request.get(f"{service.page}{href}" if href.startswith("/") else href).json()["openapi"] == "3.1.0"
+    assert (
+        href
+        and page.request.get(f"{service.page}{href}" if href.startswith("/") else href).json()[
+            "openapi"
+        ]
+        == "3.1.0"
+    )
 
 
 def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    flat = dataclasses.replace(bundle, manifest={**bundle.manifest, "name": "flat", "latent_shapes": [[3, 8, 8]]})
+    flat = dataclasses.replace(
+        bundle, manifest={**bundle.manifest, "name": "flat", "latent_shapes": [[3, 8, 8]]}
+    )
     for bundles in ([flat], [flat, bundle], [bundle, flat]):
         build_page(Served("http://127.0.0.1:1", bundles, None))
 
 
-def test_readiness_is_asked_once_for_all_who_wait(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readiness_is_asked_once_for_all_who_wait(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[float] = []
 
     def is_ready(served: Served) -> bool:
@@ -410,8 +505,13 @@ def test_files_are_judged_as_they_are(page: Page, service: RunningService, tmp_p
     (tmp_path / "broken.png").write_bytes(EXAMPLE.read_bytes()[:200])
     show(page, "Score")
     panel = panel_of(page)
-    for name, words in (("see through.png", f"{expected.bpd:.3f} bits per dimension"), ("broken.png", "image is damaged")):
-        panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
+    for name, words in (
+        ("see through.png", f"{expected.bpd:.3f} bits per dimension"),
+        ("broken.png", "image is damaged"),
+    ):
+        panel.get_by_label("Remove Image").or_(
+            panel.get_by_role("button", name="Clear")
+        ).first.click()
         panel.locator("input[type=file]").first.set_input_files(str(tmp_path / name))
         page.get_by_role("button", name="Score", exact=True).click()
         expect(page.get_by_text(words).first).to_be_visible()
@@ -443,7 +543,16 @@ def test_every_function_has_a_stable_name(page: Page, service: RunningService) -
 
     client = Client(service.page, verbose=False)
     names = set(client.view_api(return_format="dict")["named_endpoints"])
-    assert names == {"/sample", "/explore", "/levels", "/reconstruct", "/score", "/score_many", "/reproduce", "/about"}
+    assert names == {
+        "/sample",
+        "/explore",
+        "/levels",
+        "/reconstruct",
+        "/score",
+        "/score_many",
+        "/reproduce",
+        "/about",
+    }
     samples, grid, arrays = client.predict("cifar10-av-ade", 4, 7, 1.0, "mean", api_name="/sample")
     assert len(samples) == 4 and Image.open(samples[0]["image"]).size == (32, 32)
     assert Image.open(grid).size == (64, 64) and np.load(arrays)["images"].shape == (4, 32, 32, 3)
@@ -465,10 +574,18 @@ def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_at_phone_width(browser: Browser, service: RunningService, scheme: str) -> None:
-    """Every tab can be reached, none is wider than the screen, and the page follows the reader's light or dark."""
-    with opened(browser, service.page, viewport={"width": 390, "height": 844}, color_scheme=scheme) as page:
-        assert (page.evaluate("getComputedStyle(document.body).getPropertyValue('--body-background-fill').trim()")
-                == "white") == (scheme == "light")
+    """Every tab can be reached, none is wider than the screen, and the page follows the reader's
+    light or dark.
+    """
+    with opened(
+        browser, service.page, viewport={"width": 390, "height": 844}, color_scheme=scheme
+    ) as page:
+        assert (
+            page.evaluate(
+                "getComputedStyle(document.body).getPropertyValue('--body-background-fill').trim()"
+            )
+            == "white"
+        ) == (scheme == "light")
         for tab in TABS:
             if tab == "Compare":
                 continue
@@ -476,7 +593,9 @@ def test_at_phone_width(browser: Browser, service: RunningService, scheme: str) 
                 show(page, tab)
             else:
                 page.locator(".overflow-menu > button").click()
-                page.locator(".overflow-dropdown button").filter(has_text=re.compile(rf"^\s*{tab}\s*$")).click()
+                page.locator(".overflow-dropdown button").filter(
+                    has_text=re.compile(rf"^\s*{tab}\s*$")
+                ).click()
             expect(panel_of(page).first).to_be_visible()
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
@@ -489,7 +608,9 @@ def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
 
 
 def test_compare(browser: Browser, two_models: RunningService) -> None:
-    """One image under two models of different sizes; without resizing one of them says why it has no answer."""
+    """One image under two models of different sizes; without resizing one of them says why it has
+    no answer.
+    """
     with opened(browser, two_models.page) as page:
         show(page, "Compare")
         panel = panel_of(page)
@@ -503,7 +624,9 @@ def test_compare(browser: Browser, two_models: RunningService) -> None:
         panel.get_by_label("Resize other sizes to fit").uncheck()
         page.get_by_role("button", name="Compare", exact=True).click()
         expect(panel.locator(".ade-grid img")).to_have_count(1)
-        expect(panel.get_by_role("gridcell", name="must be 8 x 8 pixels, got 32 x 32")).to_be_visible()
+        expect(
+            panel.get_by_role("gridcell", name="must be 8 x 8 pixels, got 32 x 32")
+        ).to_be_visible()
         show(page, "Sample")
         page.get_by_label("Model").first.click()
         page.get_by_role("option", name="tiny").click()

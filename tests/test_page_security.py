@@ -47,7 +47,8 @@ from tests.service import RunningService, free_ports
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SECRET = "what-nobody-may-read"
 TOKEN = "a-token-of-the-tests"
-# Inputs of these kinds take no file; every other input of the page is attacked, those of a new tab too.
+# Inputs of these kinds take no file; every other input of the page is attacked, those of a new tab
+# too.
 PLAIN = {"button", "checkbox", "dataset", "dropdown", "number", "radio", "slider", "state"}
 
 
@@ -58,17 +59,39 @@ class RunningPage:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.inbox, self.output, self.token = folder / "page-files", folder / "page.out", token
-        environment = {"PATH": os.environ["PATH"], "GRADIO_TEMP_DIR": str(self.inbox), "OMP_NUM_THREADS": "1",
-                       "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": str(ROOT)}
+        environment = {
+            "PATH": os.environ["PATH"],
+            "GRADIO_TEMP_DIR": str(self.inbox),
+            "OMP_NUM_THREADS": "1",
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "PYTHONPATH": str(ROOT),
+        }
         if token is not None:
             environment["ADE_TOKEN"] = token
         with open(self.output, "wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serving.page.app", str(PRETRAINED), "--url", url, "--port", str(port),
-                 "--allowed-hosts", "pictures.example"], cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                [
+                    sys.executable,
+                    "-m",
+                    "serving.page.app",
+                    str(PRETRAINED),
+                    "--url",
+                    url,
+                    "--port",
+                    str(port),
+                    "--allowed-hosts",
+                    "pictures.example",
+                ],
+                cwd=folder,
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
         deadline = time.monotonic() + 120
         while not self._answers():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()
+            assert self.process.poll() is None and time.monotonic() < deadline, (
+                self.output.read_text()
+            )
             time.sleep(0.2)
 
     def _answers(self) -> bool:
@@ -81,7 +104,10 @@ class RunningPage:
         """A client that is logged in where that is asked for."""
         client = httpx.Client(base_url=self.url, timeout=60, **options)
         if self.token is not None:
-            assert client.post("/login", data={"username": "ade", "password": self.token}).status_code == 200
+            assert (
+                client.post("/login", data={"username": "ade", "password": self.token}).status_code
+                == 200
+            )
         return client
 
     def stop(self) -> None:
@@ -90,8 +116,11 @@ class RunningPage:
 
 
 @pytest.fixture(scope="module", params=[None, TOKEN], ids=["open", "login"])
-def page(request: pytest.FixtureRequest, service: RunningService,
-         tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPage]:
+def page(
+    request: pytest.FixtureRequest,
+    service: RunningService,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[RunningPage]:
     running = RunningPage(service.url, tmp_path_factory.mktemp("page"), request.param)
     yield running
     running.stop()
@@ -132,12 +161,26 @@ def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
             (inbox / name).symlink_to(target)
     if not (inbox / "waiting.png").exists():
         os.mkfifo(inbox / "waiting.png")
-    return {"passwd": "/etc/passwd", "environment": "/proc/self/environ", "key": str(folder / "key_file.json"),
-            "private": str(folder / "private.png"), "link": str(inbox / "link.png"), "loop": str(inbox / "loop.png"),
-            "fifo": str(folder / "fifo.png"), "fifo inside": str(inbox / "waiting.png"), "zero": "/dev/zero",
-            "dots": f"{inbox}/../../../../../../../../etc/passwd", "url": inner, "file url": "file:///etc/passwd",
-            "folder": str(folder), "folder inside": str(inbox / "uploads"), "the inbox": str(inbox),
-            "nothing": str(folder / "nothing.png"), "null": f"{inbox}/a\0b", "long": f"{inbox}/{'a' * 5000}"}
+    return {
+        "passwd": "/etc/passwd",
+        "environment": "/proc/self/environ",
+        "key": str(folder / "key_file.json"),
+        "private": str(folder / "private.png"),
+        "link": str(inbox / "link.png"),
+        "loop": str(inbox / "loop.png"),
+        "fifo": str(folder / "fifo.png"),
+        "fifo inside": str(inbox / "waiting.png"),
+        "zero": "/dev/zero",
+        "dots": f"{inbox}/../../../../../../../../etc/passwd",
+        "url": inner,
+        "file url": "file:///etc/passwd",
+        "folder": str(folder),
+        "folder inside": str(inbox / "uploads"),
+        "the inbox": str(inbox),
+        "nothing": str(folder / "nothing.png"),
+        "null": f"{inbox}/a\0b",
+        "long": f"{inbox}/{'a' * 5000}",
+    }
 
 
 def shapes(path: str) -> list[Any]:
@@ -152,15 +195,20 @@ def targets(config: dict[str, Any]) -> list[tuple[int, int, list[Any]]]:
     found = []
     for function in config["dependencies"]:
         usual = [components[i]["props"].get("value") for i in function["inputs"]]
-        found += [(function["id"], place, usual) for place, i in enumerate(function["inputs"])
-                  if components[i]["type"] not in PLAIN]
+        found += [
+            (function["id"], place, usual)
+            for place, i in enumerate(function["inputs"])
+            if components[i]["type"] not in PLAIN
+        ]
     return found
 
 
 def call(client: httpx.Client, function: int, data: list[Any]) -> tuple[bool, str]:
     """Whether an event succeeded, and all that was answered."""
     session = secrets.token_hex(8)
-    joined = client.post("/gradio_api/queue/join", json={"fn_index": function, "data": data, "session_hash": session})
+    joined = client.post(
+        "/gradio_api/queue/join", json={"fn_index": function, "data": data, "session_hash": session}
+    )
     if joined.status_code != 200:
         return False, joined.text
     answer = client.get("/gradio_api/queue/data", params={"session_hash": session}).text
@@ -177,28 +225,46 @@ def test_no_file_of_the_machine_is_read(page: RunningPage, inner: str, tmp_path:
     for function, place, usual in attacked:
         for name, path in paths.items():
             for shape in shapes(path):
-                succeeded, answer = call(client, function, [*usual[:place], shape, *usual[place + 1:]])
+                succeeded, answer = call(
+                    client, function, [*usual[:place], shape, *usual[place + 1 :]]
+                )
                 assert not succeeded, (function, name, answer)
                 answers.add(answer)
-        succeeded, answer = call(client, function, [*usual[:place], paths["private"], *usual[place + 1:]])
+        succeeded, answer = call(
+            client, function, [*usual[:place], paths["private"], *usual[place + 1 :]]
+        )
         assert not succeeded and SECRET not in answer and str(tmp_path) not in answer, function
     assert answers == {"The page opens only files that were dropped on it or made by it."}
     for name, path in paths.items():
         for address in (path, path.replace("/", "%2f"), path.replace("..", "%2e%2e")):
             got = client.get("/gradio_api/file=" + address.replace("\0", "%00"))
-            assert got.status_code in (403, 404) and SECRET not in got.text and "root:" not in got.text, name
+            assert (
+                got.status_code in (403, 404) and SECRET not in got.text and "root:" not in got.text
+            ), name
     assert Asked.paths == [], "the page asks no address that a client names"
     assert call(client, *score_of(client))[0], "the page still answers"
 
 
 def score_of(client: httpx.Client) -> tuple[int, list[Any]]:
     """What scores an example that was uploaded."""
-    (path,) = client.post("/gradio_api/upload", files=[("files", ("cat.png", EXAMPLE.read_bytes()))]).json()
-    function = next(f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "score")
-    return function["id"], ["cifar10-av-ade", {"path": path, "meta": {"_type": "gradio.FileData"}}, 1, 0.01, False]
+    (path,) = client.post(
+        "/gradio_api/upload", files=[("files", ("cat.png", EXAMPLE.read_bytes()))]
+    ).json()
+    function = next(
+        f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "score"
+    )
+    return function["id"], [
+        "cifar10-av-ade",
+        {"path": path, "meta": {"_type": "gradio.FileData"}},
+        1,
+        0.01,
+        False,
+    ]
 
 
-def test_gradio_by_itself_checks_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
+def test_gradio_by_itself_checks_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
     """Without the gate: a new Gradio that does not look at ``has_launched`` any more fails here."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "inbox"))
     outer = tmp_path / "outer"
@@ -210,15 +276,21 @@ def test_gradio_by_itself_checks_paths(tmp_path: Path, monkeypatch: pytest.Monke
         for name in ("passwd", "environment", "key", "private", "dots", "zero"):
             path = paths[name]
             session = secrets.token_hex(8)
-            body = {"fn_index": pick, "data": [[{"image": shapes(path)[0], "caption": None}]], "session_hash": session,
-                    "event_data": {"index": 0, "value": None}}
+            body = {
+                "fn_index": pick,
+                "data": [[{"image": shapes(path)[0], "caption": None}]],
+                "session_hash": session,
+                "event_data": {"index": 0, "value": None},
+            }
             assert client.post("/gradio_api/queue/join", json=body).status_code == 200
             answer = client.get("/gradio_api/queue/data", params={"session_hash": session}).text
             assert '"success":false' in answer and str(outer) not in answer, name
             assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), name
 
 
-def test_our_own_code_reads_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str) -> None:
+def test_our_own_code_reads_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "inbox"))
     outer = tmp_path / "outer"
     outer.mkdir()
@@ -232,7 +304,10 @@ def test_our_own_code_reads_no_other_file(tmp_path: Path, monkeypatch: pytest.Mo
         assert isinstance(error.value, FileRefused), name
     assert len(refused) == 1
     own = write_file(b"a picture", "picture.png")
-    assert read_file(own) == b"a picture" and stat.S_IMODE((tmp_path / "inbox").stat().st_mode) == 0o700
+    assert (
+        read_file(own) == b"a picture"
+        and stat.S_IMODE((tmp_path / "inbox").stat().st_mode) == 0o700
+    )
     os.truncate(own, 2**40)  # a hole, which takes no disk
     with pytest.raises(FileRefused, match="16 MiB"):
         read_file(own)
@@ -241,18 +316,36 @@ def test_our_own_code_reads_no_other_file(tmp_path: Path, monkeypatch: pytest.Mo
         read_file(own)
 
 
-@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"},
-                                     {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example:80"}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Host": "evil.example:80"},
+    ],
+)
 def test_other_sites_are_refused(page: RunningPage, headers: dict[str, str]) -> None:
     before = sorted(path.name for path in (page.inbox / "uploads").iterdir())
     client = page.client()
-    requests = [("POST", "/gradio_api/upload"), ("POST", "/gradio_api/queue/join"), ("POST", "/login")]
+    requests = [
+        ("POST", "/gradio_api/upload"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/login"),
+    ]
     if "Host" in headers:
-        requests += [("GET", path) for path in ("/", "/config", "/readyz", "/openapi.json", "/theme.css")]
+        requests += [
+            ("GET", path) for path in ("/", "/config", "/readyz", "/openapi.json", "/theme.css")
+        ]
     for method, path in requests:
         files = [("files", ("evil.png", EXAMPLE.read_bytes()))] if path.endswith("upload") else None
         answer = client.request(method, path, files=files, headers=headers)
-        assert answer.status_code in (403, 421) and "av-ade" not in answer.text, (method, path, answer.text)
+        assert answer.status_code in (403, 421) and "av-ade" not in answer.text, (
+            method,
+            path,
+            answer.text,
+        )
     assert client.get("/readyz", headers={"Host": "pictures.example"}).status_code == 200
     assert sorted(path.name for path in (page.inbox / "uploads").iterdir()) == before
 
@@ -265,72 +358,160 @@ def test_without_login_nothing_is_kept(page: RunningPage) -> None:
         client = httpx.Client(base_url=page.url, cookies=cookies)
         files = [("files", ("cat.png", EXAMPLE.read_bytes()))]
         assert client.post("/gradio_api/upload", files=files).status_code == 401
-        for path in ("/config", "/gradio_api/info", f"/gradio_api/file={page.inbox}",
-                     "/gradio_api/queue/data?session_hash=a"):
+        for path in (
+            "/config",
+            "/gradio_api/info",
+            f"/gradio_api/file={page.inbox}",
+            "/gradio_api/queue/data?session_hash=a",
+        ):
             answer = client.get(path)
             assert answer.status_code in (401, 403) and "cifar" not in answer.text, path
-        joined = client.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "a"})
+        joined = client.post(
+            "/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "a"}
+        )
         assert joined.status_code == 401
-        assert client.post("/login", data={"username": "ade", "password": "wrong"}).status_code == 400
+        assert (
+            client.post("/login", data={"username": "ade", "password": "wrong"}).status_code == 400
+        )
 
 
 def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
     """Of Gradio's routes; a new one of a new Gradio is closed, since what is open is named."""
     client = page.client()
-    for path in ("proxy=http://127.0.0.1:1/", "component_server", "process_recording", "stream/a/b/c/playlist.m3u8",
-                 "token", "dev/reload", "custom_component/a/client/b/c", "runs", "run-history/buckets", "vibe-code",
-                 "deep_link", "upload_progress?upload_id=a", "openapi.json", "queue/status", "file/etc/passwd", "user"):
+    for path in (
+        "proxy=http://127.0.0.1:1/",
+        "component_server",
+        "process_recording",
+        "stream/a/b/c/playlist.m3u8",
+        "token",
+        "dev/reload",
+        "custom_component/a/client/b/c",
+        "runs",
+        "run-history/buckets",
+        "vibe-code",
+        "deep_link",
+        "upload_progress?upload_id=a",
+        "openapi.json",
+        "queue/status",
+        "file/etc/passwd",
+        "user",
+    ):
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
             assert client.request(method, f"/gradio_api/{path}").status_code == 404, path
-    for path in ("/monitoring", "/monitoring/summary", "/monitoring/key", "/?deep_link=a", "/config?deep_link=a",
-                 "/?deep%5flink=a", "/config?%64eep_link=a", "/docs", "/logout", "/pwa_icon", "/robots.txt"):
+    for path in (
+        "/monitoring",
+        "/monitoring/summary",
+        "/monitoring/key",
+        "/?deep_link=a",
+        "/config?deep_link=a",
+        "/?deep%5flink=a",
+        "/config?%64eep_link=a",
+        "/docs",
+        "/logout",
+        "/pwa_icon",
+        "/robots.txt",
+    ):
         assert client.get(path).status_code == 404, path
     assert route_of("GET", "/gradio_api/upload") is None and route_of("HEAD", "/") == "/"
 
 
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "http://127.0.0.1:3000", "null", "https://evil.example"])
+@pytest.mark.parametrize(
+    "origin", ["http://localhost:3000", "http://127.0.0.1:3000", "null", "https://evil.example"]
+)
 def test_pages_of_other_origins_cannot_read(page: RunningPage, origin: str) -> None:
-    for path in ("/", "/config", "/readyz", "/gradio_api/info", "/gradio_api/queue/data?session_hash=a"):
+    for path in (
+        "/",
+        "/config",
+        "/readyz",
+        "/gradio_api/info",
+        "/gradio_api/queue/data?session_hash=a",
+    ):
         answer = page.client().get(path, headers={"Origin": origin})
-        assert not [name for name in answer.headers if name.startswith("access-control-")], (path, answer.headers)
+        assert not [name for name in answer.headers if name.startswith("access-control-")], (
+            path,
+            answer.headers,
+        )
 
 
 def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
     """But for the folder of uploads, which Gradio's addresses of files hold by design."""
     client = page.client()
-    for path in ("/", "/config", "/gradio_api/info", "/theme.css", "/openapi.json", "/manifest.json", "/readyz"):
+    for path in (
+        "/",
+        "/config",
+        "/gradio_api/info",
+        "/theme.css",
+        "/openapi.json",
+        "/manifest.json",
+        "/readyz",
+    ):
         text = client.get(path).text.replace(str(page.inbox), "")
-        for place in (str(ROOT), sys.prefix, str(Path.home()) + "/", str(page.inbox.parent), "site-packages"):
+        for place in (
+            str(ROOT),
+            sys.prefix,
+            str(Path.home()) + "/",
+            str(page.inbox.parent),
+            "site-packages",
+        ):
             assert place not in text, (path, place)
     assert "access-token" not in client.get("/config").text
 
 
 def test_errors_tell_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the answer nor the log of an unexpected error holds what was sent, or where the page lies."""
+    """Neither the answer nor the log of an unexpected error holds what was sent, or where the page
+    lies.
+    """
     client, mark = page.client(), "a-mark-of-the-payload"
     function, data = score_of(client)
-    for wrong in ([mark, *data[1:]], [*data[:2], mark, *data[3:]], [data[0], {"path": 7, "orig_name": mark}, *data[2:]],
-                  [data[0], {"image": {"mark": mark}}, *data[2:]], [mark]):
+    for wrong in (
+        [mark, *data[1:]],
+        [*data[:2], mark, *data[3:]],
+        [data[0], {"path": 7, "orig_name": mark}, *data[2:]],
+        [data[0], {"image": {"mark": mark}}, *data[2:]],
+        [mark],
+    ):
         succeeded, answer = call(client, function, wrong)
-        assert not succeeded and str(ROOT) not in answer and "Traceback" not in answer and str(page.inbox) not in answer
-    for body in (b"{", b"[" * 100_000, json.dumps({"data": mark}).encode(), b"\xff", b'{"data": [], "fn_index": 99999}'):
-        answer = client.post("/gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"})
+        assert (
+            not succeeded
+            and str(ROOT) not in answer
+            and "Traceback" not in answer
+            and str(page.inbox) not in answer
+        )
+    for body in (
+        b"{",
+        b"[" * 100_000,
+        json.dumps({"data": mark}).encode(),
+        b"\xff",
+        b'{"data": [], "fn_index": 99999}',
+    ):
+        answer = client.post(
+            "/gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"}
+        )
         assert 400 <= answer.status_code < 500 or str(ROOT) not in answer.text
     said = page.output.read_text()
-    assert mark not in said and "cat.png" not in said and TOKEN not in said and "Traceback" not in said
+    assert (
+        mark not in said and "cat.png" not in said and TOKEN not in said and "Traceback" not in said
+    )
     assert "an event failed: " in said, "the operator reads where"
 
 
-def test_an_internal_error_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                        capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_an_internal_error_says_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
 
     def broken(*args: Any) -> str:
         raise RuntimeError(f"{SECRET} at {tmp_path}")
 
     monkeypatch.setattr(page_app.about, "card", broken)
-    monkeypatch.setattr(page_app.about, "add_tab", lambda shared: shared.model.change(broken, None, shared.model,
-                                                                                     api_name="about"))
+    monkeypatch.setattr(
+        page_app.about,
+        "add_tab",
+        lambda shared: shared.model.change(broken, None, shared.model, api_name="about"),
+    )
     with TestClient(make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)) as client:
         event = client.post("/gradio_api/call/about", json={"data": []}).json()["event_id"]
         answer = client.get(f"/gradio_api/call/about/{event}").text
@@ -348,29 +529,46 @@ def test_sessions_that_are_remembered_are_bounded(inbox: Path) -> None:
     for i in range(MAX_SESSIONS + 5):
         holder[f"session-{i}"]
     assert len(holder.session_data) == MAX_SESSIONS
-    states = [block for block in gradio_of(app).get_blocks().blocks.values() if isinstance(block, gr.State)]
+    states = [
+        block
+        for block in gradio_of(app).get_blocks().blocks.values()
+        if isinstance(block, gr.State)
+    ]
     assert states and all(state.time_to_live == KEPT_S for state in states)
 
 
 def test_answers_that_nobody_reads_do_not_pile_up(page: RunningPage) -> None:
     """Gradio keeps them without a bound: 35 kB an event."""
     client = page.client()
-    about = next(f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "about")["id"]
+    about = next(
+        f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "about"
+    )["id"]
     body = {"fn_index": about, "data": ["cifar10-av-ade"], "session_hash": secrets.token_hex(8)}
-    answers = [client.post("/gradio_api/queue/join", json=body).status_code for _ in range(3 * MAX_UNREAD)]
+    answers = [
+        client.post("/gradio_api/queue/join", json=body).status_code for _ in range(3 * MAX_UNREAD)
+    ]
     assert answers.count(200) <= MAX_UNREAD and 429 in answers
     assert call(client, about, ["cifar10-av-ade"])[0], "another session is not affected"
 
 
 def test_bodies_are_bounded(page: RunningPage) -> None:
     client = page.client()
-    for path in ("/gradio_api/queue/join", "/gradio_api/call/score", "/gradio_api/run/predict", "/login"):
+    for path in (
+        "/gradio_api/queue/join",
+        "/gradio_api/call/score",
+        "/gradio_api/run/predict",
+        "/login",
+    ):
         assert client.post(path, content=bytes(3 * 2**20)).status_code == 413, path
     port = int(page.url.rpartition(":")[2])
     before = set((page.inbox / "uploads").iterdir())
-    head = (b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-            b"Cookie: " + "; ".join(f"{c.name}={c.value}" for c in client.cookies.jar).encode() + b"\r\n"
-            b"Content-Length: 2000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n")
+    head = (
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        b"Cookie: "
+        + "; ".join(f"{c.name}={c.value}" for c in client.cookies.jar).encode()
+        + b"\r\n"
+        b"Content-Length: 2000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", port)) as sender:
         sender.sendall(head + bytes(1_000_000))
         deadline = time.monotonic() + 10
@@ -411,13 +609,24 @@ def test_uploads(page: RunningPage) -> None:
     assert upload(client, ("large.png", bytes(17 * 2**20))).status_code == 413
     assert upload(client, *[("a.png", b"x")] * 1001).status_code == 413
     assert client.post("/gradio_api/upload", content=b"x").status_code == 400
-    for body in (b"", b"--b\r\n", b"--b\r\nContent-Disposition: form-data; name=files\r\n\r\nx\r\n--b--", b"--b\rx",
-                 b"--b\r\nContent-Disposition: form-data; name=\"other\"; filename=\"a.png\"\r\n\r\nx\r\n--b--",
-                 b"--b\r\n" + b"X: " + b"a" * 100_000):
-        for kind in ("multipart/form-data; boundary=b", "multipart/form-data; boundary=", "multipart/form-data"):
+    for body in (
+        b"",
+        b"--b\r\n",
+        b"--b\r\nContent-Disposition: form-data; name=files\r\n\r\nx\r\n--b--",
+        b"--b\rx",
+        b'--b\r\nContent-Disposition: form-data; name="other"; filename="a.png"\r\n\r\nx\r\n--b--',
+        b"--b\r\n" + b"X: " + b"a" * 100_000,
+    ):
+        for kind in (
+            "multipart/form-data; boundary=b",
+            "multipart/form-data; boundary=",
+            "multipart/form-data",
+        ):
             answer = client.post("/gradio_api/upload", content=body, headers={"Content-Type": kind})
             assert answer.status_code in (400, 415), (body[:50], kind)
-    chunked = client.post("/gradio_api/upload", content=iter([b"x"]), headers={"Content-Type": "multipart/form-data"})
+    chunked = client.post(
+        "/gradio_api/upload", content=iter([b"x"]), headers={"Content-Type": "multipart/form-data"}
+    )
     assert chunked.status_code == 411
     left = [path for path in (page.inbox / "uploads").iterdir() if not any(path.iterdir())]
     assert left == [], "what was refused is gone"
@@ -431,7 +640,9 @@ def test_an_upload_above_the_quota_is_refused_and_others_go_on(page: RunningPage
     assert call(client, *score_of(client))[0]
 
 
-def test_clients_lose_their_own_oldest_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_lose_their_own_oldest_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(uploads, "CLIENT_BYTES", 100)
     monkeypatch.setattr(uploads, "ALL_BYTES", 250)
     monkeypatch.setattr(uploads, "CLIENT_FILES", 3)
@@ -469,16 +680,28 @@ def test_clients_lose_their_own_oldest_files_only(tmp_path: Path, monkeypatch: p
     assert not other.exists(), "it expired"
 
 
-@pytest.mark.parametrize(("name", "kept"), [
-    ("../../a.png", "a.png"), ("C:\\x\\b.zip", "b.zip"), ("..", "file"), ("", "file"), (".png", "png"),
-    ("<b>é.png", "bé.png"), ("a" * 300 + ".png", "a" * 80 + ".png"), ("a\0\n\x1b[31m.png", "a31m.png"),
-    ("漢" * 200 + ".png", "漢" * 65 + ".png")])
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("../../a.png", "a.png"),
+        ("C:\\x\\b.zip", "b.zip"),
+        ("..", "file"),
+        ("", "file"),
+        (".png", "png"),
+        ("<b>é.png", "bé.png"),
+        ("a" * 300 + ".png", "a" * 80 + ".png"),
+        ("a\0\n\x1b[31m.png", "a31m.png"),
+        ("漢" * 200 + ".png", "漢" * 65 + ".png"),
+    ],
+)
 def test_names_of_uploads(name: str, kept: str) -> None:
     assert safe_name(name) == kept
 
 
 def lying_zip(path: Path, name: str, size: int, declared: int) -> Path:
-    """A zip of one entry of ``size`` zeros that says in both of its headers that it has ``declared``."""
+    """A zip of one entry of ``size`` zeros that says in both of its headers that it has
+    ``declared``.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, bytes(size))
     data = path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", declared))
@@ -531,16 +754,27 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path, monkeypatch: pytest.Monkey
 
 def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many, "BATCH_BYTES", 10)
-    sizes = [[len(data) for _, data in batch] for batch in batches([("a", bytes(n)) for n in (4, 4, 4, 20, 1, 1)])]
+    sizes = [
+        [len(data) for _, data in batch]
+        for batch in batches([("a", bytes(n)) for n in (4, 4, 4, 20, 1, 1)])
+    ]
     assert sizes == [[4, 4, 4], [20], [1, 1]]
     monkeypatch.undo()
     assert [len(batch) for batch in batches([("a", b"")] * 70)] == [32, 32, 6]
 
 
-def test_a_png_with_two_sizes_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_png_with_two_sizes_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first header is small, the second, which Pillow takes, is not."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    text = {"ade:seed": "1", "ade:index": "0", "ade:n": "1", "ade:kind": "mean", "ade:temperature": "1"}
+    text = {
+        "ade:seed": "1",
+        "ade:index": "0",
+        "ade:n": "1",
+        "ade:kind": "mean",
+        "ade:temperature": "1",
+    }
     pixels = np.zeros((32, 32, 3), np.uint8)
     small, large = write_png(pixels, text), write_png(pixels.repeat(50, 0).repeat(50, 1), text)
     header = slice(8, 33)  # the chunk IHDR
@@ -554,7 +788,9 @@ def test_a_png_with_two_sizes_is_not_decoded(tmp_path: Path, monkeypatch: pytest
 
 def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
     client = page.client()
-    function = next(f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "score_many")["id"]
+    function = next(
+        f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "score_many"
+    )["id"]
     call(client, *score_of(client))
     process, peak, done = psutil.Process(page.process.pid), [0], threading.Event()
     before = process.memory_info().rss
@@ -580,10 +816,14 @@ def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
     assert call(client, *score_of(client))[0]
 
 
-@pytest.mark.parametrize("name", ["=1+1.png", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1"])
+@pytest.mark.parametrize(
+    "name", ["=1+1.png", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1"]
+)
 def test_spreadsheets_run_no_cell(name: str) -> None:
     assert safe_cell(name) == f"'{name}"
-    rows = list(csv.reader(io.StringIO(_csv([[name, -1.25, 0.5, "usual", "=note"]]).decode(), newline="")))
+    rows = list(
+        csv.reader(io.StringIO(_csv([[name, -1.25, 0.5, "usual", "=note"]]).decode(), newline=""))
+    )
     assert rows[1] == [f"'{name}", "-1.25", "0.5", "usual", "'=note"], "numbers stay numbers"
 
 

@@ -43,13 +43,17 @@ def test_every_level_has_the_same_weight_whatever_the_size(size: int) -> None:
     (slope,) = torch.autograd.grad(logits.sum(), x)
     assert torch.isfinite(slope).all() and slope.abs().amax((1, 2, 3)).min() > 0
     for level in range(4):  # each level's logits depend on the images, and the heads on all of them
-        assert logits[:, 16 * level:16 * (level + 1)].std() > 0
+        assert logits[:, 16 * level : 16 * (level + 1)].std() > 0
 
 
 def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) -> None:
     trained = trainer()
     assert trained.discriminator is not None
-    frozen = {name: value.clone() for name, value in trained.discriminator.named_buffers() if not name.startswith("heads.")}
+    frozen = {
+        name: value.clone()
+        for name, value in trained.discriminator.named_buffers()
+        if not name.startswith("heads.")
+    }
     assert {name.split(".")[0] for name in frozen} == {"features", "mix_channels", "mix_scales"}
     assert all(name.startswith("heads.") for name in trained.discriminator.state_dict())
     heads = {name: p.clone() for name, p in trained.discriminator.named_parameters()}
@@ -57,32 +61,55 @@ def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) ->
     for _ in range(2):
         losses = trained.run([torch.from_numpy(next(batches)) for _ in range(2)])
     assert {"d_loss", "quality_loss", "bpd"} <= losses.keys() and "gradient_penalty" not in losses
-    assert all(torch.equal(value, frozen[name]) for name, value in trained.discriminator.named_buffers() if name in frozen)
-    assert all(not torch.equal(p, heads[name]) for name, p in trained.discriminator.named_parameters() if p.ndim > 1)
+    assert all(
+        torch.equal(value, frozen[name])
+        for name, value in trained.discriminator.named_buffers()
+        if name in frozen
+    )
+    assert all(
+        not torch.equal(p, heads[name])
+        for name, p in trained.discriminator.named_parameters()
+        if p.ndim > 1
+    )
     # Frozen parts are the same for every seed: they are rebuilt, not stored.
     again = trainer(seed=5).discriminator
     assert again is not None
-    assert all(torch.equal(value, frozen[name]) for name, value in again.named_buffers() if name in frozen)
+    assert all(
+        torch.equal(value, frozen[name]) for name, value in again.named_buffers() if name in frozen
+    )
     counted = count_weights(recipe("av-ade-pd", 32, 3, "tiny")).discriminator
     full = make_discriminator(recipe("av-ade-pd", 32, 3).discriminator, 32, 3)
     assert counted == sum(p.numel() for p in full.parameters()) == 775_236
 
 
 def test_it_learns_to_tell_and_the_generator_is_told(real_images: np.ndarray) -> None:
-    """Against samples of an untrained model the loss falls; the generator's path gets its gradient, the flow does not."""
-    trained = trainer(dataclasses.replace(CONFIG, d_learning_rate=2e-3, warmup_steps=1, coverage=False))
+    """Against samples of an untrained model the loss falls; the generator's path gets its gradient,
+    the flow does not.
+    """
+    trained = trainer(
+        dataclasses.replace(CONFIG, d_learning_rate=2e-3, warmup_steps=1, coverage=False)
+    )
     seen: set[str] = set()
     step = trained.optimizer.step
 
     def look() -> None:
-        seen.update(n for n, p in trained.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0)
+        seen.update(
+            n
+            for n, p in trained.model.named_parameters()
+            if p.grad is not None and p.grad.abs().sum() > 0
+        )
         step()
 
     trained.optimizer.step = look  # type: ignore[method-assign,assignment]
     batches = ImageSet(real_images).batches(8, 0)
-    losses = [trained.run([torch.from_numpy(next(batches)) for _ in range(2)])["d_loss"] for _ in range(20)]
+    losses = [
+        trained.run([torch.from_numpy(next(batches)) for _ in range(2)])["d_loss"]
+        for _ in range(20)
+    ]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
-    assert any("to_mean" in name for name in seen) and not any(name.startswith("flow.") for name in seen)
+    assert any("to_mean" in name for name in seen) and not any(
+        name.startswith("flow.") for name in seen
+    )
 
 
 def test_hinge_loss() -> None:
@@ -104,16 +131,22 @@ def test_augmentation_changes_colours_and_place(real_images: np.ndarray) -> None
     assert torch.allclose(at(1, 0.0), x.mean(1, keepdim=True).expand_as(x), atol=1e-6)  # grey
     assert torch.allclose(at(2, 0.0).std((1, 2, 3)), x.std((1, 2, 3)) / 2, atol=1e-5)
     for place, moved in ((3, at(3, 0.0)), (4, at(4, 0.0))):  # by four pixels, an eighth
-        kept, came = ((moved[..., 4:], x[..., :-4]) if place == 3 else (moved[:, :, 4:], x[:, :, :-4]))
+        kept, came = (
+            (moved[..., 4:], x[..., :-4]) if place == 3 else (moved[:, :, 4:], x[:, :, :-4])
+        )
         assert torch.allclose(kept, came, atol=1e-6)
-        assert torch.allclose((moved[..., :4] if place == 3 else moved[:, :, :4]), torch.tensor(0.5), atol=1e-6)
+        assert torch.allclose(
+            (moved[..., :4] if place == 3 else moved[:, :, :4]), torch.tensor(0.5), atol=1e-6
+        )
     x.requires_grad_(True)
     (slope,) = torch.autograd.grad(augment(x, torch.rand(4, NUMBERS)).sum(), x)
     assert torch.isfinite(slope).all() and slope.abs().sum() > 0
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"widths": (8, 8)}, "has 4 d_widths"), ({"plain_stages": 1}, "no d_plain_stages")])
+@pytest.mark.parametrize(
+    "change, message",
+    [({"widths": (8, 8)}, "has 4 d_widths"), ({"plain_stages": 1}, "no d_plain_stages")],
+)
 def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(recipe("av-ade-pd", 32, 3).discriminator, **change)
@@ -122,8 +155,12 @@ def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -
 
 
 @pytest.mark.slow
-def test_what_it_trained_is_not_judged_by_its_features(small_images: np.ndarray, tmp_path: Path) -> None:
-    """From a V-ADE run to its own, resumed as if never cut; its distances are marked in the figures."""
+def test_what_it_trained_is_not_judged_by_its_features(
+    small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """From a V-ADE run to its own, resumed as if never cut; its distances are marked in the
+    figures.
+    """
     dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
     options = RunOptions(images=16 * 4, device="cpu", precision="float32")
     train(narrow("v-ade"), dataset, tmp_path / "v-ade", options, resume=False)
@@ -134,7 +171,9 @@ def test_what_it_trained_is_not_judged_by_its_features(small_images: np.ndarray,
     train(config, dataset, run, later, resume=True)
     train(config, dataset, whole, later, resume=False)
     for name in ("model.safetensors", "discriminator.safetensors"):
-        assert (latest_checkpoint(run) / name).read_bytes() == (latest_checkpoint(whole) / name).read_bytes()
+        assert (latest_checkpoint(run) / name).read_bytes() == (
+            latest_checkpoint(whole) / name
+        ).read_bytes()
     heads = trainer(config)
     start_from(run, heads)
     assert heads.discriminator is not None
@@ -149,16 +188,42 @@ def test_what_it_trained_is_not_judged_by_its_features(small_images: np.ndarray,
 def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_path: Path) -> None:
     about = {"recipe": "av-ade-pd"}
     assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av-ade", "started_from": about})
-    assert not saw_efficientnet({"recipe": "av-ade", "started_from": {"recipe": "v-ade", "started_from": None}})
+    assert not saw_efficientnet(
+        {"recipe": "av-ade", "started_from": {"recipe": "v-ade", "started_from": None}}
+    )
 
     def row(name: str, space: dict) -> dict:
-        measured = {"distances": {"mean": {EFFICIENTNET: {"samples": 9, "reference": "9 images", "frechet": 5.0,
-                                                          "kernel": {"mean": 0.1}, **space}}}}
-        return {"name": name, "run": None, "config": narrow(name), "data": "x", "seed": 0, "budget": {"minutes": None},
-                "state": {"images": 64, "step": 4, "seconds": 1.0}, "measured": measured, "failure": None,
-                "curves": {key: [[], []] for key in ("bpd", "quality_loss", "d_loss")}}
+        measured = {
+            "distances": {
+                "mean": {
+                    EFFICIENTNET: {
+                        "samples": 9,
+                        "reference": "9 images",
+                        "frechet": 5.0,
+                        "kernel": {"mean": 0.1},
+                        **space,
+                    }
+                }
+            }
+        }
+        return {
+            "name": name,
+            "run": None,
+            "config": narrow(name),
+            "data": "x",
+            "seed": 0,
+            "budget": {"minutes": None},
+            "state": {"images": 64, "step": 4, "seconds": 1.0},
+            "measured": measured,
+            "failure": None,
+            "curves": {key: [[], []] for key in ("bpd", "quality_loss", "d_loss")},
+        }
 
-    rows = [row("av-ade", {}), row("av-ade-pd", {"independent": NOT_INDEPENDENT}), row("real-nvp", {})]
+    rows = [
+        row("av-ade", {}),
+        row("av-ade-pd", {"independent": NOT_INDEPENDENT}),
+        row("real-nvp", {}),
+    ]
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     marked = [line for line in page.splitlines() if "(not independent)" in line]
     assert len(marked) == 2 and all(line.startswith("| av-ade-pd |") for line in marked)

@@ -69,19 +69,44 @@ def read_images(operation: str, request: RawRequest, shape: tuple[int, int, int]
     return decode_images([parse_images(operation, request)], shape)[0]
 
 
-@pytest.mark.parametrize("request_", [
-    body(png()), body(png(), "image/png"), body(npy(PIXELS[None]), "application/x-npy"), as_json(images=[b64(png())]),
-    as_json(images=["data:image/png;base64," + b64(png())]), form(image=png()), form(image=bytearray(npy(PIXELS[None]))),
-    RawRequest("application/json", json.dumps({"images": [b64(png())]}).encode()),
-    body(npy(np.asfortranarray(PIXELS[None]))),
-], ids=["file", "typed file", "npy", "json", "data url", "form", "npy in a form", "json as bytes",
-        "npy by columns"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        body(png()),
+        body(png(), "image/png"),
+        body(npy(PIXELS[None]), "application/x-npy"),
+        as_json(images=[b64(png())]),
+        as_json(images=["data:image/png;base64," + b64(png())]),
+        form(image=png()),
+        form(image=bytearray(npy(PIXELS[None]))),
+        RawRequest("application/json", json.dumps({"images": [b64(png())]}).encode()),
+        body(npy(np.asfortranarray(PIXELS[None]))),
+    ],
+    ids=[
+        "file",
+        "typed file",
+        "npy",
+        "json",
+        "data url",
+        "form",
+        "npy in a form",
+        "json as bytes",
+        "npy by columns",
+    ],
+)
 def test_every_way_to_send_an_image(request_: RawRequest) -> None:
     parsed = read_images("score", request_, SHAPE)
     (image,) = parsed.images
     assert isinstance(image, InputImage) and np.array_equal(image.pixels, PIXELS)
-    assert parsed.parameters == {"seed": 0, "samples": 1, "alpha": 0.01, "fdr": None, "explain": True,
-                                 "map": False, "format": "json"}
+    assert parsed.parameters == {
+        "seed": 0,
+        "samples": 1,
+        "alpha": 0.01,
+        "fdr": None,
+        "explain": True,
+        "map": False,
+        "format": "json",
+    }
 
 
 def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:
@@ -92,40 +117,109 @@ def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:
 
 
 def test_a_bad_image_keeps_its_place() -> None:
-    parsed = read_images("score", as_json(images=[b64(png()), b64(b"junk"), "&&&", 7, b64(png())]), SHAPE)
-    kinds = [(i.status, i.code, i.index) if isinstance(i, ApiError) else "image" for i in parsed.images]
-    assert kinds == ["image", (415, "not_an_image", 1), (400, "malformed_request", 2), (400, "malformed_request", 3),
-                     "image"]
+    parsed = read_images(
+        "score", as_json(images=[b64(png()), b64(b"junk"), "&&&", 7, b64(png())]), SHAPE
+    )
+    kinds = [
+        (i.status, i.code, i.index) if isinstance(i, ApiError) else "image" for i in parsed.images
+    ]
+    assert kinds == [
+        "image",
+        (415, "not_an_image", 1),
+        (400, "malformed_request", 2),
+        (400, "malformed_request", 3),
+        "image",
+    ]
 
 
 BAD_IMAGE_REQUESTS = {
     "empty body": (body(b""), 400, "the request is empty"),
     "no images": (as_json(), 400, "images must be a list of base64 files"),
     "empty list": (as_json(images=[]), 400, "holds no image"),
-    "images of another kind": (as_json(images="abc"), 400, "images must be a list of base64 files, got str"),
+    "images of another kind": (
+        as_json(images="abc"),
+        400,
+        "images must be a list of base64 files, got str",
+    ),
     "JSON list": (RawRequest("application/json", [1, 2]), 400, "must be a JSON object, got list"),
     "broken JSON": (RawRequest("application/json", b'{"images": ['), 400, "not JSON"),
     "nested JSON": (RawRequest("application/json", b"[" * 100_000), 400, "not JSON"),
     "form without an image": (form(samples="1"), 400, "holds no image"),
-    "unknown parameter": (as_json(images=[b64(png())], sample=2), 422, "score has no parameter 'sample'"),
-    "many images": (as_json(images=[b64(png())] * 257), 413, "at most 256 images a request, got 257"),
-    "many draws": (as_json(images=[b64(png())] * 17, samples=64), 413, "images x samples may be 1024, got 17 x 64"),
-    "objects": (body(npy(np.array([[None]], object), allow_pickle=True)), 422, "holds Python objects"),
-    "float array": (body(npy(np.zeros((1, 8, 8, 3), np.float32))), 422, "must be uint8, got float32"),
-    "NaN": (body(npy(np.full((1, 8, 8, 3), np.nan))), 422, "got float64 with 192 values that are not finite"),
+    "unknown parameter": (
+        as_json(images=[b64(png())], sample=2),
+        422,
+        "score has no parameter 'sample'",
+    ),
+    "many images": (
+        as_json(images=[b64(png())] * 257),
+        413,
+        "at most 256 images a request, got 257",
+    ),
+    "many draws": (
+        as_json(images=[b64(png())] * 17, samples=64),
+        413,
+        "images x samples may be 1024, got 17 x 64",
+    ),
+    "objects": (
+        body(npy(np.array([[None]], object), allow_pickle=True)),
+        422,
+        "holds Python objects",
+    ),
+    "float array": (
+        body(npy(np.zeros((1, 8, 8, 3), np.float32))),
+        422,
+        "must be uint8, got float32",
+    ),
+    "NaN": (
+        body(npy(np.full((1, 8, 8, 3), np.nan))),
+        422,
+        "got float64 with 192 values that are not finite",
+    ),
     "three axes": (body(npy(PIXELS)), 422, r"must be \(N, H, W, C\), got shape \(8, 8, 3\)"),
     "no images in the array": (body(npy(np.zeros((0, 8, 8, 3), np.uint8))), 400, "holds no image"),
-    "many images in the array": (body(npy(np.zeros((300, 1, 1, 3), np.uint8))), 413, "at most 256 images"),
-    "cut array": (body(npy(PIXELS[None])[:-5]), 400, "damaged: shape .* needs 192 bytes, 187 are there"),
+    "many images in the array": (
+        body(npy(np.zeros((300, 1, 1, 3), np.uint8))),
+        413,
+        "at most 256 images",
+    ),
+    "cut array": (
+        body(npy(PIXELS[None])[:-5]),
+        400,
+        "damaged: shape .* needs 192 bytes, 187 are there",
+    ),
     "cut header": (body(b"\x93NUMPY\x01\x00\x76\x00{'descr'"), 400, r"\.npy file is damaged"),
-    "open bracket": (body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(1, 8, 8, 3 ")), 400, r"\.npy file is damaged"),
-    "call in the header": (body(npy(PIXELS[None]).replace(b"'|u1'", b"f(1) ")), 400, r"\.npy file is damaged"),
-    "unknown version": (body(npy(PIXELS[None]).replace(b"NUMPY\x01", b"NUMPY\x09")), 400, r"\.npy file is damaged"),
+    "open bracket": (
+        body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(1, 8, 8, 3 ")),
+        400,
+        r"\.npy file is damaged",
+    ),
+    "call in the header": (
+        body(npy(PIXELS[None]).replace(b"'|u1'", b"f(1) ")),
+        400,
+        r"\.npy file is damaged",
+    ),
+    "unknown version": (
+        body(npy(PIXELS[None]).replace(b"NUMPY\x01", b"NUMPY\x09")),
+        400,
+        r"\.npy file is damaged",
+    ),
     "seed of text": (form(image=png(), seed="x"), 422, "seed must be a whole number"),
-    "a field's number of many digits": (form(**{"image": png(), "image" + "1" * 5000: png()}), 400, "is no text"),
+    "a field's number of many digits": (
+        form(**{"image": png(), "image" + "1" * 5000: png()}),
+        400,
+        "is no text",
+    ),
     "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "is no text"),
-    "negative shape": (body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")), 400, "damaged: shape"),
-    "a field that the server parsed": (form(image=png(), x=20_000_000_000), 400, "must be text or a file, got int"),
+    "negative shape": (
+        body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")),
+        400,
+        "damaged: shape",
+    ),
+    "a field that the server parsed": (
+        form(image=png(), x=20_000_000_000),
+        400,
+        "must be text or a file, got int",
+    ),
     "large body": (body(b"x" * (16 * 2**20 + 1)), 413, "may have 16777216 bytes"),
 }
 
@@ -135,19 +229,29 @@ def test_bad_requests(name: str) -> None:
     request_, status, message = BAD_IMAGE_REQUESTS[name]
     with pytest.raises(ApiError, match=message) as caught:
         read_images("score", request_, SHAPE)
-    assert caught.value.status == status and "0x" not in caught.value.message  # an address of an object
+    assert (
+        caught.value.status == status and "0x" not in caught.value.message
+    )  # an address of an object
 
 
-@pytest.mark.parametrize("value, status, message", [
-    (png(np.zeros((9, 8, 3), np.uint8)), 422, "images must be 8 x 8 pixels, got 8 x 9"),
-    (png(np.zeros((1, 1, 3), np.uint8)), 422, "got 1 x 1"),
-    (b"text", 415, "not an image"),
-    (png()[:50], 415, "damaged"),
-    (png()[:29] + bytes(9), 415, "damaged"),
-])
+@pytest.mark.parametrize(
+    "value, status, message",
+    [
+        (png(np.zeros((9, 8, 3), np.uint8)), 422, "images must be 8 x 8 pixels, got 8 x 9"),
+        (png(np.zeros((1, 1, 3), np.uint8)), 422, "got 1 x 1"),
+        (b"text", 415, "not an image"),
+        (png()[:50], 415, "damaged"),
+        (png()[:29] + bytes(9), 415, "damaged"),
+    ],
+)
 def test_one_bad_image(value: bytes, status: int, message: str) -> None:
     (image,) = read_images("encode", body(value), SHAPE).images
-    assert isinstance(image, ApiError) and image.status == status and message in image.message and image.index == 0
+    assert (
+        isinstance(image, ApiError)
+        and image.status == status
+        and message in image.message
+        and image.index == 0
+    )
     assert "0x" not in image.message  # an address of an object
 
 
@@ -167,28 +271,60 @@ def test_resize_only_when_asked_and_said() -> None:
 
 
 BAD_PARAMETERS = [
-    ({"n": 0}, "n must be from 1 to 256, got 0"), ({"n": 257}, "got 257"), ({"n": 10**400}, "an integer of 1329 bits"),
-    ({"n": 1.0}, "n must be a whole number"), ({"n": True}, "n must be a whole number"),
-    ({"n": "x"}, "n must be a whole number"), ({"n": [1]}, "n must be a whole number"),
-    ({"seed": -1}, "seed must be from 0"), ({"seed": 1.5}, "seed must be a whole number"),
-    ({"seed": 2**63}, "seed must be from 0"), ({"index": -1}, "index must be from 0"),
+    ({"n": 0}, "n must be from 1 to 256, got 0"),
+    ({"n": 257}, "got 257"),
+    ({"n": 10**400}, "an integer of 1329 bits"),
+    ({"n": 1.0}, "n must be a whole number"),
+    ({"n": True}, "n must be a whole number"),
+    ({"n": "x"}, "n must be a whole number"),
+    ({"n": [1]}, "n must be a whole number"),
+    ({"seed": -1}, "seed must be from 0"),
+    ({"seed": 1.5}, "seed must be a whole number"),
+    ({"seed": 2**63}, "seed must be from 0"),
+    ({"index": -1}, "index must be from 0"),
     ({"index": 2**63 - 1, "n": 2}, "index [+] n must be at most"),
-    ({"temperature": 0}, "temperature must be above 0"), ({"temperature": float("nan")}, "temperature must be above 0"),
-    ({"temperature": float("inf")}, "temperature"), ({"temperature": "hot"}, "temperature must be a number"),
+    ({"temperature": 0}, "temperature must be above 0"),
+    ({"temperature": float("nan")}, "temperature must be above 0"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"temperature": "hot"}, "temperature must be a number"),
     ({"temperature": 10**400}, "temperature must be above 0"),
-    ({"kind": "best"}, "kind must be one of mean, density, got 'best'"), ({"kind": ["mean"]}, "kind must be one of"),
-    ({"format": "jpeg"}, "format must be one of png, npy, json"), ({"zeed": 1}, "sample has no parameter 'zeed'"),
-    ({"latents": []}, "latents must be a list with an entry"), ({"latents": 3}, "latents must be a list"),
+    ({"kind": "best"}, "kind must be one of mean, density, got 'best'"),
+    ({"kind": ["mean"]}, "kind must be one of"),
+    ({"format": "jpeg"}, "format must be one of png, npy, json"),
+    ({"zeed": 1}, "sample has no parameter 'zeed'"),
+    ({"latents": []}, "latents must be a list with an entry"),
+    ({"latents": 3}, "latents must be a list"),
     ({"latents": [[1]]}, "must have 2 levels an image, got 1"),
-    ({"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]}, r"z of level 0 must have shape \(3, 2, 2\)"),
+    (
+        {"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]},
+        r"z of level 0 must have shape \(3, 2, 2\)",
+    ),
     ({"latents": [{"levels": [{"z": "a"}, {"z": [2]}]}]}, "z of level 0 must be numbers"),
-    ({"latents": [{"levels": [{"eps": [1]}, {"eps": [2]}]}]}, r"eps of level 0 must have shape \(3, 2, 2\)"),
+    (
+        {"latents": [{"levels": [{"eps": [1]}, {"eps": [2]}]}]},
+        r"eps of level 0 must have shape \(3, 2, 2\)",
+    ),
     ({"latents": [{"levels": [{"eps": None}, {"eps": [2]}]}]}, "eps of level 0 must"),
     ({"latents": [{"levels": [{}, {"eps": [2]}]}]}, "or eps in all"),
-    ({"latents": [{"levels": 3}]}, "must have 2 levels an image"), ({"latents": [3]}, "must have 2 levels an image"),
-    ({"latents": [{"levels": [{"eps": np.zeros((3, 2, 2)).tolist()}, {"z": np.zeros((2, 4, 4)).tolist()}]}]},
-     "z in all levels of all images, or eps in all"),
-    ({"latents": [[np.full((3, 2, 2), 1e30).tolist(), np.zeros((2, 4, 4)).tolist()]]}, "must be finite"),
+    ({"latents": [{"levels": 3}]}, "must have 2 levels an image"),
+    ({"latents": [3]}, "must have 2 levels an image"),
+    (
+        {
+            "latents": [
+                {
+                    "levels": [
+                        {"eps": np.zeros((3, 2, 2)).tolist()},
+                        {"z": np.zeros((2, 4, 4)).tolist()},
+                    ]
+                }
+            ]
+        },
+        "z in all levels of all images, or eps in all",
+    ),
+    (
+        {"latents": [[np.full((3, 2, 2), 1e30).tolist(), np.zeros((2, 4, 4)).tolist()]]},
+        "must be finite",
+    ),
     ({"latents": [[1, 2]], "n": 3}, "n and latents exclude each other"),
     ({"latents": [[1, 2]], "temperature": 0.5}, "temperature and latents exclude each other"),
 ]
@@ -202,9 +338,19 @@ def test_bad_parameters(values: dict, message: str) -> None:
 
 
 def test_sample_defaults_and_forms() -> None:
-    assert parse_sample(as_json(), LATENTS) == parse_sample(RawRequest("application/json", b"{}"), LATENTS)
-    parsed = parse_sample(form(n=b"3", seed="5", temperature="0.5", kind="density", format="npy"), LATENTS)
-    assert (parsed.n, parsed.seed, parsed.temperature, parsed.kind, parsed.format) == (3, 5, 0.5, "density", "npy")
+    assert parse_sample(as_json(), LATENTS) == parse_sample(
+        RawRequest("application/json", b"{}"), LATENTS
+    )
+    parsed = parse_sample(
+        form(n=b"3", seed="5", temperature="0.5", kind="density", format="npy"), LATENTS
+    )
+    assert (parsed.n, parsed.seed, parsed.temperature, parsed.kind, parsed.format) == (
+        3,
+        5,
+        0.5,
+        "density",
+        "npy",
+    )
     assert refused(parse_sample, body(b""), LATENTS).status == 400
     assert "as JSON" in refused(parse_sample, body(b"n=3", "text/plain"), LATENTS).message
 
@@ -213,7 +359,10 @@ def test_json_that_came_as_a_form() -> None:
     """What curl sends of ``-d '{...}'`` without a header: the server makes an empty form of it."""
     with pytest.raises(ApiError, match="needs the header Content-Type: application/json"):
         parse_sample(RawRequest("application/x-www-form-urlencoded", None, {}), LATENTS)
-    assert parse_sample(RawRequest("application/x-www-form-urlencoded", None, {"n": b"4"}), LATENTS).n == 4
+    assert (
+        parse_sample(RawRequest("application/x-www-form-urlencoded", None, {"n": b"4"}), LATENTS).n
+        == 4
+    )
 
 
 def test_noise_may_be_larger_than_latents() -> None:
@@ -225,53 +374,86 @@ def test_noise_may_be_larger_than_latents() -> None:
         parse_sample(as_json(latents=[{"levels": levels("z")}]), LATENTS)
     both = [{**z, "eps": eps["eps"]} for z, eps in zip(levels("z"), levels("eps"), strict=True)]
     only_eps_in_all = [both[0], {"eps": both[1]["eps"]}]
-    assert parse_sample(as_json(latents=[{"levels": only_eps_in_all}]), LATENTS).latents_are == "eps"
+    assert (
+        parse_sample(as_json(latents=[{"levels": only_eps_in_all}]), LATENTS).latents_are == "eps"
+    )
 
 
 def test_latents_in_the_structure_of_encode() -> None:
-    levels = [{"shape": list(s), "mean": 0, "log_scale": 0, "z": np.ones(s).tolist()} for s in LATENTS]
-    for latents in ([{"levels": levels}], {"levels": levels}, {"model": "m", "results": [{"levels": levels}]}):
+    levels = [
+        {"shape": list(s), "mean": 0, "log_scale": 0, "z": np.ones(s).tolist()} for s in LATENTS
+    ]
+    for latents in (
+        [{"levels": levels}],
+        {"levels": levels},
+        {"model": "m", "results": [{"levels": levels}]},
+    ):
         parsed = parse_sample(as_json(latents=latents), LATENTS)
-        assert parsed.n == 1 and parsed.latents is not None and parsed.latents[1].shape == (1, 2, 4, 4)
+        assert (
+            parsed.n == 1 and parsed.latents is not None and parsed.latents[1].shape == (1, 2, 4, 4)
+        )
 
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4), max_leaves=12)
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
 NAMES = sorted({name for known in PARAMETERS.values() for name in known} | {"images"})
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(sorted(PARAMETERS)), st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON_VALUES,
-                                                           max_size=5))
+@given(
+    st.sampled_from(sorted(PARAMETERS)),
+    st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON_VALUES, max_size=5),
+)
 def test_any_json_is_parsed_or_refused_in_shape(operation: str, values: dict) -> None:
     check(operation, RawRequest("application/json", values))
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(PARAMETERS)), st.binary(max_size=300), st.sampled_from(
-    [b"", b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"{"]), st.sampled_from(
-    ["", "application/json", "application/x-npy", "image/png", "text/plain"]))
-def test_any_bytes_are_parsed_or_refused_in_shape(operation: str, data: bytes, start: bytes, content_type: str) -> None:
+@given(
+    st.sampled_from(sorted(PARAMETERS)),
+    st.binary(max_size=300),
+    st.sampled_from([b"", b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"{"]),
+    st.sampled_from(["", "application/json", "application/x-npy", "image/png", "text/plain"]),
+)
+def test_any_bytes_are_parsed_or_refused_in_shape(
+    operation: str, data: bytes, start: bytes, content_type: str
+) -> None:
     check(operation, RawRequest(content_type, bytearray(start + data)))
 
 
 def check(operation: str, request_: RawRequest) -> None:
     try:
-        parsed = parse_sample(request_, LATENTS) if operation == "sample" else read_images(operation, request_, SHAPE)
+        parsed = (
+            parse_sample(request_, LATENTS)
+            if operation == "sample"
+            else read_images(operation, request_, SHAPE)
+        )
     except ApiError as error:
         assert error.status in (400, 413, 415, 422)
-        assert set(error.body()["error"]) <= {"code", "message", "index"} and error.code and error.message
+        assert (
+            set(error.body()["error"]) <= {"code", "message", "index"}
+            and error.code
+            and error.message
+        )
         json.dumps(error.body())
     else:
         if isinstance(parsed, ImagesRequest):
             assert parsed.images
 
 
-def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_are_refused_together_before_they_are_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("serving.api.requests.MAX_REQUEST_PIXELS", 2_000)
     one = b64(png(np.zeros((40, 40, 3), np.uint8)))
-    assert isinstance(read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage)
+    assert isinstance(
+        read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage
+    )
     with pytest.raises(ApiError, match="may have 2000 pixels together, these have 3200") as caught:
         read_images("score", as_json(images=[one, one], resize="fit"), SHAPE)
     assert caught.value.status == 413
@@ -281,7 +463,9 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch
 
 def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
-    with pytest.raises(ApiError, match="JSON may have 1000 bytes here, the body has 2000") as caught:
+    with pytest.raises(
+        ApiError, match="JSON may have 1000 bytes here, the body has 2000"
+    ) as caught:
         read_images("score", RawRequest("application/json", b"[" * 2000), SHAPE)
     assert caught.value.status == 413
 
@@ -303,27 +487,42 @@ def test_messages_that_are_no_utf8_are_answered_too() -> None:
     assert json.loads(answer.body)["error"]["message"] == "kind is '\ud800'"
 
 
-@pytest.mark.parametrize("operation, text, what", [
-    ("score", '{"images":[' + "[]," * 8_000_000 + "[]]}", "100000 lists and objects"),
-    ("encode", "[" + "{}," * 5_000_000 + "{}]", "100000 lists and objects"),
-    ("reconstruct", "{" + ",".join(f'"k{i}":1' for i in range(500_000)) + "}", "100000 values"),
-    ("sample", '{"latents":[' + "[]," * 300_000 + "[]]}", "123552 lists and objects"),
-    ("sample", '{"latents":[' + "0," * 300_000 + "0]}", "245056 values"),
-])
-def test_json_of_too_many_values_is_refused_before_it_is_parsed(operation: str, text: str, what: str) -> None:
+@pytest.mark.parametrize(
+    "operation, text, what",
+    [
+        ("score", '{"images":[' + "[]," * 8_000_000 + "[]]}", "100000 lists and objects"),
+        ("encode", "[" + "{}," * 5_000_000 + "{}]", "100000 lists and objects"),
+        ("reconstruct", "{" + ",".join(f'"k{i}":1' for i in range(500_000)) + "}", "100000 values"),
+        ("sample", '{"latents":[' + "[]," * 300_000 + "[]]}", "123552 lists and objects"),
+        ("sample", '{"latents":[' + "0," * 300_000 + "0]}", "245056 values"),
+    ],
+)
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(
+    operation: str, text: str, what: str
+) -> None:
     """Within the limit of bytes, 8 million lists take 450 MB and, parsed, many seconds."""
     raw = RawRequest("application/json", text.encode())
     started = time.process_time()
     with pytest.raises(ApiError) as raised:
         parse_sample(raw, LATENTS) if operation == "sample" else parse_images(operation, raw)
-    assert (raised.value.status, raised.value.code) == (413, "request_too_large") and what in raised.value.message
+    assert (raised.value.status, raised.value.code) == (
+        413,
+        "request_too_large",
+    ) and what in raised.value.message
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize("shapes", [LATENTS, [(32, 4, 4), (16, 8, 8), (8, 16, 16)], [(3, 1, 1)], [(1, 1, 512)]])
+@pytest.mark.parametrize(
+    "shapes", [LATENTS, [(32, 4, 4), (16, 8, 8), (8, 16, 16)], [(3, 1, 1)], [(1, 1, 512)]]
+)
 def test_all_that_encode_answers_can_be_sent_back(shapes: list) -> None:
-    levels = [{"shape": shape, **dict.fromkeys(("mean", "log_scale", "z", "eps"), np.zeros(shape).tolist())}
-              for shape in shapes]
+    levels = [
+        {
+            "shape": shape,
+            **dict.fromkeys(("mean", "log_scale", "z", "eps"), np.zeros(shape).tolist()),
+        }
+        for shape in shapes
+    ]
     body = json.dumps({"latents": {"model": "a", "results": [{"levels": levels}] * 256}}).encode()
     try:
         request = parse_sample(RawRequest("application/json", body), shapes)
@@ -334,5 +533,7 @@ def test_all_that_encode_answers_can_be_sent_back(shapes: list) -> None:
 
 def test_an_array_whose_shape_has_a_truth_value() -> None:
     data = npy(PIXELS[None]).replace(b"(1, 8, 8, 3), }   ", b"(True, 8, 8, 3), }")
-    (image,) = parse_images("score", RawRequest("application/x-npy", data[:len(npy(PIXELS[None]))])).sources
+    (image,) = parse_images(
+        "score", RawRequest("application/x-npy", data[: len(npy(PIXELS[None]))])
+    ).sources
     assert np.array_equal(image, PIXELS)

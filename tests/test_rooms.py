@@ -1,4 +1,6 @@
-"""The rooms of the code: who may import whom, without a circle; and which of them know the model server."""
+"""The rooms of the code: who may import whom, without a circle; and which of them know the model
+server.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGES = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
-# A room is a folder, or a module at the top of serving/. What a room may import beside itself: rooms, or single modules.
+# A room is a folder, or a module at the top of serving/. What a room may import beside itself:
+# rooms, or single modules.
 IMAGES = {"serving.images", "serving.files", "serving.decode"}
 SERVED = {"serving.api", "serving.engine", "serving.verdict", *IMAGES}
 MAY_IMPORT = {
@@ -25,7 +28,12 @@ MAY_IMPORT = {
     "serving.engine": {"serving.verdict", *IMAGES},
     "serving.api": {"serving.engine", "serving.verdict", *IMAGES},
     # Of ours only names and constants: it needs NumPy, Pillow and httpx alone.
-    "serving.client": {"serving.api.requests", "serving.verdict.calibration", "serving.verdict.decision", *IMAGES},
+    "serving.client": {
+        "serving.api.requests",
+        "serving.verdict.calibration",
+        "serving.verdict.decision",
+        *IMAGES,
+    },
     "serving.bulk": SERVED,
     "serving.gate": {"serving.client", *SERVED},
     "serving.gate_asgi": {"serving.gate"},
@@ -73,7 +81,11 @@ ARROWS = sorted({(room_of(a), a, b) for a, b in imports() if room_of(a) != room_
 @pytest.mark.parametrize("room", sorted({room for room, _, _ in ARROWS}))
 def test_a_room_imports_what_it_may(room: str) -> None:
     allowed = MAY_IMPORT.get(room, set()) | (SHARED if room != "ade_model" else set())
-    wrong = [f"{a} imports {b}" for from_room, a, b in ARROWS if from_room == room and not is_within(b, allowed)]
+    wrong = [
+        f"{a} imports {b}"
+        for from_room, a, b in ARROWS
+        if from_room == room and not is_within(b, allowed)
+    ]
     assert not wrong, wrong
 
 
@@ -90,8 +102,15 @@ def test_rooms_import_each_other_in_no_circle() -> None:
 
 def test_every_room_is_a_package_that_loads_nothing() -> None:
     for init in (path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")):
-        if init.parent.name not in ("ade_model", "datasets"):  # their names are meant to be imported from there
-            assert not [n for n in ast.parse(init.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))], init
+        if init.parent.name not in (
+            "ade_model",
+            "datasets",
+        ):  # their names are meant to be imported from there
+            assert not [
+                n
+                for n in ast.parse(init.read_text()).body
+                if isinstance(n, (ast.Import, ast.ImportFrom))
+            ], init
 
 
 def test_one_room_knows_the_model_server() -> None:

@@ -1,4 +1,6 @@
-"""What a hostile page, another user of the machine and a client can do to a running service: nothing."""
+"""What a hostile page, another user of the machine and a client can do to a running service:
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,12 @@ def family(service: RunningService) -> list[psutil.Process]:
 
 
 def listening(service: RunningService) -> set[tuple[str, int]]:
-    return {tuple(c.laddr) for p in family(service) for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return {
+        tuple(c.laddr)
+        for p in family(service)
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
 
 
 def connects(address: tuple[str, int]) -> bool:
@@ -49,16 +56,26 @@ def management(service: RunningService) -> Iterator[httpx.Client]:
     """TorchServe's management API, as only the user that serves can reach it."""
     key = service.folder.server_key("management")
     transport = httpx.HTTPTransport(uds=str(service.folder.management_socket))
-    with httpx.Client(base_url="http://torchserve", transport=transport, headers={"Authorization": f"Bearer {key}"},
-                      timeout=60) as client:
+    with httpx.Client(
+        base_url="http://torchserve",
+        transport=transport,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+    ) as client:
         yield client
 
 
 @pytest.fixture
 def planted(service: RunningService, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """A hostile archive in every folder of the service, as if an upload had put it there; and its marker."""
+    """A hostile archive in every folder of the service, as if an upload had put it there; and its
+    marker.
+    """
     marker, archive = tmp_path / "marker", workflow_archive(tmp_path / "marker")
-    places = [service.folder.store, service.folder.temporary, service.folder.path / "page-files" / "hash"]
+    places = [
+        service.folder.store,
+        service.folder.temporary,
+        service.folder.path / "page-files" / "hash",
+    ]
     for place in places:
         place.mkdir(exist_ok=True)
         (place / "evil.war").write_bytes(archive)
@@ -76,12 +93,16 @@ def test_the_whole_chain(service: RunningService, tmp_path: Path) -> None:
     archive = Path(path) if path else store.parent / "page-files" / "hash" / "evil.war"
     for host, port in listening(service):
         if connects((host, port)):
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=HOSTILE, timeout=60) as client:
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{port}", headers=HOSTILE, timeout=60
+            ) as client:
                 assert 200 not in register(client, fetch_addresses(archive, store)), port
     assert not was_run(marker) and not list(service.folder.store.glob("*.war"))
 
 
-def test_nothing_can_be_fetched(service: RunningService, management: httpx.Client, planted: tuple[Path, Path]) -> None:
+def test_nothing_can_be_fetched(
+    service: RunningService, management: httpx.Client, planted: tuple[Path, Path]
+) -> None:
     """With the key to the management socket, too."""
     archive, marker = planted
     before = sorted(service.folder.path.rglob("evil*"))
@@ -91,11 +112,22 @@ def test_nothing_can_be_fetched(service: RunningService, management: httpx.Clien
 
 
 @pytest.mark.parametrize("name", ["evil.war", "../page-files/hash/evil.war", "tmp/evil.war"])
-def test_nothing_can_be_registered_by_name(management: httpx.Client, planted: tuple[Path, Path], name: str) -> None:
+def test_nothing_can_be_registered_by_name(
+    management: httpx.Client, planted: tuple[Path, Path], name: str
+) -> None:
     """Although the archive lies where TorchServe keeps its own."""
     for path in ("/workflows", "/models"):
-        assert management.post(path, params={"url": name, "initial_workers": 1}).status_code in (400, 404, 405)
-        assert management.post(path, json={"url": name, "workflow_url": name}).status_code in (400, 404, 405, 500)
+        assert management.post(path, params={"url": name, "initial_workers": 1}).status_code in (
+            400,
+            404,
+            405,
+        )
+        assert management.post(path, json={"url": name, "workflow_url": name}).status_code in (
+            400,
+            404,
+            405,
+            500,
+        )
     assert not was_run(planted[1], 2.0)
     assert management.get("/workflows").json()["workflows"] == []
 
@@ -117,22 +149,48 @@ def test_nothing_can_be_unregistered(management: httpx.Client) -> None:
 def test_torchserve_answers_nothing_without_its_key(service: RunningService, method: str) -> None:
     """On its sockets, on which only the user that serves gets so far; its metrics have no key."""
     folder = service.folder
-    for path, key in ((folder.management_socket, "inference"), (folder.inference_socket, "management")):
-        with httpx.Client(base_url="http://x", transport=httpx.HTTPTransport(uds=str(path))) as client:
-            for headers in ({}, {"Authorization": "Bearer 0"}, {"Authorization": f"Bearer {folder.server_key(key)}"}):
-                for url in ("/models", "/models/score?min_worker=0", "/workflows?url=evil.war", "/predictions/score"):
+    for path, key in (
+        (folder.management_socket, "inference"),
+        (folder.inference_socket, "management"),
+    ):
+        with httpx.Client(
+            base_url="http://x", transport=httpx.HTTPTransport(uds=str(path))
+        ) as client:
+            for headers in (
+                {},
+                {"Authorization": "Bearer 0"},
+                {"Authorization": f"Bearer {folder.server_key(key)}"},
+            ):
+                for url in (
+                    "/models",
+                    "/models/score?min_worker=0",
+                    "/workflows?url=evil.war",
+                    "/predictions/score",
+                ):
                     answer = client.request(method, url, headers=headers)
-                    assert answer.status_code == 400 and answer.json()["type"] == "InvalidKeyException", (url, answer.text)
+                    assert (
+                        answer.status_code == 400 and answer.json()["type"] == "InvalidKeyException"
+                    ), (url, answer.text)
 
 
 def test_only_our_ports_can_be_connected_to(service: RunningService) -> None:
     """TorchServe's gRPC cannot be turned off: it listens where no connection gets to."""
     others = {port for _, port in listening(service)} - set(service.ports.values())
     assert len(others) == 2 and unreachable_address() == BROADCAST
-    addresses = {address.address.split("%")[0] for found in psutil.net_if_addrs().values() for address in found
-                 if address.family in (socket.AF_INET, socket.AF_INET6)}
+    addresses = {
+        address.address.split("%")[0]
+        for found in psutil.net_if_addrs().values()
+        for address in found
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
     for port in others:
-        for address in addresses | {BROADCAST, f"::ffff:{BROADCAST}", "0.0.0.0", "::", "127.255.255.255"}:
+        for address in addresses | {
+            BROADCAST,
+            f"::ffff:{BROADCAST}",
+            "0.0.0.0",
+            "::",
+            "127.255.255.255",
+        }:
             assert not connects((address, port)), address
 
 
@@ -158,7 +216,12 @@ def test_the_working_folder_is_nobody_elses(service: RunningService) -> None:
     folder = service.folder
     assert folder.path.stat().st_mode & 0o777 == 0o700 and folder.path.stat().st_uid == os.getuid()
     assert Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) in folder.path.parents
-    for file in (folder.path / "key_file.json", folder.path / "front.json", folder.probe_file, folder.description):
+    for file in (
+        folder.path / "key_file.json",
+        folder.path / "front.json",
+        folder.probe_file,
+        folder.description,
+    ):
         assert file.stat().st_mode & 0o777 == 0o600, file
     page_files = folder.path / "page-files"
     assert page_files.stat().st_mode & 0o777 == 0o700 and folder.store not in page_files.parents
@@ -166,14 +229,23 @@ def test_the_working_folder_is_nobody_elses(service: RunningService) -> None:
 
 def test_a_probe_needs_the_secret(service: RunningService) -> None:
     """Nobody hides traffic from logs and metrics by a header."""
+
     def requests() -> float:
         lines = httpx.get(f"{service.metrics}/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith('ade_requests{model_name="sample"'))
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith('ade_requests{model_name="sample"')
+        )
 
     def count(secret: str) -> float:
         before = requests()
         for _ in range(3):
-            answer = httpx.post(f"{service.url}/predictions/sample", json={"seed": 1}, headers={"X-Ade-Probe": secret})
+            answer = httpx.post(
+                f"{service.url}/predictions/sample",
+                json={"seed": 1},
+                headers={"X-Ade-Probe": secret},
+            )
             assert answer.status_code == 200
         time.sleep(1.6)
         return requests() - before
@@ -183,15 +255,29 @@ def test_a_probe_needs_the_secret(service: RunningService) -> None:
 
 
 def run_serve(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED), *options], cwd=ROOT, timeout=60,
-                          env={**os.environ, **variables}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED), *options],
+        cwd=ROOT,
+        timeout=60,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_short_tokens_and_bad_names_are_refused() -> None:
     short = run_serve("--host", "0.0.0.0", ADE_TOKEN="x" * 31)
-    assert short.returncode == 2 and "at least 32 characters" in short.stderr and "xxx" not in short.stderr
+    assert (
+        short.returncode == 2
+        and "at least 32 characters" in short.stderr
+        and "xxx" not in short.stderr
+    )
     spaced = run_serve("--host", "0.0.0.0", ADE_TOKEN="secret " * 6)
-    assert spaced.returncode == 2 and "without spaces" in spaced.stderr and "secret" not in spaced.stderr
+    assert (
+        spaced.returncode == 2
+        and "without spaces" in spaced.stderr
+        and "secret" not in spaced.stderr
+    )
     for name in ("http://ade.example.org", "ade.example.org:8080", "*", "a..b"):
         named = run_serve("--allowed-hosts", f"ok.example.org,{name}")
         assert named.returncode == 2 and "takes host names without scheme or port" in named.stderr
@@ -220,8 +306,10 @@ def as_nobody(attack: Callable[[], object]) -> object:
 @pytest.fixture(scope="module")
 def exposed() -> Iterator[RunningService]:
     """Off loopback, with the operator's token and name."""
-    running = RunningService(PRETRAINED, options=("--host", "0.0.0.0", "--workers", "1",
-                                                  "--allowed-hosts", "ade.example.org"))
+    running = RunningService(
+        PRETRAINED,
+        options=("--host", "0.0.0.0", "--workers", "1", "--allowed-hosts", "ade.example.org"),
+    )
     yield running
     assert running.stop() == []
 
@@ -229,10 +317,16 @@ def exposed() -> Iterator[RunningService]:
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) -> None:
-    """Tries every port, every socket and every file: nothing changes, and no token, image or path is revealed."""
+    """Tries every port, every socket and every file: nothing changes, and no token, image or path
+    is revealed.
+    """
     folder, marker = exposed.folder, tmp_path / "marker"
-    secrets = [folder.token_file.read_text(), folder.probe_file.read_text(), str(folder.path),
-               *(folder.server_key(kind) or "" for kind in ("inference", "management"))]
+    secrets = [
+        folder.token_file.read_text(),
+        folder.probe_file.read_text(),
+        str(folder.path),
+        *(folder.server_key(kind) or "" for kind in ("inference", "management")),
+    ]
     assert all(secrets)
     files = sorted(folder.path.rglob("*"))
     sockets = [str(file) for file in files if file.is_socket()]
@@ -240,14 +334,32 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
     ports = sorted({port for _, port in listening(exposed)})
     pids = [p.pid for p in family(exposed)]
     ours = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids).decode()
-    paths = ("/", "/models", "/models/score", "/workflows", "/metrics", "/ping", "/api-description", "/predictions/score",
-             "/config", "/openapi.json", "/readyz", "/gradio_api/info", f"/gradio_api/file={folder.token_file}",
-             "/gradio_api/file=/etc/passwd")
+    paths = (
+        "/",
+        "/models",
+        "/models/score",
+        "/workflows",
+        "/metrics",
+        "/ping",
+        "/api-description",
+        "/predictions/score",
+        "/config",
+        "/openapi.json",
+        "/readyz",
+        "/gradio_api/info",
+        f"/gradio_api/file={folder.token_file}",
+        "/gradio_api/file=/etc/passwd",
+    )
 
     def attack() -> dict[str, object]:
         opened, answers = [], []
         for file in [folder.path, *files]:
-            for way in (os.listdir, lambda f: open(f, "rb").close(), lambda f: open(f, "ab").close(), os.unlink):
+            for way in (
+                os.listdir,
+                lambda f: open(f, "rb").close(),
+                lambda f: open(f, "ab").close(),
+                os.unlink,
+            ):
                 try:
                     way(file)
                     opened.append(str(file))
@@ -259,7 +371,9 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
         for pid in pids:
             for name in ("environ", "mem", "cwd", "fd"):
                 try:
-                    (os.listdir if name in ("cwd", "fd") else lambda f: open(f, "rb").read(1))(f"/proc/{pid}/{name}")
+                    (os.listdir if name in ("cwd", "fd") else lambda f: open(f, "rb").read(1))(
+                        f"/proc/{pid}/{name}"
+                    )
                     opened.append(f"/proc/{pid}/{name}")
                 except OSError:
                     pass
@@ -273,9 +387,18 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
                 for path in paths:
                     for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
                         try:
-                            answer = client.request(method, path, headers={"Authorization": "Bearer 0"})
-                            answers.append([port, method, path, answer.status_code,
-                                            answer.text + str(answer.headers.multi_items())])
+                            answer = client.request(
+                                method, path, headers={"Authorization": "Bearer 0"}
+                            )
+                            answers.append(
+                                [
+                                    port,
+                                    method,
+                                    path,
+                                    answer.status_code,
+                                    answer.text + str(answer.headers.multi_items()),
+                                ]
+                            )
                         except httpx.TransportError:
                             pass
                 try:
@@ -292,7 +415,11 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
     assert {answer[0] for answer in answers} == set(exposed.ports.values())
     for port, method, path, status, text in answers:
         assert not [s for s in secrets if s in text], (port, method, path, text)
-        assert not [sign for sign in ("root:x:", "PNG\r\n", "iVBORw0KGgo") if sign in text], (port, method, path)
+        assert not [sign for sign in ("root:x:", "PNG\r\n", "iVBORw0KGgo") if sign in text], (
+            port,
+            method,
+            path,
+        )
         if port == exposed.ports["inference"]:
             assert status in (401, 403, 404, 405), (method, path, status)
     assert not [s for s in secrets if s in ours and s != str(folder.path)]
@@ -302,7 +429,9 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(exposed: RunningService, tmp_path: Path) -> None:
+def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(
+    exposed: RunningService, tmp_path: Path
+) -> None:
     token, output = exposed.folder.token_file.read_text(), "".join(exposed.output)
     assert len(token) == 43 and exposed.folder.token_file.stat().st_mode & 0o777 == 0o600
     for wrong in (None, "0", token[:-1], token + "x", token.swapcase()):
@@ -312,14 +441,28 @@ def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(exposed: RunningS
     with AdeClient(exposed.url, token=token) as client:
         assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
     assert httpx.get(f"{exposed.page}/readyz", timeout=60).status_code == 200
-    assert httpx.get(f"{exposed.page}/config", timeout=60).status_code == 401  # the page is locked too
-    (line,) = [line for line in output.splitlines() if line.startswith("curl") and "/predictions/sample" in line]
+    assert (
+        httpx.get(f"{exposed.page}/config", timeout=60).status_code == 401
+    )  # the page is locked too
+    (line,) = [
+        line
+        for line in output.splitlines()
+        if line.startswith("curl") and "/predictions/sample" in line
+    ]
     subprocess.run(["sh", "-c", f"{line} -sS --fail"], cwd=tmp_path, check=True)
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert token not in output and str(exposed.folder.token_file) in output
     assert not any(token in " ".join(p.cmdline()) for p in family(exposed))
-    known = {exposed.folder.token_file, exposed.folder.header_file, exposed.folder.path / "front.json"}
-    holders = {file for file in exposed.folder.path.rglob("*") if file.is_file() and token.encode() in file.read_bytes()}
+    known = {
+        exposed.folder.token_file,
+        exposed.folder.header_file,
+        exposed.folder.path / "front.json",
+    }
+    holders = {
+        file
+        for file in exposed.folder.path.rglob("*")
+        if file.is_file() and token.encode() in file.read_bytes()
+    }
     assert holders <= known
     assert os.environ.get("ADE_TOKEN") is None
     found = read_status(Ports(**exposed.ports))
@@ -329,10 +472,17 @@ def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(exposed: RunningS
 @pytest.mark.slow
 def test_names_by_which_it_is_reached(exposed: RunningService) -> None:
     headers = {"Authorization": f"Bearer {exposed.folder.token_file.read_text()}"}
-    for host, status in (("ade.example.org", 200), ("ADE.example.org:80", 200), ("localhost", 200), ("10.1.2.3", 200),
-                         ("rebound.example.org", 421)):
+    for host, status in (
+        ("ade.example.org", 200),
+        ("ADE.example.org:80", 200),
+        ("localhost", 200),
+        ("10.1.2.3", 200),
+        ("rebound.example.org", 421),
+    ):
         for url in (f"{exposed.url}/predictions/sample",):
-            answer = httpx.post(url, json={"seed": 1}, headers={**headers, "Host": host}, timeout=60)
+            answer = httpx.post(
+                url, json={"seed": 1}, headers={**headers, "Host": host}, timeout=60
+            )
             assert answer.status_code == status, (host, answer.text)
 
 
@@ -340,10 +490,16 @@ def test_names_by_which_it_is_reached(exposed: RunningService) -> None:
 def test_the_operators_token() -> None:
     """On an address of the loopback network that is not for everybody."""
     token = "operator-0123456789-0123456789-0123456789"
-    running = RunningService(PRETRAINED, options=("--host", "127.0.0.2", "--workers", "1"), variables={"ADE_TOKEN": token})
+    running = RunningService(
+        PRETRAINED,
+        options=("--host", "127.0.0.2", "--workers", "1"),
+        variables={"ADE_TOKEN": token},
+    )
     url = running.url.replace("127.0.0.1", "127.0.0.2")
     try:
-        assert token not in "".join(running.output) and not connects(("127.0.0.1", running.ports["inference"]))
+        assert token not in "".join(running.output) and not connects(
+            ("127.0.0.1", running.ports["inference"])
+        )
         with AdeClient(url) as outsider, pytest.raises(AdeError, match="bad_token"):
             outsider.sample()
         with AdeClient(url, token=token) as client:

@@ -42,29 +42,44 @@ def client(service: RunningService) -> Iterator[AdeClient]:
         yield made
 
 
-def post(service: RunningService, operation: str, data: bytes | None = None, content_type: str = "image/png",
-         **options) -> httpx.Response:
+def post(
+    service: RunningService,
+    operation: str,
+    data: bytes | None = None,
+    content_type: str = "image/png",
+    **options,
+) -> httpx.Response:
     headers = {"Content-Type": content_type} if data is not None else {}
-    return httpx.post(f"{service.url}/predictions/{operation}", content=data, headers=headers, timeout=60, **options)
+    return httpx.post(
+        f"{service.url}/predictions/{operation}",
+        content=data,
+        headers=headers,
+        timeout=60,
+        **options,
+    )
 
 
 def error_of(answer: httpx.Response) -> dict:
     body = answer.json()
     assert set(body) == {"error"} and set(body["error"]) <= {"code", "message", "index"}, body
     assert answer.headers["content-type"] == "application/json"
-    assert "Traceback" not in answer.text and "File \"" not in answer.text
+    assert "Traceback" not in answer.text and 'File "' not in answer.text
     return body["error"]
 
 
 def test_readme_curl_lines(service: RunningService, tmp_path: Path) -> None:
     """Every ``curl`` line of the README does what it says."""
     (tmp_path / "cat.png").write_bytes(EXAMPLE.read_bytes())
-    lines = re.findall(r"^curl .*?(?<!\\)$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = re.findall(
+        r"^curl .*?(?<!\\)$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     assert {op for op in OPERATIONS for line in lines if f"/{op}" in line} == set(OPERATIONS)
     for line in lines:
         command = line.replace("http://127.0.0.1:8080", service.url).replace("\\\n", " ")
         command = command.replace("http://127.0.0.1:7860", service.page)
-        done = subprocess.run([*shlex.split(command), "--fail-with-body", "-sS"], cwd=tmp_path, capture_output=True)
+        done = subprocess.run(
+            [*shlex.split(command), "--fail-with-body", "-sS"], cwd=tmp_path, capture_output=True
+        )
         assert done.returncode == 0, (line, done.stdout[:300], done.stderr)
     assert Image.open(tmp_path / "samples.png").text["ade:seed"] == "7"
     assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)
@@ -81,20 +96,35 @@ def test_readme_python_block(service: RunningService) -> None:
 def test_every_answer_says_who_made_it(service: RunningService) -> None:
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
     for operation in OPERATIONS:
-        answer = (post(service, operation, b"{}", "application/json") if operation == "sample"
-                  else post(service, operation, EXAMPLE.read_bytes()))
+        answer = (
+            post(service, operation, b"{}", "application/json")
+            if operation == "sample"
+            else post(service, operation, EXAMPLE.read_bytes())
+        )
         assert answer.status_code == 200
-        assert answer.headers["x-ade-model"] == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
+        assert (
+            answer.headers["x-ade-model"]
+            == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
+        )
         assert answer.headers["x-ade-backend"].startswith("onnxruntime/")
         assert int(answer.headers["x-ade-batch"]) >= 1
 
 
 def test_a_picture_reproduces_itself(service: RunningService) -> None:
-    first = post(service, "sample", json.dumps({"n": 5, "kind": "density", "temperature": 0.7}).encode(),
-                 "application/json")
+    first = post(
+        service,
+        "sample",
+        json.dumps({"n": 5, "kind": "density", "temperature": 0.7}).encode(),
+        "application/json",
+    )
     text = Image.open(io.BytesIO(first.content)).text
-    values = {"seed": int(text["ade:seed"]), "index": int(text["ade:index"]), "n": int(text["ade:n"]),
-              "kind": text["ade:kind"], "temperature": float(text["ade:temperature"])}
+    values = {
+        "seed": int(text["ade:seed"]),
+        "index": int(text["ade:index"]),
+        "n": int(text["ade:n"]),
+        "kind": text["ade:kind"],
+        "temperature": float(text["ade:temperature"]),
+    }
     again = post(service, "sample", json.dumps(values).encode(), "application/json")
     assert again.content == first.content
     assert text["ade:model"] == first.headers["x-ade-model"]
@@ -108,13 +138,16 @@ def test_image_i_depends_on_seed_and_index_alone(client: AdeClient) -> None:
     assert client.sample().seed != client.sample().seed
 
 
-def test_the_same_score_from_every_worker_in_any_company(service: RunningService, client: AdeClient,
-                                                         real_images: np.ndarray) -> None:
+def test_the_same_score_from_every_worker_in_any_company(
+    service: RunningService, client: AdeClient, real_images: np.ndarray
+) -> None:
     """Sixty-four requests at once go to all workers, in batches of all sizes."""
     data = encode(Image.fromarray(real_images[0]), "PNG")
     others = [encode(Image.fromarray(image), "PNG") for image in real_images[1:33]]
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda d: post(service, "score", d), [d for o in others for d in (data, o)]))
+        answers = list(
+            pool.map(lambda d: post(service, "score", d), [d for o in others for d in (data, o)])
+        )
     assert {a.status_code for a in answers} == {200}
     assert len({a.content for a in answers[::2]}) == 1
     assert len({a.headers["x-ade-batch"] for a in answers}) > 1
@@ -123,11 +156,15 @@ def test_the_same_score_from_every_worker_in_any_company(service: RunningService
         assert a.json()["results"][0]["bpd"] == b.bpd
 
 
-def test_a_broken_request_in_a_dynamic_batch(service: RunningService, real_images: np.ndarray) -> None:
+def test_a_broken_request_in_a_dynamic_batch(
+    service: RunningService, real_images: np.ndarray
+) -> None:
     good = encode(Image.fromarray(real_images[0]), "PNG")
     expected = post(service, "score", good).content
     with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda d: post(service, "score", d), [good, b"junk", good, good[:40]] * 16))
+        answers = list(
+            pool.map(lambda d: post(service, "score", d), [good, b"junk", good, good[:40]] * 16)
+        )
     assert [a.status_code for a in answers] == [200, 415, 200, 415] * 16
     assert {a.content for a in answers[::2]} == {expected}
 
@@ -138,7 +175,9 @@ def test_a_broken_image_among_good_ones(client: AdeClient, real_images: np.ndarr
     assert isinstance(scores[1], AdeError) and scores[1].index == 1
     assert [scores[0], scores[2]] == client.score(real_images[:2])
     made = client.reconstruct(images)
-    assert isinstance(made[1], AdeError) and made[0].image.shape == (32, 32, 3) and made[0].psnr > 10
+    assert (
+        isinstance(made[1], AdeError) and made[0].image.shape == (32, 32, 3) and made[0].psnr > 10
+    )
     with pytest.raises(AdeError) as caught:
         client.encode(images)
     assert caught.value.status == 415 and caught.value.index == 1
@@ -159,11 +198,14 @@ def test_encode_then_decode(client: AdeClient, real_images: np.ndarray) -> None:
     assert np.abs(made.astype(int) - again).max() <= 1
 
 
-def test_files_arrays_pillow_images_and_paths_score_alike(client: AdeClient, tmp_path: Path, real_images: np.ndarray) -> (
-        None):
+def test_files_arrays_pillow_images_and_paths_score_alike(
+    client: AdeClient, tmp_path: Path, real_images: np.ndarray
+) -> None:
     path = tmp_path / "image.webp"
     Image.fromarray(real_images[0]).save(path, lossless=True)
-    results = client.score([real_images[0], Image.fromarray(real_images[0]), path, str(path), path.read_bytes()])
+    results = client.score(
+        [real_images[0], Image.fromarray(real_images[0]), path, str(path), path.read_bytes()]
+    )
     assert len({r.bpd for r in results if isinstance(r, ScoreResult)}) == 1 and len(results) == 5
 
 
@@ -171,10 +213,16 @@ def test_npy_and_form(service: RunningService, client: AdeClient, real_images: n
     expected = [r.bpd for r in client.score(real_images[:4])]
     answer = post(service, "score", npy(real_images[:4]), "application/x-npy")
     assert [r["bpd"] for r in answer.json()["results"]] == expected
-    files = {f"image{i}": (f"{i}.png", encode(Image.fromarray(image), "PNG"), "image/png")
-             for i, image in enumerate(real_images[:4])}
-    answer = httpx.post(f"{service.url}/predictions/score", files=files, data={"alpha": "0.5"}, timeout=60)
-    assert [r["bpd"] for r in answer.json()["results"]] == expected and answer.json()["alpha"] == 0.5
+    files = {
+        f"image{i}": (f"{i}.png", encode(Image.fromarray(image), "PNG"), "image/png")
+        for i, image in enumerate(real_images[:4])
+    }
+    answer = httpx.post(
+        f"{service.url}/predictions/score", files=files, data={"alpha": "0.5"}, timeout=60
+    )
+    assert [r["bpd"] for r in answer.json()["results"]] == expected and answer.json()[
+        "alpha"
+    ] == 0.5
     answer = post(service, "reconstruct", npy(real_images[:4]), "application/x-npy")
     assert len(answer.json()["results"]) == 4
 
@@ -189,22 +237,58 @@ def b64(data: bytes) -> str:
 
 PICTURE = Image.open(EXAMPLE).convert("RGB")
 BAD = {
-    "oversized picture": ((encode(PICTURE.resize((64, 64)), "PNG"), "image/png"), 422, "must be 32 x 32 pixels, got 64"),
+    "oversized picture": (
+        (encode(PICTURE.resize((64, 64)), "PNG"), "image/png"),
+        422,
+        "must be 32 x 32 pixels, got 64",
+    ),
     "1x1": ((encode(PICTURE.resize((1, 1)), "PNG"), "image/png"), 422, "got 1 x 1"),
     "truncated": ((encode(PICTURE, "PNG")[:300], "image/png"), 415, "damaged"),
     "bomb": ((png_header(60000, 60000), "image/png"), 413, "may have 16000000 pixels"),
     "text": ((b"hello", "text/plain"), 415, "not an image"),
     "empty": ((b"", "image/png"), 400, "the request is empty"),
-    "NaN": ((npy(np.full((1, 32, 32, 3), np.nan, np.float32)), "application/x-npy"), 422, "values that are not finite"),
-    "wrong dtype": ((npy(np.zeros((1, 32, 32, 3), np.int64)), "application/x-npy"), 422, "must be uint8, got int64"),
-    "wrong shape": ((npy(np.zeros((32, 32, 3), np.uint8)), "application/x-npy"), 422, "must be (N, H, W, C)"),
-    "objects": ((npy(np.array([print], object), allow_pickle=True), "application/x-npy"), 422, "Python objects"),
+    "NaN": (
+        (npy(np.full((1, 32, 32, 3), np.nan, np.float32)), "application/x-npy"),
+        422,
+        "values that are not finite",
+    ),
+    "wrong dtype": (
+        (npy(np.zeros((1, 32, 32, 3), np.int64)), "application/x-npy"),
+        422,
+        "must be uint8, got int64",
+    ),
+    "wrong shape": (
+        (npy(np.zeros((32, 32, 3), np.uint8)), "application/x-npy"),
+        422,
+        "must be (N, H, W, C)",
+    ),
+    "objects": (
+        (npy(np.array([print], object), allow_pickle=True), "application/x-npy"),
+        422,
+        "Python objects",
+    ),
     "nested JSON": ((b"[" * 50_000 + b"]" * 50_000, "application/json"), 400, "JSON"),
     "broken JSON": ((b'{"images": [', "application/json"), 400, "not JSON"),
-    "unknown parameter": (as_json(images=[b64(encode(PICTURE, "PNG"))], sede=1), 422, "has no parameter 'sede'"),
-    "negative seed": (as_json(images=[b64(encode(PICTURE, "PNG"))], seed=-1), 422, "seed must be from 0"),
-    "float seed": (as_json(images=[b64(encode(PICTURE, "PNG"))], seed=1.5), 422, "seed must be a whole number"),
-    "many draws": (as_json(images=[b64(encode(PICTURE, "PNG"))], samples=65), 422, "samples must be from 1 to 64"),
+    "unknown parameter": (
+        as_json(images=[b64(encode(PICTURE, "PNG"))], sede=1),
+        422,
+        "has no parameter 'sede'",
+    ),
+    "negative seed": (
+        as_json(images=[b64(encode(PICTURE, "PNG"))], seed=-1),
+        422,
+        "seed must be from 0",
+    ),
+    "float seed": (
+        as_json(images=[b64(encode(PICTURE, "PNG"))], seed=1.5),
+        422,
+        "seed must be a whole number",
+    ),
+    "many draws": (
+        as_json(images=[b64(encode(PICTURE, "PNG"))], samples=65),
+        422,
+        "samples must be from 1 to 64",
+    ),
     "17 MiB": ((b"\0" * (17 * 2**20), "image/png"), 413, "may have 16777216 bytes"),
 }
 
@@ -217,27 +301,41 @@ def test_what_is_refused(service: RunningService, name: str) -> None:
     assert message in error_of(answer)["message"]
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"n": 100_000}, "n must be from 1 to 256, got 100000"), ({"seed": -1}, "seed must be from 0"),
-    ({"seed": 0.5}, "seed must be a whole number"), ({"size": 64}, "has no parameter 'size'"),
-    ({"temperature": 0}, "temperature must be above 0"), ({"kind": "x"}, "kind must be one of")])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"n": 100_000}, "n must be from 1 to 256, got 100000"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"size": 64}, "has no parameter 'size'"),
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"kind": "x"}, "kind must be one of"),
+    ],
+)
 def test_sample_refuses(service: RunningService, values: dict, message: str) -> None:
     answer = post(service, "sample", *as_json(**values))
     assert answer.status_code == 422 and message in error_of(answer)["message"]
 
 
 ODD = {
-    "animated": (encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True),
-                 "several frames"),
+    "animated": (
+        encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True),
+        "several frames",
+    ),
     "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), "CMYK"),
-    "16-bit": (encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"), "16-bit"),
+    "16-bit": (
+        encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"),
+        "16-bit",
+    ),
     "palette": (encode(PICTURE.quantize(32), "PNG"), "from P to RGB"),
     "alpha": (encode(PICTURE.convert("RGBA"), "PNG"), "alpha composited on white"),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_images_are_scored_and_the_answer_says_what_was_done(service: RunningService, name: str) -> None:
+def test_odd_images_are_scored_and_the_answer_says_what_was_done(
+    service: RunningService, name: str
+) -> None:
     data, note = ODD[name]
     (result,) = post(service, "score", data).json()["results"]
     assert note in result["notes"][0] and 0 < result["bpd"] < 20
@@ -270,11 +368,16 @@ def test_readiness_and_metrics(service: RunningService) -> None:
     assert 'ts_inference_requests_total{model_name="score"' in text
 
 
-def test_telemetry_of_what_was_scored(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:
+def test_telemetry_of_what_was_scored(
+    service: RunningService, client: AdeClient, real_images: np.ndarray
+) -> None:
     """Labelled by worker; readiness probes are no traffic."""
+
     def total(name: str) -> float:
         text = httpx.get(f"{service.metrics}/metrics").text
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name)
+        )
 
     client.score(real_images[:1])
     time.sleep(1.5)
@@ -285,11 +388,24 @@ def test_telemetry_of_what_was_scored(service: RunningService, client: AdeClient
     assert total("ade_bpd_count{") == before + 40
     text = httpx.get(f"{service.metrics}/metrics").text
     profile = read_totals(text)
-    assert profile["score"]["requests"] > 1 and profile["score"]["compute"] > 0 and profile["score"]["whole"] > 0
-    assert re.search(r'ade_info\{model_name="encode",worker="\d+",bundle="cifar10-av-ade@\w+",backend="onnx', text)
-    assert len(re.findall(r'ade_worker_starts\{model_name="score",worker="\d+",[^}]*\} 1.0', text)) == (
-        min(len(os.sched_getaffinity(0)), MAX_SCORE_WORKERS))
-    for name in ("ade_drift_cusum_strange", "ade_drift_cusum_usual", "ade_drift_ks", "ade_drift_images"):
+    assert (
+        profile["score"]["requests"] > 1
+        and profile["score"]["compute"] > 0
+        and profile["score"]["whole"] > 0
+    )
+    assert re.search(
+        r'ade_info\{model_name="encode",worker="\d+",bundle="cifar10-av-ade@\w+",backend="onnx',
+        text,
+    )
+    assert len(
+        re.findall(r'ade_worker_starts\{model_name="score",worker="\d+",[^}]*\} 1.0', text)
+    ) == (min(len(os.sched_getaffinity(0)), MAX_SCORE_WORKERS))
+    for name in (
+        "ade_drift_cusum_strange",
+        "ade_drift_cusum_usual",
+        "ade_drift_ks",
+        "ade_drift_images",
+    ):
         assert re.search(rf'{name}{{model_name="score",worker="\d+",', text), name
     assert total('ade_bpd_bucket{model_name="score",worker="') > 0 and 'le="+Inf"' in text
     assert np.isfinite([r.bpd for r in found]).all()
@@ -299,26 +415,56 @@ def test_status(service: RunningService, client: AdeClient) -> None:
     client.sample(seed=1)
     with pytest.raises(AdeError):
         client.sample(n=0)
-    environment = {**os.environ, **{VARIABLES[name][0]: str(port) for name, port in service.ports.items()}}
+    environment = {
+        **os.environ,
+        **{VARIABLES[name][0]: str(port) for name, port in service.ports.items()},
+    }
 
     def status(*options: str, **changes: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "ade_cli.main", "status", *options], cwd=ROOT, capture_output=True,
-                              text=True, env={**environment, **changes})
+        return subprocess.run(
+            [sys.executable, "-m", "ade_cli.main", "status", *options],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**environment, **changes},
+        )
 
     text = status()
     assert text.returncode == 0, text.stdout + text.stderr
-    assert "ready       yes" in text.stdout and "backend     onnxruntime/CPU" in text.stdout and "READY (pid" in text.stdout
+    assert (
+        "ready       yes" in text.stdout
+        and "backend     onnxruntime/CPU" in text.stdout
+        and "READY (pid" in text.stdout
+    )
     found = json.loads(status("--json").stdout)
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
-    assert found["answers"]["model"] == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
+    assert (
+        found["answers"]["model"]
+        == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
+    )
     assert set(found["models"]) == set(OPERATIONS) and found["models"]["score"]["queued"] == 0
-    assert all(w["state"] == "READY" and w["memory_mib"] > 50 for m in found["models"].values() for w in m["workers"])
-    assert found["requests"]["2xx"] > 0 and found["requests"]["4xx"] > 0 and found["versions"]["torchserve"]
-    assert "error       20" in text.stdout and "sample 422 bad_parameter: n must be from 1 to 256" in text.stdout
+    assert all(
+        w["state"] == "READY" and w["memory_mib"] > 50
+        for m in found["models"].values()
+        for w in m["workers"]
+    )
+    assert (
+        found["requests"]["2xx"] > 0
+        and found["requests"]["4xx"] > 0
+        and found["versions"]["torchserve"]
+    )
+    assert (
+        "error       20" in text.stdout
+        and "sample 422 bad_parameter: n must be from 1 to 256" in text.stdout
+    )
     assert {"time", "id", "ms", "batch"} <= set(found["last_errors"][-1])
-    unused = dict(zip((v for v, _ in VARIABLES.values()), map(str, free_ports(len(VARIABLES))), strict=True))
+    unused = dict(
+        zip((v for v, _ in VARIABLES.values()), map(str, free_ports(len(VARIABLES))), strict=True)
+    )
     away = status(**unused)
-    assert away.returncode == 1 and "ready       no" in away.stdout and "Traceback" not in away.stderr
+    assert (
+        away.returncode == 1 and "ready       no" in away.stdout and "Traceback" not in away.stderr
+    )
     six = status("--host", "::1")
     assert six.returncode == 2 and "takes an IPv4 address or a name, got ::1" in six.stderr
 
@@ -329,30 +475,57 @@ def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
     assert result.ood and result.explain[0].p_value < 0.001
     group = client.score_group(np.concatenate([real_images[:9], noise]), fdr=0.1)
     assert group.p_value is not None and group.p_value < 0.05
-    assert group.discoveries == sum(r.discovery for r in group.results) >= 1 and group.results[-1].discovery
+    assert (
+        group.discoveries == sum(r.discovery for r in group.results) >= 1
+        and group.results[-1].discovery
+    )
 
 
 def test_everything_listens_on_loopback_alone(service: RunningService) -> None:
     import psutil
-    addresses = {c.laddr for p in [psutil.Process(service.process.pid), *service.descendants()]
-                 for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+    addresses = {
+        c.laddr
+        for p in [psutil.Process(service.process.pid), *service.descendants()]
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
     assert {a.port for a in addresses if a.ip == "127.0.0.1"} == set(service.ports.values())
-    assert {a.ip for a in addresses} <= {"127.0.0.1", f"::ffff:{BROADCAST}"}  # nobody can connect to the latter
+    assert {a.ip for a in addresses} <= {
+        "127.0.0.1",
+        f"::ffff:{BROADCAST}",
+    }  # nobody can connect to the latter
 
 
-@pytest.mark.parametrize("asked, seconds", [("1", 1.0), ("86400", MAX_WAIT_S), ("Wed, 25 Nov 2026 15:00:00 GMT", None),
-                                            ("", None), (None, None)])
-def test_the_client_waits_as_advised_within_reason(asked: str | None, seconds: float | None) -> None:
-    assert asked_to_wait(httpx.Response(503, headers={} if asked is None else {"Retry-After": asked})) == seconds
+@pytest.mark.parametrize(
+    "asked, seconds",
+    [
+        ("1", 1.0),
+        ("86400", MAX_WAIT_S),
+        ("Wed, 25 Nov 2026 15:00:00 GMT", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_client_waits_as_advised_within_reason(
+    asked: str | None, seconds: float | None
+) -> None:
+    assert (
+        asked_to_wait(httpx.Response(503, headers={} if asked is None else {"Retry-After": asked}))
+        == seconds
+    )
 
 
-def test_a_killed_worker_comes_back(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:
+def test_a_killed_worker_comes_back(
+    service: RunningService, client: AdeClient, real_images: np.ndarray
+) -> None:
     expected = client.score(real_images[:1])
     workers = service.workers()
     assert len(workers) >= 4
     for worker in workers:
         worker.kill()
-    # TorchServe loses a request that it takes out of its queue in the millisecond in which the worker dies: no answer.
+    # TorchServe loses a request that it takes out of its queue in the millisecond in which the
+    # worker dies: no answer.
     with AdeClient(service.url, retries=12, timeout=20) as patient:
         for _ in range(60):
             try:
@@ -366,38 +539,60 @@ def test_a_killed_worker_comes_back(service: RunningService, client: AdeClient, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_a_restart_gives_the_same_bytes_and_a_stop_leaves_nothing(sign: signal.Signals, real_images: np.ndarray) -> None:
+def test_a_restart_gives_the_same_bytes_and_a_stop_leaves_nothing(
+    sign: signal.Signals, real_images: np.ndarray
+) -> None:
     answers = []
     for _ in range(2 if sign == signal.SIGTERM else 1):
         running = RunningService(PRETRAINED)
-        answers.append([post(running, "score", npy(real_images[:40]), "application/x-npy").content,
-                        post(running, "sample", *as_json(n=9, seed=4)).content])
+        answers.append(
+            [
+                post(running, "score", npy(real_images[:40]), "application/x-npy").content,
+                post(running, "sample", *as_json(n=9, seed=4)).content,
+            ]
+        )
         assert running.stop(sign) == []
         assert running.process.returncode == 0, "".join(running.output)
     assert all(answer == answers[0] for answer in answers)
 
 
 @pytest.mark.slow
-def test_the_other_backend_and_further_bundles(tiny_bundle: Path, real_images: np.ndarray, small_images: np.ndarray,
-                                               tmp_path: Path) -> None:
-    """TorchScript agrees with ONNX; further bundles answer under their own names, with what they can."""
+def test_the_other_backend_and_further_bundles(
+    tiny_bundle: Path, real_images: np.ndarray, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """TorchScript agrees with ONNX; further bundles answer under their own names, with what they
+    can.
+    """
     from export.write import export_bundle
 
     (tmp_path / "checkpoint").mkdir()
-    save_model(make_model(narrow("gan", inference_share=0.0).model), tmp_path / "checkpoint",
-               {"recipe": "gan", "data": "corners", "splits": {}, "seed": 0, "images_seen": 0})
+    save_model(
+        make_model(narrow("gan", inference_share=0.0).model),
+        tmp_path / "checkpoint",
+        {"recipe": "gan", "data": "corners", "splits": {}, "seed": 0, "images_seen": 0},
+    )
     export_bundle(tmp_path / "checkpoint", tmp_path / "sampler", "sampler", small_images[:40], None)
-    running = RunningService(PRETRAINED, tiny_bundle, tmp_path / "sampler",
-                             options=("--backend", "torchscript", "--workers", "1"))
+    running = RunningService(
+        PRETRAINED,
+        tiny_bundle,
+        tmp_path / "sampler",
+        options=("--backend", "torchscript", "--workers", "1"),
+    )
     try:
         from serving.engine.engine import InferenceEngine
-        expected = InferenceEngine(PRETRAINED, device="cpu", operations=["score"]).score(real_images[:20])
+
+        expected = InferenceEngine(PRETRAINED, device="cpu", operations=["score"]).score(
+            real_images[:20]
+        )
         with AdeClient(running.url) as client, AdeClient(running.url, model="tiny") as tiny:
             for a, b in zip(client.score(real_images[:20]), expected, strict=True):
                 assert abs(a.bpd - b.bpd) <= 1e-4
             assert tiny.sample(2, seed=1).images.shape == (2, 8, 8, 3)
             assert isinstance(tiny.score(small_images[:1])[0], ScoreResult)
-        assert post(running, "score", EXAMPLE.read_bytes()).headers["x-ade-backend"] == "torchscript/cpu"
+        assert (
+            post(running, "score", EXAMPLE.read_bytes()).headers["x-ade-backend"]
+            == "torchscript/cpu"
+        )
         with AdeClient(running.url, model="sampler") as sampler:
             assert sampler.sample(3, seed=1).images.shape == (3, 8, 8, 3) and sampler.is_ready()
         for operation in ("encode", "reconstruct", "score"):
@@ -418,9 +613,18 @@ def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
     import psutil
 
     ports = free_ports(len(VARIABLES))
-    environment = {**os.environ, **{v: str(p) for (v, _), p in zip(VARIABLES.values(), ports, strict=True)}}
-    process = subprocess.Popen(["make", "serve", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.serve"], cwd=ROOT,
-                               env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {
+        **os.environ,
+        **{v: str(p) for (v, _), p in zip(VARIABLES.values(), ports, strict=True)},
+    }
+    process = subprocess.Popen(
+        ["make", "serve", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.serve"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if "Ctrl-C stops everything." in line:
@@ -438,8 +642,9 @@ def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
 
 
 @pytest.mark.slow
-def test_test_bpd_over_http_is_that_of_evaluate(service: RunningService, client: AdeClient, real_images: np.ndarray) -> (
-        None):
+def test_test_bpd_over_http_is_that_of_evaluate(
+    service: RunningService, client: AdeClient, real_images: np.ndarray
+) -> None:
     """On all 10,000 test images where they are there, on the 300 that ship otherwise."""
     import torch
 
@@ -449,13 +654,22 @@ def test_test_bpd_over_http_is_that_of_evaluate(service: RunningService, client:
     shared = ROOT.parent / "shared" / "data" / "cifar10"
     strips = sorted(shared.glob("test_*.webp"))
     if strips:
-        images = np.concatenate([np.asarray(Image.open(f).convert("RGB")).reshape(-1, 32, 32, 3) for f in strips])
-        expected = json.loads((PRETRAINED / "manifest.json").read_text())["evaluation"]["elbo"]["bpd"]
+        images = np.concatenate(
+            [np.asarray(Image.open(f).convert("RGB")).reshape(-1, 32, 32, 3) for f in strips]
+        )
+        expected = json.loads((PRETRAINED / "manifest.json").read_text())["evaluation"]["elbo"][
+            "bpd"
+        ]
     else:
         images = real_images
         expected = float(bits_of(load_model(PRETRAINED), images, torch.device("cpu"), 1).mean())
-    served = [r["bpd"] for first in range(0, len(images), 256)
-              for r in post(service, "score", npy(images[first:first + 256]), "application/x-npy").json()["results"]]
+    served = [
+        r["bpd"]
+        for first in range(0, len(images), 256)
+        for r in post(
+            service, "score", npy(images[first : first + 256]), "application/x-npy"
+        ).json()["results"]
+    ]
     assert len(served) == len(images)
     # With 300 images the two draws of the noise differ by more.
     assert abs(float(np.mean(served)) - expected) < (0.002 if strips else 0.005)
@@ -465,15 +679,25 @@ def test_a_taken_port_is_named(service: RunningService) -> None:
     import os
 
     environment = {**os.environ, **{VARIABLES[n][0]: str(p) for n, p in service.ports.items()}}
-    done = subprocess.run([sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED)], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "set ADE_INFERENCE_PORT to another" in done.stderr
 
 
 def test_a_missing_gpu_is_said_at_once() -> None:
     import torch
+
     if torch.cuda.is_available():
         return
-    done = subprocess.run([sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED), "--device", "cuda"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ade_cli.main", "serve", str(PRETRAINED), "--device", "cuda"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "PyTorch sees no CUDA device here" in done.stderr

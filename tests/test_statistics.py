@@ -13,15 +13,21 @@ from serving.verdict.statistics import MEANINGS, compute_statistics, meaning
 from tests.conftest import PRETRAINED
 
 
-def outputs(count: int, channels: int = 3, size: int = 32, levels: int = 2, **given: np.ndarray) -> dict[str, np.ndarray]:
+def outputs(
+    count: int, channels: int = 3, size: int = 32, levels: int = 2, **given: np.ndarray
+) -> dict[str, np.ndarray]:
     """What the graph gives for a perfect model: white noise left over."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=(count, *shape)).astype(np.float32)
 
-    made = {"parts": normal(2 + levels), "cost": normal(3, size, size), "y": normal(channels, size, size),
-            "residual": normal(channels, size, size)}
+    made = {
+        "parts": normal(2 + levels),
+        "cost": normal(3, size, size),
+        "y": normal(channels, size, size),
+        "residual": normal(channels, size, size),
+    }
     return {**made, **{f"surprise_{i}": normal(4, 8, 8) for i in range(levels)}, **given}
 
 
@@ -32,8 +38,15 @@ def images(count: int, channels: int = 3, size: int = 32) -> np.ndarray:
 def test_white_noise_is_white() -> None:
     found = compute_statistics(images(40), outputs(40))
     sd = 1 / math.sqrt(3072)
-    for name in ("residual_mean", "residual_rows", "residual_columns", "residual_channels", "residual_lag_2",
-                 "feature_rows", "feature_columns"):
+    for name in (
+        "residual_mean",
+        "residual_rows",
+        "residual_columns",
+        "residual_channels",
+        "residual_lag_2",
+        "feature_rows",
+        "feature_columns",
+    ):
         assert abs(found[name].mean()) < 5 * sd / math.sqrt(40), name
         assert 0.4 * sd < found[name].std() < 2 * sd, name
     assert found["residual_energy"].mean() == pytest.approx(0, abs=0.01)
@@ -46,10 +59,17 @@ def test_structure_in_the_residual_is_seen() -> None:
     white = rng.normal(size=(1, 3, 32, 32)).astype(np.float32)
 
     def of(residual: np.ndarray) -> dict[str, float]:
-        return {k: float(v[0]) for k, v in compute_statistics(images(1), outputs(1, residual=residual)).items()}
+        return {
+            k: float(v[0])
+            for k, v in compute_statistics(images(1), outputs(1, residual=residual)).items()
+        }
 
-    assert of(np.repeat(white[:, :, :, ::2], 2, axis=3))["residual_columns"] == pytest.approx(0.5, abs=0.08)
-    assert of(np.repeat(white[:, :, ::2], 2, axis=2))["residual_rows"] == pytest.approx(0.5, abs=0.08)
+    assert of(np.repeat(white[:, :, :, ::2], 2, axis=3))["residual_columns"] == pytest.approx(
+        0.5, abs=0.08
+    )
+    assert of(np.repeat(white[:, :, ::2], 2, axis=2))["residual_rows"] == pytest.approx(
+        0.5, abs=0.08
+    )
     assert of(np.repeat(white[:, :1], 3, axis=1))["residual_channels"] == pytest.approx(1, abs=1e-5)
     assert of(2 * white)["residual_energy"] == pytest.approx(math.log(4), abs=0.1)
     assert of(white + 1)["residual_mean"] == pytest.approx(1, abs=0.1)
@@ -64,11 +84,15 @@ def test_pixels_by_hand() -> None:
     picture = np.zeros((1, 32, 32, 3), np.uint8)
     picture[:, :, 16:] = 255
     found = {k: float(v[0]) for k, v in compute_statistics(picture, outputs(1)).items()}
-    assert found["pixel_mean_0"] == pytest.approx(0.5) and found["pixel_contrast_1"] == pytest.approx(math.log(0.501))
+    assert found["pixel_mean_0"] == pytest.approx(0.5) and found[
+        "pixel_contrast_1"
+    ] == pytest.approx(math.log(0.501))
     assert found["pixel_edges_down"] == pytest.approx(math.log(1e-4))
     assert found["pixel_edges_across"] == pytest.approx(math.log(1 / 31 + 1e-4), rel=1e-4)
     assert found["pixel_black"] == found["pixel_white"] == pytest.approx(math.log(51))
-    assert found["pixel_channels_0"] == pytest.approx(1, abs=1e-5) and found["pixel_chroma"] < math.log(2e-3)
+    assert found["pixel_channels_0"] == pytest.approx(1, abs=1e-5) and found[
+        "pixel_chroma"
+    ] < math.log(2e-3)
     assert found["map_follows_edges"] == pytest.approx(0, abs=0.1)
 
 
@@ -90,7 +114,9 @@ def test_lossless_bits() -> None:
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 8), (4, 16), (3, 64)])
 def test_any_shape(channels: int, size: int) -> None:
     found = compute_statistics(images(3, channels, size), outputs(3, channels, size))
-    assert all(v.shape == (3,) and v.dtype == np.float32 and np.isfinite(v).all() for v in found.values())
+    assert all(
+        v.shape == (3,) and v.dtype == np.float32 and np.isfinite(v).all() for v in found.values()
+    )
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])

@@ -1,4 +1,6 @@
-"""Processes and the working folder: what happens when one is killed, and what is left when the service is."""
+"""Processes and the working folder: what happens when one is killed, and what is left when the
+service is.
+"""
 
 from __future__ import annotations
 
@@ -53,20 +55,30 @@ def test_a_killed_child_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixtur
         assert not supervisor.tend()
         os.kill(first, signal.SIGKILL)
         assert until(supervisor.tend) and supervisor.pids["page"] != first
-        assert is_running(supervisor.pids["page"]) and "page ended with -9: restarting it" in capfd.readouterr().err
+        assert (
+            is_running(supervisor.pids["page"])
+            and "page ended with -9: restarting it" in capfd.readouterr().err
+        )
     assert not is_running(supervisor.pids["page"])
 
 
 def test_a_child_that_dies_again_and_again_ends_the_service(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
-        supervisor.start("page", ["sh", "-c", "echo the reason; exit 3"], dict(os.environ), restarts=True)
-        with pytest.raises(LaunchError, match=rf"page ended {MAX_DEATHS} times within 60 s, at last with 3:\nthe reason"):
+        supervisor.start(
+            "page", ["sh", "-c", "echo the reason; exit 3"], dict(os.environ), restarts=True
+        )
+        with pytest.raises(
+            LaunchError,
+            match=rf"page ended {MAX_DEATHS} times within 60 s, at last with 3:\nthe reason",
+        ):
             until(lambda: supervisor.tend() and False)
 
 
 def test_a_child_that_fails_while_the_service_starts(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
-        supervisor.start("page", ["sh", "-c", "echo the reason; exit 2"], dict(os.environ), restarts=True)
+        supervisor.start(
+            "page", ["sh", "-c", "echo the reason; exit 2"], dict(os.environ), restarts=True
+        )
         with pytest.raises(LaunchError, match="page ended with 2:\nthe reason"):
             until(lambda: supervisor.tend(restarts=False))
 
@@ -85,9 +97,14 @@ def test_output_is_bounded(tmp_path: Path) -> None:
         os.kill(child.process.pid, signal.SIGSTOP)
         os.killpg(child.process.pid, signal.SIGSTOP)
         child.trim()
-        assert child.output.stat().st_size == 0 and (tmp_path / "page.out.1").stat().st_size > MAX_OUTPUT_BYTES
+        assert (
+            child.output.stat().st_size == 0
+            and (tmp_path / "page.out.1").stat().st_size > MAX_OUTPUT_BYTES
+        )
         os.killpg(child.process.pid, signal.SIGCONT)
-        assert until(lambda: child.output.stat().st_size) and child.output.read_bytes()[:1].isdigit()  # no hole of zeros
+        assert (
+            until(lambda: child.output.stat().st_size) and child.output.read_bytes()[:1].isdigit()
+        )  # no hole of zeros
 
 
 @pytest.mark.parametrize("kills_reaper", [False, True])
@@ -95,13 +112,16 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
     """A child of a child too, as TorchServe's workers are."""
     folder = tmp_path / "folder with space"
     folder.mkdir()
-    script = ("import os, sys, time\nfrom pathlib import Path\nfrom handlers.torchserve.supervision import Supervisor\n"
-              "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
-              "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], dict(os.environ))\n"
-              "    supervisor.start('page', ['sleep', '1000'], dict(os.environ), restarts=True)\n"
-              "    while True:\n        supervisor.tend()\n        time.sleep(0.1)\n")
+    script = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom handlers.torchserve.supervision import Supervisor\n"
+        "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
+        "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], dict(os.environ))\n"
+        "    supervisor.start('page', ['sleep', '1000'], dict(os.environ), restarts=True)\n"
+        "    while True:\n        supervisor.tend()\n        time.sleep(0.1)\n"
+    )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
     try:
+
         def descendants() -> list[psutil.Process]:
             return psutil.Process(process.pid).children(recursive=True)
 
@@ -127,11 +147,15 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
         process.kill()
 
 
-def test_the_folder_is_locked_found_and_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_locked_found_and_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path / "run"))
     ports, other = Ports(1, 2, 3), Ports(1, 2, 4)
     with run_folder() as folder:
-        assert folder.path.parent == tmp_path / "run" and folder.path.stat().st_mode & 0o777 == 0o700
+        assert (
+            folder.path.parent == tmp_path / "run" and folder.path.stat().st_mode & 0o777 == 0o700
+        )
         assert find_service(ports) is None
         folder.describe(ports, "127.0.0.1", tmp_path, {"page": 1})
         assert find_service(ports) == folder and find_service(other) is None
@@ -140,34 +164,50 @@ def test_the_folder_is_locked_found_and_gone(tmp_path: Path, monkeypatch: pytest
     assert not folder.path.exists()
 
 
-def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> (
-        None):
+def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
-    dead, living, other = tmp_path / f"{PREFIX}dead", tmp_path / f"{PREFIX}living", tmp_path / "other"
+    dead, living, other = (
+        tmp_path / f"{PREFIX}dead",
+        tmp_path / f"{PREFIX}living",
+        tmp_path / "other",
+    )
     for folder in (dead, living, other):
         folder.mkdir()
         (folder / LOCK).touch()
     (tmp_path / f"{PREFIX}link").symlink_to(other)
-    script = (f"import fcntl, time; f = open({str(living / LOCK)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
-              "time.sleep(99)")
+    script = (
+        f"import fcntl, time; f = open({str(living / LOCK)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
+        "time.sleep(99)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None and holder.stdout.readline()
         with run_folder() as mine, run_folder() as second:
-            assert not dead.exists() and living.exists() and other.exists() and mine.path.exists() and second.path.exists()
+            assert (
+                not dead.exists()
+                and living.exists()
+                and other.exists()
+                and mine.path.exists()
+                and second.path.exists()
+            )
     finally:
         holder.kill()
         holder.wait()
 
 
-def test_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           capfd: pytest.CaptureFixture[str]) -> None:
+def test_where_the_cache_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("ADE_RUN_DIR", raising=False)
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / ("long" * 30), "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         with run_folder() as folder:
-            assert tmp_path not in folder.path.parents and folder.path.stat().st_mode & 0o777 == 0o700
+            assert (
+                tmp_path not in folder.path.parents and folder.path.stat().st_mode & 0o777 == 0o700
+            )
             folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {})
             assert find_service(Ports(1, 2, 3)) == folder
         assert "taking one among the temporary files" in capfd.readouterr().err
@@ -178,8 +218,12 @@ def test_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
-def test_no_working_folder_where_others_can_write(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They could leave a link in the place of the lock, which is emptied, or rename the folder and take its place."""
+def test_no_working_folder_where_others_can_write(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could leave a link in the place of the lock, which is emptied, or rename the folder and
+    take its place.
+    """
     mine = tmp_path / "mine"
     mine.write_text("something")
     (tmp_path / LOCK).symlink_to(mine)
@@ -190,7 +234,9 @@ def test_no_working_folder_where_others_can_write(mode: int, tmp_path: Path, mon
     assert mine.read_text() == "something"
 
 
-def test_temporary_files_without_a_sticky_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_files_without_a_sticky_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("ADE_RUN_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -226,7 +272,9 @@ def test_the_page_and_the_front_come_back(service: RunningService) -> None:
 
     assert until(answers, 30) and httpx.get(f"{service.metrics}/metrics").status_code == 200
     text = "".join(service.output)
-    assert "page ended with -9: restarting it" in text and "front ended with -9: restarting it" in text
+    assert (
+        "page ended with -9: restarting it" in text and "front ended with -9: restarting it" in text
+    )
     assert service.process.poll() is None and service.pids["torchserve"] == java
 
 
@@ -274,14 +322,20 @@ def test_the_working_folder_is_deleted(running: RunningService) -> None:
     folder = running.folder.path
     shutil.rmtree(folder)
     with contextlib.suppress(httpx.TransportError):
-        assert httpx.post(f"{running.url}/predictions/sample", json={}, timeout=20).status_code in (200, 503)
+        assert httpx.post(f"{running.url}/predictions/sample", json={}, timeout=20).status_code in (
+            200,
+            503,
+        )
     assert running.process.wait(40) == 2
-    assert until(lambda: f"the working folder {folder} was deleted or damaged" in "".join(running.output), 2)
+    assert until(
+        lambda: f"the working folder {folder} was deleted or damaged" in "".join(running.output), 2
+    )
 
 
 @pytest.mark.slow
 def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next_removes(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
     first = RunningService(PRETRAINED, options=("--workers", "1"))
     family, folder = first.descendants(), first.folder.path
@@ -317,14 +371,23 @@ def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> N
                 return
             results.append(answer.status_code)
             if answer.status_code != 200:
-                assert answer.json()["error"]["code"] in ("stopping", "unavailable", "overloaded"), answer.text
+                assert answer.json()["error"]["code"] in (
+                    "stopping",
+                    "unavailable",
+                    "overloaded",
+                ), answer.text
                 return
 
     threads = [threading.Thread(target=ask) for _ in range(16)]
     for thread in threads:
         thread.start()
     try:
-        assert until(lambda: "ms a request" in "".join(running.output) and "score " in "".join(running.output), 30)
+        assert until(
+            lambda: (
+                "ms a request" in "".join(running.output) and "score " in "".join(running.output)
+            ),
+            30,
+        )
     finally:
         assert running.stop() == [] and running.process.returncode == 0
     for thread in threads:

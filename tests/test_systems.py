@@ -46,17 +46,29 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Dataset:
-    return load_dataset(str(make_folder(tmp_path_factory.mktemp("systems") / "images", small_images)), None, 8)
+    return load_dataset(
+        str(make_folder(tmp_path_factory.mktemp("systems") / "images", small_images)), None, 8
+    )
 
 
 def options(steps: int, **changes: object) -> RunOptions:
-    return dataclasses.replace(RunOptions(images=16 * steps, device="cpu", precision="float32", checkpoint_steps=5,
-                                          evaluate_steps=15), **changes)
+    return dataclasses.replace(
+        RunOptions(
+            images=16 * steps,
+            device="cpu",
+            precision="float32",
+            checkpoint_steps=5,
+            evaluate_steps=15,
+        ),
+        **changes,
+    )
 
 
 def ask(service: Service, **parameters: object) -> tuple[int, object]:
     (response,) = service.answer([RawRequest("application/json", json.dumps(parameters).encode())])
-    return response.status, json.loads(response.body) if response.content_type == "application/json" else response.body
+    return response.status, json.loads(
+        response.body
+    ) if response.content_type == "application/json" else response.body
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -70,8 +82,13 @@ def save_and_stop(*arguments: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset, tmp_path: Path, small_images: np.ndarray,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_trains_resumes_exports_and_serves(
+    name: str,
+    dataset: Dataset,
+    tmp_path: Path,
+    small_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config, whole, cut = SYSTEMS[name], tmp_path / "whole", tmp_path / "cut"
     progress = train(config, dataset, whole, options(STEPS), resume=False)
     assert progress.step == round(STEPS * (1 + config.inference_share))
@@ -87,20 +104,34 @@ def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset,
     bundle = tmp_path / "bundle"
     export_bundle(latest_checkpoint(whole), bundle, "it", small_images[:40], None)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["recipe"] == config.recipe and len({row["graph"] for row in manifest["parity"]}) >= 4
+    assert (
+        manifest["recipe"] == config.recipe
+        and len({row["graph"] for row in manifest["parity"]}) >= 4
+    )
     if config.model.encoder:  # what can score gets a verdict, whatever it is made of
-        calibrate_bundle(bundle, tmp_path / "calibrated", small_images[:100], small_images[100:200], "corners")
+        calibrate_bundle(
+            bundle, tmp_path / "calibrated", small_images[:100], small_images[100:200], "corners"
+        )
         bundle = tmp_path / "calibrated"
     else:
         with pytest.raises(CalibrationError, match="cannot score"):
-            calibrate_bundle(bundle, tmp_path / "calibrated", small_images[:100], small_images[100:200], "corners")
+            calibrate_bundle(
+                bundle,
+                tmp_path / "calibrated",
+                small_images[:100],
+                small_images[100:200],
+                "corners",
+            )
     engine = InferenceEngine(bundle, device="cpu")
     status, answer = ask(Service("sample", engine), n=2, seed=3, format="json")
     assert status == 200 and len(answer["results"]) == 2
     image = base64.b64encode(write_png(small_images[0])).decode()
     for operation in ("encode", "reconstruct", "score"):
-        status, answer = ask(Service(operation, engine), images=[image], **(
-            {"format": "json"} if operation != "score" else {}))
+        status, answer = ask(
+            Service(operation, engine),
+            images=[image],
+            **({"format": "json"} if operation != "score" else {}),
+        )
         if operation not in config.model.operations:
             assert status == 422 and answer["error"]["code"] == "not_available", answer
             assert f"has no {operation}" in answer["error"]["message"]
@@ -122,15 +153,24 @@ def test_a_system_trains_resumes_exports_and_serves(name: str, dataset: Dataset,
         assert status == 422 and "has no density samples" in answer["error"]["message"]
 
 
-def test_a_system_that_another_process_trains_is_left_to_it(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_system_that_another_process_trains_is_left_to_it(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "vae-seed0"
     run.mkdir(parents=True)
     said: list[str] = []
 
     def start() -> None:
         said.clear()
-        compare([Job(narrow("vae"), options(1))], dataset, {"data": "x", "root": None}, tmp_path, MeasureOptions(draws=1),
-                lambda: Measurer(dataset, torch.device("cpu"), MeasureOptions(draws=1)), said.append)
+        compare(
+            [Job(narrow("vae"), options(1))],
+            dataset,
+            {"data": "x", "root": None},
+            tmp_path,
+            MeasureOptions(draws=1),
+            lambda: Measurer(dataset, torch.device("cpu"), MeasureOptions(draws=1)),
+            said.append,
+        )
 
     with held_by_another(run / LOCK):
         start()
@@ -151,8 +191,15 @@ def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_
 
     def start(job: Job) -> list[str]:
         said.clear()
-        compare([job], dataset, {"data": "x", "root": None}, tmp_path, how,
-                lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None), said.append)
+        compare(
+            [job],
+            dataset,
+            {"data": "x", "root": None},
+            tmp_path,
+            how,
+            lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None),
+            said.append,
+        )
         return list(said)
 
     short, long = (Job(narrow("vae"), options(steps)) for steps in (1, 2))
@@ -160,7 +207,9 @@ def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_
     start(short)
     write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu"))
     shutil.rmtree(run)
-    train(long.config, dataset, run, long.options, resume=False)  # and is killed before it is measured
+    train(
+        long.config, dataset, run, long.options, resume=False
+    )  # and is killed before it is measured
     (row,) = read_rows(tmp_path)
     assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
     assert start(short) == ["vae-seed0: finished before, its row is kept"]
@@ -169,69 +218,113 @@ def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_
     assert row["run"] == run and row["state"]["images"] == 32
 
 
-def test_processes_of_torchrun_do_not_share_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # each would take another system, and average their gradients
+def test_processes_of_torchrun_do_not_share_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv(
+        "WORLD_SIZE", "2"
+    )  # each would take another system, and average their gradients
     assert main(["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]) == 2
     assert "start it several times" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_comparison_resumes_records_failures_and_is_written_up(dataset: Dataset, tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_resumes_records_failures_and_is_written_up(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
 
     how = MeasureOptions(draws=2)
 
     def run(chosen: list[Job], how: MeasureOptions = how, out: Path = tmp_path) -> list[str]:
         said.clear()
-        compare(chosen, dataset, {"data": "x", "root": None}, out, how,
-                lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None), said.append)
+        compare(
+            chosen,
+            dataset,
+            {"data": "x", "root": None},
+            out,
+            how,
+            lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None),
+            said.append,
+        )
         return list(said)
 
     broken = dataclasses.replace(narrow("av-gde"), g_learning_rate=float("inf"))
-    jobs = [Job(config, options(STEPS)) for config in (narrow("vae"), broken, narrow("gan"), narrow("v-ade"))]
+    jobs = [
+        Job(config, options(STEPS))
+        for config in (narrow("vae"), broken, narrow("gan"), narrow("v-ade"))
+    ]
     jobs.append(Job(narrow("vae"), options(STEPS, seed=1)))
     assert "av-gde-seed0: TrainingDiverged" in "".join(run(jobs[:3]))
     first = (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text()
     again = run(jobs)
-    assert not [line for line in again if line.startswith(("vae-seed0", "gan-seed0", "av-gde-seed0: training"))]
+    assert not [
+        line
+        for line in again
+        if line.startswith(("vae-seed0", "gan-seed0", "av-gde-seed0: training"))
+    ]
     assert (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text() == first
-    assert "diverged before" in "".join(again) and (tmp_path / "runs" / "av-gde-seed0" / FAILURE).is_file()
+    assert (
+        "diverged before" in "".join(again)
+        and (tmp_path / "runs" / "av-gde-seed0" / FAILURE).is_file()
+    )
     rows = read_rows(tmp_path)
-    assert [row["name"] for row in rows] == ["av-gde-seed0", "gan-seed0", "v-ade-seed0", "vae-seed0", "vae-seed1"]
+    assert [row["name"] for row in rows] == [
+        "av-gde-seed0",
+        "gan-seed0",
+        "v-ade-seed0",
+        "vae-seed0",
+        "vae-seed1",
+    ]
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     assert "**failed: step" in page and "| vae (seed 1) |" in page and "[4.4" not in page
     assert "V-ADE beats VAE on bits per dimension" in page and "| [7.0] | 6.8 | 31.4 |" in page
     for picture in ("vae.webp", "gan.webp", "curve-bpd.png", "curve-d_loss.png"):
-        assert f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
-    # Where the runs' folders are gone, the rows that were kept stand for them, in the report and in what is left to do.
+        assert (
+            f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
+        )
+    # Where the runs' folders are gone, the rows that were kept stand for them, in the report and in
+    # what is left to do.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copytree(tmp_path / "pictures", elsewhere / "pictures")
     shutil.copy(tmp_path / "rows.json", elsewhere)
     assert run(jobs[:1] + jobs[2:4], out=elsewhere) == [
-        f"{name}-seed0: finished before, its row is kept" for name in ("vae", "gan", "v-ade")]
-    assert run([Job(jobs[0].config, options(2 * STEPS))], out=elsewhere) == ["vae-seed0: training", "vae-seed0: measuring"]
+        f"{name}-seed0: finished before, its row is kept" for name in ("vae", "gan", "v-ade")
+    ]
+    assert run([Job(jobs[0].config, options(2 * STEPS))], out=elsewhere) == [
+        "vae-seed0: training",
+        "vae-seed0: measuring",
+    ]
     shutil.rmtree(elsewhere / "runs")
-    assert write_comparison(read_rows(elsewhere), elsewhere, torch.device("cpu")).read_text() == page
+    assert (
+        write_comparison(read_rows(elsewhere), elsewhere, torch.device("cpu")).read_text() == page
+    )
     # Measured otherwise, or trained for longer, a run is measured again.
     assert run(jobs[:1], MeasureOptions(draws=3)) == ["vae-seed0: measuring"]
     assert run([Job(jobs[0].config, options(2 * STEPS))], MeasureOptions(draws=3)) == [
-        "vae-seed0: training", "vae-seed0: measuring"]
+        "vae-seed0: training",
+        "vae-seed0: measuring",
+    ]
     with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS))])
     started = (tmp_path / "runs" / "gan-seed0" / "run.json").read_text()
     with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS, minutes=60))])
     assert (tmp_path / "runs" / "gan-seed0" / "run.json").read_text() == started
-    # A run that was trained on is not what was measured; where rows were measured otherwise, the notes say of which.
+    # A run that was trained on is not what was measured; where rows were measured otherwise, the
+    # notes say of which.
     (found,) = [row for row in read_rows(tmp_path) if row["name"] == "gan-seed0"]
     many = [{**row, "seed": seed} for seed in range(10) for row in rows if row["measured"]]
-    page = write_comparison([*many, {**found, "measured": {**found["measured"], "images": 7}}],
-                            tmp_path / "elsewhere", torch.device("cpu")).read_text()
+    page = write_comparison(
+        [*many, {**found, "measured": {**found["measured"], "images": 7}}],
+        tmp_path / "elsewhere",
+        torch.device("cpu"),
+    ).read_text()
     assert "the ELBO of 7 held-out images" in page and "(gan)" in page
-    train(jobs[3].config, dataset, tmp_path / "runs" / "v-ade-seed0", options(2 * STEPS), resume=True)
+    train(
+        jobs[3].config, dataset, tmp_path / "runs" / "v-ade-seed0", options(2 * STEPS), resume=True
+    )
     (found,) = [row for row in read_rows(tmp_path) if row["name"] == "v-ade-seed0"]
     assert found["measured"] is None and found["state"]["images"] == 640
     with pytest.raises(RunError, match="trained with another learning_rate"):

@@ -29,7 +29,10 @@ def score(bpd: float, uniform: float | None = 0.5) -> Score:
 
 def started() -> Telemetry:
     telemetry = Telemetry("model@1", "onnxruntime/CPU")
-    assert {(m.metric, m.labels) for m in telemetry.collect()} == {(STARTS, ()), (INFO, ("model@1", "onnxruntime/CPU"))}
+    assert {(m.metric, m.labels) for m in telemetry.collect()} == {
+        (STARTS, ()),
+        (INFO, ("model@1", "onnxruntime/CPU")),
+    }
     return telemetry
 
 
@@ -60,11 +63,20 @@ def test_images_without_a_verdict_are_no_drift() -> None:
 
 def test_requests_and_where_their_time_goes() -> None:
     telemetry = started()
-    telemetry.observe_batch([(200, ""), (200, ""), (415, "not_an_image")], 3, {"parse": 0.01, "compute": 0.05})
+    telemetry.observe_batch(
+        [(200, ""), (200, ""), (415, "not_an_image")], 3, {"parse": 0.01, "compute": 0.05}
+    )
     found = values(telemetry)
-    assert found[REQUESTS, "200", "none"] == 2 and found[REQUESTS, "415", "not_an_image"] == 1 and found[IMAGES,] == 3
+    assert (
+        found[REQUESTS, "200", "none"] == 2
+        and found[REQUESTS, "415", "not_an_image"] == 1
+        and found[IMAGES,] == 3
+    )
     assert found[STAGE_SECONDS, "compute"] == pytest.approx(0.15)
-    assert found[SECONDS.bucket, "0.1"] == found[SECONDS.count,] == 3 and found[SECONDS.bucket, "0.05"] == 0
+    assert (
+        found[SECONDS.bucket, "0.1"] == found[SECONDS.count,] == 3
+        and found[SECONDS.bucket, "0.05"] == 0
+    )
     assert found[BATCH.bucket, "4"] == 1 and found[BATCH.sum,] == 3
     assert telemetry.collect() == []
     telemetry.observe_batch([(200, "")], 1, {"compute": 0.2})

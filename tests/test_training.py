@@ -1,4 +1,6 @@
-"""Training on small runs: it learns, resumes to the same losses, survives kill -9, and runs on several processes."""
+"""Training on small runs: it learns, resumes to the same losses, survives kill -9, and runs on
+several processes.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +36,41 @@ from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
 from training.loop import RunOptions, train
-from training.losses import coverage_loss, discriminator_loss, gradient_penalty, latent_surcharge, quality_loss
+from training.losses import (
+    coverage_loss,
+    discriminator_loss,
+    gradient_penalty,
+    latent_surcharge,
+    quality_loss,
+)
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, latest_checkpoint, start_from
-from training.step import LAST_RATE, MAX_RESCUES, MAX_SKIPPED_STEPS, RECOVERY_STEPS, Trainer, TrainingDiverged, _Noise
+from training.step import (
+    LAST_RATE,
+    MAX_RESCUES,
+    MAX_SKIPPED_STEPS,
+    RECOVERY_STEPS,
+    Trainer,
+    TrainingDiverged,
+    _Noise,
+)
 from training.weights import count_weights
 
 SMALL = dataclasses.replace(
-    recipe("av-ade", 8, 3), model=TINY, discriminator=DiscriminatorConfig(widths=(8, 8)), batch_size=16)
+    recipe("av-ade", 8, 3),
+    model=TINY,
+    discriminator=DiscriminatorConfig(widths=(8, 8)),
+    batch_size=16,
+)
 
 
 def trainer(config: TrainConfig = SMALL, seed: int = 0) -> Trainer:
     return Trainer(config, torch.device("cpu"), nullcontext, lambda flat: flat, seed)
 
 
-def batches(images: np.ndarray, steps: int, config: TrainConfig = SMALL) -> list[list[torch.Tensor]]:
+def batches(
+    images: np.ndarray, steps: int, config: TrainConfig = SMALL
+) -> list[list[torch.Tensor]]:
     source = ImageSet(images).batches(config.batch_size, 0)
     count = 1 + (config.d_steps if config.discriminator else 0)
     return [[torch.from_numpy(next(source)) for _ in range(count)] for _ in range(steps)]
@@ -69,8 +91,13 @@ def test_both_players_are_trained(small_images: np.ndarray) -> None:
     for b in batches(small_images, 3):
         losses = trained.run(b)
     assert set(losses) >= {"bpd", "quality_loss", "d_loss", "grad_norm", "d_grad_norm"}
-    assert all(not torch.equal(a, b) for a, b in zip(d_before, trained.discriminator.parameters(), strict=True))
-    assert sum(not torch.equal(before[n], p) for n, p in trained.model.named_parameters()) > 0.8 * len(before)
+    assert all(
+        not torch.equal(a, b)
+        for a, b in zip(d_before, trained.discriminator.parameters(), strict=True)
+    )
+    assert sum(
+        not torch.equal(before[n], p) for n, p in trained.model.named_parameters()
+    ) > 0.8 * len(before)
 
 
 def gradients_of_one_step(trained: Trainer, images: np.ndarray) -> dict[str, torch.Tensor]:
@@ -97,19 +124,43 @@ def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, s
     assert not any(torch.allclose(updates[0.0][n], updates[50.0][n], atol=1e-6) for n in decoder)
 
 
-@pytest.mark.parametrize("change", [
-    {"batch_size": 8},
-    {"learning_rate": 1e-2}, {"beta1": 0.0}, {"beta2": 0.5}, {"g_learning_rate": 1e-2}, {"g_beta1": 0.0}, {"g_beta2": 0.5},
-    {"d_beta1": 0.0}, {"d_beta2": 0.5}, {"optimizer": "adamax"}, {"coverage": False},
-    {"warmup_steps": 1}, {"cooldown": 0.5}, {"quality_weight": 5.0}, {"free_bits": 9.0}, {"kl_warmup": 100},
-    {"flow_sees_quality": True}, {"d_learning_rate": 1e-2}, {"d_steps": 2}, {"gp_weight": 10.0}, {"gp_target": 1.0},
-    {"gp_every": 2}, {"ema_decay": 0.05}, {"clip": 1e-3}, {"flips": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 8},
+        {"learning_rate": 1e-2},
+        {"beta1": 0.0},
+        {"beta2": 0.5},
+        {"g_learning_rate": 1e-2},
+        {"g_beta1": 0.0},
+        {"g_beta2": 0.5},
+        {"d_beta1": 0.0},
+        {"d_beta2": 0.5},
+        {"optimizer": "adamax"},
+        {"coverage": False},
+        {"warmup_steps": 1},
+        {"cooldown": 0.5},
+        {"quality_weight": 5.0},
+        {"free_bits": 9.0},
+        {"kl_warmup": 100},
+        {"flow_sees_quality": True},
+        {"d_learning_rate": 1e-2},
+        {"d_steps": 2},
+        {"gp_weight": 10.0},
+        {"gp_target": 1.0},
+        {"gp_every": 2},
+        {"ema_decay": 0.05},
+        {"clip": 1e-3},
+        {"flips": False},
+    ],
+)
 def test_every_option_changes_the_outcome(small_images: np.ndarray, change: dict) -> None:
     def outcome(config: TrainConfig) -> torch.Tensor:
         trained = trainer(config)
         for b in batches(small_images, 4, config):
             trained.run(b, spent=0.6)
         return torch.cat([p.flatten() for p in trained.ema.parameters()])
+
     assert not torch.equal(outcome(SMALL), outcome(dataclasses.replace(SMALL, **change)))
 
 
@@ -126,13 +177,23 @@ def test_the_likelihood_and_the_generators_path_are_two_groups() -> None:
             assert len(groups) == 1 and trained.optimizer.param_groups[0]["betas"] == (0.5, 0.99)
         else:
             likelihood, path = groups
-            assert all(n.startswith(("flow.", "encoder.")) or ".posterior_net." in n or ".iaf." in n
-                       or n == "decoder.log_sigma" for n in likelihood)
+            assert all(
+                n.startswith(("flow.", "encoder."))
+                or ".posterior_net." in n
+                or ".iaf." in n
+                or n == "decoder.log_sigma"
+                for n in likelihood
+            )
             assert any(".prior_net." in n for n in path) and any("to_mean" in n for n in path)
             assert not any(n.startswith(("flow.", "encoder.")) for n in path)
-            assert [group["betas"] for group in trained.optimizer.param_groups] == [(0.9, 0.999), (0.5, 0.99)]
+            assert [group["betas"] for group in trained.optimizer.param_groups] == [
+                (0.9, 0.999),
+                (0.5, 0.99),
+            ]
             assert [group["rate"] for group in trained.optimizer.param_groups] == [
-                trained.config.learning_rate, trained.config.g_learning_rate]
+                trained.config.learning_rate,
+                trained.config.g_learning_rate,
+            ]
 
 
 def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray) -> None:
@@ -144,39 +205,62 @@ def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray
         trained = trainer(config)
         trained.usual_norm["model"] = usual
         seen: list[float] = []
-        trained.optimizer.step = lambda: seen.append(torch.cat([  # type: ignore[method-assign]
-            p.grad.flatten() for p in trained.model.parameters() if p.grad is not None]).norm().item())
+        trained.optimizer.step = lambda: seen.append(
+            torch.cat(
+                [  # type: ignore[method-assign]
+                    p.grad.flatten() for p in trained.model.parameters() if p.grad is not None
+                ]
+            )
+            .norm()
+            .item()
+        )
         norm = trained.run(batch)["grad_norm"]
         return norm, seen[0], trained.usual_norm["model"]
 
     norm, first, usual = applied(0.0)
     assert first == pytest.approx(norm, rel=1e-4) and usual == pytest.approx(norm, rel=1e-4)
-    assert applied(norm / 3.9)[1] == pytest.approx(norm, rel=1e-4)  # nearly four times as long as usual: left as it is
+    assert applied(norm / 3.9)[1] == pytest.approx(
+        norm, rel=1e-4
+    )  # nearly four times as long as usual: left as it is
     _, kept, after = applied(norm / 6)
-    assert kept == pytest.approx(4 * norm / 6, rel=1e-4) and after == pytest.approx((0.95 + 0.05 * 4) * norm / 6, rel=1e-4)
+    assert kept == pytest.approx(4 * norm / 6, rel=1e-4) and after == pytest.approx(
+        (0.95 + 0.05 * 4) * norm / 6, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("d_steps", [1, 2])
 def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray, d_steps: int) -> None:
-    """The generator's gradient is that of the discriminator after its step, on the samples of that step."""
+    """The generator's gradient is that of the discriminator after its step, on the samples of that
+    step.
+    """
     config = dataclasses.replace(SMALL, coverage=False, quality_weight=1.0, d_steps=d_steps)
     trained = trainer(config)
     drawn: list[list[torch.Tensor]] = []
     sample = trained.model.sample
     trained.model.sample = lambda eps: drawn.append(eps) or sample(eps)  # type: ignore[method-assign,func-returns-value]
     found: dict[str, torch.Tensor] = {}
-    trained.optimizer.step = lambda: found.update({  # type: ignore[method-assign]
-        n: p.grad.clone() for n, p in trained.model.named_parameters() if p.grad is not None})
+    trained.optimizer.step = lambda: found.update(
+        {  # type: ignore[method-assign]
+            n: p.grad.clone() for n, p in trained.model.named_parameters() if p.grad is not None
+        }
+    )
     trained.run(batches(small_images, 1, config)[0])
     assert len(drawn) == d_steps and found and not any(n.startswith("flow.") for n in found)
     assert trained.discriminator is not None
     quality_loss(trained.discriminator(sample(drawn[-1]))).backward()
-    assert all(torch.allclose(p.grad, found[n], atol=1e-7) for n, p in trained.model.named_parameters() if n in found)
+    assert all(
+        torch.allclose(p.grad, found[n], atol=1e-7)
+        for n, p in trained.model.named_parameters()
+        if n in found
+    )
 
 
 def test_free_bits_charge_only_what_exceeds_them() -> None:
     """Channel by channel, over the batch; the bound itself stays as it is."""
-    kl = [torch.tensor([[1.0, 5.0], [2.0, 3.0]], requires_grad=True), torch.tensor([[0.5], [0.7]], requires_grad=True)]
+    kl = [
+        torch.tensor([[1.0, 5.0], [2.0, 3.0]], requires_grad=True),
+        torch.tensor([[0.5], [0.7]], requires_grad=True),
+    ]
     evidence = Evidence(torch.zeros(2), torch.zeros(2), [level.sum(1) for level in kl], kl)
     same = lambda flat: flat
     dims, nat = 12, 1 / (12 * math.log(2))
@@ -187,14 +271,22 @@ def test_free_bits_charge_only_what_exceeds_them() -> None:
     (bound + surcharge).backward()
     assert kl[0].grad is not None and kl[1].grad is not None
     assert torch.allclose(kl[0].grad, torch.tensor([[0.0, nat / 2]] * 2)) and not kl[1].grad.any()
-    assert latent_surcharge(evidence, dims, 2.0, 0.5, same).item() == pytest.approx((0.5 * 8.0 - 6.1) * nat)
-    # Whether a channel is charged is decided over all processes: here others' batches had 4 nats more.
-    assert latent_surcharge(evidence, dims, 2.0, 1.0, lambda flat: flat.add_(4)).item() == pytest.approx(0, abs=1e-6)
+    assert latent_surcharge(evidence, dims, 2.0, 0.5, same).item() == pytest.approx(
+        (0.5 * 8.0 - 6.1) * nat
+    )
+    # Whether a channel is charged is decided over all processes: here others' batches had 4 nats
+    # more.
+    assert latent_surcharge(
+        evidence, dims, 2.0, 1.0, lambda flat: flat.add_(4)
+    ).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarray) -> None:
     config = dataclasses.replace(SMALL, discriminator=None, kl_warmup=2 * SMALL.batch_size)
-    trained, plain = trainer(config), trainer(dataclasses.replace(config, kl_warmup=0, free_bits=1.0))
+    trained, plain = (
+        trainer(config),
+        trainer(dataclasses.replace(config, kl_warmup=0, free_bits=1.0)),
+    )
     shake(trained.model)
     plain.model.load_state_dict(trained.model.state_dict())
     (batch,) = batches(small_images, 1, config)
@@ -203,15 +295,23 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     trained.model.evidence = lambda x, eps: evidence.append(infer(x, eps)) or evidence[-1]  # type: ignore[method-assign]
     losses = trained.run(batch)
     dims = config.model.num_dims * math.log(2)
-    assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx([kl.mean().item() / dims for kl in evidence[0].kl])
-    assert losses["bpd"] == pytest.approx(coverage_loss(evidence[0], config.model.num_dims).item(), abs=1e-6)
-    assert plain.run(batch)["bpd"] == pytest.approx(losses["bpd"], abs=1e-6)  # the bound, without either
+    assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx(
+        [kl.mean().item() / dims for kl in evidence[0].kl]
+    )
+    assert losses["bpd"] == pytest.approx(
+        coverage_loss(evidence[0], config.model.num_dims).item(), abs=1e-6
+    )
+    assert plain.run(batch)["bpd"] == pytest.approx(
+        losses["bpd"], abs=1e-6
+    )  # the bound, without either
     for step, weight in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)):
         trained.step = step
         assert trained._kl_weight == weight
 
 
-def test_rates_fall_in_the_last_part_of_a_budget(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_fall_in_the_last_part_of_a_budget(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of images and of minutes; with a larger budget they are back until its last part."""
     shares: list[float] = []
     run = Trainer.run
@@ -228,11 +328,25 @@ def test_rates_fall_in_the_last_part_of_a_budget(folder: Path, tmp_path: Path, m
     train(config, dataset, tmp_path / "run", options, resume=False)
     assert shares == [1.0] * 7 + [0.755, 0.51, 0.265]
     shares.clear()
-    train(config, dataset, tmp_path / "run", dataclasses.replace(options, images=16 * 20), resume=True)
-    assert shares == pytest.approx([1.0] * 3 + [0.8775, 0.755, 0.6325, 0.51, 0.3875, 0.265, 0.1425], abs=1e-3)
+    train(
+        config, dataset, tmp_path / "run", dataclasses.replace(options, images=16 * 20), resume=True
+    )
+    assert shares == pytest.approx(
+        [1.0] * 3 + [0.8775, 0.755, 0.6325, 0.51, 0.3875, 0.265, 0.1425], abs=1e-3
+    )
     shares.clear()
-    train(config, dataset, tmp_path / "timed", dataclasses.replace(options, images=10**9, minutes=0.02), resume=False)
-    assert shares[0] == 1.0 and shares == sorted(shares, reverse=True) and LAST_RATE <= shares[-1] < 0.5
+    train(
+        config,
+        dataset,
+        tmp_path / "timed",
+        dataclasses.replace(options, images=10**9, minutes=0.02),
+        resume=False,
+    )
+    assert (
+        shares[0] == 1.0
+        and shares == sorted(shares, reverse=True)
+        and LAST_RATE <= shares[-1] < 0.5
+    )
     gan = dataclasses.replace(narrow("gan"), warmup_steps=0, cooldown=0.4, inference_share=1.0)
     shares.clear()
     train(gan, dataset, tmp_path / "gan", options, resume=False)
@@ -248,7 +362,9 @@ def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> No
         trained.run(batch)
 
 
-def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(small_images: np.ndarray) -> None:
+def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
+    small_images: np.ndarray,
+) -> None:
     trained = trainer(dataclasses.replace(SMALL, discriminator=None))
     (batch,) = batches(small_images, 1, dataclasses.replace(SMALL, discriminator=None))
     trained.step = 100
@@ -265,8 +381,14 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(sm
     assert trained.rescued_at == [100 + MAX_SKIPPED_STEPS - 1]
     trained.usual_norm["model"] = 1e9
     trained.run(batch)
-    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(SMALL.learning_rate / SMALL.warmup_steps, rel=0.01)
-    for steps, share in ((SMALL.warmup_steps, 0.5), (RECOVERY_STEPS // 2, 0.5**0.5), (RECOVERY_STEPS, 1.0)):
+    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(
+        SMALL.learning_rate / SMALL.warmup_steps, rel=0.01
+    )
+    for steps, share in (
+        (SMALL.warmup_steps, 0.5),
+        (RECOVERY_STEPS // 2, 0.5**0.5),
+        (RECOVERY_STEPS, 1.0),
+    ):
         trained.step = trained.rescued_at[0] + steps  # the rate comes back
         assert trained._rate_share("model") == pytest.approx(share, rel=0.05)
     trained.step = 200
@@ -277,7 +399,9 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(sm
             trained.run(batch)
 
 
-def test_the_inference_network_is_trained_around_a_frozen_generator(small_images: np.ndarray) -> None:
+def test_the_inference_network_is_trained_around_a_frozen_generator(
+    small_images: np.ndarray,
+) -> None:
     config = narrow("gan")
     trained = trainer(config)
     for b in batches(small_images, 3, config):
@@ -290,18 +414,30 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(small_images
     for b in batches(small_images, 3, config):
         losses = trained.run(b)
         assert "bpd" in losses and "d_loss" not in losses
-    assert "score" in trained.operations and torch.allclose(trained.ema.sample(noise), samples, atol=1e-6)
+    assert "score" in trained.operations and torch.allclose(
+        trained.ema.sample(noise), samples, atol=1e-6
+    )
     changed = {n for n, p in trained.ema.named_parameters() if not torch.equal(p, generator[n])}
     assert "decoder.log_sigma" in changed and any(n.startswith("encoder.") for n in changed)
-    assert all(n.startswith("encoder.") or "posterior" in n or n == "decoder.log_sigma" for n in changed)
+    assert all(
+        n.startswith("encoder.") or "posterior" in n or n == "decoder.log_sigma" for n in changed
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"gp_every": 0}, "gp_every must be at least 1, got 0"), ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
-    ({"free_bits": -1.0}, "free_bits must be at least 0"),
-    ({"clip": 0.0}, "clip must be above 0"), ({"cooldown": 1.5}, "cooldown must be from 0 to 1"),
-    ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"), ({"learning_rate": -1.0}, "learning_rate must be above 0"),
-    ({"inference_share": 0.5}, "av-ade has one of its own"), ({"optimizer": "sgd"}, "optimizer must be one of")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gp_every": 0}, "gp_every must be at least 1, got 0"),
+        ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
+        ({"free_bits": -1.0}, "free_bits must be at least 0"),
+        ({"clip": 0.0}, "clip must be above 0"),
+        ({"cooldown": 1.5}, "cooldown must be from 0 to 1"),
+        ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0"),
+        ({"inference_share": 0.5}, "av-ade has one of its own"),
+        ({"optimizer": "sgd"}, "optimizer must be one of"),
+    ],
+)
 def test_bad_training_options_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe("av-ade", 32, 3, **change)
@@ -314,15 +450,25 @@ def test_a_discriminator_of_another_kind_starts_anew(folder: Path, tmp_path: Pat
     fresh = trainer(narrow("av-ade-rd"))
     before = [p.clone() for p in fresh.discriminator.parameters()]
     start_from(tmp_path / "plain", fresh)
-    assert all(torch.equal(a, b) for a, b in zip(before, fresh.discriminator.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, fresh.discriminator.parameters(), strict=True)
+    )
 
 
 def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> None:
-    """Before its inference network is trained; and the time that ends its first phase counts when it is resumed."""
+    """Before its inference network is trained; and the time that ends its first phase counts when
+    it is resumed.
+    """
     dataset = load_dataset(str(folder), None, 8)
     options = RunOptions(images=16 * 4, device="cpu", precision="float32")
     config = narrow("gan")
-    train(dataclasses.replace(config, inference_share=1e-9), dataset, tmp_path / "cut", options, resume=False)
+    train(
+        dataclasses.replace(config, inference_share=1e-9),
+        dataset,
+        tmp_path / "cut",
+        options,
+        resume=False,
+    )
     assert read_config(latest_checkpoint(tmp_path / "cut"))["operations"] == ["sample"]
     late = dataclasses.replace(options, images=10**6, minutes=1e-6)
     train(config, dataset, tmp_path / "late", late, resume=False)
@@ -331,8 +477,9 @@ def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> Non
     assert "score" in read_config(latest_checkpoint(tmp_path / "whole"))["operations"]
 
 
-def test_what_is_refused_leaves_a_run_as_it_was(folder: Path, tmp_path: Path, small_images: np.ndarray,
-                                                caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_refused_leaves_a_run_as_it_was(
+    folder: Path, tmp_path: Path, small_images: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
     dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
     options = RunOptions(images=16 * 2, device="cpu", precision="float32")
     wrong = dataclasses.replace(options, init=str(tmp_path / "nowhere"))
@@ -343,8 +490,10 @@ def test_what_is_refused_leaves_a_run_as_it_was(folder: Path, tmp_path: Path, sm
     before = {name: (run / name).read_text() for name in ("run.json", "data.json")}
     assert json.loads(before["data.json"]) == {"data": "here"}
     for config, data, resume, message in [
-            (narrow("vae"), dataset, False, "holds a run already"), (narrow("v-ade"), dataset, True, "another .*model"),
-            (narrow("vae"), dataclasses.replace(dataset, name="other"), True, "another data set")]:
+        (narrow("vae"), dataset, False, "holds a run already"),
+        (narrow("v-ade"), dataset, True, "another .*model"),
+        (narrow("vae"), dataclasses.replace(dataset, name="other"), True, "another data set"),
+    ]:
         with pytest.raises(RunError, match=message):
             train(config, data, run, options, resume, {"data": "elsewhere"})
     assert before == {name: (run / name).read_text() for name in before}
@@ -368,7 +517,9 @@ def test_processes_draw_one_batch_of_noise() -> None:
     whole = _Noise(3, 7, torch.device("cpu"), 0, 1)
     shares = [_Noise(3, 7, torch.device("cpu"), rank, 2) for rank in range(2)]
     for draw in ("uniform", "normal"):
-        assert torch.equal(getattr(whole, draw)(6, 2), torch.cat([getattr(share, draw)(3, 2) for share in shares]))
+        assert torch.equal(
+            getattr(whole, draw)(6, 2), torch.cat([getattr(share, draw)(3, 2) for share in shares])
+        )
 
 
 def test_losses() -> None:
@@ -376,7 +527,9 @@ def test_losses() -> None:
     d_real, d_fake = real.sigmoid(), fake.sigmoid()
     expected = -(d_real.log().mean() + (1 - d_fake).log().mean())
     assert torch.allclose(discriminator_loss(real, fake), expected)
-    assert torch.allclose(quality_loss(fake), -(d_fake.log() - (1 - d_fake).log()).mean(), atol=1e-6)
+    assert torch.allclose(
+        quality_loss(fake), -(d_fake.log() - (1 - d_fake).log()).mean(), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
@@ -405,7 +558,9 @@ def test_recipes_are_complete_and_survive_json(name: str, size: str) -> None:
     assert (config.discriminator is not None) == (name not in ("vae", "v-ade", "real-nvp"))
     assert (config.model.flow_scales > 0) == (name not in ("gan", "gan-rd", "vae", "av-gde"))
     assert config.coverage == (name not in ("gan", "gan-rd", "flow-gan-a"))
-    assert config.discriminator is None or (config.discriminator.kind == "residual") == name.endswith("rd")
+    assert config.discriminator is None or (
+        config.discriminator.kind == "residual"
+    ) == name.endswith("rd")
 
 
 def test_configurations_of_earlier_runs_are_read() -> None:
@@ -415,20 +570,30 @@ def test_configurations_of_earlier_runs_are_read() -> None:
         config = TrainConfig.from_dict(row["config"])
         assert TrainConfig.from_dict(config.to_dict()) == config
         if "max_grad_norm" in row["config"]:
-            assert config.g_learning_rate == config.learning_rate and config.g_beta2 == config.beta2 and not config.cooldown
+            assert (
+                config.g_learning_rate == config.learning_rate
+                and config.g_beta2 == config.beta2
+                and not config.cooldown
+            )
 
 
 def test_what_sets_the_refinements_apart() -> None:
-    base, wide, iaf, two = (recipe(n, 32, 3).model for n in ("av-ade", "av-ade-wg-rd", "av-ade-iaf-rd", "av-ade-s2"))
+    base, wide, iaf, two = (
+        recipe(n, 32, 3).model for n in ("av-ade", "av-ade-wg-rd", "av-ade-iaf-rd", "av-ade-s2")
+    )
     assert wide.widths == tuple(2 * w for w in base.widths)
-    assert iaf == dataclasses.replace(base, posterior_iaf=True) and two == dataclasses.replace(base, flow_scales=2)
+    assert iaf == dataclasses.replace(base, posterior_iaf=True) and two == dataclasses.replace(
+        base, flow_scales=2
+    )
     assert recipe("gan", 32, 3).model.latent_channels[1:] == (0, 0)
     assert recipe("gan", 32, 3, inference_share=0.0).model.operations == ("sample",)
 
 
 def test_the_flow_of_the_papers_size_costs_no_weights_of_its_own() -> None:
-    """The generator is narrowed: within one per cent, systems with and without f have as many weights. f is that of the
-    paper's footnote 3: one scale, three residual blocks of two layers in each coupling."""
+    """The generator is narrowed: within one per cent, systems with and without f have as many
+    weights. f is that of the paper's footnote 3: one scale, three residual blocks of two layers in
+    each coupling.
+    """
     for size in (32, 64):
         with_flow, without = (count_weights(recipe(n, size, 3, "paper")) for n in ("v-ade", "vae"))
         assert with_flow.model == pytest.approx(without.model, rel=0.01)
@@ -436,28 +601,75 @@ def test_the_flow_of_the_papers_size_costs_no_weights_of_its_own() -> None:
     couplings = [module for module in flow.modules() if isinstance(module, CheckerboardCoupling)]
     for coupling in couplings:
         blocks = [module for module in coupling.modules() if isinstance(module, ResidualBlock)]
-        assert [sum(isinstance(m, torch.nn.Conv2d) for m in block.modules()) for block in blocks] == [2, 2, 2]
+        assert [
+            sum(isinstance(m, torch.nn.Conv2d) for m in block.modules()) for block in blocks
+        ] == [2, 2, 2]
     assert couplings
 
 
-def test_every_field_of_the_networks_is_an_option(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """From the command line, with its description; a dry run prints what comes of it and writes nothing."""
+def test_every_field_of_the_networks_is_an_option(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """From the command line, with its description; a dry run prints what comes of it and writes
+    nothing.
+    """
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     described = {action.dest: action.help for action in parser._actions}
-    for config, own, prefix in ((TrainConfig, RECIPES_OWN, ""), (ModelConfig, MODELS_OWN, ""),
-                                (DiscriminatorConfig, DISCRIMINATORS_OWN, "d_")):
-        assert all(described[prefix + field.name] for field in dataclasses.fields(config) if field.name not in own)
-    given = {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 3, "flow_blocks": 2, "flow_width": 24,
-             "flow_max_log_scale": 0.5, "widths": [48, 32], "latent_channels": [4, 6], "decoder_blocks": [0, 2],
-             "patch": 1, "sigma": "scalar", "posterior_iaf": True}
+    for config, own, prefix in (
+        (TrainConfig, RECIPES_OWN, ""),
+        (ModelConfig, MODELS_OWN, ""),
+        (DiscriminatorConfig, DISCRIMINATORS_OWN, "d_"),
+    ):
+        assert all(
+            described[prefix + field.name]
+            for field in dataclasses.fields(config)
+            if field.name not in own
+        )
+    given = {
+        "flow_scales": 2,
+        "flow_mask": "checkerboard",
+        "flow_couplings": 3,
+        "flow_blocks": 2,
+        "flow_width": 24,
+        "flow_max_log_scale": 0.5,
+        "widths": [48, 32],
+        "latent_channels": [4, 6],
+        "decoder_blocks": [0, 2],
+        "patch": 1,
+        "sigma": "scalar",
+        "posterior_iaf": True,
+    }
     opponent = {"widths": [16, 24, 24], "plain_stages": 1, "patch": 1}
-    arguments = [f"--{prefix}{name.replace('_', '-')}" + (
-        "" if value is True else "=" + (",".join(map(str, value)) if isinstance(value, list) else str(value)))
-        for prefix, values in (("", given), ("d-", opponent)) for name, value in values.items()]
+    arguments = [
+        f"--{prefix}{name.replace('_', '-')}"
+        + (
+            ""
+            if value is True
+            else "=" + (",".join(map(str, value)) if isinstance(value, list) else str(value))
+        )
+        for prefix, values in (("", given), ("d-", opponent))
+        for name, value in values.items()
+    ]
     out = tmp_path / "out"
-    assert main(["train", "av-ade", "--data", str(folder), "--image-size", "8", "--out", str(out), "--dry-run",
-                 "--no-flips", *arguments]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "av-ade",
+                "--data",
+                str(folder),
+                "--image-size",
+                "8",
+                "--out",
+                str(out),
+                "--dry-run",
+                "--no-flips",
+                *arguments,
+            ]
+        )
+        == 0
+    )
     assert not out.exists()
     config = json.loads(capsys.readouterr().out)
     assert config["model"] == {**config["model"], **given} and config["flips"] is False
@@ -466,25 +678,47 @@ def test_every_field_of_the_networks_is_an_option(folder: Path, tmp_path: Path, 
 
 def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
     for scales, blocks in ((1, 2), (2, 1), (3, 3)):
-        config = recipe("v-ade", 8, 3, "paper", flow_scales=scales, flow_blocks=blocks, flow_width=4, widths=(8, 8, 8, 8),
-                        batch_size=4)
+        config = recipe(
+            "v-ade",
+            8,
+            3,
+            "paper",
+            flow_scales=scales,
+            flow_blocks=blocks,
+            flow_width=4,
+            widths=(8, 8, 8, 8),
+            batch_size=4,
+        )
         assert np.isfinite(trainer(config).run(batches(small_images, 1, config)[0])["bpd"])
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("v-ade", {"d_widths": (8, 8)}, "d_widths: v-ade has no discriminator"),
-    ("av-ade", {"d_widths": (8,) * 7}, "6 stages that halve the size takes multiples of 2 from 128 pixels on, got 32"),
-    ("av-ade", {"d_plain_stages": 3}, "d_plain_stages must be from 0 to 2"),
-    ("av-ade", {"d_patch": 3}, "multiples of 3"),
-    ("av-ade", {"widths": (8, 8)}, "latent_channels must have one number"),
-    ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of")])
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("v-ade", {"d_widths": (8, 8)}, "d_widths: v-ade has no discriminator"),
+        (
+            "av-ade",
+            {"d_widths": (8,) * 7},
+            "6 stages that halve the size takes multiples of 2 from 128 pixels on, got 32",
+        ),
+        ("av-ade", {"d_plain_stages": 3}, "d_plain_stages must be from 0 to 2"),
+        ("av-ade", {"d_patch": 3}, "multiples of 3"),
+        ("av-ade", {"widths": (8, 8)}, "latent_channels must have one number"),
+        ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of"),
+    ],
+)
 def test_networks_that_cannot_be_are_refused(name: str, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(name, 32, 3, **change)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("x", 32, 3), "no recipe 'x'; there are gan"), (("vae", 32, 3, "huge"), "no size 'huge'; there are tiny")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("x", 32, 3), "no recipe 'x'; there are gan"),
+        (("vae", 32, 3, "huge"), "no size 'huge'; there are tiny"),
+    ],
+)
 def test_unknown_recipe_or_size(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(*arguments)
@@ -497,19 +731,37 @@ def test_batches_do_not_depend_on_where_they_start(small_images: np.ndarray) -> 
     late = images.batches(32, seed=1, first_batch=20)
     assert np.array_equal(first[20], next(late)) and np.array_equal(first[21], next(late))
     epoch = np.concatenate(first)[:300]
-    order = [[i.tobytes() for i in np.concatenate(first)[start:start + 300]] for start in (0, 300)]
+    order = [
+        [i.tobytes() for i in np.concatenate(first)[start : start + 300]] for start in (0, 300)
+    ]
     shared = set(order[0][:64]) & set(order[1][:64])
     assert len(shared) < 30  # two epochs are two orders: 14 of 64 meet by chance
     assert sorted(i.tobytes() for i in epoch) == sorted(i.tobytes() for i in small_images)
 
 
 def ade(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ade_cli.main", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "ade_cli.main", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
 
 
-TRAIN = ("--image-size", "8", "--batch-size", "16", "--precision", "float32", "--checkpoint-steps", "20",
-         "--evaluate-steps", "50")
+TRAIN = (
+    "--image-size",
+    "8",
+    "--batch-size",
+    "16",
+    "--precision",
+    "float32",
+    "--checkpoint-steps",
+    "20",
+    "--evaluate-steps",
+    "50",
+)
 
 
 @pytest.fixture(scope="module")
@@ -519,7 +771,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -
 
 def losses_of(run: Path) -> dict[int, tuple]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: (row["bpd"], row.get("d_loss"), row.get("quality_loss")) for row in rows if "bpd" in row}
+    return {
+        row["step"]: (row["bpd"], row.get("d_loss"), row.get("quality_loss"))
+        for row in rows
+        if "bpd" in row
+    }
 
 
 @pytest.mark.slow
@@ -528,9 +784,13 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
     arguments = ["train", "av-ade", "--data", str(folder), *TRAIN, "--images", str(16 * 90)]
     done = ade(*arguments, "--out", str(whole))
     assert done.returncode == 0, done.stderr
-    process = subprocess.Popen([sys.executable, "-m", "ade_cli.main", *arguments, "--out", str(cut)], cwd=ROOT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ade_cli.main", *arguments, "--out", str(cut)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list((cut / "checkpoints").glob("step-00000004*")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -546,7 +806,9 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
     assert all("gradient_penalty" in line for line in lines if "d_loss" in line)
     report = (whole / "report.md").read_text()
     assert "broken.png" in report and "pictures/samples-mean.png" in report
-    assert (whole / "pictures" / "samples-mean.png").is_file() and list((whole / "tensorboard").iterdir())
+    assert (whole / "pictures" / "samples-mean.png").is_file() and list(
+        (whole / "tensorboard").iterdir()
+    )
     a, b = (load_model(latest_checkpoint(run)).state_dict() for run in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -554,12 +816,39 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    arguments = ["train", "av-ade", "--size", "tiny", "--data", str(folder), *TRAIN, "--images", str(16 * 20), "--device",
-                 "cpu"]
+    arguments = [
+        "train",
+        "av-ade",
+        "--size",
+        "tiny",
+        "--data",
+        str(folder),
+        *TRAIN,
+        "--images",
+        str(16 * 20),
+        "--device",
+        "cpu",
+    ]
     assert ade(*arguments, "--out", str(one)).returncode == 0
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-                           "ade_cli.main", *arguments, "--out", str(two)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "ade_cli.main",
+            *arguments,
+            "--out",
+            str(two),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     a, b = losses_of(one), losses_of(two)
     assert a.keys() == b.keys() and 20 in a
@@ -571,7 +860,19 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gan", "av-ade"])
 def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> None:
     run, bundle = tmp_path / "run", tmp_path / "bundle"
-    done = ade("train", name, "--size", "tiny", "--data", str(folder), *TRAIN, "--images", "320", "--out", str(run))
+    done = ade(
+        "train",
+        name,
+        "--size",
+        "tiny",
+        "--data",
+        str(folder),
+        *TRAIN,
+        "--images",
+        "320",
+        "--out",
+        str(run),
+    )
     assert done.returncode == 0, done.stderr
     evaluated = ade("evaluate", str(run), "--draws", "3")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -579,75 +880,206 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
     assert result["part"] == "test" and result["iwae-3"]["bpd"] < result["elbo"]["bpd"] + 0.05
     exported = ade("export", str(run), str(bundle))
     assert exported.returncode == 0, exported.stderr
-    assert json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
+    assert (
+        json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
+    )
     strangers = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
     shutil.copytree(folder, strangers)
     noise_file = tmp_path / "noise.npy"
     np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
-    calibrated = ade("calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(strangers))
-    assert calibrated.returncode == 0 and re.search(r"calibrated on 18\d images", calibrated.stderr), calibrated.stderr
+    calibrated = ade(
+        "calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(strangers)
+    )
+    assert calibrated.returncode == 0 and re.search(
+        r"calibrated on 18\d images", calibrated.stderr
+    ), calibrated.stderr
     assert "left out" in calibrated.stderr and "at alpha 0.05 between" in calibrated.stderr
-    bench = ade("ood-bench", str(tmp_path / "calibrated"), "--id", str(strangers), "--ood", str(noise_file), "--out",
-                str(tmp_path / "bench"), "--images", "60", "--corrupted", "20")
+    bench = ade(
+        "ood-bench",
+        str(tmp_path / "calibrated"),
+        "--id",
+        str(strangers),
+        "--ood",
+        str(noise_file),
+        "--out",
+        str(tmp_path / "bench"),
+        "--images",
+        "60",
+        "--corrupted",
+        "20",
+    )
     assert bench.returncode == 0, bench.stderr
     report = (tmp_path / "bench" / "report.md").read_text()
     assert "caf\\udce9" in report
-    assert "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
+    assert (
+        "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
+    )
     rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
-    assert rows[0].startswith("strangers,score,auroc") and any(row.startswith("noise,combined,") for row in rows)
+    assert rows[0].startswith("strangers,score,auroc") and any(
+        row.startswith("noise,combined,") for row in rows
+    )
     at_home = sorted(path.name for path in bundle.iterdir())
     assert ade("evaluate", str(bundle), "--data", str(strangers), "--draws", "1").returncode == 0
-    assert sorted(path.name for path in bundle.iterdir()) == at_home  # no cache of decoded images in what is given away
-    again = ade("train", name, "--size", "tiny", "--data", str(folder), *TRAIN, "--images", "32", "--init", str(bundle),
-                "--out", str(tmp_path / "again"))
+    assert (
+        sorted(path.name for path in bundle.iterdir()) == at_home
+    )  # no cache of decoded images in what is given away
+    again = ade(
+        "train",
+        name,
+        "--size",
+        "tiny",
+        "--data",
+        str(folder),
+        *TRAIN,
+        "--images",
+        "32",
+        "--init",
+        str(bundle),
+        "--out",
+        str(tmp_path / "again"),
+    )
     assert again.returncode == 0, again.stderr
     shutil.rmtree(bundle)  # a run that was started goes on without what it started from
-    again = ade("train", name, "--size", "tiny", "--data", str(folder), *TRAIN, "--images", "32", "--resume", "--out",
-                str(tmp_path / "again"))
-    assert again.returncode == 0 and read_config(latest_checkpoint(tmp_path / "again"))["started_from"], again.stderr
+    again = ade(
+        "train",
+        name,
+        "--size",
+        "tiny",
+        "--data",
+        str(folder),
+        *TRAIN,
+        "--images",
+        "32",
+        "--resume",
+        "--out",
+        str(tmp_path / "again"),
+    )
+    assert (
+        again.returncode == 0 and read_config(latest_checkpoint(tmp_path / "again"))["started_from"]
+    ), again.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 48, 64])
 def test_sizes_train_and_export(size: int, real_images: np.ndarray, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", real_images[:60])
-    done = ade("train", "av-ade", "--data", str(folder), "--image-size", str(size), "--images", "32", "--batch-size", "16",
-               "--out", str(tmp_path / "run"))
+    done = ade(
+        "train",
+        "av-ade",
+        "--data",
+        str(folder),
+        "--image-size",
+        str(size),
+        "--images",
+        "32",
+        "--batch-size",
+        "16",
+        "--out",
+        str(tmp_path / "run"),
+    )
     assert done.returncode == 0, done.stderr
     exported = ade("export", str(tmp_path / "run"), str(tmp_path / "bundle"))
     assert exported.returncode == 0, exported.stderr
 
 
 def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
-    other = trainer(dataclasses.replace(SMALL, model=ModelConfig(image_size=8, widths=(8,), latent_channels=(2,),
-                                                                 decoder_blocks=(1,))))
+    other = trainer(
+        dataclasses.replace(
+            SMALL,
+            model=ModelConfig(image_size=8, widths=(8,), latent_channels=(2,), decoder_blocks=(1,)),
+        )
+    )
     with pytest.raises(RunError, match="another architecture"):
         start_from(tiny_checkpoint, other)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["train", "av-ade", "--data", "DATA", "--image-size", "50", "--out", "OUT"], "image_size must be a multiple of 8"),
-    (["train", "av-ade", "--data", "nowhere", "--out", "OUT"], "no data set and no folder is called 'nowhere'"),
-    (["train", "av-ade", "--data", "DATA", "--images", "0", "--out", "OUT"], "--images must be at least 1"),
-    (["train", "av-ade", "--data", "DATA", "--seed", "-1", "--out", "OUT"], "a seed must be from 0"),
-    (["train", "av-ade", "--data", "DATA", "--minutes", "0", "--out", "OUT"], "--minutes must be above 0"),
-    (["train", "av-ade", "--data", "DATA", "--image-size", "-4", "--out", "OUT"], "must be at least 2 pixels, got -4"),
-    (["compare", "vae", "--data", "DATA", "--image-size", "8", "--resnet20", "no.npz", "--out", "OUT"], "does not hold"),
-    (["compare", "vae", "--data", "DATA", "--image-size", "8", "--inception", "no", "--out", "OUT"], "there is no file"),
-    (["compare", "--data", "DATA", "--image-size", "8", "--out", "OUT"], "there is no such folder to report on"),
-    (["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"], "holds no run"),
-    (["train", "vae", "--widths", "8,x", "--data", "DATA", "--out", "OUT"], "--widths: invalid integers value: '8,x'"),
-    (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
-    (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
-    (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
-    (["evaluate", "OUT"], "holds no finished checkpoint"),
-    (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
-    (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is no bundle"),
-    (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is no bundle"),
-    (["serve", "OUT"], "is no bundle"),
-])
-def test_the_command_line_says_what_is_wrong(arguments: list[str], message: str, folder: Path, tmp_path: Path) -> None:
-    names = {"DATA": str(folder), "DATA/run": str(folder / "run"), "OUT": str(tmp_path / "out"),
-             "OUT2": str(tmp_path / "out2")}
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["train", "av-ade", "--data", "DATA", "--image-size", "50", "--out", "OUT"],
+            "image_size must be a multiple of 8",
+        ),
+        (
+            ["train", "av-ade", "--data", "nowhere", "--out", "OUT"],
+            "no data set and no folder is called 'nowhere'",
+        ),
+        (
+            ["train", "av-ade", "--data", "DATA", "--images", "0", "--out", "OUT"],
+            "--images must be at least 1",
+        ),
+        (
+            ["train", "av-ade", "--data", "DATA", "--seed", "-1", "--out", "OUT"],
+            "a seed must be from 0",
+        ),
+        (
+            ["train", "av-ade", "--data", "DATA", "--minutes", "0", "--out", "OUT"],
+            "--minutes must be above 0",
+        ),
+        (
+            ["train", "av-ade", "--data", "DATA", "--image-size", "-4", "--out", "OUT"],
+            "must be at least 2 pixels, got -4",
+        ),
+        (
+            [
+                "compare",
+                "vae",
+                "--data",
+                "DATA",
+                "--image-size",
+                "8",
+                "--resnet20",
+                "no.npz",
+                "--out",
+                "OUT",
+            ],
+            "does not hold",
+        ),
+        (
+            [
+                "compare",
+                "vae",
+                "--data",
+                "DATA",
+                "--image-size",
+                "8",
+                "--inception",
+                "no",
+                "--out",
+                "OUT",
+            ],
+            "there is no file",
+        ),
+        (
+            ["compare", "--data", "DATA", "--image-size", "8", "--out", "OUT"],
+            "there is no such folder to report on",
+        ),
+        (
+            ["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"],
+            "holds no run",
+        ),
+        (
+            ["train", "vae", "--widths", "8,x", "--data", "DATA", "--out", "OUT"],
+            "--widths: invalid integers value: '8,x'",
+        ),
+        (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
+        (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
+        (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
+        (["evaluate", "OUT"], "holds no finished checkpoint"),
+        (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
+        (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is no bundle"),
+        (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is no bundle"),
+        (["serve", "OUT"], "is no bundle"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path
+) -> None:
+    names = {
+        "DATA": str(folder),
+        "DATA/run": str(folder / "run"),
+        "OUT": str(tmp_path / "out"),
+        "OUT2": str(tmp_path / "out2"),
+    }
     done = ade(*[names.get(a, a) for a in arguments])
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -14,8 +14,8 @@ GREY = 0.5
 def augment(x: Tensor, uniform: Tensor) -> Tensor:
     """Change brightness, saturation and contrast, and move the image over a grey ground.
 
-    Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020, section 3.2: real and generated
-    images alike, or the generator would learn to make augmented ones.
+    Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020, section 3.2:
+    real and generated images alike, or the generator would learn to make augmented ones.
 
     Args:
         x: ``(N, C, H, W)`` in [0, 1]; the result may leave that range.
@@ -27,6 +27,12 @@ def augment(x: Tensor, uniform: Tensor) -> Tensor:
     x = x.mean((1, 2, 3), keepdim=True).lerp(x, 0.5 + contrast[:, None, None, None])
     shifts = torch.stack([right, down], 1)
     pixels = ((2 * shifts - 1) * (MAX_SHIFT * x.shape[-1] + 0.5)).round()
-    theta = torch.cat([torch.eye(2, device=x.device).expand(len(x), 2, 2), 2 * pixels[:, :, None] / x.shape[-1]], dim=2)
+    theta = torch.cat(
+        [torch.eye(2, device=x.device).expand(len(x), 2, 2), 2 * pixels[:, :, None] / x.shape[-1]],
+        dim=2,
+    )
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x - GREY, grid, mode="nearest", padding_mode="zeros", align_corners=False) + GREY
+    return (
+        F.grid_sample(x - GREY, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        + GREY
+    )

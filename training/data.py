@@ -1,8 +1,8 @@
 """What a data set is, wherever it came from: parts that everything else uses, split once.
 
-A part is an :class:`ImageSet`; the parts are ``train``, ``select`` (choose checkpoints, fit statistics),
-``calibrate`` (seen by nothing but the calibration) and ``test`` (reported on, nothing else). The loaders are in
-:mod:`training.datasets`.
+A part is an :class:`ImageSet`; the parts are ``train``, ``select`` (choose checkpoints, fit
+statistics), ``calibrate`` (seen by nothing but the calibration) and ``test`` (reported on, nothing
+else). The loaders are in :mod:`training.datasets`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class ImageSet:
         return len(self.images)
 
     def batches(self, batch_size: int, seed: int, first_batch: int = 0) -> Iterator[np.ndarray]:
-        """Endless batches, each epoch in an order of its own that depends on ``(seed, epoch)`` alone.
+        """Endless batches, each epoch in an order of its own that depends on ``(seed, epoch)``
+        alone.
 
         ``first_batch`` skips that many without reading them, which is how a run is resumed.
         """
@@ -60,8 +61,9 @@ class ImageSet:
             for position in range(index, index + batch_size):
                 if position // len(self) != epoch:
                     epoch = position // len(self)
-                    order = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(
-                        len(self))
+                    order = np.random.Generator(
+                        np.random.Philox(key=np.array([seed, epoch], np.uint64))
+                    ).permutation(len(self))
                 rows.append(order[position % len(self)])
             yield self.images[rows]
             index += batch_size
@@ -95,8 +97,12 @@ class Dataset:
 
 
 def split_tail(name: str, images: np.ndarray) -> tuple[dict[str, ImageSet], dict[str, str]]:
-    """Of the official training images the last tenth is held out: two fifths of it to select, the rest to calibrate."""
+    """Of the official training images the last tenth is held out: two fifths of it to select, the
+    rest to calibrate.
+    """
     first, second = round(0.9 * len(images)), round(0.94 * len(images))
     bounds = {"train": (0, first), "select": (first, second), "calibrate": (second, len(images))}
-    return ({part: ImageSet(images[a:b]) for part, (a, b) in bounds.items()},
-            {part: f"{name}[{a}:{b}]" for part, (a, b) in bounds.items()})
+    return (
+        {part: ImageSet(images[a:b]) for part, (a, b) in bounds.items()},
+        {part: f"{name}[{a}:{b}]" for part, (a, b) in bounds.items()},
+    )

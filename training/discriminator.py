@@ -23,11 +23,13 @@ class DiscriminatorConfig:
     """A convolutional classifier of real against generated images.
 
     Attributes:
-        widths: channels after the first convolution and after each stage; a stage halves the size. Of ``projected``,
-            channels to which the features of each of four levels are mixed, finest first.
-        kind: ``residual`` is the paper's ``rd``, with stages as in Gulrajani et al., "Improved Training of Wasserstein
-            GANs", 2017; ``plain`` has those of Miyato et al., "Spectral Normalization for Generative Adversarial
-            Networks", 2018, without their normalisation; ``projected`` is that of :mod:`training.projected`.
+        widths: channels after the first convolution and after each stage; a stage halves the size.
+            Of ``projected``, channels to which the features of each of four levels are mixed,
+            finest first.
+        kind: ``residual`` is the paper's ``rd``, with stages as in Gulrajani et al., "Improved
+            Training of Wasserstein GANs", 2017; ``plain`` has those of Miyato et al., "Spectral
+            Normalization for Generative Adversarial Networks", 2018, without their normalisation;
+            ``projected`` is that of :mod:`training.projected`.
         plain_stages: number of stages, the last ones, that keep the size instead of halving it.
         patch: side of the square of pixels that the first convolution takes as one position.
     """
@@ -40,15 +42,25 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         if self.kind not in KINDS:
-            raise ConfigError(f"a discriminator's kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+            raise ConfigError(
+                f"a discriminator's kind must be one of {', '.join(KINDS)}, got {self.kind!r}"
+            )
         if not self.widths or min(self.widths) < 1:
-            raise ConfigError(f"d_widths must be one or more integers of at least 1, got {self.widths}")
+            raise ConfigError(
+                f"d_widths must be one or more integers of at least 1, got {self.widths}"
+            )
         if not 0 <= self.plain_stages < len(self.widths):
-            raise ConfigError(f"d_plain_stages must be from 0 to {len(self.widths) - 1}, the number of stages, "
-                              f"got {self.plain_stages}")
-        if self.kind == "projected" and (len(self.widths) != len(LEVEL_CHANNELS) or self.plain_stages):
-            raise ConfigError(f"a projected discriminator has {len(LEVEL_CHANNELS)} d_widths and no d_plain_stages, "
-                              f"got {self.widths} and {self.plain_stages}")
+            raise ConfigError(
+                f"d_plain_stages must be from 0 to {len(self.widths) - 1}, the number of stages, "
+                f"got {self.plain_stages}"
+            )
+        if self.kind == "projected" and (
+            len(self.widths) != len(LEVEL_CHANNELS) or self.plain_stages
+        ):
+            raise ConfigError(
+                f"a projected discriminator has {len(LEVEL_CHANNELS)} d_widths and no d_plain_stages, "
+                f"got {self.widths} and {self.plain_stages}"
+            )
         if self.patch < 1:
             raise ConfigError(f"d_patch must be at least 1, got {self.patch}")
 
@@ -61,18 +73,23 @@ class DiscriminatorConfig:
         """Whether the stages fit; a projected discriminator enlarges what it is given.
 
         Raises:
-            ConfigError: images of that size do not divide into patches, or are too small for so many stages.
+            ConfigError: images of that size do not divide into patches, or are too small for so
+                many stages.
         """
         if self.kind == "projected":
             return
         if image_size % self.patch or image_size // self.patch < 2**self.halvings:
-            raise ConfigError(f"a discriminator with d_patch {self.patch} and {self.halvings} stages that halve the size "
-                              f"takes multiples of {self.patch} from {self.patch * 2**self.halvings} pixels on, "
-                              f"got {image_size}")
+            raise ConfigError(
+                f"a discriminator with d_patch {self.patch} and {self.halvings} stages that halve the size "
+                f"takes multiples of {self.patch} from {self.patch * 2**self.halvings} pixels on, "
+                f"got {image_size}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiscriminatorConfig:
-        """Rebuild from its fields as JSON has them; until November 2026 ``residual`` stood for the kind."""
+        """Rebuild from its fields as JSON has them; until November 2026 ``residual`` stood for the
+        kind.
+        """
         values = dict(values)
         if "residual" in values:
             values["kind"] = "residual" if values.pop("residual") else "plain"
@@ -84,8 +101,11 @@ class _Stage(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, down: bool) -> None:
         super().__init__()
-        self.first = (nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1) if down
-                      else conv3x3(in_channels, out_channels))
+        self.first = (
+            nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
+            if down
+            else conv3x3(in_channels, out_channels)
+        )
         self.second = conv3x3(out_channels, out_channels)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -117,8 +137,12 @@ class Discriminator(nn.Module):
         self.patch = config.patch
         self.stem = conv3x3(config.patch**2 * channels, config.widths[0])
         stage = _ResidualStage if config.kind == "residual" else _Stage
-        self.stages = nn.Sequential(*(
-            stage(a, b, down=i < config.halvings) for i, (a, b) in enumerate(pairwise(config.widths))))
+        self.stages = nn.Sequential(
+            *(
+                stage(a, b, down=i < config.halvings)
+                for i, (a, b) in enumerate(pairwise(config.widths))
+            )
+        )
         size = image_size // config.patch // 2**config.halvings
         self.head = nn.Linear(config.widths[-1] * size * size, 1)
 

@@ -1,4 +1,6 @@
-"""Held-out bits per dimension, and pictures of what a model makes; always of a model's averaged weights."""
+"""Held-out bits per dimension, and pictures of what a model makes; always of a model's averaged
+weights.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ BATCH = 128
 
 
 def _noise(model: ADEModel, n: int, generator: torch.Generator) -> list[Tensor]:
-    return [torch.randn(n, *shape, generator=generator, device=generator.device)
-            for shape in model.config.latent_shapes]
+    return [
+        torch.randn(n, *shape, generator=generator, device=generator.device)
+        for shape in model.config.latent_shapes
+    ]
 
 
 def _to_model(images: np.ndarray, device: torch.device) -> Tensor:
@@ -31,18 +35,21 @@ def _to_images(x: Tensor) -> np.ndarray:
 
 def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
     for first in range(0, len(images), BATCH):
-        yield images[first:first + BATCH]
+        yield images[first : first + BATCH]
 
 
 @torch.no_grad()
-def bits_of(model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int = 0) -> np.ndarray:
+def bits_of(
+    model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int = 0
+) -> np.ndarray:
     """Bits per dimension of each image, a bound.
 
     Args:
         model: in evaluation mode, float32.
         images: uint8 ``(N, H, W, C)``.
         device: where the model is.
-        samples: K; 1 gives the ELBO, more the importance-weighted bound with fresh dequantisation a draw.
+        samples: K; 1 gives the ELBO, more the importance-weighted bound with fresh dequantisation a
+            draw.
         seed: of the noise.
 
     Returns:
@@ -56,24 +63,39 @@ def bits_of(model: ADEModel, images: np.ndarray, device: torch.device, samples: 
         for _ in range(samples):
             x = dequantize(pixels, torch.rand(pixels.shape, generator=generator, device=device))
             weights.append(model.score(x, _noise(model, len(x), generator)).log_weight.double())
-        out.append(bits_per_dim(importance_weighted_bound(torch.stack(weights)), model.config.num_dims))
+        out.append(
+            bits_per_dim(importance_weighted_bound(torch.stack(weights)), model.config.num_dims)
+        )
     return torch.cat(out).cpu().numpy()
 
 
-def evaluate(model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int = 0,
-             bound_images: int | None = None) -> dict[str, Any]:
-    """ELBO and IWAE-K of a set of images with their standard errors over images; the latter of the first so many."""
+def evaluate(
+    model: ADEModel,
+    images: np.ndarray,
+    device: torch.device,
+    samples: int,
+    seed: int = 0,
+    bound_images: int | None = None,
+) -> dict[str, Any]:
+    """ELBO and IWAE-K of a set of images with their standard errors over images; the latter of the
+    first so many.
+    """
     result: dict[str, Any] = {}
     for k in dict.fromkeys((1, samples)):
         bpd = bits_of(model, images if k == 1 else images[:bound_images], device, k, seed)
         name = "elbo" if k == 1 else f"iwae-{k}"
-        result[name] = {"bpd": float(bpd.mean()), "standard_error": float(bpd.std(ddof=1) / np.sqrt(len(bpd))),
-                        "images": len(bpd)}
+        result[name] = {
+            "bpd": float(bpd.mean()),
+            "standard_error": float(bpd.std(ddof=1) / np.sqrt(len(bpd))),
+            "images": len(bpd),
+        }
     return result
 
 
 @torch.no_grad()
-def sample_images(model: ADEModel, n: int, device: torch.device, kind: str, seed: int = 0) -> np.ndarray:
+def sample_images(
+    model: ADEModel, n: int, device: torch.device, kind: str, seed: int = 0
+) -> np.ndarray:
     """uint8 ``(n, H, W, C)``: ``kind`` is ``mean`` or ``density``."""
     generator = torch.Generator(device).manual_seed(seed)
     config = model.config
@@ -83,8 +105,14 @@ def sample_images(model: ADEModel, n: int, device: torch.device, kind: str, seed
         eps = _noise(model, count, generator)
         y_eps = None
         if kind == "density":
-            y_eps = torch.randn(count, config.channels, config.image_size, config.image_size, generator=generator,
-                                device=device)
+            y_eps = torch.randn(
+                count,
+                config.channels,
+                config.image_size,
+                config.image_size,
+                generator=generator,
+                device=device,
+            )
         out.append(_to_images(model.sample(eps, y_eps)))
     return np.concatenate(out)
 
@@ -92,6 +120,7 @@ def sample_images(model: ADEModel, n: int, device: torch.device, kind: str, seed
 def sample_grid(model: ADEModel, n: int, device: torch.device, kind: str) -> np.ndarray:
     """One picture, uint8 ``(H, W, C)``."""
     from serving.images import tile
+
     return tile(sample_images(model, n, device, kind))
 
 
@@ -109,5 +138,6 @@ def reconstructions(model: ADEModel, images: np.ndarray, device: torch.device) -
 def reconstruction_grid(model: ADEModel, images: np.ndarray, device: torch.device) -> np.ndarray:
     """Images above their mean reconstructions, one picture, uint8 ``(H, W, C)``."""
     from serving.images import tile
+
     made = reconstructions(model, images, device)
     return np.concatenate([tile(np.asarray(images), len(images)), tile(made, len(images))])

@@ -48,7 +48,8 @@ class RunOptions:
         minutes: or this much training time, whichever ends first; ``None`` for no limit.
         seed: of weights, order and noise.
         device: ``auto``, ``cpu`` or ``cuda``.
-        precision: ``auto``, ``float32`` or ``bfloat16`` for the networks; log-densities are float32 always.
+        precision: ``auto``, ``float32`` or ``bfloat16`` for the networks; log-densities are float32
+            always.
         checkpoint_minutes: between checkpoints.
         checkpoint_steps: or after so many steps, whichever comes first.
         evaluate_steps: between looks at held-out images and samples.
@@ -68,7 +69,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):
             if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise RunError(
+                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+                )
         if self.minutes is not None and not self.minutes > 0:
             raise RunError(f"--minutes must be above 0, got {self.minutes:g}")
         if not 0 <= self.seed < 2**63:
@@ -88,9 +91,13 @@ def make_fabric(device: str, precision: str) -> Fabric:
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(accelerator) else "float32"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fabric = Fabric(accelerator=accelerator, devices=processes, strategy="ddp" if processes > 1 else "auto",
-                    num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-                    precision="bf16-mixed" if precision == "bfloat16" else "32-true")
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
+    )
     fabric.launch()
     return fabric
 
@@ -98,33 +105,48 @@ def make_fabric(device: str, precision: str) -> Fabric:
 def _bfloat16_is_faster(accelerator: str) -> bool:
     if accelerator == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-                and torch.cpu._is_avx512_bf16_supported())
+    return bool(
+        torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and torch.cpu._is_avx512_bf16_supported()
+    )
 
 
-def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions, resume: bool,
-          source: dict[str, Any] | None = None) -> Progress:
+def train(
+    config: TrainConfig,
+    dataset: Dataset,
+    run: Path,
+    options: RunOptions,
+    resume: bool,
+    source: dict[str, Any] | None = None,
+) -> Progress:
     """Train until the budget is spent, and write the report.
 
     Args:
         config: what to train and how.
         dataset: its ``train`` part is learned from, its ``select`` part looked at.
-        run: the run's folder, new or, with ``resume``, one that was started with the same configuration.
+        run: the run's folder, new or, with ``resume``, one that was started with the same
+            configuration.
         options: budget and cadence.
-        resume: go on from the newest checkpoint. The cooldown is that of the present budget: with a larger one than
-            before, the rates are back at once, until the last part of that budget.
+        resume: go on from the newest checkpoint. The cooldown is that of the present budget: with a
+            larger one than before, the rates are back at once, until the last part of that budget.
         source: where the data lies, for those who measure the run later: ``RUN/data.json``.
 
     Raises:
-        RunError: the folder is not as ``resume`` says, or the run cannot go on so; the folder stays as it was.
+        RunError: the folder is not as ``resume`` says, or the run cannot go on so; the folder stays
+            as it was.
         TrainingDiverged: losses were not finite; the last good checkpoint stays.
     """
-    if resume and (run / "run.json").is_file():  # what shapes the weights stays as the run was started
+    if (
+        resume and (run / "run.json").is_file()
+    ):  # what shapes the weights stays as the run was started
         before = json.loads((run / "run.json").read_text())["options"]
         options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
     fabric = make_fabric(options.device, options.precision)
     if config.batch_size % fabric.world_size:
-        raise RunError(f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes")
+        raise RunError(
+            f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes"
+        )
     is_main = fabric.global_rank == 0
     _check_run(run, config, dataset, resume)
 
@@ -135,8 +157,15 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
         assert isinstance(mean, torch.Tensor)
         return mean
 
-    trainer = Trainer(config, fabric.device, fabric.autocast, average, options.seed, fabric.global_rank,
-                      fabric.world_size)
+    trainer = Trainer(
+        config,
+        fabric.device,
+        fabric.autocast,
+        average,
+        options.seed,
+        fabric.global_rank,
+        fabric.world_size,
+    )
     progress = Progress()
     lineage: dict[str, Any] | None = None
     if resume and checkpoint_folders(run):
@@ -150,11 +179,19 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     fabric.barrier()
     if is_main:  # nothing is written before all is known to fit
         _open_run(run, config, dataset, options, source)
-    about = {"recipe": config.recipe, "started_from": lineage, "data": dataset.name,
-             "splits": dataset.splits, "seed": options.seed, "training": config.to_dict()}
+    about = {
+        "recipe": config.recipe,
+        "started_from": lineage,
+        "data": dataset.name,
+        "splits": dataset.splits,
+        "seed": options.seed,
+        "training": config.to_dict(),
+    }
     log = _Log(run, progress.step) if is_main else None
     batches_a_step = 1 + (config.d_steps if config.discriminator else 0)
-    batches = dataset.parts["train"].batches(config.batch_size, options.seed, progress.step * batches_a_step)
+    batches = dataset.parts["train"].batches(
+        config.batch_size, options.seed, progress.step * batches_a_step
+    )
     share = config.batch_size // fabric.world_size
     mine = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
 
@@ -165,18 +202,30 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
     whole = 1 + config.inference_share
     total = round(options.images * whole)
     minutes = options.minutes and options.minutes * whole
-    bar = tqdm(total=total if minutes is None else None, initial=progress.images, unit="img", unit_scale=True,
-               disable=not is_main, mininterval=1.0, dynamic_ncols=True)
+    bar = tqdm(
+        total=total if minutes is None else None,
+        initial=progress.images,
+        unit="img",
+        unit_scale=True,
+        disable=not is_main,
+        mininterval=1.0,
+        dynamic_ncols=True,
+    )
     try:
         while progress.images < total and not _out_of_time(progress, minutes):
             spent = _spent(progress, options)
             if config.inference_share and spent >= 1:
                 trainer.begin_inference()
                 spent = (spent - 1) / config.inference_share
-            drawn = [torch.from_numpy(np.ascontiguousarray(next(batches)[mine])) for _ in range(batches_a_step)]
+            drawn = [
+                torch.from_numpy(np.ascontiguousarray(next(batches)[mine]))
+                for _ in range(batches_a_step)
+            ]
             losses = trainer.run(drawn, spent)
             seconds = time.monotonic() - started
-            if fabric.world_size > 1 and minutes is not None:  # all must take the same rate and stop at the same step
+            if (
+                fabric.world_size > 1 and minutes is not None
+            ):  # all must take the same rate and stop at the same step
                 seconds = float(fabric.broadcast(seconds))
             progress = Progress(trainer.step, progress.images + config.batch_size, seconds)
             if log is None:
@@ -184,15 +233,23 @@ def train(config: TrainConfig, dataset: Dataset, run: Path, options: RunOptions,
             bar.update(config.batch_size)
             recent |= losses  # the penalty is not computed at every step
             if progress.step % LOG_EVERY == 0 or progress.step == 1:
-                bar.set_postfix({k: f"{losses[k]:.3f}" for k in ("bpd", "quality_loss", "d_loss") if k in losses})
+                bar.set_postfix(
+                    {
+                        k: f"{losses[k]:.3f}"
+                        for k in ("bpd", "quality_loss", "d_loss")
+                        if k in losses
+                    }
+                )
                 if minutes is not None:
                     bar.set_description(f"{max(0.0, minutes - progress.seconds / 60):.1f} min left")
                 log.scalars(progress, recent)
                 recent = {}
             if progress.step % options.evaluate_steps == 0:
                 log.look(trainer, dataset, progress)
-            if (progress.step % options.checkpoint_steps == 0
-                    or time.monotonic() - last_saved > 60 * options.checkpoint_minutes):
+            if (
+                progress.step % options.checkpoint_steps == 0
+                or time.monotonic() - last_saved > 60 * options.checkpoint_minutes
+            ):
                 save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
                 last_saved = time.monotonic()
     finally:
@@ -210,15 +267,20 @@ def check_can_go_on(run: Path, inferring_since: int | None, batch_size: int, ima
     """Whether a run may see so many images.
 
     Raises:
-        RunError: it is a GAN's whose generator was finished before, after ``inferring_since`` steps.
+        RunError: it is a GAN's whose generator was finished before, after ``inferring_since``
+            steps.
     """
     if inferring_since is not None and inferring_since * batch_size < images:
-        raise RunError(f"{run} has trained its inference network around a generator that was finished after "
-                       f"{inferring_since * batch_size:,} images: it cannot go on to {images:,}")
+        raise RunError(
+            f"{run} has trained its inference network around a generator that was finished after "
+            f"{inferring_since * batch_size:,} images: it cannot go on to {images:,}"
+        )
 
 
 def _lineage(init: Path) -> dict[str, Any]:
-    """What the weights had learned before: the recipe and images of the run they were taken from, and so on back."""
+    """What the weights had learned before: the recipe and images of the run they were taken from,
+    and so on back.
+    """
     source = read_config(latest_checkpoint(init))
     return {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
 
@@ -228,8 +290,9 @@ def _out_of_time(progress: Progress, minutes: float | None) -> bool:
 
 
 def _spent(progress: Progress, options: RunOptions) -> float:
-    """The fraction of the budget that was spent, of images or of time, whichever is further; above 1 once the inference
-    network of a GAN is in training."""
+    """The fraction of the budget that was spent, of images or of time, whichever is further; above
+    1 once the inference network of a GAN is in training.
+    """
     of_time = progress.seconds / (60 * options.minutes) if options.minutes else 0.0
     return max(progress.images / options.images, of_time)
 
@@ -242,7 +305,9 @@ def check_folder(run: Path, resume: bool) -> None:
     """
     holds_run = (run / "run.json").is_file()
     if holds_run and not resume:
-        raise RunError(f"{run} holds a run already: --resume goes on with it, another --out starts anew")
+        raise RunError(
+            f"{run} holds a run already: --resume goes on with it, another --out starts anew"
+        )
     if resume and not holds_run:
         raise RunError(f"--resume: {run} holds no run")
 
@@ -256,23 +321,44 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -
     if different:
         raise RunError(f"--resume: {run} was started with another {', '.join(different)}")
     if before["splits"] != dataset.splits:
-        logger.warning("%s was started on %s and goes on with %s", run, before["splits"]["train"], dataset.splits["train"])
+        logger.warning(
+            "%s was started on %s and goes on with %s",
+            run,
+            before["splits"]["train"],
+            dataset.splits["train"],
+        )
 
 
-def _open_run(run: Path, config: TrainConfig, dataset: Dataset, options: RunOptions, source: dict[str, Any] | None) -> None:
+def _open_run(
+    run: Path,
+    config: TrainConfig,
+    dataset: Dataset,
+    options: RunOptions,
+    source: dict[str, Any] | None,
+) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if source is not None:
         write_json(run / "data.json", source)
-    write_json(run / "run.json", {"config": config.to_dict(), "data": dataset.name, "splits": dataset.splits,
-                                  "skipped_files": dataset.skipped, "options": dataclasses.asdict(options),
-                                  "torch": torch.__version__})
+    write_json(
+        run / "run.json",
+        {
+            "config": config.to_dict(),
+            "data": dataset.name,
+            "splits": dataset.splits,
+            "skipped_files": dataset.skipped,
+            "options": dataclasses.asdict(options),
+            "torch": torch.__version__,
+        },
+    )
 
 
 def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Dataset) -> list[str]:
     """Names of what a run, as its ``run.json`` has it, was started with otherwise."""
     before = {**TrainConfig.from_dict(started["config"]).to_dict(), "data set": started["data"]}
     wanted = {**config.to_dict(), "data set": dataset.name}
-    return sorted(key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key))
+    return sorted(
+        key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key)
+    )
 
 
 class _Log:
@@ -281,7 +367,9 @@ class _Log:
     def __init__(self, run: Path, step: int) -> None:
         path = run / "metrics.jsonl"
         kept: list[str] = []
-        if path.exists():  # lines past the checkpoint that the run goes on from will be written again
+        if (
+            path.exists()
+        ):  # lines past the checkpoint that the run goes on from will be written again
             for line in path.read_text().splitlines():
                 try:
                     if json.loads(line)["step"] <= step:
@@ -297,15 +385,21 @@ class _Log:
         self._file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, progress.step)
-        self._board.add_scalar("images_per_second", progress.images / max(progress.seconds, 1e-9), progress.step)
+        self._board.add_scalar(
+            "images_per_second", progress.images / max(progress.seconds, 1e-9), progress.step
+        )
 
     def look(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
         images = dataset.parts["select"].images[:SELECT_IMAGES]
         if len(images) and "score" in trainer.operations:
             bpd = bits_of(trainer.ema, images, trainer.device, samples=1)
             self.scalars(progress, {"select_bpd": float(bpd.mean())})
-            self._board.add_image("reconstructions", reconstruction_grid(trainer.ema, images[:16], trainer.device),
-                                  progress.step, dataformats="HWC")
+            self._board.add_image(
+                "reconstructions",
+                reconstruction_grid(trainer.ema, images[:16], trainer.device),
+                progress.step,
+                dataformats="HWC",
+            )
         for kind in ("mean", "density"):
             grid = sample_grid(trainer.ema, 64, trainer.device, kind)
             self._board.add_image(f"samples/{kind}", grid, progress.step, dataformats="HWC")
@@ -313,5 +407,3 @@ class _Log:
     def close(self) -> None:
         self._file.close()
         self._board.close()
-
-

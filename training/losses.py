@@ -13,24 +13,33 @@ from ade_model.likelihood import Evidence, bits_per_dim
 
 
 def coverage_loss(evidence: Evidence, num_dims: int) -> Tensor:
-    """L_C, the mean bound on the negative log-likelihood (paper, eq. 4), in bits per dimension; scalar."""
+    """L_C, the mean bound on the negative log-likelihood (paper, eq. 4), in bits per dimension;
+    scalar.
+    """
     return bits_per_dim(evidence.log_weight, num_dims).mean()
 
 
-def latent_surcharge(evidence: Evidence, num_dims: int, free_bits: float, weight: float,
-                     average: Callable[[Tensor], Tensor]) -> Tensor:
+def latent_surcharge(
+    evidence: Evidence,
+    num_dims: int,
+    free_bits: float,
+    weight: float,
+    average: Callable[[Tensor], Tensor],
+) -> Tensor:
     """What training adds to L_C so that latents come into use; scalar, bits per dimension.
 
-    The KL of each latent channel, summed over its positions and averaged over the batch, counts as at least
-    ``free_bits``, so that nothing is gained by giving up a channel that carries less (Kingma et al., "Improved
-    variational inference with inverse autoregressive flow", 2016, "free bits"); the sum over channels is weighted.
+    The KL of each latent channel, summed over its positions and averaged over the batch, counts as
+    at least ``free_bits``, so that nothing is gained by giving up a channel that carries less
+    (Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, "free
+    bits"); the sum over channels is weighted.
 
     Args:
         evidence: of :meth:`ade_model.model.ADEModel.evidence`.
         num_dims: values per image, ``C * H * W``.
         free_bits: nats per channel and image.
         weight: of the KL, 1 in L_C.
-        average: in place, the mean over processes of a flat vector: whether a channel is charged depends on all.
+        average: in place, the mean over processes of a flat vector: whether a channel is charged
+            depends on all.
     """
     kl = torch.cat([level.mean(0) for level in evidence.kl_by_channel])
     charged = torch.where(average(kl.detach().clone()) > free_bits, kl, free_bits)
@@ -58,9 +67,9 @@ def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor
 def gradient_penalty(discriminator: nn.Module, points: Tensor, target: float) -> Tensor:
     """``E[(|grad D(x)| - target)^2]`` at ``points``; scalar.
 
-    ``target = 1`` is the two-sided penalty of Gulrajani et al., "Improved Training of Wasserstein GANs",
-    2017, eq. 3; ``target = 0`` the zero-centred one of Thanh-Tung et al., "Improving Generalization and
-    Stability of Generative Adversarial Networks", 2019, eq. 8.
+    ``target = 1`` is the two-sided penalty of Gulrajani et al., "Improved Training of Wasserstein
+    GANs", 2017, eq. 3; ``target = 0`` the zero-centred one of Thanh-Tung et al., "Improving
+    Generalization and Stability of Generative Adversarial Networks", 2019, eq. 8.
 
     Args:
         discriminator: gives logits ``(N,)``.

@@ -67,11 +67,13 @@ def check_options(dataset: Dataset, options: MeasureOptions) -> None:
         DataError: too few held-out images.
         FeatureError: a network's weights are not there or not what they should be.
     """
-    found = len(dataset.parts[options.part].images[:options.images])
+    found = len(dataset.parts[options.part].images[: options.images])
     least = MIN_HELD_OUT if options.resnet20 or options.efficientnet or options.inception else 2
     if found < least:
-        raise DataError(f"the part {options.part} of {dataset.name} has {found} images; what is to be measured takes "
-                        f"{least} at least")
+        raise DataError(
+            f"the part {options.part} of {dataset.name} has {found} images; what is to be measured takes "
+            f"{least} at least"
+        )
     if options.resnet20 is not None:
         ResNet20(options.resnet20)
     if options.efficientnet:
@@ -92,7 +94,8 @@ class _Space:
 
 @dataclass
 class Measurer:
-    """Measures one model after another against the same held-out images, whose features are worked out once.
+    """Measures one model after another against the same held-out images, whose features are worked
+    out once.
 
     Raises:
         FeatureError: a network's weights are not what they should be.
@@ -110,15 +113,25 @@ class Measurer:
     def __post_init__(self) -> None:
         options = self.options
         check_options(self.dataset, options)
-        self.images = np.asarray(self.dataset.parts[options.part].images[:options.images])
+        self.images = np.asarray(self.dataset.parts[options.part].images[: options.images])
         if options.resnet20 is not None:
             network = ResNet20(options.resnet20).to(self.device)
-            self._add(RESNET20, options.samples, lambda images: features_of(network, images, self.device), network.logits)
+            self._add(
+                RESNET20,
+                options.samples,
+                lambda images: features_of(network, images, self.device),
+                network.logits,
+            )
         if options.efficientnet:
             self._add(EFFICIENTNET, options.efficientnet_samples, EfficientNetFeatures())
 
-    def _add(self, name: str, samples: int, features: Callable[[np.ndarray], np.ndarray],
-             logits: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+    def _add(
+        self,
+        name: str,
+        samples: int,
+        features: Callable[[np.ndarray], np.ndarray],
+        logits: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self.report(f"{name}: features of held-out images")
         self._spaces[name] = _Space(samples, features, features(self.images[:samples]), logits)
 
@@ -127,29 +140,48 @@ class Measurer:
 
         Args:
             model: in evaluation mode, float32, on the device.
-            about: its checkpoint's ``config.json``: what it can do (a GAN before its inference network is trained can only
-                sample), and what it was trained against.
+            about: its checkpoint's ``config.json``: what it can do (a GAN before its inference
+                network is trained can only sample), and what it was trained against.
         """
         options = self.options
         operations = about.get("operations", model.config.operations)
-        result: dict[str, Any] = {"data": self.dataset.name, "part": options.part,
-                                  "split": self.dataset.splits[options.part], "images": len(self.images),
-                                  "seed": options.seed}
+        result: dict[str, Any] = {
+            "data": self.dataset.name,
+            "part": options.part,
+            "split": self.dataset.splits[options.part],
+            "images": len(self.images),
+            "seed": options.seed,
+        }
         if "score" in operations:
             self.report("bits per dimension")
-            result |= evaluate(model, self.images, self.device, options.draws, options.seed, options.bound_images)
+            result |= evaluate(
+                model, self.images, self.device, options.draws, options.seed, options.bound_images
+            )
             self.report("reconstructions")
-            made = reconstructions(model, self.images[:options.bound_images], self.device)
-            quality = np.concatenate([psnr(self.images[first:first + CHUNK], made[first:first + CHUNK])
-                                      for first in range(0, len(made), CHUNK)])
+            made = reconstructions(model, self.images[: options.bound_images], self.device)
+            quality = np.concatenate(
+                [
+                    psnr(self.images[first : first + CHUNK], made[first : first + CHUNK])
+                    for first in range(0, len(made), CHUNK)
+                ]
+            )
             inexact = quality[np.isfinite(quality)]
-            result["psnr"] = {"mean_db": float(inexact.mean()) if len(inexact) else None,
-                              "exact": len(made) - len(inexact), "images": len(made)}
+            result["psnr"] = {
+                "mean_db": float(inexact.mean()) if len(inexact) else None,
+                "exact": len(made) - len(inexact),
+                "images": len(made),
+            }
         wanted = max((space.samples for space in self._spaces.values()), default=0)
-        for kind in ("mean", "density") if wanted and model.config.widths and "score" in operations else ("mean",):
+        for kind in (
+            ("mean", "density")
+            if wanted and model.config.widths and "score" in operations
+            else ("mean",)
+        ):
             if wanted:
                 self.report(f"{wanted} {kind} samples")
-                self._samples(result, sample_images(model, wanted, self.device, kind, options.seed), kind)
+                self._samples(
+                    result, sample_images(model, wanted, self.device, kind, options.seed), kind
+                )
         if saw_efficientnet(about) and EFFICIENTNET in self._spaces:
             result["distances"]["mean"][EFFICIENTNET]["independent"] = NOT_INDEPENDENT
         if options.inception is not None:
@@ -162,40 +194,57 @@ class Measurer:
             if kind == "density" and name == EFFICIENTNET:
                 continue
             self.report(f"{name}: {kind} samples")
-            generated = space.features(samples[:space.samples])
+            generated = space.features(samples[: space.samples])
             reference = f"{len(space.real)} images of {self.dataset.splits[self.options.part]}"
-            values: dict[str, Any] = {"samples": len(generated), "reference": reference,
-                                      "frechet": frechet_distance(space.real, generated)}
+            values: dict[str, Any] = {
+                "samples": len(generated),
+                "reference": reference,
+                "frechet": frechet_distance(space.real, generated),
+            }
             if kind == "mean":
-                values |= {"kernel": kernel_distance(generated, space.real),
-                           "neighbours": improved_precision_recall(generated, space.real),
-                           "prd": prd_f_scores(generated, space.real)}
+                values |= {
+                    "kernel": kernel_distance(generated, space.real),
+                    "neighbours": improved_precision_recall(generated, space.real),
+                    "prd": prd_f_scores(generated, space.real),
+                }
             if space.logits is not None:
                 logits = space.logits(generated)
                 values["class_score"] = inception_score(logits)
                 if kind == "mean":
-                    self._gan_train(result, samples[:space.samples], logits.argmax(1))
+                    self._gan_train(result, samples[: space.samples], logits.argmax(1))
             found[name] = values
         result.setdefault("distances", {})[kind] = found
 
     def _gan_train(self, result: dict[str, Any], samples: np.ndarray, classes: np.ndarray) -> None:
         labels = self.dataset.parts[self.options.part].labels
-        if labels is None or self.dataset.name != "cifar10":  # the classifier's classes are CIFAR-10's
+        if (
+            labels is None or self.dataset.name != "cifar10"
+        ):  # the classifier's classes are CIFAR-10's
             return
         self.report("GAN-train")
-        labels = labels[:len(self.images)]
+        labels = labels[: len(self.images)]
         train = self.dataset.parts["train"]
         if self._real_accuracy is None and train.labels is not None:
             count = min(len(samples), len(train))
-            self._real_accuracy = gan_train_accuracy(np.asarray(train.images[:count]), train.labels[:count], self.images,
-                                                     labels, self.device)
-        result["gan_train"] = {"accuracy": gan_train_accuracy(samples, classes, self.images, labels, self.device),
-                               "accuracy_of_real": self._real_accuracy, "samples": len(samples),
-                               "classes": int(len(np.unique(classes)))}
+            self._real_accuracy = gan_train_accuracy(
+                np.asarray(train.images[:count]),
+                train.labels[:count],
+                self.images,
+                labels,
+                self.device,
+            )
+        result["gan_train"] = {
+            "accuracy": gan_train_accuracy(samples, classes, self.images, labels, self.device),
+            "accuracy_of_real": self._real_accuracy,
+            "samples": len(samples),
+            "classes": int(len(np.unique(classes))),
+        }
         result["gan_test"] = GAN_TEST
 
     def _inception(self, result: dict[str, Any], model: ADEModel) -> None:
-        """FID at three counts (5,000 and 10,000 against the part, 50,000 against the training images), KID, IS."""
+        """FID at three counts (5,000 and 10,000 against the part, 50,000 against the training
+        images), KID, IS.
+        """
         assert self.options.inception is not None
         self.report("Inception: samples")
         samples = sample_images(model, FID_COUNTS[-1], self.device, "mean", self.options.seed)
@@ -205,10 +254,17 @@ class Measurer:
             part = "train" if count == FID_COUNTS[-1] else self.options.part
             if count not in self._fid_real:
                 images = np.asarray(self.dataset.parts[part].images[:count])
-                self._fid_real[count] = inception_features(self.options.inception, images, self.device)[0]
+                self._fid_real[count] = inception_features(
+                    self.options.inception, images, self.device
+                )[0]
             real = self._fid_real[count]
-            fid[str(count)] = {"fid": frechet_distance(real, generated[:count]),
-                               "reference": f"{len(real)} images of {self.dataset.splits[part]}"}
+            fid[str(count)] = {
+                "fid": frechet_distance(real, generated[:count]),
+                "reference": f"{len(real)} images of {self.dataset.splits[part]}",
+            }
         real = self._fid_real[FID_COUNTS[1]]
-        result["inception"] = {"fid": fid, "kid": kernel_distance(generated[:len(real)], real),
-                               "is": {**inception_score(logits), "samples": len(logits)}}
+        result["inception"] = {
+            "fid": fid,
+            "kid": kernel_distance(generated[: len(real)], real),
+            "is": {**inception_score(logits), "samples": len(logits)},
+        }

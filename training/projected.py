@@ -1,7 +1,7 @@
 """The projected discriminator: small networks on the frozen features of a classifier of ImageNet.
 
-Sauer et al., "Projected GANs Converge Faster", 2021. Its features know ImageNet, so distances in the same network's
-features are no independent measure of what it trained.
+Sauer et al., "Projected GANs Converge Faster", 2021. Its features know ImageNet, so distances in
+the same network's features are no independent measure of what it trained.
 """
 
 from __future__ import annotations
@@ -41,28 +41,45 @@ class ProjectedDiscriminator(nn.Module):
     def __init__(self, widths: tuple[int, ...], image_size: int, channels: int) -> None:
         super().__init__()
         if channels != 3:
-            raise ConfigError(f"a projected discriminator needs images of 3 channels, got {channels}")
+            raise ConfigError(
+                f"a projected discriminator needs images of 3 channels, got {channels}"
+            )
         self.side = max(LEAST_SIDE, 2 ** math.ceil(math.log2(image_size)))
         generator = torch.Generator().manual_seed(_MIXING_SEED)
-        self.features = EfficientNetLite0(torch.load(efficientnet_weights(), torch.get_default_device(), weights_only=True))
+        self.features = EfficientNetLite0(
+            torch.load(efficientnet_weights(), torch.get_default_device(), weights_only=True)
+        )
         self.mix_channels = nn.ModuleList(
-            _random_conv(known, width, 1, generator) for known, width in zip(LEVEL_CHANNELS, widths, strict=True))
+            _random_conv(known, width, 1, generator)
+            for known, width in zip(LEVEL_CHANNELS, widths, strict=True)
+        )
         self.mix_scales = nn.ModuleList(
-            _random_conv(coarse, fine, 3, generator) for fine, coarse in zip(widths, widths[1:], strict=False))
+            _random_conv(coarse, fine, 3, generator)
+            for fine, coarse in zip(widths, widths[1:], strict=False)
+        )
         for module in (self.features, self.mix_channels, self.mix_scales):
             _freeze(module)
         self.heads = nn.ModuleList(
-            _head(width, self.side // (FINEST_STRIDE * 2**level)) for level, width in enumerate(widths))
+            _head(width, self.side // (FINEST_STRIDE * 2**level))
+            for level, width in enumerate(widths)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False)
-        levels = [mix(level) for mix, level in zip(self.mix_channels, self.features.levels(x), strict=True)]
+        levels = [
+            mix(level)
+            for mix, level in zip(self.mix_channels, self.features.levels(x), strict=True)
+        ]
         for fine in reversed(range(len(levels) - 1)):  # every level knows of the coarser ones
-            coarse = self.mix_scales[fine](F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest"))
+            coarse = self.mix_scales[fine](
+                F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest")
+            )
             levels[fine] = (levels[fine] + coarse) * 0.5**0.5
         # A level of fewer positions repeats its logits: all levels have the same weight in a mean.
-        logits = [F.interpolate(head(level), POSITIONS, mode="nearest").flatten(1)
-                  for head, level in zip(self.heads, levels, strict=True)]
+        logits = [
+            F.interpolate(head(level), POSITIONS, mode="nearest").flatten(1)
+            for head, level in zip(self.heads, levels, strict=True)
+        ]
         return torch.cat(logits, 1).to(torch.float32)
 
 
@@ -72,7 +89,11 @@ def _head(width: int, size: int) -> nn.Module:
     halvings = max(0, int(math.log2(size / POSITIONS)))
     for i in range(max(1, halvings)):
         out = HEAD_WIDTH if i + 1 >= halvings else width
-        conv = nn.Conv2d(width, out, 4, stride=2, padding=1) if halvings else nn.Conv2d(width, out, 3, padding=1)
+        conv = (
+            nn.Conv2d(width, out, 4, stride=2, padding=1)
+            if halvings
+            else nn.Conv2d(width, out, 3, padding=1)
+        )
         layers += [spectral_norm(conv), nn.LeakyReLU(0.2)]
         width = out
     return nn.Sequential(*layers, spectral_norm(nn.Conv2d(width, 1, 3, padding=1)))
@@ -81,7 +102,9 @@ def _head(width: int, size: int) -> nn.Module:
 def _random_conv(ins: int, outs: int, kernel: int, generator: torch.Generator) -> nn.Conv2d:
     """A convolution that keeps the scale of its input."""
     conv = nn.Conv2d(ins, outs, kernel, padding=kernel // 2, bias=False)
-    weight = torch.randn(conv.weight.shape, generator=generator, device="cpu") / math.sqrt(ins * kernel**2)
+    weight = torch.randn(conv.weight.shape, generator=generator, device="cpu") / math.sqrt(
+        ins * kernel**2
+    )
     conv.weight = nn.Parameter(weight)
     return conv
 
@@ -91,4 +114,6 @@ def _freeze(network: nn.Module) -> None:
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
             del module._parameters[name]
-            module.register_buffer(name, None if parameter is None else parameter.detach(), persistent=False)
+            module.register_buffer(
+                name, None if parameter is None else parameter.detach(), persistent=False
+            )

@@ -25,35 +25,41 @@ class TrainConfig:
         discriminator: its opponent; ``None`` trains by maximum likelihood alone.
         batch_size: images per step, over all processes.
         optimizer: ``adam`` or ``adamax``, of model and discriminator.
-        learning_rate: highest rate of what the likelihood alone trains (flow, encoder, posterior and sigma), and of the
-            whole model where there is no adversary.
+        learning_rate: highest rate of what the likelihood alone trains (flow, encoder, posterior
+            and sigma), and of the whole model where there is no adversary.
         beta1: of the same weights, the decay of the gradient's running mean, per step.
         beta2: of the same weights, the decay of the squared gradient's running mean, per step.
-        g_learning_rate: highest rate of the generator's path, all that makes samples, where there is an adversary.
+        g_learning_rate: highest rate of the generator's path, all that makes samples, where there
+            is an adversary.
         g_beta1: as beta1, for the generator's path.
         g_beta2: as beta2, for the generator's path.
         d_learning_rate: highest rate of the discriminator.
         d_beta1: as beta1, for the discriminator.
         d_beta2: as beta2, for the discriminator.
         warmup_steps: steps over which the learning rates grow linearly from zero.
-        cooldown: last fraction of the budget, over which the learning rates fall linearly to a fiftieth.
+        cooldown: last fraction of the budget, over which the learning rates fall linearly to a
+            fiftieth.
         coverage: whether the model learns by L_C.
-        free_bits: nats per latent channel and image; a channel whose KL is smaller is not charged for it (L_C as reported
-            is without this).
-        kl_warmup: training images over which the weight of the KL grows from 0 to 1, from the run's start.
-        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats; without L_C, the weight
-            of L_Q alone.
+        free_bits: nats per latent channel and image; a channel whose KL is smaller is not charged
+            for it (L_C as reported is without this).
+        kl_warmup: training images over which the weight of the KL grows from 0 to 1, from the run's
+            start.
+        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
+            without L_C, the weight of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
-        inference_share: fraction of the budget, spent on top of it, in which an inference network and sigma are trained
-            around the frozen generator: a GAN's likelihood.
+        inference_share: fraction of the budget, spent on top of it, in which an inference network
+            and sigma are trained around the frozen generator: a GAN's likelihood.
         d_steps: discriminator steps per model step.
         gp_weight: weight of the gradient penalty.
-        gp_target: slope that the penalty asks for at random interpolates of real and generated images, per unit of x.
-        gp_every: the penalty is computed at every such number of discriminator steps, its weight multiplied accordingly.
+        gp_target: slope that the penalty asks for at random interpolates of real and generated
+            images, per unit of x.
+        gp_every: the penalty is computed at every such number of discriminator steps, its weight
+            multiplied accordingly.
         ema_decay: per step, of the averaged weights, which are evaluated and exported.
-        clip: gradients longer than this many times their usual norm, a running mean, are shortened to that length.
-        augment: whether the discriminator sees all images, real and generated, with random changes of brightness,
-            saturation, contrast and place.
+        clip: gradients longer than this many times their usual norm, a running mean, are shortened
+            to that length.
+        augment: whether the discriminator sees all images, real and generated, with random changes
+            of brightness, saturation, contrast and place.
         flips: mirror training images at random.
     """
 
@@ -66,8 +72,9 @@ class TrainConfig:
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
-    # Adam lets a weight that rarely sees a gradient jump by (1 - beta1) / sqrt(1 - beta2) rates at once: with 0.5 and the
-    # usual 0.999 that is 16, and a run was lost to one such step; with 0.5 and 0.99 it is 5.
+    # Adam lets a weight that rarely sees a gradient jump by (1 - beta1) / sqrt(1 - beta2) rates at
+    # once: with 0.5 and the usual 0.999 that is 16, and a run was lost to one such step; with 0.5
+    # and 0.99 it is 5.
     g_learning_rate: float = 5e-4
     g_beta1: float = 0.5
     g_beta2: float = 0.99
@@ -92,23 +99,36 @@ class TrainConfig:
     flips: bool = True
 
     def __post_init__(self) -> None:
-        least_values = {"batch_size": 1, "d_steps": 1, "gp_every": 1, "warmup_steps": 0, "inference_share": 0,
-                        "free_bits": 0, "kl_warmup": 0}
+        least_values = {
+            "batch_size": 1,
+            "d_steps": 1,
+            "gp_every": 1,
+            "warmup_steps": 0,
+            "inference_share": 0,
+            "free_bits": 0,
+            "kl_warmup": 0,
+        }
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "g_beta1", "g_beta2", "d_beta1", "d_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
         for name in ("learning_rate", "g_learning_rate", "d_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.cooldown <= 1:
             raise ConfigError(f"cooldown must be from 0 to 1, got {self.cooldown}")
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+            raise ConfigError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
         if self.inference_share and (self.coverage or not self.model.widths):
-            raise ConfigError(f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own")
+            raise ConfigError(
+                f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own"
+            )
 
         if (self.free_bits or self.kl_warmup) and not self.model.widths:
             raise ConfigError(f"free_bits and kl_warmup are for latents: {self.recipe} has none")
@@ -121,10 +141,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Rebuild from :meth:`to_dict`. Of a run that was trained before November 2026, fields that did not exist take the
-        values that describe it."""
+        """Rebuild from :meth:`to_dict`. Of a run that was trained before November 2026, fields that
+        did not exist take the values that describe it.
+        """
         values = dict(values)
-        if "max_grad_norm" in values:  # then all weights had one rate, gradients one bound, and no run cooled down
+        if (
+            "max_grad_norm" in values
+        ):  # then all weights had one rate, gradients one bound, and no run cooled down
             del values["max_grad_norm"]
             values |= {"g_learning_rate": values["learning_rate"], "cooldown": 0.0}
             values |= {f"{who}_{beta}": values[beta] for who in "gd" for beta in ("beta1", "beta2")}
@@ -148,24 +171,53 @@ class _Size:
 
 _SIZES = {
     "tiny": _Size(
-        {"widths": (96, 64, 32), "latent_channels": (16, 8, 4), "decoder_blocks": (1, 1, 1),
-         "flow_couplings": 4, "flow_blocks": 1, "flow_width": 32},
+        {
+            "widths": (96, 64, 32),
+            "latent_channels": (16, 8, 4),
+            "decoder_blocks": (1, 1, 1),
+            "flow_couplings": 4,
+            "flow_blocks": 1,
+            "flow_width": 32,
+        },
         {"flow_scales": 2, "flow_couplings": 6, "flow_blocks": 1, "flow_width": 48},
-        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128), "residual", plain_stages=1),
-        batch_size=32, adversarial_rate=5e-4),
+        DiscriminatorConfig((64, 128, 256)),
+        DiscriminatorConfig((64, 128, 128), "residual", plain_stages=1),
+        batch_size=32,
+        adversarial_rate=5e-4,
+    ),
     "small": _Size(
-        {}, {"flow_scales": 2, "flow_couplings": 8, "flow_blocks": 1, "flow_width": 64},
-        DiscriminatorConfig((64, 128, 256)), DiscriminatorConfig((64, 128, 128, 128), "residual", plain_stages=1),
-        batch_size=64, adversarial_rate=3e-4),
-    # The networks of the paper as far as they are known: SNGAN's generator and discriminator, Real-NVP's f with one scale
-    # and three residual blocks of two layers (footnote 3).
+        {},
+        {"flow_scales": 2, "flow_couplings": 8, "flow_blocks": 1, "flow_width": 64},
+        DiscriminatorConfig((64, 128, 256)),
+        DiscriminatorConfig((64, 128, 128, 128), "residual", plain_stages=1),
+        batch_size=64,
+        adversarial_rate=3e-4,
+    ),
+    # The networks of the paper as far as they are known: SNGAN's generator and discriminator,
+    # Real-NVP's f with one scale and three residual blocks of two layers (footnote 3).
     "paper": _Size(
-        {"widths": (512, 256, 128, 64), "latent_channels": (32, 32, 32, 0), "decoder_blocks": (0, 0, 0, 0), "patch": 1,
-         "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 3, "flow_width": 32},
-        {"flow_scales": 2, "flow_mask": "checkerboard", "flow_couplings": 4, "flow_blocks": 8, "flow_width": 64},
+        {
+            "widths": (512, 256, 128, 64),
+            "latent_channels": (32, 32, 32, 0),
+            "decoder_blocks": (0, 0, 0, 0),
+            "patch": 1,
+            "flow_mask": "checkerboard",
+            "flow_couplings": 4,
+            "flow_blocks": 3,
+            "flow_width": 32,
+        },
+        {
+            "flow_scales": 2,
+            "flow_mask": "checkerboard",
+            "flow_couplings": 4,
+            "flow_blocks": 8,
+            "flow_width": 64,
+        },
         DiscriminatorConfig((64, 128, 256, 512), patch=1),
         DiscriminatorConfig((128, 128, 128, 128, 128), "residual", plain_stages=2, patch=1),
-        batch_size=64, adversarial_rate=3e-4),
+        batch_size=64,
+        adversarial_rate=3e-4,
+    ),
 }
 # One for all sizes: most of its operations are those of the frozen features.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
@@ -186,30 +238,58 @@ class _System:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# The smaller sigma gets, the steeper the likelihood of pixels: at 1e-3 the VAE broke after 119,000 images of CIFAR-10.
-_PIXELS: dict[str, Any] = {"flow_scales": 0, "model": {"sigma": "scalar"}, "training": {"learning_rate": 5e-4}}
-_GAN: dict[str, Any] = {**_PIXELS, "coverage": False,
-                        "training": {**_PIXELS["training"], "quality_weight": 1.0, "inference_share": 0.25}}
+# The smaller sigma gets, the steeper the likelihood of pixels: at 1e-3 the VAE broke after 119,000
+# images of CIFAR-10.
+_PIXELS: dict[str, Any] = {
+    "flow_scales": 0,
+    "model": {"sigma": "scalar"},
+    "training": {"learning_rate": 5e-4},
+}
+_GAN: dict[str, Any] = {
+    **_PIXELS,
+    "coverage": False,
+    "training": {**_PIXELS["training"], "quality_weight": 1.0, "inference_share": 0.25},
+}
 _SYSTEMS = {
     "gan": _System("adversarial alone", adversary="plain", **_GAN),
     "gan-rd": _System("adversarial alone, residual discriminator", adversary="residual", **_GAN),
     "vae": _System("maximum likelihood, Gaussian decoder on pixels", **_PIXELS),
     "v-ade": _System("maximum likelihood, decoder in the flow's feature space"),
-    "av-gde": _System("likelihood and adversarial, Gaussian decoder on pixels", adversary="plain", **_PIXELS),
-    "av-ade": _System("likelihood and adversarial, decoder in the flow's feature space", adversary="plain"),
+    "av-gde": _System(
+        "likelihood and adversarial, Gaussian decoder on pixels", adversary="plain", **_PIXELS
+    ),
+    "av-ade": _System(
+        "likelihood and adversarial, decoder in the flow's feature space", adversary="plain"
+    ),
     "av-ade-rd": _System("av-ade with a residual discriminator", adversary="residual"),
-    "av-ade-pd": _System("av-ade with a projected discriminator: frozen features of ImageNet (not in the paper)",
-                         adversary="projected",
-                         training={"d_learning_rate": 4e-4, "d_beta1": 0.0, "gp_weight": 0.0, "augment": True}),
-    "av-ade-wg-rd": _System("av-ade-rd with a generator of twice the width", adversary="residual", wide=True),
-    "av-ade-iaf-rd": _System("av-ade-rd with an inverse autoregressive posterior", adversary="residual",
-                             model={"posterior_iaf": True}),
+    "av-ade-pd": _System(
+        "av-ade with a projected discriminator: frozen features of ImageNet (not in the paper)",
+        adversary="projected",
+        training={"d_learning_rate": 4e-4, "d_beta1": 0.0, "gp_weight": 0.0, "augment": True},
+    ),
+    "av-ade-wg-rd": _System(
+        "av-ade-rd with a generator of twice the width", adversary="residual", wide=True
+    ),
+    "av-ade-iaf-rd": _System(
+        "av-ade-rd with an inverse autoregressive posterior",
+        adversary="residual",
+        model={"posterior_iaf": True},
+    ),
     "av-ade-s2": _System("av-ade with two scales in the flow", adversary="plain", flow_scales=2),
     "real-nvp": _System("the flow alone, maximum likelihood", vae=False),
-    "flow-gan-a": _System("the flow alone, adversarial", vae=False, coverage=False, adversary="plain",
-                          training={"quality_weight": 1.0, "flow_sees_quality": True}),
-    "flow-gan-h": _System("the flow alone, likelihood and adversarial", vae=False, adversary="plain",
-                          training={"flow_sees_quality": True}),
+    "flow-gan-a": _System(
+        "the flow alone, adversarial",
+        vae=False,
+        coverage=False,
+        adversary="plain",
+        training={"quality_weight": 1.0, "flow_sees_quality": True},
+    ),
+    "flow-gan-h": _System(
+        "the flow alone, likelihood and adversarial",
+        vae=False,
+        adversary="plain",
+        training={"flow_sees_quality": True},
+    ),
 }
 
 
@@ -219,17 +299,22 @@ def recipe_names() -> dict[str, str]:
 
 
 def saw_efficientnet(about: Mapping[str, Any]) -> bool:
-    """Whether a model was trained against EfficientNet's features, by its recipe or by one that it was started from.
+    """Whether a model was trained against EfficientNet's features, by its recipe or by one that it
+    was started from.
 
     Args:
         about: a checkpoint's or a bundle's ``config.json``.
     """
     known = _SYSTEMS.get(about.get("recipe", ""))
     before = about.get("started_from")
-    return (known is not None and known.adversary == "projected") or (before is not None and saw_efficientnet(before))
+    return (known is not None and known.adversary == "projected") or (
+        before is not None and saw_efficientnet(before)
+    )
 
 
-def recipe(name: str, image_size: int, channels: int, size: str = "small", **changes: Any) -> TrainConfig:
+def recipe(
+    name: str, image_size: int, channels: int, size: str = "small", **changes: Any
+) -> TrainConfig:
     """The configuration of a named system for images of a size.
 
     Args:
@@ -237,8 +322,8 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
         image_size: pixels.
         channels: colour channels.
         size: of the networks, one of :data:`SIZES`.
-        changes: fields to set differently: of :class:`TrainConfig`, of :class:`ModelConfig`, and with ``d_`` before their
-            names of :class:`DiscriminatorConfig`.
+        changes: fields to set differently: of :class:`TrainConfig`, of :class:`ModelConfig`, and
+            with ``d_`` before their names of :class:`DiscriminatorConfig`.
 
     Raises:
         ValueError: no recipe or size of that name.
@@ -250,13 +335,20 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
         raise ValueError(f"no size {size!r}; there are {', '.join(_SIZES)}")
     system, sized = _SYSTEMS[name], _SIZES[size]
     of_the_model = {name: changes.pop(name) for name in _names(ModelConfig) & changes.keys()}
-    of_the_discriminator = {name: changes.pop(f"d_{name}") for name in _names(DiscriminatorConfig)
-                            if f"d_{name}" in changes}
+    of_the_discriminator = {
+        name: changes.pop(f"d_{name}")
+        for name in _names(DiscriminatorConfig)
+        if f"d_{name}" in changes
+    }
     training: dict[str, Any] = {"batch_size": sized.batch_size, "coverage": system.coverage}
     if system.adversary is not None:
-        discriminator = {"plain": sized.plain, "residual": sized.residual, "projected": _PROJECTED}[system.adversary]
-        training |= {"discriminator": dataclasses.replace(discriminator, **of_the_discriminator),
-                     "g_learning_rate": sized.adversarial_rate}
+        discriminator = {"plain": sized.plain, "residual": sized.residual, "projected": _PROJECTED}[
+            system.adversary
+        ]
+        training |= {
+            "discriminator": dataclasses.replace(discriminator, **of_the_discriminator),
+            "g_learning_rate": sized.adversarial_rate,
+        }
     elif of_the_discriminator:
         raise ConfigError(f"d_{min(of_the_discriminator)}: {name} has no discriminator")
     training |= {**system.training, **changes}
@@ -273,7 +365,9 @@ def recipe(name: str, image_size: int, channels: int, size: str = "small", **cha
             options["encoder"] = training["inference_share"] > 0
     else:
         options = {**sized.flow_alone, "widths": (), "latent_channels": (), "decoder_blocks": ()}
-    model = ModelConfig(**{"image_size": image_size, "channels": channels, **options, **of_the_model})
+    model = ModelConfig(
+        **{"image_size": image_size, "channels": channels, **options, **of_the_model}
+    )
     return TrainConfig(recipe=name, size=size, model=model, **training)
 
 
@@ -282,12 +376,18 @@ def _names(config: type) -> set[str]:
 
 
 def _paper_networks(options: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """The generator narrowed by what ``f`` adds, and one more layer for 64x64 images (paper, section 5.3)."""
+    """The generator narrowed by what ``f`` adds, and one more layer for 64x64 images (paper,
+    section 5.3).
+    """
     options = dict(options)
     if options["flow_scales"]:
         options["widths"] = (PAPER_WIDTH_WITH_FLOW, *options["widths"][1:])
     if image_size > 48:
         options["widths"] += (options["widths"][-1],)
-        options["latent_channels"] = (*options["latent_channels"][:-1], options["latent_channels"][-2], 0)
+        options["latent_channels"] = (
+            *options["latent_channels"][:-1],
+            options["latent_channels"][-2],
+            0,
+        )
         options["decoder_blocks"] += (0,)
     return options

@@ -17,32 +17,60 @@ REPORT_IMAGES = 2000
 REPORT_SAMPLES = 8
 
 
-def write_report(run: Path, checkpoint: Path, dataset: Dataset, model: ADEModel, device: torch.device) -> None:
+def write_report(
+    run: Path, checkpoint: Path, dataset: Dataset, model: ADEModel, device: torch.device
+) -> None:
     """``RUN/report.md`` with samples, reconstructions and held-out bits per dimension beside it."""
     about = json.loads((checkpoint / "config.json").read_text())
     state = json.loads((checkpoint / "state.json").read_text())
     pictures = run / "pictures"
     pictures.mkdir(exist_ok=True)
     for kind in ("mean", "density"):
-        (pictures / f"samples-{kind}.png").write_bytes(write_png(sample_grid(model, 100, device, kind)))
-    lines = [f"# {about['recipe']} on {dataset.name}", "",
-             f"- {state['images']:,} training images in {state['step']:,} steps and {state['seconds'] / 60:.1f} minutes "
-             f"({state['images'] / max(state['seconds'], 1e-9):.0f} images/s), seed {about['seed']}",
-             f"- {sum(p.numel() for p in model.parameters()):,} weights, of them "
-             f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow"]
+        (pictures / f"samples-{kind}.png").write_bytes(
+            write_png(sample_grid(model, 100, device, kind))
+        )
+    lines = [
+        f"# {about['recipe']} on {dataset.name}",
+        "",
+        f"- {state['images']:,} training images in {state['step']:,} steps and {state['seconds'] / 60:.1f} minutes "
+        f"({state['images'] / max(state['seconds'], 1e-9):.0f} images/s), seed {about['seed']}",
+        f"- {sum(p.numel() for p in model.parameters()):,} weights, of them "
+        f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow",
+    ]
     held_out = dataset.parts["select"].images[:REPORT_IMAGES]
     if len(held_out) > 1 and "score" in about["operations"]:
         scores = evaluate(model, held_out, device, REPORT_SAMPLES)
         for name, value in scores.items():
             if isinstance(value, dict):
-                lines.append(f"- bits per dimension ({name}, {len(held_out)} held-out images of the part `select`): "
-                             f"{value['bpd']:.4f} ± {value['standard_error']:.4f}")
+                lines.append(
+                    f"- bits per dimension ({name}, {len(held_out)} held-out images of the part `select`): "
+                    f"{value['bpd']:.4f} ± {value['standard_error']:.4f}"
+                )
         grid = reconstruction_grid(model, np.asarray(held_out[:16]), device)
         (pictures / "reconstructions.png").write_bytes(write_png(grid))
-        lines += ["", "## Reconstructions (above: held-out images, below: reconstructed)", "",
-                  "![reconstructions](pictures/reconstructions.png)"]
-    lines += ["", "## Mean samples, f⁻¹(μ(z))", "", "![mean samples](pictures/samples-mean.png)",
-              "", "## Density samples, f⁻¹(μ(z) + σε)", "", "![density samples](pictures/samples-density.png)"]
+        lines += [
+            "",
+            "## Reconstructions (above: held-out images, below: reconstructed)",
+            "",
+            "![reconstructions](pictures/reconstructions.png)",
+        ]
+    lines += [
+        "",
+        "## Mean samples, f⁻¹(μ(z))",
+        "",
+        "![mean samples](pictures/samples-mean.png)",
+        "",
+        "## Density samples, f⁻¹(μ(z) + σε)",
+        "",
+        "![density samples](pictures/samples-density.png)",
+    ]
     if dataset.skipped:
-        lines += ["", f"## Files left out ({len(dataset.skipped)})", "", *(f"- {line}" for line in dataset.skipped)]
-    (run / "report.md").write_text("\n".join(lines) + "\n", errors="backslashreplace")  # names of files may be no UTF-8
+        lines += [
+            "",
+            f"## Files left out ({len(dataset.skipped)})",
+            "",
+            *(f"- {line}" for line in dataset.skipped),
+        ]
+    (run / "report.md").write_text(
+        "\n".join(lines) + "\n", errors="backslashreplace"
+    )  # names of files may be no UTF-8

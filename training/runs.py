@@ -1,7 +1,8 @@
 """A run's folder: what was asked, checkpoints that are whole or not there, and the log of losses.
 
-``RUN/run.json`` says how the run was started, ``RUN/checkpoints/step-N/`` holds everything that is needed to
-go on, ``RUN/metrics.jsonl`` the losses, ``RUN/tensorboard/`` the same for TensorBoard and ``RUN/report.md`` the end.
+``RUN/run.json`` says how the run was started, ``RUN/checkpoints/step-N/`` holds everything that is
+needed to go on, ``RUN/metrics.jsonl`` the losses, ``RUN/tensorboard/`` the same for TensorBoard and
+``RUN/report.md`` the end.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-    """Write a checkpoint under a temporary name and move it into place; older ones go, all but two. One that is there
-    stays as it is: the same step has the same weights."""
+    """Write a checkpoint under a temporary name and move it into place; older ones go, all but two.
+    One that is there stays as it is: the same step has the same weights.
+    """
     parent = run / "checkpoints"
     target = parent / f"step-{progress.step:09d}"
     if (target / STATE_NAME).is_file():
@@ -104,10 +106,18 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
     if trainer.discriminator is not None and trainer.d_optimizer is not None:
         _save(trainer.discriminator.state_dict(), temporary / DISCRIMINATOR_NAME)
         _save_optimizer(trainer.d_optimizer, temporary / "d_optimizer.safetensors")
-    write_json(temporary / STATE_NAME, {
-        "step": progress.step, "images": progress.images, "seconds": progress.seconds,
-        "skipped_in_a_row": trainer.skipped_in_a_row, "usual_norm": trainer.usual_norm,
-        "inferring_since": trainer.inferring_since, "rescued_at": trainer.rescued_at})
+    write_json(
+        temporary / STATE_NAME,
+        {
+            "step": progress.step,
+            "images": progress.images,
+            "seconds": progress.seconds,
+            "skipped_in_a_row": trainer.skipped_in_a_row,
+            "usual_norm": trainer.usual_norm,
+            "inferring_since": trainer.inferring_since,
+            "rescued_at": trainer.rescued_at,
+        },
+    )
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -124,7 +134,9 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     trainer.model.load_state_dict(safetensors.torch.load_file(folder / RAW_NAME))
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
     if trainer.discriminator is not None and trainer.d_optimizer is not None:
-        trainer.discriminator.load_state_dict(safetensors.torch.load_file(folder / DISCRIMINATOR_NAME))
+        trainer.discriminator.load_state_dict(
+            safetensors.torch.load_file(folder / DISCRIMINATOR_NAME)
+        )
         _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
     state = json.loads((folder / STATE_NAME).read_text())
     trainer.step = state["step"]
@@ -149,23 +161,41 @@ def start_from(folder: Path, trainer: Trainer) -> None:
         trainer.ema.load_state_dict(weights)
         trainer.model.load_state_dict(weights)
     except RuntimeError as error:
-        raise RunError(f"{folder} holds another architecture than this recipe's: {error}") from error
+        raise RunError(
+            f"{folder} holds another architecture than this recipe's: {error}"
+        ) from error
     if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
-        theirs, ours = safetensors.torch.load_file(folder / DISCRIMINATOR_NAME), trainer.discriminator.state_dict()
+        theirs, ours = (
+            safetensors.torch.load_file(folder / DISCRIMINATOR_NAME),
+            trainer.discriminator.state_dict(),
+        )
         # Compared first: loading takes over what fits before it fails.
-        if {name: value.shape for name, value in theirs.items()} == {name: value.shape for name, value in ours.items()}:
+        if {name: value.shape for name, value in theirs.items()} == {
+            name: value.shape for name, value in ours.items()
+        }:
             trainer.discriminator.load_state_dict(theirs)
         else:
-            logger.warning("%s: its discriminator is of another architecture; this one starts anew", folder)
+            logger.warning(
+                "%s: its discriminator is of another architecture; this one starts anew", folder
+            )
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+    safetensors.torch.save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path
+    )
 
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     state = optimizer.state_dict()["state"]
-    _save({f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}, path)
+    _save(
+        {
+            f"{index}.{key}": value
+            for index, values in state.items()
+            for key, value in values.items()
+        },
+        path,
+    )
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -173,4 +203,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     for name, value in safetensors.torch.load_file(path).items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

@@ -30,8 +30,11 @@ def count_weights(config: TrainConfig) -> WeightCounts:
     with torch.device("meta"):
         model = ADEModel(config.model)
         discriminator = config.discriminator and make_discriminator(
-            config.discriminator, config.model.image_size, config.model.channels)
-    return WeightCounts(_count(model), _count(model.flow), _count(discriminator) if discriminator else 0)
+            config.discriminator, config.model.image_size, config.model.channels
+        )
+    return WeightCounts(
+        _count(model), _count(model.flow), _count(discriminator) if discriminator else 0
+    )
 
 
 def _count(network: torch.nn.Module) -> int:

@@ -1,4 +1,7 @@
-"""BentoML with its adaptive batching; it takes JSON. ``bentoml serve benchmarks.peers.bento:Score``"""
+"""BentoML with its adaptive batching; it takes JSON.
+
+``bentoml serve benchmarks.peers.bento:Score``
+"""
 
 from __future__ import annotations
 
@@ -16,4 +19,9 @@ class Score:
     @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=60_000)
     def score(self, images: list[str]) -> list[str]:
         """A base64 file each."""
-        return [body.decode() for body in self.scorer([RawRequest("application/json", {"images": [i]}) for i in images])]
+        return [
+            body.decode()
+            for body in self.scorer(
+                [RawRequest("application/json", {"images": [i]}) for i in images]
+            )
+        ]

@@ -1,4 +1,7 @@
-"""FastAPI: a worker process gathers what came while it computed, up to a batch. ``python -m benchmarks.peers.fast_api``"""
+"""FastAPI: a worker process gathers what came while it computed, up to a batch.
+
+``python -m benchmarks.peers.fast_api``
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,17 @@ app = FastAPI(lifespan=lifespan)
 @app.post("/score")
 async def score(request: Request) -> Response:
     future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-    waiting.put_nowait((RawRequest(request.headers.get("content-type", ""), await request.body()), future))
+    waiting.put_nowait(
+        (RawRequest(request.headers.get("content-type", ""), await request.body()), future)
+    )
     return Response(await future, media_type="application/json")
 
 
 if __name__ == "__main__":
-    uvicorn.run("benchmarks.peers.fast_api:app", host="127.0.0.1", port=PORT, workers=WORKERS, log_level="warning")
+    uvicorn.run(
+        "benchmarks.peers.fast_api:app",
+        host="127.0.0.1",
+        port=PORT,
+        workers=WORKERS,
+        log_level="warning",
+    )

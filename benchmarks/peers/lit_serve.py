@@ -13,7 +13,9 @@ class ScoreApi(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.scorer = Scorer()
 
-    def decode_request(self, request) -> RawRequest:  # LitServe would take an annotation for a model to validate with
+    def decode_request(
+        self, request
+    ) -> RawRequest:  # LitServe would take an annotation for a model to validate with
         return RawRequest("application/json", request)
 
     def predict(self, requests: list[RawRequest]) -> list[bytes]:
@@ -26,4 +28,5 @@ class ScoreApi(litserve.LitAPI):
 if __name__ == "__main__":
     api = ScoreApi(max_batch_size=BATCH, batch_timeout=DELAY_S, api_path="/score")
     litserve.LitServer(api, accelerator="cpu", workers_per_device=WORKERS).run(
-        host="127.0.0.1", port=PORT, log_level="warning", generate_client_file=False)
+        host="127.0.0.1", port=PORT, log_level="warning", generate_client_file=False
+    )

@@ -1,4 +1,6 @@
-"""What every peer computes with: this project's own parsing, engine and answers, in as many processes as the service."""
+"""What every peer computes with: this project's own parsing, engine and answers, in as many
+processes as the service.
+"""
 
 from __future__ import annotations
 

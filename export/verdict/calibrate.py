@@ -1,4 +1,6 @@
-"""Calibration of a bundle: held-out images through the serving engine, what they give into a new bundle."""
+"""Calibration of a bundle: held-out images through the serving engine, what they give into a new
+bundle.
+"""
 
 from __future__ import annotations
 
@@ -28,55 +30,89 @@ FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling
 Report = Callable[[str], None]
 
 
-def calibrate_bundle(folder: Path, out: Path, fit: Iterable[bytes | np.ndarray], calibrate: Iterable[bytes | np.ndarray],
-                     data_name: str, report: Report = lambda line: None) -> Calibrations:
+def calibrate_bundle(
+    folder: Path,
+    out: Path,
+    fit: Iterable[bytes | np.ndarray],
+    calibrate: Iterable[bytes | np.ndarray],
+    data_name: str,
+    report: Report = lambda line: None,
+) -> Calibrations:
     """Score images as requests are scored, and write the bundle with its verdicts fitted to them.
 
-    There is a calibration for images of the model's size and one for images that a request had resized. Each is made of
-    the images that came that way, if they are at least half of all; otherwise of all of them: to images of the model's size
-    the others resized as requests resize them, to resized ones those of the model's size after
-    :func:`resize_and_back`.
+    There is a calibration for images of the model's size and one for images that a request had
+    resized. Each is made of the images that came that way, if they are at least half of all;
+    otherwise of all of them: to images of the model's size the others resized as requests resize
+    them, to resized ones those of the model's size after :func:`resize_and_back`.
 
     Args:
         folder: of the bundle.
         out: the new bundle's folder; must not exist.
-        fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. Never trained on.
+        fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. Never
+            trained on.
         calibrate: others, never trained on.
         data_name: what they are, for the manifest.
         report: is told of progress, a line at a time.
 
     Raises:
         BundleError: the bundle is not whole.
-        CalibrationError: ``out`` exists or was written by another process meanwhile, too few images, or scores that cannot
-            be used.
+        CalibrationError: ``out`` exists or was written by another process meanwhile, too few
+            images, or scores that cannot be used.
     """
     if out.exists():
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
     bundle = verify_bundle(folder)
     if "score" not in bundle.operations:
-        raise CalibrationError(f"{bundle.name} cannot score: it was trained without an inference network")
+        raise CalibrationError(
+            f"{bundle.name} cannot score: it was trained without an inference network"
+        )
     # Without the verdict that it may have had: it is replaced, and may be of an older version.
-    files = {name: digest for name, digest in bundle.manifest["files"].items() if name != CALIBRATION_NAME}
-    engine = InferenceEngine(Bundle(folder, {**bundle.manifest, "files": files}), device="cpu", operations=["score"])
-    halves = (_usable(fit, bundle.image_shape, "fitting", report),
-              _usable(calibrate, bundle.image_shape, "calibration", report))
+    files = {
+        name: digest
+        for name, digest in bundle.manifest["files"].items()
+        if name != CALIBRATION_NAME
+    }
+    engine = InferenceEngine(
+        Bundle(folder, {**bundle.manifest, "files": files}), device="cpu", operations=["score"]
+    )
+    halves = (
+        _usable(fit, bundle.image_shape, "fitting", report),
+        _usable(calibrate, bundle.image_shape, "calibration", report),
+    )
     exact, about = _exact(engine, halves, report)
-    resized, about_resized = (exact, about) if all(image.resized for half in halves for image in half) else _resized(
-        engine, halves, report)
+    resized, about_resized = (
+        (exact, about)
+        if all(image.resized for half in halves for image in half)
+        else _resized(engine, halves, report)
+    )
     calibrations = Calibrations(exact, resized)
     with new_folder(out, CalibrationError) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
-        write_manifest(temporary, {**bundle.manifest, "calibration": {
-            **about, "data": data_name, "webp": coder_version(), "resized": about_resized}})
+        write_manifest(
+            temporary,
+            {
+                **bundle.manifest,
+                "calibration": {
+                    **about,
+                    "data": data_name,
+                    "webp": coder_version(),
+                    "resized": about_resized,
+                },
+            },
+        )
     return calibrations
 
 
 Halves = tuple[list[InputImage], list[InputImage]]
 
 
-def _usable(images: Iterable[bytes | np.ndarray], image_shape: tuple[int, int, int], name: str, report: Report) -> (
-        list[InputImage]):
+def _usable(
+    images: Iterable[bytes | np.ndarray],
+    image_shape: tuple[int, int, int],
+    name: str,
+    report: Report,
+) -> list[InputImage]:
     """The images at the model's size; those that a request could not use are left out."""
     found = [prepare_image(source, image_shape, True, index) for index, source in enumerate(images)]
     skipped = [image for image in found if isinstance(image, ApiError)]
@@ -90,34 +126,55 @@ def _usable(images: Iterable[bytes | np.ndarray], image_shape: tuple[int, int, i
 def _that_came(halves: Halves, resized: bool) -> Halves | None:
     """Those that were or were not resized, if they are the half of all, and enough."""
     fit, calibrate = ([image for image in half if image.resized == resized] for half in halves)
-    many = 2 * (len(fit) + len(calibrate)) >= sum(map(len, halves)) and min(len(fit), len(calibrate)) >= MIN_IMAGES
+    many = (
+        2 * (len(fit) + len(calibrate)) >= sum(map(len, halves))
+        and min(len(fit), len(calibrate)) >= MIN_IMAGES
+    )
     return (fit, calibrate) if many else None
 
 
-def _exact(engine: InferenceEngine, halves: Halves, report: Report) -> tuple[Calibration, dict[str, Any]]:
+def _exact(
+    engine: InferenceEngine, halves: Halves, report: Report
+) -> tuple[Calibration, dict[str, Any]]:
     chosen = _that_came(halves, resized=False)
     pixels = [[image.pixels for image in half] for half in chosen or halves]
     return _calibrated(engine, pixels, "" if chosen else "fit", "", report)
 
 
-def _resized(engine: InferenceEngine, halves: Halves, report: Report) -> tuple[Calibration, dict[str, Any]]:
+def _resized(
+    engine: InferenceEngine, halves: Halves, report: Report
+) -> tuple[Calibration, dict[str, Any]]:
     chosen = _that_came(halves, resized=True) or halves
-    pixels = [[image.pixels if image.resized else resize_and_back(image.pixels) for image in half] for half in chosen]
+    pixels = [
+        [image.pixels if image.resized else resize_and_back(image.pixels) for image in half]
+        for half in chosen
+    ]
     calibration, about = _calibrated(engine, pixels, "fit", " of resized images", report)
-    return calibration, {**about, "resized_and_back": sum(not image.resized for half in chosen for image in half)}
+    return calibration, {
+        **about,
+        "resized_and_back": sum(not image.resized for half in chosen for image in half),
+    }
 
 
-def _calibrated(engine: InferenceEngine, pixels: Sequence[Sequence[np.ndarray]], resize: str, name: str,
-                report: Report) -> tuple[Calibration, dict[str, Any]]:
+def _calibrated(
+    engine: InferenceEngine,
+    pixels: Sequence[Sequence[np.ndarray]],
+    resize: str,
+    name: str,
+    report: Report,
+) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and what the manifest says of it."""
-    fitting, calibrating = (statistics_of(engine, half, part + name, report=report) for part, half in zip(
-        ("fitting", "calibration"), pixels, strict=True))
+    fitting, calibrating = (
+        statistics_of(engine, half, part + name, report=report)
+        for part, half in zip(("fitting", "calibration"), pixels, strict=True)
+    )
     calibration = fit_calibration(fitting, calibrating, resize=resize or None)
     return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
 
 
 def resize_and_back(pixels: np.ndarray) -> np.ndarray:
-    """An image of the model's size as if it came from a larger picture: enlarged, and resized as a request does it.
+    """An image of the model's size as if it came from a larger picture: enlarged, and resized as a
+    request does it.
 
     How much larger, from 1.25 to 8 times, and by which filter depends on the pixels alone.
 
@@ -127,23 +184,31 @@ def resize_and_back(pixels: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng(int.from_bytes(image_digest(pixels)))
     scale, kind = 2 ** rng.uniform(*LOG2_ENLARGED), FILTERS[rng.integers(len(FILTERS))]
     size = (round(scale * pixels.shape[1]), round(scale * pixels.shape[0]))
-    planes = [np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, kind))
-              for plane in pixels.transpose(2, 0, 1)]
+    planes = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, kind))
+        for plane in pixels.transpose(2, 0, 1)
+    ]
     image = prepare_image(np.stack(planes, axis=2), pixels.shape, True, 0)
     assert isinstance(image, InputImage)
     return image.pixels
 
 
-def statistics_of(engine: InferenceEngine, images: Iterable[bytes | np.ndarray], name: str, resize: str | None = None,
-                  report: Report = lambda line: None) -> dict[str, np.ndarray]:
-    """Statistics by name of many images, a chunk at a time; images that a request could not use are left out.
+def statistics_of(
+    engine: InferenceEngine,
+    images: Iterable[bytes | np.ndarray],
+    name: str,
+    resize: str | None = None,
+    report: Report = lambda line: None,
+) -> dict[str, np.ndarray]:
+    """Statistics by name of many images, a chunk at a time; images that a request could not use are
+    left out.
 
     Args:
         engine: with ``score``.
         images: image files, or uint8 ``(H, W, C)``.
         name: of them, for progress and errors.
-        resize: ``fit`` brings images of other sizes to the model's, as requests with that parameter are; ``None`` leaves
-            them out.
+        resize: ``fit`` brings images of other sizes to the model's, as requests with that parameter
+            are; ``None`` leaves them out.
         report: is told of progress.
 
     Raises:
@@ -159,8 +224,10 @@ def statistics_of(engine: InferenceEngine, images: Iterable[bytes | np.ndarray],
         if waiting:
             found = engine.statistics(np.stack([pixels for _, pixels in waiting]))
             finite = np.isfinite(np.stack(list(found.values()))).all(0)
-            skipped.extend(unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
-                           for row in np.flatnonzero(~finite))
+            skipped.extend(
+                unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
+                for row in np.flatnonzero(~finite)
+            )
             chunks.append({key: values[finite] for key, values in found.items()})
             done += len(waiting)
             waiting.clear()
@@ -187,8 +254,10 @@ def _tell_skipped(name: str, skipped: Sequence[ApiError], report: Report) -> Non
 
 
 def _none_usable(name: str, skipped: Sequence[ApiError]) -> CalibrationError:
-    return CalibrationError(f"{name}: none of {len(skipped)} images could be used" +
-                            (f": {_examples(skipped)}" if skipped else ""))
+    return CalibrationError(
+        f"{name}: none of {len(skipped)} images could be used"
+        + (f": {_examples(skipped)}" if skipped else "")
+    )
 
 
 def _examples(errors: Sequence[ApiError]) -> str:

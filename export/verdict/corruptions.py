@@ -1,4 +1,6 @@
-"""Images made strange on purpose, to see whether the verdict notices; uint8 ``(N, H, W, C)`` in and out."""
+"""Images made strange on purpose, to see whether the verdict notices; uint8 ``(N, H, W, C)`` in and
+out.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,13 @@ def uniform_noise(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def blur(images: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur, ``sigma`` in pixels."""
     planes = images.transpose(0, 3, 1, 2)
-    made = [[np.asarray(Image.fromarray(plane).filter(ImageFilter.GaussianBlur(sigma))) for plane in image]
-            for image in planes]
+    made = [
+        [
+            np.asarray(Image.fromarray(plane).filter(ImageFilter.GaussianBlur(sigma)))
+            for plane in image
+        ]
+        for image in planes
+    ]
     return np.ascontiguousarray(np.array(made, np.uint8).transpose(0, 2, 3, 1))
 
 
@@ -49,7 +56,9 @@ def jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     made = []
     for image in images:
         out = io.BytesIO()
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(out, "JPEG", quality=quality)
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
+            out, "JPEG", quality=quality
+        )
         made.append(np.asarray(Image.open(out)).reshape(image.shape))
     return np.stack(made)
 

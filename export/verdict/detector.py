@@ -1,4 +1,6 @@
-"""Fits the density of statistics that verdicts are made of, and says what its false-alarm rate will be."""
+"""Fits the density of statistics that verdicts are made of, and says what its false-alarm rate will
+be.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from serving.verdict.calibration import FARTHEST, Calibration, CalibrationError, Mixture, NormalScores
+from serving.verdict.calibration import (
+    FARTHEST,
+    Calibration,
+    CalibrationError,
+    Mixture,
+    NormalScores,
+)
 from serving.verdict.statistics import PIXEL_PREFIX
 
 MIN_IMAGES = 20
@@ -22,12 +30,17 @@ SHRINKAGE = 0.5  # of each component's covariance towards that of all images
 RIDGE = 0.02  # of a variance of one
 
 
-def fit_calibration(fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.ndarray], estimator: str = "elbo",
-                    resize: str | None = None) -> Calibration:
+def fit_calibration(
+    fit: Mapping[str, np.ndarray],
+    calibrate: Mapping[str, np.ndarray],
+    estimator: str = "elbo",
+    resize: str | None = None,
+) -> Calibration:
     """Fit a density to the statistics of some images, and calibrate it on others.
 
     Args:
-        fit: float32 ``(m,)`` by name, of images that were neither trained on nor are in the other set.
+        fit: float32 ``(m,)`` by name, of images that were neither trained on nor are in the other
+            set.
         calibrate: float32 ``(n,)`` by name.
         estimator: of their bits per dimension.
         resize: ``fit`` if the images were resized so.
@@ -41,7 +54,9 @@ def fit_calibration(fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.nd
             raise CalibrationError(f"{name} needs at least {MIN_IMAGES} images, got {count}")
         bad = ~np.isfinite(np.stack(list(values.values()))).all(0)
         if bad.any():
-            raise CalibrationError(f"{name}: the statistics of {int(bad.sum())} images are not finite")
+            raise CalibrationError(
+                f"{name}: the statistics of {int(bad.sum())} images are not finite"
+            )
     names = tuple(name for name, values in fit.items() if values.min() < values.max())
     if "bpd" not in names:
         raise CalibrationError("the images' scores do not vary: a density cannot be fitted to them")
@@ -52,14 +67,22 @@ def fit_calibration(fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.nd
     pixels = [i for i, name in enumerate(names) if name.startswith(PIXEL_PREFIX)]
     reference = np.stack([calibrate[name] for name in names], axis=1)
     return Calibration(
-        estimator, resize, names, normal, mixture, np.sort(mixture.surprise(normal(reference))),
-        np.sort(reference, axis=0), fit_mixture(scores[:, pixels]))
+        estimator,
+        resize,
+        names,
+        normal,
+        mixture,
+        np.sort(mixture.surprise(normal(reference))),
+        np.sort(reference, axis=0),
+        fit_mixture(scores[:, pixels]),
+    )
 
 
 def fit_mixture(scores: np.ndarray) -> Mixture:
     """Gaussians found by expectation maximisation, their covariances shrunk towards the common one.
 
-    A component has few images for its many covariances: shrinking them keeps the shape that all share.
+    A component has few images for its many covariances: shrinking them keeps the shape that all
+        share.
     """
     scores = np.clip(scores, -FARTHEST, FARTHEST)
     count, dims = scores.shape
@@ -72,20 +95,28 @@ def fit_mixture(scores: np.ndarray) -> Mixture:
     whiteners, log_weights = [], []
     for k in range(components):
         gap = scores - found.means_[k]
-        own = (gap * shares[:, k:k + 1]).T @ gap / shares[:, k].sum()
+        own = (gap * shares[:, k : k + 1]).T @ gap / shares[:, k].sum()
         root = np.linalg.cholesky((1 - SHRINKAGE) * own + SHRINKAGE * common)
         whiteners.append(np.linalg.inv(root))
-        log_weights.append(math.log(found.weights_[k]) - np.log(np.diagonal(root)).sum() - dims / 2 * math.log(2 * math.pi))
+        log_weights.append(
+            math.log(found.weights_[k])
+            - np.log(np.diagonal(root)).sum()
+            - dims / 2 * math.log(2 * math.pi)
+        )
     return Mixture(np.array(log_weights), found.means_, np.array(whiteners))
 
 
-def false_alarm_band(n: int, alpha: float, level: float = 0.95, tested: int | None = None) -> tuple[float, float]:
-    """Where the realised false-alarm rate lies, given the calibration: quantiles of Beta(k, n + 1 - k).
+def false_alarm_band(
+    n: int, alpha: float, level: float = 0.95, tested: int | None = None
+) -> tuple[float, float]:
+    """Where the realised false-alarm rate lies, given the calibration: quantiles of Beta(k, n + 1 -
+    k).
 
-    Of ``tested`` images, the share that is flagged is more scattered: their count follows the beta-binomial distribution.
+    Of ``tested`` images, the share that is flagged is more scattered: their count follows the
+        beta-binomial distribution.
 
-    ``k = floor(alpha (n + 1))``; the mean over calibrations is ``k / (n + 1)``. Vovk, "Conditional validity of inductive
-    conformal predictors", 2012.
+    ``k = floor(alpha (n + 1))``; the mean over calibrations is ``k / (n + 1)``. Vovk, "Conditional
+    validity of inductive conformal predictors", 2012.
 
     Args:
         n: calibration images.

@@ -1,4 +1,6 @@
-"""How well does a bundle's verdict tell strangers? Figures for each set of them, beside the raw likelihood and no model."""
+"""How well does a bundle's verdict tell strangers? Figures for each set of them, beside the raw
+likelihood and no model.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Figures:
         standard_error: of it.
         aupr: average precision, strangers being the positives.
         fpr95: false-alarm rate at the threshold that finds 95 % of the strangers.
-        flagged: share of the strangers that is flagged at each of :data:`ALPHAS`; of the combined score alone.
+        flagged: share of the strangers that is flagged at each of :data:`ALPHAS`; of the combined
+            score alone.
     """
 
     auroc: float
@@ -40,16 +43,22 @@ class Figures:
     flagged: tuple[float, ...] | None = None
 
 
-def scores_of(calibration: Calibration, statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores by name, higher is stranger: the combined one, the raw bpd, the one without a model, each statistic's.
+def scores_of(
+    calibration: Calibration, statistics: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Scores by name, higher is stranger: the combined one, the raw bpd, the one without a model,
+    each statistic's.
 
     A single statistic's is its distance from the middle in normal scores, on both sides.
     """
     rows = calibration.rows(statistics)
     normal = calibration.normal(rows)
-    return {COMBINED: calibration.mixture.surprise(normal), RAW_BPD: statistics["bpd"].astype(np.float64),
-            NO_MODEL: calibration.baseline.surprise(normal[:, calibration.pixel_columns]),
-            **dict(zip(calibration.names, np.abs(normal).T, strict=True))}
+    return {
+        COMBINED: calibration.mixture.surprise(normal),
+        RAW_BPD: statistics["bpd"].astype(np.float64),
+        NO_MODEL: calibration.baseline.surprise(normal[:, calibration.pixel_columns]),
+        **dict(zip(calibration.names, np.abs(normal).T, strict=True)),
+    }
 
 
 def compare_scores(usual: np.ndarray, strange: np.ndarray) -> Figures:
@@ -57,8 +66,12 @@ def compare_scores(usual: np.ndarray, strange: np.ndarray) -> Figures:
     truth = np.concatenate([np.zeros(len(usual)), np.ones(len(strange))])
     values = np.concatenate([usual, strange])
     auroc = float(roc_auc_score(truth, values))
-    return Figures(auroc, _standard_error(auroc, len(usual), len(strange)), float(average_precision_score(truth, values)),
-                   float((usual >= np.quantile(strange, 0.05)).mean()))
+    return Figures(
+        auroc,
+        _standard_error(auroc, len(usual), len(strange)),
+        float(average_precision_score(truth, values)),
+        float((usual >= np.quantile(strange, 0.05)).mean()),
+    )
 
 
 def _printable(name: str) -> str:
@@ -72,8 +85,14 @@ def _standard_error(auroc: float, usual: int, strange: int) -> float:
     return math.sqrt(max(variance, 0.0) / (usual * strange))
 
 
-def write_report(calibration: Calibration, model: str, usual_name: str, usual: Mapping[str, np.ndarray],
-                 strangers: Mapping[str, Mapping[str, np.ndarray]], out: Path) -> Path:
+def write_report(
+    calibration: Calibration,
+    model: str,
+    usual_name: str,
+    usual: Mapping[str, np.ndarray],
+    strangers: Mapping[str, Mapping[str, np.ndarray]],
+    out: Path,
+) -> Path:
     """``OUT/report.md``, ``OUT/figures.csv`` and a histogram for each set.
 
     Args:
@@ -88,7 +107,10 @@ def write_report(calibration: Calibration, model: str, usual_name: str, usual: M
         The report's path.
     """
     out.mkdir(parents=True, exist_ok=True)
-    usual_name, strangers = _printable(usual_name), {_printable(name): its for name, its in strangers.items()}
+    usual_name, strangers = (
+        _printable(usual_name),
+        {_printable(name): its for name, its in strangers.items()},
+    )
     usual_scores = scores_of(calibration, usual)
     names = [COMBINED, RAW_BPD, NO_MODEL, *calibration.names]
     table: dict[str, dict[str, Figures]] = {}
@@ -100,22 +122,42 @@ def write_report(calibration: Calibration, model: str, usual_name: str, usual: M
         table[name][COMBINED] = Figures(**{**vars(table[name][COMBINED]), "flagged": flagged})
         _histogram(usual_scores, scores, usual_name, name, out / f"histogram-{number}.png")
     _write_csv(table, out / "figures.csv")
-    lines = [f"# Strangers to {model}", "",
-             f"Usual images: {len(usual['bpd']):,} of {usual_name}. Calibrated on {len(calibration.scores):,} others.", "",
-             "## False alarms", "", *_false_alarms(calibration, usual_scores[COMBINED]), "",
-             "## Strangers", "", *_summary(table, strangers), "",
-             "AUROC ± its standard error; AUPR with strangers as positives; FPR: false alarms where 95 % of strangers are "
-             f"found; then the share of strangers that is flagged at each alpha. *{NO_MODEL}*: the same kind of density on "
-             "statistics of the pixels, without any model.", "",
-             "## Each statistic by itself, AUROC", "", *_singles(table, calibration.names), "", "## Histograms", "",
-             *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(strangers))]
+    lines = [
+        f"# Strangers to {model}",
+        "",
+        f"Usual images: {len(usual['bpd']):,} of {usual_name}. Calibrated on {len(calibration.scores):,} others.",
+        "",
+        "## False alarms",
+        "",
+        *_false_alarms(calibration, usual_scores[COMBINED]),
+        "",
+        "## Strangers",
+        "",
+        *_summary(table, strangers),
+        "",
+        "AUROC ± its standard error; AUPR with strangers as positives; FPR: false alarms where 95 % of strangers are "
+        f"found; then the share of strangers that is flagged at each alpha. *{NO_MODEL}*: the same kind of density on "
+        "statistics of the pixels, without any model.",
+        "",
+        "## Each statistic by itself, AUROC",
+        "",
+        *_singles(table, calibration.names),
+        "",
+        "## Histograms",
+        "",
+        *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(strangers)),
+    ]
     path = out / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
 
 
 def _rows(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(cells)} |" for cells in body)]
+    return [
+        f"| {' | '.join(header)} |",
+        f"|{'---|' * len(header)}",
+        *(f"| {' | '.join(cells)} |" for cells in body),
+    ]
 
 
 def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
@@ -127,36 +169,73 @@ def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
     return _rows(["alpha", "flagged", "95 % band of calibrations and tests like these"], body)
 
 
-def _summary(table: Mapping[str, Mapping[str, Figures]], strangers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+def _summary(
+    table: Mapping[str, Mapping[str, Figures]], strangers: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[str]:
     body = []
     for name, figures in table.items():
         for score in HEADLINES:
             f = figures[score]
             flagged = [f"{share:.1%}" for share in f.flagged] if f.flagged else ["", "", ""]
-            body.append([f"{name} ({len(strangers[name]['bpd']):,})" if score == COMBINED else "", score,
-                         f"{f.auroc:.4f} ± {f.standard_error:.4f}", f"{f.aupr:.3f}", f"{f.fpr95:.1%}", *flagged])
-    return _rows(["strangers", "score", "AUROC", "AUPR", "FPR", *(f"at {alpha}" for alpha in ALPHAS)], body)
+            body.append(
+                [
+                    f"{name} ({len(strangers[name]['bpd']):,})" if score == COMBINED else "",
+                    score,
+                    f"{f.auroc:.4f} ± {f.standard_error:.4f}",
+                    f"{f.aupr:.3f}",
+                    f"{f.fpr95:.1%}",
+                    *flagged,
+                ]
+            )
+    return _rows(
+        ["strangers", "score", "AUROC", "AUPR", "FPR", *(f"at {alpha}" for alpha in ALPHAS)], body
+    )
 
 
 def _singles(table: Mapping[str, Mapping[str, Figures]], names: Sequence[str]) -> list[str]:
     sets = list(table)
-    body = [[score, *(f"{table[s][score].auroc:.3f}" for s in sets)] for score in (*HEADLINES, *names)]
+    body = [
+        [score, *(f"{table[s][score].auroc:.3f}" for s in sets)] for score in (*HEADLINES, *names)
+    ]
     return _rows(["score", *sets], body)
 
 
 def _write_csv(table: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["strangers", "score", "auroc", "standard_error", "aupr", "fpr95",
-                         *(f"flagged_{alpha}" for alpha in ALPHAS)])
+        writer.writerow(
+            [
+                "strangers",
+                "score",
+                "auroc",
+                "standard_error",
+                "aupr",
+                "fpr95",
+                *(f"flagged_{alpha}" for alpha in ALPHAS),
+            ]
+        )
         for name, figures in table.items():
             for score, f in figures.items():
-                writer.writerow([safe_cell(name), score, f.auroc, f.standard_error, f.aupr, f.fpr95,
-                                 *(f.flagged or ("",) * len(ALPHAS))])
+                writer.writerow(
+                    [
+                        safe_cell(name),
+                        score,
+                        f.auroc,
+                        f.standard_error,
+                        f.aupr,
+                        f.fpr95,
+                        *(f.flagged or ("",) * len(ALPHAS)),
+                    ]
+                )
 
 
-def _histogram(usual: Mapping[str, np.ndarray], strange: Mapping[str, np.ndarray], usual_name: str, name: str,
-               path: Path) -> None:
+def _histogram(
+    usual: Mapping[str, np.ndarray],
+    strange: Mapping[str, np.ndarray],
+    usual_name: str,
+    name: str,
+    path: Path,
+) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

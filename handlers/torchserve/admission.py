@@ -29,8 +29,10 @@ class Limits:
         body_grace_s: how far a body may fall behind ``body_rate``.
         body_rate: bytes per second.
         memory_bytes: of all bodies and answers that are held.
-        free_bytes: of each, which do not count: small requests come in while large ones fill the memory.
-        in_flight: lower bound, start and upper bound of a model's requests that are with the model server.
+        free_bytes: of each, which do not count: small requests come in while large ones fill the
+            memory.
+        in_flight: lower bound, start and upper bound of a model's requests that are with the model
+            server.
         latency_s: how long one of them should take at most there, its queue included.
         waiting: requests of a model that wait here for their turn.
         waiting_s: how long.
@@ -64,10 +66,11 @@ def overloaded(message: str) -> ApiError:
 
 
 class Memory:
-    """Counts the bytes that all bodies and answers take together, and decides who gives way if they are too many.
+    """Counts the bytes that all bodies and answers take together, and decides who gives way if they
+    are too many.
 
-    A body that is still arriving and an answer that is still being read give way to smaller ones, the largest first:
-    otherwise a few clients that are slow on purpose would keep all others out.
+    A body that is still arriving and an answer that is still being read give way to smaller ones,
+    the largest first: otherwise a few clients that are slow on purpose would keep all others out.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -92,7 +95,11 @@ class Memory:
         self._used += max(0, size - free) - max(0, share.size - free)
         share.size = size
         while size > free and self._used > self._limits.memory_bytes:
-            largest = max((s for s in self._shares if s.patience is not None), key=lambda s: s.size, default=share)
+            largest = max(
+                (s for s in self._shares if s.patience is not None),
+                key=lambda s: s.size,
+                default=share,
+            )
             if largest.size <= size:
                 return False
             largest.drop()
@@ -168,7 +175,9 @@ async def _fill(body: bytearray, receive: Receive, share: Share, limits: Limits)
         except TimeoutError:
             if share.was_dropped:
                 raise overloaded("the bodies of all requests are too large together") from None
-            raise ApiError(408, "request_timeout", f"the body came too slowly: {len(body)} bytes so far") from None
+            raise ApiError(
+                408, "request_timeout", f"the body came too slowly: {len(body)} bytes so far"
+            ) from None
         if message["type"] != "http.request":
             raise ClientGone
         body += message["body"]
@@ -177,7 +186,9 @@ async def _fill(body: bytearray, receive: Receive, share: Share, limits: Limits)
         if not share.hold(len(body)):
             raise overloaded("the bodies of all requests are too large together")
         # Fast parts do not earn the right to stall for long.
-        deadline = min(deadline + len(message["body"]) / limits.body_rate, clock() + limits.body_grace_s)
+        deadline = min(
+            deadline + len(message["body"]) / limits.body_rate, clock() + limits.body_grace_s
+        )
         is_complete = not message.get("more_body", False)
 
 
@@ -186,12 +197,15 @@ def _too_large(limits: Limits) -> ApiError:
 
 
 class Lane:
-    """Lets a bounded number of one model's requests go to the model server; the others wait here for their turn.
+    """Lets a bounded number of one model's requests go to the model server; the others wait here
+    for their turn.
 
-    What the model server has taken it computes, even if its client has gone; it holds its turn until then. What waits here
-    can still be dropped. So no more should be there than keeps the workers busy with full batches. Their number and what a
-    request costs differ by a thousand, therefore the bound follows the time that answers take: by Little's law it is what
-    gives ``latency_s`` at the present throughput, and it grows by one with each faster answer while requests wait.
+    What the model server has taken it computes, even if its client has gone; it holds its turn
+    until then. What waits here can still be dropped. So no more should be there than keeps the
+    workers busy with full batches. Their number and what a request costs differ by a thousand,
+    therefore the bound follows the time that answers take: by Little's law it is what gives
+    ``latency_s`` at the present throughput, and it grows by one with each faster answer while
+    requests wait.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -231,7 +245,9 @@ class Lane:
             async with asyncio.timeout(self._limits.waiting_s):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():  # it was let go in the moment in which it gave up
+            if (
+                turn.done() and not turn.cancelled()
+            ):  # it was let go in the moment in which it gave up
                 self._leave()
             with contextlib.suppress(ValueError):  # taken out already
                 self._waiting.remove(turn)

@@ -1,4 +1,5 @@
-"""What TorchServe calls, and how its requests and answers translate to :class:`serving.api.service.Service`.
+"""What TorchServe calls, and how its requests and answers translate to
+:class:`serving.api.service.Service`.
 
 TorchServe is archived upstream: whatever replaces it needs one such file.
 """
@@ -27,7 +28,8 @@ EXIT_DELAY_S = 0.2  # for the answers to be sent
 class OperationHandler:
     """Serves one operation; each subclass names its own.
 
-    TorchServe makes one object a worker process, calls :meth:`initialize` once and :meth:`handle` with each batch.
+    TorchServe makes one object a worker process, calls :meth:`initialize` once and :meth:`handle`
+    with each batch.
     """
 
     operation: str
@@ -37,27 +39,43 @@ class OperationHandler:
         _quieten()
         properties = context.system_properties
         options = context.model_yaml_config["ade"]
-        engine = InferenceEngine(Path(properties["model_dir"]), options["backend"], options["device"],
-                                 [self.operation], int(properties.get("gpu_id") or 0), options["cuda_graphs"])
+        engine = InferenceEngine(
+            Path(properties["model_dir"]),
+            options["backend"],
+            options["device"],
+            [self.operation],
+            int(properties.get("gpu_id") or 0),
+            options["cuda_graphs"],
+        )
         engine.warm_up()
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
         self.service = Service(self.operation, engine, options["threads"], journal)
         self._busy = threading.Lock()
         self._is_leaving = False
         self._stop_folder = Path(os.environ["ADE_STOP_FOLDER"])
-        Reporter(self.service.telemetry, context.metrics, context.model_name, self._tell_when_done).start()
+        Reporter(
+            self.service.telemetry, context.metrics, context.model_name, self._tell_when_done
+        ).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch; every item gets its own status, type and headers."""
         with self._busy:
             if self._stop_folder.exists():
-                answers = [error_response(ApiError(503, "stopping", "the service is being stopped")) for _ in data]
+                answers = [
+                    error_response(ApiError(503, "stopping", "the service is being stopped"))
+                    for _ in data
+                ]
             elif self._is_leaving:
-                answers = [error_response(ApiError(503, "overloaded", "try again later")) for _ in data]
+                answers = [
+                    error_response(ApiError(503, "overloaded", "try again later")) for _ in data
+                ]
             else:
-                answers = self.service.answer([
-                    _raw_request(row, context.get_all_request_header(i), context.request_ids[i])
-                    for i, row in enumerate(data)])
+                answers = self.service.answer(
+                    [
+                        _raw_request(row, context.get_all_request_header(i), context.request_ids[i])
+                        for i, row in enumerate(data)
+                    ]
+                )
         bodies = []
         for i, answer in enumerate(answers):
             context.set_response_status(answer.status, answer.phrase, idx=i)
@@ -78,7 +96,8 @@ class OperationHandler:
 
 
 def _quieten() -> None:
-    """Keep TorchServe's worker from writing lines for every batch, which its other half would read one by one.
+    """Keep TorchServe's worker from writing lines for every batch, which its other half would read
+    one by one.
 
     Metrics travel as such lines, at a level below warnings: their logger alone may go on.
     """
@@ -87,7 +106,8 @@ def _quieten() -> None:
 
 
 def _raw_request(row: dict[str, Any], headers: dict[str, Any], request_id: str) -> RawRequest:
-    # A form's fields share TorchServe's dictionary with the headers, as {"content-type": ...} of each part.
+    # A form's fields share TorchServe's dictionary with the headers, as {"content-type": ...} of
+    # each part.
     named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
     kind = content_type.split(";")[0].strip().lower()

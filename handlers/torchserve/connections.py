@@ -1,4 +1,6 @@
-"""Bounds what a client may take of the front before its request is one: connections, time, and bytes that are no body."""
+"""Bounds what a client may take of the front before its request is one: connections, time, and
+bytes that are no body.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +21,38 @@ _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for a request's head forever, and for a client that does not read.
+    """uvicorn's protocol, which by itself waits for a request's head forever, and for a client that
+    does not read.
 
     Args:
         limits: how long and how much.
         config: as uvicorn gives it, with the rest.
     """
 
-    def __init__(self, limits: Limits, config: Config, server_state: ServerState, app_state: dict[str, Any],
-                 _loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
-        self._head_timer: asyncio.TimerHandle | None = None  # runs while a head is awaited that has begun, or is the first
+        self._head_timer: asyncio.TimerHandle | None = (
+            None  # runs while a head is awaited that has begun, or is the first
+        )
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
         self._num_pending = 0  # bytes since a head was complete or a part of a body came
-        self._cycles: list[RequestResponseCycle] = []  # those without an answer, the first being computed
+        self._cycles: list[
+            RequestResponseCycle
+        ] = []  # those without an answer, the first being computed
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
-        self.transport.set_write_buffer_limits(high=0)  # so that the time to read runs for every byte that is left
+        self.transport.set_write_buffer_limits(
+            high=0
+        )  # so that the time to read runs for every byte that is left
         if len(self.connections) > self._limits.connections:
             self._refuse(ApiError(503, "overloaded", "too many connections: try again later"))
         else:
@@ -54,31 +69,50 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_idle():
             self._await_head()  # also of blank lines before a head, which the parser passes over
-        if self._head_timer is not None:  # Java's client offers HTTP/2, upon which the parser would pass over the body
+        if (
+            self._head_timer is not None
+        ):  # Java's client offers HTTP/2, upon which the parser would pass over the body
             head, blank, rest = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"\r\nX-Declined:", head) + blank + rest
         self._num_pending += len(data)
         super().data_received(data)
         if self._num_pending > self._limits.head_bytes:  # a long head, or trailers after a body
-            self._refuse(ApiError(431, "headers_too_large", f"headers may have {self._limits.head_bytes} bytes"))
+            self._refuse(
+                ApiError(
+                    431, "headers_too_large", f"headers may have {self._limits.head_bytes} bytes"
+                )
+            )
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {"ade.abort": {"connection": self.transport.abort}}  # for an answer that nobody reads
+        self.scope["extensions"] = {
+            "ade.abort": {"connection": self.transport.abort}
+        }  # for an answer that nobody reads
         self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head_timer is not None:  # a trailer after a body is no header: RFC 9110, section 6.5.1
+        if (
+            self._head_timer is not None
+        ):  # a trailer after a body is no header: RFC 9110, section 6.5.1
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._end_head_timer()
         self._num_pending = 0
         if self.parser.should_upgrade():
-            self._refuse(ApiError(501, "not_implemented", "the service speaks HTTP/1.1 and upgrades to nothing else"))
+            self._refuse(
+                ApiError(
+                    501,
+                    "not_implemented",
+                    "the service speaks HTTP/1.1 and upgrades to nothing else",
+                )
+            )
         else:
             super().on_headers_complete()
-            self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
+            self._cycles = [
+                *(cycle for cycle in self._cycles if not cycle.response_complete),
+                self.cycle,
+            ]
 
     def on_body(self, body: bytes) -> None:
         self._num_pending = 0
@@ -113,13 +147,21 @@ class BoundedProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _refuse(self, error: ApiError) -> None:
-        is_bad_body = not self._is_idle() and self.cycle.more_body and not self.cycle.response_started and not self.pipeline
+        is_bad_body = (
+            not self._is_idle()
+            and self.cycle.more_body
+            and not self.cycle.response_started
+            and not self.pipeline
+        )
         if not (self._is_idle() or is_bad_body):  # an earlier request has no answer yet
             self.transport.abort()
         if self.transport.is_closing():
             return
         headers, body = error_answer(error)
         headers += [("content-length", str(len(body))), ("connection", "close")]
-        lines = [f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}", *map(": ".join, headers)]
+        lines = [
+            f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}",
+            *map(": ".join, headers),
+        ]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()

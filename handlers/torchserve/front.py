@@ -1,7 +1,8 @@
-"""The only TCP listener of the API: passes on what the API promises, within limits, and answers the rest itself.
+"""The only TCP listener of the API: passes on what the API promises, within limits, and answers the
+rest itself.
 
-TorchServe gets no fixes, reads bodies without a time limit, has a weak token and many paths that nobody needs. Behind this
-front it listens on Unix domain sockets.
+TorchServe gets no fixes, reads bodies without a time limit, has a weak token and many paths that
+nobody needs. Behind this front it listens on Unix domain sockets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ import aiohttp
 import uvicorn
 import uvloop
 
-from handlers.torchserve.admission import ClientGone, Lane, Limits, Memory, hang_up, overloaded, read_body
+from handlers.torchserve.admission import (
+    ClientGone,
+    Lane,
+    Limits,
+    Memory,
+    hang_up,
+    overloaded,
+    read_body,
+)
 from handlers.torchserve.connections import BoundedProtocol
 from serving.api.errors import ApiError
 from serving.api.guard import App, Guard, Receive, Scope, Send, error_answer, header_values, refuse
@@ -37,11 +46,29 @@ from serving.ports import LOOPBACK
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
 READING = ("GET", "HEAD")
-INFERRING = (*READING, "POST", "PUT")  # GET and HEAD have no body: the handler answers what is missing
-NOT_PASSED = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-              "transfer-encoding", "upgrade", "content-length", "date", "server"}  # of a connection, or the front's own
+INFERRING = (
+    *READING,
+    "POST",
+    "PUT",
+)  # GET and HEAD have no body: the handler answers what is missing
+NOT_PASSED = {
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "content-length",
+    "date",
+    "server",
+}  # of a connection, or the front's own
 SLICE_BYTES = 256 * 2**10  # of an answer; the client's time to read runs for each
-KEEP_ALIVE_S = 75  # longer than nginx and HTTP libraries keep a connection: who closes first loses no request
+KEEP_ALIVE_S = (
+    75  # longer than nginx and HTTP libraries keep a connection: who closes first loses no request
+)
 STOP_S = 10
 
 
@@ -91,8 +118,16 @@ class FrontSettings:
         values = json.loads(path.read_text())
         expected = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) != expected:
-            raise ValueError(f"{path} must be a JSON object with the keys {', '.join(sorted(expected))}")
-        return cls(**{**values, "models": tuple(values["models"]), "allowed_hosts": tuple(values["allowed_hosts"])})
+            raise ValueError(
+                f"{path} must be a JSON object with the keys {', '.join(sorted(expected))}"
+            )
+        return cls(
+            **{
+                **values,
+                "models": tuple(values["models"]),
+                "allowed_hosts": tuple(values["allowed_hosts"]),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -119,8 +154,13 @@ class Front:
         metrics: a client of its metrics address.
     """
 
-    def __init__(self, settings: FrontSettings, limits: Limits, inference: aiohttp.ClientSession,
-                 metrics: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        settings: FrontSettings,
+        limits: Limits,
+        inference: aiohttp.ClientSession,
+        metrics: aiohttp.ClientSession,
+    ) -> None:
         self._settings = settings
         self._limits = limits
         self._inference = inference
@@ -136,11 +176,23 @@ class Front:
         if path == "/ping":
             await self._pass_on(scope, receive, send, READING, self._inference, path)
         elif path == PREDICTIONS + name and name in self._lanes:
-            await self._pass_on(scope, receive, send, INFERRING, self._inference, path, self._lanes[name])
+            await self._pass_on(
+                scope, receive, send, INFERRING, self._inference, path, self._lanes[name]
+            )
         elif path == PREDICTIONS + name and name and "/" not in name:
-            await refuse(ApiError(404, "unknown_model", "the service has no model of this name"), scope, receive, send)
+            await refuse(
+                ApiError(404, "unknown_model", "the service has no model of this name"),
+                scope,
+                receive,
+                send,
+            )
         else:
-            await refuse(ApiError(404, "not_found", "there is /predictions/{operation} and /ping"), scope, receive, send)
+            await refuse(
+                ApiError(404, "not_found", "there is /predictions/{operation} and /ping"),
+                scope,
+                receive,
+                send,
+            )
 
     async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         """``/metrics``."""
@@ -149,10 +201,20 @@ class Front:
         else:
             await refuse(ApiError(404, "not_found", "there is /metrics"), scope, receive, send)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, methods: tuple[str, ...],
-                       server: aiohttp.ClientSession, path: str, lane: Lane | None = None) -> None:
+    async def _pass_on(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        methods: tuple[str, ...],
+        server: aiohttp.ClientSession,
+        path: str,
+        lane: Lane | None = None,
+    ) -> None:
         if scope["method"] not in methods:
-            error = ApiError(405, "not_allowed", f"{path} takes {', '.join(methods)}, not {scope['method']}")
+            error = ApiError(
+                405, "not_allowed", f"{path} takes {', '.join(methods)}, not {scope['method']}"
+            )
             await refuse(error, scope, receive, send, [("allow", ", ".join(methods))])
             return
         headers = self._request_headers(scope)
@@ -169,8 +231,12 @@ class Front:
             except ApiError as error:
                 answer = Answer.of_error(error)
             del body
-            if not share.hold(len(answer.body)):  # answers that are read slowly would fill the memory
-                answer = Answer.of_error(overloaded("the answers that clients have yet to read are too large together"))
+            if not share.hold(
+                len(answer.body)
+            ):  # answers that are read slowly would fill the memory
+                answer = Answer.of_error(
+                    overloaded("the answers that clients have yet to read are too large together")
+                )
                 share.hold(len(answer.body))
             try:
                 async with share.waiting(None):
@@ -187,8 +253,14 @@ class Front:
                 headers[PROBE_HEADER] = "1"
         return headers
 
-    async def _ask(self, server: aiohttp.ClientSession, method: str, path: str, headers: dict[str, str],
-                   body: bytearray) -> Answer:
+    async def _ask(
+        self,
+        server: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: bytearray,
+    ) -> Answer:
         """The model server's answer.
 
         Raises:
@@ -203,19 +275,30 @@ class Front:
             if self._was_reached:  # one line, not one for each request
                 logger.warning("the model server cannot be reached: %s", error)
             self._was_reached = False
-            raise ApiError(503, "unavailable", "the model server cannot be reached: try again later") from None
+            raise ApiError(
+                503, "unavailable", "the model server cannot be reached: try again later"
+            ) from None
         self._was_reached = True
         return _translated(answer)
 
 
 def _passing_headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:
-    named = {name.strip().lower() for value in response.headers.getall("connection", []) for name in value.split(",")}
-    return [(name, value) for name, value in response.headers.items()
-            if name.lower() not in NOT_PASSED | named]
+    named = {
+        name.strip().lower()
+        for value in response.headers.getall("connection", [])
+        for name in value.split(",")
+    }
+    return [
+        (name, value)
+        for name, value in response.headers.items()
+        if name.lower() not in NOT_PASSED | named
+    ]
 
 
 def _translated(answer: Answer) -> Answer:
-    """The answer in the API's shape where TorchServe gave it in its own, ``{"code", "type", "message"}`` or nothing."""
+    """The answer in the API's shape where TorchServe gave it in its own, ``{"code", "type",
+    "message"}`` or nothing.
+    """
     if answer.status < 400:
         return answer
     found = None
@@ -224,7 +307,10 @@ def _translated(answer: Answer) -> Answer:
     if not isinstance(found, dict) or found and not {"code", "type", "message"} <= set(found):
         return answer
     identity = [(name, value) for name, value in answer.headers if name.lower() == "x-request-id"]
-    return Answer.of_error(_torchserve_error(answer.status, str(found.get("type")), str(found.get("message"))), *identity)
+    return Answer.of_error(
+        _torchserve_error(answer.status, str(found.get("type")), str(found.get("message"))),
+        *identity,
+    )
 
 
 def _torchserve_error(status: int, kind: str, message: str) -> ApiError:
@@ -237,7 +323,9 @@ def _torchserve_error(status: int, kind: str, message: str) -> ApiError:
     if WORKER_DIED in message:
         return ApiError(503, "unavailable", "the worker that had the request died: try again later")
     if status in (503, 507):
-        return ApiError(503, "overloaded", "the service cannot take the request now: try again later")
+        return ApiError(
+            503, "overloaded", "the service cannot take the request now: try again later"
+        )
     if kind == "InvalidKeyException":
         logger.error("the model server refuses the front's key")
     elif status < 500:
@@ -246,20 +334,31 @@ def _torchserve_error(status: int, kind: str, message: str) -> ApiError:
 
 
 async def _send_answer(answer: Answer, send: Send) -> None:
-    headers = [(name.lower().encode("latin-1"), value.encode("latin-1", "replace")) for name, value in
-               [*answer.headers, ("content-length", str(len(answer.body)))]]
+    headers = [
+        (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
+        for name, value in [*answer.headers, ("content-length", str(len(answer.body)))]
+    ]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     view = memoryview(answer.body)
     for first in range(0, max(1, len(view)), SLICE_BYTES):
-        await send({"type": "http.response.body", "body": view[first:first + SLICE_BYTES],
-                    "more_body": first + SLICE_BYTES < len(view)})
+        await send(
+            {
+                "type": "http.response.body",
+                "body": view[first : first + SLICE_BYTES],
+                "more_body": first + SLICE_BYTES < len(view),
+            }
+        )
 
 
 @contextlib.asynccontextmanager
 async def build_app(settings: FrontSettings, limits: Limits) -> AsyncIterator[App]:
     """The application for both ports, with its connections to TorchServe."""
-    async with (_server(settings.inference_socket, limits, {"Authorization": f"Bearer {settings.server_key}"}) as inference,
-                _server(settings.metrics_socket, limits, {}) as metrics):
+    async with (
+        _server(
+            settings.inference_socket, limits, {"Authorization": f"Bearer {settings.server_key}"}
+        ) as inference,
+        _server(settings.metrics_socket, limits, {}) as metrics,
+    ):
         front = Front(settings, limits, inference, metrics)
         api = Guard(front.api, settings.allowed_hosts, settings.token)
         reading = Guard(front.metrics, settings.allowed_hosts)
@@ -273,9 +372,14 @@ async def build_app(settings: FrontSettings, limits: Limits) -> AsyncIterator[Ap
 
 def _server(path: str, limits: Limits, headers: dict[str, str]) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        "http://localhost", connector=aiohttp.UnixConnector(path, limit=0), headers=headers, auto_decompress=False,
-        skip_auto_headers=("Content-Type", "User-Agent", "Accept", "Accept-Encoding"), cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=limits.upstream_s))
+        "http://localhost",
+        connector=aiohttp.UnixConnector(path, limit=0),
+        headers=headers,
+        auto_decompress=False,
+        skip_auto_headers=("Content-Type", "User-Agent", "Accept", "Accept-Encoding"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=limits.upstream_s),
+    )
 
 
 async def serve(settings: FrontSettings, limits: Limits, sockets: list[socket.socket]) -> None:
@@ -283,16 +387,28 @@ async def serve(settings: FrontSettings, limits: Limits, sockets: list[socket.so
     async with build_app(settings, limits) as app:
         protocol: Any = functools.partial(BoundedProtocol, limits)
         config = uvicorn.Config(
-            app, http=protocol, ws="none", lifespan="off", interface="asgi3", access_log=False,
-            log_config=None, log_level="error", proxy_headers=False, server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=STOP_S)
+            app,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            access_log=False,
+            log_config=None,
+            log_level="error",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=STOP_S,
+        )
         await uvicorn.Server(config).serve(sockets)
 
 
 def run(settings: FrontSettings, limits: Limits | None = None) -> None:
     """Run the front in this process until it is asked to stop."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once it has stopped
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # uvicorn raises the signal again once it has stopped
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))

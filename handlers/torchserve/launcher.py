@@ -1,4 +1,6 @@
-"""Starts the parts of a service, waits until all of them answer, and lets them finish what they accepted."""
+"""Starts the parts of a service, waits until all of them answer, and lets them finish what they
+accepted.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ DRAIN_TIMEOUT_S = 30.0
 
 
 def drain(folder: RunFolder, workers: int, server: Child) -> None:
-    """Let workers finish what was accepted: wait until nothing queues, have them refuse the rest, wait until all are done.
+    """Let workers finish what was accepted: wait until nothing queues, have them refuse the rest,
+    wait until all are done.
 
     Args:
         folder: of the service.
@@ -28,12 +31,18 @@ def drain(folder: RunFolder, workers: int, server: Child) -> None:
         server: if it is gone, nothing is left to wait for.
     """
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
-    while (server.process.poll() is None and time.monotonic() < deadline - DRAIN_TIMEOUT_S / 2
-           and queued_requests(folder)):
+    while (
+        server.process.poll() is None
+        and time.monotonic() < deadline - DRAIN_TIMEOUT_S / 2
+        and queued_requests(folder)
+    ):
         time.sleep(0.1)
     folder.stop_folder.mkdir()
-    while (server.process.poll() is None and time.monotonic() < deadline
-           and len(list(folder.stop_folder.iterdir())) < workers):
+    while (
+        server.process.poll() is None
+        and time.monotonic() < deadline
+        and len(list(folder.stop_folder.iterdir())) < workers
+    ):
         time.sleep(0.1)
 
 
@@ -43,17 +52,40 @@ def start_front(supervisor: Supervisor, settings: Path) -> Child:
     return supervisor.start("front", command, child_environment(), restarts=True)
 
 
-def start_page(supervisor: Supervisor, folder: RunFolder, ports: Ports, host: str, bundles: list[Path], token: str | None,
-               probe_secret: str, allowed_hosts: list[str]) -> Child:
+def start_page(
+    supervisor: Supervisor,
+    folder: RunFolder,
+    ports: Ports,
+    host: str,
+    bundles: list[Path],
+    token: str | None,
+    probe_secret: str,
+    allowed_hosts: list[str],
+) -> Child:
     """Start the web page; it talks to the service over HTTP, on loopback."""
     files = folder.path / "page-files"
     files.mkdir(mode=0o700)
-    environment = child_environment(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1",
-                                    GRADIO_TEMP_DIR=str(files), ADE_PROBE_SECRET=probe_secret)
+    environment = child_environment(
+        GRADIO_ANALYTICS_ENABLED="False",
+        HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+        GRADIO_TEMP_DIR=str(files),
+        ADE_PROBE_SECRET=probe_secret,
+    )
     if token is not None:
         environment["ADE_TOKEN"] = token
-    command = [sys.executable, "-m", "serving.page.app", *map(str, bundles), "--url", inference_url(ports, host),
-               "--host", host, "--port", str(ports.ui)]
+    command = [
+        sys.executable,
+        "-m",
+        "serving.page.app",
+        *map(str, bundles),
+        "--url",
+        inference_url(ports, host),
+        "--host",
+        host,
+        "--port",
+        str(ports.ui),
+    ]
     if allowed_hosts:
         command += ["--allowed-hosts", *allowed_hosts]
     return supervisor.start("page", command, environment, restarts=True)
@@ -81,6 +113,9 @@ def wait_until(ready: Callable[[], bool], supervisor: Supervisor) -> None:
 def page_is_ready(ports: Ports, host: str) -> bool:
     """Whether the page's ``/readyz`` says that all operations answer."""
     try:
-        return httpx.get(f"http://{local_address(host)}:{ports.ui}/readyz", timeout=30).status_code == 200
+        return (
+            httpx.get(f"http://{local_address(host)}:{ports.ui}/readyz", timeout=30).status_code
+            == 200
+        )
     except httpx.TransportError:
         return False

@@ -1,4 +1,6 @@
-"""Where the time of requests goes, from the service's own metrics: mean milliseconds a request, by stage."""
+"""Where the time of requests goes, from the service's own metrics: mean milliseconds a request, by
+stage.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from serving.api.telemetry import IMAGES, REQUESTS, STAGE_SECONDS, STAGES
 
 _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-# TorchServe's own counters, microseconds: from a request's arrival to its answer, and how much of it was waiting.
+# TorchServe's own counters, microseconds: from a request's arrival to its answer, and how much of
+# it was waiting.
 LATENCY = "ts_inference_latency_microseconds"
 QUEUE = "ts_queue_latency_microseconds"
 
@@ -48,8 +51,12 @@ def profile_table(before: Totals, after: Totals) -> str:
         new = {key: value - before.get(model, {}).get(key, 0.0) for key, value in values.items()}
         if new.get("requests", 0) < 1:
             continue
-        new["carry"] = new.get("whole", 0.0) - sum(new.get(stage, 0.0) for stage in ("queue", *STAGES))
-        times = "".join(f"{1000 * new.get(column, 0.0) / new['requests']:9.2f}" for column in columns)
+        new["carry"] = new.get("whole", 0.0) - sum(
+            new.get(stage, 0.0) for stage in ("queue", *STAGES)
+        )
+        times = "".join(
+            f"{1000 * new.get(column, 0.0) / new['requests']:9.2f}" for column in columns
+        )
         lines.append(f"{model:14}{new['requests']:9.0f}{new.get('images', 0):9.0f}{times}")
     if not lines:
         return ""

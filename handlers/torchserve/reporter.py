@@ -1,4 +1,6 @@
-"""Carries a worker's telemetry to TorchServe, which Prometheus scrapes: once a second, whatever the load."""
+"""Carries a worker's telemetry to TorchServe, which Prometheus scrapes: once a second, whatever the
+load.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ class Reporter(threading.Thread):
         also: called as often.
     """
 
-    def __init__(self, telemetry: Telemetry, cache: Any, model_name: str, also: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        cache: Any,
+        model_name: str,
+        also: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(name="telemetry", daemon=True)
         self._telemetry = telemetry
         self._cache = cache
@@ -48,14 +56,18 @@ class Reporter(threading.Thread):
         """Hand over what is new."""
         for measurement in self._telemetry.collect():
             try:
-                metric = self._cache.get_metric(measurement.metric.name, _KINDS[measurement.metric.kind])
+                metric = self._cache.get_metric(
+                    measurement.metric.name, _KINDS[measurement.metric.kind]
+                )
                 metric.add_or_update(measurement.value, [*self._common, *measurement.labels])
             except Exception:  # one bad line must not end the others
                 logger.exception("%s could not be reported", measurement.metric.name)
 
 
 def worker_name() -> str:
-    """The number that TorchServe gives a worker, the same after a restart: the end of its socket's name."""
+    """The number that TorchServe gives a worker, the same after a restart: the end of its socket's
+    name.
+    """
     for option, value in zip(sys.argv, sys.argv[1:], strict=False):
         if option in ("--sock-name", "--port"):
             return value.rsplit(".", 1)[-1]

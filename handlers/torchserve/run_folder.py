@@ -1,7 +1,8 @@
-"""The working folder of a running service: what lies where in it, who holds it, and how others find it by the ports.
+"""The working folder of a running service: what lies where in it, who holds it, and how others find
+it by the ports.
 
-It has mode 0700: the Unix domain sockets, keys and tokens in it are for the user that serves and for nobody else. It does
-not lie among the temporary files, which cleaners delete by age.
+It has mode 0700: the Unix domain sockets, keys and tokens in it are for the user that serves and
+for nobody else. It does not lie among the temporary files, which cleaners delete by age.
 """
 
 from __future__ import annotations
@@ -98,7 +99,10 @@ class RunFolder:
 
     def describe(self, ports: Ports, host: str, logs: Path, pids: dict[str, int]) -> None:
         """Write down what :func:`find_service` looks for."""
-        self.write(self.description, json.dumps({"host": host, "ports": vars(ports), "logs": str(logs), "pids": pids}))
+        self.write(
+            self.description,
+            json.dumps({"host": host, "ports": vars(ports), "logs": str(logs), "pids": pids}),
+        )
 
     def read_description(self) -> dict[str, Any] | None:
         try:
@@ -116,7 +120,13 @@ class RunFolder:
 
     def is_whole(self) -> bool:
         """Whether what a running service needs is still there."""
-        needed = (self.path / LOCK, self.store, self.temporary / "models", self.inference_socket, self.management_socket)
+        needed = (
+            self.path / LOCK,
+            self.store,
+            self.temporary / "models",
+            self.inference_socket,
+            self.management_socket,
+        )
         return all(file.exists() for file in needed)
 
 
@@ -165,7 +175,9 @@ def _new_folder() -> tuple[Path, Any]:
         base = _base()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(base)
-        with claim(base, wait=True):  # two services that start at once must not take each other's folder for abandoned
+        with claim(
+            base, wait=True
+        ):  # two services that start at once must not take each other's folder for abandoned
             for path in _folders():
                 if _is_abandoned(path):
                     shutil.rmtree(path, ignore_errors=True)
@@ -173,19 +185,30 @@ def _new_folder() -> tuple[Path, Any]:
     except OSError as error:
         reason = str(error)
     if os.environ.get(VARIABLE):
-        raise RunFolderError(f"{VARIABLE} must be a folder with a short path that you can write and nobody else: {reason}")
-    print(f"no working folder in the cache ({reason}): taking one among the temporary files", file=sys.stderr, flush=True)
+        raise RunFolderError(
+            f"{VARIABLE} must be a folder with a short path that you can write and nobody else: {reason}"
+        )
+    print(
+        f"no working folder in the cache ({reason}): taking one among the temporary files",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         temporary = Path(tempfile.gettempdir())
-        if not temporary.stat().st_mode & stat.S_ISVTX:  # where it is set, as for /tmp, nobody can rename others' folders
+        if (
+            not temporary.stat().st_mode & stat.S_ISVTX
+        ):  # where it is set, as for /tmp, nobody can rename others' folders
             _check_private(temporary)
         return _make(temporary)
     except OSError as error:
-        raise RunFolderError(f"no working folder in the cache or among the temporary files: {error}") from None
+        raise RunFolderError(
+            f"no working folder in the cache or among the temporary files: {error}"
+        ) from None
 
 
 def _check_private(base: Path) -> None:
-    """Make sure that nobody else can put something of theirs in the place of the working folder, or of the lock beside it.
+    """Make sure that nobody else can put something of theirs in the place of the working folder, or
+    of the lock beside it.
 
     Raises:
         PermissionError: others can.
@@ -213,8 +236,11 @@ def _folders() -> list[Path]:
     found = []
     for base in (_base, lambda: Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError):
-            found += [path for path in base().glob(f"{PREFIX}*")
-                      if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid()]
+            found += [
+                path
+                for path in base().glob(f"{PREFIX}*")
+                if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid()
+            ]
     return sorted(found)
 
 

@@ -20,7 +20,14 @@ import httpx
 from handlers.torchserve.archives import ServingOptions, write_archives
 from handlers.torchserve.configuration import write_configuration
 from handlers.torchserve.front import FrontSettings
-from handlers.torchserve.launcher import drain, inference_url, page_is_ready, start_front, start_page, wait_until
+from handlers.torchserve.launcher import (
+    drain,
+    inference_url,
+    page_is_ready,
+    start_front,
+    start_page,
+    wait_until,
+)
 from handlers.torchserve.profile import Totals, profile_table, read_totals
 from handlers.torchserve.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.torchserve.supervision import LaunchError, Supervisor
@@ -50,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
     bundles = [open_bundle(folder.resolve()) for folder in args.bundles]
     names = [bundle.name for bundle in bundles]
     if len(set(names)) < len(names):
-        raise BundleError(f"bundles served side by side need different names, got {', '.join(names)}")
+        raise BundleError(
+            f"bundles served side by side need different names, got {', '.join(names)}"
+        )
     for bundle in bundles:
         _warn_of_another_coder(bundle)
     allowed_hosts = _allowed_hosts(args.allowed_hosts)
@@ -59,8 +68,10 @@ def run(args: argparse.Namespace) -> None:
     ports = Ports.from_environment()
     ports.check_free(args.host)
     cores = len(os.sched_getaffinity(0))
-    workers = {operation: args.workers or (min(cores, MAX_SCORE_WORKERS) if operation == "score" else 1)
-               for operation in OPERATIONS}
+    workers = {
+        operation: args.workers or (min(cores, MAX_SCORE_WORKERS) if operation == "score" else 1)
+        for operation in OPERATIONS
+    }
     threads = max(1, cores // (len(bundles) * sum(workers.values())))
     options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu", threads, args.cuda_graphs)
     if args.logs is not None:
@@ -71,28 +82,61 @@ def run(args: argparse.Namespace) -> None:
             folder.store.mkdir()
             models = []
             for i, bundle in enumerate(bundles):
-                models += write_archives(bundle, folder.store, options, workers, bundle.name if i else None)
+                models += write_archives(
+                    bundle, folder.store, options, workers, bundle.name if i else None
+                )
             logs = folder.path / "logs" if args.logs is None else args.logs.resolve()
-            server = supervisor.start("torchserve", *write_configuration(folder, models, options, logs))
+            server = supervisor.start(
+                "torchserve", *write_configuration(folder, models, options, logs)
+            )
             probe_secret = secrets.token_hex(16)
             folder.write(folder.probe_file, probe_secret)
             if token is not None:
                 folder.write(folder.token_file, token)
                 folder.write(folder.header_file, f"Authorization: Bearer {token}\n")
-            start_page(supervisor, folder, ports, args.host, [b.folder for b in bundles], token, probe_secret,
-                       allowed_hosts)
+            start_page(
+                supervisor,
+                folder,
+                ports,
+                args.host,
+                [b.folder for b in bundles],
+                token,
+                probe_secret,
+                allowed_hosts,
+            )
             wait_until(lambda: folder.server_key("inference") is not None, supervisor)
             settings = folder.path / "front.json"
-            FrontSettings(args.host, ports.inference, ports.metrics, str(folder.inference_socket),
-                          str(folder.metrics_socket), folder.server_key("inference") or "", tuple(models), token,
-                          tuple(allowed_hosts), probe_secret).save(settings)
+            FrontSettings(
+                args.host,
+                ports.inference,
+                ports.metrics,
+                str(folder.inference_socket),
+                str(folder.metrics_socket),
+                folder.server_key("inference") or "",
+                tuple(models),
+                token,
+                tuple(allowed_hosts),
+                probe_secret,
+            ).save(settings)
             start_front(supervisor, settings)
             wait_until(lambda: page_is_ready(ports, args.host), supervisor)
             folder.describe(ports, args.host, logs, supervisor.pids)
-            _print_addresses(bundles, ports, args.host, folder, token is not None, logs, time.monotonic() - started)
+            _print_addresses(
+                bundles,
+                ports,
+                args.host,
+                folder,
+                token is not None,
+                logs,
+                time.monotonic() - started,
+            )
             is_serving = True
-            _watch(supervisor, folder, lambda: folder.describe(ports, args.host, logs, supervisor.pids),
-                   ports if args.profile else None)
+            _watch(
+                supervisor,
+                folder,
+                lambda: folder.describe(ports, args.host, logs, supervisor.pids),
+                ports if args.profile else None,
+            )
         except (KeyboardInterrupt, SystemExit):
             _ignore_signals()
             print("stopping", file=sys.stderr, flush=True)
@@ -116,8 +160,10 @@ def _token(host: str) -> str | None:
     if given is None:
         return secrets.token_urlsafe(32)
     if not re.fullmatch(rf"[\x21-\x7e]{{{MIN_TOKEN},}}", given):
-        raise LaunchError(f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII without spaces, "
-                          f"got {len(given)} characters")
+        raise LaunchError(
+            f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII without spaces, "
+            f"got {len(given)} characters"
+        )
     return given
 
 
@@ -125,12 +171,17 @@ def _allowed_hosts(text: str) -> list[str]:
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     for name in names:
         if not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", name):
-            raise LaunchError(f"--allowed-hosts takes host names without scheme or port, got {name!r}")
+            raise LaunchError(
+                f"--allowed-hosts takes host names without scheme or port, got {name!r}"
+            )
     return names
 
 
-def _watch(supervisor: Supervisor, folder: RunFolder, describe: Callable[[], None], profiled: Ports | None) -> NoReturn:
-    """Tend the children until an exception ends it; meanwhile say where time goes, if the ports to ask at are given.
+def _watch(
+    supervisor: Supervisor, folder: RunFolder, describe: Callable[[], None], profiled: Ports | None
+) -> NoReturn:
+    """Tend the children until an exception ends it; meanwhile say where time goes, if the ports to
+    ask at are given.
 
     Raises:
         LaunchError: a child cannot be kept up, or the working folder is gone.
@@ -139,14 +190,20 @@ def _watch(supervisor: Supervisor, folder: RunFolder, describe: Callable[[], Non
     next_profile = time.monotonic() + PROFILE_S
     while True:
         if not folder.is_whole():
-            raise LaunchError(f"the working folder {folder.path} was deleted or damaged while the service ran")
+            raise LaunchError(
+                f"the working folder {folder.path} was deleted or damaged while the service ran"
+            )
         if supervisor.tend():
             describe()
         time.sleep(WATCH_S)
         if profiled is not None and time.monotonic() > next_profile:
             next_profile += PROFILE_S
             try:
-                now = read_totals(httpx.get(f"http://127.0.0.1:{profiled.metrics}/metrics", timeout=PROFILE_S).text)
+                now = read_totals(
+                    httpx.get(
+                        f"http://127.0.0.1:{profiled.metrics}/metrics", timeout=PROFILE_S
+                    ).text
+                )
             except httpx.TransportError:  # busy: the next time will do
                 continue
             table = profile_table(totals, now)
@@ -159,8 +216,12 @@ def _warn_of_another_coder(bundle: Bundle) -> None:
     calibration = bundle.manifest.get("calibration") or {}
     coder = calibration.get("webp", coder_version())
     if coder != coder_version():
-        print(f"warning: {bundle.name} was calibrated with libwebp {coder}, here is {coder_version()}: verdicts may be off "
-              "a little until ade calibrate makes another", file=sys.stderr, flush=True)
+        print(
+            f"warning: {bundle.name} was calibrated with libwebp {coder}, here is {coder_version()}: verdicts may be off "
+            "a little until ade calibrate makes another",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _stop(number: int, frame: object) -> None:
@@ -168,33 +229,60 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _gpu_for(device: str) -> bool:
-    """Whether to serve on a GPU; asking for one that is not there is an error here, not in a worker."""
+    """Whether to serve on a GPU; asking for one that is not there is an error here, not in a
+    worker.
+    """
     if device == "cpu":
         return False
     found = False
-    # Without a driver, spare the second that PyTorch takes to say no; without PyTorch, serve on the CPU.
-    if any(path.exists() for path in SIGNS_OF_A_GPU) and importlib.util.find_spec("torch") is not None:
+    # Without a driver, spare the second that PyTorch takes to say no; without PyTorch, serve on the
+    # CPU.
+    if (
+        any(path.exists() for path in SIGNS_OF_A_GPU)
+        and importlib.util.find_spec("torch") is not None
+    ):
         import torch
 
         found = torch.cuda.is_available()
     if device == "cuda" and not found:
-        raise BackendError("--device cuda: PyTorch sees no CUDA device here, or is not installed (extra cuda)")
+        raise BackendError(
+            "--device cuda: PyTorch sees no CUDA device here, or is not installed (extra cuda)"
+        )
     return found
 
 
-def _print_addresses(bundles: list[Bundle], ports: Ports, host: str, folder: RunFolder, needs_token: bool, logs: Path,
-                     seconds: float) -> None:
+def _print_addresses(
+    bundles: list[Bundle],
+    ports: Ports,
+    host: str,
+    folder: RunFolder,
+    needs_token: bool,
+    logs: Path,
+    seconds: float,
+) -> None:
     url = inference_url(ports, host)
     auth = f" -H @{shlex.quote(str(folder.header_file))}" if needs_token else ""
     login = f"  (user {USER}, password: the token)" if needs_token else ""
     token = f"token    {folder.token_file}\n" if needs_token else ""
-    lines = {"sample": "sample -H 'Content-Type: application/json' -d '{\"n\": 16, \"seed\": 7}' -o samples.png",
-             "score": "score -T image.png", "reconstruct": "reconstruct -T image.png -o reconstruction.png",
-             "encode": "encode -T image.png -o latents.json"}
-    curls = [f"curl{auth} {url}/predictions/{line}" for operation, line in lines.items()
-             if operation in bundles[0].operations]
-    print(f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in bundles)}\n"
-          f"page     http://{host}:{ports.ui}{login}\n"
-          f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
-          f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n{token}"
-          f"logs     {logs}\n", *curls, "\nCtrl-C stops everything.", sep="\n", flush=True)
+    lines = {
+        "sample": "sample -H 'Content-Type: application/json' -d '{\"n\": 16, \"seed\": 7}' -o samples.png",
+        "score": "score -T image.png",
+        "reconstruct": "reconstruct -T image.png -o reconstruction.png",
+        "encode": "encode -T image.png -o latents.json",
+    }
+    curls = [
+        f"curl{auth} {url}/predictions/{line}"
+        for operation, line in lines.items()
+        if operation in bundles[0].operations
+    ]
+    print(
+        f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in bundles)}\n"
+        f"page     http://{host}:{ports.ui}{login}\n"
+        f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
+        f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n{token}"
+        f"logs     {logs}\n",
+        *curls,
+        "\nCtrl-C stops everything.",
+        sep="\n",
+        flush=True,
+    )

@@ -1,4 +1,6 @@
-"""What a running service says of itself: whether it answers, who answers, with how many workers, and what went wrong."""
+"""What a running service says of itself: whether it answers, who answers, with how many workers,
+and what went wrong.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
 from serving.ports import Ports, local_address
 
-PACKAGES = ("av-ade", "torchserve", "torch", "onnxruntime-gpu", "onnxruntime", "gradio", "pillow", "numpy")
+PACKAGES = (
+    "av-ade",
+    "torchserve",
+    "torch",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "gradio",
+    "pillow",
+    "numpy",
+)
 TIMEOUT_S = 30.0
 
 
@@ -41,10 +52,14 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
         metrics = _get(http, f"http://127.0.0.1:{ports.metrics}/metrics", {200})
         answers = _who_answers(http, f"http://{address}:{ports.inference}")
     described = {} if folder is None else describe_models(folder)
-    return {"ready": ready is not None and bool(ready.json().get("ready")), "answers": answers,
-            "models": {name: _model(model) for name, model in described.items()} or None,
-            "requests": _requests(metrics.text) if metrics else None,
-            "last_errors": folder and _last_errors(folder), "versions": versions()}
+    return {
+        "ready": ready is not None and bool(ready.json().get("ready")),
+        "answers": answers,
+        "models": {name: _model(model) for name, model in described.items()} or None,
+        "requests": _requests(metrics.text) if metrics else None,
+        "last_errors": folder and _last_errors(folder),
+        "versions": versions(),
+    }
 
 
 def describe_models(folder: RunFolder, timeout: float = TIMEOUT_S) -> dict[str, dict[str, Any]]:
@@ -57,17 +72,25 @@ def describe_models(folder: RunFolder, timeout: float = TIMEOUT_S) -> dict[str, 
     transport = httpx.HTTPTransport(uds=str(folder.management_socket))
     headers = _bearer(folder.server_key("management"))
     try:
-        with httpx.Client(base_url="http://torchserve", transport=transport, timeout=timeout, headers=headers) as http:
-            names = [model["modelName"] for model in http.get("/models?limit=1000").json()["models"]]
+        with httpx.Client(
+            base_url="http://torchserve", transport=transport, timeout=timeout, headers=headers
+        ) as http:
+            names = [
+                model["modelName"] for model in http.get("/models?limit=1000").json()["models"]
+            ]
             return {name: http.get(f"/models/{name}").json()[0] for name in names}
     except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError):
         return {}
 
 
 def queued_requests(folder: RunFolder) -> int:
-    """How many requests wait for a worker; 0 where that is not to be known, as of a service that is going down."""
-    return sum(model.get("jobQueueStatus", {}).get("pendingRequests", 0)
-               for model in describe_models(folder, timeout=2.0).values())
+    """How many requests wait for a worker; 0 where that is not to be known, as of a service that is
+    going down.
+    """
+    return sum(
+        model.get("jobQueueStatus", {}).get("pendingRequests", 0)
+        for model in describe_models(folder, timeout=2.0).values()
+    )
 
 
 def _bearer(key: str | None) -> dict[str, str]:
@@ -93,9 +116,19 @@ def _who_answers(http: httpx.Client, url: str) -> dict[str, str] | None:
 
 def _model(described: dict[str, Any]) -> dict[str, Any]:
     queue = described.get("jobQueueStatus", {})
-    return {"workers": [{"pid": w["pid"], "state": w["status"], "memory_mib": _memory(w["pid"]),
-                         "since": w["startTime"]} for w in described["workers"]],
-            "queued": queue.get("pendingRequests"), "queue_room": queue.get("remainingCapacity")}
+    return {
+        "workers": [
+            {
+                "pid": w["pid"],
+                "state": w["status"],
+                "memory_mib": _memory(w["pid"]),
+                "since": w["startTime"],
+            }
+            for w in described["workers"]
+        ],
+        "queued": queue.get("pendingRequests"),
+        "queue_room": queue.get("remainingCapacity"),
+    }
 
 
 def _memory(pid: int) -> int | None:
@@ -117,7 +150,9 @@ def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
 def _requests(metrics: str) -> dict[str, float]:
     """How many were answered, by the first digit of their status."""
     found: dict[str, float] = {}
-    for digit, value in re.findall(r"^Requests([245])XX\{[^}]*\} ([0-9.eE+]+)$", metrics, re.MULTILINE):
+    for digit, value in re.findall(
+        r"^Requests([245])XX\{[^}]*\} ([0-9.eE+]+)$", metrics, re.MULTILINE
+    ):
         found[f"{digit}xx"] = found.get(f"{digit}xx", 0.0) + float(value)
     return found
 

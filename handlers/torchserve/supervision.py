@@ -1,4 +1,6 @@
-"""Child processes of the service: started, watched, restarted, and gone with the service however that ends."""
+"""Child processes of the service: started, watched, restarted, and gone with the service however
+that ends.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ STOP_TIMEOUT_S = 20.0
 MAX_OUTPUT_BYTES = 2**20  # of a child's standard output, and as much of what was before
 MAX_DEATHS = 5
 DEATHS_WITHIN_S = 60.0
-# Reads process groups until the service is gone, by whatever signal; then it kills them and removes the working folder.
+# Reads process groups until the service is gone, by whatever signal; then it kills them and removes
+# the working folder.
 _REAPER = """
 groups=
 while read -r group; do groups="$groups $group"; done
@@ -49,8 +52,15 @@ class Child:
 
     def start(self) -> None:
         with open(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
-            self.process = subprocess.Popen(self.command, cwd=self.folder, env=self.environment, stdout=out,
-                                            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def tail(self, lines: int = 15) -> str:
         with contextlib.suppress(OSError):
@@ -58,7 +68,9 @@ class Child:
         return ""
 
     def trim(self) -> None:
-        """Keep the output small: it is appended to, so that the file can be emptied while it is written."""
+        """Keep the output small: it is appended to, so that the file can be emptied while it is
+        written.
+        """
         with contextlib.suppress(OSError):
             if self.output.stat().st_size > MAX_OUTPUT_BYTES:
                 shutil.copy(self.output, self.output.with_suffix(".out.1"))
@@ -94,8 +106,12 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for child in reversed(self._children):
             child.stop()
         self._stop_reaper()
@@ -104,7 +120,9 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         return {child.name: child.process.pid for child in self._children}
 
-    def start(self, name: str, command: list[str], environment: dict[str, str], restarts: bool = False) -> Child:
+    def start(
+        self, name: str, command: list[str], environment: dict[str, str], restarts: bool = False
+    ) -> Child:
         """Start a command, its output in ``FOLDER/NAME.out``.
 
         Args:
@@ -126,7 +144,8 @@ class Supervisor:
             restarts: ``False`` while the service starts: what fails then is not repeated.
 
         Raises:
-            LaunchError: a child ended that may not, or one did :data:`MAX_DEATHS` times within a minute.
+            LaunchError: a child ended that may not, or one did :data:`MAX_DEATHS` times within a
+                minute.
         """
         restarted = False
         for child in self._children:
@@ -139,14 +158,18 @@ class Supervisor:
             now = time.monotonic()
             child.deaths.append(now)
             if len(child.deaths) == MAX_DEATHS and now - child.deaths[0] < DEATHS_WITHIN_S:
-                raise LaunchError(f"{child.name} ended {MAX_DEATHS} times within {DEATHS_WITHIN_S:.0f} s, at last with "
-                                  f"{status}:\n{child.tail()}")
+                raise LaunchError(
+                    f"{child.name} ended {MAX_DEATHS} times within {DEATHS_WITHIN_S:.0f} s, at last with "
+                    f"{status}:\n{child.tail()}"
+                )
             print(f"{child.name} ended with {status}: restarting it", file=sys.stderr, flush=True)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)  # what it may have left
             child.start()
             restarted = True
-        if restarted or self._reaper.poll() is not None:  # it must not kill whoever is given a number that is free again
+        if (
+            restarted or self._reaper.poll() is not None
+        ):  # it must not kill whoever is given a number that is free again
             self._stop_reaper()
             self._start_reaper()
         return restarted
@@ -155,9 +178,16 @@ class Supervisor:
         return "\n".join(f"{child.name}:\n{child.tail()}" for child in self._children)
 
     def _start_reaper(self) -> None:
-        self._reaper = subprocess.Popen(["/bin/sh", "-c", _REAPER, "ade-reaper", str(self._folder)], cwd="/",
-                                        env={"PATH": os.defpath}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0)
+        self._reaper = subprocess.Popen(
+            ["/bin/sh", "-c", _REAPER, "ade-reaper", str(self._folder)],
+            cwd="/",
+            env={"PATH": os.defpath},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            bufsize=0,
+        )
         for child in self._children:
             self._announce(child)
 
@@ -169,5 +199,7 @@ class Supervisor:
 
     def _announce(self, child: Child) -> None:
         assert self._reaper.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a killed reaper is replaced by tend(), which announces all again
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # a killed reaper is replaced by tend(), which announces all again
             self._reaper.stdin.write(f"{child.process.pid}\n".encode())

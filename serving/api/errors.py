@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-PHRASES = {400: "Bad Request", 413: "Content Too Large", 415: "Unsupported Media Type", 422: "Unprocessable Content",
-           500: "Internal Server Error", 503: "Service Unavailable"}
+PHRASES = {
+    400: "Bad Request",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    422: "Unprocessable Content",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
 
 
 class ApiError(Exception):
@@ -48,7 +54,16 @@ def unusable(code: str, message: str) -> ApiError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation failed for want of memory: Python's own error, or what ONNX Runtime and PyTorch say."""
+    """Whether a computation failed for want of memory: Python's own error, or what ONNX Runtime and
+    PyTorch say.
+    """
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(
-        words in text for words in ("out of memory", "failed to allocate memory", "bad_alloc", "can't allocate memory"))
+        words in text
+        for words in (
+            "out of memory",
+            "failed to allocate memory",
+            "bad_alloc",
+            "can't allocate memory",
+        )
+    )

@@ -1,9 +1,10 @@
-"""Decides which requests may come in at all: by the host they name, the page they come from, and their token.
+"""Decides which requests may come in at all: by the host they name, the page they come from, and
+their token.
 
-A server on loopback is reachable by every web page that a browser on this machine shows. A page may name the server by a
-host name of its own whose address it changes (DNS rebinding), and may send it requests whose answers it cannot read
-(cross-site request forgery). Both leave traces in headers that a page cannot set; these are checked here. Pure ASGI, since
-the API and the page share it.
+A server on loopback is reachable by every web page that a browser on this machine shows. A page may
+name the server by a host name of its own whose address it changes (DNS rebinding), and may send it
+requests whose answers it cannot read (cross-site request forgery). Both leave traces in headers
+that a page cannot set; these are checked here. Pure ASGI, since the API and the page share it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-FOREIGN_SITES = ("cross-site", "same-site")  # of Sec-Fetch-Site; same-site is another port or a neighbouring name
+FOREIGN_SITES = (
+    "cross-site",
+    "same-site",
+)  # of Sec-Fetch-Site; same-site is another port or a neighbouring name
 DEFAULT_PORTS = {"http": 80, "https": 443}
 LINGER_S = 5.0
 LINGER_BYTES = 64 * 2**20
@@ -66,7 +70,9 @@ class Guard:
 
 def header_values(scope: Scope, name: str) -> list[str]:
     """All values of a header, as they came."""
-    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name.encode()]
+    return [
+        value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name.encode()
+    ]
 
 
 def split_authority(text: str) -> tuple[str, int | None]:
@@ -96,8 +102,8 @@ def is_address(host: str) -> bool:
 def check_host(values: list[str], allowed_hosts: Collection[str]) -> None:
     """Check the ``Host`` header.
 
-    IP addresses are always allowed: DNS rebinding needs a name, since a page that was loaded from an address has no name
-    whose resolution could be changed.
+    IP addresses are always allowed: DNS rebinding needs a name, since a page that was loaded from
+    an address has no name whose resolution could be changed.
 
     Args:
         values: of the request; there must be exactly one.
@@ -110,32 +116,48 @@ def check_host(values: list[str], allowed_hosts: Collection[str]) -> None:
         (value,) = values
         host, _ = split_authority(value)
     except ValueError:
-        raise ApiError(421, "host_not_allowed", "the request must have exactly one valid Host header") from None
+        raise ApiError(
+            421, "host_not_allowed", "the request must have exactly one valid Host header"
+        ) from None
     if host != "localhost" and host not in allowed_hosts and not is_address(host):
-        raise ApiError(421, "host_not_allowed", f"this service is not reached under the name {host!r}: start it with "
-                                                f"--allowed-hosts {host} if it should be")
+        raise ApiError(
+            421,
+            "host_not_allowed",
+            f"this service is not reached under the name {host!r}: start it with "
+            f"--allowed-hosts {host} if it should be",
+        )
 
 
 def check_origin(scope: Scope, allowed_hosts: Collection[str]) -> None:
-    """Check that a request does not come from another site's page; programs that are not browsers send neither header.
+    """Check that a request does not come from another site's page; programs that are not browsers
+    send neither header.
 
     Args:
         scope: of the request; its ``Host`` has been checked.
-        allowed_hosts: names that may also be the origin's, whatever its port: a proxy may have changed ``Host``.
+        allowed_hosts: names that may also be the origin's, whatever its port: a proxy may have
+            changed ``Host``.
 
     Raises:
         ApiError: 403 ``cross_origin``.
     """
     (host,), origins = header_values(scope, "host"), header_values(scope, "origin")
-    is_foreign = any(site.strip().lower() in FOREIGN_SITES for site in header_values(scope, "sec-fetch-site"))
-    if is_foreign or len(origins) > 1 or not all(is_same_origin(origin, host, allowed_hosts) for origin in origins):
+    is_foreign = any(
+        site.strip().lower() in FOREIGN_SITES for site in header_values(scope, "sec-fetch-site")
+    )
+    if (
+        is_foreign
+        or len(origins) > 1
+        or not all(is_same_origin(origin, host, allowed_hosts) for origin in origins)
+    ):
         raise ApiError(403, "cross_origin", "requests from pages of other origins are refused")
 
 
 def is_same_origin(origin: str, host_header: str, allowed_hosts: Collection[str] = ()) -> bool:
-    """Whether an ``Origin`` names the host and port of ``Host``, or an allowed host; ``null`` does not.
+    """Whether an ``Origin`` names the host and port of ``Host``, or an allowed host; ``null`` does
+    not.
 
-    The schemes are not compared: before a proxy with TLS the origin is ``https``, behind it nobody knows.
+    The schemes are not compared: before a proxy with TLS the origin is ``https``, behind it nobody
+        knows.
     """
     match = _ORIGIN.fullmatch(origin.lower())
     if match is None:
@@ -156,8 +178,13 @@ def check_token(values: list[str], token: str) -> None:
         ApiError: 401 ``bad_token``.
     """
     scheme, _, given = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-    if not hmac.compare_digest(given.strip().encode(), token.encode()) or scheme.lower() != "bearer":
-        raise ApiError(401, "bad_token", "the server requires Authorization: Bearer with a valid token")
+    if (
+        not hmac.compare_digest(given.strip().encode(), token.encode())
+        or scheme.lower() != "bearer"
+    ):
+        raise ApiError(
+            401, "bad_token", "the server requires Authorization: Bearer with a valid token"
+        )
 
 
 def error_answer(error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
@@ -170,19 +197,33 @@ def error_answer(error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
     return headers, json.dumps(error.body()).encode()
 
 
-async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send,
-                 headers: Collection[tuple[str, str]] = ()) -> None:
-    """Answer an error before the body has been read; if there is one, discard it for a while and close the connection.
+async def refuse(
+    error: ApiError,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    headers: Collection[tuple[str, str]] = (),
+) -> None:
+    """Answer an error before the body has been read; if there is one, discard it for a while and
+    close the connection.
 
-    Many clients read no answer before they have sent their body, and lose it if the connection is closed before.
+    Many clients read no answer before they have sent their body, and lose it if the connection is
+    closed before.
     """
     fields, body = error_answer(error)
     fields.append(("content-length", str(len(body))))
-    has_body = bool(header_values(scope, "transfer-encoding")) or header_values(scope, "content-length") not in ([], ["0"])
+    has_body = bool(header_values(scope, "transfer-encoding")) or header_values(
+        scope, "content-length"
+    ) not in ([], ["0"])
     if has_body:
         fields.append(("connection", "close"))
-    await send({"type": "http.response.start", "status": error.status,
-                "headers": [(name.encode(), value.encode()) for name, value in [*fields, *headers]]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": error.status,
+            "headers": [(name.encode(), value.encode()) for name, value in [*fields, *headers]],
+        }
+    )
     await send({"type": "http.response.body", "body": body, "more_body": True})
     if has_body:
         await _discard_body(receive)

@@ -21,5 +21,9 @@ def heat_map(bits: np.ndarray) -> np.ndarray:
     low, high = np.percentile(bits, (1, 99))
     grey = np.clip(255 * (bits - low) / max(high - low, 1e-9), 0, 255).astype(np.uint8)
     picture = ImageOps.colorize(Image.fromarray(grey), COLD, HOT, MIDDLE)
-    return np.asarray(picture.resize((bits.shape[1] * HEAT_MAP_SCALE, bits.shape[0] * HEAT_MAP_SCALE),
-                                     Image.Resampling.NEAREST))
+    return np.asarray(
+        picture.resize(
+            (bits.shape[1] * HEAT_MAP_SCALE, bits.shape[0] * HEAT_MAP_SCALE),
+            Image.Resampling.NEAREST,
+        )
+    )

@@ -18,13 +18,15 @@ OLD_FILES = 2
 class Journal:
     """Appends to ``FOLDER/NAME.requests.jsonl``.
 
-    A line has the time, the operation, the request's id (the model server answers it as ``x-request-id``), the status, an
-    error's code and message, how many images were computed in the batch, and milliseconds by stage. No pixels.
+    A line has the time, the operation, the request's id (the model server answers it as
+    ``x-request-id``), the status, an error's code and message, how many images were computed in the
+    batch, and milliseconds by stage. No pixels.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._handler = RotatingFileHandler(folder / f"{name}{SUFFIX}", maxBytes=MAX_BYTES, backupCount=OLD_FILES,
-                                            encoding="utf-8")
+        self._handler = RotatingFileHandler(
+            folder / f"{name}{SUFFIX}", maxBytes=MAX_BYTES, backupCount=OLD_FILES, encoding="utf-8"
+        )
 
     def write(self, entries: Iterable[dict[str, Any]]) -> None:
         """Append a line for each entry; the time is added."""

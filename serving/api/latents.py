@@ -1,8 +1,9 @@
 """Ways through the noise that samples latents: from one image to another, and one level at a time.
 
-Noise is standard normal in every level, whatever the coarser levels are; one array a level, coarsest first. That of a
-sample is known from its seed (:mod:`serving.engine.noise`), that of an image is its encoding's ``eps``;
-:meth:`serving.engine.engine.InferenceEngine.sample_with` makes images of it.
+Noise is standard normal in every level, whatever the coarser levels are; one array a level,
+coarsest first. That of a sample is known from its seed (:mod:`serving.engine.noise`), that of an
+image is its encoding's ``eps``; :meth:`serving.engine.engine.InferenceEngine.sample_with` makes
+images of it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ def coarsest(eps: list[np.ndarray], kept: int) -> list[np.ndarray]:
 
 
 def between(a: list[np.ndarray], b: list[np.ndarray], steps: int) -> list[np.ndarray]:
-    """Noise on the way from ``a`` to ``b``, each a list of ``(1, c, h, w)``: one array ``(steps, c, h, w)`` a level.
+    """Noise on the way from ``a`` to ``b``, each a list of ``(1, c, h, w)``: one array ``(steps, c,
+    h, w)`` a level.
 
-    On the great circle, so that it stays as long as the ends are: the middle of a straight line is shorter than any
-    draw of a standard normal.
+    On the great circle, so that it stays as long as the ends are: the middle of a straight line is
+    shorter than any draw of a standard normal.
     """
     t = np.linspace(0, 1, steps, dtype=np.float64)[:, None, None, None]
     levels = []
@@ -30,15 +32,23 @@ def between(a: list[np.ndarray], b: list[np.ndarray], steps: int) -> list[np.nda
         if angle < 1e-3:
             levels.append(((1 - t) * first + t * last).astype(np.float32))
         else:
-            levels.append(((np.sin((1 - t) * angle) * first + np.sin(t * angle) * last) / np.sin(angle)).astype(np.float32))
+            levels.append(
+                (
+                    (np.sin((1 - t) * angle) * first + np.sin(t * angle) * last) / np.sin(angle)
+                ).astype(np.float32)
+            )
     return levels
 
 
 def exchanged(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
-    """Coarse levels of ``a`` with fine ones of ``b``: none, one, … all of ``a``; each level ``(levels + 1, c, h, w)``."""
+    """Coarse levels of ``a`` with fine ones of ``b``: none, one, … all of ``a``; each level
+    ``(levels + 1, c, h, w)``.
+    """
     count = len(a)
-    return [np.concatenate([first if level < kept else last for kept in range(count + 1)])
-            for level, (first, last) in enumerate(zip(a, b, strict=True))]
+    return [
+        np.concatenate([first if level < kept else last for kept in range(count + 1)])
+        for level, (first, last) in enumerate(zip(a, b, strict=True))
+    ]
 
 
 def with_level(own: list[np.ndarray], others: list[np.ndarray], changed: int) -> list[np.ndarray]:
@@ -52,5 +62,7 @@ def with_level(own: list[np.ndarray], others: list[np.ndarray], changed: int) ->
     Returns:
         Each level ``(n, c, h, w)``.
     """
-    return [theirs if level == changed else np.repeat(mine, len(theirs), axis=0)
-            for level, (mine, theirs) in enumerate(zip(own, others, strict=True))]
+    return [
+        theirs if level == changed else np.repeat(mine, len(theirs), axis=0)
+        for level, (mine, theirs) in enumerate(zip(own, others, strict=True))
+    ]

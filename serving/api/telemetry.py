@@ -1,6 +1,8 @@
-"""What a worker tells of its work: requests, where their time goes, the bits of what it scores, whether the stream drifts.
+"""What a worker tells of its work: requests, where their time goes, the bits of what it scores,
+whether the stream drifts.
 
-Counters are given as increments and gauges as they stand; whoever runs the worker carries them to where they are scraped.
+Counters are given as increments and gauges as they stand; whoever runs the worker carries them to
+where they are scraped.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class HistogramMetric:
-    """A histogram in Prometheus's form: counters of values up to each bound, of their sum and of their number."""
+    """A histogram in Prometheus's form: counters of values up to each bound, of their sum and of
+    their number.
+    """
 
     name: str
     bounds: tuple[float, ...]
@@ -59,11 +63,28 @@ DRIFT_IMAGES = Metric("ade_drift_images", "gauge")
 DRIFT_STRANGE = Metric("ade_drift_cusum_strange", "gauge")
 DRIFT_USUAL = Metric("ade_drift_cusum_usual", "gauge")
 DRIFT_DISTANCE = Metric("ade_drift_ks", "gauge")
-SECONDS = HistogramMetric("ade_request_seconds", (.0025, .005, .01, .025, .05, .1, .25, .5, 1.0, 2.5, 5.0, 10.0, INFINITY))
-BATCH = HistogramMetric("ade_batch_images", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, INFINITY))
-BPD = HistogramMetric("ade_bpd", (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, INFINITY))
-METRICS = (REQUESTS, IMAGES, STAGE_SECONDS, STARTS, INFO, DRIFT_IMAGES, DRIFT_STRANGE, DRIFT_USUAL, DRIFT_DISTANCE,
-           *(metric for h in (SECONDS, BATCH, BPD) for metric in (h.bucket, h.sum, h.count)))
+SECONDS = HistogramMetric(
+    "ade_request_seconds",
+    (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, INFINITY),
+)
+BATCH = HistogramMetric(
+    "ade_batch_images", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, INFINITY)
+)
+BPD = HistogramMetric(
+    "ade_bpd", (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, INFINITY)
+)
+METRICS = (
+    REQUESTS,
+    IMAGES,
+    STAGE_SECONDS,
+    STARTS,
+    INFO,
+    DRIFT_IMAGES,
+    DRIFT_STRANGE,
+    DRIFT_USUAL,
+    DRIFT_DISTANCE,
+    *(metric for h in (SECONDS, BATCH, BPD) for metric in (h.bucket, h.sum, h.count)),
+)
 
 
 @dataclass(frozen=True)
@@ -108,10 +129,17 @@ class _Histogram:
     def collect(self) -> list[Measurement]:
         if not self._buckets[-1]:
             return []
-        # All of them the first time: without its lowest buckets, though empty, a histogram would have other quantiles.
-        found = [Measurement(self.metric.bucket, count, (_le(bound),))
-                 for bound, count in zip(self.metric.bounds, self._buckets, strict=True) if count or not self._told]
-        found += [Measurement(self.metric.sum, self._sum), Measurement(self.metric.count, self._buckets[-1])]
+        # All of them the first time: without its lowest buckets, though empty, a histogram would
+        # have other quantiles.
+        found = [
+            Measurement(self.metric.bucket, count, (_le(bound),))
+            for bound, count in zip(self.metric.bounds, self._buckets, strict=True)
+            if count or not self._told
+        ]
+        found += [
+            Measurement(self.metric.sum, self._sum),
+            Measurement(self.metric.count, self._buckets[-1]),
+        ]
         self._buckets = [0] * len(self._buckets)
         self._sum = 0.0
         self._told = True
@@ -139,7 +167,9 @@ class Telemetry:
         self._gauges = {(INFO, (model_id, backend)): 1.0}
         self._seconds, self._batch, self._bpd = map(_Histogram, (SECONDS, BATCH, BPD))
 
-    def observe_batch(self, answers: Iterable[tuple[int, str]], images: int, stages: dict[str, float]) -> None:
+    def observe_batch(
+        self, answers: Iterable[tuple[int, str]], images: int, stages: dict[str, float]
+    ) -> None:
         """Take in a batch of requests.
 
         Args:
@@ -162,7 +192,9 @@ class Telemetry:
         """Take in scores; those without a verdict have no part in the drift."""
         with self._lock:
             for score in scores:
-                self._bpd.add(min(max(score.bpd, 0.0), MAX_BPD))  # a counter never falls, nor is it to be one image's
+                self._bpd.add(
+                    min(max(score.bpd, 0.0), MAX_BPD)
+                )  # a counter never falls, nor is it to be one image's
                 if score.verdict is not None:
                     self._drift.update(score.verdict.uniform)
                     self._drift_moved = True
@@ -170,14 +202,24 @@ class Telemetry:
     def collect(self) -> list[Measurement]:
         """What is new since the last call; empty if nothing is."""
         with self._lock:
-            found = [Measurement(metric, value, labels) for (metric, labels), value in self._counts.items() if value]
-            found += [Measurement(metric, value, labels) for (metric, labels), value in self._gauges.items()]
+            found = [
+                Measurement(metric, value, labels)
+                for (metric, labels), value in self._counts.items()
+                if value
+            ]
+            found += [
+                Measurement(metric, value, labels)
+                for (metric, labels), value in self._gauges.items()
+            ]
             for histogram in (self._seconds, self._batch, self._bpd):
                 found += histogram.collect()
             if self._drift_moved:
-                found += [Measurement(DRIFT_IMAGES, self._drift.images), Measurement(DRIFT_STRANGE, self._drift.strange),
-                          Measurement(DRIFT_USUAL, self._drift.usual),
-                          Measurement(DRIFT_DISTANCE, self._drift.distance())]
+                found += [
+                    Measurement(DRIFT_IMAGES, self._drift.images),
+                    Measurement(DRIFT_STRANGE, self._drift.strange),
+                    Measurement(DRIFT_USUAL, self._drift.usual),
+                    Measurement(DRIFT_DISTANCE, self._drift.distance()),
+                ]
             self._counts.clear()
             self._gauges.clear()
             self._drift_moved = False

@@ -1,4 +1,6 @@
-"""Processes that decode files which may be bombs: started for the first one, ended when idle, replaced when they die."""
+"""Processes that decode files which may be bombs: started for the first one, ended when idle,
+replaced when they die.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,30 @@ class _Decoder:
         root = str(Path(__file__).parents[2])
         # It parses files of unknown origin: the environment's secrets are not passed on.
         environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-        environment |= {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]), "OPENBLAS_NUM_THREADS": "1",
-                        "MALLOC_ARENA_MAX": "1"}  # further threads and arenas would count against its memory
-        command = [sys.executable, "-P", "-m", PROGRAM, str(MEMORY_BYTES), str(CPU_SECONDS), str(IDLE_SECONDS)]
+        environment |= {
+            "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]),
+            "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",
+        }  # further threads and arenas would count against its memory
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            PROGRAM,
+            str(MEMORY_BYTES),
+            str(CPU_SECONDS),
+            str(IDLE_SECONDS),
+        ]
         with theirs:
             try:
-                self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
+                self._process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment
+                )
             except OSError as error:  # a caller would take it for an error of its file
                 ours.close()
-                raise RuntimeError(f"the process that decodes images cannot be started: {error}") from error
+                raise RuntimeError(
+                    f"the process that decodes images cannot be started: {error}"
+                ) from error
         self._connection = ours
         self.pid = self._process.pid
         self.is_used = False
@@ -59,7 +76,9 @@ class _Decoder:
         except (OSError, EOFError):
             is_ready = False
         if not is_ready:
-            raise RuntimeError(f"the process that decodes images did not start (exit code {self.end()})")
+            raise RuntimeError(
+                f"the process that decodes images did not start (exit code {self.end()})"
+            )
 
     def decode(self, data: bytes, structure: Structure) -> DecodedImage:
         """As :func:`serving.decode.worker.decode`.
@@ -75,7 +94,10 @@ class _Decoder:
             self._connection.sendall(data)
             self._connection.settimeout(max(0.001, deadline - time.monotonic()))
             is_image, length, height, width = ANSWER.unpack(receive(self._connection, ANSWER.size))
-            if length > MAX_TEXT_BYTES or height * width != is_image * structure.width * structure.height:
+            if (
+                length > MAX_TEXT_BYTES
+                or height * width != is_image * structure.width * structure.height
+            ):
                 raise ValueError(f"an answer of {length} bytes and {height} x {width} pixels")
             said = json.loads(receive(self._connection, length))
             if not is_image:
@@ -127,11 +149,17 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
         except _Died as died:
             closed = isinstance(died.__cause__, (EOFError, ConnectionError))
             code = decoder.end(END_SECONDS if closed else 0)
-            if code == 0 and decoder.is_used:  # it had been idle for too long just when it was asked
+            if (
+                code == 0 and decoder.is_used
+            ):  # it had been idle for too long just when it was asked
                 continue
             if code == -signal.SIGPROF or isinstance(died.__cause__, TimeoutError):
-                raise ImageError("too_large", f"the image takes more than {CPU_SECONDS:g} seconds to decode") from None
-            raise ImageError("not_an_image", f"the image is damaged: its decoder ended (exit code {code})") from None
+                raise ImageError(
+                    "too_large", f"the image takes more than {CPU_SECONDS:g} seconds to decode"
+                ) from None
+            raise ImageError(
+                "not_an_image", f"the image is damaged: its decoder ended (exit code {code})"
+            ) from None
         except BaseException:
             decoder.end()
             raise

@@ -1,9 +1,10 @@
 """The structure of an image file, read from its bytes before any decoder sees them.
 
-Decoders do what a file says, and a small file can ask for a lot of work. The readers below find the picture's size and
-refuse what costs more than a picture of that size needs. They do not validate: a file that ends early or makes no sense
-is left to the decoder, which reports the damage. Where Pillow reads a format in its own way, so do they: a limit that is
-counted along another path does not hold.
+Decoders do what a file says, and a small file can ask for a lot of work. The readers below find the
+picture's size and refuse what costs more than a picture of that size needs. They do not validate: a
+file that ends early or makes no sense is left to the decoder, which reports the damage. Where
+Pillow reads a format in its own way, so do they: a limit that is counted along another path does
+not hold.
 """
 
 from __future__ import annotations
@@ -27,17 +28,37 @@ MAX_TILE_PIXELS = 2**20  # of a TIFF whose picture is smaller than a tile
 MAX_EXIF_PREFIXES = 8  # Pillow strips them one by one, in quadratic time
 MAX_EXIF_SEGMENTS = 100  # of a JPEG, joined likewise; 4 MiB are 65
 MAX_DIRECTORIES = 8  # of a TIFF's picture: its own, Exif, GPS and interoperability
-# What may be decoded without a process of its own: small pictures in the plainest forms, with little metadata.
+# What may be decoded without a process of its own: small pictures in the plainest forms, with
+# little metadata.
 PLAIN_PIXELS = 2**20
 PLAIN_BYTES = 2**20
 PLAIN_METADATA_BYTES = 2**16
 PLAIN_SCANS = 4  # of a JPEG: one for each component
 
 _PIXEL_CHUNKS = frozenset({b"IHDR", b"IDAT", b"fdAT", b"IEND"})
-_PLAIN_CHUNKS = frozenset({b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"tEXt"})
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # restart markers and escaped bytes are part of the data
+_PLAIN_CHUNKS = frozenset(
+    {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"tEXt"}
+)
+_MARKER = re.compile(
+    rb"\xff[^\x00\xd0-\xd7\xff]"
+)  # restart markers and escaped bytes are part of the data
 _EXIF_PREFIX = b"Exif\0\0"
-_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+_TYPE_SIZES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 13: "I"}
 _SUBDIRECTORIES = (0x8769, 0x8825, 0xA005)  # Exif, GPS, interoperability
 _BMP_COMPRESSIONS = {0: "none", 1: "RLE8", 2: "RLE4", 3: "bit fields", 4: "JPEG", 5: "PNG"}
@@ -45,7 +66,10 @@ _TIFF_COMPRESSIONS = {1, 5, 8, 32773, 32946}
 
 
 class ImageError(ValueError):
-    """A file that is no usable image. ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``."""
+    """A file that is no usable image.
+
+    ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -60,7 +84,8 @@ class Structure:
         format: one of :data:`FORMATS`.
         width: in pixels.
         height: in pixels.
-        is_plain: whether it is small, and in a form whose decoding cannot take more than its size suggests.
+        is_plain: whether it is small, and in a form whose decoding cannot take more than its size
+            suggests.
     """
 
     format: str
@@ -83,13 +108,20 @@ def read_structure(data: bytes) -> Structure:
             try:
                 structure = read(data)
             except (struct.error, IndexError):
-                raise ImageError("not_an_image", f"the image is damaged: it ends after {len(data)} bytes, before its "
-                                                 "size") from None
+                raise ImageError(
+                    "not_an_image",
+                    f"the image is damaged: it ends after {len(data)} bytes, before its size",
+                ) from None
             if not structure.width * structure.height:
-                raise ImageError("not_an_image", f"the image is empty: {structure.width} x {structure.height}")
+                raise ImageError(
+                    "not_an_image", f"the image is empty: {structure.width} x {structure.height}"
+                )
             return structure
-    raise ImageError("not_an_image", f"not an image: expected {', '.join(FORMATS)}, got {len(data)} bytes that "
-                                     f"start with {data[:8].hex(' ')}")
+    raise ImageError(
+        "not_an_image",
+        f"not an image: expected {', '.join(FORMATS)}, got {len(data)} bytes that "
+        f"start with {data[:8].hex(' ')}",
+    )
 
 
 def check_exif(data: bytes) -> None:
@@ -103,18 +135,24 @@ def check_exif(data: bytes) -> None:
         prefixes += 1
         if prefixes > MAX_EXIF_PREFIXES:
             raise _too_large("EXIF prefixes", prefixes, MAX_EXIF_PREFIXES)
-    data = data[6 * prefixes:]
+    data = data[6 * prefixes :]
     if len(data) >= 8:
         order = ">" if data.startswith(b"MM") else "<"
         _directory(data, order, struct.unpack_from(order + "I", data, 4)[0])
 
 
 def _too_large(what: str, count: int, limit: int) -> ImageError:
-    return ImageError("too_large", f"an image file may have {limit} {what}, this one has {count} or more")
+    return ImageError(
+        "too_large", f"an image file may have {limit} {what}, this one has {count} or more"
+    )
 
 
 def _is_plain(data: bytes, width: int, height: int, metadata: int = 0) -> bool:
-    return width * height <= PLAIN_PIXELS and len(data) <= PLAIN_BYTES and metadata <= PLAIN_METADATA_BYTES
+    return (
+        width * height <= PLAIN_PIXELS
+        and len(data) <= PLAIN_BYTES
+        and metadata <= PLAIN_METADATA_BYTES
+    )
 
 
 class _Count:
@@ -133,8 +171,10 @@ class _Count:
 
 def _png(data: bytes) -> Structure:
     if data[12:16] != b"IHDR":
-        raise ImageError("not_an_image", "the image is damaged: the first chunk of a PNG must be IHDR, got "
-                                         f"{data[12:16]!r}")
+        raise ImageError(
+            "not_an_image",
+            f"the image is damaged: the first chunk of a PNG must be IHDR, got {data[12:16]!r}",
+        )
     width, height = struct.unpack_from(">II", data, 16)
     chunks, metadata = _Count("chunks", MAX_PARTS), _Count("bytes of metadata", MAX_METADATA_BYTES)
     plain = True
@@ -148,8 +188,10 @@ def _png(data: bytes) -> Structure:
         if kind not in _PIXEL_CHUNKS:
             metadata.add(min(length, end - position))
             if kind == b"eXIf":
-                check_exif(data[position:position + length])
-            plain = plain and kind in _PLAIN_CHUNKS and not data.startswith(b"Raw profile", position)
+                check_exif(data[position : position + length])
+            plain = (
+                plain and kind in _PLAIN_CHUNKS and not data.startswith(b"Raw profile", position)
+            )
         elif kind == b"fdAT":
             plain = False
         position += length + 4
@@ -158,14 +200,22 @@ def _png(data: bytes) -> Structure:
 
 def _jpeg(data: bytes) -> Structure:
     width = height = 0
-    segments, metadata = _Count("segments", MAX_PARTS), _Count("bytes of metadata", MAX_METADATA_BYTES)
-    tables, junk = _Count("bytes of tables", MAX_TABLE_BYTES), _Count("bytes between segments", MAX_JUNK_BYTES)
+    segments, metadata = (
+        _Count("segments", MAX_PARTS),
+        _Count("bytes of metadata", MAX_METADATA_BYTES),
+    )
+    tables, junk = (
+        _Count("bytes of tables", MAX_TABLE_BYTES),
+        _Count("bytes between segments", MAX_JUNK_BYTES),
+    )
     scans = _Count("scans", MAX_SCANS)
     exif, exif_segments = b"", _Count("segments of EXIF", MAX_EXIF_SEGMENTS)
     plain = True
     position = 2
     # Before the first scan Pillow reads byte by byte, after it libjpeg does.
-    while marker := _MARKER.search(data, position, len(data) if scans.total else position + MAX_JUNK_BYTES):
+    while marker := _MARKER.search(
+        data, position, len(data) if scans.total else position + MAX_JUNK_BYTES
+    ):
         if not scans.total:
             junk.add(marker.start() - position)
         kind = data[marker.start() + 1]
@@ -173,7 +223,9 @@ def _jpeg(data: bytes) -> Structure:
         segments.add(1)
         if kind == 0xD9 and scans.total:  # the end
             break
-        if kind < 0xC0 or kind in (0xC8, 0xD8, 0xD9) or 0xF0 <= kind <= 0xFD:  # no length, or none that Pillow reads
+        if (
+            kind < 0xC0 or kind in (0xC8, 0xD8, 0xD9) or 0xF0 <= kind <= 0xFD
+        ):  # no length, or none that Pillow reads
             plain = False
             continue
         if position + 2 > len(data):
@@ -184,9 +236,9 @@ def _jpeg(data: bytes) -> Structure:
             metadata.add(length)
             if kind == 0xE1 and data.startswith(_EXIF_PREFIX, body):
                 exif_segments.add(1)
-                exif += data[body + 6 * bool(exif):position + length]  # Pillow joins them
+                exif += data[body + 6 * bool(exif) : position + length]  # Pillow joins them
             elif kind == 0xE2 and data.startswith(b"MPF\0", body):
-                check_exif(data[body + 4:position + length])
+                check_exif(data[body + 4 : position + length])
                 plain = False
         elif kind == 0xDA:
             scans.add(1)
@@ -197,10 +249,14 @@ def _jpeg(data: bytes) -> Structure:
                 plain = plain and kind in (0xC0, 0xC1)
         position += length
     if not width or not scans.total:
-        raise ImageError("not_an_image", "the image is damaged: a JPEG without a frame or without a scan")
+        raise ImageError(
+            "not_an_image", "the image is damaged: a JPEG without a frame or without a scan"
+        )
     check_exif(exif)
     plain = plain and not exif and scans.total <= PLAIN_SCANS
-    return Structure("JPEG", width, height, plain and _is_plain(data, width, height, metadata.total))
+    return Structure(
+        "JPEG", width, height, plain and _is_plain(data, width, height, metadata.total)
+    )
 
 
 def _webp(data: bytes) -> Structure:
@@ -221,7 +277,7 @@ def _webp(data: bytes) -> Structure:
         position += 8
         chunks.add(1)
         if kind == b"EXIF":
-            check_exif(data[position:position + length])
+            check_exif(data[position : position + length])
         if kind not in (b"VP8X", b"VP8 ", b"VP8L", b"ALPH"):
             plain = False
             if kind != b"ANMF":
@@ -239,17 +295,28 @@ def _bmp(data: bytes) -> Structure:
     if data[25] == 0xFF:  # the rows are from top to bottom
         height = 2**32 - height
     if compression not in (0, 3):
-        raise ImageError("not_an_image", "a BMP must be uncompressed, this one has the compression "
-                                         f"{_BMP_COMPRESSIONS.get(compression, compression)}")
+        raise ImageError(
+            "not_an_image",
+            "a BMP must be uncompressed, this one has the compression "
+            f"{_BMP_COMPRESSIONS.get(compression, compression)}",
+        )
     plain = header == 40 and compression == 0 and colours <= 256
     return Structure("BMP", width, height, plain and _is_plain(data, width, height))
 
 
 def _gif(data: bytes) -> Structure:
-    """The first frame, and what stands before the second: whether there is one is all that is read of it."""
+    """The first frame, and what stands before the second: whether there is one is all that is read
+    of it.
+    """
     width, height, flags = struct.unpack_from("<HHB", data, 6)
-    blocks, comments = _Count("blocks", MAX_GIF_BLOCKS), _Count("bytes of comments", MAX_COMMENT_BYTES)
-    junk, metadata = _Count("bytes between blocks", MAX_JUNK_BYTES), _Count("bytes of metadata", MAX_METADATA_BYTES)
+    blocks, comments = (
+        _Count("blocks", MAX_GIF_BLOCKS),
+        _Count("bytes of comments", MAX_COMMENT_BYTES),
+    )
+    junk, metadata = (
+        _Count("bytes between blocks", MAX_JUNK_BYTES),
+        _Count("bytes of metadata", MAX_METADATA_BYTES),
+    )
 
     def after_block(position: int) -> int:
         blocks.add(1)
@@ -275,7 +342,9 @@ def _gif(data: bytes) -> Structure:
                     position = after_blocks(position)
                     comments.add(position - start)
                     continue
-                is_loop = label == 0xFF and not frames and data.startswith(b"NETSCAPE2.0", position + 1)
+                is_loop = (
+                    label == 0xFF and not frames and data.startswith(b"NETSCAPE2.0", position + 1)
+                )
                 position = after_block(position)
                 if is_loop:
                     position = after_block(position)
@@ -317,7 +386,11 @@ def _tiff(data: bytes) -> Structure:
     while remaining:
         directories.add(1)
         above = remaining.pop()
-        remaining += [_directory(data, order, _integer(tag, above[tag], order)) for tag in _SUBDIRECTORIES if tag in above]
+        remaining += [
+            _directory(data, order, _integer(tag, above[tag], order))
+            for tag in _SUBDIRECTORIES
+            if tag in above
+        ]
     width, height = number(256), number(257)
     compression = number(259, 1)
     if compression not in _TIFF_COMPRESSIONS:
@@ -329,13 +402,17 @@ def _tiff(data: bytes) -> Structure:
             if 273 in tags:
                 raise _not_plain("strips or tiles", "both")
             if not 0 < across * down <= max(width * height, MAX_TILE_PIXELS):
-                raise _not_plain(f"tiles not larger than the image, {width} x {height}", f"{across} x {down}")
+                raise _not_plain(
+                    f"tiles not larger than the image, {width} x {height}", f"{across} x {down}"
+                )
             needed = -(-width // across) * -(-height // down) * planes
         else:
             needed = -(-height // max(1, min(height, number(278, height)))) * planes
         for tag in (273, 279, 324, 325):
             if tag in tags and tags[tag].count > min(needed, MAX_STRIPS):
-                raise _too_large("strips or tiles of its size", tags[tag].count, min(needed, MAX_STRIPS))
+                raise _too_large(
+                    "strips or tiles of its size", tags[tag].count, min(needed, MAX_STRIPS)
+                )
     if number(274, 1) in (5, 6, 7, 8):  # Pillow turns a TIFF by itself
         width, height = height, width
     return Structure("TIFF", width, height)
@@ -365,7 +442,8 @@ def _directory(data: bytes, order: str, offset: int, strict: bool = False) -> di
         data: what offsets count from the start of.
         order: ``<`` or ``>``.
         offset: of the directory.
-        strict: refuse what Pillow and libtiff take differently: a tag that appears twice, or reaches beyond the file.
+        strict: refuse what Pillow and libtiff take differently: a tag that appears twice, or
+            reaches beyond the file.
     """
     if offset + 2 > len(data):
         return {}
@@ -384,12 +462,17 @@ def _directory(data: bytes, order: str, offset: int, strict: bool = False) -> di
             continue
         if struct.unpack(order + "I", value)[0] + size > len(data):
             if strict:
-                raise ImageError("not_an_image", f"the image is damaged: tag {tag} reaches beyond the file")
+                raise ImageError(
+                    "not_an_image", f"the image is damaged: tag {tag} reaches beyond the file"
+                )
             break  # and so does Pillow
         total += size
         if total > len(data):
-            raise ImageError("too_large", f"the tags of a directory may have {len(data)} bytes, as their file, these have "
-                                          f"{total} or more")
+            raise ImageError(
+                "too_large",
+                f"the tags of a directory may have {len(data)} bytes, as their file, these have "
+                f"{total} or more",
+            )
     return found
 
 

@@ -1,11 +1,12 @@
 """Pixels of an image file, by Pillow; as a program, a process that does so for another one.
 
-The process has limits of memory and of processor time, and a file may kill it. It ends when no file came for a while, or
-with the process that started it.
+The process has limits of memory and of processor time, and a file may kill it. It ends when no file
+came for a while, or with the process that started it.
 
     python -m serving.decode.worker MEMORY_BYTES CPU_SECONDS IDLE_SECONDS
 
-A request is a :data:`REQUEST` and the file, an answer a :data:`ANSWER`, the notes or the error as JSON, and the pixels.
+A request is a :data:`REQUEST` and the file, an answer a :data:`ANSWER`, the notes or the error as
+JSON, and the pixels.
 """
 
 from __future__ import annotations
@@ -31,9 +32,15 @@ REQUEST = struct.Struct("<Q")  # bytes of the file
 ANSWER = struct.Struct("<?III")  # whether it was decoded, bytes of JSON, height, width
 _BLOCK_PIXELS = 2**20  # converted at a time
 
-_TRANSPOSITIONS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-                   5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-                   8: Image.Transpose.ROTATE_90}
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -58,19 +65,28 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata, which does no harm here
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns of damaged metadata, which does no harm here
             image: Image.Image = Image.open(io.BytesIO(data), formats=(structure.format,))
             if image.size != (structure.width, structure.height):
-                raise ImageError("not_an_image", f"the image is damaged: it has two sizes, {structure.width} x "
-                                                 f"{structure.height} and {image.width} x {image.height}")
+                raise ImageError(
+                    "not_an_image",
+                    f"the image is damaged: it has two sizes, {structure.width} x "
+                    f"{structure.height} and {image.width} x {image.height}",
+                )
             if ";16" in str(getattr(image, "tile", [])[:1]) and not image.mode.startswith("I"):
                 notes.append("converted from 16-bit colour to 8 bits")
             if getattr(image, "is_animated", False):  # counting the frames would take long
                 notes.append("first of several frames taken")
                 image.seek(0)
             image.load()
-            if "exif" not in image.info and "Raw profile type exif" in image.info:  # in PNG text, where Pillow finds it
-                check_exif(bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:])))
+            if (
+                "exif" not in image.info and "Raw profile type exif" in image.info
+            ):  # in PNG text, where Pillow finds it
+                check_exif(
+                    bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+                )
             orientation = image.getexif().get(0x0112, 1)
             if orientation in _TRANSPOSITIONS:
                 image = image.transpose(_TRANSPOSITIONS[orientation])
@@ -94,8 +110,10 @@ def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
     for top in range(0, image.height, rows):
         for left in range(0, image.width, columns):
             said = []
-            block = image.crop((left, top, min(left + columns, image.width), min(top + rows, image.height)))
-            pixels[top:top + rows, left:left + columns] = np.asarray(_to_rgb(block, said))
+            block = image.crop(
+                (left, top, min(left + columns, image.width), min(top + rows, image.height))
+            )
+            pixels[top : top + rows, left : left + columns] = np.asarray(_to_rgb(block, said))
     notes += said
     return pixels
 
@@ -150,7 +168,9 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
         cpu_seconds: for a file, after which the process is killed.
         idle_seconds: to wait for a file.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends whoever started this, and that ends this
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C ends whoever started this, and that ends this
     connection = socket.socket(fileno=sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
@@ -183,7 +203,9 @@ def _answer(data: bytes, memory_bytes: int) -> tuple[bytes, memoryview]:
     else:
         text = json.dumps(decoded.notes).encode()
         height, width = decoded.pixels.shape[:2]
-        return ANSWER.pack(True, len(text), height, width) + text, np.ascontiguousarray(decoded.pixels).data.cast("B")
+        return ANSWER.pack(True, len(text), height, width) + text, np.ascontiguousarray(
+            decoded.pixels
+        ).data.cast("B")
     text = json.dumps(said).encode()
     return ANSWER.pack(False, len(text), 0, 0) + text, memoryview(b"")
 

@@ -31,14 +31,24 @@ class Backend(Protocol):
     name: str
     fixed_sizes: bool
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None) -> dict[
-            str, np.ndarray]:
-        """Compute one batch; names are those of :mod:`serving.engine.signatures`. ``wanted`` outputs, or all."""
+    def run(
+        self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Compute one batch; names are those of :mod:`serving.engine.signatures`.
+
+        ``wanted`` outputs, or all.
+        """
         ...
 
 
-def load_backend(bundle: Bundle, graphs: Sequence[str], backend: str = "onnxruntime", device: str = "auto",
-                 gpu: int = 0, cuda_graphs: bool = False) -> Backend:
+def load_backend(
+    bundle: Bundle,
+    graphs: Sequence[str],
+    backend: str = "onnxruntime",
+    device: str = "auto",
+    gpu: int = 0,
+    cuda_graphs: bool = False,
+) -> Backend:
     """Load the graphs of a bundle.
 
     Args:
@@ -47,7 +57,8 @@ def load_backend(bundle: Bundle, graphs: Sequence[str], backend: str = "onnxrunt
         backend: one of :data:`BACKENDS`.
         device: ``cuda`` fails where there is none; ``auto`` takes a GPU where there is one.
         gpu: which, of several.
-        cuda_graphs: of ONNX Runtime on a GPU: record the kernels of each batch size and replay them.
+        cuda_graphs: of ONNX Runtime on a GPU: record the kernels of each batch size and replay
+            them.
 
     Raises:
         BackendError: unknown backend or device, or no GPU where one was asked for.
@@ -63,45 +74,73 @@ def load_backend(bundle: Bundle, graphs: Sequence[str], backend: str = "onnxrunt
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime, one session a graph. One thread: with two the sums' order, and so the bytes, may differ.
+    """ONNX Runtime, one session a graph. One thread: with two the sums' order, and so the bytes,
+    may differ.
 
-    Graphs are optimised as they are loaded: storing them optimised would save 2 to 9 ms a graph, and the layout that is
-    fastest belongs to one kind of processor.
+    Graphs are optimised as they are loaded: storing them optimised would save 2 to 9 ms a graph,
+    and the layout that is fastest belongs to one kind of processor.
     """
 
-    def __init__(self, bundle: Bundle, graphs: Sequence[str], device: str, gpu: int, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        graphs: Sequence[str],
+        device: str,
+        gpu: int,
+        cuda_graphs: bool = False,
+    ) -> None:
         import onnxruntime as ort
 
         provider = "CPUExecutionProvider"
-        if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers() and _gpu_is_there(ort):
+        if (
+            device != "cpu"
+            and "CUDAExecutionProvider" in ort.get_available_providers()
+            and _gpu_is_there(ort)
+        ):
             provider = "CUDAExecutionProvider"
         elif device == "cuda":
-            raise BackendError("device cuda: ONNX Runtime finds no CUDA device here (is onnxruntime-gpu installed, "
-                               "and a driver?)")
+            raise BackendError(
+                "device cuda: ONNX Runtime finds no CUDA device here (is onnxruntime-gpu installed, "
+                "and a driver?)"
+            )
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        cuda = {"device_id": gpu, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC",
-                "enable_cuda_graph": int(cuda_graphs)}
+        cuda = {
+            "device_id": gpu,
+            "use_tf32": 0,
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "enable_cuda_graph": int(cuda_graphs),
+        }
         providers: list[Any] = [(provider, cuda)] if provider.startswith("CUDA") else []
         providers.append("CPUExecutionProvider")
         bundle.file(WEIGHTS_NAME)  # the graphs' weights lie there: verified before they are read
         self._sessions = {}
         for graph in graphs:
-            session = ort.InferenceSession(bundle.file(f"{graph}.onnx"), options, providers=providers)
+            session = ort.InferenceSession(
+                bundle.file(f"{graph}.onnx"), options, providers=providers
+            )
             if session.get_providers()[0] != provider:
-                raise BackendError(f"{graph}.onnx was to run on {provider}, but ONNX Runtime chose "
-                                   f"{session.get_providers()[0]}")
+                raise BackendError(
+                    f"{graph}.onnx was to run on {provider}, but ONNX Runtime chose "
+                    f"{session.get_providers()[0]}"
+                )
             self._sessions[graph] = session
-        self._outputs = {graph: [o.name for o in s.get_outputs()] for graph, s in self._sessions.items()}
-        self._bound = {graph: BoundGraph(session, "cuda", gpu, cuda_graphs) for graph, session in self._sessions.items()
-                       if provider.startswith("CUDA")}
+        self._outputs = {
+            graph: [o.name for o in s.get_outputs()] for graph, s in self._sessions.items()
+        }
+        self._bound = {
+            graph: BoundGraph(session, "cuda", gpu, cuda_graphs)
+            for graph, session in self._sessions.items()
+            if provider.startswith("CUDA")
+        }
         self.name = f"onnxruntime/{provider}"
         self.fixed_sizes = bool(self._bound)
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None) -> dict[
-            str, np.ndarray]:
+    def run(
+        self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
         names = wanted or self._outputs[graph]
         if graph in self._bound:
             return self._bound[graph].run(inputs, names)
@@ -109,7 +148,9 @@ class OnnxRuntimeBackend:
 
 
 def _gpu_is_there(ort: Any) -> bool:
-    """Whether a session on the GPU could start: ONNX Runtime lists the provider wherever it was compiled in."""
+    """Whether a session on the GPU could start: ONNX Runtime lists the provider wherever it was
+    compiled in.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -136,21 +177,30 @@ class TorchScriptBackend:
         self._torch = torch
         self._device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # deprecated upstream, and what is asked for
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # deprecated upstream, and what is asked for
             self._module = torch.jit.load(bundle.file(TORCHSCRIPT_NAME), map_location=self._device)
         self._levels = len(bundle.latent_shapes)
         self._graphs = set(graphs)
         self.name = f"torchscript/{self._device}"
 
-    def run(self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None) -> dict[
-            str, np.ndarray]:
+    def run(
+        self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
         if graph not in self._graphs:
             raise BackendError(f"graph {graph} was not loaded")
         torch = self._torch
-        args = [torch.from_numpy(inputs[name]).to(self._device) for name in inputs_of(graph, self._levels)]
+        args = [
+            torch.from_numpy(inputs[name]).to(self._device)
+            for name in inputs_of(graph, self._levels)
+        ]
         with torch.inference_mode():
             values = getattr(self._module, graph)(*args)
         if not isinstance(values, tuple):
             values = (values,)
-        return {name: value.cpu().numpy() for name, value in zip(outputs_of(graph, self._levels), values, strict=True)
-                if wanted is None or name in wanted}
+        return {
+            name: value.cpu().numpy()
+            for name, value in zip(outputs_of(graph, self._levels), values, strict=True)
+            if wanted is None or name in wanted
+        }

@@ -1,7 +1,8 @@
-"""The bundle: a folder that is everything a service needs. Read and verified here; ``export`` writes it.
+"""The bundle: a folder that is everything a service needs. Read and verified here; ``export``
+writes it.
 
-Nothing in a bundle is a pickle. Every file is named in ``manifest.json`` with its SHA-256, and is read only when
-it matches.
+Nothing in a bundle is a pickle. Every file is named in ``manifest.json`` with its SHA-256, and is
+read only when it matches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from serving.engine.manifest import MANIFEST, REQUIRED, check_types
 from serving.engine.signatures import OPERATIONS
 from serving.files import replacing
 
-FORMAT_VERSION = 2  # 1 had graphs that gave a score's parts alone, without what the verdict is made of
+FORMAT_VERSION = (
+    2  # 1 had graphs that gave a score's parts alone, without what the verdict is made of
+)
 KINDS = ("mean", "density")
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -65,7 +68,12 @@ class Bundle:
 
     def graphs(self, operations: Iterable[str]) -> list[str]:
         """The graphs of those operations that this model has."""
-        own = [graph for operation in operations if operation in self.operations for graph in OPERATIONS[operation]]
+        own = [
+            graph
+            for operation in operations
+            if operation in self.operations
+            for graph in OPERATIONS[operation]
+        ]
         return list(dict.fromkeys(own))
 
     @property
@@ -95,8 +103,10 @@ class Bundle:
             raise BundleError(f"{path} is missing")
         found = sha256_of(path)
         if found != self.manifest["files"][name]:
-            raise BundleError(f"{path} does not match the manifest: SHA-256 should be "
-                              f"{self.manifest['files'][name]}, is {found}")
+            raise BundleError(
+                f"{path} does not match the manifest: SHA-256 should be "
+                f"{self.manifest['files'][name]}, is {found}"
+            )
         return path
 
 
@@ -113,8 +123,10 @@ def check_name(name: str) -> None:
         BundleError: it cannot.
     """
     if not _NAME.fullmatch(name):
-        raise BundleError("a model's name has letters, digits, '-', '_' and '.', and begins with one of the first two; "
-                          f"got {name!r}")
+        raise BundleError(
+            "a model's name has letters, digits, '-', '_' and '.', and begins with one of the first two; "
+            f"got {name!r}"
+        )
 
 
 def plain_name(text: str) -> str:
@@ -130,26 +142,34 @@ def open_bundle(folder: Path) -> Bundle:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise BundleError(f"{folder} is no bundle: " + (f"it holds no {MANIFEST_NAME}" if folder.is_dir() else
-                                                        "there is no such folder"))
+        raise BundleError(
+            f"{folder} is no bundle: "
+            + (f"it holds no {MANIFEST_NAME}" if folder.is_dir() else "there is no such folder")
+        )
     try:
         manifest = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not JSON: {error}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise BundleError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; another version's bundle "
-                          "has to be exported again")
+        raise BundleError(
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; another version's bundle "
+            "has to be exported again"
+        )
     try:
         check_types(dict.fromkeys(REQUIRED) | manifest, MANIFEST, "")
     except TypeError as error:
         raise BundleError(f"{path}: {error}") from None
     check_name(manifest["name"])
-    if min(manifest["image_shape"]) < 1 or any(min(shape) < 1 for shape in manifest["latent_shapes"]):
+    if min(manifest["image_shape"]) < 1 or any(
+        min(shape) < 1 for shape in manifest["latent_shapes"]
+    ):
         raise BundleError(f"{path}: image_shape and latent_shapes must be positive")
     unknown = set(manifest.get("operations", OPERATIONS)) - set(OPERATIONS)
     if unknown:
-        raise BundleError(f"{path}: operations are some of {', '.join(OPERATIONS)}, got {unknown.pop()!r}")
+        raise BundleError(
+            f"{path}: operations are some of {', '.join(OPERATIONS)}, got {unknown.pop()!r}"
+        )
     for name in manifest["files"]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{path}: {name!r} is no plain file name")
@@ -172,9 +192,15 @@ def verify_bundle(folder: Path) -> Bundle:
 
 def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
     """Write ``manifest.json`` over the files that now lie in a folder."""
-    files = {p.name: sha256_of(p) for p in sorted(folder.iterdir())
-             if p.is_file() and p.name != MANIFEST_NAME and not p.name.startswith(".")}
-    manifest = {"format_version": FORMAT_VERSION, **{k: v for k, v in fields.items() if k != "format_version"},
-                "files": files}
+    files = {
+        p.name: sha256_of(p)
+        for p in sorted(folder.iterdir())
+        if p.is_file() and p.name != MANIFEST_NAME and not p.name.startswith(".")
+    }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        **{k: v for k, v in fields.items() if k != "format_version"},
+        "files": files,
+    }
     with replacing(folder / MANIFEST_NAME, text=True) as file:
         file.write(json.dumps(manifest, indent=2) + "\n")

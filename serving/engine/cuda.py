@@ -1,7 +1,9 @@
-"""Graphs of ONNX Runtime with buffers that stay where they are: for CUDA, where copies and launches cost most.
+"""Graphs of ONNX Runtime with buffers that stay where they are: for CUDA, where copies and launches
+cost most.
 
-Inputs are copied into the same places on the device batch after batch, and outputs come from the same places. With
-``capture``, ONNX Runtime records the kernels of each batch size once as a CUDA graph and replays them.
+Inputs are copied into the same places on the device batch after batch, and outputs come from the
+same places. With ``capture``, ONNX Runtime records the kernels of each batch size once as a CUDA
+graph and replays them.
 """
 
 from __future__ import annotations
@@ -56,8 +58,12 @@ class BoundGraph:
 
         binding = self._session.io_binding()
         # Copies: on the CPU, ONNX Runtime would write into the caller's arrays.
-        places = {name: ort.OrtValue.ortvalue_from_numpy(np.array(value, order="C"), self._device, self._gpu)
-                  for name, value in inputs.items()}
+        places = {
+            name: ort.OrtValue.ortvalue_from_numpy(
+                np.array(value, order="C"), self._device, self._gpu
+            )
+            for name, value in inputs.items()
+        }
         for name, place in places.items():
             binding.bind_ortvalue_input(name, place)
         names = [output.name for output in self._session.get_outputs()]

@@ -8,10 +8,17 @@ from typing import Any
 
 from serving.messages import show
 
-# A type; ``[T]``, a list of T; ``(T, T)``, a list of so many; a dictionary of fields, any of which may be missing, where
-# ``...`` stands for every other one. Fields that are not named are free.
+# A type; ``[T]``, a list of T; ``(T, T)``, a list of so many; a dictionary of fields, any of which
+# may be missing, where ``...`` stands for every other one. Fields that are not named are free.
 Expected = Any
-_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+_NAMES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
@@ -28,21 +35,63 @@ def _or_null(expected: Expected) -> Either:
 _SHAPE = (int, int, int)
 _STARTED_FROM: dict[str, Expected] = {"recipe": str, "images_seen": int, "taken": str}
 _STARTED_FROM["started_from"] = _or_null(_STARTED_FROM)
-_FIGURES: dict[str | EllipsisType, Expected] = {"reference": str, "gan_test": str}  # what ade evaluate says beside numbers
+_FIGURES: dict[str | EllipsisType, Expected] = {
+    "reference": str,
+    "gan_test": str,
+}  # what ade evaluate says beside numbers
 _FIGURES[...] = Either((float, _FIGURES, None))
 _CALIBRATION: dict[str, Expected] = {
-    "statistic": str, "estimator": str, "resize": _or_null(str), "components": int, "images": int, "median_bpd": float,
-    "smallest_p_value": float, "fitted_to": int, "data": str, "webp": str}
+    "statistic": str,
+    "estimator": str,
+    "resize": _or_null(str),
+    "components": int,
+    "images": int,
+    "median_bpd": float,
+    "smallest_p_value": float,
+    "fitted_to": int,
+    "data": str,
+    "webp": str,
+}
 _CALIBRATION["resized"] = _or_null({**_CALIBRATION, "resized_and_back": int})
 MANIFEST: dict[str, Expected] = {
-    "format_version": int, "name": str, "recipe": str, "licence": _or_null(str), "image_shape": _SHAPE,
-    "latent_shapes": [_SHAPE], "operations": [str], "files": {...: str}, "data": {"name": str, "splits": {...: str}},
-    "training": {"images_seen": int, "started_from": _or_null(_STARTED_FROM), "seed": int, "weights": int,
-                 "flow_weights": int},
-    "evaluation": _or_null({"data": str, "part": str, "split": str, "images": int, "seed": int,
-                            "elbo": {"bpd": float, "standard_error": float, ...: float}, **_FIGURES}),
+    "format_version": int,
+    "name": str,
+    "recipe": str,
+    "licence": _or_null(str),
+    "image_shape": _SHAPE,
+    "latent_shapes": [_SHAPE],
+    "operations": [str],
+    "files": {...: str},
+    "data": {"name": str, "splits": {...: str}},
+    "training": {
+        "images_seen": int,
+        "started_from": _or_null(_STARTED_FROM),
+        "seed": int,
+        "weights": int,
+        "flow_weights": int,
+    },
+    "evaluation": _or_null(
+        {
+            "data": str,
+            "part": str,
+            "split": str,
+            "images": int,
+            "seed": int,
+            "elbo": {"bpd": float, "standard_error": float, ...: float},
+            **_FIGURES,
+        }
+    ),
     "calibration": _or_null(_CALIBRATION),
-    "parity": [{"graph": str, "output": str, "backend": str, "unit": str, "difference": float, "limit": float}],
+    "parity": [
+        {
+            "graph": str,
+            "output": str,
+            "backend": str,
+            "unit": str,
+            "difference": float,
+            "limit": float,
+        }
+    ],
 }
 REQUIRED = ("name", "recipe", "image_shape", "latent_shapes", "files", "data")
 
@@ -61,12 +110,16 @@ def check_types(value: Any, expected: Expected, name: str) -> None:
     options = expected.options if isinstance(expected, Either) else (expected,)
     fitting = [option for option in options if _fits(value, _type_of(option))]
     if not fitting:
-        raise TypeError(f"{name} must be {' or '.join(_NAMES[_type_of(option)] for option in options)}, got {show(value)}")
+        raise TypeError(
+            f"{name} must be {' or '.join(_NAMES[_type_of(option)] for option in options)}, got {show(value)}"
+        )
     (option, *_) = fitting
     if isinstance(option, dict):
         for key, item in value.items():
             if key in option or ... in option:
-                check_types(item, option.get(key, option.get(...)), f"{name}.{key}" if name else key)
+                check_types(
+                    item, option.get(key, option.get(...)), f"{name}.{key}" if name else key
+                )
     elif isinstance(option, tuple) and len(value) != len(option):
         raise TypeError(f"{name} must have {len(option)} values, got {show(value)}")
     elif isinstance(option, (list, tuple)):

@@ -1,8 +1,8 @@
 """Random numbers that are a fixed function of what they are for.
 
-Philox is counter-based: a key names a stream, and no stream knows of another. Only its raw words are used,
-which NumPy keeps stable; uniforms and normals come from them by the arithmetic below, since NumPy does not promise
-the streams of its own distributions.
+Philox is counter-based: a key names a stream, and no stream knows of another. Only its raw words
+are used, which NumPy keeps stable; uniforms and normals come from them by the arithmetic below,
+since NumPy does not promise the streams of its own distributions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class NoiseStream:
         count = int(np.prod(shape))
         pairs = -(-count // 2)
         words = self._words.random_raw(2 * pairs) >> np.uint64(11)
-        unit = (words.astype(np.float64) + 0.5) * 2.0**-53  # open at both ends: the logarithm is finite
+        unit = (
+            words.astype(np.float64) + 0.5
+        ) * 2.0**-53  # open at both ends: the logarithm is finite
         radius = np.sqrt(-2.0 * np.log(unit[:pairs]))
         angle = (2.0 * np.pi) * unit[pairs:]
         values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])

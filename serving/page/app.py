@@ -36,8 +36,16 @@ MAX_QUEUED = 64  # events
 MAX_SESSIONS = 200  # whose state is in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # Gradio looks for work a thousand times a second, which takes 6 % of a core from the model
 READY_FOR_S = 1.0  # an answer that all is well holds so long
-TABS = {"Sample": sample, "Explore": explore, "Reconstruct": reconstruct, "Score": score, "Score many": many,
-        "Compare": compare, "Reproduce": reproduce, "About": about}
+TABS = {
+    "Sample": sample,
+    "Explore": explore,
+    "Reconstruct": reconstruct,
+    "Score": score,
+    "Score many": many,
+    "Compare": compare,
+    "Reproduce": reproduce,
+    "About": about,
+}
 CSS = """
 .ade-pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
 .ade-grid .grid-wrap { height: auto !important; max-height: none !important; min-height: 0; overflow: visible; }
@@ -57,29 +65,44 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 class PageBlocks(gr.Blocks):
-    """Gradio's blocks, whose errors say nothing of the machine to a client, and nothing of a request in the log."""
+    """Gradio's blocks, whose errors say nothing of the machine to a client, and nothing of a
+    request in the log.
+    """
 
     async def process_api(self, *args: Any, **options: Any) -> Any:
-        """Run an event: what is between a request and its answer, the functions of the tabs included."""
+        """Run an event: what is between a request and its answer, the functions of the tabs
+        included.
+        """
         try:
             return await super().process_api(*args, **options)
         except gr.Error as error:
             error.print_exception = False  # it is for the client
-            error.message = escape(str(error.message), quote=False)  # the page shows it as HTML; it may quote a file
+            error.message = escape(
+                str(error.message), quote=False
+            )  # the page shows it as HTML; it may quote a file
             raise
         except Exception as error:
             report("an event failed", error)
-            raise gr.Error("Something went wrong in the page. Its log says where.", print_exception=False) from None
+            raise gr.Error(
+                "Something went wrong in the page. Its log says where.", print_exception=False
+            ) from None
 
 
 def build_page(served: Served) -> gr.Blocks:
     """All tabs under one head."""
-    names = {name: "{}, {} × {} pixels".format(name, *bundle.image_shape[1::-1]) for name, bundle in served.bundles.items()}
+    names = {
+        name: "{}, {} × {} pixels".format(name, *bundle.image_shape[1::-1])
+        for name, bundle in served.bundles.items()
+    }
     with PageBlocks(title="AV-ADE", analytics_enabled=False) as page:
-        gr.Markdown("# AV-ADE\nA generative image model with likelihoods: sample it, see what it keeps of an image, "
-                    f"ask how likely an image is. {names[served.first]}.")
+        gr.Markdown(
+            "# AV-ADE\nA generative image model with likelihoods: sample it, see what it keeps of an image, "
+            f"ask how likely an image is. {names[served.first]}."
+        )
         choices = [(name, value) for value, name in names.items()]
-        model = gr.Dropdown(choices, value=served.first, label="Model", visible=len(served.bundles) > 1)
+        model = gr.Dropdown(
+            choices, value=served.first, label="Model", visible=len(served.bundles) > 1
+        )
         with gr.Tabs() as tabs:
             shared = Shared(served, model, tabs, make_inbox())
             for name, tab in TABS.items():
@@ -117,8 +140,12 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
 
     @app.post(UPLOAD)
     async def upload(request: Request) -> Response:
-        login = httpx.AsyncClient(transport=httpx.ASGITransport(gradio), base_url="http://localhost")
-        answer = await login.get("/gradio_api/login_check", headers={"Cookie": request.headers.get("cookie", "")})
+        login = httpx.AsyncClient(
+            transport=httpx.ASGITransport(gradio), base_url="http://localhost"
+        )
+        answer = await login.get(
+            "/gradio_api/login_check", headers={"Cookie": request.headers.get("cookie", "")}
+        )
         if answer.status_code != 200:
             return JSONResponse(answer.json(), answer.status_code)
         return await receive(request, quota)
@@ -126,11 +153,22 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     blocks = build_page(served).queue(default_concurrency_limit=4, max_size=MAX_QUEUED)
     blocks._queue.sleep_when_free = QUEUE_SLEEP_S
     blocks.state_session_capacity = MAX_SESSIONS
-    gr.mount_gradio_app(app, blocks, path="/", css=CSS, theme=THEME, auth=None if token is None else (USER, token),
-                        show_error=False, max_file_size=MAX_FILE_BYTES, run_history=False, enable_monitoring=False,
-                        footer_links=["api"])
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        css=CSS,
+        theme=THEME,
+        auth=None if token is None else (USER, token),
+        show_error=False,
+        max_file_size=MAX_FILE_BYTES,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=["api"],
+    )
     gradio = gradio_of(app)
-    # Gradio checks which files a request may name only in an app that was launched; mounting does not count as that.
+    # Gradio checks which files a request may name only in an app that was launched; mounting does
+    # not count as that.
     blocks.has_launched = True
     return app
 
@@ -140,7 +178,9 @@ def gradio_of(app: FastAPI) -> Any:
     return next(route.app for route in app.routes if isinstance(route, Mount))
 
 
-def make_server(url: str, bundles: list[Bundle], token: str | None, allowed_hosts: list[str]) -> ASGIApp:
+def make_server(
+    url: str, bundles: list[Bundle], token: str | None, allowed_hosts: list[str]
+) -> ASGIApp:
     """The application as it is exposed; its login, not the guard, asks for the token."""
     app = make_app(url, bundles, token)
     waiting = gradio_of(app).get_blocks()._queue.pending_event_ids_session
@@ -154,14 +194,24 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--allowed-hosts", metavar="NAME", nargs="*", default=[], help="names of the host in addresses")
+    parser.add_argument(
+        "--allowed-hosts",
+        metavar="NAME",
+        nargs="*",
+        default=[],
+        help="names of the host in addresses",
+    )
     args = parser.parse_args()
     os.umask(0o077)
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # it makes a table of them after each error
     # What the page shows may lie in the folder for temporary files or the current one, says Gradio.
     tempfile.tempdir = str(inbox())
-    app = make_server(args.url, [open_bundle(folder.resolve()) for folder in args.bundles], os.environ.get("ADE_TOKEN"),
-                      args.allowed_hosts)
+    app = make_server(
+        args.url,
+        [open_bundle(folder.resolve()) for folder in args.bundles],
+        os.environ.get("ADE_TOKEN"),
+        args.allowed_hosts,
+    )
     os.chdir(inbox())
     start_sweeping(inbox())
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)

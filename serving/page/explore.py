@@ -1,4 +1,6 @@
-"""The tab *Explore*: from one image to another through the latents, and what each level of them holds."""
+"""The tab *Explore*: from one image to another through the latents, and what each level of them
+holds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from serving.engine.bundle import Bundle
 from serving.engine.noise import MAX_SEED, NoiseStream, sample_key
 from serving.images import tile, write_png
 from serving.page.files import KEPT_S, write_file
-from serving.page.served import Shared, ask, image_output, made_here, read, read_seed, resize_input, seed_input
+from serving.page.served import (
+    Shared,
+    ask,
+    image_output,
+    made_here,
+    read,
+    read_seed,
+    resize_input,
+    seed_input,
+)
 
 FRAME_MS = 120
 FRAME_SCALE = 4
@@ -27,36 +38,64 @@ VARIATIONS = 8
 def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
     """The noise that samples an image, each level ``(1, c, h, w)``.
 
-    Of a mean sample of this very model it is known, by the seed in its text; any other image is encoded, and its noise
-    samples what the model keeps of it.
+    Of a mean sample of this very model it is known, by the seed in its text; any other image is
+    encoded, and its noise samples what the model keeps of it.
     """
     noise = _noise_of_sample(data, client, bundle)
     return list(ask(client.encode, [data], resize=resize, eps=True).eps) if noise is None else noise
 
 
 def _noise_of_sample(data: bytes, client: AdeClient, bundle: Bundle) -> list[np.ndarray] | None:
-    """``None`` of what its text does not make again, pixel for pixel: a text can be copied or changed."""
+    """``None`` of what its text does not make again, pixel for pixel: a text can be copied or
+    changed.
+    """
     found = made_here(data, bundle.image_shape)
-    if found is None or found[1].get("ade:model") != bundle.model_id or found[1].get("ade:kind") != "mean":
+    if (
+        found is None
+        or found[1].get("ade:model") != bundle.model_id
+        or found[1].get("ade:kind") != "mean"
+    ):
         return None
     pixels, text = found
     try:
-        seed, index, temperature = int(text["ade:seed"]), int(text["ade:index"]), float(text["ade:temperature"])
+        seed, index, temperature = (
+            int(text["ade:seed"]),
+            int(text["ade:index"]),
+            float(text["ade:temperature"]),
+        )
     except (KeyError, ValueError):
         return None
-    if not (0 <= seed <= MAX_SEED and 0 <= index <= MAX_SEED and 0 < temperature <= MAX_TEMPERATURE):
+    if not (
+        0 <= seed <= MAX_SEED and 0 <= index <= MAX_SEED and 0 < temperature <= MAX_TEMPERATURE
+    ):
         return None
     stream = NoiseStream(sample_key(seed, index))
-    noise = [(stream.normal(shape) * np.float32(temperature))[None] for shape in bundle.latent_shapes]
+    noise = [
+        (stream.normal(shape) * np.float32(temperature))[None] for shape in bundle.latent_shapes
+    ]
     return noise if np.array_equal(ask(client.sample_with, noise)[0], pixels) else None
 
 
 def animation(frames: np.ndarray) -> bytes:
     """There and back, lossless WebP, enlarged without smoothing; uint8 ``(N, H, W, C)``."""
-    shown = [Image.fromarray(f[:, :, 0] if f.shape[2] == 1 else f).convert("RGB") for f in [*frames, *frames[-2:0:-1]]]
-    shown = [f.resize((f.width * FRAME_SCALE, f.height * FRAME_SCALE), Image.Resampling.NEAREST) for f in shown]
+    shown = [
+        Image.fromarray(f[:, :, 0] if f.shape[2] == 1 else f).convert("RGB")
+        for f in [*frames, *frames[-2:0:-1]]
+    ]
+    shown = [
+        f.resize((f.width * FRAME_SCALE, f.height * FRAME_SCALE), Image.Resampling.NEAREST)
+        for f in shown
+    ]
     out = io.BytesIO()
-    shown[0].save(out, "WEBP", save_all=True, append_images=shown[1:], duration=FRAME_MS, loop=0, lossless=True)
+    shown[0].save(
+        out,
+        "WEBP",
+        save_all=True,
+        append_images=shown[1:],
+        duration=FRAME_MS,
+        loop=0,
+        lossless=True,
+    )
     return out.getvalue()
 
 
@@ -69,36 +108,58 @@ def add_tab(shared: Shared) -> None:
         data, used = ask(served.clients[model].sample_png, n=1, seed=read_seed(seed))
         return write_file(data, f"seed-{used}.png")
 
-    def explore(model: str, first: str, last: str, steps: float, resize: bool) -> tuple[
-            Any, str, str, str, str, list[str]]:
-        """The way from one image to another, as a place on it, an animation and a strip, and levels exchanged."""
+    def explore(
+        model: str, first: str, last: str, steps: float, resize: bool
+    ) -> tuple[Any, str, str, str, str, list[str]]:
+        """The way from one image to another, as a place on it, an animation and a strip, and levels
+        exchanged.
+        """
         client, bundle = served.clients[model], served.bundles[model]
         a, b = (noise_of(data, client, bundle, resize) for data in (read(first), read(last)))
         frames = ask(client.sample_with, between(a, b, int(steps)))
         levels = ask(client.sample_with, exchanged(a, b))
         middle = len(frames) // 2
         paths = [write_file(write_png(frame), f"step-{i}.png") for i, frame in enumerate(frames)]
-        return (gr.Slider(maximum=len(frames) - 1, value=middle, interactive=True), paths[middle],
-                write_file(animation(frames), "interpolation.webp"),
-                write_file(write_png(tile(frames, len(frames))), "strip.png"),
-                write_file(write_png(tile(levels, len(levels))), "levels.png"), paths)
+        return (
+            gr.Slider(maximum=len(frames) - 1, value=middle, interactive=True),
+            paths[middle],
+            write_file(animation(frames), "interpolation.webp"),
+            write_file(write_png(tile(frames, len(frames))), "strip.png"),
+            write_file(write_png(tile(levels, len(levels))), "levels.png"),
+            paths,
+        )
 
-    def levels(model: str, first: str, level: int, seed: float | None, resize: bool) -> tuple[str, str]:
-        """The first image from its coarsest levels alone, and with one level of others in the place of its own."""
+    def levels(
+        model: str, first: str, level: int, seed: float | None, resize: bool
+    ) -> tuple[str, str]:
+        """The first image from its coarsest levels alone, and with one level of others in the place
+        of its own.
+        """
         client, bundle = served.clients[model], served.bundles[model]
         if level >= len(bundle.latent_shapes):
-            raise gr.Error(f"This model has no level {level}: it has {len(bundle.latent_shapes)}, and 0 is the coarsest.")
+            raise gr.Error(
+                f"This model has no level {level}: it has {len(bundle.latent_shapes)}, and 0 is the coarsest."
+            )
         own = noise_of(read(first), client, bundle, resize)
         kept = [coarsest(own, count + 1) for count in range(len(own))]
-        coarse = ask(client.sample_with, [np.concatenate(noise) for noise in zip(*kept, strict=True)])
+        coarse = ask(
+            client.sample_with, [np.concatenate(noise) for noise in zip(*kept, strict=True)]
+        )
         streams = [NoiseStream(sample_key(read_seed(seed), i)) for i in range(VARIATIONS)]
-        others = [np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes]
+        others = [
+            np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes
+        ]
         varied = ask(client.sample_with, with_level(own, others, int(level)))
-        return (write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),
-                write_file(write_png(tile(varied, len(varied))), "varied.png"))
+        return (
+            write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),
+            write_file(write_png(tile(varied, len(varied))), "varied.png"),
+        )
 
     with gr.Row():
-        for side, seed_value, image in (("From", 1, shared.inbox.first), ("To", 2, shared.inbox.last)):
+        for side, seed_value, image in (
+            ("From", 1, shared.inbox.first),
+            ("To", 2, shared.inbox.last),
+        ):
             with gr.Column(min_width=280):
                 image.render()
                 with gr.Row():
@@ -113,21 +174,41 @@ def add_tab(shared: Shared) -> None:
     with gr.Row():
         with gr.Column(min_width=280):
             frame = image_output("A place on the way")
-            place = gr.Slider(0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False)
+            place = gr.Slider(
+                0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False
+            )
         with gr.Column(min_width=280):
             animated = image_output("There and back, animated")
     strip = image_output("The way from one to the other", height=160)
-    exchange = image_output("Fine levels of the second, with none, one, … all coarse ones of the first", height=200)
+    exchange = image_output(
+        "Fine levels of the second, with none, one, … all coarse ones of the first", height=200
+    )
     gr.Markdown("### Level by level, of the first image")
     with gr.Row():
-        level = gr.Radio(list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest")
+        level = gr.Radio(
+            list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest"
+        )
         variation = seed_input(1, "Seed of the others", min_width=80)
         look = gr.Button("Show its levels", variant="primary")
     coarse = image_output("From its coarsest level alone, from two, … from all", height=200)
     varied = image_output("This level of other samples, its own other levels", height=160)
     frames = gr.State(time_to_live=KEPT_S)
-    go.click(explore, [model, shared.inbox.first, shared.inbox.last, steps, resize],
-             [place, frame, animated, strip, exchange, frames], api_name="explore")
-    place.change(lambda at, paths: paths[min(int(at), len(paths) - 1)] if paths else None, [place, frames], frame,
-                 show_progress="hidden", api_visibility="private")
-    look.click(levels, [model, shared.inbox.first, level, variation, resize], [coarse, varied], api_name="levels")
+    go.click(
+        explore,
+        [model, shared.inbox.first, shared.inbox.last, steps, resize],
+        [place, frame, animated, strip, exchange, frames],
+        api_name="explore",
+    )
+    place.change(
+        lambda at, paths: paths[min(int(at), len(paths) - 1)] if paths else None,
+        [place, frames],
+        frame,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    look.click(
+        levels,
+        [model, shared.inbox.first, level, variation, resize],
+        [coarse, varied],
+        api_name="levels",
+    )

@@ -1,4 +1,6 @@
-"""The folder that holds what the page was given and what it shows, and the one way to open a file of it."""
+"""The folder that holds what the page was given and what it shows, and the one way to open a file
+of it.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,16 @@ KEPT_S = 3600.0  # what was given, made or remembered
 
 
 class FileRefused(ValueError):
-    """A path that a client named and the page does not open. The message does not say whether anything is there."""
+    """A path that a client named and the page does not open.
+
+    The message does not say whether anything is there.
+    """
 
 
 def inbox() -> Path:
-    """Return the page's folder, which nobody but its user may enter; Gradio takes it from ``GRADIO_TEMP_DIR``."""
+    """Return the page's folder, which nobody but its user may enter; Gradio takes it from
+    ``GRADIO_TEMP_DIR``.
+    """
     folder = Path(os.path.abspath(get_upload_folder()))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -30,14 +37,19 @@ def inbox() -> Path:
 def own_path(path: str) -> Path:
     """Resolve a path that came from a client.
 
-    Paths outside of :func:`inbox` are refused by their text, so that the answer does not depend on what lies there.
+    Paths outside of :func:`inbox` are refused by their text, so that the answer does not depend on
+    what lies there.
 
     Raises:
         FileRefused: the path leads out of the folder, or to something that is not a regular file.
     """
     folder = os.path.abspath(get_upload_folder())
     refused = FileRefused("The page opens only files that were dropped on it or made by it.")
-    if "\0" in path or not os.path.isabs(path) or not os.path.abspath(path).startswith(folder + os.sep):
+    if (
+        "\0" in path
+        or not os.path.isabs(path)
+        or not os.path.abspath(path).startswith(folder + os.sep)
+    ):
         raise refused
     try:
         resolved = Path(path).resolve()

@@ -35,11 +35,15 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
         raise gr.Error("This is no PNG file.")
     pixels, text = found
     if "ade:from" in text:
-        raise gr.Error("This picture was decoded from latents, which it does not carry: its text is not enough.")
+        raise gr.Error(
+            "This picture was decoded from latents, which it does not carry: its text is not enough."
+        )
     missing = [key for key in KEYS if key not in text]
     if missing:
-        raise gr.Error(f"This PNG does not say how it was made ({', '.join(missing)} missing): it was not made here, or it "
-                       "lost its text when it was edited or converted.")
+        raise gr.Error(
+            f"This PNG does not say how it was made ({', '.join(missing)} missing): it was not made here, or it "
+            "lost its text when it was edited or converted."
+        )
     return pixels, text
 
 
@@ -55,14 +59,21 @@ def add_tab(shared: Shared) -> None:
             temperature = float(text["ade:temperature"])
             if not math.isfinite(temperature):
                 raise ValueError(temperature)
-            wanted = {"n": int(text["ade:n"]), "seed": int(text["ade:seed"]), "index": int(text["ade:index"]),
-                      "temperature": temperature, "kind": text["ade:kind"]}
+            wanted = {
+                "n": int(text["ade:n"]),
+                "seed": int(text["ade:seed"]),
+                "index": int(text["ade:index"]),
+                "temperature": temperature,
+                "kind": text["ade:kind"],
+            }
         except ValueError:
             raise gr.Error("The picture's text is damaged: its numbers are none.") from None
         data, _ = ask(served.clients[model].sample_png, **wanted)
         same = np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
         made_by = text.get("ade:model", "")
-        if not MODEL_ID.fullmatch(made_by):  # it is shown as Markdown, and anybody may have written it
+        if not MODEL_ID.fullmatch(
+            made_by
+        ):  # it is shown as Markdown, and anybody may have written it
             made_by = "an unknown model"
         if same:
             said = "**The same picture, pixel for pixel.**"

@@ -22,25 +22,62 @@ logger = logging.getLogger(__name__)
 
 FILE = "/gradio_api/file="
 UPLOAD = "/gradio_api/upload"
-# Paths, and with a slash or an equals sign at the end what paths begin with. Gradio has many more: proxies, streams,
-# recordings, deep links, monitoring, functions of components, tokens as JSON, a logout of everybody by a link, …: the page
-# uses none of them.
-GET = ("/", "/config", "/config/", "/login_check", "/readyz", "/openapi.json", "/theme.css", "/favicon.ico",
-       "/manifest.json", "/assets/", "/static/", "/svelte/", FILE, "/gradio_api/app_id", "/gradio_api/call/",
-       "/gradio_api/heartbeat/", "/gradio_api/info", "/gradio_api/login_check", "/gradio_api/queue/data",
-       "/gradio_api/startup-events", "/gradio_api/theme.css")
-POST = ("/login", "/login/", UPLOAD, "/gradio_api/call/", "/gradio_api/cancel", "/gradio_api/queue/join",
-        "/gradio_api/reset", "/gradio_api/run/")
+# Paths, and with a slash or an equals sign at the end what paths begin with. Gradio has many more:
+# proxies, streams, recordings, deep links, monitoring, functions of components, tokens as JSON, a
+# logout of everybody by a link, …: the page uses none of them.
+GET = (
+    "/",
+    "/config",
+    "/config/",
+    "/login_check",
+    "/readyz",
+    "/openapi.json",
+    "/theme.css",
+    "/favicon.ico",
+    "/manifest.json",
+    "/assets/",
+    "/static/",
+    "/svelte/",
+    FILE,
+    "/gradio_api/app_id",
+    "/gradio_api/call/",
+    "/gradio_api/heartbeat/",
+    "/gradio_api/info",
+    "/gradio_api/login_check",
+    "/gradio_api/queue/data",
+    "/gradio_api/startup-events",
+    "/gradio_api/theme.css",
+)
+POST = (
+    "/login",
+    "/login/",
+    UPLOAD,
+    "/gradio_api/call/",
+    "/gradio_api/cancel",
+    "/gradio_api/queue/join",
+    "/gradio_api/reset",
+    "/gradio_api/run/",
+)
 ALLOWED = {"GET": GET, "HEAD": GET, "POST": POST}
 STALL_S = 30.0
 MAX_UNREAD = 64  # as many as may wait to be computed
-MAX_BODY = 2 * 2**20  # of all but an upload: 2,000 files are named in less; 4 MiB of empty objects took 208 MB
+MAX_BODY = (
+    2 * 2**20
+)  # of all but an upload: 2,000 files are named in less; 4 MiB of empty objects took 208 MB
 
 
 def route_of(method: str, path: str) -> str | None:
-    """Find the entry of :data:`ALLOWED` that an address belongs to; ``None`` if the page does not use it."""
-    return next((one for one in ALLOWED.get(method, ())
-                 if path == one or (one != "/" and one[-1] in "/=" and path.startswith(one))), None)
+    """Find the entry of :data:`ALLOWED` that an address belongs to; ``None`` if the page does not
+    use it.
+    """
+    return next(
+        (
+            one
+            for one in ALLOWED.get(method, ())
+            if path == one or (one != "/" and one[-1] in "/=" and path.startswith(one))
+        ),
+        None,
+    )
 
 
 def paths_in(value: Any) -> Iterator[str]:
@@ -57,8 +94,13 @@ def paths_in(value: Any) -> Iterator[str]:
 
 
 def summary(error: BaseException) -> str:
-    """Say of an error what helps to mend it and holds nothing of a request: its kind, and the lines it came from."""
-    places = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    """Say of an error what helps to mend it and holds nothing of a request: its kind, and the lines
+    it came from.
+    """
+    places = [
+        f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
     return f"{type(error).__name__} at {' < '.join(reversed(places[-6:]))}"
 
 
@@ -76,11 +118,13 @@ def report(what: str, error: BaseException) -> None:
 class OpenRoutes:
     """ASGI middleware that lets through what the page uses.
 
-    Every path of a file in a request is checked here, before Gradio sees it: it must lie in the page's own folder.
+    Every path of a file in a request is checked here, before Gradio sees it: it must lie in the
+        page's own folder.
 
     Args:
         app: Gradio's, and what is beside it.
-        unread: how many answers a session has asked for and not taken; Gradio keeps them without a bound.
+        unread: how many answers a session has asked for and not taken; Gradio keeps them without a
+            bound.
     """
 
     def __init__(self, app: ASGIApp, unread: Callable[[str], int]) -> None:
@@ -101,9 +145,14 @@ class OpenRoutes:
         async def forward(message: Message) -> None:
             nonlocal started
             started = True
-            if message["type"] == "http.response.start":  # Gradio lets pages of all of localhost's ports read its answers
-                message["headers"] = [(name, value) for name, value in message["headers"]
-                                      if not name.lower().startswith(b"access-control-")]
+            if (
+                message["type"] == "http.response.start"
+            ):  # Gradio lets pages of all of localhost's ports read its answers
+                message["headers"] = [
+                    (name, value)
+                    for name, value in message["headers"]
+                    if not name.lower().startswith(b"access-control-")
+                ]
             await send(message)
 
         try:
@@ -115,14 +164,18 @@ class OpenRoutes:
                 async with asyncio.timeout(STALL_S):
                     body = await _body(receive)
                 if body is None:
-                    return await PlainTextResponse(f"At most {MAX_BODY >> 20} MiB.", 413)(scope, receive, send)
+                    return await PlainTextResponse(f"At most {MAX_BODY >> 20} MiB.", 413)(
+                        scope, receive, send
+                    )
                 if not path.startswith("/login"):
                     value = orjson.loads(body)
                     for named in paths_in(value):
                         own_path(named)
                     session = value.get("session_hash") if isinstance(value, dict) else None
                     if isinstance(session, str) and self.unread(session) >= MAX_UNREAD:
-                        return await PlainTextResponse(f"{MAX_UNREAD} answers wait to be read.", 429)(scope, receive, send)
+                        return await PlainTextResponse(
+                            f"{MAX_UNREAD} answers wait to be read.", 429
+                        )(scope, receive, send)
                 receive = _replay(body, receive)
             await self.app(scope, receive, forward)
         except FileRefused as error:
@@ -130,13 +183,17 @@ class OpenRoutes:
         except orjson.JSONDecodeError:
             await PlainTextResponse("The body is not valid JSON.", 400)(scope, receive, send)
         except TimeoutError:
-            await PlainTextResponse(f"The body did not come within {STALL_S:.0f} s.", 408)(scope, receive, send)
+            await PlainTextResponse(f"The body did not come within {STALL_S:.0f} s.", 408)(
+                scope, receive, send
+            )
         except Exception as error:
             report(f"{method} {route}", error)
             if not started:
                 await PlainTextResponse("Internal error", 500)(scope, receive, send)
             else:
-                with contextlib.suppress(Exception):  # shorter than it said: the connection is closed
+                with contextlib.suppress(
+                    Exception
+                ):  # shorter than it said: the connection is closed
                     await send({"type": "http.response.body", "body": b""})
 
 

@@ -31,7 +31,11 @@ def cells(grid: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[di
         uint8 ``(n, H, W, C)``, and one dictionary a sample.
     """
     with Image.open(io.BytesIO(grid)) as picture:
-        text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
+        text = {
+            str(key): str(value)
+            for key, value in picture.info.items()
+            if str(key).startswith("ade:")
+        }
         images = untile(np.asarray(picture), int(text["ade:n"]), shape)
     first = int(text["ade:index"])
     return images, [{**text, "ade:index": str(first + i), "ade:n": "1"} for i in range(len(images))]
@@ -40,8 +44,12 @@ def cells(grid: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[di
 def archive(images: np.ndarray, texts: list[dict[str, str]]) -> bytes:
     """An ``.npz`` of ``images``, each one's ``index``, and what they have in common."""
     out = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.array(texts[0][f"ade:{name}"]) for name in ("seed", "temperature", "kind", "model")}
-    np.savez_compressed(out, images=images, index=np.array([int(text["ade:index"]) for text in texts]), **arrays)
+    arrays: dict[str, Any] = {
+        name: np.array(texts[0][f"ade:{name}"]) for name in ("seed", "temperature", "kind", "model")
+    }
+    np.savez_compressed(
+        out, images=images, index=np.array([int(text["ade:index"]) for text in texts]), **arrays
+    )
     return out.getvalue()
 
 
@@ -49,31 +57,58 @@ def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
     served, inbox = shared.served, shared.inbox
 
-    def sample(model: str, n: float, seed: float, temperature: float, kind: str) -> tuple[list[str], str, str]:
+    def sample(
+        model: str, n: float, seed: float, temperature: float, kind: str
+    ) -> tuple[list[str], str, str]:
         """Samples as PNG files, all of them as one PNG file, and as an npz file."""
-        data, used = ask(served.clients[model].sample_png, n=int(n), seed=read_seed(seed),
-                         temperature=float(temperature), kind=kind)
+        data, used = ask(
+            served.clients[model].sample_png,
+            n=int(n),
+            seed=read_seed(seed),
+            temperature=float(temperature),
+            kind=kind,
+        )
         images, texts = cells(data, served.bundles[model].image_shape)
-        paths = [write_file(write_png(image, text), f"sample-{used}-{text['ade:index']}.png")
-                 for image, text in zip(images, texts, strict=True)]
+        paths = [
+            write_file(write_png(image, text), f"sample-{used}-{text['ade:index']}.png")
+            for image, text in zip(images, texts, strict=True)
+        ]
         name = f"samples-{used}-{len(paths)}"
-        return paths, write_file(data, f"{name}.png"), write_file(archive(images, texts), f"{name}.npz")
+        return (
+            paths,
+            write_file(data, f"{name}.png"),
+            write_file(archive(images, texts), f"{name}.npz"),
+        )
 
     def settle(samples: list[Any]) -> tuple[Any, Any, Any, None]:
         """None is chosen yet, and all can be downloaded."""
         gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
-        return gallery, gr.DownloadButton(interactive=True), gr.DownloadButton(interactive=True), None
+        return (
+            gallery,
+            gr.DownloadButton(interactive=True),
+            gr.DownloadButton(interactive=True),
+            None,
+        )
 
     def remember(history: list[Any], grid: str) -> tuple[list[Any], list[tuple[str, str]]]:
         """The session's grids, the latest first, each once; their own text says how they were made."""
         with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
             text = {str(key): str(value) for key, value in picture.info.items()}
-        settings = (text["ade:model"].split("@")[0], int(text["ade:n"]), int(text["ade:seed"]),
-                    float(text["ade:temperature"]), text["ade:kind"])
-        history = [(grid, settings), *(entry for entry in history if entry[1] != settings)][:HISTORY]
+        settings = (
+            text["ade:model"].split("@")[0],
+            int(text["ade:n"]),
+            int(text["ade:seed"]),
+            float(text["ade:temperature"]),
+            text["ade:kind"],
+        )
+        history = [(grid, settings), *(entry for entry in history if entry[1] != settings)][
+            :HISTORY
+        ]
         history = [entry for entry in history if Path(entry[0]).exists()]
-        return history, [(path, f"seed {seed}, {n}, {kind}, {temperature:g}, {model}")
-                         for path, (model, n, seed, temperature, kind) in history]
+        return history, [
+            (path, f"seed {seed}, {n}, {kind}, {temperature:g}, {model}")
+            for path, (model, n, seed, temperature, kind) in history
+        ]
 
     def again(history: list[Any], event: gr.SelectData) -> Any:
         return history[event.index][1]
@@ -87,37 +122,77 @@ def add_tab(shared: Shared) -> None:
             with gr.Row():
                 seed = seed_input(7, scale=3)
                 dice = gr.Button("⚄ New seed", scale=2, min_width=130)
-            temperature = gr.Slider(0.1, 1.5, value=1.0, step=0.05, label="Temperature",
-                                    info="multiplies the prior's standard deviations")
+            temperature = gr.Slider(
+                0.1,
+                1.5,
+                value=1.0,
+                step=0.05,
+                label="Temperature",
+                info="multiplies the prior's standard deviations",
+            )
             kind = gr.Radio(KINDS, value="mean", label="Kind")
             go = gr.Button("Sample", variant="primary")
         with gr.Column(scale=2, min_width=300):
-            gallery = gr.Gallery(label="Samples", show_label=False, type="filepath", format="png", interactive=False,
-                                 allow_preview=False, columns=4, elem_classes="ade-pixels ade-grid", buttons=[])
+            gallery = gr.Gallery(
+                label="Samples",
+                show_label=False,
+                type="filepath",
+                format="png",
+                interactive=False,
+                allow_preview=False,
+                columns=4,
+                elem_classes="ade-pixels ade-grid",
+                buttons=[],
+            )
             picked = gr.State(time_to_live=KEPT_S)
             gr.Markdown("Click a sample, then hand it on:")
             with gr.Row():
-                targets = [("Explore from it", "Explore", inbox.first), ("Explore to it", "Explore", inbox.last),
-                           ("Reconstruct it", "Reconstruct", inbox.reconstruct), ("Score it", "Score", inbox.score),
-                           *([("Compare models on it", "Compare", inbox.compare)] if len(served.bundles) > 1 else [])]
+                targets = [
+                    ("Explore from it", "Explore", inbox.first),
+                    ("Explore to it", "Explore", inbox.last),
+                    ("Reconstruct it", "Reconstruct", inbox.reconstruct),
+                    ("Score it", "Score", inbox.score),
+                    *(
+                        [("Compare models on it", "Compare", inbox.compare)]
+                        if len(served.bundles) > 1
+                        else []
+                    ),
+                ]
                 for label, tab, image in targets:
                     gr.Button(label, size="sm", min_width=120).click(
-                        lambda path, tab=tab: hand_on(path, tab), picked, [image, shared.tabs], api_visibility="private")
+                        lambda path, tab=tab: hand_on(path, tab),
+                        picked,
+                        [image, shared.tabs],
+                        api_visibility="private",
+                    )
             with gr.Row():
-                png = gr.DownloadButton("Download PNG (its text holds the seed)", interactive=False, size="sm")
+                png = gr.DownloadButton(
+                    "Download PNG (its text holds the seed)", interactive=False, size="sm"
+                )
                 npz = gr.DownloadButton("Download npz", interactive=False, size="sm")
     with gr.Accordion("Samples of this session: click one to have it again", open=False):
         history = gr.State([], time_to_live=KEPT_S)
-        past = gr.Gallery(label="Samples of this session", show_label=False, type="filepath", format="png",
-                          interactive=False, allow_preview=False, columns=6, fit_columns=False,
-                          elem_classes="ade-pixels ade-grid", buttons=[])
+        past = gr.Gallery(
+            label="Samples of this session",
+            show_label=False,
+            type="filepath",
+            format="png",
+            interactive=False,
+            allow_preview=False,
+            columns=6,
+            fit_columns=False,
+            elem_classes="ade-pixels ade-grid",
+            buttons=[],
+        )
     settings: list[Any] = [shared.model, n, seed, temperature, kind]
     shown = [gallery, png, npz]
     asked = go.click(sample, settings, shown, api_name="sample")
-    rolled = dice.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private").then(
-        sample, settings, shown, api_visibility="private")
+    rolled = dice.click(
+        lambda: secrets.randbelow(2**31), None, seed, api_visibility="private"
+    ).then(sample, settings, shown, api_visibility="private")
     recalled = past.select(again, history, settings, api_visibility="private").then(
-        sample, settings, shown, api_visibility="private")
+        sample, settings, shown, api_visibility="private"
+    )
     for made in (asked, rolled, recalled):
         made.success(remember, [history, png], [history, past], api_visibility="private")
         made.success(settle, gallery, [*shown, picked], api_visibility="private")

@@ -1,4 +1,6 @@
-"""What the page's tabs share: the models that are served, how they are asked, and what an error looks like."""
+"""What the page's tabs share: the models that are served, how they are asked, and what an error
+looks like.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ from serving.page.files import FileRefused, read_file
 from serving.verdict.calibration import Calibrations
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
-KINDS = [("mean: f⁻¹(μ(z)), the cleaner pictures", "mean"),
-         ("density: f⁻¹(μ(z) + σε), what the likelihood describes", "density")]
+KINDS = [
+    ("mean: f⁻¹(μ(z)), the cleaner pictures", "mean"),
+    ("density: f⁻¹(μ(z) + σε), what the likelihood describes", "density"),
+]
 
 
 class Served:
@@ -32,17 +36,24 @@ class Served:
 
     Args:
         url: of the inference address.
-        bundles: that are served, the first under the plain names; only their manifests and calibrations are read.
+        bundles: that are served, the first under the plain names; only their manifests and
+            calibrations are read.
         token: where the service asks for one.
     """
 
     def __init__(self, url: str, bundles: list[Bundle], token: str | None) -> None:
         self.url = url
         self.bundles = {bundle.name: bundle for bundle in bundles}
-        self.clients = {bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
-                        for i, bundle in enumerate(bundles)}
-        self.calibrations = {bundle.name: Calibrations.load(bundle.file(CALIBRATION_NAME)) if bundle.has(CALIBRATION_NAME)
-                             else Calibrations() for bundle in bundles}
+        self.clients = {
+            bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
+            for i, bundle in enumerate(bundles)
+        }
+        self.calibrations = {
+            bundle.name: Calibrations.load(bundle.file(CALIBRATION_NAME))
+            if bundle.has(CALIBRATION_NAME)
+            else Calibrations()
+            for bundle in bundles
+        }
 
     @property
     def first(self) -> str:
@@ -60,7 +71,9 @@ class Served:
 
 @dataclass(frozen=True)
 class Inbox:
-    """The images that tabs start from, each laid out by its own tab: an image can be handed from one tab to another."""
+    """The images that tabs start from, each laid out by its own tab: an image can be handed from
+    one tab to another.
+    """
 
     first: gr.Image
     last: gr.Image
@@ -91,12 +104,16 @@ def ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     except AdeError as error:
         raise gr.Error(sentence(error)) from None
     except httpx.TransportError:
-        raise gr.Error("The service does not answer. It may be starting or stopping: try again.") from None
+        raise gr.Error(
+            "The service does not answer. It may be starting or stopping: try again."
+        ) from None
 
 
 def sentence(error: AdeError | ApiError) -> str:
     """An error of the API in the page's words."""
-    message = error.message.replace('"resize": "fit" resizes them', 'tick "Resize other sizes to fit" to resize them')
+    message = error.message.replace(
+        '"resize": "fit" resizes them', 'tick "Resize other sizes to fit" to resize them'
+    )
     return message[:1].upper() + message[1:] + "."
 
 
@@ -116,7 +133,9 @@ def read(path: str | None) -> bytes:
     except FileRefused as error:
         raise gr.Error(str(error)) from None
     except OSError:
-        raise gr.Error("The file is no longer there: the page keeps files for an hour. Drop it again.") from None
+        raise gr.Error(
+            "The file is no longer there: the page keeps files for an hour. Drop it again."
+        ) from None
 
 
 def read_seed(value: float | None) -> int:
@@ -132,7 +151,9 @@ def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
 
 
 def resize_input(served: Served) -> gr.Checkbox:
-    """Ticked where a verdict was calibrated for images that were resized: those of its user are of many sizes."""
+    """Ticked where a verdict was calibrated for images that were resized: those of its user are of
+    many sizes.
+    """
     ticked = any(calibrations.resized is not None for calibrations in served.calibrations.values())
     return gr.Checkbox(ticked, label="Resize other sizes to fit")
 
@@ -146,20 +167,28 @@ def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
 
 
 def open_png(data: bytes) -> tuple[np.ndarray, dict[str, str]] | None:
-    """Pixels, as they are, and our text of a PNG file, whose :func:`file_size` was checked; ``None`` if it is not one."""
+    """Pixels, as they are, and our text of a PNG file, whose :func:`file_size` was checked;
+    ``None`` if it is not one.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             if picture.size != file_size(data):  # Pillow takes the last of several headers
                 return None
             picture.load()
-            text = {str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")}
+            text = {
+                str(key): str(value)
+                for key, value in picture.info.items()
+                if str(key).startswith("ade:")
+            }
             return np.asarray(picture), text
     except Exception:  # whatever Pillow stumbles over
         return None
 
 
 def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
-    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` if it is not of this shape."""
+    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` if it is not of
+    this shape.
+    """
     found = open_png(data) if file_size(data) == (shape[1], shape[0]) else None
     if found is None or found[0].size != math.prod(shape):
         return None
@@ -167,17 +196,33 @@ def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dic
 
 
 def image_input(label: str) -> gr.Image:
-    """Where an image is dropped; its file is handed on as it came: Gradio by itself would convert and write it anew."""
-    image = gr.Image(label=label, type="filepath", format="png", sources=["upload", "clipboard", "webcam"], height=256,
-                     elem_classes="ade-pixels", render=False)
+    """Where an image is dropped; its file is handed on as it came: Gradio by itself would convert
+    and write it anew.
+    """
+    image = gr.Image(
+        label=label,
+        type="filepath",
+        format="png",
+        sources=["upload", "clipboard", "webcam"],
+        height=256,
+        elem_classes="ade-pixels",
+        render=False,
+    )
     # Not a subclass: of each one Gradio writes a stub file beside the source.
     image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return image
 
 
 def image_output(label: str, **options: Any) -> gr.Image:
-    return gr.Image(label=label, type="filepath", format="png", interactive=False, elem_classes="ade-pixels",
-                    buttons=["download", "fullscreen"], **{"height": 256, **options})
+    return gr.Image(
+        label=label,
+        type="filepath",
+        format="png",
+        interactive=False,
+        elem_classes="ade-pixels",
+        buttons=["download", "fullscreen"],
+        **{"height": 256, **options},
+    )
 
 
 def examples(image: gr.Image, served: Served) -> None:
@@ -185,4 +230,6 @@ def examples(image: gr.Image, served: Served) -> None:
     sizes = {bundle.image_shape[:2] for bundle in served.bundles.values()}
     shown = [path for path in EXAMPLES if (file_size(path) or (0, 0))[::-1] in sizes]
     if shown:
-        gr.Examples([[str(path)] for path in shown], [image], examples_per_page=12, label="Examples")
+        gr.Examples(
+            [[str(path)] for path in shown], [image], examples_per_page=12, label="Examples"
+        )

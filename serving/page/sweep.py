@@ -15,8 +15,11 @@ MAX_BYTES = 2**30  # of disk
 EVERY_S = 60.0
 
 
-def sweep(folder: Path, kept: Collection[str], max_age: float = KEPT_S, max_bytes: int = MAX_BYTES) -> None:
-    """Remove what lies in a folder for longer than ``max_age`` seconds, but for names that are ``kept``.
+def sweep(
+    folder: Path, kept: Collection[str], max_age: float = KEPT_S, max_bytes: int = MAX_BYTES
+) -> None:
+    """Remove what lies in a folder for longer than ``max_age`` seconds, but for names that are
+    ``kept``.
 
     If the rest takes more than ``max_bytes``, the oldest goes too.
     """

@@ -1,4 +1,6 @@
-"""``POST /gradio_api/upload``, in the place of Gradio's own: within a quota, and only files that the page reads."""
+"""``POST /gradio_api/upload``, in the place of Gradio's own: within a quota, and only files that
+the page reads.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ class _Kept:
 class Quota:
     """How much each client may keep on the page, and all of them together.
 
-    A client that sends more loses its own oldest files. Nobody loses a file to another client: when all together hold
-    too much, new uploads are refused until older ones expire.
+    A client that sends more loses its own oldest files. Nobody loses a file to another client: when
+    all together hold too much, new uploads are refused until older ones expire.
     """
 
     def __init__(self) -> None:
@@ -78,7 +80,9 @@ class Quota:
         while kept.files and kept.size + size > CLIENT_BYTES:
             self._drop(kept, next(iter(kept.files)))
         if kept.size + size > CLIENT_BYTES:
-            raise UploadRefused(429, "Other uploads of yours are still under way: try again when they are done.")
+            raise UploadRefused(
+                429, "Other uploads of yours are still under way: try again when they are done."
+            )
         if sum(one.size for one in self._clients.values()) + size > ALL_BYTES:
             raise self._full()
         kept.sending += size
@@ -103,8 +107,11 @@ class Quota:
             raise self._full()
 
     def _full(self) -> UploadRefused:
-        return UploadRefused(503, f"The page holds as many uploads as it may; they are kept for {KEPT_S / 60:.0f} "
-                                  "minutes: try again later.")
+        return UploadRefused(
+            503,
+            f"The page holds as many uploads as it may; they are kept for {KEPT_S / 60:.0f} "
+            "minutes: try again later.",
+        )
 
     def _drop(self, kept: _Kept, path: Path) -> None:
         kept.files.pop(path, None)
@@ -124,16 +131,24 @@ class _Receiver:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.paths: list[Path] = []  # in the order in which they came; those of other suffixes are not there
+        self.paths: list[
+            Path
+        ] = []  # in the order in which they came; those of other suffixes are not there
         self._name = self._value = b""
         self._disposition = b""
         self._header_bytes = self._left = 0
         self._file: BinaryIO | None = None
 
     def callbacks(self) -> MultipartCallbacks:
-        return {"on_part_begin": self._begin, "on_header_field": self._header_field,
-                "on_header_value": self._header_value, "on_header_end": self._header_end,
-                "on_headers_finished": self._open, "on_part_data": self._write, "on_part_end": self.close}
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._open,
+            "on_part_data": self._write,
+            "on_part_end": self.close,
+        }
 
     def close(self) -> None:
         if self._file is not None:
@@ -165,10 +180,14 @@ class _Receiver:
     def _open(self) -> None:
         options = parse_options_header(self._disposition)[1]
         if options.get(b"name") != b"files" or b"filename" not in options:
-            raise UploadRefused(400, "Every part must be a file named \"files\".")
+            raise UploadRefused(400, 'Every part must be a file named "files".')
         if len(self.paths) == FILES_AT_ONCE:
             raise UploadRefused(413, f"At most {FILES_AT_ONCE} files in a request.")
-        path = self.folder / secrets.token_hex(16) / safe_name(options[b"filename"].decode(errors="replace"))
+        path = (
+            self.folder
+            / secrets.token_hex(16)
+            / safe_name(options[b"filename"].decode(errors="replace"))
+        )
         self.paths.append(path)
         self._left = MAX_FILE_BYTES
         if path.suffix.lower() in SUFFIXES:
@@ -191,16 +210,22 @@ def safe_name(name: str) -> str:
         'cat 1.PNG'
     """
     last = name.replace("\\", "/").rpartition("/")[2]
-    kept = "".join(letter for letter in last if letter.isalnum() or letter in " ._-+=@()").strip(" .")
+    kept = "".join(letter for letter in last if letter.isalnum() or letter in " ._-+=@()").strip(
+        " ."
+    )
     stem, dot, suffix = kept.rpartition(".")
-    return f"{stem[:80] if dot else ''}{dot}{suffix[:80]}".encode()[-200:].decode(errors="ignore") or "file"
+    return (
+        f"{stem[:80] if dot else ''}{dot}{suffix[:80]}".encode()[-200:].decode(errors="ignore")
+        or "file"
+    )
 
 
 async def receive(request: Request, quota: Quota) -> Response:
-    """Take an upload: a JSON list of the paths of its files, or why it is refused as text, which the page shows.
+    """Take an upload: a JSON list of the paths of its files, or why it is refused as text, which
+    the page shows.
 
-    A folder that is chosen in a browser holds other files too. Only those that the page reads are kept; when there are
-    none, the upload is refused.
+    A folder that is chosen in a browser holds other files too. Only those that the page reads are
+    kept; when there are none, the upload is refused.
     """
     client = request.client.host if request.client else ""
     receiver = _Receiver(inbox() / UPLOADS)

@@ -1,9 +1,11 @@
-"""Does this image look like the training data? One calibrated verdict from many statistics, and why.
+"""Does this image look like the training data? One calibrated verdict from many statistics, and
+why.
 
-The statistics (:mod:`serving.verdict.statistics`) are turned into normal scores and judged by a density that was fitted to
-held-out images, after Morningstar et al., "Density of States Estimation for Out-of-Distribution Detection", 2021:
-whatever is rare among them is strange, too high a likelihood included. The verdict is conformal: whatever the score, an
-image that is exchangeable with the calibration images is flagged at ``alpha`` with probability at most ``alpha``.
+The statistics (:mod:`serving.verdict.statistics`) are turned into normal scores and judged by a
+density that was fitted to held-out images, after Morningstar et al., "Density of States Estimation
+for Out-of-Distribution Detection", 2021: whatever is rare among them is strange, too high a
+likelihood included. The verdict is conformal: whatever the score, an image that is exchangeable
+with the calibration images is flagged at ``alpha`` with probability at most ``alpha``.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class Unusual:
-    """One statistic of an image: ``p_value`` is two-sided, among the calibration images by this statistic alone."""
+    """One statistic of an image: ``p_value`` is two-sided, among the calibration images by this
+    statistic alone.
+    """
 
     statistic: str
     value: float
@@ -46,7 +50,8 @@ class Verdict:
     Attributes:
         ood_score: higher is stranger, nats: minus the log-density of the statistics.
         p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
-        uniform: the same with ties broken at random, so that it is uniform on (0, 1) for images like the calibration's.
+        uniform: the same with ties broken at random, so that it is uniform on (0, 1) for images
+            like the calibration's.
         explain: every statistic, the most unusual first.
     """
 
@@ -61,7 +66,8 @@ class NormalScores:
     """A transform that makes each statistic standard normal over the images it was fitted to.
 
     Attributes:
-        grid: float32 ``(LEVELS, S)``, quantiles of each statistic at the levels ``(i + 1/2) / LEVELS``.
+        grid: float32 ``(LEVELS, S)``, quantiles of each statistic at the levels ``(i + 1/2) /
+            LEVELS``.
         spread: float32 ``(S,)``, what beyond the grid's ends counts as one more.
     """
 
@@ -77,7 +83,9 @@ class NormalScores:
         return cls(grid.astype(np.float32), spread.astype(np.float32))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """float64 ``(N, S)`` of float32 ``(N, S)``; a value among equal ones gets the middle of their scores."""
+        """float64 ``(N, S)`` of float32 ``(N, S)``; a value among equal ones gets the middle of
+        their scores.
+        """
         first, last = _places(self._columns, rows)
         below, above = np.clip(first - 1, 0, LEVELS - 1), np.clip(first, 0, LEVELS - 1)
         column = np.arange(rows.shape[1])
@@ -94,9 +102,15 @@ class NormalScores:
 
 
 def _places(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many of each sorted column, ``(S, n)``, are below and at most the values, ``(N, S)``; each ``(N, S)``."""
-    below = [column.searchsorted(values, "left") for column, values in zip(columns, rows.T, strict=True)]
-    at_most = [column.searchsorted(values, "right") for column, values in zip(columns, rows.T, strict=True)]
+    """How many of each sorted column, ``(S, n)``, are below and at most the values, ``(N, S)``;
+    each ``(N, S)``.
+    """
+    below = [
+        column.searchsorted(values, "left") for column, values in zip(columns, rows.T, strict=True)
+    ]
+    at_most = [
+        column.searchsorted(values, "right") for column, values in zip(columns, rows.T, strict=True)
+    ]
     return np.stack(below, axis=1), np.stack(at_most, axis=1)
 
 
@@ -118,7 +132,10 @@ class Mixture:
     whiteners: np.ndarray
 
     def surprise(self, scores: np.ndarray) -> np.ndarray:
-        """Minus the log-density, ``(N,)``, nats, of ``(N, d)``. Row by row: products of matrices vary with their size."""
+        """Minus the log-density, ``(N,)``, nats, of ``(N, d)``.
+
+        Row by row: products of matrices vary with their size.
+        """
         return np.array([self._surprise(row) for row in np.clip(scores, -FARTHEST, FARTHEST)])
 
     def _surprise(self, row: np.ndarray) -> float:
@@ -170,14 +187,18 @@ class Calibration:
         """
         missing = sorted(set(self.names) - set(names))
         if missing:
-            raise CalibrationError(f"the calibration was fitted to statistics that this version does not compute: "
-                                   f"{', '.join(missing)}; ade calibrate makes another")
+            raise CalibrationError(
+                f"the calibration was fitted to statistics that this version does not compute: "
+                f"{', '.join(missing)}; ade calibrate makes another"
+            )
 
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
         return np.stack([statistics[name] for name in self.names], axis=1)
 
-    def verdicts(self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]) -> list[Verdict]:
+    def verdicts(
+        self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]
+    ) -> list[Verdict]:
         """A verdict for each image.
 
         Args:
@@ -195,9 +216,17 @@ class Calibration:
         verdicts = []
         for row in range(len(rows)):
             order = np.lexsort((-np.abs(normal[row]), two_sided[row]))
-            explain = tuple(map(Unusual, [self.names[i] for i in order], rows[row, order].tolist(),
-                                two_sided[row, order].tolist()))
-            verdicts.append(Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain))
+            explain = tuple(
+                map(
+                    Unusual,
+                    [self.names[i] for i in order],
+                    rows[row, order].tolist(),
+                    two_sided[row, order].tolist(),
+                )
+            )
+            verdicts.append(
+                Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain)
+            )
         return verdicts
 
     def _two_sided(self, rows: np.ndarray) -> np.ndarray:
@@ -212,42 +241,69 @@ class Calibration:
 
     @property
     def smallest_p_value(self) -> float:
-        """Below it no image can come, whatever it looks like: so many images calibrated the verdict."""
+        """Below it no image can come, whatever it looks like: so many images calibrated the
+        verdict.
+        """
         return 1 / (len(self.scores) + 1)
 
     def too_small(self, alpha: float) -> str | None:
         """A note, if nothing can be flagged at a false-alarm rate."""
         if alpha >= self.smallest_p_value:
             return None
-        return (f"nothing can be flagged at alpha {alpha:g}: {len(self.scores)} images calibrated the verdict, and the "
-                f"smallest p-value is {self.smallest_p_value:.2g}")
+        return (
+            f"nothing can be flagged at alpha {alpha:g}: {len(self.scores)} images calibrated the verdict, and the "
+            f"smallest p-value is {self.smallest_p_value:.2g}"
+        )
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"statistic": f"density of {len(self.names)} statistics", "estimator": self.estimator, "resize": self.resize,
-                "components": len(self.mixture.means), "images": len(self.scores),
-                "median_bpd": float(np.median(self.bpd)), "smallest_p_value": self.smallest_p_value}
+        return {
+            "statistic": f"density of {len(self.names)} statistics",
+            "estimator": self.estimator,
+            "resize": self.resize,
+            "components": len(self.mixture.means),
+            "images": len(self.scores),
+            "median_bpd": float(np.median(self.bpd)),
+            "smallest_p_value": self.smallest_p_value,
+        }
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of it, by name."""
-        return {"estimator": np.array(self.estimator), "resize": np.array(self.resize or ""), "names": np.array(self.names),
-                "grid": self.normal.grid, "spread": self.normal.spread, "scores": self.scores, "reference": self.reference,
-                **_arrays("mixture", self.mixture), **_arrays("baseline", self.baseline)}
+        return {
+            "estimator": np.array(self.estimator),
+            "resize": np.array(self.resize or ""),
+            "names": np.array(self.names),
+            "grid": self.normal.grid,
+            "spread": self.normal.spread,
+            "scores": self.scores,
+            "reference": self.reference,
+            **_arrays("mixture", self.mixture),
+            **_arrays("baseline", self.baseline),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> Calibration:
         """What :meth:`arrays` gave, each name after a prefix."""
+
         def of(name: str) -> np.ndarray:
             return arrays[prefix + name]
 
-        return cls(str(of("estimator")), str(of("resize")) or None, tuple(map(str, of("names"))),
-                   NormalScores(of("grid"), of("spread")), _mixture(f"{prefix}mixture", arrays), of("scores"),
-                   of("reference"), _mixture(f"{prefix}baseline", arrays))
+        return cls(
+            str(of("estimator")),
+            str(of("resize")) or None,
+            tuple(map(str, of("names"))),
+            NormalScores(of("grid"), of("spread")),
+            _mixture(f"{prefix}mixture", arrays),
+            of("scores"),
+            of("reference"),
+            _mixture(f"{prefix}baseline", arrays),
+        )
 
 
 @dataclass(frozen=True)
 class Calibrations:
-    """The calibration of each path that an image takes to the model; a path without one (``None``) has no verdict.
+    """The calibration of each path that an image takes to the model; a path without one (``None``)
+    has no verdict.
 
     Attributes:
         exact: for images of the model's size.
@@ -268,10 +324,15 @@ class Calibrations:
             CalibrationError: the file has no calibration for images of the model's size.
         """
         if self.exact is None:
-            raise CalibrationError("a calibration of resized images goes with one of images of the model's size")
+            raise CalibrationError(
+                "a calibration of resized images goes with one of images of the model's size"
+            )
         second = {} if self.resized is None or self.resized is self.exact else self.resized.arrays()
         out = io.BytesIO()
-        arrays: dict[str, Any] = {**self.exact.arrays(), **{RESIZED_PREFIX + name: its for name, its in second.items()}}
+        arrays: dict[str, Any] = {
+            **self.exact.arrays(),
+            **{RESIZED_PREFIX + name: its for name, its in second.items()},
+        }
         np.savez_compressed(out, **arrays)
         return out.getvalue()
 
@@ -293,16 +354,22 @@ class Calibrations:
 
 
 def _arrays(name: str, mixture: Mixture) -> dict[str, np.ndarray]:
-    return {f"{name}_log_weights": mixture.log_weights, f"{name}_means": mixture.means,
-            f"{name}_whiteners": mixture.whiteners}
+    return {
+        f"{name}_log_weights": mixture.log_weights,
+        f"{name}_means": mixture.means,
+        f"{name}_whiteners": mixture.whiteners,
+    }
 
 
 def _mixture(name: str, arrays: Mapping[str, np.ndarray]) -> Mixture:
-    return Mixture(arrays[f"{name}_log_weights"], arrays[f"{name}_means"], arrays[f"{name}_whiteners"])
+    return Mixture(
+        arrays[f"{name}_log_weights"], arrays[f"{name}_means"], arrays[f"{name}_whiteners"]
+    )
 
 
 def conformal_p_values(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """``(1 + #{reference >= score}) / (n + 1)``: never 0, and at most ``alpha`` with probability at most ``alpha``.
+    """``(1 + #{reference >= score}) / (n + 1)``: never 0, and at most ``alpha`` with probability at
+    most ``alpha``.
 
     Vovk et al., "Algorithmic Learning in a Random World", 2005, for one score fitted to other data.
 
@@ -314,17 +381,19 @@ def conformal_p_values(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def simes(p_values: Sequence[float]) -> float:
-    """One p-value for a group of images: ``min_i m p_(i) / i`` (Simes, "An improved Bonferroni procedure", 1986).
+    """One p-value for a group of images: ``min_i m p_(i) / i`` (Simes, "An improved Bonferroni
+    procedure", 1986).
 
-    Valid for conformal p-values of one calibration set, which depend on each other positively (Bates et al., "Testing for
-    Outliers with Conformal p-values", 2023).
+    Valid for conformal p-values of one calibration set, which depend on each other positively
+    (Bates et al., "Testing for Outliers with Conformal p-values", 2023).
     """
     ordered = np.sort(np.asarray(p_values, np.float64))
     return float(min(1.0, (len(ordered) * ordered / np.arange(1, len(ordered) + 1)).min()))
 
 
 def benjamini_hochberg(p_values: Sequence[float], fdr: float) -> list[bool]:
-    """Which images to report so that, of those reported, a fraction of at most ``fdr`` is expected to be false.
+    """Which images to report so that, of those reported, a fraction of at most ``fdr`` is expected
+    to be false.
 
     Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
     """

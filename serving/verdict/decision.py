@@ -1,4 +1,5 @@
-"""From a verdict to what is done with an image: accept it, reject it, or know that there is no verdict.
+"""From a verdict to what is done with an image: accept it, reject it, or know that there is no
+verdict.
 
 An image is accepted only where a calibration of its own path could have rejected it and did not.
 """
@@ -22,14 +23,17 @@ class Ruling:
 
     Attributes:
         choice: ``no_verdict`` wherever neither of the others has a ground.
-        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is one.
+        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is
+            one.
     """
 
     choice: Choice
     reason: str | None = None
 
 
-def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float) -> Ruling:
+def decide(
+    p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float
+) -> Ruling:
     """Decide on an image that was scored.
 
     Args:
@@ -41,14 +45,22 @@ def decide(p_value: float | None, calibrations: Calibrations, resized: bool, alp
     calibration = calibrations.of(resized)
     if calibration is None:
         if resized and calibrations.exact is not None:
-            return Ruling("no_verdict", "resized_not_calibrated: the bundle has no calibration for resized images; "
-                                        "ade calibrate makes one")
-        return Ruling("no_verdict", "not_calibrated: the bundle has no calibration; ade calibrate makes one")
+            return Ruling(
+                "no_verdict",
+                "resized_not_calibrated: the bundle has no calibration for resized images; "
+                "ade calibrate makes one",
+            )
+        return Ruling(
+            "no_verdict", "not_calibrated: the bundle has no calibration; ade calibrate makes one"
+        )
     if p_value is None or not math.isfinite(p_value):
         return Ruling("no_verdict", "not_finite: the p-value is not a finite number")
     if alpha < calibration.smallest_p_value:
-        return Ruling("no_verdict", f"alpha_too_small: alpha {alpha:g} takes {images_needed(alpha):,} calibration images "
-                                    f"or more, there are {len(calibration.scores):,}")
+        return Ruling(
+            "no_verdict",
+            f"alpha_too_small: alpha {alpha:g} takes {images_needed(alpha):,} calibration images "
+            f"or more, there are {len(calibration.scores):,}",
+        )
     return Ruling("reject" if p_value <= alpha else "accept")
 
 
@@ -58,9 +70,11 @@ def images_needed(p_value: float) -> int:
 
 
 def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
-    """What to say of discoveries that the smallest p-value makes impossible, of however unusual images; or nothing.
+    """What to say of discoveries that the smallest p-value makes impossible, of however unusual
+    images; or nothing.
 
-    Benjamini and Hochberg's procedure reports ``k`` of ``count`` images only if k p-values are at most ``fdr k / count``.
+    Benjamini and Hochberg's procedure reports ``k`` of ``count`` images only if k p-values are at
+    most ``fdr k / count``.
 
     Args:
         calibrated: calibration images; the smallest p-value is one over one more.
@@ -73,5 +87,7 @@ def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
     who = f"at least {fewest} of {count} images must have the smallest p-value, 1/{calibrated + 1}, before any is reported"
     if fewest > count:
         who = f"none of {count} images can be reported: the smallest p-value is 1/{calibrated + 1}"
-    return (f"at a false discovery rate of {fdr:g}, {who}; to report a single one takes {images_needed(fdr / count):,} "
-            "calibration images")
+    return (
+        f"at a false discovery rate of {fdr:g}, {who}; to report a single one takes {images_needed(fdr / count):,} "
+        "calibration images"
+    )

@@ -1,9 +1,11 @@
-"""Is the stream of images still like the calibration's? Running statistics of the verdicts, one monitor a worker.
+"""Is the stream of images still like the calibration's? Running statistics of the verdicts, one
+monitor a worker.
 
-Of images like the calibration's, ``Verdict.uniform`` is uniform on (0, 1) and ``z = Phi^-1(1 - uniform)`` standard normal.
-Two one-sided cumulative sums (Page, "Continuous inspection schemes", 1954) tell a shift of their mean, within tens of
-images; the distance of Kolmogorov and Smirnov over a window tells any other change. docs/ood.md has thresholds by how long
-a stream without a change goes on until it crosses them.
+Of images like the calibration's, ``Verdict.uniform`` is uniform on (0, 1) and ``z = Phi^-1(1 -
+uniform)`` standard normal. Two one-sided cumulative sums (Page, "Continuous inspection schemes",
+1954) tell a shift of their mean, within tens of images; the distance of Kolmogorov and Smirnov over
+a window tells any other change. docs/ood.md has thresholds by how long a stream without a change
+goes on until it crosses them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class DriftMonitor:
 
     Attributes:
         images: how many it has seen.
-        strange: the cumulative sum towards stranger images, in standard deviations, from 0 to :data:`MOST`.
+        strange: the cumulative sum towards stranger images, in standard deviations, from 0 to
+            :data:`MOST`.
         usual: the same towards images that are more usual than they should be.
     """
 
@@ -44,7 +47,9 @@ class DriftMonitor:
         self._window.append(uniform)
 
     def distance(self) -> float:
-        """``sqrt(n) sup |F_n(u) - u|`` over the last images, at most :data:`WINDOW`; 0 before the first."""
+        """``sqrt(n) sup |F_n(u) - u|`` over the last images, at most :data:`WINDOW`; 0 before the
+        first.
+        """
         ordered = sorted(self._window)
         n = len(ordered)
         gap = max((max((i + 1) / n - u, u - i / n) for i, u in enumerate(ordered)), default=0.0)

@@ -1,10 +1,11 @@
 """What one pass of the model, and the pixels themselves, say of an image: a few dozen numbers.
 
-The likelihood alone is a bad judge of strangers: its parts cancel, and simple images have too much of it (Nalisnick et
-al., "Do Deep Generative Models Know What They Don't Know?", 2019). Each number here is one more way of being unusual:
-the likelihood's parts; the length of a lossless code of the very pixels (Serrà et al., "Input complexity and
-out-of-distribution detection with likelihood-based generative models", 2020); whether what the model leaves unexplained
-is white noise; where in the image the bits lie; and plain statistics of pixels, which need no model.
+The likelihood alone is a bad judge of strangers: its parts cancel, and simple images have too much
+of it (Nalisnick et al., "Do Deep Generative Models Know What They Don't Know?", 2019). Each number
+here is one more way of being unusual: the likelihood's parts; the length of a lossless code of the
+very pixels (Serrà et al., "Input complexity and out-of-distribution detection with likelihood-based
+generative models", 2020); whether what the model leaves unexplained is white noise; where in the
+image the bits lie; and plain statistics of pixels, which need no model.
 :mod:`serving.verdict.calibration` makes one score of them.
 
 Everything is computed row by row from one image's own values: no number depends on the batch.
@@ -51,7 +52,9 @@ def meaning(statistic: str) -> str:
     return next(words for start, words in MEANINGS.items() if statistic.startswith(start))
 
 
-def compute_statistics(images: np.ndarray, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def compute_statistics(
+    images: np.ndarray, outputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """All statistics of a batch.
 
     Args:
@@ -83,13 +86,20 @@ def compute_statistics(images: np.ndarray, outputs: Mapping[str, np.ndarray]) ->
     return {name: values.astype(np.float32) for name, values in found.items()}
 
 
-def statistic_names(image_shape: tuple[int, int, int], latent_shapes: Sequence[tuple[int, int, int]]) -> list[str]:
+def statistic_names(
+    image_shape: tuple[int, int, int], latent_shapes: Sequence[tuple[int, int, int]]
+) -> list[str]:
     """What :func:`compute_statistics` computes for a model: of zeros, to have one list and not two."""
     height, width, channels = image_shape
     outputs: dict[str, np.ndarray] = {
-        "parts": np.zeros((1, 2 + len(latent_shapes))), "cost": np.zeros((1, len(COSTS), height, width)),
+        "parts": np.zeros((1, 2 + len(latent_shapes))),
+        "cost": np.zeros((1, len(COSTS), height, width)),
         **{name: np.zeros((1, channels, height, width), np.float32) for name in ("y", "residual")},
-        **{f"surprise_{i}": np.zeros((1, *shape), np.float32) for i, shape in enumerate(latent_shapes)}}
+        **{
+            f"surprise_{i}": np.zeros((1, *shape), np.float32)
+            for i, shape in enumerate(latent_shapes)
+        },
+    }
     return list(compute_statistics(np.zeros((1, *image_shape), np.uint8), outputs))
 
 
@@ -131,15 +141,30 @@ def _of_pixels(images: np.ndarray) -> dict[str, np.ndarray]:
     across, down = np.diff(values, axis=3), np.diff(values, axis=2)
     found["pixel_edges_across"] = _log(_mean(np.abs(across)), 1e-4)
     found["pixel_edges_down"] = _log(_mean(np.abs(down)), 1e-4)
-    found["pixel_edges_diagonal"] = _log(_mean(np.abs(values[:, :, 1:, 1:] - values[:, :, :-1, :-1])), 1e-4)
-    found["pixel_detail"] = _log(_mean(np.abs(across[:, :, 1:-1, 1:] - across[:, :, 1:-1, :-1]
-                                              + down[:, :, 1:, 1:-1] - down[:, :, :-1, 1:-1])), 1e-4)
+    found["pixel_edges_diagonal"] = _log(
+        _mean(np.abs(values[:, :, 1:, 1:] - values[:, :, :-1, :-1])), 1e-4
+    )
+    found["pixel_detail"] = _log(
+        _mean(
+            np.abs(
+                across[:, :, 1:-1, 1:]
+                - across[:, :, 1:-1, :-1]
+                + down[:, :, 1:, 1:-1]
+                - down[:, :, :-1, 1:-1]
+            )
+        ),
+        1e-4,
+    )
     squares = np.square(across)
-    found["pixel_edges_kurtosis"] = _log(_mean(np.square(squares)) / (np.square(_mean(squares)) + np.float32(1e-12)), 1e-3)
+    found["pixel_edges_kurtosis"] = _log(
+        _mean(np.square(squares)) / (np.square(_mean(squares)) + np.float32(1e-12)), 1e-3
+    )
     for lag in _lags(values.shape[2]):
         found[f"pixel_lag_{lag}"] = (_lag(centred, 2, lag) + _lag(centred, 3, lag)) / (2 * variance)
     for name, level in (("black", 0), ("white", 255)):
-        found[f"pixel_{name}"] = np.log1p(np.float32(100) * _mean(images == level).astype(np.float32))
+        found[f"pixel_{name}"] = np.log1p(
+            np.float32(100) * _mean(images == level).astype(np.float32)
+        )
     return found
 
 
@@ -153,14 +178,26 @@ def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _of_noise(noise: np.ndarray) -> dict[str, np.ndarray]:
-    """What distinguishes ``(N, C, H, W)`` from white noise of variance 1; lag-1 correlations are zero there."""
+    """What distinguishes ``(N, C, H, W)`` from white noise of variance 1; lag-1 correlations are
+    zero there.
+    """
     centred, variance, kurtosis = _moments(noise)
-    found = {"residual_mean": _mean(noise), "residual_energy": _log(_mean(np.square(noise))), "residual_kurtosis": kurtosis,
-             "residual_skewness": np.cbrt(_mean(centred * np.square(centred)) / (variance * np.sqrt(variance)))}
+    found = {
+        "residual_mean": _mean(noise),
+        "residual_energy": _log(_mean(np.square(noise))),
+        "residual_kurtosis": kurtosis,
+        "residual_skewness": np.cbrt(
+            _mean(centred * np.square(centred)) / (variance * np.sqrt(variance))
+        ),
+    }
     energy = np.square(centred).mean(1)
     count, height, width = energy.shape
-    blocks = energy[:, :height - height % BLOCKS, :width - width % BLOCKS].reshape(
-        count, BLOCKS, height // BLOCKS, BLOCKS, width // BLOCKS).mean((2, 4)).reshape(count, -1)
+    blocks = (
+        energy[:, : height - height % BLOCKS, : width - width % BLOCKS]
+        .reshape(count, BLOCKS, height // BLOCKS, BLOCKS, width // BLOCKS)
+        .mean((2, 4))
+        .reshape(count, -1)
+    )
     found["residual_unevenness"] = _log(blocks.std(1) / (blocks.mean(1) + np.float32(1e-12)), 1e-6)
     found["residual_rows"] = _lag(centred, 2, 1) / variance
     found["residual_columns"] = _lag(centred, 3, 1) / variance
@@ -172,34 +209,56 @@ def _of_noise(noise: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _of_features(y: np.ndarray) -> dict[str, np.ndarray]:
-    """The flow's output, ``(N, C, H, W)``. It mixes the values of a 2x2 patch, so that neighbours are patches."""
+    """The flow's output, ``(N, C, H, W)``.
+
+    It mixes the values of a 2x2 patch, so that neighbours are patches.
+    """
     _, _, kurtosis = _moments(y)
     mixing, centred, variance = _within_patches(y)
-    return {"feature_energy": _log(_mean(np.square(y))), "feature_kurtosis": kurtosis, "feature_patches": mixing,
-            "feature_rows": _lag(centred, 2, 1) / variance, "feature_columns": _lag(centred, 3, 1) / variance}
+    return {
+        "feature_energy": _log(_mean(np.square(y))),
+        "feature_kurtosis": kurtosis,
+        "feature_patches": mixing,
+        "feature_rows": _lag(centred, 2, 1) / variance,
+        "feature_columns": _lag(centred, 3, 1) / variance,
+    }
 
 
 def _within_patches(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much the values of a 2x2 patch vary together (logarithm), the squeezed values centred by channel, their
-    variance."""
+    """How much the values of a 2x2 patch vary together (logarithm), the squeezed values centred by
+    channel, their variance.
+    """
     count, channels, height, width = values.shape
-    squeezed = values.reshape(count, channels, height // 2, 2, width // 2, 2).transpose(0, 1, 3, 5, 2, 4).reshape(
-        count, 4 * channels, height // 2, width // 2)
+    squeezed = (
+        values.reshape(count, channels, height // 2, 2, width // 2, 2)
+        .transpose(0, 1, 3, 5, 2, 4)
+        .reshape(count, 4 * channels, height // 2, width // 2)
+    )
     centred = squeezed - squeezed.mean((2, 3), keepdims=True)
     rows = centred.reshape(count, 4 * channels, -1)
     covariance = rows @ rows.transpose(0, 2, 1) / np.float32(rows.shape[2])
     diagonal = np.square(np.diagonal(covariance, axis1=1, axis2=2)).sum(1)
     off = np.square(covariance).reshape(count, -1).sum(1) - diagonal
-    return _log(np.maximum(off, 0) / (diagonal + np.float32(1e-12))), centred, _mean(np.square(centred)) + np.float32(1e-8)
+    return (
+        _log(np.maximum(off, 0) / (diagonal + np.float32(1e-12))),
+        centred,
+        _mean(np.square(centred)) + np.float32(1e-8),
+    )
 
 
 def _of_map(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
     """How unevenly, and at what distances alike, ``(N, H, W)`` is spread."""
     centred, variance, kurtosis = _moments(values)
     far = max(2, values.shape[1] // 8)
-    return {f"{name}_spread": _log(variance) / 2, f"{name}_kurtosis": kurtosis,
-            **{f"{name}_{lag}": (_lag(centred, 1, distance) + _lag(centred, 2, distance)) / (2 * variance)
-               for lag, distance in (("near", 1), ("far", far))}}
+    return {
+        f"{name}_spread": _log(variance) / 2,
+        f"{name}_kurtosis": kurtosis,
+        **{
+            f"{name}_{lag}": (_lag(centred, 1, distance) + _lag(centred, 2, distance))
+            / (2 * variance)
+            for lag, distance in (("near", 1), ("far", far))
+        },
+    }
 
 
 def _edges(images: np.ndarray) -> np.ndarray:

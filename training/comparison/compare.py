@@ -1,10 +1,13 @@
-"""Several systems under one budget: trained one after another, measured alike, and taken up where it stopped.
+"""Several systems under one budget: trained one after another, measured alike, and taken up where
+it stopped.
 
-``OUT/runs/SYSTEM-seedN/`` is a run like any other, with ``measured.json`` when it was measured and ``failure.json`` when
-it could not be finished. :mod:`training.comparison.report` writes the page, and ``OUT/rows.json`` keeps what it tells of
-each run: where the runs' own folders are gone, the comparison still goes on from there.
+``OUT/runs/SYSTEM-seedN/`` is a run like any other, with ``measured.json`` when it was measured and
+``failure.json`` when it could not be finished. :mod:`training.comparison.report` writes the page,
+and ``OUT/rows.json`` keeps what it tells of each run: where the runs' own folders are gone, the
+comparison still goes on from there.
 
-The same comparison may run in several processes at once: each takes the next system that no other has taken.
+The same comparison may run in several processes at once: each takes the next system that no other
+    has taken.
 """
 
 from __future__ import annotations
@@ -47,8 +50,15 @@ class Job:
         return f"{self.config.recipe}-seed{self.options.seed}"
 
 
-def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: Path, options: MeasureOptions,
-            measurer: Callable[[], Measurer], report: Callable[[str], None]) -> None:
+def compare(
+    jobs: Sequence[Job],
+    dataset: Dataset,
+    source: dict[str, Any],
+    out: Path,
+    options: MeasureOptions,
+    measurer: Callable[[], Measurer],
+    report: Callable[[str], None],
+) -> None:
     """Finish every job that is not finished; a job that fails is recorded, and the next one begins.
 
     Args:
@@ -70,7 +80,11 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
     kept = {row["name"]: row for row in _kept_rows(out)}
     for job in jobs:
         run = out / "runs" / job.name
-        if job.name in kept and _stands(kept[job.name], run) and _is_finished(kept[job.name], job, dataset, how):
+        if (
+            job.name in kept
+            and _stands(kept[job.name], run)
+            and _is_finished(kept[job.name], job, dataset, how)
+        ):
             report(f"{job.name}: finished before, its row is kept")
             continue
         with claim(run) as is_ours:
@@ -84,7 +98,9 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
             try:
                 if not _is_trained(run, job):
                     report(f"{job.name}: training")
-                    train(job.config, dataset, run, job.options, (run / "run.json").is_file(), source)
+                    train(
+                        job.config, dataset, run, job.options, (run / "run.json").is_file(), source
+                    )
                 folder = latest_checkpoint(run)
                 if not _is_measured(run, folder, how):
                     report(f"{job.name}: measuring")
@@ -96,8 +112,14 @@ def compare(jobs: Sequence[Job], dataset: Dataset, source: dict[str, Any], out: 
                 raise
             except Exception as error:  # a row that says why, and on to the next
                 report(f"{job.name}: {type(error).__name__}: {error}")
-                write_json(run / FAILURE, {"kind": type(error).__name__, "why": str(error),
-                                           "trace": traceback.format_exc()})
+                write_json(
+                    run / FAILURE,
+                    {
+                        "kind": type(error).__name__,
+                        "why": str(error),
+                        "trace": traceback.format_exc(),
+                    },
+                )
         gc.collect()
 
 
@@ -107,7 +129,9 @@ def _diverged(run: Path) -> bool:
 
 
 def _stands(kept: dict[str, Any], run: Path) -> bool:
-    """Whether a row that was kept is what is known of a system, though its run may have begun anew since."""
+    """Whether a row that was kept is what is known of a system, though its run may have begun anew
+    since.
+    """
     return kept["measured"] is not None and not (run / MEASURED).is_file() and not _diverged(run)
 
 
@@ -121,19 +145,29 @@ def _is_trained(run: Path, job: Job) -> bool:
 def _is_enough(state: dict[str, Any], job: Job) -> bool:
     share = 1 + job.config.inference_share
     enough = state["images"] >= round(job.options.images * share)
-    return enough or (job.options.minutes is not None and state["seconds"] >= 60 * job.options.minutes * share)
+    return enough or (
+        job.options.minutes is not None and state["seconds"] >= 60 * job.options.minutes * share
+    )
 
 
 def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str, Any]) -> bool:
     """Whether a row that was kept is what a job asks for."""
-    return bool(row["config"] == job.config and row["data"] == dataset.name and row["state"] is not None
-                and _is_enough(row["state"], job) and row["measured"] is not None
-                and _without_paths(row["measured"]["how"]) == _without_paths(how))
+    return bool(
+        row["config"] == job.config
+        and row["data"] == dataset.name
+        and row["state"] is not None
+        and _is_enough(row["state"], job)
+        and row["measured"] is not None
+        and _without_paths(row["measured"]["how"]) == _without_paths(how)
+    )
 
 
 def _without_paths(how: dict[str, Any]) -> dict[str, Any]:
     """How a run was measured, but for where networks' weights lay on that machine."""
-    return {key: bool(value) if key in ("resnet20", "inception") else value for key, value in how.items()}
+    return {
+        key: bool(value) if key in ("resnet20", "inception") else value
+        for key, value in how.items()
+    }
 
 
 def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
@@ -149,20 +183,25 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     started = json.loads((run / "run.json").read_text())
     different = different_fields(started, job.config, dataset)
     if different:
-        raise RunError(f"{run} was trained with another {', '.join(different)}; use another --out, or delete it")
+        raise RunError(
+            f"{run} was trained with another {', '.join(different)}; use another --out, or delete it"
+        )
     folders = checkpoint_folders(run)
     if not folders:
         return
     state = json.loads((folders[-1] / STATE_NAME).read_text())
     if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
-        check_can_go_on(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
+        check_can_go_on(
+            run, state.get("inferring_since"), job.config.batch_size, job.options.images
+        )
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Of every run of a comparison: its configuration, where it got to, what was measured or went wrong, its curves.
+    """Of every run of a comparison: its configuration, where it got to, what was measured or went
+    wrong, its curves.
 
-    ``run`` is its folder, ``None`` for a row that was kept without it; such a row stands until a run that began anew is
-    measured or diverges. Measurements of an earlier checkpoint are left out.
+    ``run`` is its folder, ``None`` for a row that was kept without it; such a row stands until a
+    run that began anew is measured or diverges. Measurements of an earlier checkpoint are left out.
     """
     rows = []
     kept = {row["name"]: row for row in _kept_rows(out)}
@@ -171,9 +210,17 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         if run.name in kept and _stands(kept[run.name], run):
             continue
         started = json.loads(path.read_text())
-        row: dict[str, Any] = {"name": run.name, "run": run, "config": TrainConfig.from_dict(started["config"]),
-                               "data": started["data"], "seed": started["options"]["seed"],
-                               "budget": started["options"], "state": None, "measured": None, "failure": None}
+        row: dict[str, Any] = {
+            "name": run.name,
+            "run": run,
+            "config": TrainConfig.from_dict(started["config"]),
+            "data": started["data"],
+            "seed": started["options"]["seed"],
+            "budget": started["options"],
+            "state": None,
+            "measured": None,
+            "failure": None,
+        }
         folders = checkpoint_folders(run)
         if folders:
             row["state"] = json.loads((folders[-1] / STATE_NAME).read_text())
@@ -191,19 +238,28 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 
 def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Write ``OUT/rows.json``."""
-    write_json(out / ROWS, [{**{k: v for k, v in row.items() if k != "run"}, "config": row["config"].to_dict()}
-                            for row in rows])
+    write_json(
+        out / ROWS,
+        [
+            {**{k: v for k, v in row.items() if k != "run"}, "config": row["config"].to_dict()}
+            for row in rows
+        ],
+    )
 
 
 def _kept_rows(out: Path) -> list[dict[str, Any]]:
     if not (out / ROWS).is_file():
         return []
-    return [{**row, "run": None, "config": TrainConfig.from_dict(row["config"])}
-            for row in json.loads((out / ROWS).read_text())]
+    return [
+        {**row, "run": None, "config": TrainConfig.from_dict(row["config"])}
+        for row in json.loads((out / ROWS).read_text())
+    ]
 
 
 def _curve(path: Path, name: str) -> list[list[float]]:
-    """Images seen and a running mean of one logged value, at most :data:`POINTS` of them; empty where it was not logged."""
+    """Images seen and a running mean of one logged value, at most :data:`POINTS` of them; empty
+    where it was not logged.
+    """
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -219,4 +275,4 @@ def _curve(path: Path, name: str) -> list[list[float]]:
     sums = np.cumsum(np.insert(values, 0, 0.0))
     means = (sums[width:] - sums[:-width]) / width
     chosen = np.unique(np.linspace(0, len(means) - 1, POINTS).round().astype(int))
-    return [images[width - 1:][chosen].tolist(), means[chosen].round(4).tolist()]
+    return [images[width - 1 :][chosen].tolist(), means[chosen].round(4).tolist()]

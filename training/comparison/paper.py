@@ -1,4 +1,6 @@
-"""The paper's figures for CIFAR-10 (Tables 1 to 3), to stand beside ours; and its claims, to be checked."""
+"""The paper's figures for CIFAR-10 (Tables 1 to 3), to stand beside ours; and its claims, to be
+checked.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Bits per dimension (``bracketed``: approximated around a GAN), Inception score and FID; ``None`` where not given."""
+    """Bits per dimension (``bracketed``: approximated around a GAN), Inception score and FID;
+    ``None`` where not given.
+    """
 
     bpd: float | None
     inception_score: float | None
@@ -54,25 +58,67 @@ class Claim:
 
 
 def claims(spaces: tuple[str, ...]) -> list[Claim]:
-    """The claims of Tables 1 to 3; samples are judged by the Frechet distances in the spaces that were used."""
+    """The claims of Tables 1 to 3; samples are judged by the Frechet distances in the spaces that
+    were used.
+    """
     better = lambda a, b: a < b
     return [
-        Claim("V-ADE beats VAE on bits per dimension by at least 0.4", ("v-ade", "vae"), ("bpd",),
-              lambda a, b: a < b - 0.4),
+        Claim(
+            "V-ADE beats VAE on bits per dimension by at least 0.4",
+            ("v-ade", "vae"),
+            ("bpd",),
+            lambda a, b: a < b - 0.4,
+        ),
         Claim("AV-ADE beats VAE on samples", ("av-ade", "vae"), spaces, better),
         Claim("AV-ADE beats V-ADE on samples", ("av-ade", "v-ade"), spaces, better),
         Claim("AV-ADE beats AV-GDE on bits per dimension", ("av-ade", "av-gde"), ("bpd",), better),
         Claim("AV-ADE beats AV-GDE on samples", ("av-ade", "av-gde"), spaces, better),
-        Claim("two scales beat one on bits per dimension", ("av-ade-s2", "av-ade"), ("bpd",), better),
-        Claim("a GAN's bracketed bits per dimension are worse than AV-ADE's by at least 1", ("av-ade", "gan"), ("bpd",),
-              lambda a, b: a < b - 1),
-        Claim("a residual discriminator betters a GAN's samples", ("gan-rd", "gan"), spaces, better),
-        Claim("a residual discriminator betters AV-ADE's samples", ("av-ade-rd", "av-ade"), spaces, better),
-        Claim("a generator of twice the width betters them further", ("av-ade-wg-rd", "av-ade-rd"), spaces, better),
-        Claim("an inverse autoregressive posterior betters bits per dimension", ("av-ade-iaf-rd", "av-ade-rd"), ("bpd",),
-              better),
-        Claim("AV-ADE beats Flow-GAN by both losses on bits per dimension", ("av-ade-rd", "flow-gan-h"), ("bpd",), better),
-        Claim("AV-ADE beats Flow-GAN by both losses on samples", ("av-ade-rd", "flow-gan-h"), spaces, better),
-        Claim("without the likelihood, Flow-GAN's bits per dimension are worse by at least 1", ("flow-gan-h", "flow-gan-a"),
-              ("bpd",), lambda a, b: a < b - 1),
+        Claim(
+            "two scales beat one on bits per dimension", ("av-ade-s2", "av-ade"), ("bpd",), better
+        ),
+        Claim(
+            "a GAN's bracketed bits per dimension are worse than AV-ADE's by at least 1",
+            ("av-ade", "gan"),
+            ("bpd",),
+            lambda a, b: a < b - 1,
+        ),
+        Claim(
+            "a residual discriminator betters a GAN's samples", ("gan-rd", "gan"), spaces, better
+        ),
+        Claim(
+            "a residual discriminator betters AV-ADE's samples",
+            ("av-ade-rd", "av-ade"),
+            spaces,
+            better,
+        ),
+        Claim(
+            "a generator of twice the width betters them further",
+            ("av-ade-wg-rd", "av-ade-rd"),
+            spaces,
+            better,
+        ),
+        Claim(
+            "an inverse autoregressive posterior betters bits per dimension",
+            ("av-ade-iaf-rd", "av-ade-rd"),
+            ("bpd",),
+            better,
+        ),
+        Claim(
+            "AV-ADE beats Flow-GAN by both losses on bits per dimension",
+            ("av-ade-rd", "flow-gan-h"),
+            ("bpd",),
+            better,
+        ),
+        Claim(
+            "AV-ADE beats Flow-GAN by both losses on samples",
+            ("av-ade-rd", "flow-gan-h"),
+            spaces,
+            better,
+        ),
+        Claim(
+            "without the likelihood, Flow-GAN's bits per dimension are worse by at least 1",
+            ("flow-gan-h", "flow-gan-a"),
+            ("bpd",),
+            lambda a, b: a < b - 1,
+        ),
     ]

@@ -13,21 +13,34 @@ from training.datasets.imagenet64 import load_imagenet64
 from training.datasets.lsun import load_lsun
 from training.datasets.stl10 import load_stl10
 
-NAMES = {"cifar10": 32, "stl10": None, "imagenet64": 64, "lsun": None}  # and the size of the images, where it is fixed
+NAMES = {
+    "cifar10": 32,
+    "stl10": None,
+    "imagenet64": 64,
+    "lsun": None,
+}  # and the size of the images, where it is fixed
 
 
-def load_dataset(data: str, root: str | None, image_size: int | None = None, cache: Path | None = None,
-                 report: Report = lambda line: None, fits: Callable[[int], object] = lambda side: None) -> Dataset:
+def load_dataset(
+    data: str,
+    root: str | None,
+    image_size: int | None = None,
+    cache: Path | None = None,
+    report: Report = lambda line: None,
+    fits: Callable[[int], object] = lambda side: None,
+) -> Dataset:
     """A data set by name or by folder.
 
     Args:
         data: one of :data:`NAMES`, or the path of a folder of images (searched recursively).
         root: where a named data set lies.
-        image_size: pixels a side; images of another size are cropped to the centre square and resized with
-            antialiasing. Unless given it is the data set's own, or that of a folder's first file.
+        image_size: pixels a side; images of another size are cropped to the centre square and
+            resized with antialiasing. Unless given it is the data set's own, or that of a folder's
+            first file.
         cache: a folder for the decoded pixels; without one they are kept in memory.
         report: is told of progress, a line at a time.
-        fits: is asked of a size that the data set does not fix before images are decoded, and raises where it will not do.
+        fits: is asked of a size that the data set does not fix before images are decoded, and
+            raises where it will not do.
 
     Raises:
         DataError: nothing usable is there.
@@ -36,14 +49,18 @@ def load_dataset(data: str, root: str | None, image_size: int | None = None, cac
         raise DataError(f"an image size must be at least 2 pixels, got {image_size}")
     if data not in NAMES:
         if root is not None:
-            raise DataError(f"--root goes with a named data set ({', '.join(NAMES)}); {data!r} is a folder")
+            raise DataError(
+                f"--root goes with a named data set ({', '.join(NAMES)}); {data!r} is a folder"
+            )
         if not Path(data).is_dir():
             raise DataError(f"no data set and no folder is called {data!r}")
         return load_folder(Path(data), image_size, cache, report, fits)
     if root is None:
         raise DataError(f"--data {data} needs --root DIR, the folder that holds it")
     if image_size is not None and NAMES[data] not in (None, image_size):
-        raise DataError(f"{data} images are {NAMES[data]} pixels a side; image size {image_size} was asked for")
+        raise DataError(
+            f"{data} images are {NAMES[data]} pixels a side; image size {image_size} was asked for"
+        )
     path = Path(root)
     if not path.exists():
         raise DataError(f"--root: there is no {path}")

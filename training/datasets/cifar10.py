@@ -28,21 +28,41 @@ def load_cifar10(root: Path) -> Dataset:
     """
     strips = root.is_dir() and any(root.glob("train_*.webp"))
     source = Source(root, FOLDERS, ARCHIVES)
-    (train, labels), (test, test_labels) = (_strips(root, s) if strips else _batches(source, root, s)
-                                            for s in ("train", "test"))
+    (train, labels), (test, test_labels) = (
+        _strips(root, s) if strips else _batches(source, root, s) for s in ("train", "test")
+    )
     for name, images in (("train", train), ("test", test)):
         if len(images) != COUNTS[name]:
-            raise DataError(f"{root} holds {len(images)} {name} images; CIFAR-10 has {COUNTS[name]}")
+            raise DataError(
+                f"{root} holds {len(images)} {name} images; CIFAR-10 has {COUNTS[name]}"
+            )
     bounds = {"train": (0, TRAIN), "select": (TRAIN, SELECT), "calibrate": (SELECT, len(train))}
-    parts = {part: ImageSet(train[a:b], None if labels is None else labels[a:b]) for part, (a, b) in bounds.items()}
+    parts = {
+        part: ImageSet(train[a:b], None if labels is None else labels[a:b])
+        for part, (a, b) in bounds.items()
+    }
     splits = {part: f"train[{a}:{b}]" for part, (a, b) in bounds.items()}
-    return Dataset("cifar10", {**parts, "test": ImageSet(test, test_labels)}, {**splits, "test": f"test[0:{len(test)}]"})
+    return Dataset(
+        "cifar10",
+        {**parts, "test": ImageSet(test, test_labels)},
+        {**splits, "test": f"test[0:{len(test)}]"},
+    )
 
 
 def _strips(root: Path, split: str) -> _Split:
-    """WebP files of images stacked top to bottom, 32 pixels wide, with the classes in ``labels.npz``."""
-    strips = [np.asarray(Image.open(f).convert("RGB")) for f in sorted(root.glob(f"{split}_*.webp")) if f.is_file()]
-    images = np.concatenate([s.reshape(-1, SIZE, SIZE, 3) for s in strips]) if strips else np.empty((0, SIZE, SIZE, 3))
+    """WebP files of images stacked top to bottom, 32 pixels wide, with the classes in
+    ``labels.npz``.
+    """
+    strips = [
+        np.asarray(Image.open(f).convert("RGB"))
+        for f in sorted(root.glob(f"{split}_*.webp"))
+        if f.is_file()
+    ]
+    images = (
+        np.concatenate([s.reshape(-1, SIZE, SIZE, 3) for s in strips])
+        if strips
+        else np.empty((0, SIZE, SIZE, 3))
+    )
     if not (root / "labels.npz").is_file():
         return images, None
     with np.load(root / "labels.npz", allow_pickle=False) as labels:
@@ -60,11 +80,15 @@ def _batches(source: Source, root: Path, split: str) -> _Split:
             labels.append(np.asarray(batch["labels"], np.int64))
         elif (content := source.read(f"{name}.bin")) is not None:
             if len(content) % (1 + 3 * SIZE * SIZE):
-                raise DataError(f"{name}.bin has {len(content)} bytes, no multiple of {1 + 3 * SIZE * SIZE}")
+                raise DataError(
+                    f"{name}.bin has {len(content)} bytes, no multiple of {1 + 3 * SIZE * SIZE}"
+                )
             rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * SIZE * SIZE)
             images.append(planar(rows[:, 1:], SIZE, name))
             labels.append(rows[:, 0].astype(np.int64))
         else:
-            raise DataError(f"{root} holds no CIFAR-10: neither train_*.webp strips nor {name} or {name}.bin, there, in "
-                            f"{' or '.join(FOLDERS)}, or in {' or '.join(ARCHIVES)}")
+            raise DataError(
+                f"{root} holds no CIFAR-10: neither train_*.webp strips nor {name} or {name}.bin, there, in "
+                f"{' or '.join(FOLDERS)}, or in {' or '.join(ARCHIVES)}"
+            )
     return np.concatenate(images), np.concatenate(labels)

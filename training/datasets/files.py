@@ -42,7 +42,9 @@ def is_split_by_name(splits: dict[str, str]) -> bool:
 
 
 def shuffled(items: Sequence[Item]) -> list[Item]:
-    """In an order that is always the same: the first of them are a sample, where a folder's first are of one class."""
+    """In an order that is always the same: the first of them are a sample, where a folder's first
+    are of one class.
+    """
     return [items[i] for i in np.random.Generator(np.random.Philox(key=0)).permutation(len(items))]
 
 
@@ -53,12 +55,16 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
         return image
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    centre = Image.fromarray(image[top:top + side, left:left + side])
+    centre = Image.fromarray(image[top : top + side, left : left + side])
     return np.asarray(centre.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]], cache: Path | None,
-                  fill: Callable[[np.ndarray], dict[int, str]]) -> tuple[np.ndarray, dict[int, str]]:
+def cached_pixels(
+    identity: str,
+    shape: Callable[[], tuple[int, int, int, int]],
+    cache: Path | None,
+    fill: Callable[[np.ndarray], dict[int, str]],
+) -> tuple[np.ndarray, dict[int, str]]:
     """An array that ``fill`` wrote, a memory map of a file.
 
     Args:
@@ -80,7 +86,8 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
     if not done.is_file():
-        # Each of several processes writes a file of its own; the last to finish is kept, and all are the same.
+        # Each of several processes writes a file of its own; the last to finish is kept, and all
+        # are the same.
         cache.mkdir(parents=True, exist_ok=True)
         temporary = cache / f"images-{key}.{os.getpid()}.tmp"
         wanted = shape()
@@ -96,28 +103,39 @@ def cached_pixels(identity: str, shape: Callable[[], tuple[int, int, int, int]],
             os.replace(temporary, done)
         finally:
             temporary.unlink(missing_ok=True)
-    return np.load(stored, mmap_mode="r"), {int(row): why for row, why in json.loads(done.read_text()).items()}
+    return np.load(stored, mmap_mode="r"), {
+        int(row): why for row, why in json.loads(done.read_text()).items()
+    }
 
 
 @contextmanager
 def _room(num_bytes: int, where: str | Path) -> Iterator[None]:
-    """Says where a disk is full. What is made inside takes its blocks at once: without, writing to a memory map later ends
-    the process."""
+    """Says where a disk is full. What is made inside takes its blocks at once: without, writing to
+    a memory map later ends the process.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DataError(f"{where}: no room for {num_bytes / 2**30:.1f} GiB of decoded images; smaller ones take less "
-                        "(--image-size)") from error
+        raise DataError(
+            f"{where}: no room for {num_bytes / 2**30:.1f} GiB of decoded images; smaller ones take less "
+            "(--image-size)"
+        ) from error
 
 
-def decode_into(pixels: np.ndarray, size: int, files: Iterable[Item], read: Callable[[Item], bytes], report: Report) -> (
-        dict[int, str]):
-    """Decode image files into the rows of an array, on all cores; returns the unusable rows, and why.
+def decode_into(
+    pixels: np.ndarray,
+    size: int,
+    files: Iterable[Item],
+    read: Callable[[Item], bytes],
+    report: Report,
+) -> dict[int, str]:
+    """Decode image files into the rows of an array, on all cores; returns the unusable rows, and
+    why.
 
-    ``read`` gives the content of one file. It is called by the thread that decodes it, so that no more files than threads
-    are in memory.
+    ``read`` gives the content of one file. It is called by the thread that decodes it, so that no
+    more files than threads are in memory.
     """
     skipped: dict[int, str] = {}
 
@@ -138,7 +156,9 @@ def decode_into(pixels: np.ndarray, size: int, files: Iterable[Item], read: Call
     return skipped
 
 
-def split_by_name(name: str, files: list[str], pixels: np.ndarray, skipped: dict[int, str], report: Report) -> Dataset:
+def split_by_name(
+    name: str, files: list[str], pixels: np.ndarray, skipped: dict[int, str], report: Report
+) -> Dataset:
     """A data set of files whose parts follow from the hashes of their names.
 
     Args:
@@ -155,12 +175,20 @@ def split_by_name(name: str, files: list[str], pixels: np.ndarray, skipped: dict
         if row not in skipped:
             rows[part_of(file.rsplit("/", 1)[-1])].append(row)
     if not rows["train"]:
-        raise DataError(f"{name}: {len(files)} files, {len(skipped)} of them unusable, and none left to train on")
-    rows = {part: shuffled(r) for part, r in rows.items()}  # so that the first of a part are of all kinds
+        raise DataError(
+            f"{name}: {len(files)} files, {len(skipped)} of them unusable, and none left to train on"
+        )
+    rows = {
+        part: shuffled(r) for part, r in rows.items()
+    }  # so that the first of a part are of all kinds
     splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
-    return Dataset(name, {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()}, splits,
-                   [f"{files[row]}: {why}" for row, why in sorted(skipped.items())],
-                   {part: [files[row] for row in r] for part, r in rows.items()})
+    return Dataset(
+        name,
+        {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()},
+        splits,
+        [f"{files[row]}: {why}" for row, why in sorted(skipped.items())],
+        {part: [files[row] for row in r] for part, r in rows.items()},
+    )
 
 
 def contents(paths: Iterable[Path]) -> Iterator[bytes | OSError]:

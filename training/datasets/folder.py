@@ -12,8 +12,13 @@ from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
 
 
-def load_folder(folder: Path, image_size: int | None, cache: Path | None, report: Report,
-                fits: Callable[[int], object] = lambda side: None) -> Dataset:
+def load_folder(
+    folder: Path,
+    image_size: int | None,
+    cache: Path | None,
+    report: Report,
+    fits: Callable[[int], object] = lambda side: None,
+) -> Dataset:
     """Image files below a folder, those of another size cut to the centre square and resized.
 
     Arguments are those of :func:`training.datasets.load_dataset`.
@@ -21,20 +26,33 @@ def load_folder(folder: Path, image_size: int | None, cache: Path | None, report
     return load_files(folder, image_files(folder), image_size, cache, report, fits)
 
 
-def load_files(folder: Path, files: list[Path], image_size: int | None, cache: Path | None, report: Report,
-               fits: Callable[[int], object] = lambda side: None) -> Dataset:
+def load_files(
+    folder: Path,
+    files: list[Path],
+    image_size: int | None,
+    cache: Path | None,
+    report: Report,
+    fits: Callable[[int], object] = lambda side: None,
+) -> Dataset:
     """The same of files that :func:`image_files` found."""
     size = image_size or _first_size(files)
     fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
-    identity = json.dumps([size, [(name, *_version(path)) for name, path in zip(names, files, strict=True)]])
-    pixels, skipped = cached_pixels(identity, lambda: (len(files), size, size, 3), cache,
-                                    lambda out: decode_into(out, size, files, read_file, report))
+    identity = json.dumps(
+        [size, [(name, *_version(path)) for name, path in zip(names, files, strict=True)]]
+    )
+    pixels, skipped = cached_pixels(
+        identity,
+        lambda: (len(files), size, size, 3),
+        cache,
+        lambda out: decode_into(out, size, files, read_file, report),
+    )
     return split_by_name(folder.resolve().name, names, pixels, skipped, report)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files below a folder, by their suffixes, in order; some may turn out not to be readable.
+    """Image files below a folder, by their suffixes, in order; some may turn out not to be
+    readable.
 
     Raises:
         DataError: there are none.

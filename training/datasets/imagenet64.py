@@ -23,12 +23,18 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
         DataError: they are not there.
     """
     # Of a batch that is there in both forms, one; 1 to 10 in their order.
-    by_stem = {p.stem: p for suffix in ("", ".npz") for p in root.glob(f"train_data_batch_*{suffix}")
-               if p.suffix == suffix and p.is_file()}
+    by_stem = {
+        p.stem: p
+        for suffix in ("", ".npz")
+        for p in root.glob(f"train_data_batch_*{suffix}")
+        if p.suffix == suffix and p.is_file()
+    }
     train = sorted(by_stem.values(), key=lambda p: (len(p.stem), p.stem))
     test = [p for p in (root / "val_data.npz", root / "val_data") if p.is_file()][:1]
     if not train or not test:
-        raise DataError(f"{root} holds no ImageNet 64x64: train_data_batch_1 and on, and val_data, each .npz or a pickle")
+        raise DataError(
+            f"{root} holds no ImageNet 64x64: train_data_batch_1 and on, and val_data, each .npz or a pickle"
+        )
     return _assemble(train, test[0], cache, report)
 
 
@@ -39,16 +45,21 @@ def _assemble(train: list[Path], test: Path, cache: Path | None, report: Report)
         first = 0
         for path in train:
             images = _images(path)
-            pixels[first:first + len(images)] = images
+            pixels[first : first + len(images)] = images
             first += len(images)
             report(f"read {first} of {len(pixels)} images")
         return {}
 
-    images, _ = cached_pixels(identity, lambda: (sum(len(_labels(p)) for p in train), SIZE, SIZE, 3), cache, fill)
+    images, _ = cached_pixels(
+        identity, lambda: (sum(len(_labels(p)) for p in train), SIZE, SIZE, 3), cache, fill
+    )
     parts, splits = split_tail("train", images)
     held_out = _images(test)
-    return Dataset("imagenet64", {**parts, "test": ImageSet(held_out, _labels(test))},
-                   {**splits, "test": f"val[0:{len(held_out)}]"})
+    return Dataset(
+        "imagenet64",
+        {**parts, "test": ImageSet(held_out, _labels(test))},
+        {**splits, "test": f"val[0:{len(held_out)}]"},
+    )
 
 
 def _read(path: Path, key: str) -> np.ndarray:

@@ -10,8 +10,8 @@ from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
 
 DEFAULT_SIZE = 64
-# The first two pages of an LMDB each describe it, the newer one holds: magic number, then the size of pages, the number of
-# the last page and of the transaction (lmdb's mdb.c: MDB_page, MDB_meta).
+# The first two pages of an LMDB each describe it, the newer one holds: magic number, then the size
+# of pages, the number of the last page and of the transaction (lmdb's mdb.c: MDB_page, MDB_meta).
 _META = struct.Struct("=16xI20xI92xQQ")
 _MAGIC = 0xBEEFC0DE
 
@@ -25,10 +25,14 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
     try:
         import lmdb
     except ImportError as error:
-        raise DataError("LSUN's LMDB needs the package lmdb: pip install 'av-ade[train]'") from error
+        raise DataError(
+            "LSUN's LMDB needs the package lmdb: pip install 'av-ade[train]'"
+        ) from error
     size = image_size or DEFAULT_SIZE
     if not (root / "data.mdb").is_file():
-        raise DataError(f"{root} is no LMDB: it holds no data.mdb (for a folder of image files: --data {root}, no --root)")
+        raise DataError(
+            f"{root} is no LMDB: it holds no data.mdb (for a folder of image files: --data {root}, no --root)"
+        )
     _check_length(root / "data.mdb")
     try:
         environment = lmdb.open(str(root), readonly=True, lock=False, readahead=False, create=False)
@@ -47,15 +51,25 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
             raise OSError(f"the LMDB is damaged here: {error}") from error
 
     stat = (root / "data.mdb").stat()
-    pixels, skipped = cached_pixels(json.dumps([size, stat.st_size, stat.st_mtime_ns]), lambda: (len(keys), size, size, 3),
-                                    cache, lambda out: decode_into(out, size, keys, value, report))
+    pixels, skipped = cached_pixels(
+        json.dumps([size, stat.st_size, stat.st_mtime_ns]),
+        lambda: (len(keys), size, size, 3),
+        cache,
+        lambda out: decode_into(out, size, keys, value, report),
+    )
     environment.close()
-    return split_by_name(f"lsun-{root.name.removesuffix('_lmdb')}", [key.decode(errors="replace") for key in keys], pixels,
-                         skipped, report)
+    return split_by_name(
+        f"lsun-{root.name.removesuffix('_lmdb')}",
+        [key.decode(errors="replace") for key in keys],
+        pixels,
+        skipped,
+        report,
+    )
 
 
 def _check_length(path: Path) -> None:
-    """Make sure that a database is as long as it says: reading a mapped page beyond the end would kill the process.
+    """Make sure that a database is as long as it says: reading a mapped page beyond the end would
+    kill the process.
 
     Raises:
         DataError: it is shorter, or no LMDB.

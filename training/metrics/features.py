@@ -19,7 +19,9 @@ class FeatureError(ValueError):
 
 
 class _Block(nn.Module):
-    """Two convolutions; where the shape changes, the shortcut is strided and padded with zero channels."""
+    """Two convolutions; where the shape changes, the shortcut is strided and padded with zero
+    channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -31,12 +33,15 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(h)))))
-        skip = F.pad(h[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        skip = F.pad(
+            h[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding)
+        )
         return F.relu(out + skip)
 
 
 class ResNet20(nn.Module):
-    """The CIFAR-10 classifier of He et al., "Deep Residual Learning", 2016, section 4.2, up to its 64 features.
+    """The CIFAR-10 classifier of He et al., "Deep Residual Learning", 2016, section 4.2, up to its
+    64 features.
 
     Args:
         path: an ``.npz`` of its arrays, named as in a PyTorch state dict.
@@ -52,7 +57,10 @@ class ResNet20(nn.Module):
         widths = (16, 16, 32, 64)
         for i in (1, 2, 3):
             first = _Block(widths[i - 1], widths[i], 1 if i == 1 else 2)
-            self.add_module(f"layer{i}", nn.Sequential(first, *(_Block(widths[i], widths[i], 1) for _ in range(2))))
+            self.add_module(
+                f"layer{i}",
+                nn.Sequential(first, *(_Block(widths[i], widths[i], 1) for _ in range(2))),
+            )
         self.linear = nn.Linear(64, 10)
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -62,7 +70,9 @@ class ResNet20(nn.Module):
             raise FeatureError(f"{path} does not hold a ResNet-20: {error}") from error
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:
-            raise FeatureError(f"{path} does not hold a ResNet-20: missing {missing}, unexpected {unexpected}")
+            raise FeatureError(
+                f"{path} does not hold a ResNet-20: missing {missing}, unexpected {unexpected}"
+            )
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +85,10 @@ class ResNet20(nn.Module):
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """Class scores ``(N, 10)`` of features ``(N, 64)``."""
-        weight, bias = (value.detach().double().cpu().numpy() for value in (self.linear.weight, self.linear.bias))
+        weight, bias = (
+            value.detach().double().cpu().numpy()
+            for value in (self.linear.weight, self.linear.bias)
+        )
         scores: np.ndarray = features @ weight.T + bias
         return scores
 
@@ -85,6 +98,6 @@ def features_of(network: nn.Module, images: np.ndarray, device: torch.device) ->
     """float64 ``(N, F)`` of uint8 ``(N, H, W, 3)``."""
     out = []
     for first in range(0, len(images), BATCH):
-        batch = torch.from_numpy(np.array(images[first:first + BATCH])).to(device)
+        batch = torch.from_numpy(np.array(images[first : first + BATCH])).to(device)
         out.append(network(batch.permute(0, 3, 1, 2).float() / 255).double().cpu().numpy())
     return np.concatenate(out)

@@ -8,14 +8,17 @@ import numpy as np
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``.
 
-    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", 2017, eq. 6, for features of any network.
+    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", 2017, eq. 6, for features of any
+    network.
 
     Args:
         a: ``(N, F)``, more rows than columns.
         b: ``(M, F)``.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features must be (N, F) and (M, F) of at least two rows, got {a.shape} and {b.shape}")
+        raise ValueError(
+            f"features must be (N, F) and (M, F) of at least two rows, got {a.shape} and {b.shape}"
+        )
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(covariance_a)
     root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T

@@ -1,8 +1,9 @@
 """What can be learned from generated images: GAN-train.
 
-Shmelkov et al., "How good is my GAN?", 2018. A classifier names the class of every sample, a small network learns
-from samples and names, and is tested on real images. GAN-test, the other way round, asks whether samples show the
-class they were asked for: of an unconditional model nothing was asked.
+Shmelkov et al., "How good is my GAN?", 2018. A classifier names the class of every sample, a small
+network learns from samples and names, and is tested on real images. GAN-test, the other way round,
+asks whether samples show the class they were asked for: of an unconditional model nothing was
+asked.
 """
 
 from __future__ import annotations
@@ -23,8 +24,14 @@ def _small_network(classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
 
 
-def gan_train_accuracy(images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray,
-                       device: torch.device, seed: int = 0) -> float:
+def gan_train_accuracy(
+    images: np.ndarray,
+    labels: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+    device: torch.device,
+    seed: int = 0,
+) -> float:
     """Accuracy on real test images of a network that learned from other images alone.
 
     Args:
@@ -50,18 +57,24 @@ def gan_train_accuracy(images: np.ndarray, labels: np.ndarray, test_images: np.n
     network.train()
     for _ in range(EPOCHS):
         shuffled = torch.randperm(len(images), generator=order)
-        for rows in shuffled[:max(1, len(images) // BATCH) * BATCH].split(BATCH):
+        for rows in shuffled[: max(1, len(images) // BATCH) * BATCH].split(BATCH):
             batch = pixels[rows].to(device).float() / 255 - 0.5
             mirrored = torch.rand(len(rows), 1, 1, 1, generator=order).to(device) < 0.5
-            loss = F.cross_entropy(network(torch.where(mirrored, batch.flip(3), batch)), targets[rows].to(device))
+            loss = F.cross_entropy(
+                network(torch.where(mirrored, batch.flip(3), batch)), targets[rows].to(device)
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
     network.eval()
     with torch.inference_mode():
-        found = torch.cat([network(batch.to(device).float() / 255 - 0.5).argmax(1).cpu()
-                           for batch in _tensor(test_images).split(500)])
+        found = torch.cat(
+            [
+                network(batch.to(device).float() / 255 - 0.5).argmax(1).cpu()
+                for batch in _tensor(test_images).split(500)
+            ]
+        )
     return float((found.numpy() == test_labels).mean())
 
 

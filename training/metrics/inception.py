@@ -1,4 +1,6 @@
-"""Inception V3 with the weights of the original FID: the one feature space whose distance may be called FID."""
+"""Inception V3 with the weights of the original FID: the one feature space whose distance may be
+called FID.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 DOWNLOAD = "download"
 
 
-def inception_features(weights: str, images: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def inception_features(
+    weights: str, images: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
     """Pooled features and class scores without bias, as FID and the Inception score take them.
 
     Args:
-        weights: path of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``, or ``download``.
+        weights: path of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``, or
+            ``download``.
         images: uint8 ``(N, H, W, 3)``; resized to 299 pixels inside, as TensorFlow 1 did.
         device: where to compute.
 
@@ -32,7 +37,11 @@ def inception_features(weights: str, images: np.ndarray, device: torch.device) -
     pooled, scores = [], []
     with torch.inference_mode():
         for first in range(0, len(images), BATCH):
-            batch = torch.from_numpy(np.array(images[first:first + BATCH])).permute(0, 3, 1, 2).to(device)
+            batch = (
+                torch.from_numpy(np.array(images[first : first + BATCH]))
+                .permute(0, 3, 1, 2)
+                .to(device)
+            )
             features, logits = network(batch)
             pooled.append(features.double().cpu().numpy())
             scores.append(logits.double().cpu().numpy())
@@ -44,7 +53,8 @@ def _load(weights: str) -> torch.nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network: torch.nn.Module = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+    )
     return network
 
 
@@ -57,17 +67,23 @@ def verified_inception(weights: str) -> Path:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     except ModuleNotFoundError as error:
-        raise FeatureError("Inception comes with torch-fidelity: pip install 'av-ade[evaluate]'") from error
+        raise FeatureError(
+            "Inception comes with torch-fidelity: pip install 'av-ade[evaluate]'"
+        ) from error
 
     if weights == DOWNLOAD:
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), WEIGHTS_SHA256, progress=False)
+                torch.hub.download_url_to_file(
+                    URL_INCEPTION_V3, str(path), WEIGHTS_SHA256, progress=False
+                )
             except (OSError, RuntimeError) as error:
-                raise FeatureError(f"{URL_INCEPTION_V3} could not be had ({error}); where there is no network, fetch the "
-                                   "file elsewhere and give its path to --inception") from error
+                raise FeatureError(
+                    f"{URL_INCEPTION_V3} could not be had ({error}); where there is no network, fetch the "
+                    "file elsewhere and give its path to --inception"
+                ) from error
     else:
         path = Path(weights)
         if not path.is_file():
@@ -75,5 +91,7 @@ def verified_inception(weights: str) -> Path:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()  # before it is unpickled
     if found != WEIGHTS_SHA256:
-        raise FeatureError(f"{path} is not the FID's Inception: SHA-256 should be {WEIGHTS_SHA256}, is {found}")
+        raise FeatureError(
+            f"{path} is not the FID's Inception: SHA-256 should be {WEIGHTS_SHA256}, is {found}"
+        )
     return path

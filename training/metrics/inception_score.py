@@ -19,6 +19,12 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS) -> dict[str, float
         splits: parts of the set that are scored apart.
     """
     if logits.ndim != 2 or len(logits) < splits:
-        raise ValueError(f"logits must be (N, classes) with at least {splits} rows, got {logits.shape}")
+        raise ValueError(
+            f"logits must be (N, classes) with at least {splits} rows, got {logits.shape}"
+        )
     found = isc_features_to_metric(torch.from_numpy(logits), splits)
-    return {"mean": found["inception_score_mean"], "std": found["inception_score_std"], "splits": splits}
+    return {
+        "mean": found["inception_score_mean"],
+        "std": found["inception_score_std"],
+        "splits": splits,
+    }

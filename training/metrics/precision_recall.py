@@ -1,4 +1,6 @@
-"""Precision (are the samples like images?) and recall (is every kind of image among them?), by two definitions."""
+"""Precision (are the samples like images?) and recall (is every kind of image among them?), by two
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,35 @@ NEIGHBOURS = 3
 def improved_precision_recall(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """The share of samples within reach of a real image, and the other way round.
 
-    Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019: within reach
-    is nearer than an image's third neighbour of its own kind.
+    Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models",
+    2019: within reach is nearer than an image's third neighbour of its own kind.
 
     Args:
         generated: ``(N, F)``.
-        real: ``(M, F)``; the larger set is cut to the smaller one's size, since reach depends on how dense a set is.
+        real: ``(M, F)``; the larger set is cut to the smaller one's size, since reach depends on
+            how dense a set is.
     """
     size = min(len(generated), len(real))
     generated, real = generated[:size], real[:size]
-    found = prc_features_to_metric(torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=NEIGHBOURS,
-                                   prc_batch_size=2000, save_cpu_ram=True, verbose=False)
-    return {"precision": found["precision"], "recall": found["recall"], "neighbours": NEIGHBOURS, "images": size}
+    found = prc_features_to_metric(
+        torch.from_numpy(generated),
+        torch.from_numpy(real),
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=2000,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return {
+        "precision": found["precision"],
+        "recall": found["recall"],
+        "neighbours": NEIGHBOURS,
+        "images": size,
+    }
 
 
-def prd_curve(generated: np.ndarray, real: np.ndarray, angles: int = ANGLES) -> tuple[np.ndarray, np.ndarray]:
+def prd_curve(
+    generated: np.ndarray, real: np.ndarray, angles: int = ANGLES
+) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall between two histograms at every trade-off.
 
     Sajjadi et al., "Assessing Generative Models via Precision and Recall", 2018, eq. 6 and 7.
@@ -48,7 +64,8 @@ def prd_curve(generated: np.ndarray, real: np.ndarray, angles: int = ANGLES) -> 
 
 
 def prd_f_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """``F_8``, which weighs recall, and ``F_1/8``, which weighs precision: each curve's best, over ten clusterings.
+    """``F_8``, which weighs recall, and ``F_1/8``, which weighs precision: each curve's best, over
+    ten clusterings.
 
     Args:
         generated: features ``(N, F)``.
@@ -58,14 +75,27 @@ def prd_f_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
     generated, real = generated[:size], real[:size]
     curves = []
     for run in range(RUNS):
-        labels = MiniBatchKMeans(min(CLUSTERS, size), n_init=3, random_state=run).fit(
-            np.concatenate([generated, real])).labels_
-        histograms = [np.bincount(part, minlength=CLUSTERS) / size for part in (labels[:size], labels[size:])]
+        labels = (
+            MiniBatchKMeans(min(CLUSTERS, size), n_init=3, random_state=run)
+            .fit(np.concatenate([generated, real]))
+            .labels_
+        )
+        histograms = [
+            np.bincount(part, minlength=CLUSTERS) / size for part in (labels[:size], labels[size:])
+        ]
         curves.append(prd_curve(histograms[0], histograms[1]))
     precision, recall = np.mean(curves, axis=0)
 
     def best(beta: float) -> float:
-        scores = (1 + beta**2) * precision * recall / np.maximum(beta**2 * precision + recall, 1e-12)
+        scores = (
+            (1 + beta**2) * precision * recall / np.maximum(beta**2 * precision + recall, 1e-12)
+        )
         return float(scores.max())
 
-    return {"f8": best(BETA), "f1_8": best(1 / BETA), "clusters": CLUSTERS, "runs": RUNS, "images": size}
+    return {
+        "f8": best(BETA),
+        "f1_8": best(1 / BETA),
+        "clusters": CLUSTERS,
+        "runs": RUNS,
+        "images": size,
+    }
