@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="of weights, order and noise (default: %(default)s)"
     )
     parser.add_argument(
-        "--init", metavar="RUN_OR_BUNDLE", help="start from the weights of another run or a bundle"
+        "--init",
+        metavar="RUN_OR_BUNDLE",
+        help="start from the weights of another run or a bundle; a larger model (more latent "
+        "channels, couplings, blocks, flow scales or flow width) begins where that one ended",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

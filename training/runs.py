@@ -21,9 +21,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ade_model.checkpoint import WEIGHTS_NAME, save_model
+from ade_model.checkpoint import WEIGHTS_NAME, read_config, save_model
+from ade_model.config import ModelConfig
+from ade_model.errors import ConfigError
 from serving.files import replacing
 from serving.locks import claim
+from training.growth import grown_weights
 from training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -152,18 +155,21 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
 def start_from(folder: Path, trainer: Trainer) -> None:
     """Take weights (not the optimiser's state) from another run or a bundle: ``ade train --init``.
 
+    A larger model than theirs begins where they ended, see :mod:`training.growth`.
+
     Raises:
-        RunError: the weights are of another architecture.
+        RunError: the weights are of another architecture, and not of a smaller one of its kind.
     """
     folder = latest_checkpoint(folder)
     weights = safetensors.torch.load_file(folder / EMA_NAME)
     try:
-        trainer.ema.load_state_dict(weights)
-        trainer.model.load_state_dict(weights)
-    except RuntimeError as error:
+        before = ModelConfig.from_dict(read_config(folder)["model"])
+        grown_weights(weights, before, trainer.model)
+    except ConfigError as error:
         raise RunError(
-            f"{folder} holds another architecture than this recipe's: {error}"
+            f"{folder} holds another architecture, which this recipe's model cannot grow from: {error}"
         ) from error
+    trainer.ema.load_state_dict(trainer.model.state_dict())
     if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
         theirs, ours = (
             safetensors.torch.load_file(folder / DISCRIMINATOR_NAME),
