@@ -89,7 +89,7 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
         row["state"]["images"] //= 2 if row["config"].recipe == "av-ade" else 1
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
-    assert "**holds**: V-ADE beats VAE" in page
+    assert "**holds**: V-ADE beats VAE on bits per dimension" in page
     # Time is a budget as well, if it was spent.
     for row in rows:
         row["budget"]["minutes"] = 10.0

@@ -1,0 +1,56 @@
+"""The paper's claims, judged by made-up figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from training.comparison.paper import Claim, Finding, claims
+from training.recipes import recipe_names
+
+HOLDS, FAILS, UNDECIDED = Finding.HOLDS, Finding.FAILS, Finding.UNDECIDED
+
+
+@pytest.mark.parametrize(
+    "better, worse, lead, finding",
+    [
+        (3.90, 3.95, 0.0, HOLDS),
+        (3.95, 3.90, 0.0, FAILS),
+        (3.90, 3.91, 0.0, UNDECIDED),  # within the spread of seeds
+        (3.91, 3.90, 0.0, UNDECIDED),
+        (3.90, 4.40, 0.4, HOLDS),
+        (3.90, 4.20, 0.4, FAILS),  # better, but by less than the claim says
+        (3.90, 4.305, 0.4, UNDECIDED),
+    ],
+)
+def test_bits_are_judged_by_the_spread_of_seeds(
+    better: float, worse: float, lead: float, finding: Finding
+) -> None:
+    claim = Claim("", ("a", "b"), ("bpd",), lead)
+    assert claim.judge([{"bpd": better}, {"bpd": worse}]) is finding
+
+
+@pytest.mark.parametrize(
+    "a, b, finding",
+    [
+        ({"one": 10.0, "two": 100.0}, {"one": 12.0, "two": 120.0}, HOLDS),
+        ({"one": 12.0, "two": 120.0}, {"one": 10.0, "two": 100.0}, FAILS),
+        ({"one": 10.0, "two": 120.0}, {"one": 12.0, "two": 100.0}, UNDECIDED),  # they disagree
+        ({"one": 10.0, "two": 100.0}, {"one": 12.0, "two": 101.0}, UNDECIDED),
+        ({"one": 10.0, "two": None}, {"one": 12.0, "two": 100.0}, HOLDS),
+    ],
+)
+def test_all_feature_spaces_must_agree(
+    a: dict[str, float | None], b: dict[str, float | None], finding: Finding
+) -> None:
+    assert Claim("", ("a", "b"), ("one", "two")).judge([a, b]) is finding
+
+
+def test_a_system_between_two_others() -> None:
+    claim = Claim("", ("a", "b", "c"), ("one",))
+    assert claim.judge([{"one": 1.0}, {"one": 2.0}, {"one": 3.0}]) is HOLDS
+    assert claim.judge([{"one": 1.0}, {"one": 4.0}, {"one": 3.0}]) is UNDECIDED
+    assert claim.judge([{"one": 5.0}, {"one": 4.0}, {"one": 3.0}]) is FAILS
+
+
+def test_claims_are_of_systems_that_exist() -> None:
+    assert {system for claim in claims(("one",)) for system in claim.systems} <= set(recipe_names())
