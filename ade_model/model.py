@@ -132,13 +132,18 @@ class ADEModel(nn.Module):
         """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for
         training.
         """
+        return self.evidence_and_features(x, eps)[0]
+
+    def evidence_and_features(self, x: Tensor, eps: list[Tensor]) -> tuple[Evidence, Tensor]:
+        """:meth:`evidence`, and the mean of ``p(y | z)`` that it was judged by, ``(N, C, H, W)``."""
         draws, p_y, y, log_det_map = self._infer(x, eps)
-        return Evidence(
+        evidence = Evidence(
             p_y.log_prob(y),
             sum_dims(log_det_map),
             [draw.kl for draw in draws],
             [draw.kl_terms.sum((2, 3)) for draw in draws],
         )
+        return evidence, p_y.mean
 
     def _infer(
         self, x: Tensor, eps: list[Tensor]

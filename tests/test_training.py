@@ -143,6 +143,7 @@ def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, s
         {"quality_weight": 5.0},
         {"free_bits": 9.0},
         {"kl_warmup": 100},
+        {"reconstruction_weight": 5.0},
         {"flow_sees_quality": True},
         {"d_learning_rate": 1e-2},
         {"d_steps": 2},
@@ -281,6 +282,28 @@ def test_free_bits_charge_only_what_exceeds_them() -> None:
     ).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_reconstructions_train_all_but_the_flow(small_images: np.ndarray) -> None:
+    gradients = {}
+    for weight in (0.0, 100.0):
+        trained = trainer(dataclasses.replace(SMALL, reconstruction_weight=weight))
+        shake(trained.model)
+        gradients[weight] = gradients_of_one_step(trained, small_images)
+        losses = trained.run(batches(small_images, 1)[0])
+        assert ("reconstruction_error" in losses) == (weight > 0)
+    changed = {
+        name.split(".")[0]
+        for name, gradient in gradients[0.0].items()
+        if not torch.allclose(gradient, gradients[100.0][name], atol=1e-6)
+    }
+    assert {"encoder", "decoder"} <= changed
+    # The flow learns from it as far as the encoder sees y, and not through its inverse.
+    features = torch.randn(2, 3, 8, 8, requires_grad=True)
+    trained.model.zero_grad()
+    trained._reconstruction_error(features, torch.rand(2, 3, 8, 8)).backward()
+    assert features.grad is not None and features.grad.abs().max() > 0
+    assert all(p.grad is None and p.requires_grad for p in trained.model.flow.parameters())
+
+
 def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarray) -> None:
     config = dataclasses.replace(SMALL, discriminator=None, kl_warmup=2 * SMALL.batch_size)
     trained, plain = (
@@ -291,8 +314,14 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     plain.model.load_state_dict(trained.model.state_dict())
     (batch,) = batches(small_images, 1, config)
     evidence: list[Evidence] = []
-    infer = trained.model.evidence
-    trained.model.evidence = lambda x, eps: evidence.append(infer(x, eps)) or evidence[-1]  # type: ignore[method-assign]
+    infer = trained.model.evidence_and_features
+
+    def watched(x: torch.Tensor, eps: list[torch.Tensor]) -> tuple[Evidence, torch.Tensor]:
+        found = infer(x, eps)
+        evidence.append(found[0])
+        return found
+
+    trained.model.evidence_and_features = watched  # type: ignore[method-assign]
     losses = trained.run(batch)
     dims = config.model.num_dims * math.log(2)
     assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx(
@@ -430,6 +459,8 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(
         ({"gp_every": 0}, "gp_every must be at least 1, got 0"),
         ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
         ({"free_bits": -1.0}, "free_bits must be at least 0"),
+        ({"reconstruction_weight": -1.0}, "reconstruction_weight must be at least 0"),
+        ({"reconstruction_weight": 1.0, "coverage": False}, "reconstruction_weight needs L_C"),
         ({"clip": 0.0}, "clip must be above 0"),
         ({"cooldown": 1.5}, "cooldown must be from 0 to 1"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"),

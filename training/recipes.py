@@ -44,6 +44,9 @@ class TrainConfig:
             for it (L_C as reported is without this).
         kl_warmup: training images over which the weight of the KL grows from 0 to 1, from the run's
             start.
+        reconstruction_weight: weight of the mean squared error of mean reconstructions, in units of
+            x, beside L_C. A strong flow predicts each pixel from its neighbours and leaves the
+            latents little to say; this makes them say what an image looks like.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
             without L_C, the weight of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
@@ -86,6 +89,7 @@ class TrainConfig:
     coverage: bool = True
     free_bits: float = 0.0
     kl_warmup: int = 0
+    reconstruction_weight: float = 0.0
     quality_weight: float = 0.05
     flow_sees_quality: bool = False
     inference_share: float = 0.0
@@ -106,6 +110,7 @@ class TrainConfig:
             "warmup_steps": 0,
             "inference_share": 0,
             "free_bits": 0,
+            "reconstruction_weight": 0,
             "kl_warmup": 0,
         }
         for name, least in least_values.items():
@@ -130,8 +135,13 @@ class TrainConfig:
                 f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own"
             )
 
-        if (self.free_bits or self.kl_warmup) and not self.model.widths:
-            raise ConfigError(f"free_bits and kl_warmup are for latents: {self.recipe} has none")
+        for name in ("free_bits", "kl_warmup", "reconstruction_weight"):
+            if getattr(self, name) and not self.model.widths:
+                raise ConfigError(f"{name} is for latents: {self.recipe} has none")
+        if self.reconstruction_weight and not self.coverage:
+            raise ConfigError(
+                f"reconstruction_weight needs L_C, which {self.recipe} does not minimise"
+            )
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
 

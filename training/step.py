@@ -274,6 +274,16 @@ class Trainer:
         self.model.flow.requires_grad_(True)
         return x_fake
 
+    def _reconstruction_error(self, features: Tensor, x: Tensor) -> Tensor:
+        """Mean squared error of mean reconstructions, in units of x; the flow's weights have no part
+        in its graph, as in that of L_Q.
+        """
+        self.model.flow.requires_grad_(False)
+        with self.autocast():
+            made = self.model.flow.inverse(features)
+        self.model.flow.requires_grad_(True)
+        return (made.float() - x).square().mean()
+
     def _dequantize(self, images: Tensor, noise: _Noise) -> Tensor:
         x = images.to(self.device).permute(0, 3, 1, 2).float()
         if self.config.flips:
@@ -324,13 +334,17 @@ class Trainer:
         losses: dict[str, float] = {}
         if self.config.coverage or self.inferring:
             with self.autocast():
-                evidence = self.model.evidence(x, self._eps(len(x), noise))
+                evidence, features = self.model.evidence_and_features(x, self._eps(len(x), noise))
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
             losses |= {
                 f"kl_{level}": (kl.mean() / (self.config.model.num_dims * math.log(2.0))).item()
                 for level, kl in enumerate(evidence.kl)
             }
+            if self.config.reconstruction_weight:
+                error = self._reconstruction_error(features, x)
+                losses["reconstruction_error"] = error.item()
+                loss = loss + self.config.reconstruction_weight * error
             if self.config.free_bits or self._kl_weight < 1:
                 loss = loss + latent_surcharge(
                     evidence,
