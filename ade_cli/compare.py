@@ -9,7 +9,7 @@ from pathlib import Path
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
 from ade_model.errors import ConfigError
-from serving.locks import claim
+from serving.files import LOCK, locked
 from training.comparison.compare import Job, compare, read_rows
 from training.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
@@ -98,9 +98,9 @@ def run(args: argparse.Namespace) -> None:
         lambda: Measurer(dataset, device, options, say),
         say,
     )
-    with claim(args.out, wait=True):
+    with locked(args.out / LOCK, wait=True):
         rows = read_rows(args.out)
         if jobs and not rows:
-            say("nothing to report yet: other processes are at it")
+            say("nothing to report yet: other processes are still training or measuring")
         else:
             say(f"{write_comparison(rows, args.out, device)}")

@@ -71,8 +71,10 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure_options(args: argparse.Namespace, **others: object) -> MeasureOptions:
-    """From the arguments of :func:`add_measure_arguments`.
+def measure_options(
+    args: argparse.Namespace, part: str = "test", images: int | None = None, seed: int = 0
+) -> MeasureOptions:
+    """Options from the arguments of :func:`add_measure_arguments` and those that differ.
 
     Raises:
         RunError: a count is out of range.
@@ -82,6 +84,8 @@ def measure_options(args: argparse.Namespace, **others: object) -> MeasureOption
         if value is not None and value < least:
             raise RunError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     return MeasureOptions(
+        part=part,
+        images=images,
         draws=args.draws,
         bound_images=args.bound_images,
         resnet20=args.resnet20,
@@ -89,8 +93,8 @@ def measure_options(args: argparse.Namespace, **others: object) -> MeasureOption
         inception=args.inception,
         samples=args.samples,
         efficientnet_samples=args.samples // 2,
-        **others,
-    )  # type: ignore[arg-type]  # checked there
+        seed=seed,
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -108,7 +112,7 @@ def device_of(name: str) -> torch.device:
 def run(args: argparse.Namespace) -> None:
     if args.images is not None and args.images < 2:
         raise RunError(f"--images must be at least 2, got {args.images}")
-    options = measure_options(args, part=args.part, images=args.images, seed=args.seed)
+    options = measure_options(args, args.part, args.images, args.seed)
     device = device_of(args.device)
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)

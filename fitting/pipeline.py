@@ -72,7 +72,7 @@ def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
     Raises:
         PlanError: the folder was begun with another plan.
         DataError: images that are too few or cannot be used.
-        RunError: another process is at it.
+        RunError: another process works in the folder.
     """
     for stage in plan.stages:  # before anything is written: a size that cannot be is an error here
         recipe(stage.recipe, plan.image_size, CHANNELS, plan.size)

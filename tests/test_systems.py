@@ -20,8 +20,8 @@ from export.write import export_bundle
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
+from serving.files import LOCK
 from serving.images import write_png
-from serving.locks import LOCK
 from serving.verdict.calibration import CalibrationError
 from tests.conftest import make_folder, narrow
 from tests.test_locks import held_by_another
@@ -174,7 +174,8 @@ def test_a_system_that_another_process_trains_is_left_to_it(
 
     with held_by_another(run / LOCK):
         start()
-        assert said == ["vae-seed0: another process is at it"] and not (run / "run.json").exists()
+        assert said == ["vae-seed0: another process works on it"]
+        assert not (run / "run.json").exists()
     start()
     assert said == ["vae-seed0: training", "vae-seed0: measuring"]
     # What was measured stands, whatever goes wrong later, unless the run diverged.

@@ -29,7 +29,7 @@ from ade_model.bijections import CheckerboardCoupling
 from ade_model.checkpoint import load_model, read_config
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
-from serving.locks import LOCK
+from serving.files import LOCK
 from tests.conftest import ROOT, TINY, make_folder, narrow, shake
 from tests.test_locks import held_by_another
 from training.data import ImageSet
@@ -509,7 +509,7 @@ def test_a_run_has_one_process(folder: Path, tmp_path: Path) -> None:
     with held_by_another(out / LOCK):
         for verb in (["train", "vae", "--data"], ["fit"]):
             done = ade(*verb, str(folder), "--image-size", "16", "--out", str(out))
-            assert done.returncode == 2 and "another process is at it" in done.stderr
+            assert done.returncode == 2 and "is in use by another process" in done.stderr
     assert [path.name for path in out.iterdir()] == [LOCK]
 
 

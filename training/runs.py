@@ -19,11 +19,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import Timeout
 from torch import Tensor
 
 from ade_model.checkpoint import WEIGHTS_NAME, save_model
-from serving.files import replacing
-from serving.locks import claim
+from serving.files import LOCK, locked, replacing
 from training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -55,18 +55,19 @@ def write_json(path: Path, values: Any) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other programs out of a folder; the processes that ``torchrun`` started are one.
+    """Keep other programs out of a folder; the processes that ``torchrun`` started count as one.
 
     Raises:
-        RunError: another is at it.
+        RunError: another process works in the folder.
     """
     if int(os.environ.get("RANK", "0")):
         yield
         return
-    with claim(folder) as is_ours:
-        if not is_ours:
-            raise RunError(f"{folder}: another process is at it")
-        yield
+    try:
+        with locked(folder / LOCK):
+            yield
+    except Timeout:
+        raise RunError(f"{folder} is in use by another process") from None
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

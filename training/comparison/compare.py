@@ -13,6 +13,7 @@ The same comparison may run in several processes at once: each takes the next sy
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import traceback
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 
 from ade_model.checkpoint import load_model, read_config
-from serving.locks import claim
+from serving.files import LOCK, locked
 from training.data import Dataset
 from training.loop import RunOptions, check_can_go_on, different_fields, train
 from training.measure import MeasureOptions, Measurer
@@ -73,7 +75,7 @@ def compare(
     Raises:
         RunError: the folder holds a run of the same name that was started otherwise.
     """
-    ready: Measurer | None = None
+    ready = functools.cache(measurer)  # its networks are loaded once
     how = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     for job in jobs:
         _check_same(out / "runs" / job.name, job, dataset)
@@ -87,40 +89,48 @@ def compare(
         ):
             report(f"{job.name}: finished before, its row is kept")
             continue
-        with claim(run) as is_ours:
-            if not is_ours:
-                report(f"{job.name}: another process is at it")
-                continue
-            if _diverged(run):
-                report(f"{job.name}: diverged before; delete {run} to try again")
-                continue
-            (run / FAILURE).unlink(missing_ok=True)
-            try:
-                if not _is_trained(run, job):
-                    report(f"{job.name}: training")
-                    train(
-                        job.config, dataset, run, job.options, (run / "run.json").is_file(), source
-                    )
-                folder = latest_checkpoint(run)
-                if not _is_measured(run, folder, how):
-                    report(f"{job.name}: measuring")
-                    ready = ready or measurer()
-                    model = load_model(folder).to(ready.device)
-                    found = ready.measure(model, read_config(folder))
-                    write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
-            except RunError:
-                raise
-            except Exception as error:  # a row that says why, and on to the next
-                report(f"{job.name}: {type(error).__name__}: {error}")
-                write_json(
-                    run / FAILURE,
-                    {
-                        "kind": type(error).__name__,
-                        "why": str(error),
-                        "trace": traceback.format_exc(),
-                    },
-                )
+        try:
+            with locked(run / LOCK):
+                _finish(job, run, dataset, source, how, ready, report)
+        except Timeout:
+            report(f"{job.name}: another process works on it")
         gc.collect()
+
+
+def _finish(
+    job: Job,
+    run: Path,
+    dataset: Dataset,
+    source: dict[str, Any],
+    how: dict[str, Any],
+    measurer: Callable[[], Measurer],
+    report: Callable[[str], None],
+) -> None:
+    """Train and measure one system; a failure is recorded, so that the next system can start."""
+    if _diverged(run):
+        report(f"{job.name}: diverged before; delete {run} to try again")
+        return
+    (run / FAILURE).unlink(missing_ok=True)
+    try:
+        if not _is_trained(run, job):
+            report(f"{job.name}: training")
+            train(job.config, dataset, run, job.options, (run / "run.json").is_file(), source)
+        folder = latest_checkpoint(run)
+        if not _is_measured(run, folder, how):
+            report(f"{job.name}: measuring")
+            model = load_model(folder).to(measurer().device)
+            found = measurer().measure(model, read_config(folder))
+            write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
+    except RunError:
+        raise
+    except Exception as error:  # any failure becomes a row of the report
+        report(f"{job.name}: {type(error).__name__}: {error}")
+        failure = {
+            "kind": type(error).__name__,
+            "why": str(error),
+            "trace": traceback.format_exc(),
+        }
+        write_json(run / FAILURE, failure)
 
 
 def _diverged(run: Path) -> bool:
