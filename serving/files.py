@@ -102,7 +102,7 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
         with (
             open(temporary, "x", encoding="utf-8", newline="")
             if text
-            else open(temporary, "xb") as file
+            else open(temporary, "x+b") as file
         ):
             yield file
             file.flush()

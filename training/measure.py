@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ade_model.model import ADEModel
+from serving.images import psnr
 from training.data import DataError, Dataset
 from training.evaluate import evaluate, reconstructions, sample_images
 from training.metrics.efficientnet import EfficientNetFeatures, efficientnet_weights
@@ -21,10 +22,8 @@ from training.metrics.inception import inception_features, verified_inception
 from training.metrics.inception_score import inception_score
 from training.metrics.kid import kernel_distance
 from training.metrics.precision_recall import improved_precision_recall, prd_f_scores
-from training.metrics.psnr import psnr
 from training.recipes import saw_efficientnet
 
-CHUNK = 500
 MIN_HELD_OUT = 20  # for distances between sets of features
 FID_COUNTS = (5_000, 10_000, 50_000)
 NOT_INDEPENDENT = "not independent: the model was trained against these features"
@@ -159,15 +158,10 @@ class Measurer:
             )
             self.report("reconstructions")
             made = reconstructions(model, self.images[: options.bound_images], self.device)
-            quality = np.concatenate(
-                [
-                    psnr(self.images[first : first + CHUNK], made[first : first + CHUNK])
-                    for first in range(0, len(made), CHUNK)
-                ]
-            )
-            inexact = quality[np.isfinite(quality)]
+            decibels = map(psnr, self.images[: len(made)], made)
+            inexact = [value for value in decibels if value is not None]
             result["psnr"] = {
-                "mean_db": float(inexact.mean()) if len(inexact) else None,
+                "mean_db": float(np.mean(inexact)) if inexact else None,
                 "exact": len(made) - len(inexact),
                 "images": len(made),
             }

@@ -12,6 +12,7 @@ from ade_model.model import ADEModel
 from serving.images import write_png
 from training.data import Dataset
 from training.evaluate import evaluate, reconstruction_grid, sample_grid
+from training.runs import write_text
 
 REPORT_IMAGES = 2000
 REPORT_SAMPLES = 8
@@ -71,6 +72,4 @@ def write_report(
             "",
             *(f"- {line}" for line in dataset.skipped),
         ]
-    (run / "report.md").write_text(
-        "\n".join(lines) + "\n", errors="backslashreplace"
-    )  # names of files may be no UTF-8
+    write_text(run / "report.md", "\n".join(lines) + "\n")

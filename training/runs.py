@@ -23,7 +23,7 @@ from filelock import Timeout
 from torch import Tensor
 
 from ade_model.checkpoint import WEIGHTS_NAME, save_model
-from serving.files import LOCK, locked, replacing
+from serving.files import LOCK, locked, new_folder, replacing
 from training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,14 @@ class Progress:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file that is whole or not there."""
-    with replacing(path, text=True) as file:
-        file.write(json.dumps(values, indent=2) + "\n")
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; names of files in it need not be UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
 
 
 @contextmanager
@@ -91,39 +96,42 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-    """Write a checkpoint under a temporary name and move it into place; older ones go, all but two.
-    One that is there stays as it is: the same step has the same weights.
+    """Write a checkpoint, whole or not at all, and delete all but the newest three.
+
+    A checkpoint of the same step is kept as it is, since it holds the same weights.
+
+    Returns:
+        The checkpoint's folder.
     """
     parent = run / "checkpoints"
     target = parent / f"step-{progress.step:09d}"
     if (target / STATE_NAME).is_file():
         return target
-    temporary = parent / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(trainer.ema, temporary, {**about, "operations": list(trainer.operations)})
-    _save(trainer.model.state_dict(), temporary / RAW_NAME)
-    _save_optimizer(trainer.optimizer, temporary / "optimizer.safetensors")
-    if trainer.discriminator is not None and trainer.d_optimizer is not None:
-        _save(trainer.discriminator.state_dict(), temporary / DISCRIMINATOR_NAME)
-        _save_optimizer(trainer.d_optimizer, temporary / "d_optimizer.safetensors")
-    write_json(
-        temporary / STATE_NAME,
-        {
-            "step": progress.step,
-            "images": progress.images,
-            "seconds": progress.seconds,
-            "skipped_in_a_row": trainer.skipped_in_a_row,
-            "usual_norm": trainer.usual_norm,
-            "inferring_since": trainer.inferring_since,
-            "rescued_at": trainer.rescued_at,
-        },
-    )
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    # What a process that was killed left behind; no other one writes here.
+    for unfinished in (target, *parent.glob(".step-*.tmp")):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(target, RunError) as folder:
+        save_model(trainer.ema, folder, {**about, "operations": list(trainer.operations)})
+        _save(trainer.model.state_dict(), folder / RAW_NAME)
+        _save_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
+        if trainer.discriminator is not None and trainer.d_optimizer is not None:
+            _save(trainer.discriminator.state_dict(), folder / DISCRIMINATOR_NAME)
+            _save_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
+        write_json(
+            folder / STATE_NAME,
+            {
+                "step": progress.step,
+                "images": progress.images,
+                "seconds": progress.seconds,
+                "skipped_in_a_row": trainer.skipped_in_a_row,
+                "usual_norm": trainer.usual_norm,
+                "inferring_since": trainer.inferring_since,
+                "rescued_at": trainer.rescued_at,
+            },
+        )
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     for old in checkpoint_folders(run)[:-KEEP]:
         shutil.rmtree(old)
     return target
@@ -151,7 +159,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
 
 
 def start_from(folder: Path, trainer: Trainer) -> None:
-    """Take weights (not the optimiser's state) from another run or a bundle: ``ade train --init``.
+    """Take weights, but not the optimiser's state, from another run or a bundle.
 
     Raises:
         RunError: the weights are of another architecture.

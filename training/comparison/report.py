@@ -21,7 +21,7 @@ from training.comparison.paper import PAPER, claims
 from training.evaluate import sample_images
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe_names
-from training.runs import RunError, latest_checkpoint
+from training.runs import RunError, latest_checkpoint, write_text
 from training.weights import count_weights
 
 GRID = 8  # samples a side
@@ -101,7 +101,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         lines += [f"![{caption}](pictures/{file})", ""]
     keep_rows(rows, out)
     path = out / "report.md"
-    path.write_text("\n".join(lines).rstrip() + "\n")
+    write_text(path, "\n".join(lines).rstrip() + "\n")
     return path
 
 

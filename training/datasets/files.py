@@ -10,16 +10,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from serving.files import read_file
-from serving.images import ImageError, read_image
+from serving.files import read_file, replacing
+from serving.images import ImageError, read_image, resize_centre
 from training.data import PARTS, DataError, Dataset, ImageSet, Rows
 
 Report = Callable[[str], None]
@@ -48,17 +46,6 @@ def shuffled(items: Sequence[Item]) -> list[Item]:
     return [items[i] for i in np.random.Generator(np.random.Philox(key=0)).permutation(len(items))]
 
 
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of ``(H, W, C)``, resized with antialiasing: ``(size, size, C)``, uint8."""
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
-        return image
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    centre = Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(centre.resize((size, size), Image.Resampling.LANCZOS))
-
-
 def cached_pixels(
     identity: str,
     shape: Callable[[], tuple[int, int, int, int]],
@@ -77,51 +64,46 @@ def cached_pixels(
         uint8 pixels and the unusable rows.
     """
     if cache is None:
-        wanted = shape()
-        size = math.prod(wanted)
-        with tempfile.TemporaryFile() as file, _room(size, tempfile.gettempdir()):
-            os.posix_fallocate(file.fileno(), 0, size)
-            pixels: np.ndarray = np.memmap(file, np.uint8, "r+", shape=wanted)
+        with tempfile.TemporaryFile() as file:
+            pixels = _preallocated(file, shape(), tempfile.gettempdir())
         return pixels, fill(pixels)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
     if not done.is_file():
-        # Each of several processes writes a file of its own; the last to finish is kept, and all
-        # are the same.
+        # Several processes may write at once: the last to finish is kept, and all are the same.
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = cache / f"images-{key}.{os.getpid()}.tmp"
-        wanted = shape()
-        try:
-            with _room(math.prod(wanted), cache):
-                pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, wanted)
-                with open(temporary, "r+b") as room:
-                    os.posix_fallocate(room.fileno(), 0, temporary.stat().st_size)
-            skipped = fill(pixels)
-            pixels.flush()
-            os.replace(temporary, stored)
-            temporary.write_text(json.dumps(skipped))
-            os.replace(temporary, done)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return np.load(stored, mmap_mode="r"), {
-        int(row): why for row, why in json.loads(done.read_text()).items()
-    }
+        with replacing(stored) as file:
+            skipped = fill(_preallocated(file, shape(), cache))
+        with replacing(done, text=True) as file:
+            json.dump(skipped, file)
+    unusable = json.loads(done.read_text())
+    return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
 
 
-@contextmanager
-def _room(num_bytes: int, where: str | Path) -> Iterator[None]:
-    """Says where a disk is full. What is made inside takes its blocks at once: without, writing to
-    a memory map later ends the process.
+def _preallocated(
+    file: IO[bytes], shape: tuple[int, int, int, int], where: str | Path
+) -> np.ndarray:
+    """Map an ``.npy`` file of uint8 zeros, all of whose blocks exist on disk.
+
+    Without them, a write to the map kills the process once the disk is full.
+
+    Raises:
+        DataError: the disk, or the user's quota, is full.
     """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    first, size = file.tell(), math.prod(shape)
     try:
-        yield
+        os.posix_fallocate(file.fileno(), 0, first + size)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(
-            f"{where}: no room for {num_bytes / 2**30:.1f} GiB of decoded images; smaller ones take less "
-            "(--image-size)"
+            f"{where}: no room for {size / 2**30:.1f} GiB of decoded images; "
+            "a smaller image size needs less"
         ) from error
+    return np.memmap(file, np.uint8, "r+", first, shape)
 
 
 def decode_into(
@@ -141,7 +123,7 @@ def decode_into(
 
     def decode(row: int, file: Item) -> None:
         try:
-            pixels[row] = square(read_image(read(file)).pixels, size)
+            pixels[row] = resize_centre(read_image(read(file)).pixels, size, size)
         except ImageError as error:
             skipped[row] = str(error)
         except OSError as error:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.images import resize_centre
 from training.data import DataError, Dataset, ImageSet, split_tail
-from training.datasets.files import Report, square
+from training.datasets.files import Report
 from training.datasets.source import Source
 
 SIZE, DEFAULT_SIZE = 96, 48
@@ -57,7 +58,7 @@ def _images(content: bytes, name: str, size: int) -> np.ndarray:
     out = np.empty((len(stored), size, size, 3), np.uint8)
 
     def shrink(row: int) -> None:
-        out[row] = square(np.ascontiguousarray(stored[row]), size)
+        out[row] = resize_centre(stored[row], size, size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(shrink, range(len(stored))))

@@ -81,13 +81,13 @@ def verified_inception(weights: str) -> Path:
                 )
             except (OSError, RuntimeError) as error:
                 raise FeatureError(
-                    f"{URL_INCEPTION_V3} could not be had ({error}); where there is no network, fetch the "
-                    "file elsewhere and give its path to --inception"
+                    f"{URL_INCEPTION_V3} could not be downloaded ({error}); "
+                    "without a network, download the file elsewhere and give its path"
                 ) from error
     else:
         path = Path(weights)
         if not path.is_file():
-            raise FeatureError(f"--inception: there is no file {path}")
+            raise FeatureError(f"the weights of Inception do not exist: there is no file {path}")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()  # before it is unpickled
     if found != WEIGHTS_SHA256:
