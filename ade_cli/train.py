@@ -12,6 +12,7 @@ from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, 
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
+from training.device import DEVICES
 from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, check_folder, train
 from training.metrics.features import FeatureError
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init", metavar="RUN_OR_BUNDLE", help="start from the weights of another run or a bundle"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),

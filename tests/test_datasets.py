@@ -89,7 +89,7 @@ def test_what_cannot_be_read_whole_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(files, "square", interrupt)
+        patched.setattr(files, "resize_centre", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load_dataset(str(folder), None, 8, cache)
     assert not list(cache.iterdir())
@@ -107,10 +107,10 @@ def test_parts_follow_the_file_name() -> None:
 @pytest.mark.parametrize(
     "data, root, message",
     [
-        ("cifar10", None, "needs --root DIR"),
-        ("nowhere", None, "no data set and no folder"),
+        ("cifar10", None, "the data set cifar10 needs root"),
+        ("nowhere", None, "data must be a folder or one of cifar10, .* got 'nowhere'"),
         ("cifar10", ".", "no CIFAR-10"),
-        (".", "x", "--root goes with a named data set"),
+        (".", "x", "root goes with a named data set"),
     ],
 )
 def test_data_that_is_not_there(tmp_path: Path, data: str, root: str | None, message: str) -> None:
@@ -364,5 +364,5 @@ def test_lsun_from_its_lmdb(tmp_path: Path, real_images: np.ndarray) -> None:
 
 @pytest.mark.parametrize("data, size", [("cifar10", 64), ("imagenet64", 32)])
 def test_sizes_that_a_data_set_does_not_have(data: str, size: int, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{data} images are .. pixels a side"):
+    with pytest.raises(DataError, match=f"images of {data} have .. pixels per side"):
         load_dataset(data, str(tmp_path), size)

@@ -500,7 +500,7 @@ def test_what_is_refused_leaves_a_run_as_it_was(
     assert not caplog.records
     more = load_dataset(str(make_folder(tmp_path / "images", small_images[:200])), None, 8)
     train(narrow("vae"), more, run, options, resume=True)
-    assert "files by hash" in caplog.text and "and goes on with" in caplog.text
+    assert "files by hash" in caplog.text and "and resumes with" in caplog.text
 
 
 def test_a_run_has_one_process(folder: Path, tmp_path: Path) -> None:
@@ -796,7 +796,7 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     refused = ade(*arguments, "--out", str(cut))
-    assert refused.returncode == 2 and "--resume goes on with it" in refused.stderr
+    assert refused.returncode == 2 and "already holds a run: resume it" in refused.stderr
     other = ade(*arguments, "--out", str(cut), "--resume", "--quality-weight", "3")
     assert other.returncode == 2 and "started with another quality_weight" in other.stderr
     resumed = ade(*arguments, "--out", str(cut), "--resume")
@@ -1002,19 +1002,19 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
         ),
         (
             ["train", "av-ade", "--data", "nowhere", "--out", "OUT"],
-            "no data set and no folder is called 'nowhere'",
+            "got 'nowhere', which is neither",
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--images", "0", "--out", "OUT"],
-            "--images must be at least 1",
+            "images must be at least 1",
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--seed", "-1", "--out", "OUT"],
-            "a seed must be from 0",
+            "seed must be from 0",
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--minutes", "0", "--out", "OUT"],
-            "--minutes must be above 0",
+            "minutes must be above 0",
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--image-size", "-4", "--out", "OUT"],

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ade_model.checkpoint import read_config
 from training.data import Dataset
+from training.device import choose_device
 from training.evaluate import bits_of, reconstruction_grid, sample_grid
 from training.recipes import TrainConfig
 from training.report import write_report
@@ -31,6 +32,7 @@ from training.runs import (
     save_checkpoint,
     start_from,
     write_json,
+    write_text,
 )
 from training.step import Trainer
 
@@ -69,25 +71,24 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):
             if getattr(self, name) < 1:
-                raise RunError(
-                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-                )
+                raise RunError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.minutes is not None and not self.minutes > 0:
-            raise RunError(f"--minutes must be above 0, got {self.minutes:g}")
+            raise RunError(f"minutes must be above 0, got {self.minutes:g}")
         if not 0 <= self.seed < 2**63:
-            raise RunError(f"a seed must be from 0 to 2^63 - 1, got {self.seed}")
+            raise RunError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 def make_fabric(device: str, precision: str) -> Fabric:
     """Lightning Fabric for one process, or for those that ``torchrun`` started; TF32 is off.
 
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``auto``, ``float32`` or ``bfloat16``.
+
     Raises:
-        RunError: a GPU was asked for and there is none.
+        RunError: ``cuda`` is requested and PyTorch finds no GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch sees no CUDA device here")
-    torch.backends.cudnn.allow_tf32 = False
-    accelerator = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    accelerator = choose_device(device).type
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(accelerator) else "float32"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -298,18 +299,16 @@ def _spent(progress: Progress, options: RunOptions) -> float:
 
 
 def check_folder(run: Path, resume: bool) -> None:
-    """Whether a run may begin there, or go on.
+    """Check that a run can start in a folder, or resume there.
 
     Raises:
-        RunError: there is one already, or none.
+        RunError: the folder holds a run already, or holds none to resume.
     """
     holds_run = (run / "run.json").is_file()
     if holds_run and not resume:
-        raise RunError(
-            f"{run} holds a run already: --resume goes on with it, another --out starts anew"
-        )
+        raise RunError(f"{run} already holds a run: resume it, or choose another folder")
     if resume and not holds_run:
-        raise RunError(f"--resume: {run} holds no run")
+        raise RunError(f"{run} holds no run to resume")
 
 
 def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:
@@ -319,10 +318,12 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -
     before = json.loads((run / "run.json").read_text())
     different = different_fields(before, config, dataset)
     if different:
-        raise RunError(f"--resume: {run} was started with another {', '.join(different)}")
+        raise RunError(
+            f"{run} cannot be resumed: it was started with another {', '.join(different)}"
+        )
     if before["splits"] != dataset.splits:
         logger.warning(
-            "%s was started on %s and goes on with %s",
+            "%s was started on %s and resumes with %s",
             run,
             before["splits"]["train"],
             dataset.splits["train"],
@@ -376,7 +377,7 @@ class _Log:
                         kept.append(line)
                 except ValueError:
                     break  # cut off when the process was killed
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 

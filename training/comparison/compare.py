@@ -194,7 +194,8 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     different = different_fields(started, job.config, dataset)
     if different:
         raise RunError(
-            f"{run} was trained with another {', '.join(different)}; use another --out, or delete it"
+            f"{run} was trained with another {', '.join(different)}: "
+            "choose another folder for the comparison, or delete the run"
         )
     folders = checkpoint_folders(run)
     if not folders:

@@ -50,20 +50,23 @@ def load_dataset(
     if data not in NAMES:
         if root is not None:
             raise DataError(
-                f"--root goes with a named data set ({', '.join(NAMES)}); {data!r} is a folder"
+                f"root goes with a named data set ({', '.join(NAMES)}), and {data!r} is a folder"
             )
         if not Path(data).is_dir():
-            raise DataError(f"no data set and no folder is called {data!r}")
+            raise DataError(
+                f"data must be a folder or one of {', '.join(NAMES)}, got {data!r}, "
+                "which is neither"
+            )
         return load_folder(Path(data), image_size, cache, report, fits)
     if root is None:
-        raise DataError(f"--data {data} needs --root DIR, the folder that holds it")
+        raise DataError(f"the data set {data} needs root, the folder that holds it")
     if image_size is not None and NAMES[data] not in (None, image_size):
         raise DataError(
-            f"{data} images are {NAMES[data]} pixels a side; image size {image_size} was asked for"
+            f"images of {data} have {NAMES[data]} pixels per side, got an image size of {image_size}"
         )
     path = Path(root)
     if not path.exists():
-        raise DataError(f"--root: there is no {path}")
+        raise DataError(f"root does not exist: {path}")
     if image_size is not None:
         fits(image_size)
     if data == "cifar10":

@@ -31,7 +31,8 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
     size = image_size or DEFAULT_SIZE
     if not (root / "data.mdb").is_file():
         raise DataError(
-            f"{root} is no LMDB: it holds no data.mdb (for a folder of image files: --data {root}, no --root)"
+            f"{root} is not an LMDB, since it holds no data.mdb; "
+            "if it holds image files, give it as the data set itself, without a root"
         )
     _check_length(root / "data.mdb")
     try:
