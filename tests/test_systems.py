@@ -213,7 +213,7 @@ def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_
     )  # and is killed before it is measured
     (row,) = read_rows(tmp_path)
     assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
-    assert start(short) == ["vae-seed0: finished before, its row is kept"]
+    assert start(short) == ["vae-seed0: finished before; its archived row is used"]
     assert start(long) == ["vae-seed0: measuring"]
     (row,) = read_rows(tmp_path)
     assert row["run"] == run and row["state"]["images"] == 32
@@ -291,7 +291,8 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
     shutil.copytree(tmp_path / "pictures", elsewhere / "pictures")
     shutil.copy(tmp_path / "rows.json", elsewhere)
     assert run(jobs[:1] + jobs[2:4], out=elsewhere) == [
-        f"{name}-seed0: finished before, its row is kept" for name in ("vae", "gan", "v-ade")
+        f"{name}-seed0: finished before; its archived row is used"
+        for name in ("vae", "gan", "v-ade")
     ]
     assert run([Job(jobs[0].config, options(2 * STEPS))], out=elsewhere) == [
         "vae-seed0: training",
@@ -307,10 +308,10 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
         "vae-seed0: training",
         "vae-seed0: measuring",
     ]
-    with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
+    with pytest.raises(RunError, match="finished after 320 images: images cannot be raised to 640"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS))])
     started = (tmp_path / "runs" / "gan-seed0" / "run.json").read_text()
-    with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
+    with pytest.raises(RunError, match="finished after 320 images: images cannot be raised to 640"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS, minutes=60))])
     assert (tmp_path / "runs" / "gan-seed0" / "run.json").read_text() == started
     # A run that was trained on is not what was measured; where rows were measured otherwise, the

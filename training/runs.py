@@ -1,8 +1,8 @@
-"""A run's folder: what was asked, checkpoints that are whole or not there, and the log of losses.
+"""The folder of a training run, and its checkpoints.
 
-``RUN/run.json`` says how the run was started, ``RUN/checkpoints/step-N/`` holds everything that is
-needed to go on, ``RUN/metrics.jsonl`` the losses, ``RUN/tensorboard/`` the same for TensorBoard and
-``RUN/report.md`` the end.
+``RUN/run.json`` holds the run's configuration, ``RUN/checkpoints/step-N/`` everything that is needed
+to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the losses, and ``RUN/report.md`` the
+report at the end.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from training.step import Trainer
 
 logger = logging.getLogger(__name__)
 KEEP = 3
-EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones are only for going on
+EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones serve to resume
 RAW_NAME = "raw.safetensors"
 DISCRIMINATOR_NAME = "discriminator.safetensors"
 STATE_NAME = "state.json"
 
 
 class RunError(ValueError):
-    """A run's folder that cannot be used as asked."""
+    """The folder of a run cannot be used as requested, or an option is invalid."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: model steps, training images seen, seconds of training."""
+    """Model steps, training images seen and seconds of training."""
 
     step: int = 0
     images: int = 0
@@ -82,10 +82,10 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run; a checkpoint's or a bundle's own folder is returned as it is.
+    """The newest checkpoint of a run; the folder of a checkpoint or bundle is returned as it is.
 
     Raises:
-        RunError: there is none.
+        RunError: the folder holds no finished checkpoint.
     """
     if (run / WEIGHTS_NAME).is_file():
         return run
@@ -107,7 +107,7 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
     target = parent / f"step-{progress.step:09d}"
     if (target / STATE_NAME).is_file():
         return target
-    # What a process that was killed left behind; no other one writes here.
+    # A process that was killed leaves unfinished folders; no other process writes here now.
     for unfinished in (target, *parent.glob(".step-*.tmp")):
         shutil.rmtree(unfinished, ignore_errors=True)
     with new_folder(target, RunError) as folder:
@@ -138,7 +138,7 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
-    """Put a checkpoint's state into a trainer built from the same configuration."""
+    """Load a checkpoint into a trainer that was built from the same configuration."""
     trainer.ema.load_state_dict(safetensors.torch.load_file(folder / EMA_NAME))
     trainer.model.load_state_dict(safetensors.torch.load_file(folder / RAW_NAME))
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
@@ -162,7 +162,7 @@ def start_from(folder: Path, trainer: Trainer) -> None:
     """Take weights, but not the optimiser's state, from another run or a bundle.
 
     Raises:
-        RunError: the weights are of another architecture.
+        RunError: the weights belong to another architecture.
     """
     folder = latest_checkpoint(folder)
     weights = safetensors.torch.load_file(folder / EMA_NAME)
@@ -171,22 +171,24 @@ def start_from(folder: Path, trainer: Trainer) -> None:
         trainer.model.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(
-            f"{folder} holds another architecture than this recipe's: {error}"
+            f"the weights of {folder} belong to another architecture than this recipe's: {error}"
         ) from error
     if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
-        theirs, ours = (
-            safetensors.torch.load_file(folder / DISCRIMINATOR_NAME),
-            trainer.discriminator.state_dict(),
-        )
-        # Compared first: loading takes over what fits before it fails.
-        if {name: value.shape for name, value in theirs.items()} == {
-            name: value.shape for name, value in ours.items()
-        }:
+        theirs = safetensors.torch.load_file(folder / DISCRIMINATOR_NAME)
+        ours = trainer.discriminator.state_dict()
+        # Compared first, because loading copies what fits before it fails.
+        if _shapes(theirs) == _shapes(ours):
             trainer.discriminator.load_state_dict(theirs)
         else:
             logger.warning(
-                "%s: its discriminator is of another architecture; this one starts anew", folder
+                "the discriminator of %s has another architecture: this one starts from random "
+                "weights",
+                folder,
             )
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,17 +1,17 @@
-"""The paper's figures for CIFAR-10 (Tables 1 to 3), to stand beside ours; and its claims, to be
-checked.
-"""
+"""The paper's figures for CIFAR-10 (Tables 1 to 3) and its claims."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Bits per dimension (``bracketed``: approximated around a GAN), Inception score and FID;
-    ``None`` where not given.
+    """Bits per dimension, Inception score and FID; ``None`` for what the paper does not report.
+
+    ``bracketed`` bits per dimension are those of an inference network trained for a GAN.
     """
 
     bpd: float | None
@@ -37,18 +37,19 @@ PAPER = {
     "flow-gan-h": PaperRow(4.2, 3.9, None),
 }
 
-Figures = Mapping[str, float | None]  # of one system: bpd, and Frechet distances by their space
+# Of one system: bits per dimension as "bpd", and Fréchet distances by their feature space.
+Figures = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of two systems, as a question to the figures of ours.
+    """A claim of the paper about two systems.
 
     Attributes:
-        text: in words.
-        systems: that must have been measured.
-        figures: which of their figures decide; all must.
-        holds: of one figure of the first and the second system.
+        text: the claim in words.
+        systems: the two systems, both of which must have been measured.
+        figures: names of the figures that must agree with the claim.
+        holds: whether a figure of the first and of the second system agree with it.
     """
 
     text: str
@@ -58,10 +59,8 @@ class Claim:
 
 
 def claims(spaces: tuple[str, ...]) -> list[Claim]:
-    """The claims of Tables 1 to 3; samples are judged by the Frechet distances in the spaces that
-    were used.
-    """
-    better = lambda a, b: a < b
+    """The claims of Tables 1 to 3; samples are compared by Fréchet distances in the given spaces."""
+    better = operator.lt
     return [
         Claim(
             "V-ADE beats VAE on bits per dimension by at least 0.4",
@@ -83,34 +82,34 @@ def claims(spaces: tuple[str, ...]) -> list[Claim]:
             lambda a, b: a < b - 1,
         ),
         Claim(
-            "a residual discriminator betters a GAN's samples", ("gan-rd", "gan"), spaces, better
+            "a residual discriminator improves a GAN's samples", ("gan-rd", "gan"), spaces, better
         ),
         Claim(
-            "a residual discriminator betters AV-ADE's samples",
+            "a residual discriminator improves AV-ADE's samples",
             ("av-ade-rd", "av-ade"),
             spaces,
             better,
         ),
         Claim(
-            "a generator of twice the width betters them further",
+            "a generator of twice the width improves them further",
             ("av-ade-wg-rd", "av-ade-rd"),
             spaces,
             better,
         ),
         Claim(
-            "an inverse autoregressive posterior betters bits per dimension",
+            "an inverse autoregressive posterior improves bits per dimension",
             ("av-ade-iaf-rd", "av-ade-rd"),
             ("bpd",),
             better,
         ),
         Claim(
-            "AV-ADE beats Flow-GAN by both losses on bits per dimension",
+            "AV-ADE beats Flow-GAN with both losses on bits per dimension",
             ("av-ade-rd", "flow-gan-h"),
             ("bpd",),
             better,
         ),
         Claim(
-            "AV-ADE beats Flow-GAN by both losses on samples",
+            "AV-ADE beats Flow-GAN with both losses on samples",
             ("av-ade-rd", "flow-gan-h"),
             spaces,
             better,
