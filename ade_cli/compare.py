@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
-from ade_cli.evaluate import add_measure_arguments, device_of, measure_options
+from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_model.errors import ConfigError
-from serving.locks import claim
+from serving.files import LOCK, locked
 from training.comparison.compare import Job, compare, read_rows
 from training.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
+from training.device import DEVICES, choose_device
 from training.loop import RunOptions
 from training.measure import Measurer, check_options
 from training.metrics.features import FeatureError
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="or the training time of each, whichever ends first",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     add_measure_arguments(parser)
 
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device)
         for seed in args.seeds
     ]
-    device = device_of(args.device)
+    device = choose_device(args.device)
     options = measure_options(args)
     check_outside(args.out, args.data)
     dataset = dataset_of(
@@ -98,9 +99,9 @@ def run(args: argparse.Namespace) -> None:
         lambda: Measurer(dataset, device, options, say),
         say,
     )
-    with claim(args.out, wait=True):
+    with locked(args.out / LOCK, wait=True):
         rows = read_rows(args.out)
         if jobs and not rows:
-            say("nothing to report yet: other processes are at it")
+            say("nothing to report yet: other processes are still training or measuring")
         else:
             say(f"{write_comparison(rows, args.out, device)}")

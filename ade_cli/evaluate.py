@@ -6,12 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from training.data import PARTS, DataError
+from training.device import DEVICES, choose_device
 from training.measure import MeasureOptions, Measurer
 from training.metrics.features import FeatureError
 from training.runs import RunError, latest_checkpoint, write_json
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="only the first N of the part")
     add_measure_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
 def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +70,10 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure_options(args: argparse.Namespace, **others: object) -> MeasureOptions:
-    """From the arguments of :func:`add_measure_arguments`.
+def measure_options(
+    args: argparse.Namespace, part: str = "test", images: int | None = None, seed: int = 0
+) -> MeasureOptions:
+    """Options from the arguments of :func:`add_measure_arguments` and those that differ.
 
     Raises:
         RunError: a count is out of range.
@@ -82,6 +83,8 @@ def measure_options(args: argparse.Namespace, **others: object) -> MeasureOption
         if value is not None and value < least:
             raise RunError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     return MeasureOptions(
+        part=part,
+        images=images,
         draws=args.draws,
         bound_images=args.bound_images,
         resnet20=args.resnet20,
@@ -89,27 +92,15 @@ def measure_options(args: argparse.Namespace, **others: object) -> MeasureOption
         inception=args.inception,
         samples=args.samples,
         efficientnet_samples=args.samples // 2,
-        **others,
-    )  # type: ignore[arg-type]  # checked there
-
-
-def device_of(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda``, with TF32 off.
-
-    Raises:
-        RunError: a GPU was asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch sees no CUDA device here")
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+        seed=seed,
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.images is not None and args.images < 2:
         raise RunError(f"--images must be at least 2, got {args.images}")
-    options = measure_options(args, part=args.part, images=args.images, seed=args.seed)
-    device = device_of(args.device)
+    options = measure_options(args, args.part, args.images, args.seed)
+    device = choose_device(args.device)
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)
     dataset = dataset_of(args, args.run, model.config.image_size, cached=folder != args.run)

@@ -17,6 +17,7 @@ from serving.engine.bundle import BundleError, plain_name
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets.folder import image_files
+from training.device import DEVICES, choose_device
 from training.metrics.features import FeatureError
 from training.runs import RunError
 from training.step import TrainingDiverged
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--licence", metavar="TEXT", help="of the weights, for the bundle (default: none is stated)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,19 +80,8 @@ def run(args: argparse.Namespace) -> None:
     side = args.image_size or (
         before.image_size if before else choose_image_size(picture_sizes(files))
     )
-    fitted = fit_folder(
-        make_plan(str(folder), name, side, budget, _on_gpu(args.device), args.licence),
-        files,
-        out,
-        say,
-    )
+    on_gpu = choose_device(args.device).type == "cuda"
+    plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence)
+    fitted = fit_folder(plan, files, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
-
-
-def _on_gpu(device: str) -> bool:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch sees no CUDA device here")
-    return device != "cpu" and torch.cuda.is_available()

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 
 from ade_cli.image_files import FileError, add_image_arguments, files_of, load_engine, read_pixels
-from serving.api.responses import psnr
 from serving.engine.backends import BackendError
 from serving.engine.bundle import BundleError
 from serving.files import replacing
-from serving.images import IMAGE_SUFFIXES, write_png
+from serving.images import IMAGE_SUFFIXES, psnr, write_png
 from serving.verdict.calibration import CalibrationError
 
 ERRORS = (BundleError, BackendError, CalibrationError, FileError)

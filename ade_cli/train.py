@@ -12,6 +12,7 @@ from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, 
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
+from training.device import DEVICES
 from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, check_folder, train
 from training.metrics.features import FeatureError
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "channels, couplings, blocks, flow scales or flow width) begins where that one ended",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),

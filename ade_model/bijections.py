@@ -1,9 +1,9 @@
-"""Invertible layers. Each maps ``(N, C, H, W)`` and gives the log-determinant with it.
+"""Invertible layers on ``(N, C, H, W)``, each with its log-determinant.
 
-Every layer keeps the number of values. ``forward`` goes from images to features, ``inverse`` comes
-back; both are differentiable, since the adversarial loss reaches the decoder through ``inverse``.
-Every log-determinant here is a sum of terms at positions: :meth:`Bijection.with_map` gives them
-position by position. Log-determinants are float32 or better whatever autocast does to the networks
+Every layer keeps the number of values. ``forward`` maps images to features and ``inverse`` maps
+features to images. Both are differentiable, since the adversarial loss reaches the decoder through
+``inverse``. Every log-determinant is a sum of terms at positions, which :meth:`Bijection.with_map`
+returns. Log-determinants have float32 precision or better, whatever autocast does to the networks
 inside.
 """
 
@@ -18,37 +18,38 @@ from ade_model.layers import ResidualBlock, conv3x3
 
 
 class Bijection(nn.Module):
-    """``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``; the determinant is ``(N,)``,
-    nats.
+    """A layer with ``y, log_det_jacobian = layer(x)`` and ``x = layer.inverse(y)``.
 
-    Layers implement ``transform`` and ``inverse``; what holds other layers implements ``with_map``
-    and ``inverse``.
+    A layer implements ``transform`` and ``inverse``; a layer made of others implements
+    ``with_map`` and ``inverse``.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` and the log-determinant, ``(N,)``, nats."""
         y, log_det_map = self.with_map(x)
         return y, sum_dims(log_det_map)
 
     def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y``, and what each position of ``x`` adds to the log-determinant: ``(N, H, W)``, nats."""
+        """``y`` and each position's share of the log-determinant, ``(N, H, W)``, nats."""
         y, terms = self.transform(x)
         return y, sum_channels(terms)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y``, and the terms whose sum is the log-determinant: ``(N, channels, H, W)``, nats."""
+        """``y`` and the terms of the log-determinant, ``(N, channels, H, W)``, nats."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
+        """The ``x`` that is mapped to ``y``."""
         raise NotImplementedError
 
 
 def no_change(x: Tensor) -> Tensor:
-    """The terms of a layer that keeps volumes."""
+    """Log-determinant terms of a layer that preserves volume: zeros."""
     return torch.zeros_like(x[:, :1])
 
 
 class Chain(Bijection):
-    """Layers one after another, all of one height and width; an empty chain is the identity."""
+    """Layers in sequence, all of the same height and width; an empty chain is the identity."""
 
     def __init__(self, *layers: Bijection) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Chain(Bijection):
     def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(x[:, 0])
         for layer in self.layers:
-            x, log_det_map = layer.with_map(x)  # type: ignore[operator]  # nn.ModuleList forgets that these are bijections
+            x, log_det_map = layer.with_map(x)  # type: ignore[operator]  # untyped in ModuleList
             total = total + log_det_map
         return x, total
 
@@ -68,11 +69,10 @@ class Chain(Bijection):
 
 
 class Logit(Bijection):
-    """``logit(a + (1 - 2a) x)``: [0, 1] onto a bounded interval, so that no sample leaves the
-    pixels' range far.
+    """``logit(a + (1 - 2a) x)``, which maps [0, 1] to a bounded interval.
 
-    Dinh et al., "Density estimation using Real NVP", 2017, section 4.1, with its margin ``a =
-    0.05``.
+    No sample is then far outside the range of pixels. Dinh et al., "Density estimation using Real
+    NVP", 2017, section 4.1, with its margin ``a = 0.05``.
     """
 
     MARGIN = 0.05
@@ -88,7 +88,7 @@ class Logit(Bijection):
 
 
 class Squeeze(Bijection):
-    """Each 2x2 patch to channels: ``(N, C, H, W)`` to ``(N, 4C, H/2, W/2)``."""
+    """Move each 2x2 patch into channels: ``(N, C, H, W)`` to ``(N, 4C, H/2, W/2)``."""
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return F.pixel_unshuffle(x, 2), no_change(x)
@@ -98,11 +98,11 @@ class Squeeze(Bijection):
 
 
 class Rotation(Bijection):
-    """A learned orthogonal mixing of channels at each position, as a product of Householder
-    reflections.
+    """A learned orthogonal mixing of the channels, the same at each position.
 
-    The invertible 1x1 convolution of Kingma and Dhariwal, "Glow", 2018, restricted to rotations:
-    its inverse is its transpose and its log-determinant zero, exactly, however it is trained.
+    The invertible 1x1 convolution of Kingma and Dhariwal, "Glow", 2018, restricted to products of
+    Householder reflections: the inverse is the transpose and the log-determinant is zero, both
+    exactly, whatever the weights.
     """
 
     def __init__(self, channels: int) -> None:
@@ -127,14 +127,13 @@ class Rotation(Bijection):
 
 
 class _Coupling(Bijection):
-    """What coupling layers share: the network that sees the kept values, and bounds on what it can
-    do.
+    """The network of a coupling layer, with bounds on its input and output.
 
-    Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5. The log-scale is a learned
-    constant of each channel, which may grow as it needs, and a part that depends on the image,
-    bounded smoothly to ``±max_log_scale``. The network sees its input squashed smoothly to
-    ``±MAX_INPUT``, beyond what images of the training data reach: strange images cannot drive it
-    far, and ``inverse`` stays exact for them.
+    Dinh et al., "Density estimation using Real NVP", 2017, eq. 4 and 5. The log-scale is the sum of
+    an unbounded learned constant for each channel and a part that depends on the image, bounded
+    smoothly to ``±max_log_scale``. The network's input is bounded smoothly to ``±MAX_INPUT``, which
+    training images do not reach. OOD images thus cannot produce extreme scales, and ``inverse``
+    stays exact for them.
     """
 
     MAX_INPUT = 12.0
@@ -158,7 +157,7 @@ class _Coupling(Bijection):
 
 
 class AffineCoupling(_Coupling):
-    """Half of the channels scale and shift the other half."""
+    """Scale and shift half of the channels, as computed from the other half."""
 
     def __init__(self, channels: int, width: int, blocks: int, max_log_scale: float) -> None:
         super().__init__(channels // 2, channels - channels // 2, width, blocks, max_log_scale)
@@ -176,13 +175,15 @@ class AffineCoupling(_Coupling):
 
 
 class CheckerboardCoupling(_Coupling):
-    """Every other pixel, as on a checkerboard, scales and shifts the pixels between.
+    """Scale and shift one colour of a checkerboard of pixels, as computed from the other colour.
 
     Args:
         channels: of the images.
-        size: their height and width.
-        colour: 0 or 1, which of the two fields is kept.
-        width: as for every coupling; likewise the rest.
+        size: height and width of the images.
+        colour: 0 or 1, the colour that is kept.
+        width: channels of the coupling network.
+        blocks: residual blocks of the coupling network.
+        max_log_scale: bound on the part of the log-scale that depends on the image.
     """
 
     kept: Tensor
@@ -209,7 +210,7 @@ class CheckerboardCoupling(_Coupling):
 
 
 class OnHalfOfTheChannels(Bijection):
-    """Apply ``inner`` to the first half of the channels; the rest is factored out, unchanged."""
+    """Apply ``inner`` to the first half of the channels and keep the second half unchanged."""
 
     def __init__(self, inner: Bijection) -> None:
         super().__init__()

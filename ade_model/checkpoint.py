@@ -1,6 +1,6 @@
-"""Weights and configuration on disk: ``model.safetensors`` and ``config.json``.
+"""Saving and loading models as ``model.safetensors`` and ``config.json``.
 
-Nobody else saves or loads models.
+No other module saves or loads a model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FIELDS = {
     "images_seen": int,
     "training": dict,
     "operations": list,
-}  # those that are there
+}  # of config.json; only "model" is required
 
 
 def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
@@ -36,11 +36,11 @@ def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
 
     Args:
         model: in float32.
-        folder: takes the two files.
-        about: what else to say of it, such as ``{"recipe": "av-ade"}``.
+        folder: where the two files are written.
+        about: further fields for ``config.json``, such as ``{"recipe": "av-ade"}``.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    # Not save_file: it keeps others from reading the file, whatever the umask says.
+    # save_file would make the file unreadable to other users, whatever the umask.
     (folder / WEIGHTS_NAME).write_bytes(safetensors.torch.save(tensors))
     text = json.dumps(
         {"format_version": FORMAT_VERSION, **about, "model": model.config.to_dict()}, indent=2
@@ -49,16 +49,16 @@ def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a saved model, its version checked.
+    """Read and check the ``config.json`` of a saved model.
 
     Raises:
-        ConfigError: it is missing, of another version, or a field is not of its type.
+        ConfigError: the file is missing, has another format version, or a field has another type.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {CONFIG_NAME}")
     try:
-        values = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
@@ -76,10 +76,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(folder: Path) -> ADEModel:
-    """Rebuild what :func:`save_model` wrote, in evaluation mode on the CPU.
+    """Rebuild a model that :func:`save_model` wrote, in evaluation mode on the CPU.
 
     Raises:
-        ConfigError: the folder holds no model, or one whose weights do not fit its configuration.
+        ConfigError: the folder holds no model, or its weights do not fit its configuration.
     """
     model = ADEModel(ModelConfig.from_dict(read_config(folder)["model"]))
     weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)

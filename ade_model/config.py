@@ -1,4 +1,4 @@
-"""The description of a model: everything that is needed to rebuild it, checked once."""
+"""The configuration of a model: everything that is needed to rebuild it, validated once."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One model of the AV-ADE family.
+    """The configuration of one model of the AV-ADE family.
 
-    ``len(widths)`` resolutions, the finest of them ``patch`` pixels to a position, each coarser one
-    half of that. All tuples are ordered coarsest first, as ``z`` is. Without any (``widths = ()``)
-    the model is the flow by itself: its latents are ``y``, standard normal.
+    The model has ``len(widths)`` resolutions. A position of the finest one covers ``patch`` x
+    ``patch`` pixels; each coarser one has half the height and width. All tuples are ordered
+    coarsest first, as ``z`` is. A model without resolutions (``widths = ()``) is the flow alone:
+    its latents are ``y``, with a standard normal prior.
 
     Attributes:
-        image_size: height and width of the (square) images, pixels.
+        image_size: height and width of the images, pixels.
         channels: colour channels of the images.
-        widths: feature channels of encoder and decoder, one number a resolution.
-        latent_channels: channels of ``z``, one number a resolution; 0 leaves a resolution without
+        widths: feature channels of encoder and decoder, one number per resolution.
+        latent_channels: channels of ``z``, one number per resolution; 0 for a resolution without
             latents.
-        decoder_blocks: residual blocks of the decoder at each resolution; 0 makes it a plain
-            convolution, and the encoder's too.
-        patch: pixels a side that a position of the finest resolution stands for, 1 or 2.
-        encoder: whether there is an inference network; a GAN without one can only sample.
+        decoder_blocks: residual blocks of the decoder, one number per resolution; 0 for a plain
+            convolution, in the encoder too.
+        patch: pixels per side of a position at the finest resolution, 1 or 2.
+        encoder: whether there is an inference network; without one, a model can only sample.
         posterior_iaf: whether an inverse autoregressive step follows the posterior's Gaussian at
             each level.
-        sigma: ``scalar``, one trainable standard deviation of the decoder's Gaussian, or ``pixel``,
-            one for each of its dimensions.
-        flow_scales: scales of the invertible head ``f``; 0 leaves ``f`` (and its logit) out.
+        sigma: standard deviation of the decoder's Gaussian: ``scalar``, one trainable number, or
+            ``pixel``, one for each of its dimensions.
+        flow_scales: scales of the invertible head ``f``; 0 for a model without ``f`` and its logit.
         flow_mask: what a coupling layer keeps: ``channel``, half of the channels of 2x2 patches, or
             ``checkerboard``, every other pixel.
         flow_couplings: coupling layers at each scale.
         flow_blocks: residual blocks in each coupling network.
         flow_width: channels of each coupling network.
-        flow_max_log_scale: bound on how far the log-scale of one coupling layer may depend on the
-            image. Eight layers at 2.0 learned to stretch noise images by 1e4 and lost their float32
-            inverse.
+        flow_max_log_scale: bound on the part of a coupling layer's log-scale that depends on the
+            image; with 2.0, eight layers learned to stretch noise images by 1e4 and lost their
+            float32 inverse.
     """
 
     image_size: int = 32
@@ -72,7 +73,7 @@ class ModelConfig:
                 raise ConfigError(f"{name} must be integers of at least {least}, got {value}")
             if len(value) != len(self.widths):
                 raise ConfigError(
-                    f"{name} must have one number a resolution ({len(self.widths)}), got {value}"
+                    f"{name} must have one number per resolution ({len(self.widths)}), got {value}"
                 )
         for name, least in (
             ("image_size", 2),
@@ -86,10 +87,10 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name, allowed in (("sigma", SIGMA_KINDS), ("flow_mask", MASKS), ("patch", (1, 2))):
-            if getattr(self, name) not in allowed or isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool):
+                choices = ", ".join(map(str, allowed))
+                raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
         for name in ("encoder", "posterior_iaf"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -98,24 +99,25 @@ class ModelConfig:
             raise ConfigError(f"flow_max_log_scale must be positive, got {self.flow_max_log_scale}")
         if self.widths and not self.latent_channels[0]:
             raise ConfigError(
-                f"latent_channels must begin with latents at the coarsest level, got {self.latent_channels}"
+                "latent_channels must be above 0 at the coarsest level, its first, "
+                f"got {self.latent_channels}"
             )
         if not self.widths and not (self.flow_scales and self.encoder):
             raise ConfigError(
-                "a model without resolutions (widths = ()) is a flow: it needs flow_scales of at least 1, "
-                "and its encoder is itself"
+                "a model without resolutions (widths = ()) is a flow: flow_scales must be at least "
+                f"1 and encoder true, got {self.flow_scales} and {self.encoder}"
             )
         if self.image_size % self.size_multiple:
-            fitting = [s for s in (32, 48, 64) if s % self.size_multiple == 0]
+            fitting = [str(s) for s in (32, 48, 64) if s % self.size_multiple == 0]
             raise ConfigError(
                 f"image_size must be a multiple of {self.size_multiple} "
                 f"({len(self.widths)} latent resolutions, {self.flow_scales} flow scales), "
-                f"such as {', '.join(map(str, fitting)) or self.size_multiple}; got {self.image_size}"
+                f"such as {', '.join(fitting) or self.size_multiple}; got {self.image_size}"
             )
 
     @property
     def size_multiple(self) -> int:
-        """Image sizes that fit are the multiples of this number."""
+        """The number that an image size must be a multiple of."""
         finest = self.patch * 2 ** (len(self.widths) - 1) if self.widths else 1
         return int(max(finest, 2**self.flow_scales))
 
@@ -138,7 +140,7 @@ class ModelConfig:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """Of the four verbs, those that this model has."""
+        """Those of the four verbs that this model supports."""
         return OPERATIONS if self.encoder else ("sample",)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,8 +149,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Rebuild from :meth:`to_dict`. Unknown names are refused, missing ones too, but for those
-        that came later: their defaults are what older models are.
+        """Rebuild from :meth:`to_dict`.
+
+        Fields that were added later may be missing: their defaults describe older models.
+
+        Raises:
+            ConfigError: a field is unknown, missing or invalid.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         later = {"patch", "encoder", "posterior_iaf", "flow_mask"}

@@ -1,4 +1,4 @@
-"""The one distribution of this model: a Gaussian with independent dimensions."""
+"""The Gaussian with independent dimensions, the only distribution of the model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 def sum_dims(values: Tensor) -> Tensor:
-    """``(N, ...)`` to ``(N,)``: the sum over everything but the batch."""
+    """Sum over everything but the batch: ``(N, ...)`` to ``(N,)``."""
     return values.flatten(1).sum(1)
 
 
 def sum_channels(values: Tensor) -> Tensor:
-    """``(N, C, H, W)`` to ``(N, H, W)``: the sum at each position.
+    """Sum at each position: ``(N, C, H, W)`` to ``(N, H, W)``.
 
-    Added up channel by channel: with a reduction over them ONNX Runtime's sums vary with the size
-        of the batch.
+    Channels are added one by one, because the sums of ONNX Runtime's reduction depend on the size
+    of the batch.
     """
     first, *others = values.unbind(1)
     return sum(others, first)
@@ -33,17 +33,15 @@ class DiagonalGaussian:
     log_scale: Tensor
 
     def sample(self, eps: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-        """``mean + temperature * scale * eps`` for standard normal ``eps`` of the shape of
-        ``mean``.
-        """
+        """``mean + temperature * scale * eps``, with ``eps`` of the shape of ``mean``."""
         return self.mean + temperature * self.log_scale.exp() * eps
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``(N,)``, nats."""
+        """Log density of ``value``, ``(N,)``, nats."""
         return sum_dims(self.log_prob_terms(value))
 
     def log_prob_terms(self, value: Tensor) -> Tensor:
-        """Of each dimension, the shape of ``value``, nats; they sum to :meth:`log_prob`."""
+        """The terms of :meth:`log_prob`, one per dimension, the shape of ``value``, nats."""
         return -0.5 * self.standardize(value).square() - self.log_scale - HALF_LOG_TWO_PI
 
     def standardize(self, value: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ class DiagonalGaussian:
         return sum_dims(self.kl_terms(other))
 
     def kl_terms(self, other: DiagonalGaussian) -> Tensor:
-        """Of each dimension, the shape of ``mean``, nats, never negative; they sum to :meth:`kl`."""
+        """The terms of :meth:`kl`, one per dimension, the shape of ``mean``, nats."""
         log_ratio = other.log_scale - self.log_scale
         shift = (self.mean - other.mean) * (-other.log_scale).exp()
         return log_ratio + 0.5 * ((-2 * log_ratio).exp() + shift.square() - 1)

@@ -1,4 +1,4 @@
-"""The invertible head ``f``: a multi-scale Real-NVP between images and the decoder's feature space."""
+"""The invertible head ``f``: a multi-scale Real-NVP from images to the decoder's features."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from ade_model.layers import spread
 
 
 class _Unsqueezed(Bijection):
-    """Squeeze, apply ``inner``, and bring every value back to its place, so that ``y`` has the
-    image's shape.
-    """
+    """Squeeze, apply ``inner`` and unsqueeze, so that ``y`` has the image's shape."""
 
     def __init__(self, inner: Bijection) -> None:
         super().__init__()
@@ -37,11 +35,11 @@ class _Unsqueezed(Bijection):
 
 
 def build_flow(config: ModelConfig) -> Bijection:
-    """``f`` for a model: ``y`` is ``(N, C, H, W)`` like ``x``, whatever the number of scales.
+    """Build ``f``, whose ``y`` has the shape of ``x`` for any number of scales.
 
-    After Dinh et al., "Density estimation using Real NVP", 2017, section 3.6: a scale runs its
-    couplings and hands half of the channels on to the next one. With ``flow_scales = 0`` it is the
-    identity, without the logit.
+    After Dinh et al., "Density estimation using Real NVP", 2017, section 3.6: a scale applies its
+    couplings and passes half of the channels to the next one. With ``flow_scales = 0`` the result
+    is the identity, without the logit.
     """
     if config.flow_scales == 0:
         return Chain()
@@ -52,7 +50,7 @@ def build_flow(config: ModelConfig) -> Bijection:
 def _channel_couplings(
     config: ModelConfig, channels: int, count: int, width: int
 ) -> list[Bijection]:
-    """Couplings of channels, a rotation before each."""
+    """Channel couplings, with a rotation before each."""
     layers: list[Bijection] = []
     for _ in range(count):
         layers += [
@@ -63,7 +61,7 @@ def _channel_couplings(
 
 
 def _channel_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
-    """Squeezed at once: all couplings work at half the resolution, which is four times as fast."""
+    """A scale whose couplings all work at half the resolution, which is four times as fast."""
     layers = _channel_couplings(config, 4 * channels, config.flow_couplings, config.flow_width)
     if remaining > 1:
         layers.append(
@@ -73,8 +71,10 @@ def _channel_scale(config: ModelConfig, channels: int, size: int, remaining: int
 
 
 def _checkerboard_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
-    """As published: the last scale has checkerboards alone; one before it has a coupling less,
-    squeezes, and has as many couplings of channels, twice as wide.
+    """A scale as published.
+
+    The last scale has checkerboard couplings only. Each scale before it has one coupling fewer,
+    then a squeeze and the same number of channel couplings, whose networks are twice as wide.
     """
     count = config.flow_couplings if remaining == 1 else max(1, config.flow_couplings - 1)
     layers: list[Bijection] = [

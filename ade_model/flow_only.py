@@ -1,6 +1,6 @@
-"""The flow by itself: ``z`` is ``y``, standard normal.
+"""The decoder of a model that is a flow alone: ``z`` is ``y``, with a standard normal prior.
 
-The counterpart of the autoencoder's decoder.
+It takes the place of the autoencoder's decoder.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from ade_model.distributions import DiagonalGaussian, sum_dims
 from ade_model.vae import Draw
 
-# exp of it is zero in float32: the encoder of a flow is exact.
-LOG_ZERO = -104.0
+LOG_ZERO = -104.0  # its exponential is zero in float32: the posterior of a flow is exact
 
 
 class PointMass:
-    """``p(y | z)`` where ``z`` is ``y``: nothing is left to draw, nothing to pay for."""
+    """``p(y | z)`` where ``z`` is ``y``: a distribution without noise or cost."""
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean
@@ -35,7 +34,7 @@ class PointMass:
 
 
 class StandardNormal(nn.Module):
-    """``p(z)`` of a flow, with the methods of :class:`ade_model.vae.Decoder`."""
+    """The prior of a flow, with the methods of :class:`ade_model.vae.Decoder`."""
 
     def inference_modules(self) -> list[nn.Module]:
         return []

@@ -1,9 +1,9 @@
-"""One inverse autoregressive step on latents.
+"""An inverse autoregressive step on latents.
 
 Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, eq. 10 and
-11. Every value is shifted and scaled by what a network makes of the values before it, in raster
-order and, at one position, by channel. Sampling the posterior takes one pass; only the inference
-network has it, the generator never does.
+11. A network computes each value's shift and scale from the values before it, in raster order and,
+at one position, by channel. Sampling the posterior takes one pass. The step belongs to the
+inference network and not to the generator.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ MAX_LOG_SCALE = 2.0
 
 
 class MaskedConv(nn.Conv2d):
-    """A 3x3 convolution that sees the positions before its own and, of its own, the channel groups
-    before.
+    """A 3x3 convolution masked to earlier positions and, at its own, to earlier channel groups.
 
     Args:
         in_channels: in groups of ``in_channels / groups`` that share a place in the order.
         out_channels: likewise.
         groups: places in the order at one position.
-        strict: whether a group is hidden from itself too: once on each way from input to output.
+        strict: whether a group is hidden from itself too; one layer on each path from input to
+            output must be strict.
     """
 
     mask: Tensor
@@ -44,7 +44,7 @@ class MaskedConv(nn.Conv2d):
 
 
 class InverseAutoregressiveStep(nn.Module):
-    """``z = (z0 - m(z0)) exp(-s(z0))`` with ``m`` and ``s`` autoregressive; the identity at first."""
+    """``z = (z0 - m(z0)) exp(-s(z0))``, ``m`` and ``s`` autoregressive; initially the identity."""
 
     def __init__(self, latent_channels: int, context_channels: int) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ class InverseAutoregressiveStep(nn.Module):
         nn.init.zeros_(self.third.bias)  # type: ignore[arg-type]  # it has a bias
 
     def forward(self, z0: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """``z`` and the terms of ``log |det dz/dz0|``, the shape of ``z``, nats.
+        """Transform ``z0``.
 
         Args:
             z0: ``(N, latent_channels, h, w)``.
-            context: ``(N, context_channels, h, w)``, what the encoder found.
+            context: ``(N, context_channels, h, w)``, features of decoder and encoder.
+
+        Returns:
+            ``z`` and the terms of ``log |det dz/dz0|``, both of the shape of ``z0``, nats.
         """
         h = F.elu(self.first(z0) + self.context(context))
         out = self.third(F.elu(self.second(h))).to(z0.dtype)
-        shift, raw = (
-            out[:, 0::2],
-            out[:, 1::2],
-        )  # a channel's two numbers lie side by side: one group
+        shift, raw = out[:, 0::2], out[:, 1::2]  # a channel's two numbers are one group
         log_scale = MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
         return (z0 - shift) * (-log_scale).exp(), -log_scale

@@ -1,4 +1,4 @@
-"""The building blocks that every network of the model shares."""
+"""Building blocks that the networks of the model share."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from torch.nn import functional as F
 
 
 def spread(values: Tensor, factor: int) -> Tensor:
-    """What ``(N, h, w)`` cells hold, divided evenly among the ``factor x factor`` pixels that each
-    covers.
-    """
-    return (
-        F.interpolate(values[:, None], scale_factor=float(factor), mode="nearest")[:, 0] / factor**2
-    )
+    """Divide the values of cells, ``(N, h, w)``, evenly among their ``factor x factor`` pixels."""
+    pixels = F.interpolate(values[:, None], scale_factor=float(factor), mode="nearest")[:, 0]
+    return pixels / factor**2
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size (or halves it with ``stride=2``), bias zero at first."""
+    """A 3x3 convolution that keeps the size, or halves it with ``stride=2``; the bias is zero."""
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has a bias
     return conv
 
 
 class ResidualBlock(nn.Module):
-    """``h + conv(elu(conv(elu(h))))``, the identity at first."""
+    """``h + conv(elu(conv(elu(h))))``, initially the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,4 +28,5 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]  # a convolution
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + self.body(h)
+        residual: Tensor = self.body(h)
+        return h + residual

@@ -1,4 +1,4 @@
-"""From one draw of the latents to a bound on the likelihood, and to bits per dimension."""
+"""Bounds on the likelihood from draws of the latents, and bits per dimension."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Evidence:
         log_prob_y: ``log p(y | z)``.
         log_det_jacobian: ``log |det df/dx|``.
         kl: one per level, ``log q(z_i | ...) - log p(z_i | ...)`` at the draw, or its expectation.
-        kl_by_channel: ``(N, latent_channels)`` per level, what each channel adds to ``kl``; from
-            :meth:`ade_model.model.ADEModel.evidence` alone.
+        kl_by_channel: one per level, ``(N, latent_channels)``, each channel's share of ``kl``; only
+            from :meth:`ade_model.model.ADEModel.expected_evidence`.
     """
 
     log_prob_y: Tensor
@@ -31,7 +31,7 @@ class Evidence:
 
     @property
     def log_weight(self) -> Tensor:
-        """Its mean over draws is the ELBO; ``(N,)``, nats, of ``x`` in [0, 1)."""
+        """Log-weight of the draw for ``x`` in [0, 1), ``(N,)``, nats; its mean is the ELBO."""
         total = self.log_prob_y + self.log_det_jacobian
         for kl in self.kl:
             total = total - kl
@@ -39,14 +39,15 @@ class Evidence:
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
-    """``log mean_k exp(log_weight_k)`` (Burda et al., "Importance Weighted Autoencoders", 2016, eq.
-    8).
+    """Bound the log-likelihood by ``log mean_k exp(log_weight_k)``.
+
+    Burda et al., "Importance Weighted Autoencoders", 2016, eq. 8.
 
     Args:
         log_weights: ``(K, N)``, nats, from independent draws of latents and of the dequantisation.
 
     Returns:
-        ``(N,)``, nats; with ``K = 1`` the ELBO's estimate itself.
+        ``(N,)``, nats; with ``K = 1`` an estimate of the ELBO.
 
     Raises:
         ShapeError: ``log_weights`` is not ``(K, N)``.

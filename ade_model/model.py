@@ -1,10 +1,10 @@
-"""The whole model. Two paths lead through it:
+"""The whole model, with two paths through it.
 
-* likelihood: ``x -> flow -> y -> encoder -> z``, then ``y`` is judged by ``decoder(z)``;
-* sampling: ``z`` from the prior, ``decoder(z) -> y -> flow.inverse -> x``.
+* Likelihood: ``x -> flow -> y -> encoder -> z``, then the density of ``y`` under ``decoder(z)``.
+* Sampling: ``z`` from the prior, then ``decoder(z) -> y -> flow.inverse -> x``.
 
-Images and their quantisation stay outside (:mod:`ade_model.quantization`), and so does all
-randomness: whoever calls brings the noise.
+The quantisation of images is outside, in :mod:`ade_model.quantization`. So is all randomness: the
+caller passes the noise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ade_model.vae import Decoder, Draw, Encoder
 
 @dataclass(frozen=True)
 class Encoding:
-    """Latents of images: the posterior of each level, and the draw ``z`` from it; coarsest first."""
+    """Latents of images: each level's posterior and the draw ``z`` from it, coarsest first."""
 
     posteriors: list[DiagonalGaussian]
     z: list[Tensor]
@@ -38,19 +38,19 @@ class Examination:
 
     Attributes:
         evidence: the terms of the log-weight.
-        cost: ``(N, 3, H, W)``, nats: what each pixel adds to ``-log_weight``, by distortion,
-            log-determinant and latents. What belongs to a cell of several pixels (latents, squeezed
-            features) is divided evenly among them.
+        cost: each pixel's share of ``-log_weight``, ``(N, 3, H, W)``, nats; the three maps are
+            those of distortion, log-determinant and latents. Values of cells of several pixels,
+            which latents and squeezed features have, are divided evenly among the pixels.
         y: the flow's output, ``(N, C, H, W)``.
-        residual: ``y`` standardised by ``p(y | z)``, ``(N, C, H, W)``; zeros for a flow by itself.
-        surprises: ``z`` standardised by its prior, one tensor a level.
+        residual: ``y`` standardised by ``p(y | z)``, ``(N, C, H, W)``; zeros for a flow alone.
+        standardized_z: ``z`` standardised by its prior, one tensor per level.
     """
 
     evidence: Evidence
     cost: Tensor
     y: Tensor
     residual: Tensor
-    surprises: list[Tensor]
+    standardized_z: list[Tensor]
 
 
 class ADEModel(nn.Module):
@@ -59,14 +59,15 @@ class ADEModel(nn.Module):
     Lucas et al., "Adaptive Density Estimation for Generative Models", 2019, section 4, eq. 3 and 4.
 
     Shapes: ``x``, ``y`` and ``y_eps`` are ``(N, C, H, W)``; ``z`` and ``eps`` are lists of tensors,
-    one a level, of ``(N, *config.latent_shapes[i])``. All noise is standard normal. Passing
-    ``y_eps=None`` gives mean samples ``f^-1(mu(z))``, what the discriminator sees; passing noise
-    gives density samples ``f^-1(mu(z) + sigma y_eps)``, what the likelihood describes. Of a flow by
-    itself the two are the same, and its ``z`` is ``y``.
+    one per level, of ``(N, *config.latent_shapes[i])``. All noise is standard normal. With
+    ``y_eps=None`` the methods return mean samples ``f^-1(mu(z))``, which the discriminator sees.
+    With noise they return density samples ``f^-1(mu(z) + sigma y_eps)``, which the likelihood
+    describes. For a flow alone, both are the same and ``z`` is ``y``.
 
     Example:
-        >>> model = ADEModel(ModelConfig(image_size=8, widths=(8, 8), latent_channels=(2, 2),
-        decoder_blocks=(1, 1)))
+        >>> model = ADEModel(
+        ...     ModelConfig(image_size=8, widths=(8, 8), latent_channels=(2, 2), decoder_blocks=(1, 1))
+        ... )
         >>> eps = [torch.randn(3, *shape) for shape in model.config.latent_shapes]
         >>> model.sample(eps).shape
         torch.Size([3, 3, 8, 8])
@@ -85,32 +86,32 @@ class ADEModel(nn.Module):
     def sample(
         self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0
     ) -> Tensor:
-        """New images ``x``; ``temperature`` multiplies the prior's standard deviations."""
+        """Draw new images ``x``; ``temperature`` multiplies the prior's standard deviations."""
         self._check_latents(eps, "eps")
         _, p_y = self.decoder.generate(eps, temperature)
         return self._observe(p_y, y_eps)
 
     def decode(self, z: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
-        """The images ``x`` of given latents."""
+        """Decode given latents to images ``x``."""
         self._check_latents(z, "z")
         return self._observe(self.decoder(z), y_eps)
 
     def encode(self, x: Tensor, eps: list[Tensor]) -> Encoding:
-        """The latents of images."""
+        """Encode images to latents."""
         draws, _, _, _ = self._infer(x, eps)
         return Encoding([draw.posterior for draw in draws], [draw.z for draw in draws])
 
     def reconstruct(self, x: Tensor, eps: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
-        """Encode and decode."""
+        """Encode images and decode their latents."""
         _, p_y, _, _ = self._infer(x, eps)
         return self._observe(p_y, y_eps)
 
     def score(self, x: Tensor, eps: list[Tensor]) -> Evidence:
-        """The log-weight of one draw of latents, in its parts; ``kl`` is the sampled log-ratio."""
+        """The terms of one draw's log-weight; ``kl`` is the log-ratio at the draw."""
         return self.examine(x, eps).evidence
 
     def examine(self, x: Tensor, eps: list[Tensor]) -> Examination:
-        """What :meth:`score` computes, with where it comes from and what is left unexplained."""
+        """The terms of :meth:`score`, each pixel's share of them, and the residuals."""
         draws, p_y, y, log_det_map = self._infer(x, eps)
         evidence = Evidence(
             p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws]
@@ -128,13 +129,16 @@ class ADEModel(nn.Module):
             [draw.prior.standardize(draw.z) for draw in draws],
         )
 
-    def evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
-        """As :meth:`score` with ``kl`` in closed form where there is one: lower variance, for
-        training.
-        """
-        return self.evidence_and_features(x, eps)[0]
+    def expected_evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
+        """As :meth:`score`, with ``kl`` in closed form where there is one.
 
-    def evidence_and_features(self, x: Tensor, eps: list[Tensor]) -> tuple[Evidence, Tensor]:
+        Its variance is lower, which suits training.
+        """
+        return self.expected_evidence_and_features(x, eps)[0]
+
+    def expected_evidence_and_features(
+        self, x: Tensor, eps: list[Tensor]
+    ) -> tuple[Evidence, Tensor]:
         """:meth:`evidence`, and the mean of ``p(y | z)`` that it was judged by, ``(N, C, H, W)``."""
         draws, p_y, y, log_det_map = self._infer(x, eps)
         evidence = Evidence(
@@ -149,7 +153,7 @@ class ADEModel(nn.Module):
         self, x: Tensor, eps: list[Tensor]
     ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
         if self.encoder is None:
-            raise ConfigError("this model has no inference network: it can only sample")
+            raise ConfigError("the model has no inference network, so it can only sample")
         expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ShapeError(
@@ -167,6 +171,6 @@ class ADEModel(nn.Module):
         shapes = [tuple(v.shape[1:]) for v in values]
         if shapes != self.config.latent_shapes:
             raise ShapeError(
-                f"{name} must have one tensor a level with (N, ...) of {self.config.latent_shapes}, "
-                f"got {shapes}"
+                f"{name} must have one tensor per level, (N, ...) with the shapes "
+                f"{self.config.latent_shapes}, got {shapes}"
             )

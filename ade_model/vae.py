@@ -1,9 +1,9 @@
 """The top-down variational autoencoder on features ``y``.
 
-The encoder climbs from fine to coarse and leaves one map of features a resolution. The decoder
-comes down from coarse to fine: at each level the prior depends on the latents drawn above it, and
-the posterior on those and on the encoder's map (Sonderby et al., "Ladder Variational Autoencoders",
-2016; Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016).
+The encoder works from fine to coarse and returns one feature map per resolution. The decoder works
+from coarse to fine. At each level the prior depends on the latents drawn above it; the posterior
+depends on those and on the encoder's map (Sonderby et al., "Ladder Variational Autoencoders", 2016;
+Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from ade_model.iaf import InverseAutoregressiveStep
 from ade_model.layers import ResidualBlock, conv3x3
 
 MAX_LOG_SCALE = 4.0
-# Where sigma starts when y is pixels: from 1 it would take an optimiser's whole budget to come down
-# to their scale.
+# Initial sigma of a model whose y is pixels: from 1, training would spend its budget on shrinking
+# sigma to the scale of pixels.
 PIXEL_LOG_SIGMA = -2.0
 
 
 def bounded(log_scale: Tensor) -> Tensor:
-    """Log-scales of latents stay within ±4, smoothly: unbounded ones made adversarial training
-    diverge.
+    """Bound the log-scales of latents smoothly to ±4.
+
+    With unbounded ones, adversarial training diverged.
     """
     return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
 
@@ -38,12 +39,12 @@ class Draw:
     """One level's latents, drawn from the posterior.
 
     Attributes:
-        posterior: the Gaussian that the noise goes through; an autoregressive step may follow it.
-        z: ``(N, c, h, w)``.
+        posterior: the Gaussian of the posterior; an autoregressive step may follow it.
+        z: the draw, ``(N, c, h, w)``.
         prior: ``p(z_i | z_<i)``.
-        log_ratio_terms: ``log q(z | ...) - log p(z | ...)`` at ``z``, term by term, the shape of
-            ``z``, nats.
-        kl_terms: their expectations where these have a closed form, else ``log_ratio_terms`` again.
+        log_ratio_terms: terms of ``log q(z | ...) - log p(z | ...)`` at ``z``, the shape of ``z``,
+            nats.
+        kl_terms: their expectations where these have a closed form, else ``log_ratio_terms``.
     """
 
     posterior: DiagonalGaussian
@@ -54,17 +55,17 @@ class Draw:
 
     @property
     def log_ratio(self) -> Tensor:
-        """``(N,)``, nats."""
+        """The sum of ``log_ratio_terms``, ``(N,)``, nats."""
         return sum_dims(self.log_ratio_terms)
 
     @property
     def kl(self) -> Tensor:
-        """``(N,)``, nats."""
+        """The sum of ``kl_terms``, ``(N,)``, nats."""
         return sum_dims(self.kl_terms)
 
 
 class Encoder(nn.Module):
-    """``y (N, C, H, W)`` to a list of feature maps, coarsest first."""
+    """From ``y``, ``(N, C, H, W)``, to one feature map per resolution, coarsest first."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,9 +94,7 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the decoder: prior and posterior of its latents, if it has any, then its
-    features.
-    """
+    """One resolution of the decoder: its features, and prior and posterior of its latents if any."""
 
     def __init__(
         self,
@@ -109,9 +108,8 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.above = None if above is None else conv3x3(above, width)
-        if (
-            above is None
-        ):  # the coarsest level starts from a learned map; its prior is the same for all images
+        # The coarsest level starts from a learned map, so that its prior is that of every image.
+        if above is None:
             self.top = nn.Parameter(torch.randn(1, width, size, size) * 0.1)
         self.has_latents = latent_channels > 0
         if self.has_latents:
@@ -127,7 +125,7 @@ class Level(nn.Module):
         )
 
     def start(self, features: Tensor | None, num_images: int) -> Tensor:
-        """Features from the level above, brought to this resolution."""
+        """Features of the level above, upsampled to this resolution."""
         if self.above is None or features is None:
             return self.top.expand(num_images, -1, -1, -1)
         fine: Tensor = self.above(F.interpolate(features, scale_factor=2.0, mode="nearest"))
@@ -141,8 +139,10 @@ class Level(nn.Module):
         return DiagonalGaussian(mean, bounded(log_scale))
 
     def infer(self, features: Tensor, encoded: Tensor, eps: Tensor) -> Draw:
-        """Draw from ``q(z_i | z_<i, y)``: a Gaussian that is a correction to the prior, and a step
-        after it.
+        """Draw from ``q(z_i | z_<i, y)``.
+
+        The posterior is a Gaussian, given as a correction to the prior's, and an autoregressive
+        step if the model has one.
         """
         assert self.posterior_net is not None
         prior = self.prior(features)
@@ -160,13 +160,13 @@ class Level(nn.Module):
         return Draw(posterior, z, prior, log_ratio, log_ratio)
 
     def finish(self, features: Tensor, z: Tensor | None) -> Tensor:
-        """Features that know of ``z``."""
-        known: Tensor = self.blocks(features if z is None else features + self.from_latents(z))
-        return known
+        """Features that depend on ``z``, for the level below."""
+        finished: Tensor = self.blocks(features if z is None else features + self.from_latents(z))
+        return finished
 
 
 class Decoder(nn.Module):
-    """Latents to ``p(y | z)``, a Gaussian on ``(N, C, H, W)``."""
+    """From latents to ``p(y | z)``, a Gaussian on ``(N, C, H, W)``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         return cast("list[Level]", list(self.levels))
 
     def inference_modules(self) -> list[nn.Module]:
-        """What belongs to ``q(z | y)`` and not to the generator."""
+        """Modules of ``q(z | y)``, which the generator does not use."""
         return [
             m for level in self._levels for m in (level.posterior_net, level.iaf) if m is not None
         ]
@@ -208,14 +208,14 @@ class Decoder(nn.Module):
     def infer(
         self, encoded: list[Tensor], eps: list[Tensor]
     ) -> tuple[list[Draw], DiagonalGaussian]:
-        """Draw latents from the posterior, top down.
+        """Draw latents from the posterior, coarsest first.
 
         Args:
-            encoded: the encoder's maps, coarsest first, one a resolution.
-            eps: standard normal noise, one tensor a level with latents, of the shape of ``z``.
+            encoded: the encoder's maps, coarsest first, one per resolution.
+            eps: standard normal noise, one tensor per level with latents, of the shape of ``z``.
 
         Returns:
-            One draw a level, and ``p(y | z)``.
+            One draw per level, and ``p(y | z)``.
         """
         draws: list[Draw] = []
         features = None
@@ -229,7 +229,7 @@ class Decoder(nn.Module):
     def generate(
         self, eps: list[Tensor], temperature: Tensor | float = 1.0
     ) -> tuple[list[Tensor], DiagonalGaussian]:
-        """Draw latents from the prior: ``z`` and ``p(y | z)``."""
+        """Draw latents from the prior; returns ``z`` and ``p(y | z)``."""
         z: list[Tensor] = []
         features = None
         for level in self._levels:

@@ -113,7 +113,7 @@ def _trainer(name: str, size: str, fabric: object) -> Trainer:
 
 
 def _compiled(trainer: Trainer) -> Trainer:
-    for method in ("evidence", "sample"):
+    for method in ("expected_evidence", "sample"):
         setattr(trainer.model, method, torch.compile(getattr(trainer.model, method)))
     return trainer
 

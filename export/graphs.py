@@ -90,7 +90,7 @@ class Graphs(nn.Module):
         evidence = found.evidence
         nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
         parts = nats / (self.model.config.num_dims * math.log(2.0))
-        return parts, found.cost / math.log(2.0), found.y, found.residual, *found.surprises
+        return parts, found.cost / math.log(2.0), found.y, found.residual, *found.standardized_z
 
 
 class Graph(nn.Module):

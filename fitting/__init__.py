@@ -1,4 +1,4 @@
-"""From a folder of images to a served gate: ``ade fit``.
+"""``ade fit``: from a folder of images to a served gate.
 
-It joins the other packages, and decides what can be decided.
+The package joins training, export and serving, and decides what the user need not.
 """

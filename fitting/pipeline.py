@@ -1,9 +1,9 @@
-"""The steps of a fitting: read, train, measure, export, calibrate, report. Each is done once,
-whatever ends the program.
+"""The steps of a fitting: read, train, measure, export, calibrate and report.
 
-``OUT/plan.json`` is what was decided, ``OUT/survey.json`` what the folder holds, ``OUT/stage-N``
-the training runs, ``OUT/exported`` the bundle before and ``OUT/bundle`` after its calibration,
-``OUT/report.html`` the end.
+A finished step is not repeated when a fitting is resumed. The output folder holds the plan
+(``plan.json``), the survey of the images (``survey.json``), the training runs (``stage-N``), the
+bundle before and after its calibration (``exported`` and ``bundle``) and the report
+(``report.html``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.write import export_bundle
 from fitting.plan import Plan, PlanError
-from fitting.report import ALPHAS, Caught, Findings, Unusual, false_alarms, write_report
+from fitting.report import ALPHAS, Caught, Findings, Outlier, false_alarms, write_report
 from fitting.survey import Survey, as_dict, picture_sizes, summary_lines, survey
 from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
@@ -39,12 +39,12 @@ PARITY_IMAGES = 40
 MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
 TEST_IMAGES = 2000
-SCANNED_IMAGES = 4000  # of those trained on, for the unusual among them
-SHOWN_UNUSUAL = 24
+SCANNED_IMAGES = 4000  # training images, among which outliers are looked for
+SHOWN_OUTLIERS = 24
 SAMPLES = 64
 RECONSTRUCTED = 12
-CORRUPTED_IMAGES = 200  # of each kind of corruption
-LEAST = {"select": 20, "calibrate": 20, "test": 2}
+CORRUPTED_IMAGES = 200  # for each kind of corruption
+MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
 
@@ -53,28 +53,29 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Fitted:
-    """Where the results are."""
+    """Paths of the results."""
 
     bundle: Path
     report: Path
 
 
 def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
-    """Do what is left of a plan.
+    """Do the steps of a plan that are not finished yet.
 
     Args:
-        plan: of :func:`fitting.plan.make_plan`.
+        plan: as :func:`fitting.plan.make_plan` makes it.
         files: the images of the plan's folder, as :func:`training.datasets.folder.image_files`
-            found them.
-        out: the fitting's folder; one that was begun by another plan is refused.
-        say: is told of progress, a line at a time.
+            finds them.
+        out: the output folder.
+        say: called with each line of progress.
 
     Raises:
-        PlanError: the folder was begun with another plan.
-        DataError: images that are too few or cannot be used.
-        RunError: another process is at it.
+        PlanError: the output folder was begun with another plan.
+        DataError: the images are too few, or cannot be used.
+        RunError: another process works in the output folder.
+        ConfigError: the image size does not suit the networks.
     """
-    for stage in plan.stages:  # before anything is written: a size that cannot be is an error here
+    for stage in plan.stages:  # raises for a wrong image size before anything is written
         recipe(stage.recipe, plan.image_size, CHANNELS, plan.size)
     with alone_in(out):
         return _fit(plan, files, out, say)
@@ -97,46 +98,44 @@ def _fit(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
     checkpoint = latest_checkpoint(run)
     bundle = _bundle(plan, found, dataset, checkpoint, out, step)
     if not (out / "report.html").exists():
-        step("looking for the unusual among the images")
+        step("looking for outliers among the images")
         _report(plan, found, dataset, bundle, out)
     step("done")
     return Fitted(bundle, out / "report.html")
 
 
 def has_begun(out: Path) -> bool:
-    """Whether something was trained there: from then on neither the plan nor the folder may change."""
+    """Whether training was begun: from then on neither the plan nor the images may change."""
     return (out / "plan.json").exists() and (out / "stage-0" / "run.json").exists()
 
 
 def _keep_plan(plan: Plan, out: Path) -> None:
     path = out / "plan.json"
     if has_begun(out):
-        before = Plan.from_dict(json.loads(path.read_text()))
-        if before != plan:
-            raise PlanError(
-                f"{out} was begun for {before.folder} with {before.budget:g} minutes at {before.image_size} "
-                f"pixels on the {before.device}: give the same, or another --out (make fit: OUT=)"
-            )
+        try:
+            plan.check_resumes(Plan.from_dict(json.loads(path.read_text())))
+        except PlanError as error:
+            raise PlanError(f"{out}: {error}, or choose another output folder") from None
     write_json(path, plan.to_dict())
 
 
 def _survey(folder: Path, files: list[Path], dataset: Dataset, out: Path) -> Survey:
     found = survey(picture_sizes(files), dataset)
-    for part, least in LEAST.items():
+    for part, least in MIN_IMAGES.items():
         if found.parts[part] < least:
             raise DataError(
-                f"{folder}: about {ENOUGH} different images are needed, got {found.files}: "
-                f"{found.parts[part]} are left for the part {part} and {least} are needed"
+                f"{folder}: about {ENOUGH} different images are needed, got {found.files}; "
+                f"the part {part} needs at least {least} of them, and {found.parts[part]} fall to it"
             )
     path = out / "survey.json"
     if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):
-        raise PlanError(f"{folder} has changed since {out} was begun: take another --out")
+        raise PlanError(f"{folder} has changed since {out} was begun: choose another output folder")
     write_json(path, as_dict(found))
     return found
 
 
 def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
-    """All stages; the last one's run."""
+    """Train all stages; returns the last stage's run."""
     before: Path | None = None
     for number, stage in enumerate(plan.stages):
         run = out / f"stage-{number}"
@@ -160,7 +159,7 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
 def _bundle(
     plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: Path, step: Report
 ) -> Path:
-    """Measured, exported and calibrated."""
+    """Measure, export and calibrate; returns the bundle."""
     exported, bundle = out / "exported", out / "bundle"
     if not exported.exists():
         step("measuring the likelihood of held-out images")
@@ -196,25 +195,25 @@ def _bundle(
         made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name)
         assert made.exact is not None
         step(
-            f"calibrated on {len(made.exact.scores)} images: the verdict takes false-alarm rates from "
-            f"{made.exact.smallest_p_value:.2g} on"
+            f"calibrated on {len(made.exact.scores)} images: false-alarm rates of "
+            f"{made.exact.smallest_p_value:.2g} or more are possible"
         )
     return bundle
 
 
 def _test_images(dataset: Dataset, found: Survey) -> np.ndarray:
-    """Those that are no copies of others, shuffled: uint8 ``(N, H, W, C)``."""
+    """Test images that are not copies of others, shuffled: uint8 ``(N, H, W, C)``."""
     left_out = set(found.leaking)
     rows = shuffled([row for row, name in enumerate(dataset.files["test"]) if name not in left_out])
     return np.asarray(dataset.parts["test"].images[rows])
 
 
 def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
-    """What the verdict says of held-out images that were corrupted."""
+    """Shares of corrupted held-out images that the verdict rejects."""
     found = []
     for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
         scores = engine.score(corrupt(pixels, np.random.default_rng(0)))
-        # What is not finite has no verdict: it is not accepted, but nor was it caught.
+        # A score that is not finite has no verdict: the image is neither accepted nor rejected.
         p_values = [
             score.verdict.p_value if isinstance(score, Score) and score.verdict else 1.0
             for score in scores
@@ -237,14 +236,14 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
     rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
     rows.sort(key=lambda row: -row["ood_score"])
     index = {name: row for row, name in enumerate(dataset.files["train"])}
-    unusual = [
-        Unusual(
+    outliers = [
+        Outlier(
             row["path"],
             row["p_value"],
             row["bpd"],
             dataset.parts["train"].images[index[row["path"]]],
         )
-        for row in rows[:SHOWN_UNUSUAL]
+        for row in rows[:SHOWN_OUTLIERS]
     ]
     pixels = _test_images(dataset, found)[:CORRUPTED_IMAGES]
     held_out = pixels[:RECONSTRUCTED]
@@ -258,7 +257,7 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
         len(p_values),
         false_alarms(p_values, opened),
         len(scanned),
-        unusual,
+        outliers,
         len(pixels),
         _caught(engine, pixels),
     )

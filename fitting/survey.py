@@ -1,4 +1,4 @@
-"""What is in a folder of images: how many, how large, which are broken, which are there twice."""
+"""Survey of a folder of images: how many, of which sizes, which are broken or duplicates."""
 
 from __future__ import annotations
 
@@ -13,28 +13,25 @@ import numpy as np
 
 from serving.images import file_size
 from training.data import PARTS, Dataset
-from training.datasets.files import part_of
 
-SMALLEST, LARGEST = 16, 64  # sides that a model of a fitting is made for
-STEP = 8  # networks halve three times
-SHOWN = 20  # of broken files and of duplicates, in the report
-FEW = 1000  # images, below which little can be learned
+SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
+STEP = 8  # networks halve the size three times
+FEW = 1000  # training images, below which little can be learned
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found.
+    """What a folder of images holds.
 
     Attributes:
-        files: image files.
-        sizes: how many have each width and height, the most frequent first; ``unreadable`` is one
-            of them.
-        broken: files that cannot be used, and why.
+        files: number of image files.
+        sizes: number of files by ``width x height`` or ``unreadable``, the most frequent first.
+        broken: files that cannot be used, each with the reason.
         twice: groups of files with the same pixels at the model's size; in each the first is kept.
-        leaking: held-out files that have the pixels of one that is trained on, or of an earlier
-            one: left out.
-        parts: usable files of each part, ``leaking`` ones not counted.
-        warnings: in sentences.
+        leaking: held-out files with the pixels of a training file, or of an earlier held-out one;
+            they are left out.
+        parts: number of usable files in each part, without those of ``leaking``.
+        warnings: sentences for the user.
     """
 
     files: int
@@ -47,49 +44,45 @@ class Survey:
 
 
 def picture_sizes(files: Sequence[Path]) -> Counter[tuple[int, int] | None]:
-    """Width and height of every image file, by their headers; ``None`` counts those that have none."""
+    """Count image files by the width and height in their headers, or ``None`` if unreadable."""
     return Counter(file_size(path) if path.is_file() else None for path in files)
 
 
 def choose_image_size(sizes: Counter[tuple[int, int] | None]) -> int:
-    """The side of the model's images: that of half the pictures or more, as far as a small model
-    goes.
-    """
+    """Choose the side of the model's images: the median of the files' shorter sides, in limits."""
     sides = sorted(min(size) for size, count in sizes.items() if size for _ in range(count))
     if not sides:
         return SMALLEST
-    usual = sides[len(sides) // 2]
-    return max(SMALLEST, min(LARGEST, usual // STEP * STEP))
+    median = sides[len(sides) // 2]
+    return max(SMALLEST, min(LARGEST, median // STEP * STEP))
 
 
 def survey(sizes: Counter[tuple[int, int] | None], dataset: Dataset) -> Survey:
-    """Look at a folder whose images were read.
+    """Survey a folder whose images were read.
 
     Args:
-        sizes: of :func:`picture_sizes`.
-        dataset: of that folder, at the model's size.
+        sizes: as :func:`picture_sizes` counted them.
+        dataset: the folder's images at the model's size, with the files behind their rows.
     """
-    names = dataset.files
     groups: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-    for part in PARTS:  # the training part first: what is held out must not be in it
-        for row, name in enumerate(names[part]):
+    for part in PARTS:  # the training part first: no held-out file may be in it
+        for row, name in enumerate(dataset.files[part]):
             pixels = np.ascontiguousarray(dataset.parts[part].images[row])
             groups[hashlib.sha256(pixels.data).digest()].append((part, name))
     twice = [[name for _, name in group] for group in groups.values() if len(group) > 1]
-    leaking = [name for group in groups.values() for part, name in group[1:] if part != "train"]
-    parts = {
-        part: len(names[part]) - sum(part_of(name.rsplit("/", 1)[-1]) == part for name in leaking)
-        for part in PARTS
-    }
+    leaking = [copy for group in groups.values() for copy in group[1:] if copy[0] != "train"]
+    lost = Counter(part for part, _ in leaking)
+    parts = {part: len(dataset.files[part]) - lost[part] for part in PARTS}
     warnings = []
     if parts["train"] < FEW:
         warnings.append(
-            f"{parts['train']} images to train on are few: the model will know them by heart, and its verdict "
+            f"Training on {parts['train']} images: the model will memorise them, and its verdict "
             f"will be rough. {FEW} or more are better."
         )
     if leaking:
         warnings.append(
-            f"Held-out files that are copies of others, left out of calibration and tests: {len(leaking)}."
+            "Held-out files that are copies of others, left out of calibration and tests: "
+            f"{len(leaking)}."
         )
     if dataset.skipped:
         warnings.append(f"Files that could not be read: {len(dataset.skipped)}.")
@@ -107,14 +100,14 @@ def survey(sizes: Counter[tuple[int, int] | None], dataset: Dataset) -> Survey:
         },
         dataset.skipped,
         twice,
-        leaking,
+        [name for _, name in leaking],
         parts,
         warnings,
     )
 
 
 def summary_lines(found: Survey) -> list[str]:
-    """For people, a line each."""
+    """Lines for the user: the number of files by size and by part, and the warnings."""
     sizes = ", ".join(f"{size}: {count}" for size, count in list(found.sizes.items())[:4])
     more = f" and {len(found.sizes) - 4} other sizes" if len(found.sizes) > 4 else ""
     return [

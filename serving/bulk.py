@@ -19,20 +19,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import Timeout
 
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
-from serving.files import image_paths, read_file, replacing
+from serving.files import image_paths, locked, read_file, replacing
 from serving.images import IMAGE_SUFFIXES
-from serving.locks import lock
 from serving.tables import safe_cell
 from serving.verdict.decision import NOT_SCORED, decide
 from serving.verdict.statistics import part_names
@@ -214,9 +215,7 @@ def score_folder(
         **asdict(options),
         "columns": columns(bundle, options.samples),
     }
-    with open(part, "a", encoding="utf-8", opener=_unless_link) as rows:
-        if not lock(rows):
-            raise BulkError(f"{part}: another process is at it")
+    with _only_writer(out), open(part, "a", encoding="utf-8", opener=_unless_link) as rows:
         if out.exists():  # by now
             part.unlink(missing_ok=True)
             raise BulkError(f"{out} is there already")
@@ -230,6 +229,18 @@ def score_folder(
         summary = _finish(part, out, columns(bundle, options.samples))
         part.unlink()
     return summary
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Keep other processes from writing the same table."""
+    lock = out.with_name(out.name + ".lock")
+    try:
+        with locked(lock):
+            yield
+            lock.unlink()
+    except Timeout:
+        raise BulkError(f"{out} is being written by another process") from None
 
 
 def _unless_link(path: str, flags: int) -> int:

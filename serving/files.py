@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
+
+LOCK = ".lock"  # in a folder that one process at a time works in
 
 
 def image_paths(folder: Path) -> Iterator[str]:
@@ -53,6 +57,33 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
 
 
 @contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file for this process alone, until the block or the process ends.
+
+    Args:
+        path: the lock file; its folder is made where it does not exist.
+        wait: until another process releases the lock, instead of raising.
+
+    Raises:
+        filelock.Timeout: another process holds the lock.
+        OSError: the file cannot be locked, such as on a file system without locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        reason = f"the file cannot be locked: {error.strerror}"
+        raise OSError(error.errno, reason, str(path)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
     """A new file to write to, which takes the place of ``path`` at the end of the block; removed
     where the block fails.
@@ -71,7 +102,7 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
         with (
             open(temporary, "x", encoding="utf-8", newline="")
             if text
-            else open(temporary, "xb") as file
+            else open(temporary, "x+b") as file
         ):
             yield file
             file.flush()

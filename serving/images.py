@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import stat
 from pathlib import Path
 
@@ -23,7 +24,9 @@ __all__ = [
     "file_size",
     "header_pixels",
     "lossless_bits",
+    "psnr",
     "read_image",
+    "resize_centre",
     "tile",
     "untile",
     "write_png",
@@ -96,6 +99,40 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
             '"resize": "fit" resizes them',
         )
     return (decode if structure.is_plain else decode_apart)(data, structure)
+
+
+def resize_centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Crop the centre of uint8 ``(H, W, C)`` to an aspect ratio and resize it with antialiasing.
+
+    Returns:
+        uint8 ``(height, width, C)``; an image of that size is returned as it is.
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    scale = min(pixels.shape[0] / height, pixels.shape[1] / width)
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
+    crop = pixels[top : top + rows, left : left + columns]
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in crop.transpose(2, 0, 1)]
+    resized = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
+    return np.stack([np.asarray(plane) for plane in resized], axis=2)
+
+
+def psnr(image: np.ndarray, reconstruction: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio of uint8 images, decibels.
+
+    Returns:
+        The ratio; ``None`` where the two are equal, since it is infinite then.
+
+    Raises:
+        ValueError: the two have different shapes.
+    """
+    if image.shape != reconstruction.shape:
+        raise ValueError(
+            f"both images must have one shape, got {image.shape} and {reconstruction.shape}"
+        )
+    error = float(np.square(image.astype(np.float64) - reconstruction).mean())
+    return 10 * math.log10(255.0**2 / error) if error > 0 else None
 
 
 def write_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:

@@ -5,7 +5,6 @@ one by one.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import os
 import signal
@@ -32,6 +31,7 @@ from serving.page.app import build_page
 from serving.page.served import Served
 from serving.verdict.calibration import Calibrations
 from tests.conftest import ROOT, make_folder, make_traps, with_calibrations
+from tests.test_locks import held_by_another
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +245,8 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(
     part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
     with pytest.raises(BulkError, match="was begun with"):
         score(tiny_bundle, folder, out, alpha=0.2)
-    with open(part, "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(BulkError, match="another process is at it"):
+    with held_by_another(tmp_path / "scores.jsonl.lock"):
+        with pytest.raises(BulkError, match="is being written by another process"):
             score(tiny_bundle, folder, out)
     seen = []
     score_folder(

@@ -19,9 +19,9 @@ from PIL import Image
 
 from ade_cli.main import main
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from fitting.pipeline import _caught
-from fitting.plan import Plan, PlanError, make_plan, read_budget
-from fitting.report import Caught, Findings, false_alarms, weaknesses, write_report
+from fitting.pipeline import _caught, fit_folder
+from fitting.plan import Plan, PlanError, Stage, make_plan, read_budget
+from fitting.report import Caught, Findings, Outlier, false_alarms, weaknesses, write_report
 from fitting.survey import Survey, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
@@ -37,8 +37,8 @@ def test_budgets(text: str, minutes: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "-5m", "0", "10s", "1h30m", "nan"])
-def test_budgets_that_are_none(text: str) -> None:
-    with pytest.raises(PlanError, match="a budget is a time such as 20m"):
+def test_invalid_budgets(text: str) -> None:
+    with pytest.raises(PlanError, match="a budget must be a time such as 20m"):
         read_budget(text)
 
 
@@ -61,8 +61,39 @@ def test_plans_fit_their_budget() -> None:
         assert [stage.recipe for stage in plan.stages] == recipes and plan.size == size
         assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    with pytest.raises(PlanError, match="too few"):
+    with pytest.raises(PlanError, match="too small"):
         make_plan("/images", "images", 32, 0.4, False)
+
+
+def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
+    """What differs is named: a choice of the user, or the version that made the plan."""
+    plan = make_plan("/images", "images", 32, 60, False)
+    make_plan("/images", "images", 32, 60, False, "CC0-1.0").check_resumes(plan)
+    with pytest.raises(PlanError) as raised:
+        make_plan("/images", "images", 48, 20, False).check_resumes(plan)
+    assert str(raised.value) == (
+        "the fitting was begun with a budget of 60 minutes, images of 32 pixels; "
+        "it cannot be resumed with a budget of 20 minutes, images of 48 pixels"
+    )
+    stages = (plan.stages[0], Stage("av-ade", plan.stages[1].minutes))
+    old = dataclasses.replace(plan, stages=stages)  # as planned until November 2026
+    with pytest.raises(PlanError) as raised:
+        plan.check_resumes(old)
+    assert str(raised.value) == (
+        "the fitting was begun by another version of this program, which trains v-ade (16.8 min) "
+        "then av-ade (31.2 min) at size tiny; this version would train v-ade (16.8 min) then "
+        "av-ade-pd (31.2 min) at size tiny: finish it with the version that began it"
+    )
+
+
+def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
+    plan = make_plan("/images", "images", 16, 60, False)
+    old = {**plan.to_dict(), "stages": [{"recipe": "av-ade", "minutes": 48.0}]}
+    (tmp_path / "stage-0").mkdir()
+    (tmp_path / "stage-0" / "run.json").write_text("{}")
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    with pytest.raises(PlanError, match="another version .* or choose another output folder"):
+        fit_folder(plan, [], tmp_path, lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +182,8 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
     "arguments, message",
     [
         (["NOWHERE"], "is no folder"),
-        (["FEW", "--budget", "soon"], "a budget is a time"),
-        (["FEW", "--budget", "5m"], "are left for the part select and 20 are needed"),
+        (["FEW", "--budget", "soon"], "a budget must be a time"),
+        (["FEW", "--budget", "5m"], "the part select needs at least 20 of them"),
         (["EMPTY"], "holds no images"),
         (["FEW", "--image-size", "20"], "image_size"),
         (["TMP"], "--out must lie outside"),
@@ -260,6 +291,13 @@ def test_the_report_says_first_what_the_gate_is_worth(
     assert weaknesses(good) == []
     write_report(good, tmp_path / "report.html")
     assert "No weakness was found" in (tmp_path / "report.html").read_text()
+    hostile = '<script>alert("x")</script>.png'  # the name of a file is anybody's text
+    outlier = Outlier(hostile, 0.01, 9.0, held_out[0])
+    surveyed = dataclasses.replace(found, broken=[f"{hostile}: broken"], twice=[[hostile, "b.png"]])
+    findings = dataclasses.replace(good, outliers=[outlier], survey=surveyed)
+    write_report(findings, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") == 4
 
 
 @pytest.mark.slow
@@ -319,7 +357,7 @@ def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(
     other = subprocess.run(
         [*command, "--image-size", "16"], cwd=ROOT, capture_output=True, text=True
     )
-    assert other.returncode == 2 and "was begun for" in other.stderr
+    assert other.returncode == 2 and "begun with images of 32 pixels" in other.stderr
     Image.new("RGB", (32, 32)).save(folder / "another.png")
     changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert changed.returncode == 2 and "has changed since" in changed.stderr

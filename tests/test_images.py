@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import serving.images
-from serving.images import ImageError, read_image, tile, write_png
+from serving.api.requests import InputImage, prepare_image
+from serving.images import ImageError, read_image, resize_centre, tile, write_png
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -36,6 +37,22 @@ def test_lossless_formats_give_the_pixels(picture: Image.Image, format: str, opt
 @pytest.mark.parametrize("format", ["JPEG", "GIF"])
 def test_lossy_formats_decode(picture: Image.Image, format: str) -> None:
     assert read_image(encode(picture, format)).pixels.shape == (32, 32, 3)
+
+
+def test_the_centre_is_resized() -> None:
+    """Training's squares and the service's ``resize: fit`` are the same pixels."""
+    picture = np.zeros((60, 100, 3), np.uint8)
+    picture[:, 20:80] = 200  # the centre square
+    assert (resize_centre(picture, 8, 8) == 200).all()
+    assert (resize_centre(picture, 8, 8) == prepare(picture, (8, 8, 3))).all()
+    assert resize_centre(picture, 4, 8).shape == (4, 8, 3)
+    assert resize_centre(picture, 60, 100) is picture
+
+
+def prepare(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    prepared = prepare_image(write_png(pixels), shape, True, 0)
+    assert isinstance(prepared, InputImage)
+    return prepared.pixels
 
 
 def test_exif_orientation_is_applied(picture: Image.Image) -> None:

@@ -1,4 +1,4 @@
-"""What several processes must not write at once."""
+"""Folders and tables that one process at a time may write."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
-from serving.locks import LOCK, claim, lock
+from serving.files import locked
 
 HOLD = """
 import sys
-from serving.locks import lock
-file = open(sys.argv[1], "w")
-print(lock(file), flush=True)
-sys.stdin.read()
+from pathlib import Path
+from serving.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -30,7 +32,7 @@ def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
         [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         yield holder
     finally:
         holder.kill()
@@ -38,22 +40,23 @@ def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    with held_by_another(path), open(path, "w") as file:
-        assert not lock(file)
-    with open(path, "w") as file, open(path, "w") as other:
-        assert lock(file) and not lock(other)
+    path = tmp_path / "new" / "lock"
+    with held_by_another(path), pytest.raises(Timeout), locked(path):
+        pass
+    with locked(path), pytest.raises(Timeout), locked(path):
+        pass
+    with locked(path):
+        pass
 
 
 def test_a_report_is_written_by_one_at_a_time(tmp_path: Path) -> None:
     order: list[str] = []
 
     def write() -> None:
-        with claim(tmp_path, wait=True) as is_ours:
-            assert is_ours
+        with locked(tmp_path / "lock", wait=True):
             order.append("written")
 
-    with held_by_another(tmp_path / LOCK) as holder:
+    with held_by_another(tmp_path / "lock") as holder:
         waiting = threading.Thread(target=write)
         waiting.start()
         waiting.join(0.3)
@@ -64,12 +67,24 @@ def test_a_report_is_written_by_one_at_a_time(tmp_path: Path) -> None:
     assert order == ["let go", "written"]
 
 
-def test_where_there_are_no_locks_work_goes_on(
+def test_a_lock_follows_no_link(tmp_path: Path) -> None:
+    """Somebody may have left one where the lock file should be."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("precious")
+    (tmp_path / "lock").symlink_to(theirs)
+    with pytest.raises(OSError, match="cannot be locked"), locked(tmp_path / "lock"):
+        pass
+    assert theirs.read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with claim(tmp_path / "new") as is_ours:
-        assert is_ours
+    with pytest.raises(OSError, match="cannot be locked: No locks available") as raised:
+        with locked(tmp_path / "lock"):
+            pass
+    assert raised.value.filename == str(tmp_path / "lock")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from serving.images import psnr
 from tests.conftest import ROOT
 from training.metrics import inception
 from training.metrics.efficientnet import EfficientNetFeatures, _conv, _fold
@@ -20,7 +21,6 @@ from training.metrics.gan_train import gan_train_accuracy
 from training.metrics.inception_score import inception_score
 from training.metrics.kid import kernel_distance
 from training.metrics.precision_recall import improved_precision_recall, prd_curve, prd_f_scores
-from training.metrics.psnr import psnr
 
 RESNET20 = ROOT.parent / "shared" / "models" / "resnet20_cifar10.npz"
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
@@ -146,15 +146,14 @@ def test_gan_train_learns_what_the_samples_show() -> None:
 
 
 def test_psnr() -> None:
-    images = np.full((3, 2, 2, 3), 100, np.uint8)
-    off = images.copy()
-    off[1] += 10
-    off[2, 0, 0, 0] += 1
-    found = psnr(images, off)
-    assert np.isinf(found[0])
-    assert found[1:] == pytest.approx([10 * np.log10(255**2 / 100), 10 * np.log10(255**2 * 12)])
-    with pytest.raises(ValueError, match="must be the same"):
-        psnr(images, off[:2])
+    image = np.full((2, 2, 3), 100, np.uint8)
+    one_off = image.copy()
+    one_off[0, 0, 0] += 1
+    assert psnr(image, image) is None
+    assert psnr(image, image + 10) == pytest.approx(10 * np.log10(255**2 / 100))
+    assert psnr(image, one_off) == pytest.approx(10 * np.log10(255**2 * 12))
+    with pytest.raises(ValueError, match="must have one shape"):
+        psnr(image, one_off[:1])
 
 
 @pytest.mark.slow

@@ -53,14 +53,14 @@ def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size: int) -> No
     [
         ({"widths": ()}, "latent_channels must have one number"),
         ({"widths": (8, 0, 8)}, "widths must be integers of at least 1"),
-        ({"latent_channels": (0, 2, 2)}, "latents at the coarsest level"),
+        ({"latent_channels": (0, 2, 2)}, "above 0 at the coarsest level"),
         ({"patch": 3}, "patch must be one of 1, 2"),
         ({"flow_mask": "stripes"}, "flow_mask must be one of"),
         (
             {"widths": (), "latent_channels": (), "decoder_blocks": (), "flow_scales": 0},
-            "it needs flow_scales",
+            "flow_scales must be at least 1 and encoder true",
         ),
-        ({"latent_channels": (1, 2)}, "one number a resolution"),
+        ({"latent_channels": (1, 2)}, "one number per resolution"),
         ({"channels": 0}, "channels must be an integer"),
         ({"flow_scales": -1}, "flow_scales"),
         ({"flow_width": 2.5}, "flow_width"),
@@ -144,9 +144,9 @@ def test_wrong_shapes_are_named() -> None:
     model = make_model()
     with pytest.raises(ShapeError, match=r"x must be \(N, 3, 8, 8\), got \(2, 3, 9, 8\)"):
         model.score(torch.rand(2, 3, 9, 8), noise(model))
-    with pytest.raises(ShapeError, match="eps must have one tensor a level"):
+    with pytest.raises(ShapeError, match="eps must have one tensor per level"):
         model.sample(noise(model)[:1])
-    with pytest.raises(ShapeError, match="z must have one tensor a level"):
+    with pytest.raises(ShapeError, match="z must have one tensor per level"):
         model.decode([torch.zeros(2, 1, 1, 1), torch.zeros(2, 2, 4, 4)])
 
 
@@ -192,7 +192,7 @@ def test_a_flow_alone_is_exact() -> None:
     assert (model.decode(encoding.z) - x).abs().max() < 1e-9
     normal = torch.distributions.Normal(0.0, 1.0)
     expected = normal.log_prob(y).flatten(1).sum(1) + log_det
-    for evidence in (model.score(x, eps), model.evidence(x, eps)):
+    for evidence in (model.score(x, eps), model.expected_evidence(x, eps)):
         assert (
             torch.allclose(evidence.log_weight, expected) and evidence.log_prob_y.abs().max() == 0
         )
@@ -280,9 +280,9 @@ def test_what_is_left_unexplained() -> None:
     assert torch.allclose(p_y.mean + p_y.log_scale.exp() * found.residual, found.y)
     top = model.decoder.levels[0]
     prior = top.prior(top.start(None, 3))
-    assert torch.allclose(prior.mean + prior.log_scale.exp() * found.surprises[0], z[0])
+    assert torch.allclose(prior.mean + prior.log_scale.exp() * found.standardized_z[0], z[0])
     flow = make_model(FLOW_ALONE).double()
     alone = flow.examine(
         x, [torch.randn(3, *s, dtype=torch.float64) for s in FLOW_ALONE.latent_shapes]
     )
-    assert torch.equal(alone.surprises[0], alone.y) and not alone.residual.any()
+    assert torch.equal(alone.standardized_z[0], alone.y) and not alone.residual.any()

@@ -145,7 +145,7 @@ def test_augmentation_changes_colours_and_place(real_images: np.ndarray) -> None
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"widths": (8, 8)}, "has 4 d_widths"), ({"plain_stages": 1}, "no d_plain_stages")],
+    [({"widths": (8, 8)}, "needs 4 d_widths"), ({"plain_stages": 1}, "0 d_plain_stages")],
 )
 def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

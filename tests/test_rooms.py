@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "ade_cli": set(PACKAGES),
 }
 # Small modules at the top of serving/ that import nothing of ours are everybody's.
-SHARED = {"serving.locks", "serving.messages", "serving.ports", "serving.tables"}
+SHARED = {"serving.messages", "serving.ports", "serving.tables"}
+LIBRARIES = ("ade_model", "training", "export", "fitting")
 SERVER = "handlers/torchserve/"
 # Beside the server's own room and the docs: the client translates what it answers by itself.
 MAY_NAME_THE_SERVER = {"serving/client.py"}
@@ -111,6 +112,14 @@ def test_every_room_is_a_package_that_loads_nothing() -> None:
                 for n in ast.parse(init.read_text()).body
                 if isinstance(n, (ast.Import, ast.ImportFrom))
             ], init
+
+
+def test_libraries_name_no_option_of_the_command_line() -> None:
+    """Whoever calls them from Python has none."""
+    for path in (path for package in LIBRARIES for path in sorted((ROOT / package).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.search(r"(^|[\s`'\"(])--[a-z]", node.value), f"{path}: {node.value}"
 
 
 def test_one_room_knows_the_model_server() -> None:

@@ -23,7 +23,7 @@ import pytest
 from handlers.torchserve.run_folder import PREFIX, RunFolderError, find_service, run_folder
 from handlers.torchserve.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, LaunchError, Supervisor
 from serving.client import AdeClient
-from serving.locks import LOCK
+from serving.files import LOCK
 from serving.ports import Ports
 from tests.conftest import PRETRAINED, ROOT
 from tests.service import RunningService

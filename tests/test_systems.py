@@ -20,8 +20,8 @@ from export.write import export_bundle
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
+from serving.files import LOCK
 from serving.images import write_png
-from serving.locks import LOCK
 from serving.verdict.calibration import CalibrationError
 from tests.conftest import make_folder, narrow
 from tests.test_locks import held_by_another
@@ -174,7 +174,8 @@ def test_a_system_that_another_process_trains_is_left_to_it(
 
     with held_by_another(run / LOCK):
         start()
-        assert said == ["vae-seed0: another process is at it"] and not (run / "run.json").exists()
+        assert said == ["vae-seed0: another process works on it"]
+        assert not (run / "run.json").exists()
     start()
     assert said == ["vae-seed0: training", "vae-seed0: measuring"]
     # What was measured stands, whatever goes wrong later, unless the run diverged.
@@ -212,7 +213,7 @@ def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_
     )  # and is killed before it is measured
     (row,) = read_rows(tmp_path)
     assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
-    assert start(short) == ["vae-seed0: finished before, its row is kept"]
+    assert start(short) == ["vae-seed0: finished before; its archived row is used"]
     assert start(long) == ["vae-seed0: measuring"]
     (row,) = read_rows(tmp_path)
     assert row["run"] == run and row["state"]["images"] == 32
@@ -290,7 +291,8 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
     shutil.copytree(tmp_path / "pictures", elsewhere / "pictures")
     shutil.copy(tmp_path / "rows.json", elsewhere)
     assert run(jobs[:1] + jobs[2:4], out=elsewhere) == [
-        f"{name}-seed0: finished before, its row is kept" for name in ("vae", "gan", "v-ade")
+        f"{name}-seed0: finished before; its archived row is used"
+        for name in ("vae", "gan", "v-ade")
     ]
     assert run([Job(jobs[0].config, options(2 * STEPS))], out=elsewhere) == [
         "vae-seed0: training",
@@ -306,10 +308,10 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
         "vae-seed0: training",
         "vae-seed0: measuring",
     ]
-    with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
+    with pytest.raises(RunError, match="finished after 320 images: images cannot be raised to 640"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS))])
     started = (tmp_path / "runs" / "gan-seed0" / "run.json").read_text()
-    with pytest.raises(RunError, match="finished after 320 images: it cannot go on to 640"):
+    with pytest.raises(RunError, match="finished after 320 images: images cannot be raised to 640"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS, minutes=60))])
     assert (tmp_path / "runs" / "gan-seed0" / "run.json").read_text() == started
     # A run that was trained on is not what was measured; where rows were measured otherwise, the

@@ -1,4 +1,4 @@
-"""Training of AV-ADE and of the systems that it is compared with.
+"""Training of AV-ADE and of the systems it is compared with.
 
 Start with :mod:`training.loop`.
 """

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees."""
+"""Differentiable augmentation of a discriminator's input."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ GREY = 0.5
 
 
 def augment(x: Tensor, uniform: Tensor) -> Tensor:
-    """Change brightness, saturation and contrast, and move the image over a grey ground.
+    """Change brightness, saturation and contrast, and shift the image on a grey background.
 
-    Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020, section 3.2:
-    real and generated images alike, or the generator would learn to make augmented ones.
+    Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020, section 3.2.
+    Real and generated images must both be augmented, or the generator learns to make augmented
+    images.
 
     Args:
-        x: ``(N, C, H, W)`` in [0, 1]; the result may leave that range.
-        uniform: ``(N, 5)``, on [0, 1).
+        x: ``(N, C, H, W)`` in [0, 1].
+        uniform: ``(N, 5)``, random numbers on [0, 1).
+
+    Returns:
+        ``(N, C, H, W)``; values may be outside [0, 1].
     """
     brightness, saturation, contrast, right, down = uniform.unbind(1)
     x = x + (brightness[:, None, None, None] - 0.5) / 2

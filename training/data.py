@@ -1,8 +1,8 @@
-"""What a data set is, wherever it came from: parts that everything else uses, split once.
+"""Data sets and their parts, whatever their source.
 
-A part is an :class:`ImageSet`; the parts are ``train``, ``select`` (choose checkpoints, fit
-statistics), ``calibrate`` (seen by nothing but the calibration) and ``test`` (reported on, nothing
-else). The loaders are in :mod:`training.datasets`.
+The parts are ``train``, ``select`` (to choose checkpoints and fit statistics), ``calibrate`` (used
+by the calibration only) and ``test`` (used for reported figures only). A part is an
+:class:`ImageSet`. The loaders are in :mod:`training.datasets`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ CHANNELS = 3  # of the images of every loader
 
 
 class DataError(ValueError):
-    """A data set that is not there or cannot be used."""
+    """A data set does not exist or cannot be used."""
 
 
 class Rows:
-    """Chosen rows of an array or of a memory map, copied when asked for."""
+    """Chosen rows of an array or a memory map, copied on access."""
 
     def __init__(self, pixels: np.ndarray, rows: list[int]) -> None:
         self._pixels = pixels
@@ -38,7 +38,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, or chosen rows of more: uint8 ``(N, H, W, C)``; their classes ``(N,)`` if known."""
+    """Images, uint8 ``(N, H, W, C)``, and their classes, ``(N,)``, if known."""
 
     images: np.ndarray | Rows
     labels: np.ndarray | None = None
@@ -47,10 +47,12 @@ class ImageSet:
         return len(self.images)
 
     def batches(self, batch_size: int, seed: int, first_batch: int = 0) -> Iterator[np.ndarray]:
-        """Endless batches, each epoch in an order of its own that depends on ``(seed, epoch)``
-        alone.
+        """Yield batches without end.
 
-        ``first_batch`` skips that many without reading them, which is how a run is resumed.
+        Args:
+            batch_size: images per batch.
+            seed: of the order; an epoch's order depends on ``(seed, epoch)`` alone.
+            first_batch: number of batches to skip without reading them, as for a resumed run.
         """
         if len(self) == 0:
             raise DataError("there are no images to train on")
@@ -74,11 +76,11 @@ class Dataset:
     """A data set and its parts.
 
     Attributes:
-        name: as given by the user, without the path's parents.
-        parts: by the names of :data:`PARTS`.
-        splits: what each part is, in words for manifests and reports.
-        skipped: files that were left out, and why.
-        files: of a folder, the file behind each row of each part, relative to it.
+        name: name of the data set, or of the folder without its parents.
+        parts: images by the names of :data:`PARTS`.
+        splits: description of each part, for manifests and reports.
+        skipped: files that were left out, each with the reason.
+        files: for a folder, the file behind each row of each part, relative to the folder.
     """
 
     name: str
@@ -97,8 +99,10 @@ class Dataset:
 
 
 def split_tail(name: str, images: np.ndarray) -> tuple[dict[str, ImageSet], dict[str, str]]:
-    """Of the official training images the last tenth is held out: two fifths of it to select, the
-    rest to calibrate.
+    """Split official training images: nine tenths to train, 4 % to select, 6 % to calibrate.
+
+    Returns:
+        The parts, and their descriptions as slices of ``name``.
     """
     first, second = round(0.9 * len(images)), round(0.94 * len(images))
     bounds = {"train": (0, first), "select": (first, second), "calibrate": (second, len(images))}

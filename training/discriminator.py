@@ -1,4 +1,4 @@
-"""The discriminator. Training alone uses it; no bundle holds one."""
+"""The discriminators, which training uses and bundles do not contain."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ KINDS = ("plain", "residual", "projected")
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    """A convolutional classifier of real against generated images.
+    """Configuration of a convolutional classifier of real and generated images.
 
     Attributes:
-        widths: channels after the first convolution and after each stage; a stage halves the size.
-            Of ``projected``, channels to which the features of each of four levels are mixed,
-            finest first.
+        widths: channels after the first convolution and after each stage, which halves the size;
+            for ``projected``, channels to which each of four feature levels is mixed, finest first.
         kind: ``residual`` is the paper's ``rd``, with stages as in Gulrajani et al., "Improved
             Training of Wasserstein GANs", 2017; ``plain`` has those of Miyato et al., "Spectral
-            Normalization for Generative Adversarial Networks", 2018, without their normalisation;
+            Normalization for Generative Adversarial Networks", 2018, without the normalisation;
             ``projected`` is that of :mod:`training.projected`.
-        plain_stages: number of stages, the last ones, that keep the size instead of halving it.
-        patch: side of the square of pixels that the first convolution takes as one position.
+        plain_stages: number of final stages that keep the size instead of halving it.
+        patch: pixels per side of a position of the first convolution.
     """
 
     widths: tuple[int, ...] = (64, 128, 256)
@@ -43,7 +42,7 @@ class DiscriminatorConfig:
         object.__setattr__(self, "widths", tuple(self.widths))
         if self.kind not in KINDS:
             raise ConfigError(
-                f"a discriminator's kind must be one of {', '.join(KINDS)}, got {self.kind!r}"
+                f"the discriminator's kind must be one of {', '.join(KINDS)}, got {self.kind!r}"
             )
         if not self.widths or min(self.widths) < 1:
             raise ConfigError(
@@ -58,37 +57,37 @@ class DiscriminatorConfig:
             len(self.widths) != len(LEVEL_CHANNELS) or self.plain_stages
         ):
             raise ConfigError(
-                f"a projected discriminator has {len(LEVEL_CHANNELS)} d_widths and no d_plain_stages, "
-                f"got {self.widths} and {self.plain_stages}"
+                f"a projected discriminator needs {len(LEVEL_CHANNELS)} d_widths and 0 "
+                f"d_plain_stages, got {self.widths} and {self.plain_stages}"
             )
         if self.patch < 1:
             raise ConfigError(f"d_patch must be at least 1, got {self.patch}")
 
     @property
     def halvings(self) -> int:
-        """How many stages halve the size."""
+        """Number of stages that halve the size."""
         return len(self.widths) - 1 - self.plain_stages
 
     def check_image_size(self, image_size: int) -> None:
-        """Whether the stages fit; a projected discriminator enlarges what it is given.
+        """Check that images of a size suit the stages; a projected discriminator takes any size.
 
         Raises:
-            ConfigError: images of that size do not divide into patches, or are too small for so
-                many stages.
+            ConfigError: the size is not a multiple of the patch, or too small for the stages.
         """
         if self.kind == "projected":
             return
         if image_size % self.patch or image_size // self.patch < 2**self.halvings:
             raise ConfigError(
-                f"a discriminator with d_patch {self.patch} and {self.halvings} stages that halve the size "
-                f"takes multiples of {self.patch} from {self.patch * 2**self.halvings} pixels on, "
-                f"got {image_size}"
+                f"image_size must be a multiple of {self.patch} and at least "
+                f"{self.patch * 2**self.halvings} for a discriminator with d_patch {self.patch} and "
+                f"{self.halvings} stages that halve the size, got {image_size}"
             )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiscriminatorConfig:
-        """Rebuild from its fields as JSON has them; until November 2026 ``residual`` stood for the
-        kind.
+        """Rebuild from its fields as JSON stores them.
+
+        Before November 2026 a boolean ``residual`` stood in the place of ``kind``.
         """
         values = dict(values)
         if "residual" in values:
@@ -97,7 +96,7 @@ class DiscriminatorConfig:
 
 
 class _Stage(nn.Module):
-    """A strided convolution and a plain one."""
+    """Two convolutions, of which the first may be strided."""
 
     def __init__(self, in_channels: int, out_channels: int, down: bool) -> None:
         super().__init__()
@@ -109,11 +108,12 @@ class _Stage(nn.Module):
         self.second = conv3x3(out_channels, out_channels)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.second(F.leaky_relu(self.first(F.leaky_relu(h, 0.2)), 0.2))
+        out: Tensor = self.second(F.leaky_relu(self.first(F.leaky_relu(h, 0.2)), 0.2))
+        return out
 
 
 class _ResidualStage(nn.Module):
-    """Two convolutions beside a skip connection, averaged to half the size."""
+    """Two convolutions with a skip connection, which average pooling may halve."""
 
     def __init__(self, in_channels: int, out_channels: int, down: bool) -> None:
         super().__init__()
@@ -123,14 +123,15 @@ class _ResidualStage(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        out = self.second(F.relu(self.first(F.relu(h))))
+        out: Tensor = self.second(F.relu(self.first(F.relu(h))))
         if self.down:
             out, h = F.avg_pool2d(out, 2), F.avg_pool2d(h, 2)
-        return (out + self.skip(h)) * 0.5**0.5
+        skipped: Tensor = self.skip(h)
+        return (out + skipped) * 0.5**0.5
 
 
 class Discriminator(nn.Module):
-    """``x (N, C, H, W)`` in [0, 1] to logits ``(N,)``, positive for real."""
+    """From ``x``, ``(N, C, H, W)`` in [0, 1], to logits, ``(N,)``, positive for real images."""
 
     def __init__(self, config: DiscriminatorConfig, image_size: int, channels: int) -> None:
         super().__init__()
@@ -148,11 +149,15 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.stages(self.stem(F.pixel_unshuffle(2 * x - 1, self.patch)))
-        return self.head(F.leaky_relu(h, 0.2).flatten(1)).squeeze(1).to(torch.float32)
+        logits: Tensor = self.head(F.leaky_relu(h, 0.2).flatten(1))
+        return logits.squeeze(1).to(torch.float32)
 
 
 def make_discriminator(config: DiscriminatorConfig, image_size: int, channels: int) -> nn.Module:
-    """``x (N, C, H, W)`` in [0, 1] to logits ``(N, …)``, positive for real."""
+    """Build a discriminator: from ``x``, ``(N, C, H, W)`` in [0, 1], to logits ``(N, …)``.
+
+    Logits are positive for real images.
+    """
     if config.kind == "projected":
         return ProjectedDiscriminator(config.widths, image_size, channels)
     return Discriminator(config, image_size, channels)

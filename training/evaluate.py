@@ -1,6 +1,4 @@
-"""Held-out bits per dimension, and pictures of what a model makes; always of a model's averaged
-weights.
-"""
+"""Held-out bits per dimension, samples and reconstructions of a model."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize, quantize
+from serving.images import tile
 
 BATCH = 128
 
@@ -42,14 +41,14 @@ def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
 def bits_of(
     model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int = 0
 ) -> np.ndarray:
-    """Bits per dimension of each image, a bound.
+    """Bound the bits per dimension of each image.
 
     Args:
         model: in evaluation mode, float32.
         images: uint8 ``(N, H, W, C)``.
-        device: where the model is.
-        samples: K; 1 gives the ELBO, more the importance-weighted bound with fresh dequantisation a
-            draw.
+        device: of the model.
+        samples: number of draws: 1 for the ELBO, more for the importance-weighted bound. Each draw
+            has its own dequantisation.
         seed: of the noise.
 
     Returns:
@@ -77,8 +76,18 @@ def evaluate(
     seed: int = 0,
     bound_images: int | None = None,
 ) -> dict[str, Any]:
-    """ELBO and IWAE-K of a set of images with their standard errors over images; the latter of the
-    first so many.
+    """Mean bits per dimension by ELBO and IWAE-K, with standard errors over images.
+
+    Args:
+        model: in evaluation mode, float32.
+        images: uint8 ``(N, H, W, C)``.
+        device: of the model.
+        samples: K of IWAE-K.
+        seed: of the noise.
+        bound_images: number of images for IWAE-K, the first ones; ``None`` for all.
+
+    Returns:
+        By ``elbo`` and ``iwae-K``: ``bpd``, ``standard_error`` and ``images``.
     """
     result: dict[str, Any] = {}
     for k in dict.fromkeys((1, samples)):
@@ -96,7 +105,7 @@ def evaluate(
 def sample_images(
     model: ADEModel, n: int, device: torch.device, kind: str, seed: int = 0
 ) -> np.ndarray:
-    """uint8 ``(n, H, W, C)``: ``kind`` is ``mean`` or ``density``."""
+    """Draw samples of the kind ``mean`` or ``density``, uint8 ``(n, H, W, C)``."""
     generator = torch.Generator(device).manual_seed(seed)
     config = model.config
     out = []
@@ -118,15 +127,13 @@ def sample_images(
 
 
 def sample_grid(model: ADEModel, n: int, device: torch.device, kind: str) -> np.ndarray:
-    """One picture, uint8 ``(H, W, C)``."""
-    from serving.images import tile
-
+    """Tile samples to one picture, uint8 ``(H, W, C)``."""
     return tile(sample_images(model, n, device, kind))
 
 
 @torch.no_grad()
 def reconstructions(model: ADEModel, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Mean reconstructions of uint8 ``(N, H, W, C)``, of the middle of each pixel's bin."""
+    """Mean reconstructions of uint8 ``(N, H, W, C)``, from the middle of each pixel's bin."""
     generator = torch.Generator(device).manual_seed(0)
     out = []
     for batch in _batches(images):
@@ -136,8 +143,6 @@ def reconstructions(model: ADEModel, images: np.ndarray, device: torch.device) -
 
 
 def reconstruction_grid(model: ADEModel, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Images above their mean reconstructions, one picture, uint8 ``(H, W, C)``."""
-    from serving.images import tile
-
+    """Tile images above their mean reconstructions to one picture, uint8 ``(H, W, C)``."""
     made = reconstructions(model, images, device)
     return np.concatenate([tile(np.asarray(images), len(images)), tile(made, len(images))])

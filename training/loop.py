@@ -1,4 +1,4 @@
-"""The run: batches in, steps taken, and now and then a line, a look, a checkpoint."""
+"""The training loop: steps over batches, with logging, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ade_model.checkpoint import read_config
 from training.data import Dataset
+from training.device import choose_device
 from training.evaluate import bits_of, reconstruction_grid, sample_grid
 from training.recipes import TrainConfig
 from training.report import write_report
@@ -31,6 +32,7 @@ from training.runs import (
     save_checkpoint,
     start_from,
     write_json,
+    write_text,
 )
 from training.step import Trainer
 
@@ -41,19 +43,19 @@ SELECT_IMAGES = 500
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How long a run goes on, where, and how often it looks up.
+    """Budget, device and logging cadence of a run.
 
     Attributes:
         images: training images to see, over all processes.
-        minutes: or this much training time, whichever ends first; ``None`` for no limit.
+        minutes: training time after which the run ends too; ``None`` for no limit.
         seed: of weights, order and noise.
         device: ``auto``, ``cpu`` or ``cuda``.
-        precision: ``auto``, ``float32`` or ``bfloat16`` for the networks; log-densities are float32
-            always.
-        checkpoint_minutes: between checkpoints.
-        checkpoint_steps: or after so many steps, whichever comes first.
-        evaluate_steps: between looks at held-out images and samples.
-        init: a run or a bundle to take weights from.
+        precision: of the networks, ``auto``, ``float32`` or ``bfloat16``; log-densities are always
+            float32.
+        checkpoint_minutes: minutes between checkpoints.
+        checkpoint_steps: steps after which a checkpoint is written earlier.
+        evaluate_steps: steps between evaluations of held-out images and samples.
+        init: run or bundle to take initial weights from.
     """
 
     images: int
@@ -69,25 +71,24 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):
             if getattr(self, name) < 1:
-                raise RunError(
-                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-                )
+                raise RunError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.minutes is not None and not self.minutes > 0:
-            raise RunError(f"--minutes must be above 0, got {self.minutes:g}")
+            raise RunError(f"minutes must be above 0, got {self.minutes:g}")
         if not 0 <= self.seed < 2**63:
-            raise RunError(f"a seed must be from 0 to 2^63 - 1, got {self.seed}")
+            raise RunError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 def make_fabric(device: str, precision: str) -> Fabric:
     """Lightning Fabric for one process, or for those that ``torchrun`` started; TF32 is off.
 
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``auto``, ``float32`` or ``bfloat16``.
+
     Raises:
-        RunError: a GPU was asked for and there is none.
+        RunError: ``cuda`` is requested and PyTorch finds no GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch sees no CUDA device here")
-    torch.backends.cudnn.allow_tf32 = False
-    accelerator = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    accelerator = choose_device(device).type
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(accelerator) else "float32"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -124,22 +125,23 @@ def train(
 
     Args:
         config: what to train and how.
-        dataset: its ``train`` part is learned from, its ``select`` part looked at.
-        run: the run's folder, new or, with ``resume``, one that was started with the same
-            configuration.
-        options: budget and cadence.
-        resume: go on from the newest checkpoint. The cooldown is that of the present budget: with a
-            larger one than before, the rates are back at once, until the last part of that budget.
-        source: where the data lies, for those who measure the run later: ``RUN/data.json``.
+        dataset: the ``train`` part is trained on, the ``select`` part is evaluated.
+        run: the run's folder: a new one or, with ``resume``, one of the same configuration.
+        options: budget, device and cadence.
+        resume: whether to resume from the newest checkpoint. The cooldown is that of the present
+            budget: with a larger one than before, the rates return to their full values until the
+            last part of that budget.
+        source: where the data is, written to ``RUN/data.json`` for later measurements.
+
+    Returns:
+        The progress at the end.
 
     Raises:
-        RunError: the folder is not as ``resume`` says, or the run cannot go on so; the folder stays
-            as it was.
-        TrainingDiverged: losses were not finite; the last good checkpoint stays.
+        RunError: the folder does not suit ``resume``, or the run cannot be resumed this way; the
+            folder is left unchanged.
+        TrainingDiverged: losses were not finite; the last good checkpoint is kept.
     """
-    if (
-        resume and (run / "run.json").is_file()
-    ):  # what shapes the weights stays as the run was started
+    if resume and (run / "run.json").is_file():  # seed and init shaped the weights already
         before = json.loads((run / "run.json").read_text())["options"]
         options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
     fabric = make_fabric(options.device, options.precision)
@@ -175,9 +177,9 @@ def train(
         start_from(Path(options.init), trainer)
         lineage = _lineage(Path(options.init))
     if not _out_of_time(progress, options.minutes):
-        check_can_go_on(run, trainer.inferring_since, config.batch_size, options.images)
+        check_budget(run, trainer.inferring_since, config.batch_size, options.images)
     fabric.barrier()
-    if is_main:  # nothing is written before all is known to fit
+    if is_main:  # all checks have passed: write to the folder from here on
         _open_run(run, config, dataset, options, source)
     about = {
         "recipe": config.recipe,
@@ -198,7 +200,7 @@ def train(
     recent: dict[str, float] = {}
     started = time.monotonic() - progress.seconds
     last_saved = time.monotonic()
-    # What the inference network of a GAN takes comes on top of the budget.
+    # Training the inference network of a GAN comes on top of the budget.
     whole = 1 + config.inference_share
     total = round(options.images * whole)
     minutes = options.minutes and options.minutes * whole
@@ -223,15 +225,14 @@ def train(
             ]
             losses = trainer.run(drawn, spent)
             seconds = time.monotonic() - started
-            if (
-                fabric.world_size > 1 and minutes is not None
-            ):  # all must take the same rate and stop at the same step
+            # All processes must use the same rate and stop at the same step.
+            if fabric.world_size > 1 and minutes is not None:
                 seconds = float(fabric.broadcast(seconds))
             progress = Progress(trainer.step, progress.images + config.batch_size, seconds)
             if log is None:
                 continue
             bar.update(config.batch_size)
-            recent |= losses  # the penalty is not computed at every step
+            recent |= losses  # not all losses are computed at every step
             if progress.step % LOG_EVERY == 0 or progress.step == 1:
                 bar.set_postfix(
                     {
@@ -245,7 +246,7 @@ def train(
                 log.scalars(progress, recent)
                 recent = {}
             if progress.step % options.evaluate_steps == 0:
-                log.look(trainer, dataset, progress)
+                log.evaluate(trainer, dataset, progress)
             if (
                 progress.step % options.checkpoint_steps == 0
                 or time.monotonic() - last_saved > 60 * options.checkpoint_minutes
@@ -263,24 +264,28 @@ def train(
     return progress
 
 
-def check_can_go_on(run: Path, inferring_since: int | None, batch_size: int, images: int) -> None:
-    """Whether a run may see so many images.
+def check_budget(run: Path, inferring_since: int | None, batch_size: int, images: int) -> None:
+    """Check that a run can still see a number of images.
+
+    Args:
+        run: the run's folder.
+        inferring_since: step since which a GAN's generator is frozen and its inference network is
+            trained; ``None`` before.
+        batch_size: images per step.
+        images: the budget.
 
     Raises:
-        RunError: it is a GAN's whose generator was finished before, after ``inferring_since``
-            steps.
+        RunError: the generator was frozen after fewer images.
     """
     if inferring_since is not None and inferring_since * batch_size < images:
         raise RunError(
-            f"{run} has trained its inference network around a generator that was finished after "
-            f"{inferring_since * batch_size:,} images: it cannot go on to {images:,}"
+            f"{run} trains its inference network, since its generator was finished after "
+            f"{inferring_since * batch_size:,} images: images cannot be raised to {images:,}"
         )
 
 
 def _lineage(init: Path) -> dict[str, Any]:
-    """What the weights had learned before: the recipe and images of the run they were taken from,
-    and so on back.
-    """
+    """Recipe and images seen of the run that weights are taken from, and of its own ancestors."""
     source = read_config(latest_checkpoint(init))
     return {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
 
@@ -290,26 +295,25 @@ def _out_of_time(progress: Progress, minutes: float | None) -> bool:
 
 
 def _spent(progress: Progress, options: RunOptions) -> float:
-    """The fraction of the budget that was spent, of images or of time, whichever is further; above
-    1 once the inference network of a GAN is in training.
+    """The larger of the fractions of the budgets of images and of time that are spent.
+
+    It is above 1 while the inference network of a GAN is trained.
     """
     of_time = progress.seconds / (60 * options.minutes) if options.minutes else 0.0
     return max(progress.images / options.images, of_time)
 
 
 def check_folder(run: Path, resume: bool) -> None:
-    """Whether a run may begin there, or go on.
+    """Check that a run can start in a folder, or resume there.
 
     Raises:
-        RunError: there is one already, or none.
+        RunError: the folder holds a run already, or holds none to resume.
     """
     holds_run = (run / "run.json").is_file()
     if holds_run and not resume:
-        raise RunError(
-            f"{run} holds a run already: --resume goes on with it, another --out starts anew"
-        )
+        raise RunError(f"{run} already holds a run: resume it, or choose another folder")
     if resume and not holds_run:
-        raise RunError(f"--resume: {run} holds no run")
+        raise RunError(f"{run} holds no run to resume")
 
 
 def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:
@@ -319,10 +323,12 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -
     before = json.loads((run / "run.json").read_text())
     different = different_fields(before, config, dataset)
     if different:
-        raise RunError(f"--resume: {run} was started with another {', '.join(different)}")
+        raise RunError(
+            f"{run} cannot be resumed: it was started with another {', '.join(different)}"
+        )
     if before["splits"] != dataset.splits:
         logger.warning(
-            "%s was started on %s and goes on with %s",
+            "%s was started on %s and resumes with %s",
             run,
             before["splits"]["train"],
             dataset.splits["train"],
@@ -353,7 +359,7 @@ def _open_run(
 
 
 def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Dataset) -> list[str]:
-    """Names of what a run, as its ``run.json`` has it, was started with otherwise."""
+    """Names of the fields in which a run's ``run.json`` differs from a configuration."""
     before = {**TrainConfig.from_dict(started["config"]).to_dict(), "data set": started["data"]}
     wanted = {**config.to_dict(), "data set": dataset.name}
     return sorted(
@@ -362,21 +368,19 @@ def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Data
 
 
 class _Log:
-    """Losses as JSON lines and for TensorBoard; pictures for TensorBoard."""
+    """Logs losses as JSON lines and to TensorBoard, and pictures to TensorBoard."""
 
     def __init__(self, run: Path, step: int) -> None:
         path = run / "metrics.jsonl"
         kept: list[str] = []
-        if (
-            path.exists()
-        ):  # lines past the checkpoint that the run goes on from will be written again
+        if path.exists():  # steps after the checkpoint will be logged again
             for line in path.read_text().splitlines():
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
-                except ValueError:
-                    break  # cut off when the process was killed
-        path.write_text("".join(line + "\n" for line in kept))
+                except ValueError:  # the line was cut off when the process was killed
+                    break
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
@@ -389,7 +393,7 @@ class _Log:
             "images_per_second", progress.images / max(progress.seconds, 1e-9), progress.step
         )
 
-    def look(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
+    def evaluate(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
         images = dataset.parts["select"].images[:SELECT_IMAGES]
         if len(images) and "score" in trainer.operations:
             bpd = bits_of(trainer.ema, images, trainer.device, samples=1)

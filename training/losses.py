@@ -1,4 +1,4 @@
-"""What the optimisers minimise: the paper's L_C and L_Q, and the discriminator's loss."""
+"""The losses: the paper's L_C and L_Q, and those of the discriminator."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from ade_model.likelihood import Evidence, bits_per_dim
 
 
 def coverage_loss(evidence: Evidence, num_dims: int) -> Tensor:
-    """L_C, the mean bound on the negative log-likelihood (paper, eq. 4), in bits per dimension;
-    scalar.
-    """
+    """L_C, the mean bound on the negative log-likelihood (paper, eq. 4); scalar, bits per dim."""
     return bits_per_dim(evidence.log_weight, num_dims).mean()
 
 
@@ -26,20 +24,20 @@ def latent_surcharge(
     weight: float,
     average: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """What training adds to L_C so that latents come into use; scalar, bits per dimension.
+    """The term that training adds to L_C so that latents are used; scalar, bits per dimension.
 
     The KL of each latent channel, summed over its positions and averaged over the batch, counts as
     at least ``free_bits``, so that nothing is gained by giving up a channel that carries less
     (Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, "free
-    bits"); the sum over channels is weighted.
+    bits"). The sum over channels is weighted.
 
     Args:
-        evidence: of :meth:`ade_model.model.ADEModel.evidence`.
+        evidence: result of :meth:`ade_model.model.ADEModel.expected_evidence`.
         num_dims: values per image, ``C * H * W``.
         free_bits: nats per channel and image.
         weight: of the KL, 1 in L_C.
-        average: in place, the mean over processes of a flat vector: whether a channel is charged
-            depends on all.
+        average: averages a flat vector over processes, in place; the mean decides whether a channel
+            is charged.
     """
     kl = torch.cat([level.mean(0) for level in evidence.kl_by_channel])
     charged = torch.where(average(kl.detach().clone()) > free_bits, kl, free_bits)
@@ -47,7 +45,7 @@ def latent_surcharge(
 
 
 def quality_loss(logits_fake: Tensor) -> Tensor:
-    """L_Q for the generator: ``-E[ln D - ln(1 - D)]``, minus the mean logit (paper, eq. 5); scalar."""
+    """L_Q of the generator, ``-E[ln D - ln(1 - D)]``, the negative mean logit (paper, eq. 5)."""
     return -logits_fake.mean()
 
 
@@ -59,7 +57,7 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """``E[max(0, 1 - logit(x))] + E[max(0, 1 + logit(x_fake))]``; scalar.
 
-    Lim and Ye, "Geometric GAN", 2017; for a projected discriminator, as in its authors' code.
+    Lim and Ye, "Geometric GAN", 2017. Projected discriminators use it, as in their authors' code.
     """
     return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
 
@@ -72,9 +70,9 @@ def gradient_penalty(discriminator: nn.Module, points: Tensor, target: float) ->
     Generalization and Stability of Generative Adversarial Networks", 2019, eq. 8.
 
     Args:
-        discriminator: gives logits ``(N,)``.
+        discriminator: returns logits ``(N,)``.
         points: ``(N, C, H, W)`` in the discriminator's input range.
-        target: the slope to keep, per unit of the input.
+        target: slope per unit of the input.
     """
     points = points.detach().requires_grad_(True)
     (slope,) = torch.autograd.grad(discriminator(points).sum(), points, create_graph=True)

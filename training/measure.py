@@ -1,4 +1,4 @@
-"""Everything that is measured of one model: its likelihood, its reconstructions, its samples."""
+"""Measurement of a model: its likelihood, reconstructions and samples."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ade_model.model import ADEModel
+from serving.images import psnr
 from training.data import DataError, Dataset
 from training.evaluate import evaluate, reconstructions, sample_images
 from training.metrics.efficientnet import EfficientNetFeatures, efficientnet_weights
@@ -21,10 +22,8 @@ from training.metrics.inception import inception_features, verified_inception
 from training.metrics.inception_score import inception_score
 from training.metrics.kid import kernel_distance
 from training.metrics.precision_recall import improved_precision_recall, prd_f_scores
-from training.metrics.psnr import psnr
 from training.recipes import saw_efficientnet
 
-CHUNK = 500
 MIN_HELD_OUT = 20  # for distances between sets of features
 FID_COUNTS = (5_000, 10_000, 50_000)
 NOT_INDEPENDENT = "not independent: the model was trained against these features"
@@ -36,15 +35,15 @@ class MeasureOptions:
     """What to measure, and on how many images.
 
     Attributes:
-        part: of the data set, held out.
-        images: only the first so many of it; ``None`` for all.
+        part: held-out part of the data set.
+        images: number of its images to use, the first ones; ``None`` for all.
         draws: K of the importance-weighted bound.
-        bound_images: the bound is taken of the first so many images; ``None`` for all.
+        bound_images: number of images for that bound, the first ones; ``None`` for all.
         resnet20: weights of a CIFAR-10 ResNet-20, for its feature space and GAN-train.
-        efficientnet: whether to use EfficientNet-Lite0's feature space.
+        efficientnet: whether to use the feature space of EfficientNet-Lite0.
         inception: weights of the FID's Inception, or ``download``.
-        samples: generated for ResNet-20.
-        efficientnet_samples: generated for EfficientNet-Lite0.
+        samples: number of samples for ResNet-20.
+        efficientnet_samples: number of samples for EfficientNet-Lite0.
         seed: of the noise.
     """
 
@@ -61,18 +60,18 @@ class MeasureOptions:
 
 
 def check_options(dataset: Dataset, options: MeasureOptions) -> None:
-    """Is there what is to be measured with? To be asked before training for days.
+    """Check that everything can be measured, which is best known before days of training.
 
     Raises:
-        DataError: too few held-out images.
-        FeatureError: a network's weights are not there or not what they should be.
+        DataError: there are too few held-out images.
+        FeatureError: the weights of a network are missing or wrong.
     """
     found = len(dataset.parts[options.part].images[: options.images])
     least = MIN_HELD_OUT if options.resnet20 or options.efficientnet or options.inception else 2
     if found < least:
         raise DataError(
-            f"the part {options.part} of {dataset.name} has {found} images; what is to be measured takes "
-            f"{least} at least"
+            f"the part {options.part} of {dataset.name} has {found} images; "
+            f"these measurements need at least {least}"
         )
     if options.resnet20 is not None:
         ResNet20(options.resnet20)
@@ -84,7 +83,7 @@ def check_options(dataset: Dataset, options: MeasureOptions) -> None:
 
 @dataclass
 class _Space:
-    """One feature space, and the held-out images in it."""
+    """A feature space, with the held-out images in it."""
 
     samples: int
     features: Callable[[np.ndarray], np.ndarray]
@@ -94,11 +93,11 @@ class _Space:
 
 @dataclass
 class Measurer:
-    """Measures one model after another against the same held-out images, whose features are worked
-    out once.
+    """Measures models against the same held-out images, whose features it computes once.
 
     Raises:
-        FeatureError: a network's weights are not what they should be.
+        DataError: there are too few held-out images.
+        FeatureError: the weights of a network are missing or wrong.
     """
 
     dataset: Dataset
@@ -136,12 +135,15 @@ class Measurer:
         self._spaces[name] = _Space(samples, features, features(self.images[:samples]), logits)
 
     def measure(self, model: ADEModel, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Plain values for JSON; each figure stands beside its sample count and its reference.
+        """Measure one model.
 
         Args:
             model: in evaluation mode, float32, on the device.
-            about: its checkpoint's ``config.json``: what it can do (a GAN before its inference
-                network is trained can only sample), and what it was trained against.
+            about: the ``config.json`` of its checkpoint, for the operations that it supports (a GAN
+                can only sample until its inference network is trained) and its recipe.
+
+        Returns:
+            Plain values for JSON; each figure has its number of samples and its reference.
         """
         options = self.options
         operations = about.get("operations", model.config.operations)
@@ -159,29 +161,20 @@ class Measurer:
             )
             self.report("reconstructions")
             made = reconstructions(model, self.images[: options.bound_images], self.device)
-            quality = np.concatenate(
-                [
-                    psnr(self.images[first : first + CHUNK], made[first : first + CHUNK])
-                    for first in range(0, len(made), CHUNK)
-                ]
-            )
-            inexact = quality[np.isfinite(quality)]
+            decibels = map(psnr, self.images[: len(made)], made)
+            inexact = [value for value in decibels if value is not None]
             result["psnr"] = {
-                "mean_db": float(inexact.mean()) if len(inexact) else None,
+                "mean_db": float(np.mean(inexact)) if inexact else None,
                 "exact": len(made) - len(inexact),
                 "images": len(made),
             }
-        wanted = max((space.samples for space in self._spaces.values()), default=0)
-        for kind in (
-            ("mean", "density")
-            if wanted and model.config.widths and "score" in operations
-            else ("mean",)
-        ):
-            if wanted:
-                self.report(f"{wanted} {kind} samples")
-                self._samples(
-                    result, sample_images(model, wanted, self.device, kind, options.seed), kind
-                )
+        count = max((space.samples for space in self._spaces.values()), default=0)
+        has_density = model.config.widths and "score" in operations
+        for kind in ("mean", "density") if has_density else ("mean",):
+            if count:
+                self.report(f"{count} {kind} samples")
+                samples = sample_images(model, count, self.device, kind, options.seed)
+                self._samples(result, samples, kind)
         if saw_efficientnet(about) and EFFICIENTNET in self._spaces:
             result["distances"]["mean"][EFFICIENTNET]["independent"] = NOT_INDEPENDENT
         if options.inception is not None:
@@ -217,9 +210,7 @@ class Measurer:
 
     def _gan_train(self, result: dict[str, Any], samples: np.ndarray, classes: np.ndarray) -> None:
         labels = self.dataset.parts[self.options.part].labels
-        if (
-            labels is None or self.dataset.name != "cifar10"
-        ):  # the classifier's classes are CIFAR-10's
+        if labels is None or self.dataset.name != "cifar10":  # the classifier knows CIFAR-10
             return
         self.report("GAN-train")
         labels = labels[: len(self.images)]
@@ -242,8 +233,10 @@ class Measurer:
         result["gan_test"] = GAN_TEST
 
     def _inception(self, result: dict[str, Any], model: ADEModel) -> None:
-        """FID at three counts (5,000 and 10,000 against the part, 50,000 against the training
-        images), KID, IS.
+        """FID, KID and Inception score.
+
+        The FID of 5,000 and of 10,000 samples is against the held-out part; that of 50,000 samples
+        is against the training images.
         """
         assert self.options.inception is not None
         self.report("Inception: samples")

@@ -1,7 +1,7 @@
-"""The projected discriminator: small networks on the frozen features of a classifier of ImageNet.
+"""The projected discriminator: small networks on the frozen features of an ImageNet classifier.
 
-Sauer et al., "Projected GANs Converge Faster", 2021. Its features know ImageNet, so distances in
-the same network's features are no independent measure of what it trained.
+Sauer et al., "Projected GANs Converge Faster", 2021. Distances in the same classifier's features
+are not an independent measure of a model that was trained against it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from torch.nn.utils.parametrizations import spectral_norm
 from ade_model.errors import ConfigError
 from training.metrics.efficientnet import LEVEL_CHANNELS, EfficientNetLite0, efficientnet_weights
 
-LEAST_SIDE = 64  # of what the features are taken of, so that the coarsest still have positions
+LEAST_SIDE = 64  # of the classifier's input, so that its coarsest features still have positions
 FINEST_STRIDE = 4
-POSITIONS = 4  # a side, of each level's logits
+POSITIONS = 4  # per side, of each level's logits
 HEAD_WIDTH = 128
-_MIXING_SEED = 0  # the same for all runs: mixing is no part of a checkpoint
+_MIXING_SEED = 0  # the same for all runs, since checkpoints do not contain the mixing
 
 
 class ProjectedDiscriminator(nn.Module):
-    """``x (N, 3, H, W)`` in [0, 1] to logits ``(N, 64)``, 16 per level, positive for real.
+    """From ``x``, ``(N, 3, H, W)`` in [0, 1], to logits, ``(N, 64)``, positive for real images.
 
-    Only the heads are trained, and only they are in the state dict.
+    Each of the four levels has 16 logits. Only the heads are trained, and only they are in the
+    state dict.
 
     Args:
-        widths: to how many channels each level's features are mixed, finest first.
-        image_size: pixels a side.
-        channels: of the images, 3.
+        widths: channels to which each level's features are mixed, finest first.
+        image_size: height and width of the images, pixels.
+        channels: of the images; must be 3.
 
     Raises:
-        FeatureError: the package with the features' weights is not installed.
-        ConfigError: the images are not coloured.
+        FeatureError: the package with the classifier's weights is not installed.
+        ConfigError: the images do not have 3 channels.
     """
 
     def __init__(self, widths: tuple[int, ...], image_size: int, channels: int) -> None:
@@ -70,12 +71,12 @@ class ProjectedDiscriminator(nn.Module):
             mix(level)
             for mix, level in zip(self.mix_channels, self.features.levels(x), strict=True)
         ]
-        for fine in reversed(range(len(levels) - 1)):  # every level knows of the coarser ones
+        for fine in reversed(range(len(levels) - 1)):  # add to each level the coarser ones
             coarse = self.mix_scales[fine](
                 F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest")
             )
             levels[fine] = (levels[fine] + coarse) * 0.5**0.5
-        # A level of fewer positions repeats its logits: all levels have the same weight in a mean.
+        # A level of fewer positions repeats its logits, so that all levels weigh the same in a mean.
         logits = [
             F.interpolate(head(level), POSITIONS, mode="nearest").flatten(1)
             for head, level in zip(self.heads, levels, strict=True)
@@ -84,7 +85,7 @@ class ProjectedDiscriminator(nn.Module):
 
 
 def _head(width: int, size: int) -> nn.Module:
-    """From a level's features to logits ``(N, 1, h, w)``, of 4x4 positions at most."""
+    """Build the network from a level's features to logits, ``(N, 1, h, w)``, of at most 4x4."""
     layers: list[nn.Module] = []
     halvings = max(0, int(math.log2(size / POSITIONS)))
     for i in range(max(1, halvings)):
@@ -100,7 +101,7 @@ def _head(width: int, size: int) -> nn.Module:
 
 
 def _random_conv(ins: int, outs: int, kernel: int, generator: torch.Generator) -> nn.Conv2d:
-    """A convolution that keeps the scale of its input."""
+    """A random convolution that keeps the variance of its input."""
     conv = nn.Conv2d(ins, outs, kernel, padding=kernel // 2, bias=False)
     weight = torch.randn(conv.weight.shape, generator=generator, device="cpu") / math.sqrt(
         ins * kernel**2
@@ -110,7 +111,7 @@ def _random_conv(ins: int, outs: int, kernel: int, generator: torch.Generator) -
 
 
 def _freeze(network: nn.Module) -> None:
-    """Make all weights constants that no optimiser, count or checkpoint sees."""
+    """Turn all weights into constants, which optimisers, counts and checkpoints ignore."""
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
             del module._parameters[name]

@@ -1,4 +1,4 @@
-"""The named systems: each recipe is a complete configuration, and nothing but that."""
+"""The named systems; each recipe is a complete configuration."""
 
 from __future__ import annotations
 
@@ -19,51 +19,50 @@ class TrainConfig:
     """How one model is trained.
 
     Attributes:
-        recipe: the recipe's name.
-        size: one of :data:`SIZES`.
-        model: what is trained.
-        discriminator: its opponent; ``None`` trains by maximum likelihood alone.
+        recipe: name of the recipe.
+        size: of the networks, one of :data:`SIZES`.
+        model: configuration of the model.
+        discriminator: configuration of the discriminator; ``None`` for maximum likelihood alone.
         batch_size: images per step, over all processes.
-        optimizer: ``adam`` or ``adamax``, of model and discriminator.
-        learning_rate: highest rate of what the likelihood alone trains (flow, encoder, posterior
-            and sigma), and of the whole model where there is no adversary.
-        beta1: of the same weights, the decay of the gradient's running mean, per step.
-        beta2: of the same weights, the decay of the squared gradient's running mean, per step.
-        g_learning_rate: highest rate of the generator's path, all that makes samples, where there
-            is an adversary.
-        g_beta1: as beta1, for the generator's path.
-        g_beta2: as beta2, for the generator's path.
+        optimizer: of model and discriminator, ``adam`` or ``adamax``.
+        learning_rate: highest rate of the weights that the likelihood alone trains (flow, encoder,
+            posterior and sigma), and of the whole model if there is no discriminator.
+        beta1: decay per step of the gradient's running mean, for the same weights.
+        beta2: decay per step of the squared gradient's running mean, for the same weights.
+        g_learning_rate: highest rate of the weights that make samples, if there is a discriminator.
+        g_beta1: as beta1, for the weights that make samples.
+        g_beta2: as beta2, for the weights that make samples.
         d_learning_rate: highest rate of the discriminator.
         d_beta1: as beta1, for the discriminator.
         d_beta2: as beta2, for the discriminator.
         warmup_steps: steps over which the learning rates grow linearly from zero.
         cooldown: last fraction of the budget, over which the learning rates fall linearly to a
             fiftieth.
-        coverage: whether the model learns by L_C.
-        free_bits: nats per latent channel and image; a channel whose KL is smaller is not charged
-            for it (L_C as reported is without this).
-        kl_warmup: training images over which the weight of the KL grows from 0 to 1, from the run's
-            start.
+        coverage: whether the model is trained with L_C.
+        free_bits: nats per latent channel and image; the KL of a channel costs nothing below it
+            (reported values of L_C are without this).
+        kl_warmup: training images, from the start, over which the weight of the KL grows from 0 to
+            1.
         reconstruction_weight: weight of the mean squared error of mean reconstructions, in units of
-            x, beside L_C. A strong flow predicts each pixel from its neighbours and leaves the
-            latents little to say; this makes them say what an image looks like.
+            x, beside L_C. A strong flow predicts pixels from their neighbours and leaves little to
+            the latents; this makes them hold what an image looks like.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
             without L_C, the weight of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
-        inference_share: fraction of the budget, spent on top of it, in which an inference network
-            and sigma are trained around the frozen generator: a GAN's likelihood.
+        inference_share: additional fraction of the budget in which an inference network and sigma
+            are trained with the generator frozen, for the likelihood of a GAN.
         d_steps: discriminator steps per model step.
         gp_weight: weight of the gradient penalty.
-        gp_target: slope that the penalty asks for at random interpolates of real and generated
+        gp_target: slope that the penalty enforces at random interpolates of real and generated
             images, per unit of x.
-        gp_every: the penalty is computed at every such number of discriminator steps, its weight
-            multiplied accordingly.
-        ema_decay: per step, of the averaged weights, which are evaluated and exported.
-        clip: gradients longer than this many times their usual norm, a running mean, are shortened
-            to that length.
-        augment: whether the discriminator sees all images, real and generated, with random changes
-            of brightness, saturation, contrast and place.
-        flips: mirror training images at random.
+        gp_every: discriminator steps per computation of the penalty, whose weight is multiplied by
+            this number.
+        ema_decay: decay per step of the averaged weights, which are evaluated and exported.
+        clip: multiple of the running mean of a gradient's norm to which longer gradients are
+            shortened.
+        augment: whether real and generated images are changed at random in brightness, saturation,
+            contrast and position before the discriminator sees them.
+        flips: whether training images are mirrored at random.
     """
 
     recipe: str
@@ -75,9 +74,8 @@ class TrainConfig:
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
-    # Adam lets a weight that rarely sees a gradient jump by (1 - beta1) / sqrt(1 - beta2) rates at
-    # once: with 0.5 and the usual 0.999 that is 16, and a run was lost to one such step; with 0.5
-    # and 0.99 it is 5.
+    # Adam moves a weight with rare gradients by up to (1 - beta1) / sqrt(1 - beta2) rates in one
+    # step: 16 for 0.5 and 0.999, by which a run was lost; 5 for 0.5 and 0.99.
     g_learning_rate: float = 5e-4
     g_beta1: float = 0.5
     g_beta2: float = 0.99
@@ -132,15 +130,19 @@ class TrainConfig:
             )
         if self.inference_share and (self.coverage or not self.model.widths):
             raise ConfigError(
-                f"inference_share is for a GAN's likelihood: {self.recipe} has one of its own"
+                "inference_share must be 0 except for a GAN, "
+                f"got {self.inference_share} for {self.recipe}"
             )
-
         for name in ("free_bits", "kl_warmup", "reconstruction_weight"):
             if getattr(self, name) and not self.model.widths:
-                raise ConfigError(f"{name} is for latents: {self.recipe} has none")
+                raise ConfigError(
+                    f"{name} must be 0 for a system without latents, "
+                    f"got {getattr(self, name)} for {self.recipe}"
+                )
         if self.reconstruction_weight and not self.coverage:
             raise ConfigError(
-                f"reconstruction_weight needs L_C, which {self.recipe} does not minimise"
+                "reconstruction_weight must be 0 without L_C, "
+                f"got {self.reconstruction_weight} for {self.recipe}"
             )
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
@@ -151,13 +153,14 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Rebuild from :meth:`to_dict`. Of a run that was trained before November 2026, fields that
-        did not exist take the values that describe it.
+        """Rebuild from :meth:`to_dict`.
+
+        For a run from before November 2026, newer fields take the values that describe it.
         """
         values = dict(values)
-        if (
-            "max_grad_norm" in values
-        ):  # then all weights had one rate, gradients one bound, and no run cooled down
+        # Before November 2026, all weights had the same rate, gradients a fixed bound, and runs no
+        # cooldown.
+        if "max_grad_norm" in values:
             del values["max_grad_norm"]
             values |= {"g_learning_rate": values["learning_rate"], "cooldown": 0.0}
             values |= {f"{who}_{beta}": values[beta] for who in "gd" for beta in ("beta1", "beta2")}
@@ -169,7 +172,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """What the systems of one size share: networks, batch, and the rates that go with them."""
+    """Settings that the systems of one size share."""
 
     model: dict[str, Any]
     flow_alone: dict[str, Any]
@@ -203,7 +206,7 @@ _SIZES = {
         batch_size=64,
         adversarial_rate=3e-4,
     ),
-    # The networks of the paper as far as they are known: SNGAN's generator and discriminator,
+    # The networks of the paper, as far as it describes them: SNGAN's generator and discriminator,
     # Real-NVP's f with one scale and three residual blocks of two layers (footnote 3).
     "paper": _Size(
         {
@@ -229,14 +232,14 @@ _SIZES = {
         adversarial_rate=3e-4,
     ),
 }
-# One for all sizes: most of its operations are those of the frozen features.
+# The same for all sizes, since the frozen features take most of its operations.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
-PAPER_WIDTH_WITH_FLOW = 472  # of 512: about the weights that f adds, as in Table 1's dagger
+PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)
 
 
 @dataclasses.dataclass(frozen=True)
 class _System:
-    """One row of the paper: what sets it apart, whatever its size."""
+    """One system of the paper: its settings that do not depend on the size."""
 
     line: str
     coverage: bool = True
@@ -248,8 +251,8 @@ class _System:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# The smaller sigma gets, the steeper the likelihood of pixels: at 1e-3 the VAE broke after 119,000
-# images of CIFAR-10.
+# The likelihood of pixels gets steep as sigma gets small: with a rate of 1e-3, the VAE diverged
+# after 119,000 images of CIFAR-10.
 _PIXELS: dict[str, Any] = {
     "flow_scales": 0,
     "model": {"sigma": "scalar"},
@@ -304,16 +307,15 @@ _SYSTEMS = {
 
 
 def recipe_names() -> dict[str, str]:
-    """Every recipe's name and one line on it."""
+    """The name of every recipe, with a one-line description."""
     return {name: system.line for name, system in _SYSTEMS.items()}
 
 
 def saw_efficientnet(about: Mapping[str, Any]) -> bool:
-    """Whether a model was trained against EfficientNet's features, by its recipe or by one that it
-    was started from.
+    """Whether a model, or one that it was started from, was trained against EfficientNet's features.
 
     Args:
-        about: a checkpoint's or a bundle's ``config.json``.
+        about: the ``config.json`` of a checkpoint or bundle.
     """
     known = _SYSTEMS.get(about.get("recipe", ""))
     before = about.get("started_from")
@@ -329,20 +331,20 @@ def recipe(
 
     Args:
         name: one of :func:`recipe_names`.
-        image_size: pixels.
-        channels: colour channels.
+        image_size: height and width of the images, pixels.
+        channels: colour channels of the images.
         size: of the networks, one of :data:`SIZES`.
-        changes: fields to set differently: of :class:`TrainConfig`, of :class:`ModelConfig`, and
-            with ``d_`` before their names of :class:`DiscriminatorConfig`.
+        changes: fields to change: those of :class:`TrainConfig` and :class:`ModelConfig`, and those
+            of :class:`DiscriminatorConfig` with the prefix ``d_``.
 
     Raises:
-        ValueError: no recipe or size of that name.
-        ConfigError: the image size does not fit, or a change is invalid.
+        ValueError: there is no recipe or size of that name.
+        ConfigError: the image size does not suit the networks, or a change is invalid.
     """
     if name not in _SYSTEMS:
-        raise ValueError(f"no recipe {name!r}; there are {', '.join(_SYSTEMS)}")
+        raise ValueError(f"recipe must be one of {', '.join(_SYSTEMS)}, got {name!r}")
     if size not in _SIZES:
-        raise ValueError(f"no size {size!r}; there are {', '.join(_SIZES)}")
+        raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
     system, sized = _SYSTEMS[name], _SIZES[size]
     of_the_model = {name: changes.pop(name) for name in _names(ModelConfig) & changes.keys()}
     of_the_discriminator = {
@@ -370,7 +372,7 @@ def recipe(
         widths = options.get("widths", ModelConfig.widths)
         if system.wide:
             options["widths"] = tuple(2 * width for width in widths)
-        if not system.coverage:  # a GAN's noise enters at the top alone
+        if not system.coverage:  # a GAN's noise enters at the coarsest level only
             options["latent_channels"] = (sum(latents), *(0 for _ in latents[1:]))
             options["encoder"] = training["inference_share"] > 0
     else:
@@ -386,9 +388,7 @@ def _names(config: type) -> set[str]:
 
 
 def _paper_networks(options: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """The generator narrowed by what ``f`` adds, and one more layer for 64x64 images (paper,
-    section 5.3).
-    """
+    """Narrow the generator if there is ``f``, and add a layer for 64x64 images (section 5.3)."""
     options = dict(options)
     if options["flow_scales"]:
         options["widths"] = (PAPER_WIDTH_WITH_FLOW, *options["widths"][1:])

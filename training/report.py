@@ -1,4 +1,4 @@
-"""The page that a run ends with."""
+"""The report of a training run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ade_model.model import ADEModel
 from serving.images import write_png
 from training.data import Dataset
 from training.evaluate import evaluate, reconstruction_grid, sample_grid
+from training.runs import write_text
 
 REPORT_IMAGES = 2000
 REPORT_SAMPLES = 8
@@ -20,7 +21,7 @@ REPORT_SAMPLES = 8
 def write_report(
     run: Path, checkpoint: Path, dataset: Dataset, model: ADEModel, device: torch.device
 ) -> None:
-    """``RUN/report.md`` with samples, reconstructions and held-out bits per dimension beside it."""
+    """Write ``RUN/report.md`` with samples, reconstructions and held-out bits per dimension."""
     about = json.loads((checkpoint / "config.json").read_text())
     state = json.loads((checkpoint / "state.json").read_text())
     pictures = run / "pictures"
@@ -29,23 +30,22 @@ def write_report(
         (pictures / f"samples-{kind}.png").write_bytes(
             write_png(sample_grid(model, 100, device, kind))
         )
+    images, seconds = state["images"], state["seconds"]
     lines = [
         f"# {about['recipe']} on {dataset.name}",
         "",
-        f"- {state['images']:,} training images in {state['step']:,} steps and {state['seconds'] / 60:.1f} minutes "
-        f"({state['images'] / max(state['seconds'], 1e-9):.0f} images/s), seed {about['seed']}",
+        f"- {images:,} training images in {state['step']:,} steps and {seconds / 60:.1f} minutes "
+        f"({images / max(seconds, 1e-9):.0f} images/s), seed {about['seed']}",
         f"- {sum(p.numel() for p in model.parameters()):,} weights, of them "
         f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow",
     ]
     held_out = dataset.parts["select"].images[:REPORT_IMAGES]
     if len(held_out) > 1 and "score" in about["operations"]:
-        scores = evaluate(model, held_out, device, REPORT_SAMPLES)
-        for name, value in scores.items():
-            if isinstance(value, dict):
-                lines.append(
-                    f"- bits per dimension ({name}, {len(held_out)} held-out images of the part `select`): "
-                    f"{value['bpd']:.4f} ± {value['standard_error']:.4f}"
-                )
+        lines += [
+            f"- bits per dimension ({name}, {len(held_out)} held-out images of the part `select`): "
+            f"{value['bpd']:.4f} ± {value['standard_error']:.4f}"
+            for name, value in evaluate(model, held_out, device, REPORT_SAMPLES).items()
+        ]
         grid = reconstruction_grid(model, np.asarray(held_out[:16]), device)
         (pictures / "reconstructions.png").write_bytes(write_png(grid))
         lines += [
@@ -71,6 +71,4 @@ def write_report(
             "",
             *(f"- {line}" for line in dataset.skipped),
         ]
-    (run / "report.md").write_text(
-        "\n".join(lines) + "\n", errors="backslashreplace"
-    )  # names of files may be no UTF-8
+    write_text(run / "report.md", "\n".join(lines) + "\n")

@@ -1,8 +1,8 @@
-"""A run's folder: what was asked, checkpoints that are whole or not there, and the log of losses.
+"""The folder of a training run, and its checkpoints.
 
-``RUN/run.json`` says how the run was started, ``RUN/checkpoints/step-N/`` holds everything that is
-needed to go on, ``RUN/metrics.jsonl`` the losses, ``RUN/tensorboard/`` the same for TensorBoard and
-``RUN/report.md`` the end.
+``RUN/run.json`` holds the run's configuration, ``RUN/checkpoints/step-N/`` everything that is needed
+to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the losses, and ``RUN/report.md`` the
+report at the end.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import Timeout
 from torch import Tensor
 
 from ade_model.checkpoint import WEIGHTS_NAME, read_config, save_model
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
-from serving.files import replacing
-from serving.locks import claim
+from serving.files import LOCK, locked, new_folder, replacing
 from training.growth import grown_weights
 from training.step import Trainer
 
 logger = logging.getLogger(__name__)
 KEEP = 3
-EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones are only for going on
+EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones serve to resume
 RAW_NAME = "raw.safetensors"
 DISCRIMINATOR_NAME = "discriminator.safetensors"
 STATE_NAME = "state.json"
 
 
 class RunError(ValueError):
-    """A run's folder that cannot be used as asked."""
+    """The folder of a run cannot be used as requested, or an option is invalid."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: model steps, training images seen, seconds of training."""
+    """Model steps, training images seen and seconds of training."""
 
     step: int = 0
     images: int = 0
@@ -51,25 +51,31 @@ class Progress:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file that is whole or not there."""
-    with replacing(path, text=True) as file:
-        file.write(json.dumps(values, indent=2) + "\n")
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; names of files in it need not be UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other programs out of a folder; the processes that ``torchrun`` started are one.
+    """Keep other programs out of a folder; the processes that ``torchrun`` started count as one.
 
     Raises:
-        RunError: another is at it.
+        RunError: another process works in the folder.
     """
     if int(os.environ.get("RANK", "0")):
         yield
         return
-    with claim(folder) as is_ours:
-        if not is_ours:
-            raise RunError(f"{folder}: another process is at it")
-        yield
+    try:
+        with locked(folder / LOCK):
+            yield
+    except Timeout:
+        raise RunError(f"{folder} is in use by another process") from None
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -79,10 +85,10 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run; a checkpoint's or a bundle's own folder is returned as it is.
+    """The newest checkpoint of a run; the folder of a checkpoint or bundle is returned as it is.
 
     Raises:
-        RunError: there is none.
+        RunError: the folder holds no finished checkpoint.
     """
     if (run / WEIGHTS_NAME).is_file():
         return run
@@ -93,46 +99,49 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-    """Write a checkpoint under a temporary name and move it into place; older ones go, all but two.
-    One that is there stays as it is: the same step has the same weights.
+    """Write a checkpoint, whole or not at all, and delete all but the newest three.
+
+    A checkpoint of the same step is kept as it is, since it holds the same weights.
+
+    Returns:
+        The checkpoint's folder.
     """
     parent = run / "checkpoints"
     target = parent / f"step-{progress.step:09d}"
     if (target / STATE_NAME).is_file():
         return target
-    temporary = parent / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(trainer.ema, temporary, {**about, "operations": list(trainer.operations)})
-    _save(trainer.model.state_dict(), temporary / RAW_NAME)
-    _save_optimizer(trainer.optimizer, temporary / "optimizer.safetensors")
-    if trainer.discriminator is not None and trainer.d_optimizer is not None:
-        _save(trainer.discriminator.state_dict(), temporary / DISCRIMINATOR_NAME)
-        _save_optimizer(trainer.d_optimizer, temporary / "d_optimizer.safetensors")
-    write_json(
-        temporary / STATE_NAME,
-        {
-            "step": progress.step,
-            "images": progress.images,
-            "seconds": progress.seconds,
-            "skipped_in_a_row": trainer.skipped_in_a_row,
-            "usual_norm": trainer.usual_norm,
-            "inferring_since": trainer.inferring_since,
-            "rescued_at": trainer.rescued_at,
-        },
-    )
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    # A process that was killed leaves unfinished folders; no other process writes here now.
+    for unfinished in (target, *parent.glob(".step-*.tmp")):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(target, RunError) as folder:
+        save_model(trainer.ema, folder, {**about, "operations": list(trainer.operations)})
+        _save(trainer.model.state_dict(), folder / RAW_NAME)
+        _save_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
+        if trainer.discriminator is not None and trainer.d_optimizer is not None:
+            _save(trainer.discriminator.state_dict(), folder / DISCRIMINATOR_NAME)
+            _save_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
+        write_json(
+            folder / STATE_NAME,
+            {
+                "step": progress.step,
+                "images": progress.images,
+                "seconds": progress.seconds,
+                "skipped_in_a_row": trainer.skipped_in_a_row,
+                "usual_norm": trainer.usual_norm,
+                "inferring_since": trainer.inferring_since,
+                "rescued_at": trainer.rescued_at,
+            },
+        )
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     for old in checkpoint_folders(run)[:-KEEP]:
         shutil.rmtree(old)
     return target
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
-    """Put a checkpoint's state into a trainer built from the same configuration."""
+    """Load a checkpoint into a trainer that was built from the same configuration."""
     trainer.ema.load_state_dict(safetensors.torch.load_file(folder / EMA_NAME))
     trainer.model.load_state_dict(safetensors.torch.load_file(folder / RAW_NAME))
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
@@ -153,12 +162,12 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
 
 
 def start_from(folder: Path, trainer: Trainer) -> None:
-    """Take weights (not the optimiser's state) from another run or a bundle: ``ade train --init``.
+    """Take weights, but not the optimiser's state, from another run or a bundle.
 
     A larger model than theirs begins where they ended, see :mod:`training.growth`.
 
     Raises:
-        RunError: the weights are of another architecture, and not of a smaller one of its kind.
+        RunError: the weights belong to another architecture that cannot grow into this one.
     """
     folder = latest_checkpoint(folder)
     weights = safetensors.torch.load_file(folder / EMA_NAME)
@@ -167,23 +176,25 @@ def start_from(folder: Path, trainer: Trainer) -> None:
         grown_weights(weights, before, trainer.model)
     except ConfigError as error:
         raise RunError(
-            f"{folder} holds another architecture, which this recipe's model cannot grow from: {error}"
+            f"the weights of {folder} belong to another architecture than this recipe's: {error}"
         ) from error
     trainer.ema.load_state_dict(trainer.model.state_dict())
     if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
-        theirs, ours = (
-            safetensors.torch.load_file(folder / DISCRIMINATOR_NAME),
-            trainer.discriminator.state_dict(),
-        )
-        # Compared first: loading takes over what fits before it fails.
-        if {name: value.shape for name, value in theirs.items()} == {
-            name: value.shape for name, value in ours.items()
-        }:
+        theirs = safetensors.torch.load_file(folder / DISCRIMINATOR_NAME)
+        ours = trainer.discriminator.state_dict()
+        # Compared first, because loading copies what fits before it fails.
+        if _shapes(theirs) == _shapes(ours):
             trainer.discriminator.load_state_dict(theirs)
         else:
             logger.warning(
-                "%s: its discriminator is of another architecture; this one starts anew", folder
+                "the discriminator of %s has another architecture: this one starts from random "
+                "weights",
+                folder,
             )
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

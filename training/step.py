@@ -1,4 +1,4 @@
-"""One step of the discriminator and one of the model: the paper's alternation (section 4)."""
+"""The training step: discriminator and model in alternation (paper, section 4)."""
 
 from __future__ import annotations
 
@@ -28,36 +28,37 @@ from training.losses import (
 from training.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
-# A step whose gradient is this many times its running norm is skipped: one outlier among the
-# images, clipped or not, was seen to ruin a model within ten steps. When so many on end are
-# skipped, it is the model that went wrong: its averaged weights take over, at half the rate and
-# with a warm-up, for the rate was too high and Adam's first steps are long. The rate comes back
-# over the steps that follow. After that many rescues within an average's memory the run has
-# diverged.
+# A step is skipped if its gradient's norm is SPIKE times the running mean: one outlier among the
+# images, clipped or not, ruined a model within ten steps. After MAX_SKIPPED_STEPS skipped steps in
+# a row the model itself has gone wrong, and is rescued: the averaged weights replace it, and
+# training restarts with a warm-up at RATE_AFTER_RESCUE of the rate, which recovers over
+# RECOVERY_STEPS. More than MAX_RESCUES rescues within the memory of the average mean divergence.
 SPIKE = 8.0
 MAX_SKIPPED_STEPS = 10
 MAX_RESCUES = 3
 RATE_AFTER_RESCUE = 0.5
 RECOVERY_STEPS = 5000
 SPIKE_AFTER_STEPS = 50
-LAST_RATE = 0.02  # of the full one, at the end of a cooldown
+LAST_RATE = 0.02  # fraction of the full rate at the end of a cooldown
 
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
 def _to_device(network: _Network, device: torch.device) -> _Network:
-    """Channels last: convolutions on the CPU need no reordering then."""
+    """Move a network, with channels last, so that CPU convolutions need no reordering."""
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss was not finite, or gradients stayed out of all proportion whatever was tried."""
+    """A loss was not finite, or gradients stayed abnormally large after several rescues."""
 
 
 class _Noise:
-    """The random numbers of one step. Each process draws those of the whole batch and keeps its
-    share: training on two processes is training on one.
+    """The random numbers of one step.
+
+    Each process draws those of the whole batch and keeps its share, so that the result does not
+    depend on the number of processes.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class _Noise:
         self._rank, self._processes = rank, processes
 
     def uniform(self, n: int, *shape: int) -> Tensor:
-        """``(n, *shape)``, on [0, 1)."""
+        """Uniform numbers on [0, 1), ``(n, *shape)``."""
         return self._mine(
             torch.rand(n * self._processes, *shape, generator=self._generator, device=self._device)
         )
 
     def normal(self, n: int, *shape: int) -> Tensor:
-        """``(n, *shape)``, standard normal."""
+        """Standard normal numbers, ``(n, *shape)``."""
         return self._mine(
             torch.randn(n * self._processes, *shape, generator=self._generator, device=self._device)
         )
@@ -84,26 +85,26 @@ class _Noise:
 
 
 class Trainer:
-    """The model, its opponent, their optimisers and the averaged weights.
+    """The model, the discriminator, their optimisers and the averaged weights.
 
-    Every random number of a step comes from one generator, seeded by ``(seed, step)``: a run that
-    is resumed draws what an uninterrupted one would.
+    Every random number of a step comes from one generator, seeded by ``(seed, step)``, so that a
+    resumed run draws the same numbers as an uninterrupted one.
 
     Args:
         config: how to train.
-        device: where.
-        autocast: a context for the networks' forward passes.
-        average: in place, the mean over processes of a flat vector; identity for one process.
+        device: where to train.
+        autocast: makes the context of the networks' forward passes.
+        average: averages a flat vector over processes, in place; the identity for one process.
         seed: of weights and of noise.
         rank: of this process.
-        processes: how many there are.
+        processes: number of processes.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         device: torch.device,
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Callable[[], AbstractContextManager[object]],
         average: Callable[[Tensor], Tensor],
         seed: int,
         rank: int = 0,
@@ -139,39 +140,36 @@ class Trainer:
         self.rescued_at: list[int] = []
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        kinds = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax}
-        return kinds[self.config.optimizer]([group for group in groups if group["params"]])
+        kind = torch.optim.Adam if self.config.optimizer == "adam" else torch.optim.Adamax
+        return kind([group for group in groups if group["params"]])
 
     def _group(self, prefix: str, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """Parameters for an optimiser, with the rate and betas of that prefix; ``rate`` is the
-        highest rate.
-        """
+        """An optimiser's group with the rate and betas of a prefix; ``rate`` is the highest rate."""
         rate, beta1, beta2 = (
             getattr(self.config, prefix + name) for name in ("learning_rate", "beta1", "beta2")
         )
         return {"params": parameters, "lr": rate, "rate": rate, "betas": (beta1, beta2)}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """What the likelihood alone trains, and the generator's path, which an adversary trains
-        too.
+        """Groups of the weights that only the likelihood trains, and of those that make samples.
 
-        The adversary needs short memories and a low rate; at these settings the likelihood learns
-        more slowly.
+        Adversarial training needs low rates and betas, with which the likelihood learns more
+        slowly.
         """
         if self.config.discriminator is None:
             return [self._group("", list(self.model.parameters()))]
-        path = set(self.model.decoder.parameters()) - set(self._inference_parameters())
+        generator = set(self.model.decoder.parameters()) - set(self._inference_parameters())
         if self.config.flow_sees_quality:
-            path |= set(self.model.flow.parameters())
+            generator |= set(self.model.flow.parameters())
         return [
-            self._group("", [p for p in self.model.parameters() if p not in path]),
-            self._group("g_", [p for p in self.model.parameters() if p in path]),
+            self._group("", [p for p in self.model.parameters() if p not in generator]),
+            self._group("g_", [p for p in self.model.parameters() if p in generator]),
         ]
 
     def _inference_parameters(self) -> list[nn.Parameter]:
-        """Weights of ``q(z | x)``, and sigma: what a mean sample does not depend on.
+        """Weights that a mean sample does not depend on: those of ``q(z | x)``, and sigma.
 
-        Empty for a flow by itself.
+        Empty for a flow alone.
         """
         if not isinstance(self.model.decoder, Decoder):
             return []
@@ -186,40 +184,30 @@ class Trainer:
 
     @property
     def inferring(self) -> bool:
-        """Whether the generator is finished and its inference network in training."""
+        """Whether the generator is frozen and its inference network is trained."""
         return self.inferring_since is not None
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """What the model can do by now: a GAN can only sample until its inference network is in
-        training.
-        """
-        return (
-            self.config.model.operations
-            if self.inferring or not self.config.inference_share
-            else ("sample",)
-        )
+        """Operations of the model; a GAN can only sample until its inference network is trained."""
+        if self.config.inference_share and not self.inferring:
+            return ("sample",)
+        return self.config.model.operations
 
     @property
     def _age(self) -> int:
-        """Steps of what is in training now: averages, warm-up and norms begin anew with the
-        inference network.
-        """
+        """Steps of the present phase; averages, warm-up and norms restart with inference."""
         return self.step - (self.inferring_since or 0)
 
     @property
     def _kl_weight(self) -> float:
-        """Of the KL in what is minimised."""
-        return (
-            min(1.0, self._age * self.config.batch_size / self.config.kl_warmup)
-            if self.config.kl_warmup
-            else 1.0
-        )
+        """Weight of the KL in the loss."""
+        if not self.config.kl_warmup:
+            return 1.0
+        return min(1.0, self._age * self.config.batch_size / self.config.kl_warmup)
 
     def begin_inference(self) -> None:
-        """From now on train the inference network and sigma alone, around the averaged generator
-        (paper, section 5).
-        """
+        """Freeze the averaged generator; train only inference network and sigma (section 5)."""
         if self.inferring_since is None:
             self.model.load_state_dict(self.ema.state_dict())
             self.usual_norm["model"] = 0.0
@@ -232,17 +220,16 @@ class Trainer:
         """One iteration: ``d_steps`` discriminator steps, then one joint step of the model.
 
         Args:
-            batches: this process's share, uint8 images ``(N, H, W, C)``: one batch for each
+            batches: this process's share of uint8 images, ``(N, H, W, C)``: one batch per
                 discriminator step, then the model's.
-            spent: fraction of the budget of what is in training that was spent before, for the
-                cooldown.
+            spent: fraction of the present phase's budget that is spent, for the cooldown.
 
         Returns:
-            Losses by name, over all processes; ``bpd`` is L_C and ``kl_0`` the KL of the coarsest
-            level in it, both in bits per dimension.
+            Losses by name, averaged over processes; ``bpd`` is L_C and ``kl_0`` the KL of the
+            coarsest level, both in bits per dimension.
 
         Raises:
-            TrainingDiverged: a loss was not finite, or gradients were not for several steps on end.
+            TrainingDiverged: a loss was not finite, or gradients stayed abnormal.
         """
         noise = _Noise(self.seed, self.step, self.device, self.rank, self.processes)
         self.spent = spent
@@ -265,9 +252,7 @@ class Trainer:
         return losses
 
     def _generate(self, n: int, noise: _Noise, with_graph: bool) -> Tensor:
-        """Mean samples. Where the flow is not to learn from L_Q, its weights have no part in their
-        graph.
-        """
+        """Draw mean samples; their graph has no weights of the flow unless L_Q trains it."""
         self.model.flow.requires_grad_(self.config.flow_sees_quality)
         with torch.set_grad_enabled(with_graph), self.autocast():
             x_fake = self.model.sample(self._eps(n, noise))
@@ -295,7 +280,7 @@ class Trainer:
         return [noise.normal(n, *shape) for shape in self.config.model.latent_shapes]
 
     def _seen(self, x: Tensor, noise: _Noise) -> Tensor:
-        """Images as the discriminator sees them."""
+        """Images as the discriminator sees them, augmented if configured."""
         return augment(x, noise.uniform(len(x), NUMBERS)) if self.config.augment else x
 
     def _discriminator_step(
@@ -334,7 +319,9 @@ class Trainer:
         losses: dict[str, float] = {}
         if self.config.coverage or self.inferring:
             with self.autocast():
-                evidence, features = self.model.evidence_and_features(x, self._eps(len(x), noise))
+                evidence, features = self.model.expected_evidence_and_features(
+                    x, self._eps(len(x), noise)
+                )
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
             losses |= {
@@ -355,9 +342,8 @@ class Trainer:
                 )
             loss.backward()
         if self.discriminator is not None and x_fake is not None:
-            # The samples of the discriminator's last step are judged anew, by its weights of now:
-            # the model has not changed since, so their graph gives L_Q's exact gradient and saves a
-            # pass through the generator.
+            # The samples of the discriminator's last step are reused: the model has not changed
+            # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
             seen = self._seen(x_fake, noise)
             with self.autocast():
@@ -375,8 +361,10 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         losses: dict[str, float],
     ) -> dict[str, float]:
-        """Average, check and clip the gradients, and step; returns the losses and the norm before
-        clipping.
+        """Average, check and clip the gradients, then step.
+
+        Returns:
+            The losses, and the gradient's norm before clipping.
         """
         gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
         local = torch.tensor(list(losses.values()), device=self.device)
@@ -387,11 +375,11 @@ class Trainer:
         flat = flat[len(local) :]
         bad = {key: value for key, value in losses.items() if not math.isfinite(value)}
         if bad:
-            raise TrainingDiverged(f"step {self.step}: not finite: {bad}")
+            raise TrainingDiverged(f"step {self.step}: losses must be finite, got {bad}")
         norm = flat.norm().item()
         usual = self.usual_norm[name]
-        # The discriminator must answer when the model has found a weakness: its large gradients are
-        # no outliers.
+        # Large gradients of the discriminator are legitimate: it reacts to a weakness that the
+        # model has found.
         in_proportion = (
             module is self.discriminator
             or self._age < SPIKE_AFTER_STEPS
@@ -399,8 +387,8 @@ class Trainer:
             or norm < SPIKE * usual
         )
         if math.isfinite(norm) and in_proportion:
-            # Adam takes no notice of a gradient's usual scale, but an outlier would move weights
-            # far at once and then, in the mean of squares, make the following steps short.
+            # Adam ignores the usual scale of gradients, but an outlier would move weights far and,
+            # through the mean of squares, shorten the steps after it.
             kept = min(norm, self.config.clip * usual) if usual else norm
             flat *= kept / (norm + 1e-12)
             offset = 0
@@ -417,16 +405,15 @@ class Trainer:
             if self.skipped_in_a_row[name] >= MAX_SKIPPED_STEPS:
                 self._rescue(
                     name,
-                    f"{MAX_SKIPPED_STEPS} steps on end had gradients that were not finite or over {SPIKE:g} "
-                    f"times the usual norm ({norm:.3g}, usual {usual:.3g})",
+                    f"{MAX_SKIPPED_STEPS} steps in a row had gradients that were not finite or "
+                    f"whose norm was over {SPIKE:g} times its running mean (last {norm:.3g}, "
+                    f"mean {usual:.3g})",
                 )
         optimizer.zero_grad(set_to_none=True)
         return losses | {"d_grad_norm" if module is self.discriminator else "grad_norm": norm}
 
     def _rate_share(self, name: str) -> float:
-        """How much of the highest rates is used: less while warming up, near the budget's end, and,
-        of the model's, after a rescue.
-        """
+        """Fraction of the highest rates: lower in warm-up and cooldown, and after a rescue."""
         rescues = [
             step
             for step in self.rescued_at
@@ -441,7 +428,7 @@ class Trainer:
         return share
 
     def _rescue(self, name: str, why: str) -> None:
-        """Go back to the averaged weights, with a fresh optimiser and half the rate."""
+        """Return to the averaged weights, with a new optimiser state and half the rate."""
         memory = round(1 / (1 - self.config.ema_decay))
         self.rescued_at.append(self.step)
         if (
@@ -450,7 +437,9 @@ class Trainer:
         ):
             raise TrainingDiverged(f"step {self.step}: {why}")
         logger.warning(
-            "step %d: %s; going on from the averaged weights at half the rate", self.step, why
+            "step %d: %s; training restarts from the averaged weights at half the rate",
+            self.step,
+            why,
         )
         self.model.load_state_dict(self.ema.state_dict())
         self.optimizer.state.clear()

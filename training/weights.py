@@ -1,4 +1,4 @@
-"""How large a system is."""
+"""The number of weights of a system."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.recipes import TrainConfig
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Trained numbers of the model, of its flow (part of the model) and of the discriminator."""
+    """Trained weights of the model, of its flow, which is part of it, and of the discriminator."""
 
     model: int
     flow: int
@@ -21,12 +21,12 @@ class WeightCounts:
 
     @property
     def flow_share(self) -> float:
-        """Of the model's weights; the paper's f adds about 1.4 %, taken off the generator's width."""
+        """The flow's share of the model's weights; in the paper, ``f`` adds about 1.4 %."""
         return self.flow / self.model
 
 
 def count_weights(config: TrainConfig) -> WeightCounts:
-    """Of a system as it is configured; nothing is allocated."""
+    """Count the weights of a configured system, without allocating them."""
     with torch.device("meta"):
         model = ADEModel(config.model)
         discriminator = config.discriminator and make_discriminator(

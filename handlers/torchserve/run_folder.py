@@ -8,7 +8,6 @@ for nobody else. It does not lie among the temporary files, which cleaners delet
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.locks import LOCK, claim, lock
+from filelock import FileLock, Timeout
+
+from serving.files import LOCK, locked
 from serving.ports import Ports
 
 VARIABLE = "ADE_RUN_DIR"
@@ -142,7 +143,7 @@ def run_folder() -> Iterator[RunFolder]:
         yield RunFolder(path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        held.close()
+        held.release()
 
 
 def find_service(ports: Ports) -> RunFolder | None:
@@ -170,14 +171,13 @@ def _base() -> Path:
     return Path(cache, "ade", "run")
 
 
-def _new_folder() -> tuple[Path, Any]:
+def _new_folder() -> tuple[Path, FileLock]:
     try:
         base = _base()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(base)
-        with claim(
-            base, wait=True
-        ):  # two services that start at once must not take each other's folder for abandoned
+        # Two services that start at once must not take each other's folder for abandoned.
+        with locked(base / LOCK, wait=True):
             for path in _folders():
                 if _is_abandoned(path):
                     shutil.rmtree(path, ignore_errors=True)
@@ -220,14 +220,14 @@ def _check_private(base: Path) -> None:
         raise PermissionError(f"others can write {base}: take a folder in it, or chmod go-w")
 
 
-def _make(base: Path) -> tuple[Path, Any]:
+def _make(base: Path) -> tuple[Path, FileLock]:
     path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     if len(os.fsencode(path / LONGEST_SOCKET)) > MAX_SOCKET_PATH:
         path.rmdir()
         most = MAX_SOCKET_PATH - len(os.fsencode(path.relative_to(base) / LONGEST_SOCKET)) - 1
         raise OSError(f"{base} has more than {most} bytes, too many for addresses of sockets in it")
-    held = open(path / LOCK, "w")
-    lock(held)
+    held = FileLock(path / LOCK)
+    held.acquire()
     return path, held
 
 
@@ -246,9 +246,10 @@ def _folders() -> list[Path]:
 
 def _is_abandoned(path: Path) -> bool:
     """Whether nobody holds the lock of a folder; never where that cannot be known."""
+    if not (path / LOCK).is_file():
+        return False
     try:
-        with open(path / LOCK) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
+        with locked(path / LOCK):
+            return True
+    except (Timeout, OSError):
         return False

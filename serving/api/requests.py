@@ -23,7 +23,7 @@ from PIL import Image
 from serving.api.errors import ApiError, malformed, unusable
 from serving.api.parameters import MAX_IMAGES, read_parameters
 from serving.engine.noise import MAX_SEED
-from serving.images import ImageError, header_pixels, read_image
+from serving.images import ImageError, header_pixels, read_image, resize_centre
 from serving.messages import show, words_of
 
 PROBE_HEADER = "X-Ade-Probe"
@@ -541,21 +541,4 @@ def prepare_image(
     notes.append(
         f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: this changes the likelihood"
     )
-    return InputImage(_fit(pixels, height, width), notes, resized=True)
-
-
-def _fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The centre of the model's aspect ratio, resized with antialiasing."""
-    scale = min(pixels.shape[0] / height, pixels.shape[1] / width)
-    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-    top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - columns) // 2
-    crop = pixels[top : top + rows, left : left + columns]
-    planes = [
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(crop[:, :, c])).resize(
-                (width, height), Image.Resampling.LANCZOS
-            )
-        )
-        for c in range(crop.shape[2])
-    ]
-    return np.stack(planes, axis=2)
+    return InputImage(resize_centre(pixels, height, width), notes, resized=True)

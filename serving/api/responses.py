@@ -28,12 +28,11 @@ from serving.api.requests import (
     SampleRequest,
 )
 from serving.engine.engine import EncodedLevel, NotFinite, Score
-from serving.images import tile, write_png
+from serving.images import psnr, tile, write_png
 from serving.verdict.calibration import Calibrations, benjamini_hochberg, simes
 from serving.verdict.decision import decide, fdr_note
 
 MAX_ANSWER_BYTES = 64 * 2**20
-LEVELS_255 = 255.0
 DIGITS = 6  # after the point, of a statistic
 MAP_BYTES_A_PIXEL = 32  # a number in JSON, and its share of the picture
 EXPLAIN_BYTES = 8192  # of one image's statistics
@@ -306,12 +305,6 @@ def reconstruct_response(
         )
     response.headers["X-Ade-Psnr"] = ",".join("inf" if p is None else f"{p:.4f}" for p in decibels)
     return response
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Peak signal-to-noise ratio, decibels; ``None`` where the two are equal (it is infinite)."""
-    error = float(np.square(a.astype(np.float64) - b).mean())
-    return 10 * math.log10(LEVELS_255**2 / error) if error > 0 else None
 
 
 def score_response(

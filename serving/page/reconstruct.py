@@ -9,8 +9,7 @@ import gradio as gr
 import numpy as np
 
 from serving.api.latents import coarsest
-from serving.api.responses import psnr
-from serving.images import write_png
+from serving.images import psnr, write_png
 from serving.page.charts import levels_chart
 from serving.page.files import write_file
 from serving.page.served import (

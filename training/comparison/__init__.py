@@ -1,1 +1,1 @@
-"""Several systems under one budget, measured alike, in one report."""
+"""Comparison of several systems, trained under one budget and measured alike."""

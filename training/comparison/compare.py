@@ -1,18 +1,18 @@
-"""Several systems under one budget: trained one after another, measured alike, and taken up where
-it stopped.
+"""Train several systems under one budget and measure them alike; resumable.
 
-``OUT/runs/SYSTEM-seedN/`` is a run like any other, with ``measured.json`` when it was measured and
-``failure.json`` when it could not be finished. :mod:`training.comparison.report` writes the page,
-and ``OUT/rows.json`` keeps what it tells of each run: where the runs' own folders are gone, the
-comparison still goes on from there.
+``OUT/runs/SYSTEM-seedN/`` is an ordinary run, plus ``measured.json`` once it is measured or
+``failure.json`` if it failed. :mod:`training.comparison.report` writes the report. ``OUT/rows.json``
+archives what the report shows of each run, so that a comparison can be resumed after the folders of
+its runs are deleted.
 
-The same comparison may run in several processes at once: each takes the next system that no other
-    has taken.
+Several processes may run the same comparison: each takes the next system that no other process
+works on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import traceback
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 
 from ade_model.checkpoint import load_model, read_config
-from serving.locks import claim
+from serving.files import LOCK, locked
 from training.data import Dataset
-from training.loop import RunOptions, check_can_go_on, different_fields, train
+from training.loop import RunOptions, check_budget, different_fields, train
 from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig
 from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
@@ -35,12 +36,12 @@ from training.step import TrainingDiverged
 MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
 CURVES = ("bpd", "quality_loss", "d_loss")
 SMOOTHING = 25  # logged steps
-POINTS = 150  # of a curve that is kept
+POINTS = 150  # of an archived curve
 
 
 @dataclass(frozen=True)
 class Job:
-    """One system to train, and for how long."""
+    """A system to train, with its budget."""
 
     config: TrainConfig
     options: RunOptions
@@ -59,21 +60,21 @@ def compare(
     measurer: Callable[[], Measurer],
     report: Callable[[str], None],
 ) -> None:
-    """Finish every job that is not finished; a job that fails is recorded, and the next one begins.
+    """Finish every unfinished job. A failure is recorded, and the next job starts.
 
     Args:
         jobs: in the order of training.
-        dataset: of all.
-        source: what each run remembers of where its data lies.
-        out: the comparison's folder; jobs of earlier calls stay in it.
-        options: what to measure; a run that was measured otherwise is measured again.
-        measurer: makes what measures so; called once there is something to measure.
-        report: is told of progress, a line at a time.
+        dataset: for all jobs.
+        source: where the data is, for each run's ``data.json``.
+        out: the comparison's folder; jobs of earlier calls are kept in it.
+        options: what to measure; a run that was measured with other options is measured again.
+        measurer: makes the measurer for these options; called when it is first needed.
+        report: called with each line of progress.
 
     Raises:
-        RunError: the folder holds a run of the same name that was started otherwise.
+        RunError: the folder holds a run of the same name with another configuration.
     """
-    ready: Measurer | None = None
+    ready = functools.cache(measurer)  # its networks are loaded once
     how = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     for job in jobs:
         _check_same(out / "runs" / job.name, job, dataset)
@@ -82,45 +83,53 @@ def compare(
         run = out / "runs" / job.name
         if (
             job.name in kept
-            and _stands(kept[job.name], run)
+            and _is_valid(kept[job.name], run)
             and _is_finished(kept[job.name], job, dataset, how)
         ):
-            report(f"{job.name}: finished before, its row is kept")
+            report(f"{job.name}: finished before; its archived row is used")
             continue
-        with claim(run) as is_ours:
-            if not is_ours:
-                report(f"{job.name}: another process is at it")
-                continue
-            if _diverged(run):
-                report(f"{job.name}: diverged before; delete {run} to try again")
-                continue
-            (run / FAILURE).unlink(missing_ok=True)
-            try:
-                if not _is_trained(run, job):
-                    report(f"{job.name}: training")
-                    train(
-                        job.config, dataset, run, job.options, (run / "run.json").is_file(), source
-                    )
-                folder = latest_checkpoint(run)
-                if not _is_measured(run, folder, how):
-                    report(f"{job.name}: measuring")
-                    ready = ready or measurer()
-                    model = load_model(folder).to(ready.device)
-                    found = ready.measure(model, read_config(folder))
-                    write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
-            except RunError:
-                raise
-            except Exception as error:  # a row that says why, and on to the next
-                report(f"{job.name}: {type(error).__name__}: {error}")
-                write_json(
-                    run / FAILURE,
-                    {
-                        "kind": type(error).__name__,
-                        "why": str(error),
-                        "trace": traceback.format_exc(),
-                    },
-                )
+        try:
+            with locked(run / LOCK):
+                _finish(job, run, dataset, source, how, ready, report)
+        except Timeout:
+            report(f"{job.name}: another process works on it")
         gc.collect()
+
+
+def _finish(
+    job: Job,
+    run: Path,
+    dataset: Dataset,
+    source: dict[str, Any],
+    how: dict[str, Any],
+    measurer: Callable[[], Measurer],
+    report: Callable[[str], None],
+) -> None:
+    """Train and measure one system; a failure is recorded, so that the next system can start."""
+    if _diverged(run):
+        report(f"{job.name}: diverged before; delete {run} to try again")
+        return
+    (run / FAILURE).unlink(missing_ok=True)
+    try:
+        if not _is_trained(run, job):
+            report(f"{job.name}: training")
+            train(job.config, dataset, run, job.options, (run / "run.json").is_file(), source)
+        folder = latest_checkpoint(run)
+        if not _is_measured(run, folder, how):
+            report(f"{job.name}: measuring")
+            model = load_model(folder).to(measurer().device)
+            found = measurer().measure(model, read_config(folder))
+            write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
+    except RunError:
+        raise
+    except Exception as error:  # any failure becomes a row of the report
+        report(f"{job.name}: {type(error).__name__}: {error}")
+        failure = {
+            "kind": type(error).__name__,
+            "why": str(error),
+            "trace": traceback.format_exc(),
+        }
+        write_json(run / FAILURE, failure)
 
 
 def _diverged(run: Path) -> bool:
@@ -128,10 +137,8 @@ def _diverged(run: Path) -> bool:
     return path.is_file() and json.loads(path.read_text())["kind"] == TrainingDiverged.__name__
 
 
-def _stands(kept: dict[str, Any], run: Path) -> bool:
-    """Whether a row that was kept is what is known of a system, though its run may have begun anew
-    since.
-    """
+def _is_valid(kept: dict[str, Any], run: Path) -> bool:
+    """Whether an archived row is still valid, even if the run was restarted."""
     return kept["measured"] is not None and not (run / MEASURED).is_file() and not _diverged(run)
 
 
@@ -151,7 +158,7 @@ def _is_enough(state: dict[str, Any], job: Job) -> bool:
 
 
 def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str, Any]) -> bool:
-    """Whether a row that was kept is what a job asks for."""
+    """Whether an archived row has the configuration, budget and measurements of a job."""
     return bool(
         row["config"] == job.config
         and row["data"] == dataset.name
@@ -163,7 +170,7 @@ def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str,
 
 
 def _without_paths(how: dict[str, Any]) -> dict[str, Any]:
-    """How a run was measured, but for where networks' weights lay on that machine."""
+    """The options of a measurement, with paths of weights replaced by whether there are any."""
     return {
         key: bool(value) if key in ("resnet20", "inception") else value
         for key, value in how.items()
@@ -184,30 +191,29 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     different = different_fields(started, job.config, dataset)
     if different:
         raise RunError(
-            f"{run} was trained with another {', '.join(different)}; use another --out, or delete it"
+            f"{run} was trained with another {', '.join(different)}: "
+            "choose another folder for the comparison, or delete the run"
         )
     folders = checkpoint_folders(run)
     if not folders:
         return
     state = json.loads((folders[-1] / STATE_NAME).read_text())
     if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
-        check_can_go_on(
-            run, state.get("inferring_since"), job.config.batch_size, job.options.images
-        )
+        check_budget(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Of every run of a comparison: its configuration, where it got to, what was measured or went
-    wrong, its curves.
+    """Collect each run's configuration, progress, measurements or failure, and curves.
 
-    ``run`` is its folder, ``None`` for a row that was kept without it; such a row stands until a
-    run that began anew is measured or diverges. Measurements of an earlier checkpoint are left out.
+    ``run`` is the run's folder, or ``None`` for an archived row whose folder is gone. An archived
+    row is used until a restarted run is measured or diverges. Measurements of an earlier checkpoint
+    are left out.
     """
     rows = []
     kept = {row["name"]: row for row in _kept_rows(out)}
     for path in sorted((out / "runs").glob("*/run.json")):
         run = path.parent
-        if run.name in kept and _stands(kept[run.name], run):
+        if run.name in kept and _is_valid(kept[run.name], run):
             continue
         started = json.loads(path.read_text())
         row: dict[str, Any] = {
@@ -237,7 +243,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write ``OUT/rows.json``."""
+    """Archive the rows in ``OUT/rows.json``."""
     write_json(
         out / ROWS,
         [
@@ -257,15 +263,16 @@ def _kept_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def _curve(path: Path, name: str) -> list[list[float]]:
-    """Images seen and a running mean of one logged value, at most :data:`POINTS` of them; empty
-    where it was not logged.
+    """Images seen and the running mean of a logged value, at most :data:`POINTS` of each.
+
+    Both lists are empty if the value was not logged.
     """
     found = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
-            break  # cut off when the run was killed
+            break  # the line was cut off when the run was killed
         if name in row:
             found.append((row["images"], row[name]))
     if len(found) < 2:

@@ -9,8 +9,9 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Bits per dimension (``bracketed``: approximated around a GAN), Inception score and FID;
-    ``None`` where not given.
+    """Bits per dimension, Inception score and FID; ``None`` for what the paper does not report.
+
+    ``bracketed`` bits per dimension are those of an inference network trained for a GAN.
     """
 
     bpd: float | None

@@ -1,6 +1,4 @@
-"""The page of a comparison: the paper's table with its figures beside ours, samples, curves, and
-which claims held.
-"""
+"""The report of a comparison: our figures beside the paper's, its claims, samples and curves."""
 
 from __future__ import annotations
 
@@ -27,10 +25,10 @@ from training.comparison.paper import (
 from training.evaluate import sample_images
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe_names
-from training.runs import RunError, latest_checkpoint
+from training.runs import RunError, latest_checkpoint, write_text
 from training.weights import count_weights
 
-GRID = 8  # samples a side
+GRID = 8  # samples per side
 SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
 CAPTIONS = {
     "bpd": "L_C, bits per dimension",
@@ -40,15 +38,18 @@ CAPTIONS = {
 
 
 def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.device) -> Path:
-    """``OUT/report.md`` with its pictures, and ``OUT/rows.json``.
+    """Write ``OUT/report.md`` with its pictures, and ``OUT/rows.json``.
 
     Args:
-        rows: of :func:`training.comparison.compare.read_rows`.
+        rows: from :func:`training.comparison.compare.read_rows`.
         out: the comparison's folder.
         device: for the sample grids.
 
     Returns:
-        The page's path.
+        The report's path.
+
+    Raises:
+        RunError: there are no rows.
     """
     order = list(recipe_names())
     rows = sorted(rows, key=lambda row: (order.index(row["config"].recipe), row["seed"]))
@@ -56,7 +57,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         raise RunError(f"{out} holds no runs to report on")
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    # Of each system the first seed that was measured, or just its first.
+    # For each system the first seed that was measured, or else its first seed.
     first = list(
         {
             row["config"].recipe: row
@@ -64,15 +65,13 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         }.values()
     )
     first.sort(key=rows.index)
-    sizes, data = (
-        sorted({row["config"].size for row in rows}),
-        sorted({row["data"] for row in rows}),
-    )
+    sizes = " and ".join(sorted({row["config"].size for row in rows}))
+    data = " and ".join(sorted({row["data"] for row in rows}))
     lines = [
-        f"# {len(rows)} runs of {len(first)} systems, size {' and '.join(sizes)}, on {' and '.join(data)}",
+        f"# {len(rows)} runs of {len(first)} systems, size {sizes}, on {data}",
         "",
-        "Written by `ade compare`. The paper's figures are those of CIFAR-10 at full scale; ours are of the size and "
-        "budget that each row states, so compare rows with rows and not across.",
+        "Written by `ade compare`. The paper's figures are those of CIFAR-10 at full scale. Ours "
+        "have the size and budget of their row: compare rows with each other, not with the paper.",
         "",
         "## Likelihood and samples",
         "",
@@ -101,8 +100,8 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
     ]
     _sample_pictures(first, pictures, device)
     lines += [
-        "Mean samples, what the discriminator sees: 64 of each system, from the same noise wherever the latents have "
-        "the same shape.",
+        f"{GRID**2} mean samples of each system, as the discriminator sees them. Systems whose "
+        "latents have the same shape use the same noise.",
         "",
     ]
     lines += _gallery(first)
@@ -111,7 +110,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         lines += [f"![{caption}](pictures/{file})", ""]
     keep_rows(rows, out)
     path = out / "report.md"
-    path.write_text("\n".join(lines).rstrip() + "\n")
+    write_text(path, "\n".join(lines).rstrip() + "\n")
     return path
 
 
@@ -136,15 +135,13 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _mark(row: dict[str, Any], space: str) -> str:
-    """Beside a figure in features that the model was trained against."""
-    found = ((row["measured"] or {}).get("distances", {}).get("mean", {}).get(space) or {}).get(
-        "independent"
-    )
-    return " (not independent)" if found else ""
+    """A remark on a figure in features that the model was trained against."""
+    distances = (row["measured"] or {}).get("distances", {}).get("mean", {})
+    return " (not independent)" if distances.get(space, {}).get("independent") else ""
 
 
 def _label(row: dict[str, Any]) -> str:
-    return row["config"].recipe + (f" (seed {row['seed']})" if row["seed"] else "")
+    return f"{row['config'].recipe} (seed {row['seed']})" if row["seed"] else row["config"].recipe
 
 
 def _rows(header: list[str], body: list[list[str]]) -> list[str]:
@@ -236,7 +233,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How each column was measured; where that differs between rows, of which."""
+    """How each column was measured; for which rows, if it differs between rows."""
     columns: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for column, how in _how(row["measured"] or {}).items():
@@ -256,8 +253,8 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append("Class score: the Inception score's formula on the ResNet-20's ten classes.")
     if any(row["config"].recipe == "real-nvp" and row["config"].size != "paper" for row in rows):
         lines.append(
-            "real-nvp at the sizes tiny and small has couplings of channels and rotations, no checkerboards: it "
-            "is not the published network."
+            "real-nvp at the sizes tiny and small has channel couplings and rotations instead of "
+            "checkerboards: it is not the published network."
         )
     if any(_mark(row, EFFICIENTNET) for row in rows):
         lines.append("Not independent: the model was trained against these features.")
@@ -268,8 +265,9 @@ def _how(measured: dict[str, Any]) -> dict[str, str]:
     found = {}
     if "elbo" in measured:
         found["BPD"] = (
-            f"the ELBO of {measured['images']:,} held-out images ({measured['split']}), ± its standard error; "
-            "in brackets where an inference network was trained around a frozen generator"
+            f"the ELBO of {measured['images']:,} held-out images ({measured['split']}), "
+            "± its standard error; in brackets where an inference network was trained for a frozen "
+            "generator"
         )
     for name, value in measured.items():
         if name.startswith("iwae-"):
@@ -421,11 +419,11 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
         None,
     )
     text = (
-        "KD: kernel distance. F₈ and F₁⸝₈: Sajjadi's recall and precision. GAN-test: not defined for models without "
-        "classes."
+        "KD: kernel distance. F₈ and F₁⸝₈: Sajjadi's recall and precision. GAN-test is not defined "
+        "for models without classes."
     )
     if real is not None:
-        text += f" GAN-train of as many real images: {_percent(real)}."
+        text += f" GAN-train of the same number of real images: {_percent(real)}."
     return [*_rows(header, body), "", text]
 
 
@@ -438,12 +436,12 @@ def _images(row: dict[str, Any]) -> int:
 
 
 def _learned(row: dict[str, Any]) -> int:
-    """How many images the system itself has seen."""
+    """Number of images that the system was trained on, without those for the inference network."""
     return _images(row) - _for_inference(row)
 
 
 def _for_inference(row: dict[str, Any]) -> int:
-    """How many of the images seen went to the inference network around a frozen generator."""
+    """Number of images that the inference network of a frozen generator was trained on."""
     state = row["state"] or {}
     since = state.get("inferring_since")
     return 0 if since is None else int((state["step"] - since) * row["config"].batch_size)
@@ -482,8 +480,9 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
         "rescues",
     ]
     note = (
-        "Minutes and images/s are as they came, on a machine that did other things too. The paper's f adds 1.4 % of "
-        "weights, which it takes off the generator; so does the size `paper`, but not `tiny` and `small`."
+        "Minutes and images/s were measured on a machine that did other work too. The paper's f adds "
+        "1.4 % of weights, by which its generator is narrowed; so it is at the size `paper`, but not "
+        "at `tiny` and `small`."
     )
     return [*_rows(header, body), "", note]
 
@@ -493,7 +492,7 @@ def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: tor
         if row["run"] is not None and row["state"] is not None and row["measured"] is not None:
             model = load_model(latest_checkpoint(row["run"])).to(device)
             grid = tile(sample_images(model, GRID**2, device, "mean"), GRID)
-            # Lossy, a tenth of a PNG's size: thirteen of them go into a repository.
+            # Lossy WebP has a tenth of a PNG's size, for repositories that hold reports.
             Image.fromarray(grid).save(pictures / f"{row['config'].recipe}.webp", quality=90)
 
 
@@ -532,9 +531,8 @@ def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tupl
             low, high = np.percentile(
                 np.concatenate([line.get_ydata() for line in axes.lines]), [0, 97]
             )
-            axes.set_ylim(
-                low - 0.05 * (high - low), high
-            )  # a start, or a step before a rescue, would flatten all the rest
+            # Values at the start or before a rescue would flatten the rest.
+            axes.set_ylim(low - 0.05 * (high - low), high)
         axes.set_xlabel("images seen")
         axes.set_ylabel(caption)
         axes.grid(alpha=0.25)

@@ -1,4 +1,4 @@
-"""Loaders, one file a data set: each gives a :class:`training.data.Dataset`."""
+"""Loaders of data sets, one per file; each returns a :class:`training.data.Dataset`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from training.datasets.imagenet64 import load_imagenet64
 from training.datasets.lsun import load_lsun
 from training.datasets.stl10 import load_stl10
 
-NAMES = {
-    "cifar10": 32,
-    "stl10": None,
-    "imagenet64": 64,
-    "lsun": None,
-}  # and the size of the images, where it is fixed
+# Names of data sets, with the size of their images where it is fixed.
+NAMES = {"cifar10": 32, "stl10": None, "imagenet64": 64, "lsun": None}
 
 
 def load_dataset(
@@ -29,41 +25,43 @@ def load_dataset(
     report: Report = lambda line: None,
     fits: Callable[[int], object] = lambda side: None,
 ) -> Dataset:
-    """A data set by name or by folder.
+    """Load a data set by name, or a folder of images.
 
     Args:
         data: one of :data:`NAMES`, or the path of a folder of images (searched recursively).
-        root: where a named data set lies.
-        image_size: pixels a side; images of another size are cropped to the centre square and
-            resized with antialiasing. Unless given it is the data set's own, or that of a folder's
-            first file.
-        cache: a folder for the decoded pixels; without one they are kept in memory.
-        report: is told of progress, a line at a time.
-        fits: is asked of a size that the data set does not fix before images are decoded, and
-            raises where it will not do.
+        root: the folder that holds a named data set.
+        image_size: height and width, pixels; other images are cropped to their centre square and
+            resized with antialiasing. The default is the data set's own size, or that of a folder's
+            first image.
+        cache: folder for the decoded pixels; without one they are kept in a temporary file.
+        report: called with each line of progress.
+        fits: called with the image size before images are decoded; raises if it is unsuitable.
 
     Raises:
-        DataError: nothing usable is there.
+        DataError: the data set does not exist or cannot be used.
     """
     if image_size is not None and image_size < 2:
-        raise DataError(f"an image size must be at least 2 pixels, got {image_size}")
+        raise DataError(f"the image size must be at least 2 pixels, got {image_size}")
     if data not in NAMES:
         if root is not None:
             raise DataError(
-                f"--root goes with a named data set ({', '.join(NAMES)}); {data!r} is a folder"
+                f"root goes with a named data set ({', '.join(NAMES)}), and {data!r} is a folder"
             )
         if not Path(data).is_dir():
-            raise DataError(f"no data set and no folder is called {data!r}")
+            raise DataError(
+                f"data must be a folder or one of {', '.join(NAMES)}, got {data!r}, "
+                "which is neither"
+            )
         return load_folder(Path(data), image_size, cache, report, fits)
     if root is None:
-        raise DataError(f"--data {data} needs --root DIR, the folder that holds it")
+        raise DataError(f"the data set {data} needs root, the folder that holds it")
     if image_size is not None and NAMES[data] not in (None, image_size):
         raise DataError(
-            f"{data} images are {NAMES[data]} pixels a side; image size {image_size} was asked for"
+            f"images of {data} have {NAMES[data]} pixels per side, got an image size of {image_size}"
         )
     path = Path(root)
     if not path.exists():
-        raise DataError(f"--root: there is no {path}")
+        raise DataError(f"root does not exist: {path}")
     if image_size is not None:
         fits(image_size)
     if data == "cifar10":

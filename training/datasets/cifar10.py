@@ -1,4 +1,4 @@
-"""CIFAR-10: lossless strips, torchvision's layout, or the official archives (Python or binary)."""
+"""CIFAR-10 from lossless strips, torchvision's layout or the official archives."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 COUNTS = {"train": 50000, "test": 10000}
-# The service's calibration depends on this split: it never changes.
+# The calibration of the shipped bundle depends on this split, which must not change.
 TRAIN, SELECT = 45000, 47000
 _Split = tuple[np.ndarray, np.ndarray | None]
 
 
 def load_cifar10(root: Path) -> Dataset:
-    """The 60,000 images, 45,000 of them to train on.
+    """Load the 60,000 images, of which 45,000 are the training part.
 
     Raises:
-        DataError: they are not there, or not all.
+        DataError: files are missing or incomplete.
     """
     strips = root.is_dir() and any(root.glob("train_*.webp"))
     source = Source(root, FOLDERS, ARCHIVES)
@@ -34,7 +34,7 @@ def load_cifar10(root: Path) -> Dataset:
     for name, images in (("train", train), ("test", test)):
         if len(images) != COUNTS[name]:
             raise DataError(
-                f"{root} holds {len(images)} {name} images; CIFAR-10 has {COUNTS[name]}"
+                f"CIFAR-10 has {COUNTS[name]} {name} images, {root} holds {len(images)}"
             )
     bounds = {"train": (0, TRAIN), "select": (TRAIN, SELECT), "calibrate": (SELECT, len(train))}
     parts = {
@@ -50,9 +50,7 @@ def load_cifar10(root: Path) -> Dataset:
 
 
 def _strips(root: Path, split: str) -> _Split:
-    """WebP files of images stacked top to bottom, 32 pixels wide, with the classes in
-    ``labels.npz``.
-    """
+    """Read WebP files of vertically stacked images, 32 pixels wide, and ``labels.npz``."""
     strips = [
         np.asarray(Image.open(f).convert("RGB"))
         for f in sorted(root.glob(f"{split}_*.webp"))
@@ -81,14 +79,15 @@ def _batches(source: Source, root: Path, split: str) -> _Split:
         elif (content := source.read(f"{name}.bin")) is not None:
             if len(content) % (1 + 3 * SIZE * SIZE):
                 raise DataError(
-                    f"{name}.bin has {len(content)} bytes, no multiple of {1 + 3 * SIZE * SIZE}"
+                    f"the size of {name}.bin must be a multiple of {1 + 3 * SIZE * SIZE} bytes, "
+                    f"got {len(content)}"
                 )
             rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * SIZE * SIZE)
             images.append(planar(rows[:, 1:], SIZE, name))
             labels.append(rows[:, 0].astype(np.int64))
         else:
             raise DataError(
-                f"{root} holds no CIFAR-10: neither train_*.webp strips nor {name} or {name}.bin, there, in "
-                f"{' or '.join(FOLDERS)}, or in {' or '.join(ARCHIVES)}"
+                f"{root} does not hold CIFAR-10: it has neither train_*.webp strips nor "
+                f"{name} or {name}.bin, also not in {', '.join((*FOLDERS, *ARCHIVES))}"
             )
     return np.concatenate(images), np.concatenate(labels)

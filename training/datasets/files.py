@@ -1,4 +1,4 @@
-"""Image files of any size to one array of squares, decoded once and kept in a cache."""
+"""Decoding of image files to one array of squares, with a cache, and the split by name."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from serving.files import read_file
-from serving.images import ImageError, read_image
+from serving.files import read_file, replacing
+from serving.images import ImageError, read_image, resize_centre
 from training.data import PARTS, DataError, Dataset, ImageSet, Rows
 
 Report = Callable[[str], None]
-# Of 100 names, where the name's hash puts them: below 80 train, then select, calibrate, test.
+# The hash of a name, modulo 100, is below the bound of its part and not below the one before.
 _BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
 _BY_NAME = "by hash of the file name"
 _CHUNK = 1000
@@ -31,32 +29,22 @@ Item = TypeVar("Item")
 
 
 def part_of(name: str) -> str:
-    """The part that a file of this name belongs to: a stable hash, so that adding files moves none."""
+    """The part of a file by a stable hash of its name, so that adding files moves no other."""
     bucket = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % 100
     return next(part for part, bound in _BOUNDS.items() if bucket < bound)
 
 
 def is_split_by_name(splits: dict[str, str]) -> bool:
-    """Whether a data set's parts, in a manifest's words, follow from the names of files."""
+    """Whether a data set was split by the names of its files, according to its ``splits``."""
     return splits.get("train", "").endswith(_BY_NAME)
 
 
 def shuffled(items: Sequence[Item]) -> list[Item]:
-    """In an order that is always the same: the first of them are a sample, where a folder's first
-    are of one class.
+    """Shuffle items in a fixed order, so that the first ones are a sample of all.
+
+    The first files of a folder are often of one class.
     """
     return [items[i] for i in np.random.Generator(np.random.Philox(key=0)).permutation(len(items))]
-
-
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of ``(H, W, C)``, resized with antialiasing: ``(size, size, C)``, uint8."""
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
-        return image
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    centre = Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(centre.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def cached_pixels(
@@ -65,63 +53,61 @@ def cached_pixels(
     cache: Path | None,
     fill: Callable[[np.ndarray], dict[int, str]],
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """An array that ``fill`` wrote, a memory map of a file.
+    """Map an array of pixels, which is filled unless the cache has it.
 
     Args:
         identity: of the content; the same identity is not filled again.
-        shape: gives ``(N, H, W, C)``; asked only where the array is to be filled.
-        cache: the file's folder; ``None`` takes a temporary file.
-        fill: writes the pixels and returns the rows that are unusable, and why.
+        shape: returns ``(N, H, W, C)``; called only if the array must be filled.
+        cache: folder of the array's file; ``None`` for a temporary file.
+        fill: writes the pixels and returns the unusable rows, each with the reason.
 
     Returns:
-        uint8 pixels and the unusable rows.
+        uint8 pixels, and the unusable rows, each with the reason.
+
+    Raises:
+        DataError: the disk is full.
     """
     if cache is None:
-        wanted = shape()
-        size = math.prod(wanted)
-        with tempfile.TemporaryFile() as file, _room(size, tempfile.gettempdir()):
-            os.posix_fallocate(file.fileno(), 0, size)
-            pixels: np.ndarray = np.memmap(file, np.uint8, "r+", shape=wanted)
+        with tempfile.TemporaryFile() as file:
+            pixels = _preallocated(file, shape(), tempfile.gettempdir())
         return pixels, fill(pixels)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
     if not done.is_file():
-        # Each of several processes writes a file of its own; the last to finish is kept, and all
-        # are the same.
+        # Several processes may write at once: the last to finish is kept, and all are the same.
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = cache / f"images-{key}.{os.getpid()}.tmp"
-        wanted = shape()
-        try:
-            with _room(math.prod(wanted), cache):
-                pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, wanted)
-                with open(temporary, "r+b") as room:
-                    os.posix_fallocate(room.fileno(), 0, temporary.stat().st_size)
-            skipped = fill(pixels)
-            pixels.flush()
-            os.replace(temporary, stored)
-            temporary.write_text(json.dumps(skipped))
-            os.replace(temporary, done)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return np.load(stored, mmap_mode="r"), {
-        int(row): why for row, why in json.loads(done.read_text()).items()
-    }
+        with replacing(stored) as file:
+            skipped = fill(_preallocated(file, shape(), cache))
+        with replacing(done, text=True) as file:
+            json.dump(skipped, file)
+    unusable = json.loads(done.read_text())
+    return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
 
 
-@contextmanager
-def _room(num_bytes: int, where: str | Path) -> Iterator[None]:
-    """Says where a disk is full. What is made inside takes its blocks at once: without, writing to
-    a memory map later ends the process.
+def _preallocated(
+    file: IO[bytes], shape: tuple[int, int, int, int], where: str | Path
+) -> np.ndarray:
+    """Map an ``.npy`` file of uint8 zeros, all of whose blocks exist on disk.
+
+    Without them, a write to the map kills the process once the disk is full.
+
+    Raises:
+        DataError: the disk, or the user's quota, is full.
     """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    first, size = file.tell(), math.prod(shape)
     try:
-        yield
+        os.posix_fallocate(file.fileno(), 0, first + size)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(
-            f"{where}: no room for {num_bytes / 2**30:.1f} GiB of decoded images; smaller ones take less "
-            "(--image-size)"
+            f"{where}: no room for {size / 2**30:.1f} GiB of decoded images; "
+            "a smaller image size needs less"
         ) from error
+    return np.memmap(file, np.uint8, "r+", first, shape)
 
 
 def decode_into(
@@ -131,17 +117,24 @@ def decode_into(
     read: Callable[[Item], bytes],
     report: Report,
 ) -> dict[int, str]:
-    """Decode image files into the rows of an array, on all cores; returns the unusable rows, and
-    why.
+    """Decode image files into the rows of an array, on all cores.
 
-    ``read`` gives the content of one file. It is called by the thread that decodes it, so that no
-    more files than threads are in memory.
+    Args:
+        pixels: uint8 ``(N, size, size, 3)``, written to.
+        size: height and width, pixels.
+        files: one per row.
+        read: returns the content of a file; called by the thread that decodes it, so that memory
+            holds no more files than there are threads.
+        report: called with each line of progress.
+
+    Returns:
+        The unusable rows, each with the reason.
     """
     skipped: dict[int, str] = {}
 
     def decode(row: int, file: Item) -> None:
         try:
-            pixels[row] = square(read_image(read(file)).pixels, size)
+            pixels[row] = resize_centre(read_image(read(file)).pixels, size, size)
         except ImageError as error:
             skipped[row] = str(error)
         except OSError as error:
@@ -159,14 +152,17 @@ def decode_into(
 def split_by_name(
     name: str, files: list[str], pixels: np.ndarray, skipped: dict[int, str], report: Report
 ) -> Dataset:
-    """A data set of files whose parts follow from the hashes of their names.
+    """Split files into parts by the hashes of their names.
 
     Args:
         name: of the data set.
         files: their paths inside it; the last component is hashed.
-        pixels: a row for each.
-        skipped: rows to leave out, and why.
-        report: is told of what is left out.
+        pixels: one row per file.
+        skipped: rows to leave out, each with the reason.
+        report: called with a line for each file that is left out.
+
+    Raises:
+        DataError: no file is left to train on.
     """
     for row, why in skipped.items():
         report(f"skipped {files[row]}: {why}")
@@ -176,11 +172,10 @@ def split_by_name(
             rows[part_of(file.rsplit("/", 1)[-1])].append(row)
     if not rows["train"]:
         raise DataError(
-            f"{name}: {len(files)} files, {len(skipped)} of them unusable, and none left to train on"
+            f"{name}: no image is left to train on: {len(skipped)} of {len(files)} files are "
+            "unusable"
         )
-    rows = {
-        part: shuffled(r) for part, r in rows.items()
-    }  # so that the first of a part are of all kinds
+    rows = {part: shuffled(r) for part, r in rows.items()}
     splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
     return Dataset(
         name,
@@ -192,7 +187,7 @@ def split_by_name(
 
 
 def contents(paths: Iterable[Path]) -> Iterator[bytes | OSError]:
-    """Files one after another; one that cannot be read is its error."""
+    """Read files one after another; yields the error of a file that cannot be read."""
     for path in paths:
         try:
             yield read_file(path)

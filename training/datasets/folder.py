@@ -1,4 +1,4 @@
-"""Any folder of image files."""
+"""Data sets from folders of image files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ def load_folder(
     report: Report,
     fits: Callable[[int], object] = lambda side: None,
 ) -> Dataset:
-    """Image files below a folder, those of another size cut to the centre square and resized.
-
-    Arguments are those of :func:`training.datasets.load_dataset`.
-    """
+    """Load the image files below a folder; see :func:`training.datasets.load_dataset`."""
     return load_files(folder, image_files(folder), image_size, cache, report, fits)
 
 
@@ -34,7 +31,7 @@ def load_files(
     report: Report,
     fits: Callable[[int], object] = lambda side: None,
 ) -> Dataset:
-    """The same of files that :func:`image_files` found."""
+    """Load those image files of a folder that :func:`image_files` found."""
     size = image_size or _first_size(files)
     fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
@@ -51,8 +48,7 @@ def load_files(
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files below a folder, by their suffixes, in order; some may turn out not to be
-    readable.
+    """Find image files below a folder by their suffixes, in order; some may be unreadable.
 
     Raises:
         DataError: there are none.
@@ -64,7 +60,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """Size and time of change; zeros of what is not there, such as the target of a broken link."""
+    """Size and time of modification; zeros for a file that does not exist, as by a broken link."""
     try:
         found = path.stat()
     except OSError:
@@ -75,7 +71,8 @@ def _version(path: Path) -> tuple[int, int]:
 def _first_size(files: list[Path]) -> int:
     for path in files:
         try:
-            return min(read_image(read_file(path)).pixels.shape[:2])
+            height, width, _ = read_image(read_file(path)).pixels.shape
         except (ImageError, OSError):
             continue
-    raise DataError(f"none of {len(files)} image files can be read, the first is {files[0]}")
+        return min(height, width)
+    raise DataError(f"none of {len(files)} image files can be read; the first is {files[0]}")

@@ -17,12 +17,12 @@ SIZE = 64
 
 
 def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
-    """``train_data_batch_1`` to ``_10`` and ``val_data``: the validation images are the test part.
+    """Load ``train_data_batch_1`` to ``_10`` and ``val_data``, which becomes the test part.
 
     Raises:
-        DataError: they are not there.
+        DataError: files are missing or damaged.
     """
-    # Of a batch that is there in both forms, one; 1 to 10 in their order.
+    # A batch that exists in both forms is read once; 10 comes after 9.
     by_stem = {
         p.stem: p
         for suffix in ("", ".npz")
@@ -33,7 +33,8 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
     test = [p for p in (root / "val_data.npz", root / "val_data") if p.is_file()][:1]
     if not train or not test:
         raise DataError(
-            f"{root} holds no ImageNet 64x64: train_data_batch_1 and on, and val_data, each .npz or a pickle"
+            f"{root} does not hold ImageNet 64x64: train_data_batch_1 to _10 and val_data, "
+            "each a pickle or an .npz file"
         )
     return _assemble(train, test[0], cache, report)
 
@@ -69,7 +70,7 @@ def _read(path: Path, key: str) -> np.ndarray:
                 return np.asarray(arrays[key])
         return np.asarray(unpickle_arrays(path.read_bytes(), path.name)[key])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, io.UnsupportedOperation) as error:
-        raise DataError(f"{path} is no batch of ImageNet 64x64: {error}") from error
+        raise DataError(f"{path} is not a batch of ImageNet 64x64: {error}") from error
 
 
 def _images(path: Path) -> np.ndarray:
@@ -77,5 +78,5 @@ def _images(path: Path) -> np.ndarray:
 
 
 def _labels(path: Path) -> np.ndarray:
-    """Classes from 0 on; the files count from 1."""
+    """Classes counted from 0; the files count them from 1."""
     return _read(path, "labels").astype(np.int64) - 1

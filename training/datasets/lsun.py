@@ -1,4 +1,4 @@
-"""One class of LSUN from its LMDB; an unpacked one is a folder like any other."""
+"""A class of LSUN from its LMDB; one that is unpacked is a folder of images."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
 
 DEFAULT_SIZE = 64
-# The first two pages of an LMDB each describe it, the newer one holds: magic number, then the size
-# of pages, the number of the last page and of the transaction (lmdb's mdb.c: MDB_page, MDB_meta).
+# Each of the first two pages of an LMDB describes it, and the newer one is valid: a magic number,
+# the page size, the number of the last page and that of the transaction (lmdb's mdb.c: MDB_page,
+# MDB_meta).
 _META = struct.Struct("=16xI20xI92xQQ")
 _MAGIC = 0xBEEFC0DE
 
 
 def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Report) -> Dataset:
-    """The images of a folder such as ``bedroom_train_lmdb``, split by the hash of their keys.
+    """Load the images of a folder such as ``bedroom_train_lmdb``, split by hashes of their keys.
 
     Raises:
-        DataError: it is no LMDB, or an empty one.
+        DataError: the folder is not an LMDB, or an empty or damaged one.
     """
     try:
         import lmdb
     except ImportError as error:
         raise DataError(
-            "LSUN's LMDB needs the package lmdb: pip install 'av-ade[train]'"
+            "reading LSUN's LMDB needs the package lmdb: pip install 'av-ade[train]'"
         ) from error
     size = image_size or DEFAULT_SIZE
     if not (root / "data.mdb").is_file():
         raise DataError(
-            f"{root} is no LMDB: it holds no data.mdb (for a folder of image files: --data {root}, no --root)"
+            f"{root} is not an LMDB, since it holds no data.mdb; "
+            "if it holds image files, give it as the data set itself, without a root"
         )
     _check_length(root / "data.mdb")
     try:
@@ -48,7 +50,7 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
             with environment.begin() as transaction:
                 return bytes(transaction.get(key) or b"")
         except lmdb.Error as error:
-            raise OSError(f"the LMDB is damaged here: {error}") from error
+            raise OSError(f"the LMDB is damaged: {error}") from error
 
     stat = (root / "data.mdb").stat()
     pixels, skipped = cached_pixels(
@@ -68,11 +70,10 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
 
 
 def _check_length(path: Path) -> None:
-    """Make sure that a database is as long as it says: reading a mapped page beyond the end would
-    kill the process.
+    """Check that a database is complete: to read a mapped page beyond its end kills the process.
 
     Raises:
-        DataError: it is shorter, or no LMDB.
+        DataError: the file is truncated, or is not an LMDB.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -84,4 +85,4 @@ def _check_length(path: Path) -> None:
         raise DataError(f"{path} is not an LMDB")
     _, _, last, _ = max((_META.unpack(meta) for meta in metas), key=lambda fields: fields[3])
     if size < (last + 1) * page:
-        raise DataError(f"{path} is truncated: it has {size} bytes of {(last + 1) * page}")
+        raise DataError(f"{path} is truncated: it has {size} of {(last + 1) * page} bytes")

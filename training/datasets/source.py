@@ -1,4 +1,4 @@
-"""Where the files of a published data set lie: unpacked in a folder, or still in the archive."""
+"""Reading the files of a published data set, unpacked or still in the archive."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from training.data import DataError
 
 
 class Source:
-    """Files by their names, in a folder, in the folder that the archive unpacks to, or in the
-    archive itself.
+    """Files by name, in a folder, in the folder that an archive unpacks to, or in the archive.
 
     Args:
         root: the folder, or the archive.
@@ -33,7 +32,11 @@ class Source:
         )
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; ``None`` where there is none of that name."""
+        """The content of a file, or ``None`` if there is no file of that name.
+
+        Raises:
+            DataError: the archive is damaged.
+        """
         for folder in self._folders:
             if (folder / name).is_file():
                 return (folder / name).read_bytes()
@@ -50,7 +53,7 @@ class Source:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Official batches are pickles of arrays; nothing else in them is built."""
+    """Unpickles arrays, which official batches consist of, and refuses everything else."""
 
     _ALLOWED = frozenset(
         {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
@@ -59,14 +62,14 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in self._ALLOWED:
             return super().find_class(module, name)
-        raise DataError(f"a batch holds {module}.{name}, which is no array")
+        raise DataError(f"a batch must hold arrays only, got {module}.{name}")
 
 
 def unpickle_arrays(content: bytes, name: str) -> dict[str, Any]:
-    """A pickled dictionary of arrays and lists, its keys as strings.
+    """Unpickle a dictionary of arrays and lists; its keys become strings.
 
     Raises:
-        DataError: it holds anything else.
+        DataError: the pickle is damaged, or holds anything else.
     """
     try:
         values = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
@@ -79,18 +82,19 @@ def unpickle_arrays(content: bytes, name: str) -> dict[str, Any]:
         TypeError,
         ImportError,
     ) as error:
-        raise DataError(f"{name} is no batch of arrays: {error}") from error
+        raise DataError(f"{name} is not a batch of arrays: {error}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{name} is no batch of arrays: it holds a {type(values).__name__}")
+        raise DataError(f"{name} must be a dictionary of arrays, got a {type(values).__name__}")
     return {
         key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()
     }
 
 
 def planar(values: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Rows of channel after channel, ``(N, 3 * size * size)``, to ``(N, size, size, 3)``."""
+    """Convert rows of planes, ``(N, 3 * size * size)``, to images, ``(N, size, size, 3)``."""
     if values.dtype != np.uint8 or values.ndim != 2 or values.shape[1] != 3 * size * size:
         raise DataError(
-            f"{name} must hold uint8 rows of {3 * size * size} values, got {values.dtype} {values.shape}"
+            f"{name} must hold uint8 rows of {3 * size * size} values, "
+            f"got {values.dtype} {values.shape}"
         )
     return np.ascontiguousarray(values.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))

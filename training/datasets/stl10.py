@@ -1,6 +1,4 @@
-"""STL-10 from its official binary files: 100,000 unlabelled images to train on, shrunk from 96 to
-48 pixels.
-"""
+"""STL-10 from its official binary files, resized from 96 to 48 pixels by default."""
 
 from __future__ import annotations
 
@@ -10,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.images import resize_centre
 from training.data import DataError, Dataset, ImageSet, split_tail
-from training.datasets.files import Report, square
+from training.datasets.files import Report
 from training.datasets.source import Source
 
 SIZE, DEFAULT_SIZE = 96, 48
@@ -19,11 +18,10 @@ FOLDERS, ARCHIVES = ("stl10_binary",), ("stl10_binary.tar.gz",)
 
 
 def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
-    """The unlabelled images (or the 5,000 labelled ones where those alone are there), and the test
-    images.
+    """Load the 100,000 unlabelled images, or else the 5,000 labelled ones, and the test images.
 
     Raises:
-        DataError: they are not there.
+        DataError: files are missing or damaged.
     """
     size = image_size or DEFAULT_SIZE
     source = Source(root, FOLDERS, ARCHIVES)
@@ -34,11 +32,11 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
     test = source.read("test_X.bin")
     if content is None or test is None:
         raise DataError(
-            f"{root} holds no STL-10: unlabeled_X.bin or train_X.bin, and test_X.bin, there, in {FOLDERS[0]} "
-            f"or in {ARCHIVES[0]}"
+            f"{root} does not hold STL-10: unlabeled_X.bin or train_X.bin, and test_X.bin, "
+            f"in it, in {FOLDERS[0]} or in {ARCHIVES[0]}"
         )
     labels = source.read("test_y.bin")
-    report(f"shrinking STL-10 to {size} pixels")
+    report(f"resizing STL-10 to {size} pixels")
     images, test_images = _images(content, f"{name}_X.bin", size), _images(test, "test_X.bin", size)
     classes = None if labels is None else np.frombuffer(labels, np.uint8).astype(np.int64) - 1
     parts, splits = split_tail(name, images)
@@ -51,13 +49,15 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
 
 def _images(content: bytes, name: str, size: int) -> np.ndarray:
     if not content or len(content) % (3 * SIZE * SIZE):
-        raise DataError(f"{name} has {len(content)} bytes, no multiple of {3 * SIZE * SIZE}")
-    # Each channel is stored column after column.
+        raise DataError(
+            f"the size of {name} must be a multiple of {3 * SIZE * SIZE} bytes, got {len(content)}"
+        )
+    # Each channel is stored column by column.
     stored = np.frombuffer(content, np.uint8).reshape(-1, 3, SIZE, SIZE).transpose(0, 3, 2, 1)
     out = np.empty((len(stored), size, size, 3), np.uint8)
 
     def shrink(row: int) -> None:
-        out[row] = square(np.ascontiguousarray(stored[row]), size)
+        out[row] = resize_centre(stored[row], size, size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(shrink, range(len(stored))))

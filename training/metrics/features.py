@@ -1,4 +1,7 @@
-"""Feature spaces that work offline. Their distances carry their names and are never called FID."""
+"""Feature spaces that need no download.
+
+Distances in them are named after them and never called FID.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,11 @@ BATCH = 250
 
 
 class FeatureError(ValueError):
-    """A file of weights that is not the network's."""
+    """The weights of a network are missing or wrong."""
 
 
 class _Block(nn.Module):
-    """Two convolutions; where the shape changes, the shortcut is strided and padded with zero
-    channels.
-    """
+    """Two convolutions with a skip connection, strided and zero-padded where the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -40,14 +41,13 @@ class _Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The CIFAR-10 classifier of He et al., "Deep Residual Learning", 2016, section 4.2, up to its
-    64 features.
+    """The CIFAR-10 classifier of He et al., "Deep Residual Learning", 2016, section 4.2.
 
     Args:
-        path: an ``.npz`` of its arrays, named as in a PyTorch state dict.
+        path: ``.npz`` file of its arrays, named as in a PyTorch state dict.
 
     Raises:
-        FeatureError: they are not this network's.
+        FeatureError: the file cannot be read, or holds other arrays.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,7 +76,7 @@ class ResNet20(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` in [0, 1] to ``(N, 64)``."""
+        """From images, ``(N, 3, H, W)`` in [0, 1], to features, ``(N, 64)``."""
         h = (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
         h = F.relu(self.bn1(self.conv1(h)))
         for i in (1, 2, 3):
@@ -95,7 +95,7 @@ class ResNet20(nn.Module):
 
 @torch.no_grad()
 def features_of(network: nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """float64 ``(N, F)`` of uint8 ``(N, H, W, 3)``."""
+    """Features, float64 ``(N, F)``, of uint8 ``(N, H, W, 3)``."""
     out = []
     for first in range(0, len(images), BATCH):
         batch = torch.from_numpy(np.array(images[first : first + BATCH])).to(device)

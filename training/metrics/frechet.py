@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, each taken for a Gaussian."""
+"""The Fréchet distance between two sets of features, each modelled as a Gaussian."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     network.
 
     Args:
-        a: ``(N, F)``, more rows than columns.
-        b: ``(M, F)``.
+        a: ``(N, F)``, with more rows than columns.
+        b: ``(M, F)``, likewise.
+
+    Raises:
+        ValueError: the shapes do not match, or a set has fewer than two rows.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
-            f"features must be (N, F) and (M, F) of at least two rows, got {a.shape} and {b.shape}"
+            "features must be (N, F) and (M, F) with at least two rows each, "
+            f"got {a.shape} and {b.shape}"
         )
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(covariance_a)
     root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
-    # The product's eigenvalues are those of the symmetric root S_b root.
+    # S_a S_b has the eigenvalues of the symmetric matrix root S_b root.
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance_b @ root), 0, None)).sum()
     shift = np.square(a.mean(0) - b.mean(0)).sum()
     return float(shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)

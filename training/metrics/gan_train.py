@@ -1,9 +1,8 @@
-"""What can be learned from generated images: GAN-train.
+"""GAN-train: the accuracy of a classifier that learns from generated images.
 
-Shmelkov et al., "How good is my GAN?", 2018. A classifier names the class of every sample, a small
-network learns from samples and names, and is tested on real images. GAN-test, the other way round,
-asks whether samples show the class they were asked for: of an unconditional model nothing was
-asked.
+Shmelkov et al., "How good is my GAN?", 2018. A classifier labels the samples; a small network
+learns from them and is tested on real images. GAN-test measures whether samples show the class that
+they were generated for, which an unconditional model does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 EPOCHS, BATCH, LEARNING_RATE = 8, 64, 2e-3
-GAN_TEST = "not defined: the model is unconditional, no class was asked for"
+GAN_TEST = "not defined: the model is unconditional"
 
 
 def _small_network(classes: int) -> nn.Sequential:
@@ -32,18 +31,18 @@ def gan_train_accuracy(
     device: torch.device,
     seed: int = 0,
 ) -> float:
-    """Accuracy on real test images of a network that learned from other images alone.
+    """Train a small network on some images and test it on others.
 
     Args:
         images: uint8 ``(N, H, W, 3)``, to learn from.
         labels: ``(N,)``, their classes.
-        test_images: uint8 ``(M, H, W, 3)``.
-        test_labels: ``(M,)``.
+        test_images: uint8 ``(M, H, W, 3)``, real images.
+        test_labels: ``(M,)``, their classes.
         device: where to compute.
         seed: of weights, order and mirroring.
 
     Returns:
-        Share of test images whose class is found.
+        Accuracy on the test images.
     """
     classes = int(max(labels.max(), test_labels.max())) + 1
     order = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
-"""Inception V3 with the weights of the original FID: the one feature space whose distance may be
-called FID.
+"""Inception V3 with the weights of the original FID.
+
+Only the Fréchet distance in its feature space is called FID.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ DOWNLOAD = "download"
 def inception_features(
     weights: str, images: np.ndarray, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features and class scores without bias, as FID and the Inception score take them.
+    """Pooled features and class scores without bias, as used by FID and the Inception score.
 
     Args:
         weights: path of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``, or
             ``download``.
-        images: uint8 ``(N, H, W, 3)``; resized to 299 pixels inside, as TensorFlow 1 did.
+        images: uint8 ``(N, H, W, 3)``; the network resizes them to 299 pixels as TensorFlow 1 did.
         device: where to compute.
 
     Returns:
         float64 ``(N, 2048)`` and ``(N, 1008)``.
 
     Raises:
-        FeatureError: the file is another, or cannot be had.
+        FeatureError: the file is missing or wrong, or cannot be downloaded.
     """
     network = _load(weights).to(device)
     pooled, scores = [], []
@@ -59,16 +60,16 @@ def _load(weights: str) -> torch.nn.Module:
 
 
 def verified_inception(weights: str) -> Path:
-    """The file, downloaded if that is asked for, and found to be the right one.
+    """Path of the weights, which are downloaded if requested and checked by their SHA-256.
 
     Raises:
-        FeatureError: it is another, or cannot be had.
+        FeatureError: the file is missing or wrong, or cannot be downloaded.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     except ModuleNotFoundError as error:
         raise FeatureError(
-            "Inception comes with torch-fidelity: pip install 'av-ade[evaluate]'"
+            "Inception needs the package torch-fidelity: pip install 'av-ade[evaluate]'"
         ) from error
 
     if weights == DOWNLOAD:
@@ -81,15 +82,15 @@ def verified_inception(weights: str) -> Path:
                 )
             except (OSError, RuntimeError) as error:
                 raise FeatureError(
-                    f"{URL_INCEPTION_V3} could not be had ({error}); where there is no network, fetch the "
-                    "file elsewhere and give its path to --inception"
+                    f"{URL_INCEPTION_V3} could not be downloaded ({error}); "
+                    "without a network, download the file elsewhere and give its path"
                 ) from error
     else:
         path = Path(weights)
         if not path.is_file():
-            raise FeatureError(f"--inception: there is no file {path}")
+            raise FeatureError(f"the weights of Inception do not exist: there is no file {path}")
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()  # before it is unpickled
+        found = hashlib.file_digest(file, "sha256").hexdigest()  # checked before unpickling
     if found != WEIGHTS_SHA256:
         raise FeatureError(
             f"{path} is not the FID's Inception: SHA-256 should be {WEIGHTS_SHA256}, is {found}"

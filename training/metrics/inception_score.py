@@ -1,4 +1,4 @@
-"""The Inception score, and the same of another classifier: how sure its classes are, and how many."""
+"""The Inception score, by Inception or by another classifier."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS) -> dict[str, float
 
     Args:
         logits: ``(N, classes)`` of generated images.
-        splits: parts of the set that are scored apart.
+        splits: number of parts of the set, each of which is scored.
+
+    Raises:
+        ValueError: there are fewer rows than splits.
     """
     if logits.ndim != 2 or len(logits) < splits:
         raise ValueError(

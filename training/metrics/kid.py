@@ -1,5 +1,6 @@
-"""The kernel distance between two sets of features: unbiased, so that it can be compared across
-sample counts.
+"""The kernel distance between two sets of features.
+
+It is unbiased, so that distances of different numbers of samples can be compared.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ def kernel_distance(generated: np.ndarray, real: np.ndarray) -> dict[str, float]
     Args:
         generated: ``(N, F)``.
         real: ``(M, F)``.
+
+    Raises:
+        ValueError: the shapes do not match.
     """
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(

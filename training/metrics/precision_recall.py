@@ -1,5 +1,7 @@
-"""Precision (are the samples like images?) and recall (is every kind of image among them?), by two
-definitions.
+"""Precision and recall of samples, by two definitions.
+
+Precision is the share of samples that are like real images; recall is the share of real images that
+samples cover.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ NEIGHBOURS = 3
 
 
 def improved_precision_recall(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """The share of samples within reach of a real image, and the other way round.
+    """The share of samples near a real image, and of real images near a sample.
 
     Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models",
-    2019: within reach is nearer than an image's third neighbour of its own kind.
+    2019. An image is near if it is closer than the third nearest neighbour in the other's own set.
 
     Args:
         generated: ``(N, F)``.
-        real: ``(M, F)``; the larger set is cut to the smaller one's size, since reach depends on
-            how dense a set is.
+        real: ``(M, F)``; the larger set is cut to the size of the smaller one, since distances of
+            neighbours depend on the density of a set.
     """
     size = min(len(generated), len(real))
     generated, real = generated[:size], real[:size]
@@ -52,10 +54,10 @@ def prd_curve(
     Args:
         generated: ``(bins,)``, sums to 1.
         real: likewise.
-        angles: slopes between 0 and 90 degrees at which the curve is taken.
+        angles: number of slopes between 0 and 90 degrees at which the curve is evaluated.
 
     Returns:
-        precision and recall, each ``(angles,)``.
+        Precision and recall, each ``(angles,)``.
     """
     margin = 1e-6
     slopes = np.tan(np.linspace(margin, np.pi / 2 - margin, angles))
@@ -64,12 +66,13 @@ def prd_curve(
 
 
 def prd_f_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """``F_8``, which weighs recall, and ``F_1/8``, which weighs precision: each curve's best, over
-    ten clusterings.
+    """``F_8``, which weighs recall, and ``F_1/8``, which weighs precision.
+
+    Each is the maximum over the mean curve of ten clusterings.
 
     Args:
         generated: features ``(N, F)``.
-        real: features ``(M, F)``; the larger set is cut to the smaller one's size.
+        real: features ``(M, F)``; the larger set is cut to the size of the smaller one.
     """
     size = min(len(generated), len(real))
     generated, real = generated[:size], real[:size]
