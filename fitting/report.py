@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.verdict.detector import false_alarm_band
 from fitting.plan import Plan
 from fitting.survey import SHOWN, Survey
 from serving.api.responses import psnr
 from serving.engine.bundle import Bundle
 from serving.files import replacing
 from serving.images import tile, write_png
+from serving.verdict.false_alarms import false_alarm_band
 
 ALPHAS = (0.1, 0.05, 0.01)
 LEAST_EPOCHS = 3.0

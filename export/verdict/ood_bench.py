@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from export.verdict.detector import false_alarm_band
 from serving.tables import safe_cell
 from serving.verdict.calibration import Calibration, conformal_p_values
+from serving.verdict.false_alarms import false_alarm_band
 
 COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
 ALPHAS = (0.1, 0.05, 0.01)
