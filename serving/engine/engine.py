@@ -52,6 +52,7 @@ class Score:
             ``None`` unless asked for.
         verdict: by the calibrated estimator; ``None`` without a calibration for the way that the
             image came.
+        calibrations: that the verdict is of.
     """
 
     bpd: float
@@ -59,6 +60,7 @@ class Score:
     standard_error: float | None
     verdict: Verdict | None
     bits: np.ndarray | None = None
+    calibrations: Calibrations = dataclasses.field(default_factory=Calibrations)
 
 
 class NotFinite(ArithmeticError):
@@ -344,7 +346,9 @@ class InferenceEngine:
                     NotFinite("the model's likelihood of this image is not a finite number")
                 )
                 continue
-            score = self._summarize(mine, verdicts.get(i))
+            score = dataclasses.replace(
+                self._summarize(mine, verdicts.get(i)), calibrations=chosen[i]
+            )
             if i in bits:
                 # What is no pixel's own (the constant of dequantisation, the bound's gap, the
                 # rounding of sums) is divided evenly.

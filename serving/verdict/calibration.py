@@ -60,12 +60,14 @@ class Verdict:
         uniform: the same with ties broken at random, so that it is uniform on (0, 1) for images
             like the calibration's.
         explain: every statistic, the most unusual first.
+        calibrated: number of calibration images.
     """
 
     ood_score: float
     p_value: float
     uniform: float
     explain: tuple[Unusual, ...]
+    calibrated: int = 0
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,13 @@ class Calibration:
                 )
             )
             verdicts.append(
-                Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain)
+                Verdict(
+                    float(scores[row]),
+                    float(p_values[row]),
+                    float(uniform[row]),
+                    explain,
+                    len(self.scores),
+                )
             )
         return verdicts
 
