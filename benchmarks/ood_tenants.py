@@ -13,7 +13,6 @@ on them.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,47 +57,53 @@ CHANGES: dict[str, Change] = {
 }
 
 
+def shares_of(
+    engine: InferenceEngine, images: np.ndarray, labels: np.ndarray, tenant: int
+) -> tuple[str, list[float]]:
+    """What a tenant sends, in words, and the share of its test images that is rejected at each
+    alpha.
+    """
+    rng = np.random.default_rng(tenant)
+    classes = np.sort(rng.choice(10, rng.integers(*CLASSES, endpoint=True), replace=False))
+    name = list(CHANGES)[tenant % len(CHANGES)]
+    rows = rng.permutation(np.flatnonzero(np.isin(labels, classes)))[: FIT + CALIBRATE + TEST]
+    found = statistics_of(engine, CHANGES[name](images[rows]), name)
+    fit, calibrate, test = (
+        {key: values[part] for key, values in found.items()}
+        for part in (slice(FIT), slice(FIT, FIT + CALIBRATE), slice(FIT + CALIBRATE, None))
+    )
+    calibration = fit_calibration(fit, calibrate)
+    scores = calibration.mixture.surprise(calibration.normal(calibration.rows(test)))
+    p_values = conformal_p_values(calibration.scores, scores)
+    shares = [float((p_values <= alpha).mean()) for alpha in ALPHAS]
+    return f"classes {' '.join(map(str, classes))}, {name}", shares
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
-    parser.add_argument("--tenants", type=int, default=TENANTS)
+    parser.add_argument("--tenants", type=int, nargs="+", default=list(range(TENANTS)))
     args = parser.parse_args()
     engine = InferenceEngine(open_bundle(args.bundle), device="cpu", operations=["score"])
     parts = load_dataset("cifar10", args.root).parts
     used = [parts[name] for name in ("select", "calibrate", "test")]
     images = np.concatenate([part.images[:] for part in used])
     labels = np.concatenate([np.asarray(part.labels) for part in used])
-    inside = dict.fromkeys(ALPHAS, 0)
-    print("| tenant | classes | images | " + " | ".join(f"at {alpha}" for alpha in ALPHAS) + " |")
-    print("|---|---|---|" + "---|" * len(ALPHAS))
-    for tenant in range(args.tenants):
-        rng = np.random.default_rng(tenant)
-        classes = np.sort(rng.choice(10, rng.integers(*CLASSES, endpoint=True), replace=False))
-        name = list(CHANGES)[tenant % len(CHANGES)]
-        rows = rng.permutation(np.flatnonzero(np.isin(labels, classes)))[: FIT + CALIBRATE + TEST]
-        found = statistics_of(engine, CHANGES[name](images[rows]), name)
-        fit, calibrate, test = (
-            {key: values[part] for key, values in found.items()}
-            for part in (slice(FIT), slice(FIT, FIT + CALIBRATE), slice(FIT + CALIBRATE, None))
-        )
-        calibration = fit_calibration(fit, calibrate)
-        scores = calibration.mixture.surprise(calibration.normal(calibration.rows(test)))
-        p_values = conformal_p_values(calibration.scores, scores)
+    bands = [false_alarm_band(CALIBRATE, alpha, tested=TEST) for alpha in ALPHAS]
+    inside = [0] * len(ALPHAS)
+    print(f"| tenant | images | {' | '.join(f'at {alpha}' for alpha in ALPHAS)} |")
+    print(f"|---|---|{'---|' * len(ALPHAS)}")
+    for tenant in args.tenants:
+        name, shares = shares_of(engine, images, labels, tenant)
         cells = []
-        for alpha in ALPHAS:
-            share = float((p_values <= alpha).mean())
-            low, high = false_alarm_band(CALIBRATE, alpha, tested=len(p_values))
-            inside[alpha] += low <= share <= high
-            cells.append(f"{share:.4f}{'' if low <= share <= high else ' outside'}")
-        listed = " ".join(map(str, classes))
-        print(f"| {tenant} | {listed} | {name} | {' | '.join(cells)} |", flush=True)
-    for alpha in ALPHAS:
-        low, high = false_alarm_band(CALIBRATE, alpha, tested=TEST)
-        print(
-            f"alpha {alpha}: {inside[alpha]} of {args.tenants} inside {low:.4f} to {high:.4f}",
-            file=sys.stderr,
-        )
+        for i, (share, (low, high)) in enumerate(zip(shares, bands, strict=True)):
+            is_inside = low <= share <= high
+            inside[i] += is_inside
+            cells.append(f"{share:.4f}{'' if is_inside else ' outside'}")
+        print(f"| {tenant} | {name} | {' | '.join(cells)} |", flush=True)
+    for alpha, count, (low, high) in zip(ALPHAS, inside, bands, strict=True):
+        print(f"alpha {alpha}: {count} of {len(args.tenants)} inside {low:.4f} to {high:.4f}")
 
 
 if __name__ == "__main__":
