@@ -1,20 +1,31 @@
-"""``ade calibrate BUNDLE OUT --data …``."""
+"""``ade calibrate BUNDLE OUT --data …`` and ``ade calibrate BUNDLE --into BUNDLE --name …``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ade_cli.data_options import add_data_arguments, dataset_of, readable, say, was_trained_on
-from export.verdict.calibrate import calibrate_bundle
-from export.verdict.detector import false_alarm_band
-from serving.engine.bundle import BundleError, open_bundle
-from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
+from ade_cli.data_options import (
+    add_data_arguments,
+    dataset_of,
+    percent,
+    readable,
+    say,
+    was_trained_on,
+)
+from export.verdict.calibrate import calibrate_bundle, calibrate_into
+from export.verdict.what_if import corruptions_of, rejected, usable
+from serving.engine.bundle import Bundle, BundleError, open_bundle
+from serving.engine.engine import InferenceEngine
+from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.decision import images_needed
+from serving.verdict.false_alarms import false_alarm_band
 from training.data import PARTS, DataError, Dataset
 from training.datasets import NAMES
 from training.datasets.files import part_of, shuffled
@@ -26,44 +37,87 @@ ALPHAS = (0.1, 0.05, 0.01)
 ENOUGH = 1000
 MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # the rest calibrates; of CIFAR-10's held-out images it is as much
+CORRUPTED_IMAGES = 100  # of each kind of corruption
+
+Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.description = (
+        "Calibrate a bundle's gate on your images: afterwards it accepts images like them. No network "
+        "is trained. Two fifths of the images fit the density of statistics, the others set the "
+        "false-alarm rate; 1,000 or more are advisable. Images of another size than the model's are "
+        "resized. The result is a new bundle (OUT), or a further calibration in a bundle (--into, "
+        "--name). Prints the false-alarm rates to expect and the share of corrupted images that is "
+        "rejected."
+    )
     parser.add_argument(
-        "out", type=Path, metavar="OUT", help="the new bundle's folder; must not exist"
+        "bundle", type=Path, metavar="BUNDLE", help="folder of a bundle, such as pretrained/cifar10"
+    )
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="folder of the new bundle; must not exist"
+    )
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="BUNDLE",
+        help="instead of OUT: add the calibration to this bundle of the same model, as --name; a "
+        "service that runs with it takes the calibration over within seconds",
+    )
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help='with --into: requests ask for it with "calibration": "NAME"; one of this name is '
+        f"replaced; {DEFAULT!r} judges the requests that name none",
     )
     add_data_arguments(parser, required=True)
 
 
 def run(args: argparse.Namespace) -> None:
+    if (args.out is None) == (args.into is None):
+        raise CalibrationError("give either OUT, a new bundle, or --into BUNDLE")
+    if (args.into is None) != (args.name is None):
+        raise CalibrationError("--into BUNDLE and --name NAME go together")
     bundle = open_bundle(args.bundle)
-    halves: list[Iterator[bytes | np.ndarray]]
+    (fit, calibration), name = _halves(args, bundle)
+    if args.into is None:
+        made = calibrate_bundle(args.bundle, args.out, fit(), calibration(), name, say)
+        target = args.out
+    else:
+        target = args.into
+        if open_bundle(target).model_id != bundle.model_id:
+            raise CalibrationError(
+                f"--into must be a bundle of the model {bundle.model_id}, got "
+                f"{open_bundle(target).model_id}"
+            )
+        made = calibrate_into(target, args.name, fit(), calibration(), name, say)
+    _tell(made)
+    _tell_caught(open_bundle(target), made, calibration)
+    if args.into is None:
+        say(f"wrote {target}; next: ade serve {target}")
+    else:
+        say(f"added calibration {made.name}, version {made.version}, to {target}")
+
+
+def _halves(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str]:
+    """Images to fit and to calibrate on, and what they are called."""
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
-        halves, name = (
-            _rows(dataset, was_trained_on(bundle, dataset.name, dataset.splits)),
-            dataset.name,
+        trained_on = was_trained_on(bundle, dataset.name, dataset.splits)
+        return _rows(dataset, trained_on), dataset.name
+    if args.root is not None:
+        raise DataError(
+            f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder"
         )
-    else:
-        if args.root is not None:
-            raise DataError(
-                f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder"
-            )
-        files, name = image_files(Path(args.data)), Path(args.data).resolve().name
-        trained_on = was_trained_on(bundle, name)
-        if trained_on:
-            say(
-                f"{name} is what the model was trained on: its parts select and calibrate are taken"
-            )
-        halves = [_contents(half) for half in _files(files, trained_on)]
-    fit, calibration = halves
-    result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, say)
-    _tell(result, open_bundle(args.out).manifest["calibration"])
-    say(f"wrote {args.out}; next: ade serve {args.out}")
+    files, name = image_files(Path(args.data)), Path(args.data).resolve().name
+    trained_on = was_trained_on(bundle, name)
+    if trained_on:
+        say(f"the model was trained on {name}: only its parts select and calibrate are used")
+    halves = _files(files, trained_on)
+    return [partial(readable, half[:MAX_IMAGES]) for half in halves], name
 
 
-def _rows(dataset: Dataset, trained_on: bool) -> list[Iterator[bytes | np.ndarray]]:
+def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:
     """Images to fit and to calibrate on: of the training data its two held-out parts, of any other
     all.
     """
@@ -75,9 +129,11 @@ def _rows(dataset: Dataset, trained_on: bool) -> list[Iterator[bytes | np.ndarra
     else:
         rows = [(part, row) for part in PARTS for row in range(len(dataset.parts[part]))]
         chosen = _split(shuffled(rows)[:MAX_IMAGES])
-    return [
-        (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in half) for half in chosen
-    ]
+
+    def read(half: list[tuple[str, int]]) -> Iterator[bytes | np.ndarray]:
+        return (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in half)
+
+    return [partial(read, half) for half in chosen]
 
 
 def _files(files: list[Path], trained_on: bool) -> list[list[Path]]:
@@ -95,12 +151,8 @@ def _split(items: list[Any]) -> list[list[Any]]:
     return [items[:first], items[first:]]
 
 
-def _contents(paths: list[Path]) -> Iterator[bytes | np.ndarray]:
-    return readable(paths[:MAX_IMAGES])
-
-
-def _tell(calibrations: Calibrations, about: dict[str, Any]) -> None:
-    """What users may expect of the false-alarm rate that they will ask for."""
+def _tell(calibrations: Calibrations) -> None:
+    """The false-alarm rates that users may expect."""
     assert calibrations.exact is not None and calibrations.resized is not None
     both = calibrations.exact is calibrations.resized
     _tell_of(
@@ -109,31 +161,39 @@ def _tell(calibrations: Calibrations, about: dict[str, Any]) -> None:
     )
     if not both:
         _tell_of(calibrations.resized, "resized images")
-        simulated = about["resized"]["resized_and_back"]
-        if simulated:
-            say(
-                f"{simulated} of them have the model's size and were enlarged first, for want of larger ones: of pictures "
-                "that come from elsewhere, more may be rejected"
-            )
     if len(calibrations.exact.scores) < ENOUGH * (1 - FIT_SHARE):
         say(
-            f"warning: with fewer than {ENOUGH} images in all, verdicts are coarse, and the density behind them is rough"
+            f"warning: with fewer than {ENOUGH} images in all, false-alarm rates vary widely, and the "
+            "gate misses more"
         )
 
 
 def _tell_of(calibration: Calibration, what: str) -> None:
     count = len(calibration.scores)
     say(
-        f"{what}: calibrated on {count} images, p-values from {calibration.smallest_p_value:.2g} on"
+        f"{what}: calibrated on {count} images, smallest p-value {calibration.smallest_p_value:.2g}"
     )
     for alpha in ALPHAS:
         low, high = false_alarm_band(count, alpha)
         if high == 0:
             say(
-                f"warning: at alpha {alpha} there is no verdict with so few; that takes {images_needed(alpha)} "
-                "calibration images at least"
+                f"warning: at alpha {alpha} there is no verdict: it takes at least "
+                f"{images_needed(alpha)} calibration images"
             )
         else:
             say(
-                f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be rejected (95 % band)"
+                f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be "
+                "rejected (95 % band)"
             )
+
+
+def _tell_caught(bundle: Bundle, calibrations: Calibrations, images: Images) -> None:
+    """What the new gate rejects of calibration images that are corrupted."""
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    kept, _ = usable(engine, islice(images(), CORRUPTED_IMAGES))
+    say(
+        f"rejected of {len(kept)} of these images, corrupted, at alpha {ALPHAS[1]} and {ALPHAS[2]}:"
+    )
+    for name, corrupted in corruptions_of(kept).items():
+        shares = rejected(engine, calibrations, corrupted, ALPHAS[1:])
+        say(f"  {name}: {', '.join(percent(share) for share in shares)}")

@@ -22,12 +22,17 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
         help=f"{', '.join(NAMES)}, or a folder of images (searched recursively)"
         + ("" if required else "; default: what the run was trained on"),
     )
-    parser.add_argument("--root", metavar="DIR", help="where a named data set lies")
+    parser.add_argument("--root", metavar="DIR", help="folder of a named data set")
 
 
 def say(line: str) -> None:
     """Progress goes to standard error, so that standard output holds results alone."""
     print(line, file=sys.stderr, flush=True)
+
+
+def percent(share: float | None) -> str:
+    """The share of images that is rejected; ``None`` is no verdict."""
+    return "no verdict" if share is None else f"{share:.0%}"
 
 
 def was_trained_on(bundle: Bundle, name: str, splits: dict[str, str] | None = None) -> bool:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ade_cli.image_files import FileError, check_parent
 from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, score_folder
-from serving.engine.bundle import CALIBRATION_NAME, BundleError, open_bundle
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.engine.bundle import BundleError, open_bundle
+from serving.verdict.calibration import DEFAULT, CalibrationError
 
 NO_VERDICT = 3  # exit status
 ERRORS = (BundleError, BulkError, CalibrationError, FileError)
@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resize images of another size: this changes the likelihood",
     )
     parser.add_argument(
+        "--calibration",
+        default=DEFAULT,
+        metavar="NAME",
+        help="of the bundle's calibrations, the one that decides (default: the bundle's own)",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
@@ -69,23 +75,23 @@ def run(args: argparse.Namespace) -> int:
         raise BulkError(f"--alpha must be between 0 and 1, got {args.alpha}")
     if args.samples < 1 or args.workers < 1:
         raise BulkError("--samples and --workers must be at least 1")
-    options = BulkOptions(args.alpha, args.samples, args.resize)
+    options = BulkOptions(args.alpha, args.samples, args.resize, args.calibration)
     bundle = open_bundle(args.bundle)
-    if bundle.has(CALIBRATION_NAME):
-        calibrations = Calibrations.load(bundle.file(CALIBRATION_NAME))
-        judge = calibrations.of(args.resize == "fit") or calibrations.exact
-        warnings = [judge and judge.too_small(args.alpha)]
-        if judge is not None and judge.resize == "fit" and args.resize is None:
+    scorer = FileScorer(bundle, Path(), options)
+    judge = scorer.calibrations.of(args.resize == "fit") or scorer.calibrations.exact
+    if judge is not None:
+        warnings = [judge.too_small(args.alpha)]
+        if judge.resize == "fit" and args.resize is None:
             warnings.append(
-                "this bundle was calibrated on images of any size: without --resize fit, other sizes than the "
-                "model's get an error"
+                "this bundle was calibrated on images of any size: without --resize fit, images of "
+                "another size than the model's get an error"
             )
         for warning in filter(None, warnings):
             print(f"warning: {warning}", file=sys.stderr)
     if args.out is None:
         if any(path.is_dir() for path in args.images):
             raise BulkError(f"a folder's scores need --out FILE ({', '.join(FORMATS)})")
-        rows = FileScorer(bundle, Path(), options)([str(path) for path in args.images])
+        rows = scorer([str(path) for path in args.images])
         for row in rows:
             print(json.dumps(row))
         if all("error" in row for row in rows):

@@ -61,6 +61,11 @@ def _text(found: dict[str, Any]) -> str:
             f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items())
         )
         lines.append(f"requests    {counts or 'none yet'}")
+    for name, its in (found["calibrations"] or {}).items():
+        text = f"{its['rejected']:.0f} rejected, {its['expected']:.0f} expected"
+        if its["broken"]:
+            text += "; its file cannot be used, see torchserve.log"
+        lines.append(f"calibration {name}: {text}")
     for error in found["last_errors"] or []:
         text = "error       {time} {operation} {status} {code}: {message}".format(**error)
         lines.append(

@@ -19,6 +19,7 @@ from serving.engine.engine import InferenceEngine
 from serving.images import lossless_bits, read_image
 from serving.page.served import EXAMPLES
 from serving.verdict.calibration import Calibrations
+from serving.verdict.store import CalibrationStore
 
 TURNS = 7
 BATCH = 256
@@ -31,7 +32,7 @@ def main() -> None:
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     engine.warm_up()
     bare = InferenceEngine(args.bundle, device="cpu", operations=["score"])
-    bare.calibrations = Calibrations()
+    bare.store = CalibrationStore(Calibrations(), None, "", [])
     bare.warm_up()
     examples = [
         np.resize(read_image(path.read_bytes()).pixels, engine.image_shape) for path in EXAMPLES

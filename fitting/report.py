@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from export.verdict.detector import false_alarm_band
 from fitting.plan import Plan
 from fitting.survey import Survey
 from serving.engine.bundle import Bundle
 from serving.images import psnr, tile, write_png
+from serving.verdict.false_alarms import false_alarm_band
 from training.runs import write_text
 
 ALPHAS = (0.1, 0.05, 0.01)

@@ -30,11 +30,12 @@ from filelock import Timeout
 
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_image
-from serving.engine.bundle import CALIBRATION_NAME, Bundle, open_bundle
+from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, locked, read_file, replacing
 from serving.images import IMAGE_SUFFIXES
 from serving.tables import safe_cell
+from serving.verdict.calibration import DEFAULT
 from serving.verdict.decision import NOT_SCORED, decide
 from serving.verdict.statistics import part_names
 
@@ -56,11 +57,13 @@ class BulkOptions:
         alpha: the false-alarm rate of ``ood``.
         samples: K.
         resize: ``fit`` to resize what has another size.
+        calibration: name of the one that decides.
     """
 
     alpha: float = 0.01
     samples: int = 1
     resize: str | None = None
+    calibration: str = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,32 @@ class Summary:
 class FileScorer:
     """Rows of files, by an engine in this process.
 
+    Args:
+        bundle: has ``score``.
+        folder: of the files.
+        options: how they are scored.
+        version: of the calibration, where another process has taken it; any unless given.
+
+    Attributes:
+        calibrations: that decide; they stay the same even if their file changes.
+
     Raises:
-        BulkError: the model cannot score.
+        BulkError: the model cannot score, or the calibration has another version.
         BundleError: the bundle is not whole.
+        UnknownCalibration: the bundle has no such calibration.
     """
 
-    def __init__(self, bundle: Bundle, folder: Path, options: BulkOptions) -> None:
+    def __init__(
+        self, bundle: Bundle, folder: Path, options: BulkOptions, version: str | None = None
+    ) -> None:
         if "score" not in bundle.operations:
             raise BulkError(
                 f"{bundle.name} has no score: it was trained without an inference network"
             )
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+        self.calibrations = self._engine.store.get(options.calibration)
+        if version not in (None, self.calibrations.version):
+            raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
         self._folder = folder
         self._options = options
 
@@ -103,6 +121,7 @@ class FileScorer:
                 np.stack([image.pixels for image in usable]),
                 samples=[self._options.samples] * len(usable),
                 resized=[image.resized for image in usable],
+                calibrations=[self.calibrations] * len(usable),
             )
             if usable
             else []
@@ -137,12 +156,11 @@ class FileScorer:
                 "ood_score": verdict.ood_score,
                 "p_value": verdict.p_value,
                 "ood": verdict.p_value <= self._options.alpha,
+                "calibration": f"{self.calibrations.name}@{self.calibrations.version}",
             }
         if image.notes:
             row["notes"] = "; ".join(image.notes)
-        decision = decide(
-            row.get("p_value"), self._engine.calibrations, image.resized, self._options.alpha
-        )
+        decision = decide(row.get("p_value"), self.calibrations, image.resized, self._options.alpha)
         return {**row, "decision": decision.choice, "decision_reason": decision.reason}
 
 
@@ -173,6 +191,7 @@ def columns(bundle: Bundle, samples: int) -> list[str]:
         "notes",
         "decision",
         "decision_reason",
+        "calibration",
     ]
 
 
@@ -201,16 +220,15 @@ def score_folder(
         raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
     if out.exists():
         raise BulkError(f"{out} is there already")
-    FileScorer(
-        bundle, folder, options
-    )  # what is wrong with the bundle is an error here, not in a process
+    # What is wrong with the bundle is an error here, not in a process.
+    version = FileScorer(bundle, folder, options).calibrations.version
     total = sum(1 for _ in image_paths(folder))
     if not total:
         raise BulkError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     part = out.with_name(out.name + ".part")
     head = {
         "model": bundle.model_id,
-        "calibration": bundle.manifest["files"].get(CALIBRATION_NAME),
+        "version": version,
         "folder": str(folder.resolve()),
         **asdict(options),
         "columns": columns(bundle, options.samples),
@@ -221,7 +239,8 @@ def score_folder(
             raise BulkError(f"{out} is there already")
         done = _begin(part, head, folder)
         progress(done, total)
-        for made in _in_order(bundle, folder, options, workers, _chunks(image_paths(folder), done)):
+        chunks = _chunks(image_paths(folder), done)
+        for made in _in_order(bundle, folder, options, version, workers, chunks):
             rows.write("".join(json.dumps(row) + "\n" for row in made))
             rows.flush()
             done += len(made)
@@ -292,14 +311,19 @@ def _chunks(paths: Iterator[str], done: int) -> Iterator[list[str]]:
 
 
 def _in_order(
-    bundle: Bundle, folder: Path, options: BulkOptions, workers: int, chunks: Iterator[list[str]]
+    bundle: Bundle,
+    folder: Path,
+    options: BulkOptions,
+    version: str,
+    workers: int,
+    chunks: Iterator[list[str]],
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the chunks, in order, a few of them ahead."""
     context = multiprocessing.get_context(
         "spawn"
     )  # a fork would inherit the threads of whoever calls
     with ProcessPoolExecutor(
-        workers, context, _start_worker, (bundle.folder, folder, options, os.getpid())
+        workers, context, _start_worker, (bundle.folder, folder, options, version, os.getpid())
     ) as pool:
         waiting: deque[Future[list[dict[str, Any]]]] = deque()
         for chunk in chunks:
@@ -322,9 +346,11 @@ def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 _scorer: FileScorer
 
 
-def _start_worker(bundle: Path, folder: Path, options: BulkOptions, parent: int) -> None:
+def _start_worker(
+    bundle: Path, folder: Path, options: BulkOptions, version: str, parent: int
+) -> None:
     global _scorer
-    _scorer = FileScorer(open_bundle(bundle), folder, options)
+    _scorer = FileScorer(open_bundle(bundle), folder, options, version)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -379,7 +405,9 @@ def _write_parquet(file: IO[bytes], names: list[str], rows: Iterator[dict[str, A
 
     kinds = {
         "ood": pa.bool_(),
-        **dict.fromkeys(("path", "error", "notes", "decision", "decision_reason"), pa.string()),
+        **dict.fromkeys(
+            ("path", "error", "notes", "decision", "decision_reason", "calibration"), pa.string()
+        ),
     }
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
     with parquet.ParquetWriter(file, schema) as writer:

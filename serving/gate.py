@@ -1,4 +1,4 @@
-"""The gate in the caller's own process: decisions on images, without a server and without PyTorch.
+"""The gate in the caller's own process: decisions on images, without a server or PyTorch.
 
 from serving.gate import Gate
 
@@ -22,6 +22,7 @@ from serving.api.requests import InputImage, prepare_image
 from serving.client import ImageLike, image_file
 from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
+from serving.verdict.calibration import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
 
 
@@ -35,12 +36,14 @@ class Decision:
         bpd: bits per dimension; ``None`` where the image could not be scored, which is an error.
         reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is
             one.
+        calibration: ``name`` and ``version`` of the calibration that decided; ``None`` without one.
     """
 
     decision: Choice
     p_value: float | None = None
     bpd: float | None = None
     reason: str | None = None
+    calibration: dict[str, str] | None = None
 
     @property
     def accepted(self) -> bool:
@@ -56,6 +59,7 @@ class Gate:
     """Decides on images by a bundle; may be used by several threads at once.
 
     Images of another size than the model's are resized, and judged by the calibration for that.
+    Named calibrations of the bundle may come, change and go meanwhile.
 
     Args:
         bundle: its folder.
@@ -76,16 +80,21 @@ class Gate:
         self.alpha = alpha
         self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
 
-    def check(self, images: ImageLike | Sequence[ImageLike]) -> list[Decision]:
+    def check(
+        self, images: ImageLike | Sequence[ImageLike], calibration: str = DEFAULT
+    ) -> list[Decision]:
         """A decision for each image; one that cannot be used has ``no_verdict`` and is an error.
 
         Args:
             images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a sequence
                 of these, or uint8 ``(N, H, W, C)``.
+            calibration: name of the one that decides; the bundle's own unless given.
 
         Raises:
+            UnknownCalibration: the bundle has none of this name.
             ValueError: an array is not of uint8 or not of that shape.
         """
+        judge = self._engine.store.get(calibration)
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             images = [images]
         elif isinstance(images, np.ndarray) and images.ndim == 3:
@@ -96,12 +105,13 @@ class Gate:
             self._engine.score(
                 np.stack([image.pixels for image in usable]),
                 resized=[image.resized for image in usable],
+                calibrations=[judge] * len(usable),
             )
             if usable
             else []
         )
         return [
-            self._decide(image, next(scores) if isinstance(image, InputImage) else None)
+            self._decide(image, next(scores) if isinstance(image, InputImage) else None, judge)
             for image in prepared
         ]
 
@@ -113,11 +123,17 @@ class Gate:
         except MemoryError:
             return ApiError(413, "too_large", "there is no memory to decode it")
 
-    def _decide(self, image: InputImage | ApiError, score: Score | NotFinite | None) -> Decision:
+    def _decide(
+        self,
+        image: InputImage | ApiError,
+        score: Score | NotFinite | None,
+        calibrations: Calibrations,
+    ) -> Decision:
         if isinstance(image, ApiError):
             return Decision("no_verdict", reason=f"{NOT_SCORED}: {image.message}")
         if not isinstance(score, Score):
             return Decision("no_verdict", reason=f"{NOT_SCORED}: {score}")
         p_value = None if score.verdict is None else score.verdict.p_value
-        found = decide(p_value, self._engine.calibrations, image.resized, self.alpha)
-        return Decision(found.choice, p_value, score.bpd, found.reason)
+        found = decide(p_value, calibrations, image.resized, self.alpha)
+        label = calibrations.label if calibrations.of(image.resized) else None
+        return Decision(found.choice, p_value, score.bpd, found.reason, label)

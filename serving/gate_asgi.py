@@ -17,6 +17,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from serving.gate import Decision, Gate
+from serving.verdict.store import UnknownCalibration
 
 logger = logging.getLogger(__name__)
 Action = Literal["reject", "flag"]
@@ -48,6 +49,9 @@ class GateMiddleware:
         threads: that decide.
         waiting: requests at most that wait or are decided on; further ones are answered 503 at
             once.
+        calibration: gives the name of the calibration for a request, from its ASGI scope (path,
+            headers); the bundle's own decides unless given. A name that the bundle does not have
+            is answered 422.
 
     Raises:
         ValueError: an option is not one of its values.
@@ -62,6 +66,7 @@ class GateMiddleware:
         timeout_s: float = 10.0,
         threads: int = 1,
         waiting: int = 32,
+        calibration: Callable[[MutableMapping[str, Any]], str] | None = None,
     ) -> None:
         for name, action in (("on_reject", on_reject), ("on_no_verdict", on_no_verdict)):
             if action not in ("reject", "flag"):
@@ -79,6 +84,7 @@ class GateMiddleware:
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(threads, "gate")
         self._room = waiting
+        self._calibration = calibration
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -101,7 +107,10 @@ class GateMiddleware:
             )
             return
         try:
-            decisions = await self._check(images)
+            decisions = await self._check(scope, images)
+        except UnknownCalibration as error:
+            await _answer(send, 422, "unknown_calibration", str(error))
+            return
         except Exception:  # fails closed: whatever went wrong, the image was not accepted
             logger.exception("the gate failed")
             await _answer(
@@ -114,10 +123,12 @@ class GateMiddleware:
         scope.setdefault("state", {})["gate"] = decisions
         await self._app(scope, _replay(body, receive), send)
 
-    async def _check(self, images: list[bytes]) -> list[Decision]:
+    async def _check(self, scope: MutableMapping[str, Any], images: list[bytes]) -> list[Decision]:
         """The gate's decisions; a thread that takes too long keeps its place until it is done."""
+        name = () if self._calibration is None else (self._calibration(scope),)
         self._room -= 1
-        work = asyncio.get_running_loop().run_in_executor(self._pool, self._gate.check, images)
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._pool, self._gate.check, images, *name)
         work.add_done_callback(self._done)
         decisions = await asyncio.wait_for(asyncio.shield(work), self._timeout_s)
         if len(decisions) != len(images):

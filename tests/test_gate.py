@@ -292,3 +292,18 @@ def test_the_documented_service(
     monkeypatch.chdir(ROOT)
     exec(compile(in_process, "gate.py", "exec"), {})
     assert capsys.readouterr().out.startswith("True accept 0.98")
+
+
+def test_the_middleware_asks_for_a_calibration_by_request(gate: Gate) -> None:
+    """Here by a header; a name that does not exist is refused with those that do."""
+    client, reached = app_behind(
+        gate,
+        calibration=lambda scope: dict(scope["headers"]).get(b"x-camera", b"default").decode(),
+    )
+    cat = CAT.read_bytes()
+    assert client.post("/classify", content=cat, headers=PNG).status_code == 200
+    label = reached[0][0].calibration
+    assert label is not None and label["name"] == "default" and len(label["version"]) == 12
+    answer = client.post("/classify", content=cat, headers={**PNG, "X-Camera": "camera-9"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "unknown_calibration")
+    assert "there are default" in answer.json()["error"]["message"] and len(reached) == 1

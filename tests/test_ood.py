@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from export.verdict.detector import MAX_COMPONENTS, false_alarm_band, fit_calibration
+from export.verdict.detector import MAX_COMPONENTS, fit_calibration
 from serving.verdict.calibration import (
     FARTHEST,
     Calibration,
@@ -22,6 +22,7 @@ from serving.verdict.calibration import (
     conformal_p_values,
     simes,
 )
+from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 
 NAMES = ("bpd", "complexity", "pixel_mean_0", "residual_rows")
 LAWS = {
@@ -179,6 +180,22 @@ def test_the_band_of_false_alarms() -> None:
     assert false_alarm_band(50, 0.01) == (0.0, 0.0)
     few, many = false_alarm_band(3000, 0.01, tested=200), false_alarm_band(3000, 0.01, tested=10**6)
     assert few[0] == 0.0 and few[1] > high and many == pytest.approx((low, high), abs=5e-4)
+    assert false_alarm_band(9, 1.0) == (1.0, 1.0)  # everything is rejected
+
+
+@pytest.mark.parametrize("n", [20, 199, 3000, 12_000])
+@pytest.mark.parametrize("alpha", [0.5, 0.05, 0.01])
+def test_the_band_is_that_of_scipy(n: int, alpha: float) -> None:
+    k = flagging_rank(n, alpha)
+    if k:
+        tails = [0.025, 0.975]
+        assert false_alarm_band(n, alpha) == pytest.approx(
+            stats.beta.ppf(tails, k, n + 1 - k), rel=1e-6, abs=1e-12
+        )
+        for count in (1, 200, 5000):
+            assert np.multiply(false_alarm_band(n, alpha, tested=count), count) == pytest.approx(
+                stats.betabinom.ppf(tails, count, k, n + 1 - k)
+            )
 
 
 def test_more_images_make_a_finer_density() -> None:
@@ -226,7 +243,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
                 assert after.verdicts(some, [0.1] * 5) == before.verdicts(some, [0.1] * 5)
                 assert after.resize == before.resize and after.summary() == before.summary()
     path.write_bytes(b"not an archive")
-    with pytest.raises(CalibrationError, match="is no calibration"):
+    with pytest.raises(CalibrationError, match="is not a calibration"):
         Calibrations.load(path)
 
 

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     },
     "serving.bulk": SERVED,
     "serving.gate": {"serving.client", *SERVED},
-    "serving.gate_asgi": {"serving.gate"},
+    "serving.gate_asgi": {"serving.gate", "serving.verdict.store"},
     "serving.page": {"serving.client", *SERVED},
     "handlers": {"serving.client", *SERVED},
     "training": {"ade_model", *IMAGES},

@@ -7,11 +7,14 @@ import pytest
 from serving.api.telemetry import (
     BATCH,
     BPD,
+    BROKEN,
     DRIFT_IMAGES,
     DRIFT_STRANGE,
+    EXPECTED_FLAGS,
     IMAGES,
     INFO,
     METRICS,
+    OBSERVED_FLAGS,
     REQUESTS,
     SECONDS,
     STAGE_SECONDS,
@@ -19,12 +22,15 @@ from serving.api.telemetry import (
     Telemetry,
 )
 from serving.engine.engine import Score
-from serving.verdict.calibration import Verdict
+from serving.verdict.calibration import Calibrations, Verdict
 
 
-def score(bpd: float, uniform: float | None = 0.5) -> Score:
-    verdict = None if uniform is None else Verdict(0.0, 0.5, uniform, ())
-    return Score(bpd, {}, None, verdict)
+def score(
+    bpd: float, uniform: float | None = 0.5, name: str = "default", version: str = "1"
+) -> tuple[Score, float]:
+    """With alpha 0.05, judged by 99 calibration images."""
+    verdict = None if uniform is None else Verdict(0.0, uniform, uniform, (), 99)
+    return Score(bpd, {}, None, verdict, calibrations=Calibrations(None, None, name, version)), 0.05
 
 
 def started() -> Telemetry:
@@ -50,7 +56,7 @@ def test_a_histogram_of_increments() -> None:
     assert telemetry.collect() == []
     telemetry.observe_scores([score(3.7)])
     again = values(telemetry)
-    assert again[BPD.count,] == again[BPD.bucket, "4"] == 1 and again[DRIFT_IMAGES,] == 4
+    assert again[BPD.count,] == again[BPD.bucket, "4"] == 1 and again[DRIFT_IMAGES, "default"] == 4
 
 
 def test_images_without_a_verdict_are_no_drift() -> None:
@@ -58,7 +64,30 @@ def test_images_without_a_verdict_are_no_drift() -> None:
     telemetry.observe_scores([score(4.0, None)])
     assert {m.metric for m in telemetry.collect()} == {BPD.bucket, BPD.sum, BPD.count}
     telemetry.observe_scores([score(4.0, 1e-4)])
-    assert values(telemetry)[DRIFT_STRANGE,] == pytest.approx(3.72 - 0.5, abs=0.01)
+    found = values(telemetry)[DRIFT_STRANGE, "default"]
+    assert found == pytest.approx(3.72 - 0.5, abs=0.01)
+
+
+def test_flags_and_drift_by_calibration() -> None:
+    telemetry = started()
+    telemetry.observe_scores([score(4.0, 0.04), *[score(4.0, 0.5)] * 3, score(4.0, 0.9, "night")])
+    found = values(telemetry)
+    assert found[EXPECTED_FLAGS, "default"] == pytest.approx(4 * 0.05)
+    assert found[OBSERVED_FLAGS, "default"] == 1 and found[OBSERVED_FLAGS, "night"] == 0
+    assert (found[DRIFT_IMAGES, "default"], found[DRIFT_IMAGES, "night"]) == (4, 1)
+    # At an alpha that so few images cannot decide on, nothing is expected.
+    telemetry.observe_scores([(score(4.0, 0.01)[0], 0.001)])
+    assert (EXPECTED_FLAGS, "default") not in values(telemetry)
+    # A replaced calibration begins anew, a dropped one raises no alarm any more.
+    telemetry.observe_scores([score(4.0, 1e-4, "night", "2")])
+    assert values(telemetry)[DRIFT_IMAGES, "night"] == 1
+    telemetry.observe_calibrations(["default"], {"day": "damaged"})
+    found = values(telemetry)
+    assert found[DRIFT_STRANGE, "night"] == 0 and found[BROKEN, "day"] == 1
+    telemetry.observe_calibrations(["default"], {"day": "damaged"})
+    assert telemetry.collect() == []
+    telemetry.observe_calibrations(["default", "day"], {})
+    assert values(telemetry) == {(BROKEN, "day"): 0}
 
 
 def test_requests_and_where_their_time_goes() -> None:

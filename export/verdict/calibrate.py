@@ -1,9 +1,10 @@
-"""Calibration of a bundle: held-out images through the serving engine, what they give into a new
-bundle.
+"""Calibration of a bundle: scores held-out images with the serving engine, and writes what they
+give into a new bundle, or into the same one under a name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,12 +16,20 @@ from PIL import Image
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
-from serving.engine.bundle import CALIBRATION_NAME, Bundle, verify_bundle, write_manifest
+from serving.engine.bundle import (
+    CALIBRATION_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    verify_bundle,
+    write_manifest,
+)
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
 from serving.files import new_folder
 from serving.images import coder_version
-from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
+from serving.locks import claim
+from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
+from serving.verdict.store import FOLDER, check_name, path_of, write_calibrations
 
 CHUNK = 256
 MAX_SKIPPED_SHOWN = 5
@@ -38,7 +47,7 @@ def calibrate_bundle(
     data_name: str,
     report: Report = lambda line: None,
 ) -> Calibrations:
-    """Score images as requests are scored, and write the bundle with its verdicts fitted to them.
+    """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
     There is a calibration for images of the model's size and one for images that a request had
     resized. Each is made of the images that came that way, if they are at least half of all;
@@ -48,9 +57,9 @@ def calibrate_bundle(
     Args:
         folder: of the bundle.
         out: the new bundle's folder; must not exist.
-        fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. Never
-            trained on.
-        calibrate: others, never trained on.
+        fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. They
+            must not have been trained on.
+        calibrate: others, not trained on either.
         data_name: what they are, for the manifest.
         report: is told of progress, a line at a time.
 
@@ -62,6 +71,59 @@ def calibrate_bundle(
     if out.exists():
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
     bundle = verify_bundle(folder)
+    calibrations, about = _calibrate(bundle, fit, calibrate, report)
+    with new_folder(out, CalibrationError) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        # It would take the place of the new one.
+        path_of(temporary, DEFAULT).unlink(missing_ok=True)
+        (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
+        write_manifest(
+            temporary,
+            {**bundle.manifest, "calibration": {**about, "data": data_name}},
+        )
+    return calibrations
+
+
+def calibrate_into(
+    folder: Path,
+    name: str,
+    fit: Iterable[bytes | np.ndarray],
+    calibrate: Iterable[bytes | np.ndarray],
+    data_name: str,
+    report: Report = lambda line: None,
+) -> Calibrations:
+    """Make a calibration as :func:`calibrate_bundle` does, and add it to a bundle under a name.
+
+    A calibration of that name is replaced. Services that run with the bundle take it over.
+
+    Args:
+        folder: of the bundle; nothing that its manifest lists is changed.
+        name: by which requests ask for it.
+        fit: as for a new bundle.
+        calibrate: as for a new bundle.
+        data_name: what they are.
+        report: is told of progress, a line at a time.
+
+    Raises:
+        BundleError: the bundle is not whole.
+        CalibrationError: the name is not valid, too few images, or scores that cannot be used.
+    """
+    check_name(name)
+    bundle = verify_bundle(folder)
+    calibrations, _ = _calibrate(bundle, fit, calibrate, report)
+    weights = bundle.manifest["files"][WEIGHTS_NAME]
+    named = dataclasses.replace(calibrations, name=name, model=weights, data=data_name)
+    with claim(folder / FOLDER, wait=True):
+        return write_calibrations(folder, named)
+
+
+def _calibrate(
+    bundle: Bundle,
+    fit: Iterable[bytes | np.ndarray],
+    calibrate: Iterable[bytes | np.ndarray],
+    report: Report,
+) -> tuple[Calibrations, dict[str, Any]]:
+    """The calibrations, and what a manifest says of them."""
     if "score" not in bundle.operations:
         raise CalibrationError(
             f"{bundle.name} cannot score: it was trained without an inference network"
@@ -72,9 +134,8 @@ def calibrate_bundle(
         for name, digest in bundle.manifest["files"].items()
         if name != CALIBRATION_NAME
     }
-    engine = InferenceEngine(
-        Bundle(folder, {**bundle.manifest, "files": files}), device="cpu", operations=["score"]
-    )
+    bare = Bundle(bundle.folder, {**bundle.manifest, "files": files})
+    engine = InferenceEngine(bare, device="cpu", operations=["score"])
     halves = (
         _usable(fit, bundle.image_shape, "fitting", report),
         _usable(calibrate, bundle.image_shape, "calibration", report),
@@ -85,23 +146,11 @@ def calibrate_bundle(
         if all(image.resized for half in halves for image in half)
         else _resized(engine, halves, report)
     )
-    calibrations = Calibrations(exact, resized)
-    with new_folder(out, CalibrationError) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
-        (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
-        write_manifest(
-            temporary,
-            {
-                **bundle.manifest,
-                "calibration": {
-                    **about,
-                    "data": data_name,
-                    "webp": coder_version(),
-                    "resized": about_resized,
-                },
-            },
-        )
-    return calibrations
+    return Calibrations(exact, resized), {
+        **about,
+        "webp": coder_version(),
+        "resized": about_resized,
+    }
 
 
 Halves = tuple[list[InputImage], list[InputImage]]
@@ -116,7 +165,7 @@ def _usable(
     """The images at the model's size; those that a request could not use are left out."""
     found = [prepare_image(source, image_shape, True, index) for index, source in enumerate(images)]
     skipped = [image for image in found if isinstance(image, ApiError)]
-    _tell_skipped(name, skipped, report)
+    _report_skipped(name, skipped, report)
     usable = [image for image in found if isinstance(image, InputImage)]
     if not usable:
         raise _none_usable(name, skipped)
@@ -124,7 +173,7 @@ def _usable(
 
 
 def _that_came(halves: Halves, resized: bool) -> Halves | None:
-    """Those that were or were not resized, if they are the half of all, and enough."""
+    """Those that were or were not resized, if they are at least half of all, and enough."""
     fit, calibrate = ([image for image in half if image.resized == resized] for half in halves)
     many = (
         2 * (len(fit) + len(calibrate)) >= sum(map(len, halves))
@@ -149,11 +198,14 @@ def _resized(
         [image.pixels if image.resized else resize_and_back(image.pixels) for image in half]
         for half in chosen
     ]
+    simulated = sum(not image.resized for half in chosen for image in half)
+    if simulated:
+        report(
+            f"resized images: {simulated} have the model's size and are enlarged first, for want of "
+            "larger ones: of images that were resized elsewhere, more may be rejected"
+        )
     calibration, about = _calibrated(engine, pixels, "fit", " of resized images", report)
-    return calibration, {
-        **about,
-        "resized_and_back": sum(not image.resized for half in chosen for image in half),
-    }
+    return calibration, {**about, "resized_and_back": simulated}
 
 
 def _calibrated(
@@ -242,13 +294,13 @@ def statistics_of(
         if len(waiting) == CHUNK:
             flush()
     flush()
-    _tell_skipped(name, skipped, report)
+    _report_skipped(name, skipped, report)
     if not chunks:
         raise _none_usable(name, skipped)
     return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
-def _tell_skipped(name: str, skipped: Sequence[ApiError], report: Report) -> None:
+def _report_skipped(name: str, skipped: Sequence[ApiError], report: Report) -> None:
     if skipped:
         report(f"{name}: left out {len(skipped)} images: {_examples(skipped)}")
 

@@ -1,4 +1,4 @@
-"""Images made strange on purpose, to see whether the verdict notices; uint8 ``(N, H, W, C)`` in and
+"""Corrupted images, to measure whether the verdict detects them; uint8 ``(N, H, W, C)`` in and
 out.
 """
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 
 def constant(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One random colour all over."""
+    """One random colour for the whole image."""
     colours = rng.integers(0, 256, (len(images), 1, 1, images.shape[3]), np.uint8)
     return np.broadcast_to(colours, images.shape).copy()
 
@@ -41,7 +41,7 @@ def posterize(images: np.ndarray, bits: int) -> np.ndarray:
 
 
 def permute_pixels(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The pixels of each image in an order of its own."""
+    """The pixels of each image in a random order."""
     flat = images.reshape(len(images), -1, images.shape[3])
     return np.stack([image[rng.permutation(len(image))] for image in flat]).reshape(images.shape)
 
@@ -70,7 +70,7 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] 
     "posterised to 2 bits": lambda images, rng: posterize(images, 2),
     "permuted pixels": permute_pixels,
 }
-# Of what a gate should notice, the harder part: images that look nearly as they did.
+# Harder to detect: images that look nearly as before.
 SUBTLE: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "blurred, σ = 1": lambda images, rng: blur(images, 1.0),
     "noise added, σ = 16": lambda images, rng: add_noise(images, rng, 16.0),

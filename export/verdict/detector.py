@@ -1,5 +1,5 @@
-"""Fits the density of statistics that verdicts are made of, and says what its false-alarm rate will
-be.
+"""Fits the density of the statistics that verdicts are made of. The only file that needs scikit-learn
+to calibrate.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
@@ -104,35 +103,3 @@ def fit_mixture(scores: np.ndarray) -> Mixture:
             - dims / 2 * math.log(2 * math.pi)
         )
     return Mixture(np.array(log_weights), found.means_, np.array(whiteners))
-
-
-def false_alarm_band(
-    n: int, alpha: float, level: float = 0.95, tested: int | None = None
-) -> tuple[float, float]:
-    """Where the realised false-alarm rate lies, given the calibration: quantiles of Beta(k, n + 1 -
-    k).
-
-    Of ``tested`` images, the share that is flagged is more scattered: their count follows the
-        beta-binomial distribution.
-
-    ``k = floor(alpha (n + 1))``; the mean over calibrations is ``k / (n + 1)``. Vovk, "Conditional
-    validity of inductive conformal predictors", 2012.
-
-    Args:
-        n: calibration images.
-        alpha: that requests ask for.
-        level: of the band.
-        tested: usual images whose flagged share is to be judged; ``None`` for the rate itself.
-
-    Returns:
-        Its ends; zeros where so few images cannot flag anything.
-    """
-    k = math.floor(alpha * (n + 1) + 1e-9)
-    if k == 0:
-        return 0.0, 0.0
-    tail = (1 - level) / 2
-    if tested:
-        low, high = stats.betabinom.ppf([tail, 1 - tail], tested, k, n + 1 - k) / tested
-    else:
-        low, high = stats.beta.ppf([tail, 1 - tail], k, n + 1 - k)
-    return float(low), float(high)

@@ -1,5 +1,5 @@
-"""How well does a bundle's verdict tell strangers? Figures for each set of them, beside the raw
-likelihood and no model.
+"""How well does a bundle's verdict detect OOD images? Figures for each set of them, compared with
+the likelihood alone and with no model.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from export.verdict.detector import false_alarm_band
 from serving.tables import safe_cell
 from serving.verdict.calibration import Calibration, conformal_p_values
+from serving.verdict.false_alarms import false_alarm_band
 
 COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
 ALPHAS = (0.1, 0.05, 0.01)
@@ -25,15 +25,15 @@ HEADLINES = (COMBINED, RAW_BPD, NO_MODEL)
 
 @dataclass(frozen=True)
 class Figures:
-    """How one score tells one set of strangers from usual images.
+    """How one score separates one set of OOD images from in-distribution (ID) images.
 
     Attributes:
-        auroc: probability that a stranger scores higher than a usual image.
+        auroc: probability that an OOD image scores higher than an ID image.
         standard_error: of it.
-        aupr: average precision, strangers being the positives.
-        fpr95: false-alarm rate at the threshold that finds 95 % of the strangers.
-        flagged: share of the strangers that is flagged at each of :data:`ALPHAS`; of the combined
-            score alone.
+        aupr: average precision, with OOD images as positives.
+        fpr95: false-alarm rate at the threshold that finds 95 % of the OOD images.
+        flagged: share of the OOD images that is flagged at each of :data:`ALPHAS`; for the combined
+            score only.
     """
 
     auroc: float
@@ -98,9 +98,9 @@ def write_report(
     Args:
         calibration: of the bundle.
         model: its name in answers.
-        usual_name: of the usual images, in words.
-        usual: their statistics, of images that neither trained, fitted nor calibrated anything.
-        strangers: statistics of each set of strangers, by its name.
+        usual_name: of the ID images, in words.
+        usual: their statistics, of images that were not used for training or calibration.
+        strangers: statistics of each set of OOD images, by its name.
         out: a folder.
 
     Returns:
@@ -123,21 +123,22 @@ def write_report(
         _histogram(usual_scores, scores, usual_name, name, out / f"histogram-{number}.png")
     _write_csv(table, out / "figures.csv")
     lines = [
-        f"# Strangers to {model}",
+        f"# OOD detection by {model}",
         "",
-        f"Usual images: {len(usual['bpd']):,} of {usual_name}. Calibrated on {len(calibration.scores):,} others.",
+        f"ID images: {len(usual['bpd']):,} of {usual_name}. "
+        f"Calibrated on {len(calibration.scores):,} others.",
         "",
         "## False alarms",
         "",
         *_false_alarms(calibration, usual_scores[COMBINED]),
         "",
-        "## Strangers",
+        "## OOD images",
         "",
         *_summary(table, strangers),
         "",
-        "AUROC ± its standard error; AUPR with strangers as positives; FPR: false alarms where 95 % of strangers are "
-        f"found; then the share of strangers that is flagged at each alpha. *{NO_MODEL}*: the same kind of density on "
-        "statistics of the pixels, without any model.",
+        "AUROC ± its standard error; AUPR with OOD images as positives; FPR: false alarms where 95 % "
+        "of the OOD images are found; then the share of OOD images that is flagged at each alpha. "
+        f"*{NO_MODEL}*: the same kind of density on statistics of the pixels, without any model.",
         "",
         "## Each statistic by itself, AUROC",
         "",
@@ -188,7 +189,7 @@ def _summary(
                 ]
             )
     return _rows(
-        ["strangers", "score", "AUROC", "AUPR", "FPR", *(f"at {alpha}" for alpha in ALPHAS)], body
+        ["OOD images", "score", "AUROC", "AUPR", "FPR", *(f"at {alpha}" for alpha in ALPHAS)], body
     )
 
 

@@ -21,6 +21,7 @@ from serving.engine.bundle import (
     Bundle,
 )
 from serving.engine.signatures import OPERATIONS
+from serving.verdict.store import FOLDER
 
 MAX_BATCH = 32
 RESPONSE_TIMEOUT_S = 120
@@ -94,7 +95,11 @@ def write_archives(
             "maxBatchDelay": 1,  # milliseconds; 0 would mean TorchServe's default of 100
             "responseTimeout": RESPONSE_TIMEOUT_S,
             "startupTimeout": STARTUP_TIMEOUT_S,
-            "ade": dataclasses.asdict(options),
+            # Of the bundle, not of the archive: these files may change while the service runs.
+            "ade": {
+                **dataclasses.asdict(options),
+                "calibrations": str(bundle.folder.resolve() / FOLDER),
+            },
         }
         config_file = store / f"{name}.yaml"
         config_file.write_text(yaml.safe_dump(config))

@@ -46,6 +46,7 @@ class OperationHandler:
             [self.operation],
             int(properties.get("gpu_id") or 0),
             options["cuda_graphs"],
+            Path(options["calibrations"]),
         )
         engine.warm_up()
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
@@ -54,7 +55,7 @@ class OperationHandler:
         self._is_leaving = False
         self._stop_folder = Path(os.environ["ADE_STOP_FOLDER"])
         Reporter(
-            self.service.telemetry, context.metrics, context.model_name, self._tell_when_done
+            self.service.telemetry, context.metrics, context.model_name, self._each_second
         ).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
@@ -87,6 +88,13 @@ class OperationHandler:
             self._is_leaving = True
             threading.Timer(EXIT_DELAY_S, os._exit, [1]).start()
         return bodies
+
+    def _each_second(self) -> None:
+        """Take changed calibrations over here, so that no request waits for them."""
+        store = self.service.engine.store
+        store.refresh()
+        self.service.telemetry.observe_calibrations(store.names, store.broken)
+        self._tell_when_done()
 
     def _tell_when_done(self) -> None:
         """Where the service is being stopped: leave a sign once no request is computed any more."""

@@ -16,6 +16,7 @@ import psutil
 from handlers.torchserve.run_folder import RunFolder, find_service
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
+from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS
 from serving.ports import Ports, local_address
 
 PACKAGES = (
@@ -57,6 +58,7 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
         "answers": answers,
         "models": {name: _model(model) for name, model in described.items()} or None,
         "requests": _requests(metrics.text) if metrics else None,
+        "calibrations": _calibrations(metrics.text) if metrics else None,
         "last_errors": folder and _last_errors(folder),
         "versions": versions(),
     }
@@ -155,6 +157,24 @@ def _requests(metrics: str) -> dict[str, float]:
     ):
         found[f"{digit}xx"] = found.get(f"{digit}xx", 0.0) + float(value)
     return found
+
+
+def _calibrations(metrics: str) -> dict[str, dict[str, Any]]:
+    """Of each model and calibration that was in use or is damaged: rejected images, how many were
+    expected, and whether its file cannot be used.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for metric, key in (
+        (OBSERVED_FLAGS, "rejected"),
+        (EXPECTED_FLAGS, "expected"),
+        (BROKEN, "broken"),
+    ):
+        pattern = rf'^{metric.name}\{{model_name="([^"]*)",.*?calibration="([^"]*)",.*\}} (\S+)$'
+        for model, name, value in re.findall(pattern, metrics, re.MULTILINE):
+            label = name if model == "score" else f"{model.removesuffix('-score')}: {name}"
+            its = found.setdefault(label, {"rejected": 0.0, "expected": 0.0, "broken": 0.0})
+            its[key] += float(value)
+    return {name: {**its, "broken": bool(its["broken"])} for name, its in found.items()}
 
 
 def versions() -> dict[str, str]:

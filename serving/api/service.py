@@ -316,7 +316,7 @@ class Service:
             self.operation == "score"
         ):  # once all is answered: a batch that fails is computed again, request by request
             self.telemetry.observe_scores(
-                score
+                (score, r.parameters["alpha"])
                 for r, mine in zip(requests, _split(computed, counts), strict=True)
                 if not r.probe
                 for score in mine

@@ -11,12 +11,14 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from serving.engine.engine import Score
+from serving.verdict.calibration import Calibrations, Verdict
 from serving.verdict.drift import DriftMonitor
+from serving.verdict.false_alarms import flagging_rank
 
 STAGES = ("parse", "decode", "compute", "encode")
 MAX_BPD = 1000.0
@@ -59,10 +61,15 @@ IMAGES = Metric("ade_images", "counter")
 STAGE_SECONDS = Metric("ade_stage_seconds", "counter", ("stage",))
 STARTS = Metric("ade_worker_starts", "counter")  # one more than the restarts
 INFO = Metric("ade_info", "gauge", ("bundle", "backend"))
-DRIFT_IMAGES = Metric("ade_drift_images", "gauge")
-DRIFT_STRANGE = Metric("ade_drift_cusum_strange", "gauge")
-DRIFT_USUAL = Metric("ade_drift_cusum_usual", "gauge")
-DRIFT_DISTANCE = Metric("ade_drift_ks", "gauge")
+# Of images with a verdict at the requests' alphas: how many are expected to be rejected if all are
+# like the calibration images, and how many are.
+EXPECTED_FLAGS = Metric("ade_gate_expected_flags_total", "counter", ("calibration",))
+OBSERVED_FLAGS = Metric("ade_gate_observed_flags_total", "counter", ("calibration",))
+BROKEN = Metric("ade_gate_calibration_broken", "gauge", ("calibration",))
+DRIFT_IMAGES = Metric("ade_drift_images", "gauge", ("calibration",))
+DRIFT_STRANGE = Metric("ade_drift_cusum_strange", "gauge", ("calibration",))
+DRIFT_USUAL = Metric("ade_drift_cusum_usual", "gauge", ("calibration",))
+DRIFT_DISTANCE = Metric("ade_drift_ks", "gauge", ("calibration",))
 SECONDS = HistogramMetric(
     "ade_request_seconds",
     (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, INFINITY),
@@ -79,6 +86,9 @@ METRICS = (
     STAGE_SECONDS,
     STARTS,
     INFO,
+    EXPECTED_FLAGS,
+    OBSERVED_FLAGS,
+    BROKEN,
     DRIFT_IMAGES,
     DRIFT_STRANGE,
     DRIFT_USUAL,
@@ -150,6 +160,24 @@ def _le(bound: float) -> str:
     return "+Inf" if bound == INFINITY else f"{bound:g}"
 
 
+@dataclass
+class _Stream:
+    """The verdicts by one version of a calibration."""
+
+    version: str
+    drift: DriftMonitor
+    has_moved: bool = True
+
+    def collect(self, name: str) -> list[Measurement]:
+        self.has_moved = False
+        return [
+            Measurement(DRIFT_IMAGES, self.drift.images, (name,)),
+            Measurement(DRIFT_STRANGE, self.drift.strange, (name,)),
+            Measurement(DRIFT_USUAL, self.drift.usual, (name,)),
+            Measurement(DRIFT_DISTANCE, self.drift.distance(), (name,)),
+        ]
+
+
 class Telemetry:
     """Of one worker; may be read by another thread than the one that feeds it.
 
@@ -160,11 +188,13 @@ class Telemetry:
 
     def __init__(self, model_id: str, backend: str) -> None:
         self._lock = threading.Lock()
-        self._drift = DriftMonitor()
-        self._drift_moved = False
+        self._streams: dict[str, _Stream] = {}
+        self._broken: set[str] = set()
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         self._counts[STARTS, ()] = 1
-        self._gauges = {(INFO, (model_id, backend)): 1.0}
+        self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {
+            (INFO, (model_id, backend)): 1.0
+        }
         self._seconds, self._batch, self._bpd = map(_Histogram, (SECONDS, BATCH, BPD))
 
     def observe_batch(
@@ -188,16 +218,47 @@ class Telemetry:
             self._seconds.add(sum(stages.values()), count)
             self._batch.add(images)
 
-    def observe_scores(self, scores: Iterable[Score]) -> None:
-        """Take in scores; those without a verdict have no part in the drift."""
+    def observe_scores(self, scores: Iterable[tuple[Score, float]]) -> None:
+        """Take in scores, each with its request's alpha; those without a verdict count neither as
+        drift nor as flags.
+        """
         with self._lock:
-            for score in scores:
+            for score, alpha in scores:
                 self._bpd.add(
                     min(max(score.bpd, 0.0), MAX_BPD)
                 )  # a counter never falls, nor is it to be one image's
                 if score.verdict is not None:
-                    self._drift.update(score.verdict.uniform)
-                    self._drift_moved = True
+                    self._observe(score.verdict, score.calibrations, alpha)
+
+    def _observe(self, verdict: Verdict, calibrations: Calibrations, alpha: float) -> None:
+        name = calibrations.name
+        stream = self._streams.get(name)
+        if stream is None or stream.version != calibrations.version:
+            # Another version has other p-values: sums of both would be of neither.
+            stream = self._streams[name] = _Stream(calibrations.version, DriftMonitor())
+        stream.drift.update(verdict.uniform)
+        stream.has_moved = True
+        rank = flagging_rank(verdict.calibrated, alpha)
+        if rank:  # otherwise there is no decision
+            expected = rank / (verdict.calibrated + 1)
+            self._counts[EXPECTED_FLAGS, (name,)] += expected  # type: ignore[assignment]
+            self._counts[OBSERVED_FLAGS, (name,)] += verdict.p_value <= alpha
+
+    def observe_calibrations(self, names: Collection[str], broken: Collection[str]) -> None:
+        """Take in which calibrations there are.
+
+        Args:
+            names: of all; the drift of others is over.
+            broken: of those whose files cannot be used.
+        """
+        with self._lock:
+            for name in [name for name in self._streams if name not in names]:
+                del self._streams[name]
+                for metric in (DRIFT_IMAGES, DRIFT_STRANGE, DRIFT_USUAL, DRIFT_DISTANCE):
+                    self._gauges[metric, (name,)] = 0.0
+            for name in self._broken.symmetric_difference(broken):
+                self._gauges[BROKEN, (name,)] = float(name in broken)
+            self._broken = set(broken)
 
     def collect(self) -> list[Measurement]:
         """What is new since the last call; empty if nothing is."""
@@ -205,7 +266,7 @@ class Telemetry:
             found = [
                 Measurement(metric, value, labels)
                 for (metric, labels), value in self._counts.items()
-                if value
+                if value or metric is OBSERVED_FLAGS
             ]
             found += [
                 Measurement(metric, value, labels)
@@ -213,14 +274,9 @@ class Telemetry:
             ]
             for histogram in (self._seconds, self._batch, self._bpd):
                 found += histogram.collect()
-            if self._drift_moved:
-                found += [
-                    Measurement(DRIFT_IMAGES, self._drift.images),
-                    Measurement(DRIFT_STRANGE, self._drift.strange),
-                    Measurement(DRIFT_USUAL, self._drift.usual),
-                    Measurement(DRIFT_DISTANCE, self._drift.distance()),
-                ]
+            for name, stream in self._streams.items():
+                if stream.has_moved:
+                    found += stream.collect(name)
             self._counts.clear()
             self._gauges.clear()
-            self._drift_moved = False
             return found

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from serving.engine.backends import Backend, load_backend
-from serving.engine.bundle import CALIBRATION_NAME, Bundle, open_bundle
+from serving.engine.bundle import CALIBRATION_NAME, WEIGHTS_NAME, Bundle, open_bundle
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
 from serving.verdict.calibration import Calibration, Calibrations, Verdict
 from serving.verdict.statistics import compute_statistics, part_names, statistic_names
+from serving.verdict.store import FOLDER, CalibrationStore
 
 MAX_BATCH = 32  # more at once is not faster (docs/performance.md)
 BUCKETS = (1, 2, 4, 8, 16, 32)  # the batch sizes of a backend that wants fixed ones
@@ -51,6 +52,7 @@ class Score:
             ``None`` unless asked for.
         verdict: by the calibrated estimator; ``None`` without a calibration for the way that the
             image came.
+        calibrations: that the verdict is of.
     """
 
     bpd: float
@@ -58,6 +60,7 @@ class Score:
     standard_error: float | None
     verdict: Verdict | None
     bits: np.ndarray | None = None
+    calibrations: Calibrations = dataclasses.field(default_factory=Calibrations)
 
 
 class NotFinite(ArithmeticError):
@@ -74,6 +77,10 @@ class InferenceEngine:
         operations: which of the four to load, of those that the bundle has; all unless told.
         gpu: which, of several.
         cuda_graphs: see :func:`serving.engine.backends.load_backend`.
+        calibrations: the folder of named calibrations; that of the bundle unless given.
+
+    Attributes:
+        store: the calibrations by name.
 
     Example::
 
@@ -90,21 +97,30 @@ class InferenceEngine:
         operations: Iterable[str] = tuple(OPERATIONS),
         gpu: int = 0,
         cuda_graphs: bool = False,
+        calibrations: Path | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         graphs = self.bundle.graphs(operations)
         self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu, cuda_graphs)
-        self.calibrations = Calibrations()
+        own = Calibrations()
+        names: list[str] = []
+        if "score" in self.bundle.operations:
+            names = statistic_names(self.bundle.image_shape, self.bundle.latent_shapes)
         if self.bundle.has(CALIBRATION_NAME):
-            self.calibrations = Calibrations.load(self.bundle.file(CALIBRATION_NAME))
-            for calibration in filter(None, (self.calibrations.exact, self.calibrations.resized)):
-                calibration.check_statistics(
-                    statistic_names(self.bundle.image_shape, self.bundle.latent_shapes)
-                )
+            own = Calibrations.load(self.bundle.file(CALIBRATION_NAME))
+            own.check(names)
+        weights = self.bundle.manifest["files"][WEIGHTS_NAME]
+        folder = (calibrations or self.bundle.folder / FOLDER) if "score" in graphs else None
+        self.store = CalibrationStore(own, folder, weights, names)
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)
         self._graphs = graphs
+
+    @property
+    def calibrations(self) -> Calibrations:
+        """The default ones, as they are now: take them once for all that has to be consistent."""
+        return self.store.get()
 
     @property
     def calibration(self) -> Calibration | None:
@@ -277,6 +293,7 @@ class InferenceEngine:
         samples: Sequence[int] | None = None,
         maps: Sequence[bool] | None = None,
         resized: Sequence[bool] | None = None,
+        calibrations: Sequence[Calibrations] | None = None,
     ) -> list[Score | NotFinite]:
         """Bits per dimension of each image, its parts, the verdict, and where the bits lie.
 
@@ -289,13 +306,16 @@ class InferenceEngine:
                 unless given.
             resized: whether each image was resized to the model's size, which another calibration
                 judges; no unless given.
+            calibrations: that judge each image; the default ones unless given.
 
         Returns:
             One an image; an image whose likelihood is not finite gets the error in its place.
         """
         seeds = seeds or [0] * len(images)
         samples = samples or [1] * len(images)
-        judges = [self.calibrations.of(its) for its in resized or [False] * len(images)]
+        chosen = calibrations or [self.calibrations] * len(images)
+        ways = resized or [False] * len(images)
+        judges = [its.of(way) for its, way in zip(chosen, ways, strict=True)]
         digests = [image_digest(image) for image in images]
         # The verdict needs draw 0 of seed 0: a draw of its own where another seed was asked for.
         plan = [(i, seeds[i], k) for i in range(len(images)) for k in range(samples[i])]
@@ -326,7 +346,9 @@ class InferenceEngine:
                     NotFinite("the model's likelihood of this image is not a finite number")
                 )
                 continue
-            score = self._summarize(mine, verdicts.get(i))
+            score = dataclasses.replace(
+                self._summarize(mine, verdicts.get(i)), calibrations=chosen[i]
+            )
             if i in bits:
                 # What is no pixel's own (the constant of dequantisation, the bound's gap, the
                 # rounding of sums) is divided evenly.

@@ -10,21 +10,28 @@ with the calibration images is flagged at ``alpha`` with probability at most ``a
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
+from serving.files import read_file
 from serving.verdict.statistics import PIXEL_PREFIX
 
 LEVELS = 257  # of the quantiles that a normal score is read from
 RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
+DEFAULT = "default"  # the name of a bundle's own calibration
+VERSION_DIGITS = 12  # of the file's SHA-256
+MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file
 FARTHEST = 6.0  # a normal score beyond counts as this: one wild statistic must not hide the others
 
 
@@ -53,12 +60,14 @@ class Verdict:
         uniform: the same with ties broken at random, so that it is uniform on (0, 1) for images
             like the calibration's.
         explain: every statistic, the most unusual first.
+        calibrated: number of calibration images.
     """
 
     ood_score: float
     p_value: float
     uniform: float
     explain: tuple[Unusual, ...]
+    calibrated: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,57 @@ class Calibration:
                 f"{', '.join(missing)}; ade calibrate makes another"
             )
 
+    def check_values(self) -> None:
+        """Make sure that its arrays fit together and are usable: a verdict is only as good as these.
+
+        Raises:
+            CalibrationError: naming the first array that is not.
+        """
+        size, pixels, n = len(self.names), len(self.pixel_columns), len(self.scores)
+        for name, array, shape in (
+            ("grid", self.normal.grid, (LEVELS, size)),
+            ("spread", self.normal.spread, (size,)),
+            ("scores", self.scores, (n,)),
+            ("reference", self.reference, (n, size)),
+            *_shapes("mixture", self.mixture, size),
+            *_shapes("baseline", self.baseline, pixels),
+        ):
+            if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+                raise CalibrationError(
+                    f"{name} must be finite numbers of shape {shape}, got {array.dtype} {array.shape}"
+                )
+        if not n or "bpd" not in self.names or not (self.normal.spread > 0).all():
+            raise CalibrationError("it has no scores, no bpd, or a spread that is not positive")
+        if (np.diff(self.scores) < 0).any() or (np.diff(self.reference, axis=0) < 0).any():
+            raise CalibrationError("scores and reference must be sorted")
+
+    def joined_by(self, statistics: Mapping[str, np.ndarray]) -> Calibration:
+        """The same density with more calibration images.
+
+        Args:
+            statistics: float32 ``(N,)`` by name, of images that nothing was fitted to.
+        """
+        rows = self.rows(statistics)
+        scores = self.mixture.surprise(self.normal(rows))
+        return replace(
+            self,
+            scores=np.sort(np.concatenate([self.scores, scores])),
+            reference=np.sort(np.concatenate([self.reference, rows]), axis=0),
+        )
+
+    def left_by(self, statistics: Mapping[str, np.ndarray]) -> Calibration:
+        """The same without images that had joined it.
+
+        Raises:
+            CalibrationError: an image is not among the calibration images, or none would be left.
+        """
+        rows = self.rows(statistics)
+        scores = _without(self.scores, self.mixture.surprise(self.normal(rows)))
+        columns = [_without(*pair) for pair in zip(self.reference.T, rows.T, strict=True)]
+        if not len(scores):
+            raise CalibrationError("a calibration needs at least one image")
+        return replace(self, scores=scores, reference=np.stack(columns, axis=1))
+
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
         return np.stack([statistics[name] for name in self.names], axis=1)
@@ -225,7 +285,13 @@ class Calibration:
                 )
             )
             verdicts.append(
-                Verdict(float(scores[row]), float(p_values[row]), float(uniform[row]), explain)
+                Verdict(
+                    float(scores[row]),
+                    float(p_values[row]),
+                    float(uniform[row]),
+                    explain,
+                    len(self.scores),
+                )
             )
         return verdicts
 
@@ -308,14 +374,43 @@ class Calibrations:
     Attributes:
         exact: for images of the model's size.
         resized: for images that the request had resized; may be the same.
+        name: by which requests ask for it.
+        version: the first digits of its file's SHA-256; empty if it was not read from a file.
+        model: SHA-256 of the weights that it was made with; empty in a bundle's own file, which
+            the manifest ties to the weights.
+        data: what it was calibrated on, in words; empty in a bundle's own file.
+        joined: SHA-256 of the image files that joined it as feedback.
     """
 
     exact: Calibration | None = None
     resized: Calibration | None = None
+    name: str = DEFAULT
+    version: str = ""
+    model: str = ""
+    data: str = ""
+    joined: tuple[str, ...] = field(default=())
 
     def of(self, resized: bool) -> Calibration | None:
         """The one for an image that was or was not resized."""
         return self.resized if resized else self.exact
+
+    @property
+    def label(self) -> dict[str, str] | None:
+        """What answers call it; ``None`` without any calibration."""
+        return None if self.exact is None else {"name": self.name, "version": self.version}
+
+    def check(self, statistics: Sequence[str]) -> None:
+        """Make sure that verdicts can be computed with it.
+
+        Args:
+            statistics: names of those that are computed.
+
+        Raises:
+            CalibrationError: they cannot.
+        """
+        for calibration in filter(None, (self.exact, self.resized)):
+            calibration.check_statistics(statistics)
+            calibration.check_values()
 
     def to_bytes(self) -> bytes:
         """An ``.npz`` file. One calibration for both paths is stored once, with ``resize`` set.
@@ -333,24 +428,73 @@ class Calibrations:
             **self.exact.arrays(),
             **{RESIZED_PREFIX + name: its for name, its in second.items()},
         }
+        if self.model:
+            arrays |= {"model": np.array(self.model), "data": np.array(self.data)}
+        if self.joined:
+            arrays["joined"] = np.array(self.joined)
         np.savez_compressed(out, **arrays)
         return out.getvalue()
 
     @classmethod
-    def load(cls, path: Path) -> Calibrations:
+    def load(cls, path: Path, name: str = DEFAULT) -> Calibrations:
         """Read what :meth:`to_bytes` made, or a file of one calibration, as versions before had it.
 
+        Args:
+            path: a regular file, read once, so that the version is that of the content.
+            name: by which requests ask for it.
+
         Raises:
-            CalibrationError: the file is of another kind.
+            CalibrationError: the file is not a calibration.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            content = read_file(path, MAX_CALIBRATION_BYTES)
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 exact = Calibration.from_arrays(arrays)
                 if f"{RESIZED_PREFIX}scores" in arrays:
-                    return cls(exact, Calibration.from_arrays(arrays, RESIZED_PREFIX))
-                return cls(exact, exact if exact.resize == "fit" else None)
-        except (ValueError, KeyError, OSError, EOFError) as error:
-            raise CalibrationError(f"{path} is no calibration: {error}") from error
+                    resized: Calibration | None = Calibration.from_arrays(arrays, RESIZED_PREFIX)
+                else:
+                    resized = exact if exact.resize == "fit" else None
+                return cls(
+                    exact,
+                    resized,
+                    name,
+                    version_of(content),
+                    str(arrays["model"]) if "model" in arrays else "",
+                    str(arrays["data"]) if "data" in arrays else "",
+                    joined=tuple(map(str, arrays["joined"])) if "joined" in arrays else (),
+                )
+        except (ValueError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
+            raise CalibrationError(f"{path} is not a calibration: {error}") from error
+
+
+def version_of(content: bytes) -> str:
+    """The version of a calibration from its file's content."""
+    return hashlib.sha256(content).hexdigest()[:VERSION_DIGITS]
+
+
+def _shapes(name: str, mixture: Mixture, dims: int) -> list[tuple[str, np.ndarray, Any]]:
+    """The arrays of a mixture with the shapes that they must have."""
+    k = len(mixture.log_weights)
+    return [
+        (f"{name}_log_weights", mixture.log_weights, (k,)),
+        (f"{name}_means", mixture.means, (k, dims)),
+        (f"{name}_whiteners", mixture.whiteners, (k, dims, dims)),
+    ]
+
+
+def _without(values: np.ndarray, removed: np.ndarray) -> np.ndarray:
+    """Sorted values without one occurrence of each of some others.
+
+    Raises:
+        CalibrationError: one of them is not there.
+    """
+    places = np.searchsorted(values, np.sort(removed))
+    # Equal values stand side by side: the second of them to be removed is the next one.
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + 1)
+    if (places >= len(values)).any() or (values[places] != np.sort(removed)).any():
+        raise CalibrationError("the image is not among the calibration images")
+    return np.delete(values, places)
 
 
 def _arrays(name: str, mixture: Mixture) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""From a verdict to what is done with an image: accept it, reject it, or know that there is no
-verdict.
+"""From a verdict to a decision: accept the image, reject it, or report that there is no verdict.
 
-An image is accepted only where a calibration of its own path could have rejected it and did not.
+An image is accepted only if a calibration for its kind (resized or not) could have rejected it and
+did not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from serving.verdict.calibration import Calibrations
 
 Choice = Literal["accept", "reject", "no_verdict"]
 NOT_SCORED = "not_scored"
-TINY = 1e-300  # what is divided by less overflows
+TINY = 1e-300  # smallest divisor that does not overflow
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Ruling:
     """A choice, with the reason if there is no verdict.
 
     Attributes:
-        choice: ``no_verdict`` wherever neither of the others has a ground.
+        choice: ``no_verdict`` unless a calibration supports one of the others.
         reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is
             one.
     """
@@ -70,8 +70,8 @@ def images_needed(p_value: float) -> int:
 
 
 def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
-    """What to say of discoveries that the smallest p-value makes impossible, of however unusual
-    images; or nothing.
+    """A note on discoveries that the smallest p-value makes impossible, however unusual the images
+    are; ``None`` if there are none.
 
     Benjamini and Hochberg's procedure reports ``k`` of ``count`` images only if k p-values are at
     most ``fdr k / count``.

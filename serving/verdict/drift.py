@@ -1,11 +1,11 @@
-"""Is the stream of images still like the calibration's? Running statistics of the verdicts, one
-monitor a worker.
+"""Is the stream of images still like the calibration images? Running statistics of the verdicts,
+one monitor per worker and calibration.
 
-Of images like the calibration's, ``Verdict.uniform`` is uniform on (0, 1) and ``z = Phi^-1(1 -
-uniform)`` standard normal. Two one-sided cumulative sums (Page, "Continuous inspection schemes",
-1954) tell a shift of their mean, within tens of images; the distance of Kolmogorov and Smirnov over
-a window tells any other change. docs/ood.md has thresholds by how long a stream without a change
-goes on until it crosses them.
+For images like the calibration images, ``Verdict.uniform`` is uniform on (0, 1), and ``z = Phi^-1(1
+- uniform)`` is standard normal. Two one-sided cumulative sums (Page, "Continuous inspection
+schemes", 1954) detect a shift of the mean within tens of images; the Kolmogorov-Smirnov distance
+over a window detects any other change. docs/ood.md has thresholds with the expected time until a
+false alarm.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import math
 from collections import deque
 from statistics import NormalDist
 
-ALLOWANCE = 0.5  # standard deviations: shifts of twice this are told the quickest
+ALLOWANCE = 0.5  # standard deviations: shifts of twice this are detected the fastest
 WINDOW = 500  # images
-MOST = 25.0  # of a sum: once the stream is as before, it is back below any threshold after some fifty images
+MOST = 25.0  # limit of a sum, so that an alarm ends about fifty images after its cause
 
 _normal = NormalDist()
 
 
 class DriftMonitor:
-    """Fed with ``Verdict.uniform`` of image after image.
+    """Takes ``Verdict.uniform`` of one image after another.
 
     Attributes:
         images: how many it has seen.
-        strange: the cumulative sum towards stranger images, in standard deviations, from 0 to
+        strange: the cumulative sum towards more unusual images, in standard deviations, from 0 to
             :data:`MOST`.
-        usual: the same towards images that are more usual than they should be.
+        usual: the same towards images that are less unusual than expected.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,182 @@
+"""``ade gate what-if`` and ``ade gate feedback``: the gate's work day by day."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ade_cli.data_options import percent, say
+from ade_cli.image_files import FileError, files_of
+from ade_cli.image_sets import ImageSet
+from export.verdict.feedback import AUDIT, give_feedback
+from export.verdict.what_if import Way, WhatIf, what_if
+from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.engine import InferenceEngine
+from serving.verdict.calibration import DEFAULT, CalibrationError
+from serving.verdict.store import FOLDER
+from training.data import DataError
+
+ERRORS = (BundleError, CalibrationError, DataError, FileError)
+MAX_PER_DAY = 10_000_000  # the band is computed exactly, number by number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    task = tasks.add_parser(
+        "what-if",
+        help="alarms per day and detection at each alpha",
+        description="Show for each alpha how many false alarms per day to expect, with the exact "
+        "95 %% band, how much of HISTORY would be rejected, and which share of corrupted and OOD "
+        "images. Images of another size than the model's are resized.",
+    )
+    _add_bundle(task)
+    task.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="HISTORY",
+        help="images that the gate got in the past: a folder, or an .npy or .npz file",
+    )
+    task.add_argument(
+        "--per-day", required=True, type=int, metavar="N", help="number of images per day"
+    )
+    task.add_argument(
+        "--ood",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="IMAGES",
+        help="sets of OOD images that you expect: folders, .npy or .npz files",
+    )
+    task.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="use at most N images of each set (default: %(default)s)",
+    )
+    task.add_argument(
+        "--corrupted",
+        type=int,
+        default=200,
+        metavar="N",
+        help="number of HISTORY's images that are corrupted in each way (default: %(default)s)",
+    )
+    task.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    task = tasks.add_parser(
+        "feedback",
+        help="let accepted images join a calibration",
+        description="Tell the gate what a person decided on single images. Accepted images become "
+        "calibration images; nothing is trained on them. Rejected images are calibration images "
+        f"no longer. Each decision is appended to BUNDLE/{FOLDER}/{AUDIT}. A service that runs "
+        "with the bundle takes the calibration over within seconds.",
+    )
+    _add_bundle(task)
+    for option, text in (
+        ("--accept", "image files, or folders of them, that the gate should accept"),
+        ("--reject", "image files, or folders of them, that the gate should reject"),
+    ):
+        task.add_argument(option, nargs="+", default=[], type=Path, metavar="FILE", help=text)
+
+
+def _add_bundle(task: argparse.ArgumentParser) -> None:
+    task.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a bundle")
+    task.add_argument(
+        "--calibration",
+        default=DEFAULT,
+        metavar="NAME",
+        help="of the bundle's calibrations (default: the bundle's own)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.task == "feedback":
+        _feedback(args)
+    else:
+        _what_if(args)
+
+
+def _feedback(args: argparse.Namespace) -> None:
+    if not args.accept and not args.reject:
+        raise FileError("give images with --accept, --reject or both")
+    done = give_feedback(
+        args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say
+    )
+    print(
+        f"{done.joined} images joined the calibration {args.calibration}, {done.known} had joined "
+        f"before; {done.removed} were removed, {done.rejected} rejected ones were not in it; "
+        f"{done.unusable} cannot be used"
+    )
+    if done.before == done.after:
+        print(f"the version is still {done.after}")
+    else:
+        print(f"version {done.before} is now {done.after}")
+
+
+def _what_if(args: argparse.Namespace) -> None:
+    for name, most in (("per_day", MAX_PER_DAY), ("images", None), ("corrupted", None)):
+        value = getattr(args, name)
+        if value < 1 or most is not None and value > most:
+            limit = "" if most is None else f" and at most {most:,}"
+            raise DataError(f"--{name.replace('_', '-')} must be at least 1{limit}, got {value}")
+    names = [path.stem for path in args.ood]
+    if len(set(names)) < len(names):
+        raise DataError(f"sets of OOD images need different names, got {', '.join(names)}")
+    engine = InferenceEngine(open_bundle(args.bundle), device="cpu", operations=["score"])
+    found = what_if(
+        engine,
+        engine.store.get(args.calibration),
+        ImageSet(args.data, args.images),
+        {path.stem: ImageSet(path, args.images) for path in args.ood},
+        args.per_day,
+        args.corrupted,
+        report=say,
+    )
+    print(json.dumps(found.to_dict(), indent=2) if args.json else _text(found))
+
+
+def _text(found: WhatIf) -> str:
+    label = found.calibration or {}
+    lines = [
+        f"{found.model}, calibration {label.get('name')}, version {label.get('version')}: "
+        f"{found.images:,} images of the history, {found.unusable:,} cannot be used"
+    ]
+    for way in found.ways:
+        lines += ["", *_way(way)]
+    header = ["rejected at alpha", *(f"{alpha:g}" for alpha in found.alphas)]
+    body = [[name, *map(percent, shares)] for name, shares in found.caught.items()]
+    return "\n".join([*lines, "", *_table([header, *body])])
+
+
+def _way(way: Way) -> list[str]:
+    what = "resized images" if way.resized else "images of the model's size"
+    lines = [f"{what}: {way.images:,} of the history, {way.per_day:,} per day"]
+    if not way.calibrated:
+        return [*lines, "there is no calibration for them: no verdict, none is accepted"]
+    body = [["alpha", "false alarms per day", "95 % band", "rejected of the history"]]
+    for row in way.alarms:
+        if row.per_day is None:
+            body.append([f"{row.alpha:g}", "no verdict", "", ""])
+        else:
+            band = f"{row.low:,} to {row.high:,}"
+            body.append([f"{row.alpha:g}", f"{row.per_day:,.0f}", band, f"{row.rejected:.2%}"])
+    lines += [f"calibrated on {way.calibrated:,} images", *_table(body)]
+    if way.unlike:
+        lines.append(
+            "warning: the history is not like the calibration images, see alpha "
+            f"{', '.join(f'{alpha:g}' for alpha in way.unlike)}: calibrate on images like these"
+        )
+    return lines
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

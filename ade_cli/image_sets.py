@@ -1,0 +1,59 @@
+"""Sets of images that are given on the command line: folders and arrays' files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ade_cli.data_options import readable
+from training.data import DataError
+from training.datasets.files import part_of, shuffled
+from training.datasets.folder import image_files
+
+
+class ImageSet:
+    """Images of a folder or of an array's file, one after another, as often as they are read.
+
+    Args:
+        path: a folder (searched recursively), an ``.npy``, or an ``.npz`` of one array of images.
+        limit: only so many of them, chosen in an order that is always the same.
+        part: only the files that a training on the folder assigned to this part.
+
+    Raises:
+        DataError: there is no such path.
+    """
+
+    def __init__(self, path: Path, limit: int | None, part: str | None = None) -> None:
+        if not path.exists():
+            raise DataError(f"there is no {path}")
+        self._path, self._limit, self._part = path, limit, part
+
+    def __iter__(self) -> Iterator[bytes | np.ndarray]:
+        if self._path.is_dir():
+            files = [
+                path for path in image_files(self._path) if self._part in (None, part_of(path.name))
+            ]
+            return readable(shuffled(files)[: self._limit])
+        return iter(_array(self._path)[: self._limit])
+
+
+def _array(path: Path) -> np.ndarray:
+    """The images of an ``.npy``, or of an ``.npz`` that holds one such array."""
+    try:
+        with (
+            np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as arrays
+        ):
+            found = [np.load(path, allow_pickle=False)] if arrays is None else list(arrays.values())
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    images = [array for array in found if array.dtype == np.uint8 and array.ndim == 4]
+    if len(images) != 1:
+        raise DataError(
+            f"{path} must hold one array of images, uint8 (N, H, W, C), got "
+            f"{', '.join(f'{a.dtype} {a.shape}' for a in found)}"
+        )
+    return images[0]

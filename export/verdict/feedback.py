@@ -1,0 +1,229 @@
+"""Feedback on single images: those that a person accepts join a calibration, never the training.
+
+The density stays as it was fitted. Every decision is appended to ``calibrations/feedback.jsonl``
+in the bundle, before the calibration changes: after a crash the audit file knows at least what the
+calibration knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from serving.api.errors import ApiError
+from serving.api.requests import prepare_image
+from serving.engine.bundle import WEIGHTS_NAME, verify_bundle
+from serving.engine.engine import InferenceEngine
+from serving.files import read_file
+from serving.locks import claim
+from serving.verdict.calibration import Calibration, CalibrationError, Calibrations, version_of
+from serving.verdict.store import FOLDER, check_name, write_calibrations
+
+AUDIT = "feedback.jsonl"
+Given = Literal["accept", "reject"]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What feedback changed.
+
+    Attributes:
+        joined: images that are calibration images from now on.
+        known: accepted images that were so before.
+        removed: rejected images that had joined and are calibration images no longer.
+        rejected: rejected images that never were.
+        unusable: images without usable statistics; they are not in the audit file.
+        before: version of the calibration.
+        after: version of the calibration; the same if nothing joined or was removed.
+    """
+
+    joined: int
+    known: int
+    removed: int
+    rejected: int
+    unusable: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A file with its statistics, ``(1,)`` by name."""
+
+    path: Path
+    digest: str
+    given: Given
+    resized: bool
+    statistics: dict[str, np.ndarray]
+
+
+def give_feedback(
+    folder: Path,
+    name: str,
+    accepted: Sequence[Path],
+    rejected: Sequence[Path],
+    report: Report = lambda line: None,
+) -> Feedback:
+    """Let accepted images join a calibration, take rejected ones out of it, and write the audit.
+
+    An accepted image counts once, however often it is given. Services that run with the bundle
+    take the calibration over.
+
+    Args:
+        folder: of the bundle.
+        name: of the calibration; a bundle's own is copied to ``calibrations/default.npz`` first.
+        accepted: image files that belong to the distribution.
+        rejected: image files that do not.
+        report: is told of files that cannot be used.
+
+    Raises:
+        BundleError: the bundle is not whole.
+        CalibrationError: the calibration is missing or damaged, or a file is given as both.
+    """
+    check_name(name)
+    bundle = verify_bundle(folder)
+    if not (folder / FOLDER).is_dir():
+        (folder / FOLDER).mkdir()
+    with claim(folder / FOLDER, wait=True):
+        engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+        if name in engine.store.broken:
+            raise CalibrationError(engine.store.broken[name])
+        before = engine.store.get(name)
+        if before.exact is None:
+            raise CalibrationError(f"{bundle.name} is not calibrated: ade calibrate does that")
+        files: list[tuple[Path, Given]] = [
+            *((path, "accept") for path in accepted),
+            *((path, "reject") for path in rejected),
+        ]
+        images, unusable = _read(engine, files, report)
+        known = set(before.joined)
+        joining = [i for i in images if i.given == "accept" and i.digest not in known]
+        leaving = [i for i in images if i.given == "reject" and i.digest in known]
+        after = before
+        if joining or leaving:
+            weights = bundle.manifest["files"][WEIGHTS_NAME]
+            after = _changed(before, joining, leaving, name, weights)
+        _append(folder / FOLDER / AUDIT, images, name, before.version, after.version)
+        if joining or leaving:
+            write_calibrations(folder, after)
+    given = [image.given for image in images]
+    return Feedback(
+        len(joining),
+        given.count("accept") - len(joining),
+        len(leaving),
+        given.count("reject") - len(leaving),
+        unusable,
+        before.version,
+        after.version,
+    )
+
+
+def _read(
+    engine: InferenceEngine, files: Sequence[tuple[Path, Given]], report: Report
+) -> tuple[list[_Image], int]:
+    """The usable images, each once, and how many are not usable."""
+    found: dict[str, _Image] = {}
+    unusable = 0
+    for path, given in files:
+        content = read_file(path)
+        digest = hashlib.sha256(content).hexdigest()
+        if digest in found:
+            if found[digest].given != given:
+                raise CalibrationError(f"{path} is given to accept and to reject")
+            continue
+        image = prepare_image(content, engine.image_shape, True, 0)
+        reason = image.message if isinstance(image, ApiError) else None
+        if not isinstance(image, ApiError):
+            statistics = engine.statistics(image.pixels[None])
+            if all(np.isfinite(values).all() for values in statistics.values()):
+                found[digest] = _Image(path, digest, given, image.resized, statistics)
+                continue
+            reason = "its likelihood is not a finite number"
+        report(f"left out {path}: {reason}")
+        unusable += 1
+    return list(found.values()), unusable
+
+
+def _changed(
+    before: Calibrations,
+    joining: Sequence[_Image],
+    leaving: Sequence[_Image],
+    name: str,
+    weights: str,
+) -> Calibrations:
+    """With the images in the calibrations of the ways that they take, and the version that this
+    has as a file.
+    """
+    gone = {image.digest for image in leaving}
+    joined = [digest for digest in before.joined if digest not in gone]
+    changes: dict[str, Any] = {
+        "name": name,
+        "model": weights,
+        "joined": (*joined, *(image.digest for image in joining)),
+    }
+    if before.exact is before.resized:
+        changes["exact"] = changes["resized"] = _moved(before.exact, joining, leaving)
+    else:
+        for field, resized in (("exact", False), ("resized", True)):
+            changes[field] = _moved(
+                before.of(resized),
+                [image for image in joining if image.resized == resized],
+                [image for image in leaving if image.resized == resized],
+            )
+    after = dataclasses.replace(before, **changes)
+    return dataclasses.replace(after, version=version_of(after.to_bytes()))
+
+
+def _moved(
+    calibration: Calibration | None, joining: Sequence[_Image], leaving: Sequence[_Image]
+) -> Calibration | None:
+    if not joining and not leaving:
+        return calibration
+    if calibration is None:
+        raise CalibrationError(
+            "images of another size than the model's cannot join: there is no calibration for "
+            "resized images"
+        )
+    if joining:
+        calibration = calibration.joined_by(_statistics(joining))
+    if leaving:
+        calibration = calibration.left_by(_statistics(leaving))
+    return calibration
+
+
+def _statistics(images: Sequence[_Image]) -> dict[str, np.ndarray]:
+    names = images[0].statistics
+    return {name: np.concatenate([image.statistics[name] for image in images]) for name in names}
+
+
+def _append(path: Path, images: Sequence[_Image], name: str, before: str, after: str) -> None:
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = [
+        json.dumps(
+            {
+                "time": time,
+                "file": str(image.path),
+                "sha256": image.digest,
+                "decision": image.given,
+                "calibration": name,
+                "version_before": before,
+                "version_after": after,
+            }
+        )
+        for image in images
+    ]
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o644), "a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())

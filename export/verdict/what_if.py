@@ -1,0 +1,238 @@
+"""What a gate would do in a day: how many false alarms at each alpha, and what it would catch.
+
+Needs neither PyTorch nor scikit-learn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from serving.api.requests import InputImage, prepare_image
+from serving.engine.engine import InferenceEngine, Score
+from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
+from serving.verdict.false_alarms import false_alarm_band, flagging_rank
+
+ALPHAS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+CHUNK = 256
+
+Images = Iterable[bytes | np.ndarray]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Alarms:
+    """At one alpha, of images like the calibration's; ``None`` where there is no verdict.
+
+    Attributes:
+        alpha: the false-alarm rate of requests.
+        per_day: expected number of false alarms per day.
+        low: end of the 95 % band of that number, for calibrations of this size.
+        high: the other end.
+        rejected: share of the history that is rejected.
+    """
+
+    alpha: float
+    per_day: float | None
+    low: int | None
+    high: int | None
+    rejected: float | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """The history's images that take one way to the model.
+
+    Attributes:
+        resized: whether they have another size than the model's images.
+        images: how many of the history.
+        per_day: how many per day, if the history is typical.
+        calibrated: number of calibration images for this way; 0 without a calibration.
+        alarms: at each alpha.
+        unlike: the alphas at which the history is rejected more often or less often than the band
+            for so few images allows: it is not like the calibration images.
+    """
+
+    resized: bool
+    images: int
+    per_day: int
+    calibrated: int
+    alarms: list[Alarms]
+    unlike: list[float]
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """The answer to ``ade gate what-if``.
+
+    Attributes:
+        model: name and hash.
+        calibration: name and version.
+        images: of the history that were scored.
+        unusable: of the history that could not be scored.
+        alphas: of the columns of ``caught``.
+        ways: one or two.
+        caught: share of each set of OOD or corrupted images that is rejected at each alpha;
+            ``None`` where there is no verdict.
+    """
+
+    model: str
+    calibration: dict[str, str] | None
+    images: int
+    unusable: int
+    alphas: list[float]
+    ways: list[Way]
+    caught: dict[str, list[float | None]]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def what_if(
+    engine: InferenceEngine,
+    calibrations: Calibrations,
+    history: Images,
+    ood: Mapping[str, Images],
+    per_day: int,
+    corrupted: int,
+    alphas: Sequence[float] = ALPHAS,
+    report: Report = lambda line: None,
+) -> WhatIf:
+    """Alarms per day and detection at each alpha, by the engine that scores requests.
+
+    Images of another size are resized as a request with ``resize`` does it, and judged by the
+    calibration for that.
+
+    Args:
+        engine: with ``score``.
+        calibrations: of the engine's store.
+        history: images that the gate got in the past: files, or uint8 ``(H, W, C)``.
+        ood: sets of OOD images by name.
+        per_day: images per day.
+        corrupted: number of images of the history that are corrupted in each way.
+        alphas: false-alarm rates.
+        report: is told of progress.
+
+    Raises:
+        CalibrationError: there is no calibration, or no image of a set can be used.
+    """
+    if calibrations.exact is None:
+        raise CalibrationError(f"{engine.bundle.name} is not calibrated: ade calibrate does that")
+    images, unusable = usable(engine, history)
+    if not images:
+        raise CalibrationError(f"the history: none of {unusable} images can be used")
+    report(f"history: {len(images)} images, {unusable} cannot be used")
+    found = p_values(engine, calibrations, images)
+    ways = []
+    for resized in (False, True):
+        mine = [image.resized == resized for image in images]
+        if any(mine):
+            count = round(per_day * sum(mine) / len(images))
+            ways.append(_way(resized, calibrations.of(resized), found[mine], count, alphas))
+    caught = {}
+    for name, its in corruptions_of(images[:corrupted]).items():
+        report(f"{name}: {len(its)} images")
+        caught[name] = rejected(engine, calibrations, its, alphas)
+    for name, given in ood.items():
+        its, bad = usable(engine, given)
+        if not its:
+            raise CalibrationError(f"{name}: none of {bad} images can be used")
+        report(f"{name}: {len(its)} images, {bad} cannot be used")
+        caught[name] = rejected(engine, calibrations, its, alphas)
+    return WhatIf(
+        engine.bundle.model_id,
+        calibrations.label,
+        len(images),
+        unusable,
+        list(alphas),
+        ways,
+        caught,
+    )
+
+
+def usable(engine: InferenceEngine, images: Images) -> tuple[list[InputImage], int]:
+    """Images at the model's size, and how many could not be brought to it."""
+    found = [prepare_image(image, engine.image_shape, True, 0) for image in images]
+    kept = [image for image in found if isinstance(image, InputImage)]
+    return kept, len(found) - len(kept)
+
+
+def p_values(
+    engine: InferenceEngine, calibrations: Calibrations, images: Sequence[InputImage]
+) -> np.ndarray:
+    """float64 ``(N,)``; not a number where an image has no verdict."""
+    found = []
+    for first in range(0, len(images), CHUNK):
+        chunk = images[first : first + CHUNK]
+        scores = engine.score(
+            np.stack([image.pixels for image in chunk]),
+            resized=[image.resized for image in chunk],
+            calibrations=[calibrations] * len(chunk),
+        )
+        found += [
+            score.verdict.p_value if isinstance(score, Score) and score.verdict else np.nan
+            for score in scores
+        ]
+    return np.array(found)
+
+
+def corruptions_of(images: Sequence[InputImage]) -> dict[str, list[InputImage]]:
+    """The images corrupted in each way, by the name of the corruption; gross ones first."""
+    pixels = np.stack([image.pixels for image in images])
+    made = {}
+    for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
+        changed = corrupt(pixels, np.random.default_rng(0))
+        made[name] = [
+            dataclasses.replace(image, pixels=its)
+            for image, its in zip(images, changed, strict=True)
+        ]
+    return made
+
+
+def rejected(
+    engine: InferenceEngine,
+    calibrations: Calibrations,
+    images: Sequence[InputImage],
+    alphas: Sequence[float],
+) -> list[float | None]:
+    """The share of images that is rejected at each alpha; ``None`` where none can be."""
+    found = p_values(engine, calibrations, images)
+    judges = [calibrations.of(resized) for resized in {image.resized for image in images}]
+    smallest = min((its.smallest_p_value for its in judges if its is not None), default=np.inf)
+    return [_share(found, alpha) if alpha >= smallest else None for alpha in alphas]
+
+
+def _share(p_values: np.ndarray, alpha: float) -> float:
+    return float((p_values <= alpha).mean())  # without a verdict nothing is rejected
+
+
+def _way(
+    resized: bool,
+    calibration: Calibration | None,
+    p_values: np.ndarray,
+    per_day: int,
+    alphas: Sequence[float],
+) -> Way:
+    alarms, unlike = [], []
+    n = 0 if calibration is None else len(calibration.scores)
+    for alpha in alphas:
+        k = flagging_rank(n, alpha)
+        if k == 0:
+            alarms.append(Alarms(alpha, None, None, None, None))
+            continue
+        low, high = (round(share * per_day) for share in _band(n, alpha, per_day))
+        share = _share(p_values, alpha)
+        alarms.append(Alarms(alpha, per_day * k / (n + 1), low, high, share))
+        least, most = false_alarm_band(n, alpha, tested=len(p_values))
+        if not least <= share <= most:
+            unlike.append(alpha)
+    return Way(resized, len(p_values), per_day, n, alarms, unlike)
+
+
+def _band(n: int, alpha: float, per_day: int) -> tuple[float, float]:
+    return false_alarm_band(n, alpha, tested=per_day) if per_day else (0.0, 0.0)

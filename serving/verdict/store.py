@@ -1,0 +1,203 @@
+"""The calibrations of a bundle by name: its own, and those of a folder that may change while they
+are used.
+
+``BUNDLE/calibrations/NAME.npz`` is the calibration NAME: of a camera, a tenant. A file that appears,
+is replaced or goes away is noticed within a second. What is handed out never changes: a request that
+has got a calibration is answered by it, whatever happens to the file meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from serving.files import replacing
+from serving.verdict.calibration import DEFAULT, CalibrationError, Calibrations, version_of
+
+logger = logging.getLogger(__name__)
+FOLDER = "calibrations"  # of a bundle
+SUFFIX = ".npz"
+ALL = "*"  # stands for the folder among names that cannot be used
+CHECK_S = 1.0  # between two looks at the folder
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_Seen = tuple[int, int, int]  # inode, time of the last change in ns, bytes
+
+
+class UnknownCalibration(CalibrationError):
+    """There is no calibration of this name."""
+
+
+def check_name(name: str) -> None:
+    """Make sure that a calibration can have this name: it goes into file names and metrics.
+
+    Raises:
+        CalibrationError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise CalibrationError(
+            "the name of a calibration must have at most 64 letters, digits, '-', '_' and '.', and "
+            f"begin with a letter or digit; got {name!r}"
+        )
+
+
+def path_of(bundle: Path, name: str) -> Path:
+    """Where a bundle's calibration of this name belongs.
+
+    Raises:
+        CalibrationError: the name is not valid.
+    """
+    check_name(name)
+    return bundle / FOLDER / f"{name}{SUFFIX}"
+
+
+def write_calibrations(bundle: Path, calibrations: Calibrations) -> Calibrations:
+    """Write a named calibration into a bundle's folder in one step; running services take it over.
+
+    Args:
+        bundle: its folder.
+        calibrations: with a name and the model's hash.
+
+    Returns:
+        The same with its version.
+
+    Raises:
+        CalibrationError: the name is not valid.
+    """
+    path = path_of(bundle, calibrations.name)
+    path.parent.mkdir(exist_ok=True)
+    content = calibrations.to_bytes()
+    with replacing(path) as file:
+        file.write(content)
+    return replace(calibrations, version=version_of(content))
+
+
+class CalibrationStore:
+    """Hands out calibrations by name; may be used by several threads at once.
+
+    A file that cannot be used is reported in :attr:`broken` and in the log, and what was read from
+    it before stays. ``default.npz`` takes the place of the bundle's own calibration.
+
+    Args:
+        own: of the bundle.
+        folder: of the named ones, which need not exist; ``None`` if none are used.
+        model: SHA-256 of the bundle's weights: a calibration of another model is not used.
+        statistics: names of those that are computed.
+    """
+
+    def __init__(
+        self, own: Calibrations, folder: Path | None, model: str, statistics: Sequence[str]
+    ) -> None:
+        self._own = own
+        self._folder = folder
+        self._model = model
+        self._statistics = statistics
+        self._lock = threading.Lock()
+        self._seen: dict[str, _Seen] = {}
+        self._current = {DEFAULT: own}
+        self._broken: dict[str, str] = {}
+        self._checked = -CHECK_S
+        self.refresh()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all calibrations, in order."""
+        return sorted(self._current)
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Why the files of some names cannot be used; of each, the former content stays in use."""
+        return self._broken
+
+    def get(self, name: str = DEFAULT) -> Calibrations:
+        """The calibration of a name, as its file is now or was at most a second ago.
+
+        Raises:
+            UnknownCalibration: naming those that there are.
+        """
+        if time.monotonic() - self._checked >= CHECK_S:
+            self.refresh()
+        found = self._current.get(name)
+        if found is None:
+            raise UnknownCalibration(
+                f"there is no calibration {name!r}; there are {', '.join(self.names)}"
+            )
+        return found
+
+    def refresh(self) -> None:
+        """Take over what has changed in the folder; another thread's look is not waited for."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._checked = time.monotonic()
+            self._refresh()
+        finally:
+            self._lock.release()
+
+    def _refresh(self) -> None:
+        if self._folder is None:
+            return
+        try:
+            found = _files(self._folder)
+        except OSError as error:  # whatever was read from it stays
+            self._report({ALL: f"{self._folder} cannot be read: {error.strerror}"})
+            return
+        if found == self._seen and ALL not in self._broken:
+            return
+        current, broken = {DEFAULT: self._own}, {}
+        for name, seen in found.items():
+            try:
+                current[name] = self._read(self._folder, name, seen)
+            except Exception as error:  # requests go on, whatever a damaged file makes NumPy raise
+                broken[name] = str(error)
+                if name in self._current:
+                    current[name] = self._current[name]
+        # In one step each: a reader sees the calibrations before or after, whole.
+        self._current = current
+        self._seen = found
+        self._report(broken)
+
+    def _read(self, folder: Path, name: str, seen: _Seen) -> Calibrations:
+        if self._seen.get(name) == seen:
+            if name in self._broken:
+                raise CalibrationError(self._broken[name])
+            return self._current[name]
+        check_name(name)
+        read = Calibrations.load(folder / f"{name}{SUFFIX}", name)
+        if read.model != self._model:
+            raise CalibrationError(
+                f"{name} was calibrated for a model with the weights {read.model[:12] or 'unknown'}, "
+                f"these are {self._model[:12]}"
+            )
+        read.check(self._statistics)
+        return read
+
+    def _report(self, broken: dict[str, str]) -> None:
+        for name, reason in broken.items():
+            if self._broken.get(name) != reason:
+                logger.warning("calibration %s cannot be used: %s", name, reason)
+        self._broken = broken
+
+
+def _files(folder: Path) -> dict[str, _Seen]:
+    """Files by the names of their calibrations; hidden ones are still being written."""
+    found = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX) and not entry.name.startswith("."):
+                    status = entry.stat()
+                    found[entry.name.removesuffix(SUFFIX)] = (
+                        status.st_ino,
+                        status.st_mtime_ns,
+                        status.st_size,
+                    )
+    except FileNotFoundError:  # no folder, or a file that went away meanwhile: look again next time
+        if folder.exists():
+            raise
+    return found

@@ -1,0 +1,340 @@
+"""Several calibrations in one bundle: who decides, what changes while it is used, and feedback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import serving.verdict.store as store_module
+from ade_cli.main import main
+from export.verdict.calibrate import calibrate_bundle, calibrate_into
+from export.verdict.feedback import give_feedback
+from serving.bulk import BulkError, BulkOptions, FileScorer
+from serving.engine.bundle import open_bundle, verify_bundle
+from serving.engine.engine import InferenceEngine
+from serving.gate import Gate
+from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.store import CalibrationStore, UnknownCalibration, check_name, path_of
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may add to."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def dark(small_images: np.ndarray) -> np.ndarray:
+    """What a camera at night sees."""
+    return small_images // 8
+
+
+@pytest.fixture(scope="module")
+def night_file(
+    tiny_bundle: Path, dark: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A calibration for that camera, by the command."""
+    folder = tmp_path_factory.mktemp("night")
+    own = Path(shutil.copytree(tiny_bundle, folder / "bundle"))
+    np.savez(folder / "dark.npz", images=dark)
+    made = calibrate_into(own, "night", dark[:150], dark[150:], "dark")
+    assert made.name == "night" and len(made.version) == 12
+    verify_bundle(own)  # nothing of the manifest has changed
+    return path_of(own, "night")
+
+
+def add(bundle: Path, file: Path, name: str) -> None:
+    """As an operator may: a copy under another name, moved into its place."""
+    path = path_of(bundle, name)
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(file, path.with_name(".new"))
+    os.replace(path.with_name(".new"), path)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "CHECK_S", 0.0)
+
+
+def test_each_calibration_judges_its_own_images(
+    bundle: Path, night_file: Path, dark: np.ndarray, small_images: np.ndarray
+) -> None:
+    add(bundle, night_file, "night")
+    gate = Gate(bundle, alpha=0.05)
+    by_own, by_night = gate.check(dark[:100]), gate.check(dark[:100], "night")
+    assert np.mean([d.accepted for d in by_own]) < 0.5 < np.mean([d.accepted for d in by_night])
+    assert by_night[0].calibration == {
+        "name": "night",
+        "version": Calibrations.load(night_file).version,
+    }
+    assert by_own[0].calibration is not None and by_own[0].calibration["name"] == "default"
+    # Judged together, each image gets the verdict of its own calibration.
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    judges = [engine.store.get(name) for name in ("default", "night") * 5]
+    together = engine.score(dark[:10], calibrations=judges)
+    assert [score.verdict.p_value for score in together] == [  # type: ignore[union-attr]
+        (by_night if i % 2 else by_own)[i].p_value for i in range(10)
+    ]
+    with pytest.raises(UnknownCalibration, match="'day'; there are default, night"):
+        gate.check(dark[:1], "day")
+
+
+def test_files_come_change_and_go_while_a_gate_runs(
+    bundle: Path, night_file: Path, dark: np.ndarray
+) -> None:
+    gate = Gate(bundle, alpha=0.05)
+    with pytest.raises(UnknownCalibration):
+        gate.check(dark[:1], "night")
+    add(bundle, night_file, "night")
+    first = gate.check(dark[:1], "night")[0]
+    read = Calibrations.load(night_file, "night")
+    assert read.exact is not None
+    rows = read.exact.scores
+    half = dataclasses.replace(read.exact, scores=rows[::2], reference=read.exact.reference[::2])
+    (bundle / "other.npz").write_bytes(dataclasses.replace(read, exact=half).to_bytes())
+    add(bundle, bundle / "other.npz", "night")
+    second = gate.check(dark[:1], "night")[0]
+    assert first.calibration != second.calibration and first.p_value != second.p_value
+    path_of(bundle, "night").unlink()
+    with pytest.raises(UnknownCalibration):
+        gate.check(dark[:1], "night")
+    assert gate.check(dark[:1])[0].calibration is not None
+
+
+def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
+    bundle: Path,
+    night_file: Path,
+    dark: np.ndarray,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    add(bundle, night_file, "night")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    before = engine.store.get("night")
+    whole = night_file.read_bytes()
+    read = Calibrations.load(night_file)
+    assert read.exact is not None
+    wild = dataclasses.replace(read.exact, scores=read.exact.scores * np.nan)
+    unsorted = dataclasses.replace(read.exact, scores=read.exact.scores[::-1])
+    other = dataclasses.replace(read, model="0" * 64)
+    fewer = dataclasses.replace(read.exact, names=("bpd", *read.exact.names[2:], "new"))
+    for damaged, reason in (
+        (b"", "is not a calibration"),
+        (whole[:-1000], "is not a calibration"),
+        (whole[:5000] + bytes(5000) + whole[10000:], "is not a calibration"),
+        (dataclasses.replace(read, exact=wild).to_bytes(), "scores must be finite"),
+        (dataclasses.replace(read, exact=unsorted).to_bytes(), "must be sorted"),
+        (dataclasses.replace(read, exact=fewer).to_bytes(), "does not compute: new"),
+        (other.to_bytes(), "the weights 000000000000, these are"),
+    ):
+        caplog.clear()
+        (bundle / "damaged").write_bytes(damaged)
+        add(bundle, bundle / "damaged", "night")
+        assert engine.store.get("night") is before
+        engine.store.get("night")
+        assert reason in engine.store.broken["night"]
+        assert len([r for r in caplog.records if "night cannot be used" in r.message]) == 1
+        # One that starts now has nothing to fall back on.
+        fresh = InferenceEngine(bundle, device="cpu", operations=["score"])
+        with pytest.raises(UnknownCalibration):
+            fresh.store.get("night")
+    add(bundle, night_file, "night")
+    assert engine.store.get("night").version == before.version and not engine.store.broken
+    os.mkfifo(bundle / "calibrations" / "pipe.npz")  # is not waited for
+    add(bundle, night_file, "night")
+    (bundle / "calibrations" / "a b.npz").write_bytes(whole)
+    engine.store.refresh()
+    assert set(engine.store.names) == {"default", "night"}
+    assert set(engine.store.broken) == {"pipe", "a b"}
+
+
+def test_readers_see_a_whole_calibration_while_it_is_replaced(
+    bundle: Path, night_file: Path
+) -> None:
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    read = Calibrations.load(night_file, "night")
+    assert read.exact is not None
+    files = []
+    for i in range(2):
+        few = dataclasses.replace(
+            read.exact, scores=read.exact.scores[i:], reference=read.exact.reference[i:]
+        )
+        files.append(bundle / f"{i}.npz")
+        files[i].write_bytes(dataclasses.replace(read, exact=few).to_bytes())
+    sizes = {Calibrations.load(file).version: 150 - i for i, file in enumerate(files)}
+    add(bundle, files[0], "night")
+    engine.store.refresh()
+    stop, wrong = threading.Event(), []
+
+    def look() -> None:
+        while not stop.is_set():
+            found = engine.store.get("night")
+            if found.exact is None or len(found.exact.scores) != sizes[found.version]:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for turn in range(20):
+        add(bundle, files[turn % 2], "night")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_folder_is_looked_at_once_a_second(
+    tiny_bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "CHECK_S", 1.0)
+    looks = []
+    whole = store_module._files
+    monkeypatch.setattr(store_module, "_files", lambda folder: looks.append(1) or whole(folder))
+    store = CalibrationStore(Calibrations(), night_file.parent, "", [])
+    for _ in range(100):
+        store.get()
+    assert len(looks) == 1
+    monkeypatch.setattr(store_module.time, "monotonic", lambda: store._checked + 1.5)
+    store.get()
+    assert len(looks) == 2
+
+
+def test_names() -> None:
+    for name in ("camera-3", "a", "Tenant_1.eu", "x" * 64):
+        check_name(name)
+    for name in ("", "../x", ".hidden", "a/b", "x" * 65, "ä", "a b"):
+        with pytest.raises(CalibrationError, match="must have at most 64"):
+            check_name(name)
+
+
+def test_the_command_adds_a_calibration(
+    bundle: Path, dark: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(dark[:60]):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
+    data = ["--data", str(tmp_path / "photos")]
+    into = ["calibrate", str(bundle), *data, "--into", str(bundle)]
+    assert main([*into, "--name", "night"]) == 0
+    version = InferenceEngine(bundle, operations=["score"]).store.get("night").version
+    assert f"added calibration night, version {version}" in capsys.readouterr().err
+    for words, message in (
+        (["calibrate", str(bundle), *data], "give either OUT"),
+        (into, "--into BUNDLE and --name NAME go together"),
+        ([*into, "--name", "../night"], "must have at most 64"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    # A name that stands for the bundle's own calibration takes its place, here and not in a copy.
+    assert main([*into, "--name", "default"]) == 0
+    assert InferenceEngine(bundle, operations=["score"]).calibration is not None
+    made = InferenceEngine(bundle, operations=["score"]).calibrations
+    assert made.exact is not None and len(made.exact.scores) == 36
+    calibrate_bundle(bundle, tmp_path / "new", dark[:100], dark[100:300], "dark")
+    copy = InferenceEngine(tmp_path / "new", operations=["score"])
+    assert copy.calibration is not None and len(copy.calibration.scores) == 200
+    assert copy.store.names == ["default", "night"]
+
+
+def test_bulk_scoring_by_name(
+    bundle: Path,
+    night_file: Path,
+    dark: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    add(bundle, night_file, "night")
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(dark[:30]):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i:02d}.png")
+    words = ["score", str(tmp_path / "photos"), "--bundle", str(bundle), "--workers", "1"]
+    words += ["--calibration", "night", "--alpha", "0.05"]
+    assert main([*words, "--out", str(tmp_path / "scores.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    version = Calibrations.load(night_file).version
+    assert {row["calibration"] for row in rows} == {f"night@{version}"}
+    expected = Gate(bundle, 0.05).check(dark[:30], "night")
+    assert [row["p_value"] for row in rows] == [d.p_value for d in expected]
+    capsys.readouterr()
+    assert (
+        main(["score", str(tmp_path / "photos" / "00.png"), *words[2:4], "--calibration", "x"]) == 2
+    )
+    assert "there is no calibration 'x'; there are default, night" in capsys.readouterr().err
+    with pytest.raises(BulkError, match="was changed meanwhile"):
+        FileScorer(open_bundle(bundle), tmp_path, BulkOptions(calibration="night"), "another")
+
+
+def test_feedback_joins_once_and_can_be_taken_back(
+    bundle: Path, dark: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for i, image in enumerate(dark[:12]):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(files[i])
+    larger = tmp_path / "larger.png"
+    Image.fromarray(dark[20].repeat(2, 0).repeat(2, 1)).save(larger)
+    gate = Gate(bundle, alpha=0.05)
+    own = gate._engine.calibrations
+    assert own.exact is not None and own.resized is not None
+    n, n_resized = len(own.exact.scores), len(own.resized.scores)
+    before = gate.check(dark[11])[0].p_value
+    done = give_feedback(bundle, "default", [*files, larger, files[0]], [])
+    assert (done.joined, done.known, done.before) == (13, 0, own.version)
+    after = gate._engine.calibrations
+    assert after.version == done.after and after.exact is not None and after.resized is not None
+    assert (len(after.exact.scores), len(after.resized.scores)) == (n + 12, n_resized + 1)
+    assert after.exact.mixture.means.tolist() == own.exact.mixture.means.tolist()
+    p_value = gate.check(dark[11])[0].p_value
+    assert before is not None and p_value is not None and p_value > before
+    verify_bundle(bundle)
+    # The exact ranks: as if the images had been calibration images from the start.
+    statistics = gate._engine.statistics(dark[:12])
+    scores = own.exact.mixture.surprise(own.exact.normal(own.exact.rows(statistics)))
+    assert np.array_equal(np.sort(np.concatenate([own.exact.scores, scores])), after.exact.scores)
+
+    again = give_feedback(bundle, "default", [files[0]], [tmp_path / "1.png"])
+    assert (again.joined, again.known, again.removed) == (0, 1, 1)
+    back = give_feedback(bundle, "default", [], [*files, larger])
+    assert (back.removed, back.rejected) == (12, 1)
+    restored = gate._engine.calibrations
+    assert restored.exact is not None and restored.joined == ()
+    assert np.array_equal(restored.exact.scores, own.exact.scores)
+    assert np.array_equal(restored.exact.reference, own.exact.reference)
+    with pytest.raises(CalibrationError, match="is given to accept and to reject"):
+        give_feedback(bundle, "default", [files[0]], [files[0]])
+
+    lines = [
+        json.loads(x) for x in (bundle / "calibrations/feedback.jsonl").read_text().splitlines()
+    ]
+    assert len(lines) == 13 + 2 + 13
+    assert lines[0]["file"] == str(files[0]) and lines[0]["decision"] == "accept"
+    assert len(lines[0]["sha256"]) == 64 and lines[0]["calibration"] == "default"
+    changes = [(line["version_before"], line["version_after"]) for line in lines]
+    assert [changes[0], changes[13], changes[15]] == [
+        (done.before, done.after),
+        (again.before, again.after),
+        (back.before, back.after),
+    ]
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    words = ["gate", "feedback", str(bundle), "--accept", str(files[3]), str(tmp_path / "junk.png")]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "1 images joined the calibration default" in said.out and "1 cannot be used" in said.out
+    assert "junk.png: not an image" in said.err
+    assert main(["gate", "feedback", str(bundle)]) == 2
+
+
+def test_feedback_needs_a_whole_calibration(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "calibrations").mkdir()
+    (bundle / "calibrations" / "default.npz").write_bytes(b"junk")
+    with pytest.raises(CalibrationError, match="is not a calibration"):
+        give_feedback(bundle, "default", [], [])
+    with pytest.raises(UnknownCalibration, match="there is no calibration 'x'"):
+        give_feedback(bundle, "x", [], [])

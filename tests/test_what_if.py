@@ -1,0 +1,116 @@
+"""``ade gate what-if`` and the report of ``ade calibrate``: figures that can be counted again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from ade_cli.main import main
+from export.verdict.what_if import ALPHAS, what_if
+from serving.engine.engine import InferenceEngine
+from serving.gate import Gate
+from serving.verdict.calibration import CalibrationError, Calibrations
+from tests.conftest import PRETRAINED, ROOT
+from tests.test_imports import TRAINING_PACKAGES, without
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Path) -> InferenceEngine:
+    return InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
+
+
+def test_alarms_and_detection_are_those_of_the_gate(
+    engine: InferenceEngine, tiny_bundle: Path, small_images: np.ndarray
+) -> None:
+    larger = small_images[100:130].repeat(2, 1).repeat(2, 2)
+    history = [*small_images[:90], *larger, b"no image"]
+    noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    found = what_if(engine, engine.calibrations, history, {"noise": noise}, 1000, 10)
+    assert (found.images, found.unusable, found.alphas) == (120, 1, list(ALPHAS))
+    assert found.calibration == {"name": "default", "version": engine.calibrations.version}
+    exact, resized = found.ways
+    assert (exact.resized, exact.images, exact.per_day) == (False, 90, 750)
+    assert (resized.resized, resized.images, resized.per_day) == (True, 30, 250)
+    n = exact.calibrated
+    assert n == 150
+    for alpha in (0.1, 0.01):
+        row = exact.alarms[ALPHAS.index(alpha)]
+        k = int(alpha * (n + 1))
+        assert row.per_day == pytest.approx(750 * k / (n + 1))
+        assert [row.low, row.high] == list(stats.betabinom.ppf([0.025, 0.975], 750, k, n + 1 - k))
+        gate = Gate(tiny_bundle, alpha)
+        own = [d.decision == "reject" for d in gate.check(small_images[:90])]
+        assert row.rejected == pytest.approx(np.mean(own))
+        caught = [d.decision == "reject" for d in gate.check(noise)]
+        assert found.caught["noise"][ALPHAS.index(alpha)] == pytest.approx(np.mean(caught))
+    floor = exact.alarms[ALPHAS.index(0.005)]  # 150 images cannot reject one in 200
+    assert floor.per_day is floor.low is floor.rejected is None
+    assert found.caught["noise"][ALPHAS.index(0.005)] is None
+    assert {"constant", "JPEG, quality 10", "noise"} <= set(found.caught)
+
+
+def test_a_history_unlike_the_calibration_is_named(
+    engine: InferenceEngine, small_images: np.ndarray
+) -> None:
+    like = what_if(engine, engine.calibrations, small_images[150:250], {}, 100, 5)
+    dark = what_if(engine, engine.calibrations, small_images[150:250] // 8, {}, 100, 5)
+    assert 0.1 not in like.ways[0].unlike and 0.1 in dark.ways[0].unlike
+    with pytest.raises(CalibrationError, match="is not calibrated"):
+        what_if(engine, Calibrations(), small_images[:2], {}, 100, 5)
+    with pytest.raises(CalibrationError, match="none of 1 images can be used"):
+        what_if(engine, engine.calibrations, [b""], {}, 100, 5)
+
+
+def test_the_command(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "history.npy", small_images[:40])
+    np.save(tmp_path / "flat.npy", np.full((5, 8, 8, 3), 9, np.uint8))
+    words = ["gate", "what-if", str(tiny_bundle), "--data", str(tmp_path / "history.npy")]
+    words += ["--per-day", "100000", "--ood", str(tmp_path / "flat.npy"), "--corrupted", "5"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "images of the model's size: 40 of the history, 100,000 per day" in text
+    assert "false alarms per day" in text and "no verdict" in text and "\nflat " in text
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ways"][0]["alarms"][0]["per_day"] == pytest.approx(100_000 * 15 / 151)
+    assert found["caught"]["flat"][0] == 1.0
+    for wrong, message in (
+        (["--per-day", "0"], "--per-day must be at least 1"),
+        (["--ood", str(tmp_path / "flat.npy"), str(tmp_path / "flat.npy")], "different names"),
+        (["--data", str(tmp_path / "nowhere")], "there is no"),
+        (["--calibration", "camera-9"], "there is no calibration 'camera-9'; there are default"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -> None:
+    """A gate for own photographs without PyTorch; its report has false alarms and what it catches."""
+    files = np.asarray(Image.open(ROOT / "tests/data/cifar10_test_300.webp").convert("RGB"))
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(files.reshape(-1, 32, 32, 3)[:60]):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
+    packages = tuple(set(TRAINING_PACKAGES) - {"scipy", "sklearn"})
+    done = {}
+    for missing, words in (
+        (TRAINING_PACKAGES, ["gate", "what-if", PRETRAINED, "--per-day", 9, "--corrupted", 2]),
+        (packages, ["calibrate", PRETRAINED, tmp_path / "mine"]),
+    ):
+        line = [*map(str, words), "--data", str(tmp_path / "photos")]
+        script = f"{without(*missing)}import ade_cli.main; sys.exit(ade_cli.main.main({line}))"
+        done[words[0]] = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+        )
+    assert all(run.returncode == 0 for run in done.values()), done
+    said = done["calibrate"].stderr
+    assert "at alpha 0.05 between" in said and "  constant: " in said and "no verdict" in said
+    assert (tmp_path / "mine" / "manifest.json").is_file()
