@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from serving.locks import claim
 
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
@@ -27,7 +28,6 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
 from serving.files import new_folder
 from serving.images import coder_version
-from serving.locks import claim
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.store import FOLDER, check_name, path_of, write_calibrations
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from serving.locks import claim
 
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
 from serving.engine.bundle import WEIGHTS_NAME, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import read_file
-from serving.locks import claim
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations, version_of
 from serving.verdict.store import FOLDER, check_name, write_calibrations
 
