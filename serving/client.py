@@ -24,16 +24,15 @@ from serving.ports import Ports
 from serving.verdict.calibration import Unusual
 from serving.verdict.decision import NOT_SCORED, Choice
 
-FORM_ERRORS = (
-    "ErrorDataDecoderException",
-    "ArrayIndexOutOfBoundsException",
-    "StringIndexOutOfBoundsException",
-)  # of forms that TorchServe cannot take apart
-WORKER_DIED = (
-    "Worker died"  # TorchServe of a request whose worker ended; another one may well answer it
-)
 PROBE_VARIABLE = "ADE_PROBE_SECRET"  # the service's to its page
-MAX_WAIT_S = 30.0  # between two tries, whatever a gateway asks for
+MAX_WAIT_S = 30.0  # between two tries, however long a gateway advises
+# What a proxy or gateway answers by itself, in another shape than the API's: status to code.
+FOREIGN_ERRORS = {
+    401: ("bad_token", "the server requires a valid token"),
+    404: ("unknown_model", "the server has no model of this name"),
+    413: ("request_too_large", "the request is larger than the server reads"),
+}
+RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a little later
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 Kind = Literal["mean", "density"]
 
@@ -150,8 +149,8 @@ class AdeClient:
         url: of the inference address; unless given, of a service that this environment's ports say.
         model: name of a further bundle; the first bundle needs none.
         token: where the service asks for one.
-        retries: how often a 503, or a worker that died over the request, is tried again, waiting as
-            advised or twice as long each time.
+        retries: how often a request is repeated after 429, 503 or 507. The client waits as
+            advised, or twice as long each time.
         timeout: seconds for one answer.
 
     Raises (every method):
@@ -382,7 +381,7 @@ class AdeClient:
             answer = self._http.post(
                 f"/predictions/{self._prefix}{operation}", json=values, headers=headers
             )
-            if not _is_passing(answer) or attempt == self._retries:
+            if answer.status_code not in RETRIED or attempt == self._retries:
                 break
             time.sleep(asked_to_wait(answer) or wait)
             wait *= 2
@@ -395,15 +394,6 @@ def asked_to_wait(answer: httpx.Response) -> float | None:
     """Seconds until the next try; ``None`` where the answer does not say, or says a date."""
     asked = answer.headers.get("Retry-After", "")
     return min(float(asked), MAX_WAIT_S) if asked.isdecimal() else None
-
-
-def _is_passing(answer: httpx.Response) -> bool:
-    """Whether the same request may well be answered a little later."""
-    return (
-        answer.status_code in (429, 503, 507)
-        or answer.status_code == 500
-        and WORKER_DIED in answer.text
-    )
 
 
 def _images(images: Sequence[ImageLike] | np.ndarray, resize: bool) -> dict[str, Any]:
@@ -463,7 +453,7 @@ def _entry(result: dict[str, Any]) -> AdeError | None:
 
 
 def _error(answer: httpx.Response) -> AdeError:
-    """Our error shape, or TorchServe's own words for what it answers itself, in one exception."""
+    """The error of an answer, also if a proxy or gateway gave it in another shape."""
     status = answer.status_code
     try:
         body = answer.json()
@@ -472,17 +462,7 @@ def _error(answer: httpx.Response) -> AdeError:
     if isinstance(body, dict) and isinstance(body.get("error"), dict):
         error = body["error"]
         return AdeError(status, error["code"], error["message"], error.get("index"))
-    kind = str(body.get("type", "")) if isinstance(body, dict) else ""
-    if status == 413:
-        return AdeError(413, "request_too_large", "the request is larger than the server reads")
-    if status == 404:
-        return AdeError(404, "unknown_model", "the server has no model of this name")
-    if kind in FORM_ERRORS:
-        return AdeError(400, "malformed_request", "the form cannot be taken apart")
-    if kind == "InvalidKeyException":
-        return AdeError(401, "bad_token", "the server wants a valid token")
-    if _is_passing(answer):
-        return AdeError(
-            503, "overloaded", "the server cannot take the request now: try again later"
-        )
-    return AdeError(status, "server_error", f"the server answered {status}")
+    code, message = FOREIGN_ERRORS.get(status, ("server_error", f"the server answered {status}"))
+    if status in RETRIED:
+        code, message = "overloaded", "the server cannot take the request now: try again later"
+    return AdeError(status, code, message)
