@@ -27,10 +27,12 @@ MAY_IMPORT = {
     "serving.verdict": IMAGES,
     "serving.engine": {"serving.verdict", *IMAGES},
     "serving.api": {"serving.engine", "serving.verdict", *IMAGES},
-    # Of ours only names and constants: it needs NumPy, Pillow and httpx alone.
+    # Of ours only models, names and constants: it needs NumPy, Pillow and httpx alone.
     "serving.client": {
+        "serving.api.errors",
+        "serving.api.model",
+        "serving.api.operations",
         "serving.api.requests",
-        "serving.verdict.calibration",
         "serving.verdict.decision",
         *IMAGES,
     },
