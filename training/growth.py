@@ -1,4 +1,4 @@
-"""Weights of a larger model that starts where a smaller one ended: ``ade train --init``.
+"""Weights of a larger model that starts where a smaller one ended.
 
 After Chen et al., "Net2Net: Accelerating Learning via Knowledge Transfer", 2016: what is added
 computes nothing at first, so that no training of the smaller model is lost.
