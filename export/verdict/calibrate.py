@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from serving.locks import claim
 
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
@@ -26,7 +25,7 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
-from serving.files import new_folder
+from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.store import FOLDER, check_name, path_of, write_calibrations
@@ -113,7 +112,7 @@ def calibrate_into(
     calibrations, _ = _calibrate(bundle, fit, calibrate, report)
     weights = bundle.manifest["files"][WEIGHTS_NAME]
     named = dataclasses.replace(calibrations, name=name, model=weights, data=data_name)
-    with claim(folder / FOLDER, wait=True):
+    with locked(folder / FOLDER / LOCK, wait=True):
         return write_calibrations(folder, named)
 
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from serving.locks import claim
 
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
 from serving.engine.bundle import WEIGHTS_NAME, verify_bundle
 from serving.engine.engine import InferenceEngine
-from serving.files import read_file
+from serving.files import LOCK, locked, read_file
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations, version_of
 from serving.verdict.store import FOLDER, check_name, write_calibrations
 
@@ -94,7 +93,7 @@ def give_feedback(
     bundle = verify_bundle(folder)
     if not (folder / FOLDER).is_dir():
         (folder / FOLDER).mkdir()
-    with claim(folder / FOLDER, wait=True):
+    with locked(folder / FOLDER / LOCK, wait=True):
         engine = InferenceEngine(bundle, device="cpu", operations=["score"])
         if name in engine.store.broken:
             raise CalibrationError(engine.store.broken[name])
