@@ -68,13 +68,13 @@ def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
     [
         (
             {"format_version": 1},
-            "must be 2, got 1; another version's bundle has to be exported again",
+            "must be 2, got 1; export the model again",
         ),
         ({"name": 3}, "name must be a string, got 3"),
         ({"image_shape": None}, "image_shape must be a list, got None"),
-        ({"name": "../x"}, "a model's name has letters"),
+        ({"name": "../x"}, "a model's name must start with"),
         ({"name": "my cat"}, "got 'my"),
-        ({"files": {"../../etc/passwd": "0"}}, "is no plain file name"),
+        ({"files": {"../../etc/passwd": "0"}}, "is not a plain file name"),
     ],
 )
 def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:
@@ -162,7 +162,7 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
         ({"latent_shapes": [[1, 2, -3]]}, "must be positive"),
         (
             {"operations": ["score", "pickle"]},
-            "operations are some of sample, encode, reconstruct, score, got 'pickle'",
+            "operations must be among sample, encode, reconstruct, score, got 'pickle'",
         ),
     ],
 )
@@ -204,7 +204,7 @@ def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="it holds no manifest.json"):
+    with pytest.raises(BundleError, match="it has no manifest.json"):
         open_bundle(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BundleError, match="is not JSON"):

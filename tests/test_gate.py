@@ -102,7 +102,7 @@ def test_without_a_verdict_nothing_is_accepted(
     )
     with pytest.raises(ValueError, match="alpha"):
         Gate(PRETRAINED, alpha=0.0)
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         Gate(ROOT / "docs")
 
 

@@ -1067,9 +1067,9 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
         (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
         (["evaluate", "OUT"], "holds no finished checkpoint"),
         (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
-        (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is no bundle"),
-        (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is no bundle"),
-        (["serve", "OUT"], "is no bundle"),
+        (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is not a bundle"),
+        (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is not a bundle"),
+        (["serve", "OUT"], "is not a bundle"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(
