@@ -1,6 +1,4 @@
-"""The verbs that work without a service: a folder into a table, whatever interrupts it, and files
-one by one.
-"""
+"""Verbs that need no service: scoring a folder, also after interruptions, and single files."""
 
 from __future__ import annotations
 
@@ -31,12 +29,12 @@ from serving.files import image_paths
 from serving.page.app import build_page
 from serving.page.served import Served
 from serving.verdict.calibration import Calibrations
-from tests.conftest import ROOT, make_folder, make_traps, with_calibrations
+from tests.helpers import ROOT, make_folder, make_traps, with_calibrations
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Path:
-    """300 images in three folders, two broken files, one of another size and one that is no image."""
+    """300 images in three folders, two broken files, an image of another size and a text file."""
     return make_folder(tmp_path_factory.mktemp("images"), small_images)
 
 

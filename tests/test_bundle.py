@@ -1,4 +1,4 @@
-"""Reading bundles: what does not match is refused, by name."""
+"""Bundles: export, parity, and errors that name what does not match."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundl
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.page.about import card
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 
 GRAPH_NAMES = graphs_of(OPERATIONS)
 
@@ -294,25 +294,25 @@ def test_parity_sees_a_wrong_weight(
         check_parity(model, {"onnxruntime": backend}, small_images[:40])
 
 
-@pytest.mark.parametrize("spoil, message", [("nan", "by nan"), ("place", "relative, of a pixel")])
-def test_parity_misses_no_batch_and_no_pixel(
-    spoil: str, message: str, tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray
+@pytest.mark.parametrize("fault, message", [("nan", "by nan"), ("place", "relative, of a pixel")])
+def test_parity_checks_each_batch_and_each_pixel(
+    fault: str, message: str, tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray
 ) -> None:
     backend = InferenceEngine(tiny_bundle, device="cpu").backend
 
-    class Spoilt:
+    class Faulty:
         name, fixed_sizes = backend.name, backend.fixed_sizes
 
         def run(self, graph: str, inputs: dict, *rest: object) -> dict:
             found = dict(backend.run(graph, inputs, *rest))
-            if spoil == "nan" and graph == "encode" and len(inputs["images"]) == 1:
+            if fault == "nan" and graph == "encode" and len(inputs["images"]) == 1:
                 found = {name: np.full_like(value, np.nan) for name, value in found.items()}
-            if spoil == "place" and "cost" in found:
+            if fault == "place" and "cost" in found:
                 found["cost"] = found["cost"].swapaxes(2, 3)  # the sums are the same
             return found
 
     with pytest.raises(ParityError, match=message):
-        check_parity(load_model(tiny_checkpoint), {"spoilt": Spoilt()}, small_images[:40])
+        check_parity(load_model(tiny_checkpoint), {"faulty": Faulty()}, small_images[:40])
 
 
 def test_a_verdict_of_another_version_is_replaced(

@@ -1,4 +1,4 @@
-"""Data sets in the formats in which they are published, made small, and any folder of images."""
+"""Small copies of the published data sets in their formats, and folders of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fitting.survey import picture_sizes
-from tests.conftest import ROOT, make_folder, make_traps
+from tests.helpers import ROOT, make_folder, make_traps
 from training.data import DataError
 from training.datasets import cifar10, files, load_dataset
 from training.datasets.files import part_of
@@ -327,7 +327,8 @@ def test_a_truncated_lmdb_is_refused(tmp_path: Path, real_images: np.ndarray) ->
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom training.data import DataError\n"
         "from training.datasets import load_dataset\n"
-        "data = Path(sys.argv[1])\nwhole = data.read_bytes()\nassert load_dataset('lsun', str(data.parent), 8)\n"
+        "data = Path(sys.argv[1])\nwhole = data.read_bytes()\n"
+        "assert load_dataset('lsun', str(data.parent), 8)\n"
         "for i in range(60):\n"
         "    data.write_bytes(whole[:len(whole) * i // 60])\n"
         "    try:\n        load_dataset('lsun', str(data.parent), 8)\n"

@@ -1,4 +1,4 @@
-"""Files that would take gigabytes or minutes, and the processes that decode what might be one."""
+"""Decompression bombs, and the processes that decode untrusted files."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ from serving.decode.structure import read_structure
 from serving.decode.worker import decode
 from serving.images import ImageError, file_size, read_image
 from tests.bombs import BOMBS, HARMLESS
-from tests.conftest import ROOT
+from tests.helpers import ROOT, encode
 from tests.service import RunningService
-from tests.test_images import encode
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 # Those that were measured on the service before there were limits, and what must refuse each.
@@ -399,7 +398,8 @@ def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
     assert workers == {process.pid for process in service.workers()}
     print(
         "\n".join(
-            f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, longest {max(taken):.3f} s"
+            f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, "
+            f"longest {max(taken):.3f} s"
             for kind, taken in (("beside junk", alone), ("beside bombs", beside))
         )
     )

@@ -1,6 +1,4 @@
-"""The Dockerfile, as far as it can be exercised without a Docker engine: its files, its steps, its
-commands.
-"""
+"""The Dockerfile's files, steps and commands, checked without a Docker engine."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ade_cli.main import main, parse
 from serving.engine.bundle import verify_bundle
-from tests.conftest import ROOT, make_folder
+from tests.helpers import ROOT, make_folder
 from tests.service import RunningService
 from training.comparison.compare import read_rows
 from training.comparison.report import write_comparison

@@ -25,7 +25,7 @@ from fitting.report import Caught, Findings, false_alarms, weaknesses, write_rep
 from fitting.survey import Survey, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
-from tests.conftest import ROOT, make_folder
+from tests.helpers import ROOT, make_folder
 from training.datasets.folder import image_files, load_files, load_folder
 
 

@@ -1,4 +1,4 @@
-"""What the guard lets in: by Host, Origin and token, for HTTP and websockets."""
+"""The guard's decisions by Host, Origin and token, for HTTP and websockets."""
 
 from __future__ import annotations
 

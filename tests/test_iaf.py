@@ -1,13 +1,11 @@
-"""The inverse autoregressive step: its order, its determinant, and that it bounds the likelihood
-like any posterior.
-"""
+"""The inverse autoregressive step: its order, its determinant and its bound on the likelihood."""
 
 from __future__ import annotations
 
 import torch
 
 from ade_model.iaf import InverseAutoregressiveStep
-from tests.conftest import TINY, make_model, shake
+from tests.helpers import TINY, make_model, shake
 
 
 def jacobian(

@@ -1,4 +1,4 @@
-"""Ways through the noise: their ends, their length, and what stays."""
+"""Interpolation in the noise: end points, norms, and the levels that stay fixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the number a likelihood? Known answers, from a uniform model to the Kraft inequality."""
+"""The likelihood against known answers, from a uniform model to the Kraft inequality."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ade_model.distributions import DiagonalGaussian
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.quantization import dequantize
 from ade_model.vae import Draw
-from tests.conftest import TINY, make_model, shake
+from tests.helpers import TINY, make_model, shake
 
 # Four pixels and one latent: small enough to integrate.
 FOUR_PIXELS = ModelConfig(

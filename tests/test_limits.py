@@ -1,4 +1,4 @@
-"""What one batch may take, and that a request by itself always gets its answer."""
+"""Limits per batch; a request that is alone in its batch is always answered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from serving.api.responses import expected_bytes
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
-from tests.conftest import PRETRAINED
+from tests.helpers import PRETRAINED
 from tests.service import RunningService
 
 CASES = (

@@ -1,40 +1,16 @@
-"""What several processes must not write at once."""
+"""Locks between processes."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from serving.locks import LOCK, claim, lock
-
-HOLD = """
-import sys
-from serving.locks import lock
-file = open(sys.argv[1], "w")
-print(lock(file), flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
-        yield holder
-    finally:
-        holder.kill()
-        holder.communicate()
+from tests.helpers import held_by_another
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

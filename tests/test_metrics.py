@@ -1,6 +1,4 @@
-"""Metrics against closed forms, against the library's own results, and on images whose answer is
-known.
-"""
+"""Metrics against closed forms, reference implementations and images with a known result."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from training.metrics import inception
 from training.metrics.efficientnet import EfficientNetFeatures, _conv, _fold
 from training.metrics.features import FeatureError, ResNet20, features_of

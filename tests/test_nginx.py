@@ -1,4 +1,4 @@
-"""deploy/nginx.conf with a real nginx before a real service."""
+"""deploy/nginx.conf with a real nginx in front of a real service."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT, npy
 from tests.service import RunningService, free_ports
-from tests.test_requests import npy
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 KEY = "0123456789abcdef0123456789abcdef"

@@ -1,4 +1,4 @@
-"""Random numbers: the same for ever, independent, and of the right law."""
+"""Random numbers: reproducible across versions, independent, and correctly distributed."""
 
 from __future__ import annotations
 

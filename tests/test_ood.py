@@ -1,4 +1,4 @@
-"""The verdict: its arithmetic, and the promises that calibration makes."""
+"""The verdict: its arithmetic, and the guarantees of the calibration."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
     assert stats.kstest(values, "uniform").pvalue > 1e-6
 
 
-def test_strangers_on_either_side_are_flagged_and_explained() -> None:
+def test_both_tails_are_flagged_and_explained() -> None:
     fitted = calibration()
-    usual = {name: np.array([4.0], np.float32) for name in NAMES}
+    typical = {name: np.array([4.0], np.float32) for name in NAMES}
     for shift in (-8.0, 8.0):
         for name in NAMES:
-            strange = {**usual, name: np.array([4.0 + shift], np.float32)}
-            (verdict,) = fitted.verdicts(strange, [0.5])
+            unusual = {**typical, name: np.array([4.0 + shift], np.float32)}
+            (verdict,) = fitted.verdicts(unusual, [0.5])
             assert verdict.p_value == pytest.approx(0.001)
             assert verdict.explain[0].statistic == name and verdict.explain[
                 0
@@ -109,11 +109,11 @@ def test_strangers_on_either_side_are_flagged_and_explained() -> None:
             assert [u.p_value for u in verdict.explain] == sorted(
                 u.p_value for u in verdict.explain
             )
-    (verdict,) = fitted.verdicts(usual, [0.5])
+    (verdict,) = fitted.verdicts(typical, [0.5])
     assert verdict.p_value > 0.5 and {u.statistic for u in verdict.explain} == set(NAMES)
 
 
-def test_unlikely_together_is_strange_though_each_is_usual() -> None:
+def test_unlikely_combinations_of_likely_statistics_are_flagged() -> None:
     """What a density sees and no single statistic can."""
     rng = np.random.default_rng(1)
 
@@ -128,12 +128,12 @@ def test_unlikely_together_is_strange_though_each_is_usual() -> None:
         {**twins(500), "pixel_mean_0": rng.normal(size=500).astype(np.float32)},
         {**twins(999), "pixel_mean_0": rng.normal(size=999).astype(np.float32)},
     )
-    strange = {
+    unusual = {
         "bpd": np.array([1.0], np.float32),
         "complexity": np.array([-1.0], np.float32),
         "pixel_mean_0": np.zeros(1, np.float32),
     }
-    (verdict,) = fitted.verdicts(strange, [0.5])
+    (verdict,) = fitted.verdicts(unusual, [0.5])
     assert verdict.p_value == pytest.approx(0.001) and min(u.p_value for u in verdict.explain) > 0.1
 
 
@@ -154,7 +154,7 @@ def test_normal_scores_are_normal_and_equal_values_share_theirs() -> None:
     assert stats.kstest(scores[:, 0], "norm").pvalue > 0.01
     middle = fitted(np.zeros((1, 2), np.float32))[0, 1]
     assert stats.norm.cdf(middle) == pytest.approx(0.3, abs=0.02)
-    assert fitted(np.full((1, 2), 1e9, np.float32)).min() > FARTHEST  # beyond the grid it goes on
+    assert fitted(np.full((1, 2), 1e9, np.float32)).min() > FARTHEST  # linear beyond the grid
 
 
 @given(st.lists(st.floats(0.0005, 1), min_size=1, max_size=30), st.floats(0.01, 0.5))
@@ -231,7 +231,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_file_as_versions_before_wrote_it(tmp_path: Path) -> None:
-    """One calibration, at the top: for resized images too if it says so."""
+    """Older files have one calibration, with a flag whether it is for resized images too."""
     path = tmp_path / "calibration.npz"
     for resize in (None, "fit"):
         old = dataclasses.replace(calibration(), resize=resize)

@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the service does: its names by hand, its answers by schemathesis."""
+"""The OpenAPI document matches the service; answers are checked by schemathesis."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from serving.api.openapi import IMAGE_TYPES, openapi_document
 from serving.api.parameters import PARAMETERS
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import write_png
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, encode, npy
 from tests.service import RunningService
-from tests.test_images import encode
-from tests.test_requests import npy
 
 EXAMPLES = 40
 
@@ -39,7 +37,7 @@ def pixels(seed: int) -> np.ndarray:
 
 
 def files(kind: str) -> st.SearchStrategy[bytes]:
-    """Good files of a type, and bytes that are none."""
+    """Valid files of a type, and random bytes."""
     from PIL import Image
 
     suffix = kind.removeprefix("image/").upper()
@@ -133,7 +131,7 @@ def test_answers_are_as_the_document_says(
         answer = case.call(base_url=service.url, timeout=120)
         statuses.add(answer.status_code)
         if answer.status_code == 500 and answer.json().get("type") == "ErrorDataDecoderException":
-            return  # TorchServe's own answer to a form that it cannot take apart: no handler sees it
+            return  # TorchServe itself rejects invalid forms, without a handler
         case.validate_response(
             answer,
             checks=[

@@ -1,4 +1,4 @@
-"""The page in Debian's Chromium: each tab's main path and what it says when something is wrong."""
+"""The page in Debian's Chromium: the main path and the errors of each tab."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from serving.page.explore import VARIATIONS
 from serving.page.score import REASONS
 from serving.page.served import Served
 from serving.page.sweep import sweep
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
 CHROMIUM = shutil.which("chromium")
@@ -63,7 +63,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """A page of its own; nothing outside of the service's page may be asked for."""
+    """Open a new page that fails on requests to any other server."""
     page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
     page.set_default_timeout(WAIT_MS)
     outside: list[str] = []
@@ -159,7 +159,7 @@ def wait_for(page: Page, condition: Callable[[], bool]) -> None:
 
 
 def test_a_sample_is_handed_on(page: Page) -> None:
-    """By keyboard alone. What another tab makes of it is the sample itself, not an encoding of it."""
+    """Uses only the keyboard. The other tab gets the sample itself, not an encoding of it."""
     show(page, "Sample")
     panel_of(page).get_by_role("button", name="Score it").click()
     expect(page.get_by_text("No sample is chosen yet").first).to_be_visible()

@@ -1,4 +1,4 @@
-"""The projected discriminator: frozen features, small heads, and what it may not be judged by."""
+"""The projected discriminator: frozen features, small heads, and metrics it must not bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ade_model import ConfigError
-from tests.conftest import make_folder, narrow
+from tests.helpers import make_folder, narrow
 from training.augment import NUMBERS, augment
 from training.comparison.report import write_comparison
 from training.data import ImageSet

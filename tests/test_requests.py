@@ -1,8 +1,7 @@
-"""Taking requests apart: what is understood, and the status and message for everything else."""
+"""Parsing requests: accepted forms, and the status and message of every error."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import time
@@ -25,6 +24,7 @@ from serving.api.requests import (
     parse_sample,
 )
 from serving.api.responses import error_response
+from tests.helpers import b64, npy
 
 SHAPE = (8, 8, 3)
 LATENTS = [(3, 2, 2), (2, 4, 4)]
@@ -35,16 +35,6 @@ def png(pixels: np.ndarray = PIXELS) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
-
-
-def npy(array: np.ndarray, **options: Any) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array, **options)
-    return out.getvalue()
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def as_json(**values: Any) -> RawRequest:

@@ -1,6 +1,4 @@
-"""The rooms of the code: who may import whom, without a circle; and which of them know the model
-server.
-"""
+"""The allowed imports between packages, without cycles; only one of them knows TorchServe."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 PACKAGES = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
 # A room is a folder, or a module at the top of serving/. What a room may import beside itself:

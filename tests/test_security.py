@@ -1,6 +1,4 @@
-"""What a hostile page, another user of the machine and a client can do to a running service:
-nothing.
-"""
+"""Attacks on a running service by a hostile web page, another local user and a client."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
 from serving.ports import Ports
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import CANARIES, RunningService
 
 NOBODY = 65534

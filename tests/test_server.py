@@ -1,4 +1,4 @@
-"""The contract over HTTP, on a real TorchServe with the bundle that ships."""
+"""The contract over HTTP, on a real TorchServe with the shipped bundle."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ from handlers.torchserve.profile import read_totals
 from handlers.torchserve.serve import MAX_SCORE_WORKERS
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from serving.ports import VARIABLES
-from tests.conftest import PRETRAINED, ROOT, make_model, narrow
+from tests.helpers import PRETRAINED, ROOT, encode, make_model, narrow, npy, png_header
 from tests.service import RunningService, free_ports
-from tests.test_images import encode, png_header
-from tests.test_requests import npy
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 OPERATIONS = ("sample", "encode", "reconstruct", "score")

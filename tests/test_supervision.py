@@ -1,6 +1,4 @@
-"""Processes and the working folder: what happens when one is killed, and what is left when the
-service is.
-"""
+"""Processes and the working folder when a process, or the whole service, is killed."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from handlers.torchserve.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, Launch
 from serving.client import AdeClient
 from serving.locks import LOCK
 from serving.ports import Ports
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
@@ -113,10 +111,12 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
     folder = tmp_path / "folder with space"
     folder.mkdir()
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom handlers.torchserve.supervision import Supervisor\n"
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from handlers.torchserve.supervision import Supervisor\n"
         "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
-        "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], dict(os.environ))\n"
-        "    supervisor.start('page', ['sleep', '1000'], dict(os.environ), restarts=True)\n"
+        "    environment = dict(os.environ)\n"
+        "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], environment)\n"
+        "    supervisor.start('page', ['sleep', '1000'], environment, restarts=True)\n"
         "    while True:\n        supervisor.tend()\n        time.sleep(0.1)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
@@ -178,8 +178,8 @@ def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
         (folder / LOCK).touch()
     (tmp_path / f"{PREFIX}link").symlink_to(other)
     script = (
-        f"import fcntl, time; f = open({str(living / LOCK)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
-        "time.sleep(99)"
+        f"import fcntl, time\nf = open({str(living / LOCK)!r})\n"
+        "fcntl.flock(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ntime.sleep(99)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
@@ -229,7 +229,10 @@ def test_no_working_folder_where_others_can_write(
     (tmp_path / LOCK).symlink_to(mine)
     tmp_path.chmod(mode)
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
-    with pytest.raises(RunFolderError, match="nobody else: others can write"), run_folder():
+    with (
+        pytest.raises(RunFolderError, match="nobody else: others can write"),
+        run_folder(),
+    ):
         pass
     assert mine.read_text() == "something"
 
@@ -355,7 +358,7 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
 
 @pytest.mark.slow
 def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> None:
-    """Through the sockets: queues are asked for on one, the profile's metrics come from another."""
+    """Uses two sockets: one reports the queues, another the metrics of the profile."""
     running = RunningService(PRETRAINED, options=("--workers", "1", "--profile"))
     body = EXAMPLE.read_bytes()
     results: list[int | str] = []

@@ -1,4 +1,4 @@
-"""Every system of the paper: it trains, resumes, exports with parity, and serves whatever it can."""
+"""All systems of the paper: each trains, resumes, exports with parity, and serves its verbs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from serving.engine.engine import InferenceEngine
 from serving.images import write_png
 from serving.locks import LOCK
 from serving.verdict.calibration import CalibrationError
-from tests.conftest import make_folder, narrow
-from tests.test_locks import held_by_another
+from tests.helpers import held_by_another, make_folder, narrow
 from training.comparison.compare import FAILURE, MEASURED, Job, compare, read_rows
 from training.comparison.report import write_comparison
 from training.data import Dataset
@@ -185,7 +184,9 @@ def test_a_system_that_another_process_trains_is_left_to_it(
     assert said == [f"vae-seed0: diverged before; delete {run} to try again"]
 
 
-def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_kept_row_stands_until_its_run_is_measured_again(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     said: list[str] = []
     how = MeasureOptions(draws=1)
 

@@ -1,4 +1,4 @@
-"""What a worker tells: increments that add up, and gauges of the stream."""
+"""The telemetry of a worker: counters that add up, and gauges of the stream."""
 
 from __future__ import annotations
 

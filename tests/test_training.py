@@ -1,6 +1,4 @@
-"""Training on small runs: it learns, resumes to the same losses, survives kill -9, and runs on
-several processes.
-"""
+"""Small training runs: learning, exact resumption, kill -9 and several processes."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from serving.locks import LOCK
-from tests.conftest import ROOT, TINY, make_folder, narrow, shake
-from tests.test_locks import held_by_another
+from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
@@ -443,7 +440,7 @@ def test_bad_training_options_are_refused(change: dict, message: str) -> None:
         recipe("av-ade", 32, 3, **change)
 
 
-def test_a_discriminator_of_another_kind_starts_anew(folder: Path, tmp_path: Path) -> None:
+def test_a_discriminator_of_another_kind_starts_from_scratch(folder: Path, tmp_path: Path) -> None:
     dataset = load_dataset(str(folder), None, 8)
     options = RunOptions(images=16, device="cpu", precision="float32")
     train(narrow("av-ade"), dataset, tmp_path / "plain", options, resume=False)
@@ -883,13 +880,11 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
     assert (
         json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
     )
-    strangers = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
-    shutil.copytree(folder, strangers)
+    named = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
+    shutil.copytree(folder, named)
     noise_file = tmp_path / "noise.npy"
     np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
-    calibrated = ade(
-        "calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(strangers)
-    )
+    calibrated = ade("calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(named))
     assert calibrated.returncode == 0 and re.search(
         r"calibrated on 18\d images", calibrated.stderr
     ), calibrated.stderr
@@ -898,7 +893,7 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
         "ood-bench",
         str(tmp_path / "calibrated"),
         "--id",
-        str(strangers),
+        str(named),
         "--ood",
         str(noise_file),
         "--out",
@@ -915,11 +910,11 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
         "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
     )
     rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
-    assert rows[0].startswith("strangers,score,auroc") and any(
+    assert rows[0].startswith("named,score,auroc") and any(
         row.startswith("noise,combined,") for row in rows
     )
     at_home = sorted(path.name for path in bundle.iterdir())
-    assert ade("evaluate", str(bundle), "--data", str(strangers), "--draws", "1").returncode == 0
+    assert ade("evaluate", str(bundle), "--data", str(named), "--draws", "1").returncode == 0
     assert (
         sorted(path.name for path in bundle.iterdir()) == at_home
     )  # no cache of decoded images in what is given away
@@ -939,7 +934,7 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
         str(tmp_path / "again"),
     )
     assert again.returncode == 0, again.stderr
-    shutil.rmtree(bundle)  # a run that was started goes on without what it started from
+    shutil.rmtree(bundle)  # a started run does not need its origin any more
     again = ade(
         "train",
         name,
