@@ -1,4 +1,4 @@
-"""Files and folders that one process holds at a time."""
+"""Locks on files and folders, each held by one process at a time."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ LOCK = ".lock"
 
 
 def lock(file: IO[Any], wait: bool = False) -> bool:
-    """Whether a file is this process's from now on, until it is closed or the process ends, however
-    that ends.
+    """Lock an open file until it is closed or the process ends; returns whether that succeeded.
 
     Args:
-        file: open.
-        wait: for whoever has it.
+        file: an open file.
+        wait: wait until another process releases the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: one process at a time is up to the user there
+    except OSError:  # a file system without locks: there the user must see to it
         return True
     return True
 
 
 @contextmanager
 def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether a folder is this process's to work in; the claim ends with the process, however that
-    ends.
+    """Lock a folder for the block, or until the process ends; yields whether that succeeded.
 
     Args:
-        folder: of a run, a fitting or a whole comparison; made where it is missing.
-        wait: for whoever has it.
+        folder: created if missing.
+        wait: wait until another process releases the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:

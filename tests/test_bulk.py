@@ -241,11 +241,11 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(
     part = tmp_path / "scores.jsonl.part"
     whole = part.read_bytes()
     part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
-    with pytest.raises(BulkError, match="was begun with"):
+    with pytest.raises(BulkError, match="was started with"):
         score(tiny_bundle, folder, out, alpha=0.2)
     with open(part, "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(BulkError, match="another process is at it"):
+        with pytest.raises(BulkError, match="another process is writing it"):
             score(tiny_bundle, folder, out)
     seen = []
     score_folder(
@@ -258,7 +258,7 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(
     )
     assert seen[0] == 128 and seen[-1] == 303
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not part.exists()
-    with pytest.raises(BulkError, match="is there already"):
+    with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     out.unlink()
     part.write_bytes(whole)
@@ -314,7 +314,7 @@ def test_a_table_that_another_process_finished_meanwhile_stays(
 ) -> None:
     out = tmp_path / "scores.csv"
     monkeypatch.setattr("serving.bulk.FileScorer", lambda *options: out.write_text("theirs"))
-    with pytest.raises(BulkError, match="is there already"):
+    with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
 

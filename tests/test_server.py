@@ -698,4 +698,4 @@ def test_a_missing_gpu_is_said_at_once() -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "PyTorch sees no CUDA device here" in done.stderr
+    assert done.returncode == 2 and "PyTorch finds no CUDA device" in done.stderr

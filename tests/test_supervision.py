@@ -210,7 +210,7 @@ def test_where_the_cache_cannot_be_written(
             )
             folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {})
             assert find_service(Ports(1, 2, 3)) == folder
-        assert "taking one among the temporary files" in capfd.readouterr().err
+        assert "using the temporary folder" in capfd.readouterr().err
     for chosen in (tmp_path / "file", tmp_path / ("long" * 30)):
         monkeypatch.setenv("ADE_RUN_DIR", str(chosen))
         with pytest.raises(RunFolderError, match="ADE_RUN_DIR must be a folder"), run_folder():
@@ -230,7 +230,7 @@ def test_no_working_folder_where_others_can_write(
     tmp_path.chmod(mode)
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
     with (
-        pytest.raises(RunFolderError, match="nobody else: others can write"),
+        pytest.raises(RunFolderError, match="only you can write to: others can write to"),
         run_folder(),
     ):
         pass
