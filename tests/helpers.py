@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
+DATA_VARIABLE = "ADE_TEST_DATA"
 PRETRAINED = ROOT / "pretrained" / "cifar10"
 TINY = ModelConfig(
     image_size=8,
@@ -46,6 +48,19 @@ file = open(sys.argv[1], "w")
 print(lock(file), flush=True)
 sys.stdin.read()
 """
+
+
+def large_data(name: str) -> Path:
+    """The path of a large data set, which need not exist: see CONTRIBUTING.md."""
+    return Path(os.environ.get(DATA_VARIABLE) or os.devnull) / name
+
+
+def needs_data(*names: str) -> pytest.MarkDecorator:
+    """Skip a test unless all these data sets exist."""
+    return pytest.mark.skipif(
+        not all(large_data(name).exists() for name in names),
+        reason=f"set {DATA_VARIABLE} to a folder with {', '.join(names)}",
+    )
 
 
 def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.nn.Module:

@@ -17,15 +17,10 @@ from export.verdict.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import conformal_p_values
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, large_data, needs_data
 
-SHARED = ROOT.parent / "shared" / "data"
 ALPHAS = (0.1, 0.05, 0.01)
 LEAST = {"chars74k": 0.95, "textures": 0.94, **dict.fromkeys(CORRUPTIONS, 0.99)}
-
-needs_data = pytest.mark.skipif(
-    not (SHARED / "cifar10").is_dir(), reason="CIFAR-10 is not at ../shared/data"
-)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +74,11 @@ def test_resized_images_have_a_verdict_of_their_own(
 
 
 @pytest.mark.slow
-@needs_data
-def test_false_alarms_and_strangers(engine: InferenceEngine) -> None:
+@needs_data("data/cifar10", "data/ood/chars74k.npz", "data/ood/textures.npz")
+def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) -> None:
     from training.datasets import load_dataset
 
-    parts = load_dataset("cifar10", str(SHARED / "cifar10")).parts
+    parts = load_dataset("cifar10", str(large_data("data/cifar10"))).parts
     test_images = np.asarray(parts["test"].images[:])
     test = statistics_of(engine, test_images, "test")
     held_out = statistics_of(
@@ -108,7 +103,7 @@ def test_false_alarms_and_strangers(engine: InferenceEngine) -> None:
     typical = scores_of(engine.calibration, test)
     for name, least in LEAST.items():
         images = (
-            np.load(SHARED / "ood" / f"{name}.npz")["images"]
+            np.load(large_data(f"data/ood/{name}.npz"))["images"]
             if name not in CORRUPTIONS
             else CORRUPTIONS[name](test_images[:500], np.random.default_rng(0))
         )
@@ -120,8 +115,8 @@ def test_false_alarms_and_strangers(engine: InferenceEngine) -> None:
         assert found[COMBINED] >= least and found[COMBINED] >= found[RAW_BPD] - 0.01, (name, found)
 
 
-def test_the_documented_figures_are_the_report_s() -> None:
-    """docs/ood.md tells what docs/ood/report.md measured."""
+def test_the_documented_figures_are_those_of_the_report() -> None:
+    """docs/ood.md repeats figures of docs/ood/report.md."""
     text, report = (Path(ROOT / "docs" / name).read_text() for name in ("ood.md", "ood/report.md"))
     for row, name in (("characters", "chars74k"), ("textures", "textures")):
         (line,) = [line for line in report.splitlines() if line.startswith(f"| {name} (")]
