@@ -67,7 +67,9 @@ def test_the_contract_names_every_error() -> None:
     in_process = ("bulk.py", "gate.py")  # read files themselves, and answer nothing over HTTP
     paths = [*(ROOT / "serving").rglob("*.py"), *(ROOT / "handlers").rglob("*.py")]
     source = "".join(path.read_text() for path in paths if path.name not in in_process)
-    codes = set(re.findall(r'ApiError\(\d+, "(\w+)"|(?:unusable|ImageError)\("(\w+)"', source))
+    codes = set(
+        re.findall(r"ApiError\(\s*\d+,\s*\"(\w+)\"|(?:unusable|ImageError)\(\s*\"(\w+)\"", source)
+    )
     page = (ROOT / "docs" / "api.md").read_text()
     missing = {a or b for a, b in codes if f"`{a or b}`" not in page}
     assert len(codes) > 15 and not missing
