@@ -112,9 +112,8 @@ def test_a_spreadsheet_runs_no_file_name(
 
 
 def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path: Path) -> None:
-    _write_csv(
-        {"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv"
-    )  # of ade ood-bench
+    # From ade ood-bench.
+    _write_csv({"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv")
     (row,) = read(tmp_path / "figures.csv")
     assert row["strangers"] == "'=1+1" and row["standard_error"] == "-0.1"
 
@@ -141,9 +140,8 @@ def test_only_regular_files_are_read(
         )
         captured = capsys.readouterr()
         assert "not a regular file" in captured.out + captured.err
-    assert list(readable(sorted(folder.iterdir()))) == [
-        (folder / "good.png").read_bytes()
-    ]  # of ade calibrate
+    # From ade calibrate.
+    assert list(readable(sorted(folder.iterdir()))) == [(folder / "good.png").read_bytes()]
     said = capsys.readouterr().err
     assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
 
@@ -213,10 +211,11 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
     said = capsys.readouterr()
     assert "warning" not in said.err and 0 < json.loads(said.out)["p_value"] <= 1
     with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
+    # The page's tabs resize without this parameter.
     for bundle, ticked in (
         (tmp_path / "exact", 0),
         (tmp_path / "any", 4),
-    ):  # and the page's tabs resize by themselves
+    ):
         page = build_page(Served("http://127.0.0.1:1", [open_bundle(bundle)], None))
         boxes = [
             block

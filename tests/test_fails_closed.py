@@ -132,7 +132,7 @@ def test_over_http_in_files_and_on_the_page(
 
 @pytest.fixture(scope="module")
 def served(bundles: dict[str, Path]) -> Iterator[RunningService]:
-    running = RunningService(*bundles.values())
+    running = RunningService(*bundles.values(), options=("--workers", "1"))
     yield running
     running.stop()
 
@@ -250,9 +250,8 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     )
     assert "none of 100 images can be reported" in str(fdr_note(5, 100, 0.1))
     assert fdr_note(999, 100, 0.1) is None and fdr_note(998, 100, 0.1) is not None
-    said = _said(
-        100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169
-    )  # five flat images among a hundred, on the page
+    # Five images of one colour among a hundred, on the page.
+    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169)
     assert said.startswith(
         "**5 of 100 images are unlike the training images**: 0 at a false discovery rate of 0.1"
     )

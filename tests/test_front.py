@@ -295,9 +295,8 @@ def test_a_token(tmp_path: Path) -> None:
         assert upstream.seen == []
         came = post(guarded, Authorization="bearer " + "t" * 43).json()
         assert dict(came["headers"])["Authorization"] == "Bearer key-of-torchserve"
-        assert (
-            httpx.get(f"{guarded.metrics}/metrics").status_code == 200
-        )  # loopback alone, as before
+        # The metrics still listen only on loopback.
+        assert httpx.get(f"{guarded.metrics}/metrics").status_code == 200
     finally:
         upstream.stop()
         guarded.stop()
@@ -474,9 +473,8 @@ def test_what_is_too_large_is_refused_before_it_is_sent(
         connection.sendall(HEAD + b"Content-Length: 67108865\r\nExpect: 100-continue\r\n\r\n")
         status, body = read_answer(connection)
         assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
-    answer = post(
-        front, content=b"\0" * (64 * 2**20 + 1), timeout=60
-    )  # a client that sends it all the same
+    # A client that ignores the announced limit and sends the whole body.
+    answer = post(front, content=b"\0" * (64 * 2**20 + 1), timeout=60)
     assert answer.status_code == 413 and upstream.seen == []
 
 
@@ -625,9 +623,8 @@ def test_answers_that_nobody_reads_are_dropped(
     with unread_answer(short) as lazy:
         lazy.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0 if others else 2.0)
-        assert (
-            post(short, content=b"x" * 2**20).status_code == 200
-        )  # too much for the budget together
+        # All answers together exceed the budget.
+        assert post(short, content=b"x" * 2**20).status_code == 200
         assert is_closed(lazy, 1.0)
 
 
@@ -770,9 +767,8 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
     async def check() -> None:
         lane = Lane(Limits(in_flight=(3, 8, 40), latency_s=0.1))
         assert await play(lane, 200, 0.001) == 40  # fast answers: as many as wait
-        assert (
-            await play(lane, 60, 0.15) == 3
-        )  # slow ones: few, so that others can still be dropped
+        # After slow answers few are in flight, so that the others can still be dropped.
+        assert await play(lane, 60, 0.15) == 3
         assert await play(lane, 200, 0.001) == 40
         with pytest.raises(ApiError, match="too many requests are waiting"):
             await play(Lane(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)

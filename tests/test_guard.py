@@ -190,9 +190,8 @@ def test_programs_that_are_no_browsers_come_in() -> None:
 )
 def test_sec_fetch_site(site: str, status: int) -> None:
     assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site), method="POST")[0] == status
-    assert (
-        outcome(("Host", "localhost"), ("Sec-Fetch-Site", site))[0] == 200
-    )  # reading: no CORS, so no page sees it
+    # Reading is allowed; without CORS headers no page can see the answer.
+    assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site))[0] == 200
 
 
 def test_two_origins_are_refused() -> None:
@@ -246,10 +245,11 @@ def test_one_token() -> None:
     assert outcome(("Host", "localhost"), token=TOKEN) == (401, "bad_token")
     right = ("Authorization", f"Bearer {TOKEN}")
     assert outcome(("Host", "localhost"), right, right, token=TOKEN) == (401, "bad_token")
+    # Without a token, the header belongs to the application.
     assert outcome(("Host", "localhost"), right) == (
         200,
         "hello",
-    )  # none is required: what comes is the application's
+    )
 
 
 def test_a_refused_body_is_discarded_and_the_connection_closed() -> None:

@@ -87,9 +87,8 @@ for verb in VERBS:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^usage: ade (\S+)", done.stdout, re.MULTILINE) == list(VERBS)
-    assert (
-        "--budget TIME" in done.stdout and "av-ade-wg-rd" in done.stdout
-    )  # an option and a recipe's name
+    # An option and the name of a recipe.
+    assert "--budget TIME" in done.stdout and "av-ade-wg-rd" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,8 @@ def request(images: np.ndarray | None = None, **parameters: object) -> RawReques
 def test_answers_are_no_longer_than_expected(
     operation: str, parameters: dict, engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
-    noise = np.random.default_rng(0).integers(
-        0, 256, (5, 32, 32, 3), np.uint8
-    )  # which no PNG shortens
+    # Random pixels, which PNG cannot compress.
+    noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     raw = request(None if operation == "sample" else noise, **parameters)
     (answer,) = Service(operation, engine).answer([raw])
     assert answer.status == 200

@@ -171,9 +171,8 @@ def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
 
 
 def test_the_band_of_false_alarms() -> None:
-    assert false_alarm_band(999, 0.01) == pytest.approx(
-        (0.0048, 0.0170), abs=2e-4
-    )  # published for n = 1000
+    # The published value for n = 1000.
+    assert false_alarm_band(999, 0.01) == pytest.approx((0.0048, 0.0170), abs=2e-4)
     low, high = false_alarm_band(3000, 0.01)
     assert low < 0.01 < high
     assert false_alarm_band(50, 0.01) == (0.0, 0.0)

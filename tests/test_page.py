@@ -260,9 +260,8 @@ def test_explore(page: Page, tmp_path: Path) -> None:
         panel.get_by_role("button", name=f"{side} a sample of this seed").click()
     expect(panel.locator("img[src*='seed-']")).to_have_count(2)
     shown = panel.locator("img[src*='strip.png']")
-    before = (
-        (shown.get_attribute("src") or "") if shown.count() else ""
-    )  # of samples that were handed on, if any were
+    # Samples that were sent to the tab, if any.
+    before = (shown.get_attribute("src") or "") if shown.count() else ""
     page.get_by_role("button", name="Explore", exact=True).click()
     expect(panel.locator("img[src*='strip.png']")).not_to_have_attribute("src", before)
     expect(panel.locator("img[src*='step-4.png']")).to_be_visible()
@@ -602,7 +601,7 @@ def test_at_phone_width(browser: Browser, service: RunningService, scheme: str) 
 
 @pytest.fixture(scope="module")
 def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
-    running = RunningService(PRETRAINED, tiny_bundle)
+    running = RunningService(PRETRAINED, tiny_bundle, options=("--workers", "1"))
     yield running
     running.stop()
 

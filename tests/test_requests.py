@@ -219,9 +219,8 @@ def test_bad_requests(name: str) -> None:
     request_, status, message = BAD_IMAGE_REQUESTS[name]
     with pytest.raises(ApiError, match=message) as caught:
         read_images("score", request_, SHAPE)
-    assert (
-        caught.value.status == status and "0x" not in caught.value.message
-    )  # an address of an object
+    # The address of an object.
+    assert caught.value.status == status and "0x" not in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -439,9 +439,8 @@ def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(
     with AdeClient(exposed.url, token=token) as client:
         assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
     assert httpx.get(f"{exposed.page}/readyz", timeout=60).status_code == 200
-    assert (
-        httpx.get(f"{exposed.page}/config", timeout=60).status_code == 401
-    )  # the page is locked too
+    # The page requires the login as well.
+    assert httpx.get(f"{exposed.page}/config", timeout=60).status_code == 401
     (line,) = [
         line
         for line in output.splitlines()

@@ -472,10 +472,11 @@ def test_everything_listens_on_loopback_alone(service: RunningService) -> None:
         if c.status == psutil.CONN_LISTEN
     }
     assert {a.port for a in addresses if a.ip == "127.0.0.1"} == set(service.ports.values())
+    # No client can connect to the broadcast address.
     assert {a.ip for a in addresses} <= {
         "127.0.0.1",
         f"::ffff:{BROADCAST}",
-    }  # nobody can connect to the latter
+    }
 
 
 @pytest.mark.parametrize(

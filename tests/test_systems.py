@@ -208,9 +208,8 @@ def test_a_kept_row_stands_until_its_run_is_measured_again(
     start(short)
     write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu"))
     shutil.rmtree(run)
-    train(
-        long.config, dataset, run, long.options, resume=False
-    )  # and is killed before it is measured
+    # The run is killed before it is measured.
+    train(long.config, dataset, run, long.options, resume=False)
     (row,) = read_rows(tmp_path)
     assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
     assert start(short) == ["vae-seed0: finished before, its row is kept"]
@@ -222,9 +221,8 @@ def test_a_kept_row_stands_until_its_run_is_measured_again(
 def test_processes_of_torchrun_do_not_share_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setenv(
-        "WORLD_SIZE", "2"
-    )  # each would take another system, and average their gradients
+    # Each process would otherwise take another system, and they would average their gradients.
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]) == 2
     assert "start it several times" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

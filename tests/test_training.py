@@ -216,9 +216,8 @@ def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray
 
     norm, first, usual = applied(0.0)
     assert first == pytest.approx(norm, rel=1e-4) and usual == pytest.approx(norm, rel=1e-4)
-    assert applied(norm / 3.9)[1] == pytest.approx(
-        norm, rel=1e-4
-    )  # nearly four times as long as usual: left as it is
+    # Nearly four times the usual length: unchanged.
+    assert applied(norm / 3.9)[1] == pytest.approx(norm, rel=1e-4)
     _, kept, after = applied(norm / 6)
     assert kept == pytest.approx(4 * norm / 6, rel=1e-4) and after == pytest.approx(
         (0.95 + 0.05 * 4) * norm / 6, rel=1e-4
@@ -298,9 +297,8 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     assert losses["bpd"] == pytest.approx(
         coverage_loss(evidence[0], config.model.num_dims).item(), abs=1e-6
     )
-    assert plain.run(batch)["bpd"] == pytest.approx(
-        losses["bpd"], abs=1e-6
-    )  # the bound, without either
+    # The bound itself, without free bits or warm-up.
+    assert plain.run(batch)["bpd"] == pytest.approx(losses["bpd"], abs=1e-6)
     for step, weight in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)):
         trained.step = step
         assert trained._kl_weight == weight
@@ -748,6 +746,8 @@ def ade(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 TRAIN = (
+    "--size",
+    "tiny",
     "--image-size",
     "8",
     "--batch-size",
@@ -910,14 +910,13 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
         "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
     )
     rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
-    assert rows[0].startswith("named,score,auroc") and any(
+    assert rows[0].startswith("strangers,score,auroc") and any(
         row.startswith("noise,combined,") for row in rows
     )
     at_home = sorted(path.name for path in bundle.iterdir())
     assert ade("evaluate", str(bundle), "--data", str(named), "--draws", "1").returncode == 0
-    assert (
-        sorted(path.name for path in bundle.iterdir()) == at_home
-    )  # no cache of decoded images in what is given away
+    # The given-away bundle has no cache of decoded images.
+    assert sorted(path.name for path in bundle.iterdir()) == at_home
     again = ade(
         "train",
         name,
@@ -963,6 +962,8 @@ def test_sizes_train_and_export(size: int, real_images: np.ndarray, tmp_path: Pa
         "av-ade",
         "--data",
         str(folder),
+        "--size",
+        "tiny",
         "--image-size",
         str(size),
         "--images",
