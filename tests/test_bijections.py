@@ -124,7 +124,7 @@ def test_gradient_reaches_the_weights(name: str) -> None:
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all()
 
 
-def test_batch_rows_do_not_meet() -> None:
+def test_batch_rows_are_independent() -> None:
     layer, x = make("flow, two scales")
     whole, log_det_jacobian = layer(x)
     alone, log_det_alone = layer(x[1:2])
@@ -141,7 +141,7 @@ def test_rotation_is_orthogonal_whatever_its_weights() -> None:
     )
 
 
-def test_max_log_scale_bounds_what_depends_on_the_image() -> None:
+def test_max_log_scale_bounds_the_output_of_the_coupling_net() -> None:
     x = 100 * torch.randn(4, 4, 2, 2, dtype=torch.float64)
     for bound in (0.5, 1.0):
         coupling = shake(AffineCoupling(4, 6, 1, bound).double(), scale=5)

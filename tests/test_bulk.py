@@ -225,7 +225,7 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
         assert sum(bool(box.value) for box in boxes) == ticked
 
 
-def test_what_was_begun_goes_on_without_loss_or_doubles(
+def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(tiny_bundle, folder, tmp_path / "whole.jsonl")
@@ -266,7 +266,7 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(
         score(tiny_bundle, folder, out)
 
 
-def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(
+def test_a_kill_leaves_a_resumable_file_and_no_process(
     tiny_bundle: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "scores.csv"
@@ -308,7 +308,7 @@ def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(
     assert [row["path"] for row in read(out)] == list(image_paths(folder))
 
 
-def test_a_table_that_another_process_finished_meanwhile_stays(
+def test_a_table_that_another_process_finished_is_kept(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "scores.csv"
@@ -400,7 +400,7 @@ def test_files_one_by_one(
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
     ],
 )
-def test_what_cannot_be_done_says_so(
+def test_errors_name_the_cause(
     arguments: list[str],
     message: str,
     tiny_bundle: Path,
@@ -437,7 +437,7 @@ def test_originals_are_never_overwritten(
     assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
 
 
-def test_names_that_are_no_utf8(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / "odd" / name).write_bytes((folder / "class0" / "0000.png").read_bytes())

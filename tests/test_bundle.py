@@ -35,7 +35,7 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
-def test_a_bundle_is_whole(bundle: str, tiny_bundle: Path) -> None:
+def test_an_exported_bundle_is_complete(bundle: str, tiny_bundle: Path) -> None:
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     found = verify_bundle(folder)
     assert {f"{g}.onnx" for g in GRAPH_NAMES} | {
@@ -128,10 +128,11 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
         "training.started_from.started_from",
     )
     resizes = ("calibration.resize", "calibration.resized.resize")  # a string or null
+    # Numbers, or objects of numbers, or null.
     figures = (
         "evaluation.iwae-4",
         "evaluation.frechet_resnet20",
-    )  # numbers, or objects of numbers, or null
+    )
     tried = 0
     for path, wrong in with_wrong_types(manifest):
         name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
@@ -166,7 +167,7 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_values_that_no_bundle_has(copy: Path, change: dict, message: str) -> None:
+def test_invalid_values_in_a_manifest(copy: Path, change: dict, message: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_text()) | change
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=re.escape(message)):
@@ -203,7 +204,7 @@ def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
             read_config(tmp_path)
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="it has no manifest.json"):
         open_bundle(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
@@ -212,7 +213,7 @@ def test_no_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
-def test_weights_are_stored_once_a_format(bundle: str, tiny_bundle: Path) -> None:
+def test_weights_are_stored_once_per_format(bundle: str, tiny_bundle: Path) -> None:
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     for graph in GRAPH_NAMES:
         model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
@@ -230,7 +231,7 @@ def test_weights_are_stored_once_a_format(bundle: str, tiny_bundle: Path) -> Non
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
-def test_no_file_tells_of_the_machine_that_made_it(bundle: str, tiny_bundle: Path) -> None:
+def test_no_file_reveals_the_machine_that_wrote_it(bundle: str, tiny_bundle: Path) -> None:
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     here = [str(ROOT), sys.prefix, "site-packages", "/home/", "/root/", "/usr/lib/"]
     for path in folder.iterdir():
@@ -329,7 +330,7 @@ def test_a_verdict_of_another_version_is_replaced(
     assert InferenceEngine(tmp_path / "new", device="cpu").calibration is not None
 
 
-def test_what_a_model_was_trained_on_is_known_by_name_and_split(
+def test_training_data_is_recognised_by_name_and_split(
     tiny_bundle: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from ade_cli.data_options import was_trained_on
@@ -345,16 +346,15 @@ def test_what_a_model_was_trained_on_is_known_by_name_and_split(
         not was_trained_on(bundle(name="Photos", splits=by_name), "photos")
         and not capsys.readouterr().err
     )
-    assert not was_trained_on(
-        bundle(name="cifar10", splits=by_index), "cifar10"
-    )  # a folder of that name
+    # A folder of that name exists.
+    assert not was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10")
     assert "split in another way" in capsys.readouterr().err
     assert not was_trained_on(bundle(name="cifar10", splits=by_name), "cifar10", by_index)
     more = {"train": "Photos: 81 files by hash of the file name"}
     assert was_trained_on(bundle(name="lsun", splits=by_name), "lsun", more)
 
 
-def test_archives_touch_no_temporary_file_of_others(
+def test_archives_leave_other_temporary_files_alone(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tempfile
@@ -395,7 +395,7 @@ def test_export_refuses_an_existing_folder(
         export_bundle(tiny_checkpoint, tmp_path / "new", "tiny", small_images[:, :4], None)
 
 
-def test_another_lossless_coder_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_lossless_coder_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     from handlers.torchserve.serve import _warn_of_another_coder
 
     bundle = open_bundle(PRETRAINED)

@@ -195,7 +195,7 @@ def test_small_plain_files_need_no_process() -> None:
     assert not decoders._idle
 
 
-def test_a_size_is_read_of_regular_files_alone(tmp_path: Path) -> None:
+def test_sizes_are_read_only_from_regular_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     assert file_size(EXAMPLE) == (32, 32)
@@ -251,7 +251,7 @@ def test_memory_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", range(7))
-def test_nonsense_is_an_error_of_its_image(
+def test_an_invalid_answer_is_an_error_of_its_image(
     monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int
 ) -> None:
     monkeypatch.setattr(decoders, "PROGRAM", "tests.babbling_decoder")
@@ -262,7 +262,7 @@ def test_nonsense_is_an_error_of_its_image(
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
-def test_a_process_that_does_not_start_is_no_image_error(
+def test_a_process_that_does_not_start_is_not_an_image_error(
     monkeypatch: pytest.MonkeyPatch, gif: bytes
 ) -> None:
     """Or a whole folder would be skipped as damaged."""
@@ -292,7 +292,7 @@ def test_a_forked_process_has_no_decoders(gif: bytes) -> None:
     assert os.waitpid(child, 0)[1] == 0 and len(decoders._idle) == 1
 
 
-def test_a_decoder_ends_with_its_parent_and_knows_no_secrets(tmp_path: Path, gif: bytes) -> None:
+def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path: Path, gif: bytes) -> None:
     (tmp_path / "image.gif").write_bytes(gif)
     script = (
         "import sys, time; from pathlib import Path; from serving import decoders, images\n"

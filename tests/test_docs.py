@@ -51,14 +51,14 @@ def test_pages_have_commands() -> None:
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
-def test_every_command_is_one(page: Path) -> None:
+def test_every_command_parses(page: Path) -> None:
     """Only parses the commands; other tests run them."""
     for words in ade_commands(page):
         assert parse(words).verb == words[0]
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
 

@@ -292,7 +292,7 @@ def file(pixels: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize("operation", ["encode", "reconstruct", "score"])
-def test_an_answer_where_no_image_is_usable(operation: str, engine: InferenceEngine) -> None:
+def test_an_answer_without_a_usable_image(operation: str, engine: InferenceEngine) -> None:
     nothing, broken, whole = Service(operation, engine).answer(
         [
             as_json(images=[""]),

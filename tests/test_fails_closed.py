@@ -156,7 +156,7 @@ def test_over_the_client(
         )
 
 
-def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
+def test_answers_without_a_decision_are_not_accepted() -> None:
     result = ScoreResult(3.0, {}, None, 1.0, 0.5, False, [], [])
     assert (
         not result.accepted
@@ -190,7 +190,7 @@ def test_what_is_not_finite(
     assert decide(None, engine.calibrations, False, ALPHA).choice == "no_verdict"
 
 
-def test_how_many_images_an_alpha_takes(bundles: dict[str, Path]) -> None:
+def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> None:
     """With one less, nothing is accepted; with as many, everything is decided."""
     for alpha, needed in ((0.1, 9), (0.05, 19), (0.01, 99), (0.003, 333), (1.0, 0)):
         assert images_needed(alpha) == needed
@@ -205,7 +205,7 @@ def test_how_many_images_an_alpha_takes(bundles: dict[str, Path]) -> None:
     )
 
 
-def test_an_alpha_that_is_next_to_nothing(bundles: dict[str, Path]) -> None:
+def test_a_tiny_alpha(bundles: dict[str, Path]) -> None:
     """Its reciprocal is infinite. There is no verdict, and no error."""
     engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
     image = base64.b64encode(write_png(np.zeros((8, 8, 3), np.uint8))).decode()
@@ -262,7 +262,7 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.1, 3000)
 
 
-def test_the_documentation_never_lets_pass_what_is_merely_not_ood() -> None:
+def test_no_example_in_the_documentation_accepts_images_only_because_they_are_not_ood() -> None:
     root = Path(__file__).parents[1]
     for page in (
         root / "README.md",

@@ -37,7 +37,7 @@ def test_budgets(text: str, minutes: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "-5m", "0", "10s", "1h30m", "nan"])
-def test_budgets_that_are_none(text: str) -> None:
+def test_invalid_budgets(text: str) -> None:
     with pytest.raises(PlanError, match="a budget is a time such as 20m"):
         read_budget(text)
 
@@ -80,7 +80,7 @@ def test_the_size_suits_most_images(sizes: dict, side: int) -> None:
     assert choose_image_size(Counter(sizes)) == side
 
 
-def test_what_a_folder_holds(tmp_path: Path, small_images: np.ndarray) -> None:
+def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> None:
     folder = make_folder(tmp_path / "images", small_images)
     for i in range(30):
         shutil.copy(folder / "class0" / "0000.png", folder / f"copy{i}.png")
@@ -158,7 +158,7 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         (["TMP"], "--out must lie outside"),
     ],
 )
-def test_what_cannot_be_fitted(
+def test_folders_that_cannot_be_fitted(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -192,7 +192,7 @@ def test_a_folder_may_be_called_like_a_data_set(
     )
 
 
-def test_the_report_says_first_what_the_gate_is_worth(
+def test_the_report_starts_with_the_quality_of_the_gate(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     """Few calibration images, few epochs and corruptions that pass are named; false alarms as
@@ -263,7 +263,7 @@ def test_the_report_says_first_what_the_gate_is_worth(
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(
+def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     tmp_path: Path, real_images: np.ndarray
 ) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])

@@ -251,7 +251,9 @@ def test_metrics_are_read_only(front: RunningFront, upstream: Upstream) -> None:
     assert upstream.seen == []
 
 
-def test_only_who_knows_the_secret_is_a_probe(front: RunningFront, upstream: Upstream) -> None:
+def test_only_requests_with_the_secret_are_health_checks(
+    front: RunningFront, upstream: Upstream
+) -> None:
     for value, is_probe in [
         ("1", False),
         ("secret-of-probe", False),
@@ -276,7 +278,7 @@ def test_only_who_knows_the_secret_is_a_probe(front: RunningFront, upstream: Ups
         ({"Sec-Fetch-Site": "cross-site"}, 403),
     ],
 )
-def test_the_guard_is_before_it(
+def test_the_front_is_guarded(
     front: RunningFront, upstream: Upstream, headers: dict[str, str], status: int
 ) -> None:
     answer = post(front, "text/plain", b"{}", **headers)
@@ -340,7 +342,7 @@ def test_our_handlers_errors_pass(front: RunningFront, upstream: Upstream) -> No
     )
 
 
-def test_without_upstream_it_says_so_and_resumes(front: RunningFront) -> None:
+def test_a_missing_upstream_is_reported_and_recovers(front: RunningFront) -> None:
     for _ in range(3):
         answer = post(front)
         assert (
@@ -520,7 +522,7 @@ def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -
     assert time.monotonic() - started < 4
 
 
-def test_bodies_that_stall_keep_nobody_out(short: RunningFront, upstream: Upstream) -> None:
+def test_stalled_bodies_do_not_block_others(short: RunningFront, upstream: Upstream) -> None:
     stalled = [short.connect() for _ in range(50)]
     for connection in stalled:
         connection.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000)
@@ -699,7 +701,7 @@ def hang(front: RunningFront, body: bytes) -> socket.socket:
     return connection
 
 
-def test_who_hangs_up_while_waiting_is_not_computed(
+def test_a_request_whose_client_leaves_while_waiting_is_not_computed(
     short: RunningFront, upstream: Upstream
 ) -> None:
     taken = [hang(short, b"taken") for _ in range(2)]
@@ -718,7 +720,9 @@ def test_who_hangs_up_while_waiting_is_not_computed(
     assert [came["body"] for came in upstream.seen] == ["taken", "taken", "patient"]
 
 
-def test_who_hangs_up_in_flight_holds_the_turn(short: RunningFront, upstream: Upstream) -> None:
+def test_a_client_that_leaves_in_flight_keeps_its_turn(
+    short: RunningFront, upstream: Upstream
+) -> None:
     """TorchServe still computes the request, so more requests would only lengthen its queue."""
     taken = [hang(short, b"") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)

@@ -133,7 +133,7 @@ def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"GIF89a", "not_an_image"),
     ],
 )
-def test_what_is_no_image(data: bytes, code: str) -> None:
+def test_files_that_are_not_images(data: bytes, code: str) -> None:
     with pytest.raises(ImageError) as error:
         read_image(data)
     assert error.value.code == code and str(error.value)

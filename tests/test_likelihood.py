@@ -55,13 +55,13 @@ def test_a_uniform_model_has_exactly_8_bits() -> None:
     assert bits_per_dim(torch.zeros(5), num_dims=3072).tolist() == [8.0] * 5
 
 
-def test_one_nat_a_dimension() -> None:
+def test_one_nat_per_dimension() -> None:
     assert bits_per_dim(
         torch.tensor([12 * math.log(2.0)], dtype=torch.float64), 12
     ).item() == pytest.approx(7.0)
 
 
-def test_log_prob_must_be_one_value_an_image() -> None:
+def test_log_prob_must_be_one_value_per_image() -> None:
     with pytest.raises(ShapeError, match=r"log_prob must be \(N,\), got \(2, 3\)"):
         bits_per_dim(torch.zeros(2, 3), 3)
     with pytest.raises(ShapeError, match=r"\(K, N\)"):

@@ -103,7 +103,7 @@ def test_a_batch_has_room_for_so_many_bytes_of_answers(
     ]
 
 
-def test_room_that_answers_did_not_need_goes_to_others(
+def test_unused_room_for_answers_is_given_to_others(
     engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [request(real_images[:1])] * 6

@@ -40,9 +40,7 @@ def test_a_report_is_written_by_one_at_a_time(tmp_path: Path) -> None:
     assert order == ["let go", "written"]
 
 
-def test_where_there_are_no_locks_work_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_file_locks_work_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -230,7 +230,7 @@ def test_a_model_without_an_inference_network_can_only_sample() -> None:
         model.encode(torch.rand(2, 3, 8, 8), eps)
 
 
-def test_models_of_before_are_read() -> None:
+def test_models_of_earlier_versions_are_read() -> None:
     old = {
         k: v
         for k, v in TINY.to_dict().items()

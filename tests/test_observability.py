@@ -79,7 +79,7 @@ def test_journals_keep_errors_findable(tmp_path: Path) -> None:
     )
 
 
-def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+def test_the_dashboard_uses_existing_metrics() -> None:
     dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
     expressions = [
         target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])

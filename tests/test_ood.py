@@ -67,7 +67,7 @@ def test_p_values_count_the_calibration_scores(reference: list[int], scores: lis
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from(sorted(LAWS)))
-def test_false_alarms_come_at_the_rate_that_was_chosen(seed: int, alpha: float, law: str) -> None:
+def test_false_alarms_have_the_chosen_rate(seed: int, alpha: float, law: str) -> None:
     """Whatever the law: the realised rate, given the calibration, follows Beta(k, n + 1 - k), or is
     below with ties.
     """
@@ -188,7 +188,7 @@ def test_more_images_make_a_finer_density() -> None:
     assert sizes == [1, 2, MAX_COMPONENTS]
 
 
-def test_what_does_not_vary_is_left_out() -> None:
+def test_constant_statistics_are_left_out() -> None:
     rng = np.random.default_rng(0)
     constant = {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)}
     fitted = fit_calibration(
@@ -229,7 +229,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
         Calibrations.load(path)
 
 
-def test_a_file_as_versions_before_wrote_it(tmp_path: Path) -> None:
+def test_a_file_of_earlier_versions(tmp_path: Path) -> None:
     """Older files have one calibration, with a flag whether it is for resized images too."""
     path = tmp_path / "calibration.npz"
     for resize in (None, "fit"):
@@ -253,7 +253,7 @@ def test_too_few_images(fit: int, cal: int, message: str) -> None:
         fit_calibration(draw(rng, fit), draw(rng, cal))
 
 
-def test_what_cannot_be_calibrated() -> None:
+def test_bundles_that_cannot_be_calibrated() -> None:
     rng = np.random.default_rng(0)
     bad = draw(rng, 100)
     bad["complexity"][3:5] = np.nan

@@ -158,7 +158,7 @@ def wait_for(page: Page, condition: Callable[[], bool]) -> None:
     pytest.fail("it did not come to be")
 
 
-def test_a_sample_is_handed_on(page: Page) -> None:
+def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
     """Uses only the keyboard. The other tab gets the sample itself, not an encoding of it."""
     show(page, "Sample")
     panel_of(page).get_by_role("button", name="Score it").click()

@@ -457,7 +457,7 @@ def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
     assert "access-token" not in client.get("/config").text
 
 
-def test_errors_tell_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_reveal_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the answer nor the log of an unexpected error holds what was sent, or where the page
     lies.
     """
@@ -495,7 +495,7 @@ def test_errors_tell_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch)
     assert "an event failed: " in said, "the operator reads where"
 
 
-def test_an_internal_error_says_nothing(
+def test_an_internal_error_reveals_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -634,7 +634,7 @@ def test_uploads(page: RunningPage) -> None:
     assert left == [], "what was refused is gone"
 
 
-def test_an_upload_above_the_quota_is_refused_and_others_go_on(page: RunningPage) -> None:
+def test_an_upload_above_the_quota_is_refused_and_others_continue(page: RunningPage) -> None:
     client = page.client()
     files = [("files", (f"{i}.png", bytes(15 * 2**20))) for i in range(18)]
     answer = client.post("/gradio_api/upload", files=files)

@@ -251,7 +251,7 @@ def test_channels_must_agree() -> None:
     assert isinstance(grey, InputImage) and grey.pixels.shape == (8, 8, 1)
 
 
-def test_resize_only_when_asked_and_said() -> None:
+def test_images_are_resized_only_on_request_and_with_a_note() -> None:
     large = np.zeros((40, 20, 3), np.uint8)
     parsed = read_images("score", as_json(images=[b64(png(large))], resize="fit"), SHAPE)
     (image,) = parsed.images
@@ -471,7 +471,7 @@ def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> No
         assert refused(parse_sample, request, shapes).status == 413
 
 
-def test_messages_that_are_no_utf8_are_answered_too() -> None:
+def test_messages_that_are_not_utf8_are_answered() -> None:
     answer = error_response(ApiError(422, "bad_parameter", "kind is '\ud800'"))
     assert json.loads(answer.body)["error"]["message"] == "kind is '\ud800'"
 
@@ -504,7 +504,7 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
 @pytest.mark.parametrize(
     "shapes", [LATENTS, [(32, 4, 4), (16, 8, 8), (8, 16, 16)], [(3, 1, 1)], [(1, 1, 512)]]
 )
-def test_all_that_encode_answers_can_be_sent_back(shapes: list) -> None:
+def test_every_answer_of_encode_can_be_sent_back(shapes: list) -> None:
     levels = [
         {
             "shape": shape,

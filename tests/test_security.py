@@ -210,7 +210,7 @@ def test_a_childs_environment_is_a_list_of_names(monkeypatch: pytest.MonkeyPatch
     assert not {"GITHUB_TOKEN", "DATABASE_URL", "ADE_TOKEN"} & set(found)
 
 
-def test_the_working_folder_is_nobody_elses(service: RunningService) -> None:
+def test_the_working_folder_is_private(service: RunningService) -> None:
     folder = service.folder
     assert folder.path.stat().st_mode & 0o777 == 0o700 and folder.path.stat().st_uid == os.getuid()
     assert Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) in folder.path.parents
@@ -427,7 +427,7 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(
+def test_off_loopback_a_token_is_required_and_never_printed(
     exposed: RunningService, tmp_path: Path
 ) -> None:
     token, output = exposed.folder.token_file.read_text(), "".join(exposed.output)
@@ -467,7 +467,7 @@ def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(
 
 
 @pytest.mark.slow
-def test_names_by_which_it_is_reached(exposed: RunningService) -> None:
+def test_allowed_host_names(exposed: RunningService) -> None:
     headers = {"Authorization": f"Bearer {exposed.folder.token_file.read_text()}"}
     for host, status in (
         ("ade.example.org", 200),

@@ -74,7 +74,7 @@ def error_of(answer: httpx.Response) -> dict:
     return body["error"]
 
 
-def test_every_answer_says_who_made_it(service: RunningService) -> None:
+def test_every_answer_names_its_model(service: RunningService) -> None:
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
     for operation in OPERATIONS:
         answer = (
@@ -119,7 +119,7 @@ def test_image_i_depends_on_seed_and_index_alone(client: AdeClient) -> None:
     assert client.sample().seed != client.sample().seed
 
 
-def test_the_same_score_from_every_worker_in_any_company(
+def test_the_score_does_not_depend_on_worker_or_batch(
     service: RunningService, client: AdeClient, real_images: np.ndarray
 ) -> None:
     """Sixty-four requests at once go to all workers, in batches of all sizes."""
@@ -314,9 +314,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_images_are_scored_and_the_answer_says_what_was_done(
-    service: RunningService, name: str
-) -> None:
+def test_converted_images_are_scored_with_notes(service: RunningService, name: str) -> None:
     data, note = ODD[name]
     (result,) = post(service, "score", data).json()["results"]
     assert note in result["notes"][0] and 0 < result["bpd"] < 20
@@ -672,7 +670,7 @@ def test_a_taken_port_is_named(service: RunningService) -> None:
     assert done.returncode == 2 and "set ADE_INFERENCE_PORT to another" in done.stderr
 
 
-def test_a_missing_gpu_is_said_at_once() -> None:
+def test_a_missing_gpu_is_reported_at_once() -> None:
     import torch
 
     if torch.cuda.is_available():

@@ -60,7 +60,7 @@ def test_a_killed_child_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert not is_running(supervisor.pids["page"])
 
 
-def test_a_child_that_dies_again_and_again_ends_the_service(tmp_path: Path) -> None:
+def test_a_child_that_keeps_dying_ends_the_service(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
         supervisor.start(
             "page", ["sh", "-c", "echo the reason; exit 3"], dict(os.environ), restarts=True

@@ -572,7 +572,7 @@ def test_configurations_of_earlier_runs_are_read() -> None:
             )
 
 
-def test_what_sets_the_refinements_apart() -> None:
+def test_the_settings_of_the_refinements() -> None:
     base, wide, iaf, two = (
         recipe(n, 32, 3).model for n in ("av-ade", "av-ade-wg-rd", "av-ade-iaf-rd", "av-ade-s2")
     )
@@ -584,7 +584,7 @@ def test_what_sets_the_refinements_apart() -> None:
     assert recipe("gan", 32, 3, inference_share=0.0).model.operations == ("sample",)
 
 
-def test_the_flow_of_the_papers_size_costs_no_weights_of_its_own() -> None:
+def test_systems_of_the_papers_size_have_equally_many_weights() -> None:
     """The generator is narrowed: within one per cent, systems with and without f have as many
     weights. f is that of the paper's footnote 3: one scale, three residual blocks of two layers in
     each coupling.
@@ -702,7 +702,7 @@ def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: n
         ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of"),
     ],
 )
-def test_networks_that_cannot_be_are_refused(name: str, change: dict, message: str) -> None:
+def test_impossible_networks_are_refused(name: str, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(name, 32, 3, **change)
 
@@ -855,7 +855,7 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gan", "av-ade"])
-def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> None:
+def test_images_to_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> None:
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     done = ade(
         "train",
