@@ -31,7 +31,7 @@ WORKDIR /home/ade
 EXPOSE 8080 7860
 HEALTHCHECK --interval=30s --timeout=30s --start-period=120s --retries=3 \
   CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:7860/readyz', timeout=25)"
-# Inside a container the service must listen on all addresses to be reached: the token check is on then. The token is that
-# of `docker run -e ADE_TOKEN=…`, or a new one in the file that is printed at the start.
+# In a container the service must listen on all addresses, so it requires a token: that of `docker run -e ADE_TOKEN=…`, or
+# else a random one, in the file whose path is printed at the start.
 ENTRYPOINT ["sh", "-c", "exec ade serve --host 0.0.0.0 --device \"$ADE_DEVICE\" \"$@\"", "ade"]
 CMD ["/bundles/cifar10"]

@@ -1,4 +1,4 @@
-# Everything sets itself up: a virtual environment in .venv, brought up to date when pyproject.toml changes.
+# Every target sets up the virtual environment in .venv first, and updates it when pyproject.toml changes.
 PYTHON ?= python3
 VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
@@ -15,7 +15,7 @@ serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 test: $(VENV)/.test  ## every fast test, in under ten minutes on two cores
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.test  ## the rest: training, resuming, all sizes, fuzzing
+test-slow: $(VENV)/.test  ## the slow tests: training, resuming, all sizes, fuzzing
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.test  ## format, lint and types
@@ -23,14 +23,14 @@ check: $(VENV)/.test  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fit: $(VENV)/.fit  ## a model of a folder of images, ready to be served: make fit DATA=DIR BUDGET=1h
+fit: $(VENV)/.fit  ## train, export and calibrate a model of a folder of images: make fit DATA=DIR BUDGET=1h
 	@test -n "$(DATA)" || { echo "make fit needs DATA=DIR, a folder of images" >&2; exit 2; }
 	$(BIN)/ade fit "$(DATA)" --budget "$(or $(BUDGET),1h)" $(if $(OUT),--out "$(OUT)")
 
 bench: $(VENV)/.bench  ## throughput and latency: the engine, the service, other servers with the same engine
 	$(BIN)/python -m benchmarks.serving $(BUNDLE)
 
-bench-faults: $(VENV)/.bench  ## what goes wrong under load, and what becomes of it
+bench-faults: $(VENV)/.bench  ## faults under load, and how the service recovers
 	$(BIN)/python -m benchmarks.faults $(BUNDLE)
 
 bench-soak: $(VENV)/.bench  ## half an hour of load: memory and errors
@@ -39,10 +39,10 @@ bench-soak: $(VENV)/.bench  ## half an hour of load: memory and errors
 bench-bulk: $(VENV)/.bench  ## ade score of a folder of many files: make bench-bulk DATA=FOLDER
 	$(BIN)/python -m benchmarks.bulk $(BUNDLE) "$(DATA)"
 
-bench-training: $(VENV)/.test  ## training steps: images and operations a second, memory, the loader
+bench-training: $(VENV)/.test  ## training steps: images and operations per second, memory, the loader
 	$(BIN)/python -m benchmarks.training
 
-bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, why it is made so: make bench-ood DATA=CIFAR10
+bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, choice of statistics: make bench-ood DATA=CIFAR10
 	$(BIN)/python -m benchmarks.ood_cost $(BUNDLE)
 	$(BIN)/python -m benchmarks.ood_false_alarms $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.ood_choice $(BUNDLE) --root "$(DATA)"

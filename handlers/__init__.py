@@ -1,1 +1,1 @@
-"""Adapters of model servers, a folder each. They translate, and nothing more."""
+"""Adapters for model servers, one folder per server."""

@@ -1,4 +1,4 @@
-"""Serving a bundle: the engine, the wire contract, the client, the page and what starts them.
+"""Everything that serves a bundle: the engine, the HTTP contract, the client and the web page.
 
-It works from a bundle alone, speaks NumPy, and knows neither the model's code nor training.
+Needs only a bundle and works on NumPy arrays. Does not import the model's or the training code.
 """

@@ -1,9 +1,8 @@
-"""Scores of a folder of images, by several processes, in memory that does not grow with the folder,
-and resumable.
+"""Scores a folder of images with several processes, resumable and in bounded memory.
 
-Rows go to ``OUT.part``, a line of JSON each, in the order of the files; a chunk is written when all
-before it are. Whatever ends the program, what stands there is whole but for its last line, and the
-next call goes on after it. When all are there they become ``OUT``.
+Rows are appended to ``OUT.part`` as lines of JSON, in the order of the files. If the program is
+interrupted, at most the last line is incomplete, and the next call resumes after the last complete
+one. At the end ``OUT.part`` is converted to ``OUT``.
 """
 
 from __future__ import annotations
@@ -40,24 +39,24 @@ from serving.verdict.decision import NOT_SCORED, decide
 from serving.verdict.statistics import part_names
 
 FORMATS = (".csv", ".jsonl", ".parquet")
-CHUNK = 64  # files that a process takes at a time
-AHEAD = 3  # chunks that wait for each process
+CHUNK = 64  # files per task
+AHEAD = 3  # tasks submitted per process
 ROWS_A_GROUP = 20_000  # of a Parquet file
 
 
 class BulkError(ValueError):
-    """Scoring that cannot begin or go on."""
+    """Scoring cannot be started or resumed."""
 
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """How files are scored; a file that was begun with others is not gone on with.
+    """How files are scored. Scoring is resumed only with the same options.
 
     Attributes:
         alpha: the false-alarm rate of ``ood``.
-        samples: K.
-        resize: ``fit`` to resize what has another size.
-        calibration: name of the one that decides.
+        samples: number of draws K per image.
+        resize: ``fit`` to resize images of other sizes.
+        calibration: name of the calibration that decides.
     """
 
     alpha: float = 0.01
@@ -68,7 +67,7 @@ class BulkOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of it: files by decision, and those that have an error instead."""
+    """Number of files by decision, and of files with an error."""
 
     no_verdict: int
     rejected: int
@@ -81,7 +80,7 @@ class Summary:
 
 
 class FileScorer:
-    """Rows of files, by an engine in this process.
+    """Scores files with an engine in this process.
 
     Args:
         bundle: has ``score``.
@@ -94,7 +93,7 @@ class FileScorer:
 
     Raises:
         BulkError: the model cannot score, or the calibration has another version.
-        BundleError: the bundle is not whole.
+        BundleError: the bundle is incomplete or damaged.
         UnknownCalibration: the bundle has no such calibration.
     """
 
@@ -103,7 +102,7 @@ class FileScorer:
     ) -> None:
         if "score" not in bundle.operations:
             raise BulkError(
-                f"{bundle.name} has no score: it was trained without an inference network"
+                f"{bundle.name} cannot score: it was trained without an inference network"
             )
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
         self.calibrations = self._engine.store.get(options.calibration)
@@ -113,7 +112,7 @@ class FileScorer:
         self._options = options
 
     def __call__(self, paths: list[str]) -> list[dict[str, Any]]:
-        """One a path, with the columns of :func:`columns`."""
+        """Return one row per path, with the columns of :func:`columns`."""
         images = [self._read(path) for path in paths]
         usable = [image for image in images if isinstance(image, InputImage)]
         scores = iter(
@@ -174,7 +173,7 @@ def _failed(code: str, message: str) -> dict[str, Any]:
 
 
 def columns(bundle: Bundle, samples: int) -> list[str]:
-    """Of every row; what a row lacks is empty in it."""
+    """Names of the columns; a value that a row lacks is empty."""
     parts = [
         "dequantization",
         *part_names(len(bundle.latent_shapes)),
@@ -206,21 +205,22 @@ def score_folder(
     """Score every image file below a folder into a file.
 
     Args:
-        bundle: has ``score``.
+        bundle: a bundle with ``score``.
         folder: searched recursively.
-        out: a ``.csv``, ``.jsonl`` or ``.parquet`` that does not exist yet.
-        options: how.
-        workers: processes, each of one thread.
-        progress: told how many files are done and how many there are, after each chunk.
+        out: a ``.csv``, ``.jsonl`` or ``.parquet`` file that does not exist yet.
+        options: how to score.
+        workers: number of processes, each with one thread.
+        progress: called with the number of scored files and of all files.
 
     Raises:
-        BulkError: nothing to score with or to score, or what was begun does not go on so.
+        BulkError: the model cannot score, there are no images, ``out`` exists or cannot be written,
+            or an unfinished ``OUT.part`` belongs to other options or files.
     """
     if out.suffix not in FORMATS:
         raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
     if out.exists():
-        raise BulkError(f"{out} is there already")
-    # What is wrong with the bundle is an error here, not in a process.
+        raise BulkError(f"{out} exists already")
+    # Report errors of the bundle here, not in a process.
     version = FileScorer(bundle, folder, options).calibrations.version
     total = sum(1 for _ in image_paths(folder))
     if not total:
@@ -234,9 +234,9 @@ def score_folder(
         "columns": columns(bundle, options.samples),
     }
     with _only_writer(out), open(part, "a", encoding="utf-8", opener=_unless_link) as rows:
-        if out.exists():  # by now
+        if out.exists():  # another process has finished meanwhile
             part.unlink(missing_ok=True)
-            raise BulkError(f"{out} is there already")
+            raise BulkError(f"{out} exists already")
         done = _begin(part, head, folder)
         progress(done, total)
         chunks = _chunks(image_paths(folder), done)
@@ -263,7 +263,7 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 
 def _unless_link(path: str, flags: int) -> int:
-    """Open a file whose name can be guessed: somebody may have left a link there."""
+    """Open without following links: somebody could have put one at this predictable path."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
     except OSError as error:
@@ -271,7 +271,7 @@ def _unless_link(path: str, flags: int) -> int:
 
 
 def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
-    """How many rows stand in the file already; a line that was not finished is cut off."""
+    """Count the rows of an unfinished file and cut off an incomplete last line."""
     end, count, last = 0, -1, b""
     with open(part, "rb") as lines:
         for line in lines:
@@ -279,7 +279,8 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
                 break
             if count < 0 and _parsed(line) != head:
                 raise BulkError(
-                    f"{part} was begun with {_parsed(line)}, this is {head}: remove it to begin anew"
+                    f"{part} was started with {_parsed(line)}, this call has {head}: "
+                    "remove the file to start again"
                 )
             end, count, last = end + len(line), count + 1, line
     os.truncate(part, end)
@@ -291,8 +292,8 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
         found = json.loads(last)["path"]
         if found != expected:
             raise BulkError(
-                f"{folder} has changed since {part} was begun: its file {count} is {expected}, it was {found}; "
-                "remove the .part to begin anew"
+                f"{folder} has changed since {part} was started: its file {count} is {expected}, "
+                f"it was {found}; remove the .part file to start again"
             )
     return count
 
@@ -318,10 +319,8 @@ def _in_order(
     workers: int,
     chunks: Iterator[list[str]],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the chunks, in order, a few of them ahead."""
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would inherit the threads of whoever calls
+    """Score the chunks in several processes; yields their rows in order."""
+    context = multiprocessing.get_context("spawn")  # forking a process with threads is unsafe
     with ProcessPoolExecutor(
         workers, context, _start_worker, (bundle.folder, folder, options, version, os.getpid())
     ) as pool:
@@ -339,7 +338,7 @@ def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         return future.result()
     except BrokenProcessPool:
         raise BulkError(
-            "a process ended (was there too little memory?): the same command goes on from here"
+            "a process ended (was there too little memory?): the same command resumes here"
         ) from None
 
 
@@ -355,7 +354,7 @@ def _start_worker(
 
 
 def _end_with(parent: int) -> None:
-    """A process whose parent was killed would wait for work for ever."""
+    """End with the parent: a worker whose parent was killed would wait forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -366,7 +365,7 @@ def _score_chunk(paths: list[str]) -> list[dict[str, Any]]:
 
 
 def _finish(part: Path, out: Path, names: list[str]) -> Summary:
-    """The rows in the format of ``out``, and what they say."""
+    """Write the rows in the format of ``out`` and count them."""
     counts: Counter[str] = Counter()
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -375,9 +374,8 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
             for line in lines:
                 row = json.loads(line)
                 counts["error" if "error" in row else row["decision"]] += 1
-                row["path"] = (
-                    row["path"].encode("utf-8", "backslashreplace").decode()
-                )  # names need not be UTF-8
+                # File names need not be valid UTF-8.
+                row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()
                 yield {name: row.get(name) for name in names}
 
     def cells() -> Iterator[dict[str, Any]]:

@@ -1,6 +1,4 @@
-"""Files on disk: which of a folder are images, their contents in bounded time and memory, and
-writing all or nothing.
-"""
+"""File access: listing images, reading in bounded time and memory, writing atomically."""
 
 from __future__ import annotations
 
@@ -22,11 +20,10 @@ LOCK = ".lock"  # in a folder that one process at a time works in
 
 
 def image_paths(folder: Path) -> Iterator[str]:
-    """Image files below a folder by their suffixes, relative to it, in a fixed order; one
-    directory's names at a time.
+    """Yield the image files below a folder, relative to it, in a fixed order.
 
-    Whether they can be read is not known yet: a name may belong to a pipe, a device or a broken
-    link. Links to folders are not followed.
+    Files are recognised by their suffix and not opened: a path may be a pipe, a device or a broken
+    link. Links to folders are not followed. Only one directory's names are in memory at a time.
     """
     for directory, folders, names in os.walk(folder):
         folders.sort()
@@ -37,19 +34,18 @@ def image_paths(folder: Path) -> Iterator[str]:
 
 
 def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The content of a regular file, whose size is checked before anything is read. Links are
-    followed.
+    """Read a regular file of at most ``limit`` bytes. Links are followed.
 
     Raises:
-        OSError: it cannot be read; with ``EINVAL`` it is a pipe, a device or the like, with
-            ``EFBIG`` it has more than ``limit`` bytes.
+        OSError: it cannot be read. ``EINVAL``: it is a pipe, a device or the like. ``EFBIG``: it
+            has more than ``limit`` bytes.
     """
-    # Opening a pipe would otherwise wait for somebody to write to it.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        content = file.read(limit + 1) if found.st_size <= limit else b""  # it may grow meanwhile
+        content = file.read(limit + 1) if found.st_size <= limit else b""  # the file may grow
         size = max(found.st_size, len(content))
         if size > limit:
             raise OSError(errno.EFBIG, f"an image file may have {limit} bytes, this one has {size}")
@@ -85,15 +81,14 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
-    """A new file to write to, which takes the place of ``path`` at the end of the block; removed
-    where the block fails.
+    """Write a new file that replaces ``path`` at the end of the block, or nothing if it fails.
 
-    It is made under a name that nobody can guess in the same folder: a link that somebody left at
-    ``path`` is replaced, not followed.
+    The temporary file has a random name in the same folder. A link at ``path`` is replaced, not
+    followed.
 
     Args:
         path: may exist.
-        text: UTF-8 with line ends as they are written, instead of bytes.
+        text: open the file for UTF-8 text, with unchanged line ends, instead of bytes.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -114,16 +109,14 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
 
 @contextmanager
 def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` at the end of the block; removed where the block
-    fails.
+    """Fill a new folder that becomes ``path`` at the end of the block, or nothing if it fails.
 
-    Of several processes that make the same folder at the same time, the first to finish does; the
+    If several processes create the same folder at the same time, the first to finish wins and the
     others raise.
 
     Args:
         path: must not exist.
-        taken: makes the error to raise where it exists, or was made by another process meanwhile,
-            from a message.
+        taken: turns a message into the error to raise if ``path`` exists at the start or the end.
     """
     if os.path.lexists(path):
         raise taken(f"{path} exists: take a new folder")

@@ -1,4 +1,4 @@
-"""Image files to uint8 arrays and back, with limits that hold before anything is decoded."""
+"""Converts image files to uint8 arrays and back. Limits are checked before decoding."""
 
 from __future__ import annotations
 
@@ -33,14 +33,12 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_PIXELS = 16_000_000  # decoded, this is 48 MB; a larger picture of another size is of no use to a small model
+MAX_PIXELS = 16_000_000  # 48 MB decoded
 MAX_FILE_BYTES = 16 * 2**20
 
 
 def file_size(file: Path | bytes) -> tuple[int, int] | None:
-    """Width and height that a file says it has, undecoded; ``None`` if it is not an image that
-    would be decoded.
-    """
+    """Width and height from the header; ``None`` if the file is not an accepted image."""
     try:
         data = _contents(file) if isinstance(file, Path) else file
         structure = read_structure(data)
@@ -57,7 +55,7 @@ def _contents(path: Path) -> bytes:
 
 
 def header_pixels(data: bytes) -> int:
-    """Pixel count that a file says it has, or 0 if unreadable."""
+    """Pixel count from the header, or 0 if unreadable."""
     width, height = file_size(data) or (0, 0)
     return width * height
 
@@ -65,20 +63,20 @@ def header_pixels(data: bytes) -> int:
 def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage:
     """Decode an image file to RGB.
 
-    EXIF orientation is applied, alpha is composited on white, 16-bit samples keep their high byte,
-    the first frame of an animation is taken; each is noted.
+    Applies the EXIF orientation, composites alpha on white, keeps the high byte of 16-bit samples
+    and takes the first frame of an animation; each of these adds a note.
 
-    The structure of the file is checked first. Small files in plain forms are decoded in this
-    process, all others in one that has limits of memory and time and may die.
+    The structure of the file is checked first. Small files in simple formats are decoded in this
+    process, all others in a process with limits of memory and time.
 
     Args:
         data: the whole file.
-        size: width and height; a picture of another size (EXIF may turn it) is refused by its
-            header, undecoded.
+        size: required width and height. Other images are rejected before decoding, except that
+            EXIF may swap width and height.
 
     Raises:
-        ImageError: not an image of a known format, damaged, too large, or of another size.
-        MemoryError: there is no room to decode it.
+        ImageError: the format is unknown, or the image is damaged, too large, or of another size.
+        MemoryError: there is not enough memory to decode it.
     """
     if not data:
         raise ImageError("not_an_image", "the image is empty: 0 bytes came")
@@ -136,7 +134,7 @@ def psnr(image: np.ndarray, reconstruction: np.ndarray) -> float | None:
 
 
 def write_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
-    """A PNG file of uint8 ``(H, W, 1 or 3)`` with text keys."""
+    """Encode uint8 ``(H, W, 1 or 3)`` as a PNG file with text keys."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
@@ -147,15 +145,15 @@ def write_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
 
 
 def coder_version() -> str:
-    """Of the library that :func:`lossless_bits` codes with: another one's lengths may differ."""
+    """Version of libwebp; the results of :func:`lossless_bits` may depend on it."""
     return str(features.version("webp"))
 
 
 def lossless_bits(pixels: np.ndarray) -> float:
-    """Bits per value of a lossless code of uint8 ``(H, W, C)``: WebP's, at its quickest setting.
+    """Bits per value of uint8 ``(H, W, C)`` as lossless WebP, at its fastest setting.
 
-    It is within 4 % of the slowest setting's length, in a tenth of the time, and a fifth shorter
-    than PNG's for small photographs. Channels that are not three are coded as so many grey images.
+    For small photographs this is within 4 % of the slowest setting, in a tenth of the time, and a
+    fifth shorter than PNG. Unless there are three channels, each is coded as a grey image.
     """
     planes = [pixels] if pixels.shape[2] == 3 else list(pixels.transpose(2, 0, 1))
     size = 0
@@ -167,7 +165,7 @@ def lossless_bits(pixels: np.ndarray) -> float:
 
 
 def untile(picture: np.ndarray, count: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """The ``count`` images of ``shape`` that :func:`tile` laid out; uint8 ``(count, H, W, C)``."""
+    """Undo :func:`tile`: the ``count`` images of ``shape``, uint8 ``(count, H, W, C)``."""
     height, width, channels = shape
     grid = picture.reshape(
         picture.shape[0] // height, height, picture.shape[1] // width, width, channels
@@ -176,8 +174,9 @@ def untile(picture: np.ndarray, count: int, shape: tuple[int, int, int]) -> np.n
 
 
 def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """uint8 ``(N, H, W, C)`` to one picture ``(rows H, columns W, C)``, as square as may be; spare
-    cells white.
+    """Arrange uint8 ``(N, H, W, C)`` in a grid, ``(rows * H, columns * W, C)``.
+
+    The grid is as square as possible unless ``columns`` is given. Unused cells are white.
     """
     n, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))

@@ -1,6 +1,4 @@
-"""Values and errors as they may appear in messages to a client: short, and without what helps an
-attacker.
-"""
+"""Formats values and errors for messages to clients: short, and without memory addresses."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from typing import Any
 
 
 def show(value: Any) -> str:
-    """A value for a message, short whatever it is."""
+    """Format any value in at most 60 characters."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
@@ -17,7 +15,5 @@ def show(value: Any) -> str:
 
 
 def words_of(error: Exception) -> str:
-    """What a library says of its input, without the addresses of its objects: they help whoever
-    attacks a decoder.
-    """
+    """Return a library's error message without memory addresses, which could help an attacker."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200]

@@ -1,4 +1,4 @@
-"""Where a service listens: three TCP ports, each with an environment variable of its own."""
+"""The three TCP ports of a service, each with its environment variable."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ VARIABLES = {
 }
 
 LOOPBACK = ("127.0.0.1", "localhost")
-USER = "ade"  # of the page, where the service asks for a token: the token is the password
+USER = "ade"  # user name of the page if the service requires a token, which is the password
 
 
 def local_address(host: str) -> str:
-    """Where this machine reaches what listens on ``host``."""
+    """The address at which this machine reaches a server that listens on ``host``."""
     return "127.0.0.1" if host in ("0.0.0.0", "localhost") else host
 
 
 class PortError(ValueError):
-    """A port or a host that cannot be listened on."""
+    """The service cannot listen on a port or host."""
 
 
 def check_host(host: str) -> None:
@@ -45,10 +45,10 @@ class Ports:
 
     @classmethod
     def from_environment(cls) -> Ports:
-        """The ports that the environment says, or the defaults.
+        """Read the ports from the environment, with defaults.
 
         Raises:
-            PortError: a variable is no port, or two are the same.
+            PortError: a variable is not a port, or two ports are equal.
         """
         values = {}
         for name, (variable, default) in VARIABLES.items():
@@ -64,10 +64,10 @@ class Ports:
         return cls(**values)
 
     def check_free(self, host: str) -> None:
-        """Make sure that every port can be listened on.
+        """Check that every port is free.
 
         Raises:
-            PortError: naming the variable to set.
+            PortError: a port is in use; the error names the variable that sets it.
         """
         check_host(host)
         for name, (variable, _) in VARIABLES.items():
@@ -78,6 +78,6 @@ class Ports:
                     probe.bind((host if name in ("inference", "ui") else "127.0.0.1", port))
                 except OSError as error:
                     raise PortError(
-                        f"port {port} cannot be listened on ({error.strerror}): free it, or set "
-                        f"{variable} to another"
+                        f"cannot listen on port {port} ({error.strerror}): free it, or set "
+                        f"{variable} to another port"
                     ) from None

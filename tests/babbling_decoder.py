@@ -1,6 +1,4 @@
-"""A decoder that answers with noise, or with more pixels than the picture has: ``python -m
-tests.babbling_decoder``.
-"""
+"""A decoder that gives invalid answers: ``python -m tests.babbling_decoder``."""
 
 import json
 import socket

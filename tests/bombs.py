@@ -1,11 +1,10 @@
-"""Small files that would take gigabytes or minutes to decode, each made by the code that explains
-it.
+"""Small files that take gigabytes or minutes to decode without the limits.
 
-None has more than 16 MiB or claims more than 16 million pixels, so that no simpler limit applies.
-:data:`HARMLESS` names those that are decoded: they cost no more than other pictures of their size.
+None has more than 16 MiB or claims more than 16 million pixels, so the simple limits do not reject
+them. :data:`HARMLESS` names those that are decoded, because they cost no more than other images of
+their size.
 
-``python -m tests.bombs NAME…`` decodes each in a process of its own and prints what it took, a line
-of JSON each.
+``python -m tests.bombs NAME…`` decodes each in a process of its own and prints its cost as JSON.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def jpeg(*segments: bytes) -> bytes:
 
 
 def jpeg_of_many_scans() -> bytes:
-    """A progressive JPEG whose last scan stands there again and again: each goes over all blocks."""
+    """A progressive JPEG whose last scan is repeated; each scan visits all blocks."""
     data = saved(grey(4000, 3900, "L"), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * ((300_000 - len(data)) // (len(data) - last)) + b"\xff\xd9"

@@ -1,6 +1,4 @@
-"""A real front for tests, in a process of its own, before a small HTTP server on a Unix domain
-socket.
-"""
+"""Runs the real front in a process, with a small HTTP server behind it instead of TorchServe."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from handlers.torchserve.front import FrontSettings
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.service import free_ports
 
 SCRIPT = """
@@ -46,7 +44,7 @@ TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them
 
 
 class Upstream:
-    """Answers what came as JSON; the content type ``test/WORD`` asks for something else."""
+    """Echoes requests as JSON; the content type ``test/WORD`` selects another behaviour."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,7 +125,7 @@ class Upstream:
 
 
 class RunningFront:
-    """Started at once; ``limits`` are those that differ."""
+    """A front that is started by the constructor; ``limits`` replace the default limits."""
 
     def __init__(self, folder: Path, limits: dict[str, Any] | None = None, **settings: Any) -> None:
         self.port, self.metrics_port = free_ports(2)

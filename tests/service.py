@@ -1,4 +1,4 @@
-"""A real service for tests: ``ade serve`` in a process of its own, on ports of its own."""
+"""Runs ``ade serve`` in a process, on free ports."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import psutil
 
 from handlers.torchserve.run_folder import RunFolder, find_service
 from serving.ports import VARIABLES, Ports
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
+# In the environment of ``ade serve``; its child processes must not have them.
 CANARIES = {
     "OPENAI_API_KEY": "canary-of-openai",
     "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
-}  # in the starter's environment
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -36,7 +37,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class RunningService:
-    """Started at once; ``output`` grows as it prints."""
+    """A service that is started by the constructor; ``output`` collects what it prints."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from ade_model.bijections import (
 )
 from ade_model.config import ModelConfig
 from ade_model.flow import build_flow
-from tests.conftest import shake
+from tests.helpers import shake
 
 
 def flow(scales: int, channels: int = 1, size: int = 4, mask: str = "channel") -> Bijection:
@@ -86,8 +86,21 @@ def test_log_determinant_is_that_of_the_jacobian(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_map_of_the_log_determinant(name: str) -> None:
-    """A term a position, and their sum is the whole."""
+def test_jacobian_of_the_inverse_is_the_inverse_matrix(name: str) -> None:
+    """Adversarial training differentiates ``inverse``: its whole Jacobian must be right."""
+    layer, x = make(name)
+    jacobian = torch.autograd.functional.jacobian
+    size = x[0].numel()
+    for row in x:
+        y = layer(row[None])[0][0].detach()
+        forward = jacobian(lambda v: layer(v[None])[0][0], row).reshape(size, size)
+        inverse = jacobian(lambda v: layer.inverse(v[None])[0], y).reshape(size, size)
+        assert torch.allclose(inverse @ forward, torch.eye(size, dtype=row.dtype), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_map_of_the_log_determinant_sums_to_it(name: str) -> None:
+    """The map has one term per position."""
     layer, x = make(name)
     _, log_det_map = layer.with_map(x)
     assert log_det_map.shape == (3, *x.shape[2:])
@@ -111,7 +124,7 @@ def test_gradient_reaches_the_weights(name: str) -> None:
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all()
 
 
-def test_batch_rows_do_not_meet() -> None:
+def test_batch_rows_are_independent() -> None:
     layer, x = make("flow, two scales")
     whole, log_det_jacobian = layer(x)
     alone, log_det_alone = layer(x[1:2])
@@ -128,7 +141,7 @@ def test_rotation_is_orthogonal_whatever_its_weights() -> None:
     )
 
 
-def test_max_log_scale_bounds_what_depends_on_the_image() -> None:
+def test_max_log_scale_bounds_the_output_of_the_coupling_net() -> None:
     x = 100 * torch.randn(4, 4, 2, 2, dtype=torch.float64)
     for bound in (0.5, 1.0):
         coupling = shake(AffineCoupling(4, 6, 1, bound).double(), scale=5)

@@ -1,6 +1,4 @@
-"""The verbs that work without a service: a folder into a table, whatever interrupts it, and files
-one by one.
-"""
+"""Verbs that need no service: scoring a folder, also after interruptions, and single files."""
 
 from __future__ import annotations
 
@@ -30,13 +28,12 @@ from serving.files import image_paths
 from serving.page.app import build_page
 from serving.page.served import Served
 from serving.verdict.calibration import Calibrations
-from tests.conftest import ROOT, make_folder, make_traps, with_calibrations
-from tests.test_locks import held_by_another
+from tests.helpers import ROOT, held_by_another, make_folder, make_traps, with_calibrations
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Path:
-    """300 images in three folders, two broken files, one of another size and one that is no image."""
+    """300 images in three folders, two broken files, an image of another size and a text file."""
     return make_folder(tmp_path_factory.mktemp("images"), small_images)
 
 
@@ -114,9 +111,8 @@ def test_a_spreadsheet_runs_no_file_name(
 
 
 def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path: Path) -> None:
-    _write_csv(
-        {"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv"
-    )  # of ade ood-bench
+    # From ade ood-bench.
+    _write_csv({"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv")
     (row,) = read(tmp_path / "figures.csv")
     assert row["strangers"] == "'=1+1" and row["standard_error"] == "-0.1"
 
@@ -143,9 +139,8 @@ def test_only_regular_files_are_read(
         )
         captured = capsys.readouterr()
         assert "not a regular file" in captured.out + captured.err
-    assert list(readable(sorted(folder.iterdir()))) == [
-        (folder / "good.png").read_bytes()
-    ]  # of ade calibrate
+    # From ade calibrate.
+    assert list(readable(sorted(folder.iterdir()))) == [(folder / "good.png").read_bytes()]
     said = capsys.readouterr().err
     assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
 
@@ -215,10 +210,11 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
     said = capsys.readouterr()
     assert "warning" not in said.err and 0 < json.loads(said.out)["p_value"] <= 1
     with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
+    # The page's tabs resize without this parameter.
     for bundle, ticked in (
         (tmp_path / "exact", 0),
         (tmp_path / "any", 4),
-    ):  # and the page's tabs resize by themselves
+    ):
         page = build_page(Served("http://127.0.0.1:1", [open_bundle(bundle)], None))
         boxes = [
             block
@@ -228,7 +224,7 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
         assert sum(bool(box.value) for box in boxes) == ticked
 
 
-def test_what_was_begun_goes_on_without_loss_or_doubles(
+def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(tiny_bundle, folder, tmp_path / "whole.jsonl")
@@ -243,7 +239,7 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(
     part = tmp_path / "scores.jsonl.part"
     whole = part.read_bytes()
     part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
-    with pytest.raises(BulkError, match="was begun with"):
+    with pytest.raises(BulkError, match="was started with"):
         score(tiny_bundle, folder, out, alpha=0.2)
     with held_by_another(tmp_path / "scores.jsonl.lock"):
         with pytest.raises(BulkError, match="is being written by another process"):
@@ -259,7 +255,7 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(
     )
     assert seen[0] == 128 and seen[-1] == 303
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not part.exists()
-    with pytest.raises(BulkError, match="is there already"):
+    with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     out.unlink()
     part.write_bytes(whole)
@@ -268,7 +264,7 @@ def test_what_was_begun_goes_on_without_loss_or_doubles(
         score(tiny_bundle, folder, out)
 
 
-def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(
+def test_a_kill_leaves_a_resumable_file_and_no_process(
     tiny_bundle: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "scores.csv"
@@ -310,12 +306,12 @@ def test_a_kill_leaves_what_can_be_gone_on_with_and_no_process(
     assert [row["path"] for row in read(out)] == list(image_paths(folder))
 
 
-def test_a_table_that_another_process_finished_meanwhile_stays(
+def test_a_table_that_another_process_finished_is_kept(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "scores.csv"
     monkeypatch.setattr("serving.bulk.FileScorer", lambda *options: out.write_text("theirs"))
-    with pytest.raises(BulkError, match="is there already"):
+    with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
 
@@ -402,7 +398,7 @@ def test_files_one_by_one(
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
     ],
 )
-def test_what_cannot_be_done_says_so(
+def test_errors_name_the_cause(
     arguments: list[str],
     message: str,
     tiny_bundle: Path,
@@ -439,7 +435,7 @@ def test_originals_are_never_overwritten(
     assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
 
 
-def test_names_that_are_no_utf8(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / "odd" / name).write_bytes((folder / "class0" / "0000.png").read_bytes())

@@ -32,10 +32,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import DATA, PRETRAINED, ROOT
+from tests.helpers import DATA, PRETRAINED, ROOT, b64, npy, png_header
 from tests.service import RunningService
-from tests.test_images import png_header
-from tests.test_requests import b64, npy
 
 RECORD = DATA / "contract.json"
 EXAMPLES = ROOT / "serving" / "examples"

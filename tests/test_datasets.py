@@ -1,4 +1,4 @@
-"""Data sets in the formats in which they are published, made small, and any folder of images."""
+"""Small copies of the published data sets in their formats, and folders of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fitting.survey import picture_sizes
-from tests.conftest import ROOT, make_folder, make_traps
+from tests.helpers import ROOT, make_folder, make_traps
 from training.data import DataError
 from training.datasets import cifar10, files, load_dataset
 from training.datasets.files import part_of
@@ -51,7 +51,7 @@ def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -
     assert picture_sizes(image_files(folder)) == {(8, 8): 31, None: 4}
 
 
-def test_the_first_of_a_part_are_of_every_folder(tmp_path: Path) -> None:
+def test_the_first_images_of_a_part_are_from_every_folder(tmp_path: Path) -> None:
     for grey in range(4):
         (tmp_path / str(grey)).mkdir()
         for i in range(60):
@@ -62,7 +62,7 @@ def test_the_first_of_a_part_are_of_every_folder(tmp_path: Path) -> None:
     assert len(np.unique(first[:, 0, 0, 0])) == 4
 
 
-def test_what_cannot_be_read_whole_leaves_nothing(
+def test_an_incomplete_read_leaves_no_cache(
     tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
@@ -113,7 +113,9 @@ def test_parts_follow_the_file_name() -> None:
         (".", "x", "root goes with a named data set"),
     ],
 )
-def test_data_that_is_not_there(tmp_path: Path, data: str, root: str | None, message: str) -> None:
+def test_missing_data_is_an_error(
+    tmp_path: Path, data: str, root: str | None, message: str
+) -> None:
     os.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
         load_dataset(data, root)
@@ -122,7 +124,7 @@ def test_data_that_is_not_there(tmp_path: Path, data: str, root: str | None, mes
         load_dataset(str(tmp_path), None)
 
 
-def test_a_pickle_that_is_no_array_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
     for name in ("data_batch_1",):
         (tmp_path / name).write_bytes(pickle.dumps({b"data": print}))
     with pytest.raises(DataError, match="must hold arrays only, got builtins.print"):
@@ -327,7 +329,8 @@ def test_a_truncated_lmdb_is_refused(tmp_path: Path, real_images: np.ndarray) ->
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom training.data import DataError\n"
         "from training.datasets import load_dataset\n"
-        "data = Path(sys.argv[1])\nwhole = data.read_bytes()\nassert load_dataset('lsun', str(data.parent), 8)\n"
+        "data = Path(sys.argv[1])\nwhole = data.read_bytes()\n"
+        "assert load_dataset('lsun', str(data.parent), 8)\n"
         "for i in range(60):\n"
         "    data.write_bytes(whole[:len(whole) * i // 60])\n"
         "    try:\n        load_dataset('lsun', str(data.parent), 8)\n"

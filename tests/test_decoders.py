@@ -1,4 +1,4 @@
-"""Files that would take gigabytes or minutes, and the processes that decode what might be one."""
+"""Decompression bombs, and the processes that decode untrusted files."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ from serving.decode.structure import read_structure
 from serving.decode.worker import decode
 from serving.images import ImageError, file_size, read_image
 from tests.bombs import BOMBS, HARMLESS
-from tests.conftest import ROOT
+from tests.helpers import ROOT, encode
 from tests.service import RunningService
-from tests.test_images import encode
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 # Those that were measured on the service before there were limits, and what must refuse each.
@@ -196,7 +195,7 @@ def test_small_plain_files_need_no_process() -> None:
     assert not decoders._idle
 
 
-def test_a_size_is_read_of_regular_files_alone(tmp_path: Path) -> None:
+def test_sizes_are_read_only_from_regular_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     assert file_size(EXAMPLE) == (32, 32)
@@ -252,7 +251,7 @@ def test_memory_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", range(7))
-def test_nonsense_is_an_error_of_its_image(
+def test_an_invalid_answer_is_an_error_of_its_image(
     monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int
 ) -> None:
     monkeypatch.setattr(decoders, "PROGRAM", "tests.babbling_decoder")
@@ -263,7 +262,7 @@ def test_nonsense_is_an_error_of_its_image(
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
-def test_a_process_that_does_not_start_is_no_image_error(
+def test_a_process_that_does_not_start_is_not_an_image_error(
     monkeypatch: pytest.MonkeyPatch, gif: bytes
 ) -> None:
     """Or a whole folder would be skipped as damaged."""
@@ -293,7 +292,7 @@ def test_a_forked_process_has_no_decoders(gif: bytes) -> None:
     assert os.waitpid(child, 0)[1] == 0 and len(decoders._idle) == 1
 
 
-def test_a_decoder_ends_with_its_parent_and_knows_no_secrets(tmp_path: Path, gif: bytes) -> None:
+def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path: Path, gif: bytes) -> None:
     (tmp_path / "image.gif").write_bytes(gif)
     script = (
         "import sys, time; from pathlib import Path; from serving import decoders, images\n"
@@ -379,9 +378,7 @@ def test_a_mutated_file_is_an_image_or_an_image_error(
 
 @pytest.mark.slow
 def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
-    """For 30 seconds; and beside as many bytes that nobody would take for images, which tells what
-    the machine gives.
-    """
+    """Compared with the same traffic beside junk, which shows the speed of this machine."""
     names = [
         *REASONS,
         "jpeg-mpf-tags",
@@ -394,20 +391,22 @@ def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
     bombs = [BOMBS[name]() for name in names]
     workers = {process.pid for process in service.workers()}
     assert workers
-    alone = _seconds_beside(service, [b"not an image".ljust(len(bomb)) for bomb in bombs])
-    beside = _seconds_beside(service, bombs)
+    junk = [b"not an image".ljust(len(bomb)) for bomb in bombs]
+    alone = _seconds_beside(service, junk, seconds=10)
+    beside = _seconds_beside(service, bombs, seconds=30)
     assert workers == {process.pid for process in service.workers()}
     print(
         "\n".join(
-            f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, longest {max(taken):.3f} s"
+            f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, "
+            f"longest {max(taken):.3f} s"
             for kind, taken in (("beside junk", alone), ("beside bombs", beside))
         )
     )
     assert max(beside) < max(2.0, 4 * max(alone))
 
 
-def _seconds_beside(service: RunningService, bad: list[bytes]) -> list[float]:
-    """How long each request for a good image takes while two clients send bad ones."""
+def _seconds_beside(service: RunningService, bad: list[bytes], seconds: float) -> list[float]:
+    """Seconds of each request for a good image while two clients send bad files."""
     stop = threading.Event()
     refused: list[tuple[int, str]] = []
     taken = []
@@ -424,7 +423,7 @@ def _seconds_beside(service: RunningService, bad: list[bytes]) -> list[float]:
 
     with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=service.url, timeout=120) as http:
         sending = [pool.submit(send_bad, first) for first in (0, len(bad) // 2)]
-        end = time.monotonic() + 30
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             started = time.monotonic()
             answer = http.post(

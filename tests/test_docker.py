@@ -1,6 +1,4 @@
-"""The Dockerfile, as far as it can be exercised without a Docker engine: its files, its steps, its
-commands.
-"""
+"""The Dockerfile's files, steps and commands, checked without a Docker engine."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 STEPS = re.findall(r"^([A-Z]+) +(.*)$", TEXT, re.MULTILINE)
 
 
-def test_everything_that_is_copied_is_there_and_in_the_context() -> None:
+def test_every_copied_file_exists_and_is_in_the_context() -> None:
     kept = {
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -43,7 +41,7 @@ def test_every_package_is_copied() -> None:
     assert all(package.split(".")[0] in copied.split() for package in packages)
 
 
-def test_it_runs_as_nobody_special_and_checks_its_health() -> None:
+def test_it_runs_unprivileged_and_has_a_health_check() -> None:
     kinds = [kind for kind, _ in STEPS]
     assert kinds.index("USER") > len(kinds) - 1 - kinds[::-1].index("FROM")
     assert ("USER", "ade") in STEPS

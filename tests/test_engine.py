@@ -19,7 +19,7 @@ from serving.engine.cuda import BoundGraph
 from serving.engine.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
 from serving.engine.noise import NoiseStream, sample_key
 from serving.verdict.calibration import CalibrationError, Calibrations
-from tests.conftest import PRETRAINED, with_calibrations
+from tests.helpers import PRETRAINED, with_calibrations
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +185,13 @@ def test_noise_over_the_wire(engine: InferenceEngine, real_images: np.ndarray) -
 def test_test_images_look_like_training_images_and_noise_does_not(
     engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
-    usual = [s.verdict.p_value for s in engine.score(real_images)]
-    assert np.mean(np.array(usual) <= 0.1) < 0.1 + 4 * math.sqrt(0.09 / 300)
+    typical = [s.verdict.p_value for s in engine.score(real_images)]
+    assert np.mean(np.array(typical) <= 0.1) < 0.1 + 4 * math.sqrt(0.09 / 300)
     rng = np.random.default_rng(0)
-    strange = np.stack(
+    unusual = np.stack(
         [rng.integers(0, 256, (32, 32, 3), np.uint8), np.full((32, 32, 3), 128, np.uint8)]
     )
-    assert all(s.verdict.p_value <= 0.01 for s in engine.score(strange))
+    assert all(s.verdict.p_value <= 0.01 for s in engine.score(unusual))
 
 
 def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
@@ -201,7 +201,7 @@ def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
         assert engine.backend.name == "onnxruntime/CUDAExecutionProvider"
         return
     for backend in ("onnxruntime", "torchscript"):
-        with pytest.raises(BackendError, match="no CUDA device here"):
+        with pytest.raises(BackendError, match="no CUDA device"):
             InferenceEngine(PRETRAINED, backend=backend, device="cuda")
     with pytest.raises(BackendError, match="device must be one of"):
         InferenceEngine(PRETRAINED, device="tpu")
@@ -209,8 +209,28 @@ def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
         InferenceEngine(PRETRAINED, backend="tensorrt")
 
 
-def test_buckets_cover_every_batch() -> None:
-    assert BUCKETS[0] == 1 and BUCKETS[-1] == MAX_BATCH and list(BUCKETS) == sorted(BUCKETS)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_each_count_runs_in_buckets_if_sizes_are_fixed(
+    tiny_bundle: Path, small_images: np.ndarray, fixed: bool
+) -> None:
+    engine = InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
+    sizes: list[int] = []
+
+    class Spy:
+        name, fixed_sizes = engine.backend.name, fixed
+
+        def run(self, graph, inputs, wanted=None, whole=engine.backend.run):
+            sizes.append(len(inputs["images"]))
+            return whole(graph, inputs, wanted)
+
+    engine.backend = Spy()
+    for count in range(1, MAX_BATCH + 2):
+        sizes.clear()
+        assert len(engine.score(small_images[:count])) == count
+        if fixed:
+            assert set(sizes) <= set(BUCKETS) and count <= sum(sizes) < 2 * count + 1
+        else:
+            assert sum(sizes) == count
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -272,7 +292,7 @@ def file(pixels: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize("operation", ["encode", "reconstruct", "score"])
-def test_an_answer_where_no_image_is_usable(operation: str, engine: InferenceEngine) -> None:
+def test_an_answer_without_a_usable_image(operation: str, engine: InferenceEngine) -> None:
     nothing, broken, whole = Service(operation, engine).answer(
         [
             as_json(images=[""]),
@@ -411,7 +431,7 @@ def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
     assert resize_and_back(real_images[0][:, :, :1]).shape == (32, 32, 1)
 
 
-def test_why_an_image_is_strange(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_the_explanation_of_a_verdict(engine: InferenceEngine, real_images: np.ndarray) -> None:
     service = Service("score", engine)
     grey = np.full((32, 32, 3), 128, np.uint8)
     with_reasons, without = service.answer(
@@ -579,7 +599,7 @@ def test_the_map_sums_to_the_bits_of_the_image(
 
 
 def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: np.ndarray) -> None:
-    """Before the rest is divided: the graph's own pixels sum to the score's parts within float32."""
+    """The graph's pixels alone already sum to the score's parts, within float32."""
     from export.parity import make_inputs
     from serving.engine.signatures import inputs_of
 
@@ -591,7 +611,9 @@ def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: n
     assert np.allclose(cost.sum((1, 2, 3)), parts.sum(1) * 3072, rtol=1e-5)
 
 
-def test_a_map_shows_what_is_unusual(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_a_map_highlights_an_unusual_region(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
     image = real_images[0].copy()
     image[8:16, 16:24] = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
     (score,) = engine.score(image[None], maps=[True])

@@ -26,7 +26,7 @@ from serving.page.many import _said
 from serving.page.score import verdict_text, verdict_word
 from serving.verdict.calibration import Calibrations
 from serving.verdict.decision import decide, fdr_note, images_needed
-from tests.conftest import with_calibrations
+from tests.helpers import with_calibrations
 from tests.service import RunningService
 
 ALPHA = 0.04
@@ -58,7 +58,7 @@ def bundles(
 
 
 @pytest.fixture(scope="module")
-def strange(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def ood_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """An OOD image of the model's size, and a larger one."""
     folder = tmp_path_factory.mktemp("ood")
     rng = np.random.default_rng(0)
@@ -83,11 +83,11 @@ def test_over_http_in_files_and_on_the_page(
     name: str,
     path: int,
     bundles: dict[str, Path],
-    strange: list[Path],
+    ood_paths: list[Path],
     capsys: pytest.CaptureFixture,
 ) -> None:
     engine = InferenceEngine(bundles[name], device="cpu", operations=["score"])
-    image = base64.b64encode(strange[path].read_bytes()).decode()
+    image = base64.b64encode(ood_paths[path].read_bytes()).decode()
     (answer,) = Service("score", engine).answer(
         [RawRequest("application/json", {"images": [image], "resize": "fit", "alpha": ALPHA})]
     )
@@ -95,13 +95,13 @@ def test_over_http_in_files_and_on_the_page(
     check(name, path, result["decision"], result["decision_reason"])
     assert list(result)[-2:] == ["decision", "decision_reason"]
     (row,) = FileScorer(open_bundle(bundles[name]), Path(), BulkOptions(ALPHA, resize="fit"))(
-        [str(strange[path])]
+        [str(ood_paths[path])]
     )
     check(name, path, row["decision"], row["decision_reason"])
     status = main(
         [
             "score",
-            str(strange[path]),
+            str(ood_paths[path]),
             "--bundle",
             str(bundles[name]),
             "--resize",
@@ -132,17 +132,17 @@ def test_over_http_in_files_and_on_the_page(
 
 @pytest.fixture(scope="module")
 def served(bundles: dict[str, Path]) -> Iterator[RunningService]:
-    running = RunningService(*bundles.values())
+    running = RunningService(*bundles.values(), options=("--workers", "1"))
     yield running
     running.stop()
 
 
 @pytest.mark.parametrize("number, name", list(enumerate(EXPECTED)))
 def test_over_the_client(
-    number: int, name: str, served: RunningService, strange: list[Path]
+    number: int, name: str, served: RunningService, ood_paths: list[Path]
 ) -> None:
     with AdeClient(served.url, model=name if number else None) as client:
-        results = client.score([*strange, b"no image"], alpha=ALPHA, resize=True)
+        results = client.score([*ood_paths, b"no image"], alpha=ALPHA, resize=True)
         assert not any(result.accepted for result in results)
         for path, result in enumerate(results[:2]):
             check(name, path, result.decision, result.decision_reason)
@@ -183,7 +183,7 @@ def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
 
 
 def test_what_is_not_finite(
-    bundles: dict[str, Path], strange: list[Path], monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Path], ood_paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = InferenceEngine(bundles["both"], device="cpu", operations=["score"])
     whole = engine.backend.run
@@ -196,18 +196,18 @@ def test_what_is_not_finite(
 
     monkeypatch.setattr(engine.backend, "run", corrupted)
     monkeypatch.setattr("serving.bulk.InferenceEngine", lambda *args, **options: engine)
-    image = base64.b64encode(strange[0].read_bytes()).decode()
+    image = base64.b64encode(ood_paths[0].read_bytes()).decode()
     (answer,) = Service("score", engine).answer(
         [RawRequest("application/json", {"images": [image]})]
     )
     assert answer.status == 422 and json.loads(answer.body)["error"]["code"] == "not_finite"
-    (row,) = FileScorer(open_bundle(bundles["both"]), Path(), BulkOptions())([str(strange[0])])
+    (row,) = FileScorer(open_bundle(bundles["both"]), Path(), BulkOptions())([str(ood_paths[0])])
     assert row["error"] == "not_finite" and row["decision"] == "no_verdict"
     assert decide(float("nan"), engine.calibrations, False, ALPHA).choice == "no_verdict"
     assert decide(None, engine.calibrations, False, ALPHA).choice == "no_verdict"
 
 
-def test_how_many_images_an_alpha_takes(bundles: dict[str, Path]) -> None:
+def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> None:
     """With one less, nothing is accepted; with as many, everything is decided."""
     for alpha, needed in ((0.1, 9), (0.05, 19), (0.01, 99), (0.003, 333), (1.0, 0)):
         assert images_needed(alpha) == needed
@@ -222,7 +222,7 @@ def test_how_many_images_an_alpha_takes(bundles: dict[str, Path]) -> None:
     )
 
 
-def test_an_alpha_that_is_next_to_nothing(bundles: dict[str, Path]) -> None:
+def test_a_tiny_alpha(bundles: dict[str, Path]) -> None:
     """Its reciprocal is infinite. There is no verdict, and no error."""
     engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
     image = base64.b64encode(write_png(np.zeros((8, 8, 3), np.uint8))).decode()
@@ -257,7 +257,8 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
         note
         == fdr_note(20, 10, 0.1)
         == (
-            "at a false discovery rate of 0.1, at least 5 of 10 images must have the smallest p-value, 1/21, before any is "
+            "at a false discovery rate of 0.1, at least 5 of 10 images must have the smallest "
+            "p-value, 1/21, before any is "
             "reported; to report a single one takes 99 calibration images"
         )
     )
@@ -266,9 +267,8 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     )
     assert "none of 100 images can be reported" in str(fdr_note(5, 100, 0.1))
     assert fdr_note(999, 100, 0.1) is None and fdr_note(998, 100, 0.1) is not None
-    said = _said(
-        100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169
-    )  # five flat images among a hundred, on the page
+    # Five images of one colour among a hundred, on the page.
+    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169)
     assert said.startswith(
         "**5 of 100 images are unlike the training images**: 0 at a false discovery rate of 0.1"
     )
@@ -279,7 +279,7 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.1, 3000)
 
 
-def test_the_documentation_never_lets_pass_what_is_merely_not_ood() -> None:
+def test_no_example_in_the_documentation_accepts_images_only_because_they_are_not_ood() -> None:
     root = Path(__file__).parents[1]
     for page in (
         root / "README.md",

@@ -19,7 +19,7 @@ from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.engine.bundle import open_bundle, verify_bundle
 from serving.files import new_folder, replacing
 from serving.verdict.calibration import CalibrationError
-from tests.conftest import make_folder
+from tests.helpers import make_folder
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from fitting.report import Caught, Findings, Outlier, false_alarms, weaknesses, 
 from fitting.survey import Survey, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
-from tests.conftest import ROOT, make_folder
+from tests.helpers import ROOT, make_folder
 from training.datasets.folder import image_files, load_files, load_folder
 
 
@@ -111,7 +111,7 @@ def test_the_size_suits_most_images(sizes: dict, side: int) -> None:
     assert choose_image_size(Counter(sizes)) == side
 
 
-def test_what_a_folder_holds(tmp_path: Path, small_images: np.ndarray) -> None:
+def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> None:
     folder = make_folder(tmp_path / "images", small_images)
     for i in range(30):
         shutil.copy(folder / "class0" / "0000.png", folder / f"copy{i}.png")
@@ -189,7 +189,7 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         (["TMP"], "--out must lie outside"),
     ],
 )
-def test_what_cannot_be_fitted(
+def test_folders_that_cannot_be_fitted(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -223,7 +223,7 @@ def test_a_folder_may_be_called_like_a_data_set(
     )
 
 
-def test_the_report_says_first_what_the_gate_is_worth(
+def test_the_report_starts_with_the_quality_of_the_gate(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     """Few calibration images, few epochs and corruptions that pass are named; false alarms as
@@ -301,7 +301,7 @@ def test_the_report_says_first_what_the_gate_is_worth(
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_a_gate_and_goes_on_after_a_kill(
+def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     tmp_path: Path, real_images: np.ndarray
 ) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])

@@ -251,7 +251,9 @@ def test_metrics_are_read_only(front: RunningFront, upstream: Upstream) -> None:
     assert upstream.seen == []
 
 
-def test_only_who_knows_the_secret_is_a_probe(front: RunningFront, upstream: Upstream) -> None:
+def test_only_requests_with_the_secret_are_health_checks(
+    front: RunningFront, upstream: Upstream
+) -> None:
     for value, is_probe in [
         ("1", False),
         ("secret-of-probe", False),
@@ -276,7 +278,7 @@ def test_only_who_knows_the_secret_is_a_probe(front: RunningFront, upstream: Ups
         ({"Sec-Fetch-Site": "cross-site"}, 403),
     ],
 )
-def test_the_guard_is_before_it(
+def test_the_front_is_guarded(
     front: RunningFront, upstream: Upstream, headers: dict[str, str], status: int
 ) -> None:
     answer = post(front, "text/plain", b"{}", **headers)
@@ -295,9 +297,8 @@ def test_a_token(tmp_path: Path) -> None:
         assert upstream.seen == []
         came = post(guarded, Authorization="bearer " + "t" * 43).json()
         assert dict(came["headers"])["Authorization"] == "Bearer key-of-torchserve"
-        assert (
-            httpx.get(f"{guarded.metrics}/metrics").status_code == 200
-        )  # loopback alone, as before
+        # The metrics still listen only on loopback.
+        assert httpx.get(f"{guarded.metrics}/metrics").status_code == 200
     finally:
         upstream.stop()
         guarded.stop()
@@ -341,7 +342,7 @@ def test_our_handlers_errors_pass(front: RunningFront, upstream: Upstream) -> No
     )
 
 
-def test_without_upstream_it_says_so_and_resumes(front: RunningFront) -> None:
+def test_a_missing_upstream_is_reported_and_recovers(front: RunningFront) -> None:
     for _ in range(3):
         answer = post(front)
         assert (
@@ -442,8 +443,8 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
 
 def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream) -> None:
     request = (
-        HEAD
-        + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+        HEAD + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n"
+        b"1\r\nx\r\n0\r\n"
     )
     for trailer in (
         b"X-Ade-Probe: secret-of-probes",
@@ -474,9 +475,8 @@ def test_what_is_too_large_is_refused_before_it_is_sent(
         connection.sendall(HEAD + b"Content-Length: 67108865\r\nExpect: 100-continue\r\n\r\n")
         status, body = read_answer(connection)
         assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
-    answer = post(
-        front, content=b"\0" * (64 * 2**20 + 1), timeout=60
-    )  # a client that sends it all the same
+    # A client that ignores the announced limit and sends the whole body.
+    answer = post(front, content=b"\0" * (64 * 2**20 + 1), timeout=60)
     assert answer.status_code == 413 and upstream.seen == []
 
 
@@ -522,7 +522,7 @@ def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -
     assert time.monotonic() - started < 4
 
 
-def test_bodies_that_stall_keep_nobody_out(short: RunningFront, upstream: Upstream) -> None:
+def test_stalled_bodies_do_not_block_others(short: RunningFront, upstream: Upstream) -> None:
     stalled = [short.connect() for _ in range(50)]
     for connection in stalled:
         connection.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000)
@@ -625,9 +625,8 @@ def test_answers_that_nobody_reads_are_dropped(
     with unread_answer(short) as lazy:
         lazy.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0 if others else 2.0)
-        assert (
-            post(short, content=b"x" * 2**20).status_code == 200
-        )  # too much for the budget together
+        # All answers together exceed the budget.
+        assert post(short, content=b"x" * 2**20).status_code == 200
         assert is_closed(lazy, 1.0)
 
 
@@ -702,7 +701,7 @@ def hang(front: RunningFront, body: bytes) -> socket.socket:
     return connection
 
 
-def test_who_hangs_up_while_waiting_is_not_computed(
+def test_a_request_whose_client_leaves_while_waiting_is_not_computed(
     short: RunningFront, upstream: Upstream
 ) -> None:
     taken = [hang(short, b"taken") for _ in range(2)]
@@ -721,8 +720,10 @@ def test_who_hangs_up_while_waiting_is_not_computed(
     assert [came["body"] for came in upstream.seen] == ["taken", "taken", "patient"]
 
 
-def test_who_hangs_up_in_flight_holds_the_turn(short: RunningFront, upstream: Upstream) -> None:
-    """TorchServe computes it all the same: letting others go there would only lengthen its queue."""
+def test_a_client_that_leaves_in_flight_keeps_its_turn(
+    short: RunningFront, upstream: Upstream
+) -> None:
+    """TorchServe still computes the request, so more requests would only lengthen its queue."""
     taken = [hang(short, b"") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)
     for connection in taken:
@@ -770,9 +771,8 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
     async def check() -> None:
         lane = Lane(Limits(in_flight=(3, 8, 40), latency_s=0.1))
         assert await play(lane, 200, 0.001) == 40  # fast answers: as many as wait
-        assert (
-            await play(lane, 60, 0.15) == 3
-        )  # slow ones: few, so that others can still be dropped
+        # After slow answers few are in flight, so that the others can still be dropped.
+        assert await play(lane, 60, 0.15) == 3
         assert await play(lane, 200, 0.001) == 40
         with pytest.raises(ApiError, match="too many requests are waiting"):
             await play(Lane(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)

@@ -1,4 +1,4 @@
-"""Ten thousand broken requests on a real service: no worker dies, and no answer blames the server."""
+"""Ten thousand malformed requests to a real service: no worker dies, no answer is a 500 error."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from serving.client import AdeClient
 from tests.service import RunningService
 
 
-def test_the_same_seed_breaks_in_the_same_ways() -> None:
+def test_malformed_requests_are_a_function_of_the_seed() -> None:
     first, again = list(malformed_requests(1, 50)), list(malformed_requests(1, 50))
     assert first == again != list(malformed_requests(2, 50))
     assert len({request.kind for request in malformed_requests(1, 300)}) == 9
 
 
 @pytest.mark.slow
-def test_broken_requests_harm_nobody(service: RunningService, real_images: np.ndarray) -> None:
+def test_malformed_requests_do_no_harm(service: RunningService, real_images: np.ndarray) -> None:
     def workers() -> set[int]:
         return {process.pid for process in service.workers()}
 

@@ -1,6 +1,4 @@
-"""The gate in process, and the middleware that puts it before a classifier: nothing passes that was
-not accepted.
-"""
+"""The gate and its middleware in front of a classifier: only accepted images pass."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from serving.gate import Decision, Gate
 from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
 from serving.images import write_png
 from serving.verdict.calibration import Calibrations
-from tests.conftest import PRETRAINED, ROOT, with_calibrations
+from tests.helpers import PRETRAINED, ROOT, with_calibrations
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CAT = ROOT / "serving" / "examples" / "cat.png"
@@ -102,7 +100,7 @@ def test_without_a_verdict_nothing_is_accepted(
     )
     with pytest.raises(ValueError, match="alpha"):
         Gate(PRETRAINED, alpha=0.0)
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         Gate(ROOT / "docs")
 
 
@@ -219,7 +217,7 @@ def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> No
 
 
 def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
-    """As documented: 503, and the next request is answered as soon as the gate is well again."""
+    """The answer is 503, as documented, and the next request succeeds once the gate works."""
     free = threading.Event()
 
     class Slow:

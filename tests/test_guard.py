@@ -1,4 +1,4 @@
-"""What the guard lets in: by Host, Origin and token, for HTTP and websockets."""
+"""The guard's decisions by Host, Origin and token, for HTTP and websockets."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def outcome(*headers: tuple[str, str], **options: Any) -> tuple[int, str]:
         "mixed.example",
     ],
 )
-def test_hosts_that_come_in(host: str) -> None:
+def test_accepted_hosts(host: str) -> None:
     assert outcome(("Host", host)) == (200, "hello")
 
 
@@ -120,7 +120,7 @@ def test_hosts_that_come_in(host: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_hosts_that_stay_out(host: str, method: str) -> None:
+def test_rejected_hosts(host: str, method: str) -> None:
     assert outcome(("Host", host), method=method) == (421, "host_not_allowed")
 
 
@@ -162,7 +162,7 @@ OTHER = [
 
 
 @pytest.mark.parametrize("host, origin", SAME)
-def test_origins_that_come_in(host: str, origin: str) -> None:
+def test_accepted_origins(host: str, origin: str) -> None:
     assert outcome(
         ("Host", host), ("Origin", origin), ("Sec-Fetch-Site", "same-origin"), method="POST"
     ) == (200, "hello")
@@ -170,11 +170,11 @@ def test_origins_that_come_in(host: str, origin: str) -> None:
 
 @pytest.mark.parametrize("host, origin", OTHER)
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "FROBNICATE"])
-def test_origins_that_stay_out(host: str, origin: str, method: str) -> None:
+def test_rejected_origins(host: str, origin: str, method: str) -> None:
     assert outcome(("Host", host), ("Origin", origin), method=method) == (403, "cross_origin")
 
 
-def test_programs_that_are_no_browsers_come_in() -> None:
+def test_programs_other_than_browsers_are_accepted() -> None:
     assert outcome(("Host", "127.0.0.1"), method="POST") == (200, "hello")
 
 
@@ -190,9 +190,8 @@ def test_programs_that_are_no_browsers_come_in() -> None:
 )
 def test_sec_fetch_site(site: str, status: int) -> None:
     assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site), method="POST")[0] == status
-    assert (
-        outcome(("Host", "localhost"), ("Sec-Fetch-Site", site))[0] == 200
-    )  # reading: no CORS, so no page sees it
+    # Reading is allowed; without CORS headers no page can see the answer.
+    assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site))[0] == 200
 
 
 def test_two_origins_are_refused() -> None:
@@ -246,10 +245,11 @@ def test_one_token() -> None:
     assert outcome(("Host", "localhost"), token=TOKEN) == (401, "bad_token")
     right = ("Authorization", f"Bearer {TOKEN}")
     assert outcome(("Host", "localhost"), right, right, token=TOKEN) == (401, "bad_token")
+    # Without a token, the header belongs to the application.
     assert outcome(("Host", "localhost"), right) == (
         200,
         "hello",
-    )  # none is required: what comes is the application's
+    )
 
 
 def test_a_refused_body_is_discarded_and_the_connection_closed() -> None:

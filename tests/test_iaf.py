@@ -1,13 +1,11 @@
-"""The inverse autoregressive step: its order, its determinant, and that it bounds the likelihood
-like any posterior.
-"""
+"""The inverse autoregressive step: its order, its determinant and its bound on the likelihood."""
 
 from __future__ import annotations
 
 import torch
 
 from ade_model.iaf import InverseAutoregressiveStep
-from tests.conftest import TINY, make_model, shake
+from tests.helpers import TINY, make_model, shake
 
 
 def jacobian(
@@ -57,9 +55,8 @@ def test_the_step_changes_the_posterior_and_nothing_of_the_generator() -> None:
     encoding = model.encode(x, eps)
     assert not torch.allclose(encoding.z[0], encoding.posteriors[0].sample(eps[0]))
     score, evidence = model.score(x, eps), model.expected_evidence(x, eps)
-    assert torch.allclose(
-        score.log_weight, evidence.log_weight
-    )  # no closed form: both are the draw's
+    # There is no closed form: both are computed from the draw.
+    assert torch.allclose(score.log_weight, evidence.log_weight)
     before = model.sample(eps)
     shake(model.decoder.levels[0].iaf, scale=1.0)
     assert torch.equal(model.sample(eps), before)

@@ -1,10 +1,8 @@
-"""Image files of every kind, and what is no image."""
+"""Reading and writing images of all formats, and files that are not images."""
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -13,12 +11,21 @@ from PIL import Image
 import serving.images
 from serving.api.requests import InputImage, prepare_image
 from serving.images import ImageError, read_image, resize_centre, tile, write_png
+from tests.helpers import encode, png_header
 
 
-def encode(image: Image.Image, format: str, **options) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
+@pytest.mark.parametrize(
+    "shape", [(80, 48, 3), (48, 80, 3), (33, 64, 3), (31, 30, 3), (100, 101, 3), (20, 13, 1)]
+)
+def test_training_and_serving_crop_alike(shape: tuple[int, int, int]) -> None:
+    """A model judges resized images by what it was trained on: the same centre, the same filter."""
+    from training.datasets.files import square
+
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    served = prepare_image(write_png(image), (32, 32, shape[2]), True, 0)
+    assert isinstance(served, InputImage) and served.resized
+    trained = square(image if shape[2] == 3 else image[:, :, 0], 32).reshape(32, 32, shape[2])
+    assert np.array_equal(served.pixels, trained)
 
 
 @pytest.fixture()
@@ -129,22 +136,6 @@ def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (decoded.pixels == 0).all() and "first of several frames taken" in decoded.notes
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
-        + chunk(b"IEND", b"")
-    )
-
-
 @pytest.mark.parametrize(
     "data, code",
     [
@@ -158,7 +149,7 @@ def png_header(width: int, height: int) -> bytes:
         (b"GIF89a", "not_an_image"),
     ],
 )
-def test_what_is_no_image(data: bytes, code: str) -> None:
+def test_files_that_are_not_images(data: bytes, code: str) -> None:
     with pytest.raises(ImageError) as error:
         read_image(data)
     assert error.value.code == code and str(error.value)

@@ -1,4 +1,4 @@
-"""Ways through the noise: their ends, their length, and what stays."""
+"""Interpolation in the noise: end points, norms, and the levels that stay fixed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noise(seed: int, n: int = 1) -> list[np.ndarray]:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2**32), st.integers(3, 16))
-def test_the_way_has_its_ends_and_keeps_its_length(first: int, last: int, steps: int) -> None:
+def test_the_path_has_its_end_points_and_keeps_the_norm(first: int, last: int, steps: int) -> None:
     a, b = noise(first), noise(last)
     for way, start, end in zip(between(a, b, steps), a, b, strict=True):
         assert way.shape == (steps, *start.shape[1:]) and way.dtype == np.float32
@@ -29,7 +29,7 @@ def test_the_way_has_its_ends_and_keeps_its_length(first: int, last: int, steps:
 
 
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.0])
-def test_ends_that_lie_in_one_line(factor: float) -> None:
+def test_end_points_on_one_line(factor: float) -> None:
     a = noise(3)
     for way in between(a, [np.float32(factor) * level for level in a], 5):
         assert np.isfinite(way).all()

@@ -1,4 +1,4 @@
-"""Is the number a likelihood? Known answers, from a uniform model to the Kraft inequality."""
+"""The likelihood against known answers, from a uniform model to the Kraft inequality."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ade_model.distributions import DiagonalGaussian
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.quantization import dequantize
 from ade_model.vae import Draw
-from tests.conftest import TINY, make_model, shake
+from tests.helpers import TINY, make_model, shake
 
 # Four pixels and one latent: small enough to integrate.
 FOUR_PIXELS = ModelConfig(
@@ -55,13 +55,13 @@ def test_a_uniform_model_has_exactly_8_bits() -> None:
     assert bits_per_dim(torch.zeros(5), num_dims=3072).tolist() == [8.0] * 5
 
 
-def test_one_nat_a_dimension() -> None:
+def test_one_nat_per_dimension() -> None:
     assert bits_per_dim(
         torch.tensor([12 * math.log(2.0)], dtype=torch.float64), 12
     ).item() == pytest.approx(7.0)
 
 
-def test_log_prob_must_be_one_value_an_image() -> None:
+def test_log_prob_must_be_one_value_per_image() -> None:
     with pytest.raises(ShapeError, match=r"log_prob must be \(N,\), got \(2, 3\)"):
         bits_per_dim(torch.zeros(2, 3), 3)
     with pytest.raises(ShapeError, match=r"\(K, N\)"):

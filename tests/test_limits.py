@@ -1,4 +1,4 @@
-"""What one batch may take, and that a request by itself always gets its answer."""
+"""Limits per batch; a request that is alone in its batch is always answered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.api.requests import FilesRequest, RawRequest, decode_images
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
-from tests.conftest import PRETRAINED
+from tests.helpers import PRETRAINED
 from tests.service import RunningService
 
 CASES = (
@@ -62,9 +62,8 @@ def expected_bytes(operation: str, raw: RawRequest, engine: InferenceEngine) -> 
 def test_answers_are_no_longer_than_expected(
     operation: str, parameters: dict, engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
-    noise = np.random.default_rng(0).integers(
-        0, 256, (5, 32, 32, 3), np.uint8
-    )  # which no PNG shortens
+    # Random pixels, which PNG cannot compress.
+    noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     raw = request(None if operation == "sample" else noise, **parameters)
     (answer,) = Service(operation, engine).answer([raw])
     assert answer.status == 200
@@ -99,7 +98,7 @@ def test_a_batch_has_room_for_so_many_bytes_of_answers(
     ]
 
 
-def test_room_that_answers_did_not_need_goes_to_others(
+def test_unused_room_for_answers_is_given_to_others(
     engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [request(real_images[:1])] * 6

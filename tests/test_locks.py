@@ -1,42 +1,17 @@
-"""Folders and tables that one process at a time may write."""
+"""Locks between processes."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from filelock import Timeout
 
 from serving.files import locked
-
-HOLD = """
-import sys
-from pathlib import Path
-from serving.files import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        yield holder
-    finally:
-        holder.kill()
-        holder.communicate()
+from tests.helpers import held_by_another
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

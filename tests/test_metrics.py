@@ -1,6 +1,4 @@
-"""Metrics against closed forms, against the library's own results, and on images whose answer is
-known.
-"""
+"""Metrics against closed forms, reference implementations and images with a known result."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from serving.images import psnr
-from tests.conftest import ROOT
+from tests.helpers import large_data, needs_data
 from training.metrics import inception
 from training.metrics.efficientnet import EfficientNetFeatures, _conv, _fold
 from training.metrics.features import FeatureError, ResNet20, features_of
@@ -22,8 +20,7 @@ from training.metrics.inception_score import inception_score
 from training.metrics.kid import kernel_distance
 from training.metrics.precision_recall import improved_precision_recall, prd_curve, prd_f_scores
 
-RESNET20 = ROOT.parent / "shared" / "models" / "resnet20_cifar10.npz"
-CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
+RESNET20 = "models/resnet20_cifar10.npz"
 
 
 def test_frechet_distance_of_independent_gaussians() -> None:
@@ -157,14 +154,12 @@ def test_psnr() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (RESNET20.is_file() and CIFAR10.is_dir()), reason="needs CIFAR-10 and a trained ResNet-20"
-)
+@needs_data("data/cifar10", RESNET20)
 def test_resnet20_tells_images_from_noise() -> None:
     from training.datasets import load_dataset
 
-    part = load_dataset("cifar10", str(CIFAR10)).parts["test"]
-    network, device = ResNet20(RESNET20), torch.device("cpu")
+    part = load_dataset("cifar10", str(large_data("data/cifar10"))).parts["test"]
+    network, device = ResNet20(large_data(RESNET20)), torch.device("cpu")
     features = features_of(network, part.images[:8000], device)
     assert (network.logits(features).argmax(1) == part.labels[:8000]).mean() > 0.91
     assert frechet_distance(features[:4000], features[4000:]) == pytest.approx(0.1, abs=0.05)

@@ -1,4 +1,4 @@
-"""The model's five verbs: shapes, noise, options and what is refused."""
+"""The model's five verbs: shapes, noise, options and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ade_model import ADEModel, ConfigError, ModelConfig, ShapeError
 from ade_model.checkpoint import load_model, save_model
-from tests.conftest import TINY, make_model
+from tests.helpers import TINY, make_model
 
 
 def noise(model: ADEModel, n: int = 2, seed: int = 0) -> list[torch.Tensor]:
@@ -230,7 +230,7 @@ def test_a_model_without_an_inference_network_can_only_sample() -> None:
         model.encode(torch.rand(2, 3, 8, 8), eps)
 
 
-def test_models_of_before_are_read() -> None:
+def test_models_of_earlier_versions_are_read() -> None:
     old = {
         k: v
         for k, v in TINY.to_dict().items()

@@ -1,4 +1,4 @@
-"""deploy/nginx.conf with a real nginx before a real service."""
+"""deploy/nginx.conf with a real nginx in front of a real service."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT, npy
 from tests.service import RunningService, free_ports
-from tests.test_requests import npy
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 KEY = "0123456789abcdef0123456789abcdef"
@@ -111,13 +110,11 @@ def test_operations_under_short_paths(proxy: str, service: RunningService) -> No
     assert answer.status_code == 200 and answer.content == direct.content
     assert answer.headers["x-ade-model"] == direct.headers["x-ade-model"]
     (name,) = answer.headers.get_list("x-request-id")
-    assert (
-        len(name) == len(direct.headers["x-request-id"]) == 36
-    )  # the service's own, as in its journal
+    # The id of the service, as in its journal.
+    assert len(name) == len(direct.headers["x-request-id"]) == 36
     assert "access-control-allow-origin" not in answer.headers
-    long = ask(
-        proxy, "/predictions/score", content=data, headers={"Content-Type": "image/png"}
-    )  # as AdeClient asks
+    # With the headers that AdeClient sends.
+    long = ask(proxy, "/predictions/score", content=data, headers={"Content-Type": "image/png"})
     assert long.status_code == 200 and long.content == direct.content
     sample = ask(proxy, "/v1/sample", json={"n": 2, "seed": 1})
     assert sample.content.startswith(b"\x89PNG") and sample.headers["content-type"] == "image/png"

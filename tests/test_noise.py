@@ -1,4 +1,4 @@
-"""Random numbers: the same for ever, independent, and of the right law."""
+"""Random numbers: reproducible across versions, independent, and correctly distributed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_stream_repeats_itself(counts: list[int]) -> None:
     assert all(np.array_equal(one.normal((n,)), two.normal((n,))) for n in counts)
 
 
-def test_laws() -> None:
+def test_distributions() -> None:
     stream = NoiseStream(sample_key(0, 0))
     uniform = stream.uniform((200_000,))
     assert uniform.dtype == np.float32 and 0 <= uniform.min() and uniform.max() < 1

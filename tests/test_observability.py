@@ -1,4 +1,4 @@
-"""Where time goes, what is logged, and the dashboard that shows it."""
+"""The profile of request times, the logs and the dashboard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from handlers.torchserve.profile import profile_table, read_totals
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
 from serving.api.telemetry import METRICS, Stopwatch
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 METRICS_TEXT = """# HELP ade_requests Torchserve prometheus counter metric
 ade_requests{model_name="score",worker="9001",status="200",code="none",hostname="h",} 3.0
@@ -82,7 +82,7 @@ def test_journals_keep_errors_findable(tmp_path: Path) -> None:
     )
 
 
-def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+def test_the_dashboard_uses_existing_metrics() -> None:
     dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
     expressions = [
         target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])

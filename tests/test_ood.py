@@ -1,4 +1,4 @@
-"""The verdict: its arithmetic, and the promises that calibration makes."""
+"""The verdict: its arithmetic, and the guarantees of the calibration."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_p_values_count_the_calibration_scores(reference: list[int], scores: lis
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from(sorted(LAWS)))
-def test_false_alarms_come_at_the_rate_that_was_chosen(seed: int, alpha: float, law: str) -> None:
+def test_false_alarms_have_the_chosen_rate(seed: int, alpha: float, law: str) -> None:
     """Whatever the law: the realised rate, given the calibration, follows Beta(k, n + 1 - k), or is
     below with ties.
     """
@@ -96,13 +96,13 @@ def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
     assert stats.kstest(values, "uniform").pvalue > 1e-6
 
 
-def test_strangers_on_either_side_are_flagged_and_explained() -> None:
+def test_both_tails_are_flagged_and_explained() -> None:
     fitted = calibration()
-    usual = {name: np.array([4.0], np.float32) for name in NAMES}
+    typical = {name: np.array([4.0], np.float32) for name in NAMES}
     for shift in (-8.0, 8.0):
         for name in NAMES:
-            strange = {**usual, name: np.array([4.0 + shift], np.float32)}
-            (verdict,) = fitted.verdicts(strange, [0.5])
+            unusual = {**typical, name: np.array([4.0 + shift], np.float32)}
+            (verdict,) = fitted.verdicts(unusual, [0.5])
             assert verdict.p_value == pytest.approx(0.001)
             assert verdict.explain[0].statistic == name and verdict.explain[
                 0
@@ -110,11 +110,11 @@ def test_strangers_on_either_side_are_flagged_and_explained() -> None:
             assert [u.p_value for u in verdict.explain] == sorted(
                 u.p_value for u in verdict.explain
             )
-    (verdict,) = fitted.verdicts(usual, [0.5])
+    (verdict,) = fitted.verdicts(typical, [0.5])
     assert verdict.p_value > 0.5 and {u.statistic for u in verdict.explain} == set(NAMES)
 
 
-def test_unlikely_together_is_strange_though_each_is_usual() -> None:
+def test_unlikely_combinations_of_likely_statistics_are_flagged() -> None:
     """What a density sees and no single statistic can."""
     rng = np.random.default_rng(1)
 
@@ -129,12 +129,12 @@ def test_unlikely_together_is_strange_though_each_is_usual() -> None:
         {**twins(500), "pixel_mean_0": rng.normal(size=500).astype(np.float32)},
         {**twins(999), "pixel_mean_0": rng.normal(size=999).astype(np.float32)},
     )
-    strange = {
+    unusual = {
         "bpd": np.array([1.0], np.float32),
         "complexity": np.array([-1.0], np.float32),
         "pixel_mean_0": np.zeros(1, np.float32),
     }
-    (verdict,) = fitted.verdicts(strange, [0.5])
+    (verdict,) = fitted.verdicts(unusual, [0.5])
     assert verdict.p_value == pytest.approx(0.001) and min(u.p_value for u in verdict.explain) > 0.1
 
 
@@ -155,7 +155,7 @@ def test_normal_scores_are_normal_and_equal_values_share_theirs() -> None:
     assert stats.kstest(scores[:, 0], "norm").pvalue > 0.01
     middle = fitted(np.zeros((1, 2), np.float32))[0, 1]
     assert stats.norm.cdf(middle) == pytest.approx(0.3, abs=0.02)
-    assert fitted(np.full((1, 2), 1e9, np.float32)).min() > FARTHEST  # beyond the grid it goes on
+    assert fitted(np.full((1, 2), 1e9, np.float32)).min() > FARTHEST  # linear beyond the grid
 
 
 @given(st.lists(st.floats(0.0005, 1), min_size=1, max_size=30), st.floats(0.01, 0.5))
@@ -172,9 +172,8 @@ def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
 
 
 def test_the_band_of_false_alarms() -> None:
-    assert false_alarm_band(999, 0.01) == pytest.approx(
-        (0.0048, 0.0170), abs=2e-4
-    )  # published for n = 1000
+    # The published value for n = 1000.
+    assert false_alarm_band(999, 0.01) == pytest.approx((0.0048, 0.0170), abs=2e-4)
     low, high = false_alarm_band(3000, 0.01)
     assert low < 0.01 < high
     assert false_alarm_band(50, 0.01) == (0.0, 0.0)
@@ -206,7 +205,7 @@ def test_more_images_make_a_finer_density() -> None:
     assert sizes == [1, 2, MAX_COMPONENTS]
 
 
-def test_what_does_not_vary_is_left_out() -> None:
+def test_constant_statistics_are_left_out() -> None:
     rng = np.random.default_rng(0)
     constant = {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)}
     fitted = fit_calibration(
@@ -247,8 +246,8 @@ def test_file_round_trip(tmp_path: Path) -> None:
         Calibrations.load(path)
 
 
-def test_a_file_as_versions_before_wrote_it(tmp_path: Path) -> None:
-    """One calibration, at the top: for resized images too if it says so."""
+def test_a_file_of_earlier_versions(tmp_path: Path) -> None:
+    """Older files have one calibration, with a flag whether it is for resized images too."""
     path = tmp_path / "calibration.npz"
     for resize in (None, "fit"):
         old = dataclasses.replace(calibration(), resize=resize)
@@ -271,7 +270,7 @@ def test_too_few_images(fit: int, cal: int, message: str) -> None:
         fit_calibration(draw(rng, fit), draw(rng, cal))
 
 
-def test_what_cannot_be_calibrated() -> None:
+def test_bundles_that_cannot_be_calibrated() -> None:
     rng = np.random.default_rng(0)
     bad = draw(rng, 100)
     bad["complexity"][3:5] = np.nan

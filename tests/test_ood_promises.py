@@ -1,6 +1,4 @@
-"""What docs/ood.md promises of the shipped bundle, on real images: false alarms, strangers, never
-worse than the bits.
-"""
+"""The promises of docs/ood.md about the shipped bundle, checked on real images."""
 
 from __future__ import annotations
 
@@ -19,15 +17,10 @@ from export.verdict.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import conformal_p_values
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, large_data, needs_data
 
-SHARED = ROOT.parent / "shared" / "data"
 ALPHAS = (0.1, 0.05, 0.01)
 LEAST = {"chars74k": 0.95, "textures": 0.94, **dict.fromkeys(CORRUPTIONS, 0.99)}
-
-needs_data = pytest.mark.skipif(
-    not (SHARED / "cifar10").is_dir(), reason="CIFAR-10 is not at ../shared/data"
-)
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +28,26 @@ def engine() -> InferenceEngine:
     return InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
 
 
-def test_spoilt_images_are_found_among_a_few(
+def test_corrupted_images_are_found_among_a_few(
     engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
-    """On the few images that ship, whatever else is there."""
-    usual = scores_of(engine.calibration, engine.statistics(real_images))
+    """Uses only the images of this repository, so that it always runs."""
+    typical = scores_of(engine.calibration, engine.statistics(real_images))
     assert (
-        conformal_p_values(engine.calibration.scores, usual[COMBINED]) <= 0.1
+        conformal_p_values(engine.calibration.scores, typical[COMBINED]) <= 0.1
     ).mean() < 0.1 + 4 * math.sqrt(0.09 / 300)
     for name, corrupt in CORRUPTIONS.items():
-        strange = scores_of(
+        unusual = scores_of(
             engine.calibration,
             engine.statistics(corrupt(real_images[:40], np.random.default_rng(0))),
         )
-        assert compare_scores(usual[COMBINED], strange[COMBINED]).auroc > 0.985, name
+        assert compare_scores(typical[COMBINED], unusual[COMBINED]).auroc > 0.985, name
 
 
 def test_resized_images_have_a_verdict_of_their_own(
     engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
-    """Of the shipped bundle, on pictures that were enlarged by what its calibration did not draw."""
+    """On images enlarged by factors that the shipped bundle's calibration did not use."""
 
     def resized(images: np.ndarray) -> np.ndarray:
         larger = (
@@ -64,16 +57,16 @@ def test_resized_images_have_a_verdict_of_their_own(
         made = [prepare_image(image, (32, 32, 3), True, 0) for image in larger]
         return np.stack([image.pixels for image in made if isinstance(image, InputImage)])
 
-    usual = engine.score(resized(real_images[:150]), resized=[True] * 150)
-    p_values = np.array([score.verdict.p_value for score in usual])
+    typical = engine.score(resized(real_images[:150]), resized=[True] * 150)
+    p_values = np.array([score.verdict.p_value for score in typical])
     assert (p_values <= 0.1).mean() < 0.1 + 4 * math.sqrt(0.09 / 150) and np.median(p_values) > 0.3
     for name in ("constant", "uniform noise", "permuted pixels"):
-        strange = resized(CORRUPTIONS[name](real_images[:20], np.random.default_rng(0)))
+        unusual = resized(CORRUPTIONS[name](real_images[:20], np.random.default_rng(0)))
         assert (
             np.mean(
                 [
                     score.verdict.p_value <= 0.05
-                    for score in engine.score(strange, resized=[True] * 20)
+                    for score in engine.score(unusual, resized=[True] * 20)
                 ]
             )
             > 0.9
@@ -81,11 +74,11 @@ def test_resized_images_have_a_verdict_of_their_own(
 
 
 @pytest.mark.slow
-@needs_data
-def test_false_alarms_and_strangers(engine: InferenceEngine) -> None:
+@needs_data("data/cifar10", "data/ood/chars74k.npz", "data/ood/textures.npz")
+def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) -> None:
     from training.datasets import load_dataset
 
-    parts = load_dataset("cifar10", str(SHARED / "cifar10")).parts
+    parts = load_dataset("cifar10", str(large_data("data/cifar10"))).parts
     test_images = np.asarray(parts["test"].images[:])
     test = statistics_of(engine, test_images, "test")
     held_out = statistics_of(
@@ -107,23 +100,23 @@ def test_false_alarms_and_strangers(engine: InferenceEngine) -> None:
             k = math.floor(alpha * 3001)
             low, high = stats.betabinom.ppf([(1 - level) / 2, (1 + level) / 2], 10_000, k, 3001 - k)
             assert low <= (p_values <= alpha).sum() <= high, (split, alpha)
-    usual = scores_of(engine.calibration, test)
+    typical = scores_of(engine.calibration, test)
     for name, least in LEAST.items():
         images = (
-            np.load(SHARED / "ood" / f"{name}.npz")["images"]
+            np.load(large_data(f"data/ood/{name}.npz"))["images"]
             if name not in CORRUPTIONS
             else CORRUPTIONS[name](test_images[:500], np.random.default_rng(0))
         )
-        strange = scores_of(engine.calibration, statistics_of(engine, images, name))
+        unusual = scores_of(engine.calibration, statistics_of(engine, images, name))
         found = {
-            score: compare_scores(usual[score], strange[score]).auroc
+            score: compare_scores(typical[score], unusual[score]).auroc
             for score in (COMBINED, RAW_BPD, NO_MODEL)
         }
         assert found[COMBINED] >= least and found[COMBINED] >= found[RAW_BPD] - 0.01, (name, found)
 
 
-def test_the_documented_figures_are_the_report_s() -> None:
-    """docs/ood.md tells what docs/ood/report.md measured."""
+def test_the_documented_figures_are_those_of_the_report() -> None:
+    """docs/ood.md repeats figures of docs/ood/report.md."""
     text, report = (Path(ROOT / "docs" / name).read_text() for name in ("ood.md", "ood/report.md"))
     for row, name in (("characters", "chars74k"), ("textures", "textures")):
         (line,) = [line for line in report.splitlines() if line.startswith(f"| {name} (")]

@@ -1,6 +1,4 @@
-"""The OpenAPI document describes what the service does: names are listed here, answers are checked by
-schemathesis.
-"""
+"""The OpenAPI document matches the service; answers are checked by schemathesis."""
 
 from __future__ import annotations
 
@@ -27,10 +25,8 @@ from serving.api.operations.base import IMAGE_TYPES
 from serving.api.operations.registry import OPERATIONS
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import write_png
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, encode, npy
 from tests.service import RunningService
-from tests.test_images import encode
-from tests.test_requests import npy
 
 EXAMPLES = 40
 
@@ -45,7 +41,7 @@ def pixels(seed: int) -> np.ndarray:
 
 
 def files(kind: str) -> st.SearchStrategy[bytes]:
-    """Good files of a type, and bytes that are not images."""
+    """Valid files of a type, and random bytes."""
     from PIL import Image
 
     suffix = kind.removeprefix("image/").upper()

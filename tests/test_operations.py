@@ -25,8 +25,8 @@ from serving.api.schema import Schemas
 from serving.client import AdeClient
 from serving.engine.bundle import open_bundle
 from serving.verdict.calibration import Unusual
-from tests.conftest import PRETRAINED
-from tests.test_requests import b64, png
+from tests.helpers import PRETRAINED, b64
+from tests.test_requests import png
 
 RESULT = ScoreResult(
     bpd=3.5,

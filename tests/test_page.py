@@ -1,4 +1,4 @@
-"""The page in Debian's Chromium: each tab's main path and what it says when something is wrong."""
+"""The page in Debian's Chromium: the main path and the errors of each tab."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from serving.page.explore import VARIATIONS
 from serving.page.score import REASONS
 from serving.page.served import Served
 from serving.page.sweep import sweep
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
 CHROMIUM = shutil.which("chromium")
@@ -63,7 +63,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """A page of its own; nothing outside of the service's page may be asked for."""
+    """Open a new page that fails on requests to any other server."""
     page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
     page.set_default_timeout(WAIT_MS)
     outside: list[str] = []
@@ -158,8 +158,8 @@ def wait_for(page: Page, condition: Callable[[], bool]) -> None:
     pytest.fail("it did not come to be")
 
 
-def test_a_sample_is_handed_on(page: Page) -> None:
-    """By keyboard alone. What another tab makes of it is the sample itself, not an encoding of it."""
+def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
+    """Uses only the keyboard. The other tab gets the sample itself, not an encoding of it."""
     show(page, "Sample")
     panel_of(page).get_by_role("button", name="Score it").click()
     expect(page.get_by_text("No sample is chosen yet").first).to_be_visible()
@@ -260,9 +260,8 @@ def test_explore(page: Page, tmp_path: Path) -> None:
         panel.get_by_role("button", name=f"{side} a sample of this seed").click()
     expect(panel.locator("img[src*='seed-']")).to_have_count(2)
     shown = panel.locator("img[src*='strip.png']")
-    before = (
-        (shown.get_attribute("src") or "") if shown.count() else ""
-    )  # of samples that were handed on, if any were
+    # Samples that were sent to the tab, if any.
+    before = (shown.get_attribute("src") or "") if shown.count() else ""
     page.get_by_role("button", name="Explore", exact=True).click()
     expect(panel.locator("img[src*='strip.png']")).not_to_have_attribute("src", before)
     expect(panel.locator("img[src*='step-4.png']")).to_be_visible()
@@ -602,7 +601,7 @@ def test_at_phone_width(browser: Browser, service: RunningService, scheme: str) 
 
 @pytest.fixture(scope="module")
 def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
-    running = RunningService(PRETRAINED, tiny_bundle)
+    running = RunningService(PRETRAINED, tiny_bundle, options=("--workers", "1"))
     yield running
     running.stop()
 

@@ -1,4 +1,4 @@
-"""The page under attack: what is refused, and that it still answers afterwards."""
+"""Attacks on the page: they are rejected, and the page still answers afterwards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from serving.page.routes import MAX_UNREAD, route_of
 from serving.page.served import made_here
 from serving.page.uploads import Quota, UploadRefused, safe_name
 from serving.tables import safe_cell
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService, free_ports
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
@@ -101,7 +101,7 @@ class RunningPage:
             return False
 
     def client(self, **options: Any) -> httpx.Client:
-        """A client that is logged in where that is asked for."""
+        """A client, logged in if the page requires it."""
         client = httpx.Client(base_url=self.url, timeout=60, **options)
         if self.token is not None:
             assert (
@@ -150,7 +150,7 @@ def inner() -> Iterator[str]:
 
 
 def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
-    """Paths that nobody may read, by what they are; those that can be made here lie in ``folder``."""
+    """Paths that no client may read, by kind; those created for the test are in ``folder``."""
     (folder / "key_file.json").write_text(json.dumps({"management": {"key": SECRET}}))
     (folder / "private.png").write_text(SECRET)
     (folder / "private.png").chmod(0o600)
@@ -216,7 +216,7 @@ def call(client: httpx.Client, function: int, data: list[Any]) -> tuple[bool, st
 
 
 def test_no_file_of_the_machine_is_read(page: RunningPage, inner: str, tmp_path: Path) -> None:
-    """Over every input that takes a file; the answer is the same whether anything is there or not."""
+    """Tries every file input. The answer does not reveal whether a path exists."""
     client = page.client()
     paths = outside(page.inbox, tmp_path, inner)
     attacked = targets(client.get("/config").json())
@@ -457,7 +457,7 @@ def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
     assert "access-token" not in client.get("/config").text
 
 
-def test_errors_tell_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_reveal_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the answer nor the log of an unexpected error holds what was sent, or where the page
     lies.
     """
@@ -495,7 +495,7 @@ def test_errors_tell_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch)
     assert "an event failed: " in said, "the operator reads where"
 
 
-def test_an_internal_error_says_nothing(
+def test_an_internal_error_reveals_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -563,11 +563,13 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
     port = int(page.url.rpartition(":")[2])
     before = set((page.inbox / "uploads").iterdir())
     head = (
-        b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n"
         b"Cookie: "
         + "; ".join(f"{c.name}={c.value}" for c in client.cookies.jar).encode()
         + b"\r\n"
-        b"Content-Length: 2000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+        b"Content-Length: 2000000\r\n\r\n--b\r\n"
+        b"Content-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", port)) as sender:
         sender.sendall(head + bytes(1_000_000))
@@ -632,7 +634,7 @@ def test_uploads(page: RunningPage) -> None:
     assert left == [], "what was refused is gone"
 
 
-def test_an_upload_above_the_quota_is_refused_and_others_go_on(page: RunningPage) -> None:
+def test_an_upload_above_the_quota_is_refused_and_others_continue(page: RunningPage) -> None:
     client = page.client()
     files = [("files", (f"{i}.png", bytes(15 * 2**20))) for i in range(18)]
     answer = client.post("/gradio_api/upload", files=files)

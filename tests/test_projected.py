@@ -1,4 +1,4 @@
-"""The projected discriminator: frozen features, small heads, and what it may not be judged by."""
+"""The projected discriminator: frozen features, small heads, and metrics it must not bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ade_model import ConfigError
-from tests.conftest import make_folder, narrow
+from tests.helpers import make_folder, narrow
 from training.augment import NUMBERS, augment
 from training.comparison.report import write_comparison
 from training.data import ImageSet
@@ -82,7 +82,9 @@ def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) ->
     assert counted == sum(p.numel() for p in full.parameters()) == 775_236
 
 
-def test_it_learns_to_tell_and_the_generator_is_told(real_images: np.ndarray) -> None:
+def test_the_discriminator_learns_and_the_generator_gets_its_gradient(
+    real_images: np.ndarray,
+) -> None:
     """Against samples of an untrained model the loss falls; the generator's path gets its gradient,
     the flow does not.
     """
@@ -155,7 +157,7 @@ def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -
 
 
 @pytest.mark.slow
-def test_what_it_trained_is_not_judged_by_its_features(
+def test_models_are_not_judged_by_the_features_that_trained_them(
     small_images: np.ndarray, tmp_path: Path
 ) -> None:
     """From a V-ADE run to its own, resumed as if never cut; its distances are marked in the

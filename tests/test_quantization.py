@@ -1,4 +1,4 @@
-"""Pixels to reals and back."""
+"""Dequantisation and quantisation."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Taking requests apart: what is understood, and the status and message for everything else."""
+"""Parsing requests: accepted forms, and the status and message of every error."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import time
@@ -28,6 +27,7 @@ from serving.api.requests import (
 )
 from serving.api.responses import error_response
 from serving.engine.bundle import Bundle
+from tests.helpers import b64, npy
 
 SHAPE = (8, 8, 3)
 LATENTS = [(3, 2, 2), (2, 4, 4)]
@@ -39,16 +39,6 @@ def png(pixels: np.ndarray = PIXELS) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
-
-
-def npy(array: np.ndarray, **options: Any) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array, **options)
-    return out.getvalue()
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def as_json(**values: Any) -> RawRequest:
@@ -236,9 +226,8 @@ def test_bad_requests(name: str) -> None:
     request_, status, message = BAD_IMAGE_REQUESTS[name]
     with pytest.raises(ApiError, match=message) as caught:
         read_images("score", request_, SHAPE)
-    assert (
-        caught.value.status == status and "0x" not in caught.value.message
-    )  # an address of an object
+    # The address of an object.
+    assert caught.value.status == status and "0x" not in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -269,7 +258,7 @@ def test_channels_must_agree() -> None:
     assert isinstance(grey, InputImage) and grey.pixels.shape == (8, 8, 1)
 
 
-def test_resize_only_when_asked_and_said() -> None:
+def test_images_are_resized_only_on_request_and_with_a_note() -> None:
     large = np.zeros((40, 20, 3), np.uint8)
     parsed = read_images("score", as_json(images=[b64(png(large))], resize="fit"), SHAPE)
     (image,) = parsed.images
@@ -489,7 +478,7 @@ def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> No
         assert refused(parse_sample, request, shapes).status == 413
 
 
-def test_messages_that_are_no_utf8_are_answered_too() -> None:
+def test_messages_that_are_not_utf8_are_answered() -> None:
     answer = error_response(ApiError(422, "bad_parameter", "kind is '\ud800'"))
     assert json.loads(answer.body)["error"]["message"] == "kind is '\ud800'"
 
@@ -522,7 +511,7 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
 @pytest.mark.parametrize(
     "shapes", [LATENTS, [(32, 4, 4), (16, 8, 8), (8, 16, 16)], [(3, 1, 1)], [(1, 1, 512)]]
 )
-def test_all_that_encode_answers_can_be_sent_back(shapes: list) -> None:
+def test_every_answer_of_encode_can_be_sent_back(shapes: list) -> None:
     levels = [
         {
             "shape": shape,

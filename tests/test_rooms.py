@@ -1,6 +1,4 @@
-"""The rooms of the code: who may import whom, without a circle; and which of them know the model
-server.
-"""
+"""The allowed imports between packages, without cycles; only one of them knows TorchServe."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 PACKAGES = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
 # A room is a folder, or a module at the top of serving/. What a room may import beside itself:
@@ -94,7 +92,7 @@ def test_shared_modules_import_nothing_of_ours() -> None:
     assert not [(a, b) for a, b in imports() if is_within(a, SHARED)]
 
 
-def test_rooms_import_each_other_in_no_circle() -> None:
+def test_rooms_have_no_import_cycles() -> None:
     graph: dict[str, set[str]] = defaultdict(set)
     for room, _, imported in ARROWS:
         graph[room].add(room_of(imported))
@@ -103,10 +101,11 @@ def test_rooms_import_each_other_in_no_circle() -> None:
 
 def test_every_room_is_a_package_that_loads_nothing() -> None:
     for init in (path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")):
+        # Other modules may import their names from there.
         if init.parent.name not in (
             "ade_model",
             "datasets",
-        ):  # their names are meant to be imported from there
+        ):
             assert not [
                 n
                 for n in ast.parse(init.read_text()).body

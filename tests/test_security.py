@@ -1,6 +1,4 @@
-"""What a hostile page, another user of the machine and a client can do to a running service:
-nothing.
-"""
+"""Attacks on a running service by a hostile web page, another local user and a client."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
 from serving.ports import Ports
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import CANARIES, RunningService
 
 NOBODY = 65534
@@ -212,7 +210,7 @@ def test_a_childs_environment_is_a_list_of_names(monkeypatch: pytest.MonkeyPatch
     assert not {"GITHUB_TOKEN", "DATABASE_URL", "ADE_TOKEN"} & set(found)
 
 
-def test_the_working_folder_is_nobody_elses(service: RunningService) -> None:
+def test_the_working_folder_is_private(service: RunningService) -> None:
     folder = service.folder
     assert folder.path.stat().st_mode & 0o777 == 0o700 and folder.path.stat().st_uid == os.getuid()
     assert Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) in folder.path.parents
@@ -429,7 +427,7 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(
+def test_off_loopback_a_token_is_required_and_never_printed(
     exposed: RunningService, tmp_path: Path
 ) -> None:
     token, output = exposed.folder.token_file.read_text(), "".join(exposed.output)
@@ -441,9 +439,8 @@ def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(
     with AdeClient(exposed.url, token=token) as client:
         assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
     assert httpx.get(f"{exposed.page}/readyz", timeout=60).status_code == 200
-    assert (
-        httpx.get(f"{exposed.page}/config", timeout=60).status_code == 401
-    )  # the page is locked too
+    # The page requires the login as well.
+    assert httpx.get(f"{exposed.page}/config", timeout=60).status_code == 401
     (line,) = [
         line
         for line in output.splitlines()
@@ -470,7 +467,7 @@ def test_off_loopback_a_token_is_asked_for_and_printed_nowhere(
 
 
 @pytest.mark.slow
-def test_names_by_which_it_is_reached(exposed: RunningService) -> None:
+def test_allowed_host_names(exposed: RunningService) -> None:
     headers = {"Authorization": f"Bearer {exposed.folder.token_file.read_text()}"}
     for host, status in (
         ("ade.example.org", 200),

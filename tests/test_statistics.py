@@ -10,7 +10,7 @@ import pytest
 from serving.engine.engine import InferenceEngine
 from serving.images import lossless_bits
 from serving.verdict.statistics import MEANINGS, compute_statistics, meaning
-from tests.conftest import PRETRAINED
+from tests.helpers import PRETRAINED
 
 
 def outputs(

@@ -1,6 +1,4 @@
-"""Processes and the working folder: what happens when one is killed, and what is left when the
-service is.
-"""
+"""Processes and the working folder when a process, or the whole service, is killed."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from handlers.torchserve.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, Launch
 from serving.client import AdeClient
 from serving.files import LOCK
 from serving.ports import Ports
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
@@ -62,7 +60,7 @@ def test_a_killed_child_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert not is_running(supervisor.pids["page"])
 
 
-def test_a_child_that_dies_again_and_again_ends_the_service(tmp_path: Path) -> None:
+def test_a_child_that_keeps_dying_ends_the_service(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
         supervisor.start(
             "page", ["sh", "-c", "echo the reason; exit 3"], dict(os.environ), restarts=True
@@ -102,9 +100,10 @@ def test_output_is_bounded(tmp_path: Path) -> None:
             and (tmp_path / "page.out.1").stat().st_size > MAX_OUTPUT_BYTES
         )
         os.killpg(child.process.pid, signal.SIGCONT)
+        # The file is not padded with zeros.
         assert (
             until(lambda: child.output.stat().st_size) and child.output.read_bytes()[:1].isdigit()
-        )  # no hole of zeros
+        )
 
 
 @pytest.mark.parametrize("kills_reaper", [False, True])
@@ -113,10 +112,12 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
     folder = tmp_path / "folder with space"
     folder.mkdir()
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom handlers.torchserve.supervision import Supervisor\n"
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from handlers.torchserve.supervision import Supervisor\n"
         "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
-        "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], dict(os.environ))\n"
-        "    supervisor.start('page', ['sleep', '1000'], dict(os.environ), restarts=True)\n"
+        "    environment = dict(os.environ)\n"
+        "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], environment)\n"
+        "    supervisor.start('page', ['sleep', '1000'], environment, restarts=True)\n"
         "    while True:\n        supervisor.tend()\n        time.sleep(0.1)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
@@ -178,8 +179,8 @@ def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
         (folder / LOCK).touch()
     (tmp_path / f"{PREFIX}link").symlink_to(other)
     script = (
-        f"import fcntl, time; f = open({str(living / LOCK)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
-        "time.sleep(99)"
+        f"import fcntl, time\nf = open({str(living / LOCK)!r})\n"
+        "fcntl.flock(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ntime.sleep(99)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
@@ -210,7 +211,7 @@ def test_where_the_cache_cannot_be_written(
             )
             folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {})
             assert find_service(Ports(1, 2, 3)) == folder
-        assert "taking one among the temporary files" in capfd.readouterr().err
+        assert "using the temporary folder" in capfd.readouterr().err
     for chosen in (tmp_path / "file", tmp_path / ("long" * 30)):
         monkeypatch.setenv("ADE_RUN_DIR", str(chosen))
         with pytest.raises(RunFolderError, match="ADE_RUN_DIR must be a folder"), run_folder():
@@ -229,7 +230,10 @@ def test_no_working_folder_where_others_can_write(
     (tmp_path / LOCK).symlink_to(mine)
     tmp_path.chmod(mode)
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
-    with pytest.raises(RunFolderError, match="nobody else: others can write"), run_folder():
+    with (
+        pytest.raises(RunFolderError, match="only you can write to: others can write to"),
+        run_folder(),
+    ):
         pass
     assert mine.read_text() == "something"
 
@@ -355,7 +359,7 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
 
 @pytest.mark.slow
 def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> None:
-    """Through the sockets: queues are asked for on one, the profile's metrics come from another."""
+    """Uses two sockets: one reports the queues, another the metrics of the profile."""
     running = RunningService(PRETRAINED, options=("--workers", "1", "--profile"))
     body = EXAMPLE.read_bytes()
     results: list[int | str] = []

@@ -1,4 +1,4 @@
-"""Every system of the paper: it trains, resumes, exports with parity, and serves whatever it can."""
+"""All systems of the paper: each trains, resumes, exports with parity, and serves its verbs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from serving.engine.engine import InferenceEngine
 from serving.files import LOCK
 from serving.images import write_png
 from serving.verdict.calibration import CalibrationError
-from tests.conftest import make_folder, narrow
-from tests.test_locks import held_by_another
+from tests.helpers import held_by_another, make_folder, narrow
 from training.comparison.compare import FAILURE, MEASURED, Job, compare, read_rows
 from training.comparison.report import write_comparison
 from training.data import Dataset
@@ -186,7 +185,9 @@ def test_a_system_that_another_process_trains_is_left_to_it(
     assert said == [f"vae-seed0: diverged before; delete {run} to try again"]
 
 
-def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_kept_row_stands_until_its_run_is_measured_again(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     said: list[str] = []
     how = MeasureOptions(draws=1)
 
@@ -208,9 +209,8 @@ def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_
     start(short)
     write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu"))
     shutil.rmtree(run)
-    train(
-        long.config, dataset, run, long.options, resume=False
-    )  # and is killed before it is measured
+    # The run is killed before it is measured.
+    train(long.config, dataset, run, long.options, resume=False)
     (row,) = read_rows(tmp_path)
     assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
     assert start(short) == ["vae-seed0: finished before; its archived row is used"]
@@ -222,9 +222,8 @@ def test_a_kept_row_stands_until_its_run_is_measured_anew(dataset: Dataset, tmp_
 def test_processes_of_torchrun_do_not_share_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setenv(
-        "WORLD_SIZE", "2"
-    )  # each would take another system, and average their gradients
+    # Each process would otherwise take another system, and they would average their gradients.
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]) == 2
     assert "start it several times" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""What a worker tells: increments that add up, and gauges of the stream."""
+"""The telemetry of a worker: counters that add up, and gauges of the stream."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_histogram_of_increments() -> None:
     assert again[BPD.count,] == again[BPD.bucket, "4"] == 1 and again[DRIFT_IMAGES, "default"] == 4
 
 
-def test_images_without_a_verdict_are_no_drift() -> None:
+def test_images_without_a_verdict_are_not_counted_as_drift() -> None:
     telemetry = started()
     telemetry.observe_scores([score(4.0, None)])
     assert {m.metric for m in telemetry.collect()} == {BPD.bucket, BPD.sum, BPD.count}

@@ -1,6 +1,4 @@
-"""Training on small runs: it learns, resumes to the same losses, survives kill -9, and runs on
-several processes.
-"""
+"""Small training runs: learning, exact resumption, kill -9 and several processes."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from serving.files import LOCK
-from tests.conftest import ROOT, TINY, make_folder, narrow, shake
-from tests.test_locks import held_by_another
+from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
@@ -220,9 +217,8 @@ def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray
 
     norm, first, usual = applied(0.0)
     assert first == pytest.approx(norm, rel=1e-4) and usual == pytest.approx(norm, rel=1e-4)
-    assert applied(norm / 3.9)[1] == pytest.approx(
-        norm, rel=1e-4
-    )  # nearly four times as long as usual: left as it is
+    # Nearly four times the usual length: unchanged.
+    assert applied(norm / 3.9)[1] == pytest.approx(norm, rel=1e-4)
     _, kept, after = applied(norm / 6)
     assert kept == pytest.approx(4 * norm / 6, rel=1e-4) and after == pytest.approx(
         (0.95 + 0.05 * 4) * norm / 6, rel=1e-4
@@ -330,9 +326,8 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     assert losses["bpd"] == pytest.approx(
         coverage_loss(evidence[0], config.model.num_dims).item(), abs=1e-6
     )
-    assert plain.run(batch)["bpd"] == pytest.approx(
-        losses["bpd"], abs=1e-6
-    )  # the bound, without either
+    # The bound itself, without free bits or warm-up.
+    assert plain.run(batch)["bpd"] == pytest.approx(losses["bpd"], abs=1e-6)
     for step, weight in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)):
         trained.step = step
         assert trained._kl_weight == weight
@@ -477,7 +472,7 @@ def test_bad_training_options_are_refused(change: dict, message: str) -> None:
         recipe("av-ade", 32, 3, **change)
 
 
-def test_a_discriminator_of_another_kind_starts_anew(folder: Path, tmp_path: Path) -> None:
+def test_a_discriminator_of_another_kind_starts_from_scratch(folder: Path, tmp_path: Path) -> None:
     dataset = load_dataset(str(folder), None, 8)
     options = RunOptions(images=16, device="cpu", precision="float32")
     train(narrow("av-ade"), dataset, tmp_path / "plain", options, resume=False)
@@ -611,7 +606,7 @@ def test_configurations_of_earlier_runs_are_read() -> None:
             )
 
 
-def test_what_sets_the_refinements_apart() -> None:
+def test_the_settings_of_the_refinements() -> None:
     base, wide, iaf, two = (
         recipe(n, 32, 3).model for n in ("av-ade", "av-ade-wg-rd", "av-ade-iaf-rd", "av-ade-s2")
     )
@@ -623,7 +618,7 @@ def test_what_sets_the_refinements_apart() -> None:
     assert recipe("gan", 32, 3, inference_share=0.0).model.operations == ("sample",)
 
 
-def test_the_flow_of_the_papers_size_costs_no_weights_of_its_own() -> None:
+def test_systems_of_the_papers_size_have_equally_many_weights() -> None:
     """The generator is narrowed: within one per cent, systems with and without f have as many
     weights. f is that of the paper's footnote 3: one scale, three residual blocks of two layers in
     each coupling.
@@ -741,7 +736,7 @@ def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: n
         ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of"),
     ],
 )
-def test_networks_that_cannot_be_are_refused(name: str, change: dict, message: str) -> None:
+def test_impossible_networks_are_refused(name: str, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(name, 32, 3, **change)
 
@@ -785,6 +780,8 @@ def ade(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 TRAIN = (
+    "--size",
+    "tiny",
     "--image-size",
     "8",
     "--batch-size",
@@ -892,7 +889,7 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gan", "av-ade"])
-def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> None:
+def test_images_to_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> None:
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     done = ade(
         "train",
@@ -917,13 +914,11 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
     assert (
         json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
     )
-    strangers = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
-    shutil.copytree(folder, strangers)
+    named = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
+    shutil.copytree(folder, named)
     noise_file = tmp_path / "noise.npy"
     np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
-    calibrated = ade(
-        "calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(strangers)
-    )
+    calibrated = ade("calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(named))
     assert calibrated.returncode == 0 and re.search(
         r"calibrated on 18\d images", calibrated.stderr
     ), calibrated.stderr
@@ -932,7 +927,7 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
         "ood-bench",
         str(tmp_path / "calibrated"),
         "--id",
-        str(strangers),
+        str(named),
         "--ood",
         str(noise_file),
         "--out",
@@ -953,10 +948,9 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
         row.startswith("noise,combined,") for row in rows
     )
     at_home = sorted(path.name for path in bundle.iterdir())
-    assert ade("evaluate", str(bundle), "--data", str(strangers), "--draws", "1").returncode == 0
-    assert (
-        sorted(path.name for path in bundle.iterdir()) == at_home
-    )  # no cache of decoded images in what is given away
+    assert ade("evaluate", str(bundle), "--data", str(named), "--draws", "1").returncode == 0
+    # The given-away bundle has no cache of decoded images.
+    assert sorted(path.name for path in bundle.iterdir()) == at_home
     again = ade(
         "train",
         name,
@@ -973,7 +967,7 @@ def test_the_way_from_images_to_a_bundle_and_back(name: str, folder: Path, tmp_p
         str(tmp_path / "again"),
     )
     assert again.returncode == 0, again.stderr
-    shutil.rmtree(bundle)  # a run that was started goes on without what it started from
+    shutil.rmtree(bundle)  # a started run does not need its origin any more
     again = ade(
         "train",
         name,
@@ -1002,6 +996,8 @@ def test_sizes_train_and_export(size: int, real_images: np.ndarray, tmp_path: Pa
         "av-ade",
         "--data",
         str(folder),
+        "--size",
+        "tiny",
         "--image-size",
         str(size),
         "--images",
@@ -1101,9 +1097,9 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
         (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
         (["evaluate", "OUT"], "holds no finished checkpoint"),
         (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
-        (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is no bundle"),
-        (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is no bundle"),
-        (["serve", "OUT"], "is no bundle"),
+        (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is not a bundle"),
+        (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is not a bundle"),
+        (["serve", "OUT"], "is not a bundle"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(

@@ -17,7 +17,7 @@ from export.verdict.what_if import ALPHAS, what_if
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
 from serving.verdict.calibration import CalibrationError, Calibrations
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.test_imports import TRAINING_PACKAGES, without
 
 

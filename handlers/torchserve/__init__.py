@@ -1,1 +1,1 @@
-"""Everything that knows TorchServe: handlers, archives, configuration, start, stop and status."""
+"""The adapter for TorchServe: handlers, archives, configuration, start, stop and status."""

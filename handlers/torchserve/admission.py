@@ -1,4 +1,4 @@
-"""Who may take the front's memory and the model server's time, and how long others wait for them."""
+"""Decides which requests get the front's memory and the model server's time."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Limits:
     """Limits of the front; tests make them small.
 
     Attributes:
-        connections: at most, of all clients.
-        head_s: for a request's head to come.
-        head_bytes: of a head.
-        write_s: for a client to read a part of an answer, of 256 KiB.
-        body_bytes: of a body.
-        body_idle_s: between two parts of a body.
-        body_grace_s: how far a body may fall behind ``body_rate``.
-        body_rate: bytes per second.
-        memory_bytes: of all bodies and answers that are held.
-        free_bytes: of each, which do not count: small requests come in while large ones fill the
-            memory.
-        in_flight: lower bound, start and upper bound of a model's requests that are with the model
-            server.
-        latency_s: how long one of them should take at most there, its queue included.
-        waiting: requests of a model that wait here for their turn.
-        waiting_s: how long.
-        upstream_s: for the model server's answer.
+        connections: number of connections, over all clients.
+        head_s: seconds for the head of a request to arrive.
+        head_bytes: size of a head.
+        write_s: seconds for a client to read a slice of an answer (256 KiB).
+        body_bytes: size of a body.
+        body_idle_s: seconds between two parts of a body.
+        body_grace_s: seconds that a body may fall behind ``body_rate``.
+        body_rate: minimum bytes per second of a body.
+        memory_bytes: size of all held bodies and answers together.
+        free_bytes: bytes of each body or answer that do not count, so that small requests are
+            accepted while large ones fill the memory.
+        in_flight: lower bound, start and upper bound of the requests per model that the model
+            server has at a time.
+        latency_s: target for the time that a request spends in the model server, queue included.
+        waiting: requests per model that wait here for their turn.
+        waiting_s: seconds that they wait.
+        upstream_s: seconds for the model server to answer.
     """
 
     connections: int = 2048
@@ -57,20 +57,20 @@ class Limits:
 
 
 class ClientGone(Exception):
-    """The client hung up: nobody waits for an answer."""
+    """The client closed the connection."""
 
 
 def overloaded(message: str) -> ApiError:
-    """503, as for TorchServe's full queue."""
+    """Return the 503 error that a full queue of TorchServe also gives."""
     return ApiError(503, "overloaded", f"{message}: try again later")
 
 
 class Memory:
-    """Counts the bytes that all bodies and answers take together, and decides who gives way if they
-    are too many.
+    """Counts the bytes of all held bodies and answers, and drops some above the limit.
 
-    A body that is still arriving and an answer that is still being read give way to smaller ones,
-    the largest first: otherwise a few clients that are slow on purpose would keep all others out.
+    Bodies that are still arriving and answers that are still being read are dropped in favour of
+    smaller ones, the largest first. Otherwise a few deliberately slow clients could block all
+    others.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -80,7 +80,7 @@ class Memory:
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Share]:
-        """One request's part, given back at the end."""
+        """The share of one request, released at the end of the block."""
         share = Share(self)
         self._shares.add(share)
         try:
@@ -90,7 +90,7 @@ class Memory:
             self._shares.discard(share)
 
     def fits(self, share: Share, size: int) -> bool:
-        """Count a part that grew or shrank, and make room for it; whether there is some."""
+        """Count the new size of a share and make room for it; returns whether there is room."""
         free = self._limits.free_bytes
         self._used += max(0, size - free) - max(0, share.size - free)
         share.size = size
@@ -107,12 +107,12 @@ class Memory:
 
 
 class Share:
-    """What one request holds: its body, then its answer.
+    """The memory of one request: its body, later its answer.
 
     Attributes:
-        size: bytes.
-        patience: ends the wait for the client, while there is one.
-        was_dropped: whether it ended because others needed the memory.
+        size: in bytes.
+        patience: the timeout of the present wait for the client, if any.
+        was_dropped: whether the memory was given to other requests.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -122,15 +122,15 @@ class Share:
         self.was_dropped = False
 
     def hold(self, size: int) -> bool:
-        """Hold so many bytes; whether there is room. They count in either case."""
+        """Set the size; returns whether there is room. The size counts in either case."""
         return self._memory.fits(self, size)
 
     @contextlib.asynccontextmanager
     async def waiting(self, seconds: float | None) -> AsyncIterator[None]:
-        """Wait for the client, at most so long.
+        """Wait for the client for at most ``seconds``.
 
         Raises:
-            TimeoutError: it took longer, or others needed the memory.
+            TimeoutError: it took longer, or the share was dropped.
         """
         try:
             async with asyncio.timeout(seconds) as self.patience:
@@ -139,7 +139,7 @@ class Share:
             self.patience = None
 
     def drop(self) -> None:
-        """Give the memory to others."""
+        """Release the memory and end the wait for the client."""
         self.hold(0)
         self.was_dropped = True
         if self.patience is not None and not self.patience.expired():
@@ -147,11 +147,12 @@ class Share:
 
 
 async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits) -> bytearray:
-    """The whole body of a request.
+    """Read the whole body of a request.
 
     Raises:
-        ApiError: 413, 408 if it stalls, 503 if all bodies together are too large.
-        ClientGone: the client hung up.
+        ApiError: 413 if it is too large, 408 if it stalls, 503 if all bodies together are too
+            large.
+        ClientGone: the client closed the connection.
     """
     if any(int(value) > limits.body_bytes for value in header_values(scope, "content-length")):
         raise _too_large(limits)
@@ -159,7 +160,7 @@ async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits
     try:
         await _fill(body, receive, share, limits)
     except BaseException:
-        body.clear()  # the error's traceback holds it, and what is left of the body may still be passed over
+        body.clear()  # the error's traceback would keep it in memory
         share.hold(0)
         raise
     return body
@@ -185,7 +186,7 @@ async def _fill(body: bytearray, receive: Receive, share: Share, limits: Limits)
             raise _too_large(limits)
         if not share.hold(len(body)):
             raise overloaded("the bodies of all requests are too large together")
-        # Fast parts do not earn the right to stall for long.
+        # A fast start does not extend the grace period.
         deadline = min(
             deadline + len(message["body"]) / limits.body_rate, clock() + limits.body_grace_s
         )
@@ -197,15 +198,14 @@ def _too_large(limits: Limits) -> ApiError:
 
 
 class Lane:
-    """Lets a bounded number of one model's requests go to the model server; the others wait here
-    for their turn.
+    """Bounds the number of one model's requests in the model server; the others wait here.
 
-    What the model server has taken it computes, even if its client has gone; it holds its turn
-    until then. What waits here can still be dropped. So no more should be there than keeps the
-    workers busy with full batches. Their number and what a request costs differ by a thousand,
-    therefore the bound follows the time that answers take: by Little's law it is what gives
-    ``latency_s`` at the present throughput, and it grows by one with each faster answer while
-    requests wait.
+    The model server computes every request that it has accepted, even if the client is gone,
+    whereas requests that wait here can be dropped. So the model server should have just enough
+    requests to keep the workers busy with full batches. The cost of a request varies by a factor
+    of a thousand, therefore the bound adapts to the time that answers take. After a slow answer it
+    is set, by Little's law, to the number that gives ``latency_s`` at the present throughput. With
+    each faster answer it grows by one while requests wait.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -216,14 +216,14 @@ class Lane:
 
     @contextlib.asynccontextmanager
     async def turn(self, receive: Receive) -> AsyncIterator[None]:
-        """Wait for the turn, and hold it.
+        """Wait for a turn and hold it for the block.
 
         Args:
             receive: of the request, whose body has been read.
 
         Raises:
-            ApiError: 503, too many wait or it took too long.
-            ClientGone: the client hung up before.
+            ApiError: 503 if too many requests wait, or this one waited too long.
+            ClientGone: the client closed the connection meanwhile.
         """
         if self._waiting or self._num_in_flight >= self._bound:
             await _unless_gone(self._wait(), receive)
@@ -245,11 +245,9 @@ class Lane:
             async with asyncio.timeout(self._limits.waiting_s):
                 await turn
         except BaseException as error:
-            if (
-                turn.done() and not turn.cancelled()
-            ):  # it was let go in the moment in which it gave up
+            if turn.done() and not turn.cancelled():  # it got its turn just as it gave up
                 self._leave()
-            with contextlib.suppress(ValueError):  # taken out already
+            with contextlib.suppress(ValueError):  # removed already
                 self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise overloaded("the request has waited too long") from None
@@ -272,7 +270,11 @@ class Lane:
 
 
 async def _unless_gone(wait: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Wait for something, but not if the client hangs up."""
+    """Wait for something unless the client closes the connection.
+
+    Raises:
+        ClientGone: it did.
+    """
     waiter, watcher = asyncio.create_task(wait), asyncio.create_task(hang_up(receive))
     try:
         await asyncio.wait((waiter, watcher), return_when=asyncio.FIRST_COMPLETED)
@@ -285,6 +287,6 @@ async def _unless_gone(wait: Coroutine[Any, Any, None], receive: Receive) -> Non
 
 
 async def hang_up(receive: Receive) -> None:
-    """Wait until the client is gone."""
+    """Wait until the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""A bundle to the model archives that TorchServe loads: one an operation."""
+"""Writes the model archives that TorchServe loads from a bundle, one per operation."""
 
 from __future__ import annotations
 
@@ -34,21 +34,20 @@ class ServingOptions:
 
     backend: str = "onnxruntime"
     device: str = "auto"
-    threads: int = 1  # of a worker, to decode pictures with; it computes with one
+    threads: int = 1  # for decoding image files; each worker computes with one thread
     cuda_graphs: bool = False
 
 
 def archive_name(operation: str, prefix: str | None) -> str:
-    """The name under which an operation is served: the first bundle's plain, a further one's
-    ``NAME-{op}``.
-    """
+    """The served name: the operation for the first bundle, ``PREFIX-OPERATION`` for others."""
     return operation if prefix is None else f"{prefix}-{operation}"
 
 
 @contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """The archiver empties a folder of the model's name among the temporary ones, which may be
-    another program's.
+    """Let the archiver use a temporary folder of its own.
+
+    It empties ``TEMP/MODEL_NAME``, which could belong to another program.
     """
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -66,18 +65,19 @@ def write_archives(
     workers: dict[str, int],
     prefix: str | None = None,
 ) -> list[str]:
-    """Write the four ``.mar`` files of a bundle; of an operation that the model does not have, one
-    that says so.
+    """Write the four ``.mar`` files of a bundle.
+
+    Operations that the model lacks are served too: their handler answers with an error.
 
     Args:
-        bundle: its files are verified on the way.
+        bundle: its files are verified first.
         store: TorchServe's model store.
         options: backend and device.
-        workers: processes, by operation.
-        prefix: of the served names, for a further bundle.
+        workers: number of processes, by operation.
+        prefix: prefix of the served names, for all bundles but the first.
 
     Returns:
-        The names under which TorchServe serves them.
+        The names under which TorchServe serves the operations.
     """
     names = []
     for operation in OPERATIONS:

@@ -1,7 +1,6 @@
-"""What TorchServe calls, and how its requests and answers translate to
-:class:`serving.api.service.Service`.
+"""Translates between TorchServe's handler interface and :class:`serving.api.service.Service`.
 
-TorchServe is archived upstream: whatever replaces it needs one such file.
+TorchServe is archived upstream. An adapter for another server needs one file like this.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from serving.api.responses import error_response
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 
-EXIT_DELAY_S = 0.2  # for the answers to be sent
+EXIT_DELAY_S = 0.2  # time to send the answers
 
 
 class OperationHandler:
-    """Serves one operation; each subclass names its own.
+    """Serves one operation, which each subclass names.
 
-    TorchServe makes one object a worker process, calls :meth:`initialize` once and :meth:`handle`
-    with each batch.
+    TorchServe creates one object per worker process, calls :meth:`initialize` once and
+    :meth:`handle` with each batch.
     """
 
     operation: str
 
     def initialize(self, context: Any) -> None:
-        """Load and warm up the engine from the archive's folder, as ``model-config.yaml`` says."""
+        """Load the engine from the archive's folder with the options of its YAML file."""
         _quieten()
         properties = context.system_properties
         options = context.model_yaml_config["ade"]
@@ -59,7 +58,7 @@ class OperationHandler:
         ).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
-        """Answer a batch; every item gets its own status, type and headers."""
+        """Answer a batch; each item has its own status, content type and headers."""
         with self._busy:
             if self._stop_folder.exists():
                 answers = [
@@ -97,25 +96,24 @@ class OperationHandler:
         self._tell_when_done()
 
     def _tell_when_done(self) -> None:
-        """Where the service is being stopped: leave a sign once no request is computed any more."""
+        """While the service stops, create a file in the stop folder once the worker is idle."""
         if self._stop_folder.exists() and self._busy.acquire(blocking=False):
             self._busy.release()
             (self._stop_folder / worker_name()).touch()
 
 
 def _quieten() -> None:
-    """Keep TorchServe's worker from writing lines for every batch, which its other half would read
-    one by one.
+    """Silence TorchServe's log lines per batch, which its Java process would parse one by one.
 
-    Metrics travel as such lines, at a level below warnings: their logger alone may go on.
+    Metrics also travel as log lines, at the level INFO, so their logger stays on.
     """
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger(caching_metric.__name__).setLevel(logging.INFO)
 
 
 def _raw_request(row: dict[str, Any], headers: dict[str, Any], request_id: str) -> RawRequest:
-    # A form's fields share TorchServe's dictionary with the headers, as {"content-type": ...} of
-    # each part.
+    # The headers of a form's parts, {"content-type": ...}, share this dictionary with the headers
+    # of the request.
     named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
     kind = content_type.split(";")[0].strip().lower()

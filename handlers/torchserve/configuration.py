@@ -1,4 +1,4 @@
-"""TorchServe's own set-up: its configuration, its logging and the command that starts it."""
+"""Writes TorchServe's configuration and builds the command that starts it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,23 @@ from handlers.torchserve.reporter import COMMON_LABELS, UNIT
 from handlers.torchserve.run_folder import RunFolder
 from serving.api.telemetry import METRICS
 
-MAX_REQUEST_BYTES = (
-    32 * 2**20
-)  # the front refuses more; images as JSON may have 24 MiB, latents of 256 take about as many
-MAX_RESPONSE_BYTES = (
-    128 * 2**20
-)  # above what our handlers ever send: TorchServe ends a worker that sends more
+# The front rejects larger requests. 16 MiB of images are 22 MiB as base64 in JSON; the latents of
+# 256 images take about as much.
+MAX_REQUEST_BYTES = 32 * 2**20
+# More than our handlers ever send: TorchServe ends a worker whose answer is larger.
+MAX_RESPONSE_BYTES = 128 * 2**20
 QUEUE_SIZE = 256
 WITHOUT_TORCH = Path(__file__).with_name("without_torch")
-TOKEN_MINUTES = 60 * 24 * 365 * 100  # the front knows the key that was written at the start
+TOKEN_MINUTES = 60 * 24 * 365 * 100  # never: the front reads the key only at the start
 BROADCAST = "255.255.255.255"
-NO_URL = (
-    "(?!)"  # a pattern that matches nothing: models are loaded from the store by their file names
-)
-NO_FOLDER = "/dev/null/none"  # where not even root can write a file
+NO_URL = "(?!)"  # matches nothing: models are loaded only from the store
+NO_FOLDER = "/dev/null/none"  # not even root can write a file there
 
 _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="error">
   <Appenders>
-    <RollingFile name="file" fileName="{folder}/torchserve.log" filePattern="{folder}/torchserve.log.%i">
+    <RollingFile name="file" fileName="{folder}/torchserve.log"
+                 filePattern="{folder}/torchserve.log.%i">
       <PatternLayout pattern="%d{{ISO8601}} [%-5p] %t %c{{1}} - %m%n"/>
       <SizeBasedTriggeringPolicy size="20 MB"/>
       <DefaultRolloverStrategy max="4"/>
@@ -59,14 +57,14 @@ def write_configuration(
 ) -> tuple[list[str], dict[str, str]]:
     """Write TorchServe's files into the service's folder.
 
-    It listens on Unix domain sockets there, each with a key of its own, and cannot be made to load
-    anything but the given archives: by no address, by no workflow.
+    TorchServe listens on Unix domain sockets there, each protected by a key, and can load nothing
+    but the given archives, neither from a URL nor by a workflow.
 
     Args:
-        folder: also its working directory: it leaves its keys there.
+        folder: also its working directory, where it writes its keys.
         models: names of the archives in the folder's store.
-        options: say whether workers are given GPUs, and whether they need PyTorch.
-        logs: a folder for what it and its workers write.
+        options: decide whether workers get GPUs and whether they import PyTorch.
+        logs: folder for the logs of TorchServe and its workers.
 
     Returns:
         The command and the environment to start it with.
@@ -112,8 +110,7 @@ def write_configuration(
         f"-Djava.io.tmpdir={folder.temporary}",
         f"-Dlog4j.configurationFile=file://{log_configuration}",
         "-Xmx512m",
-        # One collector and one compiler: the model needs the cores, and nothing here runs hot in
-        # Java.
+        # A serial garbage collector and a cheap compiler leave the cores to the model.
         "-XX:+UseSerialGC",
         "-XX:TieredStopAtLevel=1",
         "-cp",
@@ -127,8 +124,8 @@ def write_configuration(
         str(folder.store),
         "-ncs",
     ]
-    # One thread a worker: several workers on the same cores would only fight, and sums keep their
-    # order.
+    # One thread per worker: the workers share the cores, and the order of sums stays the same.
+    # JSON is parsed by our handlers, after its size is known.
     environment = child_environment(
         TMPDIR=str(folder.temporary),
         TEMP=str(folder.temporary),
@@ -138,7 +135,7 @@ def write_configuration(
         NVIDIA_TF32_OVERRIDE="0",
         ADE_STOP_FOLDER=str(folder.stop_folder),
         TS_DECODE_INPUT_REQUEST="FALSE",
-    )  # JSON is parsed by us, once its size is known
+    )
     if options.backend == "onnxruntime" and not on_gpu:
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(WITHOUT_TORCH), os.environ.get("PYTHONPATH")])
@@ -147,8 +144,9 @@ def write_configuration(
 
 
 def unreachable_address() -> str:
-    """An address to listen on that no connection can be made to: broadcast, where the kernel takes
-    it, as Linux does.
+    """Return a listening address that accepts no connections, for servers that cannot be disabled.
+
+    Linux allows a socket to listen on the broadcast address. Elsewhere this is loopback.
     """
     with socket.socket() as probe:
         try:
@@ -159,7 +157,7 @@ def unreachable_address() -> str:
 
 
 def _metrics() -> dict[str, Any]:
-    """TorchServe's own metrics and ours: it takes those of one file alone."""
+    """TorchServe's own metrics and ours, because it reads a single file."""
     known: dict[str, Any] = yaml.safe_load(
         (Path(ts.__file__).parent / "configs" / "metrics.yaml").read_text()
     )

@@ -1,6 +1,4 @@
-"""Bounds what a client may take of the front before its request is one: connections, time, and
-bytes that are no body.
-"""
+"""Limits clients at the level of connections: their number, and the time and size of heads."""
 
 from __future__ import annotations
 
@@ -21,12 +19,14 @@ _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for a request's head forever, and for a client that
-    does not read.
+    """uvicorn's protocol with limits.
+
+    Without them it would wait forever for the head of a request, or for a client that does not
+    read.
 
     Args:
-        limits: how long and how much.
-        config: as uvicorn gives it, with the rest.
+        limits: the limits.
+        config: given by uvicorn, like the other arguments.
     """
 
     def __init__(
@@ -39,20 +39,15 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
-        self._head_timer: asyncio.TimerHandle | None = (
-            None  # runs while a head is awaited that has begun, or is the first
-        )
+        # Runs from the start of the connection, or of a later head, until that head is complete.
+        self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
-        self._num_pending = 0  # bytes since a head was complete or a part of a body came
-        self._cycles: list[
-            RequestResponseCycle
-        ] = []  # those without an answer, the first being computed
+        self._num_pending = 0  # bytes since the last complete head or part of a body
+        self._cycles: list[RequestResponseCycle] = []  # requests without an answer, oldest first
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
-        self.transport.set_write_buffer_limits(
-            high=0
-        )  # so that the time to read runs for every byte that is left
+        self.transport.set_write_buffer_limits(high=0)  # the write timer covers every unsent byte
         if len(self.connections) > self._limits.connections:
             self._refuse(ApiError(503, "overloaded", "too many connections: try again later"))
         else:
@@ -61,17 +56,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head_timer()
         self._end_write_timer()
-        for cycle in self._cycles:  # uvicorn tells the latest alone
+        for cycle in self._cycles:  # uvicorn itself notifies only the latest
             cycle.disconnected = True
             cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._is_idle():
-            self._await_head()  # also of blank lines before a head, which the parser passes over
-        if (
-            self._head_timer is not None
-        ):  # Java's client offers HTTP/2, upon which the parser would pass over the body
+            self._await_head()  # here, because the parser skips blank lines before a head
+        # Java's HTTP client offers an upgrade to HTTP/2, which makes the parser skip the body.
+        if self._head_timer is not None:
             head, blank, rest = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"\r\nX-Declined:", head) + blank + rest
         self._num_pending += len(data)
@@ -85,15 +79,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {
-            "ade.abort": {"connection": self.transport.abort}
-        }  # for an answer that nobody reads
+        # The front aborts the connection if the client does not read the answer.
+        self.scope["extensions"] = {"ade.abort": {"connection": self.transport.abort}}
         self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if (
-            self._head_timer is not None
-        ):  # a trailer after a body is no header: RFC 9110, section 6.5.1
+        if self._head_timer is not None:  # not for trailers: RFC 9110, section 6.5.1
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -153,7 +144,7 @@ class BoundedProtocol(HttpToolsProtocol):
             and not self.cycle.response_started
             and not self.pipeline
         )
-        if not (self._is_idle() or is_bad_body):  # an earlier request has no answer yet
+        if not (self._is_idle() or is_bad_body):  # an earlier request is still unanswered
             self.transport.abort()
         if self.transport.is_closing():
             return

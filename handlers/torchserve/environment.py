@@ -1,5 +1,6 @@
-"""What the service's child processes inherit of its environment: by name, so that secrets of other
-programs stay out.
+"""The environment of the service's child processes.
+
+Variables are inherited by name, so that secrets of other programs are not passed on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "OMP_", "GOMP_", "KMP_", "OPENB
 
 
 def child_environment(**values: str) -> dict[str, str]:
-    """The inherited variables that a child needs, and those of the call."""
+    """Return the inherited variables that a child needs, and the given ones."""
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -1,8 +1,8 @@
-"""The only TCP listener of the API: passes on what the API promises, within limits, and answers the
-rest itself.
+"""The front: the only TCP listener of the API.
 
-TorchServe gets no fixes, reads bodies without a time limit, has a weak token and many paths that
-nobody needs. Behind this front it listens on Unix domain sockets.
+It forwards the documented requests to TorchServe, within limits, and answers everything else
+itself. TorchServe is no longer maintained, reads bodies without a time limit, and has a weak token
+and many paths that are not needed. Behind this front it listens on Unix domain sockets.
 """
 
 from __future__ import annotations
@@ -46,11 +46,8 @@ from serving.ports import LOOPBACK
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
 READING = ("GET", "HEAD")
-INFERRING = (
-    *READING,
-    "POST",
-    "PUT",
-)  # GET and HEAD have no body: the handler answers what is missing
+INFERRING = (*READING, "POST", "PUT")  # to GET and HEAD the handler answers what is missing
+# Headers of the connection, and those that the front sets itself.
 NOT_PASSED = {
     "connection",
     "keep-alive",
@@ -64,27 +61,28 @@ NOT_PASSED = {
     "content-length",
     "date",
     "server",
-}  # of a connection, or the front's own
-SLICE_BYTES = 256 * 2**10  # of an answer; the client's time to read runs for each
-KEEP_ALIVE_S = (
-    75  # longer than nginx and HTTP libraries keep a connection: who closes first loses no request
-)
+}
+SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
+# Longer than nginx and HTTP libraries keep connections: if the client closes first, no request is
+# lost.
+KEEP_ALIVE_S = 75
 STOP_S = 10
 
 
 @dataclass(frozen=True)
 class FrontSettings:
-    """What the front must know.
+    """Settings of the front process.
 
     Attributes:
-        host, port: where it listens.
-        metrics_port: on loopback.
+        host, port: address to listen on.
+        metrics_port: port of the metrics, on loopback.
         inference_socket, metrics_socket: TorchServe's Unix domain sockets.
         server_key: TorchServe's inference key.
-        models: names that are served.
-        token: that clients must bring, if any.
+        models: served names.
+        token: the token that clients must send, if any.
         allowed_hosts: see :class:`serving.api.guard.Guard`.
-        probe_secret: value of the header ``X-Ade-Probe`` of who may claim to be no traffic.
+        probe_secret: value of the header ``X-Ade-Probe`` that marks health checks, which are not
+            counted as traffic.
     """
 
     host: str
@@ -102,7 +100,7 @@ class FrontSettings:
         """Write a new JSON file that only its owner can read.
 
         Raises:
-            FileExistsError: there is one already.
+            FileExistsError: the file exists.
         """
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w") as file:
@@ -110,10 +108,10 @@ class FrontSettings:
 
     @classmethod
     def load(cls, path: Path) -> FrontSettings:
-        """Read what :meth:`save` wrote.
+        """Read the file that :meth:`save` wrote.
 
         Raises:
-            ValueError: not JSON, or its keys are others.
+            ValueError: it is not JSON, or has other keys.
         """
         values = json.loads(path.read_text())
         expected = {f.name for f in dataclasses.fields(cls)}
@@ -132,7 +130,7 @@ class FrontSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer."""
+    """A complete answer."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -145,11 +143,11 @@ class Answer:
 
 
 class Front:
-    """The ASGI applications behind the two ports.
+    """The ASGI applications of the two ports.
 
     Args:
-        settings: as given to the process.
-        limits: what clients may take.
+        settings: settings of the process.
+        limits: limits on clients.
         inference: a client of TorchServe's inference address.
         metrics: a client of its metrics address.
     """
@@ -231,9 +229,7 @@ class Front:
             except ApiError as error:
                 answer = Answer.of_error(error)
             del body
-            if not share.hold(
-                len(answer.body)
-            ):  # answers that are read slowly would fill the memory
+            if not share.hold(len(answer.body)):  # slowly read answers must not fill the memory
                 answer = Answer.of_error(
                     overloaded("the answers that clients have yet to read are too large together")
                 )
@@ -246,7 +242,7 @@ class Front:
                 await hang_up(receive)
 
     def _request_headers(self, scope: Scope) -> dict[str, str]:
-        """What the model server must know: the type of the body, and whether this is a probe."""
+        """Headers for the model server: the content type, and whether this is a health check."""
         headers = dict(zip(["Content-Type"], header_values(scope, "content-type"), strict=False))
         for value in header_values(scope, PROBE_HEADER.lower()):
             if hmac.compare_digest(value.encode(), self._settings.probe_secret.encode()):
@@ -261,10 +257,10 @@ class Front:
         headers: dict[str, str],
         body: bytearray,
     ) -> Answer:
-        """The model server's answer.
+        """Forward a request to the model server.
 
         Raises:
-            ApiError: 503 ``unavailable``, because the model server did not answer.
+            ApiError: 503 ``unavailable``: the model server did not answer.
         """
         try:
             async with server.request(method, path, headers=headers, data=body or None) as response:
@@ -272,7 +268,7 @@ class Front:
         except TimeoutError:
             raise ApiError(503, "unavailable", "the model server did not answer in time") from None
         except (aiohttp.ClientError, OSError) as error:
-            if self._was_reached:  # one line, not one for each request
+            if self._was_reached:  # log once, not for each request
                 logger.warning("the model server cannot be reached: %s", error)
             self._was_reached = False
             raise ApiError(
@@ -296,8 +292,9 @@ def _passing_headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:
 
 
 def _translated(answer: Answer) -> Answer:
-    """The answer in the API's shape where TorchServe gave it in its own, ``{"code", "type",
-    "message"}`` or nothing.
+    """Convert an error of TorchServe, ``{"code", "type", "message"}`` or empty, to the API's shape.
+
+    Other answers are returned unchanged.
     """
     if answer.status < 400:
         return answer
@@ -332,7 +329,7 @@ async def _send_answer(answer: Answer, send: Send) -> None:
 
 @contextlib.asynccontextmanager
 async def build_app(settings: FrontSettings, limits: Limits) -> AsyncIterator[App]:
-    """The application for both ports, with its connections to TorchServe."""
+    """Build the application for both ports, with its connections to TorchServe."""
     async with (
         _server(
             settings.inference_socket, limits, {"Authorization": f"Bearer {settings.server_key}"}
@@ -363,7 +360,7 @@ def _server(path: str, limits: Limits, headers: dict[str, str]) -> aiohttp.Clien
 
 
 async def serve(settings: FrontSettings, limits: Limits, sockets: list[socket.socket]) -> None:
-    """Serve both ports until a signal comes."""
+    """Serve both ports until a signal arrives."""
     async with build_app(settings, limits) as app:
         protocol: Any = functools.partial(BoundedProtocol, limits)
         config = uvicorn.Config(
@@ -386,9 +383,8 @@ async def serve(settings: FrontSettings, limits: Limits, sockets: list[socket.so
 def run(settings: FrontSettings, limits: Limits | None = None) -> None:
     """Run the front in this process until it is asked to stop."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # uvicorn raises the signal again once it has stopped
+    # uvicorn raises the signal again after it has stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))

@@ -1,6 +1,4 @@
-"""Starts the parts of a service, waits until all of them answer, and lets them finish what they
-accepted.
-"""
+"""Starts the processes of a service, waits until they answer, and drains them before a stop."""
 
 from __future__ import annotations
 
@@ -22,13 +20,15 @@ DRAIN_TIMEOUT_S = 30.0
 
 
 def drain(folder: RunFolder, workers: int, server: Child) -> None:
-    """Let workers finish what was accepted: wait until nothing queues, have them refuse the rest,
-    wait until all are done.
+    """Let the workers finish the accepted requests.
+
+    Waits until the queues are empty, then makes workers reject further requests, and waits until
+    all of them are idle.
 
     Args:
         folder: of the service.
-        workers: how many there are.
-        server: if it is gone, nothing is left to wait for.
+        workers: number of workers.
+        server: TorchServe's process; if it has ended, this returns at once.
     """
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
     while (
@@ -47,7 +47,7 @@ def drain(folder: RunFolder, workers: int, server: Child) -> None:
 
 
 def start_front(supervisor: Supervisor, settings: Path) -> Child:
-    """Start the HTTP front, the one part of the API that listens on TCP."""
+    """Start the HTTP front, the only process of the API that listens on TCP."""
     command = [sys.executable, "-m", "handlers.torchserve.front", str(settings)]
     return supervisor.start("front", command, child_environment(), restarts=True)
 
@@ -62,7 +62,7 @@ def start_page(
     probe_secret: str,
     allowed_hosts: list[str],
 ) -> Child:
-    """Start the web page; it talks to the service over HTTP, on loopback."""
+    """Start the web page, which uses the service over HTTP on loopback."""
     files = folder.path / "page-files"
     files.mkdir(mode=0o700)
     environment = child_environment(
@@ -92,15 +92,15 @@ def start_page(
 
 
 def inference_url(ports: Ports, host: str) -> str:
-    """Where this machine reaches the service."""
+    """The URL at which this machine reaches the service."""
     return f"http://{local_address(host)}:{ports.inference}"
 
 
 def wait_until(ready: Callable[[], bool], supervisor: Supervisor) -> None:
-    """Wait for a condition while the children live.
+    """Wait for a condition while the children run.
 
     Raises:
-        LaunchError: a child ended, or it took too long; with the end of the children's output.
+        LaunchError: a child ended, or it took too long. The message has the children's last output.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while not ready():
@@ -111,7 +111,7 @@ def wait_until(ready: Callable[[], bool], supervisor: Supervisor) -> None:
 
 
 def page_is_ready(ports: Ports, host: str) -> bool:
-    """Whether the page's ``/readyz`` says that all operations answer."""
+    """Whether the page's ``/readyz`` reports that all operations answer."""
     try:
         return (
             httpx.get(f"http://{local_address(host)}:{ports.ui}/readyz", timeout=30).status_code

@@ -1,6 +1,4 @@
-"""Where the time of requests goes, from the service's own metrics: mean milliseconds a request, by
-stage.
-"""
+"""Computes the mean milliseconds per request and stage from the service's metrics."""
 
 from __future__ import annotations
 
@@ -11,8 +9,7 @@ from serving.api.telemetry import IMAGES, REQUESTS, STAGE_SECONDS, STAGES
 
 _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-# TorchServe's own counters, microseconds: from a request's arrival to its answer, and how much of
-# it was waiting.
+# TorchServe's own counters in microseconds: the whole time of requests, and their waiting time.
 LATENCY = "ts_inference_latency_microseconds"
 QUEUE = "ts_queue_latency_microseconds"
 
@@ -20,10 +17,10 @@ Totals = dict[str, dict[str, float]]
 
 
 def read_totals(metrics: str) -> Totals:
-    """Sums since the start, by served model: ``requests``, ``images``, and seconds by stage.
+    """Read totals since the start per served model: ``requests``, ``images``, seconds by stage.
 
     Args:
-        metrics: the text that Prometheus would scrape.
+        metrics: the text that Prometheus scrapes.
     """
     found: Totals = defaultdict(lambda: defaultdict(float))
     for name, labels, value in _LINE.findall(metrics):
@@ -41,9 +38,10 @@ def read_totals(metrics: str) -> Totals:
 
 
 def profile_table(before: Totals, after: Totals) -> str:
-    """A line for each model that was asked in between; empty if none was.
+    """Format a table with one line per model that had requests in between; empty if none had.
 
-    ``queue`` is the waiting for a worker, ``carry`` what is left: the way to the worker and back.
+    ``queue`` is the wait for a worker, ``carry`` the remaining time: transport to the worker and
+    back.
     """
     columns = ("queue", *STAGES, "carry", "whole")
     lines = []

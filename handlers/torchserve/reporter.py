@@ -1,6 +1,4 @@
-"""Carries a worker's telemetry to TorchServe, which Prometheus scrapes: once a second, whatever the
-load.
-"""
+"""Passes a worker's telemetry on to TorchServe, which Prometheus scrapes, once per second."""
 
 from __future__ import annotations
 
@@ -24,13 +22,13 @@ _KINDS = {"counter": MetricTypes.COUNTER, "gauge": MetricTypes.GAUGE}
 
 
 class Reporter(threading.Thread):
-    """A thread of a worker.
+    """A thread that reports the telemetry of a worker.
 
     Args:
-        telemetry: what to report.
-        cache: TorchServe's metrics, as ``context.metrics``; it knows those of the configuration.
-        model_name: under which the model is served.
-        also: called as often.
+        telemetry: the measurements to report.
+        cache: TorchServe's metrics, ``context.metrics``; it knows the configured ones.
+        model_name: served name of the model.
+        also: called after each report.
     """
 
     def __init__(
@@ -53,20 +51,21 @@ class Reporter(threading.Thread):
             self._also()
 
     def report(self) -> None:
-        """Hand over what is new."""
+        """Report all new measurements."""
         for measurement in self._telemetry.collect():
             try:
                 metric = self._cache.get_metric(
                     measurement.metric.name, _KINDS[measurement.metric.kind]
                 )
                 metric.add_or_update(measurement.value, [*self._common, *measurement.labels])
-            except Exception:  # one bad line must not end the others
+            except Exception:  # one failure must not end the thread
                 logger.exception("%s could not be reported", measurement.metric.name)
 
 
 def worker_name() -> str:
-    """The number that TorchServe gives a worker, the same after a restart: the end of its socket's
-    name.
+    """Return TorchServe's number of this worker, which stays the same after a restart.
+
+    It is the end of the name of the worker's socket.
     """
     for option, value in zip(sys.argv, sys.argv[1:], strict=False):
         if option in ("--sock-name", "--port"):

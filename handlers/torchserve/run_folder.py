@@ -1,8 +1,7 @@
-"""The working folder of a running service: what lies where in it, who holds it, and how others find
-it by the ports.
+"""The working folder of a running service: its files, its lock, and how to find it by the ports.
 
-It has mode 0700: the Unix domain sockets, keys and tokens in it are for the user that serves and
-for nobody else. It does not lie among the temporary files, which cleaners delete by age.
+The folder has mode 0700, because its Unix domain sockets, keys and tokens are only for the user who
+runs the service. It is not in the temporary folder, where cleaners delete old files.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from serving.ports import Ports
 
 VARIABLE = "ADE_RUN_DIR"
 PREFIX = "ade-serve-"
-MAX_SOCKET_PATH = 107  # bytes; longer addresses of Unix domain sockets do not exist
+MAX_SOCKET_PATH = 107  # bytes, the limit of Unix domain sockets
 LONGEST_SOCKET = "tmp/.ts.sock.65535"  # of a worker, named by TorchServe
 
 
 class RunFolderError(RuntimeError):
-    """There is no usable place for the working folder."""
+    """The working folder cannot be created."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of what lies in the folder of one service."""
+    """Paths in the working folder of one service."""
 
     path: Path
 
@@ -59,12 +58,12 @@ class RunFolder:
 
     @property
     def temporary(self) -> Path:
-        """TorchServe's: unpacked archives and the workers' sockets."""
+        """TorchServe's temporary folder: unpacked archives and the sockets of workers."""
         return self.path / "tmp"
 
     @property
     def stop_folder(self) -> Path:
-        """Where it exists, workers refuse requests, and leave a sign in it once they are done."""
+        """While it exists, workers reject requests, and each creates a file in it once idle."""
         return self.path / "stopping"
 
     @property
@@ -73,7 +72,7 @@ class RunFolder:
 
     @property
     def header_file(self) -> Path:
-        """The token as a header line: ``curl -H @FILE`` keeps it out of the list of processes."""
+        """The token as a header line for ``curl -H @FILE``, which keeps it out of ``ps``."""
         return self.path / "authorization"
 
     @property
@@ -85,21 +84,21 @@ class RunFolder:
         return self.path / "service.json"
 
     def write(self, file: Path, text: str) -> None:
-        """Write a file of mode 0600 in one step."""
+        """Write a file of mode 0600 atomically."""
         new = file.with_suffix(".new")
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
             out.write(text)
         os.replace(new, file)
 
     def read(self, file: Path) -> str | None:
-        """The text of a file; ``None`` where it does not exist or is not ours to read."""
+        """The text of a file; ``None`` if it does not exist or cannot be read."""
         try:
             return file.read_text()
         except OSError:
             return None
 
     def describe(self, ports: Ports, host: str, logs: Path, pids: dict[str, int]) -> None:
-        """Write down what :func:`find_service` looks for."""
+        """Write the description that :func:`find_service` reads."""
         self.write(
             self.description,
             json.dumps({"host": host, "ports": vars(ports), "logs": str(logs), "pids": pids}),
@@ -113,14 +112,14 @@ class RunFolder:
         return found if isinstance(found, dict) else None
 
     def server_key(self, kind: str) -> str | None:
-        """TorchServe's key to ``inference`` or ``management``; ``None`` until it has written them."""
+        """TorchServe's key for ``inference`` or ``management``; ``None`` until it is written."""
         try:
             return str(json.loads(self.read(self.path / "key_file.json") or "")[kind]["key"])
         except (ValueError, KeyError, TypeError):
             return None
 
     def is_whole(self) -> bool:
-        """Whether what a running service needs is still there."""
+        """Whether all files that a running service needs still exist."""
         needed = (
             self.path / LOCK,
             self.store,
@@ -133,10 +132,13 @@ class RunFolder:
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[RunFolder]:
-    """A working folder, locked and gone afterwards; those of services that died before are removed.
+    """Create and lock a working folder for the block.
+
+    Also removes the folders that killed services left behind.
 
     Raises:
-        RunFolderError: ``ADE_RUN_DIR`` cannot be used.
+        RunFolderError: the folder cannot be created, for example because ``ADE_RUN_DIR`` is
+            invalid.
     """
     path, held = _new_folder()
     try:
@@ -147,7 +149,7 @@ def run_folder() -> Iterator[RunFolder]:
 
 
 def find_service(ports: Ports) -> RunFolder | None:
-    """The folder of the service on these ports, if this user's."""
+    """Find the working folder of this user's service on these ports."""
     for path in _folders():
         folder = RunFolder(path)
         found = folder.read_description()
@@ -157,10 +159,10 @@ def find_service(ports: Ports) -> RunFolder | None:
 
 
 def _base() -> Path:
-    """Where working folders belong.
+    """The parent of working folders.
 
     Raises:
-        OSError: the user has no home.
+        OSError: the user has no home directory.
     """
     explicit = os.environ.get(VARIABLE)
     if explicit:
@@ -176,7 +178,7 @@ def _new_folder() -> tuple[Path, FileLock]:
         base = _base()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(base)
-        # Two services that start at once must not take each other's folder for abandoned.
+        # The lock keeps services that start together from deleting each other's new folder.
         with locked(base / LOCK, wait=True):
             for path in _folders():
                 if _is_abandoned(path):
@@ -186,38 +188,36 @@ def _new_folder() -> tuple[Path, FileLock]:
         reason = str(error)
     if os.environ.get(VARIABLE):
         raise RunFolderError(
-            f"{VARIABLE} must be a folder with a short path that you can write and nobody else: {reason}"
+            f"{VARIABLE} must be a folder with a short path that only you can write to: {reason}"
         )
     print(
-        f"no working folder in the cache ({reason}): taking one among the temporary files",
+        f"no working folder in the cache ({reason}): using the temporary folder",
         file=sys.stderr,
         flush=True,
     )
     try:
         temporary = Path(tempfile.gettempdir())
-        if (
-            not temporary.stat().st_mode & stat.S_ISVTX
-        ):  # where it is set, as for /tmp, nobody can rename others' folders
+        # The sticky bit, as of /tmp, keeps users from renaming each other's folders.
+        if not temporary.stat().st_mode & stat.S_ISVTX:
             _check_private(temporary)
         return _make(temporary)
     except OSError as error:
         raise RunFolderError(
-            f"no working folder in the cache or among the temporary files: {error}"
+            f"no working folder in the cache or the temporary folder: {error}"
         ) from None
 
 
 def _check_private(base: Path) -> None:
-    """Make sure that nobody else can put something of theirs in the place of the working folder, or
-    of the lock beside it.
+    """Check that no other user can replace the working folder or the lock beside it.
 
     Raises:
-        PermissionError: others can.
+        PermissionError: another user can.
     """
     found = base.stat()
     if found.st_uid != os.getuid():
         raise PermissionError(f"{base} belongs to another user")
     if found.st_mode & 0o022:
-        raise PermissionError(f"others can write {base}: take a folder in it, or chmod go-w")
+        raise PermissionError(f"others can write to {base}: use a folder in it, or chmod go-w")
 
 
 def _make(base: Path) -> tuple[Path, FileLock]:
@@ -225,14 +225,14 @@ def _make(base: Path) -> tuple[Path, FileLock]:
     if len(os.fsencode(path / LONGEST_SOCKET)) > MAX_SOCKET_PATH:
         path.rmdir()
         most = MAX_SOCKET_PATH - len(os.fsencode(path.relative_to(base) / LONGEST_SOCKET)) - 1
-        raise OSError(f"{base} has more than {most} bytes, too many for addresses of sockets in it")
+        raise OSError(f"the path {base} has more than {most} bytes, too long for sockets in it")
     held = FileLock(path / LOCK)
     held.acquire()
     return path, held
 
 
 def _folders() -> list[Path]:
-    """This user's folders of services, running or not."""
+    """List this user's working folders, of running and of dead services."""
     found = []
     for base in (_base, lambda: Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError):
@@ -245,7 +245,7 @@ def _folders() -> list[Path]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds the lock of a folder; never where that cannot be known."""
+    """Whether no process holds the lock of a folder; ``False`` if that is unknown."""
     if not (path / LOCK).is_file():
         return False
     try:

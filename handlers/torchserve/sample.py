@@ -1,4 +1,4 @@
-"""TorchServe's entry point for ``sample``. It wants exactly one class in this file."""
+"""TorchServe's entry point for ``sample``. TorchServe allows only one class here."""
 
 from handlers.torchserve import base
 

@@ -1,4 +1,4 @@
-"""What ``ade serve`` does: start, watch and stop the service and its page."""
+"""Implements ``ade serve``: starts, watches and stops the service and its page."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ PROFILE_S = 10.0
 WATCH_S = 0.5
 TOKEN_VARIABLE = "ADE_TOKEN"
 MIN_TOKEN = 32
-PACKAGES = {"onnxruntime": "onnxruntime", "torchscript": "torch"}  # that workers compute with
+PACKAGES = {"onnxruntime": "onnxruntime", "torchscript": "torch"}  # required by each backend
 SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 
 
 def run(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
-    if importlib.util.find_spec(PACKAGES[args.backend]) is None:  # here, not in a worker's log
+    # Report a missing package here, not in the log of a worker.
+    if importlib.util.find_spec(PACKAGES[args.backend]) is None:
         raise ModuleNotFoundError(f"--backend {args.backend}", name=PACKAGES[args.backend])
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _stop)
@@ -147,13 +148,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _ignore_signals() -> None:
-    """A second Ctrl-C must not leave processes behind."""
+    """Ignore further signals: a second Ctrl-C must not leave processes behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _token(host: str) -> str | None:
-    """What API and page ask for off loopback: ``ADE_TOKEN``, or a new one of 256 bits."""
+    """The token that API and page require beyond loopback: ``ADE_TOKEN``, or 256 random bits."""
     if host in LOOPBACK:
         return None
     given = os.environ.get(TOKEN_VARIABLE)
@@ -161,8 +162,8 @@ def _token(host: str) -> str | None:
         return secrets.token_urlsafe(32)
     if not re.fullmatch(rf"[\x21-\x7e]{{{MIN_TOKEN},}}", given):
         raise LaunchError(
-            f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII without spaces, "
-            f"got {len(given)} characters"
+            f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII "
+            f"without spaces, got {len(given)} characters"
         )
     return given
 
@@ -180,11 +181,10 @@ def _allowed_hosts(text: str) -> list[str]:
 def _watch(
     supervisor: Supervisor, folder: RunFolder, describe: Callable[[], None], profiled: Ports | None
 ) -> NoReturn:
-    """Tend the children until an exception ends it; meanwhile say where time goes, if the ports to
-    ask at are given.
+    """Watch the children until an exception, and print the profile if ``profiled`` is given.
 
     Raises:
-        LaunchError: a child cannot be kept up, or the working folder is gone.
+        LaunchError: a child cannot be kept running, or the working folder is gone.
     """
     totals: Totals = {}
     next_profile = time.monotonic() + PROFILE_S
@@ -204,7 +204,7 @@ def _watch(
                         f"http://127.0.0.1:{profiled.metrics}/metrics", timeout=PROFILE_S
                     ).text
                 )
-            except httpx.TransportError:  # busy: the next time will do
+            except httpx.TransportError:  # the service is busy: try again later
                 continue
             table = profile_table(totals, now)
             totals = now
@@ -217,8 +217,8 @@ def _warn_of_another_coder(bundle: Bundle) -> None:
     coder = calibration.get("webp", coder_version())
     if coder != coder_version():
         print(
-            f"warning: {bundle.name} was calibrated with libwebp {coder}, here is {coder_version()}: verdicts may be off "
-            "a little until ade calibrate makes another",
+            f"warning: {bundle.name} was calibrated with libwebp {coder}, but this is "
+            f"{coder_version()}: verdicts may be slightly off until you run ade calibrate again",
             file=sys.stderr,
             flush=True,
         )
@@ -229,14 +229,15 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _gpu_for(device: str) -> bool:
-    """Whether to serve on a GPU; asking for one that is not there is an error here, not in a
-    worker.
+    """Whether to serve on a GPU.
+
+    Raises:
+        BackendError: a GPU is required and there is none. Reported here, not in a worker's log.
     """
     if device == "cpu":
         return False
     found = False
-    # Without a driver, spare the second that PyTorch takes to say no; without PyTorch, serve on the
-    # CPU.
+    # Without a driver, skip the import of PyTorch, which takes a second.
     if (
         any(path.exists() for path in SIGNS_OF_A_GPU)
         and importlib.util.find_spec("torch") is not None
@@ -246,7 +247,7 @@ def _gpu_for(device: str) -> bool:
         found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise BackendError(
-            "--device cuda: PyTorch sees no CUDA device here, or is not installed (extra cuda)"
+            "--device cuda: PyTorch finds no CUDA device, or is not installed (extra cuda)"
         )
     return found
 
@@ -265,7 +266,8 @@ def _print_addresses(
     login = f"  (user {USER}, password: the token)" if needs_token else ""
     token = f"token    {folder.token_file}\n" if needs_token else ""
     lines = {
-        "sample": "sample -H 'Content-Type: application/json' -d '{\"n\": 16, \"seed\": 7}' -o samples.png",
+        "sample": "sample -H 'Content-Type: application/json'"
+        ' -d \'{"n": 16, "seed": 7}\' -o samples.png',
         "score": "score -T image.png",
         "reconstruct": "reconstruct -T image.png -o reconstruction.png",
         "encode": "encode -T image.png -o latents.json",

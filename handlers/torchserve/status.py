@@ -1,6 +1,4 @@
-"""What a running service says of itself: whether it answers, who answers, with how many workers,
-and what went wrong.
-"""
+"""Reports the state of a running service: health, models, workers, queues and recent errors."""
 
 from __future__ import annotations
 
@@ -33,14 +31,14 @@ TIMEOUT_S = 30.0
 
 
 def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1") -> dict[str, Any]:
-    """Ask every part of a service on this machine; what does not answer is ``None``.
+    """Query all parts of a service on this machine; values without an answer are ``None``.
 
-    Workers, queues and errors are known to the user that serves, and to nobody else.
+    Only the user who runs the service can read its workers, queues and errors.
 
     Args:
-        ports: where it listens.
-        token: where it asks for one and is another user's.
-        host: on which address its API and page listen.
+        ports: ports of the service.
+        token: required only if another user runs the service with a token.
+        host: address on which its API and page listen.
     """
     address = local_address(host)
     folder = find_service(ports)
@@ -65,10 +63,10 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
 
 
 def describe_models(folder: RunFolder, timeout: float = TIMEOUT_S) -> dict[str, dict[str, Any]]:
-    """What TorchServe tells of each model that it serves; empty where it does not answer.
+    """Return TorchServe's description of each served model; empty if it does not answer.
 
     Args:
-        folder: of the service; its socket and key are this user's.
+        folder: working folder of the service, which must be this user's.
         timeout: seconds for each answer.
     """
     transport = httpx.HTTPTransport(uds=str(folder.management_socket))
@@ -86,9 +84,7 @@ def describe_models(folder: RunFolder, timeout: float = TIMEOUT_S) -> dict[str, 
 
 
 def queued_requests(folder: RunFolder) -> int:
-    """How many requests wait for a worker; 0 where that is not to be known, as of a service that is
-    going down.
-    """
+    """Count the requests that wait for a worker; 0 if unknown, as when the service is stopping."""
     return sum(
         model.get("jobQueueStatus", {}).get("pendingRequests", 0)
         for model in describe_models(folder, timeout=2.0).values()
@@ -134,15 +130,15 @@ def _model(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory(pid: int) -> int | None:
-    """Resident MiB; TorchServe's own figure is 0 where its system metrics are off."""
+    """Resident memory in MiB. TorchServe's own figure is 0 if its system metrics are off."""
     try:
         return round(psutil.Process(pid).memory_info().rss / 2**20)
-    except (psutil.Error, ValueError):  # -1 until TorchServe knows the process
+    except (psutil.Error, ValueError):  # the id is -1 until TorchServe knows the process
         return None
 
 
 def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
-    """From the journals of the service's workers; ``None`` if there are none."""
+    """The last errors in the journals of the workers; ``None`` if there are no journals."""
     try:
         return last_errors(Path((folder.read_description() or {})["logs"]))
     except (KeyError, ValueError, OSError):
@@ -150,7 +146,7 @@ def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
 
 
 def _requests(metrics: str) -> dict[str, float]:
-    """How many were answered, by the first digit of their status."""
+    """Count the answered requests by the first digit of their status."""
     found: dict[str, float] = {}
     for digit, value in re.findall(
         r"^Requests([245])XX\{[^}]*\} ([0-9.eE+]+)$", metrics, re.MULTILINE
@@ -178,7 +174,7 @@ def _calibrations(metrics: str) -> dict[str, dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that answers depend on, and of Python."""
+    """Versions of Python and of the packages that answers depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,5 +1,6 @@
-"""Child processes of the service: started, watched, restarted, and gone with the service however
-that ends.
+"""Starts, watches and restarts the child processes of the service.
+
+The children end with the service, even if it is killed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 
 STOP_TIMEOUT_S = 20.0
-MAX_OUTPUT_BYTES = 2**20  # of a child's standard output, and as much of what was before
+MAX_OUTPUT_BYTES = 2**20  # of the file with a child's output; one older file is kept
 MAX_DEATHS = 5
 DEATHS_WITHIN_S = 60.0
-# Reads process groups until the service is gone, by whatever signal; then it kills them and removes
-# the working folder.
+# Reads the ids of process groups until the service ends, which closes its standard input. Then it
+# kills those groups and removes the working folder.
 _REAPER = """
 groups=
 while read -r group; do groups="$groups $group"; done
@@ -31,12 +32,12 @@ rm -rf -- "$1"
 
 
 class LaunchError(RuntimeError):
-    """A service that did not come up, or cannot be kept up."""
+    """The service did not start, or cannot be kept running."""
 
 
 @dataclass
 class Child:
-    """A process in a session of its own, and how it is started again."""
+    """A child process in its own session, with everything needed to restart it."""
 
     name: str
     command: list[str]
@@ -68,8 +69,9 @@ class Child:
         return ""
 
     def trim(self) -> None:
-        """Keep the output small: it is appended to, so that the file can be emptied while it is
-        written.
+        """Keep the output file small.
+
+        It can be emptied while the child writes, because the child appends to it.
         """
         with contextlib.suppress(OSError):
             if self.output.stat().st_size > MAX_OUTPUT_BYTES:
@@ -77,7 +79,7 @@ class Child:
                 os.truncate(self.output, 0)
 
     def stop(self) -> None:
-        """Ask the process group to end, and make it end."""
+        """Terminate the process group, and kill it if it does not end in time."""
         for sign, patience in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sign)
@@ -92,10 +94,11 @@ class Child:
 
 
 class Supervisor:
-    """Keeps the children of a service.
+    """Manages the child processes of a service.
 
     Args:
-        folder: the service's working folder; removed with the children if the service is killed.
+        folder: the working folder of the service. If the service is killed, the folder is removed
+            and the children are killed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,10 +129,10 @@ class Supervisor:
         """Start a command, its output in ``FOLDER/NAME.out``.
 
         Args:
-            name: for messages.
-            command: what to run, in the working folder.
-            environment: all of it.
-            restarts: whether the service lives on if it ends, because it is started again.
+            name: used in messages.
+            command: run in the working folder.
+            environment: the complete environment.
+            restarts: whether the child is restarted when it ends. Otherwise the service ends too.
         """
         child = Child(name, command, environment, self._folder, restarts)
         child.start()
@@ -138,14 +141,14 @@ class Supervisor:
         return child
 
     def tend(self, restarts: bool = True) -> bool:
-        """Restart what may be restarted; whether anything was.
+        """Restart children that ended; returns whether any was restarted.
 
         Args:
-            restarts: ``False`` while the service starts: what fails then is not repeated.
+            restarts: ``False`` while the service starts, when every end of a child is an error.
 
         Raises:
-            LaunchError: a child ended that may not, or one did :data:`MAX_DEATHS` times within a
-                minute.
+            LaunchError: a child ended that is not restarted, or one ended :data:`MAX_DEATHS` times
+                within a minute.
         """
         restarted = False
         for child in self._children:
@@ -159,17 +162,16 @@ class Supervisor:
             child.deaths.append(now)
             if len(child.deaths) == MAX_DEATHS and now - child.deaths[0] < DEATHS_WITHIN_S:
                 raise LaunchError(
-                    f"{child.name} ended {MAX_DEATHS} times within {DEATHS_WITHIN_S:.0f} s, at last with "
-                    f"{status}:\n{child.tail()}"
+                    f"{child.name} ended {MAX_DEATHS} times within {DEATHS_WITHIN_S:.0f} s, "
+                    f"at last with {status}:\n{child.tail()}"
                 )
             print(f"{child.name} ended with {status}: restarting it", file=sys.stderr, flush=True)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal.SIGKILL)  # what it may have left
+                os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
             child.start()
             restarted = True
-        if (
-            restarted or self._reaper.poll() is not None
-        ):  # it must not kill whoever is given a number that is free again
+        # A new reaper forgets the old process ids, which the system may give to other processes.
+        if restarted or self._reaper.poll() is not None:
             self._stop_reaper()
             self._start_reaper()
         return restarted
@@ -199,7 +201,6 @@ class Supervisor:
 
     def _announce(self, child: Child) -> None:
         assert self._reaper.stdin is not None
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # a killed reaper is replaced by tend(), which announces all again
+        # If the reaper was killed, tend() starts another and announces all children again.
+        with contextlib.suppress(BrokenPipeError):
             self._reaper.stdin.write(f"{child.process.pid}\n".encode())

@@ -1,3 +1,1 @@
-"""Image files that nobody vouches for: their structure is checked, then a process of its own
-decodes them.
-"""
+"""Decodes untrusted image files: checks their structure, then decodes them in another process."""

@@ -1,5 +1,6 @@
-"""Processes that decode files which may be bombs: started for the first one, ended when idle,
-replaced when they die.
+"""The processes that decode untrusted image files.
+
+A process starts with the first file, ends when it has been idle, and is replaced when it dies.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import numpy as np
 from serving.decode.structure import ImageError, Structure
 from serving.decode.worker import ANSWER, READY, REQUEST, DecodedImage, fill, receive
 
-MEMORY_BYTES = 384 * 2**20  # a picture of 16 million pixels takes up to 340 MiB
-CPU_SECONDS = 2.0  # a picture of 16 million pixels takes up to one
-WALL_SECONDS = 10.0  # where a busy machine gives it no processor
+MEMORY_BYTES = 384 * 2**20  # an image of 16 million pixels takes up to 340 MiB
+CPU_SECONDS = 2.0  # an image of 16 million pixels takes up to one second
+WALL_SECONDS = 10.0  # on a busy machine, processor time alone would be no limit
 START_SECONDS = 30.0
-END_SECONDS = 5.0  # for the exit code of a process that has closed its connection
+END_SECONDS = 5.0  # to wait for the exit code of a process that has closed its connection
 IDLE_SECONDS = 60.0
 MAX_TEXT_BYTES = 2**16
 PROGRAM = "serving.decode.worker"
@@ -32,7 +33,7 @@ _idle: list[_Decoder] = []
 
 
 class _Died(Exception):
-    """The process ended, hangs, or answered nonsense."""
+    """The process ended, hangs, or gave an invalid answer."""
 
 
 class _Decoder:
@@ -41,13 +42,14 @@ class _Decoder:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         root = str(Path(__file__).parents[2])
-        # It parses files of unknown origin: the environment's secrets are not passed on.
+        # The process parses untrusted files: it must not have the secrets of the environment.
+        # More threads and malloc arenas would count against its memory limit.
         environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         environment |= {
             "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]),
             "OPENBLAS_NUM_THREADS": "1",
             "MALLOC_ARENA_MAX": "1",
-        }  # further threads and arenas would count against its memory
+        }
         command = [
             sys.executable,
             "-P",
@@ -62,7 +64,7 @@ class _Decoder:
                 self._process = subprocess.Popen(
                     command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment
                 )
-            except OSError as error:  # a caller would take it for an error of its file
+            except OSError as error:  # callers would mistake it for an error of their file
                 ours.close()
                 raise RuntimeError(
                     f"the process that decodes images cannot be started: {error}"
@@ -81,11 +83,11 @@ class _Decoder:
             )
 
     def decode(self, data: bytes, structure: Structure) -> DecodedImage:
-        """As :func:`serving.decode.worker.decode`.
+        """Decode like :func:`serving.decode.worker.decode`, in this process.
 
         Raises:
-            ImageError: of the file.
-            _Died: of this process.
+            ImageError: the file is invalid.
+            _Died: the process failed.
         """
         deadline = time.monotonic() + WALL_SECONDS
         try:
@@ -117,7 +119,7 @@ class _Decoder:
         return self._process.poll() is None
 
     def end(self, patience: float = 0.1) -> int:
-        """Kill the process if it does not end in so many seconds; returns its exit code."""
+        """Kill the process unless it ends within ``patience`` seconds; returns its exit code."""
         self._connection.close()
         try:
             return self._process.wait(patience)
@@ -129,15 +131,15 @@ class _Decoder:
 def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
     """Decode a file in another process, within limits of memory and time.
 
-    May be called from several threads; each has a process of its own while it waits.
+    Thread-safe: each call uses a process of its own.
 
     Args:
         data: the whole file.
-        structure: of that file.
+        structure: its structure.
 
     Raises:
-        ImageError: the file is damaged, or takes too much.
-        RuntimeError: no process can be started.
+        ImageError: the file is damaged, or exceeds a limit.
+        RuntimeError: the process cannot be started.
     """
     while True:
         decoder = _take()
@@ -149,9 +151,7 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
         except _Died as died:
             closed = isinstance(died.__cause__, (EOFError, ConnectionError))
             code = decoder.end(END_SECONDS if closed else 0)
-            if (
-                code == 0 and decoder.is_used
-            ):  # it had been idle for too long just when it was asked
+            if code == 0 and decoder.is_used:  # its idle time ended just as the file was sent
                 continue
             if code == -signal.SIGPROF or isinstance(died.__cause__, TimeoutError):
                 raise ImageError(
@@ -168,11 +168,11 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
 
 
 def _take() -> _Decoder:
-    """A process that waits, or else a new one."""
+    """Return an idle process or start a new one."""
     while _idle:
         try:
             decoder = _idle.pop()
-        except IndexError:  # another thread was quicker
+        except IndexError:  # another thread took the last one
             break
         if decoder.is_alive():
             return decoder
@@ -180,5 +180,5 @@ def _take() -> _Decoder:
     return _Decoder()
 
 
-# A forked process must not talk to the decoders of its parent.
+# A forked process must not use the decoders of its parent.
 os.register_at_fork(after_in_child=_idle.clear)

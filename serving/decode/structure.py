@@ -1,10 +1,9 @@
-"""The structure of an image file, read from its bytes before any decoder sees them.
+"""Reads the structure of an image file before any decoder runs.
 
-Decoders do what a file says, and a small file can ask for a lot of work. The readers below find the
-picture's size and refuse what costs more than a picture of that size needs. They do not validate: a
-file that ends early or makes no sense is left to the decoder, which reports the damage. Where
-Pillow reads a format in its own way, so do they: a limit that is counted along another path does
-not hold.
+A small file can make a decoder do a lot of work. The functions below find the size of the image and
+reject files that cost more than an image of that size needs. They do not validate: truncated or
+inconsistent files are left to the decoder, which reports the damage. They follow Pillow's way of
+reading each format, because a limit that is counted differently would not hold.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_METADATA_BYTES = 4 * 2**20  # profiles, XMP and thumbnails of photographs; some have megabytes
+MAX_METADATA_BYTES = 4 * 2**20  # profiles, XMP and thumbnails; some photographs have megabytes
 MAX_PARTS = 10_000  # chunks or segments: 16 MiB in PNG chunks of 8 KiB are 2,048
 MAX_GIF_BLOCKS = 2**17  # 16 MiB in blocks of 255 bytes are 65,793
-MAX_COMMENT_BYTES = 2**16  # of a GIF: Pillow joins them in quadratic time
+MAX_COMMENT_BYTES = 2**16  # of a GIF: Pillow joins comments in quadratic time
 MAX_JUNK_BYTES = 2**16  # between segments, read byte by byte
 MAX_TABLE_BYTES = 2**16  # of a JPEG: four quantisation and eight Huffman tables have 4 KiB
 MAX_SCANS = 100  # of a JPEG: each goes over the whole picture; libjpeg's progressive files have 10
 MAX_TAGS = 500  # of a directory
 MAX_STRIPS = 2**16
-MAX_TILE_PIXELS = 2**20  # of a TIFF whose picture is smaller than a tile
+MAX_TILE_PIXELS = 2**20  # of a TIFF whose image is smaller than a tile
 MAX_EXIF_PREFIXES = 8  # Pillow strips them one by one, in quadratic time
-MAX_EXIF_SEGMENTS = 100  # of a JPEG, joined likewise; 4 MiB are 65
-MAX_DIRECTORIES = 8  # of a TIFF's picture: its own, Exif, GPS and interoperability
-# What may be decoded without a process of its own: small pictures in the plainest forms, with
-# little metadata.
+MAX_EXIF_SEGMENTS = 100  # of a JPEG, also joined in quadratic time; 4 MiB need 65
+MAX_DIRECTORIES = 8  # of a TIFF image: its own, Exif, GPS and interoperability
+# Limits of files that are decoded in this process: small images in simple formats, with little
+# metadata.
 PLAIN_PIXELS = 2**20
 PLAIN_BYTES = 2**20
 PLAIN_METADATA_BYTES = 2**16
@@ -39,9 +38,8 @@ _PIXEL_CHUNKS = frozenset({b"IHDR", b"IDAT", b"fdAT", b"IEND"})
 _PLAIN_CHUNKS = frozenset(
     {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"tEXt"}
 )
-_MARKER = re.compile(
-    rb"\xff[^\x00\xd0-\xd7\xff]"
-)  # restart markers and escaped bytes are part of the data
+# Restart markers and escaped bytes are part of the data.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _EXIF_PREFIX = b"Exif\0\0"
 _TYPE_SIZES = {
     1: 1,
@@ -66,7 +64,7 @@ _TIFF_COMPRESSIONS = {1, 5, 8, 32773, 32946}
 
 
 class ImageError(ValueError):
-    """A file that is no usable image.
+    """The file is not a usable image.
 
     ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``.
     """
@@ -78,14 +76,14 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Structure:
-    """What a file says of itself.
+    """Format and size according to the file itself.
 
     Attributes:
         format: one of :data:`FORMATS`.
         width: in pixels.
         height: in pixels.
-        is_plain: whether it is small, and in a form whose decoding cannot take more than its size
-            suggests.
+        is_plain: whether the file is small and in a simple format whose decoding cost is bounded by
+            the size.
     """
 
     format: str
@@ -101,7 +99,7 @@ def read_structure(data: bytes) -> Structure:
         data: the whole file.
 
     Raises:
-        ImageError: not an image of a known format, or one that would cost too much to decode.
+        ImageError: the format is unknown, or decoding would cost too much.
     """
     for start, read in _READERS:
         if start.match(data):
@@ -125,10 +123,10 @@ def read_structure(data: bytes) -> Structure:
 
 
 def check_exif(data: bytes) -> None:
-    """Refuse EXIF whose entries have more bytes than there are.
+    """Reject EXIF data whose entries claim more bytes than it has.
 
     Raises:
-        ImageError: it has too many entries, or they share their bytes.
+        ImageError: it has too many entries, or they overlap.
     """
     prefixes = 0
     while data.startswith(_EXIF_PREFIX, 6 * prefixes):
@@ -156,7 +154,7 @@ def _is_plain(data: bytes, width: int, height: int, metadata: int = 0) -> bool:
 
 
 class _Count:
-    """What has been met of one kind; raises at its limit."""
+    """Counts the items of one kind and raises above the limit."""
 
     def __init__(self, what: str, limit: int) -> None:
         self.total = 0
@@ -223,10 +221,8 @@ def _jpeg(data: bytes) -> Structure:
         segments.add(1)
         if kind == 0xD9 and scans.total:  # the end
             break
-        if (
-            kind < 0xC0 or kind in (0xC8, 0xD8, 0xD9) or 0xF0 <= kind <= 0xFD
-        ):  # no length, or none that Pillow reads
-            plain = False
+        if kind < 0xC0 or kind in (0xC8, 0xD8, 0xD9) or 0xF0 <= kind <= 0xFD:
+            plain = False  # a marker without a length, or whose length Pillow does not read
             continue
         if position + 2 > len(data):
             break
@@ -413,7 +409,7 @@ def _tiff(data: bytes) -> Structure:
                 raise _too_large(
                     "strips or tiles of its size", tags[tag].count, min(needed, MAX_STRIPS)
                 )
-    if number(274, 1) in (5, 6, 7, 8):  # Pillow turns a TIFF by itself
+    if number(274, 1) in (5, 6, 7, 8):  # Pillow itself applies the orientation of a TIFF
         width, height = height, width
     return Structure("TIFF", width, height)
 
@@ -426,7 +422,7 @@ def _not_plain(expected: str, got: str) -> ImageError:
 class _Entry:
     kind: int
     count: int
-    value: bytes  # the four bytes that are the value or say where it is
+    value: bytes  # four bytes: the value or its offset
 
 
 def _integer(tag: int, entry: _Entry, order: str) -> int:
@@ -436,14 +432,14 @@ def _integer(tag: int, entry: _Entry, order: str) -> int:
 
 
 def _directory(data: bytes, order: str, offset: int, strict: bool = False) -> dict[int, _Entry]:
-    """The entries of a TIFF directory, or of EXIF, which is one, as far as Pillow reads them.
+    """Read the entries of a TIFF or EXIF directory, as far as Pillow reads them.
 
     Args:
-        data: what offsets count from the start of.
+        data: the file; offsets count from its start.
         order: ``<`` or ``>``.
         offset: of the directory.
-        strict: refuse what Pillow and libtiff take differently: a tag that appears twice, or
-            reaches beyond the file.
+        strict: reject what Pillow and libtiff read differently: repeated tags, and tags that reach
+            beyond the file.
     """
     if offset + 2 > len(data):
         return {}
@@ -465,7 +461,7 @@ def _directory(data: bytes, order: str, offset: int, strict: bool = False) -> di
                 raise ImageError(
                     "not_an_image", f"the image is damaged: tag {tag} reaches beyond the file"
                 )
-            break  # and so does Pillow
+            break  # as Pillow does
         total += size
         if total > len(data):
             raise ImageError(

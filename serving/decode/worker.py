@@ -1,12 +1,12 @@
-"""Pixels of an image file, by Pillow; as a program, a process that does so for another one.
+"""Decodes image files with Pillow, in this process or as a program for another process.
 
-The process has limits of memory and of processor time, and a file may kill it. It ends when no file
-came for a while, or with the process that started it.
+The program has limits of memory and processor time, and a hostile file may kill it. It ends after
+an idle time, or with the process that started it.
 
     python -m serving.decode.worker MEMORY_BYTES CPU_SECONDS IDLE_SECONDS
 
-A request is a :data:`REQUEST` and the file, an answer a :data:`ANSWER`, the notes or the error as
-JSON, and the pixels.
+It reads requests, a :data:`REQUEST` and the file, from the socket that is its standard input. It
+answers with an :data:`ANSWER`, the notes or the error as JSON, and the pixels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TRANSPOSITIONS = {
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Pixels of a file, uint8 ``(H, W, 3)``, and what was done to get them."""
+    """Pixels of a file, uint8 ``(H, W, 3)``, and notes about conversions."""
 
     pixels: np.ndarray
     notes: list[str] = field(default_factory=list)
@@ -60,14 +60,12 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
 
     Raises:
         ImageError: the file is damaged.
-        MemoryError: there is no room to decode it.
+        MemoryError: there is not enough memory to decode it.
     """
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of damaged metadata, which does no harm here
+            warnings.simplefilter("ignore")  # Pillow's warnings of damaged metadata
             image: Image.Image = Image.open(io.BytesIO(data), formats=(structure.format,))
             if image.size != (structure.width, structure.height):
                 raise ImageError(
@@ -77,13 +75,12 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
                 )
             if ";16" in str(getattr(image, "tile", [])[:1]) and not image.mode.startswith("I"):
                 notes.append("converted from 16-bit colour to 8 bits")
-            if getattr(image, "is_animated", False):  # counting the frames would take long
+            if getattr(image, "is_animated", False):  # n_frames would be slow
                 notes.append("first of several frames taken")
                 image.seek(0)
             image.load()
-            if (
-                "exif" not in image.info and "Raw profile type exif" in image.info
-            ):  # in PNG text, where Pillow finds it
+            # Pillow also finds EXIF in the text chunks of a PNG.
+            if "exif" not in image.info and "Raw profile type exif" in image.info:
                 check_exif(
                     bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
                 )
@@ -95,12 +92,12 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
             return DecodedImage(_rgb(image, notes), notes)
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # Pillow raises whatever its parsers stumble over: struct.error, SyntaxError, KeyError, …
+    except Exception as error:  # Pillow's parsers raise struct.error, SyntaxError, KeyError, …
         raise ImageError("not_an_image", f"the image is damaged: {words_of(error)}") from error
 
 
 def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
-    """All pixels, a block after the other: of alpha and other modes several copies are made."""
+    """Convert to RGB block by block: some modes need several copies of the pixels."""
     columns = min(image.width, _BLOCK_PIXELS)
     rows = min(image.height, max(1, _BLOCK_PIXELS // columns))
     if (columns, rows) == image.size:
@@ -141,10 +138,10 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def receive(connection: socket.socket, count: int) -> bytearray:
-    """Exactly so many bytes.
+    """Receive exactly ``count`` bytes.
 
     Raises:
-        EOFError: the other end was closed before.
+        EOFError: the other end was closed before that.
     """
     received = bytearray(count)
     fill(connection, memoryview(received))
@@ -152,7 +149,7 @@ def receive(connection: socket.socket, count: int) -> bytearray:
 
 
 def fill(connection: socket.socket, room: memoryview) -> None:
-    """As :func:`receive`, into a buffer of bytes."""
+    """Fill a buffer with received bytes, as :func:`receive`."""
     while len(room):
         count = connection.recv_into(room)
         if not count:
@@ -161,16 +158,14 @@ def fill(connection: socket.socket, room: memoryview) -> None:
 
 
 def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
-    """Decode what comes over the socket that is the standard input.
+    """Decode the files that arrive on the socket that is the standard input.
 
     Args:
-        memory_bytes: beyond what the program itself takes.
-        cpu_seconds: for a file, after which the process is killed.
-        idle_seconds: to wait for a file.
+        memory_bytes: memory limit, in addition to what the program itself takes.
+        cpu_seconds: processor time per file, after which the process is killed.
+        idle_seconds: how long to wait for a file.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C ends whoever started this, and that ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this
     connection = socket.socket(fileno=sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
@@ -189,7 +184,7 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
             connection.sendall(head)
             connection.sendall(pixels)
             del data, pixels
-    except (EOFError, OSError):  # the other process ended, or sent no file
+    except (EOFError, OSError):  # the parent ended, or no file arrived in time
         pass
 
 

@@ -1,1 +1,1 @@
-"""A bundle's graphs: NumPy arrays in, NumPy arrays out."""
+"""Runs a bundle's graphs: NumPy arrays in, NumPy arrays out."""

@@ -1,4 +1,4 @@
-"""What computes a bundle's graphs: ONNX Runtime or TorchScript, behind one method."""
+"""The backends that compute a bundle's graphs: ONNX Runtime and TorchScript."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 class BackendError(RuntimeError):
-    """A backend that cannot run here as asked."""
+    """The backend cannot run on this machine with these options."""
 
 
 class Backend(Protocol):
-    """Runs graphs.
+    """Runs the graphs of one bundle.
 
     Attributes:
-        name: goes into answers, such as ``onnxruntime/CPUExecutionProvider``.
-        fixed_sizes: whether batches should have few sizes, because each new one costs.
+        name: reported in answers, such as ``onnxruntime/CPUExecutionProvider``.
+        fixed_sizes: whether batches should have few different sizes, because each new size is
+            expensive.
     """
 
     name: str
@@ -34,9 +35,9 @@ class Backend(Protocol):
     def run(
         self, graph: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Compute one batch; names are those of :mod:`serving.engine.signatures`.
+        """Compute one batch; returns the ``wanted`` outputs, or all of them.
 
-        ``wanted`` outputs, or all.
+        :mod:`serving.engine.signatures` lists the names of inputs and outputs.
         """
         ...
 
@@ -52,17 +53,16 @@ def load_backend(
     """Load the graphs of a bundle.
 
     Args:
-        bundle: its files are verified as they are read.
-        graphs: names of :func:`serving.engine.signatures.graphs_of`.
+        bundle: its files are verified before they are loaded.
+        graphs: names from :func:`serving.engine.signatures.graphs_of`.
         backend: one of :data:`BACKENDS`.
-        device: ``cuda`` fails where there is none; ``auto`` takes a GPU where there is one.
-        gpu: which, of several.
-        cuda_graphs: of ONNX Runtime on a GPU: record the kernels of each batch size and replay
-            them.
+        device: one of :data:`DEVICES`. ``auto`` uses a GPU if there is one, ``cuda`` requires it.
+        gpu: index of the GPU.
+        cuda_graphs: record the kernels of each batch size and replay them (ONNX Runtime on a GPU).
 
     Raises:
-        BackendError: unknown backend or device, or no GPU where one was asked for.
-        BundleError: a file that does not match.
+        BackendError: the backend or device is unknown, or the required GPU is missing.
+        BundleError: a file does not match the manifest.
     """
     if device not in DEVICES:
         raise BackendError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
@@ -74,11 +74,11 @@ def load_backend(
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime, one session a graph. One thread: with two the sums' order, and so the bytes,
-    may differ.
+    """ONNX Runtime with one session per graph and a single thread.
 
-    Graphs are optimised as they are loaded: storing them optimised would save 2 to 9 ms a graph,
-    and the layout that is fastest belongs to one kind of processor.
+    With several threads the order of sums, and so the bytes of answers, could differ. Graphs are
+    optimised when they are loaded: storing optimised graphs would save only 2 to 9 ms per graph,
+    and the fastest layout depends on the processor.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class OnnxRuntimeBackend:
             provider = "CUDAExecutionProvider"
         elif device == "cuda":
             raise BackendError(
-                "device cuda: ONNX Runtime finds no CUDA device here (is onnxruntime-gpu installed, "
-                "and a driver?)"
+                "device cuda: ONNX Runtime finds no CUDA device "
+                "(are onnxruntime-gpu and the NVIDIA driver installed?)"
             )
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -115,7 +115,7 @@ class OnnxRuntimeBackend:
         }
         providers: list[Any] = [(provider, cuda)] if provider.startswith("CUDA") else []
         providers.append("CPUExecutionProvider")
-        bundle.file(WEIGHTS_NAME)  # the graphs' weights lie there: verified before they are read
+        bundle.file(WEIGHTS_NAME)  # verified here, because the graphs read it by themselves
         self._sessions = {}
         for graph in graphs:
             session = ort.InferenceSession(
@@ -123,7 +123,7 @@ class OnnxRuntimeBackend:
             )
             if session.get_providers()[0] != provider:
                 raise BackendError(
-                    f"{graph}.onnx was to run on {provider}, but ONNX Runtime chose "
+                    f"{graph}.onnx must run on {provider}, but ONNX Runtime chose "
                     f"{session.get_providers()[0]}"
                 )
             self._sessions[graph] = session
@@ -148,27 +148,28 @@ class OnnxRuntimeBackend:
 
 
 def _gpu_is_there(ort: Any) -> bool:
-    """Whether a session on the GPU could start: ONNX Runtime lists the provider wherever it was
-    compiled in.
+    """Whether a session on the GPU can start.
+
+    ONNX Runtime lists its CUDA provider even on machines without a GPU.
     """
     import torch
 
     if not torch.cuda.is_available():
         return False
-    ort.preload_dlls()  # the CUDA and cuDNN libraries that PyTorch brought
+    ort.preload_dlls()  # the CUDA and cuDNN libraries of the PyTorch packages
     return True
 
 
 class TorchScriptBackend:
-    """The same operations from ``model.ts``; only ever loaded from a bundle whose hashes match."""
+    """The same graphs from ``model.ts``, which is loaded only if its hash matches the manifest."""
 
-    fixed_sizes = True  # the profiling executor compiles anew for each
+    fixed_sizes = True  # the profiling executor compiles again for each new size
 
     def __init__(self, bundle: Bundle, graphs: Sequence[str], device: str, gpu: int) -> None:
         import torch
 
         if device == "cuda" and not torch.cuda.is_available():
-            raise BackendError("device cuda: PyTorch sees no CUDA device here")
+            raise BackendError("device cuda: PyTorch finds no CUDA device")
         on_gpu = device != "cpu" and torch.cuda.is_available()
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
@@ -177,9 +178,7 @@ class TorchScriptBackend:
         self._torch = torch
         self._device = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # deprecated upstream, and what is asked for
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated
             self._module = torch.jit.load(bundle.file(TORCHSCRIPT_NAME), map_location=self._device)
         self._levels = len(bundle.latent_shapes)
         self._graphs = set(graphs)

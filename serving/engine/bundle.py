@@ -1,8 +1,7 @@
-"""The bundle: a folder that is everything a service needs. Read and verified here; ``export``
-writes it.
+"""Reads and verifies bundles: folders that hold everything a service needs.
 
-Nothing in a bundle is a pickle. Every file is named in ``manifest.json`` with its SHA-256, and is
-read only when it matches.
+``export`` writes them. No file of a bundle is a pickle. ``manifest.json`` lists every file with its
+SHA-256, and a file is read only if it matches.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from serving.engine.manifest import MANIFEST, REQUIRED, check_types
 from serving.engine.signatures import OPERATIONS
 from serving.files import replacing
 
-FORMAT_VERSION = (
-    2  # 1 had graphs that gave a score's parts alone, without what the verdict is made of
-)
+FORMAT_VERSION = 2  # the score graph of version 1 lacked the outputs that verdicts need
 KINDS = ("mean", "density")
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -31,16 +28,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class BundleError(ValueError):
-    """A bundle that is not whole, not of this version, or not what its manifest says."""
+    """The bundle is incomplete, has another format version, or does not match its manifest."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose manifest was read. Ask :meth:`file` for a verified path.
+    """A bundle whose manifest has been read. :meth:`file` returns verified paths.
 
     Attributes:
-        folder: where it lies.
-        manifest: the whole of ``manifest.json``.
+        folder: path of the bundle.
+        manifest: content of ``manifest.json``.
     """
 
     folder: Path
@@ -58,16 +55,16 @@ class Bundle:
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
-        """``(channels, height, width)``, level by level, coarsest first."""
+        """``(channels, height, width)`` per level, coarsest first."""
         return [(c, h, w) for c, h, w in self.manifest["latent_shapes"]]
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """Of the four verbs, those that this model has."""
+        """The verbs that this model supports."""
         return tuple(self.manifest.get("operations", OPERATIONS))
 
     def graphs(self, operations: Iterable[str]) -> list[str]:
-        """The graphs of those operations that this model has."""
+        """Names of the graphs that the given operations need, without those the model lacks."""
         own = [
             graph
             for operation in operations
@@ -78,12 +75,12 @@ class Bundle:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of samples: without a likelihood there is no noise for density samples."""
+        """Kinds of samples. A model without a likelihood cannot draw density samples."""
         return KINDS if "score" in self.operations else KINDS[:1]
 
     @property
     def model_id(self) -> str:
-        """Name and the first 12 digits of the weights' SHA-256: what answers call the model."""
+        """The model's name in answers: its name and 12 digits of the SHA-256 of its weights."""
         return f"{self.name}@{self.manifest['files'][WEIGHTS_NAME][:12]}"
 
     def has(self, name: str) -> bool:
@@ -91,21 +88,21 @@ class Bundle:
         return name in self.manifest["files"]
 
     def file(self, name: str) -> Path:
-        """The path of a file, once its content matches the manifest.
+        """Verify a file and return its path.
 
         Raises:
-            BundleError: it is not listed, not there, or another.
+            BundleError: the file is not listed, is missing, or does not match the manifest.
         """
         if not self.has(name):
-            raise BundleError(f"{self.folder}: the manifest lists no {name}")
+            raise BundleError(f"{self.folder}: the manifest does not list {name}")
         path = self.folder / name
         if not path.is_file():
             raise BundleError(f"{path} is missing")
         found = sha256_of(path)
         if found != self.manifest["files"][name]:
             raise BundleError(
-                f"{path} does not match the manifest: SHA-256 should be "
-                f"{self.manifest['files'][name]}, is {found}"
+                f"{path} does not match the manifest: expected SHA-256 "
+                f"{self.manifest['files'][name]}, got {found}"
             )
         return path
 
@@ -117,20 +114,20 @@ def sha256_of(path: Path) -> str:
 
 
 def check_name(name: str) -> None:
-    """Make sure that a model can be called so: its name goes into URLs, headers and names of files.
+    """Check that a model's name can be used in URLs, headers and file names.
 
     Raises:
         BundleError: it cannot.
     """
     if not _NAME.fullmatch(name):
         raise BundleError(
-            "a model's name has letters, digits, '-', '_' and '.', and begins with one of the first two; "
-            f"got {name!r}"
+            "a model's name must start with a letter or digit and consist of letters, digits, "
+            f"'-', '_' and '.', got {name!r}"
         )
 
 
 def plain_name(text: str) -> str:
-    """A name that a model can have, from any text."""
+    """Turn any text into a valid model name."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "images"
 
 
@@ -138,13 +135,13 @@ def open_bundle(folder: Path) -> Bundle:
     """Read a bundle's manifest.
 
     Raises:
-        BundleError: no manifest, another version, or fields that are missing or of another kind.
+        BundleError: the manifest is missing, has another version, or has missing or invalid fields.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise BundleError(
-            f"{folder} is no bundle: "
-            + (f"it holds no {MANIFEST_NAME}" if folder.is_dir() else "there is no such folder")
+            f"{folder} is not a bundle: "
+            + (f"it has no {MANIFEST_NAME}" if folder.is_dir() else "the folder does not exist")
         )
     try:
         manifest = json.loads(path.read_text())
@@ -153,8 +150,8 @@ def open_bundle(folder: Path) -> Bundle:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; another version's bundle "
-            "has to be exported again"
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; "
+            "export the model again"
         )
     try:
         check_types(dict.fromkeys(REQUIRED) | manifest, MANIFEST, "")
@@ -168,11 +165,11 @@ def open_bundle(folder: Path) -> Bundle:
     unknown = set(manifest.get("operations", OPERATIONS)) - set(OPERATIONS)
     if unknown:
         raise BundleError(
-            f"{path}: operations are some of {', '.join(OPERATIONS)}, got {unknown.pop()!r}"
+            f"{path}: operations must be among {', '.join(OPERATIONS)}, got {unknown.pop()!r}"
         )
     for name in manifest["files"]:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise BundleError(f"{path}: {name!r} is no plain file name")
+            raise BundleError(f"{path}: {name!r} is not a plain file name")
     if WEIGHTS_NAME not in manifest["files"]:
         raise BundleError(f"{path}: files must list {WEIGHTS_NAME}")
     return Bundle(folder, manifest)
@@ -182,7 +179,7 @@ def verify_bundle(folder: Path) -> Bundle:
     """Read a bundle and check every file against the manifest.
 
     Raises:
-        BundleError: naming the first file that does not match.
+        BundleError: a file does not match; the error names the first one.
     """
     bundle = open_bundle(folder)
     for name in sorted(bundle.manifest["files"]):
@@ -191,7 +188,7 @@ def verify_bundle(folder: Path) -> Bundle:
 
 
 def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
-    """Write ``manifest.json`` over the files that now lie in a folder."""
+    """Write ``manifest.json`` with the given fields and the hashes of the folder's files."""
     files = {
         p.name: sha256_of(p)
         for p in sorted(folder.iterdir())

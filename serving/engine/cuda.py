@@ -1,9 +1,8 @@
-"""Graphs of ONNX Runtime with buffers that stay where they are: for CUDA, where copies and launches
-cost most.
+"""ONNX Runtime sessions with fixed buffers on the device.
 
-Inputs are copied into the same places on the device batch after batch, and outputs come from the
-same places. With ``capture``, ONNX Runtime records the kernels of each batch size once as a CUDA
-graph and replays them.
+On CUDA, copies and kernel launches are the main cost. Inputs are copied into the same buffers for
+every batch, and outputs are read from the same buffers. With ``capture``, ONNX Runtime records the
+kernels of each batch size once as a CUDA graph and replays them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-NO_CAPTURE = -1  # ONNX Runtime's number for a run that is not to be recorded
+NO_CAPTURE = -1  # the graph id with which ONNX Runtime does not record a run
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,13 @@ class _Buffers:
 
 
 class BoundGraph:
-    """One session with its buffers, one set for each batch size that comes: let there be few.
+    """One session with one set of buffers per batch size. Callers use few batch sizes.
 
     Args:
         session: an ``onnxruntime.InferenceSession`` on the device.
-        device: ``cuda``, or ``cpu`` where there is none, for tests.
-        gpu: which, of several.
-        capture: record CUDA graphs; the session must have been made with ``enable_cuda_graph``.
+        device: ``cuda``; tests use ``cpu``.
+        gpu: index of the GPU.
+        capture: record CUDA graphs. The session must have been created with ``enable_cuda_graph``.
     """
 
     def __init__(self, session: Any, device: str, gpu: int, capture: bool) -> None:
@@ -42,7 +41,7 @@ class BoundGraph:
         self._buffers: dict[int, _Buffers] = {}
 
     def run(self, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
-        """Compute one batch; the ``wanted`` outputs alone are copied back."""
+        """Compute one batch and copy back only the ``wanted`` outputs."""
         size = len(next(iter(inputs.values())))
         if size not in self._buffers:
             self._buffers[size] = self._allocate(inputs)
@@ -53,11 +52,11 @@ class BoundGraph:
         return {name: np.array(buffers.outputs[name].numpy()) for name in wanted}
 
     def _allocate(self, inputs: Mapping[str, np.ndarray]) -> _Buffers:
-        """Run once with outputs wherever ONNX Runtime puts them, and keep those places."""
+        """Run once with outputs that ONNX Runtime allocates, and keep those as the buffers."""
         import onnxruntime as ort
 
         binding = self._session.io_binding()
-        # Copies: on the CPU, ONNX Runtime would write into the caller's arrays.
+        # Copy, because on the CPU ONNX Runtime would use the caller's arrays as its buffers.
         places = {
             name: ort.OrtValue.ortvalue_from_numpy(
                 np.array(value, order="C"), self._device, self._gpu

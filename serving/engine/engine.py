@@ -1,7 +1,7 @@
-"""The four verbs on NumPy arrays. Knows bundles and graphs, nothing of HTTP.
+"""The four verbs on NumPy arrays.
 
-Every answer is a function of its own image and seed: noise comes from :mod:`serving.engine.noise`,
-and no result depends on its neighbours or on how many they are.
+This module knows bundles and graphs, but not HTTP. Each result depends only on its own image and
+seed, never on the rest of the batch: all noise comes from :mod:`serving.engine.noise`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from serving.verdict.calibration import Calibration, Calibrations, Verdict
 from serving.verdict.statistics import compute_statistics, part_names, statistic_names
 from serving.verdict.store import FOLDER, CalibrationStore
 
-MAX_BATCH = 32  # more at once is not faster (docs/performance.md)
-BUCKETS = (1, 2, 4, 8, 16, 32)  # the batch sizes of a backend that wants fixed ones
+MAX_BATCH = 32  # larger batches are not faster (docs/performance.md)
+BUCKETS = (1, 2, 4, 8, 16, 32)  # batch sizes for backends with fixed sizes
 
 
 @dataclass(frozen=True)
 class EncodedLevel:
-    """Latents of one level for ``N`` images; each float32 ``(N, c, h, w)``.
+    """Latents of one level for ``N`` images, each float32 ``(N, c, h, w)``.
 
-    ``eps`` is ``z`` standardised by its prior given the coarser levels, the noise that samples it,
-    if asked for.
+    ``eps``, if requested, is ``z`` standardised by its prior given the coarser levels: the noise
+    from which sampling gives ``z`` again.
     """
 
     mean: np.ndarray
@@ -42,17 +42,17 @@ class EncodedLevel:
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of one image's likelihood.
+    """Likelihood and verdict of one image.
 
     Attributes:
-        bpd: bits per dimension, a bound; lower is likelier.
-        parts: they sum to ``bpd``, by name.
-        standard_error: of ``bpd`` over its ``K`` draws; ``None`` for one draw.
-        bits: of each pixel, float64 ``(H, W)``; they sum to ``bpd`` times the image's values.
-            ``None`` unless asked for.
-        verdict: by the calibrated estimator; ``None`` without a calibration for the way that the
-            image came.
-        calibrations: that the verdict is of.
+        bpd: bits per dimension, an upper bound; lower is more likely.
+        parts: terms that sum to ``bpd``, by name.
+        standard_error: standard error of ``bpd`` over its ``K`` draws; ``None`` for one draw.
+        bits: bits of each pixel, float64 ``(H, W)``. Their sum is ``bpd`` times the number of
+            values of the image. ``None`` unless requested.
+        verdict: the calibrated verdict; ``None`` if there is no calibration for images like this
+            one (resized or not).
+        calibrations: the calibrations that the verdict is of.
     """
 
     bpd: float
@@ -64,18 +64,18 @@ class Score:
 
 
 class NotFinite(ArithmeticError):
-    """The model gave a number that is not finite for an image."""
+    """The model's likelihood of an image is not finite."""
 
 
 class InferenceEngine:
     """Sampling, encoding, reconstruction and scoring with one bundle.
 
     Args:
-        bundle: opened, or the path of one.
+        bundle: an opened bundle or its path.
         backend: ``onnxruntime`` or ``torchscript``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        operations: which of the four to load, of those that the bundle has; all unless told.
-        gpu: which, of several.
+        operations: the operations to load. Those that the bundle lacks are skipped.
+        gpu: index of the GPU.
         cuda_graphs: see :func:`serving.engine.backends.load_backend`.
         calibrations: the folder of named calibrations; that of the bundle unless given.
 
@@ -124,11 +124,11 @@ class InferenceEngine:
 
     @property
     def calibration(self) -> Calibration | None:
-        """Of images of the model's size."""
+        """The calibration for images of the model's size."""
         return self.calibrations.exact
 
     def warm_up(self) -> None:
-        """Run every loaded graph at every batch size once, so that no request is the first."""
+        """Run every loaded graph once at each batch size, so that no request pays for set-up."""
         for graph in self._graphs:
             for bucket in BUCKETS if self.backend.fixed_sizes else (1, MAX_BATCH):
                 self.backend.run(
@@ -149,13 +149,13 @@ class InferenceEngine:
         kinds: Sequence[str] | None = None,
         temperatures: Sequence[float] | None = None,
     ) -> np.ndarray:
-        """New images, each a function of its seed, index, kind and temperature alone.
+        """Sample images; each depends only on its seed, index, kind and temperature.
 
         Args:
-            seeds: one an image.
-            indices: one an image.
-            kinds: ``mean`` (the default) or ``density``, one an image.
-            temperatures: multiply the prior's standard deviations, one an image; 1 unless given.
+            seeds: one per image.
+            indices: one per image.
+            kinds: ``mean`` (the default) or ``density``, one per image.
+            temperatures: factors of the prior's standard deviations, one per image. Default 1.
 
         Returns:
             uint8 ``(N, H, W, C)``.
@@ -176,11 +176,11 @@ class InferenceEngine:
     def decode(
         self, z: Sequence[np.ndarray], seeds: Sequence[int], kinds: Sequence[str] | None = None
     ) -> np.ndarray:
-        """The images of given latents.
+        """Decode latents into images.
 
         Args:
-            z: one array a level, coarsest first, float32 ``(N, c, h, w)``.
-            seeds: one an image, for density images.
+            z: one array per level, coarsest first, float32 ``(N, c, h, w)``.
+            seeds: one per image, used by density images.
             kinds: as for :meth:`sample`.
 
         Returns:
@@ -191,14 +191,14 @@ class InferenceEngine:
     def sample_with(
         self, eps: Sequence[np.ndarray], seeds: Sequence[int], kinds: Sequence[str] | None = None
     ) -> np.ndarray:
-        """The images of given noise; mean images are as :meth:`sample` makes them of noise that it
-        draws.
+        """Sample images from given noise instead of drawn noise.
+
+        Mean images are equal to those of :meth:`sample` for the same noise.
 
         Args:
-            eps: one array a level, coarsest first, float32 ``(N, c, h, w)``; what a level makes of
-                its noise depends on the coarser levels, and noise of zeros is the mean that those
-                lead to expect.
-            seeds: one an image, for density images.
+            eps: one array per level, coarsest first, float32 ``(N, c, h, w)``. The prior of a level
+                depends on the coarser levels; zeros give the mean of that prior.
+            seeds: one per image, used by density images.
             kinds: as for :meth:`sample`.
 
         Returns:
@@ -214,7 +214,7 @@ class InferenceEngine:
         seeds: Sequence[int],
         kinds: Sequence[str] | None,
     ) -> np.ndarray:
-        """What a graph makes of one array a level, the inputs ``NAME_LEVEL``."""
+        """Run a graph whose inputs are one array per level, named ``NAME_LEVEL``."""
         kinds = kinds or ["mean"] * len(seeds)
 
         def inputs(i: int) -> dict[str, np.ndarray]:
@@ -232,13 +232,13 @@ class InferenceEngine:
         seeds: Sequence[int] | None = None,
         eps: Sequence[bool] | None = None,
     ) -> list[EncodedLevel]:
-        """Posterior means, log-scales and one draw of the latents, level by level, coarsest first.
+        """Compute posterior means, log-scales and one draw of the latents, coarsest level first.
 
         Args:
             images: uint8 ``(N, H, W, C)``.
-            seeds: one an image; 0 unless given.
-            eps: whether each image's draw is wanted as noise too; no unless given. Of the others it
-                is zeros.
+            seeds: one per image. Default 0.
+            eps: whether to return the draw of each image as noise too. Default no. If only some
+                images request it, the noise of the others is zeros.
         """
         seeds = seeds or [0] * len(images)
 
@@ -257,9 +257,8 @@ class InferenceEngine:
         rows = [i for i, wanted in enumerate(eps or []) if wanted]
         if not rows:
             return levels
-        middle = np.full(
-            self.image_shape, 0.5, np.float32
-        )  # of each pixel's interval, where encode has it
+        # encode dequantises to the middle of each pixel's interval.
+        middle = np.full(self.image_shape, 0.5, np.float32)
         names = [f"surprise_{i}" for i in range(self._levels)]
         found = self._run("score", len(rows), lambda n: {**inputs(rows[n]), "u": middle}, names)
         noise = [np.zeros_like(level.z) for level in levels]
@@ -295,21 +294,21 @@ class InferenceEngine:
         resized: Sequence[bool] | None = None,
         calibrations: Sequence[Calibrations] | None = None,
     ) -> list[Score | NotFinite]:
-        """Bits per dimension of each image, its parts, the verdict, and where the bits lie.
+        """Compute the bits per dimension of each image, their parts and the verdict.
 
         Args:
             images: uint8 ``(N, H, W, C)``.
-            seeds: one an image; 0 unless given. The verdict always uses seed 0, as the calibration
-                did.
-            samples: K an image, 1 unless given: 1 is the ELBO, more the importance-weighted bound.
-            maps: whether each image gets its bits pixel by pixel, the mean over its draws; no
-                unless given.
-            resized: whether each image was resized to the model's size, which another calibration
-                judges; no unless given.
-            calibrations: that judge each image; the default ones unless given.
+            seeds: one per image. Default 0. The verdict always uses seed 0, as the calibration
+                does.
+            samples: number of draws K, one per image. Default 1. One draw gives the ELBO, more give
+                the importance-weighted bound.
+            maps: whether to return the bits of each pixel, averaged over the draws. Default no.
+            resized: whether the image was resized to the model's size. Resized images have a
+                calibration of their own. Default no.
+            calibrations: the calibrations that judge each image. Default: the bundle's own.
 
         Returns:
-            One an image; an image whose likelihood is not finite gets the error in its place.
+            One result per image; the error itself where the likelihood is not finite.
         """
         seeds = seeds or [0] * len(images)
         samples = samples or [1] * len(images)
@@ -317,7 +316,7 @@ class InferenceEngine:
         ways = resized or [False] * len(images)
         judges = [its.of(way) for its, way in zip(chosen, ways, strict=True)]
         digests = [image_digest(image) for image in images]
-        # The verdict needs draw 0 of seed 0: a draw of its own where another seed was asked for.
+        # The verdict uses draw 0 of seed 0: one more draw if the image has another seed.
         plan = [(i, seeds[i], k) for i in range(len(images)) for k in range(samples[i])]
         extra = [(i, 0, 0) for i in range(len(images)) if seeds[i] != 0 and judges[i] is not None]
         draws = plan + extra
@@ -350,15 +349,15 @@ class InferenceEngine:
                 self._summarize(mine, verdicts.get(i)), calibrations=chosen[i]
             )
             if i in bits:
-                # What is no pixel's own (the constant of dequantisation, the bound's gap, the
-                # rounding of sums) is divided evenly.
+                # The part not attributable to single pixels (the constant of dequantisation, the
+                # gap of the bound, rounding) is spread evenly.
                 rest = score.bpd * math.prod(self.image_shape) - bits[i].sum()
                 score = dataclasses.replace(score, bits=bits[i] + rest / bits[i].size)
             results.append(score)
         return results
 
     def statistics(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """What verdicts are made of, float32 ``(N,)`` by name; of the draw that verdicts use.
+        """Compute the statistics behind verdicts, float32 ``(N,)`` by name, for the same draw.
 
         Args:
             images: uint8 ``(N, H, W, C)``.
@@ -375,7 +374,7 @@ class InferenceEngine:
     def _draw(
         self, images: np.ndarray, digests: Sequence[bytes], draw: tuple[int, int, int]
     ) -> dict[str, np.ndarray]:
-        """Inputs of ``score`` for one draw ``(image, seed, number)``."""
+        """Return the inputs of ``score`` for one draw ``(image, seed, number)``."""
         i, seed, number = draw
         stream = NoiseStream(image_key(seed, digests[i], number))
         eps = {name: stream.normal(shape) for name, shape in self._eps()}
@@ -389,8 +388,9 @@ class InferenceEngine:
         draws: Sequence[tuple[int, int, int]],
         outputs: dict[str, np.ndarray],
     ) -> dict[int, Verdict]:
-        """Verdicts by image, of those rows that are the calibrated draw and finite, each by its
-        image's calibration.
+        """Judge the rows that are finite and hold the calibrated draw; returns verdicts by image.
+
+        Each image is judged by its own calibration.
         """
         rows = [
             n
@@ -419,7 +419,7 @@ class InferenceEngine:
         return verdicts
 
     def _summarize(self, parts: np.ndarray, verdict: Verdict | None) -> Score:
-        """From the parts of ``K`` draws, ``(K, P)``, to one score."""
+        """Combine the parts of ``K`` draws, ``(K, P)``, into one score."""
         named = {"dequantization": 8.0}
         named |= {
             name: float(value)
@@ -434,7 +434,7 @@ class InferenceEngine:
         weights = np.exp(log_weights - top)
         bpd = -(top + math.log(weights.mean())) / nats_per_bit
         named["iwae_gap"] = float(bpd - draws.mean())
-        # Delta method: the error of log(mean w) is that of the mean over the mean.
+        # Delta method: the error of log(mean(w)) is the error of mean(w) divided by mean(w).
         error = weights.std(ddof=1) / (weights.mean() * math.sqrt(len(draws))) / nats_per_bit
         return Score(float(bpd), named, float(error), verdict)
 
@@ -445,7 +445,7 @@ class InferenceEngine:
         inputs: Callable[[int], dict[str, np.ndarray]],
         wanted: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Compute ``count`` rows of a graph: its outputs, or those that are wanted."""
+        """Compute ``count`` rows of a graph: all its outputs, or only the ``wanted`` ones."""
         outputs = [batch for _, batch in self._batches(graph, count, inputs, wanted)]
         return {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
 
@@ -456,10 +456,9 @@ class InferenceEngine:
         inputs: Callable[[int], dict[str, np.ndarray]],
         wanted: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Compute ``count`` rows batch by batch; before each its first number.
+        """Compute ``count`` rows in batches; yields the index of the first row and the outputs.
 
-        Where the backend wants fixed sizes, a batch is padded with its last row: elsewhere that
-            would be lost time.
+        Only backends with fixed sizes get padded batches, which repeat the last row.
         """
         for first in range(0, count, MAX_BATCH):
             rows = [inputs(i) for i in range(first, min(first + MAX_BATCH, count))]

@@ -1,4 +1,4 @@
-"""What a bundle's manifest holds: the type of each of its fields, checked when it is read."""
+"""The types of all fields of a bundle's manifest, which are checked when it is read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from serving.messages import show
 
-# A type; ``[T]``, a list of T; ``(T, T)``, a list of so many; a dictionary of fields, any of which
-# may be missing, where ``...`` stands for every other one. Fields that are not named are free.
+# One of: a type; ``[T]``, a list of any length; ``(T, T)``, a list of that length; a dictionary of
+# fields, all optional, in which ``...`` stands for all other names. Unknown fields are not checked.
 Expected = Any
 _NAMES = {
     str: "a string",
@@ -35,10 +35,8 @@ def _or_null(expected: Expected) -> Either:
 _SHAPE = (int, int, int)
 _STARTED_FROM: dict[str, Expected] = {"recipe": str, "images_seen": int, "taken": str}
 _STARTED_FROM["started_from"] = _or_null(_STARTED_FROM)
-_FIGURES: dict[str | EllipsisType, Expected] = {
-    "reference": str,
-    "gan_test": str,
-}  # what ade evaluate says beside numbers
+# What ade evaluate reports: numbers, and these two texts.
+_FIGURES: dict[str | EllipsisType, Expected] = {"reference": str, "gan_test": str}
 _FIGURES[...] = Either((float, _FIGURES, None))
 _CALIBRATION: dict[str, Expected] = {
     "statistic": str,
@@ -97,22 +95,21 @@ REQUIRED = ("name", "recipe", "image_shape", "latent_shapes", "files", "data")
 
 
 def check_types(value: Any, expected: Expected, name: str) -> None:
-    """Make sure that a value, and all that it holds, is of the type that its field has.
+    """Check that a value parsed from JSON has the expected type, recursively.
 
     Args:
-        value: as JSON gave it.
-        expected: see above.
-        name: of the field, for the error.
+        value: parsed from JSON.
+        expected: see :data:`Expected`.
+        name: the field's name, for the error.
 
     Raises:
-        TypeError: naming the field, what it must be and what came.
+        TypeError: it has another type; the error names the field, the expected types and the value.
     """
     options = expected.options if isinstance(expected, Either) else (expected,)
     fitting = [option for option in options if _fits(value, _type_of(option))]
     if not fitting:
-        raise TypeError(
-            f"{name} must be {' or '.join(_NAMES[_type_of(option)] for option in options)}, got {show(value)}"
-        )
+        names = " or ".join(_NAMES[_type_of(option)] for option in options)
+        raise TypeError(f"{name} must be {names}, got {show(value)}")
     (option, *_) = fitting
     if isinstance(option, dict):
         for key, item in value.items():
@@ -134,6 +131,6 @@ def _type_of(expected: Expected) -> type:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):  # which Python takes for a number
+    if isinstance(value, bool):  # a bool is an int in Python
         return False
     return isinstance(value, (int, float) if kind is float else kind)

@@ -1,8 +1,8 @@
-"""Random numbers that are a fixed function of what they are for.
+"""Random numbers that are a fixed function of their purpose: a seed, and an image or an index.
 
-Philox is counter-based: a key names a stream, and no stream knows of another. Only its raw words
-are used, which NumPy keeps stable; uniforms and normals come from them by the arithmetic below,
-since NumPy does not promise the streams of its own distributions.
+Philox is a counter-based generator: each key gives an independent stream. Only its raw words are
+used, because NumPy guarantees those to stay the same across versions. NumPy does not guarantee it
+for its distributions, so uniform and normal numbers are computed here.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ MAX_SEED: Final = 2**63 - 1
 
 
 def sample_key(seed: int, index: int, draw: int = 0) -> bytes:
-    """The stream of sample ``index`` of ``seed``: 16 bytes."""
+    """Return the key (16 bytes) of sample ``index`` of ``seed``."""
     return hashlib.sha256(b"ade sample %d %d %d" % (seed, index, draw)).digest()[:16]
 
 
 def image_digest(pixels: np.ndarray) -> bytes:
-    """SHA-256 of one image's pixels, uint8 ``(H, W, C)``."""
+    """Return the SHA-256 of one image's pixels, uint8 ``(H, W, C)``."""
     return hashlib.sha256(np.ascontiguousarray(pixels).data).digest()
 
 
 def image_key(seed: int, digest: bytes, draw: int = 0) -> bytes:
-    """The stream of draw ``draw`` for the image of that :func:`image_digest`: 16 bytes."""
+    """Return the key (16 bytes) of one draw for the image with this :func:`image_digest`."""
     return hashlib.sha256(b"ade image %d %d " % (seed, draw) + digest).digest()[:16]
 
 
 def tie_breaker(digest: bytes) -> float:
-    """A number on [0, 1) that belongs to the image of that :func:`image_digest`."""
+    """Return a number in [0, 1), a function of the image with this :func:`image_digest`."""
     return int.from_bytes(hashlib.sha256(b"ade ties " + digest).digest()[:6], "little") / 2**48
 
 
 class NoiseStream:
-    """The numbers of one key, in the order in which they are asked for.
+    """The stream of one key; each call returns the next numbers.
 
     Args:
         key: 16 bytes.
@@ -46,18 +46,17 @@ class NoiseStream:
         self._words = np.random.Philox(key=int.from_bytes(key, "little"))
 
     def uniform(self, shape: tuple[int, ...]) -> np.ndarray:
-        """float32 in [0, 1), of 24 bits each."""
+        """Draw float32 numbers in [0, 1), with 24 random bits each."""
         words = self._words.random_raw(int(np.prod(shape)))
         return ((words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
 
     def normal(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Standard normals, float32, by the transform of Box and Muller (1958) in float64."""
+        """Draw float32 standard normals, by the transform of Box and Muller (1958) in float64."""
         count = int(np.prod(shape))
         pairs = -(-count // 2)
         words = self._words.random_raw(2 * pairs) >> np.uint64(11)
-        unit = (
-            words.astype(np.float64) + 0.5
-        ) * 2.0**-53  # open at both ends: the logarithm is finite
+        # In the open interval (0, 1), so that the logarithm is finite.
+        unit = (words.astype(np.float64) + 0.5) * 2.0**-53
         radius = np.sqrt(-2.0 * np.log(unit[:pairs]))
         angle = (2.0 * np.pi) * unit[pairs:]
         values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])

@@ -1,22 +1,24 @@
-"""What the graphs of a bundle take and give: one table that the exporter writes by and the engine
-reads by.
+"""Inputs and outputs of a bundle's graphs. The exporter and the engine both use this table.
 
-Names: ``images`` uint8 ``(N, H, W, C)``; ``u`` float32 of that shape, uniform on [0, 1); ``eps_i``
-standard normal and ``z_i`` latents, float32 ``(N, c, h, w)`` of level ``i``, coarsest first; ``y``
-features, ``y_eps`` the decoder's noise and ``x`` dequantised images, float32 ``(N, C, H, W)``.
-``y_eps`` of zeros gives the mean, ``eps`` scaled by a temperature samples at that temperature.
+Inputs and outputs, with levels ``i`` counted from the coarsest:
 
-``score`` gives ``parts``, ``(N, 2 + levels)``, see ``part_names``; ``cost``, ``(N, 3, H, W)``, bits
-that each pixel adds, by ``COSTS``; and what the verdict is made of: ``y``, ``residual`` (``y``
-standardised by the decoder) and ``surprise_i`` (``z_i`` standardised by its prior).
+- ``images``: uint8 ``(N, H, W, C)``; ``u``: float32 of the same shape, uniform on [0, 1).
+- ``eps_i``: standard normal noise, and ``z_i``: latents, both float32 ``(N, c, h, w)``. Noise times
+  a temperature samples at that temperature.
+- ``y``: features, ``y_eps``: noise of the decoder (zeros give its mean), and ``x``: dequantised
+  images, all float32 ``(N, C, H, W)``.
+
+``score`` returns ``parts``, ``(N, 2 + levels)``, named by ``part_names``; ``cost``, ``(N, 3, H,
+W)``, the bits of each pixel, named by ``COSTS``; and the inputs of the verdict: ``y``, ``residual``
+(``y`` standardised by the decoder) and ``surprise_i`` (``z_i`` standardised by its prior).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# The graphs that each operation of the service needs.
-# ``encode`` has the noise that samples an image again from ``score``, which standardises latents.
+# The graphs that each operation of the service needs. ``encode`` needs ``score`` for its ``eps``:
+# only that graph standardises latents.
 OPERATIONS = {
     "sample": ("sample", "decode"),
     "encode": ("encode", "score"),
@@ -26,15 +28,13 @@ OPERATIONS = {
 
 
 def graphs_of(operations: Iterable[str]) -> list[str]:
-    """Names of the graphs that a bundle with these operations holds: theirs, and the flow both
-    ways.
-    """
+    """Names of the graphs in a bundle with these operations: theirs, and both flow directions."""
     own = [graph for operation in operations for graph in OPERATIONS[operation]]
     return [*dict.fromkeys(own), "flow_forward", "flow_inverse"]
 
 
 def inputs_of(graph: str, levels: int) -> list[str]:
-    """Names of a graph's inputs, in order, for a model with so many latent levels."""
+    """Names of a graph's inputs, in order, for a model with this number of latent levels."""
     eps = [f"eps_{i}" for i in range(levels)]
     z = [f"z_{i}" for i in range(levels)]
     return {
@@ -63,7 +63,7 @@ def outputs_of(graph: str, levels: int) -> list[str]:
 def input_shape(
     name: str, image_shape: tuple[int, int, int], latent_shapes: list[tuple[int, int, int]]
 ) -> tuple[int, int, int]:
-    """Shape of one image's share of an input; ``image_shape`` is ``(H, W, C)``."""
+    """Shape of an input for one image, without ``N``; ``image_shape`` is ``(H, W, C)``."""
     height, width, channels = image_shape
     if name in ("images", "u"):
         return image_shape

@@ -1,0 +1,194 @@
+"""Helpers that several test modules share: small models, folders of images, files and locks."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ade_model import ADEModel, ModelConfig
+from serving.engine.bundle import CALIBRATION_NAME, open_bundle, write_manifest
+from serving.verdict.calibration import Calibrations
+
+if TYPE_CHECKING:
+    from training.recipes import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+DATA_VARIABLE = "ADE_TEST_DATA"
+PRETRAINED = ROOT / "pretrained" / "cifar10"
+TINY = ModelConfig(
+    image_size=8,
+    channels=3,
+    widths=(8, 8),
+    latent_channels=(3, 2),
+    decoder_blocks=(1, 1),
+    flow_couplings=2,
+    flow_width=8,
+)
+HOLD = """
+import sys
+from pathlib import Path
+from serving.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def large_data(name: str) -> Path:
+    """The path of a large data set, which need not exist: see CONTRIBUTING.md."""
+    return Path(os.environ.get(DATA_VARIABLE) or os.devnull) / name
+
+
+def needs_data(*names: str) -> pytest.MarkDecorator:
+    """Skip a test unless all these data sets exist."""
+    return pytest.mark.skipif(
+        not all(large_data(name).exists() for name in names),
+        reason=f"set {DATA_VARIABLE} to a folder with {', '.join(names)}",
+    )
+
+
+def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.nn.Module:
+    """Perturb all weights, so that no layer is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(
+                parameter.dtype
+            )
+    return model
+
+
+def make_model(config: ModelConfig = TINY, seed: int = 0, scale: float = 0.15) -> ADEModel:
+    torch.manual_seed(seed)
+    return shake(ADEModel(config), seed, scale).eval()
+
+
+def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -> TrainConfig:
+    """A recipe with all its special settings, but with networks of a few channels."""
+    from training.recipes import recipe
+
+    config = recipe(name, 32, 3, size, batch_size=16, **changes)
+    model, levels = config.model, min(2, len(config.model.widths))
+    small: dict[str, Any] = {
+        "image_size": image_size,
+        "widths": (8,) * levels,
+        "flow_width": 8,
+        "flow_couplings": 2,
+        "latent_channels": tuple(min(3, c) for c in model.latent_channels[:levels]),
+        "decoder_blocks": model.decoder_blocks[:levels],
+    }
+    discriminator = config.discriminator
+    if discriminator is not None:
+        stages = 4 if discriminator.kind == "projected" else 2 + discriminator.plain_stages
+        discriminator = dataclasses.replace(discriminator, widths=(8,) * stages)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(model, **small), discriminator=discriminator
+    )
+
+
+def with_calibrations(
+    bundle: Path,
+    out: Path,
+    change: Callable[[Calibrations], Calibrations | None],
+    name: str | None = None,
+) -> Path:
+    """Copy a bundle with other calibrations or none, and optionally another name."""
+    shutil.copytree(bundle, out)
+    changed = change(Calibrations.load(out / CALIBRATION_NAME))
+    (out / CALIBRATION_NAME).unlink()
+    manifest = open_bundle(bundle).manifest
+    if changed is not None:
+        (out / CALIBRATION_NAME).write_bytes(changed.to_bytes())
+    about = manifest["calibration"] if changed else None
+    write_manifest(out, {**manifest, "name": name or manifest["name"], "calibration": about})
+    return out
+
+
+def make_folder(folder: Path, images: np.ndarray) -> Path:
+    """Write images into class folders, with broken and unrelated files among them."""
+    for i, image in enumerate(images):
+        target = folder / f"class{i % 3}"
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(target / f"{i:04d}.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("not an image")
+    Image.new("L", (40, 20), 90).save(folder / "wide.png")
+    return folder
+
+
+def make_traps(folder: Path) -> dict[str, str]:
+    """Create files that must not be read, such as pipes; returns the expected error of each."""
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    with open(folder / "huge.png", "wb") as file:
+        file.truncate(2**40)
+    return {
+        "pipe.png": "not a regular file",
+        "endless.png": "not a regular file",
+        "gone.png": "No such file or directory",
+        "huge.png": "an image file may have 16777216 bytes, this one has 1099511627776",
+    }
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG with a valid header and almost no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + chunk(b"IEND", b"")
+    )
+
+
+def npy(array: np.ndarray, **options: Any) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, **options)
+    return out.getvalue()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@contextmanager
+def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.communicate()
