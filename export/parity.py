@@ -1,5 +1,6 @@
-"""Are the exported graphs the model? Eager float64 against both formats, at three batch sizes, on
-easy and hard images.
+"""Comparison of exported graphs with the eager model in float64.
+
+Both formats are compared at three batch sizes, on ordinary and on extreme images.
 """
 
 from __future__ import annotations
@@ -22,25 +23,24 @@ from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import graphs_of, input_shape, inputs_of, outputs_of
 
 BATCHES = (1, 7, 64)
-MAX_BPD = 1e-4  # and in proportion for parts above LARGE_BPD
+MAX_BPD = 1e-4  # bits per dimension; in proportion for parts above LARGE_BPD
 LARGE_BPD = 100.0
 PIXELS = ("images", "reconstruction")
 MAX_ROUND_TRIP = 0.01  # grey levels
-MAX_PIXELS_OFF = 1e-4  # of all values may be one level apart
-# Of a small model's few values that is a handful at most: three may be by chance where one is
-# expected.
-MAX_VALUES_OFF = 3
-MAX_LATENT = 1e-3  # of means, log-scales, draws and features: relative to 1 + their size
+MAX_PIXELS_OFF = 1e-4  # fraction of pixel values that may be one level apart
+MAX_VALUES_OFF = 3  # or this number of them: in a small model's few values, chance alone gives that
+MAX_LATENT = 1e-3  # for means, log-scales, draws and features, relative to 1 + their size
 
 
 class ParityError(RuntimeError):
-    """An exported graph that does not give what the model gives."""
+    """The outputs of an exported graph differ from those of the model."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of one output over all batches and images; of pixels, the share of all
-    that differ.
+    """The largest difference of an output over all batches and images.
+
+    For pixels it is the share of values that differ.
     """
 
     graph: str
@@ -62,10 +62,10 @@ class Difference:
 
 
 def probe_images(real: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """64 images that should break what can break: real ones, constants, extremes and noise.
+    """64 images to compare on: real ones, constants, extremes and noise.
 
     Args:
-        real: uint8 ``(N, H, W, C)``; the first 40 are taken.
+        real: uint8 ``(N, H, W, C)``; the first 40 are used.
         image_shape: ``(H, W, C)``.
     """
     height, width, channels = image_shape
@@ -90,7 +90,7 @@ def probe_images(real: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
 def make_inputs(
     images: np.ndarray, latent_shapes: list[tuple[int, int, int]], names: list[str]
 ) -> dict[str, np.ndarray]:
-    """Noise and latents for a batch of images, of every input that is named."""
+    """Fixed images and noise for each of the named inputs."""
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     result = {}
     for name in names:
@@ -114,16 +114,19 @@ def check_parity(
     real: np.ndarray,
     operations: Sequence[str] = OPERATIONS,
 ) -> list[Difference]:
-    """Compare every output of every graph; return the table.
+    """Compare every output of every graph.
 
     Args:
         model: float32, on the CPU.
-        backends: to compare, by a name for the table.
+        backends: to compare, by a name for the result.
         real: uint8 ``(N, H, W, C)``, held-out images.
-        operations: those that the bundle has.
+        operations: of the bundle.
+
+    Returns:
+        The largest difference for each output and backend.
 
     Raises:
-        ParityError: an output differs by more than it may, naming the output and the difference.
+        ParityError: a difference is above its limit; the message names the output.
     """
     reference = Graphs(copy.deepcopy(model).double())
     config = model.config
@@ -131,7 +134,7 @@ def check_parity(
     worst: dict[tuple[str, str, str], Difference] = {}
     pixels: dict[
         tuple[str, str, str], tuple[float, int]
-    ] = {}  # how many are one level apart, and of how many
+    ] = {}  # values one level apart, of how many
     for graph in graphs_of(operations):
         for batch in BATCHES:
             inputs = _inputs(
@@ -159,9 +162,7 @@ def check_parity(
                     difference = _difference(
                         graph, name, label, expected[name], found[name], config.num_dims
                     )
-                    _raise_if_above(
-                        difference
-                    )  # at once: a number that is none is not to be lost in a comparison
+                    _raise_if_above(difference)  # before a NaN is lost in the comparison below
                     if key not in worst or difference.value > worst[key].value:
                         worst[key] = difference
     for label, backend in backends.items():
@@ -176,14 +177,14 @@ def _raise_if_above(row: Difference) -> None:
     if not row.value <= row.limit:
         raise ParityError(
             f"{row.backend}: output {row.output} of {row.graph} differs from eager float64 by "
-            f"{row.value:.3g} {row.unit}; at most {row.limit:g} is allowed. Nothing was written."
+            f"{row.value:.3g} {row.unit}; at most {row.limit:g} is allowed"
         )
 
 
 def _inputs(
     graph: str, images: np.ndarray, latent_shapes: list[tuple[int, int, int]], reference: Graphs
 ) -> dict[str, np.ndarray]:
-    """Noise for most graphs; latents and features of real images for those that take them."""
+    """Inputs of a graph: noise, or latents and features of real images."""
     names = inputs_of(graph, len(latent_shapes))
     inputs = make_inputs(
         images, latent_shapes, [n for n in names if n not in ("y",) and not n.startswith("z_")]
@@ -222,7 +223,7 @@ def _gap(
 
 
 def _apart(graph: str, output: str, backend: str, expected: np.ndarray, found: np.ndarray) -> float:
-    """How many pixels' values are one level apart; infinitely many if one of them is more."""
+    """Number of pixel values that are one level apart; infinite if one is further apart."""
     gap = _gap(graph, output, backend, expected, found)
     return float((gap > 0).sum()) if gap.max() <= 1 else float("inf")
 
@@ -232,15 +233,13 @@ def _difference(
 ) -> Difference:
     gap = _gap(graph, output, backend, expected, found)
     if output == "parts":
-        # Float32 has seven digits: a score far above any photograph's (a one-pixel checkerboard has
-        # 500 bpd) is held to the same number of them, and not to the same absolute difference.
+        # Scores far above those of photographs (a one-pixel checkerboard has 500 bpd) are compared
+        # relative to their size, since float32 has seven digits.
         size = np.maximum(1, np.abs(expected).max(1) / LARGE_BPD)
         total = np.abs(expected.sum(1) - found.astype(np.float64).sum(1))
         worst = float((np.maximum(total, gap.max(1)) / size).max())
         return Difference(graph, output, backend, worst, MAX_BPD, "bits per dimension")
-    if (
-        output == "cost"
-    ):  # of each pixel, in its place; its sums are held to what the score's parts are
+    if output == "cost":  # compared pixel by pixel; its sums have the limit of the score's parts
         place = gap / (1 + np.abs(expected).max((1, 2, 3), keepdims=True))
         _raise_if_above(
             Difference(

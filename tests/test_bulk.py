@@ -36,7 +36,7 @@ from tests.test_locks import held_by_another
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Path:
-    """300 images in three folders, two broken files, one of another size and one that is no image."""
+    """300 images in three folders, two broken files, one of another size and one text file."""
     return make_folder(tmp_path_factory.mktemp("images"), small_images)
 
 
@@ -398,7 +398,7 @@ def test_files_one_by_one(
             ["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"],
             "missing.png: No such file",
         ),
-        (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "the same name"),
+        (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "different names"),
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
     ],
 )
