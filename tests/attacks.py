@@ -68,7 +68,7 @@ def upload(page: str, archive: bytes, headers: dict[str, str]) -> str | None:
 
 
 def fetch_addresses(archive: Path, store: Path) -> list[str]:
-    """Link 2: addresses under which TorchServe may be made to fetch a file into its workflow store."""
+    """Link 2: addresses by which TorchServe may be made to fetch a file into its workflow store."""
     relative = Path(*[".."] * 8) / archive.relative_to("/")
     return [
         f"file://{archive}",

@@ -113,7 +113,7 @@ def jpeg(*segments: bytes) -> bytes:
 
 
 def jpeg_of_many_scans() -> bytes:
-    """A progressive JPEG whose last scan stands there again and again: each goes over all blocks."""
+    """A progressive JPEG that repeats its last scan many times; each scan covers all blocks."""
     data = saved(grey(4000, 3900, "L"), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * ((300_000 - len(data)) // (len(data) - last)) + b"\xff\xd9"

@@ -327,7 +327,8 @@ def test_a_truncated_lmdb_is_refused(tmp_path: Path, real_images: np.ndarray) ->
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom training.data import DataError\n"
         "from training.datasets import load_dataset\n"
-        "data = Path(sys.argv[1])\nwhole = data.read_bytes()\nassert load_dataset('lsun', str(data.parent), 8)\n"
+        "data = Path(sys.argv[1])\nwhole = data.read_bytes()\n"
+        "assert load_dataset('lsun', str(data.parent), 8)\n"
         "for i in range(60):\n"
         "    data.write_bytes(whole[:len(whole) * i // 60])\n"
         "    try:\n        load_dataset('lsun', str(data.parent), 8)\n"

@@ -399,7 +399,8 @@ def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
     assert workers == {process.pid for process in service.workers()}
     print(
         "\n".join(
-            f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, longest {max(taken):.3f} s"
+            f"{kind}: {len(taken)} requests, median {statistics.median(taken):.3f} s, "
+            f"longest {max(taken):.3f} s"
             for kind, taken in (("beside junk", alone), ("beside bombs", beside))
         )
     )

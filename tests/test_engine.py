@@ -579,7 +579,7 @@ def test_the_map_sums_to_the_bits_of_the_image(
 
 
 def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: np.ndarray) -> None:
-    """Before the rest is divided: the graph's own pixels sum to the score's parts within float32."""
+    """The graph's own pixels sum to the score's parts within float32, before the rest is added."""
     from export.parity import make_inputs
     from serving.engine.signatures import inputs_of
 

@@ -240,7 +240,8 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
         note
         == fdr_note(20, 10, 0.1)
         == (
-            "at a false discovery rate of 0.1, at least 5 of 10 images must have the smallest p-value, 1/21, before any is "
+            "at a false discovery rate of 0.1, at least 5 of 10 images must have the smallest "
+            "p-value, 1/21, before any is "
             "reported; to report a single one takes 99 calibration images"
         )
     )

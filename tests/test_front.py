@@ -443,7 +443,8 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
 def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream) -> None:
     request = (
         HEAD
-        + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+        + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n"
+        + b"1\r\nx\r\n0\r\n"
     )
     for trailer in (
         b"X-Ade-Probe: secret-of-probes",
@@ -722,7 +723,7 @@ def test_who_hangs_up_while_waiting_is_not_computed(
 
 
 def test_who_hangs_up_in_flight_holds_the_turn(short: RunningFront, upstream: Upstream) -> None:
-    """TorchServe computes it all the same: letting others go there would only lengthen its queue."""
+    """TorchServe computes the request anyway: admitting others would only lengthen its queue."""
     taken = [hang(short, b"") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)
     for connection in taken:

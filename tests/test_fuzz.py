@@ -1,4 +1,4 @@
-"""Ten thousand broken requests on a real service: no worker dies, and no answer blames the server."""
+"""Ten thousand malformed requests to a real service: no worker dies, no answer of ours is a 500."""
 
 from __future__ import annotations
 

@@ -18,11 +18,12 @@ EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 def test_serving_needs_no_training_packages() -> None:
     script = (
         "import sys\n"
-        "for name in ('lightning_fabric', 'tensorboard', 'onnx', 'onnxscript', 'training', 'export',\n"
-        "             'ade_model'):\n"
+        "for name in ('lightning_fabric', 'tensorboard', 'onnx', 'onnxscript',\n"
+        "             'training', 'export', 'ade_model'):\n"
         "    sys.modules[name] = None\n"
         "import ade_cli.main, ade_cli.serve\n"
-        "import handlers.torchserve.base, handlers.torchserve.front, handlers.torchserve.score, serving.page.app\n"
+        "import handlers.torchserve.base, handlers.torchserve.front, handlers.torchserve.score\n"
+        "import serving.page.app\n"
         "import serving.client, serving.api.service\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
@@ -36,7 +37,9 @@ class Without:
     def __init__(self, finder): self.finder = finder
     def __getattr__(self, name): return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in {packages!r} else self.finder.find_spec(name, path, target)
+        if name.partition(".")[0] in {packages!r}:
+            return None
+        return self.finder.find_spec(name, path, target)
 sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
@@ -107,10 +110,9 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"ade {words[0]}: the package {missing} is not installed" in done.stderr
     command = done.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(
-        rf"{re.escape(sys.executable)} -m pip install .*\[(cpu|cuda){f',{extra}' if extra else ''}\]'?",
-        command,
-    ), command
+    extras = rf"\[(cpu|cuda){f',{extra}' if extra else ''}\]"
+    expected = rf"{re.escape(sys.executable)} -m pip install .*{extras}'?"
+    assert re.fullmatch(expected, command), command
 
 
 def test_the_client_and_the_engine_need_the_base_packages_alone() -> None:
@@ -142,5 +144,8 @@ def test_every_verb_has_its_extra() -> None:
 
 
 def test_importing_the_engine_loads_no_torch() -> None:
-    script = "import sys, serving.api.service; assert not {'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
+    script = (
+        "import sys, serving.api.service\n"
+        "assert not {'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -54,7 +54,7 @@ def test_spoilt_images_are_found_among_a_few(
 def test_resized_images_have_a_verdict_of_their_own(
     engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
-    """Of the shipped bundle, on pictures that were enlarged by what its calibration did not draw."""
+    """Of the shipped bundle, on pictures enlarged by factors that its calibration did not draw."""
 
     def resized(images: np.ndarray) -> np.ndarray:
         larger = (

@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the service does: its names by hand, its answers by schemathesis."""
+"""The OpenAPI document describes the service: names by hand, answers by schemathesis."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_answers_are_as_the_document_says(
         answer = case.call(base_url=service.url, timeout=120)
         statuses.add(answer.status_code)
         if answer.status_code == 500 and answer.json().get("type") == "ErrorDataDecoderException":
-            return  # TorchServe's own answer to a form that it cannot take apart: no handler sees it
+            return  # TorchServe's own answer to a form that it cannot parse: no handler sees it
         case.validate_response(
             answer,
             checks=[

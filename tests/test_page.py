@@ -159,7 +159,7 @@ def wait_for(page: Page, condition: Callable[[], bool]) -> None:
 
 
 def test_a_sample_is_handed_on(page: Page) -> None:
-    """By keyboard alone. What another tab makes of it is the sample itself, not an encoding of it."""
+    """By keyboard alone; another tab then uses the sample itself and not an encoding of it."""
     show(page, "Sample")
     panel_of(page).get_by_role("button", name="Score it").click()
     expect(page.get_by_text("No sample is chosen yet").first).to_be_visible()

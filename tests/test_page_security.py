@@ -150,7 +150,7 @@ def inner() -> Iterator[str]:
 
 
 def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
-    """Paths that nobody may read, by what they are; those that can be made here lie in ``folder``."""
+    """Paths that nobody may read, by their kind; those that can be made here are in ``folder``."""
     (folder / "key_file.json").write_text(json.dumps({"management": {"key": SECRET}}))
     (folder / "private.png").write_text(SECRET)
     (folder / "private.png").chmod(0o600)
@@ -216,7 +216,7 @@ def call(client: httpx.Client, function: int, data: list[Any]) -> tuple[bool, st
 
 
 def test_no_file_of_the_machine_is_read(page: RunningPage, inner: str, tmp_path: Path) -> None:
-    """Over every input that takes a file; the answer is the same whether anything is there or not."""
+    """Over every input that takes a file; the answer does not depend on whether a file exists."""
     client = page.client()
     paths = outside(page.inbox, tmp_path, inner)
     attacked = targets(client.get("/config").json())
@@ -563,11 +563,13 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
     port = int(page.url.rpartition(":")[2])
     before = set((page.inbox / "uploads").iterdir())
     head = (
-        b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n"
         b"Cookie: "
         + "; ".join(f"{c.name}={c.value}" for c in client.cookies.jar).encode()
         + b"\r\n"
-        b"Content-Length: 2000000\r\n\r\n--b\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
+        b"Content-Length: 2000000\r\n\r\n--b\r\n"
+        b"Content-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", port)) as sender:
         sender.sendall(head + bytes(1_000_000))

@@ -113,9 +113,11 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
     folder = tmp_path / "folder with space"
     folder.mkdir()
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom handlers.torchserve.supervision import Supervisor\n"
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from handlers.torchserve.supervision import Supervisor\n"
         "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
-        "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], dict(os.environ))\n"
+        "    command = ['sh', '-c', 'sleep 1000 & sleep 1000']\n"
+        "    supervisor.start('torchserve', command, dict(os.environ))\n"
         "    supervisor.start('page', ['sleep', '1000'], dict(os.environ), restarts=True)\n"
         "    while True:\n        supervisor.tend()\n        time.sleep(0.1)\n"
     )
@@ -178,7 +180,8 @@ def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
         (folder / LOCK).touch()
     (tmp_path / f"{PREFIX}link").symlink_to(other)
     script = (
-        f"import fcntl, time; f = open({str(living / LOCK)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
+        f"import fcntl, time; f = open({str(living / LOCK)!r})\n"
+        "fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
         "time.sleep(99)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Every system of the paper: it trains, resumes, exports with parity, and serves whatever it can."""
+"""Every system of the paper trains, resumes, is exported with parity, and is served."""
 
 from __future__ import annotations
 

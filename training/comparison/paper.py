@@ -59,7 +59,7 @@ class Claim:
 
 
 def claims(spaces: tuple[str, ...]) -> list[Claim]:
-    """The claims of Tables 1 to 3; samples are compared by Fréchet distances in the given spaces."""
+    """The claims of Tables 1 to 3, with samples compared by Fréchet distances in some spaces."""
     better = operator.lt
     return [
         Claim(

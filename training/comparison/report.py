@@ -131,7 +131,8 @@ def _mark(row: dict[str, Any], space: str) -> str:
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{row['config'].recipe} (seed {row['seed']})" if row["seed"] else row["config"].recipe
+    recipe: str = row["config"].recipe
+    return f"{recipe} (seed {row['seed']})" if row["seed"] else recipe
 
 
 def _rows(header: list[str], body: list[list[str]]) -> list[str]:
@@ -434,9 +435,9 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
         "rescues",
     ]
     note = (
-        "Minutes and images/s were measured on a machine that did other work too. The paper's f adds "
-        "1.4 % of weights, by which its generator is narrowed; so it is at the size `paper`, but not "
-        "at `tiny` and `small`."
+        "Minutes and images/s were measured on a machine that did other work too. The paper's f "
+        "adds 1.4 % of weights, by which its generator is narrowed; so it is at the size `paper`, "
+        "but not at `tiny` and `small`."
     )
     return [*_rows(header, body), "", note]
 
