@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from ade_cli.main import main
+from ade_cli.main import VERBS, main
 from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
 from ade_model import ADEModel, ConfigError, ModelConfig
 from ade_model.bijections import CheckerboardCoupling
@@ -674,6 +676,36 @@ def test_every_field_of_the_networks_is_an_option(
     config = json.loads(capsys.readouterr().out)
     assert config["model"] == {**config["model"], **given} and config["flips"] is False
     assert config["discriminator"] == {**opponent, "kind": "plain"}
+
+
+def test_a_dry_run_writes_nothing(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever verb has the option: the folders before and after are the same."""
+    verbs = []
+    for verb in VERBS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"ade_cli.{verb.replace('-', '_')}").add_arguments(parser)
+        verbs += [verb] if "--dry-run" in parser.format_help() else []
+    arguments = {"train": ["vae", "--data", str(folder), "--image-size", "8", "--out", "out"]}
+    assert verbs == list(arguments)
+
+    def tree() -> dict[str, tuple[int, int]]:
+        found = {path: path.lstat() for root in (folder, tmp_path) for path in root.rglob("*")}
+        return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    before = tree()
+    for verb, given in arguments.items():
+        for more in ([], ["--out", "run"], ["--out", "run", "--resume"]):
+            assert main([verb, *given, *more, "--dry-run"]) == 0
+            assert json.loads(capsys.readouterr().out) and tree() == before
 
 
 def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
