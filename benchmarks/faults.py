@@ -239,7 +239,7 @@ def main() -> None:
                     + f" | {statuses} | {p99} | {seconds} | {allowed} |",
                     flush=True,
                 )
-                words |= {name: result.name for name in result.tally.words}
+                words |= dict.fromkeys(result.tally.words, result.name)
                 bad += counts["wrong"] + counts["silent"]
                 bad += (
                     result.allowed is not None

@@ -185,7 +185,7 @@ OOD_IMAGES: dict[str, Corruption] = {
 
 def _ledoit_wolf(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     found = LedoitWolf().fit(scores)
-    return lambda z: found.mahalanobis(z)
+    return found.mahalanobis
 
 
 def _gaussians(components: int) -> Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]:

@@ -263,10 +263,8 @@ def _started(
         yield Server(name, process, url, wants_json)
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            pass
         with suppress(ProcessLookupError):  # some servers leave their workers behind
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -364,7 +362,7 @@ def one_image(server: Server, picture: bytes, clients: int, rate: float | None =
     name = (
         f"score, one PNG, {clients} clients"
         if rate is None
-        else f"score, one PNG, {rate:.0f} a second"
+        else f"score, one PNG, {rate:.0f} per second"
     )
     if server.wants_json:
         body = b'{"images": ["' + base64.b64encode(picture) + b'"]}'

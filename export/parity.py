@@ -187,7 +187,7 @@ def _inputs(
     """Inputs of a graph: noise, or latents and features of real images."""
     names = inputs_of(graph, len(latent_shapes))
     inputs = make_inputs(
-        images, latent_shapes, [n for n in names if n not in ("y",) and not n.startswith("z_")]
+        images, latent_shapes, [n for n in names if n != "y" and not n.startswith("z_")]
     )
     if graph == "decode" and not reference.model.config.encoder:
         prior = make_inputs(images, latent_shapes, inputs_of("sample", len(latent_shapes)))

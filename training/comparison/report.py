@@ -52,13 +52,12 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     # For each system the first seed that was measured, or else its first seed.
-    first = list(
-        {
-            row["config"].recipe: row
-            for row in sorted(rows[::-1], key=lambda row: row["measured"] is not None)
-        }.values()
-    )
-    first.sort(key=rows.index)
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = best.setdefault(row["config"].recipe, row)
+        if known["measured"] is None and row["measured"] is not None:
+            best[row["config"].recipe] = row
+    first = list(best.values())
     sizes = " and ".join(sorted({row["config"].size for row in rows}))
     data = " and ".join(sorted({row["data"] for row in rows}))
     lines = [
