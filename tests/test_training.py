@@ -731,10 +731,10 @@ def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: n
         (
             "av-ade",
             {"d_widths": (8,) * 7},
-            "6 stages that halve the size takes multiples of 2 from 128 pixels on, got 32",
+            "a multiple of 2 and at least 128 .* 6 stages that halve the size, got 32",
         ),
         ("av-ade", {"d_plain_stages": 3}, "d_plain_stages must be from 0 to 2"),
-        ("av-ade", {"d_patch": 3}, "multiples of 3"),
+        ("av-ade", {"d_patch": 3}, "multiple of 3"),
         ("av-ade", {"widths": (8, 8)}, "latent_channels must have one number"),
         ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of"),
     ],
