@@ -293,8 +293,9 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     plain.model.load_state_dict(trained.model.state_dict())
     (batch,) = batches(small_images, 1, config)
     evidence: list[Evidence] = []
-    infer = trained.model.evidence
-    trained.model.evidence = lambda x, eps: evidence.append(infer(x, eps)) or evidence[-1]  # type: ignore[method-assign]
+    infer = trained.model.expected_evidence
+    record = lambda x, eps: evidence.append(infer(x, eps)) or evidence[-1]
+    trained.model.expected_evidence = record  # type: ignore[method-assign]
     losses = trained.run(batch)
     dims = config.model.num_dims * math.log(2)
     assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx(
