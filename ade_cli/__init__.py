@@ -1,1 +1,1 @@
-"""The command-line program ``ade``: one file a verb, each parses, calls and prints."""
+"""The command-line program ``ade``; each verb's module parses, calls and prints."""

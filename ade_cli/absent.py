@@ -1,6 +1,4 @@
-"""Stand-ins for packages that are not installed, so that a verb's ``--help`` can be printed without
-them.
-"""
+"""Placeholders for packages that are not installed, so that ``ade VERB --help`` always works."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ class _AnythingType(type):
 
 
 class Anything(metaclass=_AnythingType):
-    """A class to inherit from, a decorator and a value: whatever a module does with a name as it is
-    imported.
-    """
+    """Stands for any name of a missing package: a base class, a decorator or a value."""
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         is_decorating = len(args) == 1 and callable(args[0]) and not options
@@ -42,7 +38,7 @@ class _AbsentModule(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the packages that were missing so far; others keep failing, as optional imports expect."""
+    """Finds packages that were missing; others still fail, as optional imports expect."""
 
     def __init__(self) -> None:
         self.packages: set[str] = set()
@@ -62,10 +58,10 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def import_for_help(name: str) -> ModuleType:
-    """Import a module whatever packages are missing. For a process that prints help and ends.
+    """Import a module with placeholders for missing packages, in order to print its help.
 
     Raises:
-        ModuleNotFoundError: the module itself is missing, or a part of a package that is installed.
+        ModuleNotFoundError: the module itself is missing, or a part of an installed package.
     """
     finder = _Finder()
     sys.meta_path.append(finder)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipes",
         nargs="*",
         metavar="RECIPE",
-        help="systems to train and measure; without any, only the report is written again",
+        help="systems to train and measure; if none is given, only the report is written",
     )
     add_data_arguments(parser, required=True)
     parser.add_argument(
@@ -36,13 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="OUT",
-        help="the comparison's folder; what earlier calls put there stays in the report, and what is "
-        "finished is not done again",
+        help="the comparison's folder; runs of earlier calls stay in the report, and finished work "
+        "is not repeated",
     )
     parser.add_argument(
-        "--size", choices=SIZES, default="tiny", help="of the networks (default: %(default)s)"
+        "--size",
+        choices=SIZES,
+        default="tiny",
+        help="size of the networks (default: %(default)s)",
     )
-    parser.add_argument("--image-size", type=int, metavar="PIXELS")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="default: the data set's own, or that of a folder's first image",
+    )
     parser.add_argument(
         "--images",
         type=int,
@@ -54,9 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         metavar="M",
-        help="or the training time of each, whichever ends first",
+        help="end the training of each system after this time too",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="default: 0")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="S",
+        help="train each system with each of these seeds (default: 0)",
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     add_measure_arguments(parser)
 
@@ -64,10 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     for name in args.recipes:
         if name not in recipe_names():
-            raise RunError(f"no recipe {name!r}; there are {', '.join(recipe_names())}")
+            raise RunError(f"RECIPE must be one of {', '.join(recipe_names())}, got {name!r}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
-            "ade compare trains each system in one process: start it several times with the same --out instead"
+            "ade compare trains each system in one process: instead of torchrun, start it several "
+            "times with the same --out"
         )
     if not args.recipes and not args.out.is_dir():
         raise RunError(f"{args.out}: there is no such folder to report on")

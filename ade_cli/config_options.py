@@ -1,6 +1,4 @@
-"""Options made from the fields of a configuration: their names, types and descriptions are written
-there, once.
-"""
+"""Command-line options made from the fields of a configuration and their descriptions."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from collections.abc import Collection
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """Numbers with commas between, such as ``192,128,64``."""
+    """Parse integers separated by commas, such as ``192,128,64``."""
     return tuple(int(part) for part in text.split(","))
 
 
@@ -24,13 +22,13 @@ def add_config_options(
     leave_out: Collection[str],
     prefix: str = "",
 ) -> list[str]:
-    """One option for each field of a configuration, ``None`` where it is not given.
+    """Add an option for each field of a configuration; its value is ``None`` if not given.
 
     Args:
         parser: gets a group of options.
         title: of the group.
-        config: a dataclass; its docstring describes every field under ``Attributes:``.
-        leave_out: fields that become no option.
+        config: a dataclass whose docstring describes every field under ``Attributes:``.
+        leave_out: fields without an option.
         prefix: put before each name.
 
     Returns:
@@ -56,7 +54,7 @@ def add_config_options(
 
 
 def given(args: argparse.Namespace, names: Collection[str]) -> dict[str, typing.Any]:
-    """Those of the options that were given, by name."""
+    """The options that were given, by name."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
@@ -67,6 +65,6 @@ def _descriptions(config: type) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Without the docstring's markup, for argparse."""
+    """Remove a docstring's markup, for argparse."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"\1", " ".join(text.split()))
     return text.replace("``", "").replace("%", "%%").removesuffix(".")

@@ -1,4 +1,4 @@
-"""The two options that name a data set, and how a run remembers them."""
+"""The options that name a data set, and their record in the folder of a run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
         help=f"{', '.join(NAMES)}, or a folder of images (searched recursively)"
         + ("" if required else "; default: what the run was trained on"),
     )
-    parser.add_argument("--root", metavar="DIR", help="folder of a named data set")
+    parser.add_argument("--root", metavar="DIR", help="the folder that holds a named data set")
 
 
 def say(line: str) -> None:
-    """Progress goes to standard error, so that standard output holds results alone."""
+    """Print progress to standard error, so that standard output holds only results."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -36,14 +36,16 @@ def percent(share: float | None) -> str:
 
 
 def was_trained_on(bundle: Bundle, name: str, splits: dict[str, str] | None = None) -> bool:
-    """Whether a data set is the one that a bundle's model was trained on, so that its own held-out
-    parts are to be used.
+    """Whether a data set is the one that a bundle's model was trained on.
+
+    Its held-out parts must be used then. A data set of the same name but another split gives a
+    warning.
 
     Args:
-        bundle: its manifest names the data set and says how it was split.
+        bundle: its manifest names the data set and describes its splits.
         name: of the data set, or of a folder.
-        splits: of a named data set; ``None`` for a folder. Those by files' names say how many there
-            are too: a file more or less moves no other.
+        splits: of a named data set; ``None`` for a folder. Splits by file names are equal even if
+            their numbers of files differ, since an added file moves no other.
     """
     data = bundle.manifest["data"]
     if data.get("name") != name:
@@ -54,14 +56,14 @@ def was_trained_on(bundle: Bundle, name: str, splits: dict[str, str] | None = No
     same = by_name or data.get("splits") == splits
     if not same:
         say(
-            f"warning: {bundle.name} was trained on data called {name} too, split in another way: make sure that nothing "
-            "of this was trained on"
+            f"warning: {bundle.name} was trained on a data set of the same name, {name}, with "
+            "another split: check that these images were not trained on"
         )
     return same
 
 
 def readable(paths: Sequence[Path]) -> Iterator[bytes]:
-    """Files one after another; those that cannot be read are named and left out."""
+    """Read files one after another; prints and leaves out those that cannot be read."""
     for path, content in zip(paths, contents(paths), strict=True):
         if isinstance(content, OSError):
             say(f"left out {path}: {content.strerror}")
@@ -70,7 +72,7 @@ def readable(paths: Sequence[Path]) -> Iterator[bytes]:
 
 
 def source_of(args: argparse.Namespace) -> dict[str, str | None]:
-    """What a run remembers of the two options, in ``data.json``."""
+    """The options as a run's ``data.json`` records them."""
     return {
         "data": args.data if args.data in NAMES else str(Path(args.data).resolve()),
         "root": args.root and str(Path(args.root).resolve()),
@@ -78,14 +80,14 @@ def source_of(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def check_outside(out: Path, data: str) -> None:
-    """Make sure that what is written is not taken for data later.
+    """Check that written pictures will not be read as data later.
 
     Raises:
-        DataError: the folder to be written lies in the folder of the data.
+        DataError: the output folder lies in the folder of the data.
     """
     if data not in NAMES and out.resolve().is_relative_to(Path(data).resolve()):
         raise DataError(
-            f"--out must lie outside of {data}: its pictures would be taken for images of yours"
+            f"--out must lie outside of {data}: its pictures would be read as images of the data"
         )
 
 
@@ -96,17 +98,23 @@ def dataset_of(
     cached: bool = True,
     fits: Callable[[int], object] = lambda side: None,
 ) -> Dataset:
-    """The data set that the options name, or the one that a run was trained on; decoded images may
-    be kept in the run.
+    """Load the data set that the options name, or the one that a run was trained on.
 
-    ``fits`` is asked of the images' size before they are all decoded, and raises where it will not
-    do.
+    Args:
+        args: with ``data`` and ``root``.
+        run: folder of the run, for its ``data.json`` and its cache.
+        image_size: height and width, pixels.
+        cached: whether decoded images are kept in the run's folder.
+        fits: called with the image size before images are decoded; raises if it is unsuitable.
+
+    Raises:
+        DataError: no data set is named, or it cannot be used.
     """
     data, root = args.data, args.root
     if data is None:
         source = run / "data.json" if run else None
         if source is None or not source.is_file():
-            raise DataError(f"--data is needed: {run} does not say what it was trained on")
+            raise DataError(f"--data is required: {run} has no record of what it was trained on")
         stored = json.loads(source.read_text())
         data, root = stored["data"], stored["root"]
     return load_dataset(

@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE.npz",
-        help="path of each image; mean_i, log_scale_i, z_i of each level, coarsest first; a row an image",
+        help="arrays to write, one row per image: path, and mean_i, log_scale_i and z_i for each "
+        "level i, coarsest first",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".npz":
-        raise FileError(f"{args.out}: the name must end with .npz")
+        raise FileError(f"--out must end with .npz, got {args.out}")
     check_parent(args.out)
     files = files_of(args.images)
     engine = load_engine(args.bundle, "encode")

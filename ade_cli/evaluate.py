@@ -22,51 +22,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN_OR_BUNDLE")
     add_data_arguments(parser, required=False)
     parser.add_argument("--part", choices=PARTS, default="test", help="default: %(default)s")
-    parser.add_argument("--images", type=int, metavar="N", help="only the first N of the part")
+    parser.add_argument("--images", type=int, metavar="N", help="use the part's first N images")
     add_measure_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the noise (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
 def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `ade evaluate` and `ade compare` measure alike."""
+    """Add the options that `ade evaluate` and `ade compare` share."""
     parser.add_argument(
         "--draws",
         type=int,
         default=8,
         metavar="K",
-        help="of the importance-weighted bound, beside the ELBO (default: %(default)s)",
+        help="draws of the importance-weighted bound (default: %(default)s)",
     )
     parser.add_argument(
         "--bound-images",
         type=int,
         metavar="N",
-        help="take that bound, and reconstructions, of the first N images only",
+        help="use the first N images for that bound and for reconstructions",
     )
     parser.add_argument(
         "--samples",
         type=int,
         default=10_000,
         metavar="N",
-        help="generated images in ResNet-20's space (default: %(default)s)",
+        help="samples for the feature space of ResNet-20 (default: %(default)s)",
     )
     parser.add_argument(
         "--resnet20",
         type=Path,
         metavar="NPZ",
-        help="weights of a CIFAR-10 ResNet-20: distances in its feature space (not the FID), class score, "
-        "GAN-train",
+        help="weights of a CIFAR-10 ResNet-20, for distances in its feature space (not the FID), "
+        "class score and GAN-train",
     )
     parser.add_argument(
         "--efficientnet",
         action="store_true",
-        help="distances in the feature space of EfficientNet-Lite0 (not the FID), on half as many samples",
+        help="measure distances in the feature space of EfficientNet-Lite0 (not the FID), with "
+        "half as many samples",
     )
     parser.add_argument(
         "--inception",
         metavar="PATH",
-        help="weights of the FID's Inception, or `download`: FID at 5,000, "
-        "10,000 and 50,000 samples, KID and Inception score",
+        help="weights of the FID's Inception, or `download`, for FID with 5,000, 10,000 and 50,000 "
+        "samples, KID and Inception score",
     )
 
 
@@ -106,5 +109,5 @@ def run(args: argparse.Namespace) -> None:
     dataset = dataset_of(args, args.run, model.config.image_size, cached=folder != args.run)
     result = Measurer(dataset, device, options, say).measure(model, read_config(folder))
     print(json.dumps(result, indent=2))
-    if folder != args.run:  # a run's checkpoint: `ade export` puts this into the manifest
+    if folder != args.run:  # a run: `ade export` copies the figures to the manifest
         write_json(folder / "evaluation.json", result)

@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", type=Path, metavar="RUN", help="a run, one of its checkpoints, or a bundle"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle's folder; must not exist")
-    parser.add_argument("--name", help="of the model in answers (default: DATA-RECIPE)")
+    parser.add_argument("--name", help="name of the model in answers (default: DATA-RECIPE)")
     parser.add_argument(
         "--licence",
         metavar="TEXT",
-        help="of the weights, for the manifest (default: none is stated)",
+        help="licence of the weights, for the manifest (default: none)",
     )
     add_data_arguments(parser, required=False)
 
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
     run_folder = folder.parent.parent if folder.parent.name == "checkpoints" else args.run
-    cached = (run_folder / "data.json").is_file()  # not into a bundle
+    cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
     dataset = dataset_of(args, run_folder, config["model"]["image_size"], cached)
-    # Held-out images, and training images where a small folder has too few: parity is no statistic
-    # of theirs.
+    # Training images serve as well where a small folder has too few held-out ones, since parity is
+    # not a statistic of the images.
     images = np.concatenate(
         [np.asarray(dataset.parts[part].images[:PARITY_IMAGES]) for part in ("select", "train")]
     )

@@ -37,31 +37,35 @@ ERRORS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "From a folder of images to a bundle that can be served: looks at the images, chooses what to "
-        "train, trains, measures, exports and calibrates it, and writes a report. The same command goes "
-        "on where it was ended."
+        "Turn a folder of images into a bundle that can be served: survey the images, choose what "
+        "to train, train, measure, export and calibrate it, and write a report. The same command "
+        "resumes an interrupted fitting."
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of images, searched recursively")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder of images, searched recursively"
+    )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="OUT",
-        help="for everything that comes of it (default: fits/DIR)",
+        help="output folder (default: fits/DIR)",
     )
     parser.add_argument(
         "--budget",
         default="1h",
         metavar="TIME",
-        help="in all, such as 20m, 2h or 1d (default: %(default)s)",
+        help="time for the whole fitting, such as 20m, 2h or 1d (default: %(default)s)",
     )
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="default: what suits most of the images, at most 64",
+        help="default: the size that suits most of the images, at most 64",
     )
     parser.add_argument(
-        "--licence", metavar="TEXT", help="of the weights, for the bundle (default: none is stated)"
+        "--licence",
+        metavar="TEXT",
+        help="licence of the weights, for the bundle (default: none)",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
@@ -69,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = args.folder.resolve()
     if not folder.is_dir():
-        raise DataError(f"{args.folder} is no folder")
+        raise DataError(f"{args.folder} is not a folder")
     name = plain_name(folder.name)
     out = args.out or Path("fits") / name
     check_outside(out, str(folder))
@@ -83,5 +87,5 @@ def run(args: argparse.Namespace) -> None:
     on_gpu = choose_device(args.device).type == "cuda"
     plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence)
     fitted = fit_folder(plan, files, out, say)
-    command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # what was typed
+    command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # as the user typed it
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")

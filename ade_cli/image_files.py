@@ -1,4 +1,4 @@
-"""Image files given on the command line, for the verbs that work without a service."""
+"""Reading image files that are given on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serving.files import image_paths, read_file
 
 
 class FileError(ValueError):
-    """A file that cannot be used."""
+    """A file cannot be used."""
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,36 +29,36 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the draw of latents (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the latents' noise (default: %(default)s)"
     )
 
 
 def load_engine(folder: Path, operation: str) -> InferenceEngine:
-    """An engine with one operation.
+    """Load an engine with one operation.
 
     Raises:
-        BundleError: the bundle does not have it.
+        BundleError: the bundle does not have the operation.
     """
     bundle = open_bundle(folder)
     if operation not in bundle.operations:
         raise BundleError(
-            f"{bundle.name} has no {operation}: it was trained without an inference network"
+            f"{bundle.name} cannot {operation}: it was trained without an inference network"
         )
     return InferenceEngine(bundle, operations=[operation])
 
 
 def check_parent(out: Path) -> None:
-    """Make sure that a file can be written there, before there is anything to write.
+    """Check that the folder of an output file exists, before the work is done.
 
     Raises:
-        FileError: its folder is not there.
+        FileError: it does not exist.
     """
     if not out.parent.is_dir():
-        raise FileError(f"{out}: there is no folder {out.parent}")
+        raise FileError(f"{out} cannot be written: there is no folder {out.parent}")
 
 
 def files_of(paths: list[Path]) -> list[Path]:
-    """Files as they were given; of a folder, those below it, in order.
+    """The given files, with each folder replaced by the image files below it, in order.
 
     Raises:
         FileError: a folder holds no images.
@@ -73,10 +73,10 @@ def files_of(paths: list[Path]) -> list[Path]:
 
 
 def read_pixels(paths: list[Path], engine: InferenceEngine, resize: str | None) -> np.ndarray:
-    """uint8 ``(N, H, W, C)`` of the model's shape.
+    """Read images of the model's shape, uint8 ``(N, H, W, C)``.
 
     Raises:
-        FileError: naming the first file that cannot be used.
+        FileError: a file cannot be used; the message names the first one.
     """
     pixels = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""``ade``: finds the verb and runs it."""
+"""The entry point ``ade``, which finds a verb and runs it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ VERBS = {
     "reconstruct": "encode and decode image files",
     "score": "score image files, or a folder of any size into a table",
     "serve": "serve a bundle over HTTP, with a web page",
-    "status": "say how the service on this machine is",
+    "status": "report the state of the service on this machine",
 }
 RESUMED = ("fit", "score", "compare")
-EXTRAS = {  # of pyproject.toml: what the packages of a verb come with; others need the runtime's alone
+EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "fit": "fit",
     "recipes": "train",
     "train": "train",
@@ -49,7 +49,7 @@ HELP = {"-h", "--help"}
 
 
 def parse(given: list[str]) -> argparse.Namespace:
-    """What a command line says; ``verb`` is the verb."""
+    """Parse a command line; ``verb`` is the verb's name."""
     parser = argparse.ArgumentParser(
         prog="ade", description="Train, export and serve AV-ADE image models."
     )
@@ -57,9 +57,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
-        if (
-            name in given[:1]
-        ):  # only the verb that runs is imported: serving needs no training packages
+        if name in given[:1]:  # only this verb is imported: serving needs no training packages
             _module(name, for_help=not HELP.isdisjoint(given)).add_arguments(verb)
     return parser.parse_args(given)
 
@@ -76,11 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(
             f"ade {args.verb}: interrupted"
-            + (": the same command goes on from here" if args.verb in RESUMED else ""),
+            + (": the same command resumes from here" if args.verb in RESUMED else ""),
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:  # whoever read has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:  # of a package that only some of the verb's options need
@@ -106,7 +104,7 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError) -> None:
     """Print which package is missing and the command that installs it.
 
     Raises:
-        ModuleNotFoundError: the module is one of ours: a fault, not something to install.
+        ModuleNotFoundError: the missing module is our own, which is a bug.
     """
     package = str(error.name).partition(".")[0]
     if (Path(__file__).parents[1] / package).is_dir():
@@ -120,13 +118,13 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError) -> None:
 
 
 def _runtime() -> str:
-    """The extra whose ONNX Runtime is installed, or should be: the two exclude each other."""
+    """The extra with the ONNX Runtime that is installed, else ``cpu``; they exclude each other."""
     names = {str(distribution.name).lower() for distribution in metadata.distributions()}
     return "cuda" if "onnxruntime-gpu" in names else "cpu"
 
 
 def _requirement(extras: list[str]) -> str:
-    """This project with extras, for pip: from the folder that it was installed from, if it was."""
+    """This project with extras, for pip; from a folder if it was installed from one."""
     listed = f"[{','.join(extras)}]"
     source = json.loads(metadata.distribution(PROJECT).read_text("direct_url.json") or "{}")
     url = str(source.get("url", ""))

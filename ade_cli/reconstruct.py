@@ -25,21 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="a PNG of each image's name goes there",
+        help="folder for one PNG per image, named like the image",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() in IMAGE_SUFFIXES:
-        raise FileError(f"--out is a folder, of a PNG an image, got {args.out}")
+        raise FileError(f"--out must be a folder, got {args.out}")
     files = files_of(args.images)
     names = [path.stem for path in files]
     if len(set(names)) < len(names):
-        raise FileError("two of the images have the same name: their reconstructions would too")
+        raise FileError("images must have different names, since their reconstructions share them")
     outputs = [args.out / f"{name}.png" for name in names]
     overwritten = {path.resolve() for path in outputs} & {path.resolve() for path in files}
     if overwritten:
-        raise FileError(f"{overwritten.pop()} would be overwritten: take another --out")
+        raise FileError(f"{overwritten.pop()} would be overwritten: choose another --out")
     engine = load_engine(args.bundle, "reconstruct")
     pixels = read_pixels(files, engine, args.resize)
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))

@@ -22,15 +22,17 @@ FORMATS = {".png": "png", ".npy": "npy"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Draw samples into one picture (.png, whose text reproduces it) or an array (.npy), "
-        "the same as the service's."
+        "Draw samples into a picture (.png, with text that reproduces it) or an array (.npy). The "
+        "service returns the same samples."
     )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--n", type=int, default=16, help="at most 256 (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="drawn, and printed, unless given")
     parser.add_argument(
-        "--index", type=int, default=0, help="number of the first sample (default: %(default)s)"
+        "--n", type=int, default=16, help="number of samples, at most 256 (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
+    parser.add_argument(
+        "--index", type=int, default=0, help="index of the first sample (default: %(default)s)"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument(
@@ -40,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix not in FORMATS:
-        raise ApiError(
-            422, "bad_parameter", f"{args.out}: the name must end with {' or '.join(FORMATS)}"
-        )
+        endings = " or ".join(FORMATS)
+        raise ApiError(422, "bad_parameter", f"--out must end with {endings}, got {args.out}")
     check_parent(args.out)
     seed = secrets.randbelow(MAX_DRAWN_SEED) if args.seed is None else args.seed
     values = {

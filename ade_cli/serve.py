@@ -17,18 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="BUNDLE",
-        help="the first is served under the plain names, a further one NAME as NAME-{op}",
+        help="the first bundle is served as OPERATION, each further one as NAME-OPERATION",
     )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address of the API and the page; off loopback a token is asked for (default: %(default)s)",
+        help="address of the API and the page; addresses other than loopback require a token "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--allowed-hosts",
         default="",
         metavar="NAME[,NAME]",
-        help="names by which clients may reach API and page, besides localhost and IP addresses",
+        help="names by which clients may address API and page, besides localhost and IP addresses",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
@@ -38,22 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes of each operation, each computing with one thread (default: 1, and for score one a "
-        f"core, at most {MAX_SCORE_WORKERS})",
+        help="processes per operation, each with one computing thread (default: 1, and for score "
+        f"one per core, at most {MAX_SCORE_WORKERS})",
     )
     parser.add_argument(
         "--logs",
         type=Path,
         metavar="DIR",
-        help="keep logs there, such as one JSON line a request (default: a folder that is gone afterwards)",
+        help="folder for logs, such as one JSON line per request (default: a temporary folder)",
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help=f"say every {PROFILE_S:.0f} seconds where the time of requests went",
+        help=f"print every {PROFILE_S:.0f} seconds how requests spent their time",
     )
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="on a GPU with onnxruntime: replay recorded kernels (not tried on a GPU yet)",
+        help="replay recorded kernels, on a GPU with onnxruntime (not tested on a GPU yet)",
     )

@@ -15,13 +15,13 @@ ERRORS = (PortError,)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--host", default="127.0.0.1", help="as of `ade serve` (default: %(default)s)"
+        "--host", default="127.0.0.1", help="address, as for `ade serve` (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.description = (
-        "Say how the service on this machine is, on the ports that ADE_…_PORT say. Exit status 0 if all "
-        "operations answer, 1 if not. Workers, queues and errors are shown to the user that serves. "
-        "ADE_TOKEN: the token of a service of another user."
+        "Report the state of the service on this machine, on the ports that ADE_…_PORT set. Exit "
+        "status 0 if all operations answer, 1 if not. Only the user who started the service sees "
+        "workers, queues and errors. For a service of another user, set ADE_TOKEN to its token."
     )
 
 
@@ -53,9 +53,8 @@ def _text(found: dict[str, Any]) -> str:
             )
             or "none"
         )
-        lines.append(
-            f"{name:11} workers: {states}; queued: {model['queued']}, room for {model['queue_room']}"
-        )
+        queue = f"queued: {model['queued']}, room for {model['queue_room']}"
+        lines.append(f"{name:11} workers: {states}; {queue}")
     if found["requests"] is not None:
         counts = ", ".join(
             f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items())
@@ -68,9 +67,8 @@ def _text(found: dict[str, Any]) -> str:
         lines.append(f"calibration {name}: {text}")
     for error in found["last_errors"] or []:
         text = "error       {time} {operation} {status} {code}: {message}".format(**error)
-        lines.append(
-            "".join(c if c.isprintable() else "?" for c in text)
-        )  # messages quote what clients sent
+        # Messages quote what clients sent.
+        lines.append("".join(c if c.isprintable() else "?" for c in text))
     lines.append(
         "versions    "
         + ", ".join(f"{name} {version}" for name, version in found["versions"].items())

@@ -21,7 +21,7 @@ from training.runs import RunError, alone_in
 from training.step import TrainingDiverged
 
 ERRORS = (RunError, DataError, ConfigError, FeatureError, TrainingDiverged)
-# What makes a system that system, or follows from the data and from other options, is no option.
+# Fields without an option: they define a system, or follow from the data and from other options.
 RECIPES_OWN = ("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality")
 MODELS_OWN = ("image_size", "channels", "encoder")
 DISCRIMINATORS_OWN = ("kind",)
@@ -29,7 +29,7 @@ DISCRIMINATORS_OWN = ("kind",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", choices=list(recipe_names()), help="which system; see `ade recipes`"
+        "recipe", choices=list(recipe_names()), help="system to train; see `ade recipes`"
     )
     add_data_arguments(parser, required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=SIZES,
         default="small",
-        help="of the networks: tiny for an hour on two cores, small for a day, paper for a GPU "
-        "(default: %(default)s)",
+        help="size of the networks: tiny for an hour on two cores, small for a day, paper for a "
+        "GPU (default: %(default)s)",
     )
     parser.add_argument(
         "--image-size",
@@ -54,10 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training images to see, over all processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="stop after so much training time"
+        "--minutes", type=float, metavar="M", help="end after this training time too"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, order and noise (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of weights, order and noise (default: %(default)s)",
     )
     parser.add_argument(
         "--init",
@@ -65,31 +68,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start from the weights of another run or a bundle; a larger model (more latent "
         "channels, couplings, blocks, flow scales or flow width) begins where that one ended",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --out")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the networks; log-densities are float32 always",
+        help="precision of the networks; log-densities are always float32",
     )
     parser.add_argument(
-        "--checkpoint-minutes", type=float, default=5.0, metavar="M", help="default: %(default)s"
+        "--checkpoint-minutes",
+        type=float,
+        default=5.0,
+        metavar="M",
+        help="minutes between checkpoints (default: %(default)s)",
     )
     parser.add_argument(
-        "--checkpoint-steps", type=int, default=1000, metavar="N", help="default: %(default)s"
+        "--checkpoint-steps",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="steps after which a checkpoint is written earlier (default: %(default)s)",
     )
     parser.add_argument(
         "--evaluate-steps",
         type=int,
         default=500,
         metavar="N",
-        help="steps between looks at held-out images and samples (default: %(default)s)",
+        help="steps between evaluations of held-out images and samples (default: %(default)s)",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the configuration and stop; nothing is written",
+        help="print the configuration and write nothing",
     )
     settable = [
         *add_config_options(parser, "training (default: the recipe's)", TrainConfig, RECIPES_OWN),
@@ -135,6 +146,5 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(config.to_dict(), indent=2))
             return
         progress = train(config, dataset, args.out, options, args.resume, source_of(args))
-    say(
-        f"{progress.images:,} images in {progress.seconds / 60:.1f} minutes: {args.out / 'report.md'}"
-    )
+    minutes = progress.seconds / 60
+    say(f"{progress.images:,} images in {minutes:.1f} minutes: {args.out / 'report.md'}")

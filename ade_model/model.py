@@ -65,9 +65,8 @@ class ADEModel(nn.Module):
     describes. For a flow alone, both are the same and ``z`` is ``y``.
 
     Example:
-        >>> model = ADEModel(
-        ...     ModelConfig(image_size=8, widths=(8, 8), latent_channels=(2, 2), decoder_blocks=(1, 1))
-        ... )
+        >>> two_levels = {"widths": (8, 8), "latent_channels": (2, 2), "decoder_blocks": (1, 1)}
+        >>> model = ADEModel(ModelConfig(image_size=8, **two_levels))
         >>> eps = [torch.randn(3, *shape) for shape in model.config.latent_shapes]
         >>> model.sample(eps).shape
         torch.Size([3, 3, 8, 8])

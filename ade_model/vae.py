@@ -94,7 +94,7 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the decoder: its features, and prior and posterior of its latents if any."""
+    """One resolution of the decoder, with prior and posterior of its latents if it has any."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""Figures that depend on the machine; no test asserts them."""
+"""Benchmarks, whose figures depend on the machine; no test asserts them."""

@@ -1,4 +1,4 @@
-"""``ade score`` of a folder: speed beside bare engines, memory, and what a kill costs.
+"""Scoring a folder: speed compared with bare engines, memory, and the cost of a kill.
 
 ``make bench-bulk DATA=FOLDER``.
 """
@@ -22,8 +22,8 @@ import psutil
 from benchmarks.serving import CORES, engines
 from serving.files import image_paths
 
-KILLED_AFTER = 0.4  # of the files
-LOOK_S = 2.0
+KILLED_AFTER = 0.4  # fraction of the files
+INTERVAL_S = 2.0
 
 
 def rows_of(part: Path) -> int:
@@ -31,7 +31,7 @@ def rows_of(part: Path) -> int:
 
 
 class Memory(threading.Thread):
-    """MiB (PSS) of a process and its children, every two seconds."""
+    """Records the MiB (PSS) of a process and its children every two seconds."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -48,7 +48,7 @@ class Memory(threading.Thread):
                 self.seen.append(sum(process.memory_full_info().pss for process in family) / 2**20)
             except psutil.Error:
                 return
-            time.sleep(LOOK_S)
+            time.sleep(INTERVAL_S)
 
 
 def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:
@@ -76,7 +76,7 @@ def main() -> None:
         "folder", type=Path, help="tens of thousands of image files of the model's size"
     )
     args = parser.parse_args()
-    wanted = list(image_paths(args.folder))
+    paths = list(image_paths(args.folder))
     ceilings: list[float] = []
     rates: list[float] = []
     with tempfile.TemporaryDirectory() as scratch, engines(args.bundle.resolve()) as all_engines:
@@ -95,7 +95,7 @@ def main() -> None:
                 break
             rates.append((rows_of(part) - before) / (time.monotonic() - began))
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
-            if not stopped and rows_of(part) > KILLED_AFTER * len(wanted):
+            if not stopped and rows_of(part) > KILLED_AFTER * len(paths):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 first, kept = memory, rows_of(part)
@@ -106,23 +106,23 @@ def main() -> None:
                     time.sleep(0.1)
                 stopped = True
                 continue
-            for p in family:  # the engines' turn, with all else at rest
+            for p in family:  # measure the engines while the scoring is stopped
                 os.kill(p.pid, signal.SIGSTOP)
             ceilings.append(all_engines().images_a_second)
             for p in family:
                 os.kill(p.pid, signal.SIGCONT)
         process.wait()
         if not stopped:
-            raise SystemExit("it ended before it could be killed: give it a folder of more files")
+            raise SystemExit("scoring ended before it could be killed: use a folder of more files")
         names = [json.loads(line)["path"] for line in open(out)]
     ratio = statistics.median(rates) / statistics.median(ceilings)
     print(
-        f"{len(wanted)} files, {CORES} processes: {statistics.median(rates):.0f} images a second, bare engines "
-        f"{statistics.median(ceilings):.0f}: {ratio:.2f}"
+        f"{len(paths)} files, {CORES} processes: {statistics.median(rates):.0f} images per second, "
+        f"bare engines {statistics.median(ceilings):.0f}: {ratio:.2f}"
     )
     print(
-        f"killed at {kept} rows, {left} processes left behind; {len(names)} rows at last, {len(set(names))} different: "
-        f"{'' if names == wanted else 'NOT '}the files in order"
+        f"killed at {kept} rows, {left} processes left behind; {len(names)} rows at the end, "
+        f"{len(set(names))} different: {'' if names == paths else 'NOT '}the files in order"
     )
     for when, seen in (("before the kill", first.seen), ("after it", memory.seen)):
         parts = [

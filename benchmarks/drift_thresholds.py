@@ -1,8 +1,7 @@
-"""How long does a stream without a change go on until a drift statistic crosses a threshold? How
-soon is a change found?
+"""Drift thresholds: images until a false alarm, and images until a change is detected.
 
-Simulated with verdicts against calibrations of n images, drawn anew for each stream: a calibration
-    has errors of its own.
+The verdicts are simulated. Each stream has its own calibration of n images, since a calibration
+has errors of its own.
 
 ``python -m benchmarks.drift_thresholds``
 """
@@ -22,14 +21,14 @@ WINDOWS = 2000
 
 
 def _verdicts(rng: np.random.Generator, n: int, count: int, shift: float = 0.0) -> np.ndarray:
-    """Normal scores ``Phi^-1(1 - p)`` of randomised conformal p-values, the streams' scores normal."""
+    """Normal scores ``Phi^-1(1 - p)`` of randomised conformal p-values of normal OOD scores."""
     reference = np.sort(rng.normal(size=n))
     above = n - np.searchsorted(reference, rng.normal(shift, 1, count))
     return stats.norm.isf((above + rng.uniform(size=count)) / (n + 1))
 
 
 def _first_crossings(z: np.ndarray) -> list[int]:
-    """When the cumulative sum crosses each threshold; the length where it does not."""
+    """Images until the cumulative sum crosses each threshold; the length if it does not."""
     total, found = 0.0, [len(z)] * len(THRESHOLDS)
     waiting = 0
     for i, value in enumerate(z):
@@ -45,21 +44,22 @@ def _first_crossings(z: np.ndarray) -> list[int]:
 def main() -> None:
     rng = np.random.default_rng(0)
     print(
-        "| n | threshold | images without a change, mean | median | images after a shift of 1, mean |"
+        "| n | threshold | images without a change, mean | median "
+        "| images after a shift of 1, mean |"
     )
     print("|---|---|---|---|---|")
     for n in CALIBRATED:
         quiet = np.array([_first_crossings(_verdicts(rng, n, LENGTH)) for _ in range(STREAMS)])
         shifted = np.array([_first_crossings(_verdicts(rng, n, 500, 1.0)) for _ in range(STREAMS)])
         for j, threshold in enumerate(THRESHOLDS):
-            censored = " (at least)" if (quiet[:, j] == LENGTH).mean() > 0.02 else ""
+            alone = quiet[:, j]
+            censored = " (at least)" if (alone == LENGTH).mean() > 0.02 else ""
             print(
-                f"| {n} | {threshold:g} | {quiet[:, j].mean():.0f}{censored} | {np.median(quiet[:, j]):.0f} | "
-                f"{shifted[:, j].mean():.1f} |"
+                f"| {n} | {threshold:g} | {alone.mean():.0f}{censored} | {np.median(alone):.0f} "
+                f"| {shifted[:, j].mean():.1f} |"
             )
-    print(
-        f"\n| n | distance over {WINDOW} images | windows without a change above it |\n|---|---|---|"
-    )
+    print(f"\n| n | distance over {WINDOW} images | windows without a change above it |")
+    print("|---|---|---|")
     for n in CALIBRATED:
         distances = []
         for _ in range(WINDOWS):

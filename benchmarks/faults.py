@@ -1,6 +1,6 @@
-"""What goes wrong under load, and what becomes of it. ``make bench-faults``
+"""Faults under load and their effect on the service. ``make bench-faults``
 
-Every answer is compared byte by byte with the right one: it has to be that, or a clean error.
+Every answer is compared byte by byte with the right one: it must be that or a well-formed error.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ CLIENTS = 16
 RECOVERY_S = 10.0
 AT_ONCE = 1000
 BIG_BODY = 15 * 2**20
-ROOM = 8 * 2**20  # what a worker that runs out of memory may still take
+ROOM = 8 * 2**20  # memory left to a worker that is to run out of it
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one fault: ``seconds`` until the service was whole again, ``allowed`` of them."""
+    """The effect of a fault: seconds until full recovery, and how many are allowed."""
 
     name: str
     tally: Tally
@@ -54,7 +54,7 @@ class Result:
 
 
 async def _until_whole(service: Running, lost: int, started: float, limit: float) -> float:
-    """Seconds until another worker stands where ``lost`` did and all are ready."""
+    """Seconds until the worker ``lost`` is replaced and all workers are ready."""
     while time.monotonic() - started < limit:
         workers = await asyncio.to_thread(service.workers)
         if lost not in workers and all(state == "READY" for _, state in workers.values()):
@@ -88,9 +88,7 @@ async def hang(service: Running, known: list[Known]) -> list[Result]:
 
 
 async def exhaust(service: Running, known: list[Known]) -> list[Result]:
-    """Take away all memory but a little from one worker, and send what wants more: large pictures
-    to resize.
-    """
+    """Limit the memory of a worker, and send large pictures to resize, which need more."""
     out = io.BytesIO()
     Image.linear_gradient("L").resize((4000, 3900)).convert("RGB").save(out, "PNG")
     body = b'{"resize": "fit", "images": ["' + base64.b64encode(out.getvalue()) + b'"]}'
@@ -115,12 +113,15 @@ async def exhaust(service: Running, known: list[Known]) -> list[Result]:
 
 
 async def disconnect(service: Running, known: list[Known]) -> list[Result]:
-    """Clients that go away in the middle of sending, and before the answer."""
+    """Clients that disconnect while they send, and before the answer."""
 
     async def leave(whole: bool) -> None:
         body = known[2].body
         _, writer = await asyncio.open_connection("127.0.0.1", service.ports.inference)
-        head = f"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
         writer.write(head.encode() + (body if whole else body[: len(body) // 2]))
         await writer.drain()
         writer.transport.abort()
@@ -142,7 +143,7 @@ async def flood(service: Running, known: list[Known]) -> list[Result]:
 
 
 async def fill_queue(service: Running, known: list[Known]) -> list[Result]:
-    """Many more large requests than the queue holds."""
+    """More large requests than the queue holds."""
     big = Known(known[2].operation, np.random.default_rng(0).bytes(BIG_BODY), "image/png", b"")
     slow = known[2]
     tally, large = Tally(), Tally()
@@ -151,29 +152,29 @@ async def fill_queue(service: Running, known: list[Known]) -> list[Result]:
             *(ask(session, service.url, slow, tally) for _ in range(600)),
             *(ask(session, service.url, big, large) for _ in range(64)),
         )
-    # None of the large ones is an image: 415 is their right answer.
+    # The large bodies are not images: 415 is the right answer to them.
     large.outcomes["right"] += large.statuses[415]
     large.outcomes["failed"] -= large.statuses[415]
     return [
         Result("600 requests of 8 images in a queue of 256", tally),
-        Result(f"beside them, 64 bodies of {BIG_BODY >> 20} MiB", large),
+        Result(f"at the same time, 64 bodies of {BIG_BODY >> 20} MiB", large),
     ]
 
 
 async def stop(service: Running, known: list[Known]) -> list[Result]:
-    """SIGTERM while requests are computed: what was sent before has to be answered."""
+    """SIGTERM while requests are computed: those sent before it must be answered."""
     tally = Tally()
     async with new_session() as session:
-        asked = [
+        sent = [
             asyncio.create_task(ask(session, service.url, known[i % len(known)], tally))
             for i in range(64)
         ]
         await asyncio.sleep(0.2)
         started = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
-        await asyncio.gather(*asked)
+        await asyncio.gather(*sent)
     await asyncio.to_thread(service.process.wait, 90)
-    return [Result("SIGTERM with 64 requests on their way", tally, time.monotonic() - started, 60)]
+    return [Result("SIGTERM with 64 open requests", tally, time.monotonic() - started, 60)]
 
 
 FAULTS: tuple[Callable[[Running, list[Known]], Awaitable[list[Result]]], ...] = (
@@ -188,7 +189,7 @@ FAULTS: tuple[Callable[[Running, list[Known]], Awaitable[list[Result]]], ...] = 
 
 
 def _held(service: Running) -> dict[str, int]:
-    """What could leak."""
+    """Resources that could leak."""
     family = service.family()
     sockets = 0
     for process in family:
@@ -205,7 +206,7 @@ def main() -> None:
         fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")
     ]
     bad = 0
-    words: dict[str, str] = {}  # what errors said, and where
+    words: dict[str, str] = {}  # texts of errors, with the fault
     with running(args.bundle) as service:
         known = known_requests(service.url, open_bundle(args.bundle).image_shape)
         asyncio.run(_warm(service, known))
@@ -214,7 +215,7 @@ def main() -> None:
         print(
             "| fault | "
             + " | ".join(OUTCOMES)
-            + " | statuses | p99 s | whole again after s | allowed |"
+            + " | statuses | p99 s | recovered after s | allowed |"
         )
         print("|---" * (len(OUTCOMES) + 5) + "|")
         for fault in chosen:
@@ -238,7 +239,7 @@ def main() -> None:
                     + f" | {statuses} | {p99} | {seconds} | {allowed} |",
                     flush=True,
                 )
-                words |= {name: result.name for name in result.tally.words}
+                words |= dict.fromkeys(result.tally.words, result.name)
                 bad += counts["wrong"] + counts["silent"]
                 bad += (
                     result.allowed is not None

@@ -1,8 +1,7 @@
-"""Requests that are broken in thousands of ways, the same for the same seed: mutated files, arrays,
-JSON and forms.
+"""Malformed requests: mutated files, arrays, JSON and forms; the same seed gives the same ones.
 
-``python -m benchmarks.malformed BUNDLE`` sends them to a service beside good traffic, and says what
-became of both.
+``python -m benchmarks.malformed BUNDLE`` sends them to a service together with valid requests, and
+prints the answers to both.
 """
 
 from __future__ import annotations
@@ -100,13 +99,13 @@ TEXTS = (
     b"nul",
     b"{,}",
 )
-RATE = 100.0  # a second, beside good traffic
-GOOD_CLIENTS = 4
+RATE = 100.0  # malformed requests per second
+GOOD_CLIENTS = 4  # that send valid requests
 
 
 @dataclass(frozen=True)
 class Request:
-    """``kind`` says what was broken."""
+    """A request; ``kind`` is the format that was mutated."""
 
     kind: str
     operation: str
@@ -115,25 +114,24 @@ class Request:
 
 
 def malformed_requests(seed: int, count: int) -> Iterator[Request]:
-    """Most of them malformed, some by chance still good."""
+    """Yield requests, of which most are malformed; some may still be valid by chance."""
     rng = random.Random(seed)
     makers = (_file, _file, _array, _json, _form)
     for _ in range(count):
         made = rng.choice(makers)(rng)
-        if rng.random() < 0.1:  # not what it says it is
+        if rng.random() < 0.1:  # a wrong content type
             made = Request(made.kind, made.operation, rng.choice(TYPES), made.body)
         yield made
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
-    """Some bytes changed, cut, doubled, moved or put in."""
+    """Change, delete, repeat or insert some bytes."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5, 30))):
         if not out:
             break
-        at = rng.randrange(
-            min(len(out), rng.choice((16, 64, 10**9)))
-        )  # headers more often than the rest
+        # Headers are changed more often than the rest.
+        at = rng.randrange(min(len(out), rng.choice((16, 64, 10**9))))
         what = rng.randrange(6)
         if what == 0:
             out[at] = rng.randrange(256)
@@ -169,7 +167,8 @@ def _file(rng: random.Random) -> Request:
 def _array(rng: random.Random) -> Request:
     shape = rng.choice(SHAPES)
     kind = rng.choice(("|u1", "|O", "<f8", ">u2", "|V3", "<M8[s]", "zz", "|S6144", "<c16", "|b1"))
-    header = f"{{'descr': '{kind}', 'fortran_order': {rng.choice(('False', 'True', '0', 'None'))}, 'shape': {shape}, }}"
+    order = rng.choice(("False", "True", "0", "None"))
+    header = f"{{'descr': '{kind}', 'fortran_order': {order}, 'shape': {shape}, }}"
     text = header.encode() + b" " * (-(10 + len(header) + 1) % 64) + b"\n"
     size = len(text) if rng.random() < 0.8 else rng.randrange(65536)
     version = rng.choice((b"\x01\x00", b"\x01\x00", b"\x02\x00", b"\x09\x00"))
@@ -244,7 +243,7 @@ def main() -> None:
     from benchmarks.traffic import Tally, Traffic, known_requests, new_session, running
     from serving.engine.bundle import open_bundle
 
-    parser = argparse.ArgumentParser(description="Broken requests beside good traffic.")
+    parser = argparse.ArgumentParser(description="Malformed requests together with valid ones.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -286,18 +285,19 @@ def main() -> None:
         alone.append(asyncio.run(good_alone(service.url, known, 20)))
         kinds = sorted({kind for kind, _ in found})
         print(
-            "| broken | " + " | ".join(statuses := sorted({status for _, status in found})) + " |"
+            "| mutated | " + " | ".join(statuses := sorted({status for _, status in found})) + " |"
         )
         print("|---" * (len(statuses) + 1) + "|")
         for kind in kinds:
             print(
                 f"| {kind} | " + " | ".join(str(found[kind, status]) for status in statuses) + " |"
             )
-        for name, tallies in (("alone", alone), ("beside them", [beside])):
+        for name, tallies in (("alone", alone), ("with malformed ones", [beside])):
             latencies = np.concatenate([t.latencies for t in tallies])
             outcomes = sum((t.outcomes for t in tallies), Counter())
             print(
-                f"good traffic {name}: {dict(outcomes)}, p50 {1000 * np.median(latencies):.0f} ms, "
+                f"valid requests {name}: {dict(outcomes)}, "
+                f"p50 {1000 * np.median(latencies):.0f} ms, "
                 f"p99 {1000 * np.quantile(latencies, 0.99):.0f} ms"
             )
         same = service.workers() == workers

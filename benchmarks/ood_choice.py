@@ -1,8 +1,7 @@
-"""Why the verdict is made as it is: families of statistics and densities, compared on corrupted
-held-out images alone.
+"""The choice of the verdict: statistics and densities compared on corrupted held-out images.
 
-Fitted to CIFAR-10's training images 45,000-45,999; the usual images are 46,000-46,999, and the
-strangers are made from them. No set of real strangers has a part in it.
+The densities are fitted to CIFAR-10's training images 45,000-45,999. The in-distribution images are
+46,000-46,999, and the OOD images are made by corrupting them. No real OOD data set is used.
 
 ``python -m benchmarks.ood_choice pretrained/cifar10 --root CIFAR10``
 """
@@ -29,7 +28,7 @@ from training.datasets import load_dataset
 
 FIT = 1000
 Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-FAMILIES = {  # by what names begin with; the first that fits
+FAMILIES = {  # by prefixes of names; the first that matches
     "map": ("map_", "log_det_map_"),
     "likelihood": ("bpd", "distortion", "log_det", "kl_"),
     "complexity": ("complexity", "excess"),
@@ -112,7 +111,7 @@ def _zoom(factor: float) -> Corruption:
 
 
 def _random_phases(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The spectrum of each image without its structure."""
+    """Images with the spectra of the given ones and random phases."""
     angles = np.angle(np.fft.fft2(rng.normal(size=images.shape[:3])))[..., None]
     means = images.mean((1, 2), keepdims=True)
     spectrum = np.fft.fft2(images - means, axes=(1, 2)) * np.exp(1j * angles)
@@ -134,7 +133,7 @@ def _tiles(size: int) -> Corruption:
 
 
 def _shapes(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A few polygons and lines of one colour each."""
+    """Pictures of a few polygons and lines, each of one colour."""
     made = []
     for _ in images:
         picture = Image.new("RGB", (128, 128), tuple(rng.integers(0, 256, 3)))
@@ -150,7 +149,7 @@ def _shapes(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.stack(made)
 
 
-STRANGERS: dict[str, Corruption] = {
+OOD_IMAGES: dict[str, Corruption] = {
     **CORRUPTIONS,
     "noise 5": _noise(5),
     "noise 15": _noise(15),
@@ -186,7 +185,7 @@ STRANGERS: dict[str, Corruption] = {
 
 def _ledoit_wolf(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     found = LedoitWolf().fit(scores)
-    return lambda z: found.mahalanobis(z)
+    return found.mahalanobis
 
 
 def _gaussians(components: int) -> Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
@@ -198,8 +197,10 @@ def _gaussians(components: int) -> Callable[[np.ndarray], Callable[[np.ndarray],
 
 
 def _copod(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Li et al., "COPOD", 2020: tails of each statistic added up, the more extreme of the two sides
-    and their skew's.
+    """Li et al., "COPOD", 2020: the sum over statistics of the log tail probabilities.
+
+    It is the largest of the sums over left tails, over right tails, and over the tails to which the
+    statistics are skewed.
     """
     ordered = np.sort(scores, axis=0)
     n = len(ordered)
@@ -238,9 +239,9 @@ def main() -> None:
     images = np.asarray(load_dataset("cifar10", args.root).parts["select"].images[:])
     found = {
         "fit": statistics_of(engine, images[:FIT], "fit"),
-        "usual": statistics_of(engine, images[FIT:], "usual"),
+        "in-distribution": statistics_of(engine, images[FIT:], "in-distribution"),
     }
-    for name, corrupt in STRANGERS.items():
+    for name, corrupt in OOD_IMAGES.items():
         found[name] = statistics_of(engine, corrupt(images[FIT:], np.random.default_rng(0)), name)
     every = [name for name, values in found["fit"].items() if values.min() < values.max()]
 
@@ -251,17 +252,16 @@ def main() -> None:
         normal = NormalScores.fit(rows["fit"])
         scores = {key: np.clip(normal(values), -FARTHEST, FARTHEST) for key, values in rows.items()}
         judge = density(scores["fit"])
-        usual = judge(scores["usual"])
-        truth = np.repeat([0, 1], [len(usual), len(usual)])
-        return float(
-            np.mean(
-                [roc_auc_score(truth, np.concatenate([usual, judge(scores[s])])) for s in STRANGERS]
-            )
-        )
+        inside = judge(scores["in-distribution"])
+        truth = np.repeat([0, 1], [len(inside), len(inside)])
+        areas = [
+            roc_auc_score(truth, np.concatenate([inside, judge(scores[name])]))
+            for name in OOD_IMAGES
+        ]
+        return float(np.mean(areas))
 
-    print(
-        f"mean AUROC over {len(STRANGERS)} kinds of made strangers\n\n| density, on all statistics | |\n|---|---|"
-    )
+    print(f"mean AUROC over {len(OOD_IMAGES)} kinds of corrupted images\n")
+    print("| density, on all statistics | |\n|---|---|")
     for name, density in DENSITIES.items():
         print(f"| {name} | {mean_auroc(every, density):.4f} |")
     print("\n| statistics, served density | |\n|---|---|")

@@ -1,5 +1,4 @@
-"""What a verdict costs: scoring with all statistics against scoring without a calibration, in turns
-in one run.
+"""The cost of a verdict: scoring with a calibration and without, measured in turns.
 
 ``python -m benchmarks.ood_cost pretrained/cifar10``
 """
@@ -41,7 +40,7 @@ def main() -> None:
     cases = {
         "bpd alone": lambda: bare.score(images),
         "with the verdict": lambda: engine.score(images),
-        "of it, the lossless code": lambda: [lossless_bits(image) for image in images],
+        "its lossless code alone": lambda: [lossless_bits(image) for image in images],
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(TURNS):
@@ -51,13 +50,15 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     ratios = [a / b for a, b in zip(seconds["with the verdict"], seconds["bpd alone"], strict=True)]
     print(
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {engine.backend.name}, one thread, {BATCH} images, "
-        f"medians of {TURNS} turns\n\n| case | ms an image |\n|---|---|"
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {engine.backend.name}, "
+        f"one thread, {BATCH} images, medians of {TURNS} turns\n"
     )
+    print("| case | ms per image |\n|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {1e3 * statistics.median(values) / BATCH:.2f} |")
     print(
-        f"\nwith the verdict / bpd alone: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        f"\nwith the verdict / bpd alone: {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f})"
     )
 
 

@@ -1,9 +1,8 @@
-"""The service, its engine in process, and other servers with the same engine: throughput and
-latency. ``make bench``.
+"""Throughput and latency of the service, its engine, and other servers with the same engine.
 
-All servers run side by side, idle but for the one that is asked; rounds go through all cases and
-all servers in turn, and medians over the rounds are printed, for machines are noisy and shared.
-Clients run on the same cores: their share is in the table.
+``make bench``. All servers run at the same time, and all but the one under test are idle. Each
+round measures all cases on all servers in turn, and medians over the rounds are printed, since
+machines are noisy and shared. Clients run on the same cores: their share is in the table.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from serving.ports import VARIABLES
 CORES = len(os.sched_getaffinity(0))
 WORKERS = min(CORES, 4)
 SECONDS = 4.0
-# As small as a model can be: with it, all time is the server's.
+# The smallest possible model, with which all time is the server's.
 EMPTY = ModelConfig(
     image_size=8,
     channels=3,
@@ -57,9 +56,7 @@ EMPTY = ModelConfig(
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked for: ``images`` a request, by ``clients`` that wait for their answers, or
-    ``rate`` times a second.
-    """
+    """Requests of ``images`` each, from ``clients`` in turn or at a ``rate`` per second."""
 
     name: str
     operation: str
@@ -73,7 +70,7 @@ class Load:
 
 @dataclass
 class Server:
-    """A server under test: whose URL, whose processes, and how it wants one image."""
+    """A server under test, and whether it takes an image as JSON."""
 
     name: str
     process: subprocess.Popen
@@ -83,7 +80,7 @@ class Server:
 
 @dataclass
 class Outcome:
-    """Of one load on one server."""
+    """The result of one load on one server."""
 
     images_a_second: float
     latencies: list[float]
@@ -112,9 +109,9 @@ async def _ask(session: aiohttp.ClientSession, url: str, load: Load) -> bool:
 
 
 async def _drive(url: str, load: Load) -> tuple[list[float], int, float]:
-    """Latencies in seconds, failures, and how long it took.
+    """Latencies in seconds, the number of failures, and the duration in seconds.
 
-    At a fixed rate, time counts from when a request was due.
+    At a fixed rate, a latency starts when the request was due.
     """
     latencies: list[float] = []
     failures = 0
@@ -164,7 +161,7 @@ def _family(server: Server) -> list[psutil.Process]:
 
 
 def _memory(server: Server) -> float:
-    """MiB, shared pages divided among those who share them."""
+    """MiB, with shared pages divided among the processes that share them."""
     return sum(process.memory_full_info().pss for process in _family(server)) / 2**20
 
 
@@ -207,7 +204,7 @@ def _engine_process(bundle: Path, go: Any, rates: Any) -> None:
 
 @contextmanager
 def engines(bundle: Path) -> Iterator[Callable[[], Outcome]]:
-    """One engine a core, each in its own process: what the machine can do at most."""
+    """One engine per core, each in its own process: the maximum of the machine."""
     context = multiprocessing.get_context("spawn")
     go, rates = context.Barrier(CORES + 1), context.Queue()
     children = [
@@ -233,9 +230,7 @@ def engines(bundle: Path) -> Iterator[Callable[[], Outcome]]:
 
 
 def example_images(shape: tuple[int, int, int], count: int) -> np.ndarray:
-    """uint8 ``(count, H, W, C)`` of the example pictures, brightened a little each time they come
-    again.
-    """
+    """The example pictures, uint8 ``(count, H, W, C)``, brightened a little in each repetition."""
     pictures = [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
     return np.stack(
         [
@@ -268,18 +263,16 @@ def _started(
         yield Server(name, process, url, wants_json)
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            pass
-        with suppress(ProcessLookupError):  # some leave their workers behind
+        with suppress(ProcessLookupError):  # some servers leave their workers behind
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def start_servers(
     stack: ExitStack, bundle: Path, first_port: int, operations: tuple[str, ...]
 ) -> list[Server]:
-    """The service and its three peers, on ports from ``first_port`` on; the service first."""
+    """Start the service and its three peers on ports from ``first_port``; the service is first."""
     ports = dict(
         zip(
             (v for v, _ in VARIABLES.values()),
@@ -369,7 +362,7 @@ def one_image(server: Server, picture: bytes, clients: int, rate: float | None =
     name = (
         f"score, one PNG, {clients} clients"
         if rate is None
-        else f"score, one PNG, {rate:.0f} a second"
+        else f"score, one PNG, {rate:.0f} per second"
     )
     if server.wants_json:
         body = b'{"images": ["' + base64.b64encode(picture) + b'"]}'
@@ -397,7 +390,7 @@ def samples(n: int, clients: int) -> Load:
 
 
 def empty_bundle(folder: Path) -> Path:
-    """The bundle of a model of next to no weights."""
+    """The bundle of a model with almost no weights."""
     (folder / "run").mkdir()
     save_model(
         ADEModel(EMPTY).eval(),
@@ -489,10 +482,12 @@ def _print(
         platform.machine(),
     )
     print(
-        f"{model}, {CORES} cores, {backend}, {WORKERS} workers for score, medians of {rounds} rounds\n"
+        f"{model}, {CORES} cores, {backend}, {WORKERS} workers for score, "
+        f"medians of {rounds} rounds\n"
     )
     print(
-        "| case | who | images/s | p50 ms | p95 ms | p99 ms | errors | cores, server | cores, client |"
+        "| case | server | images/s | p50 ms | p95 ms | p99 ms | errors | cores, server "
+        "| cores, client |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for (case, who), row in rows.items():

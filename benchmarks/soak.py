@@ -1,4 +1,5 @@
-"""Half an hour at 70 % of the peak with all four operations: does memory grow, does anything fail?
+"""Memory and failures over half an hour at 70 % of the peak, with all four operations.
+
 ``make bench-soak``
 """
 
@@ -31,12 +32,12 @@ EVERY_S = 10.0
 
 
 def _resident(service: Running) -> float:
-    """MiB of all processes, shared pages divided among those who share them."""
+    """MiB of all processes, with shared pages divided among those that share them."""
     return sum(process.memory_full_info().pss for process in service.family()) / 2**20
 
 
 async def _peak(service: Running, known: list[Known], seconds: float) -> float:
-    """Requests a second of as many clients as keep it busy."""
+    """Requests per second of enough clients to keep the service busy."""
     async with Traffic(service.url, known, 64) as traffic:
         await asyncio.sleep(seconds)
         return sum(traffic.tally.outcomes.values()) / seconds
@@ -45,7 +46,7 @@ async def _peak(service: Running, known: list[Known], seconds: float) -> float:
 async def _soak(
     service: Running, known: list[Known], rate: float, minutes: float
 ) -> tuple[Tally, list[tuple[float, float]]]:
-    """What became of all, and the memory with the seconds when it was taken."""
+    """Outcomes of the requests, and the memory with the seconds at which it was measured."""
     tally = Tally()
     memory: list[tuple[float, float]] = []
     async with new_session() as session:
@@ -77,16 +78,19 @@ def main() -> None:
         before = {process.pid for process in service.family()}
         print(f"idle: {idle:.0f} MiB in {len(before)} processes (PSS)")
         print(
-            f"{args.minutes:.0f} minutes of {rate:.0f} requests a second ({SHARE:.0%} of the peak), all operations: "
+            f"{args.minutes:.0f} minutes of {rate:.0f} requests per second ({SHARE:.0%} of the "
+            "peak), all operations: "
             + ", ".join(f"{name} {tally.outcomes[name]}" for name in OUTCOMES)
-            + f"; p50 {1000 * np.median(tally.latencies):.0f} ms, p99 {1000 * np.quantile(tally.latencies, 0.99):.0f} ms"
+            + f"; p50 {1000 * np.median(tally.latencies):.0f} ms, "
+            f"p99 {1000 * np.quantile(tally.latencies, 0.99):.0f} ms"
         )
     settled = [value for at, value in memory if SETTLE_S <= at < SETTLE_S + 60] or [memory[0][1]]
     last = [value for at, value in memory if at >= memory[-1][0] - 60]
     growth = float(np.median(last) / np.median(settled) - 1)
     print(
-        f"memory after {SETTLE_S / 60:.0f} minutes {np.median(settled):.0f} MiB, in the last one {np.median(last):.0f}: "
-        f"{growth:+.1%}; highest {max(value for _, value in memory):.0f} MiB"
+        f"memory after {SETTLE_S / 60:.0f} minutes {np.median(settled):.0f} MiB, "
+        f"in the last minute {np.median(last):.0f} MiB: {growth:+.1%}; "
+        f"highest {max(value for _, value in memory):.0f} MiB"
     )
     left = [pid for pid in before if psutil.pid_exists(pid)]
     raise SystemExit(

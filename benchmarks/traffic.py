@@ -1,4 +1,4 @@
-"""Requests whose right answers are known, and a judge of what comes back."""
+"""Requests with known answers, and a tally of the answers that arrive."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ class Known:
 
 @dataclass
 class Tally:
-    """What became of requests: ``refused`` is a 503, ``failed`` another error, ``silent`` no answer
-    at all.
-    """
+    """Outcomes: ``refused`` is a 503, ``failed`` another error, ``silent`` no answer."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -66,7 +64,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Running:
-    """``ade serve`` on ports of its own."""
+    """A running ``ade serve`` on its own ports."""
 
     process: subprocess.Popen
     ports: Ports
@@ -80,7 +78,7 @@ class Running:
         return [parent, *parent.children(recursive=True)]
 
     def workers(self) -> dict[int, tuple[str, str]]:
-        """Model and state by process id, as TorchServe tells."""
+        """Model and state by process id, as TorchServe reports them."""
         folder = find_service(self.ports)
         described = {} if folder is None else describe_models(folder)
         return {
@@ -92,7 +90,7 @@ class Running:
 
 @contextmanager
 def running(bundle: Path, *options: str) -> Iterator[Running]:
-    """A service of its own, ready."""
+    """Start a service and wait until it is ready."""
     sockets = [socket.socket() for _ in VARIABLES]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
@@ -123,7 +121,7 @@ def running(bundle: Path, *options: str) -> Iterator[Running]:
 
 
 def known_requests(url: str, shape: tuple[int, int, int]) -> list[Known]:
-    """One of each operation and way, asked once to know the answers."""
+    """One request for each operation and format, sent once to record its answer."""
     pictures = [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
     out = io.BytesIO()
     np.save(out, np.stack([pictures[i % len(pictures)] for i in range(8)]))
@@ -165,7 +163,7 @@ async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tal
 
 
 def new_session() -> aiohttp.ClientSession:
-    """Patient, and of as many connections as asked for."""
+    """A session with a long timeout and any number of connections."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(300)
     )
@@ -173,7 +171,7 @@ def new_session() -> aiohttp.ClientSession:
 
 @dataclass
 class Traffic:
-    """Clients that each ask for one thing after another, until told to stop."""
+    """Clients that send one request after another until the block ends."""
 
     url: str
     known: Sequence[Known]

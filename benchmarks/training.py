@@ -1,9 +1,8 @@
-"""Training steps: images a second, operations a second against what convolutions reach here,
-memory; and the loader.
+"""Speed and memory of training steps, compared with the peak of convolutions; and the loader.
 
-``make bench-training`` runs it. The peak is measured in the same run, on a convolution that suits
-the machine; medians over steps are printed, for machines are noisy and shared. With ``--compile``
-the networks' passes are compiled too, and both are timed in turns.
+``make bench-training``. The peak is measured in the same run, on a convolution that suits the
+machine. Medians over steps are printed, since machines are noisy and shared. With ``--compile``,
+compiled and eager networks are timed in turns.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ PEAK_SHAPES = ((256, 8), (128, 16), (64, 32))  # channels, size
 
 
 class _Counter(TorchDispatchMode):
-    """Counts multiplications and additions of convolutions and products; PyTorch's own mode fails
-    on hooks here.
-    """
+    """Counts multiplications and additions; PyTorch's own FLOP counter fails on hooks here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +59,9 @@ def main() -> None:
     args = parser.parse_args()
     fabric = make_fabric(args.device, "auto")
     print(
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-        f"{fabric.device}, precision {fabric._precision.precision}, torch {torch.__version__}"
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
+        f"{torch.get_num_threads()} threads, {fabric.device}, "
+        f"precision {fabric._precision.precision}, torch {torch.__version__}"
     )
     dtype = torch.bfloat16 if "bf16" in str(fabric._precision.precision) else torch.float32
     peak = max(
@@ -71,7 +69,8 @@ def main() -> None:
     )
     print(f"peak of convolutions, forward and backward: {peak / 1e9:.0f} GFLOP/s\n")
     print(
-        f"{'system':22s} {'images/s':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'GFLOP/image':>12s} {'memory so far':>14s}"
+        f"{'system':22s} {'images/s':>9s} {'GFLOP/s':>8s} {'of peak':>8s} {'GFLOP/image':>12s} "
+        f"{'memory so far':>14s}"
     )
     for size in args.sizes:
         for name in args.recipes:
@@ -83,7 +82,7 @@ def main() -> None:
 
 
 def _convolution_speed(channels: int, size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a 3x3 convolution, forward and backward."""
+    """Operations per second of a 3x3 convolution, forward and backward."""
     conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(
         device, dtype, memory_format=torch.channels_last
     )
@@ -125,7 +124,7 @@ def _measure(trainers: dict[str, Trainer], size: str, peak: float, device: torch
         for _ in range(1 + (config.d_steps if config.discriminator else 0))
     ]
     with _Counter() as counter:
-        # As many steps as the gradient penalty's cadence, so that its share is counted as it comes.
+        # As many steps as there are between gradient penalties, so that one is included.
         for _ in range(config.gp_every):
             next(iter(trainers.values())).run(batches)
     operations = counter.total / config.gp_every
@@ -146,16 +145,15 @@ def _measure(trainers: dict[str, Trainer], size: str, peak: float, device: torch
             else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         )
         print(
-            f"{name + ', ' + size:22s} {config.batch_size / median:9.0f} {operations / median / 1e9:8.0f} "
-            f"{operations / median / peak:8.0%} {operations / config.batch_size / 1e9:12.2f} {memory / 2**20:10.0f} MiB",
+            f"{name + ', ' + size:22s} {config.batch_size / median:9.0f} "
+            f"{operations / median / 1e9:8.0f} {operations / median / peak:8.0%} "
+            f"{operations / config.batch_size / 1e9:12.2f} {memory / 2**20:10.0f} MiB",
             flush=True,
         )
 
 
 def _loader() -> None:
-    """Batches a loader hands out, from memory and from a folder's cache: to be far above every rate
-    of training.
-    """
+    """Print the images per second of a loader, which must be far above the rates of training."""
     pixels = np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 3), dtype=np.uint8)
     print(
         f"\nloader, batches of 64: {_rate(ImageSet(pixels)):,.0f} images/s from memory",

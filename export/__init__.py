@@ -1,3 +1,4 @@
-"""A checkpoint to the bundle that is served: graphs as ONNX and TorchScript, proven equal to the
-model.
+"""Export of a checkpoint to the bundle that is served.
+
+Its graphs, in ONNX and TorchScript, are compared with the model before the bundle is complete.
 """

@@ -1,7 +1,7 @@
-"""The model as graphs of tensors: pixels in, pixels out, every random draw an input.
+"""The model as graphs of tensors, with pixels and noise as inputs.
 
-One module with a method a graph, so that TorchScript stores the weights once; :class:`Graph` makes
-a module of one method for the ONNX exporter. Inputs and outputs are those of
+All graphs are methods of one module, so that TorchScript stores the weights once. :class:`Graph`
+wraps a single method for the ONNX exporter. Inputs and outputs are those of
 :mod:`serving.engine.signatures`.
 """
 
@@ -20,7 +20,7 @@ from ade_model.quantization import dequantize, quantize
 
 
 class _FixedRotation(Bijection):
-    """A trained :class:`Rotation` with its matrix worked out."""
+    """A trained :class:`Rotation` with a constant matrix."""
 
     kernel: Tensor
     inverse_kernel: Tensor
@@ -48,7 +48,7 @@ def _fix_rotations(module: nn.Module) -> None:
 
 
 class Graphs(nn.Module):
-    """Every graph of a bundle as a method. The model is copied, in evaluation mode."""
+    """Every graph of a bundle as a method of a copy of the model in evaluation mode."""
 
     def __init__(self, model: ADEModel) -> None:
         super().__init__()

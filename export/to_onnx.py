@@ -1,5 +1,6 @@
-"""ONNX files whose weights lie in ``model.safetensors``, by offset: stored once, whatever the
-number of graphs.
+"""Export to ONNX files whose weights are references into ``model.safetensors``.
+
+All graphs thus share one copy of the weights.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ OPSET = 20
 
 
 def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folder: Path) -> Path:
-    """Write ``NAME.onnx`` into a folder that holds ``model.safetensors`` already.
+    """Write ``NAME.onnx`` into a folder that already holds ``model.safetensors``.
 
     Args:
         graphs: float32, on the CPU.
         name: of the graph.
-        example: inputs with a batch of at least two (a batch of one would be frozen into the
-            graph).
+        example: inputs with a batch of at least two; a batch of one would become a constant.
         folder: of the bundle.
 
     Returns:
-        The file's path.
+        Path of the file.
     """
     inputs = inputs_of(name, graphs.levels)
     batch = torch.export.Dim("N")
@@ -67,9 +67,7 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
 
 
 def _strip(model: ModelProto) -> None:
-    """Take out what tells of the machine that made the file: source paths, stack traces, module
-    names.
-    """
+    """Remove traces of the exporting machine: source paths, stack traces and module names."""
     model.doc_string = ""
     model.producer_version = ""
     del model.metadata_props[:]
@@ -88,9 +86,7 @@ def _strip(model: ModelProto) -> None:
 
 
 def _point_at_weights(model: ModelProto, weights: Path) -> None:
-    """Turn each initialiser that is a tensor of the weights' file into a reference to its place
-    there.
-    """
+    """Replace initialisers that are tensors of the file of weights by references into it."""
     with open(weights, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -108,7 +104,7 @@ def _point_at_weights(model: ModelProto, weights: Path) -> None:
         if place is None:
             continue
         for field in ("raw_data", "float_data"):
-            tensor.ClearField(field)  # type: ignore[arg-type]  # both are fields of the message
+            tensor.ClearField(field)
         tensor.data_location = TensorProto.EXTERNAL
         del tensor.external_data[:]
         for key, value in (

@@ -1,4 +1,4 @@
-"""One TorchScript module with a method for each graph."""
+"""Export to one TorchScript module with a method for each graph."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from serving.engine.signatures import inputs_of
 def export_torchscript(
     graphs: Graphs, examples: dict[str, dict[str, np.ndarray]], path: Path
 ) -> Path:
-    """Trace every graph and write one file without the sources' paths.
+    """Trace every graph and write one file, without paths of the sources.
 
     Args:
         graphs: float32, on the CPU.
-        examples: inputs of each graph by its name.
-        path: of the file.
+        examples: inputs of each graph, by its name.
+        path: of the file to write.
+
+    Returns:
+        Path of the file.
     """
     inputs = {
         name: tuple(torch.from_numpy(example[i]) for i in inputs_of(name, graphs.levels))
         for name, example in examples.items()
     }
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # tracing is deprecated upstream; the format is what is asked for
+        warnings.simplefilter("ignore")  # tracing is deprecated, but this is its format
         traced = torch.jit.trace_module(graphs, inputs, check_trace=False)
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer)
@@ -40,9 +41,9 @@ def export_torchscript(
 
 
 def _strip(source: io.BytesIO, path: Path) -> None:
-    """Copy the archive without its debug files: they hold the paths of the machine that made it.
+    """Copy an archive without its debug files, which hold paths of the exporting machine.
 
-    Stored, not deflated, and each record aligned to 64 bytes, as the loader's memory map wants it.
+    Records are stored uncompressed and aligned to 64 bytes, as the loader's memory map requires.
     """
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as new:
         for entry in old.infolist():

@@ -1,4 +1,4 @@
-"""From a checkpoint to a finished bundle, or to nothing."""
+"""Export of a checkpoint to a bundle, which is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from serving.files import new_folder
 
 
 class ExportError(ValueError):
-    """A bundle that cannot be written as asked."""
+    """The bundle cannot be written as requested."""
 
 
 def export_bundle(
@@ -39,40 +39,39 @@ def export_bundle(
     report: Callable[[str], None] = lambda line: None,
     licence: str | None = None,
 ) -> Path:
-    """Export a checkpoint; what is written has passed the parity test.
+    """Export a checkpoint; a bundle is only written if its graphs pass the parity test.
 
     Args:
-        checkpoint: a folder with ``model.safetensors`` and ``config.json``.
+        checkpoint: folder with ``model.safetensors`` and ``config.json``.
         out: the bundle's folder; must not exist.
         name: of the model, in answers and manifests.
-        images: uint8 ``(N, H, W, C)``, held-out images to test parity on; at least 40 are wanted.
-        evaluation: what ``ade evaluate`` found, for the manifest.
-        report: is told of progress, a line at a time.
-        licence: of the weights, for the manifest; without one it states none.
+        images: uint8 ``(N, H, W, C)``, held-out images for the parity test, preferably 40 or more.
+        evaluation: figures of ``ade evaluate``, for the manifest.
+        report: called with each line of progress.
+        licence: of the weights, for the manifest.
+
+    Returns:
+        The bundle's folder.
 
     Raises:
-        BundleError: the name cannot be one.
-        ExportError: ``out`` exists, or was written by another process meanwhile.
+        BundleError: the name is invalid.
+        ExportError: ``out`` exists or was made by another process meanwhile, or the images or the
+            checkpoint's configuration are unsuitable.
         ParityError: an exported graph differs from the model.
     """
     if out.exists():
-        raise ExportError(f"{out} exists: export into a new folder")
+        raise ExportError(f"{out} exists: export to a new folder")
     check_name(name)
     model = load_model(checkpoint)
     config = model.config
-    if images.ndim != 4 or images.shape[1:] != (
-        config.image_size,
-        config.image_size,
-        config.channels,
-    ):
-        raise ExportError(
-            f"parity needs images of (N, {config.image_size}, {config.image_size}, {config.channels}), "
-            f"got {images.shape}"
-        )
+    shape = (config.image_size, config.image_size, config.channels)
+    if images.ndim != 4 or images.shape[1:] != shape:
+        expected = ", ".join(map(str, shape))
+        raise ExportError(f"images must be (N, {expected}), got {images.shape}")
     about = read_config(checkpoint)
     missing = {"recipe", "data", "splits", "images_seen", "seed"} - about.keys()
     if missing:
-        raise ExportError(f"{checkpoint}: its configuration lacks {', '.join(sorted(missing))}")
+        raise ExportError(f"the configuration of {checkpoint} lacks {', '.join(sorted(missing))}")
     graphs = Graphs(model)
     operations = about.get("operations", config.operations)
     names = graphs_of(operations)
@@ -92,7 +91,7 @@ def export_bundle(
         fields = {
             "name": name,
             "recipe": about["recipe"],
-            "image_shape": [config.image_size, config.image_size, config.channels],
+            "image_shape": list(shape),
             "latent_shapes": [list(shape) for shape in config.latent_shapes],
             "operations": list(operations),
             "data": {"name": about["data"], "splits": about["splits"]},
@@ -117,14 +116,13 @@ def export_bundle(
 
 
 def evaluation_of(folder: Path) -> dict[str, Any] | None:
-    """What ``ade evaluate`` left beside a checkpoint, if it did; of a bundle, what its manifest
-    says.
+    """The figures that ``ade evaluate`` wrote beside a checkpoint, or those of a bundle's manifest.
+
+    Bundles of any format version are read.
     """
     for name, key in ((MANIFEST_NAME, "evaluation"), ("evaluation.json", None)):
         if (folder / name).is_file():
-            values = json.loads(
-                (folder / name).read_text()
-            )  # of a bundle of any version: it may be old
+            values = json.loads((folder / name).read_text())
             found: dict[str, Any] | None = values if key is None else values.get(key)
             return found
     return None

@@ -125,7 +125,7 @@ def _survey(folder: Path, files: list[Path], dataset: Dataset, out: Path) -> Sur
         if found.parts[part] < least:
             raise DataError(
                 f"{folder}: about {ENOUGH} different images are needed, got {found.files}; "
-                f"the part {part} needs at least {least} of them, and {found.parts[part]} fall to it"
+                f"the part {part} needs at least {least} of them and gets {found.parts[part]}"
             )
     path = out / "survey.json"
     if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):

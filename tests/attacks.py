@@ -87,12 +87,10 @@ def register(management: httpx.Client, addresses: Iterable[str]) -> list[int]:
     found = []
     for address in [*addresses, "evil.war"]:
         url = quote(address, safe="")
-        for path in (f"/workflows?url={url}", f"/models?url={url}&initial_workers=1"):
-            found.append(
-                management.post(
-                    path, headers={"Content-Type": "text/plain"}, timeout=90
-                ).status_code
-            )
+        found += [
+            management.post(path, headers={"Content-Type": "text/plain"}, timeout=90).status_code
+            for path in (f"/workflows?url={url}", f"/models?url={url}&initial_workers=1")
+        ]
     return found
 
 

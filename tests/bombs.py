@@ -171,8 +171,7 @@ def loop_of_directories() -> bytes:
         {273: (4, 1, 0), 278: (4, 1, 32), 279: (4, 1, 1024), 0x8769: (4, 1, 8)}, bytes(1024)
     )
     next_at = 10 + 12 * 10
-    data = data[:next_at] + struct.pack("<I", 8) + data[next_at + 4 :]
-    return data
+    return data[:next_at] + struct.pack("<I", 8) + data[next_at + 4 :]
 
 
 def tiff_tile() -> bytes:

@@ -39,7 +39,7 @@ def flow(scales: int, channels: int = 1, size: int = 4, mask: str = "channel") -
 
 
 CASES = {
-    "identity": (lambda: Chain(), (2, 4, 4)),
+    "identity": (Chain, (2, 4, 4)),
     "logit": (Logit, (2, 2, 2)),
     "squeeze": (Squeeze, (2, 4, 4)),
     "rotation": (lambda: Rotation(4), (4, 2, 2)),

@@ -241,9 +241,9 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
     with pytest.raises(BulkError, match="was started with"):
         score(tiny_bundle, folder, out, alpha=0.2)
-    with held_by_another(tmp_path / "scores.jsonl.lock"):
-        with pytest.raises(BulkError, match="is being written by another process"):
-            score(tiny_bundle, folder, out)
+    refused = pytest.raises(BulkError, match="is being written by another process")
+    with held_by_another(tmp_path / "scores.jsonl.lock"), refused:
+        score(tiny_bundle, folder, out)
     seen = []
     score_folder(
         open_bundle(tiny_bundle),
@@ -394,7 +394,7 @@ def test_files_one_by_one(
             ["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"],
             "missing.png: No such file",
         ),
-        (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "the same name"),
+        (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "different names"),
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
     ],
 )

@@ -181,7 +181,7 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["NOWHERE"], "is no folder"),
+        (["NOWHERE"], "is not a folder"),
         (["FEW", "--budget", "soon"], "a budget must be a time"),
         (["FEW", "--budget", "5m"], "the part select needs at least 20 of them"),
         (["EMPTY"], "holds no images"),

@@ -511,10 +511,8 @@ def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -
     started = time.monotonic()
     for _ in range(12):
         for connection, data in ((half, b"X: 1\r\n"), (blank, b"\r\n"), (second, b"\r\n")):
-            try:
+            with contextlib.suppress(ConnectionError):
                 connection.sendall(data)
-            except ConnectionError:
-                pass
         time.sleep(0.2)
     for connection in (silent, half, blank, second):
         with connection:

@@ -59,7 +59,7 @@ def test_a_file_system_without_locks_is_named(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match="cannot be locked: No locks available") as raised:
-        with locked(tmp_path / "lock"):
-            pass
+    refused = pytest.raises(OSError, match="cannot be locked: No locks available")
+    with refused as raised, locked(tmp_path / "lock"):
+        pass
     assert raised.value.filename == str(tmp_path / "lock")

@@ -22,10 +22,10 @@ ade_requests{model_name="score",worker="9001",status="200",code="none",hostname=
 ade_requests{model_name="score",worker="9002",status="415",code="not_an_image",hostname="h",} 1.0
 ade_images{model_name="score",worker="9001",hostname="h",} 8.0
 ade_stage_seconds{model_name="score",worker="9001",stage="compute",hostname="h",} 0.04
-ts_inference_latency_microseconds{uuid="u",model_name="score",model_version="default",hostname="h",} 80000.0
-ts_queue_latency_microseconds{uuid="u",model_name="score",model_version="default",hostname="h",} 20000.0
-ts_queue_latency_microseconds{uuid="u",model_name="sample",model_version="default",hostname="h",} 5.0
-"""
+ts_inference_latency_microseconds{model_name="score",TS_LABELS} 80000.0
+ts_queue_latency_microseconds{model_name="score",TS_LABELS} 20000.0
+ts_queue_latency_microseconds{model_name="sample",TS_LABELS} 5.0
+""".replace("TS_LABELS", 'model_version="default",uuid="u",hostname="h",')
 
 
 def test_a_profile_is_what_is_new() -> None:

@@ -166,7 +166,7 @@ def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
     found = benjamini_hochberg(values, fdr)
     assert sum(found) == sum(v <= (ordered[count - 1] if count else -1) for v in values)
     group = simes(values)
-    assert group == pytest.approx(min(1, min(m * p / i for i, p in enumerate(ordered, 1))))
+    assert group == pytest.approx(min(1, *(m * p / i for i, p in enumerate(ordered, 1))))
     assert (group <= fdr) == any(found) or abs(group - fdr) < 1e-9
     assert min(values) <= group + 1e-12
 

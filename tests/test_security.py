@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -399,10 +400,8 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
                             )
                         except httpx.TransportError:
                             pass
-                try:
+                with contextlib.suppress(httpx.TransportError):
                     register(client, [f"file://{tmp_path}/evil.war"])
-                except httpx.TransportError:
-                    pass
         return {"opened": opened, "answers": answers}
 
     tmp_path.chmod(0o755)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from ade_cli.main import main
+from ade_cli.main import VERBS, main
 from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
 from ade_model import ADEModel, ConfigError, ModelConfig
 from ade_model.bijections import CheckerboardCoupling
@@ -705,6 +707,36 @@ def test_every_field_of_the_networks_is_an_option(
     assert config["discriminator"] == {**opponent, "kind": "plain"}
 
 
+def test_a_dry_run_writes_nothing(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever verb has the option: the folders before and after are the same."""
+    verbs = []
+    for verb in VERBS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"ade_cli.{verb.replace('-', '_')}").add_arguments(parser)
+        verbs += [verb] if "--dry-run" in parser.format_help() else []
+    arguments = {"train": ["vae", "--data", str(folder), "--image-size", "8", "--out", "out"]}
+    assert verbs == list(arguments)
+
+    def tree() -> dict[str, tuple[int, int]]:
+        found = {path: path.lstat() for root in (folder, tmp_path) for path in root.rglob("*")}
+        return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+    (tmp_path / "run" / "cache").mkdir(parents=True)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    before = tree()
+    for verb, given in arguments.items():
+        for more in ([], ["--out", "run"], ["--out", "run", "--resume"]):
+            assert main([verb, *given, *more, "--dry-run"]) == 0
+            assert json.loads(capsys.readouterr().out) and tree() == before
+
+
 def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
     for scales, blocks in ((1, 2), (2, 1), (3, 3)):
         config = recipe(
@@ -728,10 +760,10 @@ def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: n
         (
             "av-ade",
             {"d_widths": (8,) * 7},
-            "6 stages that halve the size takes multiples of 2 from 128 pixels on, got 32",
+            "a multiple of 2 and at least 128 .* 6 stages that halve the size, got 32",
         ),
         ("av-ade", {"d_plain_stages": 3}, "d_plain_stages must be from 0 to 2"),
-        ("av-ade", {"d_patch": 3}, "multiples of 3"),
+        ("av-ade", {"d_patch": 3}, "multiple of 3"),
         ("av-ade", {"widths": (8, 8)}, "latent_channels must have one number"),
         ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of"),
     ],

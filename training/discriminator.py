@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -79,8 +80,8 @@ class DiscriminatorConfig:
         if image_size % self.patch or image_size // self.patch < 2**self.halvings:
             raise ConfigError(
                 f"image_size must be a multiple of {self.patch} and at least "
-                f"{self.patch * 2**self.halvings} for a discriminator with d_patch {self.patch} and "
-                f"{self.halvings} stages that halve the size, got {image_size}"
+                f"{self.patch * 2**self.halvings} for a discriminator with d_patch {self.patch} "
+                f"and {self.halvings} stages that halve the size, got {image_size}"
             )
 
     @classmethod
@@ -127,7 +128,7 @@ class _ResidualStage(nn.Module):
         if self.down:
             out, h = F.avg_pool2d(out, 2), F.avg_pool2d(h, 2)
         skipped: Tensor = self.skip(h)
-        return (out + skipped) * 0.5**0.5
+        return (out + skipped) * math.sqrt(0.5)
 
 
 class Discriminator(nn.Module):

@@ -76,7 +76,7 @@ class ProjectedDiscriminator(nn.Module):
                 F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest")
             )
             levels[fine] = (levels[fine] + coarse) * 0.5**0.5
-        # A level of fewer positions repeats its logits, so that all levels weigh the same in a mean.
+        # A level of fewer positions repeats its logits, so that all levels have the same weight.
         logits = [
             F.interpolate(head(level), POSITIONS, mode="nearest").flatten(1)
             for head, level in zip(self.heads, levels, strict=True)

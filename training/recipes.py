@@ -312,7 +312,7 @@ def recipe_names() -> dict[str, str]:
 
 
 def saw_efficientnet(about: Mapping[str, Any]) -> bool:
-    """Whether a model, or one that it was started from, was trained against EfficientNet's features.
+    """Whether a model or one of its ancestors was trained against EfficientNet's features.
 
     Args:
         about: the ``config.json`` of a checkpoint or bundle.

@@ -1,8 +1,8 @@
 """The folder of a training run, and its checkpoints.
 
-``RUN/run.json`` holds the run's configuration, ``RUN/checkpoints/step-N/`` everything that is needed
-to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the losses, and ``RUN/report.md`` the
-report at the end.
+``RUN/run.json`` holds the run's configuration, ``RUN/checkpoints/step-N/`` everything that is
+needed to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the losses, and ``RUN/report.md``
+the report at the end.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Trainer:
         return kind([group for group in groups if group["params"]])
 
     def _group(self, prefix: str, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """An optimiser's group with the rate and betas of a prefix; ``rate`` is the highest rate."""
+        """An optimiser's group with a prefix's rate and betas; ``rate`` is the highest rate."""
         rate, beta1, beta2 = (
             getattr(self.config, prefix + name) for name in ("learning_rate", "beta1", "beta2")
         )

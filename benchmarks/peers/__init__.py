@@ -1,4 +1,4 @@
-"""The same graph, engine and answers behind other servers: what `benchmarks.serving` compares with.
+"""Other servers with the same graph, engine and answers, for `benchmarks.serving`.
 
-Each is a program.
+Each module is a program.
 """

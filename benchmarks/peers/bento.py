@@ -1,4 +1,4 @@
-"""BentoML with its adaptive batching; it takes JSON.
+"""BentoML with its adaptive batching, for images in JSON.
 
 ``bentoml serve benchmarks.peers.bento:Score``
 """
@@ -18,7 +18,7 @@ class Score:
 
     @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=60_000)
     def score(self, images: list[str]) -> list[str]:
-        """A base64 file each."""
+        """Score images, each of which is a file in base64."""
         return [
             body.decode()
             for body in self.scorer(

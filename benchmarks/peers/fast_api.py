@@ -1,4 +1,4 @@
-"""FastAPI: a worker process gathers what came while it computed, up to a batch.
+"""FastAPI, whose worker processes batch the requests that arrived while they computed.
 
 ``python -m benchmarks.peers.fast_api``
 """

@@ -1,4 +1,7 @@
-"""LitServe with its batching; it takes JSON. ``python -m benchmarks.peers.lit_serve``"""
+"""LitServe with its batching, for images in JSON.
+
+``python -m benchmarks.peers.lit_serve``
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,8 @@ class ScoreApi(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.scorer = Scorer()
 
-    def decode_request(
-        self, request
-    ) -> RawRequest:  # LitServe would take an annotation for a model to validate with
+    # LitServe would validate the request by an annotation of the argument.
+    def decode_request(self, request) -> RawRequest:
         return RawRequest("application/json", request)
 
     def predict(self, requests: list[RawRequest]) -> list[bytes]:

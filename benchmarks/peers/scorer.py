@@ -1,5 +1,6 @@
-"""What every peer computes with: this project's own parsing, engine and answers, in as many
-processes as the service.
+"""The scorer of every peer: this project's parsing, engine and answers.
+
+Peers have as many processes as the service.
 """
 
 from __future__ import annotations

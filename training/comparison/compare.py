@@ -1,9 +1,9 @@
 """Train several systems under one budget and measure them alike; resumable.
 
 ``OUT/runs/SYSTEM-seedN/`` is an ordinary run, plus ``measured.json`` once it is measured or
-``failure.json`` if it failed. :mod:`training.comparison.report` writes the report. ``OUT/rows.json``
-archives what the report shows of each run, so that a comparison can be resumed after the folders of
-its runs are deleted.
+``failure.json`` if it failed. :mod:`training.comparison.report` writes the report.
+``OUT/rows.json`` archives what the report shows of each run, so that a comparison can be resumed
+after the folders of its runs are deleted.
 
 Several processes may run the same comparison: each takes the next system that no other process
 works on.

@@ -58,13 +58,12 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     # For each system the first seed that was measured, or else its first seed.
-    first = list(
-        {
-            row["config"].recipe: row
-            for row in sorted(rows[::-1], key=lambda row: row["measured"] is not None)
-        }.values()
-    )
-    first.sort(key=rows.index)
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = best.setdefault(row["config"].recipe, row)
+        if known["measured"] is None and row["measured"] is not None:
+            best[row["config"].recipe] = row
+    first = list(best.values())
     sizes = " and ".join(sorted({row["config"].size for row in rows}))
     data = " and ".join(sorted({row["data"] for row in rows}))
     lines = [
@@ -141,7 +140,8 @@ def _mark(row: dict[str, Any], space: str) -> str:
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{row['config'].recipe} (seed {row['seed']})" if row["seed"] else row["config"].recipe
+    recipe: str = row["config"].recipe
+    return f"{recipe} (seed {row['seed']})" if row["seed"] else recipe
 
 
 def _rows(header: list[str], body: list[list[str]]) -> list[str]:
@@ -480,9 +480,9 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
         "rescues",
     ]
     note = (
-        "Minutes and images/s were measured on a machine that did other work too. The paper's f adds "
-        "1.4 % of weights, by which its generator is narrowed; so it is at the size `paper`, but not "
-        "at `tiny` and `small`."
+        "Minutes and images/s were measured on a machine that did other work too. The paper's f "
+        "adds 1.4 % of weights, by which its generator is narrowed; so it is at the size `paper`, "
+        "but not at `tiny` and `small`."
     )
     return [*_rows(header, body), "", note]
 

@@ -57,7 +57,7 @@ def load_dataset(
         raise DataError(f"the data set {data} needs root, the folder that holds it")
     if image_size is not None and NAMES[data] not in (None, image_size):
         raise DataError(
-            f"images of {data} have {NAMES[data]} pixels per side, got an image size of {image_size}"
+            f"images of {data} have {NAMES[data]} pixels per side, got image size {image_size}"
         )
     path = Path(root)
     if not path.exists():

@@ -74,5 +74,5 @@ def _first_size(files: list[Path]) -> int:
             height, width, _ = read_image(read_file(path)).pixels.shape
         except (ImageError, OSError):
             continue
-        return min(height, width)
+        return int(min(height, width))
     raise DataError(f"none of {len(files)} image files can be read; the first is {files[0]}")

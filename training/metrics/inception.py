@@ -73,7 +73,7 @@ def verified_inception(weights: str) -> Path:
         ) from error
 
     if weights == DOWNLOAD:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / str(URL_INCEPTION_V3).rsplit("/", 1)[1]
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
