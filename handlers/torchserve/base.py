@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,13 @@ def _quieten() -> None:
     """Keep TorchServe's worker from writing lines for every batch, which its other half would read
     one by one.
 
-    Metrics travel as such lines, at a level below warnings: their logger alone may go on.
+    Metrics travel as such lines, at a level below warnings: their logger alone may go on. Warnings
+    are written to standard error as well: TorchServe logs what comes there as warnings, and what
+    comes from standard output at a level that is left out of ``torchserve.log``.
     """
+    warnings = logging.StreamHandler(sys.stderr)
+    warnings.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(warnings)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger(caching_metric.__name__).setLevel(logging.INFO)
 
