@@ -151,7 +151,11 @@ def test_a_damaged_file_is_reported_and_what_was_read_stays(
     with AdeClient(service.url) as client:
 
         def is_current() -> bool:
-            (found,) = client.score(images[:1], calibration="night")
+            try:
+                (found,) = client.score(images[:1], calibration="night")
+            except AdeError as error:
+                assert error.code == "unknown_calibration"
+                return False
             return found.calibration.version == version  # type: ignore[union-attr]
 
         wait_for(is_current)
