@@ -63,7 +63,7 @@ def _text(found: dict[str, Any]) -> str:
     for name, its in (found["calibrations"] or {}).items():
         text = f"{its['rejected']:.0f} rejected, {its['expected']:.0f} expected"
         if its["broken"]:
-            text += "; its file cannot be used, see torchserve.log"
+            text += "; its file cannot be used, the log has the reason"
         lines.append(f"calibration {name}: {text}")
     for error in found["last_errors"] or []:
         text = "error       {time} {operation} {status} {code}: {message}".format(**error)

@@ -138,7 +138,7 @@ class ADEModel(nn.Module):
     def expected_evidence_and_features(
         self, x: Tensor, eps: list[Tensor]
     ) -> tuple[Evidence, Tensor]:
-        """:meth:`evidence`, and the mean of ``p(y | z)`` that it was judged by, ``(N, C, H, W)``."""
+        """:meth:`expected_evidence`, and the mean of ``p(y | z)``, ``(N, C, H, W)``."""
         draws, p_y, y, log_det_map = self._infer(x, eps)
         evidence = Evidence(
             p_y.log_prob(y),

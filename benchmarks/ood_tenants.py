@@ -60,9 +60,7 @@ CHANGES: dict[str, Change] = {
 def shares_of(
     engine: InferenceEngine, images: np.ndarray, labels: np.ndarray, tenant: int
 ) -> tuple[str, list[float]]:
-    """What a tenant sends, in words, and the share of its test images that is rejected at each
-    alpha.
-    """
+    """What a tenant sends, in words, and the share of its test images rejected at each alpha."""
     rng = np.random.default_rng(tenant)
     classes = np.sort(rng.choice(10, rng.integers(*CLASSES, endpoint=True), replace=False))
     name = list(CHANGES)[tenant % len(CHANGES)]

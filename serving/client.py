@@ -40,6 +40,7 @@ from serving.api.operations.sample import (
 from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
 from serving.api.requests import PROBE_HEADER
 from serving.ports import Ports
+from serving.verdict.calibration import DEFAULT
 from serving.verdict.decision import NOT_SCORED, Choice
 
 PROBE_VARIABLE = "ADE_PROBE_SECRET"  # the service's to its page
@@ -292,11 +293,20 @@ class AdeClient:
         """
         return [_entry(r) for r in self._score(images, parameters).results]
 
-    def score_group(self, images: Images, fdr: float = 0.1, resize: bool = False) -> GroupScore:
+    def score_group(
+        self,
+        images: Images,
+        fdr: float = 0.1,
+        resize: bool = False,
+        calibration: str = DEFAULT,
+    ) -> GroupScore:
         """Verdicts of several images together. Of the discoveries, a fraction of at most ``fdr`` is
         expected to be false.
         """
-        answer = self._score(images, ScoreParameters(fdr=fdr, resize=resize, explain=False))
+        answer = self._score(
+            images,
+            ScoreParameters(fdr=fdr, resize=resize, explain=False, calibration=calibration),
+        )
         results = [_entry(r) for r in answer.results]
         return GroupScore(
             results,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -17,10 +18,13 @@ import serving.verdict.store as store_module
 from ade_cli.main import main
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.feedback import give_feedback
+from serving.api.requests import RawRequest
+from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
+from serving.images import write_png
 from serving.verdict.calibration import CalibrationError, Calibrations
 from serving.verdict.store import CalibrationStore, UnknownCalibration, check_name, path_of
 
@@ -85,6 +89,40 @@ def test_each_calibration_judges_its_own_images(
     ]
     with pytest.raises(UnknownCalibration, match="'day'; there are default, night"):
         gate.check(dark[:1], "day")
+
+
+def test_requests_that_are_computed_together_are_judged_apart(
+    bundle: Path, night_file: Path, dark: np.ndarray
+) -> None:
+    """An unknown name fails its own request alone, with the names that there are."""
+    add(bundle, night_file, "night")
+    service = Service("score", InferenceEngine(bundle, device="cpu", operations=["score"]))
+    images = [base64.b64encode(write_png(image)).decode() for image in dark[:3]]
+
+    def request(**parameters: object) -> RawRequest:
+        return RawRequest("application/json", {"images": images, "alpha": 0.05, **parameters})
+
+    asked = [{}, {"calibration": "night"}, {"calibration": "day"}, {"calibration": 5}]
+    answers = service.answer([request(**parameters) for parameters in asked])
+    bodies = [json.loads(answer.body) for answer in answers]
+    assert [answer.status for answer in answers] == [200, 200, 422, 422]
+    for body, name in ((bodies[0], "default"), (bodies[1], "night")):
+        expected = Gate(bundle, 0.05).check(dark[:3], name)
+        assert [r["p_value"] for r in body["results"]] == [d.p_value for d in expected]
+        assert [r["calibration"] for r in body["results"]] == [expected[0].calibration] * 3
+    assert bodies[2]["error"]["code"] == "unknown_calibration"
+    assert bodies[2]["error"]["message"] == (
+        "there is no calibration 'day'; there are default, night"
+    )
+    assert bodies[3]["error"]["message"] == "calibration must be a string, got 5"
+    (long,) = service.answer([request(calibration="x" * 10_000)])
+    assert long.status == 422 and len(long.body) < 300
+    alone = service.answer([request(calibration="day")])
+    assert [answer.status for answer in alone] == [422] and not service.is_exhausted
+    counted = {
+        m.labels: m.value for m in service.telemetry.collect() if "expected" in m.metric.name
+    }
+    assert set(counted) == {("default",), ("night",)}
 
 
 def test_files_come_change_and_go_while_a_gate_runs(

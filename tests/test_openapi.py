@@ -86,6 +86,7 @@ def test_the_document_names_every_operation_and_parameter() -> None:
             "fdr",
             "explain",
             "map",
+            "calibration",
             "format",
         },
     }

@@ -101,7 +101,14 @@ def test_every_way_to_send_an_image(request_: RawRequest) -> None:
     (image,) = parsed.images
     assert isinstance(image, InputImage) and np.array_equal(image.pixels, PIXELS)
     assert parsed.parameters == ScoreParameters(
-        seed=0, resize=False, samples=1, alpha=0.01, fdr=None, explain=True, map=False
+        seed=0,
+        resize=False,
+        samples=1,
+        alpha=0.01,
+        fdr=None,
+        explain=True,
+        map=False,
+        calibration="default",
     )
     assert parsed.format == "json"
 

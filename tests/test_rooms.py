@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "serving.api.model",
         "serving.api.operations",
         "serving.api.requests",
+        "serving.verdict.calibration",
         "serving.verdict.decision",
         *IMAGES,
     },

@@ -260,8 +260,9 @@ class Trainer:
         return x_fake
 
     def _reconstruction_error(self, features: Tensor, x: Tensor) -> Tensor:
-        """Mean squared error of mean reconstructions, in units of x; the flow's weights have no part
-        in its graph, as in that of L_Q.
+        """Mean squared error of mean reconstructions, in units of x.
+
+        The flow's weights have no part in its graph, as in that of L_Q.
         """
         self.model.flow.requires_grad_(False)
         with self.autocast():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,13 @@ class OperationHandler:
 def _quieten() -> None:
     """Silence TorchServe's log lines per batch, which its Java process would parse one by one.
 
-    Metrics also travel as log lines, at the level INFO, so their logger stays on.
+    Metrics also travel as log lines, at the level INFO, so their logger stays on. Warnings are
+    written to standard error as well: TorchServe logs that stream as warnings, and standard output
+    at a level that is left out of ``torchserve.log``.
     """
+    warnings = logging.StreamHandler(sys.stderr)
+    warnings.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(warnings)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger(caching_metric.__name__).setLevel(logging.INFO)
 

@@ -224,6 +224,8 @@ def _read(field: Field, value: Any) -> Any:
         return _integer(field, value)
     if field.type is float:
         return _number(field, value)
+    if field.type is str and not isinstance(value, str):
+        raise unusable("bad_parameter", f"{field.name} must be a string, got {show(value)}")
     return value  # the operation checks it
 
 

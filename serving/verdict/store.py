@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from serving.files import replacing
+from serving.messages import show
 from serving.verdict.calibration import DEFAULT, CalibrationError, Calibrations, version_of
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise CalibrationError(
             "the name of a calibration must have at most 64 letters, digits, '-', '_' and '.', and "
-            f"begin with a letter or digit; got {name!r}"
+            f"begin with a letter or digit; got {show(name)}"
         )
 
 
@@ -125,7 +126,7 @@ class CalibrationStore:
         found = self._current.get(name)
         if found is None:
             raise UnknownCalibration(
-                f"there is no calibration {name!r}; there are {', '.join(self.names)}"
+                f"there is no calibration {show(name)}; there are {', '.join(self.names)}"
             )
         return found
 

@@ -308,7 +308,7 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "",
-        f"A difference decides only if it is larger than the spread of seeds: {SEED_SPREAD_BPD} bits "
+        f"A difference decides only if it exceeds the spread of seeds: {SEED_SPREAD_BPD} bits "
         f"per dimension, {SEED_SPREAD_DISTANCE:.0%} of a Fréchet distance (three seeds of av-ade, "
         "size tiny, after 80,000 images). Within it, where the feature spaces disagree, and after "
         "different budgets, a claim is undecided.",

@@ -16,15 +16,24 @@ from serving.api.operations.base import Format, ImageOperation, ImageParameters,
 from serving.api.requests import JSON_TYPE, ImagesRequest, InputImage
 from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
 from serving.images import write_png
-from serving.verdict.calibration import Unusual, benjamini_hochberg, simes
+from serving.verdict.calibration import (
+    DEFAULT,
+    Calibrations,
+    Unusual,
+    benjamini_hochberg,
+    simes,
+)
 from serving.verdict.decision import Choice, decide, fdr_note
 from serving.verdict.statistics import part_names
+from serving.verdict.store import UnknownCalibration
 
 if TYPE_CHECKING:
     from serving.api.telemetry import Telemetry
     from serving.engine.bundle import Bundle
     from serving.engine.engine import InferenceEngine, NotFinite
     from serving.engine.engine import Score as EngineScore
+
+    Computed = EngineScore | NotFinite | UnknownCalibration
 
 MAX_SAMPLES = 64
 MAX_DRAWS = 1024
@@ -58,6 +67,15 @@ class ScoreParameters(ImageParameters):
     ] = None
     explain: Annotated[bool, "answer each statistic with its p-value"] = True
     map: Annotated[bool, "answer the bits of each pixel"] = False
+    calibration: Annotated[str, "name of the calibration that decides"] = DEFAULT
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationLabel:
+    """Which calibration decided."""
+
+    name: str
+    version: Annotated[str, "the first digits of its file's SHA-256"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +112,9 @@ class ScoreResult:
     notes: Notes = dataclasses.field(default_factory=list)
     decision: Annotated[Choice, "accept if a calibrated verdict could have rejected and did not"]
     decision_reason: Annotated[str | None, "why there is no verdict: a code and an explanation"]
+    calibration: Annotated[
+        CalibrationLabel | None, "that decided; left out if there is none for this image"
+    ] = None
 
     @property
     def accepted(self) -> bool:
@@ -137,7 +158,7 @@ class ScoreAnswer:
     results: Annotated[list[ScoreResult | Problem], JsonSchema({"minItems": 1})]
 
 
-class Score(ImageOperation[ScoreParameters, "list[EngineScore | NotFinite]"]):
+class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
     """Bits per dimension of images, with a verdict and a decision on each."""
 
     name = "score"
@@ -167,19 +188,28 @@ class Score(ImageOperation[ScoreParameters, "list[EngineScore | NotFinite]"]):
         images: Sequence[InputImage],
         parameters: Sequence[ScoreParameters],
         engine: InferenceEngine,
-    ) -> list[EngineScore | NotFinite]:
-        return engine.score(
-            np.stack([image.pixels for image in images]),
-            [p.seed for p in parameters],
-            [p.samples for p in parameters],
-            [p.map for p in parameters],
-            [image.resized for image in images],
-        )
+    ) -> list[Computed]:
+        # Taken once for the whole batch: each answer is of one version, which its scores carry.
+        judges = {name: _judge(engine, name) for name in {p.calibration for p in parameters}}
+        found: list[Any] = [judges[p.calibration] for p in parameters]
+        rows = [i for i, judge in enumerate(found) if not isinstance(judge, Exception)]
+        if rows:
+            scores = engine.score(
+                np.stack([images[i].pixels for i in rows]),
+                [parameters[i].seed for i in rows],
+                [parameters[i].samples for i in rows],
+                [parameters[i].map for i in rows],
+                [images[i].resized for i in rows],
+                [found[i] for i in rows],
+            )
+            for i, score in zip(rows, scores, strict=True):
+                found[i] = score
+        return found
 
     def observe(
         self,
         requests: Sequence[ImagesRequest[ScoreParameters]],
-        computed: Sequence[list[EngineScore | NotFinite]],
+        computed: Sequence[list[Computed]],
         telemetry: Telemetry,
     ) -> None:
         telemetry.observe_scores(
@@ -193,10 +223,10 @@ class Score(ImageOperation[ScoreParameters, "list[EngineScore | NotFinite]"]):
     def respond(
         self,
         request: ImagesRequest[ScoreParameters],
-        computed: list[EngineScore | NotFinite],
+        computed: list[Computed],
         engine: InferenceEngine,
     ) -> Response:
-        parameters, usable, calibrations = request.parameters, request.usable, engine.calibrations
+        parameters = request.parameters
         alpha, fdr = parameters.alpha, parameters.fdr
         verdicts = [None if isinstance(s, Exception) else s.verdict for s in computed]
         check_size(
@@ -214,8 +244,11 @@ class Score(ImageOperation[ScoreParameters, "list[EngineScore | NotFinite]"]):
 
         def result(row: int, image: InputImage) -> ScoreResult | ApiError:
             score, verdict = computed[row], verdicts[row]
+            if isinstance(score, UnknownCalibration):
+                return unusable("unknown_calibration", str(score))
             if isinstance(score, Exception):
                 return unusable("not_finite", str(score))
+            calibrations = score.calibrations
             p_value = None if verdict is None else verdict.p_value
             decision = decide(p_value, calibrations, image.resized, alpha)
             notes = list(image.notes)
@@ -244,6 +277,7 @@ class Score(ImageOperation[ScoreParameters, "list[EngineScore | NotFinite]"]):
                 notes=notes,
                 decision=decision.choice,
                 decision_reason=decision.reason,
+                calibration=None if calibration is None else _label(calibrations),
             )
 
         def group() -> Group | None:
@@ -252,8 +286,7 @@ class Score(ImageOperation[ScoreParameters, "list[EngineScore | NotFinite]"]):
             together = Group(images=len(judged), p_value=simes(p_values))
             if fdr is None:
                 return together
-            judges = [calibrations.of(usable[row].resized) for row in judged]
-            calibrated = min(len(judge.scores) for judge in judges if judge is not None)
+            calibrated = min(verdict.calibrated for verdict in verdicts if verdict is not None)
             note = fdr_note(calibrated, len(judged), fdr)
             return dataclasses.replace(
                 together,
@@ -273,3 +306,15 @@ class Score(ImageOperation[ScoreParameters, "list[EngineScore | NotFinite]"]):
         )
         # With fdr every result has ``discovery``, which is null for an image without a verdict.
         return json_response(to_json(answer, always=() if fdr is None else ("discovery",)))
+
+
+def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibration:
+    """The calibrations of a name, or the error that each image of such a request gets."""
+    try:
+        return engine.store.get(name)
+    except UnknownCalibration as error:
+        return error
+
+
+def _label(calibrations: Calibrations) -> CalibrationLabel:
+    return CalibrationLabel(name=calibrations.name, version=calibrations.version)
