@@ -800,6 +800,7 @@ def settings() -> FrontSettings:
         "127.0.0.1",
         1,
         2,
+        False,
         "/i",
         "/m",
         "the-key",

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,6 +367,11 @@ def test_readiness_and_metrics(service: RunningService) -> None:
     assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
     text = httpx.get(f"{service.metrics}/metrics").text
     assert 'ts_inference_requests_total{model_name="score"' in text
+    if promtool := shutil.which("promtool"):
+        done = subprocess.run(
+            [promtool, "check", "metrics"], input=text, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_telemetry_of_what_was_scored(
@@ -398,7 +404,7 @@ def test_telemetry_of_what_was_scored(
         text,
     )
     assert len(
-        re.findall(r'ade_worker_starts\{model_name="score",worker="\d+",[^}]*\} 1.0', text)
+        re.findall(r'ade_worker_starts_total\{model_name="score",worker="\d+",[^}]*\} 1.0', text)
     ) == (min(len(os.sched_getaffinity(0)), MAX_SCORE_WORKERS))
     for name in (
         "ade_drift_cusum_strange",

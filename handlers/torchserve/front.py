@@ -18,6 +18,7 @@ import resource
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from handlers.torchserve.admission import (
     read_body,
 )
 from handlers.torchserve.connections import BoundedProtocol
+from handlers.torchserve.exposition import by_convention
 from serving.api.errors import ApiError
 from serving.api.guard import App, Guard, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
@@ -45,6 +47,7 @@ from serving.ports import LOOPBACK
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
+ANY_ADDRESS = "0.0.0.0"
 READING = ("GET", "HEAD")
 INFERRING = (
     *READING,
@@ -79,6 +82,7 @@ class FrontSettings:
     Attributes:
         host, port: where it listens.
         metrics_port: on loopback.
+        exposes_metrics: whether also on ``host``, where the token is required.
         inference_socket, metrics_socket: TorchServe's Unix domain sockets.
         server_key: TorchServe's inference key.
         models: names that are served.
@@ -90,6 +94,7 @@ class FrontSettings:
     host: str
     port: int
     metrics_port: int
+    exposes_metrics: bool
     inference_socket: str
     metrics_socket: str
     server_key: str = field(repr=False)
@@ -129,6 +134,13 @@ class FrontSettings:
             }
         )
 
+    @property
+    def metrics_hosts(self) -> list[str]:
+        """Where the metrics are served: always where this machine's programs look for them."""
+        if not self.exposes_metrics or self.host in LOOPBACK:
+            return [LOOPBACK[0]]
+        return [self.host] if self.host == ANY_ADDRESS else [LOOPBACK[0], self.host]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -167,6 +179,7 @@ class Front:
         self._metrics = metrics
         self._memory = Memory(limits)
         self._lanes = {name: Lane(limits) for name in settings.models}
+        self._refusals: Counter[str] = Counter()
         self._was_reached = True
 
     async def api(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -217,33 +230,37 @@ class Front:
             )
             await refuse(error, scope, receive, send, [("allow", ", ".join(methods))])
             return
-        headers = self._request_headers(scope)
         with self._memory.share() as share, contextlib.suppress(ClientGone):
             try:
                 body = await read_body(scope, receive, share, self._limits)
             except ApiError as error:
+                self._count(error)
                 await refuse(error, scope, receive, send)
                 return
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             try:
+                headers = self._request_headers(scope)
                 async with lane.turn(receive) if lane else contextlib.nullcontext():
                     answer = await self._ask(server, method, path, headers, body)
+                # Answers that are read slowly would fill the memory.
+                if not share.hold(len(answer.body)):
+                    raise overloaded(
+                        "the answers that clients have yet to read are too large together"
+                    )
             except ApiError as error:
+                self._count(error)
                 answer = Answer.of_error(error)
-            del body
-            if not share.hold(
-                len(answer.body)
-            ):  # answers that are read slowly would fill the memory
-                answer = Answer.of_error(
-                    overloaded("the answers that clients have yet to read are too large together")
-                )
                 share.hold(len(answer.body))
+            del body
             try:
                 async with share.waiting(None):
                     await _send_answer(answer, send)
             except TimeoutError:
                 scope["extensions"]["ade.abort"]["connection"]()
                 await hang_up(receive)
+
+    def _count(self, error: ApiError) -> None:
+        self._refusals[error.code] += 1
 
     def _request_headers(self, scope: Scope) -> dict[str, str]:
         """What the model server must know: the type of the body, and whether this is a probe."""
@@ -279,7 +296,13 @@ class Front:
                 503, "unavailable", "the model server cannot be reached: try again later"
             ) from None
         self._was_reached = True
-        return _translated(answer)
+        return self._metrics_answer(answer) if server is self._metrics else _translated(answer)
+
+    def _metrics_answer(self, answer: Answer) -> Answer:
+        if not dict(answer.headers).get("Content-Type", "").startswith("text/plain"):
+            return answer
+        text = by_convention(answer.body.decode(), self._refusals)
+        return dataclasses.replace(answer, body=text.encode())
 
 
 def _passing_headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:
@@ -362,10 +385,14 @@ async def build_app(settings: FrontSettings, limits: Limits) -> AsyncIterator[Ap
         front = Front(settings, limits, inference, metrics)
         api = Guard(front.api, settings.allowed_hosts, settings.token)
         reading = Guard(front.metrics, settings.allowed_hosts)
+        remote_reading = Guard(front.metrics, settings.allowed_hosts, settings.token)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            guarded = reading if scope["server"][1] == settings.metrics_port else api
-            await guarded(scope, receive, send)
+            host, port = scope["server"]
+            if port == settings.metrics_port:
+                await (reading if host in LOOPBACK else remote_reading)(scope, receive, send)
+            else:
+                await api(scope, receive, send)
 
         yield app
 
@@ -412,7 +439,10 @@ def run(settings: FrontSettings, limits: Limits | None = None) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    sockets = [_listen(settings.host, settings.port), _listen(LOOPBACK[0], settings.metrics_port)]
+    sockets = [
+        _listen(settings.host, settings.port),
+        *(_listen(host, settings.metrics_port) for host in settings.metrics_hosts),
+    ]
     uvloop.run(serve(settings, limits or Limits(), sockets))
 
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
+from handlers.torchserve.exposition import LATENCY, QUEUE
 from serving.api.telemetry import IMAGES, REQUESTS, STAGE_SECONDS, STAGES
 
 _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-# TorchServe's own counters, microseconds: from a request's arrival to its answer, and how much of
-# it was waiting.
-LATENCY = "ts_inference_latency_microseconds"
-QUEUE = "ts_queue_latency_microseconds"
 
 Totals = dict[str, dict[str, float]]
 
@@ -35,8 +32,10 @@ def read_totals(metrics: str) -> Totals:
             mine["images"] += float(value)
         elif name == STAGE_SECONDS.name:
             mine[named["stage"]] += float(value)
-        elif name in (LATENCY, QUEUE):
-            mine["queue" if name == QUEUE else "whole"] += float(value) / 1e6
+        elif name == LATENCY.name:
+            mine["whole"] += float(value)
+        elif name == QUEUE.name:
+            mine["queue"] += float(value)
     return {model: dict(values) for model, values in found.items() if "requests" in values}
 
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     token = _token(args.host)
     on_gpu = _gpu_for(args.device)
     ports = Ports.from_environment()
-    ports.check_free(args.host)
+    ports.check_free(args.host, args.expose_metrics)
     cores = len(os.sched_getaffinity(0))
     workers = {
         operation: args.workers or (min(cores, MAX_SCORE_WORKERS) if operation == "score" else 1)
@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
                 args.host,
                 ports.inference,
                 ports.metrics,
+                args.expose_metrics,
                 str(folder.inference_socket),
                 str(folder.metrics_socket),
                 folder.server_key("inference") or "",
