@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -361,6 +362,18 @@ def test_what_torchserve_answers_itself_is_translated(service: RunningService) -
     with AdeClient(service.url, model="other") as outsider, pytest.raises(AdeError) as caught:
         outsider.sample()
     assert (caught.value.status, caught.value.code) == (404, "unknown_model")
+
+
+def test_clients_that_call_every_body_a_form(service: RunningService) -> None:
+    """curl, and urllib, whose default content type is that of a URL-encoded form."""
+    url, path = f"{service.url}/predictions/score", ROOT / "serving" / "examples" / "cat.png"
+    expected = httpx.post(url, content=path.read_bytes()).json()
+    done = subprocess.run(
+        ["curl", "-sS", "--data-binary", f"@{path}", url], capture_output=True, check=True
+    )
+    assert json.loads(done.stdout) == expected
+    with urllib.request.urlopen(url, path.read_bytes()) as answer:
+        assert json.load(answer) == expected
 
 
 def test_readiness_and_metrics(service: RunningService) -> None:

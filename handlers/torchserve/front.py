@@ -39,6 +39,7 @@ from handlers.torchserve.admission import (
 )
 from handlers.torchserve.connections import BoundedProtocol
 from handlers.torchserve.exposition import by_convention
+from handlers.torchserve.forms import checked_type
 from serving.api.errors import ApiError
 from serving.api.guard import App, Guard, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
@@ -239,7 +240,7 @@ class Front:
                 return
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             try:
-                headers = self._request_headers(scope)
+                headers = self._request_headers(scope, body)
                 async with lane.turn(receive) if lane else contextlib.nullcontext():
                     answer = await self._ask(server, method, path, headers, body)
                 # Answers that are read slowly would fill the memory.
@@ -262,9 +263,16 @@ class Front:
     def _count(self, error: ApiError) -> None:
         self._refusals[error.code] += 1
 
-    def _request_headers(self, scope: Scope) -> dict[str, str]:
-        """What the model server must know: the type of the body, and whether this is a probe."""
-        headers = dict(zip(["Content-Type"], header_values(scope, "content-type"), strict=False))
+    def _request_headers(self, scope: Scope, body: bytearray) -> dict[str, str]:
+        """What the model server must know: the type of the body, and whether this is a probe.
+
+        Raises:
+            ApiError: the body is a form that it would not read as it is.
+        """
+        headers = {}
+        for value in header_values(scope, "content-type")[:1]:
+            if content_type := checked_type(value, body):
+                headers["Content-Type"] = content_type
         for value in header_values(scope, PROBE_HEADER.lower()):
             if hmac.compare_digest(value.encode(), self._settings.probe_secret.encode()):
                 headers[PROBE_HEADER] = "1"
@@ -433,6 +441,7 @@ async def serve(settings: FrontSettings, limits: Limits, sockets: list[socket.so
 def run(settings: FrontSettings, limits: Limits | None = None) -> None:
     """Run the front in this process until it is asked to stop."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each invalid form
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(0)
     )  # uvicorn raises the signal again once it has stopped
