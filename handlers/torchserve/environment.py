@@ -1,10 +1,12 @@
 """What the service's child processes inherit of its environment: by name, so that secrets of other
-programs stay out.
+programs stay out. And how many cores they may use.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
 NAMES = frozenset(
     {
@@ -24,6 +26,7 @@ NAMES = frozenset(
         "TERM",
     }
 )
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container's own control group
 PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_")
 
 
@@ -35,3 +38,17 @@ def child_environment(**values: str) -> dict[str, str]:
         if name in NAMES or name.startswith(PREFIXES)
     }
     return {**inherited, **values}
+
+
+def available_cores(cpu_max: Path = CPU_MAX) -> int:
+    """Cores that this process may use: those of its affinity, or fewer by a container's CPU limit.
+
+    Args:
+        cpu_max: microseconds of CPU and of the period, or ``max`` for no limit.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):
+        return cores

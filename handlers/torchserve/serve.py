@@ -19,6 +19,7 @@ import httpx
 
 from handlers.torchserve.archives import ServingOptions, write_archives
 from handlers.torchserve.configuration import write_configuration
+from handlers.torchserve.environment import available_cores
 from handlers.torchserve.front import FrontSettings
 from handlers.torchserve.launcher import (
     drain,
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     on_gpu = _gpu_for(args.device)
     ports = Ports.from_environment()
     ports.check_free(args.host, args.expose_metrics)
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     workers = {
         operation: args.workers or (min(cores, MAX_SCORE_WORKERS) if operation == "score" else 1)
         for operation in OPERATIONS
