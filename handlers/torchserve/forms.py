@@ -10,8 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serving.api.errors import ApiError, malformed
-from serving.api.parameters import MAX_IMAGES
-from serving.api.requests import URLENCODED
+from serving.api.requests import MAX_IMAGES, URLENCODED
 from serving.messages import show
 
 MULTIPART = "multipart/form-data"
