@@ -47,7 +47,7 @@ def test_python(folder: Path, expected: float) -> None:
     namespace: dict[str, Any] = {}
     plain, noise, openvino, torchscript = blocks(PAGE, "python")
     exec(plain, namespace)
-    assert 8 + namespace["parts"].sum() == pytest.approx(expected, abs=0.02)
+    assert 8 + namespace["parts"].sum() == pytest.approx(expected, abs=0.05)
     exec(noise, namespace)
     assert 8 + namespace["parts"].sum() == pytest.approx(expected, abs=1e-6)
     exec(torchscript, namespace)
