@@ -74,10 +74,12 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
         header.clear()
         value.clear()
 
-    _, options = parse_options_header(content_type)
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        return []  # TorchServe does not read it as a form either
     try:
         parser = MultipartParser(
-            options.get(b"boundary", b""),
+            boundary,
             callbacks={
                 "on_part_begin": begin_part,
                 "on_header_field": lambda data, start, end: header.extend(data[start:end]),
