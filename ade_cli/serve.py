@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,NAME]",
         help="names by which clients may address API and page, besides localhost and IP addresses",
     )
+    parser.add_argument(
+        "--expose-metrics",
+        action="store_true",
+        help="serve the metrics on HOST too, with the token, for a Prometheus on another machine "
+        "(default: on loopback alone)",
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s"

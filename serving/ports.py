@@ -63,8 +63,12 @@ class Ports:
             )
         return cls(**values)
 
-    def check_free(self, host: str) -> None:
+    def check_free(self, host: str, exposes_metrics: bool = False) -> None:
         """Check that every port is free.
+
+        Args:
+            host: of the API and the page.
+            exposes_metrics: whether the metrics are served there too.
 
         Raises:
             PortError: a port is in use; the error names the variable that sets it.
@@ -75,7 +79,8 @@ class Ports:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((host if name in ("inference", "ui") else "127.0.0.1", port))
+                    is_local = name == "metrics" and not exposes_metrics
+                    probe.bind(("127.0.0.1" if is_local else host, port))
                 except OSError as error:
                     raise PortError(
                         f"cannot listen on port {port} ({error.strerror}): free it, or set "

@@ -49,6 +49,7 @@ class Upstream:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seen: list[dict[str, Any]] = []
+        self.metrics: str | None = None  # what /metrics answers, instead
         self.num_waiting = 0  # requests that wait for :meth:`release`
         self._loop = asyncio.new_event_loop()
         self._gate = asyncio.Event()
@@ -111,6 +112,8 @@ class Upstream:
                 content_type="application/json",
                 headers={**headers, "Retry-After": "3"},
             )
+        if request.path == "/metrics" and self.metrics is not None:
+            return web.Response(text=self.metrics)
         if word == "413":
             return web.Response(status=413, headers=headers)
         if word == "large":
@@ -135,6 +138,7 @@ class RunningFront:
                 "host": "127.0.0.1",
                 "port": self.port,
                 "metrics_port": self.metrics_port,
+                "exposes_metrics": False,
                 "inference_socket": str(self.socket),
                 "metrics_socket": str(self.socket),
                 "server_key": "key-of-torchserve",

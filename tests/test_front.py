@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -22,9 +23,12 @@ import psutil
 import pytest
 
 from handlers.torchserve.admission import Lane, Limits
+from handlers.torchserve.forms import checked_type
 from handlers.torchserve.front import FrontSettings
 from serving.api.errors import ApiError
+from serving.api.requests import URLENCODED
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream, wait_for
+from tests.test_observability import METRICS_TEXT
 
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
 SHORT = {
@@ -154,6 +158,70 @@ def test_a_form_passes_as_it_is(front: RunningFront, upstream: Upstream) -> None
     assert dict(came["headers"])["Content-Type"] == answer.request.headers["content-type"]
 
 
+PART = b"Content-Disposition: form-data"
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM6\0\0\0", b"RIFF\x1a\0\0\0WEBP"]
+)
+def test_a_file_under_the_default_type_is_a_raw_body(
+    front: RunningFront, upstream: Upstream, start: bytes
+) -> None:
+    """As ``curl --data-binary @FILE``, ``wget --post-file`` and urllib send it."""
+    came = post(front, content=start + b"&=%" * 99, **{"Content-Type": URLENCODED}).json()
+    assert came["body"].encode("latin-1") == start + b"&=%" * 99
+    assert "content-type" not in {name.lower() for name, _ in came["headers"]}
+
+
+@pytest.mark.parametrize("body", [b"", b"n=4&seed=7", b'{"n": 4}\r\n'])
+def test_a_url_encoded_form_passes(front: RunningFront, upstream: Upstream, body: bytes) -> None:
+    came = post(front, content=body, **{"Content-Type": f"{URLENCODED}; charset=utf-8"}).json()
+    assert came["body"].encode() == body
+    assert dict(came["headers"])["Content-Type"].startswith(URLENCODED)
+
+
+def test_repeated_fields_are_refused(front: RunningFront, upstream: Upstream) -> None:
+    """TorchServe would drop all but the last."""
+    files = [("image", b"a"), ("image1", b"b"), ("image", b"c")]
+    for answer in (
+        httpx.post(f"{front.url}/predictions/score", files=files),
+        httpx.post(f"{front.url}/predictions/score", files=files[:2], data={"image": "x"}),
+        post(front, content=b"seed=1&n=2&seed=3", **{"Content-Type": URLENCODED}),
+    ):
+        assert answer.status_code == 400 and error_of(answer) == "malformed_request"
+        assert "more than once: name further images image1, image2" in answer.text
+    assert upstream.seen == []
+    assert httpx.post(f"{front.url}/predictions/score", files=files[:2]).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary="])
+def test_a_form_without_a_boundary_is_the_servers_to_judge(
+    front: RunningFront, upstream: Upstream, content_type: str
+) -> None:
+    came = post(front, content=b"--B\r\n", **{"Content-Type": content_type}).json()
+    assert came["body"] == "--B\r\n" and dict(came["headers"])["Content-Type"] == content_type
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b"\r\n".join(b"--B\r\n%s; name=a%d\r\n\r\n" % (PART, i) for i in range(300_000)), 413),
+        (b"--B\r\n\r\n\r\n" * 2**21, 413),
+        (b"--B\r\n%s; name=a\r\n\r\n" % PART + b"\r\n--" * 2**22, 200),
+        (b"--B\r\n" + b"x" * 2**24, 400),
+    ],
+    ids=["many parts", "empty parts", "what resembles a boundary", "a long header"],
+)
+def test_forms_are_read_in_bounded_time(body: bytes, status: int) -> None:
+    """The front does nothing else meanwhile."""
+    started = time.process_time()
+    try:
+        found = 200 if checked_type("multipart/form-data; boundary=B", bytearray(body)) else None
+    except ApiError as error:
+        found = error.status
+    assert found == status and time.process_time() - started < 0.5
+
+
 @pytest.mark.parametrize(
     "method, seen", [("POST", "POST"), ("PUT", "PUT"), ("GET", "GET"), ("HEAD", "GET")]
 )
@@ -262,6 +330,54 @@ def test_only_requests_with_the_secret_are_health_checks(
     ]:
         came = dict(post(front, "echo", **{"X-ADE-Probe": value}).json()["headers"])
         assert came.get("X-Ade-Probe") == ("1" if is_probe else None)
+
+
+def test_refusals_of_the_front_are_counted(front: RunningFront, upstream: Upstream) -> None:
+    upstream.metrics = METRICS_TEXT
+
+    def count() -> int:
+        text = httpx.get(f"{front.metrics}/metrics").text
+        assert 'ade_images_total{model_name="score",worker="9001",hostname="h"} 8.0' in text
+        found = re.search(
+            r'^ade_front_refusals_total{code="malformed_request"} (\d+)$', text, re.MULTILINE
+        )
+        return int(found[1]) if found else 0
+
+    before = count()
+    post(front, content=b"n=1&n=2", **{"Content-Type": URLENCODED})
+    assert count() == before + 1
+
+
+def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
+    addresses = [a.address for all in psutil.net_if_addrs().values() for a in all]
+    others = [a for a in addresses if re.fullmatch(r"[\d.]+", a) and not a.startswith("127.")]
+    if not others:
+        pytest.skip("this machine has no address but loopback")
+    made = RunningFront(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
+    upstream = Upstream(made.socket)
+    url = f"http://{others[0]}:{made.metrics_port}/metrics"
+    try:
+        assert httpx.get(f"{made.metrics}/metrics").status_code == 200
+        refused = httpx.get(url)
+        assert refused.status_code == 401 and error_of(refused) == "bad_token"
+        assert httpx.get(url, headers={"Authorization": "Bearer " + "t" * 43}).status_code == 200
+    finally:
+        upstream.stop()
+        made.stop()
+
+
+@pytest.mark.parametrize(
+    "host, exposes, expected",
+    [
+        ("0.0.0.0", False, ["127.0.0.1"]),
+        ("0.0.0.0", True, ["0.0.0.0"]),
+        ("10.0.0.1", True, ["127.0.0.1", "10.0.0.1"]),
+        ("localhost", True, ["127.0.0.1"]),
+    ],
+)
+def test_metrics_are_always_on_loopback(host: str, exposes: bool, expected: list[str]) -> None:
+    changed = dataclasses.replace(settings(), host=host, exposes_metrics=exposes)
+    assert changed.metrics_hosts == expected
 
 
 # Who comes in
@@ -798,6 +914,7 @@ def settings() -> FrontSettings:
         "127.0.0.1",
         1,
         2,
+        False,
         "/i",
         "/m",
         "the-key",

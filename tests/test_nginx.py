@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
+import socket
 import ssl
 import subprocess
 import time
@@ -184,17 +186,71 @@ def test_errors_of_every_origin_have_one_shape(proxy: str) -> None:
     wrong = ask(proxy, "/v1/score", method="GET")
     assert wrong.status_code == 405 and code_of(wrong) == "not_allowed"
     assert ask(proxy, "/v1/score", method="OPTIONS").status_code == 405  # no CORS
+    long = {"X-Long": "x" * 40_000}
+    head = ask(proxy, "/v1/score", headers=long)
+    assert head.status_code == 431 and code_of(head) == "headers_too_large"
+    address = ask(proxy, "/" + "x" * 40_000)
+    assert address.status_code == 431 and code_of(address) == "headers_too_large"
+
+
+@pytest.mark.parametrize(
+    "path, method, allowed",
+    [
+        ("/v1/score", "GET", "POST, PUT"),
+        ("/predictions/tiny-1.0-score", "PATCH", "POST, PUT"),
+        ("/v1/score", "TRACE", "POST, PUT"),
+        ("/healthz", "POST", "GET, HEAD"),
+        ("/v1/openapi.json", "DELETE", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(
+    proxy: str, path: str, method: str, allowed: str
+) -> None:
+    answer = ask(proxy, path, method=method)
+    assert answer.status_code == 405 and code_of(answer) == "not_allowed"
+    assert answer.headers.get_list("allow") == [allowed]
+
+
+def test_pages_of_errors_have_no_address(proxy: str) -> None:
+    for path in ("/malformed", "/head_too_large", "/plain_http"):
+        assert ask(proxy, path, method="GET").status_code == 404
+    host, port = proxy.removeprefix("https://").split(":")
+    with socket.create_connection((host, int(port)), 20) as plain:
+        connection = unverified().wrap_socket(plain)
+        connection.sendall(b"GET \x01 HTTP/1.1\r\n\r\n")
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 400 and b'"malformed_request"' in answer.read()
+
+
+def test_http_2(proxy: str) -> None:
+    done = subprocess.run(
+        ["curl", "-ks", "--http2", "-w", "%{http_version}", "-T", EXAMPLE, f"{proxy}/v1/score"]
+        + ["-H", f"Authorization: Bearer {KEY}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '"bpd"' in done.stdout and done.stdout.endswith("}2"), done.stdout[-300:]
+
+
+def unverified() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
 def test_tls_is_modern_and_plain_text_is_refused(proxy: str) -> None:
-    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+    old, weak = unverified(), unverified()
     old.maximum_version = ssl.TLSVersion.TLSv1_1
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"{proxy}/healthz", verify=old)
+    weak.maximum_version = ssl.TLSVersion.TLSv1_2
+    weak.set_ciphers("AES128-SHA:ECDHE-RSA-AES128-SHA:@SECLEVEL=0")
+    for context in (old, weak):
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{proxy}/healthz", verify=context)
     answer = httpx.get(proxy.replace("https", "http") + "/healthz")
-    assert answer.status_code == 400 and "ready" not in answer.text
+    assert answer.status_code == 400 and code_of(answer) == "malformed_request"
 
 
 def test_a_key_has_a_rate(proxy: str) -> None:

@@ -11,17 +11,24 @@ from pathlib import Path
 import pytest
 import yaml
 
+from handlers.torchserve.exposition import by_convention
 from handlers.torchserve.profile import profile_table, read_totals
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
-from serving.api.telemetry import METRICS, Stopwatch
+from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
 from tests.helpers import ROOT
 
-METRICS_TEXT = """# HELP ade_requests Torchserve prometheus counter metric
-ade_requests{model_name="score",worker="9001",status="200",code="none",hostname="h",} 3.0
-ade_requests{model_name="score",worker="9002",status="415",code="not_an_image",hostname="h",} 1.0
-ade_images{model_name="score",worker="9001",hostname="h",} 8.0
-ade_stage_seconds{model_name="score",worker="9001",stage="compute",hostname="h",} 0.04
+METRICS_TEXT = """# HELP ade_requests_total Torchserve prometheus counter metric with unit: Count
+# TYPE ade_requests_total counter
+ade_requests_total{model_name="score",worker="9001",status="200",code="none",hostname="h",} 3.0
+ade_requests_total{model_name="score",worker="9002",status="415",code="not_an_image",hostname="h",} 1.0
+ade_images_total{model_name="score",worker="9001",hostname="h",} 8.0
+ade_stage_seconds_total{model_name="score",worker="9001",stage="compute",hostname="h",} 0.04
+ade_bpd_count{model_name="score",worker="9001",hostname="h",} 8.0
+Requests5XX{Level="Host",Hostname="h",} 1.0
+# TYPE QueueTime gauge
+QueueTime{Level="Host",Hostname="h",} 12.0
+ade_bpd_bucket{model_name="score",worker="9001",le="+Inf",hostname="h",} 8.0
 ts_inference_latency_microseconds{model_name="score",TS_LABELS} 80000.0
 ts_queue_latency_microseconds{model_name="score",TS_LABELS} 20000.0
 ts_queue_latency_microseconds{model_name="sample",TS_LABELS} 5.0
@@ -29,7 +36,7 @@ ts_queue_latency_microseconds{model_name="sample",TS_LABELS} 5.0
 
 
 def test_a_profile_is_what_is_new() -> None:
-    totals = read_totals(METRICS_TEXT)
+    totals = read_totals(by_convention(METRICS_TEXT, {}))
     assert set(totals) == {"score"}
     assert totals["score"] == pytest.approx(
         {"requests": 4, "images": 8, "compute": 0.04, "whole": 0.08, "queue": 0.02}
@@ -48,6 +55,28 @@ def test_a_profile_is_what_is_new() -> None:
         "whole": "20.00",
     }
     assert profile_table(totals, totals) == ""
+
+
+def test_metrics_follow_the_conventions() -> None:
+    """A family is one group with its type and help text; histograms are typed; seconds, ``_total``."""
+    text = by_convention(METRICS_TEXT, {"overloaded": 2})
+    assert (
+        "# HELP ade_bpd Bits per dimension of scored images.\n# TYPE ade_bpd histogram\n"
+        'ade_bpd_count{model_name="score",worker="9001",hostname="h"} 8.0\n'
+        'ade_bpd_bucket{model_name="score",worker="9001",le="+Inf",hostname="h"} 8.0\n'
+    ) in text
+    assert re.search(r"TYPE ts_queue_latency_seconds_total counter\nts_queue\S+ 0.02\n", text)
+    assert '\nts_responses_total{class="5xx",Level="Host",Hostname="h"} 1.0\n' in text
+    assert '\nade_front_refusals_total{code="overloaded"} 2\n' in text
+    assert not re.search("Torchserve|QueueTime|microseconds", text)
+    types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
+    for name, kind in types.items():
+        assert (kind == "counter") == name.endswith("_total")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_metric_has_a_help_text(family: Metric | HistogramMetric) -> None:
+    assert family.about.endswith(".")
 
 
 def test_a_stopwatch_adds_up_and_survives_errors() -> None:
@@ -99,12 +128,12 @@ def test_the_dashboard_uses_existing_metrics() -> None:
                 expression
             )
     assert {
-        "ade_requests",
-        "ade_images",
+        "ade_requests_total",
+        "ade_images_total",
         "ade_request_seconds_bucket",
         "ade_batch_images_bucket",
         "ade_bpd_bucket",
-        "ade_worker_starts",
+        "ade_worker_starts_total",
         "ade_drift_ks",
     } <= used
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
@@ -114,7 +143,7 @@ def test_the_dashboard_uses_existing_metrics() -> None:
 
 
 def test_alarm_rules_are_valid_and_of_metrics_that_exist() -> None:
-    path = ROOT / "deploy" / "alerts.yml"
+    path = ROOT / "deploy" / "prometheus" / "gate-rules.yml"
     promtool = shutil.which("promtool")
     if promtool is not None:
         subprocess.run([promtool, "check", "rules", str(path)], check=True)

@@ -137,6 +137,19 @@ def test_latents_of_an_npz_without_noise() -> None:
     assert list(made) == ["mean_0", "log_scale_0", "z_0", "mean_1", "log_scale_1", "z_1"]
 
 
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("spellings", ["false true", "False True", "FALSE TRUE", "off on", "0 1"])
+def test_forms_may_spell_booleans_as_usual(value: bool, spellings: str) -> None:
+    @dataclass(frozen=True)
+    class Options:
+        d: bool = False
+
+    assert read("x", fields_of(Options), {"d": spellings.split()[value]}) == {"d": value}
+    for wrong in ("yes", "", "tru", 1, 0.0, [True]):
+        with pytest.raises(ApiError, match="d must be true or false, got"):
+            read("x", fields_of(Options), {"d": wrong})
+
+
 def test_a_kind_of_parameter_for_each_type() -> None:
     @dataclass(frozen=True)
     class Every:

@@ -234,7 +234,7 @@ def test_a_probe_needs_the_secret(service: RunningService) -> None:
         return sum(
             float(line.rsplit(" ", 1)[1])
             for line in lines
-            if line.startswith('ade_requests{model_name="sample"')
+            if line.startswith('ade_requests_total{model_name="sample"')
         )
 
     def count(secret: str) -> float:

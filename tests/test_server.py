@@ -7,10 +7,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -341,10 +343,27 @@ def test_what_torchserve_answers_itself_is_translated(service: RunningService) -
     assert (caught.value.status, caught.value.code) == (404, "unknown_model")
 
 
+def test_clients_that_call_every_body_a_form(service: RunningService) -> None:
+    """curl, and urllib, whose default content type is that of a URL-encoded form."""
+    url, path = f"{service.url}/predictions/score", ROOT / "serving" / "examples" / "cat.png"
+    expected = httpx.post(url, content=path.read_bytes()).json()
+    done = subprocess.run(
+        ["curl", "-sS", "--data-binary", f"@{path}", url], capture_output=True, check=True
+    )
+    assert json.loads(done.stdout) == expected
+    with urllib.request.urlopen(url, path.read_bytes()) as answer:
+        assert json.load(answer) == expected
+
+
 def test_readiness_and_metrics(service: RunningService) -> None:
     assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
     text = httpx.get(f"{service.metrics}/metrics").text
     assert 'ts_inference_requests_total{model_name="score"' in text
+    if promtool := shutil.which("promtool"):
+        done = subprocess.run(
+            [promtool, "check", "metrics"], input=text, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_telemetry_of_what_was_scored(
@@ -377,7 +396,7 @@ def test_telemetry_of_what_was_scored(
         text,
     )
     assert len(
-        re.findall(r'ade_worker_starts\{model_name="score",worker="\d+",[^}]*\} 1.0', text)
+        re.findall(r'ade_worker_starts_total\{model_name="score",worker="\d+",[^}]*\} 1.0', text)
     ) == (min(len(os.sched_getaffinity(0)), MAX_SCORE_WORKERS))
     for name in (
         "ade_drift_cusum_strange",

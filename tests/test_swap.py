@@ -1,4 +1,4 @@
-"""Calibrations of a running service come, change and go under load, and a damaged one is reported."""
+"""Calibrations of a running service come, change and go under load; a damaged one is reported."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from serving.api.telemetry import (
     DRIFT_IMAGES,
     DRIFT_STRANGE,
     EXPECTED_FLAGS,
+    FAMILIES,
     IMAGES,
     INFO,
     METRICS,
@@ -115,3 +116,4 @@ def test_requests_and_where_their_time_goes() -> None:
 def test_names_are_prometheus_names() -> None:
     assert len({m.name for m in METRICS}) == len(METRICS)
     assert all(m.name.replace("_", "a").isalpha() and m.name.startswith("ade_") for m in METRICS)
+    assert {m.name.endswith("_total") for m in FAMILIES if m.kind == "counter"} == {True}

@@ -18,6 +18,7 @@ import resource
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ from handlers.torchserve.admission import (
 )
 from handlers.torchserve.connections import BoundedProtocol
 from handlers.torchserve.errors import translate
+from handlers.torchserve.exposition import by_convention
+from handlers.torchserve.forms import checked_type
 from serving.api.errors import ApiError
 from serving.api.guard import App, Guard, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
@@ -45,6 +48,7 @@ from serving.ports import LOOPBACK
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
+ANY_ADDRESS = "0.0.0.0"
 READING = ("GET", "HEAD")
 INFERRING = (*READING, "POST", "PUT")  # to GET and HEAD the handler answers what is missing
 # Headers of the connection, and those that the front sets itself.
@@ -76,6 +80,7 @@ class FrontSettings:
     Attributes:
         host, port: address to listen on.
         metrics_port: port of the metrics, on loopback.
+        exposes_metrics: whether the metrics are served on ``host`` too, where the token is required.
         inference_socket, metrics_socket: TorchServe's Unix domain sockets.
         server_key: TorchServe's inference key.
         models: served names.
@@ -88,6 +93,7 @@ class FrontSettings:
     host: str
     port: int
     metrics_port: int
+    exposes_metrics: bool
     inference_socket: str
     metrics_socket: str
     server_key: str = field(repr=False)
@@ -127,6 +133,13 @@ class FrontSettings:
             }
         )
 
+    @property
+    def metrics_hosts(self) -> list[str]:
+        """Where the metrics are served: always where this machine's programs look for them."""
+        if not self.exposes_metrics or self.host in LOOPBACK:
+            return [LOOPBACK[0]]
+        return [self.host] if self.host == ANY_ADDRESS else [LOOPBACK[0], self.host]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -165,6 +178,7 @@ class Front:
         self._metrics = metrics
         self._memory = Memory(limits)
         self._lanes = {name: Lane(limits) for name in settings.models}
+        self._refusals: Counter[str] = Counter()
         self._was_reached = True
 
     async def api(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,25 +229,28 @@ class Front:
             )
             await refuse(error, scope, receive, send, [("allow", ", ".join(methods))])
             return
-        headers = self._request_headers(scope)
         with self._memory.share() as share, contextlib.suppress(ClientGone):
             try:
                 body = await read_body(scope, receive, share, self._limits)
             except ApiError as error:
+                self._count(error)
                 await refuse(error, scope, receive, send)
                 return
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             try:
+                headers = self._request_headers(scope, body)
                 async with lane.turn(receive) if lane else contextlib.nullcontext():
                     answer = await self._ask(server, method, path, headers, body)
+                # Answers that are read slowly would fill the memory.
+                if not share.hold(len(answer.body)):
+                    raise overloaded(
+                        "the answers that clients have yet to read are too large together"
+                    )
             except ApiError as error:
+                self._count(error)
                 answer = Answer.of_error(error)
-            del body
-            if not share.hold(len(answer.body)):  # slowly read answers must not fill the memory
-                answer = Answer.of_error(
-                    overloaded("the answers that clients have yet to read are too large together")
-                )
                 share.hold(len(answer.body))
+            del body
             try:
                 async with share.waiting(None):
                     await _send_answer(answer, send)
@@ -241,9 +258,19 @@ class Front:
                 scope["extensions"]["ade.abort"]["connection"]()
                 await hang_up(receive)
 
-    def _request_headers(self, scope: Scope) -> dict[str, str]:
-        """Headers for the model server: the content type, and whether this is a health check."""
-        headers = dict(zip(["Content-Type"], header_values(scope, "content-type"), strict=False))
+    def _count(self, error: ApiError) -> None:
+        self._refusals[error.code] += 1
+
+    def _request_headers(self, scope: Scope, body: bytearray) -> dict[str, str]:
+        """Headers for the model server: the type of the body, and whether this is a health check.
+
+        Raises:
+            ApiError: the body is a form that it would not read as it is.
+        """
+        headers = {}
+        for value in header_values(scope, "content-type")[:1]:
+            if content_type := checked_type(value, body):
+                headers["Content-Type"] = content_type
         for value in header_values(scope, PROBE_HEADER.lower()):
             if hmac.compare_digest(value.encode(), self._settings.probe_secret.encode()):
                 headers[PROBE_HEADER] = "1"
@@ -275,7 +302,13 @@ class Front:
                 503, "unavailable", "the model server cannot be reached: try again later"
             ) from None
         self._was_reached = True
-        return _translated(answer)
+        return self._metrics_answer(answer) if server is self._metrics else _translated(answer)
+
+    def _metrics_answer(self, answer: Answer) -> Answer:
+        if not dict(answer.headers).get("Content-Type", "").startswith("text/plain"):
+            return answer
+        text = by_convention(answer.body.decode(), self._refusals)
+        return dataclasses.replace(answer, body=text.encode())
 
 
 def _passing_headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:
@@ -339,10 +372,14 @@ async def build_app(settings: FrontSettings, limits: Limits) -> AsyncIterator[Ap
         front = Front(settings, limits, inference, metrics)
         api = Guard(front.api, settings.allowed_hosts, settings.token)
         reading = Guard(front.metrics, settings.allowed_hosts)
+        remote_reading = Guard(front.metrics, settings.allowed_hosts, settings.token)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            guarded = reading if scope["server"][1] == settings.metrics_port else api
-            await guarded(scope, receive, send)
+            host, port = scope["server"]
+            if port == settings.metrics_port:
+                await (reading if host in LOOPBACK else remote_reading)(scope, receive, send)
+            else:
+                await api(scope, receive, send)
 
         yield app
 
@@ -383,12 +420,16 @@ async def serve(settings: FrontSettings, limits: Limits, sockets: list[socket.so
 def run(settings: FrontSettings, limits: Limits | None = None) -> None:
     """Run the front in this process until it is asked to stop."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each invalid form
     # uvicorn raises the signal again after it has stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    sockets = [_listen(settings.host, settings.port), _listen(LOOPBACK[0], settings.metrics_port)]
+    sockets = [
+        _listen(settings.host, settings.port),
+        *(_listen(host, settings.metrics_port) for host in settings.metrics_hosts),
+    ]
     uvloop.run(serve(settings, limits or Limits(), sockets))
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
+from handlers.torchserve.exposition import LATENCY, QUEUE
 from serving.api.telemetry import IMAGES, REQUESTS, STAGE_SECONDS, STAGES
 
 _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-# TorchServe's own counters in microseconds: the whole time of requests, and their waiting time.
-LATENCY = "ts_inference_latency_microseconds"
-QUEUE = "ts_queue_latency_microseconds"
 
 Totals = dict[str, dict[str, float]]
 
@@ -32,8 +30,10 @@ def read_totals(metrics: str) -> Totals:
             mine["images"] += float(value)
         elif name == STAGE_SECONDS.name:
             mine[named["stage"]] += float(value)
-        elif name in (LATENCY, QUEUE):
-            mine["queue" if name == QUEUE else "whole"] += float(value) / 1e6
+        elif name == LATENCY.name:
+            mine["whole"] += float(value)
+        elif name == QUEUE.name:
+            mine["queue"] += float(value)
     return {model: dict(values) for model, values in found.items() if "requests" in values}
 
 

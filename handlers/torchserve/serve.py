@@ -19,6 +19,7 @@ import httpx
 
 from handlers.torchserve.archives import ServingOptions, write_archives
 from handlers.torchserve.configuration import write_configuration
+from handlers.torchserve.environment import available_cores
 from handlers.torchserve.front import FrontSettings
 from handlers.torchserve.launcher import (
     drain,
@@ -67,8 +68,8 @@ def run(args: argparse.Namespace) -> None:
     token = _token(args.host)
     on_gpu = _gpu_for(args.device)
     ports = Ports.from_environment()
-    ports.check_free(args.host)
-    cores = len(os.sched_getaffinity(0))
+    ports.check_free(args.host, args.expose_metrics)
+    cores = available_cores()
     workers = {
         operation: args.workers or (min(cores, MAX_SCORE_WORKERS) if operation == "score" else 1)
         for operation in OPERATIONS
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
                 args.host,
                 ports.inference,
                 ports.metrics,
+                args.expose_metrics,
                 str(folder.inference_socket),
                 str(folder.metrics_socket),
                 folder.server_key("inference") or "",

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import psutil
 
+from handlers.torchserve.exposition import RESPONSES
 from handlers.torchserve.run_folder import RunFolder, find_service
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
@@ -148,10 +149,10 @@ def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
 def _requests(metrics: str) -> dict[str, float]:
     """Count the answered requests by the first digit of their status."""
     found: dict[str, float] = {}
-    for digit, value in re.findall(
-        r"^Requests([245])XX\{[^}]*\} ([0-9.eE+]+)$", metrics, re.MULTILINE
+    for kind, value in re.findall(
+        rf'^{RESPONSES.name}\{{class="(\w+)"[^}}]*\}} ([0-9.eE+]+)$', metrics, re.MULTILINE
     ):
-        found[f"{digit}xx"] = found.get(f"{digit}xx", 0.0) + float(value)
+        found[kind] = found.get(kind, 0.0) + float(value)
     return found
 
 

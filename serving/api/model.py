@@ -229,6 +229,10 @@ def _read(field: Field, value: Any) -> Any:
     return value  # the operation checks it
 
 
+# As forms spell them: what JSON and Python write in any case, what check boxes send, digits.
+_BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+
+
 def _choice(field: Field, value: Any, options: tuple[str, ...]) -> str:
     if value not in options:
         raise unusable(
@@ -238,8 +242,8 @@ def _choice(field: Field, value: Any, options: tuple[str, ...]) -> str:
 
 
 def _boolean(field: Field, value: Any) -> bool:
-    if value in ("true", "false"):
-        return bool(value == "true")
+    if isinstance(value, str):
+        value = _BOOLEANS.get(value.lower(), value)
     if not isinstance(value, bool):
         raise unusable("bad_parameter", f"{field.name} must be true or false, got {show(value)}")
     return value

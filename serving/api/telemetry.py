@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from serving.engine.engine import Score
 from serving.verdict.calibration import Calibrations, Verdict
@@ -27,11 +27,18 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class Metric:
-    """``kind`` is Prometheus's; ``labels`` come after the model's name and the worker's."""
+    """``kind`` is Prometheus's; ``labels`` come after the model's name and the worker's; ``about``
+    is the help text.
+    """
 
     name: str
     kind: Literal["counter", "gauge"]
     labels: tuple[str, ...] = ()
+    about: str = ""
+
+    @property
+    def series(self) -> tuple[Metric, ...]:
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class HistogramMetric:
 
     name: str
     bounds: tuple[float, ...]
+    about: str
+    kind: ClassVar = "histogram"
 
     @property
     def bucket(self) -> Metric:
@@ -55,32 +64,80 @@ class HistogramMetric:
     def count(self) -> Metric:
         return Metric(f"{self.name}_count", "counter")
 
+    @property
+    def series(self) -> tuple[Metric, ...]:
+        return self.bucket, self.sum, self.count
 
-REQUESTS = Metric("ade_requests", "counter", ("status", "code"))
-IMAGES = Metric("ade_images", "counter")
-STAGE_SECONDS = Metric("ade_stage_seconds", "counter", ("stage",))
-STARTS = Metric("ade_worker_starts", "counter")  # one more than the restarts
-INFO = Metric("ade_info", "gauge", ("bundle", "backend"))
-# Of images with a verdict at the requests' alphas: how many are expected to be rejected if all are
-# like the calibration images, and how many are.
-EXPECTED_FLAGS = Metric("ade_gate_expected_flags_total", "counter", ("calibration",))
-OBSERVED_FLAGS = Metric("ade_gate_observed_flags_total", "counter", ("calibration",))
-BROKEN = Metric("ade_gate_calibration_broken", "gauge", ("calibration",))
-DRIFT_IMAGES = Metric("ade_drift_images", "gauge", ("calibration",))
-DRIFT_STRANGE = Metric("ade_drift_cusum_strange", "gauge", ("calibration",))
-DRIFT_USUAL = Metric("ade_drift_cusum_usual", "gauge", ("calibration",))
-DRIFT_DISTANCE = Metric("ade_drift_ks", "gauge", ("calibration",))
+
+REQUESTS = Metric(
+    "ade_requests_total", "counter", ("status", "code"), "Requests answered by a worker."
+)
+IMAGES = Metric("ade_images_total", "counter", (), "Images computed.")
+STAGE_SECONDS = Metric(
+    "ade_stage_seconds_total",
+    "counter",
+    ("stage",),
+    "Time that requests spent in a worker, by stage.",
+)
+STARTS = Metric(
+    "ade_worker_starts_total", "counter", (), "Starts of a worker: one more than its restarts."
+)
+INFO = Metric("ade_info", "gauge", ("bundle", "backend"), "Bundle and backend, always 1.")
+EXPECTED_FLAGS = Metric(
+    "ade_gate_expected_flags_total",
+    "counter",
+    ("calibration",),
+    "Images expected to be rejected if all are like the calibration images.",
+)
+OBSERVED_FLAGS = Metric(
+    "ade_gate_observed_flags_total",
+    "counter",
+    ("calibration",),
+    "Images rejected at the alphas of their requests.",
+)
+BROKEN = Metric(
+    "ade_gate_calibration_broken",
+    "gauge",
+    ("calibration",),
+    "1 if the file of a calibration cannot be used.",
+)
+DRIFT_IMAGES = Metric(
+    "ade_drift_images", "gauge", ("calibration",), "Images with a verdict by this calibration."
+)
+DRIFT_STRANGE = Metric(
+    "ade_drift_cusum_strange",
+    "gauge",
+    ("calibration",),
+    "Cumulative sum towards more unusual images.",
+)
+DRIFT_USUAL = Metric(
+    "ade_drift_cusum_usual",
+    "gauge",
+    ("calibration",),
+    "Cumulative sum towards less unusual images.",
+)
+DRIFT_DISTANCE = Metric(
+    "ade_drift_ks",
+    "gauge",
+    ("calibration",),
+    "Scaled Kolmogorov-Smirnov distance of the latest p-values from uniform.",
+)
 SECONDS = HistogramMetric(
     "ade_request_seconds",
     (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, INFINITY),
+    "Time in a worker, from parsing to the answer.",
 )
 BATCH = HistogramMetric(
-    "ade_batch_images", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, INFINITY)
+    "ade_batch_images",
+    (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, INFINITY),
+    "Images computed together.",
 )
 BPD = HistogramMetric(
-    "ade_bpd", (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, INFINITY)
+    "ade_bpd",
+    (1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, INFINITY),
+    "Bits per dimension of scored images.",
 )
-METRICS = (
+FAMILIES: tuple[Metric | HistogramMetric, ...] = (
     REQUESTS,
     IMAGES,
     STAGE_SECONDS,
@@ -93,8 +150,11 @@ METRICS = (
     DRIFT_STRANGE,
     DRIFT_USUAL,
     DRIFT_DISTANCE,
-    *(metric for h in (SECONDS, BATCH, BPD) for metric in (h.bucket, h.sum, h.count)),
+    SECONDS,
+    BATCH,
+    BPD,
 )
+METRICS = tuple(metric for family in FAMILIES for metric in family.series)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,92 @@
+"""TorchServe's metrics in the form that Prometheus's conventions ask for.
+
+TorchServe knows counters and gauges alone, gives all of them one help text, counts microseconds, and
+adds gauges that describe the last request only. The front, which every scrape passes through, makes
+histograms of their counters, adds types and help texts, converts units and drops those gauges.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from serving.api.telemetry import FAMILIES, HistogramMetric, Metric
+
+LATENCY = Metric(
+    "ts_inference_latency_seconds_total",
+    "counter",
+    about="Time from the arrival of requests at TorchServe to their answers.",
+)
+QUEUE = Metric(
+    "ts_queue_latency_seconds_total", "counter", about="Time that requests waited for a worker."
+)
+INFERENCES = Metric(
+    "ts_inference_requests_total", "counter", about="Requests that TorchServe took for a worker."
+)
+RESPONSES = Metric(
+    "ts_responses_total",
+    "counter",
+    ("class",),
+    "Answers of TorchServe and its workers, by the class of the status.",
+)
+REFUSALS = Metric(
+    "ade_front_refusals_total",
+    "counter",
+    ("code",),
+    "Requests for operations that the front answered itself, by the code of the error.",
+)
+
+_SAMPLE = re.compile(r"(\w+)\{(.*?),?\} (\S+)")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What becomes of one of TorchServe's names."""
+
+    family: Metric | HistogramMetric
+    name: str
+    label: str = ""  # to add
+    factor: float = 1.0
+
+
+_SOURCES = {
+    **{
+        series.name: _Source(family, series.name)
+        for family in (*FAMILIES, INFERENCES)
+        for series in family.series
+    },
+    **{
+        f"Requests{digit}XX": _Source(RESPONSES, RESPONSES.name, f'class="{digit}xx",')
+        for digit in "245"
+    },
+    "ts_inference_latency_microseconds": _Source(LATENCY, LATENCY.name, factor=1e-6),
+    "ts_queue_latency_microseconds": _Source(QUEUE, QUEUE.name, factor=1e-6),
+}
+
+
+def by_convention(text: str, refusals: dict[str, int]) -> str:
+    """Rewrite what TorchServe exposes.
+
+    Args:
+        text: in Prometheus's text format.
+        refusals: of the front, by code.
+    """
+    samples: dict[Metric | HistogramMetric, list[str]] = {}
+    for line in text.splitlines():
+        found = _SAMPLE.fullmatch(line)
+        source = _SOURCES.get(found[1]) if found else None
+        if found is None or source is None:
+            continue
+        value = found[3] if source.factor == 1 else f"{float(found[3]) * source.factor:.9g}"
+        samples.setdefault(source.family, []).append(
+            f"{source.name}{{{source.label}{found[2]}}} {value}"
+        )
+    samples[REFUSALS] = [
+        f'{REFUSALS.name}{{code="{code}"}} {count}' for code, count in sorted(refusals.items())
+    ]
+    return "".join(
+        f"# HELP {family.name} {family.about}\n# TYPE {family.name} {family.kind}\n"
+        + "".join(f"{line}\n" for line in lines)
+        for family, lines in samples.items()
+        if lines
+    )

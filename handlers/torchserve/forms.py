@@ -1,0 +1,97 @@
+"""Checks forms before TorchServe reads them: of fields with the same name it keeps only the last, and
+it reports an image under a form's content type as a malformed form.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from serving.api.errors import ApiError, malformed
+from serving.api.requests import MAX_IMAGES, URLENCODED
+from serving.messages import show
+
+MULTIPART = "multipart/form-data"
+MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
+_FILE_START = 64  # bytes within which every image format and .npy has one that no form has
+_TEXT = bytes(range(32, 127)) + b"\r\n\t"
+
+
+def checked_type(content_type: str, body: bytearray) -> str:
+    """The content type under which a body is passed on; empty if the one given is not the body's.
+
+    ``curl --data-binary``, ``wget --post-file`` and urllib declare every body a URL-encoded form.
+    Such a form is ASCII text. What is not is a file that was sent as the body.
+
+    Raises:
+        ApiError: 400, a field is repeated or the form cannot be parsed; 413, it has too many fields.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == URLENCODED:
+        if body[:_FILE_START].translate(None, _TEXT):
+            return ""
+        _check_names(_urlencoded_names(body))
+    elif kind == MULTIPART:
+        _check_names(_multipart_names(content_type, body))
+    return content_type
+
+
+def _check_names(names: list[bytes]) -> None:
+    seen: set[bytes] = set()
+    for name in names:
+        if name in seen:
+            field = show(name.decode("utf-8", "replace"))
+            raise malformed(
+                f"the form has the field {field} more than once: name further images image1, image2, …"
+            )
+        seen.add(name)
+
+
+def _urlencoded_names(body: bytearray) -> list[bytes]:
+    try:
+        fields = parse_qsl(bytes(body), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    except ValueError:
+        raise _too_many() from None
+    return [name for name, _ in fields]
+
+
+def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
+    names: list[bytes] = []
+    num_parts = 0
+    header, value = bytearray(), bytearray()
+
+    def begin_part() -> None:
+        nonlocal num_parts
+        num_parts += 1
+        if num_parts > MAX_FIELDS:
+            raise _too_many()
+
+    def end_header() -> None:
+        if header.lower() == b"content-disposition":
+            names.append(parse_options_header(bytes(value))[1].get(b"name", b""))
+        header.clear()
+        value.clear()
+
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        return []  # TorchServe does not read it as a form either
+    try:
+        parser = MultipartParser(
+            boundary,
+            callbacks={
+                "on_part_begin": begin_part,
+                "on_header_field": lambda data, start, end: header.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: value.extend(data[start:end]),
+                "on_header_end": end_header,
+            },
+        )
+        parser.write(body)  # type: ignore[arg-type]  # no copy: it takes any buffer
+    except FormParserError:
+        raise malformed("the form cannot be parsed") from None
+    return names
+
+
+def _too_many() -> ApiError:
+    return ApiError(413, "too_many_images", f"a form may have {MAX_FIELDS} fields")

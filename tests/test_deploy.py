@@ -1,0 +1,270 @@
+"""What lies in deploy/, as far as it can be checked without a cluster or a container engine.
+
+The tools are used where they are installed: promtool (a Debian package), kustomize and docker-compose
+(likewise), yamllint and kubernetes-validate (extra ``dev``).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ade_cli.main import parse
+from handlers.torchserve.environment import available_cores
+from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, REFUSALS, RESPONSES
+from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
+from handlers.torchserve.reporter import COMMON_LABELS
+from handlers.torchserve.serve import TOKEN_VARIABLE, _allowed_hosts
+from serving.api.telemetry import METRICS
+from serving.ports import VARIABLES
+from tests.conftest import ROOT
+from tests.test_docker import STEPS, USER
+
+DEPLOY = ROOT / "deploy"
+RULES = DEPLOY / "prometheus" / "service-rules.yml"
+SCRAPED = {"job", "instance"}  # labels that Prometheus adds
+
+
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = ("cpu", "gpu")
+STYLE = "{extends: default, rules: {line-length: {max: 140}, document-start: disable}}"
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+# Prometheus
+
+
+def test_alarms_are_about_metrics_that_exist() -> None:
+    known = {metric.name: {*COMMON_LABELS, *metric.labels} for metric in METRICS}
+    known |= {m.name: set(m.labels) for m in (REFUSALS, RESPONSES)}
+    known |= {m.name: {"model_name"} for m in (INFERENCES, LATENCY, QUEUE)}
+    known["up"] = set()
+    rules = [rule for group in load(RULES)["groups"] for rule in group["rules"]]
+    for rule in rules:
+        for name, labels in re.findall(r"\b((?:ade|ts)_\w+|up)\{([^}]*)\}", rule["expr"]):
+            used = set(re.findall(r"(\w+)=", labels))
+            assert used <= known[name] | SCRAPED, rule["alert"]
+            for grouped in re.findall(r"by \(([^)]*)\)", rule["expr"]):
+                assert set(grouped.split(", ")) <= known[name] | SCRAPED, rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+    assert len(rules) == 5
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("check", "rules", RULES), ("test", "rules", ROOT / "tests/data/service-rules-test.yml")],
+)
+def test_promtool_accepts_the_alarms(command: tuple[Any, ...]) -> None:
+    """Among others, one restart of a worker is not an alarm."""
+    done = subprocess.run([tool("promtool"), *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Kubernetes
+
+
+@pytest.fixture(scope="module")
+def pod() -> dict[str, Any]:
+    return load(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]
+
+
+@pytest.fixture(scope="module")
+def container(pod: dict[str, Any]) -> dict[str, Any]:
+    (only,) = pod["containers"]
+    return only
+
+
+def test_every_manifest_is_reached_from_an_overlay() -> None:
+    reached: set[Path] = set()
+    folders = [KUBERNETES / "overlays" / name for name in OVERLAYS]
+    while folders:
+        folder = folders.pop()
+        reached.add(folder / "kustomization.yaml")
+        found = load(folder / "kustomization.yaml")
+        names = [*found.get("resources", []), *found.get("components", [])]
+        for path in [folder / n for n in names + [p["path"] for p in found.get("patches", [])]]:
+            assert path.exists(), path
+            (folders.append if path.is_dir() else reached.add)(path.resolve())
+    assert {path.resolve() for path in reached} == set(KUBERNETES.rglob("*.yaml"))
+
+
+def test_the_pod_has_no_rights(pod: dict[str, Any], container: dict[str, Any]) -> None:
+    """And the image's user; it can write where the service must, and nowhere else."""
+    context = pod["securityContext"]
+    assert context["runAsNonRoot"] and context["runAsUser"] == context["runAsGroup"] == USER
+    assert not pod["automountServiceAccountToken"]
+    own = container["securityContext"]
+    assert own["readOnlyRootFilesystem"] and not own["allowPrivilegeEscalation"]
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert ("WORKDIR", "/home/ade") in STEPS
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"cache": "/home/ade/.cache", "tmp": "/tmp"}
+    assert {volume["name"]: set(volume) for volume in pod["volumes"]} == {
+        name: {"name", "emptyDir"} for name in mounts
+    }
+
+
+def test_the_pods_arguments_are_those_of_the_command(container: dict[str, Any]) -> None:
+    words = [word.replace("$(NAMESPACE)", "default") for word in container["args"]]
+    args = parse(["serve", *words])
+    assert args.expose_metrics and "ade.default.svc" in _allowed_hosts(args.allowed_hosts)
+    assert ("COPY", "pretrained /bundles") in STEPS
+    assert all((ROOT / "pretrained" / bundle.name).is_dir() for bundle in args.bundles)
+    known = {"NAMESPACE", TOKEN_VARIABLE}
+    assert {variable["name"] for variable in container["env"]} == known
+
+
+def test_ports_and_probes(pod: dict[str, Any], container: dict[str, Any]) -> None:
+    named = {"api": "inference", "metrics": "metrics", "page": "ui"}
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {name: VARIABLES[ours][1] for name, ours in named.items()}
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/readyz", "port": "page"}
+    assert '@app.get("/readyz")' in (ROOT / "serving" / "page" / "app.py").read_text()
+    assert container["livenessProbe"]["tcpSocket"]["port"] in ports
+    services = list(yaml.safe_load_all((KUBERNETES / "base" / "service.yaml").read_text()))
+    offered = {p["name"]: p for service in services for p in service["spec"]["ports"]}
+    assert {name: (p["port"], p["targetPort"]) for name, p in offered.items()} == {
+        name: (port, name) for name, port in ports.items()
+    }
+    # No alarm finds the metrics under another name of the job, which is the service's.
+    assert [s["metadata"]["name"] for s in services] == ["ade", "ade-page"]
+    (pause,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:]]
+    assert pod["terminationGracePeriodSeconds"] >= pause + DRAIN_TIMEOUT_S + 20
+
+
+def test_secrets_are_those_that_are_read(container: dict[str, Any]) -> None:
+    (given,) = [v["valueFrom"] for v in container["env"] if v["name"] == TOKEN_VARIABLE]
+    secret = {"name": "ade-token", "key": TOKEN_VARIABLE}
+    assert given == {"secretKeyRef": secret}
+    (endpoint,) = load(KUBERNETES / "monitoring" / "servicemonitor.yaml")["spec"]["endpoints"]
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": secret}
+    assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
+    command = (KUBERNETES / "base" / "kustomization.yaml").read_text()
+    assert f"secret generic ade-token --from-literal={TOKEN_VARIABLE}=" in command
+
+
+def test_the_clusters_alarms_are_prometheuss() -> None:
+    rule = load(KUBERNETES / "monitoring" / "prometheusrule.yaml")
+    assert rule["kind"] == "PrometheusRule" and rule["spec"] == load(RULES)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_renders_valid_objects(overlay: str) -> None:
+    """By the published schemas of Kubernetes; those of the Prometheus Operator are not among them."""
+    validator = pytest.importorskip("kubernetes_validate")
+    done = subprocess.run(
+        [tool("kustomize"), "build", KUBERNETES / "overlays" / overlay],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    objects = {item["kind"]: item for item in yaml.safe_load_all(done.stdout)}
+    for kind, item in objects.items():
+        if kind not in ("PrometheusRule", "ServiceMonitor"):
+            validator.validate(item, "1.31", strict=True)
+    deployment = objects["Deployment"]["spec"]
+    (only,) = deployment["template"]["spec"]["containers"]
+    assert re.fullmatch(
+        rf"registry\.example\.org/av-ade:[\d.]+-{dict(cpu='cpu', gpu='cuda')[overlay]}",
+        only["image"],
+    )
+    assert {"cpu", "memory"} <= set(only["resources"]["limits"]) & set(
+        only["resources"]["requests"]
+    )
+    assert ("nvidia.com/gpu" in only["resources"]["limits"]) == (overlay == "gpu")
+    # The autoscaler and a fixed number of replicas would fight each other.
+    assert ("HorizontalPodAutoscaler" in objects) != ("replicas" in deployment)
+    if scaler := objects.get("HorizontalPodAutoscaler"):
+        target = scaler["spec"]["scaleTargetRef"]
+        assert (target["kind"], target["name"]) == ("Deployment", "ade")
+
+
+@pytest.mark.parametrize(
+    "text, cores", [("100000 100000", 1), ("150000 100000", 2), ("max 100000", None), ("", None)]
+)
+def test_a_containers_limit_bounds_the_cores(tmp_path: Path, text: str, cores: int | None) -> None:
+    """Otherwise a pod with one core of sixty-four would start processes and threads for all."""
+    (tmp_path / "cpu.max").write_text(text)
+    (tmp_path / "none").write_text("max 1")
+    most = available_cores(tmp_path / "none")
+    assert available_cores(tmp_path / "cpu.max") == (most if cores is None else min(cores, most))
+    assert available_cores(tmp_path / "missing") == most >= 1
+
+
+# docker compose
+
+
+def test_compose_finds_its_files() -> None:
+    services = load(DEPLOY / "compose.yaml")["services"]
+    made_by_the_operator = {"certificate.pem", "key.pem", "keys.conf"}
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if source.startswith("./") and source[2:] not in made_by_the_operator:
+                assert (DEPLOY / source).exists(), source
+    assert parse(["serve", "--host", "0.0.0.0", *services["ade"]["command"]]).host == "127.0.0.1"
+    assert [name for name, s in services.items() if "ports" in s] == ["network"]
+    assert all(
+        s["network_mode"] == "service:network" for n, s in services.items() if n != "network"
+    )
+    assert f"uid={USER}" in services["ade"]["tmpfs"][1] and services["ade"]["read_only"]
+
+
+def test_compose_accepts_it() -> None:
+    compose = shutil.which("docker-compose") or "/usr/libexec/docker/cli-plugins/docker-compose"
+    if not Path(compose).exists():
+        pytest.skip("docker-compose is not installed")
+    command = [compose, "-f", DEPLOY / "compose.yaml", "config", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"GRAFANA_PASSWORD": "x"})
+    assert done.returncode == 0, done.stderr
+    refused = subprocess.run(command, capture_output=True, text=True, env={})
+    assert refused.returncode != 0 and "set a password for Grafana" in refused.stderr
+
+
+def test_prometheus_reads_its_configuration() -> None:
+    found = load(DEPLOY / "prometheus" / "prometheus.yml")
+    (job,) = found["scrape_configs"]
+    assert job["job_name"] == "ade"
+    assert job["static_configs"] == [{"targets": [f"127.0.0.1:{VARIABLES['metrics'][1]}"]}]
+    assert any(RULES.match(pattern) for pattern in found["rule_files"])
+    command = [tool("promtool"), "check", "config", DEPLOY / "prometheus" / "prometheus.yml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Style
+
+
+def test_yamllint() -> None:
+    pytest.importorskip("yamllint")
+    from yamllint import config, linter
+
+    files = [p for p in DEPLOY.rglob("*.y*ml")] + [ROOT / "tests/data/service-rules-test.yml"]
+    style = config.YamlLintConfig(STYLE)
+    problems = [f"{p.name}: {x}" for p in files for x in linter.run(p.read_text(), style)]
+    assert len(files) > 12 and problems == []
+
+
+def test_gixy() -> None:
+    """Its finding that a path is normalised is wrong here: the path is one word of the pattern."""
+    command = [tool("gixy"), "--skips", "proxy_pass_normalized", DEPLOY / "nginx.conf"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and ">> Problem" not in done.stdout, done.stdout

@@ -1,0 +1,101 @@
+"""The code of docs/how-to/onnx-elsewhere.md, run against the shipped bundle."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.engine.engine import InferenceEngine
+from serving.engine.noise import NoiseStream, sample_key
+from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
+from serving.images import read_image
+from tests.conftest import PRETRAINED, ROOT
+from tests.test_docs import blocks
+
+PAGE = ROOT / "docs" / "how-to" / "onnx-elsewhere.md"
+CAT = ROOT / "serving" / "examples" / "cat.png"
+MODULES = ROOT / "node_modules"  # npm install --no-save onnxruntime-node pngjs
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the page's code finds in its working folder."""
+    (tmp_path / "bundle").symlink_to(PRETRAINED)
+    shutil.copy(CAT, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def expected() -> float:
+    """As the service scores it."""
+    return (
+        InferenceEngine(PRETRAINED, device="cpu")
+        .score(read_image(CAT.read_bytes()).pixels[None])[0]
+        .bpd
+    )
+
+
+def test_python(folder: Path, expected: float) -> None:
+    """Any noise gives nearly the number, the service's noise the number itself."""
+    namespace: dict[str, Any] = {}
+    plain, noise, openvino, torchscript = blocks(PAGE, "python")
+    exec(plain, namespace)
+    assert 8 + namespace["parts"].sum() == pytest.approx(expected, abs=0.05)
+    exec(noise, namespace)
+    assert 8 + namespace["parts"].sum() == pytest.approx(expected, abs=1e-6)
+    exec(torchscript, namespace)
+    assert 8 + float(namespace["parts"].sum()) == pytest.approx(expected, abs=1e-4)
+    assert '"INFERENCE_PRECISION_HINT": "f32"' in openvino
+
+
+def test_openvino(folder: Path, expected: float, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("openvino")
+    plain, noise, openvino, _ = blocks(PAGE, "python")
+    exec(plain + noise + openvino, {})
+    (found,) = re.findall(r"OpenVINO: \[([\d.]+)\]", capsys.readouterr().out)
+    assert float(found) == pytest.approx(expected, abs=1e-4)
+
+
+def test_node(folder: Path, expected: float) -> None:
+    node = shutil.which("node")
+    if node is None or not (MODULES / "onnxruntime-node").is_dir():
+        pytest.skip("needs Node.js, and npm install --no-save onnxruntime-node pngjs")
+    (folder / "node_modules").symlink_to(MODULES)
+    names = ("noise.mjs", "score.mjs")
+    for name, block in zip(names, blocks(PAGE, "javascript"), strict=True):
+        (folder / name).write_text(block)
+    done = subprocess.run([node, "score.mjs"], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_test_vector() -> None:
+    text = PAGE.read_text()
+    key = sample_key(7, 3)
+    words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(4)
+    assert f"`{key.hex()}`" in text
+    assert ", ".join(f"`{int(word):016x}`" for word in words) in text
+    for values in (NoiseStream(key).uniform((3,)), NoiseStream(key).normal((4,))):
+        (row,) = re.findall(rf"an array of {len(values)} \w+ numbers \| (.*) \|", text)
+        assert np.allclose([float(value) for value in row.split(", ")], values, atol=5e-8)
+
+
+def test_the_tables_are_the_signatures() -> None:
+    rows = dict(re.findall(r"^\| (`[a-z_`, ]+`) \| (.* \| .*) \|$", PAGE.read_text(), re.MULTILINE))
+    for graph in graphs_of(OPERATIONS):
+        (row,) = [text for names, text in rows.items() if f"`{graph}`" in names]
+        for name in (*inputs_of(graph, 1), *outputs_of(graph, 1)):
+            assert f"`{name.replace('_0', '_i')}`" in row, (graph, name)
+
+
+def test_the_web_page_names_the_weights() -> None:
+    """onnxruntime-web gets a graph's bytes alone, and looks for this name in them."""
+    (page,) = blocks(PAGE, "html")
+    assert 'externalData: [{ path: "model.safetensors"' in page
+    assert b"model.safetensors" in (PRETRAINED / "score.onnx").read_bytes()
