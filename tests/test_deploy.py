@@ -1,7 +1,7 @@
 """What lies in deploy/, as far as it can be checked without a cluster or a container engine.
 
-The tools are used where they are installed: promtool (a Debian package), kustomize and docker-compose
-(likewise), yamllint and kubernetes-validate (extra ``dev``).
+The tools are used where they are installed: promtool, kustomize and docker-compose (Debian
+packages), yamllint and kubernetes-validate (extra ``dev``).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SCRAPED = {"job", "instance"}  # labels that Prometheus adds
 
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 STYLE = "{extends: default, rules: {line-length: {max: 140}, document-start: disable}}"
 
 
@@ -168,7 +169,7 @@ def test_the_clusters_alarms_are_prometheuss() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_renders_valid_objects(overlay: str) -> None:
-    """By the published schemas of Kubernetes; those of the Prometheus Operator are not among them."""
+    """By the schemas of Kubernetes; those of the Prometheus Operator are not among them."""
     validator = pytest.importorskip("kubernetes_validate")
     done = subprocess.run(
         [tool("kustomize"), "build", KUBERNETES / "overlays" / overlay],
@@ -183,7 +184,7 @@ def test_an_overlay_renders_valid_objects(overlay: str) -> None:
     deployment = objects["Deployment"]["spec"]
     (only,) = deployment["template"]["spec"]["containers"]
     assert re.fullmatch(
-        rf"registry\.example\.org/av-ade:[\d.]+-{dict(cpu='cpu', gpu='cuda')[overlay]}",
+        rf"registry\.example\.org/av-ade:[\d.]+-{DEVICES[overlay]}",
         only["image"],
     )
     assert {"cpu", "memory"} <= set(only["resources"]["limits"]) & set(
@@ -257,7 +258,7 @@ def test_yamllint() -> None:
     pytest.importorskip("yamllint")
     from yamllint import config, linter
 
-    files = [p for p in DEPLOY.rglob("*.y*ml")] + [ROOT / "tests/data/service-rules-test.yml"]
+    files = [*DEPLOY.rglob("*.y*ml"), ROOT / "tests/data/service-rules-test.yml"]
     style = config.YamlLintConfig(STYLE)
     problems = [f"{p.name}: {x}" for p in files for x in linter.run(p.read_text(), style)]
     assert len(files) > 12 and problems == []

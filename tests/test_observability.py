@@ -21,7 +21,7 @@ from tests.helpers import ROOT
 METRICS_TEXT = """# HELP ade_requests_total Torchserve prometheus counter metric with unit: Count
 # TYPE ade_requests_total counter
 ade_requests_total{model_name="score",worker="9001",status="200",code="none",hostname="h",} 3.0
-ade_requests_total{model_name="score",worker="9002",status="415",code="not_an_image",hostname="h",} 1.0
+ade_requests_total{model_name="score",worker="9002",status="415",code="not_an_image",HOST} 1.0
 ade_images_total{model_name="score",worker="9001",hostname="h",} 8.0
 ade_stage_seconds_total{model_name="score",worker="9001",stage="compute",hostname="h",} 0.04
 ade_bpd_count{model_name="score",worker="9001",hostname="h",} 8.0
@@ -32,7 +32,9 @@ ade_bpd_bucket{model_name="score",worker="9001",le="+Inf",hostname="h",} 8.0
 ts_inference_latency_microseconds{model_name="score",TS_LABELS} 80000.0
 ts_queue_latency_microseconds{model_name="score",TS_LABELS} 20000.0
 ts_queue_latency_microseconds{model_name="sample",TS_LABELS} 5.0
-""".replace("TS_LABELS", 'model_version="default",uuid="u",hostname="h",')
+""".replace("TS_LABELS", 'model_version="default",uuid="u",hostname="h",').replace(
+    "HOST", 'hostname="h",'
+)
 
 
 def test_a_profile_is_what_is_new() -> None:
@@ -58,7 +60,7 @@ def test_a_profile_is_what_is_new() -> None:
 
 
 def test_metrics_follow_the_conventions() -> None:
-    """A family is one group with its type and help text; histograms are typed; seconds, ``_total``."""
+    """A family is one group with its type and help text; base units, ``_total``."""
     text = by_convention(METRICS_TEXT, {"overloaded": 2})
     assert (
         "# HELP ade_bpd Bits per dimension of scored images.\n# TYPE ade_bpd histogram\n"
