@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "ade_cli": set(PACKAGES),
 }
 # Small modules at the top of serving/ that import nothing of ours are everybody's.
-SHARED = {"serving.locks", "serving.messages", "serving.ports", "serving.tables"}
+SHARED = {"serving.brand", "serving.locks", "serving.messages", "serving.ports", "serving.tables"}
 SERVER = "handlers/torchserve/"
 # Beside the server's own room and the docs: the client translates what it answers by itself.
 MAY_NAME_THE_SERVER = {"serving/client.py"}
