@@ -661,19 +661,16 @@ def test_every_function_has_a_stable_name(page: Page, service: RunningService) -
     assert Image.open(grid).size == (64, 64) and np.load(arrays)["images"].shape == (4, 32, 32, 3)
 
 
-def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
-    show(page, "Score")
+def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (100, 80)).save(large)
-    panel = panel_of(page)
-    if not panel.locator("input[type=file]").count():
-        remove_image(panel)
-        page.wait_for_timeout(1000)  # what the removal cancels must not be the next click
-    page.get_by_role("button", name="Score", exact=True).click()
-    expect(page.get_by_text("There is no image yet").first).to_be_visible()
-    panel.get_by_label(RESIZE).uncheck()
-    drop(panel, large)
-    expect(page.get_by_text("must be 32 x 32 pixels, got 100 x 80").first).to_be_visible()
+    with opened(browser, service.page) as page:
+        panel = panel_of(page)
+        page.get_by_role("button", name="Score", exact=True).click()
+        expect(page.get_by_text("There is no image yet").first).to_be_visible()
+        panel.get_by_label(RESIZE).uncheck()
+        drop(panel, large)
+        expect(page.get_by_text("must be 32 x 32 pixels, got 100 x 80").first).to_be_visible()
 
 
 FILLED = {  # what each tab shows when it is filled, after its first example is chosen
