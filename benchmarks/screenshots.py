@@ -1,6 +1,6 @@
 """Pictures of the running page: every tab, filled and with an error, by width and colour scheme.
 
-    python -m benchmarks.screenshots http://127.0.0.1:7860 screenshots --sheet docs/pictures/page.webp
+    python -m benchmarks.screenshots URL screenshots --sheet docs/pictures/page.webp
 
 Needs the extra ``dev`` and Debian's ``chromium``. Each picture is of the whole tab; the sheet has
 all of them, small, of at most 600 kB.
