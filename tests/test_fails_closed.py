@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
 from serving.page.many import _said
-from serving.page.score import verdict_text, verdict_word
+from serving.page.score import verdict
 from serving.verdict.calibration import Calibrations
 from serving.verdict.decision import decide, fdr_note, images_needed
 from tests.helpers import with_calibrations
@@ -123,11 +124,9 @@ def test_over_http_in_files_and_on_the_page(
         decision=result["decision"],
         decision_reason=result["decision_reason"],
     )
-    text = verdict_text(shown, ALPHA, engine.calibrations, bool(path))
-    assert (
-        "Unlike" if row["decision"] == "reject" else "No verdict"
-    ) in text and "Not unusual" not in text
-    assert verdict_word(shown) != "usual"
+    page = SimpleNamespace(calibrations={"model": engine.calibrations})
+    choice, sentence = verdict(page, "model", (shown, bool(path)), ALPHA)
+    assert choice == row["decision"] and sentence.startswith("Rejected at") == (choice == "reject")
 
 
 @pytest.fixture(scope="module")
@@ -268,15 +267,16 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     assert "none of 100 images can be reported" in str(fdr_note(5, 100, 0.1))
     assert fdr_note(999, 100, 0.1) is None and fdr_note(998, 100, 0.1) is not None
     # Five images of one colour among a hundred, on the page.
-    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 0, 5, 0.1, 169)
-    assert said.startswith(
-        "**5 of 100 images are unlike the training images**: 0 at a false discovery rate of 0.1"
-    )
+    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 5, 0, 0.01, 0.1, 169)
+    assert "5 of 100 images rejected" in said and "ade-reject" in said
     assert (
         "At a false discovery rate of 0.1, at least 6 of 100 images must have the smallest p-value"
         in said
     )
-    assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.1, 3000)
+    assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.01, 0.1, 3000)
+    # Files without a verdict keep the summary from looking like acceptance.
+    unjudged = _said(100, [0.5] * 99, 0, 0, 0.01, 0.1, 3000)
+    assert "ade-no_verdict" in unjudged and "1 of 100 files got no verdict" in unjudged
 
 
 def test_no_example_in_the_documentation_accepts_images_only_because_they_are_not_ood() -> None:

@@ -23,7 +23,7 @@ from serving.page.score import WORDS, alpha_input
 from serving.page.served import Served, Shared, ask, html, read, resize_input, sentence
 from serving.tables import safe_cell
 from serving.verdict.calibration import benjamini_hochberg, simes
-from serving.verdict.decision import fdr_note
+from serving.verdict.decision import Choice, fdr_note
 
 AT_ONCE = 32  # files a request
 BATCH_BYTES = 16 * 2**20
@@ -263,10 +263,11 @@ def _said(
     if note is not None and not discoveries:
         notes.append(f"{note[:1].upper()}{note[1:]}.")
     if judged < count:
-        notes.append(f"{count - judged} of {count} files got no verdict: their notes say why.")
+        unjudged = f"{count - judged} of {count} files got no verdict: their notes say why."
+        notes.insert(0, unjudged)
     facts = [f"all together: p = {simes(p_values):.2g} (Simes)"] if judged > 1 else []
     heading = f"{rejected} of {judged} images rejected"
-    choice = "reject" if rejected else "accept"
+    choice: Choice = "reject" if rejected else "no_verdict" if judged < count else "accept"
     return charts.verdict_card(choice, sentence, facts, notes, heading)
 
 
