@@ -1,1 +1,1 @@
-"""Adapters of model servers, a folder each. They translate, and nothing more."""
+"""Engines of the service, a folder each, and what they share: ``front`` and ``launch``."""

@@ -359,7 +359,8 @@ def test_archives_touch_no_temporary_file_of_others(
 ) -> None:
     import tempfile
 
-    from handlers.torchserve.archives import ServingOptions, write_archives
+    from handlers.launch.options import ServingOptions
+    from handlers.torchserve.archives import write_archives
 
     mine = tmp_path / "temporary" / "score" / "results.csv"
     mine.parent.mkdir(parents=True)
@@ -396,7 +397,7 @@ def test_export_refuses_an_existing_folder(
 
 
 def test_another_lossless_coder_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    from handlers.torchserve.serve import _warn_of_another_coder
+    from handlers.launch.serve import _warn_of_another_coder
 
     bundle = open_bundle(PRETRAINED)
     _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": None}))

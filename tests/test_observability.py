@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from handlers.torchserve.profile import profile_table, read_totals
+from handlers.launch.profile import profile_table, read_totals
+from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
 from serving.api.telemetry import METRICS, Stopwatch
@@ -26,7 +27,7 @@ ts_queue_latency_microseconds{uuid="u",model_name="sample",model_version="defaul
 
 
 def test_a_profile_is_what_is_new() -> None:
-    totals = read_totals(METRICS_TEXT)
+    totals = read_totals(METRICS_TEXT, TorchServe.timers)
     assert set(totals) == {"score"}
     assert totals["score"] == pytest.approx(
         {"requests": 4, "images": 8, "compute": 0.04, "whole": 0.08, "queue": 0.02}

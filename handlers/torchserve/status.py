@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 
-from handlers.torchserve.run_folder import RunFolder, find_service
+from handlers.launch.run_folder import RunFolder, find_service
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
 from serving.ports import Ports, local_address

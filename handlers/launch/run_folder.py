@@ -26,7 +26,7 @@ from serving.ports import Ports
 VARIABLE = "ADE_RUN_DIR"
 PREFIX = "ade-serve-"
 MAX_SOCKET_PATH = 107  # bytes; longer addresses of Unix domain sockets do not exist
-LONGEST_SOCKET = "tmp/.ts.sock.65535"  # of a worker, named by TorchServe
+LONGEST_SOCKET = "tmp/.ts.sock.65535"  # of a worker, named by the model server
 
 
 class RunFolderError(RuntimeError):
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def temporary(self) -> Path:
-        """TorchServe's: unpacked archives and the workers' sockets."""
+        """The model server's: unpacked archives and the workers' sockets."""
         return self.path / "tmp"
 
     @property
@@ -112,22 +112,15 @@ class RunFolder:
         return found if isinstance(found, dict) else None
 
     def server_key(self, kind: str) -> str | None:
-        """TorchServe's key to ``inference`` or ``management``; ``None`` until it has written them."""
+        """The model server's key to ``inference`` or ``management``; ``None`` until written."""
         try:
             return str(json.loads(self.read(self.path / "key_file.json") or "")[kind]["key"])
         except (ValueError, KeyError, TypeError):
             return None
 
-    def is_whole(self) -> bool:
-        """Whether what a running service needs is still there."""
-        needed = (
-            self.path / LOCK,
-            self.store,
-            self.temporary / "models",
-            self.inference_socket,
-            self.management_socket,
-        )
-        return all(file.exists() for file in needed)
+    def is_held(self) -> bool:
+        """Whether it is there, with the lock that shows that it is used."""
+        return (self.path / LOCK).exists()
 
 
 @contextlib.contextmanager

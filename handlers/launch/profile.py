@@ -6,24 +6,24 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
 from serving.api.telemetry import IMAGES, REQUESTS, STAGE_SECONDS, STAGES
 
 _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-# TorchServe's own counters, microseconds: from a request's arrival to its answer, and how much of
-# it was waiting.
-LATENCY = "ts_inference_latency_microseconds"
-QUEUE = "ts_queue_latency_microseconds"
-
 Totals = dict[str, dict[str, float]]
+# Counters of an engine: what a request's time they are, ``whole`` (from its arrival to its answer)
+# or ``queue``, and their unit in seconds.
+Timers = Mapping[str, tuple[str, float]]
 
 
-def read_totals(metrics: str) -> Totals:
+def read_totals(metrics: str, timers: Timers) -> Totals:
     """Sums since the start, by served model: ``requests``, ``images``, and seconds by stage.
 
     Args:
         metrics: the text that Prometheus would scrape.
+        timers: of the engine.
     """
     found: Totals = defaultdict(lambda: defaultdict(float))
     for name, labels, value in _LINE.findall(metrics):
@@ -35,8 +35,9 @@ def read_totals(metrics: str) -> Totals:
             mine["images"] += float(value)
         elif name == STAGE_SECONDS.name:
             mine[named["stage"]] += float(value)
-        elif name in (LATENCY, QUEUE):
-            mine["queue" if name == QUEUE else "whole"] += float(value) / 1e6
+        elif name in timers:
+            column, unit = timers[name]
+            mine[column] += float(value) * unit
     return {model: dict(values) for model, values in found.items() if "requests" in values}
 
 

@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from handlers.torchserve.archives import MAX_BATCH, RESPONSE_TIMEOUT_S
-from handlers.torchserve.configuration import MAX_REQUEST_BYTES, QUEUE_SIZE
+from handlers.limits import MAX_BATCH, MAX_REQUEST_BYTES, QUEUE_SIZE, RESPONSE_TIMEOUT_S
 from serving.api.errors import ApiError
 from serving.api.guard import Receive, Scope, header_values
 
@@ -61,7 +60,7 @@ class ClientGone(Exception):
 
 
 def overloaded(message: str) -> ApiError:
-    """503, as for TorchServe's full queue."""
+    """503, as for a full queue."""
     return ApiError(503, "overloaded", f"{message}: try again later")
 
 
