@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default=DEFAULT,
-        help="what serves (default: %(default)s)",
+        help="what serves: asgi needs neither Java nor a model server (default: %(default)s)",
     )
     parser.add_argument(
         "--host",

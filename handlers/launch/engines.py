@@ -18,7 +18,7 @@ from serving.engine.bundle import Bundle
 from serving.ports import Ports
 
 # By name, the extra of pyproject.toml that has its packages; the first is the default.
-ENGINES = {"torchserve": "serve"}
+ENGINES = {"torchserve": "serve", "asgi": "asgi"}
 DEFAULT = next(iter(ENGINES))
 
 

@@ -1,0 +1,201 @@
+"""The service as one ASGI application: the API over pools of worker processes.
+
+``ade serve --engine asgi`` runs it under uvicorn: ``python -m handlers.asgi.application SETTINGS``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from handlers.asgi.metrics import CONTENT_TYPE, Metrics
+from handlers.asgi.pool import Pool
+from handlers.asgi.worker import WorkerSettings
+from handlers.front import listen
+from handlers.front.admission import Lane, Limits, Memory
+from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.settings import FrontSettings
+from handlers.launch.options import ServingOptions, served_name
+from serving.api.errors import ApiError
+from serving.api.openapi import openapi_document
+from serving.engine.bundle import Bundle, open_bundle
+from serving.engine.signatures import OPERATIONS
+from serving.ports import local_address
+
+PREDICTIONS = ("/predictions/", "/v1/")
+READY = "/readyz"
+STOP_S = 25  # that requests which were accepted may take once it is asked to stop
+REFUSE_S = 20  # after which those that still wait for a worker are answered 503
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplicationSettings(FrontSettings):
+    """What the application must know besides.
+
+    Attributes:
+        bundles: their folders, the first served under the plain names.
+        workers: processes of each bundle, by operation.
+        options: of :class:`handlers.launch.options.ServingOptions`.
+        logs: an existing folder.
+    """
+
+    bundles: tuple[str, ...]
+    workers: dict[str, int]
+    options: dict[str, Any]
+    logs: str
+
+
+class Application:
+    """What answers behind the front.
+
+    Args:
+        pools: of the models that are served.
+        metrics: of all of them.
+        document: OpenAPI's, of the service.
+        limits: bound what a pool holds at once.
+    """
+
+    def __init__(
+        self, pools: list[Pool], metrics: Metrics, document: dict[str, Any], limits: Limits
+    ) -> None:
+        self._pools = pools
+        self._metrics = metrics
+        self._predictions = {
+            pool.name: Endpoint(pool.answer, INFERRING, Lane(limits)) for pool in pools
+        }
+        described = _json(200, document)
+        self._reads = {
+            path: Endpoint(_reading(make))
+            for path, make in {
+                "/ping": self._health,
+                READY: self._readiness,
+                "/openapi.json": lambda: described,
+                "/v1/openapi.json": lambda: described,
+            }.items()
+        }
+
+    def api(self, path: str) -> Endpoint:
+        """``/predictions/{name}``, ``/v1/{name}``, and what can be read.
+
+        Raises:
+            ApiError: 404.
+        """
+        if path in self._reads:
+            return self._reads[path]
+        for prefix in PREDICTIONS:
+            name = path.removeprefix(prefix)
+            if name != path and name in self._predictions:
+                return self._predictions[name]
+            if name != path and name and "/" not in name:
+                raise ApiError(404, "unknown_model", "the service has no model of this name")
+        raise ApiError(
+            404,
+            "not_found",
+            f"there is /predictions/{{operation}}, /v1/{{operation}}, {', '.join(self._reads)}",
+        )
+
+    def metrics(self, path: str) -> Endpoint:
+        """``/metrics``.
+
+        Raises:
+            ApiError: 404.
+        """
+        if path == "/metrics":
+            return Endpoint(_reading(self._metrics_text))
+        raise ApiError(404, "not_found", "there is /metrics")
+
+    def is_ready(self) -> bool:
+        """Whether every model has a worker that can compute."""
+        return all(pool.is_ready for pool in self._pools)
+
+    def _readiness(self) -> Answer:
+        return _json(200 if self.is_ready() else 503, {"ready": self.is_ready()})
+
+    def _health(self) -> Answer:
+        return _json(
+            200 if self.is_ready() else 503,
+            {"status": "Healthy" if self.is_ready() else "Unhealthy"},
+        )
+
+    def _metrics_text(self) -> Answer:
+        return Answer(200, [("content-type", CONTENT_TYPE)], self._metrics.text().encode())
+
+
+def _json(status: int, value: dict[str, Any]) -> Answer:
+    return Answer(status, [("content-type", "application/json")], orjson.dumps(value))
+
+
+def _reading(make: Callable[[], Answer]) -> Callable[[Request], Any]:
+    async def answer(request: Request) -> Answer:
+        return make()
+
+    return answer
+
+
+def make_pools(
+    settings: ApplicationSettings, bundles: list[Bundle], metrics: Metrics, limits: Limits
+) -> list[Pool]:
+    """A pool for each operation of each bundle; nothing is started."""
+    pools = []
+    for i, bundle in enumerate(bundles):
+        for operation in OPERATIONS:
+            name = served_name(operation, bundle.name if i else None)
+            workers = [
+                WorkerSettings(
+                    str(bundle.folder),
+                    operation,
+                    f"{name}-{number}",
+                    settings.logs,
+                    ServingOptions(**settings.options),
+                )
+                for number in range(settings.workers[operation])
+            ]
+            pools.append(Pool(name, workers, metrics, limits.upstream_s))
+    return pools
+
+
+@contextlib.asynccontextmanager
+async def build_app(settings: ApplicationSettings, limits: Limits) -> AsyncIterator[listen.Built]:
+    """The application for both ports, with its workers.
+
+    Raises:
+        WorkerError: one cannot be started.
+    """
+    bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
+    metrics, memory = Metrics(), Memory(limits)
+    pools = make_pools(settings, bundles, metrics, limits)
+    url = f"http://{local_address(settings.host)}:{settings.port}"
+    document = openapi_document(url, bundles, settings.token is not None)
+    application = Application(pools, metrics, document, limits)
+    api, reading = (
+        Front(find, limits, memory, settings.probe_secret)
+        for find in (application.api, application.metrics)
+    )
+
+    def refuse_later() -> None:
+        for pool in pools:
+            asyncio.get_running_loop().call_later(REFUSE_S, pool.refuse)
+
+    await asyncio.gather(*(pool.start() for pool in pools))
+    try:
+        yield listen.Built(listen.guarded(settings, api, reading, {READY}), refuse_later)
+    finally:
+        await asyncio.gather(*(pool.stop() for pool in pools))
+
+
+def run(settings: ApplicationSettings, limits: Limits | None = None) -> None:
+    """Serve in this process until it is asked to stop."""
+    limits = limits or Limits()
+    listen.run(settings, limits, functools.partial(build_app, settings, limits), STOP_S)
+
+
+if __name__ == "__main__":
+    run(ApplicationSettings.load(Path(sys.argv[1])))
