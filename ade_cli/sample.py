@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ade_cli.image_files import FileError, check_parent, load_engine
 from serving.api.errors import ApiError
+from serving.api.operations.sample import MAX_DRAWN_SEED
 from serving.api.requests import RawRequest
-from serving.api.service import MAX_DRAWN_SEED, Service
+from serving.api.service import Service
 from serving.engine.backends import BackendError
 from serving.engine.bundle import BundleError
 from serving.files import replacing

@@ -1,48 +1,73 @@
-"""A client of the HTTP API, in NumPy arrays and typed results.
+"""A client of the HTTP API, with NumPy arrays and typed results.
 
-The page and the tests use it too.
+The page and the tests use it too. Its arguments and results are the models of
+:mod:`serving.api.operations`.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
+import inspect
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 import numpy as np
 from PIL import Image
 
+from serving.api.errors import Problem
+from serving.api.model import from_json, to_json
+from serving.api.operations.base import ImageParameters, Kind
+from serving.api.operations.encode import EncodeParameters, Latents
+from serving.api.operations.reconstruct import (
+    ReconstructAnswer,
+    Reconstruction,
+    ReconstructParameters,
+)
+from serving.api.operations.sample import (
+    SEED_HEADER,
+    GivenLatents,
+    GivenLevel,
+    SampleParameters,
+)
+from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
 from serving.api.requests import PROBE_HEADER
 from serving.ports import Ports
-from serving.verdict.calibration import Unusual
 from serving.verdict.decision import NOT_SCORED, Choice
 
-FORM_ERRORS = (
-    "ErrorDataDecoderException",
-    "ArrayIndexOutOfBoundsException",
-    "StringIndexOutOfBoundsException",
-)  # of forms that TorchServe cannot take apart
-WORKER_DIED = (
-    "Worker died"  # TorchServe of a request whose worker ended; another one may well answer it
-)
 PROBE_VARIABLE = "ADE_PROBE_SECRET"  # the service's to its page
-MAX_WAIT_S = 30.0  # between two tries, whatever a gateway asks for
+MAX_WAIT_S = 30.0  # between two tries, however long a gateway advises
+# What a proxy or gateway answers by itself, in another shape than the API's: status to code.
+FOREIGN_ERRORS = {
+    401: ("bad_token", "the server requires a valid token"),
+    404: ("unknown_model", "the server has no model of this name"),
+    413: ("request_too_large", "the request is larger than the server reads"),
+}
+RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a little later
+# Answers of versions that report no decision: nothing is accepted.
+UNDECIDED = {
+    "decision": "no_verdict",
+    "decision_reason": "not_reported: the server is of a version that decides nothing",
+}
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
-Kind = Literal["mean", "density"]
+Images = Sequence[ImageLike] | np.ndarray
+P = ParamSpec("P")
+Model = TypeVar("Model")
+ResultT = TypeVar("ResultT")
 
 
 class AdeError(Exception):
     """An answer that is an error: ``status``, ``code``, ``message`` and, for one of several images,
     ``index``.
 
-    In the place of a :class:`ScoreResult` it has that one's ``accepted`` (never), ``decision`` and
+    In place of a :class:`ScoreResult` it also has ``accepted`` (always false), ``decision`` and
     ``decision_reason``.
     """
 
@@ -71,69 +96,15 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Latents:
-    """One list entry a level, coarsest first; each float32 ``(N, c, h, w)``.
-
-    ``eps``, the noise that samples ``z``, is empty unless asked for.
-    """
-
-    mean: list[np.ndarray]
-    log_scale: list[np.ndarray]
-    z: list[np.ndarray]
-    eps: list[np.ndarray]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """One image's reconstruction, uint8 ``(H, W, C)``, and its PSNR in decibels (infinite where
-    equal).
-    """
-
-    image: np.ndarray
-    psnr: float
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class ScoreResult:
-    """One image's bits per dimension, its parts, the verdict (``None`` where it is withheld) and
-    the decision.
-
-    Let an image through if it is ``accepted``: without a verdict, ``ood`` is ``None``, and it is
-        not.
-    """
-
-    bpd: float
-    bpd_parts: dict[str, float]
-    standard_error: float | None
-    ood_score: float | None
-    p_value: float | None
-    ood: bool | None
-    notes: list[str]
-    explain: list[Unusual]  # the most unusual first
-    discovery: bool | None = (
-        None  # whether it is reported at the false discovery rate that was asked for
-    )
-    bits: np.ndarray | None = (
-        None  # of each pixel, float64 (H, W); they sum to bpd times the image's values
-    )
-    heat_map: bytes | None = None  # the same as a PNG
-    decision: Choice = "no_verdict"
-    decision_reason: str | None = "not_reported: the server is of a version that decides nothing"
-
-    @property
-    def accepted(self) -> bool:
-        """Whether a calibrated verdict at this alpha found nothing unusual."""
-        return self.decision == "accept"
-
-
-@dataclass(frozen=True)
 class GroupScore:
-    """Several images judged together: ``p_value`` is of all (Simes), ``None`` where fewer than two
-    got a verdict.
+    """Several images judged together.
 
-    ``notes`` say what too few calibration images make impossible; ``rejected`` are those that each
-    by itself has a p-value of at most 0.01, whether discovered or not.
+    Attributes:
+        results: one per image.
+        p_value: of all images (Simes); ``None`` if fewer than two have a verdict.
+        discoveries: how many images are reported at the false discovery rate.
+        rejected: how many images have a p-value of at most 0.01, whether reported or not.
+        notes: discoveries that too few calibration images rule out.
     """
 
     results: list[ScoreResult | AdeError]
@@ -143,15 +114,66 @@ class GroupScore:
     notes: list[str] = field(default_factory=list)
 
 
+def _takes(
+    model: Callable[P, Model],
+) -> Callable[
+    [Callable[[AdeClient, Model], ResultT]], Callable[Concatenate[AdeClient, P], ResultT]
+]:
+    """Decorate a method so that callers give the fields of its last argument: ``sample(n=4)``."""
+
+    def decorate(
+        method: Callable[[AdeClient, Model], ResultT],
+    ) -> Callable[Concatenate[AdeClient, P], ResultT]:
+        @functools.wraps(method)
+        def call(client: AdeClient, *args: P.args, **fields: P.kwargs) -> ResultT:
+            return method(client, model(*args, **fields))
+
+        _show_fields(call, method, model)
+        return call
+
+    return decorate
+
+
+def _takes_images(
+    model: Callable[P, Model],
+) -> Callable[
+    [Callable[[AdeClient, Images, Model], ResultT]],
+    Callable[Concatenate[AdeClient, Images, P], ResultT],
+]:
+    """Decorate a method of images in the same way: ``score(images, alpha=0.05)``."""
+
+    def decorate(
+        method: Callable[[AdeClient, Images, Model], ResultT],
+    ) -> Callable[Concatenate[AdeClient, Images, P], ResultT]:
+        @functools.wraps(method)
+        def call(client: AdeClient, images: Images, *args: P.args, **fields: P.kwargs) -> ResultT:
+            return method(client, images, model(*args, **fields))
+
+        _show_fields(call, method, model)
+        return call
+
+    return decorate
+
+
+def _show_fields(
+    call: Callable[..., Any], method: Callable[..., Any], model: Callable[..., Any]
+) -> None:
+    """Give a decorated method the signature that ``help`` shows."""
+    signature = inspect.signature(method)
+    *own, _ = signature.parameters.values()
+    fields = inspect.signature(model).parameters.values()
+    call.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+
+
 class AdeClient:
     """Talks to one model of a service.
 
     Args:
-        url: of the inference address; unless given, of a service that this environment's ports say.
+        url: of the inference address; by default that of the ports in this environment.
         model: name of a further bundle; the first bundle needs none.
-        token: where the service asks for one.
-        retries: how often a 503, or a worker that died over the request, is tried again, waiting as
-            advised or twice as long each time.
+        token: if the service requires one.
+        retries: how often a request is repeated after 429, 503 or 507. The client waits as
+            advised, or twice as long each time.
         timeout: seconds for one answer.
 
     Raises (every method):
@@ -192,67 +214,32 @@ class AdeClient:
     def close(self) -> None:
         self._http.close()
 
-    def sample(
-        self,
-        n: int = 1,
-        seed: int | None = None,
-        index: int = 0,
-        temperature: float = 1.0,
-        kind: Kind = "mean",
-    ) -> Samples:
+    @_takes(SampleParameters)
+    def sample(self, parameters: SampleParameters) -> Samples:
         """New images; the seed that was used is in the result."""
-        answer = self._post(
-            "sample",
-            {
-                "n": n,
-                "seed": seed,
-                "index": index,
-                "temperature": temperature,
-                "kind": kind,
-                "format": "npy",
-            },
-        )
+        answer = self._post("sample", parameters, format="npy")
         return Samples(
-            _npy(answer), int(answer.headers["X-Ade-Seed"]), answer.headers["X-Ade-Model"]
+            _npy(answer), int(answer.headers[SEED_HEADER]), answer.headers["X-Ade-Model"]
         )
 
-    def sample_png(
-        self,
-        n: int = 1,
-        seed: int | None = None,
-        index: int = 0,
-        temperature: float = 1.0,
-        kind: Kind = "mean",
-    ) -> tuple[bytes, int]:
-        """One picture of a grid of samples, a PNG file whose text reproduces it, and the seed that
-        was used.
-        """
-        answer = self._post(
-            "sample",
-            {
-                "n": n,
-                "seed": seed,
-                "index": index,
-                "temperature": temperature,
-                "kind": kind,
-                "format": "png",
-            },
-        )
-        return answer.content, int(answer.headers["X-Ade-Seed"])
+    @_takes(SampleParameters)
+    def sample_png(self, parameters: SampleParameters) -> tuple[bytes, int]:
+        """A grid of samples as one PNG file, whose text reproduces it, and the seed that was used."""
+        answer = self._post("sample", parameters, format="png")
+        return answer.content, int(answer.headers[SEED_HEADER])
 
     def is_ready(self) -> bool:
-        """Whether all four operations answer; one that the model does not have answers by saying
-        so.
+        """Whether all four operations answer. An operation that the model does not have answers
+        ``not_available``.
         """
         try:
             secret = os.environ.get(PROBE_VARIABLE)  # without it these requests count as traffic
             probe = None if secret is None else {PROBE_HEADER: secret}
-            images = _images(
-                _npy(self._post("sample", {"seed": 0, "format": "npy"}, probe)), resize=False
-            )
+            sample = SampleParameters(seed=0)
+            images = _npy(self._post("sample", sample, format="npy", headers=probe))
             for operation in ("encode", "reconstruct", "score"):
                 try:
-                    self._post(operation, images, probe)
+                    self._post(operation, ImageParameters(), images, headers=probe)
                 except AdeError as error:
                     if error.code != "not_available":
                         raise
@@ -261,128 +248,94 @@ class AdeClient:
             return False
 
     def decode(self, z: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
-        """The images of latents: one array a level, ``(N, c, h, w)``; uint8 ``(N, H, W, C)``."""
-        return self._decode("z", z, seed, kind)
+        """The images of latents: one array per level, ``(N, c, h, w)``; uint8 ``(N, H, W, C)``."""
+        rows = range(len(z[0]))
+        return self._decode([[GivenLevel(z=level[i]) for level in z] for i in rows], seed, kind)
 
     def sample_with(
         self, eps: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean"
     ) -> np.ndarray:
-        """The images of standard normal noise: one array a level, ``(N, c, h, w)``; uint8 ``(N, H,
-        W, C)``.
+        """The images of standard normal noise: one array per level, ``(N, c, h, w)``; uint8 ``(N,
+        H, W, C)``.
 
-        Noise of zeros is the mean that the coarser levels lead to expect.
+        Zeros in a level give the mean that the coarser levels predict.
         """
-        return self._decode("eps", eps, seed, kind)
+        rows = range(len(eps[0]))
+        return self._decode([[GivenLevel(eps=level[i]) for level in eps] for i in rows], seed, kind)
 
-    def _decode(
-        self, name: str, latents: Sequence[np.ndarray], seed: int, kind: Kind
-    ) -> np.ndarray:
-        entries = [
-            {"levels": [{name: np.asarray(level[i]).tolist()} for level in latents]}
-            for i in range(len(latents[0]))
-        ]
-        return _npy(
-            self._post("sample", {"latents": entries, "seed": seed, "kind": kind, "format": "npy"})
-        )
+    def _decode(self, images: list[list[GivenLevel]], seed: int, kind: Kind) -> np.ndarray:
+        latents = [GivenLatents(levels=levels) for levels in images]
+        parameters = SampleParameters(latents=latents, seed=seed, kind=kind)
+        return _npy(self._post("sample", parameters, format="npy"))
 
-    def encode(
-        self,
-        images: Sequence[ImageLike] | np.ndarray,
-        seed: int = 0,
-        resize: bool = False,
-        eps: bool = False,
-    ) -> Latents:
-        """Latents of images, and the noise that samples them if ``eps``; the first that cannot be
-        used raises.
+    @_takes_images(EncodeParameters)
+    def encode(self, images: Images, parameters: EncodeParameters) -> Latents:
+        """Latents of images, and with ``eps`` the noise that samples them. Raises the error of the
+        first image that cannot be used.
         """
-        answer = self._post(
-            "encode", {**_images(images, resize), "seed": seed, "eps": eps, "format": "npz"}
-        )
-        with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
-            levels = range(sum(name.startswith("z_") for name in arrays.files))
-            return Latents(
-                *(
-                    [arrays[f"{name}_{i}"] for i in levels if f"{name}_{i}" in arrays]
-                    for name in ("mean", "log_scale", "z", "eps")
-                )
-            )
+        return Latents.load(self._post("encode", parameters, images, format="npz").content)
 
+    @_takes_images(ReconstructParameters)
     def reconstruct(
-        self,
-        images: Sequence[ImageLike] | np.ndarray,
-        seed: int = 0,
-        kind: Kind = "mean",
-        resize: bool = False,
+        self, images: Images, parameters: ReconstructParameters
     ) -> list[Reconstruction | AdeError]:
-        """Reconstructions, one an image; an image that cannot be used has its error in its place."""
-        answer = self._post(
-            "reconstruct", {**_images(images, resize), "seed": seed, "kind": kind, "format": "json"}
-        )
-        return [
-            _entry(r)
-            or Reconstruction(
-                _pixels(r["image"]),
-                float("inf") if r["psnr"] is None else r["psnr"],
-                r.get("notes", []),
-            )
-            for r in answer.json()["results"]
-        ]
-
-    def score(
-        self,
-        images: Sequence[ImageLike] | np.ndarray,
-        samples: int = 1,
-        seed: int = 0,
-        alpha: float = 0.01,
-        resize: bool = False,
-        map: bool = False,
-        explain: bool = True,
-    ) -> list[ScoreResult | AdeError]:
-        """Bits per dimension and verdicts, one an image; an image that cannot be used has its error
-        in its place.
+        """Reconstructions, one per image, with the error of an image that cannot be used in its
+        place.
         """
-        answer = self._post(
-            "score",
-            {
-                **_images(images, resize),
-                "samples": samples,
-                "seed": seed,
-                "alpha": alpha,
-                "map": map,
-                "explain": explain,
-            },
-        )
-        return [_entry(r) or _score(r) for r in answer.json()["results"]]
+        answer = self._post("reconstruct", parameters, images, format="json")
+        return [_entry(r) for r in from_json(ReconstructAnswer, answer.json()).results]
 
-    def score_group(
-        self, images: Sequence[ImageLike] | np.ndarray, fdr: float = 0.1, resize: bool = False
-    ) -> GroupScore:
-        """Verdicts of several images together; of the discoveries a share of at most ``fdr`` is
+    @_takes_images(ScoreParameters)
+    def score(self, images: Images, parameters: ScoreParameters) -> list[ScoreResult | AdeError]:
+        """Bits per dimension and verdicts, one per image, with the error of an image that cannot be
+        used in its place.
+        """
+        return [_entry(r) for r in self._score(images, parameters).results]
+
+    def score_group(self, images: Images, fdr: float = 0.1, resize: bool = False) -> GroupScore:
+        """Verdicts of several images together. Of the discoveries, a fraction of at most ``fdr`` is
         expected to be false.
         """
-        answer = self._post(
-            "score", {**_images(images, resize), "fdr": fdr, "explain": False}
-        ).json()
-        results = [_entry(r) or _score(r) for r in answer["results"]]
-        group = answer.get("group", {})
+        answer = self._score(images, ScoreParameters(fdr=fdr, resize=resize, explain=False))
+        results = [_entry(r) for r in answer.results]
         return GroupScore(
             results,
-            group.get("p_value"),
+            None if answer.group is None else answer.group.p_value,
             sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results),
             sum(r.decision == "reject" for r in results),
-            group.get("notes", []),
+            [] if answer.group is None else answer.group.notes,
         )
 
+    def _score(self, images: Images, parameters: ScoreParameters) -> ScoreAnswer:
+        answer = self._post("score", parameters, images).json()
+        answer["results"] = [r if "error" in r else {**UNDECIDED, **r} for r in answer["results"]]
+        return from_json(ScoreAnswer, answer)
+
     def _post(
-        self, operation: str, values: dict[str, Any], headers: dict[str, str] | None = None
+        self,
+        operation: str,
+        parameters: SampleParameters | ImageParameters,
+        images: Images | None = None,
+        format: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> httpx.Response:
-        values = {name: value for name, value in values.items() if value is not None}
+        """The answer to a request, which is repeated while the service asks for it.
+
+        Raises:
+            AdeError: the answer is an error.
+        """
+        values = to_json(parameters)
+        if images is not None:
+            files = [base64.b64encode(image_file(image)).decode() for image in images]
+            values = {"images": files, **values}
+        if format is not None:
+            values["format"] = format
         wait = 0.1
         for attempt in range(self._retries + 1):
             answer = self._http.post(
                 f"/predictions/{self._prefix}{operation}", json=values, headers=headers
             )
-            if not _is_passing(answer) or attempt == self._retries:
+            if answer.status_code not in RETRIED or attempt == self._retries:
                 break
             time.sleep(asked_to_wait(answer) or wait)
             wait *= 2
@@ -392,23 +345,9 @@ class AdeClient:
 
 
 def asked_to_wait(answer: httpx.Response) -> float | None:
-    """Seconds until the next try; ``None`` where the answer does not say, or says a date."""
+    """Seconds until the next try; ``None`` if the answer does not say, or says a date."""
     asked = answer.headers.get("Retry-After", "")
     return min(float(asked), MAX_WAIT_S) if asked.isdecimal() else None
-
-
-def _is_passing(answer: httpx.Response) -> bool:
-    """Whether the same request may well be answered a little later."""
-    return (
-        answer.status_code in (429, 503, 507)
-        or answer.status_code == 500
-        and WORKER_DIED in answer.text
-    )
-
-
-def _images(images: Sequence[ImageLike] | np.ndarray, resize: bool) -> dict[str, Any]:
-    files = [base64.b64encode(image_file(image)).decode() for image in images]
-    return {"images": files, **({"resize": "fit"} if resize else {})}
 
 
 def image_file(image: ImageLike) -> bytes:
@@ -435,54 +374,24 @@ def _npy(answer: httpx.Response) -> np.ndarray:
     return array
 
 
-def _pixels(text: str) -> np.ndarray:
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def _score(result: dict[str, Any]) -> ScoreResult:
-    notes, found = result.pop("notes", []), result.pop("map", None)
-    bits = None if found is None else np.array(found["bits"])
-    explain = [Unusual(**entry) for entry in result.pop("explain", [])]
-    return ScoreResult(
-        notes=notes,
-        explain=explain,
-        bits=bits,
-        heat_map=found and base64.b64decode(found["png"]),
-        **result,
-    )
-
-
-def _entry(result: dict[str, Any]) -> AdeError | None:
-    error = result.get("error")
-    return (
-        None
-        if error is None
-        else AdeError(422, error["code"], error["message"], error.get("index"))
-    )
+def _entry(result: ResultT | Problem) -> ResultT | AdeError:
+    """One image's result, or its error."""
+    if isinstance(result, Problem):
+        error = result.error
+        return AdeError(422, error.code, error.message, error.index)
+    return result
 
 
 def _error(answer: httpx.Response) -> AdeError:
-    """Our error shape, or TorchServe's own words for what it answers itself, in one exception."""
+    """The error of an answer, also if a proxy or gateway gave it in another shape."""
     status = answer.status_code
     try:
-        body = answer.json()
-    except ValueError:
-        body = None
-    if isinstance(body, dict) and isinstance(body.get("error"), dict):
-        error = body["error"]
-        return AdeError(status, error["code"], error["message"], error.get("index"))
-    kind = str(body.get("type", "")) if isinstance(body, dict) else ""
-    if status == 413:
-        return AdeError(413, "request_too_large", "the request is larger than the server reads")
-    if status == 404:
-        return AdeError(404, "unknown_model", "the server has no model of this name")
-    if kind in FORM_ERRORS:
-        return AdeError(400, "malformed_request", "the form cannot be taken apart")
-    if kind == "InvalidKeyException":
-        return AdeError(401, "bad_token", "the server wants a valid token")
-    if _is_passing(answer):
-        return AdeError(
-            503, "overloaded", "the server cannot take the request now: try again later"
+        error = from_json(Problem, answer.json()).error
+    except (ValueError, TypeError, AttributeError):
+        code, message = FOREIGN_ERRORS.get(
+            status, ("server_error", f"the server answered {status}")
         )
-    return AdeError(status, "server_error", f"the server answered {status}")
+        if status in RETRIED:
+            code, message = "overloaded", "the server cannot take the request now: try again later"
+        return AdeError(status, code, message)
+    return AdeError(status, error.code, error.message, error.index)

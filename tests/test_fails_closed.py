@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -112,14 +114,12 @@ def test_over_http_in_files_and_on_the_page(
     check(name, path, row["decision"], row["decision_reason"])
     assert status == (0 if row["decision"] == "reject" else NO_VERDICT)
     shown = ScoreResult(
-        1.0,
-        {},
-        None,
-        result["ood_score"],
-        result["p_value"],
-        result["ood"],
-        [],
-        [],
+        bpd=1.0,
+        bpd_parts={},
+        standard_error=None,
+        ood_score=result["ood_score"],
+        p_value=result["p_value"],
+        ood=result["ood"],
         decision=result["decision"],
         decision_reason=result["decision_reason"],
     )
@@ -157,7 +157,24 @@ def test_over_the_client(
 
 
 def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
-    result = ScoreResult(3.0, {}, None, 1.0, 0.5, False, [], [])
+    """An answer of a version that reported no decision."""
+    entry = {"bpd": 3.0, "bpd_parts": {}, "standard_error": None}
+    verdict = {"ood_score": 1.0, "p_value": 0.5, "ood": False}
+    answer = {"model": "m", "estimator": "elbo", "samples": 1, "alpha": 0.01}
+    answer["results"] = [entry | verdict]
+
+    class OldServer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), OldServer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with AdeClient(f"http://127.0.0.1:{server.server_port}", timeout=10) as client:
+            (result,) = client.score([b"image"])
     assert (
         not result.accepted
         and result.decision == "no_verdict"

@@ -13,14 +13,8 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.api.requests import (
-    RawRequest,
-    SampleRequest,
-    decode_images,
-    parse_images,
-    parse_sample,
-)
-from serving.api.responses import expected_bytes
+from serving.api.operations.registry import OPERATIONS
+from serving.api.requests import FilesRequest, RawRequest, decode_images
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
@@ -57,6 +51,13 @@ def request(images: np.ndarray | None = None, **parameters: object) -> RawReques
     return RawRequest("application/json", json.dumps({**files, **parameters}).encode())
 
 
+def expected_bytes(operation: str, raw: RawRequest, engine: InferenceEngine) -> int:
+    parsed = OPERATIONS[operation].parse(raw, engine.bundle)
+    if isinstance(parsed, FilesRequest):
+        (parsed,) = decode_images([parsed], engine.image_shape)
+    return OPERATIONS[operation].answer_bytes(parsed, engine.bundle)
+
+
 @pytest.mark.parametrize("operation, parameters", CASES)
 def test_answers_are_no_longer_than_expected(
     operation: str, parameters: dict, engine: InferenceEngine, real_images: np.ndarray
@@ -67,13 +68,7 @@ def test_answers_are_no_longer_than_expected(
     raw = request(None if operation == "sample" else noise, **parameters)
     (answer,) = Service(operation, engine).answer([raw])
     assert answer.status == 200
-    parsed = (
-        parse_sample(raw, engine.latent_shapes)
-        if operation == "sample"
-        else (decode_images([parse_images(operation, raw)], engine.image_shape)[0])
-    )
-    expected = expected_bytes(operation, parsed, engine.image_shape, engine.latent_shapes)
-    assert isinstance(parsed, SampleRequest) == (operation == "sample")
+    expected = expected_bytes(operation, raw, engine)
     assert len(answer.body) <= expected <= 16 * len(answer.body)
 
 
@@ -111,8 +106,7 @@ def test_room_that_answers_did_not_need_goes_to_others(
     service = Service("score", engine)
     (alone,) = service.answer(requests[:1])
     room = 6 * len(alone.body)
-    (parsed,) = decode_images([parse_images("score", requests[0])], engine.image_shape)
-    assert 6 * expected_bytes("score", parsed, engine.image_shape, engine.latent_shapes) > room
+    assert 6 * expected_bytes("score", requests[0], engine) > room
     monkeypatch.setattr("serving.api.service.MAX_BATCH_BYTES", room + len(alone.body))
     assert Counter(a.status for a in service.answer(requests))[200] >= 5
 

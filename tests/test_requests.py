@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serving.api.errors import ApiError
-from serving.api.parameters import PARAMETERS
+from serving.api.operations.registry import OPERATIONS
+from serving.api.operations.sample import Sample, SampleRequest
+from serving.api.operations.score import ScoreParameters
 from serving.api.requests import (
+    FilesRequest,
     ImagesRequest,
     InputImage,
     RawRequest,
     decode_images,
-    parse_images,
-    parse_sample,
 )
 from serving.api.responses import error_response
+from serving.engine.bundle import Bundle
 
 SHAPE = (8, 8, 3)
 LATENTS = [(3, 2, 2), (2, 4, 4)]
+BUNDLE = Bundle(Path(), {"name": "b", "image_shape": SHAPE, "latent_shapes": LATENTS})
 PIXELS = (np.arange(192) % 251).astype(np.uint8).reshape(SHAPE)
 
 
@@ -65,6 +69,14 @@ def refused(call: Any, *args: Any) -> ApiError:
     return caught.value
 
 
+def parse_sample(request: RawRequest, latent_shapes: list) -> SampleRequest:
+    return Sample().parse_for(request, latent_shapes)
+
+
+def parse_images(operation: str, request: RawRequest) -> FilesRequest:
+    return OPERATIONS[operation].parse(request, BUNDLE)
+
+
 def read_images(operation: str, request: RawRequest, shape: tuple[int, int, int]) -> ImagesRequest:
     return decode_images([parse_images(operation, request)], shape)[0]
 
@@ -98,22 +110,17 @@ def test_every_way_to_send_an_image(request_: RawRequest) -> None:
     parsed = read_images("score", request_, SHAPE)
     (image,) = parsed.images
     assert isinstance(image, InputImage) and np.array_equal(image.pixels, PIXELS)
-    assert parsed.parameters == {
-        "seed": 0,
-        "samples": 1,
-        "alpha": 0.01,
-        "fdr": None,
-        "explain": True,
-        "map": False,
-        "format": "json",
-    }
+    assert parsed.parameters == ScoreParameters(
+        seed=0, resize=False, samples=1, alpha=0.01, fdr=None, explain=True, map=False
+    )
+    assert parsed.format == "json"
 
 
 def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:
     fields = {f"image{i}": png(np.full(SHAPE, i, np.uint8)) for i in (10, 2, 1)} | {"image": png()}
     parsed = read_images("score", form(**fields, samples=b"2", alpha="0.5"), SHAPE)
     assert [int(i.pixels[0, 0, 0]) for i in parsed.images[1:]] == [1, 2, 10]
-    assert parsed.parameters["samples"] == 2 and parsed.parameters["alpha"] == 0.5
+    assert parsed.parameters.samples == 2 and parsed.parameters.alpha == 0.5
 
 
 def test_a_bad_image_keeps_its_place() -> None:
@@ -344,13 +351,9 @@ def test_sample_defaults_and_forms() -> None:
     parsed = parse_sample(
         form(n=b"3", seed="5", temperature="0.5", kind="density", format="npy"), LATENTS
     )
-    assert (parsed.n, parsed.seed, parsed.temperature, parsed.kind, parsed.format) == (
-        3,
-        5,
-        0.5,
-        "density",
-        "npy",
-    )
+    given = parsed.parameters
+    assert (given.n, given.seed, given.temperature, given.kind) == (3, 5, 0.5, "density")
+    assert parsed.format == "npy"
     assert refused(parse_sample, body(b""), LATENTS).status == 400
     assert "as JSON" in refused(parse_sample, body(b"n=3", "text/plain"), LATENTS).message
 
@@ -360,7 +363,9 @@ def test_json_that_came_as_a_form() -> None:
     with pytest.raises(ApiError, match="needs the header Content-Type: application/json"):
         parse_sample(RawRequest("application/x-www-form-urlencoded", None, {}), LATENTS)
     assert (
-        parse_sample(RawRequest("application/x-www-form-urlencoded", None, {"n": b"4"}), LATENTS).n
+        parse_sample(
+            RawRequest("application/x-www-form-urlencoded", None, {"n": b"4"}), LATENTS
+        ).count
         == 4
     )
 
@@ -390,7 +395,9 @@ def test_latents_in_the_structure_of_encode() -> None:
     ):
         parsed = parse_sample(as_json(latents=latents), LATENTS)
         assert (
-            parsed.n == 1 and parsed.latents is not None and parsed.latents[1].shape == (1, 2, 4, 4)
+            parsed.count == 1
+            and parsed.latents is not None
+            and parsed.latents[1].shape == (1, 2, 4, 4)
         )
 
 
@@ -401,12 +408,12 @@ JSON_VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-NAMES = sorted({name for known in PARAMETERS.values() for name in known} | {"images"})
+NAMES = sorted({name for known in OPERATIONS.values() for name in known.fields} | {"images"})
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from(sorted(PARAMETERS)),
+    st.sampled_from(sorted(OPERATIONS)),
     st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON_VALUES, max_size=5),
 )
 def test_any_json_is_parsed_or_refused_in_shape(operation: str, values: dict) -> None:
@@ -415,7 +422,7 @@ def test_any_json_is_parsed_or_refused_in_shape(operation: str, values: dict) ->
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(sorted(PARAMETERS)),
+    st.sampled_from(sorted(OPERATIONS)),
     st.binary(max_size=300),
     st.sampled_from([b"", b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"{"]),
     st.sampled_from(["", "application/json", "application/x-npy", "image/png", "text/plain"]),
@@ -477,7 +484,7 @@ def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> No
     number = -1.1754943508222875e-38  # as long as they come
     level = dict.fromkeys(("mean", "log_scale", "z", "eps"), np.full(shapes[0], number).tolist())
     whole = json.dumps({"latents": {"results": [{"levels": [level]}] * 256}}).encode()
-    assert parse_sample(body(whole, "application/json"), shapes).n == 256
+    assert parse_sample(body(whole, "application/json"), shapes).count == 256
     for request in (body(b"[" * 2 * 10**7, "application/json"), form(latents=b"[" * 2 * 10**7)):
         assert refused(parse_sample, request, shapes).status == 413
 
@@ -528,7 +535,7 @@ def test_all_that_encode_answers_can_be_sent_back(shapes: list) -> None:
         request = parse_sample(RawRequest("application/json", body), shapes)
     except ApiError as error:
         raise AssertionError(error.message) from error
-    assert request.n == 256
+    assert request.count == 256
 
 
 def test_an_array_whose_shape_has_a_truth_value() -> None:

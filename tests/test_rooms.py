@@ -27,10 +27,12 @@ MAY_IMPORT = {
     "serving.verdict": IMAGES,
     "serving.engine": {"serving.verdict", *IMAGES},
     "serving.api": {"serving.engine", "serving.verdict", *IMAGES},
-    # Of ours only names and constants: it needs NumPy, Pillow and httpx alone.
+    # Of ours only models, names and constants: it needs NumPy, Pillow and httpx alone.
     "serving.client": {
+        "serving.api.errors",
+        "serving.api.model",
+        "serving.api.operations",
         "serving.api.requests",
-        "serving.verdict.calibration",
         "serving.verdict.decision",
         *IMAGES,
     },
@@ -47,9 +49,8 @@ MAY_IMPORT = {
 # Small modules at the top of serving/ that import nothing of ours are everybody's.
 SHARED = {"serving.locks", "serving.messages", "serving.ports", "serving.tables"}
 SERVER = "handlers/torchserve/"
-# Beside the server's own room and the docs: the client translates what it answers by itself, and
-# `ade serve --engine` must know its name.
-MAY_NAME_THE_SERVER = {"serving/client.py", "handlers/launch/engines.py"}
+# Beside the server's own room and the docs: `ade serve --engine` must know its name.
+MAY_NAME_THE_SERVER = {"handlers/launch/engines.py"}
 
 
 def imports() -> Iterator[tuple[str, str]]:

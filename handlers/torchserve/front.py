@@ -22,9 +22,9 @@ from handlers.front import listen
 from handlers.front.admission import Lane, Limits, Memory
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.settings import FrontSettings
+from handlers.torchserve.errors import translate
 from serving.api.errors import ApiError
 from serving.api.requests import PROBE_HEADER
-from serving.client import FORM_ERRORS, WORKER_DIED
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
@@ -163,29 +163,9 @@ def _translated(answer: Answer) -> Answer:
         return answer
     identity = [(name, value) for name, value in answer.headers if name.lower() == "x-request-id"]
     return Answer.of_error(
-        _torchserve_error(answer.status, str(found.get("type")), str(found.get("message"))),
+        translate(answer.status, str(found.get("type")), str(found.get("message"))),
         *identity,
     )
-
-
-def _torchserve_error(status: int, kind: str, message: str) -> ApiError:
-    if status == 413:
-        return ApiError(413, "request_too_large", "the request is larger than the server reads")
-    if status == 404:
-        return ApiError(404, "unknown_model", "the service has no model of this name")
-    if kind in FORM_ERRORS:
-        return ApiError(400, "malformed_request", "the form cannot be taken apart")
-    if WORKER_DIED in message:
-        return ApiError(503, "unavailable", "the worker that had the request died: try again later")
-    if status in (503, 507):
-        return ApiError(
-            503, "overloaded", "the service cannot take the request now: try again later"
-        )
-    if kind == "InvalidKeyException":
-        logger.error("the model server refuses the front's key")
-    elif status < 500:
-        return ApiError(400, "malformed_request", "the server cannot read the request")
-    return ApiError(500, "internal_error", "the server failed on this request; its log says why")
 
 
 @contextlib.asynccontextmanager

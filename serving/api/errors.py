@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 PHRASES = {
     400: "Bad Request",
@@ -20,7 +21,7 @@ class ApiError(Exception):
     Attributes:
         status: HTTP status.
         code: a short name that programs can compare.
-        message: what is wrong, what was expected and what came, for people.
+        message: what is wrong, what was expected and what was received, for people.
         index: which image of the request it is about, if one.
     """
 
@@ -36,26 +37,46 @@ class ApiError(Exception):
         return ApiError(self.status, self.code, self.message, index)
 
     def body(self) -> dict[str, Any]:
-        """``{"error": {"code", "message", "index"?}}``."""
+        """``{"error": {"code", "message", "index"?}}``, as in :class:`Problem`."""
         error: dict[str, Any] = {"code": self.code, "message": self.message}
         if self.index is not None:
             error["index"] = self.index
         return {"error": error}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Error:
+    """An error as it is written in JSON."""
+
+    code: Annotated[str, "a short name that programs can compare"]
+    message: Annotated[str, "what is wrong, what was expected and what was received"]
+    index: Annotated[int | None, "which image of the request it is about, if one"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The body of every answer other than 200, and the entry of an image that cannot be used."""
+
+    error: Error
+
+    @classmethod
+    def of(cls, error: ApiError) -> Problem:
+        return cls(error=Error(code=error.code, message=error.message, index=error.index))
+
+
 def malformed(message: str) -> ApiError:
-    """400: the request cannot be taken apart."""
+    """400: the request cannot be parsed."""
     return ApiError(400, "malformed_request", message)
 
 
 def unusable(code: str, message: str) -> ApiError:
-    """422: the request is well formed and asks for what cannot be had."""
+    """422: the request is well formed, but cannot be fulfilled."""
     return ApiError(422, code, message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation failed for want of memory: Python's own error, or what ONNX Runtime and
-    PyTorch say.
+    """Whether a computation ran out of memory: Python's own error, or one of ONNX Runtime or
+    PyTorch, which have no type or code for it.
     """
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(

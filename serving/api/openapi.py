@@ -1,40 +1,57 @@
-"""The contract as an OpenAPI 3.1 document, made from the table that requests are read by."""
+"""The contract as an OpenAPI 3.1 document, made from the models that requests are read by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from serving.api.parameters import MAX_IMAGES, PARAMETERS
+from serving.api.errors import Problem
+from serving.api.operations.base import Operation
+from serving.api.operations.registry import OPERATIONS
+from serving.api.requests import JSON_TYPE
+from serving.api.schema import BINARY, Schemas, obj
 from serving.engine.bundle import Bundle
-from serving.engine.signatures import OPERATIONS
-from serving.verdict.statistics import part_names
 
-JSON = "application/json"
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/tiff")
-# Beside these, docs/api.md lists what is answered before a request reaches an operation.
-STATUSES = {
-    "400": "the request cannot be taken apart",
-    "413": "more than a request may have",
-    "415": "not an image, or a damaged one",
-    "422": "well formed and not usable",
-    "503": "overloaded or stopping: come again after Retry-After seconds",
+FORM_TYPE = "multipart/form-data"
+_TEXT = {"type": "string"}
+_RETRY = {
+    "Retry-After": {
+        "description": "seconds until the next try",
+        "schema": {"type": "integer", "minimum": 0},
+    }
 }
-ABOUT = {
-    "sample": "New images, or the images of given latents",
-    "encode": "Latents of images",
-    "reconstruct": "Images encoded and decoded, with their PSNR",
-    "score": "Bits per dimension of images, and a calibrated verdict whether they belong",
+# Status, description and headers. docs/api.md lists the codes of each status.
+ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "400": ("the request cannot be parsed", {}),
+    "401": (
+        "the token is missing or wrong",
+        {"WWW-Authenticate": {"description": "the scheme, Bearer", "schema": _TEXT}},
+    ),
+    "403": ("a web page of another origin sent the request", {}),
+    "404": ("no model of this name, or no such path", {}),
+    "405": (
+        "the method is not allowed",
+        {"Allow": {"description": "the methods that are allowed", "schema": _TEXT}},
+    ),
+    "408": ("the body arrived too slowly", {}),
+    "413": ("the request exceeds a limit", {}),
+    "415": ("not an image, or a damaged one", {}),
+    "421": ("the service is not reached under this host name", {}),
+    "422": ("well formed, but not usable", {}),
+    "429": ("too many requests; answered by a proxy with rate limits", _RETRY),
+    "500": ("the service failed; its log has the reason", {}),
+    "503": ("overloaded or stopping: try again after Retry-After seconds", _RETRY),
 }
-_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-_NUMBER: dict[str, Any] = {"type": "number"}
-_MAYBE: dict[str, Any] = {"type": ["number", "null"]}
-_PNG: dict[str, Any] = {
-    "type": "string",
-    "contentEncoding": "base64",
-    "contentMediaType": "image/png",
+# Of every answer of an operation.
+HEADERS: dict[str, Any] = {
+    "X-Ade-Model": {"description": "name and weights' hash", "schema": _TEXT},
+    "X-Ade-Backend": {"description": "what computed the answer", "schema": _TEXT},
+    "X-Ade-Batch": {
+        "description": "images computed together",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    "Server-Timing": {"description": "milliseconds that the stages took", "schema": _TEXT},
 }
-_PROBABILITY = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 
 
 def openapi_document(url: str, bundles: Sequence[Bundle], needs_token: bool) -> dict[str, Any]:
@@ -43,13 +60,15 @@ def openapi_document(url: str, bundles: Sequence[Bundle], needs_token: bool) -> 
     Args:
         url: of its inference address.
         bundles: that it serves, the first under the plain names.
-        needs_token: whether it asks for a token.
+        needs_token: whether it requires a token.
     """
     paths = {}
+    components: dict[str, Any] = {}
     for i, bundle in enumerate(bundles):
-        for operation in OPERATIONS:
-            name = operation if i == 0 else f"{bundle.name}-{operation}"
-            paths[f"/predictions/{name}"] = {"post": _operation(name, operation, bundle)}
+        schemas = Schemas(components, bundle)
+        for operation in OPERATIONS.values():
+            name = operation.name if i == 0 else f"{bundle.name}-{operation.name}"
+            paths[f"/predictions/{name}"] = {"post": _operation(name, operation, bundle, schemas)}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -59,17 +78,7 @@ def openapi_document(url: str, bundles: Sequence[Bundle], needs_token: bool) -> 
         },
         "servers": [{"url": url}],
         "paths": paths,
-        "components": {
-            "schemas": {
-                "Error": _ERROR,
-                "Problem": {
-                    "type": "object",
-                    "required": ["error"],
-                    "additionalProperties": False,
-                    "properties": {"error": {"$ref": "#/components/schemas/Error"}},
-                },
-            }
-        },
+        "components": {"schemas": components},
     }
     if needs_token:
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -77,191 +86,57 @@ def openapi_document(url: str, bundles: Sequence[Bundle], needs_token: bool) -> 
     return document
 
 
-_ERROR = {
-    "type": "object",
-    "required": ["code", "message"],
-    "additionalProperties": False,
-    "properties": {
-        "code": {"type": "string"},
-        "message": {"type": "string"},
-        "index": {"type": "integer", "minimum": 0},
-    },
-}
-
-
-def _operation(name: str, operation: str, bundle: Bundle) -> dict[str, Any]:
-    problem = {"content": {JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+def _operation(
+    name: str, operation: Operation[Any, Any, Any], bundle: Bundle, schemas: Schemas
+) -> dict[str, Any]:
     height, width, _ = bundle.image_shape
-    about = f"{ABOUT[operation]}. {bundle.name}: {width} x {height} pixels."
-    answers: dict[str, Any] = {
-        "200": {"description": "the answer", "content": _answers(operation, bundle)}
-    }
-    if operation not in bundle.operations:
-        about, answers = (
-            f"{bundle.name} was trained without an inference network and can only sample: 422.",
-            {},
-        )
+    if operation.name in bundle.operations:
+        about = f"{operation.summary}. {bundle.name}: {width} x {height} pixels."
+        answers = {"200": _answer(operation, schemas)}
+    else:
+        about = f"{bundle.name} was trained without an inference network and can only sample: 422."
+        answers = {}
+    problem = {JSON_TYPE: {"schema": schemas.reference(Problem)}}
     return {
         "operationId": name,
-        "summary": ABOUT[operation],
+        "summary": operation.summary,
         "description": about,
-        "requestBody": {"required": True, "content": _bodies(operation, bundle)},
+        "requestBody": {"required": True, "content": _bodies(operation, schemas)},
         "responses": {
             **answers,
-            **{status: {"description": words, **problem} for status, words in STATUSES.items()},
+            **{
+                status: {
+                    "description": description,
+                    **({"headers": headers} if headers else {}),
+                    "content": problem,
+                }
+                for status, (description, headers) in ERRORS.items()
+            },
         },
     }
 
 
-def _parameters(operation: str, bundle: Bundle) -> dict[str, Any]:
-    found = {
-        name: {
-            **spec.kind.schema,
-            "description": spec.about,
-            **({} if spec.default is None else {"default": spec.default}),
-        }
-        for name, spec in PARAMETERS[operation].items()
-    }
-    if "kind" in found:
-        found["kind"]["enum"] = list(bundle.kinds)
-    return found
-
-
-def _object(
-    properties: dict[str, Any], required: Sequence[str], closed: bool = True
-) -> dict[str, Any]:
+def _bodies(operation: Operation[Any, Any, Any], schemas: Schemas) -> dict[str, Any]:
+    parameters = schemas.parameters(operation.fields)
+    in_json, in_form = operation.json_body, operation.form_body
+    form = obj({**in_form, **parameters}, in_form)
+    if operation.form_patterns:
+        form["patternProperties"] = dict(operation.form_patterns)
     return {
-        "type": "object",
-        "properties": properties,
-        "required": list(required),
-        "additionalProperties": not closed,
+        JSON_TYPE: {"schema": obj({**in_json, **parameters}, in_json)},
+        FORM_TYPE: {"schema": form},
+        **{media_type: {"schema": BINARY} for media_type in operation.binary_bodies},
     }
 
 
-def _bodies(operation: str, bundle: Bundle) -> dict[str, Any]:
-    parameters = _parameters(operation, bundle)
-    if operation == "sample":
-        return {
-            JSON: {"schema": _object(parameters, ())},
-            "multipart/form-data": {"schema": _object(parameters, ())},
-        }
-    files = {
-        "type": "array",
-        "minItems": 1,
-        "maxItems": MAX_IMAGES,
-        "items": {"type": "string", "contentEncoding": "base64", "description": "an image file"},
-    }
-    form = {
-        "image": {
-            "type": "string",
-            "format": "binary",
-            "description": "a file; further ones image1, image2, …",
-        }
-    }
+def _answer(operation: Operation[Any, Any, Any], schemas: Schemas) -> dict[str, Any]:
     return {
-        JSON: {"schema": _object({"images": files, **parameters}, ("images",))},
-        "multipart/form-data": {"schema": _object({**form, **parameters}, ("image",))},
-        "application/x-npy": _BINARY,
-        **{kind: _BINARY for kind in IMAGE_TYPES},
-    }
-
-
-def _answers(operation: str, bundle: Bundle) -> dict[str, Any]:
-    if operation == "sample":
-        result = _object(
-            {"image": _PNG, "seed": {"type": "integer"}, "index": {"type": "integer"}},
-            ("image", "seed", "index"),
-        )
-        head = {"kind": {"type": "string"}, "seed": {"type": "integer"}, "temperature": _NUMBER}
-        return {
-            "image/png": _BINARY,
-            "application/x-npy": _BINARY,
-            JSON: _results(result, head, errors=False),
-        }
-    if operation == "encode":
-        arrays = {name: {"type": "array"} for name in ("shape", "mean", "log_scale", "z")}
-        level = _object({**arrays, "eps": {"type": "array"}}, tuple(arrays))
-        result = _noted(
-            {"levels": {"type": "array", "items": level, "minItems": len(bundle.latent_shapes)}},
-            ("levels",),
-        )
-        return {JSON: _results(result, {}), "application/x-npz": _BINARY}
-    if operation == "reconstruct":
-        result = _noted({"image": _PNG, "psnr": _MAYBE}, ("image", "psnr"))
-        return {
-            "image/png": _BINARY,
-            "application/x-npy": _BINARY,
-            JSON: _results(result, {"kind": {"type": "string"}}),
-        }
-    parts = ("dequantization", *part_names(len(bundle.latent_shapes)))
-    reason = _object(
-        {"statistic": {"type": "string"}, "value": _NUMBER, "p_value": _PROBABILITY},
-        ("statistic", "value", "p_value"),
-    )
-    verdict = {
-        "ood_score": _MAYBE,
-        "p_value": {**_PROBABILITY, "type": ["number", "null"]},
-        "ood": {"type": ["boolean", "null"]},
-    }
-    decision = {
-        "decision": {
-            "enum": ["accept", "reject", "no_verdict"],
-            "description": "accept where a calibrated verdict could have rejected",
-        },
-        "decision_reason": {
-            "type": ["string", "null"],
-            "description": "why there is no verdict, after a code",
+        "description": "the answer",
+        "headers": {**HEADERS, **operation.headers},
+        "content": {
+            answer.media_type: {
+                "schema": BINARY if answer.model is None else schemas.reference(answer.model)
+            }
+            for answer in operation.formats.values()
         },
     }
-    result = _noted(
-        {
-            "bpd": _NUMBER,
-            "standard_error": _MAYBE,
-            **verdict,
-            "bpd_parts": _object({**{part: _NUMBER for part in parts}, "iwae_gap": _NUMBER}, parts),
-            "discovery": {"type": ["boolean", "null"]},
-            "explain": {"type": "array", "items": reason},
-            "map": _object({"bits": {"type": "array"}, "png": _PNG}, ("bits", "png")),
-            **decision,
-        },
-        ("bpd", "bpd_parts", "standard_error", *verdict, *decision),
-    )
-    head = {
-        "estimator": {"type": "string", "pattern": "^(elbo|iwae-[0-9]+)$"},
-        "samples": {"type": "integer"},
-        "alpha": _NUMBER,
-    }
-    group = _object(
-        {
-            "images": {"type": "integer"},
-            "p_value": _PROBABILITY,
-            "fdr": _NUMBER,
-            "discoveries": {"type": "integer"},
-            "rejected": {"type": "integer"},
-            "notes": {"type": "array", "items": {"type": "string"}},
-        },
-        ("images", "p_value"),
-    )
-    return {JSON: _results(result, head, optional={"group": group})}
-
-
-def _noted(properties: dict[str, Any], required: Sequence[str]) -> dict[str, Any]:
-    return _object(
-        {**properties, "notes": {"type": "array", "items": {"type": "string"}}}, required
-    )
-
-
-def _results(
-    result: dict[str, Any],
-    head: dict[str, Any],
-    errors: bool = True,
-    optional: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """One entry an image; of several images a bad one is an error in its place."""
-    entry = {"anyOf": [result, {"$ref": "#/components/schemas/Problem"}]} if errors else result
-    fixed = {
-        "model": {"type": "string"},
-        **head,
-        "results": {"type": "array", "items": entry, "minItems": 1},
-    }
-    return {"schema": _object({**fixed, **(optional or {})}, tuple(fixed))}

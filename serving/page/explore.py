@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from serving.api.latents import between, coarsest, exchanged, with_level
-from serving.api.parameters import MAX_TEMPERATURE
+from serving.api.operations.sample import MAX_TEMPERATURE
 from serving.client import AdeClient
 from serving.engine.bundle import Bundle
 from serving.engine.noise import MAX_SEED, NoiseStream, sample_key

@@ -1,0 +1,50 @@
+"""What TorchServe answers by itself, in the API's codes.
+
+It answers ``{"code": STATUS, "type": JAVA_EXCEPTION, "message": TEXT}``. Clients never see this: the
+front translates it by the tables below.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from serving.api.errors import ApiError
+
+logger = logging.getLogger(__name__)
+_UNREADABLE_FORM = (400, "malformed_request", "the form cannot be taken apart")
+BY_STATUS = {
+    404: (404, "unknown_model", "the service has no model of this name"),
+    413: (413, "request_too_large", "the request is larger than the server reads"),
+}
+BY_TYPE = {
+    "ArrayIndexOutOfBoundsException": _UNREADABLE_FORM,
+    "ErrorDataDecoderException": _UNREADABLE_FORM,
+    "StringIndexOutOfBoundsException": _UNREADABLE_FORM,
+}
+WORKER_DIED = "Worker died"  # a message whose type other failures have, too
+FRONTS_KEY_REFUSED = "InvalidKeyException"  # of the front's key, not of a client's token
+OVERLOADED = (503, 507)
+
+
+def translate(status: int, kind: str, message: str) -> ApiError:
+    """The API's error for one of TorchServe's own.
+
+    Args:
+        status: of the answer.
+        kind: name of the Java exception.
+        message: its text.
+    """
+    known = BY_STATUS.get(status) or BY_TYPE.get(kind)
+    if known is not None:
+        return ApiError(*known)
+    if WORKER_DIED in message:
+        return ApiError(503, "unavailable", "the worker that had the request died: try again later")
+    if status in OVERLOADED:
+        return ApiError(
+            503, "overloaded", "the service cannot take the request now: try again later"
+        )
+    if kind == FRONTS_KEY_REFUSED:
+        logger.error("the model server refuses the front's key")
+    elif status < 500:
+        return ApiError(400, "malformed_request", "the server cannot read the request")
+    return ApiError(500, "internal_error", "the server failed on this request; its log says why")

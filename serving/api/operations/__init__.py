@@ -1,0 +1,1 @@
+"""The four verbs of the API, one module each."""

@@ -1,0 +1,212 @@
+"""``encode``: latents of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+
+from serving.api.errors import ApiError, Problem, unusable
+from serving.api.model import Axes, JsonSchema, OfBundle, to_json
+from serving.api.operations.base import Format, ImageOperation, ImageParameters, Notes, split
+from serving.api.requests import JSON_BYTES_PER_NUMBER, JSON_TYPE, ImagesRequest, InputImage
+from serving.api.responses import (
+    HEAD_BYTES,
+    NPZ_TYPE,
+    Response,
+    check_size,
+    fail_on_error,
+    json_response,
+    npz_response,
+    results_of,
+)
+
+if TYPE_CHECKING:
+    from serving.engine.bundle import Bundle
+    from serving.engine.engine import EncodedLevel, InferenceEngine
+
+MAX_JSON_ENCODINGS = 16
+ARRAYS = ("mean", "log_scale", "z", "eps")  # of a level; eps only if it was requested
+_PER_LEVEL = OfBundle(
+    lambda bundle: dict.fromkeys(("minItems", "maxItems"), len(bundle.latent_shapes))
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeParameters(ImageParameters):
+    """The parameters of ``encode``."""
+
+    eps: Annotated[bool, "also answer the standard normal noise that samples each z"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One image's latents in one level."""
+
+    shape: Annotated[list[int], "(c, h, w)"]
+    mean: Annotated[np.ndarray, Axes(3)]
+    log_scale: Annotated[np.ndarray, Axes(3)]
+    z: Annotated[np.ndarray, Axes(3)]
+    eps: Annotated[np.ndarray | None, Axes(3)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeResult:
+    """One image's latents."""
+
+    levels: Annotated[list[Level], _PER_LEVEL, "coarsest first"]
+    notes: Notes = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeAnswer:
+    """Latents in JSON."""
+
+    model: Annotated[str, "name and weights' hash"]
+    results: Annotated[list[EncodeResult | Problem], JsonSchema({"minItems": 1})]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of several images, as an ``.npz`` holds them.
+
+    Each list has one array per level, coarsest first, float32 ``(N, c, h, w)``. ``eps``, the noise
+    that samples ``z``, is empty unless it was requested.
+    """
+
+    mean: list[np.ndarray]
+    log_scale: list[np.ndarray]
+    z: list[np.ndarray]
+    eps: list[np.ndarray]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of the ``.npz``: ``mean_i``, ``log_scale_i``, ``z_i`` and ``eps_i`` of level
+        ``i``.
+        """
+        named = {name: getattr(self, name) for name in ARRAYS}
+        return {
+            f"{name}_{i}": levels[i]
+            for i in range(len(self.z))
+            for name, levels in named.items()
+            if levels
+        }
+
+    @classmethod
+    def load(cls, data: bytes) -> Latents:
+        """Read an ``.npz``."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            levels = range(sum(name.startswith("z_") for name in arrays.files))
+            return cls(
+                *(
+                    [arrays[f"{name}_{i}"] for i in levels if f"{name}_{i}" in arrays]
+                    for name in ARRAYS
+                )
+            )
+
+
+class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
+    """Latents of images: the posterior's mean and log-scale in each level, and a draw."""
+
+    name = "encode"
+    summary = "Latents of images"
+    parameters = EncodeParameters
+    formats = {"json": Format(JSON_TYPE, EncodeAnswer), "npz": Format(NPZ_TYPE)}
+    about_formats = f"of the answer; json has the latents of at most {MAX_JSON_ENCODINGS} images"
+
+    def rows(self, request: ImagesRequest[EncodeParameters]) -> int:
+        # The noise of an encoding is computed as a likelihood is, in one more row.
+        return len(request.images) * (1 + request.parameters.eps)
+
+    def bytes_of_one(self, request: ImagesRequest[EncodeParameters], bundle: Bundle) -> int:
+        arrays = len(ARRAYS) - (not request.parameters.eps)
+        is_json = request.format == "json"
+        number = JSON_BYTES_PER_NUMBER if is_json else np.dtype(np.float32).itemsize
+        return arrays * number * sum(map(math.prod, bundle.latent_shapes)) + HEAD_BYTES
+
+    def run(
+        self,
+        images: Sequence[InputImage],
+        parameters: Sequence[EncodeParameters],
+        engine: InferenceEngine,
+    ) -> list[EncodedLevel]:
+        return engine.encode(
+            np.stack([image.pixels for image in images]),
+            [p.seed for p in parameters],
+            [p.eps for p in parameters],
+        )
+
+    def split(
+        self, computed: list[EncodedLevel], counts: Sequence[int]
+    ) -> list[list[EncodedLevel]]:
+        levels = [
+            {
+                name: split(getattr(level, name), counts)
+                for name in ARRAYS
+                if getattr(level, name) is not None
+            }
+            for level in computed
+        ]
+        return [
+            [
+                dataclasses.replace(level, **{name: values[i] for name, values in named.items()})
+                for level, named in zip(computed, levels, strict=True)
+            ]
+            for i in range(len(counts))
+        ]
+
+    def respond(
+        self,
+        request: ImagesRequest[EncodeParameters],
+        computed: list[EncodedLevel],
+        engine: InferenceEngine,
+    ) -> Response:
+        images = request.images
+        names = ARRAYS if request.parameters.eps else ARRAYS[:-1]
+        levels = [{name: getattr(level, name) for name in names} for level in computed]
+        arrays = [array for named in levels for array in named.values()]
+        is_finite = (
+            np.all([np.isfinite(array).all(axis=(1, 2, 3)) for array in arrays], axis=0)
+            if arrays
+            else np.empty(0, bool)
+        )
+        if request.format == "npz":
+            fail_on_error(images)
+            if not is_finite.all():
+                raise _not_finite().at(int(np.argmin(is_finite)))
+            check_size(sum(array.nbytes for array in arrays), "send fewer images")
+            found = {name: [named[name] for named in levels] for name in names}
+            return npz_response(Latents(**{"eps": [], **found}).arrays())
+        if len(images) > MAX_JSON_ENCODINGS:
+            raise unusable(
+                "too_many_images",
+                f"JSON carries the latents of at most {MAX_JSON_ENCODINGS} images, got "
+                f'{len(images)}: ask for "format": "npz"',
+            )
+        numbers = sum(array.size for array in arrays)
+        check_size(JSON_BYTES_PER_NUMBER * numbers, 'ask for "format": "npz"')
+
+        def result(row: int, image: InputImage) -> EncodeResult | ApiError:
+            if not is_finite[row]:
+                return _not_finite()
+            return EncodeResult(
+                levels=[
+                    Level(
+                        shape=list(named["z"].shape[1:]),
+                        **{name: array[row] for name, array in named.items()},
+                    )
+                    for named in levels
+                ],
+                notes=image.notes,
+            )
+
+        answer = EncodeAnswer(model=engine.bundle.model_id, results=results_of(images, result))
+        return json_response(to_json(answer))
+
+
+def _not_finite() -> ApiError:
+    return unusable("not_finite", "the model's latents of this image are not finite numbers")

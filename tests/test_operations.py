@@ -1,0 +1,156 @@
+"""The models of the API: from one declaration follow requests, JSON, the schema and the client."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import pytest
+
+from serving.api.errors import ApiError, Problem
+from serving.api.model import Above, Between, Excludes, fields_of, from_json, read, to_json
+from serving.api.operations.base import ImageParameters, Kind
+from serving.api.operations.encode import Latents
+from serving.api.operations.reconstruct import Reconstruction
+from serving.api.operations.registry import OPERATIONS
+from serving.api.operations.sample import GivenLatents, GivenLevel, SampleParameters
+from serving.api.operations.score import Map, Score, ScoreAnswer, ScoreParameters, ScoreResult
+from serving.api.requests import RawRequest
+from serving.api.schema import Schemas
+from serving.client import AdeClient
+from serving.engine.bundle import open_bundle
+from serving.verdict.calibration import Unusual
+from tests.conftest import PRETRAINED
+from tests.test_requests import b64, png
+
+RESULT = ScoreResult(
+    bpd=3.5,
+    bpd_parts={"dequantization": 8.0, "kl_0": -4.5},
+    standard_error=None,
+    ood_score=1.5,
+    p_value=0.25,
+    ood=False,
+    explain=[Unusual("kl_0", 1.25, 0.5)],
+    map=Map(bits=np.array([[1.0, 2.0]]), png=b"picture"),
+    notes=["converted"],
+    decision="accept",
+    decision_reason=None,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extended(ScoreParameters):
+    sharpness: Annotated[float, Above(0, 2), "a parameter that does not exist"] = 0.5
+
+
+class ExtendedScore(Score):
+    parameters = Extended
+
+
+def test_a_new_parameter_is_one_declaration() -> None:
+    bundle = open_bundle(PRETRAINED)
+    operation = ExtendedScore()
+    for request in (
+        RawRequest("application/json", {"images": [b64(png())], "sharpness": 1.5}),
+        RawRequest("multipart/form-data", None, {"image": png(), "sharpness": b"1.5"}),
+    ):
+        assert operation.parse(request, bundle).parameters == Extended(sharpness=1.5)
+    with pytest.raises(ApiError, match="sharpness must be above 0 and at most 2, got 3"):
+        operation.read({"sharpness": 3})
+    schema = Schemas({}, bundle).parameters(operation.fields)["sharpness"]
+    assert schema == {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": 2,
+        "description": "a parameter that does not exist",
+        "default": 0.5,
+    }
+    assert to_json(Extended(sharpness=1.5)) == {"sharpness": 1.5}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_client_takes_the_parameters_of_the_operation(name: str) -> None:
+    operation = OPERATIONS[name]
+    taken = inspect.signature(getattr(AdeClient, name)).parameters
+    expected = {f.attribute: f.default for f in fields_of(operation.parameters).values()}
+    first = ["self", "images"] if issubclass(operation.parameters, ImageParameters) else ["self"]
+    assert list(taken) == [*first, *expected]
+    assert {name: taken[name].default for name in expected} == expected
+    with pytest.raises(TypeError, match="sede"):
+        getattr(AdeClient("http://127.0.0.1:1"), name)(*([] for _ in first[1:]), sede=1)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_parameters_are_read_as_they_were_written(name: str) -> None:
+    operation = OPERATIONS[name]
+    others = {"kind": "density", "eps": True, "map": True, "resize": True, "fdr": 0.2, "n": 3}
+    known = {f.name for f in dataclasses.fields(operation.parameters)}
+    changed = {name: value for name, value in others.items() if name in known}
+    for parameters in (operation.parameters(), operation.parameters(**changed)):
+        written = json.loads(json.dumps(to_json(parameters)))
+        assert operation.read(written)[0] == parameters
+    assert to_json(operation.parameters()) == {}
+
+
+def test_a_result_is_read_as_it_was_written() -> None:
+    answer = ScoreAnswer(
+        model="m",
+        estimator="elbo",
+        samples=1,
+        alpha=0.01,
+        results=[RESULT, Problem.of(ApiError(415, "not_an_image", "text", 1))],
+    )
+    written = json.loads(json.dumps(to_json(answer)))
+    assert list(written) == ["model", "estimator", "samples", "alpha", "results"]
+    assert written["results"][1] == ApiError(415, "not_an_image", "text", 1).body()
+    entry = written["results"][0]
+    assert "discovery" not in entry and entry["standard_error"] is None
+    assert entry["map"] == {"bits": [[1.0, 2.0]], "png": "cGljdHVyZQ=="}
+    result, problem = from_json(ScoreAnswer, {**written, "of a newer version": 1}).results
+    assert isinstance(result, ScoreResult) and problem == answer.results[1]
+    assert result.bits is not None and np.array_equal(result.bits, [[1, 2]])
+    assert result.heat_map == b"picture" and result.accepted
+    assert dataclasses.replace(result, map=None) == dataclasses.replace(RESULT, map=None)
+    assert to_json(RESULT, always=("discovery",))["discovery"] is None
+
+
+def test_an_infinite_psnr_is_null() -> None:
+    made = Reconstruction(png=b"x", psnr=math.inf)
+    assert to_json(made) == {"image": "eA==", "psnr": None}
+    assert from_json(Reconstruction, to_json(made)) == made
+
+
+def test_latents_of_a_request() -> None:
+    levels = [GivenLevel(z=np.zeros((1, 1, 2)))]
+    given = SampleParameters(latents=[GivenLatents(levels=levels)], seed=3)
+    assert to_json(given) == {"seed": 3, "latents": [{"levels": [{"z": [[[0.0, 0.0]]]}]}]}
+
+
+def test_latents_of_an_npz_without_noise() -> None:
+    arrays = [np.zeros((2, 1, 2, 2)), np.ones((2, 1, 4, 4))]
+    made = Latents(arrays, arrays, arrays, []).arrays()
+    assert list(made) == ["mean_0", "log_scale_0", "z_0", "mean_1", "log_scale_1", "z_1"]
+
+
+def test_a_kind_of_parameter_for_each_type() -> None:
+    @dataclass(frozen=True)
+    class Every:
+        a: Annotated[int, Between(0, 5), Excludes("b", "of two")] = 1
+        b: Annotated[float | None, Above(0, 5)] = None
+        c: Kind = "mean"
+        d: bool = False
+
+    fields = fields_of(Every)
+    assert read("x", fields, {"b": "2.5", "c": None, "d": "true"}) == {
+        "a": 1,
+        "b": 2.5,
+        "c": "mean",
+        "d": True,
+    }
+    with pytest.raises(ApiError, match="a and b exclude each other: of two"):
+        read("x", fields, {"a": 1, "b": 2})
