@@ -6,6 +6,7 @@ That its answers are those of the other engines is tested in test_contract.py.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import tritonclient.http
 
 from handlers.asgi.application import READY, ApplicationSettings
 from handlers.asgi.forms import MAX_FIELDS, raw_request
@@ -333,6 +335,127 @@ def test_metrics_add_up() -> None:
         '# TYPE ade_images counter\nade_images{model_name="a\\"\\\\\\n"} 3.0\n'
         "# TYPE ade_drift_images gauge\nade_drift_images{} 2.0\n"
     )
+
+
+# The Open Inference Protocol
+
+
+@pytest.fixture(scope="module")
+def triton(app: RunningApplication) -> Iterator[tritonclient.http.InferenceServerClient]:
+    client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{app.port}")
+    yield client
+    client.close()
+
+
+def tensor(array: np.ndarray, name: str, datatype: str, binary: bool) -> Any:
+    made = tritonclient.http.InferInput(name, list(array.shape), datatype)
+    made.set_data_from_numpy(array, binary_data=binary)
+    return made
+
+
+def test_v2_health_and_metadata(
+    app: RunningApplication, triton: tritonclient.http.InferenceServerClient
+) -> None:
+    assert triton.is_server_live() and triton.is_server_ready()
+    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    for operation in OPERATIONS:
+        assert triton.is_model_ready(operation) and triton.is_model_ready(operation, "1")
+    found = triton.get_model_metadata("score", "1")
+    assert found["name"] == "score" and found["versions"] == ["1"]
+    assert found["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
+    assert not triton.is_model_ready("other") and not triton.is_model_ready("score", "2")
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
+def test_v2_answers_are_those_of_the_api(
+    app: RunningApplication, triton: tritonclient.http.InferenceServerClient, binary: bool
+) -> None:
+    images = np.stack(
+        [
+            np.full((32, 32, 3), 90, np.uint8),
+            np.eye(32, dtype=np.uint8)[..., None] + np.zeros(3, np.uint8),
+        ]
+    )
+    given = [tensor(images, "images", "UINT8", binary)]
+
+    def infer(operation: str, inputs: Any, *names: str, **parameters: Any) -> list[np.ndarray]:
+        outputs = [tritonclient.http.InferRequestedOutput(name, binary) for name in names]
+        answer = triton.infer(
+            operation, inputs, outputs=outputs, request_id="mine", parameters=parameters or None
+        )
+        assert answer.get_response()["id"] == "mine"
+        found = triton.infer(operation, inputs, parameters=parameters or None)
+        assert set(names) <= {one["name"] for one in found.get_response()["outputs"]}
+        return [answer.as_numpy(name) for name in names]
+
+    def api(operation: str, **fields: str) -> httpx.Response:
+        files = {} if operation == "sample" else {"files": {"image": npy(images)}}
+        return httpx.post(f"{app.url}/v1/{operation}", data=fields, **files, timeout=60)
+
+    results = api("score", samples="2").json()["results"]
+    bpd, p_value, accepted = infer("score", given, "bpd", "p_value", "accepted", samples=2)
+    assert bpd.tolist() == [one["bpd"] for one in results]
+    assert p_value.tolist() == pytest.approx(
+        [np.nan if one["p_value"] is None else one["p_value"] for one in results], nan_ok=True
+    )
+    assert accepted.tolist() == [one["decision"] == "accept" for one in results]
+    with np.load(io.BytesIO(api("encode", format="npz").content)) as arrays:
+        (z,) = infer("encode", given, "z_0")
+        assert z.dtype == np.float32 and np.array_equal(z, arrays["z_0"])
+    answer = api("reconstruct", format="npy")
+    made, psnr = infer("reconstruct", given, "images", "psnr")
+    assert np.array_equal(made, np.load(io.BytesIO(answer.content)))
+    assert ",".join(f"{one:.4f}" for one in psnr) == answer.headers["x-ade-psnr"]
+    numbers = [tensor(np.array([v]), name, "INT64", binary) for name, v in (("n", 2), ("seed", 7))]
+    images_of_7, seed = infer("sample", numbers, "images", "seed", kind="density")
+    expected = api("sample", n="2", seed="7", kind="density", format="npy")
+    assert np.array_equal(images_of_7, np.load(io.BytesIO(expected.content))) and seed == [7]
+
+
+@pytest.mark.parametrize(
+    "change, status",
+    [
+        ({"inputs": None}, 400),
+        ({"parameters": [1]}, 400),
+        ({"parameters": {"sede": 1}}, 422),
+        ({"parameters": {"samples": 0}}, 422),
+        ({"outputs": [{"name": "other"}]}, 422),
+        ({"outputs": [{}]}, 400),
+        ({"shape": [1, 32, 32]}, 400),
+        ({"shape": [1, 16, 64, 3]}, 422),
+        ({"shape": "x"}, 400),
+        ({"datatype": "FP16"}, 422),
+        ({"datatype": "FP32"}, 422),
+        ({"data": [0.5] * 3072}, 400),
+        ({"data": [256] * 3072}, 400),
+        ({"data": ["x"] * 3072}, 400),
+        ({"name": "image"}, 422),
+        ({"parameters of the input": {"binary_data_size": 5}}, 400),
+    ],
+    ids=str,
+)
+def test_v2_errors(app: RunningApplication, change: dict[str, Any], status: int) -> None:
+    one = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [9] * 3072}
+    request: dict[str, Any] = {"inputs": [one]}
+    for name, value in change.items():
+        if name == "parameters of the input":
+            one["parameters"] = value
+        else:
+            (one if name in one else request)[name] = value
+    answer = httpx.post(f"{app.url}/v2/models/score/infer", json=request)
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"} and isinstance(answer.json()["error"], str)
+
+
+def test_v2_requests_that_are_no_json(app: RunningApplication) -> None:
+    url = f"{app.url}/v2/models/score/infer"
+    for length in ("9", "-1", "x"):
+        answer = httpx.post(url, content=b"{}", headers={"Inference-Header-Content-Length": length})
+        assert answer.status_code == 400 and "Inference-Header" in answer.json()["error"]
+    assert httpx.post(url, content=b"[" * 1000).status_code == 400
+    assert httpx.post(url, content=b"[" * 2**20).status_code == 413
+    assert httpx.get(url).status_code == 405
+    assert isinstance(httpx.post(f"{app.url}/v2/models/x/infer").json()["error"], str)
 
 
 # Overload, start and stop

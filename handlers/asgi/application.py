@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from handlers.asgi import v2
 from handlers.asgi.metrics import CONTENT_TYPE, Metrics
 from handlers.asgi.pool import Pool
 from handlers.asgi.worker import WorkerSettings
@@ -32,6 +35,14 @@ from serving.ports import local_address
 
 PREDICTIONS = ("/predictions/", "/v1/")
 READY = "/readyz"
+V2, V2_LIVE, V2_READY, V2_MODELS = "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/"
+V2_SERVER = {
+    "name": "av-ade",
+    "version": metadata.version("av-ade"),
+    "extensions": ["binary_tensor_data"],
+}
+_V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>ready|infer))?")
+OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
 STOP_S = 25  # that requests which were accepted may take once it is asked to stop
 REFUSE_S = 20  # after which those that still wait for a worker are answered 503
 
@@ -71,6 +82,12 @@ class Application:
         self._predictions = {
             pool.name: Endpoint(pool.answer, INFERRING, Lane(limits)) for pool in pools
         }
+        self._infer = {
+            pool.name: Endpoint(
+                functools.partial(_infer, pool), ("POST",), self._predictions[pool.name].lane
+            )
+            for pool in pools
+        }
         described = _json(200, document)
         self._reads = {
             path: Endpoint(_reading(make))
@@ -79,6 +96,9 @@ class Application:
                 READY: self._readiness,
                 "/openapi.json": lambda: described,
                 "/v1/openapi.json": lambda: described,
+                V2: lambda: _json(200, V2_SERVER),
+                V2_LIVE: lambda: _json(200, {"live": True}),
+                V2_READY: self._readiness,
             }.items()
         }
 
@@ -90,6 +110,8 @@ class Application:
         """
         if path in self._reads:
             return self._reads[path]
+        if path.startswith(V2_MODELS):
+            return self._v2_model(path.removeprefix(V2_MODELS))
         for prefix in PREDICTIONS:
             name = path.removeprefix(prefix)
             if name != path and name in self._predictions:
@@ -101,6 +123,20 @@ class Application:
             "not_found",
             f"there is /predictions/{{operation}}, /v1/{{operation}}, {', '.join(self._reads)}",
         )
+
+    def _v2_model(self, path: str) -> Endpoint:
+        """``NAME[/versions/1][/ready|/infer]``."""
+        match = _V2_MODEL.fullmatch(path)
+        pool = next((pool for pool in self._pools if match and match["name"] == pool.name), None)
+        if match is None or pool is None or match["version"] not in (None, v2.VERSION):
+            raise v2.ProtocolError(404, "unknown_model", "the service has no such model")
+        if match["what"] == "infer":
+            return self._infer[pool.name]
+        if match["what"] == "ready":
+            return Endpoint(
+                _reading(lambda: _json(200 if pool.is_ready else 503, {"ready": pool.is_ready}))
+            )
+        return Endpoint(_reading(lambda: _json(200, pool.metadata)))
 
     def metrics(self, path: str) -> Endpoint:
         """``/metrics``.
@@ -129,6 +165,19 @@ class Application:
         return Answer(200, [("content-type", CONTENT_TYPE)], self._metrics.text().encode())
 
 
+async def _infer(pool: Pool, request: Request) -> Answer:
+    """Answer a request of the Open Inference Protocol."""
+    length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
+    if not length.isdecimal() or int(length) > len(request.body):
+        raise v2.ProtocolError(
+            400, "malformed_request", f"{v2.LENGTH_HEADER} must be at most the body's length"
+        )
+    try:
+        return await pool.answer(request, int(length))
+    except ApiError as error:
+        raise v2.ProtocolError.of(error) from None
+
+
 def _json(status: int, value: dict[str, Any]) -> Answer:
     return Answer(status, [("content-type", "application/json")], orjson.dumps(value))
 
@@ -152,13 +201,15 @@ def make_pools(
                 WorkerSettings(
                     str(bundle.folder),
                     operation,
+                    name,
                     f"{name}-{number}",
                     settings.logs,
                     ServingOptions(**settings.options),
                 )
                 for number in range(settings.workers[operation])
             ]
-            pools.append(Pool(name, workers, metrics, limits.upstream_s))
+            described = v2.metadata(name, operation, bundle)
+            pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
     return pools
 
 
@@ -186,7 +237,7 @@ async def build_app(settings: ApplicationSettings, limits: Limits) -> AsyncItera
 
     await asyncio.gather(*(pool.start() for pool in pools))
     try:
-        yield listen.Built(listen.guarded(settings, api, reading, {READY}), refuse_later)
+        yield listen.Built(listen.guarded(settings, api, reading, OPEN), refuse_later)
     finally:
         await asyncio.gather(*(pool.stop() for pool in pools))
 

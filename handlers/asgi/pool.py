@@ -43,10 +43,11 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A request on its way: when it came, and where its answer goes."""
+    """A request on its way: when it came, and where its answer goes; ``v2`` as for the pool."""
 
     request: Request
     id: str
+    v2: int | None
     arrived: float
     answer: asyncio.Future[Answer]
 
@@ -64,12 +65,19 @@ class Pool:
         settings: of each worker.
         metrics: where measurements go.
         timeout_s: for an answer, the queue included.
+        metadata: of the model, by the Open Inference Protocol.
     """
 
     def __init__(
-        self, name: str, settings: list[WorkerSettings], metrics: Metrics, timeout_s: float
+        self,
+        name: str,
+        settings: list[WorkerSettings],
+        metrics: Metrics,
+        timeout_s: float,
+        metadata: dict[str, Any],
     ) -> None:
         self.name = name
+        self.metadata = metadata
         self.metrics = metrics
         self._timeout_s = timeout_s
         self._queue: asyncio.Queue[Job] = asyncio.Queue()
@@ -107,8 +115,12 @@ class Pool:
         while not self._queue.empty():
             self._queue.get_nowait().fail(_stopping())
 
-    async def answer(self, request: Request) -> Answer:
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
         """The answer to a request.
+
+        Args:
+            request: of the API, or of the Open Inference Protocol.
+            v2: bytes of JSON in the body, if it is of that protocol.
 
         Raises:
             ApiError: 503, a worker died over it or it took too long.
@@ -116,7 +128,7 @@ class Pool:
         if self._is_stopping:
             raise _stopping()
         loop = asyncio.get_running_loop()
-        job = Job(request, str(uuid.uuid4()), loop.time(), loop.create_future())
+        job = Job(request, str(uuid.uuid4()), v2, loop.time(), loop.create_future())
         self._queue.put_nowait(job)
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -288,6 +300,7 @@ class _Worker:
                 "id": job.id,
                 "content_type": job.request.content_type or "",
                 "probe": job.request.is_probe,
+                "v2": job.v2,
             }
             for job in batch
         ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handlers.asgi import wire
+from handlers.asgi import v2, wire
 from handlers.asgi.forms import raw_request
 from handlers.launch.options import ServingOptions
 from serving.api.errors import ApiError
@@ -32,6 +32,7 @@ class WorkerSettings:
     Attributes:
         bundle: its folder.
         operation: one of the four.
+        model: the name under which it is served.
         name: under which metrics and logs know the worker.
         logs: an existing folder.
         options: how it computes.
@@ -39,6 +40,7 @@ class WorkerSettings:
 
     bundle: str
     operation: str
+    model: str
     name: str
     logs: str
     options: ServingOptions
@@ -56,7 +58,7 @@ def serve(connection: socket.socket) -> int:
     service = _load(settings)
     _send(connection, {"answers": [], "measurements": _measurements(service)})
     while message := wire.read(stream):
-        answers = _answer(service, *message)
+        answers = _answer(service, settings.model, *message)
         heads = [
             {"status": a.status, "content_type": a.content_type, "headers": a.headers}
             for a in answers
@@ -85,15 +87,28 @@ def _load(settings: WorkerSettings) -> Service:
     return Service(settings.operation, engine, options.threads, journal)
 
 
-def _answer(service: Service, head: dict[str, Any], bodies: list[bytes]) -> list[Response]:
-    requests = []
+def _answer(
+    service: Service, model: str, head: dict[str, Any], bodies: list[bytes]
+) -> list[Response]:
+    requests, calls = [], []
     answers: dict[int, Response] = {}
     for i, (about, body) in enumerate(zip(head["requests"], bodies, strict=True)):
+        probe, id, length = about["probe"], about["id"], about["v2"]
         try:
-            requests.append(raw_request(about["content_type"], body, about["probe"], about["id"]))
+            if length is None:
+                call, request = None, raw_request(about["content_type"], body, probe, id)
+            else:
+                bundle = service.engine.bundle
+                operation = service.operation.name
+                call, request = v2.parse(model, operation, bundle, body, length, probe, id)
+            requests.append(request)
+            calls.append(call)
         except ApiError as error:
-            answers[i] = error_response(error)
-    computed = iter(service.answer(requests) if requests else ())
+            answers[i] = error_response(error if length is None else v2.ProtocolError.of(error))
+    computed = iter(
+        answer if call is None else v2.respond(call, answer)
+        for call, answer in zip(calls, service.answer(requests) if requests else (), strict=True)
+    )
     return [answers[i] if i in answers else next(computed) for i in range(len(bodies))]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from handlers.front.admission import (
@@ -29,13 +29,25 @@ SLICE_BYTES = 256 * 2**10  # of an answer; the client's time to read runs for ea
 
 @dataclass(frozen=True)
 class Request:
-    """A whole request, as far as engines must know it; ``HEAD`` has become ``GET``."""
+    """A whole request, as far as engines must know it.
+
+    Attributes:
+        method: ``HEAD`` has become ``GET``.
+        path: without the query.
+        headers: by their names in lower case; of several with one name the first.
+        body: all of it.
+        is_probe: whether it may claim to be no traffic.
+    """
 
     method: str
     path: str
-    content_type: str | None
+    headers: Mapping[str, str]
     body: bytearray
     is_probe: bool
+
+    @property
+    def content_type(self) -> str | None:
+        return self.headers.get("content-type")
 
 
 @dataclass(frozen=True)
@@ -131,8 +143,11 @@ class Front:
             for value in header_values(scope, PROBE_HEADER.lower())
         )
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        types = header_values(scope, "content-type")
-        return Request(method, scope["path"], types[0] if types else None, body, is_probe)
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in reversed(scope["headers"])
+        }
+        return Request(method, scope["path"], headers, body, is_probe)
 
 
 def _at_once() -> contextlib.AbstractAsyncContextManager[None]:
