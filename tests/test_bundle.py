@@ -398,7 +398,8 @@ def test_archives_leave_other_temporary_files_alone(
 ) -> None:
     import tempfile
 
-    from handlers.torchserve.archives import ServingOptions, write_archives
+    from handlers.launch.options import ServingOptions
+    from handlers.torchserve.archives import write_archives
 
     mine = tmp_path / "temporary" / "score" / "results.csv"
     mine.parent.mkdir(parents=True)
@@ -435,7 +436,7 @@ def test_export_refuses_an_existing_folder(
 
 
 def test_another_lossless_coder_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    from handlers.torchserve.serve import _warn_of_another_coder
+    from handlers.launch.serve import _warn_of_another_coder
 
     bundle = open_bundle(PRETRAINED)
     _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": None}))
