@@ -50,7 +50,9 @@ def _array(path: Path) -> np.ndarray:
             found = [np.load(path, allow_pickle=False)] if arrays is None else list(arrays.values())
     except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    images = [array for array in found if array.dtype == np.uint8 and array.ndim == 4]
+    images: list[np.ndarray] = [
+        array for array in found if array.dtype == np.uint8 and array.ndim == 4
+    ]
     if len(images) != 1:
         raise DataError(
             f"{path} must hold one array of images, uint8 (N, H, W, C), got "

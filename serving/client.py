@@ -43,6 +43,19 @@ from serving.ports import Ports
 from serving.verdict.calibration import DEFAULT
 from serving.verdict.decision import NOT_SCORED, Choice
 
+__all__ = [
+    "AdeClient",
+    "AdeError",
+    "GivenLatents",
+    "GivenLevel",
+    "GroupScore",
+    "Latents",
+    "Reconstruction",
+    "Samples",
+    "ScoreResult",
+    "image_file",
+]
+
 PROBE_VARIABLE = "ADE_PROBE_SECRET"  # the service's to its page
 MAX_WAIT_S = 30.0  # between two tries, however long a gateway advises
 # What a proxy or gateway answers by itself, in another shape than the API's: status to code.
@@ -130,7 +143,7 @@ def _takes(
             return method(client, model(*args, **fields))
 
         _show_fields(call, method, model)
-        return call
+        return call  # type: ignore[return-value]  # wraps() has the type of the method
 
     return decorate
 
@@ -151,7 +164,7 @@ def _takes_images(
             return method(client, images, model(*args, **fields))
 
         _show_fields(call, method, model)
-        return call
+        return call  # type: ignore[return-value]  # wraps() has the type of the method
 
     return decorate
 

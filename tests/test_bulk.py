@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,7 +311,12 @@ def test_a_table_that_another_process_finished_is_kept(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "scores.csv"
-    monkeypatch.setattr("serving.bulk.FileScorer", lambda *options: out.write_text("theirs"))
+
+    def opened(*options: object) -> SimpleNamespace:
+        out.write_text("theirs")
+        return SimpleNamespace(calibrations=SimpleNamespace(version="1"))
+
+    monkeypatch.setattr("serving.bulk.FileScorer", opened)
     with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []

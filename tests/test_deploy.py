@@ -24,7 +24,7 @@ from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.telemetry import METRICS
 from serving.ports import VARIABLES
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.test_docker import STEPS, USER
 
 DEPLOY = ROOT / "deploy"

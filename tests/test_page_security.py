@@ -808,7 +808,9 @@ def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
             zipped = lying_zip(tmp_path / name, "large.png", 255 * 2**20, declared)
             (path,) = upload(client, (name, zipped.read_bytes())).json()
             file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-            succeeded, answer = call(client, function, ["cifar10-av-ade", [file], None, 0.1, False])
+            succeeded, answer = call(
+                client, function, ["cifar10-av-ade", [file], None, 0.1, False, 0.01]
+            )
             assert not succeeded or name == "lie.zip"
             assert name == "lie.zip" or "large.png in bomb.zip is too large" in answer
     finally:

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "ade_cli": set(PACKAGES),
 }
 # Small modules at the top of serving/ that import nothing of ours are everybody's.
-SHARED = {"serving.messages", "serving.ports", "serving.tables"}
+SHARED = {"serving.brand", "serving.messages", "serving.ports", "serving.tables"}
 LIBRARIES = ("ade_model", "training", "export", "fitting")
 SERVER = "handlers/torchserve/"
 # Beside the server's own room and the docs: `ade serve --engine` must know its name.

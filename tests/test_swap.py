@@ -25,7 +25,7 @@ from serving.gate import Gate
 from serving.ports import VARIABLES
 from serving.verdict.calibration import Calibrations
 from serving.verdict.store import FOLDER, path_of
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
 pytestmark = pytest.mark.slow

@@ -1,93 +1,166 @@
-"""The tab *About*: the model's card from its manifest, and how to ask it without a page."""
+"""The tab *About*: a model card for people, and the API's reference."""
 
 from __future__ import annotations
 
+import base64
+from html import escape
 from typing import Any
 
 import gradio as gr
+import httpx
 
-from serving.engine.bundle import Bundle
-from serving.page.served import Shared
+from serving.api.openapi import openapi_document
+from serving.brand import NAME
+from serving.client import AdeError
+from serving.page.reference import reference
+from serving.page.served import Served, Shared, html
 
 UNITS = {"relative": "of a latent's size"}  # of differences, for people
+# What a recipe trains, by what its name begins with.
+RECIPES = {
+    "av-ade": "a variational autoencoder whose decoder works in the feature space of a Real-NVP, "
+    "trained by likelihood and by an adversarial loss",
+    "v-ade": "a variational autoencoder whose decoder works in the feature space of a Real-NVP, "
+    "trained by likelihood",
+    "av-gde": "a variational autoencoder, trained by likelihood and by an adversarial loss",
+    "vae": "a variational autoencoder, trained by likelihood",
+    "real-nvp": "a Real-NVP flow, trained by likelihood",
+    "flow-gan": "a Real-NVP flow, trained by an adversarial loss",
+    "gan": "a generator, trained by an adversarial loss",
+}
+PAPER = "https://arxiv.org/abs/1901.01091"
+SAMPLES = 16
+SEED = 7
 
 
 def add_tab(shared: Shared) -> None:
-    """Lay the tab out."""
+    """Lay the tab out; the samples on the card are drawn when it is opened."""
     served, model = shared.served, shared.model
-    names = list(served.bundles)
-    first = served.first
 
     def about(model: str) -> str:
-        """The card of a model, Markdown."""
-        return card(served.bundles[model], served.url, "" if model == names[0] else f"{model}-")
+        """The card of a model, HTML."""
+        return card(served, model)
 
-    shown = gr.Markdown(about(first))
-    model.change(about, model, shown, api_name="about")
+    def pictures(model: str) -> str:
+        """Samples of a model as an image, HTML."""
+        try:
+            data, _ = served.clients[model].sample_png(SAMPLES, seed=SEED)
+        except (AdeError, httpx.TransportError):
+            return ""  # a card without pictures is still a card
+        source = base64.b64encode(data).decode()
+        return (
+            f'<figure class="ade-part ade-samples"><img src="data:image/png;base64,{source}" '
+            f'alt="{SAMPLES} samples of {escape(model)}"><figcaption class="ade-caption">'
+            f"{SAMPLES} samples of seed {SEED}, not chosen.</figcaption></figure>"
+        )
+
+    with gr.Row():
+        with gr.Column(scale=3, min_width=280):
+            shown = html(about(served.first))
+        with gr.Column(scale=1, min_width=240):
+            samples = html()
+    names = list(served.bundles.values())
+    document = openapi_document(served.url, names, served.needs_token)
+    html(reference(document, served.url))
+    quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
+    model.change(about, model, shown, api_name="about", show_progress="hidden")
+    gr.on([shared.tab.select, model.change], pictures, model, samples, **quiet)
 
 
-def card(bundle: Bundle, url: str, prefix: str) -> str:
-    """What a manifest says, for people.
-
-    Args:
-        bundle: the model's.
-        url: of the inference address.
-        prefix: of its operations' names.
-    """
+def card(served: Served, model: str) -> str:
+    """What a manifest says, for people. HTML."""
+    bundle = served.bundles[model]
     manifest = bundle.manifest
-    height, width, _ = bundle.image_shape
+    height, width, channels = bundle.image_shape
     training, data = manifest.get("training") or {}, manifest["data"]
-    lines = [
-        f"## {bundle.model_id}",
-        f"- **Model**: `{manifest['recipe']}`, {width} × {height} pixels, "
-        f"{training.get('weights', 0):,} weights, latents {', '.join(str(tuple(s)) for s in bundle.latent_shapes)}",
-        f"- **Data**: {data.get('name')}, {training.get('images_seen', 0):,} images seen",
-    ]
-    lines += [f"  - {part}: {what}" for part, what in (data.get("splits") or {}).items()]
-    lines += _figures(manifest)
-    lines += [
-        f"- **Licence**: {manifest.get('licence') or 'not stated'}",
-        "- **Limits**: a verdict tells unusual pictures; another kind of thing in a usual picture may pass. "
-        "It holds for images like those it was calibrated on.",
-        "",
-        "### Without the page",
-        "```bash",
-        f"curl {url}/predictions/{prefix}sample -H 'Content-Type: application/json' -d '{{\"n\": 16, \"seed\": 7}}' "
-        "-o samples.png",
-        f"curl {url}/predictions/{prefix}score -T image.png",
-        f"curl {url}/predictions/{prefix}reconstruct -T image.png -o reconstruction.png",
-        f"curl {url}/predictions/{prefix}encode -T image.png -o latents.json",
-        "```",
-        "All of it: the [OpenAPI document](/openapi.json).",
-    ]
-    return "\n".join(lines)
+    recipe = str(manifest["recipe"])
+    kind = next(
+        (words for start, words in RECIPES.items() if recipe.startswith(start)),
+        f"a generative model of the recipe {escape(recipe)}",
+    )
+    splits = "".join(
+        f"<li>{escape(str(part))}: <code>{escape(str(what))}</code></li>"
+        for part, what in (data.get("splits") or {}).items()
+    )
+    name = escape(str(data.get("name")))
+    return f"""<article class="ade-part">
+<h2>{escape(bundle.model_id)}</h2>
+<p>{kind[:1].upper()}{kind[1:]}. It knows images of {width} × {height} pixels
+{"in colour" if channels == 3 else "in grey"}, and it has {training.get("weights", 0):,} weights.
+It samples new images, encodes and reconstructs images, and says how likely an image is and whether
+it is out-of-distribution.</p>
+<div class="ade-figures">{"".join(_figures(manifest))}</div>
+<h3>Trained on</h3>
+<p>{name}, {training.get("images_seen", 0):,} images shown in the last stage of training.</p>
+<ul>{splits}</ul>
+<h3>Limits</h3>
+<ul>
+<li>A verdict is about how an image looks, not about what it shows: another kind of thing in an
+ordinary-looking image may be accepted.</li>
+<li>Verdicts hold for images like those of the calibration. Images of another source need a
+calibration of their own.</li>
+<li>At a false-alarm rate of 1&nbsp;%, about one in a hundred in-distribution images is rejected.</li>
+<li>A resized image has another likelihood than the original.</li>
+</ul>
+<h3>Licence and links</h3>
+<p>{escape(manifest.get("licence") or "Licence not stated")}.</p>
+<ul>
+<li><a href="{PAPER}" target="_blank" rel="noopener noreferrer">The paper: Adaptive Density
+Estimation for Generative Models</a>, Lucas et al., NeurIPS 2019, which {NAME} implements.</li>
+<li><a href="/openapi.json">The OpenAPI document</a> of this service.</li>
+<li>The documentation is in the folder <code>docs/</code> of the repository; begin with
+<code>docs/quickstart.md</code>.</li>
+</ul>
+{_exports(manifest)}
+</article>"""
 
 
 def _figures(manifest: dict[str, Any]) -> list[str]:
-    lines = []
+    """The figures that matter, each with what it means."""
+    figures = []
+
+    def add(value: str, meaning: str) -> None:
+        figures.append(f'<div class="ade-figure"><b>{value}</b><span>{meaning}</span></div>')
+
     evaluation = manifest.get("evaluation") or {}
     if "elbo" in evaluation:
         elbo = evaluation["elbo"]
-        lines.append(
-            f"- **Likelihood**: {elbo['bpd']:.3f} ± {elbo['standard_error']:.3f} bits per dimension (ELBO, "
-            f"{evaluation['images']:,} held-out images)"
+        add(
+            f"{elbo['bpd']:.3f} ± {elbo['standard_error']:.3f}",
+            f"bits per dimension on {evaluation['images']:,} held-out images; 8 is no model at "
+            "all, lower is better",
         )
+    distances = next((v for k, v in evaluation.items() if k.startswith("frechet")), None)
+    if distances and "mean" in distances:
+        add(
+            f"{distances['mean']:.1f}",
+            f"Fréchet distance of {distances['samples']:,} clean samples to held-out images, in "
+            "the features of a small network; 0 is equal",
+        )
+    calibration = manifest.get("calibration") or {}
+    if calibration:
+        add(
+            f"{calibration['images']:,} images",
+            f"of {escape(str(calibration['data']))} calibrated the verdict; no p-value is below "
+            f"{calibration['smallest_p_value']:.2g}",
+        )
+    else:
+        add("No verdict", "the bundle is not calibrated")
+    return figures
+
+
+def _exports(manifest: dict[str, Any]) -> str:
     parity = manifest.get("parity") or []
     worst = {
         unit: max(row["difference"] for row in parity if row["unit"] == unit)
         for unit in dict.fromkeys(row["unit"] for row in parity)
     }
-    if worst:
-        lines.append(
-            "- **Exports against the trained model**, largest differences: "
-            + ", ".join(f"{value:.2g} {UNITS.get(unit, unit)}" for unit, value in worst.items())
-        )
-    calibration = manifest.get("calibration") or {}
-    if calibration:
-        lines.append(
-            f"- **Verdict**: calibrated on {calibration['images']:,} images of {calibration['data']}, the "
-            f"smallest p-value is {calibration['smallest_p_value']:.2g}"
-        )
-    else:
-        lines.append("- **Verdict**: none, the bundle is not calibrated")
-    return lines
+    if not worst:
+        return ""
+    rows = "".join(
+        f"<li>{value:.2g} {escape(UNITS.get(unit, unit))}</li>" for unit, value in worst.items()
+    )
+    return (
+        "<details><summary>How exact the exports are</summary><p>Largest differences between the "
+        f"exported graphs and the trained model:</p><ul>{rows}</ul></details>"
+    )

@@ -22,13 +22,15 @@ from starlette.types import ASGIApp
 
 from serving.api.guard import Guard
 from serving.api.openapi import openapi_document
+from serving.brand import MARK, MARK_FILE, NAME
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import MAX_FILE_BYTES
-from serving.page import about, compare, explore, many, reconstruct, reproduce, sample, score
+from serving.page import about, compare, explore, many, reconstruct, sample, score
 from serving.page.files import UPLOADS, inbox
 from serving.page.routes import UPLOAD, OpenRoutes, report
-from serving.page.served import Served, Shared, make_inbox
+from serving.page.served import Served, Shared, example_files, html, make_inbox
 from serving.page.sweep import start_sweeping
+from serving.page.theme import HEAD, make_theme
 from serving.page.uploads import Quota, receive
 from serving.ports import USER
 
@@ -37,31 +39,15 @@ MAX_SESSIONS = 200  # whose state is in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # Gradio looks for work a thousand times a second, which takes 6 % of a core from the model
 READY_FOR_S = 1.0  # an answer that all is well holds so long
 TABS = {
-    "Sample": sample,
-    "Explore": explore,
-    "Reconstruct": reconstruct,
     "Score": score,
     "Score many": many,
+    "Sample": sample,
+    "Reconstruct": reconstruct,
+    "Explore": explore,
     "Compare": compare,
-    "Reproduce": reproduce,
     "About": about,
 }
-CSS = """
-.ade-pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
-.ade-grid .grid-wrap { height: auto !important; max-height: none !important; min-height: 0; overflow: visible; }
-.ade-label { font: 13px system-ui, sans-serif; fill: var(--body-text-color); }
-.ade-bar { fill: var(--primary-400); } .ade-total { fill: var(--secondary-500); }
-.ade-mark { stroke: #d9480f; stroke-width: 2; }
-.ade-why { width: 100%; border-collapse: collapse; font-size: 0.85rem; }
-.ade-why caption { text-align: left; font-weight: 600; }
-.ade-why td, .ade-why th { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 4px 6px; }
-.ade-caption { font-size: 0.85rem; opacity: 0.75; max-width: 560px; }
-.ade-verdict p { font-size: 1.25rem; font-weight: 600; }
-"""
-
-
-# Fonts of the reader's own machine: nothing is fetched from elsewhere.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+TAGLINE = "Is this image like those that the model was trained on?"
 
 
 class PageBlocks(gr.Blocks):
@@ -94,22 +80,23 @@ def build_page(served: Served) -> gr.Blocks:
         name: "{}, {} × {} pixels".format(name, *bundle.image_shape[1::-1])
         for name, bundle in served.bundles.items()
     }
-    with PageBlocks(title="AV-ADE", analytics_enabled=False) as page:
-        gr.Markdown(
-            "# AV-ADE\nA generative image model with likelihoods: sample it, see what it keeps of an image, "
-            f"ask how likely an image is. {names[served.first]}."
-        )
+    head = (
+        f'<header class="ade-head">{MARK}<div><h1>{NAME}</h1>'
+        f"<p>{TAGLINE}<br><small>{escape(names[served.first])}</small></p></div></header>"
+    )
+    with PageBlocks(title=NAME, analytics_enabled=False) as page:
+        html(head)
         choices = [(name, value) for value, name in names.items()]
         model = gr.Dropdown(
             choices, value=served.first, label="Model", visible=len(served.bundles) > 1
         )
-        with gr.Tabs() as tabs:
-            shared = Shared(served, model, tabs, make_inbox())
-            for name, tab in TABS.items():
-                if tab is compare and len(served.bundles) == 1:
+        inbox, examples = make_inbox(), example_files(served)
+        with gr.Tabs(overflow_behavior="wrap") as tabs:
+            for name, module in TABS.items():
+                if module is compare and len(served.bundles) == 1:
                     continue  # there is nothing to compare with
-                with gr.Tab(name, id=name):
-                    tab.add_tab(shared)
+                with gr.Tab(name, id=name) as tab:
+                    module.add_tab(Shared(served, model, tabs, tab, inbox, examples))
     return page
 
 
@@ -157,8 +144,9 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
         app,
         blocks,
         path="/",
-        css=CSS,
-        theme=THEME,
+        head=HEAD,
+        theme=make_theme(),
+        favicon_path=str(MARK_FILE),
         auth=None if token is None else (USER, token),
         show_error=False,
         max_file_size=MAX_FILE_BYTES,

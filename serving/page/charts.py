@@ -1,37 +1,125 @@
-"""Pictures of numbers: bars for the parts of a score, a histogram for its place (SVG), a heat map
-of its pixels.
+"""HTML and SVG of what a score says: the verdict, its place among the calibration images, its
+reasons, its parts.
+
+The classes are those of ``serving/style.css``, so that reports can use the same pieces.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
-from serving.verdict.calibration import Unusual
+from serving.verdict.calibration import Calibration, Unusual
 from serving.verdict.statistics import meaning
 
-WIDTH, HEIGHT = 440, 170
-BINS = 48
+WIDTH = 520
+BINS = 52
+BEYOND = 1.35  # how far the axis may be stretched for an image outside of the calibration's range
+FAMILIES = 4  # of statistics, that are named as reasons
+ICONS = {
+    "accept": "M5 17.5l7 7 15-16",
+    "reject": "M7 7l18 18M25 7L7 25",
+    "no_verdict": "M10.5 11.5a5.5 5.5 0 1 1 8 5c-1.8 1-2.5 2-2.5 4M16 25.5v.1",
+}
+HEADINGS = {"accept": "Accepted", "reject": "Rejected", "no_verdict": "No verdict"}
 
 
-def explain_table(reasons: Sequence[Unusual]) -> str:
-    """The most unusual statistics in a table: name, what it is of, p-value."""
+def percent(share: float) -> str:
+    """A share in per cent, as it is read out: ``0.01`` is ``1 %``."""
+    return f"{100 * share:.3g}\u00a0%"
+
+
+def verdict_card(
+    choice: str,
+    sentence: str,
+    facts: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    heading: str | None = None,
+) -> str:
+    """The decision in its colour, the sentence that explains it, figures and notes."""
+    icon = (
+        '<svg viewBox="0 0 32 32" aria-hidden="true" fill="none" stroke="currentColor" '
+        f'stroke-width="4" stroke-linecap="round" stroke-linejoin="round"><path d="{ICONS[choice]}"/></svg>'
+    )
+    shown = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
+    noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return (
+        f'<section class="ade-verdict ade-{choice}" aria-live="polite">{icon}'
+        f"<h2>{escape(heading or HEADINGS[choice])}</h2><p>{escape(sentence)}</p>"
+        + (f'<ul class="ade-facts">{shown}</ul>' if facts else "")
+        + (f'<ul class="ade-notes">{noted}</ul>' if notes else "")
+        + "</section>"
+    )
+
+
+def badge(choice: str, text: str | None = None) -> str:
+    """A decision in one coloured word."""
+    return f'<span class="ade-badge ade-{choice}">{escape(text or HEADINGS[choice])}</span>'
+
+
+def empty(text: str) -> str:
+    """What stands where a result will be."""
+    return f'<div class="ade-empty">{escape(text)}</div>'
+
+
+def reasons(explain: Sequence[Unusual], alpha: float) -> str:
+    """How many statistics are unusual at a level, how many would be by chance, and which they are.
+
+    Args:
+        explain: every statistic of an image, the most unusual first.
+        alpha: the level.
+    """
+    unusual = [one for one in explain if one.p_value <= alpha]
+    families: dict[str, list[float]] = defaultdict(list)
+    for one in unusual:
+        families[meaning(one.statistic)].append(one.p_value)
+    count = len(explain)
+    verb = "is" if len(unusual) == 1 else "are"
+    head = (
+        f"<strong>{len(unusual)} of {count} statistics</strong> {verb} unusual at a level of "
+        f"{percent(alpha)}; chance alone would make about {count * alpha:.2g} of them so."
+    )
+    rows = sorted(families.items(), key=lambda item: (-len(item[1]), min(item[1])))[:FAMILIES]
+    listed = "".join(f"<li><b>{len(found)}</b> on {escape(words)}</li>" for words, found in rows)
+    rest = len(unusual) - sum(len(found) for _, found in rows)
+    listed += f"<li><b>{rest}</b> others</li>" if rest else ""
+    return (
+        f'<div class="ade-part"><h3>Reasons</h3><p>{head} The verdict judges all of them together.'
+        f"</p>{f'<ul class=ade-counts>{listed}</ul>' if listed else ''}</div>"
+    )
+
+
+def explain_table(explain: Sequence[Unusual]) -> str:
+    """The statistics in a table: name, what it is of, value, p-value."""
     rows = "".join(
-        f"<tr><td><code>{escape(r.statistic)}</code><br><small>{escape(meaning(r.statistic))}</small></td>"
-        f"<td>{r.value:.3g}</td><td>{r.p_value:.2g}</td></tr>"
-        for r in reasons
+        f"<tr><td><code>{escape(r.statistic)}</code><br><small>{escape(meaning(r.statistic))}"
+        f'</small></td><td class="ade-number">{r.value:.3g}</td>'
+        f'<td class="ade-number">{r.p_value:.2g}</td></tr>'
+        for r in explain
     )
     return (
-        '<table class="ade-why"><caption>The most unusual statistics</caption>'
-        f"<thead><tr><th>statistic</th><th>value</th><th>p</th></tr></thead><tbody>{rows}</tbody></table>"
+        '<div class="ade-part"><table class="ade-table"><caption>The most unusual statistics'
+        '</caption><thead><tr><th>statistic</th><th class="ade-number">value</th>'
+        f'<th class="ade-number">p</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
 def parts_chart(parts: dict[str, float], bpd: float) -> str:
-    """Horizontal bars, one a part, bits per dimension; negative ones go left."""
-    return _bars([*parts.items(), ("bpd", bpd)], f"parts of the score: {', '.join(parts)}", "+.3f")
+    """Horizontal bars, one per part, bits per dimension; negative ones extend to the left.
+
+    The constant part, dequantization, is named in the caption: its bar would dwarf the others.
+    """
+    rows = [(name, value) for name, value in parts.items() if name != "dequantization"]
+    constant = parts.get("dequantization", 0.0)
+    caption = (
+        f"{bpd:.3f} bits per dimension = {constant:g} for 8-bit pixels of equal probability, plus "
+        "these parts; a negative part is what the model saves."
+    )
+    chart = _bars(rows, f"parts of the score: {', '.join(parts)}", "+.3f")
+    return f'<div class="ade-part"><h3>Likelihood</h3><p><small>{caption}</small></p>{chart}</div>'
 
 
 def levels_chart(
@@ -48,55 +136,128 @@ def levels_chart(
         (f"level {i}: {c}×{h}×{w}", parts[f"kl_{i}"] * num_dims)
         for i, (c, h, w) in enumerate(latent_shapes)
     ]
-    return _bars(rows, "bits by latent level", ",.0f")
+    return (
+        '<div class="ade-part"><h3>Bits of the image by latent level, 0 is the coarsest</h3>'
+        f"{_bars(rows, 'bits by latent level', ',.0f')}</div>"
+    )
 
 
 def _bars(rows: Sequence[tuple[str, float]], label: str, form: str) -> str:
     low = min(0.0, *(v for _, v in rows))
     high = max(0.0, *(v for _, v in rows))
-    left, row_height = 136, 26
-    scale = (WIDTH - left - 70) / (high - low or 1)
-    zero = left - low * scale
+    left, row_height, room = 132, 28, 64
+    low_room = room if low < 0 else 0  # for the numbers of negative bars
+    scale = (WIDTH - left - room - low_room) / (high - low or 1)
+    zero = left + low_room - low * scale
     bars = []
     for i, (name, value) in enumerate(rows):
         y = i * row_height
-        x = zero if value >= 0 else zero + value * scale
-        kind = "ade-total" if name == "bpd" else "ade-bar"
+        size = max(1.0, abs(value) * scale)
+        x = zero if value >= 0 else zero - size
+        at, anchor = (zero + size + 6, "start") if value >= 0 else (x - 6, "end")
         bars.append(
-            f'<text x="{left - 8}" y="{y + 17}" text-anchor="end" class="ade-label">{escape(name)}</text>'
-            f'<rect x="{x:.1f}" y="{y + 4}" width="{max(1.0, abs(value) * scale):.1f}" height="18" rx="3" class="{kind}"/>'
-            f'<text x="{max(x + abs(value) * scale, zero) + 6:.1f}" y="{y + 17}" class="ade-label">{value:{form}}</text>'
+            f'<text x="0" y="{y + 18}" class="ade-axis">{escape(name)}</text>'
+            f'<rect x="{x:.1f}" y="{y + 4}" width="{size:.1f}" height="19" rx="3" class="ade-bar"/>'
+            f'<text x="{at:.1f}" y="{y + 18}" text-anchor="{anchor}">{value:{form}}</text>'
         )
     return _svg("".join(bars), len(rows) * row_height, label)
 
 
+def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str:
+    """Where an image lies among the calibration images: their scores, what the level rejects, and
+    a mark.
+    """
+    reference = calibration.scores
+    count = len(reference)
+    rejected = int(alpha * (count + 1) + 1e-9) - 1  # calibration images beyond the level
+    level = float(reference[count - 1 - rejected]) if rejected >= 0 else None
+    low = float(reference[0])
+    high = float(reference[-1]) if level is None else max(float(reference[-1]), level)
+    most = low + BEYOND * (high - low)
+    is_outside = ood_score > most
+    left, right = min(low, ood_score), min(max(high, ood_score), most)
+    pad = 0.03 * (right - left)
+    left, right = left - pad, right + pad
+    top, base, height = 30, 140, 184
+
+    def place(value: float) -> float:
+        return (value - left) / (right - left) * WIDTH
+
+    counts, edges = np.histogram(reference, BINS, (left, right))
+    step = WIDTH / BINS
+    bars = []
+    for i, number in enumerate(counts):
+        if number:
+            size = max(1.5, (base - top) * float(np.sqrt(number / counts.max())))
+            kind = "ade-accepted" if level is None or edges[i] < level else "ade-rejected"
+            bars.append(
+                f'<rect x="{i * step + 0.5:.1f}" y="{base - size:.1f}" width="{step - 1:.1f}" '
+                f'height="{size:.1f}" class="{kind}"/>'
+            )
+    axis = (
+        f'<line x1="0" x2="{WIDTH}" y1="{base}" y2="{base}" class="ade-base"/>'
+        f'<text x="0" y="{height - 4}" class="ade-axis">ordinary</text>'
+        f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis">more unusual →</text>'
+    )
+    shown = WIDTH - 10.0 if is_outside else place(ood_score)
+    if level is not None:
+        x = place(level)
+        name = f"rejected at {percent(alpha)}"
+        at, anchor = (x - 6, "end") if x > WIDTH - 150 else (x + 6, "start")
+        axis += (
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 4}" y2="{base}" class="ade-level"/>'
+            f'<text x="{at:.1f}" y="{base + 19}" text-anchor="{anchor}" class="ade-level-name">'
+            f"{name}</text>"
+        )
+    anchor = "end" if shown > WIDTH - 120 else "start"
+    text = "this image, far outside" if is_outside else "this image"
+    mark = (
+        f'<path d="M{shown:.1f} {base}V{top - 8}" class="ade-mark"/>'
+        f'<path d="M{shown - 6:.1f} {base - 9}h12l-6 9z" class="ade-mark" stroke-width="0"/>'
+        f'<text x="{shown + (-8 if anchor == "end" else 8):.1f}" y="{top - 10}" '
+        f'text-anchor="{anchor}" class="ade-mark-name">{text}{" →" if is_outside else ""}</text>'
+    )
+    chart = _svg(
+        "".join(bars) + axis + mark, height, f"{count} calibration images by how unusual they are"
+    )
+    return (
+        '<div class="ade-part"><h3>Place among the calibration images</h3>'
+        f"{chart}<p><small>{count:,} held-out images, by how unusual all their statistics are "
+        "together. Bar heights are square roots, so that single images can be seen.</small></p>"
+        "</div>"
+    )
+
+
 def histogram_chart(reference: np.ndarray, value: float) -> str:
-    """Where a bpd lies among those of the calibration images."""
+    """Where a number of bits per dimension lies among those of the calibration images."""
     low = min(float(reference.min()), value) - 0.1
     high = max(float(reference.max()), value) + 0.1
     counts, edges = np.histogram(reference, BINS, (low, high))
-    base = HEIGHT - 24
+    base, height = 120, 146
     step = WIDTH / BINS
     bars = [
-        f'<rect x="{i * step + 1:.1f}" y="{base - (base - 16) * c / counts.max():.1f}" width="{step - 2:.1f}" '
-        f'height="{(base - 16) * c / counts.max():.1f}" class="ade-bar"/>'
+        f'<rect x="{i * step + 0.5:.1f}" y="{base - (base - 26) * c / counts.max():.1f}" '
+        f'width="{step - 1:.1f}" height="{(base - 26) * c / counts.max():.1f}" class="ade-bar"/>'
         for i, c in enumerate(counts)
         if c
     ]
     x = (value - low) / (high - low) * WIDTH
-    anchor = "end" if x > WIDTH - 90 else "start"
+    anchor = "end" if x > WIDTH - 150 else "start"
     mark = (
-        f'<line x1="{x:.1f}" y1="2" x2="{x:.1f}" y2="{base}" class="ade-mark"/>'
-        f'<text x="{x + (-6 if anchor == "end" else 6):.1f}" y="14" text-anchor="{anchor}" class="ade-label">'
-        f"this image: {value:.2f}</text>"
+        f'<line x1="{x:.1f}" y1="8" x2="{x:.1f}" y2="{base}" class="ade-mark"/>'
+        f'<text x="{x + (-8 if anchor == "end" else 8):.1f}" y="18" text-anchor="{anchor}" '
+        f'class="ade-mark-name">this image: {value:.2f}</text>'
     )
     ticks = "".join(
-        f'<text x="{(t - low) / (high - low) * WIDTH:.1f}" y="{HEIGHT - 6}" text-anchor="middle" class="ade-label">{t:g}'
-        "</text>"
+        f'<text x="{(t - low) / (high - low) * WIDTH:.1f}" y="{height - 6}" text-anchor="middle" '
+        f'class="ade-axis">{t:g}</text>'
         for t in _ticks(float(edges[0]), float(edges[-1]))
     )
-    return _svg(
-        "".join(bars) + mark + ticks, HEIGHT, f"{len(reference)} calibration images and this one"
+    chart = _svg("".join(bars) + mark + ticks, height, "bits per dimension of calibration images")
+    return (
+        '<div class="ade-part"><h3>Bits per dimension of the calibration images</h3>'
+        f"{chart}<p><small>Likelihood alone decides little: an out-of-distribution image can have "
+        "an ordinary number of bits.</small></p></div>"
     )
 
 
@@ -108,5 +269,5 @@ def _ticks(low: float, high: float) -> list[float]:
 def _svg(content: str, height: int, label: str) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}" '
-        f'style="width:100%;max-width:560px;height:auto">{content}</svg>'
+        f'class="ade-chart">{content}</svg>'
     )

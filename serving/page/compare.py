@@ -2,85 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+import base64
+from html import escape
 
 import gradio as gr
+import numpy as np
 
-from serving.client import AdeClient, AdeError
+from serving.client import AdeError
 from serving.images import write_png
-from serving.page.files import write_file
-from serving.page.score import verdict_word
-from serving.page.served import Shared, ask, examples, read, sentence
+from serving.page import charts
+from serving.page.score import alpha_input, verdict
+from serving.page.served import (
+    RESIZE,
+    Served,
+    Shared,
+    as_seen,
+    ask,
+    examples,
+    html,
+    read,
+    run_on_new_image,
+    sentence,
+)
 
-COLUMNS = ["model", "bpd", "p-value", "verdict", "PSNR, dB", "notes"]
-NONE = "–"
+EMPTY = "One verdict per model appears here: choose an example, or drop an image."
 
 
 def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
-    clients, image = shared.served.clients, shared.inbox.compare
+    served, image = shared.served, shared.inbox.compare
 
-    def compare(
-        image: str, alpha: float, resize: bool
-    ) -> tuple[list[list[Any]], list[tuple[str, str]]]:
-        """A row a model: how likely the image is and what the model says of it; and its
-        reconstructions.
-        """
+    def compare(image: str, alpha: float, resize: bool) -> str:
+        """A card per model: its verdict, the likelihood, and the image's reconstruction. HTML."""
         data = read(image)
-        rows, pictures = [], []
-        for name, client in clients.items():
-            row, made = _row(client, data, alpha, resize)
-            rows.append([name, *row])
-            if made is not None:
-                pictures.append((write_file(write_png(made), f"{name}.png"), name))
-        return rows, pictures
+        return "".join(_card(served, name, data, alpha, resize) for name in served.bundles)
 
+    examples(image, shared.examples)
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
-            alpha = gr.Slider(0.001, 0.2, value=0.01, step=0.001, label="False-alarm rate (alpha)")
-            resize = gr.Checkbox(True, label="Resize other sizes to fit")
+            alpha = alpha_input()
+            resize = gr.Checkbox(True, label=RESIZE)
             go = gr.Button("Compare", variant="primary")
-        with gr.Column(scale=2, min_width=300):
-            table = gr.Dataframe(
-                headers=COLUMNS,
-                interactive=False,
-                wrap=True,
-                column_widths=[150, 80, 90, 190, 90, 260],
-                label="Bits of models of different sizes are of different things: compare verdicts there",
+        with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
+            cards = html(charts.empty(EMPTY))
+            gr.Markdown(
+                "Bits per dimension of models of different sizes describe different images: "
+                "compare the verdicts there.",
+                elem_classes="ade-caption",
             )
-            made = gr.Gallery(
-                label="Reconstructions",
-                type="filepath",
-                format="png",
-                interactive=False,
-                columns=3,
-                fit_columns=False,
-                allow_preview=False,
-                elem_classes="ade-pixels ade-grid",
-                buttons=[],
-            )
-    examples(image, shared.served)
-    go.click(compare, [image, alpha, resize], [table, made], api_name="compare")
+    run_on_new_image(
+        image,
+        shared.model,
+        compare,
+        [image, alpha, resize],
+        {cards: charts.empty(EMPTY)},
+        go,
+        "compare",
+    )
 
 
-def _row(client: AdeClient, data: bytes, alpha: float, resize: bool) -> tuple[list[Any], Any]:
-    """Of one model: the table's row without its name, and the reconstruction; what it cannot do is
-    a note.
-    """
+def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -> str:
+    """Of one model; what it cannot do is a note."""
+    bundle, client = served.bundles[model], served.clients[model]
+    height, width, _ = bundle.image_shape
+    head = f"{model}, {width} × {height} pixels"
     try:
+        seen = as_seen(data, bundle, resize)
         score = ask(client.score, [data], alpha=alpha, explain=False, resize=resize)[0]
         made = ask(client.reconstruct, [data], resize=resize)[0]
+        for result in (score, made):
+            if isinstance(result, AdeError):
+                raise gr.Error(sentence(result))
     except gr.Error as error:
-        return [NONE, NONE, NONE, NONE, str(error.message)], None
-    for result in (score, made):
-        if isinstance(result, AdeError):
-            return [NONE, NONE, NONE, NONE, sentence(result)], None
-    p_value = NONE if score.p_value is None else f"{score.p_value:.4f}"
-    return [
-        f"{score.bpd:.3f}",
-        p_value,
-        verdict_word(score),
-        f"{made.psnr:.2f}",
-        "; ".join(score.notes),
-    ], made.image
+        card = charts.verdict_card("no_verdict", str(error.message))
+        return f'<section class="ade-part ade-model"><h3>{escape(head)}</h3>{card}</section>'
+    choice, why = verdict(served, model, (score, seen.resized), alpha)
+    facts = [f"{score.bpd:.3f} bits per dimension", f"PSNR {made.psnr:.2f} dB"]
+    if score.p_value is not None:
+        facts.insert(0, f"p = {score.p_value:.2g}")
+    card = charts.verdict_card(choice, why, facts, score.notes)
+    return (
+        f'<section class="ade-part ade-model"><h3>{escape(head)}</h3><div class="ade-beside">'
+        f"{_picture(made.image, f'Reconstruction by {model}')}<div>{card}</div></div></section>"
+    )
+
+
+def _picture(pixels: np.ndarray, text: str) -> str:
+    source = base64.b64encode(write_png(pixels)).decode()
+    return f'<img src="data:image/png;base64,{source}" alt="{escape(text)}">'

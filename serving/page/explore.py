@@ -4,6 +4,7 @@ holds.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from typing import Any
 
@@ -33,6 +34,7 @@ FRAME_MS = 120
 FRAME_SCALE = 4
 STEPS = 9
 VARIATIONS = 8
+Walk = tuple[str, list[str]]  # which images it is of, and its steps' files
 
 
 def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
@@ -99,6 +101,14 @@ def animation(frames: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def walk_key(model: str, first: str, last: str) -> str:
+    """Names the model and the two images of a walk."""
+    digest = hashlib.sha256(model.encode())
+    for path in (first, last):
+        digest.update(hashlib.sha256(read(path)).digest())
+    return digest.hexdigest()
+
+
 def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
     served, model = shared.served, shared.model
@@ -110,7 +120,7 @@ def add_tab(shared: Shared) -> None:
 
     def explore(
         model: str, first: str, last: str, steps: float, resize: bool
-    ) -> tuple[Any, str, str, str, str, list[str]]:
+    ) -> tuple[Any, str, str, str, str, Walk]:
         """The way from one image to another, as a place on it, an animation and a strip, and levels
         exchanged.
         """
@@ -126,7 +136,7 @@ def add_tab(shared: Shared) -> None:
             write_file(animation(frames), "interpolation.webp"),
             write_file(write_png(tile(frames, len(frames))), "strip.png"),
             write_file(write_png(tile(levels, len(levels))), "levels.png"),
-            paths,
+            (walk_key(model, first, last), paths),
         )
 
     def levels(
@@ -155,60 +165,105 @@ def add_tab(shared: Shared) -> None:
             write_file(write_png(tile(varied, len(varied))), "varied.png"),
         )
 
+    def first_ends(first: str | None, last: str | None, seed: float, last_seed: float) -> Any:
+        """Samples for the ends that are not there yet, when the tab is opened."""
+        ends = ((first, seed), (last, last_seed))
+        return tuple(gr.skip() if end else draw(served.first, seed) for end, seed in ends)
+
+    def clear_if_other(
+        model: str, first: str | None, last: str | None, walk: Walk | None
+    ) -> list[Any]:
+        """Clear the results unless they are of these images."""
+        if walk is not None and first and last and walk[0] == walk_key(model, first, last):
+            return [gr.skip()] * 8
+        return [gr.Slider(interactive=False), *[None] * 7]
+
+    def walk_if_new(
+        model: str, first: str | None, last: str | None, steps: float, resize: bool, walk: Any
+    ) -> Any:
+        """The walk, as soon as both ends are there."""
+        if walk is not None or first is None or last is None:
+            return (gr.skip(),) * 6
+        return explore(model, first, last, steps, resize)
+
+    steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
     with gr.Row():
-        for side, seed_value, image in (
-            ("From", 1, shared.inbox.first),
-            ("To", 2, shared.inbox.last),
-        ):
-            with gr.Column(min_width=280):
-                image.render()
-                with gr.Row():
-                    seed = seed_input(seed_value, scale=2, min_width=80)
-                    button = gr.Button(f"{side} a sample of this seed", scale=3)
-                button.click(draw, [model, seed], image, api_visibility="private")
-    resize = resize_input(shared.served)
-    gr.Markdown("### From one to the other")
-    with gr.Row():
-        steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps")
-        go = gr.Button("Explore", variant="primary")
-    with gr.Row():
-        with gr.Column(min_width=280):
-            frame = image_output("A place on the way")
-            place = gr.Slider(
-                0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False
-            )
-        with gr.Column(min_width=280):
-            animated = image_output("There and back, animated")
-    strip = image_output("The way from one to the other", height=160)
-    exchange = image_output(
-        "Fine levels of the second, with none, one, … all coarse ones of the first", height=200
-    )
-    gr.Markdown("### Level by level, of the first image")
-    with gr.Row():
-        level = gr.Radio(
-            list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest"
+        with gr.Column(scale=2, min_width=280):
+            seeds = []
+            with gr.Row():
+                for side, seed_value, image in (
+                    ("From", 1, shared.inbox.first),
+                    ("To", 2, shared.inbox.last),
+                ):
+                    with gr.Column(min_width=130):
+                        image.height = 190
+                        image.render()
+                        seed = seed_input(seed_value, f"Seed ({side.lower()})", min_width=80)
+                        button = gr.Button(f"{side} a sample of this seed", size="sm")
+                    button.click(draw, [model, seed], image, api_visibility="private")
+                    seeds.append(seed)
+            go = gr.Button("Explore", variant="primary")
+            with gr.Accordion("More settings", open=False):
+                steps.render()
+                resize = resize_input(shared.served)
+        with gr.Column(scale=3, min_width=280):
+            with gr.Row():
+                with gr.Column(min_width=200):
+                    frame = image_output("A place on the way", height=220)
+                    place = gr.Slider(
+                        0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False
+                    )
+                with gr.Column(min_width=200):
+                    animated = image_output("There and back, animated", height=220)
+            strip = image_output("The way, step by step", height=130)
+    with gr.Accordion("What coarse and fine levels hold", open=False):
+        gr.Markdown(
+            "Each picture has the fine levels of the second image and more and more of the coarse "
+            "levels of the first: none, one, … all.",
+            elem_classes="ade-caption",
         )
-        variation = seed_input(1, "Seed of the others", min_width=80)
-        look = gr.Button("Show its levels", variant="primary")
-    coarse = image_output("From its coarsest level alone, from two, … from all", height=200)
-    varied = image_output("This level of other samples, its own other levels", height=160)
-    frames = gr.State(time_to_live=KEPT_S)
-    go.click(
-        explore,
-        [model, shared.inbox.first, shared.inbox.last, steps, resize],
-        [place, frame, animated, strip, exchange, frames],
-        api_name="explore",
-    )
-    place.change(
-        lambda at, paths: paths[min(int(at), len(paths) - 1)] if paths else None,
-        [place, frames],
-        frame,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    look.click(
+        exchange = image_output("Fine levels of the second, coarse levels of the first", height=160)
+    with gr.Accordion("Level by level, of the first image", open=False):
+        with gr.Row():
+            level = gr.Radio(
+                list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest"
+            )
+            variation = seed_input(1, "Seed of the other samples", min_width=80)
+            look = gr.Button("Show its levels")
+        coarse = image_output("From its coarsest level alone, from two, … from all", height=160)
+        varied = image_output("This level from other samples, all other levels its own", height=130)
+    walk = gr.State(time_to_live=KEPT_S)
+    ends = [shared.inbox.first, shared.inbox.last]
+    results = [place, frame, animated, strip, exchange, walk]
+    settings: list[Any] = [model, *ends, steps, resize]
+    private: Any = {"api_visibility": "private", "show_progress": "hidden"}
+    busy: Any = {"show_progress_on": strip}
+    walked = go.click(explore, settings, results, api_name="explore", **busy)
+    looked = look.click(
         levels,
         [model, shared.inbox.first, level, variation, resize],
         [coarse, varied],
         api_name="levels",
+        show_progress_on=coarse,
+    )
+    shared.tab.select(first_ends, [*ends, *seeds], ends, **private)
+    new = [*(end.change for end in ends), model.change]
+    cleared = gr.on(
+        new,
+        clear_if_other,
+        [model, *ends, walk],
+        [*results, coarse, varied],
+        trigger_mode="always_last",
+        queue=False,
+        **private,
+    )
+    by_itself = cleared.then(
+        walk_if_new, [*settings, walk], results, api_visibility="private", **busy
+    )
+    gr.on(new, None, cancels=[walked, by_itself, looked], api_visibility="private")
+    place.change(
+        lambda at, walk: walk[1][min(int(at), len(walk[1]) - 1)] if walk else None,
+        [place, walk],
+        frame,
+        **private,
     )

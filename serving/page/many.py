@@ -17,9 +17,10 @@ from PIL import Image
 
 from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
+from serving.page import charts
 from serving.page.files import write_file
-from serving.page.score import verdict_word
-from serving.page.served import Served, Shared, ask, read, resize_input, sentence
+from serving.page.score import WORDS, alpha_input
+from serving.page.served import Served, Shared, ask, html, read, resize_input, sentence
 from serving.tables import safe_cell
 from serving.verdict.calibration import benjamini_hochberg, simes
 from serving.verdict.decision import fdr_note
@@ -30,8 +31,10 @@ MOST = 2000
 MOST_ENTRIES = 10_000  # of a zip, other files than images too
 ENTRY_MARK = b"PK\x01\x02"  # each entry of a zip's directory begins with it
 MOST_BYTES = 256 * 2**20  # unpacked
-ALPHA = 0.01  # of each image by itself
 COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
+TABLE = Path(__file__).with_name("results.js").read_text()
+EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder."
+NOT_SCORED = "not scored"
 THUMBNAIL = 48  # pixels a side at most
 
 
@@ -79,7 +82,7 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     # Python unpacks these without a bound, whatever size is declared.
                     raise gr.Error(
-                        f"{entry} is packed by another method than deflate: pack it anew."
+                        f"{entry} is packed by another method than deflate: pack it again."
                     )
                 with archive.open(info) as file:
                     data = b"" if info.file_size > MAX_FILE_BYTES else file.read(MAX_FILE_BYTES + 1)
@@ -120,18 +123,19 @@ def add_tab(shared: Shared) -> None:
         folder: list[str] | None,
         fdr: float,
         resize: bool,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, list[list[Any]], Any]:  # Gradio's way
-        """What is to be reported of the files together, a row each, and the rows as a CSV file."""
+        alpha: float = 0.01,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio's way)
+    ) -> tuple[str, list[dict[str, Any]], Any]:
+        """What is to be reported of the files together, a row for each, the most unusual first, and
+        the rows as a CSV file.
+        """
         if not files and not folder:
             raise gr.Error(
                 "There are no files yet: drop some, or a zip of them, or choose a folder."
             )
         inside = [path for path in folder or [] if Path(path).suffix.lower() in IMAGE_SUFFIXES]
         paths = [*(files or []), *inside]
-        count = sum(
-            1 for _ in contents(paths)
-        )  # what is refused is refused before anything is scored
+        count = sum(1 for _ in contents(paths))  # refuse before anything is scored
         if not count:
             raise gr.Error("There are no images among the files.")
         names: list[str] = []
@@ -139,123 +143,140 @@ def add_tab(shared: Shared) -> None:
         results: list[Any] = []
         for batch in batches(contents(paths)):
             progress((len(results), count), unit="images")
-            scored = _scores(served, model, [data for _, data in batch], resize)
+            scored = _scores(served, model, [data for _, data in batch], resize, alpha)
             names += [name for name, _ in batch]
             pictures += [
                 "" if isinstance(result, AdeError) else _thumbnail(data)
                 for (_, data), result in zip(batch, scored, strict=True)
             ]
             results += scored
-        judged = [
-            i
-            for i, r in enumerate(results)
-            if not isinstance(r, AdeError) and r.p_value is not None
-        ]
-        p_values = [results[i].p_value for i in judged]
-        found = dict(zip(judged, benjamini_hochberg(p_values, fdr), strict=True)) if judged else {}
-        rows = [
-            _row(name, result, found.get(i))
-            for i, (name, result) in enumerate(zip(names, results, strict=True))
-        ]
+        judged = [r for r in results if not isinstance(r, AdeError) and r.p_value is not None]
+        p_values = [result.p_value for result in judged]
+        discoveries = sum(benjamini_hochberg(p_values, fdr)) if judged else 0
         calibrations = served.calibrations[model]
         calibrated = [
             len(judge.scores)
             for judge in (calibrations.exact, calibrations.resized)
             if judge is not None
         ]
-        alone = sum(
-            results[i].decision == "reject" and not is_found for i, is_found in found.items()
-        )
-        said = _said(
-            len(rows), p_values, sum(found.values()), alone, fdr, min(calibrated, default=0)
-        )
-        shown = [[picture, *row] for picture, row in zip(pictures, rows, strict=True)]
+        rejected = sum(result.decision == "reject" for result in judged)
+        said = _said(count, p_values, rejected, discoveries, alpha, fdr, min(calibrated, default=0))
+        order = sorted(range(count), key=lambda i: _rank(results[i]))
+        rows = [_row(names[i], results[i]) for i in order]
+        shown = [
+            {"picture": pictures[i], **_shown(row, results[i])}
+            for i, row in zip(order, rows, strict=True)
+        ]
         return (
             said,
             shown,
             gr.DownloadButton(value=write_file(_csv(rows), "scores.csv"), interactive=True),
         )
 
+    def clear() -> tuple[str, list[Any], Any]:
+        return charts.empty(EMPTY), [], gr.DownloadButton(interactive=False)
+
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=2, min_width=280):
             files = gr.File(
                 label="Images, or a zip of them",
                 file_count="multiple",
-                height=200,
+                height=180,
                 file_types=["image", ".zip"],
             )
-            folder = gr.File(label="Or a folder", file_count="directory", height=140)
-            fdr = gr.Slider(
-                0.01,
-                0.5,
-                value=0.1,
-                step=0.01,
-                label="False discovery rate",
-                info="expected share of false ones among those that are reported",
-            )
+            folder = gr.File(label="Or a folder", file_count="directory", height=130)
+            alpha = alpha_input()
             resize = resize_input(served)
+            with gr.Accordion("More settings", open=False):
+                fdr = gr.Slider(
+                    0.01,
+                    0.5,
+                    value=0.1,
+                    step=0.01,
+                    label="False discovery rate",
+                    info="Expected share of false ones among the images that are reported.",
+                )
             go = gr.Button("Score all", variant="primary")
-        with gr.Column(scale=2, min_width=300):
-            said = gr.Markdown()
-            table = gr.Dataframe(
-                headers=["image", *COLUMNS],
-                datatype=["html", "str", "number", "number", "str", "str"],
-                interactive=False,
-                label="Scores; a click on a head sorts",
-                wrap=True,
-                column_widths=[72, 160, 80, 100, 150, 300],
+        with gr.Column(scale=5, min_width=280, elem_classes="ade-outcome"):
+            said = html(charts.empty(EMPTY))
+            table = gr.HTML(
+                [],
+                html_template='<div class="ade-results"></div>',
+                js_on_load=TABLE,
+                apply_default_css=False,
             )
             download = gr.DownloadButton("Download CSV", interactive=False)
-    go.click(
+    results = [said, table, download]
+    scored = go.click(
         score_many,
-        [shared.model, files, folder, fdr, resize],
-        [said, table, download],
+        [shared.model, files, folder, fdr, resize, alpha],
+        results,
         api_name="score_many",
+        show_progress_on=said,
     )
+    quiet: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+    gr.on(
+        [files.change, folder.change, shared.model.change],
+        clear,
+        None,
+        results,
+        cancels=[scored],
+        **quiet,
+    )
+    scored.failure(clear, None, results, **quiet)
 
 
 def _said(
-    count: int, p_values: list[float], found: int, alone: int, fdr: float, calibrated: int
+    count: int,
+    p_values: list[float],
+    rejected: int,
+    discoveries: int,
+    alpha: float,
+    fdr: float,
+    calibrated: int,
 ) -> str:
-    """What is to be reported of ``count`` files, in words.
+    """What is to be reported of ``count`` files, HTML.
 
     Args:
         count: of files.
         p_values: of those that got a verdict.
-        found: discoveries at ``fdr``.
-        alone: further images that are rejected each by itself.
+        rejected: how many of them are, each by itself.
+        discoveries: how many are reported together.
+        alpha: false-alarm rate.
         fdr: false discovery rate.
         calibrated: calibration images.
     """
-    rest = (
-        f"{count - len(p_values)} of {count} got no verdict: their notes say why."
-        if len(p_values) < count
-        else ""
-    )
-    if not p_values:
-        return f"**No verdict on any of {count} images.** The notes say why."
-    said = f"**{found + alone} of {len(p_values)} images are unlike the training images**"
-    if alone:
-        said += (
-            f": {found} at a false discovery rate of {fdr:g} (Benjamini and Hochberg), and {alone} more each at a "
-            f"false-alarm rate of {ALPHA:g}, where about {ALPHA * len(p_values):.1f} of {len(p_values)} usual images "
-            "are rejected."
+    judged = len(p_values)
+    if not judged:
+        return charts.verdict_card(
+            "no_verdict", f"No verdict on any of {count} files: their notes say why."
         )
-    else:
-        said += f"; of those, a share of at most {fdr:g} is expected to be false (Benjamini and Hochberg)."
-    note = fdr_note(calibrated, len(p_values), fdr)
-    if note is not None and not found:
-        said += f" {note[:1].upper()}{note[1:]}."
-    if len(p_values) > 1:
-        said += f" All together: p = {simes(p_values):.3g} (Simes)."
-    return f"{said} {rest}"
+    sentence = (
+        f"Rejected at a false-alarm rate of {charts.percent(alpha)}; if all were in-distribution, "
+        f"about {alpha * judged:.2g} of {judged} would be."
+    )
+    notes = [
+        f"{discoveries} are discoveries at a false discovery rate of {charts.percent(fdr)} "
+        "(Benjamini and Hochberg)."
+    ]
+    note = fdr_note(calibrated, judged, fdr)
+    if note is not None and not discoveries:
+        notes.append(f"{note[:1].upper()}{note[1:]}.")
+    if judged < count:
+        notes.append(f"{count - judged} of {count} files got no verdict: their notes say why.")
+    facts = [f"all together: p = {simes(p_values):.2g} (Simes)"] if judged > 1 else []
+    heading = f"{rejected} of {judged} images rejected"
+    choice = "reject" if rejected else "accept"
+    return charts.verdict_card(choice, sentence, facts, notes, heading)
 
 
-def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> list[Any]:
+def _scores(
+    served: Served, model: str, batch: list[bytes], resize: bool, alpha: float
+) -> list[Any]:
     """Of one request; where no image of it could be used, each one's own error."""
     client = served.clients[model]
     try:
-        return client.score(batch, alpha=ALPHA, explain=False, resize=resize)
+        return client.score(batch, alpha=alpha, explain=False, resize=resize)
     except httpx.TransportError as error:
         ask(_raise, error)
     except AdeError as error:
@@ -263,36 +284,43 @@ def _scores(served: Served, model: str, batch: list[bytes], resize: bool) -> lis
             return [error]
         if error.status >= 500:
             ask(_raise, error)
-    return [result for data in batch for result in _scores(served, model, [data], resize)]
+    return [result for data in batch for result in _scores(served, model, [data], resize, alpha)]
 
 
 def _raise(error: Exception) -> None:
     raise error
 
 
-def _row(name: str, result: Any, is_found: bool | None) -> list[Any]:
+def _rank(result: Any) -> tuple[float, float]:
+    """Sorts the most unusual first, and what got no verdict last."""
+    if isinstance(result, AdeError) or result.p_value is None:
+        return (2.0, 0.0)
+    return (result.p_value, -(result.ood_score or 0.0))
+
+
+def _row(name: str, result: Any) -> list[Any]:
+    """Of :data:`COLUMNS`."""
     if isinstance(result, AdeError):
-        return [name, None, None, "could not be scored", sentence(result)]
-    verdict = "unlike the training images" if is_found else verdict_word(result)
-    return [
-        name,
-        round(result.bpd, 4),
-        result.p_value and round(result.p_value, 6),
-        verdict,
-        "; ".join(result.notes),
-    ]
+        return [name, None, None, NOT_SCORED, sentence(result)]
+    p_value = result.p_value and round(result.p_value, 6)
+    return [name, round(result.bpd, 4), p_value, WORDS[result.decision], "; ".join(result.notes)]
+
+
+def _shown(row: list[Any], result: Any) -> dict[str, Any]:
+    """A row for ``results.js``."""
+    choice = "not_scored" if isinstance(result, AdeError) else result.decision
+    return dict(zip(("file", "bpd", "p", "verdict", "notes"), row, strict=True), choice=choice)
 
 
 def _thumbnail(data: bytes) -> str:
-    """A small picture for the table."""
+    """A small picture for the table, as an address; empty if the file cannot be read."""
     try:
         picture = Image.fromarray(read_image(data).pixels)
     except (ImageError, MemoryError):
         return ""
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     source = base64.b64encode(write_png(np.asarray(picture))).decode()
-    style = f"width:{THUMBNAIL}px;height:{THUMBNAIL}px;object-fit:contain;image-rendering:pixelated"
-    return f'<img src="data:image/png;base64,{source}" alt="" style="{style}">'
+    return f"data:image/png;base64,{source}"
 
 
 def _csv(rows: list[list[Any]]) -> bytes:

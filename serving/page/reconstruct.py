@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import math
+from html import escape
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
 from serving.api.latents import coarsest
-from serving.images import psnr, write_png
-from serving.page.charts import levels_chart
+from serving.images import psnr, tile, write_png
+from serving.page.charts import empty, levels_chart
 from serving.page.files import write_file
 from serving.page.served import (
     KINDS,
+    KINDS_INFO,
     Shared,
     as_seen,
     ask,
     examples,
+    html,
     image_output,
+    image_pair,
     read,
     resize_input,
+    run_on_new_image,
     usable,
 )
+
+EMPTY = "The reconstruction appears here: choose an example, or drop an image."
+
+
+def in_words(decibels: float | None) -> str:
+    """A PSNR as the typical error of a pixel value, HTML."""
+    if decibels is None:
+        return '<div class="ade-part"><p><strong>Equal to the image</strong>.</p></div>'
+    error = 255 * 10 ** (-decibels / 20)
+    if decibels >= 35:
+        words = "hardly to be told apart"
+    elif decibels >= 25:
+        words = "close: fine detail differs"
+    else:
+        words = "coarse: detail is lost"
+    return (
+        f'<div class="ade-part"><p><strong>PSNR {decibels:.2f} dB</strong>, {words}. A pixel '
+        f"value is off by {error:.0f} of 255, root mean square.</p></div>"
+    )
 
 
 def add_tab(shared: Shared) -> None:
@@ -31,32 +55,36 @@ def add_tab(shared: Shared) -> None:
 
     def reconstruct(
         model: str, image: str, kind: str, levels: float, resize: bool
-    ) -> tuple[str, str, str, str, str]:
-        """The image as the model sees it, its reconstruction and their difference as PNG files, how
-        near they are, and the bits by level.
+    ) -> tuple[str, tuple[str, str], str, str, str]:
+        """How near the reconstruction is, the image as the model sees it with the reconstruction,
+        the image from its coarsest levels on, the difference, and the bits by level.
         """
         data, client, bundle = read(image), served.clients[model], served.bundles[model]
         seen = as_seen(data, bundle, resize).pixels
-        if levels < len(bundle.latent_shapes):
-            eps = ask(client.encode, [data], resize=resize, eps=True).eps
+        eps = ask(client.encode, [data], resize=resize, eps=True).eps
+        count = len(bundle.latent_shapes)
+        kept = [coarsest(eps, i + 1) for i in range(count)]
+        strip = ask(
+            client.sample_with, [np.concatenate(noise) for noise in zip(*kept, strict=True)]
+        )
+        if levels < count:
             made = ask(client.sample_with, coarsest(eps, int(levels)), kind=kind)[0]
         else:
             made = usable(ask(client.reconstruct, [data], kind=kind, resize=resize)[0]).image
         score = usable(ask(client.score, [data], explain=False, resize=resize)[0])
-        decibels = psnr(seen, made)
-        said = [
-            "**PSNR "
-            + ("infinite: they are equal" if decibels is None else f"{decibels:.2f} dB")
-            + "**",
-            *(f"- {note}" for note in score.notes),
-            "\nBits that it takes, by latent level:",
-        ]
+        notes = "".join(f"<li>{escape(note)}</li>" for note in score.notes)
+        said = in_words(psnr(seen, made))
+        if notes:
+            said += f'<div class="ade-part"><ul>{notes}</ul></div>'
         difference = np.clip(128 + 2 * (made.astype(int) - seen), 0, 255).astype(np.uint8)
         return (
-            write_file(write_png(seen), "input.png"),
-            write_file(write_png(made), "reconstruction.png"),
+            said,
+            (
+                write_file(write_png(_enlarged(seen)), "input.png"),
+                write_file(write_png(_enlarged(made)), "reconstruction.png"),
+            ),
+            write_file(write_png(tile(np.stack([*strip, seen]), count + 1)), "strip.png"),
             write_file(write_png(difference), "difference.png"),
-            "\n".join(said),
             levels_chart(score.bpd_parts, bundle.latent_shapes, math.prod(bundle.image_shape)),
         )
 
@@ -64,10 +92,12 @@ def add_tab(shared: Shared) -> None:
         count = len(served.bundles[name].latent_shapes)
         return gr.Slider(maximum=max(2, count), value=max(2, count), visible=count > 1)
 
+    examples(image, shared.examples)
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
-            kind = gr.Radio(KINDS, value="mean", label="Kind")
+            kind = gr.Radio(KINDS, value="mean", label="Kind", info=KINDS_INFO)
+            resize = resize_input(served)
             most = max(2, served.most_levels)  # a slider has two ends
             levels = gr.Slider(
                 1,
@@ -76,23 +106,33 @@ def add_tab(shared: Shared) -> None:
                 step=1,
                 label="Latent levels kept",
                 visible=served.most_levels > 1,
-                info="of the finer ones, what the coarser lead to expect",
+                info="The finer levels take the values that the coarser ones predict.",
             )
-            resize = resize_input(served)
             go = gr.Button("Reconstruct", variant="primary")
-        with gr.Column(scale=2, min_width=300):
-            with gr.Row():
-                shown = [
-                    image_output(name, min_width=150)
-                    for name in ("Input", "Reconstruction", "Difference, doubled around grey")
-                ]
-            said = gr.Markdown()
-            bits = gr.HTML()
-    examples(image, served)
-    go.click(
+        with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
+            said = html(empty(EMPTY))
+            pair = image_pair("Image and reconstruction")
+            gr.Markdown(
+                "Move the slider. Left: what the model sees. Right: its reconstruction.",
+                elem_classes="ade-caption",
+            )
+            strip = image_output("Coarse to fine; last, the image", height=170)
+            with gr.Accordion("Technical details", open=False):
+                difference = image_output("Difference, doubled around grey")
+                bits = html()
+    run_on_new_image(
+        image,
+        model,
         reconstruct,
         [model, image, kind, levels, resize],
-        [*shown, said, bits],
-        api_name="reconstruct",
+        {said: empty(EMPTY), pair: None, strip: None, difference: None, bits: ""},
+        go,
+        "reconstruct",
     )
     model.change(all_levels, model, levels, api_visibility="private")
+
+
+def _enlarged(pixels: np.ndarray) -> np.ndarray:
+    """Without smoothing, so that a slider over it is sharp; uint8 ``(H, W, C)``."""
+    factor = max(1, 256 // max(pixels.shape[:2]))
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

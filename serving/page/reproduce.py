@@ -1,4 +1,4 @@
-"""The tab *Reproduce*: a picture that was made here tells how it was made."""
+"""*Reproduce*, a part of the tab *Sample*: a picture that was made here tells how it was made."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     data = read(path)
     size = file_size(data)
     if size is None:
-        raise gr.Error("This is no PNG file.")
+        raise gr.Error("This is not a PNG file.")
     width, height = size
     if width * height > MAX_PIXELS:
         raise gr.Error(f"This picture has {width} × {height} pixels: none was made so large here.")
     found = open_png(data)
     if found is None:
-        raise gr.Error("This is no PNG file.")
+        raise gr.Error("This is not a PNG file.")
     pixels, text = found
     if "ade:from" in text:
         raise gr.Error(
@@ -47,8 +47,8 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     return pixels, text
 
 
-def add_tab(shared: Shared) -> None:
-    """Lay the tab out."""
+def add_part(shared: Shared) -> None:
+    """Lay it out."""
     served = shared.served
 
     def reproduce(model: str, picture: str | None) -> tuple[str, str]:
@@ -67,7 +67,7 @@ def add_tab(shared: Shared) -> None:
                 "kind": text["ade:kind"],
             }
         except ValueError:
-            raise gr.Error("The picture's text is damaged: its numbers are none.") from None
+            raise gr.Error("The picture's text is damaged: its numbers are invalid.") from None
         data, _ = ask(served.clients[model].sample_png, **wanted)
         same = np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
         made_by = text.get("ade:model", "")
@@ -85,10 +85,24 @@ def add_tab(shared: Shared) -> None:
         return write_file(data, "again.png"), f"{said}\n\n{told}"
 
     with gr.Row():
-        with gr.Column(scale=1):
-            picture = gr.File(label="A PNG that was made here", file_types=[".png"])
-            go = gr.Button("Make it again", variant="primary")
-        with gr.Column(scale=2):
-            again = image_output("Made again", height="min(512px, 92vw)")
+        with gr.Column(scale=1, min_width=240):
+            picture = gr.File(label="A PNG that was made here", file_types=[".png"], height=160)
+            go = gr.Button("Make it again")
+        with gr.Column(scale=2, min_width=240):
+            again = image_output("Made again", height="min(384px, 80vw)")
             said = gr.Markdown()
-    go.click(reproduce, [shared.model, picture], [again, said], api_name="reproduce")
+    go.click(
+        reproduce,
+        [shared.model, picture],
+        [again, said],
+        api_name="reproduce",
+        show_progress_on=again,
+    )
+    picture.change(
+        lambda: (None, ""),
+        None,
+        [again, said],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )

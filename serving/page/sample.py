@@ -1,4 +1,4 @@
-"""The tab *Sample*: new images, by seed, to look at and to hand on."""
+"""The tab *Sample*: new images by seed, to look at, to hand on and to reproduce."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from serving.images import untile, write_png
+from serving.page import reproduce
 from serving.page.files import KEPT_S, write_file
-from serving.page.served import KINDS, Shared, ask, read, read_seed, seed_input
+from serving.page.served import KINDS, KINDS_INFO, Shared, ask, read, read_seed, seed_input
 
 MAX_GRID = 64
 HISTORY = 24  # grids of a session that are remembered
@@ -54,7 +55,8 @@ def archive(images: np.ndarray, texts: list[dict[str, str]]) -> bytes:
 
 
 def add_tab(shared: Shared) -> None:
-    """Lay the tab out."""
+    """Lay the tab out; its first samples are drawn when it is opened."""
+    tab = shared.tab
     served, inbox = shared.served, shared.inbox
 
     def sample(
@@ -81,7 +83,7 @@ def add_tab(shared: Shared) -> None:
         )
 
     def settle(samples: list[Any]) -> tuple[Any, Any, Any, None]:
-        """None is chosen yet, and all can be downloaded."""
+        """No sample is chosen yet, and all can be downloaded."""
         gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
         return (
             gallery,
@@ -89,6 +91,10 @@ def add_tab(shared: Shared) -> None:
             gr.DownloadButton(interactive=True),
             None,
         )
+
+    def draw_once(history: list[Any], *values: Any) -> Any:
+        """The first samples of a session, when the tab is opened."""
+        return (gr.skip(),) * 3 if history else sample(*values)
 
     def remember(history: list[Any], grid: str) -> tuple[list[Any], list[tuple[str, str]]]:
         """The session's grids, the latest first, each once; their own text says how they were made."""
@@ -117,22 +123,23 @@ def add_tab(shared: Shared) -> None:
         return str(samples[event.index][0])
 
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=2, min_width=280, elem_classes="ade-settings"):
+            kind = gr.Radio(KINDS, value="mean", label="Kind", info=KINDS_INFO)
             n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
             with gr.Row():
-                seed = seed_input(7, scale=3)
-                dice = gr.Button("⚄ New seed", scale=2, min_width=130)
-            temperature = gr.Slider(
-                0.1,
-                1.5,
-                value=1.0,
-                step=0.05,
-                label="Temperature",
-                info="multiplies the prior's standard deviations",
-            )
-            kind = gr.Radio(KINDS, value="mean", label="Kind")
+                seed = seed_input(7, scale=3, min_width=120)
+                dice = gr.Button("⚄ New seed", scale=2, min_width=120)
+            with gr.Accordion("More settings", open=False):
+                temperature = gr.Slider(
+                    0.1,
+                    1.5,
+                    value=1.0,
+                    step=0.05,
+                    label="Temperature",
+                    info="Below 1, samples are more alike and smoother; above 1, more varied.",
+                )
             go = gr.Button("Sample", variant="primary")
-        with gr.Column(scale=2, min_width=300):
+        with gr.Column(scale=3, min_width=280):
             gallery = gr.Gallery(
                 label="Samples",
                 show_label=False,
@@ -145,31 +152,30 @@ def add_tab(shared: Shared) -> None:
                 buttons=[],
             )
             picked = gr.State(time_to_live=KEPT_S)
-            gr.Markdown("Click a sample, then hand it on:")
+            gr.Markdown("Choose a sample by a click, then:", elem_classes="ade-caption")
+            handed: Any = {"size": "sm", "min_width": 130}
             with gr.Row():
+                score = gr.Button("Score it", variant="primary", min_width=130)
+                png = gr.DownloadButton("Download PNG", interactive=False, min_width=130)
+            with gr.Accordion("More", open=False), gr.Row():
                 targets = [
-                    ("Explore from it", "Explore", inbox.first),
-                    ("Explore to it", "Explore", inbox.last),
-                    ("Reconstruct it", "Reconstruct", inbox.reconstruct),
-                    ("Score it", "Score", inbox.score),
-                    *(
-                        [("Compare models on it", "Compare", inbox.compare)]
-                        if len(served.bundles) > 1
-                        else []
-                    ),
+                    (score, "Score", inbox.score),
+                    (gr.Button("Reconstruct it", **handed), "Reconstruct", inbox.reconstruct),
+                    (gr.Button("Explore from it", **handed), "Explore", inbox.first),
+                    (gr.Button("Explore to it", **handed), "Explore", inbox.last),
                 ]
-                for label, tab, image in targets:
-                    gr.Button(label, size="sm", min_width=120).click(
-                        lambda path, tab=tab: hand_on(path, tab),
-                        picked,
-                        [image, shared.tabs],
-                        api_visibility="private",
-                    )
-            with gr.Row():
-                png = gr.DownloadButton(
-                    "Download PNG (its text holds the seed)", interactive=False, size="sm"
+                if len(served.bundles) > 1:
+                    compare = gr.Button("Compare models on it", **handed)
+                    targets.append((compare, "Compare", inbox.compare))
+                npz = gr.DownloadButton("Download npz", interactive=False, **handed)
+            for button, to, image in targets:
+                button.click(
+                    lambda path, to=to: hand_on(path, to),
+                    picked,
+                    [image, shared.tabs],
+                    show_progress="hidden",
+                    api_visibility="private",
                 )
-                npz = gr.DownloadButton("Download npz", interactive=False, size="sm")
     with gr.Accordion("Samples of this session: click one to have it again", open=False):
         history = gr.State([], time_to_live=KEPT_S)
         past = gr.Gallery(
@@ -184,19 +190,37 @@ def add_tab(shared: Shared) -> None:
             elem_classes="ade-pixels ade-grid",
             buttons=[],
         )
+    with gr.Accordion("Reproduce: how was this PNG made?", open=False):
+        reproduce.add_part(shared)
     settings: list[Any] = [shared.model, n, seed, temperature, kind]
     shown = [gallery, png, npz]
-    asked = go.click(sample, settings, shown, api_name="sample")
+    busy: dict[str, Any] = {"show_progress_on": gallery}
+    private: Any = {**busy, "api_visibility": "private"}
+    asked = go.click(sample, settings, shown, api_name="sample", **busy)
+    opened = tab.select(draw_once, [history, *settings], shown, **private)
     rolled = dice.click(
         lambda: secrets.randbelow(2**31), None, seed, api_visibility="private"
-    ).then(sample, settings, shown, api_visibility="private")
+    ).then(sample, settings, shown, **private)
     recalled = past.select(again, history, settings, api_visibility="private").then(
-        sample, settings, shown, api_visibility="private"
+        sample, settings, shown, **private
     )
-    for made in (asked, rolled, recalled):
-        made.success(remember, [history, png], [history, past], api_visibility="private")
-        made.success(settle, gallery, [*shown, picked], api_visibility="private")
-    gallery.select(pick, gallery, picked, api_visibility="private")
+    changed = kind.input(sample, settings, shown, **private)
+    for made in (asked, opened, rolled, recalled, changed):
+        made.success(
+            remember,
+            [history, png],
+            [history, past],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        made.success(
+            settle,
+            gallery,
+            [*shown, picked],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    gallery.select(pick, gallery, picked, show_progress="hidden", api_visibility="private")
 
 
 def hand_on(path: str | None, tab: str) -> tuple[str, Any]:

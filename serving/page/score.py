@@ -10,17 +10,39 @@ from PIL import Image
 
 from serving.client import ScoreResult
 from serving.images import write_png
-from serving.page.charts import explain_table, histogram_chart, parts_chart
+from serving.page import charts
 from serving.page.files import KEPT_S, write_file
-from serving.page.served import Shared, as_seen, ask, examples, read, resize_input, usable
-from serving.verdict.calibration import Calibrations
-from serving.verdict.decision import decide
-
-PLACE = (
-    "<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of 56 "
-    "statistics, of which the bits are but some: an image may be unusual in the middle of this hill.</p>"
+from serving.page.served import (
+    Served,
+    Shared,
+    as_seen,
+    ask,
+    examples,
+    html,
+    image_pair,
+    read,
+    resize_input,
+    run_on_new_image,
+    usable,
 )
-REASONS = 6  # statistics that are shown of an image
+from serving.verdict.decision import Choice, decide
+
+REASONS = 12  # statistics in the technical table
+EMPTY = "The verdict appears here: choose an example, or drop, paste or photograph an image."
+WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
+Scored = tuple[ScoreResult, bool]  # and whether the image was resized
+
+
+def alpha_input() -> gr.Slider:
+    """The level of a verdict."""
+    return gr.Slider(
+        0.001,
+        0.2,
+        value=0.01,
+        step=0.001,
+        label="False-alarm rate (alpha)",
+        info="Share of in-distribution images that are rejected.",
+    )
 
 
 def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
@@ -32,15 +54,57 @@ def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
     return write_file(write_png(np.asarray(shown)), "image.png"), write_file(heat, "map.png")
 
 
+def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple[str, str, str]:
+    """What depends on the level: the verdict, the place among the calibration images, the reasons.
+    All HTML.
+    """
+    result, resized = scored
+    calibration = served.calibrations[model].of(resized)
+    choice, sentence = verdict(served, model, scored, alpha)
+    facts = [f"{result.bpd:.3f} bits per dimension"]
+    if result.standard_error is not None:
+        facts[0] = f"{result.bpd:.3f} ± {result.standard_error:.3f} bits per dimension"
+    if result.p_value is not None:
+        facts.insert(0, f"p = {result.p_value:.2g}")
+    # A note at the level of the request: the sentence is about this one.
+    notes = [note for note in result.notes if not note.startswith("nothing can be flagged")]
+    card = charts.verdict_card(choice, sentence, facts, notes)
+    if calibration is None or result.ood_score is None:
+        return card, "", ""
+    place = charts.place_chart(calibration, result.ood_score, alpha)
+    return card, place, charts.reasons(result.explain, alpha)
+
+
+def verdict(served: Served, model: str, scored: Scored, alpha: float) -> tuple[Choice, str]:
+    """The decision, and the sentence that says at which level and why."""
+    result, resized = scored
+    calibrations = served.calibrations[model]
+    ruling = decide(result.p_value, calibrations, resized, alpha)
+    calibration = calibrations.of(resized)
+    if ruling.reason is not None or calibration is None or result.p_value is None:
+        reason = (ruling.reason or "").partition(": ")[2]
+        return "no_verdict", f"{reason[:1].upper()}{reason[1:]}."
+    count = len(calibration.scores)
+    others = round(result.p_value * (count + 1)) - 1
+    how_many = f"{others:,} of {count:,} calibration images"
+    if others == 0:
+        how_many = f"none of {count:,} calibration images"
+    verb = "is" if others in (0, 1) else "are"
+    return ruling.choice, (
+        f"{WORDS[ruling.choice].capitalize()} at a false-alarm rate of {charts.percent(alpha)}: "
+        f"{how_many} {verb} at least as unusual."
+    )
+
+
 def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
     served, image = shared.served, shared.inbox.score
 
     def score(
         model: str, image: str, samples: float, alpha: float, resize: bool
-    ) -> tuple[str, str, str, tuple[str, str] | None, str, tuple[ScoreResult, bool]]:
-        """The verdict in words, the parts, the place in the reference histogram, the heat map and
-        the reasons.
+    ) -> tuple[str, tuple[str, str] | None, str, str, str, Scored]:
+        """The verdict, the image and its heat map, the place among the calibration images, the
+        reasons, the technical details.
         """
         data = read(image)
         (result,) = ask(
@@ -54,97 +118,66 @@ def add_tab(shared: Shared) -> None:
         usable(result)
         seen = as_seen(data, served.bundles[model], resize)
         calibration = served.calibrations[model].of(seen.resized)
-        place = "" if calibration is None else PLACE + histogram_chart(calibration.bpd, result.bpd)
-        heat = over(seen.pixels, result.heat_map) if result.heat_map else None
-        why = explain_table(result.explain[:REASONS]) if result.explain else ""
-        text = verdict_text(result, alpha, served.calibrations[model], seen.resized)
-        return (
-            text,
-            parts_chart(result.bpd_parts, result.bpd),
-            place,
-            heat,
-            why,
-            (result, seen.resized),
-        )
+        scored = (result, seen.resized)
+        card, place, why = explained(served, model, scored, alpha)
+        details = charts.parts_chart(result.bpd_parts, result.bpd)
+        if calibration is not None:
+            details += charts.histogram_chart(calibration.bpd, result.bpd)
+            details += charts.explain_table(result.explain[:REASONS])
+        pair = over(seen.pixels, result.heat_map) if result.heat_map else None
+        return card, pair, place, why, details, scored
 
-    def judge(model: str, scored: tuple[ScoreResult, bool] | None, alpha: float) -> str:
-        """The verdict at another alpha: the p-value stays."""
+    def judge(model: str, scored: Scored | None, alpha: float) -> tuple[str, str, str]:
+        """The verdict at another level: the p-value stays."""
         if scored is None:
-            return ""
-        result, resized = scored
-        return verdict_text(result, alpha, served.calibrations[model], resized)
+            return charts.empty(EMPTY), "", ""
+        return explained(served, model, scored, alpha)
 
+    examples(image, shared.examples)
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
-            samples = gr.Slider(
-                1,
-                64,
-                value=1,
-                step=1,
-                label="Draws (K)",
-                info="1 is the ELBO; more tighten the bound",
-            )
-            alpha = gr.Slider(0.001, 0.2, value=0.01, step=0.001, label="False-alarm rate (alpha)")
+            alpha = alpha_input()
             resize = resize_input(served)
+            with gr.Accordion("More settings", open=False):
+                samples = gr.Slider(
+                    1,
+                    64,
+                    value=1,
+                    step=1,
+                    label="Draws (K)",
+                    info="1 gives the ELBO; more draws tighten the bound and take longer.",
+                )
             go = gr.Button("Score", variant="primary")
-        with gr.Column(scale=2, min_width=300):
-            verdict = gr.Markdown(elem_classes="ade-verdict")
-            parts = gr.HTML(label="Parts, bits per dimension")
-            place = gr.HTML(label="Place among the calibration images")
+        with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
+            card = html(charts.empty(EMPTY))
+            place = html()
             with gr.Row():
-                with gr.Column(min_width=280):
-                    heat = gr.ImageSlider(
-                        label="Where the bits lie: bright costs many",
-                        type="filepath",
-                        format="png",
-                        interactive=False,
-                        height=280,
-                        elem_classes="ade-pixels",
-                        buttons=["fullscreen"],
+                with gr.Column(min_width=260):
+                    pair = image_pair("Image and bits per pixel")
+                    gr.Markdown(
+                        "Move the slider. Left: what the model sees. Right: the bits of each "
+                        "pixel; bright ones cost most.",
+                        elem_classes="ade-caption",
                     )
-                with gr.Column(min_width=280):
-                    why = gr.HTML(label="The most unusual statistics")
+                with gr.Column(min_width=260):
+                    why = html()
+            with gr.Accordion("Technical details", open=False):
+                details = html()
     scored = gr.State(time_to_live=KEPT_S)
-    examples(image, served)
-    go.click(
+    run_on_new_image(
+        image,
+        shared.model,
         score,
         [shared.model, image, samples, alpha, resize],
-        [verdict, parts, place, heat, why, scored],
-        api_name="score",
+        {card: charts.empty(EMPTY), pair: None, place: "", why: "", details: "", scored: None},
+        go,
+        "score",
     )
     alpha.change(
         judge,
         [shared.model, scored, alpha],
-        verdict,
+        [card, place, why],
         show_progress="hidden",
         api_visibility="private",
     )
-
-
-def verdict_word(result: ScoreResult) -> str:
-    return {"accept": "usual", "reject": "unlike the training images"}.get(
-        result.decision, "no verdict"
-    )
-
-
-def verdict_text(
-    result: ScoreResult, alpha: float, calibrations: Calibrations, resized: bool
-) -> str:
-    """A sentence, and the notes."""
-    error = f" ± {result.standard_error:.3f}" if result.standard_error is not None else ""
-    head = f"{result.bpd:.3f}{error} bits per dimension. "
-    notes = [
-        note for note in result.notes if not note.startswith("nothing can be flagged")
-    ]  # at the alpha of the request
-    decision = decide(result.p_value, calibrations, resized, alpha)
-    if result.p_value is None:
-        verdict = "No verdict."
-    elif decision.reason is not None:
-        verdict = f"No verdict at this alpha (p = {result.p_value:.3f})."
-        notes = [*notes, decision.reason.partition(": ")[2]]
-    elif decision.choice == "reject":
-        verdict = f"Unlike the training images (p = {result.p_value:.4f} ≤ {alpha:g})."
-    else:
-        verdict = f"Not unusual (p = {result.p_value:.3f})."
-    return head + verdict + "".join(f"\n- {note}" for note in notes)

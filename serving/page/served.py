@@ -1,12 +1,12 @@
-"""What the page's tabs share: the models that are served, how they are asked, and what an error
-looks like.
+"""What the page's tabs share: the models that are served, how they are asked, what an error looks
+like, and when results are cleared.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 import httpx
 import numpy as np
+from gradio.components import Component
 from PIL import Image
 
 from serving.api.errors import ApiError
@@ -21,14 +22,17 @@ from serving.api.requests import InputImage, prepare_image
 from serving.client import AdeClient, AdeError
 from serving.engine.bundle import CALIBRATION_NAME, Bundle
 from serving.images import file_size
-from serving.page.files import FileRefused, read_file
+from serving.page.drawings import DRAWINGS, draw
+from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.verdict.calibration import Calibrations
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
-KINDS = [
-    ("mean: f⁻¹(μ(z)), the cleaner pictures", "mean"),
-    ("density: f⁻¹(μ(z) + σε), what the likelihood describes", "density"),
-]
+KINDS = [("clean", "mean"), ("with noise", "density")]
+KINDS_INFO = (
+    "Clean: the decoder's mean. With noise: the distribution that the likelihood describes."
+)
+RESIZE = "Resize other sizes to fit"
+NO_IMAGE = "There is no image yet: drop one, or choose an example."
 
 
 class Served:
@@ -43,6 +47,7 @@ class Served:
 
     def __init__(self, url: str, bundles: list[Bundle], token: str | None) -> None:
         self.url = url
+        self.needs_token = token is not None
         self.bundles = {bundle.name: bundle for bundle in bundles}
         self.clients = {
             bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
@@ -89,7 +94,9 @@ class Shared:
     served: Served
     model: gr.Dropdown  # its value is a name of ``served.bundles``
     tabs: gr.Tabs
+    tab: gr.Tab  # the one that is laid out
     inbox: Inbox
+    examples: dict[str, list[str]]  # files by what they are
 
 
 def make_inbox() -> Inbox:
@@ -112,13 +119,13 @@ def ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def sentence(error: AdeError | ApiError) -> str:
     """An error of the API in the page's words."""
     message = error.message.replace(
-        '"resize": "fit" resizes them', 'tick "Resize other sizes to fit" to resize them'
+        '"resize": "fit" resizes them', f'tick "{RESIZE}" to resize them'
     )
     return message[:1].upper() + message[1:] + "."
 
 
 def usable(result: Any) -> Any:
-    """A result of one image, if it is none, as an error on the page."""
+    """Return the result of one image, or raise its error on the page."""
     if isinstance(result, AdeError):
         raise gr.Error(sentence(result))
     return result
@@ -127,7 +134,7 @@ def usable(result: Any) -> Any:
 def read(path: str | None) -> bytes:
     """A file that was dropped."""
     if path is None:
-        raise gr.Error("There is no image yet: drop one, or choose an example.")
+        raise gr.Error(NO_IMAGE)
     try:
         return read_file(path)
     except FileRefused as error:
@@ -155,7 +162,7 @@ def resize_input(served: Served) -> gr.Checkbox:
     many sizes.
     """
     ticked = any(calibrations.resized is not None for calibrations in served.calibrations.values())
-    return gr.Checkbox(ticked, label="Resize other sizes to fit")
+    return gr.Checkbox(ticked, label=RESIZE)
 
 
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
@@ -204,8 +211,10 @@ def image_input(label: str) -> gr.Image:
         type="filepath",
         format="png",
         sources=["upload", "clipboard", "webcam"],
-        height=256,
+        height=272,
         elem_classes="ade-pixels",
+        alt_text="the chosen image",
+        buttons=["fullscreen"],
         render=False,
     )
     # Not a subclass: of each one Gradio writes a stub file beside the source.
@@ -220,16 +229,127 @@ def image_output(label: str, **options: Any) -> gr.Image:
         format="png",
         interactive=False,
         elem_classes="ade-pixels",
+        alt_text=label,
         buttons=["download", "fullscreen"],
         **{"height": 256, **options},
     )
 
 
-def examples(image: gr.Image, served: Served) -> None:
-    """Example pictures, if a model takes pictures of their size."""
-    sizes = {bundle.image_shape[:2] for bundle in served.bundles.values()}
-    shown = [path for path in EXAMPLES if (file_size(path) or (0, 0))[::-1] in sizes]
-    if shown:
-        gr.Examples(
-            [[str(path)] for path in shown], [image], examples_per_page=12, label="Examples"
-        )
+def image_pair(label: str) -> gr.ImageSlider:
+    """Two images of one size, one over the other, with a slider between them."""
+    return gr.ImageSlider(
+        label=label,
+        type="filepath",
+        format="png",
+        interactive=False,
+        max_height=340,
+        elem_classes="ade-pixels ade-pair",
+        buttons=["fullscreen"],
+    )
+
+
+def html(value: str = "", **options: Any) -> gr.HTML:
+    """HTML in the page's own style."""
+    return gr.HTML(value, apply_default_css=False, js_on_load=None, **options)
+
+
+def example_files(served: Served) -> dict[str, list[str]]:
+    """Example images by what they are: photographs and as many drawings, in files of the page."""
+    is_known = all(
+        bundle.manifest["data"].get("name") == "cifar10" for bundle in served.bundles.values()
+    )
+    photographs = "In-distribution: CIFAR-10 photographs" if is_known else "Photographs"
+    drawings = "Out-of-distribution: drawings, text, noise" if is_known else "Drawings"
+    return {
+        photographs: [
+            write_file(path.read_bytes(), path.name) for path in EXAMPLES[: len(DRAWINGS)]
+        ],
+        drawings: [write_file(draw(name), f"{name}.png") for name in DRAWINGS],
+    }
+
+
+def examples(image: gr.Image, files: dict[str, list[str]]) -> None:
+    """Example images, each kind in a row of its own; a click on one fills ``image``."""
+    with gr.Row(elem_classes="ade-examples"):
+        for label, paths in files.items():
+            with gr.Column(min_width=280):
+                chosen = gr.Dataset(
+                    components=[gr.Image(type="filepath", format="png", render=False)],
+                    samples=[[path] for path in paths],
+                    type="index",
+                    samples_per_page=len(paths),
+                    label=label,
+                )
+                # Not gr.Examples: it makes the image input anew, without our preprocess.
+                chosen.click(
+                    lambda i, paths=paths: paths[i],
+                    chosen,
+                    image,
+                    show_progress="hidden",
+                    queue=False,
+                    api_visibility="private",
+                )
+
+
+def run_on_new_image(
+    image: gr.Image,
+    model: gr.Dropdown,
+    run: Callable[..., Any],
+    inputs: Sequence[Component],
+    results: dict[Any, Any],
+    button: gr.Button,
+    api_name: str,
+) -> None:
+    """Show the results of an image as soon as it is there, and never those of another.
+
+    A new image or model cancels what is being computed, clears the results and runs; the button
+    runs again with other settings. An error clears the results too; it is shown once, as a message.
+
+    Args:
+        image: the input; one of ``inputs``.
+        model: that computes them.
+        run: of the values of ``inputs``, returns the values of the results.
+        inputs: all of them.
+        results: components, each with its value while there is no result.
+        button: that runs by hand.
+        api_name: of the function.
+    """
+    outputs, blank = list(results), tuple(results.values())
+    place = list(inputs).index(image)
+
+    turn = gr.State(time_to_live=KEPT_S)  # the model and the image that results are of
+
+    def clear() -> Any:
+        return blank if len(blank) > 1 else blank[0]
+
+    def clear_if_other(model: str, image: str | None, turn: Any) -> Any:
+        # An upload changes the image twice, to the same file.
+        if turn == (model, image):
+            return (gr.skip(),) * (len(blank) + 1)
+        return (*blank, (model, image))
+
+    def run_if_given(*values: Any) -> Any:
+        return clear() if values[place] is None else run(*values)
+
+    # Only the first result shows progress and errors: one message, not one in each.
+    shown: Any = {"show_progress_on": outputs[0]}
+    private: Any = {"api_visibility": "private"}
+    quiet: Any = {"show_progress": "hidden", "queue": False, **private}
+    last: Any = {"trigger_mode": "always_last"}
+    by_hand = button.click(run, inputs, outputs, api_name=api_name, **shown)
+    by_itself = turn.change(run_if_given, inputs, outputs, **last, **shown, **private)
+    new = [image.change, model.change]
+    # The listeners of an event run in this order: first the runs of the image before are cancelled.
+    gr.on(new, None, cancels=[by_hand, by_itself], **private)
+    # Through the queue: without it a change of a state triggers nothing.
+    waits_for_none: Any = {"queue": True, "concurrency_limit": None}
+    gr.on(
+        new,
+        clear_if_other,
+        [model, image, turn],
+        [*outputs, turn],
+        **last,
+        **{**quiet, **waits_for_none},
+    )
+    for event in (by_hand, by_itself):
+        event.failure(clear, None, outputs, **quiet)

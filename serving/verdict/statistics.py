@@ -40,7 +40,7 @@ MEANINGS = {
     "distortion": "bits that the decoder costs",
     "log_det": "bits that the flow costs or saves",
     "complexity": "length of a lossless code of the pixels",
-    "excess": "bits per dimension above that code",
+    "excess": "bits per dimension above a lossless code of the pixels",
 }
 PIXEL_PREFIX = "pixel_"
 BLOCKS = 4  # a side, for how unevenly noise lies
