@@ -360,7 +360,7 @@ def test_metrics_add_up() -> None:
 # The Open Inference Protocol
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def triton(app: RunningApplication) -> Iterator[tritonclient.http.InferenceServerClient]:
     client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{app.port}")
     yield client
