@@ -357,6 +357,22 @@ def test_metrics_add_up() -> None:
         metrics.update("ade_other", {}, 1.0)
 
 
+def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
+    addresses = [a.address for all in psutil.net_if_addrs().values() for a in all]
+    others = [a for a in addresses if re.fullmatch(r"[\d.]+", a) and not a.startswith("127.")]
+    if not others:
+        pytest.skip("this machine has no address but loopback")
+    made = RunningApplication(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
+    made.wait()
+    url = f"http://{others[0]}:{made.metrics_port}/metrics"
+    assert httpx.get(made.metrics).status_code == 200
+    refused = httpx.get(url)
+    assert (refused.status_code, error_of(refused)) == (401, "bad_token")
+    assert httpx.get(url, headers={"Authorization": "Bearer " + "t" * 43}).status_code == 200
+    made.process.terminate()
+    assert made.process.wait(30) == 0
+
+
 # The Open Inference Protocol
 
 
