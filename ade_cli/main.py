@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:  # of a package that only some of the verb's options need
-        _say_what_to_install(args.verb, error)
+        extra = module.extra(args) if hasattr(module, "extra") else EXTRAS.get(args.verb)
+        _say_what_to_install(args.verb, error, extra)
         return 2
     except OSError as error:
         if error.filename is None:
@@ -96,11 +97,11 @@ def _module(verb: str, for_help: bool = False) -> ModuleType:
     try:
         return import_for_help(name) if for_help else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        _say_what_to_install(verb, error)
+        _say_what_to_install(verb, error, EXTRAS.get(verb))
         raise SystemExit(2) from None
 
 
-def _say_what_to_install(verb: str, error: ModuleNotFoundError) -> None:
+def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | None) -> None:
     """Print which package is missing and the command that installs it.
 
     Raises:
@@ -109,7 +110,7 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError) -> None:
     package = str(error.name).partition(".")[0]
     if (Path(__file__).parents[1] / package).is_dir():
         raise error
-    extras = [_runtime(), *([EXTRAS[verb]] if verb in EXTRAS else [])]
+    extras = [_runtime(), *([extra] if extra else [])]
     print(
         f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:\n"
         f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from handlers.torchserve.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S, run
+from handlers.launch.engines import DEFAULT, ENGINES
+from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S, run
 from serving.engine.backends import BACKENDS, DEVICES
 
-__all__ = ["ERRORS", "add_arguments", "run"]
+__all__ = ["ERRORS", "add_arguments", "extra", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="BUNDLE",
         help="the first bundle is served as OPERATION, each further one as NAME-OPERATION",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=DEFAULT,
+        help="what serves: asgi needs neither Java nor a model server (default: %(default)s)",
     )
     parser.add_argument(
         "--host",
@@ -64,3 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replay recorded kernels, on a GPU with onnxruntime (not tested on a GPU yet)",
     )
+
+
+def extra(args: argparse.Namespace) -> str:
+    """The extra of pyproject.toml that these arguments need."""
+    return ENGINES[args.engine]

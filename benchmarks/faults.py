@@ -33,7 +33,7 @@ from benchmarks.traffic import (
     new_session,
     running,
 )
-from handlers.torchserve.archives import RESPONSE_TIMEOUT_S
+from handlers.limits import RESPONSE_TIMEOUT_S
 from serving.engine.bundle import open_bundle
 
 CLIENTS = 16

@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import psutil
 
-from handlers.torchserve.run_folder import find_service
+from handlers.launch.run_folder import find_service
 from handlers.torchserve.status import describe_models
 from serving.images import read_image, write_png
 from serving.page.served import EXAMPLES

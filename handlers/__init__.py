@@ -1,1 +1,1 @@
-"""Adapters for model servers, one folder per server."""
+"""Engines of the service, one folder each, and what they share: ``front`` and ``launch``."""

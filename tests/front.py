@@ -15,16 +15,16 @@ from typing import Any
 
 from aiohttp import web
 
-from handlers.torchserve.front import FrontSettings
+from handlers.torchserve.front import ServerSettings
 from tests.helpers import ROOT
 from tests.service import free_ports
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from handlers.torchserve.admission import Limits
-from handlers.torchserve.front import FrontSettings, run
-run(FrontSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
+from handlers.front.admission import Limits
+from handlers.torchserve.front import ServerSettings, run
+run(ServerSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
 """
 TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them
     "died": (500, "InternalServerException", "Worker died."),
@@ -133,7 +133,7 @@ class RunningFront:
     def __init__(self, folder: Path, limits: dict[str, Any] | None = None, **settings: Any) -> None:
         self.port, self.metrics_port = free_ports(2)
         self.socket = folder / "inference.sock"
-        self.settings = FrontSettings(
+        self.settings = ServerSettings(
             **{
                 "host": "127.0.0.1",
                 "port": self.port,

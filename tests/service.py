@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from handlers.torchserve.run_folder import RunFolder, find_service
+from handlers.launch.run_folder import RunFolder, find_service
 from serving.ports import VARIABLES, Ports
 from tests.helpers import ROOT
 
@@ -23,6 +23,8 @@ CANARIES = {
     "OPENAI_API_KEY": "canary-of-openai",
     "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
 }
+
+WORKERS = ("model_service_worker", "handlers.asgi.worker")  # of each engine, in their commands
 
 
 def free_ports(count: int) -> list[int]:
@@ -53,6 +55,7 @@ class RunningService:
         self.page = f"http://127.0.0.1:{ports['ui']}"
         self.metrics = f"http://127.0.0.1:{ports['metrics']}"
         self.ports = ports
+        self.options = options
         environment = {
             **os.environ,
             **CANARIES,
@@ -107,11 +110,11 @@ class RunningService:
         return found
 
     def workers(self) -> list[psutil.Process]:
-        """TorchServe's worker processes; decoders come and go, these stay."""
+        """Its worker processes; decoders come and go, these stay."""
         return [
             process
             for process in self.descendants()
-            if "model_service_worker" in " ".join(process.cmdline())
+            if any(name in " ".join(process.cmdline()) for name in WORKERS)
         ]
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> list[psutil.Process]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from export.parity import ParityError, check_parity
 from export.write import ExportError, export_bundle
+from serving.engine.backends import load_backend
 from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
@@ -325,7 +327,8 @@ def test_parity_allows_one_value_of_ten_thousand_in_small_models_too(
     small_images: np.ndarray,
 ) -> None:
     """The tiny model has 192 values per image: 64 images alone would allow one wrong value."""
-    model, backend = load_model(tiny_checkpoint), InferenceEngine(tiny_bundle, device="cpu").backend
+    model, bundle = load_model(tiny_checkpoint), open_bundle(tiny_bundle)
+    backend = load_backend(bundle, graphs_of(OPERATIONS), "onnxruntime", "cpu")
     num_values, noise = 0, set()
 
     class Faulty:
@@ -387,7 +390,7 @@ def test_training_data_is_recognised_by_name_and_split(
     )
     # A folder of that name exists.
     assert not was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10")
-    assert "split in another way" in capsys.readouterr().err
+    assert "with another split" in capsys.readouterr().err
     assert not was_trained_on(bundle(name="cifar10", splits=by_name), "cifar10", by_index)
     more = {"train": "Photos: 81 files by hash of the file name"}
     assert was_trained_on(bundle(name="lsun", splits=by_name), "lsun", more)
@@ -398,7 +401,8 @@ def test_archives_leave_other_temporary_files_alone(
 ) -> None:
     import tempfile
 
-    from handlers.torchserve.archives import ServingOptions, write_archives
+    from handlers.launch.options import ServingOptions
+    from handlers.torchserve.archives import write_archives
 
     mine = tmp_path / "temporary" / "score" / "results.csv"
     mine.parent.mkdir(parents=True)
@@ -418,7 +422,8 @@ def test_a_model_has_the_licence_that_its_owner_states(
     tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     assert open_bundle(tiny_bundle).manifest["licence"] is None
-    assert "**Licence**: not stated" in card(open_bundle(tiny_bundle), "http://x", "")
+    served = SimpleNamespace(bundles={"tiny": open_bundle(tiny_bundle)}, calibrations={})
+    assert "Licence not stated" in card(served, "tiny")
     export_bundle(
         tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None, licence="CC0-1.0"
     )
@@ -435,7 +440,7 @@ def test_export_refuses_an_existing_folder(
 
 
 def test_another_lossless_coder_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    from handlers.torchserve.serve import _warn_of_another_coder
+    from handlers.launch.serve import _warn_of_another_coder
 
     bundle = open_bundle(PRETRAINED)
     _warn_of_another_coder(Bundle(bundle.folder, {**bundle.manifest, "calibration": None}))

@@ -7,6 +7,8 @@ line before committing it::
 
     python -m tests.test_contract --record
 
+Every engine of ``ade serve`` gives these answers; ``DIFFERENCES`` lists the exceptions.
+
 In the environment of the recording (versions, processor), bodies are compared byte for byte.
 Elsewhere rounding may differ: there, numbers are compared within a tolerance and pictures and
 arrays by shape and mean, and everything else still exactly.
@@ -32,6 +34,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from handlers.launch.engines import DEFAULT, ENGINES
 from tests.helpers import DATA, PRETRAINED, ROOT, b64, npy, png_header
 from tests.service import RunningService
 
@@ -286,6 +289,13 @@ def servers_own() -> dict[str, Request]:
 
 
 REQUESTS, SERVERS_OWN = requests(), servers_own()
+# Where TorchServe takes a broken form for something else, and what the other engines answer: the
+# status and the error.
+MALFORMED = (400, {"code": "malformed_request", "message": "the form cannot be parsed"})
+DIFFERENCES = {
+    "score: cut form": MALFORMED,  # TorchServe drops the part that is cut off: no image is left
+    "score: form without a boundary": MALFORMED,  # TorchServe makes a field named body of it
+}
 
 
 def environment() -> dict[str, str]:
@@ -406,6 +416,21 @@ def record() -> Iterator[dict[str, Any]]:
     yield json.loads(RECORD.read_text())
 
 
+@pytest.fixture(scope="module", params=list(ENGINES))
+def served(request: pytest.FixtureRequest) -> Iterator[RunningService]:
+    """The bundle that ships, on each engine."""
+    if request.param == DEFAULT:
+        yield request.getfixturevalue("service")
+        return
+    running = RunningService(PRETRAINED, options=("--engine", request.param))
+    yield running
+    assert running.stop() == []
+
+
+def is_default(service: RunningService) -> bool:
+    return "--engine" not in service.options
+
+
 def test_the_record_has_every_request(record: dict[str, Any]) -> None:
     assert list(record["answers"]) == list(REQUESTS) and list(record["servers_own"]) == list(
         SERVERS_OWN
@@ -414,21 +439,21 @@ def test_the_record_has_every_request(record: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_an_answer_is_as_recorded(
-    service: RunningService, record: dict[str, Any], name: str
+    served: RunningService, record: dict[str, Any], name: str
 ) -> None:
-    compare(
-        REQUESTS[name].send(service.url),
-        record["answers"][name],
-        record["environment"] == environment(),
-    )
+    answer = REQUESTS[name].send(served.url)
+    if name in DIFFERENCES and not is_default(served):
+        assert (answer.status_code, answer.json()["error"]) == DIFFERENCES[name]
+    else:
+        compare(answer, record["answers"][name], record["environment"] == environment())
 
 
 @pytest.mark.parametrize("name", SERVERS_OWN)
 def test_an_answer_of_the_server_itself(
-    service: RunningService, record: dict[str, Any], name: str
+    served: RunningService, record: dict[str, Any], name: str
 ) -> None:
     """As recorded, or in the error shape of our own answers."""
-    answer = SERVERS_OWN[name].send(service.url)
+    answer = SERVERS_OWN[name].send(served.url)
     body = answer.json()
     if "error" in body:
         assert answer.status_code >= 400 and {"code", "message"} <= set(body["error"])

@@ -16,11 +16,12 @@ import pytest
 import yaml
 
 from ade_cli.main import parse
-from handlers.torchserve.environment import available_cores
-from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, REFUSALS, RESPONSES
+from handlers.front.exposition import REFUSALS
+from handlers.launch.environment import available_cores
+from handlers.launch.serve import TOKEN_VARIABLE, _allowed_hosts
+from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
-from handlers.torchserve.serve import TOKEN_VARIABLE, _allowed_hosts
 from serving.api.telemetry import METRICS
 from serving.ports import VARIABLES
 from tests.helpers import ROOT

@@ -22,9 +22,9 @@ import httpx
 import psutil
 import pytest
 
-from handlers.torchserve.admission import Lane, Limits
-from handlers.torchserve.forms import checked_type
-from handlers.torchserve.front import FrontSettings
+from handlers.front.admission import Lane, Limits
+from handlers.front.forms import checked_type
+from handlers.torchserve.front import ServerSettings
 from serving.api.errors import ApiError
 from serving.api.requests import URLENCODED
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream, wait_for
@@ -909,19 +909,19 @@ def test_a_stop_answers_what_was_accepted(tmp_path: Path) -> None:
 # Settings
 
 
-def settings() -> FrontSettings:
-    return FrontSettings(
-        "127.0.0.1",
-        1,
-        2,
-        False,
-        "/i",
-        "/m",
-        "the-key",
-        ("score", "a-score"),
-        "the-token",
-        ("host",),
-        "the-secret",
+def settings() -> ServerSettings:
+    return ServerSettings(
+        host="127.0.0.1",
+        port=1,
+        metrics_port=2,
+        exposes_metrics=False,
+        inference_socket="/i",
+        metrics_socket="/m",
+        server_key="the-key",
+        models=("score", "a-score"),
+        token="the-token",
+        allowed_hosts=("host",),
+        probe_secret="the-secret",
     )
 
 
@@ -933,7 +933,7 @@ def test_settings_are_kept_and_secret(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert FrontSettings.load(path) == settings()
+    assert ServerSettings.load(path) == settings()
     assert not re.search("the-key|the-token|the-secret", repr(settings()))
     with pytest.raises(FileExistsError):
         settings().save(path)
@@ -946,4 +946,4 @@ def test_settings_with_other_keys_are_refused(tmp_path: Path, change: dict[str, 
     values = {**json.loads(path.read_text()), **change}
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
     with pytest.raises(ValueError, match="must be a JSON object with the keys"):
-        FrontSettings.load(path)
+        ServerSettings.load(path)

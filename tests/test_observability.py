@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from handlers.launch.profile import profile_table, read_totals
 from handlers.torchserve.exposition import by_convention
-from handlers.torchserve.profile import profile_table, read_totals
+from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
 from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
@@ -38,7 +39,7 @@ ts_queue_latency_microseconds{model_name="sample",TS_LABELS} 5.0
 
 
 def test_a_profile_is_what_is_new() -> None:
-    totals = read_totals(by_convention(METRICS_TEXT, {}))
+    totals = read_totals(by_convention(METRICS_TEXT, {}), TorchServe.timers)
     assert set(totals) == {"score"}
     assert totals["score"] == pytest.approx(
         {"requests": 4, "images": 8, "compute": 0.04, "whole": 0.08, "queue": 0.02}

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 
+from handlers.launch.environment import child_environment
 from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
-from handlers.torchserve.environment import child_environment
 from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
 from serving.ports import Ports
@@ -420,7 +420,7 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
         if port == exposed.ports["inference"]:
             assert status in (401, 403, 404, 405), (method, path, status)
     assert not [s for s in secrets if s in ours and s != str(folder.path)]
-    assert not was_run(marker, 1.0) and folder.is_whole()
+    assert not was_run(marker, 1.0) and folder.is_held()
     with AdeClient(exposed.url, token=folder.token_file.read_text()) as client:
         assert client.sample(seed=1).images.shape == (1, 32, 32, 3)
 

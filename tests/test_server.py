@@ -23,9 +23,10 @@ import pytest
 from PIL import Image
 
 from ade_model.checkpoint import save_model
+from handlers.launch.profile import read_totals
+from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.torchserve.configuration import BROADCAST
-from handlers.torchserve.profile import read_totals
-from handlers.torchserve.serve import MAX_SCORE_WORKERS
+from handlers.torchserve.launcher import TorchServe
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from serving.ports import VARIABLES
 from tests.helpers import (
@@ -385,7 +386,7 @@ def test_telemetry_of_what_was_scored(
     time.sleep(1.5)
     assert total("ade_bpd_count{") == before + 40
     text = httpx.get(f"{service.metrics}/metrics").text
-    profile = read_totals(text)
+    profile = read_totals(text, TorchServe.timers)
     assert (
         profile["score"]["requests"] > 1
         and profile["score"]["compute"] > 0

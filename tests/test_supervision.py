@@ -18,8 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from handlers.torchserve.run_folder import PREFIX, RunFolderError, find_service, run_folder
-from handlers.torchserve.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, LaunchError, Supervisor
+from handlers.launch.run_folder import PREFIX, RunFolderError, find_service, run_folder
+from handlers.launch.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, LaunchError, Supervisor
 from serving.client import AdeClient
 from serving.files import LOCK
 from serving.ports import Ports
@@ -113,7 +113,7 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
     folder.mkdir()
     script = (
         "import os, sys, time\nfrom pathlib import Path\n"
-        "from handlers.torchserve.supervision import Supervisor\n"
+        "from handlers.launch.supervision import Supervisor\n"
         "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
         "    environment = dict(os.environ)\n"
         "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], environment)\n"

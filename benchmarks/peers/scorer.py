@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from handlers.torchserve.archives import MAX_BATCH
+from handlers.limits import MAX_BATCH
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine

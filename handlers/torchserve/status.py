@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import psutil
 
+from handlers.launch.run_folder import RunFolder, find_service
 from handlers.torchserve.exposition import RESPONSES
-from handlers.torchserve.run_folder import RunFolder, find_service
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
 from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS
@@ -166,7 +166,7 @@ def _calibrations(metrics: str) -> dict[str, dict[str, Any]]:
         (EXPECTED_FLAGS, "expected"),
         (BROKEN, "broken"),
     ):
-        pattern = rf'^{metric.name}\{{model_name="([^"]*)",.*?calibration="([^"]*)",.*\}} (\S+)$'
+        pattern = rf'^{metric.name}\{{model_name="([^"]*)",.*?calibration="([^"]*)".*\}} (\S+)$'
         for model, name, value in re.findall(pattern, metrics, re.MULTILINE):
             label = name if model == "score" else f"{model.removesuffix('-score')}: {name}"
             its = found.setdefault(label, {"rejected": 0.0, "expected": 0.0, "broken": 0.0})

@@ -60,7 +60,9 @@ class Score:
     standard_error: float | None
     verdict: Verdict | None
     bits: np.ndarray | None = None
-    calibrations: Calibrations = dataclasses.field(default_factory=Calibrations)
+    calibrations: Calibrations = dataclasses.field(
+        default_factory=Calibrations, compare=False, repr=False
+    )
 
 
 class NotFinite(ArithmeticError):

@@ -11,7 +11,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from handlers.torchserve.admission import Limits
+from handlers.front.admission import Limits
 from serving.api.errors import ApiError
 from serving.api.guard import error_answer
 

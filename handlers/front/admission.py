@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from handlers.torchserve.archives import MAX_BATCH, RESPONSE_TIMEOUT_S
-from handlers.torchserve.configuration import MAX_REQUEST_BYTES, QUEUE_SIZE
+from handlers.limits import MAX_BATCH, MAX_REQUEST_BYTES, QUEUE_SIZE, RESPONSE_TIMEOUT_S
 from serving.api.errors import ApiError
 from serving.api.guard import Receive, Scope, header_values
 
@@ -61,7 +60,7 @@ class ClientGone(Exception):
 
 
 def overloaded(message: str) -> ApiError:
-    """Return the 503 error that a full queue of TorchServe also gives."""
+    """Return the 503 error that a full queue of the engine also gives."""
     return ApiError(503, "overloaded", f"{message}: try again later")
 
 

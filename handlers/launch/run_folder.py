@@ -26,7 +26,7 @@ from serving.ports import Ports
 VARIABLE = "ADE_RUN_DIR"
 PREFIX = "ade-serve-"
 MAX_SOCKET_PATH = 107  # bytes, the limit of Unix domain sockets
-LONGEST_SOCKET = "tmp/.ts.sock.65535"  # of a worker, named by TorchServe
+LONGEST_SOCKET = "tmp/.ts.sock.65535"  # of a worker, named by the model server
 
 
 class RunFolderError(RuntimeError):
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def temporary(self) -> Path:
-        """TorchServe's temporary folder: unpacked archives and the sockets of workers."""
+        """The model server's temporary folder: unpacked archives and the sockets of workers."""
         return self.path / "tmp"
 
     @property
@@ -112,22 +112,15 @@ class RunFolder:
         return found if isinstance(found, dict) else None
 
     def server_key(self, kind: str) -> str | None:
-        """TorchServe's key for ``inference`` or ``management``; ``None`` until it is written."""
+        """The model server's key for ``inference`` or ``management``; ``None`` until written."""
         try:
             return str(json.loads(self.read(self.path / "key_file.json") or "")[kind]["key"])
         except (ValueError, KeyError, TypeError):
             return None
 
-    def is_whole(self) -> bool:
-        """Whether all files that a running service needs still exist."""
-        needed = (
-            self.path / LOCK,
-            self.store,
-            self.temporary / "models",
-            self.inference_socket,
-            self.management_socket,
-        )
-        return all(file.exists() for file in needed)
+    def is_held(self) -> bool:
+        """Whether the folder still exists, with the lock of the running service."""
+        return (self.path / LOCK).exists()
 
 
 @contextlib.contextmanager

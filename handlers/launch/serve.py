@@ -17,21 +17,13 @@ from typing import NoReturn
 
 import httpx
 
-from handlers.torchserve.archives import ServingOptions, write_archives
-from handlers.torchserve.configuration import write_configuration
-from handlers.torchserve.environment import available_cores
-from handlers.torchserve.front import FrontSettings
-from handlers.torchserve.launcher import (
-    drain,
-    inference_url,
-    page_is_ready,
-    start_front,
-    start_page,
-    wait_until,
-)
-from handlers.torchserve.profile import Totals, profile_table, read_totals
-from handlers.torchserve.run_folder import RunFolder, RunFolderError, run_folder
-from handlers.torchserve.supervision import LaunchError, Supervisor
+from handlers.launch.engines import Engine, Plan, engine_class
+from handlers.launch.environment import available_cores
+from handlers.launch.options import ServingOptions
+from handlers.launch.parts import inference_url, page_is_ready, start_page, wait_until
+from handlers.launch.profile import Totals, profile_table, read_totals
+from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
+from handlers.launch.supervision import LaunchError, Supervisor
 from serving.engine.backends import BackendError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
@@ -54,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     # Report a missing package here, not in the log of a worker.
     if importlib.util.find_spec(PACKAGES[args.backend]) is None:
         raise ModuleNotFoundError(f"--backend {args.backend}", name=PACKAGES[args.backend])
+    make_engine = engine_class(args.engine)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _stop)
     bundles = [open_bundle(folder.resolve()) for folder in args.bundles]
@@ -79,72 +72,40 @@ def run(args: argparse.Namespace) -> None:
     if args.logs is not None:
         args.logs.mkdir(parents=True, exist_ok=True)
     with run_folder() as folder, Supervisor(folder.path) as supervisor:
-        server, is_serving = None, False
+        plan = Plan(
+            bundles,
+            options,
+            workers,
+            args.host,
+            ports,
+            args.expose_metrics,
+            token,
+            allowed_hosts,
+            secrets.token_hex(16),
+            folder.path / "logs" if args.logs is None else args.logs.resolve(),
+        )
+        engine, is_serving = make_engine(plan, folder, supervisor), False
+        describe: Callable[[], None] = lambda: folder.describe(
+            ports, args.host, plan.logs, supervisor.pids
+        )
         try:
-            folder.store.mkdir()
-            models = []
-            for i, bundle in enumerate(bundles):
-                models += write_archives(
-                    bundle, folder.store, options, workers, bundle.name if i else None
-                )
-            logs = folder.path / "logs" if args.logs is None else args.logs.resolve()
-            server = supervisor.start(
-                "torchserve", *write_configuration(folder, models, options, logs)
-            )
-            probe_secret = secrets.token_hex(16)
-            folder.write(folder.probe_file, probe_secret)
+            folder.write(folder.probe_file, plan.probe_secret)
             if token is not None:
                 folder.write(folder.token_file, token)
                 folder.write(folder.header_file, f"Authorization: Bearer {token}\n")
-            start_page(
-                supervisor,
-                folder,
-                ports,
-                args.host,
-                [b.folder for b in bundles],
-                token,
-                probe_secret,
-                allowed_hosts,
-            )
-            wait_until(lambda: folder.server_key("inference") is not None, supervisor)
-            settings = folder.path / "front.json"
-            FrontSettings(
-                args.host,
-                ports.inference,
-                ports.metrics,
-                args.expose_metrics,
-                str(folder.inference_socket),
-                str(folder.metrics_socket),
-                folder.server_key("inference") or "",
-                tuple(models),
-                token,
-                tuple(allowed_hosts),
-                probe_secret,
-            ).save(settings)
-            start_front(supervisor, settings)
+            engine.start()
+            start_page(plan, folder, supervisor)
+            engine.open()
             wait_until(lambda: page_is_ready(ports, args.host), supervisor)
-            folder.describe(ports, args.host, logs, supervisor.pids)
-            _print_addresses(
-                bundles,
-                ports,
-                args.host,
-                folder,
-                token is not None,
-                logs,
-                time.monotonic() - started,
-            )
+            describe()
+            _print_addresses(plan, folder, time.monotonic() - started)
             is_serving = True
-            _watch(
-                supervisor,
-                folder,
-                lambda: folder.describe(ports, args.host, logs, supervisor.pids),
-                ports if args.profile else None,
-            )
+            _watch(supervisor, folder, engine, describe, ports if args.profile else None)
         except (KeyboardInterrupt, SystemExit):
             _ignore_signals()
             print("stopping", file=sys.stderr, flush=True)
-            if is_serving and server is not None:
-                drain(folder, len(bundles) * sum(workers.values()), server)
+            if is_serving:
+                engine.drain()
         finally:
             _ignore_signals()
 
@@ -181,7 +142,11 @@ def _allowed_hosts(text: str) -> list[str]:
 
 
 def _watch(
-    supervisor: Supervisor, folder: RunFolder, describe: Callable[[], None], profiled: Ports | None
+    supervisor: Supervisor,
+    folder: RunFolder,
+    engine: Engine,
+    describe: Callable[[], None],
+    profiled: Ports | None,
 ) -> NoReturn:
     """Watch the children until an exception, and print the profile if ``profiled`` is given.
 
@@ -191,7 +156,7 @@ def _watch(
     totals: Totals = {}
     next_profile = time.monotonic() + PROFILE_S
     while True:
-        if not folder.is_whole():
+        if not (folder.is_held() and engine.is_whole()):
             raise LaunchError(
                 f"the working folder {folder.path} was deleted or damaged while the service ran"
             )
@@ -204,7 +169,8 @@ def _watch(
                 now = read_totals(
                     httpx.get(
                         f"http://127.0.0.1:{profiled.metrics}/metrics", timeout=PROFILE_S
-                    ).text
+                    ).text,
+                    engine.timers,
                 )
             except httpx.TransportError:  # the service is busy: try again later
                 continue
@@ -254,16 +220,9 @@ def _gpu_for(device: str) -> bool:
     return found
 
 
-def _print_addresses(
-    bundles: list[Bundle],
-    ports: Ports,
-    host: str,
-    folder: RunFolder,
-    needs_token: bool,
-    logs: Path,
-    seconds: float,
-) -> None:
-    url = inference_url(ports, host)
+def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
+    url = inference_url(plan.ports, plan.host)
+    needs_token = plan.token is not None
     auth = f" -H @{shlex.quote(str(folder.header_file))}" if needs_token else ""
     login = f"  (user {USER}, password: the token)" if needs_token else ""
     token = f"token    {folder.token_file}\n" if needs_token else ""
@@ -277,14 +236,14 @@ def _print_addresses(
     curls = [
         f"curl{auth} {url}/predictions/{line}"
         for operation, line in lines.items()
-        if operation in bundles[0].operations
+        if operation in plan.bundles[0].operations
     ]
     print(
-        f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in bundles)}\n"
-        f"page     http://{host}:{ports.ui}{login}\n"
+        f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in plan.bundles)}\n"
+        f"page     http://{plan.host}:{plan.ports.ui}{login}\n"
         f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
-        f"metrics  http://127.0.0.1:{ports.metrics}/metrics\n{token}"
-        f"logs     {logs}\n",
+        f"metrics  http://127.0.0.1:{plan.ports.metrics}/metrics\n{token}"
+        f"logs     {plan.logs}\n",
         *curls,
         "\nCtrl-C stops everything.",
         sep="\n",

@@ -1,5 +1,5 @@
-"""Checks forms before TorchServe reads them: of fields with the same name it keeps only the last, and
-it reports an image under a form's content type as a malformed form.
+"""Checks forms before an engine reads them: a repeated field would be lost, and an image under a
+form's content type is not a malformed form.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
 
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
-        return []  # TorchServe does not read it as a form either
+        return []  # the engine does not read it as a form either
     try:
         parser = MultipartParser(
             boundary,
@@ -89,8 +89,12 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
         )
         parser.write(body)  # type: ignore[arg-type]  # no copy: it takes any buffer
     except FormParserError:
-        raise malformed("the form cannot be parsed") from None
+        raise not_a_form() from None
     return names
+
+
+def not_a_form() -> ApiError:
+    return malformed("the form cannot be parsed")
 
 
 def _too_many() -> ApiError:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
-from handlers.torchserve.exposition import LATENCY, QUEUE
 from serving.api.telemetry import IMAGES, REQUESTS, STAGE_SECONDS, STAGES
 
 _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 Totals = dict[str, dict[str, float]]
+# An engine's counters of seconds, and which time of requests each counts: ``whole``, from arrival to
+# answer, or ``queue``.
+Timers = Mapping[str, str]
 
 
-def read_totals(metrics: str) -> Totals:
+def read_totals(metrics: str, timers: Timers) -> Totals:
     """Read totals since the start per served model: ``requests``, ``images``, seconds by stage.
 
     Args:
         metrics: the text that Prometheus scrapes.
+        timers: those of the engine.
     """
     found: Totals = defaultdict(lambda: defaultdict(float))
     for name, labels, value in _LINE.findall(metrics):
@@ -30,10 +34,8 @@ def read_totals(metrics: str) -> Totals:
             mine["images"] += float(value)
         elif name == STAGE_SECONDS.name:
             mine[named["stage"]] += float(value)
-        elif name == LATENCY.name:
-            mine["whole"] += float(value)
-        elif name == QUEUE.name:
-            mine["queue"] += float(value)
+        elif name in timers:
+            mine[timers[name]] += float(value)
     return {model: dict(values) for model, values in found.items() if "requests" in values}
 
 

@@ -1,0 +1,256 @@
+"""The service as one ASGI application: the API over pools of worker processes.
+
+``ade serve --engine asgi`` runs it under uvicorn: ``python -m handlers.asgi.application SETTINGS``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import re
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from handlers.asgi import v2
+from handlers.asgi.metrics import Metrics
+from handlers.asgi.pool import Pool
+from handlers.asgi.worker import WorkerSettings
+from handlers.front import listen
+from handlers.front.admission import Lane, Limits, Memory
+from handlers.front.exposition import CONTENT_TYPE
+from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.settings import FrontSettings
+from handlers.launch.options import ServingOptions, served_name
+from serving.api.errors import ApiError
+from serving.api.openapi import openapi_document
+from serving.engine.bundle import Bundle, open_bundle
+from serving.engine.signatures import OPERATIONS
+from serving.ports import local_address
+
+PREDICTIONS = ("/predictions/", "/v1/")
+READY = "/readyz"
+V2, V2_LIVE, V2_READY, V2_MODELS = "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/"
+V2_SERVER = {
+    "name": "av-ade",
+    "version": metadata.version("av-ade"),
+    "extensions": ["binary_tensor_data"],
+}
+_V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>ready|infer))?")
+OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
+STOP_S = 25  # that requests which were accepted may take once it is asked to stop
+REFUSE_S = 20  # after which those that still wait for a worker are answered 503
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplicationSettings(FrontSettings):
+    """What the application must know besides.
+
+    Attributes:
+        bundles: their folders, the first served under the plain names.
+        workers: processes of each bundle, by operation.
+        options: of :class:`handlers.launch.options.ServingOptions`.
+        logs: an existing folder.
+    """
+
+    bundles: tuple[str, ...]
+    workers: dict[str, int]
+    options: dict[str, Any]
+    logs: str
+
+
+class Application:
+    """What answers behind the front.
+
+    Args:
+        pools: of the models that are served.
+        metrics: of all of them.
+        document: OpenAPI's, of the service.
+        limits: bound what a pool holds at once.
+    """
+
+    def __init__(
+        self, pools: list[Pool], metrics: Metrics, document: dict[str, Any], limits: Limits
+    ) -> None:
+        self._pools = pools
+        self._metrics = metrics
+        self._predictions = {
+            pool.name: Endpoint(pool.answer, INFERRING, Lane(limits), takes_forms=True)
+            for pool in pools
+        }
+        self._infer = {
+            pool.name: Endpoint(
+                functools.partial(_infer, pool), ("POST",), self._predictions[pool.name].lane
+            )
+            for pool in pools
+        }
+        described = _json(200, document)
+        self._reads = {
+            path: Endpoint(_reading(make))
+            for path, make in {
+                "/ping": self._health,
+                READY: self._readiness,
+                "/openapi.json": lambda: described,
+                "/v1/openapi.json": lambda: described,
+                V2: lambda: _json(200, V2_SERVER),
+                V2_LIVE: lambda: _json(200, {"live": True}),
+                V2_READY: self._readiness,
+            }.items()
+        }
+
+    def api(self, path: str) -> Endpoint:
+        """``/predictions/{name}``, ``/v1/{name}``, and what can be read.
+
+        Raises:
+            ApiError: 404.
+        """
+        if path in self._reads:
+            return self._reads[path]
+        if path.startswith(V2_MODELS):
+            return self._v2_model(path.removeprefix(V2_MODELS))
+        for prefix in PREDICTIONS:
+            name = path.removeprefix(prefix)
+            if name != path and name in self._predictions:
+                return self._predictions[name]
+            if name != path and name and "/" not in name:
+                raise ApiError(404, "unknown_model", "the service has no model of this name")
+        raise ApiError(
+            404,
+            "not_found",
+            f"there is /predictions/{{operation}}, /v1/{{operation}}, {', '.join(self._reads)}",
+        )
+
+    def _v2_model(self, path: str) -> Endpoint:
+        """``NAME[/versions/1][/ready|/infer]``."""
+        match = _V2_MODEL.fullmatch(path)
+        pool = next((pool for pool in self._pools if match and match["name"] == pool.name), None)
+        if match is None or pool is None or match["version"] not in (None, v2.VERSION):
+            raise v2.ProtocolError(404, "unknown_model", "the service has no such model")
+        if match["what"] == "infer":
+            return self._infer[pool.name]
+        if match["what"] == "ready":
+            return Endpoint(
+                _reading(lambda: _json(200 if pool.is_ready else 503, {"ready": pool.is_ready}))
+            )
+        return Endpoint(_reading(lambda: _json(200, pool.metadata)))
+
+    def metrics(self, path: str) -> Endpoint:
+        """``/metrics``.
+
+        Raises:
+            ApiError: 404.
+        """
+        if path == "/metrics":
+            return Endpoint(_reading(self._metrics_text))
+        raise ApiError(404, "not_found", "there is /metrics")
+
+    def is_ready(self) -> bool:
+        """Whether every model has a worker that can compute."""
+        return all(pool.is_ready for pool in self._pools)
+
+    def _readiness(self) -> Answer:
+        return _json(200 if self.is_ready() else 503, {"ready": self.is_ready()})
+
+    def _health(self) -> Answer:
+        return _json(
+            200 if self.is_ready() else 503,
+            {"status": "Healthy" if self.is_ready() else "Unhealthy"},
+        )
+
+    def _metrics_text(self) -> Answer:
+        return Answer(200, [("content-type", CONTENT_TYPE)], self._metrics.text().encode())
+
+
+async def _infer(pool: Pool, request: Request) -> Answer:
+    """Answer a request of the Open Inference Protocol."""
+    length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
+    if not length.isdecimal() or int(length) > len(request.body):
+        raise v2.ProtocolError(
+            400, "malformed_request", f"{v2.LENGTH_HEADER} must be at most the body's length"
+        )
+    try:
+        return await pool.answer(request, int(length))
+    except ApiError as error:
+        raise v2.ProtocolError.of(error) from None
+
+
+def _json(status: int, value: dict[str, Any]) -> Answer:
+    return Answer(status, [("content-type", "application/json")], orjson.dumps(value))
+
+
+def _reading(make: Callable[[], Answer]) -> Callable[[Request], Any]:
+    async def answer(request: Request) -> Answer:
+        return make()
+
+    return answer
+
+
+def make_pools(
+    settings: ApplicationSettings, bundles: list[Bundle], metrics: Metrics, limits: Limits
+) -> list[Pool]:
+    """A pool for each operation of each bundle; nothing is started."""
+    pools = []
+    for i, bundle in enumerate(bundles):
+        for operation in OPERATIONS:
+            name = served_name(operation, bundle.name if i else None)
+            workers = [
+                WorkerSettings(
+                    str(bundle.folder),
+                    operation,
+                    name,
+                    f"{name}-{number}",
+                    settings.logs,
+                    ServingOptions(**settings.options),
+                )
+                for number in range(settings.workers[operation])
+            ]
+            described = v2.metadata(name, operation, bundle)
+            pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
+    return pools
+
+
+@contextlib.asynccontextmanager
+async def build_app(settings: ApplicationSettings, limits: Limits) -> AsyncIterator[listen.Built]:
+    """The application for both ports, with its workers.
+
+    Raises:
+        WorkerError: one cannot be started.
+    """
+    bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
+    memory, refusals = Memory(limits), Counter[str]()
+    metrics = Metrics(refusals)
+    pools = make_pools(settings, bundles, metrics, limits)
+    url = f"http://{local_address(settings.host)}:{settings.port}"
+    document = openapi_document(url, bundles, settings.token is not None)
+    application = Application(pools, metrics, document, limits)
+    api, reading = (
+        Front(find, limits, memory, settings.probe_secret, refusals)
+        for find in (application.api, application.metrics)
+    )
+
+    def refuse_later() -> None:
+        for pool in pools:
+            asyncio.get_running_loop().call_later(REFUSE_S, pool.refuse)
+
+    await asyncio.gather(*(pool.start() for pool in pools))
+    try:
+        yield listen.Built(listen.guarded(settings, api, reading, OPEN), refuse_later)
+    finally:
+        await asyncio.gather(*(pool.stop() for pool in pools))
+
+
+def run(settings: ApplicationSettings, limits: Limits | None = None) -> None:
+    """Serve in this process until it is asked to stop."""
+    limits = limits or Limits()
+    listen.run(settings, limits, functools.partial(build_app, settings, limits), STOP_S)
+
+
+if __name__ == "__main__":
+    run(ApplicationSettings.load(Path(sys.argv[1])))

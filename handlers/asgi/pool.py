@@ -1,0 +1,338 @@
+"""The worker processes of one model: batches requests, passes them on, and replaces processes that
+end.
+
+Native code that crashes takes its process with it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import socket
+import sys
+import uuid
+from typing import Any
+
+from handlers.asgi import wire
+from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS, Metrics
+from handlers.asgi.worker import WorkerSettings
+from handlers.front.front import Answer, Request
+from handlers.launch.environment import child_environment
+from handlers.limits import (
+    MAX_BATCH,
+    MAX_BATCH_DELAY_S,
+    RESPONSE_TIMEOUT_S,
+    STARTUP_TIMEOUT_S,
+)
+from serving.api.errors import ApiError
+from serving.api.telemetry import Metric
+
+logger = logging.getLogger(__name__)
+PAUSE_S = 0.1  # before a process is replaced; twice as long each time until one answers
+MAX_PAUSE_S = 10.0
+# One thread a process: several on the same cores would only fight, and sums keep their order.
+VARIABLES = {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+BUFFER_BYTES = 2**20
+WORKER = "handlers.asgi.worker"
+
+
+class WorkerError(RuntimeError):
+    """A worker's process that ended, hangs or answers nonsense."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A request on its way: when it came, and where its answer goes; ``v2`` as for the pool."""
+
+    request: Request
+    id: str
+    v2: int | None
+    arrived: float
+    answer: asyncio.Future[Answer]
+
+    def fail(self, error: ApiError) -> None:
+        """Answer an error, if somebody still waits."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class Pool:
+    """The workers of one model, and the queue before them.
+
+    Args:
+        name: of the model, for metrics and logs.
+        settings: of each worker.
+        metrics: where measurements go.
+        timeout_s: for an answer, the queue included.
+        metadata: of the model, by the Open Inference Protocol.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: list[WorkerSettings],
+        metrics: Metrics,
+        timeout_s: float,
+        metadata: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self.metadata = metadata
+        self.metrics = metrics
+        self._timeout_s = timeout_s
+        self._queue: asyncio.Queue[Job] = asyncio.Queue()
+        self._collecting = asyncio.Lock()
+        self._workers = [_Worker(self, one) for one in settings]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_stopping = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether some worker can compute."""
+        return any(worker.is_ready for worker in self._workers)
+
+    async def start(self) -> None:
+        """Start all workers and wait until they can compute.
+
+        Raises:
+            WorkerError: one cannot be started.
+        """
+        started = await asyncio.gather(*(worker.start() for worker in self._workers))
+        self._tasks = [
+            asyncio.create_task(worker.keep(process))
+            for worker, process in zip(self._workers, started, strict=True)
+        ]
+
+    async def stop(self) -> None:
+        """End all workers, whatever they do."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def refuse(self) -> None:
+        """Answer 503 to what waits for a worker, and to what comes from now on."""
+        self._is_stopping = True
+        while not self._queue.empty():
+            self._queue.get_nowait().fail(_stopping())
+
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+        """The answer to a request.
+
+        Args:
+            request: of the API, or of the Open Inference Protocol.
+            v2: bytes of JSON in the body, if it is of that protocol.
+
+        Raises:
+            ApiError: 503, a worker died over it or it took too long.
+        """
+        if self._is_stopping:
+            raise _stopping()
+        loop = asyncio.get_running_loop()
+        job = Job(request, str(uuid.uuid4()), v2, loop.time(), loop.create_future())
+        self._queue.put_nowait(job)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await job.answer
+        except TimeoutError:
+            raise ApiError(503, "unavailable", "no worker answered in time") from None
+        finally:
+            self._count(ANSWER_SECONDS, loop.time() - job.arrived)
+
+    async def next_batch(self) -> list[Job]:
+        """What is to be computed next, collected by one worker after the other."""
+        batch: list[Job] = []
+        try:
+            async with self._collecting:
+                batch.append(await self._next())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(MAX_BATCH_DELAY_S):
+                        while len(batch) < MAX_BATCH:
+                            batch.append(await self._next())
+        except BaseException:
+            self.put_back(batch)
+            raise
+        return batch
+
+    def put_back(self, batch: list[Job]) -> None:
+        """Queue what was taken and not computed."""
+        for job in batch:
+            self._queue.put_nowait(job)
+
+    def begin(self, batch: list[Job]) -> None:
+        """Take note that a worker computes a batch from now on."""
+        now = asyncio.get_running_loop().time()
+        for job in batch:
+            self._count(QUEUE_SECONDS, now - job.arrived)
+
+    async def _next(self) -> Job:
+        while True:
+            job = await self._queue.get()
+            if not job.answer.done():  # otherwise nobody waits for it any more
+                return job
+
+    def _count(self, metric: Metric, seconds: float) -> None:
+        self.metrics.update(metric.name, {"model_name": self.name}, seconds)
+
+
+class _Process:
+    """A running worker."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self.process = process
+        self.gone = asyncio.create_task(process.wait())
+        self._reader = reader
+        self._writer = writer
+
+    async def ask(self, parts: list[wire.Body], seconds: float) -> wire.Message:
+        """Send a message and wait for the next.
+
+        Raises:
+            WorkerError: there is none.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                self._writer.writelines(parts)
+                await self._writer.drain()
+                return await wire.receive(self._reader)
+        except TimeoutError:
+            raise WorkerError(f"it did not answer within {seconds:g} s") from None
+        except (EOFError, OSError, ValueError) as error:
+            raise WorkerError(f"its connection ended: {error}") from None
+
+    async def end(self) -> int:
+        """Kill it, if it has not ended; returns its exit code."""
+        self._writer.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        return await self.gone
+
+
+class _Worker:
+    """One place of a pool: a process, and another one when it ends."""
+
+    def __init__(self, pool: Pool, settings: WorkerSettings) -> None:
+        self._pool = pool
+        self._settings = settings
+        self.is_ready = False
+
+    async def start(self) -> _Process:
+        """Start a process and wait until it can compute.
+
+        Raises:
+            WorkerError: it cannot.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            made = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                WORKER,
+                stdin=theirs.fileno(),
+                env=child_environment(**VARIABLES),
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=BUFFER_BYTES)
+        process = _Process(made, reader, writer)
+        try:
+            first = wire.pack({"settings": dataclasses.asdict(self._settings)})
+            head, _ = await process.ask(first, STARTUP_TIMEOUT_S)
+        except BaseException as error:
+            code = await process.end()
+            if isinstance(error, WorkerError):
+                raise WorkerError(
+                    f"worker {self._settings.name} did not start: {error} (exit code {code})"
+                ) from None
+            raise
+        self._measure(head)
+        self.is_ready = True
+        return process
+
+    async def keep(self, process: _Process) -> None:
+        """Feed the process, and start another one whenever it ends."""
+        pause = PAUSE_S
+        try:
+            while True:
+                try:
+                    while True:
+                        await self._compute(process, await self._next_batch(process))
+                        pause = PAUSE_S
+                except WorkerError as error:
+                    self.is_ready = False
+                    code = await process.end()
+                    logger.error(
+                        "worker %s ended: %s (exit code %d)", self._settings.name, error, code
+                    )
+                while not self.is_ready:
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, MAX_PAUSE_S)
+                    try:
+                        process = await self.start()
+                    except (WorkerError, OSError) as error:
+                        logger.error("%s", error)
+        finally:
+            await process.end()
+
+    async def _next_batch(self, process: _Process) -> list[Job]:
+        """What the process should compute next.
+
+        Raises:
+            WorkerError: it ended meanwhile; nothing that waits is lost.
+        """
+        waiting = asyncio.create_task(self._pool.next_batch())
+        try:
+            await asyncio.wait((waiting, process.gone), return_when=asyncio.FIRST_COMPLETED)
+            if not process.gone.done():
+                return waiting.result()
+            if waiting.done():
+                self._pool.put_back(waiting.result())
+            raise WorkerError("its process ended")
+        finally:
+            waiting.cancel()
+
+    async def _compute(self, process: _Process, batch: list[Job]) -> None:
+        self._pool.begin(batch)
+        about = [
+            {
+                "id": job.id,
+                "content_type": job.request.content_type,
+                "probe": job.request.is_probe,
+                "v2": job.v2,
+            }
+            for job in batch
+        ]
+        try:
+            head, bodies = await process.ask(
+                wire.pack({"requests": about}, [job.request.body for job in batch]),
+                RESPONSE_TIMEOUT_S,
+            )
+            for job, given, body in zip(batch, head["answers"], bodies, strict=True):
+                headers = [("content-type", given["content_type"]), *given["headers"].items()]
+                if not job.answer.done():
+                    job.answer.set_result(
+                        Answer(given["status"], [*headers, ("x-request-id", job.id)], body)
+                    )
+            self._measure(head)
+        except (WorkerError, KeyError, ValueError, TypeError, AttributeError) as error:
+            for job in batch:
+                job.fail(
+                    ApiError(
+                        503,
+                        "unavailable",
+                        "the worker that had the request died: try again later",
+                    )
+                )
+            raise WorkerError(str(error)) from None
+
+    def _measure(self, head: dict[str, Any]) -> None:
+        common = {"model_name": self._pool.name, "worker": self._settings.name.rpartition("-")[2]}
+        for name, labels, value in head["measurements"]:
+            self._pool.metrics.update(name, {**common, **labels}, value)
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "stopping", "the service is being stopped")

@@ -1,0 +1,266 @@
+"""The Open Inference Protocol (V2) over HTTP: tensors in and out, as JSON or as binary data,
+translated to requests of the API and back.
+
+https://github.com/kserve/open-inference-protocol, with Triton's extension for binary tensors.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from serving.api.errors import ApiError, malformed, unusable
+from serving.api.requests import MAX_IMAGES, MAX_JSON_VALUES, RawRequest
+from serving.api.responses import Response
+from serving.engine.bundle import Bundle
+from serving.messages import show
+
+VERSION = "1"
+LENGTH_HEADER = "Inference-Header-Content-Length"
+BINARY_TYPE = "application/octet-stream"
+DATATYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "UINT64": np.dtype("<u8"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+IMAGES = "images"
+SAMPLE_INPUTS = ("n", "seed")
+FORMATS = {"sample": "npy", "encode": "npz", "reconstruct": "npy", "score": "json"}  # of the API
+Tensors = Mapping[str, np.ndarray]
+
+
+class ProtocolError(ApiError):
+    """An error in the protocol's own shape, ``{"error": MESSAGE}``."""
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self.message}
+
+    @classmethod
+    def of(cls, error: ApiError) -> ProtocolError:
+        return cls(error.status, error.code, error.message)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the answer to a request needs of it.
+
+    Attributes:
+        model: name under which it is served.
+        operation: of the model.
+        id: that the client gave.
+        outputs: requested tensors, and whether each is to be binary; all if empty.
+        is_binary: of outputs that do not say.
+    """
+
+    model: str
+    operation: str
+    id: str | None
+    outputs: Mapping[str, bool]
+    is_binary: bool
+
+
+def metadata(name: str, operation: str, bundle: Bundle) -> dict[str, Any]:
+    """A model's inputs and outputs; -1 is the number of images."""
+    images = _tensor(IMAGES, "UINT8", (-1, *bundle.image_shape))
+    latents = [
+        _tensor(f"{part}_{level}", "FP32", (-1, *shape))
+        for part in ("mean", "log_scale", "z")
+        for level, shape in enumerate(bundle.latent_shapes)
+    ]
+    outputs = {
+        "sample": [images, _tensor("seed", "INT64", (1,))],
+        "encode": latents,
+        "reconstruct": [images, _tensor("psnr", "FP64", (-1,))],
+        "score": [
+            _tensor("bpd", "FP64", (-1,)),
+            _tensor("p_value", "FP64", (-1,)),
+            _tensor("accepted", "BOOL", (-1,)),
+        ],
+    }
+    takes = [_tensor(one, "INT64", (1,)) for one in SAMPLE_INPUTS]
+    return {
+        "name": name,
+        "versions": [VERSION],
+        "platform": "onnxruntime_onnx",
+        "inputs": takes if operation == "sample" else [images],
+        "outputs": outputs[operation],
+    }
+
+
+def _tensor(name: str, datatype: str, shape: Sequence[int]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": list(shape)}
+
+
+def parse(
+    model: str, operation: str, bundle: Bundle, body: bytes, length: int, probe: bool, id: str
+) -> tuple[Call, RawRequest]:
+    """Take a request apart.
+
+    Args:
+        model, operation, bundle: that it is for.
+        body: JSON, and binary tensors after it.
+        length: of the JSON.
+        probe, id: see :class:`serving.api.requests.RawRequest`.
+
+    Raises:
+        ApiError: 400, or 422 for tensors that the model does not take.
+    """
+    head = _head(body[:length], bundle)
+    inputs = _inputs(head, memoryview(body)[length:])
+    given = head.get("parameters") or {}
+    outputs = head.get("outputs") or []
+    if not isinstance(given, dict) or not isinstance(outputs, list):
+        raise malformed("parameters must be an object, and outputs a list")
+    parameters = {name: _text(value) for name, value in given.items()}
+    is_binary = parameters.pop("binary_data_output", "false") == "true"
+    call = Call(
+        model,
+        operation,
+        head["id"] if isinstance(head.get("id"), str) else None,
+        {_name(one): _is_binary(one, is_binary) for one in outputs},
+        is_binary,
+    )
+    fields: dict[str, Any] = {**parameters, "format": FORMATS[operation]}
+    known = SAMPLE_INPUTS if operation == "sample" else (IMAGES,)
+    for name, tensor in inputs.items():
+        if name not in known:
+            raise unusable("bad_array", f"{operation} has no input {show(name)}")
+        if operation == "sample":
+            if tensor.size != 1:
+                raise unusable("bad_array", f"{name} must have one value, got {tensor.size}")
+            fields[name] = str(tensor.item())
+        else:
+            out = io.BytesIO()
+            np.save(out, tensor, allow_pickle=False)
+            fields["image"] = out.getvalue()
+    return call, RawRequest("multipart/form-data", None, fields, probe, id)
+
+
+def _head(text: bytes, bundle: Bundle) -> dict[str, Any]:
+    """The JSON of a request; its values are counted first, since they take more memory than text."""
+    most = MAX_JSON_VALUES + MAX_IMAGES * math.prod(bundle.image_shape)
+    if text.count(b",") + text.count(b"[") > most or text.count(b"{") > MAX_JSON_VALUES:
+        raise ApiError(413, "request_too_large", f"JSON may have {most} values here")
+    try:
+        head = orjson.loads(text)
+    except ValueError as error:
+        raise malformed(f"the request is not JSON: {error}") from None
+    if not isinstance(head, dict) or not isinstance(head.get("inputs"), list):
+        raise malformed("the request must be a JSON object with a list of inputs")
+    return head
+
+
+def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for one in head["inputs"]:
+        name = _name(one)
+        dtype = DATATYPES.get(str(one.get("datatype")))
+        shape = one.get("shape")
+        if dtype is None:
+            raise unusable("bad_array", f"{name}: datatype must be one of {', '.join(DATATYPES)}")
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise malformed(f"{name}: shape must be a list of numbers")
+        size = (one.get("parameters") or {}).get("binary_data_size")
+        count = math.prod(shape)
+        try:
+            if size is None:
+                flat = _exact(one.get("data"), dtype)
+            else:
+                flat, binary = np.frombuffer(binary[:size], dtype), binary[size:]
+        except (ValueError, TypeError, OverflowError):
+            raise malformed(f"{name}: the data is not of the type {one['datatype']}") from None
+        if flat.size != count:
+            raise malformed(f"{name}: shape {shape} has {count} values, got {flat.size}")
+        found[name] = flat.reshape(shape)
+    return found
+
+
+def _exact(data: Any, dtype: np.dtype) -> np.ndarray:
+    """Numbers from JSON, flat.
+
+    Raises:
+        ValueError: the type cannot hold them.
+    """
+    given = np.asarray(data).reshape(-1)
+    flat = given.astype(dtype)
+    if dtype.kind != "f" and not np.array_equal(flat, given):
+        raise ValueError("values would change")
+    return flat
+
+
+def _name(tensor: Any) -> str:
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
+        raise malformed("inputs and outputs must be objects with a name")
+    if not isinstance(tensor.get("parameters") or {}, dict):
+        raise malformed("parameters must be an object")
+    return str(tensor["name"])
+
+
+def _is_binary(output: dict[str, Any], default: bool) -> bool:
+    return bool((output.get("parameters") or {}).get("binary_data", default))
+
+
+def _text(value: Any) -> str:
+    """A parameter as a field of a form has it."""
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def respond(call: Call, response: Response) -> Response:
+    """The API's answer in the protocol's form."""
+    if response.error is not None:
+        body = orjson.dumps(ProtocolError.of(response.error).body())
+        return Response(response.status, "application/json", body, response.headers, response.error)
+    tensors = _tensors(call.operation, response)
+    unknown = [name for name in call.outputs if name not in tensors]
+    if unknown:
+        error = unusable("bad_array", f"{call.operation} has no output {show(unknown[0])}")
+        return respond(call, Response(error.status, "", b"", response.headers, error))
+    outputs, binary = [], []
+    for name in call.outputs or tensors:
+        tensor = np.ascontiguousarray(tensors[name])
+        about = _tensor(name, _NAMES[tensor.dtype], tensor.shape)
+        if call.outputs.get(name, call.is_binary):
+            binary.append(tensor.tobytes())
+            about["parameters"] = {"binary_data_size": tensor.nbytes}
+        else:
+            about["data"] = tensor.reshape(-1).tolist()
+        outputs.append(about)
+    head = {"model_name": call.model, "model_version": VERSION, "outputs": outputs}
+    text = orjson.dumps(head if call.id is None else {**head, "id": call.id})
+    if not binary:
+        return Response(200, "application/json", text, response.headers)
+    headers = {**response.headers, LENGTH_HEADER: str(len(text))}
+    return Response(200, BINARY_TYPE, b"".join([text, *binary]), headers)
+
+
+def _tensors(operation: str, response: Response) -> Tensors:
+    if operation == "score":
+        results = orjson.loads(response.body)["results"]
+        columns = {
+            "bpd": [one.get("bpd") for one in results],
+            "p_value": [one.get("p_value") for one in results],
+        }
+        return {
+            **{name: np.array(column, np.float64) for name, column in columns.items()},
+            "accepted": np.array([one.get("decision") == "accept" for one in results]),
+        }
+    stream = io.BytesIO(response.body)
+    if operation == "encode":
+        with np.load(stream) as arrays:
+            return {name: arrays[name] for name in arrays.files if arrays[name].ndim == 4}
+    images = np.load(stream)
+    if operation == "sample":
+        return {IMAGES: images, "seed": np.array([int(response.headers["X-Ade-Seed"])], np.int64)}
+    psnr = [float(text) for text in response.headers["X-Ade-Psnr"].split(",")]
+    return {IMAGES: images, "psnr": np.array(psnr, np.float64)}

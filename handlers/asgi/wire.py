@@ -1,0 +1,45 @@
+"""Batches of requests and of answers on the connection between the front and a worker: a head as
+JSON, then the bodies as they are.
+
+Neither side runs what the other sends: a worker that native code corrupted stays apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import orjson
+
+LENGTH = struct.Struct(">I")  # of the head
+Body = bytes | bytearray
+Message = tuple[dict[str, Any], list[bytes]]
+
+
+def pack(head: dict[str, Any], bodies: Sequence[Body] = ()) -> list[Body]:
+    """A message in parts, to be sent one after the other."""
+    text = orjson.dumps({**head, "sizes": [len(body) for body in bodies]})
+    return [LENGTH.pack(len(text)), text, *bodies]
+
+
+def read(stream: BinaryIO) -> Message | None:
+    """The next message, or ``None`` at the end of the connection."""
+    length = stream.read(LENGTH.size)
+    if len(length) < LENGTH.size:
+        return None
+    head = orjson.loads(stream.read(LENGTH.unpack(length)[0]))
+    return head, [stream.read(size) for size in head["sizes"]]
+
+
+async def receive(stream: asyncio.StreamReader) -> Message:
+    """The next message.
+
+    Raises:
+        EOFError: the connection ended.
+        ValueError: it is not a message.
+    """
+    (length,) = LENGTH.unpack(await stream.readexactly(LENGTH.size))
+    head = orjson.loads(await stream.readexactly(length))
+    return head, [await stream.readexactly(size) for size in head["sizes"]]

@@ -1,0 +1,140 @@
+"""A process that computes one operation of one bundle, a batch at a time, until its connection
+ends: ``python -m handlers.asgi.worker``, with the connection as its standard input.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from handlers.asgi import v2, wire
+from handlers.asgi.forms import raw_request
+from handlers.launch.options import ServingOptions
+from serving.api.errors import ApiError
+from serving.api.journal import Journal
+from serving.api.responses import Response, error_response
+from serving.api.service import Service
+from serving.engine.engine import InferenceEngine
+
+NO_MEMORY = 70  # exit code: a request did not fit into memory, a new process has more
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker computes.
+
+    Attributes:
+        bundle: its folder.
+        operation: one of the four.
+        model: the name under which it is served.
+        name: under which metrics and logs know the worker.
+        logs: an existing folder.
+        options: how it computes.
+    """
+
+    bundle: str
+    operation: str
+    model: str
+    name: str
+    logs: str
+    options: ServingOptions
+
+
+def serve(connection: socket.socket) -> int:
+    """Compute what comes, the settings first; returns the exit code."""
+    stream = connection.makefile("rb")
+    first = wire.read(stream)
+    if first is None:
+        return 0
+    settings = WorkerSettings(
+        **{**first[0]["settings"], "options": ServingOptions(**first[0]["settings"]["options"])}
+    )
+    service = _load(settings)
+    _send(connection, {"answers": [], "measurements": _measurements(service)})
+    while message := wire.read(stream):
+        answers = _answer(service, settings.model, *message)
+        heads = [
+            {"status": a.status, "content_type": a.content_type, "headers": a.headers}
+            for a in answers
+        ]
+        _send(
+            connection,
+            {"answers": heads, "measurements": _measurements(service)},
+            [answer.body for answer in answers],
+        )
+        if service.is_exhausted:
+            return NO_MEMORY
+    return 0
+
+
+def _load(settings: WorkerSettings) -> Service:
+    options = settings.options
+    engine = InferenceEngine(
+        Path(settings.bundle),
+        options.backend,
+        options.device,
+        [settings.operation],
+        cuda_graphs=options.cuda_graphs,
+    )
+    engine.warm_up()
+    journal = Journal(Path(settings.logs), settings.name)
+    return Service(settings.operation, engine, options.threads, journal)
+
+
+def _answer(
+    service: Service, model: str, head: dict[str, Any], bodies: list[bytes]
+) -> list[Response]:
+    requests, calls = [], []
+    answers: dict[int, Response] = {}
+    for i, (about, body) in enumerate(zip(head["requests"], bodies, strict=True)):
+        probe, id, length = about["probe"], about["id"], about["v2"]
+        try:
+            if length is None:
+                call, request = None, raw_request(about["content_type"], body, probe, id)
+            else:
+                bundle = service.engine.bundle
+                operation = service.operation.name
+                call, request = v2.parse(model, operation, bundle, body, length, probe, id)
+            requests.append(request)
+            calls.append(call)
+        except ApiError as error:
+            answers[i] = error_response(error if length is None else v2.ProtocolError.of(error))
+    computed = iter(
+        answer if call is None else v2.respond(call, answer)
+        for call, answer in zip(calls, service.answer(requests) if requests else (), strict=True)
+    )
+    return [answers[i] if i in answers else next(computed) for i in range(len(bodies))]
+
+
+def _measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
+    """The measurements since the last call: name, labels and value of each."""
+    store = service.engine.store
+    service.telemetry.observe_calibrations(store.names, store.broken)
+    return [
+        (m.metric.name, dict(zip(m.metric.labels, m.labels, strict=True)), m.value)
+        for m in service.telemetry.collect()
+    ]
+
+
+def _send(connection: socket.socket, head: dict[str, Any], bodies: Sequence[bytes] = ()) -> None:
+    for part in wire.pack(head, bodies):
+        connection.sendall(part)
+
+
+if __name__ == "__main__":
+    # The front decides when it ends, also where a terminal or a supervisor signals all processes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each invalid form
+    with socket.socket(fileno=sys.stdin.fileno()) as own_connection:
+        try:
+            sys.exit(serve(own_connection))
+        except ConnectionError:  # the front is gone
+            sys.exit(0)

@@ -1,0 +1,34 @@
+"""Metrics in Prometheus's text format, by its conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from serving.api.telemetry import HistogramMetric, Metric
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Family = Metric | HistogramMetric
+REFUSALS = Metric(
+    "ade_front_refusals_total",
+    "counter",
+    ("code",),
+    "Requests for operations that the front answered itself, by the code of the error.",
+)
+
+
+def exposition(samples: Mapping[Family, Iterable[str]], refusals: Mapping[str, int]) -> str:
+    """Each family with its help text and type.
+
+    Args:
+        samples: lines of each family.
+        refusals: of the front, by code.
+    """
+    counted = [
+        f'{REFUSALS.name}{{code="{code}"}} {count}' for code, count in sorted(refusals.items())
+    ]
+    return "".join(
+        f"# HELP {family.name} {family.about}\n# TYPE {family.name} {family.kind}\n"
+        + "".join(f"{line}\n" for line in lines)
+        for family, lines in {**samples, REFUSALS: counted}.items()
+        if lines
+    )

@@ -1,0 +1,195 @@
+"""The front: reads requests and sends answers within limits, and gives every error one shape.
+
+Its process is the only TCP listener of the API. The engine computes the answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from handlers.front.admission import (
+    ClientGone,
+    Lane,
+    Limits,
+    Memory,
+    hang_up,
+    overloaded,
+    read_body,
+)
+from handlers.front.forms import checked_type
+from serving.api.errors import ApiError
+from serving.api.guard import Receive, Scope, Send, error_answer, header_values, refuse
+from serving.api.requests import PROBE_HEADER
+
+READING = ("GET", "HEAD")
+INFERRING = (*READING, "POST", "PUT")  # to GET and HEAD the engine answers what is missing
+SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
+
+
+@dataclass(frozen=True)
+class Request:
+    """A complete request.
+
+    Attributes:
+        method: ``GET`` for a ``HEAD`` request.
+        path: without the query.
+        headers: by their names in lower case; of several with one name the first.
+        content_type: of the body; empty if there is none, or it is not the body's.
+        body: the complete body.
+        is_probe: whether it is a health check, which is not counted as traffic.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    content_type: str
+    body: bytearray
+    is_probe: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A complete answer."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    @classmethod
+    def of_error(cls, error: ApiError, *headers: tuple[str, str]) -> Answer:
+        fields, body = error_answer(error)
+        return cls(error.status, [*fields, *headers], body)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The part of the engine that answers at a path.
+
+    Attributes:
+        answer: computes the answer; may raise :class:`ApiError`.
+        methods: allowed methods.
+        lane: bounds the number of its requests, if given.
+        takes_forms: whether the body may be a form, which is checked before.
+    """
+
+    answer: Callable[[Request], Awaitable[Answer]]
+    methods: tuple[str, ...] = READING
+    lane: Lane | None = None
+    takes_forms: bool = False
+
+
+class Front:
+    """The ASGI application of a port.
+
+    Args:
+        find: returns the endpoint at a path; raises :class:`ApiError` if there is none.
+        limits: limits on clients.
+        memory: counts the bodies and answers of all ports.
+        probe_secret: see :class:`handlers.front.settings.FrontSettings`.
+        refusals: counts the requests for endpoints that no worker answered, by the error's code.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[str], Endpoint],
+        limits: Limits,
+        memory: Memory,
+        probe_secret: str,
+        refusals: Counter[str],
+    ) -> None:
+        self._find = find
+        self._limits = limits
+        self._memory = memory
+        self._probe_secret = probe_secret.encode()
+        self._refusals = refusals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        try:
+            endpoint = self._find(path)
+        except ApiError as error:
+            await refuse(error, scope, receive, send)
+            return
+        if scope["method"] not in endpoint.methods:
+            allowed = ", ".join(endpoint.methods)
+            wrong = ApiError(405, "not_allowed", f"{path} takes {allowed}, not {scope['method']}")
+            await refuse(wrong, scope, receive, send, [("allow", allowed)])
+            return
+        with self._memory.share() as share, contextlib.suppress(ClientGone):
+            try:
+                body = await read_body(scope, receive, share, self._limits)
+            except ApiError as error:
+                self._refusals[error.code] += 1
+                await refuse(error, scope, receive, send)
+                return
+            try:
+                answer = await self._ask(endpoint, scope, receive, body)
+                # Answers that are read slowly would fill the memory.
+                if not share.hold(len(answer.body)):
+                    raise overloaded(
+                        "the answers that clients have yet to read are too large together"
+                    )
+            except ApiError as error:
+                self._refusals[error.code] += 1
+                answer = Answer.of_error(error)
+                share.hold(len(answer.body))
+            del body
+            try:
+                async with share.waiting(None):
+                    await _send_answer(answer, send)
+            except TimeoutError:
+                scope["extensions"]["ade.abort"]["connection"]()
+                await hang_up(receive)
+
+    async def _ask(
+        self, endpoint: Endpoint, scope: Scope, receive: Receive, body: bytearray
+    ) -> Answer:
+        """The engine's answer, when it is the request's turn.
+
+        Raises:
+            ApiError: the engine did not answer, or cannot read the request.
+        """
+        request = self._request(scope, body, endpoint.takes_forms)
+        async with endpoint.lane.turn(receive) if endpoint.lane else contextlib.nullcontext():
+            return await endpoint.answer(request)
+
+    def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
+        """The request of an endpoint.
+
+        Raises:
+            ApiError: the body is a form that the engine would not read as it is.
+        """
+        is_probe = any(
+            hmac.compare_digest(value.encode(), self._probe_secret)
+            for value in header_values(scope, PROBE_HEADER.lower())
+        )
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in reversed(scope["headers"])
+        }
+        content_type = headers.get("content-type", "")
+        if takes_forms:
+            content_type = checked_type(content_type, body)
+        return Request(method, scope["path"], headers, content_type, body, is_probe)
+
+
+async def _send_answer(answer: Answer, send: Send) -> None:
+    headers = [
+        (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
+        for name, value in [*answer.headers, ("content-length", str(len(answer.body)))]
+    ]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    view = memoryview(answer.body)
+    for first in range(0, max(1, len(view)), SLICE_BYTES):
+        await send(
+            {
+                "type": "http.response.body",
+                "body": view[first : first + SLICE_BYTES],
+                "more_body": first + SLICE_BYTES < len(view),
+            }
+        )

@@ -1,0 +1,126 @@
+"""The process of a front: its sockets, and uvicorn with bounds on connections."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from handlers.front.admission import Limits
+from handlers.front.connections import BoundedProtocol
+from handlers.front.front import Front
+from handlers.front.settings import FrontSettings
+from serving.api.guard import App, Guard, Receive, Scope, Send
+from serving.ports import LOOPBACK
+
+# Longer than nginx and HTTP libraries keep connections: if the client closes first, no request is
+# lost.
+KEEP_ALIVE_S = 75
+STOP_S = 10
+
+
+def guarded(
+    settings: FrontSettings, api: Front, metrics: Front, open_paths: Collection[str] = ()
+) -> App:
+    """One application for both ports; the metrics need no token on loopback.
+
+    Args:
+        settings: of the process.
+        api: the front of the API's port.
+        metrics: the front of the metrics port.
+        open_paths: paths of the API that need no token, such as those of health checks.
+    """
+    of_api = Guard(api, settings.allowed_hosts, settings.token)
+    of_anybody = Guard(api, settings.allowed_hosts)
+    of_metrics = Guard(metrics, settings.allowed_hosts)
+    of_remote_metrics = Guard(metrics, settings.allowed_hosts, settings.token)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        host, port = scope["server"]
+        if port == settings.metrics_port:
+            await (of_metrics if host in LOOPBACK else of_remote_metrics)(scope, receive, send)
+        elif scope["path"] in open_paths:
+            await of_anybody(scope, receive, send)
+        else:
+            await of_api(scope, receive, send)
+
+    return app
+
+
+@dataclass(frozen=True)
+class Built:
+    """An application, and a callback for the moment when the process is asked to stop."""
+
+    app: App
+    on_stop: Callable[[], None] = lambda: None
+
+
+Build = Callable[[], contextlib.AbstractAsyncContextManager[Built]]
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()
+        await super().shutdown(sockets)
+
+
+def run(settings: FrontSettings, limits: Limits, build: Build, stop_s: int = STOP_S) -> None:
+    """Run the front in this process until it is asked to stop.
+
+    Args:
+        settings: settings of the process.
+        limits: limits on clients.
+        build: builds the application for both ports, and closes it in the end.
+        stop_s: seconds that accepted requests may take after a signal.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each invalid form
+    # uvicorn raises the signal again after it has stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
+    sockets = [
+        _listen(settings.host, settings.port),
+        *(_listen(host, settings.metrics_port) for host in settings.metrics_hosts),
+    ]
+    uvloop.run(_serve(limits, build, stop_s, sockets))
+
+
+async def _serve(limits: Limits, build: Build, stop_s: int, sockets: list[socket.socket]) -> None:
+    async with build() as built:
+        protocol: Any = functools.partial(BoundedProtocol, limits)
+        config = uvicorn.Config(
+            built.app,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            access_log=False,
+            log_config=None,
+            log_level="error",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=stop_s,
+        )
+        await _Server(config, built.on_stop).serve(sockets)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)

@@ -1,0 +1,1 @@
+"""What ``ade serve`` does whatever the engine: working folder, processes, page, stop."""

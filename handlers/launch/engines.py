@@ -1,0 +1,93 @@
+"""The engines that ``ade serve`` can start, and their common interface.
+
+A further engine is a further folder of ``handlers`` with a ``launcher``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from handlers.launch.options import ServingOptions
+from handlers.launch.profile import Timers
+from handlers.launch.run_folder import RunFolder
+from handlers.launch.supervision import Supervisor
+from serving.engine.bundle import Bundle
+from serving.ports import Ports
+
+# By name, the extra of pyproject.toml that has its packages; the first is the default.
+ENGINES = {"torchserve": "serve", "asgi": "asgi"}
+DEFAULT = next(iter(ENGINES))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is served, how and where.
+
+    Attributes:
+        bundles: the first is served under the plain names.
+        options: how workers compute.
+        workers: processes of each bundle, by operation.
+        host: of the API and the page.
+        ports: ports of all parts.
+        exposes_metrics: whether the metrics are served on ``host`` too.
+        token: the token that clients must send, if any.
+        allowed_hosts: names of the host, besides addresses.
+        probe_secret: marks health checks, which are not counted as traffic.
+        logs: a folder, which may not exist yet.
+    """
+
+    bundles: list[Bundle]
+    options: ServingOptions
+    workers: dict[str, int]
+    host: str
+    ports: Ports
+    exposes_metrics: bool
+    token: str | None = field(repr=False)
+    allowed_hosts: list[str]
+    probe_secret: str = field(repr=False)
+    logs: Path
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.bundles) * sum(self.workers.values())
+
+
+class Engine(Protocol):
+    """The API's part of a service: what computes, and its front.
+
+    Attributes:
+        timers: its counters of the time that requests take.
+    """
+
+    timers: ClassVar[Timers]
+
+    def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None: ...
+
+    def start(self) -> None:
+        """Start what takes longest to be ready."""
+
+    def open(self) -> None:
+        """Start what listens on the API's port.
+
+        Raises:
+            LaunchError: it cannot be started.
+        """
+
+    def drain(self) -> None:
+        """Finish what was accepted and refuse the rest; return after a bounded time."""
+
+    def is_whole(self) -> bool:
+        """Whether the files that it needs are still there."""
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The engine of a name; its packages are imported here.
+
+    Raises:
+        ModuleNotFoundError: of a package that is not installed.
+    """
+    found: type[Engine] = importlib.import_module(f"handlers.{name}.launcher").ENGINE
+    return found

@@ -1,0 +1,562 @@
+"""The ASGI application with its worker processes: forms, batches, crashes, metrics, stop.
+
+That its answers are those of the other engines is tested in test_contract.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import tritonclient.http
+
+from handlers.asgi.application import READY, ApplicationSettings
+from handlers.asgi.forms import raw_request
+from handlers.asgi.launcher import Asgi
+from handlers.asgi.metrics import Metrics
+from handlers.front.forms import MAX_FIELDS
+from handlers.launch.options import ServingOptions
+from handlers.launch.profile import read_totals
+from serving.api.errors import ApiError
+from serving.engine.signatures import OPERATIONS
+from tests.front import wait_for
+from tests.helpers import PRETRAINED, ROOT, npy
+from tests.service import free_ports
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from handlers.asgi.application import ApplicationSettings, run
+from handlers.front.admission import Limits
+run(ApplicationSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
+"""
+LIMITS = {"in_flight": (1, 40, 40), "waiting": 2}
+IMAGE = npy(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+class RunningApplication:
+    """``python -m handlers.asgi.application``, as ``ade serve`` starts it, without a page."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.port, self.metrics_port = free_ports(2)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.metrics = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        self.logs = folder / "logs"
+        self.logs.mkdir()
+        given: dict[str, Any] = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "metrics_port": self.metrics_port,
+            "exposes_metrics": False,
+            "token": None,
+            "allowed_hosts": (),
+            "probe_secret": "secret-of-probes",
+            "bundles": (str(PRETRAINED),),
+            "workers": dict.fromkeys(OPERATIONS, 1),
+            "options": dataclasses.asdict(ServingOptions(device="cpu")),
+            "logs": str(self.logs),
+        }
+        ApplicationSettings(**{**given, **settings}).save(folder / "front.json")
+        self.output = folder / "front.out"
+        with open(self.output, "wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(folder / "front.json"), json.dumps(LIMITS)],
+                cwd=ROOT,
+                stdout=out,
+                stderr=out,
+            )
+
+    def wait(self) -> None:
+        wait_for(self.is_ready, 120)
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.output.read_text()
+        try:
+            return httpx.get(self.url + READY, timeout=120).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def worker(self, name: str) -> psutil.Process:
+        """The one process of a model."""
+        for line in self.output.read_text().splitlines():
+            assert "Traceback" not in line, self.output.read_text()
+        journal = str(self.logs / f"{name}-0.requests.jsonl")
+        (found,) = (
+            process
+            for process in psutil.Process(self.process.pid).children()
+            if journal in {file.path for file in process.open_files()}
+        )
+        return found
+
+    def post(self, name: str, content: bytes = IMAGE, **headers: str) -> httpx.Response:
+        return httpx.post(
+            f"{self.url}/predictions/{name}", content=content, headers=headers, timeout=60
+        )
+
+    def in_flight(self, name: str) -> float:
+        """Requests that the front has taken; those that are answered are counted elsewhere."""
+        return sum(
+            c.status == psutil.CONN_ESTABLISHED and c.laddr.port == self.port
+            for c in psutil.Process(self.process.pid).net_connections("tcp")
+        )
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
+    made = RunningApplication(tmp_path_factory.mktemp("asgi"))
+    made.wait()
+    yield made
+    made.process.terminate()
+    assert made.process.wait(30) == 0
+    assert "Traceback" not in made.output.read_text(), made.output.read_text()
+
+
+def error_of(answer: httpx.Response) -> str:
+    assert set(answer.json()) == {"error"} and answer.headers["content-type"] == "application/json"
+    return str(answer.json()["error"]["code"])
+
+
+# Paths
+
+
+def test_both_paths_of_an_operation(app: RunningApplication) -> None:
+    first, second = (
+        httpx.post(f"{app.url}/{prefix}/score", content=IMAGE) for prefix in ("predictions", "v1")
+    )
+    assert first.status_code == second.status_code == 200 and first.content == second.content
+    assert first.headers["x-request-id"] != second.headers["x-request-id"]
+    lines = (app.logs / "score-0.requests.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines[-2:]] == [
+        first.headers["x-request-id"],
+        second.headers["x-request-id"],
+    ]
+
+
+def test_what_can_be_read(app: RunningApplication) -> None:
+    assert httpx.get(f"{app.url}/readyz").json() == {"ready": True}
+    assert httpx.get(f"{app.url}/ping").json() == {"status": "Healthy"}
+    document = httpx.get(f"{app.url}/openapi.json").json()
+    assert set(document["paths"]) == {f"/predictions/{operation}" for operation in OPERATIONS}
+    assert httpx.get(f"{app.url}/v1/openapi.json").json() == document
+    head = httpx.head(f"{app.url}/openapi.json")
+    assert head.status_code == 200 and head.content == b"" and int(head.headers["content-length"])
+    refused = httpx.post(f"{app.url}/readyz")
+    assert (refused.status_code, error_of(refused)) == (405, "not_allowed")
+    assert refused.headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "path, code",
+    [
+        ("/", "not_found"),
+        ("/metrics", "not_found"),
+        ("/predictions/", "not_found"),
+        ("/predictions/score/1.0", "not_found"),
+        ("/v1/other", "unknown_model"),
+        ("/models", "not_found"),
+    ],
+)
+def test_nothing_else_is_there(app: RunningApplication, path: str, code: str) -> None:
+    answer = httpx.post(app.url + path)
+    assert (answer.status_code, error_of(answer)) == (404, code)
+
+
+def test_the_guard_is_before_it(app: RunningApplication) -> None:
+    for headers, status in (({"Host": "evil.example"}, 421), ({"Origin": "http://a.example"}, 403)):
+        assert app.post("score", **headers).status_code == status
+
+
+# Forms
+
+
+def form(*parts: tuple[str, bytes], boundary: str = "b", end: str = "--") -> bytes:
+    lines = [
+        f"--{boundary}\r\nContent-Disposition: form-data; {about}\r\n\r\n".encode() + data + b"\r\n"
+        for about, data in parts
+    ]
+    return b"".join(lines) + f"--{boundary}{end}\r\n".encode()
+
+
+def test_forms_are_taken_apart() -> None:
+    data = bytes(range(256)) * 300 + b"\r\n--bb\r\n--"
+    body = form(('name="image"; filename="a=b;.png"', data), ('name="alpha"', b"0.5"))
+    made = raw_request("Multipart/Form-Data; boundary=b", body, True, "id")
+    assert made.body is None and made.fields == {"image": data, "alpha": b"0.5"}
+    assert made.probe and made.id == "id"
+    made = raw_request("application/x-www-form-urlencoded", b"n=4&kind=a%26+b&c=&d", False, "")
+    assert made.fields == {"n": b"4", "kind": b"a& b", "c": b""}
+    made = raw_request("image/png", b"--b", False, "")
+    assert made.body == b"--b" and made.fields == {}
+
+
+@pytest.mark.parametrize(
+    "content_type, body",
+    [
+        ("multipart/form-data", form(('name="n"', b"1"))),
+        ("multipart/form-data; boundary=", form(('name="n"', b"1"))),
+        ("multipart/form-data; boundary=b", b""),
+        ("multipart/form-data; boundary=b", b"--b\r\nnothing"),
+        ("multipart/form-data; boundary=b", form(('name="n"', b"1"), end="")),
+        ("multipart/form-data; boundary=b", form(('name="n"', b"1"))[:-9]),
+        ("multipart/form-data; boundary=b", form(("x", b"1"))),
+        ("multipart/form-data; boundary=b", b"--b\r\n\r\n1\r\n--b--\r\n"),
+        ("application/x-www-form-urlencoded", b"n=%zz"),
+        ("application/x-www-form-urlencoded", b"%ff=1"),
+        ("application/x-www-form-urlencoded", b"n=1&" * 20 + b"\x89PNG"),
+    ],
+)
+def test_forms_that_are_refused(content_type: str, body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        raw_request(content_type, body, False, "")
+    assert (caught.value.status, caught.value.code) == (400, "malformed_request")
+
+
+@pytest.mark.parametrize(
+    "body, status, code",
+    [
+        (b"n=1&n=2", 400, "malformed_request"),
+        (b"&".join(b"n%d=1" % i for i in range(MAX_FIELDS + 1)), 413, "too_many_images"),
+        (IMAGE, 200, None),  # a file that curl declares a form
+    ],
+)
+def test_forms_are_checked(
+    app: RunningApplication, body: bytes, status: int, code: str | None
+) -> None:
+    answer = app.post("score", body, **{"Content-Type": "application/x-www-form-urlencoded"})
+    assert answer.status_code == status and (code is None or error_of(answer) == code)
+    if code is not None:
+        assert f'ade_front_refusals_total{{code="{code}"}} ' in httpx.get(app.metrics).text
+
+
+def test_a_refused_form_leaves_its_neighbours_their_answers(app: RunningApplication) -> None:
+    worker = app.worker("score")
+    worker.suspend()
+    with ThreadPoolExecutor(4) as pool:
+        made = [
+            pool.submit(app.post, "score", IMAGE if i % 2 else b"", **kind)
+            for i, kind in enumerate([{"Content-Type": "multipart/form-data"}, {}] * 2)
+        ]
+        wait_for(lambda: app.in_flight("score") == 4)
+        worker.resume()
+        answers = [one.result() for one in made]
+    assert [answer.status_code for answer in answers] == [400, 200, 400, 200]
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 4
+
+
+# Workers
+
+
+def test_requests_that_wait_are_computed_together(app: RunningApplication) -> None:
+    worker = app.worker("score")
+    worker.suspend()
+    with ThreadPoolExecutor(7) as pool:
+        first = pool.submit(app.post, "score")
+        wait_for(lambda: app.in_flight("score") == 1)
+        time.sleep(0.2)
+        others = [pool.submit(app.post, "score") for _ in range(6)]
+        wait_for(lambda: app.in_flight("score") == 7)
+        time.sleep(0.2)
+        worker.resume()
+        assert first.result().headers["x-ade-batch"] == "1"
+        assert {one.result().headers["x-ade-batch"] for one in others} == {"6"}
+    assert {one.result().content for one in others} == {first.result().content}
+
+
+def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningApplication) -> None:
+    worker = app.worker("score")
+    worker.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(app.post, "score")
+        wait_for(lambda: app.in_flight("score") == 1)
+        time.sleep(0.2)
+        assert app.post("encode").status_code == 200
+        worker.kill()
+        answer = lost.result()
+    assert (answer.status_code, error_of(answer)) == (503, "unavailable")
+    assert answer.headers["retry-after"] == "1"
+    assert app.post("score").status_code == 200  # waits for the next process
+    assert app.worker("score").pid != worker.pid
+
+
+def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
+    worker = app.worker("sample")
+    worker.kill()
+    wait_for(lambda: httpx.get(f"{app.url}/readyz").status_code == 503)
+    assert httpx.get(f"{app.url}/readyz").json() == {"ready": False}
+    wait_for(app.is_ready, 60)
+    assert app.worker("sample").pid != worker.pid
+    starts = [
+        line
+        for line in httpx.get(app.metrics).text.splitlines()
+        if line.startswith('ade_worker_starts_total{model_name="sample"')
+    ]
+    assert starts == ['ade_worker_starts_total{model_name="sample",worker="0"} 2.0']
+
+
+def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningApplication) -> None:
+    assert len(psutil.Process(app.process.pid).children()) == len(OPERATIONS)
+    assert app.worker("score").environ()["OMP_NUM_THREADS"] == "1"
+
+
+# Metrics
+
+
+def test_metrics(app: RunningApplication) -> None:
+    def value(name: str) -> float:
+        text = httpx.get(app.metrics).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    counted = 'ade_requests_total{model_name="score",worker="0",status="200",code="none"}'
+    before = value(counted)
+    assert app.post("score").status_code == 200
+    assert value(counted) == before + 1
+    assert app.post("score", **{"X-Ade-Probe": "secret-of-probes"}).status_code == 200
+    assert app.post("score", **{"X-Ade-Probe": "1"}).status_code == 200
+    assert value(counted) == before + 2
+    answer = httpx.get(app.metrics)
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "# TYPE ade_request_seconds histogram\n" in answer.text
+    assert "# TYPE ade_requests_total counter\n" in answer.text
+    types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", answer.text, re.MULTILINE))
+    assert set(types) == set(re.findall(r"^# HELP (\w+) .", answer.text, re.MULTILINE))
+    for name, kind in types.items():
+        assert (kind == "counter") == name.endswith("_total")
+    totals = read_totals(answer.text, Asgi.timers)["score"]
+    assert totals["whole"] > totals["queue"] > 0 and totals["compute"] > 0
+
+
+def test_metrics_add_up() -> None:
+    metrics = Metrics({"overloaded": 2})
+    for value in (1, 2):
+        metrics.update("ade_images_total", {"model_name": 'a"\\\n'}, value)
+        metrics.update("ade_drift_images", {}, value)
+    lines = metrics.text().splitlines()
+    assert [line for line in lines if not line.startswith("# HELP ")] == [
+        "# TYPE ade_images_total counter",
+        'ade_images_total{model_name="a\\"\\\\\\n"} 3.0',
+        "# TYPE ade_drift_images gauge",
+        "ade_drift_images{} 2.0",
+        "# TYPE ade_front_refusals_total counter",
+        'ade_front_refusals_total{code="overloaded"} 2',
+    ]
+    with pytest.raises(KeyError):
+        metrics.update("ade_other", {}, 1.0)
+
+
+def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
+    addresses = [a.address for all in psutil.net_if_addrs().values() for a in all]
+    others = [a for a in addresses if re.fullmatch(r"[\d.]+", a) and not a.startswith("127.")]
+    if not others:
+        pytest.skip("this machine has no address but loopback")
+    made = RunningApplication(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
+    made.wait()
+    url = f"http://{others[0]}:{made.metrics_port}/metrics"
+    assert httpx.get(made.metrics).status_code == 200
+    refused = httpx.get(url)
+    assert (refused.status_code, error_of(refused)) == (401, "bad_token")
+    assert httpx.get(url, headers={"Authorization": "Bearer " + "t" * 43}).status_code == 200
+    made.process.terminate()
+    assert made.process.wait(30) == 0
+
+
+# The Open Inference Protocol
+
+
+@pytest.fixture
+def triton(app: RunningApplication) -> Iterator[tritonclient.http.InferenceServerClient]:
+    client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{app.port}")
+    yield client
+    client.close()
+
+
+def tensor(array: np.ndarray, name: str, datatype: str, binary: bool) -> Any:
+    made = tritonclient.http.InferInput(name, list(array.shape), datatype)
+    made.set_data_from_numpy(array, binary_data=binary)
+    return made
+
+
+def test_v2_health_and_metadata(
+    app: RunningApplication, triton: tritonclient.http.InferenceServerClient
+) -> None:
+    assert triton.is_server_live() and triton.is_server_ready()
+    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    for operation in OPERATIONS:
+        assert triton.is_model_ready(operation) and triton.is_model_ready(operation, "1")
+    found = triton.get_model_metadata("score", "1")
+    assert found["name"] == "score" and found["versions"] == ["1"]
+    assert found["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
+    assert not triton.is_model_ready("other") and not triton.is_model_ready("score", "2")
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
+def test_v2_answers_are_those_of_the_api(
+    app: RunningApplication, triton: tritonclient.http.InferenceServerClient, binary: bool
+) -> None:
+    images = np.stack(
+        [
+            np.full((32, 32, 3), 90, np.uint8),
+            np.eye(32, dtype=np.uint8)[..., None] + np.zeros(3, np.uint8),
+        ]
+    )
+    given = [tensor(images, "images", "UINT8", binary)]
+
+    def infer(operation: str, inputs: Any, *names: str, **parameters: Any) -> list[np.ndarray]:
+        outputs = [tritonclient.http.InferRequestedOutput(name, binary) for name in names]
+        answer = triton.infer(
+            operation, inputs, outputs=outputs, request_id="mine", parameters=parameters or None
+        )
+        assert answer.get_response()["id"] == "mine"
+        found = triton.infer(operation, inputs, parameters=parameters or None)
+        assert set(names) <= {one["name"] for one in found.get_response()["outputs"]}
+        return [answer.as_numpy(name) for name in names]
+
+    def api(operation: str, **fields: str) -> httpx.Response:
+        files = {} if operation == "sample" else {"files": {"image": npy(images)}}
+        return httpx.post(f"{app.url}/v1/{operation}", data=fields, **files, timeout=60)
+
+    results = api("score", samples="2").json()["results"]
+    bpd, p_value, accepted = infer("score", given, "bpd", "p_value", "accepted", samples=2)
+    assert bpd.tolist() == [one["bpd"] for one in results]
+    assert p_value.tolist() == pytest.approx(
+        [np.nan if one["p_value"] is None else one["p_value"] for one in results], nan_ok=True
+    )
+    assert accepted.tolist() == [one["decision"] == "accept" for one in results]
+    with np.load(io.BytesIO(api("encode", format="npz").content)) as arrays:
+        (z,) = infer("encode", given, "z_0")
+        assert z.dtype == np.float32 and np.array_equal(z, arrays["z_0"])
+    answer = api("reconstruct", format="npy")
+    made, psnr = infer("reconstruct", given, "images", "psnr")
+    assert np.array_equal(made, np.load(io.BytesIO(answer.content)))
+    assert ",".join(f"{one:.4f}" for one in psnr) == answer.headers["x-ade-psnr"]
+    numbers = [tensor(np.array([v]), name, "INT64", binary) for name, v in (("n", 2), ("seed", 7))]
+    images_of_7, seed = infer("sample", numbers, "images", "seed", kind="density")
+    expected = api("sample", n="2", seed="7", kind="density", format="npy")
+    assert np.array_equal(images_of_7, np.load(io.BytesIO(expected.content))) and seed == [7]
+
+
+@pytest.mark.parametrize(
+    "change, status",
+    [
+        ({"inputs": None}, 400),
+        ({"parameters": [1]}, 400),
+        ({"parameters": {"sede": 1}}, 422),
+        ({"parameters": {"samples": 0}}, 422),
+        ({"outputs": [{"name": "other"}]}, 422),
+        ({"outputs": [{}]}, 400),
+        ({"shape": [1, 32, 32]}, 400),
+        ({"shape": [1, 16, 64, 3]}, 422),
+        ({"shape": "x"}, 400),
+        ({"datatype": "FP16"}, 422),
+        ({"datatype": "FP32"}, 422),
+        ({"data": [0.5] * 3072}, 400),
+        ({"data": [256] * 3072}, 400),
+        ({"data": ["x"] * 3072}, 400),
+        ({"name": "image"}, 422),
+        ({"parameters of the input": {"binary_data_size": 5}}, 400),
+    ],
+    ids=str,
+)
+def test_v2_errors(app: RunningApplication, change: dict[str, Any], status: int) -> None:
+    one = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [9] * 3072}
+    request: dict[str, Any] = {"inputs": [one]}
+    for name, value in change.items():
+        if name == "parameters of the input":
+            one["parameters"] = value
+        else:
+            (one if name in one else request)[name] = value
+    answer = httpx.post(f"{app.url}/v2/models/score/infer", json=request)
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"} and isinstance(answer.json()["error"], str)
+
+
+def test_v2_requests_that_are_no_json(app: RunningApplication) -> None:
+    url = f"{app.url}/v2/models/score/infer"
+    for length in ("9", "-1", "x"):
+        answer = httpx.post(url, content=b"{}", headers={"Inference-Header-Content-Length": length})
+        assert answer.status_code == 400 and "Inference-Header" in answer.json()["error"]
+    assert httpx.post(url, content=b"[" * 1000).status_code == 400
+    assert httpx.post(url, content=b"[" * 2**20).status_code == 413
+    assert httpx.get(url).status_code == 405
+    assert isinstance(httpx.post(f"{app.url}/v2/models/x/infer").json()["error"], str)
+
+
+# Overload, start and stop
+
+
+def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
+    worker = app.worker("reconstruct")
+    worker.suspend()
+    room = LIMITS["in_flight"][1] + LIMITS["waiting"]
+    with ThreadPoolExecutor(room + 1) as pool:
+        taken = [pool.submit(app.post, "reconstruct") for _ in range(room)]
+        wait_for(lambda: app.in_flight("reconstruct") == room, 30)
+        refused = app.post("reconstruct")
+        assert (refused.status_code, error_of(refused)) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        worker.resume()
+        assert {one.result().status_code for one in taken} == {200}
+
+
+def test_a_token_and_a_stop(tmp_path: Path) -> None:
+    """Probes need no token; a stop answers what was accepted and leaves no process."""
+    made = RunningApplication(tmp_path, token="t" * 43)
+    made.wait()
+    for path in ("/ping", "/openapi.json", "/v1/score"):
+        answer = httpx.get(made.url + path)
+        assert (answer.status_code, error_of(answer)) == (401, "bad_token")
+    assert httpx.get(made.metrics).status_code == 200
+    bearer = {"Authorization": "bearer " + "t" * 43}
+    worker = made.worker("score")
+    family = psutil.Process(made.process.pid).children()
+    worker.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(lambda: made.post("score", **bearer))
+        wait_for(lambda: made.in_flight("score") == 1)
+        time.sleep(0.2)
+        made.process.terminate()
+        for one in family:
+            one.send_signal(signal.SIGTERM)  # as to a whole process group
+        time.sleep(0.5)
+        worker.resume()
+        assert accepted.result().status_code == 200
+    assert made.process.wait(30) == 0
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert made.output.read_text() == ""
+
+
+def test_workers_end_with_a_front_that_is_killed(tmp_path: Path) -> None:
+    made = RunningApplication(tmp_path)
+    made.wait()
+    family = psutil.Process(made.process.pid).children()
+    made.process.kill()
+    made.process.wait(5)
+    wait_for(lambda: not any(is_running(one) for one in family))
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Whether it has not ended; nobody may have reaped an orphan yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_worker_that_cannot_start_is_reported(tmp_path: Path) -> None:
+    options = dataclasses.asdict(ServingOptions(backend="none"))
+    made = RunningApplication(tmp_path, options=options)
+    assert made.process.wait(120) != 0
+    assert "did not start" in made.output.read_text() and "none" in made.output.read_text()
