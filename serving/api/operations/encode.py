@@ -167,7 +167,9 @@ class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
     ) -> Response:
         images = request.images
         names = ARRAYS if request.parameters.eps else ARRAYS[:-1]
-        levels = [{name: getattr(level, name) for name in names} for level in computed]
+        # A request without usable images has no share in what was computed, perhaps without eps.
+        mine = computed if request.usable else []
+        levels = [{name: getattr(level, name) for name in names} for level in mine]
         arrays = [array for named in levels for array in named.values()]
         is_finite = (
             np.all([np.isfinite(array).all(axis=(1, 2, 3)) for array in arrays], axis=0)
