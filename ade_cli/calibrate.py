@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ade_cli.data_options import add_data_arguments, dataset_of, readable, say, was_trained_on
+from export.features import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.detector import false_alarm_band
 from serving.engine.bundle import BundleError, open_bundle
@@ -20,7 +21,7 @@ from training.datasets import NAMES
 from training.datasets.files import part_of, shuffled
 from training.datasets.folder import image_files
 
-ERRORS = (BundleError, CalibrationError, DataError)
+ERRORS = (BundleError, CalibrationError, DataError, FeaturesError)
 
 ALPHAS = (0.1, 0.05, 0.01)
 ENOUGH = 1000
@@ -34,17 +35,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out", type=Path, metavar="OUT", help="the new bundle's folder; must not exist"
     )
     add_data_arguments(parser, required=True)
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="MODEL.onnx",
+        help="a network whose features tell things apart, such as your classifier, not trained on "
+        "any of the images: they join the verdict's statistics, and the network becomes part of "
+        "the bundle (default: what the bundle has)",
+    )
+    parser.add_argument(
+        "--features-output",
+        metavar="NAME",
+        help="the value of that graph that has the features (default: what its last linear layer "
+        "takes)",
+    )
+    parser.add_argument(
+        "--features-preprocess",
+        metavar="HOW",
+        help=f"{FORMAT}: what the graph does not say; SCALE is one of {', '.join(SCALES)}, or "
+        "mean and standard deviation of values between 0 and 1, such as "
+        "'0.5 0.5 0.5/0.25 0.25 0.25'",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     bundle = open_bundle(args.bundle)
+    if args.features is None and (args.features_output or args.features_preprocess):
+        raise FeaturesError("--features-output and --features-preprocess go with --features")
+    features = args.features and FeatureSource(
+        args.features, args.features_output, args.features_preprocess
+    )
+    unseen: Iterator[bytes | np.ndarray] = iter(())
     halves: list[Iterator[bytes | np.ndarray]]
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
-        halves, name = (
-            _rows(dataset, was_trained_on(bundle, dataset.name, dataset.splits)),
-            dataset.name,
-        )
+        trained_on = was_trained_on(bundle, dataset.name, dataset.splits)
+        halves, name = _rows(dataset, trained_on), dataset.name
+        if trained_on:
+            tests = dataset.parts["test"]
+            unseen = (np.asarray(tests.images[[row]])[0] for row in range(len(tests)))
     else:
         if args.root is not None:
             raise DataError(
@@ -56,9 +85,10 @@ def run(args: argparse.Namespace) -> None:
             say(
                 f"{name} is what the model was trained on: its parts select and calibrate are taken"
             )
+            unseen = _contents(shuffled([path for path in files if part_of(path.name) == "test"]))
         halves = [_contents(half) for half in _files(files, trained_on)]
     fit, calibration = halves
-    result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, say)
+    result = calibrate_bundle(args.bundle, args.out, fit, calibration, name, say, features, unseen)
     _tell(result, open_bundle(args.out).manifest["calibration"])
     say(f"wrote {args.out}; next: ade serve {args.out}")
 

@@ -6,23 +6,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy import stats
 
+from export.features import CHECKED, FeatureSource, feature_graph
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
-from serving.engine.bundle import CALIBRATION_NAME, Bundle, verify_bundle, write_manifest
+from serving.engine.bundle import (
+    CALIBRATION_NAME,
+    FEATURES_NAME,
+    open_bundle,
+    verify_bundle,
+    write_manifest,
+)
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
 from serving.files import new_folder
 from serving.images import coder_version
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
+from serving.verdict.semantic import DISTANCE, FEATURES
+from serving.verdict.statistics import finite_rows
 
 CHUNK = 256
+MAX_UNSEEN, SEEN_P_VALUE = 1000, 1e-4
 MAX_SKIPPED_SHOWN = 5
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
@@ -37,6 +49,8 @@ def calibrate_bundle(
     calibrate: Iterable[bytes | np.ndarray],
     data_name: str,
     report: Report = lambda line: None,
+    features: FeatureSource | None = None,
+    unseen: Iterable[bytes | np.ndarray] = (),
 ) -> Calibrations:
     """Score images as requests are scored, and write the bundle with its verdicts fitted to them.
 
@@ -53,9 +67,14 @@ def calibrate_bundle(
         calibrate: others, never trained on.
         data_name: what they are, for the manifest.
         report: is told of progress, a line at a time.
+        features: a network whose features join the statistics; the bundle keeps its own unless
+            given.
+        unseen: images like the others that neither the model nor that network has seen, to find out
+            whether it has seen the others.
 
     Raises:
         BundleError: the bundle is not whole.
+        FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
             images, or scores that cannot be used.
     """
@@ -66,33 +85,36 @@ def calibrate_bundle(
         raise CalibrationError(
             f"{bundle.name} cannot score: it was trained without an inference network"
         )
-    # Without the verdict that it may have had: it is replaced, and may be of an older version.
-    files = {
-        name: digest
-        for name, digest in bundle.manifest["files"].items()
-        if name != CALIBRATION_NAME
-    }
-    engine = InferenceEngine(
-        Bundle(folder, {**bundle.manifest, "files": files}), device="cpu", operations=["score"]
-    )
     halves = (
         _usable(fit, bundle.image_shape, "fitting", report),
         _usable(calibrate, bundle.image_shape, "calibration", report),
     )
-    exact, about = _exact(engine, halves, report)
-    resized, about_resized = (
-        (exact, about)
-        if all(image.resized for half in halves for image in half)
-        else _resized(engine, halves, report)
-    )
-    calibrations = Calibrations(exact, resized)
     with new_folder(out, CalibrationError) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        # Without the verdict that it may have had: it is replaced, and may be of an older version.
+        (temporary / CALIBRATION_NAME).unlink(missing_ok=True)
+        fields = {**bundle.manifest, "calibration": None}
+        if features is not None:
+            tried = np.stack([image.pixels for image in halves[0][:CHECKED]])
+            graph = feature_graph(features, tried)
+            (temporary / FEATURES_NAME).write_bytes(graph.content)
+            fields["features"] = graph.about
+            report(f"features of {features.path.name}: {_told(graph.about)}")
+        write_manifest(temporary, fields)
+        engine = InferenceEngine(open_bundle(temporary), device="cpu", operations=["score"])
+        exact, about = _exact(engine, halves, report)
+        _warn_if_seen(engine, exact, unseen, report)
+        resized, about_resized = (
+            (exact, about)
+            if all(image.resized for half in halves for image in half)
+            else _resized(engine, halves, report)
+        )
+        calibrations = Calibrations(exact, resized)
         (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
         write_manifest(
             temporary,
             {
-                **bundle.manifest,
+                **fields,
                 "calibration": {
                     **about,
                     "data": data_name,
@@ -102,6 +124,48 @@ def calibrate_bundle(
             },
         )
     return calibrations
+
+
+def _told(about: dict[str, Any]) -> str:
+    classes = f", {about['classes']} classes" if about["classes"] else ""
+    return f"{about['features']}{classes}; input {about['preprocessing']}"
+
+
+def _warn_if_seen(
+    engine: InferenceEngine,
+    calibration: Calibration,
+    unseen: Iterable[bytes | np.ndarray],
+    report: Report,
+) -> None:
+    """Warn if the features of calibration images are nearer to the known ones than those of images
+    that the network has not seen.
+    """
+    if calibration.known is None:
+        return
+    report(
+        "the false-alarm rate holds only if the features' network has not seen the images that are "
+        "used here: not those of its own training"
+    )
+    others = [
+        image.pixels
+        for image in (
+            prepare_image(source, engine.image_shape, calibration.resize == "fit", 0)
+            for source in islice(unseen, MAX_UNSEEN)
+        )
+        if isinstance(image, InputImage)
+    ]
+    if len(others) < MIN_IMAGES or DISTANCE not in calibration.names:
+        return
+    distances = calibration.known.distances(engine.features(np.stack(others))[FEATURES])
+    reference = calibration.reference[:, calibration.names.index(DISTANCE)]
+    test = stats.mannwhitneyu(distances, reference, alternative="greater")
+    if test.pvalue < SEEN_P_VALUE:
+        share = test.statistic / (len(distances) * len(reference))
+        report(
+            f"WARNING: the network has probably seen the calibration images: {share:.0%} of other "
+            "images are farther from the known ones than they are, where 50% are expected. More "
+            "than a share of alpha will be rejected. Calibrate on images that it has not seen"
+        )
 
 
 Halves = tuple[list[InputImage], list[InputImage]]
@@ -223,7 +287,7 @@ def statistics_of(
         nonlocal done
         if waiting:
             found = engine.statistics(np.stack([pixels for _, pixels in waiting]))
-            finite = np.isfinite(np.stack(list(found.values()))).all(0)
+            finite = finite_rows(found)
             skipped.extend(
                 unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
                 for row in np.flatnonzero(~finite)

@@ -3,8 +3,8 @@ why.
 
 The statistics (:mod:`serving.verdict.statistics`) are turned into normal scores and judged by a
 density that was fitted to held-out images, after Morningstar et al., "Density of States Estimation
-for Out-of-Distribution Detection", 2021: whatever is rare among them is strange, too high a
-likelihood included. The verdict is conformal: whatever the score, an image that is exchangeable
+for Out-of-Distribution Detection", 2021: whatever is rare among them is unusual, too high a
+likelihood included. Semantic statistics (:mod:`serving.verdict.semantic`) are added to it. The verdict is conformal: whatever the score, an image that is exchangeable
 with the calibration images is flagged at ``alpha`` with probability at most ``alpha``.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.verdict.semantic import DISTANCE, FEATURES, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX
 
 LEVELS = 257  # of the quantiles that a normal score is read from
@@ -152,12 +153,13 @@ class Calibration:
     Attributes:
         estimator: of the bits per dimension, such as ``elbo``; served verdicts use the same.
         resize: ``fit`` if calibration images went through that resizing.
-        names: of the ``S`` statistics, those that vary.
+        names: of the ``S`` statistics, those that vary; semantic ones come last.
         normal: their normal scores.
-        mixture: on all of them.
+        mixture: on all of them but the semantic ones.
         scores: float64 ``(n,)``, of the calibration images, sorted.
         reference: float32 ``(n, S)``, their statistics, each column sorted by itself.
         baseline: a mixture on the pixels' statistics alone: what can be had without a model.
+        known: for the semantic statistics; ``None`` without them.
     """
 
     estimator: str
@@ -168,6 +170,7 @@ class Calibration:
     scores: np.ndarray
     reference: np.ndarray
     baseline: Mixture
+    known: KnownImages | None = None
 
     @property
     def bpd(self) -> np.ndarray:
@@ -194,7 +197,21 @@ class Calibration:
 
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
+        if self.known is not None:
+            statistics = {**statistics, DISTANCE: self.known.distances(statistics[FEATURES])}
         return np.stack([statistics[name] for name in self.names], axis=1)
+
+    def surprise(self, normal: np.ndarray) -> np.ndarray:
+        """The OOD score, ``(N,)``, nats, of normal scores ``(N, S)``.
+
+        Minus the log-density of the statistics of the generative model and the pixels, plus the sum
+        of the semantic normal scores times their weight: one or two among dozens would hardly count
+        inside the density.
+        """
+        width = self.mixture.means.shape[1]
+        semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
+        weight = 0.0 if self.known is None else self.known.weight
+        return self.mixture.surprise(normal[:, :width]) + weight * semantic
 
     def verdicts(
         self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]
@@ -207,7 +224,7 @@ class Calibration:
         """
         rows = self.rows(statistics)
         normal = self.normal(rows)
-        scores = self.mixture.surprise(normal)
+        scores = self.surprise(normal)
         p_values = conformal_p_values(self.scores, scores)
         above = len(self.scores) - np.searchsorted(self.scores, scores, "right")
         equal = p_values * (len(self.scores) + 1) - above
@@ -279,6 +296,7 @@ class Calibration:
             "reference": self.reference,
             **_arrays("mixture", self.mixture),
             **_arrays("baseline", self.baseline),
+            **({} if self.known is None else self.known.arrays()),
         }
 
     @classmethod
@@ -297,6 +315,7 @@ class Calibration:
             of("scores"),
             of("reference"),
             _mixture(f"{prefix}baseline", arrays),
+            KnownImages.from_arrays(arrays, prefix),
         )
 
 
