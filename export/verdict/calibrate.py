@@ -4,6 +4,7 @@ bundle.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -30,11 +31,11 @@ from serving.engine.noise import image_digest
 from serving.files import new_folder
 from serving.images import coder_version
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
-from serving.verdict.semantic import DISTANCE, FEATURES
+from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, LOGITS, free_energy
 from serving.verdict.statistics import finite_rows
 
 CHUNK = 256
-MAX_UNSEEN, SEEN_P_VALUE = 1000, 1e-4
+MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
 MAX_SKIPPED_SHOWN = 5
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
@@ -137,8 +138,11 @@ def _warn_if_seen(
     unseen: Iterable[bytes | np.ndarray],
     report: Report,
 ) -> None:
-    """Warn if the features of calibration images are nearer to the known ones than those of images
-    that the network has not seen.
+    """Warn if images that the features' network has not seen look less familiar to it than the
+    calibration images do.
+
+    In the tail, where decisions are made: a network that has seen an image is surer of it, and
+    fewest of those that it has seen are among the least familiar.
     """
     if calibration.known is None:
         return
@@ -154,18 +158,25 @@ def _warn_if_seen(
         )
         if isinstance(image, InputImage)
     ]
-    if len(others) < MIN_IMAGES or DISTANCE not in calibration.names:
+    count = len(calibration.scores)
+    tail = math.floor(TAIL * (count + 1))
+    if len(others) < MIN_IMAGES or not tail:
         return
-    distances = calibration.known.distances(engine.features(np.stack(others))[FEATURES])
-    reference = calibration.reference[:, calibration.names.index(DISTANCE)]
-    test = stats.mannwhitneyu(distances, reference, alternative="greater")
-    if test.pvalue < SEEN_P_VALUE:
-        share = test.statistic / (len(distances) * len(reference))
-        report(
-            f"WARNING: the network has probably seen the calibration images: {share:.0%} of other "
-            "images are farther from the known ones than they are, where 50% are expected. More "
-            "than a share of alpha will be rejected. Calibrate on images that it has not seen"
-        )
+    found = engine.features(np.stack(others))
+    values = {DISTANCE: calibration.known.distances(found[FEATURES])}
+    if LOGITS in found:
+        values[ENERGY] = free_energy(found[LOGITS])
+    for name in values.keys() & set(calibration.names):
+        reference = calibration.reference[:, calibration.names.index(name)]
+        beyond = int((values[name] > reference[-tail]).sum())
+        p_value = stats.betabinom.sf(beyond - 1, len(others), tail, count + 1 - tail)
+        if p_value < SEEN_P_VALUE:
+            report(
+                f"WARNING: the network has probably seen the calibration images: in {name}, "
+                f"{beyond / len(others):.1%} of {len(others)} others lie beyond "
+                f"{1 - tail / (count + 1):.0%} of them. More than a share of alpha will be "
+                "rejected. Calibrate on images that the network has not seen"
+            )
 
 
 Halves = tuple[list[InputImage], list[InputImage]]
