@@ -220,6 +220,7 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     fitted = fit_calibration(semantic_draw(rng, 500), semantic_draw(rng, 1999))
     assert fitted.names[-2:] in ((DISTANCE, ENERGY), (ENERGY, DISTANCE))
     assert fitted.mixture.means.shape[1] == len(fitted.names) - 2
+    assert fitted.summary()["statistic"] == "density of 4 statistics, 2 semantic ones"
     usual = fitted.verdicts(semantic_draw(rng, 2000), np.full(2000, 0.5))
     for alpha in (0.1, 0.01):
         assert abs(np.mean([v.p_value <= alpha for v in usual]) - alpha) < 0.35 * alpha + 0.01

@@ -274,8 +274,11 @@ class Calibration:
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
+        inside = self.mixture.means.shape[1]
+        semantic = len(self.names) - inside
         return {
-            "statistic": f"density of {len(self.names)} statistics",
+            "statistic": f"density of {inside} statistics"
+            + (f", {semantic} semantic ones" if semantic else ""),
             "estimator": self.estimator,
             "resize": self.resize,
             "components": len(self.mixture.means),
