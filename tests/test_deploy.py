@@ -23,7 +23,7 @@ from handlers.torchserve.reporter import COMMON_LABELS
 from handlers.torchserve.serve import TOKEN_VARIABLE, _allowed_hosts
 from serving.api.telemetry import METRICS
 from serving.ports import VARIABLES
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.test_docker import STEPS, USER
 
 DEPLOY = ROOT / "deploy"

@@ -15,7 +15,7 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.images import read_image
-from tests.conftest import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT
 from tests.test_docs import blocks
 
 PAGE = ROOT / "docs" / "how-to" / "onnx-elsewhere.md"

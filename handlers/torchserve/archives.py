@@ -15,6 +15,7 @@ from model_archiver.model_packaging import generate_model_archive
 
 from serving.engine.bundle import (
     CALIBRATION_NAME,
+    FEATURES_NAME,
     MANIFEST_NAME,
     TORCHSCRIPT_NAME,
     WEIGHTS_NAME,
@@ -86,7 +87,8 @@ def write_archives(
             files = [TORCHSCRIPT_NAME, WEIGHTS_NAME]
         else:
             files = [*(f"{graph}.onnx" for graph in graphs), WEIGHTS_NAME]
-        files += [name for name in (CALIBRATION_NAME,) if bundle.has(name)]
+        verdict = (CALIBRATION_NAME, *((FEATURES_NAME,) if operation == "score" else ()))
+        files += [name for name in verdict if bundle.has(name)]
         name = archive_name(operation, prefix)
         config = {
             "minWorkers": workers[operation],

@@ -17,8 +17,8 @@ from serving.verdict.calibration import Calibrations
 from serving.verdict.decision import decide
 
 PLACE = (
-    "<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of 56 "
-    "statistics, of which the bits are but some: an image may be unusual in the middle of this hill.</p>"
+    "<p class='ade-caption'>Bits per dimension among those of the calibration images. The verdict is made of dozens "
+    "of statistics, of which the bits are but some: an image may be unusual in the middle of this hill.</p>"
 )
 REASONS = 6  # statistics that are shown of an image
 
