@@ -19,7 +19,7 @@ from ade_cli.data_options import (
     say,
     was_trained_on,
 )
-from export.features import FORMAT, SCALES, FeaturesError, FeatureSource
+from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.what_if import corruptions_of, rejected, usable
 from serving.engine.bundle import Bundle, BundleError, open_bundle

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,11 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from export.feature_source import CHECKED, FORMAT, SCALES, FeaturesError, FeatureSource
 from serving.verdict.semantic import FEATURES, LOGITS
 
-FORMAT = "scale=SCALE[,size=PIXELS][,layout=nchw|nhwc][,order=rgb|bgr]"
-# What a network expects of channels, as mean and standard deviation of values between 0 and 1.
-SCALES = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "unit": ((0.0,), (1.0,)),
-    "signed": ((0.5,), (0.5,)),
-    "raw": ((0.0,), (1 / 255,)),
-}
 LAYOUTS = ("nchw", "nhwc")
 MIN_OPSET, OPSET = 11, 13  # older graphs are converted
-CHECKED = 4  # real images that a graph is tried on
 TOLERANCE = 1e-3
 _PREFIX = "ade_preprocessing_"
 _SOFTMAX = ("Softmax", "LogSoftmax", "Identity")
@@ -39,28 +30,6 @@ _TYPES: dict[int, str] = {
     TensorProto.FLOAT16: "float16",
     TensorProto.UINT8: "uint8",
 }
-
-
-class FeaturesError(ValueError):
-    """A network that cannot give features, or a preprocessing that does not fit it."""
-
-
-@dataclass(frozen=True)
-class FeatureSource:
-    """A network as its user has it.
-
-    Attributes:
-        path: of an ONNX file with one input.
-        output: the value that has the features. Unless given: the output ``features``; or of a
-            graph that ends in a linear layer what that layer takes, its result being the logits; or
-            the only output.
-        preprocess: see :data:`FORMAT`; ``SCALE`` is one of :data:`SCALES`, or mean and standard
-            deviation by channel such as ``0.49 0.48 0.45/0.25 0.24 0.26``.
-    """
-
-    path: Path
-    output: str | None = None
-    preprocess: str | None = None
 
 
 @dataclass(frozen=True)

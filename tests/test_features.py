@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 
 from ade_cli.main import main
-from export.features import FeaturesError, FeatureSource, feature_graph
+from export.feature_source import FeaturesError, FeatureSource
+from export.features import feature_graph
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.detector import fit_calibration, fit_mixture

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
-from export.features import CHECKED, FeatureSource, feature_graph
+from export.feature_source import CHECKED, FeatureSource
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
@@ -160,6 +160,8 @@ def _add_features(
     folder: Path, features: FeatureSource, halves: Halves, report: Report
 ) -> dict[str, Any]:
     """Write the features' network into a bundle; returns what its manifest says of it."""
+    from export.features import feature_graph  # needs onnx, which calibration alone does not
+
     graph = feature_graph(features, np.stack([image.pixels for image in halves[0][:CHECKED]]))
     (folder / FEATURES_NAME).write_bytes(graph.content)
     about = graph.about
