@@ -19,6 +19,7 @@ from ade_cli.data_options import (
     say,
     was_trained_on,
 )
+from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.what_if import corruptions_of, rejected, usable
 from serving.engine.bundle import Bundle, BundleError, open_bundle
@@ -31,8 +32,9 @@ from training.datasets import NAMES
 from training.datasets.files import part_of, shuffled
 from training.datasets.folder import image_files
 
-ERRORS = (BundleError, CalibrationError, DataError)
+ERRORS = (BundleError, CalibrationError, DataError, FeaturesError)
 
+HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and unseen ones
 ALPHAS = (0.1, 0.05, 0.01)
 ENOUGH = 1000
 MAX_IMAGES = 20_000
@@ -71,6 +73,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"replaced; {DEFAULT!r} judges the requests that name none",
     )
     add_data_arguments(parser, required=True)
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="MODEL.onnx",
+        help="a network whose features tell things apart, such as your classifier, not trained on "
+        "any of the images: they join the verdict's statistics, and the network becomes part of "
+        "the bundle (default: what the bundle has)",
+    )
+    parser.add_argument(
+        "--features-output",
+        metavar="NAME",
+        help="the value of that graph that has the features (default: what its last linear layer "
+        "takes)",
+    )
+    parser.add_argument(
+        "--features-preprocess",
+        metavar="HOW",
+        help=f"{FORMAT}: what the graph does not say; SCALE is one of {', '.join(SCALES)}, or "
+        "mean and standard deviation of values between 0 and 1, such as "
+        "'0.5 0.5 0.5/0.25 0.25 0.25'",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,10 +101,13 @@ def run(args: argparse.Namespace) -> None:
         raise CalibrationError("give either OUT, a new bundle, or --into BUNDLE")
     if (args.into is None) != (args.name is None):
         raise CalibrationError("--into BUNDLE and --name NAME go together")
+    features = _features(args)
     bundle = open_bundle(args.bundle)
-    (fit, calibration), name = _halves(args, bundle)
+    (fit, calibration, unseen), name = _images(args, bundle)
     if args.into is None:
-        made = calibrate_bundle(args.bundle, args.out, fit(), calibration(), name, say)
+        made = calibrate_bundle(
+            args.bundle, args.out, fit(), calibration(), name, say, features, unseen()
+        )
         target = args.out
     else:
         target = args.into
@@ -90,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
                 f"--into must be a bundle of the model {bundle.model_id}, got "
                 f"{open_bundle(target).model_id}"
             )
-        made = calibrate_into(target, args.name, fit(), calibration(), name, say)
+        made = calibrate_into(target, args.name, fit(), calibration(), name, say, unseen())
     _tell(made)
     _tell_caught(open_bundle(target), made, calibration)
     if args.into is None:
@@ -99,8 +125,22 @@ def run(args: argparse.Namespace) -> None:
         say(f"added calibration {made.name}, version {made.version}, to {target}")
 
 
-def _halves(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str]:
-    """Images to fit and to calibrate on, and what they are called."""
+def _features(args: argparse.Namespace) -> FeatureSource | None:
+    if args.features is None:
+        if args.features_output or args.features_preprocess:
+            raise FeaturesError("--features-output and --features-preprocess go with --features")
+        return None
+    if args.into is not None:
+        raise FeaturesError(
+            "--features goes with OUT, a new bundle: --into uses the features of its bundle"
+        )
+    return FeatureSource(args.features, args.features_output, args.features_preprocess)
+
+
+def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str]:
+    """Images to fit and to calibrate on, those of the part ``test`` if the model was trained on
+    the data set, and what they are called.
+    """
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
         trained_on = was_trained_on(bundle, dataset.name, dataset.splits)
@@ -113,37 +153,33 @@ def _halves(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str
     trained_on = was_trained_on(bundle, name)
     if trained_on:
         say(f"the model was trained on {name}: only its parts select and calibrate are used")
-    halves = _files(files, trained_on)
-    return [partial(readable, half[:MAX_IMAGES]) for half in halves], name
+    chosen = _files(files, trained_on)
+    return [partial(readable, paths[:MAX_IMAGES]) for paths in chosen], name
 
 
 def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:
     """Images to fit and to calibrate on: of the training data its two held-out parts, of any other
-    all.
+    all. The third are unseen ones: of the training data the test images, of any other none.
     """
     if trained_on:
-        chosen = [
-            [(part, row) for row in range(len(dataset.parts[part]))]
-            for part in ("select", "calibrate")
-        ]
+        chosen = [[(part, row) for row in range(len(dataset.parts[part]))] for part in HELD_OUT]
     else:
         rows = [(part, row) for part in PARTS for row in range(len(dataset.parts[part]))]
-        chosen = _split(shuffled(rows)[:MAX_IMAGES])
+        chosen = [*_split(shuffled(rows)[:MAX_IMAGES]), []]
 
-    def read(half: list[tuple[str, int]]) -> Iterator[bytes | np.ndarray]:
-        return (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in half)
+    def read(rows: list[tuple[str, int]]) -> Iterator[bytes | np.ndarray]:
+        return (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in rows)
 
-    return [partial(read, half) for half in chosen]
+    return [partial(read, rows) for rows in chosen]
 
 
 def _files(files: list[Path], trained_on: bool) -> list[list[Path]]:
     """The same of a folder's files."""
     if trained_on:
         return [
-            shuffled([path for path in files if part_of(path.name) == part])
-            for part in ("select", "calibrate")
+            shuffled([path for path in files if part_of(path.name) == part]) for part in HELD_OUT
         ]
-    return _split(shuffled(files)[:MAX_IMAGES])
+    return [*_split(shuffled(files)[:MAX_IMAGES]), []]
 
 
 def _split(items: list[Any]) -> list[list[Any]]:

@@ -24,6 +24,7 @@ from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, blur, posterize
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import FARTHEST, NormalScores
+from serving.verdict.statistics import statistic_names
 from training.datasets import load_dataset
 
 FIT = 1000
@@ -243,7 +244,8 @@ def main() -> None:
     }
     for name, corrupt in OOD_IMAGES.items():
         found[name] = statistics_of(engine, corrupt(images[FIT:], np.random.default_rng(0)), name)
-    every = [name for name, values in found["fit"].items() if values.min() < values.max()]
+    own = statistic_names(engine.image_shape, engine.latent_shapes)  # without semantic ones
+    every = [name for name in own if found["fit"][name].min() < found["fit"][name].max()]
 
     def mean_auroc(
         names: list[str], density: Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]

@@ -51,7 +51,7 @@ def main() -> None:
             {k: v[order[FIT:]] for k, v in held_out.items()},
         )
         p_values = conformal_p_values(
-            fitted.scores, fitted.mixture.surprise(fitted.normal(fitted.rows(test)))
+            fitted.scores, fitted.surprise(fitted.normal(fitted.rows(test)))
         )
         n = count - FIT
         for alpha in ALPHAS:

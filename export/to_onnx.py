@@ -10,15 +10,18 @@ import logging
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
+from torch import nn
 
 from export.graphs import Graph, Graphs
 from serving.engine.bundle import WEIGHTS_NAME
 from serving.engine.signatures import inputs_of, outputs_of
+from serving.files import replacing
 
 OPSET = 20
 
@@ -37,6 +40,42 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
     """
     inputs = inputs_of(name, graphs.levels)
     batch = torch.export.Dim("N")
+    model = _traced(
+        Graph(graphs, name),
+        {i: torch.from_numpy(example[i]) for i in inputs},
+        outputs_of(name, graphs.levels),
+        (tuple({0: batch} for _ in inputs),),
+    )
+    _point_at_weights(model, folder / WEIGHTS_NAME)
+    path = folder / f"{name}.onnx"
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+    return path
+
+
+def export_encoder(network: nn.Module, images: np.ndarray, outputs: list[str], path: Path) -> None:
+    """Write an encoder as one file, for ``ade calibrate``.
+
+    Args:
+        network: float32, on the CPU, in evaluation mode; of uint8 ``(N, H, W, C)``.
+        images: of that shape, two or more; what they show does not matter.
+        outputs: names of what it gives.
+        path: of the file.
+    """
+    example = {"images": torch.from_numpy(images)}
+    model = _traced(network, example, outputs, ({0: torch.export.Dim("N")},))
+    with replacing(path) as file:
+        file.write(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+
+
+def _traced(
+    module: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    outputs: list[str],
+    dynamic_shapes: tuple[Any, ...],
+) -> ModelProto:
+    """A module as an ONNX model."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -44,14 +83,14 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                Graph(graphs, name),
-                tuple(torch.from_numpy(example[i]) for i in inputs),
+                module,
+                tuple(inputs.values()),
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=inputs,
-                output_names=outputs_of(name, graphs.levels),
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes=dynamic_shapes,
                 optimize=True,
             )
     finally:
@@ -59,11 +98,7 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
     assert program is not None
     model = program.model_proto
     _strip(model)
-    _point_at_weights(model, folder / WEIGHTS_NAME)
-    path = folder / f"{name}.onnx"
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path))
-    return path
+    return model
 
 
 def _strip(model: ModelProto) -> None:

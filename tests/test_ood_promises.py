@@ -94,7 +94,7 @@ def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) 
             {k: v[order[2000:]] for k, v in held_out.items()},
         )
         p_values = conformal_p_values(
-            fitted.scores, fitted.mixture.surprise(fitted.normal(fitted.rows(test)))
+            fitted.scores, fitted.surprise(fitted.normal(fitted.rows(test)))
         )
         for alpha in ALPHAS:
             k = math.floor(alpha * 3001)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from serving.client import AdeClient, AdeError
-from serving.engine.bundle import CALIBRATION_NAME, WEIGHTS_NAME, open_bundle
+from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.gate import Gate
 from serving.ports import VARIABLES
 from serving.verdict.calibration import Calibrations
@@ -42,7 +42,7 @@ def served(
     folder = tmp_path_factory.mktemp("swap")
     bundle = Path(shutil.copytree(PRETRAINED, folder / "bundle"))
     own = Calibrations.load(bundle / CALIBRATION_NAME)
-    weights = open_bundle(bundle).manifest["files"][WEIGHTS_NAME]
+    networks = open_bundle(bundle).networks
     assert own.exact is not None
     files = []
     for step in (2, 3):
@@ -50,7 +50,7 @@ def served(
             own.exact, scores=own.exact.scores[::step], reference=own.exact.reference[::step]
         )
         files.append(folder / f"{step}.npz")
-        files[-1].write_bytes(dataclasses.replace(own, exact=few, model=weights).to_bytes())
+        files[-1].write_bytes(dataclasses.replace(own, exact=few, model=networks).to_bytes())
     (bundle / FOLDER).mkdir()
     service = RunningService(bundle)
     yield service, bundle, files

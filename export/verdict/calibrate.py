@@ -5,21 +5,26 @@ give into a new bundle, or into the same one under a name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy import stats
 
+from export.feature_source import CHECKED, FeatureSource
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.bundle import (
     CALIBRATION_NAME,
-    WEIGHTS_NAME,
+    FEATURES_NAME,
     Bundle,
+    open_bundle,
     verify_bundle,
     write_manifest,
 )
@@ -28,9 +33,12 @@ from serving.engine.noise import image_digest
 from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
-from serving.verdict.store import FOLDER, check_name, path_of, write_calibrations
+from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, LOGITS, free_energy
+from serving.verdict.statistics import finite_rows
+from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
 
 CHUNK = 256
+MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
 MAX_SKIPPED_SHOWN = 5
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
@@ -45,6 +53,8 @@ def calibrate_bundle(
     calibrate: Iterable[bytes | np.ndarray],
     data_name: str,
     report: Report = lambda line: None,
+    features: FeatureSource | None = None,
+    unseen: Iterable[bytes | np.ndarray] = (),
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -61,25 +71,34 @@ def calibrate_bundle(
         calibrate: others, not trained on either.
         data_name: what they are, for the manifest.
         report: is told of progress, a line at a time.
+        features: a network whose features join the statistics; the bundle keeps its own unless
+            given. With another network the named calibrations are invalid and left out.
+        unseen: images like the others that neither the model nor that network has seen, to find out
+            whether it has seen the others.
 
     Raises:
         BundleError: the bundle is not whole.
+        FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
             images, or scores that cannot be used.
     """
     if out.exists():
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
     bundle = verify_bundle(folder)
-    calibrations, about = _calibrate(bundle, fit, calibrate, report)
+    halves = _halves(bundle, fit, calibrate, report)
     with new_folder(out, CalibrationError) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         # It would take the place of the new one.
         path_of(temporary, DEFAULT).unlink(missing_ok=True)
+        fields = bundle.manifest
+        if features is not None:
+            fields = {**fields, "features": _add_features(temporary, features, halves, report)}
+            write_manifest(temporary, fields)
+            if open_bundle(temporary).networks != bundle.networks:
+                _leave_out_named(temporary, report)
+        calibrations, about = _calibrate(open_bundle(temporary), halves, report, unseen)
         (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
-        write_manifest(
-            temporary,
-            {**bundle.manifest, "calibration": {**about, "data": data_name}},
-        )
+        write_manifest(temporary, {**fields, "calibration": {**about, "data": data_name}})
     return calibrations
 
 
@@ -90,6 +109,7 @@ def calibrate_into(
     calibrate: Iterable[bytes | np.ndarray],
     data_name: str,
     report: Report = lambda line: None,
+    unseen: Iterable[bytes | np.ndarray] = (),
 ) -> Calibrations:
     """Make a calibration as :func:`calibrate_bundle` does, and add it to a bundle under a name.
 
@@ -102,6 +122,7 @@ def calibrate_into(
         calibrate: as for a new bundle.
         data_name: what they are.
         report: is told of progress, a line at a time.
+        unseen: as for a new bundle.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -109,24 +130,65 @@ def calibrate_into(
     """
     check_name(name)
     bundle = verify_bundle(folder)
-    calibrations, _ = _calibrate(bundle, fit, calibrate, report)
-    weights = bundle.manifest["files"][WEIGHTS_NAME]
-    named = dataclasses.replace(calibrations, name=name, model=weights, data=data_name)
+    halves = _halves(bundle, fit, calibrate, report)
+    calibrations, _ = _calibrate(bundle, halves, report, unseen)
+    named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
     with locked(folder / FOLDER / LOCK, wait=True):
         return write_calibrations(folder, named)
 
 
-def _calibrate(
+Halves = tuple[list[InputImage], list[InputImage]]
+
+
+def _halves(
     bundle: Bundle,
     fit: Iterable[bytes | np.ndarray],
     calibrate: Iterable[bytes | np.ndarray],
     report: Report,
-) -> tuple[Calibrations, dict[str, Any]]:
-    """The calibrations, and what a manifest says of them."""
+) -> Halves:
     if "score" not in bundle.operations:
         raise CalibrationError(
             f"{bundle.name} cannot score: it was trained without an inference network"
         )
+    return (
+        _usable(fit, bundle.image_shape, "fitting", report),
+        _usable(calibrate, bundle.image_shape, "calibration", report),
+    )
+
+
+def _add_features(
+    folder: Path, features: FeatureSource, halves: Halves, report: Report
+) -> dict[str, Any]:
+    """Write the features' network into a bundle; returns what its manifest says of it."""
+    from export.features import feature_graph  # needs onnx, which calibration alone does not
+
+    graph = feature_graph(features, np.stack([image.pixels for image in halves[0][:CHECKED]]))
+    (folder / FEATURES_NAME).write_bytes(graph.content)
+    about = graph.about
+    classes = f", {about['classes']} classes" if about["classes"] else ""
+    report(
+        f"features of {features.path.name}: {about['features']}{classes}; "
+        f"input {about['preprocessing']}"
+    )
+    return about
+
+
+def _leave_out_named(folder: Path, report: Report) -> None:
+    """Delete the named calibrations of a bundle whose features' network is another now."""
+    files = sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
+    if files:
+        report(
+            f"left out the calibrations {', '.join(file.stem for file in files)}: they were made "
+            "for other features; ade calibrate makes them again"
+        )
+    for file in files:
+        file.unlink()
+
+
+def _calibrate(
+    bundle: Bundle, halves: Halves, report: Report, unseen: Iterable[bytes | np.ndarray]
+) -> tuple[Calibrations, dict[str, Any]]:
+    """The calibrations, and what a manifest says of them."""
     # Without the verdict that it may have had: it is replaced, and may be of an older version.
     files = {
         name: digest
@@ -135,11 +197,8 @@ def _calibrate(
     }
     bare = Bundle(bundle.folder, {**bundle.manifest, "files": files})
     engine = InferenceEngine(bare, device="cpu", operations=["score"])
-    halves = (
-        _usable(fit, bundle.image_shape, "fitting", report),
-        _usable(calibrate, bundle.image_shape, "calibration", report),
-    )
     exact, about = _exact(engine, halves, report)
+    _warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (
         (exact, about)
         if all(image.resized for half in halves for image in half)
@@ -152,7 +211,51 @@ def _calibrate(
     }
 
 
-Halves = tuple[list[InputImage], list[InputImage]]
+def _warn_if_seen(
+    engine: InferenceEngine,
+    calibration: Calibration,
+    unseen: Iterable[bytes | np.ndarray],
+    report: Report,
+) -> None:
+    """Warn if images that the features' network has not seen look less familiar to it than the
+    calibration images do.
+
+    In the tail, where decisions are made: a network that has seen an image is surer of it, and
+    fewest of those that it has seen are among the least familiar.
+    """
+    if calibration.known is None:
+        return
+    report(
+        "the false-alarm rate holds only if the features' network has not seen the images that are "
+        "used here: not those of its own training"
+    )
+    others = [
+        image.pixels
+        for image in (
+            prepare_image(source, engine.image_shape, calibration.resize == "fit", 0)
+            for source in islice(unseen, MAX_UNSEEN)
+        )
+        if isinstance(image, InputImage)
+    ]
+    count = len(calibration.scores)
+    tail = math.floor(TAIL * (count + 1))
+    if len(others) < MIN_IMAGES or not tail:
+        return
+    found = engine.features(np.stack(others))
+    values = {DISTANCE: calibration.known.distances(found[FEATURES])}
+    if LOGITS in found:
+        values[ENERGY] = free_energy(found[LOGITS])
+    for name in values.keys() & set(calibration.names):
+        reference = calibration.reference[:, calibration.names.index(name)]
+        beyond = int((values[name] > reference[-tail]).sum())
+        p_value = stats.betabinom.sf(beyond - 1, len(others), tail, count + 1 - tail)
+        if p_value < SEEN_P_VALUE:
+            report(
+                f"WARNING: the network has probably seen the calibration images: in {name}, "
+                f"{beyond / len(others):.1%} of {len(others)} others lie beyond "
+                f"{1 - tail / (count + 1):.0%} of them. More than a share of alpha will be "
+                "rejected. Calibrate on images that the network has not seen"
+            )
 
 
 def _usable(
@@ -274,7 +377,7 @@ def statistics_of(
         nonlocal done
         if waiting:
             found = engine.statistics(np.stack([pixels for _, pixels in waiting]))
-            finite = np.isfinite(np.stack(list(found.values()))).all(0)
+            finite = finite_rows(found)
             skipped.extend(
                 unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
                 for row in np.flatnonzero(~finite)

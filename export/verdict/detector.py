@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -19,7 +20,8 @@ from serving.verdict.calibration import (
     Mixture,
     NormalScores,
 )
-from serving.verdict.statistics import PIXEL_PREFIX
+from serving.verdict.semantic import DISTANCE, FEATURES, SEMANTIC_PREFIX, KnownImages
+from serving.verdict.statistics import PIXEL_PREFIX, finite_rows
 
 MIN_IMAGES = 20
 IMAGES_A_COMPONENT = 250
@@ -27,6 +29,9 @@ MAX_COMPONENTS = 8
 # Chosen on corrupted held-out images, as the statistics were: benchmarks/ood_choice.py.
 SHRINKAGE = 0.5  # of each component's covariance towards that of all images
 RIDGE = 0.02  # of a variance of one
+# What a unit of the semantic coordinates' mean normal score counts, in standard deviations of the
+# density's score. Chosen on held-out classes and corruptions: docs/ood.md.
+SEMANTIC_WEIGHT = 2.0
 
 
 def fit_calibration(
@@ -51,29 +56,55 @@ def fit_calibration(
         count = len(values["bpd"])
         if count < MIN_IMAGES:
             raise CalibrationError(f"{name} needs at least {MIN_IMAGES} images, got {count}")
-        bad = ~np.isfinite(np.stack(list(values.values()))).all(0)
+        bad = ~finite_rows(values)
         if bad.any():
             raise CalibrationError(
                 f"{name}: the statistics of {int(bad.sum())} images are not finite"
             )
-    names = tuple(name for name, values in fit.items() if values.min() < values.max())
+    known, fit, calibrate = _semantic(fit, calibrate)
+    names = tuple(
+        sorted(
+            (name for name, its in fit.items() if its.ndim == 1 and its.min() < its.max()),
+            key=lambda name: name.startswith(SEMANTIC_PREFIX),
+        )
+    )
     if "bpd" not in names:
         raise CalibrationError("the images' scores do not vary: a density cannot be fitted to them")
     rows = np.stack([fit[name] for name in names], axis=1)
     normal = NormalScores.fit(rows)
     scores = normal(rows)
-    mixture = fit_mixture(scores)
+    semantic = [name.startswith(SEMANTIC_PREFIX) for name in names]
+    mixture = fit_mixture(scores[:, np.logical_not(semantic)])
+    if known is not None and any(semantic):
+        spread = float(mixture.surprise(scores[:, np.logical_not(semantic)]).std())
+        known = replace(known, weight=SEMANTIC_WEIGHT * spread / sum(semantic))
     pixels = [i for i, name in enumerate(names) if name.startswith(PIXEL_PREFIX)]
     reference = np.stack([calibrate[name] for name in names], axis=1)
-    return Calibration(
+    made = Calibration(
         estimator,
         resize,
         names,
         normal,
         mixture,
-        np.sort(mixture.surprise(normal(reference))),
+        np.empty(0),
         np.sort(reference, axis=0),
         fit_mixture(scores[:, pixels]),
+        known,
+    )
+    return replace(made, scores=np.sort(made.surprise(normal(reference))))
+
+
+def _semantic(
+    fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.ndarray]
+) -> tuple[KnownImages | None, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+    """The images to fit to as the known ones, and the statistics with the distance from them."""
+    if FEATURES not in fit:
+        return None, fit, calibrate
+    known = KnownImages.of(fit[FEATURES])
+    return (
+        known,
+        {**fit, DISTANCE: known.distances(fit[FEATURES], known=True)},
+        {**calibrate, DISTANCE: known.distances(calibrate[FEATURES])},
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
-from serving.engine.bundle import WEIGHTS_NAME, verify_bundle
+from serving.engine.bundle import verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import LOCK, locked, read_file
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations, version_of
@@ -57,7 +57,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class _Image:
-    """A file with its statistics, ``(1,)`` by name."""
+    """A file with its statistics, of one image."""
 
     path: Path
     digest: str
@@ -110,8 +110,7 @@ def give_feedback(
         leaving = [i for i in images if i.given == "reject" and i.digest in known]
         after = before
         if joining or leaving:
-            weights = bundle.manifest["files"][WEIGHTS_NAME]
-            after = _changed(before, joining, leaving, name, weights)
+            after = _changed(before, joining, leaving, name, bundle.networks)
         _append(folder / FOLDER / AUDIT, images, name, before.version, after.version)
         if joining or leaving:
             write_calibrations(folder, after)
@@ -158,7 +157,7 @@ def _changed(
     joining: Sequence[_Image],
     leaving: Sequence[_Image],
     name: str,
-    weights: str,
+    networks: str,
 ) -> Calibrations:
     """With the images in the calibrations of the ways that they take, and the version that this
     has as a file.
@@ -167,7 +166,7 @@ def _changed(
     joined = [digest for digest in before.joined if digest not in gone]
     changes: dict[str, Any] = {
         "name": name,
-        "model": weights,
+        "model": networks,
         "joined": (*joined, *(image.digest for image in joining)),
     }
     if before.exact is before.resized:

@@ -54,7 +54,7 @@ def scores_of(
     rows = calibration.rows(statistics)
     normal = calibration.normal(rows)
     return {
-        COMBINED: calibration.mixture.surprise(normal),
+        COMBINED: calibration.surprise(normal),
         RAW_BPD: statistics["bpd"].astype(np.float64),
         NO_MODEL: calibration.baseline.surprise(normal[:, calibration.pixel_columns]),
         **dict(zip(calibration.names, np.abs(normal).T, strict=True)),

@@ -16,6 +16,7 @@ from handlers.launch.options import ServingOptions, served_name
 from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S, RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
 from serving.engine.bundle import (
     CALIBRATION_NAME,
+    FEATURES_NAME,
     MANIFEST_NAME,
     TORCHSCRIPT_NAME,
     WEIGHTS_NAME,
@@ -68,7 +69,8 @@ def write_archives(
             files = [TORCHSCRIPT_NAME, WEIGHTS_NAME]
         else:
             files = [*(f"{graph}.onnx" for graph in graphs), WEIGHTS_NAME]
-        files += [name for name in (CALIBRATION_NAME,) if bundle.has(name)]
+        verdict = (CALIBRATION_NAME, *((FEATURES_NAME,) if operation == "score" else ()))
+        files += [name for name in verdict if bundle.has(name)]
         name = served_name(operation, prefix)
         config = {
             "minWorkers": workers[operation],

@@ -24,6 +24,7 @@ MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"
+FEATURES_NAME = "features.onnx"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -82,6 +83,14 @@ class Bundle:
     def model_id(self) -> str:
         """The model's name in answers: its name and 12 digits of the SHA-256 of its weights."""
         return f"{self.name}@{self.manifest['files'][WEIGHTS_NAME][:12]}"
+
+    @property
+    def networks(self) -> str:
+        """What named calibrations are tied to: the SHA-256 of the weights, followed by a colon and
+        that of the features' network if the bundle has one.
+        """
+        files = self.manifest["files"]
+        return ":".join(files[name] for name in (WEIGHTS_NAME, FEATURES_NAME) if name in files)
 
     def has(self, name: str) -> bool:
         """Whether the manifest lists a file."""

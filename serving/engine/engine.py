@@ -14,12 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.engine.backends import Backend, load_backend
-from serving.engine.bundle import CALIBRATION_NAME, WEIGHTS_NAME, Bundle, open_bundle
+from serving.engine.backends import Backend, OnnxRuntimeBackend, load_backend
+from serving.engine.bundle import CALIBRATION_NAME, FEATURES_NAME, Bundle, open_bundle
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
 from serving.verdict.calibration import Calibration, Calibrations, Verdict
-from serving.verdict.statistics import compute_statistics, part_names, statistic_names
+from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES
+from serving.verdict.statistics import (
+    compute_statistics,
+    finite_rows,
+    part_names,
+    statistic_names,
+)
 from serving.verdict.store import FOLDER, CalibrationStore
 
 MAX_BATCH = 32  # larger batches are not faster (docs/performance.md)
@@ -104,16 +110,26 @@ class InferenceEngine:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         graphs = self.bundle.graphs(operations)
         self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu, cuda_graphs)
+        self._features: Backend | None = None
+        if self.bundle.has(FEATURES_NAME) and "score" in graphs:
+            self._features = OnnxRuntimeBackend(
+                self.bundle,
+                [FEATURES],
+                device if backend == "onnxruntime" else "cpu",
+                gpu,
+                cuda_graphs,
+            )
         own = Calibrations()
         names: list[str] = []
         if "score" in self.bundle.operations:
             names = statistic_names(self.bundle.image_shape, self.bundle.latent_shapes)
+            if self.bundle.has(FEATURES_NAME):
+                names += [DISTANCE, ENERGY]
         if self.bundle.has(CALIBRATION_NAME):
             own = Calibrations.load(self.bundle.file(CALIBRATION_NAME))
             own.check(names)
-        weights = self.bundle.manifest["files"][WEIGHTS_NAME]
         folder = (calibrations or self.bundle.folder / FOLDER) if "score" in graphs else None
-        self.store = CalibrationStore(own, folder, weights, names)
+        self.store = CalibrationStore(own, folder, self.bundle.networks, names)
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)
@@ -143,6 +159,8 @@ class InferenceEngine:
                         for name in inputs_of(graph, self._levels)
                     },
                 )
+        for size in BUCKETS if self._features is not None and self._features.fixed_sizes else (1,):
+            self.features(np.zeros((size, *self.image_shape), np.uint8))
 
     def sample(
         self,
@@ -366,11 +384,34 @@ class InferenceEngine:
         """
         digests = [image_digest(image) for image in images]
         found = [
-            compute_statistics(images[first : first + len(outputs["parts"])], outputs)
+            self._statistics(images[first : first + len(outputs["parts"])], outputs)
             for first, outputs in self._batches(
                 "score", len(images), lambda i: self._draw(images, digests, (i, 0, 0))
             )
         ]
+        return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+
+    def _statistics(
+        self, images: np.ndarray, outputs: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        return compute_statistics(images, {**outputs, **self.features(images)})
+
+    def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """What the ``features`` graph gives for uint8 ``(N, H, W, C)``; nothing if there is none.
+
+        Image by image, because the products of matrices in classifiers vary with the batch's size;
+        but where the backend wants fixed sizes, a padded batch at a time.
+        """
+        if self._features is None:
+            return {}
+        step = MAX_BATCH if self._features.fixed_sizes else 1
+        found = []
+        for first in range(0, len(images), step):
+            batch = images[first : first + step]
+            size = next(b for b in BUCKETS if b >= len(batch))
+            padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+            outputs = self._features.run(FEATURES, {"images": padded})
+            found.append({name: values[: len(batch)] for name, values in outputs.items()})
         return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
 
     def _draw(
@@ -402,10 +443,10 @@ class InferenceEngine:
         if not rows:
             return {}
         chosen = [draws[n][0] for n in rows]
-        statistics = compute_statistics(
+        statistics = self._statistics(
             images[chosen], {name: value[rows] for name, value in outputs.items()}
         )
-        finite = np.isfinite(np.stack(list(statistics.values()))).all(0)
+        finite = finite_rows(statistics)
         verdicts: dict[int, Verdict] = {}
         for judge in {id(judge): judge for judge in judges if judge is not None}.values():
             mine = [n for n, i in enumerate(chosen) if judges[i] is judge and finite[n]]

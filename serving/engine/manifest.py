@@ -80,6 +80,15 @@ MANIFEST: dict[str, Expected] = {
         }
     ),
     "calibration": _or_null(_CALIBRATION),
+    "features": _or_null(
+        {
+            "source": str,
+            "sha256": str,
+            "preprocessing": str,
+            "features": int,
+            "classes": int,
+        }
+    ),
     "parity": [
         {
             "graph": str,

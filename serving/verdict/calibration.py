@@ -3,9 +3,10 @@ why.
 
 The statistics (:mod:`serving.verdict.statistics`) are turned into normal scores and judged by a
 density that was fitted to held-out images, after Morningstar et al., "Density of States Estimation
-for Out-of-Distribution Detection", 2021: whatever is rare among them is strange, too high a
-likelihood included. The verdict is conformal: whatever the score, an image that is exchangeable
-with the calibration images is flagged at ``alpha`` with probability at most ``alpha``.
+for Out-of-Distribution Detection", 2021: whatever is rare among them is unusual, too high a
+likelihood included. Semantic statistics (:mod:`serving.verdict.semantic`) are added to it. The
+verdict is conformal: whatever the score, an image that is exchangeable with the calibration images
+is flagged at ``alpha`` with probability at most ``alpha``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from serving.files import read_file
+from serving.verdict.semantic import DISTANCE, FEATURES, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX
 
 LEVELS = 257  # of the quantiles that a normal score is read from
@@ -161,12 +163,13 @@ class Calibration:
     Attributes:
         estimator: of the bits per dimension, such as ``elbo``; served verdicts use the same.
         resize: ``fit`` if calibration images went through that resizing.
-        names: of the ``S`` statistics, those that vary.
+        names: of the ``S`` statistics, those that vary; semantic ones come last.
         normal: their normal scores.
-        mixture: on all of them.
+        mixture: on all of them but the semantic ones.
         scores: float64 ``(n,)``, of the calibration images, sorted.
         reference: float32 ``(n, S)``, their statistics, each column sorted by itself.
         baseline: a mixture on the pixels' statistics alone: what can be had without a model.
+        known: for the semantic statistics; ``None`` without them.
     """
 
     estimator: str
@@ -177,6 +180,7 @@ class Calibration:
     scores: np.ndarray
     reference: np.ndarray
     baseline: Mixture
+    known: KnownImages | None = None
 
     @property
     def bpd(self) -> np.ndarray:
@@ -194,10 +198,11 @@ class Calibration:
         Raises:
             CalibrationError: naming what is not.
         """
-        missing = sorted(set(self.names) - set(names))
+        missing = sorted({*self.names, *([DISTANCE] if self.known else [])} - set(names))
         if missing:
             raise CalibrationError(
-                f"the calibration was fitted to statistics that this version does not compute: "
+                f"the calibration was fitted to statistics that this version does not compute"
+                f"{' without features.onnx' if missing[-1].startswith(SEMANTIC_PREFIX) else ''}: "
                 f"{', '.join(missing)}; ade calibrate makes another"
             )
 
@@ -208,12 +213,18 @@ class Calibration:
             CalibrationError: naming the first array that is not.
         """
         size, pixels, n = len(self.names), len(self.pixel_columns), len(self.scores)
+        semantic = [name.startswith(SEMANTIC_PREFIX) for name in self.names]
+        if semantic != sorted(semantic) or (any(semantic) and self.known is None):
+            raise CalibrationError("semantic statistics must come last, with known images")
+        problem = self.known and self.known.problem()
+        if problem:
+            raise CalibrationError(problem)
         for name, array, shape in (
             ("grid", self.normal.grid, (LEVELS, size)),
             ("spread", self.normal.spread, (size,)),
             ("scores", self.scores, (n,)),
             ("reference", self.reference, (n, size)),
-            *_shapes("mixture", self.mixture, size),
+            *_shapes("mixture", self.mixture, size - sum(semantic)),
             *_shapes("baseline", self.baseline, pixels),
         ):
             if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
@@ -229,10 +240,11 @@ class Calibration:
         """The same density with more calibration images.
 
         Args:
-            statistics: float32 ``(N,)`` by name, of images that nothing was fitted to.
+            statistics: of :func:`serving.verdict.statistics.compute_statistics`, of images that
+                nothing was fitted to.
         """
         rows = self.rows(statistics)
-        scores = self.mixture.surprise(self.normal(rows))
+        scores = self.surprise(self.normal(rows))
         return replace(
             self,
             scores=np.sort(np.concatenate([self.scores, scores])),
@@ -246,7 +258,7 @@ class Calibration:
             CalibrationError: an image is not among the calibration images, or none would be left.
         """
         rows = self.rows(statistics)
-        scores = _without(self.scores, self.mixture.surprise(self.normal(rows)))
+        scores = _without(self.scores, self.surprise(self.normal(rows)))
         columns = [_without(*pair) for pair in zip(self.reference.T, rows.T, strict=True)]
         if not len(scores):
             raise CalibrationError("a calibration needs at least one image")
@@ -254,7 +266,21 @@ class Calibration:
 
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
+        if self.known is not None:
+            statistics = {**statistics, DISTANCE: self.known.distances(statistics[FEATURES])}
         return np.stack([statistics[name] for name in self.names], axis=1)
+
+    def surprise(self, normal: np.ndarray) -> np.ndarray:
+        """The OOD score, ``(N,)``, nats, of normal scores ``(N, S)``.
+
+        Minus the log-density of the statistics of the generative model and the pixels, plus the sum
+        of the semantic normal scores times their weight: one or two among dozens would hardly count
+        inside the density.
+        """
+        width = self.mixture.means.shape[1]
+        semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
+        weight = 0.0 if self.known is None else self.known.weight
+        return self.mixture.surprise(normal[:, :width]) + weight * semantic
 
     def verdicts(
         self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]
@@ -267,7 +293,7 @@ class Calibration:
         """
         rows = self.rows(statistics)
         normal = self.normal(rows)
-        scores = self.mixture.surprise(normal)
+        scores = self.surprise(normal)
         p_values = conformal_p_values(self.scores, scores)
         above = len(self.scores) - np.searchsorted(self.scores, scores, "right")
         equal = p_values * (len(self.scores) + 1) - above
@@ -323,8 +349,11 @@ class Calibration:
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
+        inside = self.mixture.means.shape[1]
+        semantic = len(self.names) - inside
         return {
-            "statistic": f"density of {len(self.names)} statistics",
+            "statistic": f"density of {inside} statistics"
+            + (f", {semantic} semantic ones" if semantic else ""),
             "estimator": self.estimator,
             "resize": self.resize,
             "components": len(self.mixture.means),
@@ -345,6 +374,7 @@ class Calibration:
             "reference": self.reference,
             **_arrays("mixture", self.mixture),
             **_arrays("baseline", self.baseline),
+            **({} if self.known is None else self.known.arrays()),
         }
 
     @classmethod
@@ -363,6 +393,7 @@ class Calibration:
             of("scores"),
             of("reference"),
             _mixture(f"{prefix}baseline", arrays),
+            KnownImages.from_arrays(arrays, prefix),
         )
 
 
@@ -376,8 +407,8 @@ class Calibrations:
         resized: for images that the request had resized; may be the same.
         name: by which requests ask for it.
         version: the first digits of its file's SHA-256; empty if it was not read from a file.
-        model: SHA-256 of the weights that it was made with; empty in a bundle's own file, which
-            the manifest ties to the weights.
+        model: :attr:`serving.engine.bundle.Bundle.networks` that it was made with; empty in a
+            bundle's own file, which the manifest ties to them.
         data: what it was calibrated on, in words; empty in a bundle's own file.
         joined: SHA-256 of the image files that joined it as feedback.
     """
@@ -463,7 +494,15 @@ class Calibrations:
                     str(arrays["data"]) if "data" in arrays else "",
                     joined=tuple(map(str, arrays["joined"])) if "joined" in arrays else (),
                 )
-        except (ValueError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            OSError,
+            EOFError,
+            BadZipFile,
+            zlib.error,
+        ) as error:
             raise CalibrationError(f"{path} is not a calibration: {error}") from error
 
 

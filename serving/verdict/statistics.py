@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from serving.images import lossless_bits
+from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, LOGITS, free_energy
 
 COSTS = ("distortion", "log_det", "latents")
 
@@ -41,6 +42,8 @@ MEANINGS = {
     "log_det": "bits that the flow costs or saves",
     "complexity": "length of a lossless code of the pixels",
     "excess": "bits per dimension above a lossless code of the pixels",
+    DISTANCE: "what the image shows: unlike anything seen if high",
+    ENERGY: "what the image shows: like none of the classes if high",
 }
 PIXEL_PREFIX = "pixel_"
 BLOCKS = 4  # a side, for how unevenly noise lies
@@ -59,10 +62,12 @@ def compute_statistics(
 
     Args:
         images: uint8 ``(N, H, W, C)``.
-        outputs: of the ``score`` graph for them, see :mod:`serving.engine.signatures`.
+        outputs: of the ``score`` graph for them, see :mod:`serving.engine.signatures`; of the
+            ``features`` graph as well, if the bundle has one.
 
     Returns:
-        float32 ``(N,)`` by name, always in the same order.
+        float32 ``(N,)`` by name, always in the same order. With a ``features`` graph ``features``,
+        ``(N, F)``, are among them, which a calibration makes ``semantic_distance`` of.
     """
     parts = outputs["parts"].astype(np.float64)
     levels = parts.shape[1] - 2
@@ -83,7 +88,19 @@ def compute_statistics(
     found["map_low"] = np.quantile(bits.reshape(len(bits), -1), LOW, axis=1)
     found["map_follows_edges"] = _correlation(bits, _edges(images))
     found |= _of_map("log_det_map", cost[:, COSTS.index("log_det")])
+    if LOGITS in outputs:
+        found[ENERGY] = free_energy(outputs[LOGITS])
+    if FEATURES in outputs:
+        found[FEATURES] = outputs[FEATURES]
     return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def finite_rows(statistics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which images have finite statistics only, bool ``(N,)``."""
+    return np.all(
+        [np.isfinite(values.reshape(len(values), -1)).all(1) for values in statistics.values()],
+        axis=0,
+    )
 
 
 def statistic_names(

@@ -87,7 +87,8 @@ class CalibrationStore:
     Args:
         own: of the bundle.
         folder: of the named ones, which need not exist; ``None`` if none are used.
-        model: SHA-256 of the bundle's weights: a calibration of another model is not used.
+        model: :attr:`serving.engine.bundle.Bundle.networks`: a calibration of another model, or
+            with other features, is not used.
         statistics: names of those that are computed.
     """
 
@@ -172,8 +173,8 @@ class CalibrationStore:
         read = Calibrations.load(folder / f"{name}{SUFFIX}", name)
         if read.model != self._model:
             raise CalibrationError(
-                f"{name} was calibrated for a model with the weights {read.model[:12] or 'unknown'}, "
-                f"these are {self._model[:12]}"
+                f"{name} was calibrated for a model with the weights {_short(read.model)}, "
+                f"these are {_short(self._model)}"
             )
         read.check(self._statistics)
         return read
@@ -183,6 +184,13 @@ class CalibrationStore:
             if self._broken.get(name) != reason:
                 logger.warning("calibration %s cannot be used: %s", name, reason)
         self._broken = broken
+
+
+def _short(model: str) -> str:
+    weights, _, features = model.partition(":")
+    return (
+        f"{weights[:12] or 'unknown'} {f'and features {features[:12]}' if features else ''}".strip()
+    )
 
 
 def _files(folder: Path) -> dict[str, _Seen]:

@@ -1,0 +1,48 @@
+"""``ade encoder OUT --data …``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ade_cli.data_options import add_data_arguments, dataset_of, say
+from export.to_onnx import export_encoder
+from training.data import DataError, ImageSet
+from training.encoder import class_labels, train_encoder
+
+ERRORS = (DataError,)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="an ONNX file for ade calibrate --features"
+    )
+    add_data_arguments(parser, required=True)
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="pixels a side (default: the data's)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=15.0, help="of training (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--without-labels", action="store_true", help="do not use the classes of the images"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.minutes > 0:
+        raise DataError(f"--minutes must be above 0, got {args.minutes:g}")
+    dataset = dataset_of(args, None, args.image_size)
+    labels = None if args.without_labels else class_labels(dataset)
+    images = ImageSet(dataset.parts["train"].images, labels)
+    trained = train_encoder(images, args.minutes, torch.device(args.device), report=say)
+    example = np.asarray(images.images[:2])
+    export_encoder(trained.network, example, trained.outputs, args.out)
+    kind = f"{trained.classes} classes" if trained.classes else "no labels"
+    say(f"wrote {args.out}: {trained.images_seen} images seen, {kind}")

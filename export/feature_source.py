@@ -1,0 +1,38 @@
+"""A network for features as its user gives it; needs no ONNX package, as calibration does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMAT = "scale=SCALE[,size=PIXELS][,layout=nchw|nhwc][,order=rgb|bgr]"
+# What a network expects of channels, as mean and standard deviation of values between 0 and 1.
+SCALES = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "unit": ((0.0,), (1.0,)),
+    "signed": ((0.5,), (0.5,)),
+    "raw": ((0.0,), (1 / 255,)),
+}
+CHECKED = 4  # real images that a graph is tried on
+
+
+class FeaturesError(ValueError):
+    """A network that cannot give features, or a preprocessing that does not fit it."""
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """A network as its user has it.
+
+    Attributes:
+        path: of an ONNX file with one input.
+        output: the value that has the features. Unless given: the output ``features``; or of a
+            graph that ends in a linear layer what that layer takes, its result being the logits; or
+            the only output.
+        preprocess: see :data:`FORMAT`; ``SCALE`` is one of :data:`SCALES`, or mean and standard
+            deviation by channel such as ``0.49 0.48 0.45/0.25 0.24 0.26``.
+    """
+
+    path: Path
+    output: str | None = None
+    preprocess: str | None = None

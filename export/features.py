@@ -1,0 +1,370 @@
+"""Turns any ONNX network that tells things apart into a bundle's ``features.onnx``.
+
+The service knows nothing of layouts, sizes and normalisations: what comes before and after the
+network becomes part of the graph, which takes uint8 ``images``, ``(N, H, W, C)`` of the model's
+size, and gives ``features``, float32 ``(N, F)``, and of a classifier ``logits``, ``(N, K)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from export.feature_source import CHECKED, FORMAT, SCALES, FeaturesError, FeatureSource
+from serving.verdict.semantic import FEATURES, LOGITS
+
+LAYOUTS = ("nchw", "nhwc")
+MIN_OPSET, OPSET = 11, 13  # older graphs are converted
+TOLERANCE = 1e-3
+_PREFIX = "ade_preprocessing_"
+_SOFTMAX = ("Softmax", "LogSoftmax", "Identity")
+_TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.UINT8: "uint8",
+}
+
+
+@dataclass(frozen=True)
+class FeatureGraph:
+    """A network with its preprocessing.
+
+    Attributes:
+        content: of ``features.onnx``.
+        about: what the manifest says of it.
+    """
+
+    content: bytes
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Preprocessing:
+    size: tuple[int, int]
+    layout: str
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    order: str
+    as_is: bool  # uint8 pixels, not scaled
+
+    def __str__(self) -> str:
+        height, width = self.size
+        numbers = [" ".join(f"{v:g}" for v in values) for values in (self.mean, self.std)]
+        scale = "uint8" if self.as_is else f"mean {numbers[0]}, std {numbers[1]}"
+        return f"{height}x{width}, {self.layout}, {self.order}, {scale}"
+
+
+def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
+    """Read a network and put its preprocessing in front of it.
+
+    The layout, size and type of the input are read from the graph. The scale of a float input
+    cannot be: ``preprocess`` gives it, and what else the graph leaves open.
+
+    Args:
+        source: of the network.
+        images: uint8 ``(N, H, W, C)``, real ones of the model's size, to try the graph on.
+
+    Raises:
+        FeaturesError: the graph cannot be read or used so, naming what is missing.
+    """
+    path = source.path
+    try:
+        content = path.read_bytes()
+        model = onnx.load(str(path))
+        if _opset(model) < MIN_OPSET:
+            model = onnx.version_converter.convert_version(model, OPSET)
+    except (DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
+        raise FeaturesError(f"{path} is not a usable ONNX graph: {error}") from error
+    found = _preprocessing(model.graph, images.shape[1:], source.preprocess)
+    names = _outputs(model.graph, source.output)
+    _prepend(model.graph, found, images.shape[1:])
+    tried = _run(model, list(names.values()), images)
+    _append(model.graph, names, {name: tried[source].ndim for name, source in names.items()})
+    result = _run(model, list(names), images)
+    _check(model, result, images)
+    features = result[FEATURES]
+    about = {
+        "source": path.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "preprocessing": str(found),
+        "features": int(features.shape[1]),
+        "classes": int(result[LOGITS].shape[1]) if LOGITS in result else 0,
+    }
+    return FeatureGraph(model.SerializeToString(deterministic=True), about)
+
+
+def _opset(model: ModelProto) -> int:
+    return int(max(e.version for e in model.opset_import if e.domain in ("", "ai.onnx")))
+
+
+def _input(graph: GraphProto) -> onnx.ValueInfoProto:
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs: list[onnx.ValueInfoProto] = [
+        value for value in graph.input if value.name not in constants
+    ]
+    if len(inputs) != 1:
+        raise FeaturesError(
+            f"the graph must have one input, got {', '.join(v.name for v in inputs) or 'none'}"
+        )
+    return inputs[0]
+
+
+def _preprocessing(
+    graph: GraphProto, image_shape: tuple[int, ...], text: str | None
+) -> _Preprocessing:
+    given = _parse(text)
+    value = _input(graph)
+    tensor = value.type.tensor_type
+    if tensor.elem_type not in _TYPES:
+        raise FeaturesError(f"input {value.name} must be of {', '.join(_TYPES.values())}")
+    dims = [dim.dim_value or None for dim in tensor.shape.dim]
+    if len(dims) != 4:
+        raise FeaturesError(f"input {value.name} must have four dimensions, got {len(dims)}")
+    if dims[0] not in (None, 1):
+        raise FeaturesError(
+            f"input {value.name} has a fixed batch of {dims[0]}: export the network with any"
+        )
+    wanted = {image_shape[2], 3}
+    layouts = {"nchw": dims[1], "nhwc": dims[3]}
+    layout = given.get("layout") or next((k for k in LAYOUTS if layouts[k] in wanted), None)
+    if layout is None:
+        raise FeaturesError(
+            f"the layout of input {value.name}, {dims}, is unclear: give layout=nchw or layout=nhwc"
+        )
+    channels = layouts[layout] or image_shape[2]
+    if channels != image_shape[2] and image_shape[2] != 1:
+        raise FeaturesError(f"the network takes {channels} channels, the model {image_shape[2]}")
+    height, width = dims[2:] if layout == "nchw" else dims[1:3]
+    own = (height or image_shape[0], width or image_shape[1])
+    size = (int(given["size"]),) * 2 if "size" in given else own
+    if (height or size[0], width or size[1]) != size:
+        raise FeaturesError(f"the network takes {height}x{width} pixels, not size={given['size']}")
+    as_is = tensor.elem_type == TensorProto.UINT8 and "scale" not in given
+    if not as_is and "scale" not in given:
+        raise FeaturesError(
+            f"a graph with an input of {_TYPES[tensor.elem_type]} does not say how pixels are "
+            f"scaled: give the preprocessing {FORMAT}, SCALE one of {', '.join(SCALES)} or "
+            "mean/std by channel"
+        )
+    mean, std = ((0.0,), (1.0,)) if as_is else _scale(given["scale"], channels)
+    return _Preprocessing(size, layout, channels, mean, std, given.get("order", "rgb"), as_is)
+
+
+def _parse(text: str | None) -> dict[str, str]:
+    given = {}
+    for item in (text or "").split(",") if text else ():
+        key, _, value = item.partition("=")
+        given[key.strip()] = value.strip()
+    choices = {"layout": LAYOUTS, "order": ("rgb", "bgr")}
+    wrong = [
+        f"{key}={value}"
+        for key, value in given.items()
+        if key not in ("scale", "size", *choices)
+        or value not in choices.get(key, (value,))
+        or (key == "size" and not (value.isdecimal() and int(value)))
+    ]
+    if wrong:
+        raise FeaturesError(f"the preprocessing must be {FORMAT}, got {', '.join(wrong)}")
+    return given
+
+
+def _scale(text: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        mean, std = SCALES.get(text) or (
+            tuple(float(v) for v in part.split()) for part in text.split("/")
+        )
+    except ValueError:
+        mean, std = (), ()
+    if {len(mean), len(std)} - {1, channels} or not all(v > 0 for v in std):
+        raise FeaturesError(
+            f"scale must be one of {', '.join(SCALES)}, or mean/std of {channels} channels such as "
+            f"'0.5 0.5 0.5/0.25 0.25 0.25', got {text!r}"
+        )
+    return mean, std
+
+
+def _producers(graph: GraphProto) -> dict[str, NodeProto]:
+    return {name: node for node in graph.node for name in node.output}
+
+
+def _outputs(graph: GraphProto, output: str | None) -> dict[str, str]:
+    """The graph's values that are the features and, if there are any, the logits."""
+    producers = _producers(graph)
+    ends = [value.name for value in graph.output]
+    if output is None and FEATURES in ends:
+        return {name: name for name in (FEATURES, LOGITS) if name in ends}
+    if output is not None and output not in producers:
+        raise FeaturesError(f"the graph has no value {output!r}; its outputs are {', '.join(ends)}")
+    linear = [found for end in ends if (found := _linear(graph, producers, end)) is not None]
+    linear = [found for found in linear if found[1] != output]
+    if output is None and len(ends) > 1:
+        raise FeaturesError(f"give the features' output, one of {', '.join(ends)} or any value")
+    if output is None and not linear:
+        return {FEATURES: ends[0]}
+    features = output or linear[0][0]
+    return {FEATURES: features, **({LOGITS: linear[0][1]} if linear else {})}
+
+
+def _linear(
+    graph: GraphProto, producers: dict[str, NodeProto], name: str
+) -> tuple[str, str] | None:
+    """Input and result of the linear layer that an output ends in, a softmax left out."""
+    constants = {tensor.name for tensor in graph.initializer}
+    node = producers.get(name)
+    while node is not None and node.op_type in _SOFTMAX:
+        name = node.input[0]
+        node = producers.get(name)
+    if node is not None and node.op_type == "Add":
+        (*factors,) = [i for i in node.input if i not in constants]
+        node = producers.get(factors[0]) if len(factors) == 1 else None
+    if node is None or node.op_type not in ("Gemm", "MatMul"):
+        return None
+    return (node.input[0], name) if node.input[1] in constants | set(producers) else None
+
+
+def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, ...]) -> None:
+    """Nodes from uint8 ``images`` to what the network takes."""
+    value = _input(graph)
+    name, elem_type = value.name, value.type.tensor_type.elem_type
+    nodes: list[NodeProto] = []
+    here = "images"
+
+    def then(op: str, *constants: np.ndarray, skip: int = 0, **attributes: Any) -> None:
+        nonlocal here
+        inputs = [here, *[""] * skip]
+        for constant in constants:
+            inputs.append(f"{_PREFIX}constant_{len(graph.initializer)}")
+            graph.initializer.append(numpy_helper.from_array(constant, inputs[-1]))
+        there = f"{_PREFIX}{len(nodes)}"
+        nodes.append(helper.make_node(op, inputs, [there], **attributes))
+        here = there
+
+    _rename(graph, "images", f"{_PREFIX}other_images")
+    name = f"{_PREFIX}other_images" if name == "images" else name
+    resized = found.size != tuple(image_shape[:2])
+    if not found.as_is or resized:
+        then("Cast", to=TensorProto.FLOAT)
+    then("Transpose", perm=[0, 3, 1, 2])
+    if found.channels != image_shape[2]:
+        then("Concat", axis=1)
+        nodes[-1].input.extend([nodes[-1].input[0]] * (found.channels - 1))
+    if found.order == "bgr":
+        then("Gather", np.arange(found.channels)[::-1].copy(), axis=1)
+    if resized:
+        scales = np.array(
+            [1, 1, found.size[0] / image_shape[0], found.size[1] / image_shape[1]], np.float32
+        )
+        then(
+            "Resize",
+            scales,
+            skip=1,
+            mode="linear",
+            coordinate_transformation_mode="half_pixel",
+        )
+    if not found.as_is:
+        mean, std = (
+            np.array(values, np.float32).reshape(1, -1, 1, 1) for values in (found.mean, found.std)
+        )
+        then("Sub", 255 * mean)
+        then("Div", 255 * std)
+    if found.layout == "nhwc":
+        then("Transpose", perm=[0, 2, 3, 1])
+    if elem_type != (TensorProto.UINT8 if found.as_is and not resized else TensorProto.FLOAT):
+        then("Cast", to=elem_type)
+    nodes[-1].output[0] = name
+    if len({n.op_type for n in nodes}) == 1 and found.layout == "nhwc":  # nothing but two turns
+        nodes = [helper.make_node("Identity", ["images"], [name])]
+    graph.input.remove(value)
+    graph.input.insert(
+        0, helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", *image_shape])
+    )
+    kept = list(graph.node)
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend([*nodes, *kept])
+
+
+def _rename(graph: GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name == old:
+                    names[i] = new
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        if value.name == old:
+            value.name = new
+
+
+def _append(graph: GraphProto, names: dict[str, str], ranks: dict[str, int]) -> None:
+    """Nodes from the network's values to ``features`` and ``logits``, the only outputs."""
+    del graph.output[:]
+    for name in names:
+        source = names[name]
+        rank = ranks[name]
+        if rank not in ((2, 4) if name == FEATURES else (2,)):
+            raise FeaturesError(
+                f"{source} has {rank} dimensions: features must be (N, F) or (N, F, H, W), logits "
+                "(N, K)"
+            )
+        if source != name:
+            other = f"{_PREFIX}other_{name}"
+            _rename(graph, name, other)
+            names.update({key: other for key, value in names.items() if value == name})
+            if rank == 4:
+                pooled = f"{_PREFIX}pooled"
+                graph.node.append(helper.make_node("GlobalAveragePool", [source], [pooled]))
+                graph.node.append(helper.make_node("Flatten", [pooled], [name], axis=1))
+            else:
+                graph.node.append(helper.make_node("Identity", [source], [name]))
+        graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+
+
+def _run(model: ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of the graph for some images, whether they are its outputs or not."""
+    import onnxruntime as ort
+
+    trial = ModelProto()
+    trial.CopyFrom(model)
+    outputs = {value.name for value in trial.graph.output}
+    trial.graph.output.extend(
+        helper.make_empty_tensor_value_info(name) for name in names if name not in outputs
+    )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(
+            trial.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        return dict(zip(names, session.run(names, {"images": images[:CHECKED]}), strict=True))
+    except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+        raise FeaturesError(
+            f"the network cannot be run on {min(CHECKED, len(images))} images at once: {error}"
+        ) from error
+
+
+def _check(model: ModelProto, result: dict[str, np.ndarray], images: np.ndarray) -> None:
+    """The features of real images are finite, differ between images, and are each image's own."""
+    for name, values in result.items():
+        if values.dtype != np.float32 or values.shape[0] != min(CHECKED, len(images)):
+            raise FeaturesError(f"{name} must be float32 (N, F), got {values.dtype} {values.shape}")
+        if not np.isfinite(values).all():
+            raise FeaturesError(f"{name} of real images are not finite: is the scale right?")
+        if len(values) > 1 and (values == values[:1]).all():
+            raise FeaturesError(f"{name} of different images are the same: is the scale right?")
+        alone = np.concatenate(list(_one_by_one(model, name, images)))
+        size = np.abs(values).max() + 1e-6
+        if np.abs(alone - values).max() > TOLERANCE * size:
+            raise FeaturesError(f"{name} of an image depend on the others of its batch")
+
+
+def _one_by_one(model: ModelProto, name: str, images: np.ndarray) -> Iterator[np.ndarray]:
+    for image in images[:CHECKED]:
+        yield _run(model, [name], image[None])[name]

@@ -1,0 +1,515 @@
+"""Semantic coordinates: networks of every kind as a bundle's ``features`` graph, and the verdict
+with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from torch import nn
+
+from ade_cli.main import main
+from export.feature_source import FeaturesError, FeatureSource
+from export.features import feature_graph
+from export.to_onnx import export_encoder
+from export.verdict.calibrate import calibrate_bundle, calibrate_into
+from export.verdict.detector import fit_calibration, fit_mixture
+from export.verdict.feedback import give_feedback
+from serving.engine.bundle import (
+    FEATURES_NAME,
+    open_bundle,
+    sha256_of,
+    verify_bundle,
+    write_manifest,
+)
+from serving.engine.engine import InferenceEngine, Score
+from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, KnownImages
+from serving.verdict.store import path_of
+from tests.helpers import make_folder, with_calibrations
+from tests.test_ood import draw
+from training.data import Dataset, ImageSet
+from training.encoder import Encoder, class_labels, train_encoder
+
+MEAN, STD = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.25, 0.3])
+SCALE = "scale=0.5 0.4 0.3/0.2 0.25 0.3"
+
+
+def network(
+    path: Path,
+    layout: str = "nchw",
+    size: int | None = 8,
+    batch: int | None = None,
+    elem_type: int = TensorProto.FLOAT,
+    ends: str = "Gemm",
+) -> Path:
+    """A classifier whose features are the means of the channels, times two."""
+    shape: list[int | str] = [
+        batch or "N",
+        *([3, size, size] if layout == "nchw" else [size, size, 3]),
+    ]
+    axes = [2, 3] if layout == "nchw" else [1, 2]
+    rng = np.random.default_rng(0)
+    constants = {
+        "two": np.float32(2),
+        "weight": rng.normal(size=(3, 5)).astype(np.float32),
+        "bias": rng.normal(size=5).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats"], ["means"], axes=axes, keepdims=0),
+        helper.make_node("Mul", ["means", "two"], ["embedding"]),
+    ]
+    if ends == "Gemm":
+        nodes.append(helper.make_node("Gemm", ["embedding", "weight", "bias"], ["scores"]))
+    elif ends == "Softmax":
+        nodes += [
+            helper.make_node("MatMul", ["embedding", "weight"], ["product"]),
+            helper.make_node("Add", ["product", "bias"], ["scores"]),
+            helper.make_node("Softmax", ["scores"], ["probabilities"]),
+        ]
+    last = nodes[-1].output[0]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("pixels", elem_type, shape)],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
+    return path
+
+
+def run(content: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(content)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+
+def expected(images: np.ndarray) -> np.ndarray:
+    return 2 * ((images / 255 - MEAN) / STD).mean((1, 2))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("ends", ["Gemm", "Softmax"])
+@pytest.mark.parametrize("batch", [None, 1])
+def test_a_classifier_gives_features_and_logits(
+    layout: str, ends: str, batch: int | None, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    path = network(tmp_path / "net.onnx", layout, batch=batch, ends=ends)
+    made = feature_graph(FeatureSource(path, preprocess=SCALE), small_images)
+    found = run(made.content, small_images[:7])
+    assert list(found) == ["features", "logits"] and found["logits"].shape == (7, 5)
+    np.testing.assert_allclose(found["features"], expected(small_images[:7]), rtol=1e-4, atol=1e-5)
+    assert made.about["features"] == 3 and made.about["classes"] == 5
+    assert made.about["source"] == "net.onnx" and layout in made.about["preprocessing"]
+
+
+def test_colours_in_the_other_order(small_images: np.ndarray, tmp_path: Path) -> None:
+    path = network(tmp_path / "net.onnx")
+    source = FeatureSource(path, preprocess="scale=unit,order=bgr")
+    found = run(feature_graph(source, small_images).content, small_images[:5])
+    means = small_images[:5, :, :, ::-1].mean((1, 2)) / 255
+    np.testing.assert_allclose(found["features"], 2 * means, rtol=1e-4)
+
+
+def test_images_are_resized_to_what_the_network_takes(
+    small_images: np.ndarray, tmp_path: Path
+) -> None:
+    for path, how in (
+        (network(tmp_path / "24.onnx", size=24), SCALE),
+        (network(tmp_path / "any.onnx", size=None), f"{SCALE},size=16,layout=nchw"),
+    ):
+        made = feature_graph(FeatureSource(path, preprocess=how), small_images)
+        found = run(made.content, small_images[:5])["features"]
+        np.testing.assert_allclose(found, expected(small_images[:5]), atol=0.1)
+
+
+def test_uint8_pixels_need_no_preprocessing(small_images: np.ndarray, tmp_path: Path) -> None:
+    path = network(tmp_path / "net.onnx", "nhwc", elem_type=TensorProto.UINT8, ends="")
+    made = feature_graph(FeatureSource(path), small_images)
+    found = run(made.content, small_images[:5])
+    assert list(found) == ["features"] and made.about["classes"] == 0
+    np.testing.assert_allclose(found["features"], 2 * small_images[:5].mean((1, 2)), rtol=1e-4)
+
+
+def test_a_named_value_gives_the_features(small_images: np.ndarray, tmp_path: Path) -> None:
+    path = network(tmp_path / "net.onnx")
+    source = FeatureSource(path, output="means", preprocess=SCALE)
+    found = run(feature_graph(source, small_images).content, small_images[:3])
+    np.testing.assert_allclose(
+        found["features"], expected(small_images[:3]) / 2, rtol=1e-4, atol=1e-5
+    )
+    assert "logits" in found
+
+
+@pytest.mark.parametrize(
+    "changes, preprocess, output, message",
+    [
+        ({}, None, None, "does not say how pixels are scaled"),
+        ({}, "scale=2", None, "scale must be one of imagenet"),
+        ({}, "colour=1", None, "the preprocessing must be scale=SCALE"),
+        ({}, "scale=unit,size=9", None, "takes 8x8 pixels, not size=9"),
+        ({}, "scale=unit", "nothing", "the graph has no value 'nothing'"),
+        ({"batch": 4}, "scale=unit", None, "has a fixed batch of 4"),
+        ({"elem_type": TensorProto.INT64}, "scale=unit", None, "must be of float"),
+    ],
+)
+def test_what_a_graph_lacks_is_named(
+    changes: dict[str, int],
+    preprocess: str | None,
+    output: str | None,
+    message: str,
+    small_images: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    path = network(tmp_path / "net.onnx", **changes)
+    with pytest.raises(FeaturesError, match=message):
+        feature_graph(FeatureSource(path, output, preprocess), small_images)
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    with pytest.raises(FeaturesError, match="is not a usable ONNX graph"):
+        feature_graph(FeatureSource(tmp_path / "junk.onnx"), small_images)
+
+
+def test_features_that_do_not_tell_images_apart_are_refused(
+    small_images: np.ndarray, tmp_path: Path
+) -> None:
+    same = np.repeat(small_images[:1], 4, axis=0)
+    path = network(tmp_path / "net.onnx")
+    with pytest.raises(FeaturesError, match="of different images are the same"):
+        feature_graph(FeatureSource(path, preprocess=SCALE), same)
+
+
+def features(seed: int, count: int, width: int = 20) -> np.ndarray:
+    return np.abs(np.random.default_rng(seed).normal(size=(count, width))).astype(np.float32)
+
+
+def test_distances_by_hand() -> None:
+    some, others = features(0, 50), features(1, 7)
+    known = KnownImages.of(some)
+    cosines = (others @ some.T) / np.linalg.norm(others, axis=1)[:, None]
+    cosines /= np.linalg.norm(some, axis=1)
+    tenth = np.sort(cosines, axis=1)[:, -10]
+    np.testing.assert_allclose(
+        known.distances(others), -tenth * np.linalg.norm(others, axis=1), rtol=2e-3
+    )
+    np.testing.assert_array_equal(known.nearest(others, 1)[:, 0], cosines.argmax(1))
+    # An image is not its own neighbour where the density is fitted.
+    alone = KnownImages.of(np.delete(some, 3, axis=0)).distances(some[3:4])
+    assert known.distances(some, known=True)[3] == alone[0] > known.distances(some)[3]
+
+
+def test_distances_do_not_depend_on_the_batch() -> None:
+    known = KnownImages.of(features(0, 500, 257))
+    others = features(1, 33, 257)
+    many = known.distances(others)
+    assert all(known.distances(others[i : i + 1])[0] == many[i] for i in range(33))
+
+
+def semantic_draw(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+    return {
+        **draw(rng, n),
+        FEATURES: np.abs(rng.normal(size=(n, 12))).astype(np.float32),
+        ENERGY: rng.normal(size=n).astype(np.float32),
+    }
+
+
+def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> None:
+    rng = np.random.default_rng(0)
+    fitted = fit_calibration(semantic_draw(rng, 500), semantic_draw(rng, 1999))
+    assert fitted.names[-2:] in ((DISTANCE, ENERGY), (ENERGY, DISTANCE))
+    assert fitted.mixture.means.shape[1] == len(fitted.names) - 2
+    assert fitted.summary()["statistic"] == "density of 4 statistics, 2 semantic ones"
+    usual = fitted.verdicts(semantic_draw(rng, 2000), np.full(2000, 0.5))
+    for alpha in (0.1, 0.01):
+        assert abs(np.mean([v.p_value <= alpha for v in usual]) - alpha) < 0.35 * alpha + 0.01
+    strange = semantic_draw(rng, 50)
+    strange[ENERGY] += 9
+    strange[FEATURES] /= 9
+    found = fitted.verdicts(strange, np.full(50, 0.5))
+    assert np.mean([v.p_value <= 0.01 for v in found]) > 0.95
+    assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
+
+
+def test_without_features_the_score_is_the_density_s() -> None:
+    rng = np.random.default_rng(0)
+    fitted = fit_calibration(draw(rng, 500), draw(rng, 500))
+    normal = fitted.normal(fitted.rows(draw(rng, 30)))
+    assert (fitted.surprise(normal) == fitted.mixture.surprise(normal)).all()
+    assert fitted.known is None and not [n for n in fitted.arrays() if n.startswith("known")]
+
+
+@pytest.fixture(scope="module")
+def semantic_bundle(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("semantic")
+    source = FeatureSource(network(folder / "net.onnx"), preprocess=SCALE)
+    out = folder / "semantic"
+    calibrate_bundle(tiny_bundle, out, small_images[:150], small_images[150:], "c", features=source)
+    return out
+
+
+def test_a_bundle_with_features_scores_with_them(
+    semantic_bundle: Path, tiny_bundle: Path, small_images: np.ndarray
+) -> None:
+    bundle = verify_bundle(semantic_bundle)
+    assert bundle.manifest["features"]["classes"] == 5 and bundle.has(FEATURES_NAME)
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    engine.warm_up()
+    many = engine.score(small_images[:40])
+    for i in (0, 17, 39):
+        assert engine.score(small_images[i : i + 1]) == [many[i]]
+    plain = InferenceEngine(tiny_bundle, device="cpu", operations=["score"]).score(small_images[:1])
+    assert isinstance(many[0], Score) and isinstance(plain[0], Score)
+    assert many[0].verdict is not None and plain[0].verdict is not None
+    assert many[0].bpd == plain[0].bpd
+    named = {u.statistic for u in many[0].verdict.explain}
+    assert named - {u.statistic for u in plain[0].verdict.explain} == {DISTANCE, ENERGY}
+    # Other operations do not load the network.
+    assert not InferenceEngine(bundle, device="cpu", operations=["sample"]).features(
+        small_images[:1]
+    )
+
+
+def test_torchscript_gives_the_same_verdicts(
+    semantic_bundle: Path, small_images: np.ndarray
+) -> None:
+    both = [
+        InferenceEngine(semantic_bundle, backend, "cpu", ["score"]).statistics(small_images[:9])
+        for backend in ("onnxruntime", "torchscript")
+    ]
+    assert (both[0][FEATURES] == both[1][FEATURES]).all()
+
+
+def test_calibrating_again_keeps_the_features(
+    semantic_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    made = calibrate_bundle(
+        semantic_bundle, tmp_path / "again", small_images[:150], small_images[150:], "c"
+    )
+    before = Calibrations.load(semantic_bundle / "calibration.npz")
+    assert made.exact is not None and before.exact is not None and made.resized is not None
+    assert (made.exact.scores == before.exact.scores).all() and made.resized.known is not None
+    assert open_bundle(tmp_path / "again").manifest["features"]["source"] == "net.onnx"
+
+
+def test_a_calibration_whose_network_is_missing_is_refused(
+    semantic_bundle: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(semantic_bundle, copy)
+    (copy / FEATURES_NAME).unlink()
+    write_manifest(copy, open_bundle(semantic_bundle).manifest)
+    with pytest.raises(CalibrationError, match=f"without features.onnx: {DISTANCE}, .*; ade calib"):
+        InferenceEngine(copy, device="cpu", operations=["score"])
+
+
+def test_a_calibration_without_features_stays_valid_beside_them(
+    semantic_bundle: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    plain = Calibrations.load(tiny_bundle / "calibration.npz")
+    both = with_calibrations(semantic_bundle, tmp_path / "both", lambda _: plain)
+    scores = [
+        InferenceEngine(folder, device="cpu", operations=["score"]).score(small_images[:9])
+        for folder in (both, tiny_bundle)
+    ]
+    for found, expected in zip(*scores, strict=True):
+        assert isinstance(found, Score) and isinstance(expected, Score)
+        assert found.verdict is not None and found.verdict == expected.verdict
+
+
+@pytest.fixture(scope="module")
+def night_bundle(
+    semantic_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """With a named calibration for dark images."""
+    folder = tmp_path_factory.mktemp("night") / "bundle"
+    shutil.copytree(semantic_bundle, folder)
+    dark = small_images // 8
+    made = calibrate_into(folder, "night", dark[:150], dark[150:], "dark")
+    assert made.exact is not None and made.exact.known is not None
+    assert made.model == open_bundle(folder).networks
+    return folder
+
+
+def test_feedback_with_features_joins_and_leaves(
+    night_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(night_bundle, tmp_path / "bundle"))
+    dark = small_images[:5] // 8
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for file, image in zip(files, dark, strict=True):
+        Image.fromarray(image).save(file)
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    before = engine.store.get("night").exact
+    assert give_feedback(bundle, "night", files, []).joined == 5
+    engine.store.refresh()
+    after = engine.store.get("night").exact
+    assert before is not None and after is not None and not engine.store.broken
+    # The exact ranks: as if the images had been calibration images from the start.
+    scores = [
+        score.verdict.ood_score
+        for score in engine.score(  # type: ignore[union-attr]
+            dark, calibrations=[engine.store.get("night")] * 5
+        )
+    ]
+    assert np.array_equal(np.sort([*before.scores, *scores]), after.scores)
+    assert give_feedback(bundle, "night", [], files).removed == 5
+    engine.store.refresh()
+    restored = engine.store.get("night").exact
+    assert restored is not None and np.array_equal(restored.scores, before.scores)
+    assert np.array_equal(restored.reference, before.reference)
+
+
+def test_named_calibrations_are_tied_to_the_features(
+    night_bundle: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    halves = (small_images[:150], small_images[150:])
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    lines: list[str] = []
+    calibrate_bundle(night_bundle, kept, *halves, "c", lines.append)
+    assert "night" in InferenceEngine(kept, operations=["score"]).store.names
+    assert not any("left out the calibrations" in line for line in lines)
+    source = FeatureSource(network(tmp_path / "other.onnx"), preprocess="scale=unit")
+    calibrate_bundle(night_bundle, other, *halves, "c", lines.append, source)
+    assert any(line.startswith("left out the calibrations night: ") for line in lines)
+    store = InferenceEngine(other, operations=["score"]).store
+    assert store.names == ["default"] and not store.broken
+
+    plain = Path(shutil.copytree(tiny_bundle, tmp_path / "plain"))
+    night = path_of(night_bundle, "night")
+    ours = open_bundle(night_bundle).manifest["files"][FEATURES_NAME][:12]
+    for bundle, its in (
+        (other, f" and features {sha256_of(other / FEATURES_NAME)[:12]}"),
+        (plain, ""),
+    ):
+        (bundle / "calibrations").mkdir(exist_ok=True)
+        shutil.copy(night, path_of(bundle, "night"))
+        store = InferenceEngine(bundle, operations=["score"]).store
+        assert store.names == ["default"]
+        assert f" and features {ours}, these are " in store.broken["night"]
+        assert store.broken["night"].endswith(f"{open_bundle(bundle).networks[:12]}{its}")
+    # Not even one that claims to be of this bundle.
+    read = dataclasses.replace(Calibrations.load(night), model=open_bundle(plain).networks)
+    path_of(plain, "night").write_bytes(read.to_bytes())
+    broken = InferenceEngine(plain, operations=["score"]).store.broken
+    assert f"without features.onnx: {DISTANCE}" in broken["night"]
+
+
+def test_damaged_features_of_known_images_are_noticed() -> None:
+    rng = np.random.default_rng(0)
+    good = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
+    good.check_values()
+    assert good.known is not None
+    vectors = good.known.vectors
+    for known, message in (
+        (KnownImages(vectors.astype(np.float32), 1.0), "known_vectors must be int16"),
+        (KnownImages(vectors[0], 1.0), "known_vectors must be int16"),
+        (KnownImages(vectors[:1], 1.0), "m at least 2, got int16 .1, 12"),
+        (KnownImages(vectors, float("nan")), "known_weight must be a finite number"),
+        (KnownImages(vectors, -1.0), "known_weight must be a finite number"),
+        (None, "must come last, with known images"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            dataclasses.replace(good, known=known).check_values()
+    names = (good.names[-1], *good.names[:-1])
+    with pytest.raises(CalibrationError, match="must come last"):
+        dataclasses.replace(good, names=names).check_values()
+    wide = fit_mixture(rng.normal(size=(100, len(names))))
+    with pytest.raises(CalibrationError, match="mixture_means must be finite"):
+        dataclasses.replace(good, mixture=wide).check_values()
+
+
+def test_images_that_the_network_has_seen_are_noticed(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """A network that gives longer features to darker images has, so to say, seen those."""
+    dark = (small_images // 3).astype(np.uint8)
+    source = FeatureSource(network(tmp_path / "net.onnx"), preprocess="scale=signed")
+    for name, unseen, warns in (("a", small_images[:100], True), ("b", dark[:100], False)):
+        lines: list[str] = []
+        calibrate_bundle(
+            tiny_bundle, tmp_path / name, dark[:150], dark[150:], "c", lines.append, source, unseen
+        )
+        assert any("has not seen the images that are used here" in line for line in lines)
+        assert any("WARNING: the network has probably seen" in line for line in lines) == warns
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_an_encoder_learns_to_tell_things_apart(labels: bool, tmp_path: Path) -> None:
+    """Half a minute suffices for stripes and checks; the exported graph gives what it gives."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 2, 600)
+    grid = np.indices((16, 16)).sum(0) % 4 < 2
+    stripes = np.broadcast_to(np.arange(16) % 4 < 2, (16, 16))
+    patterns = np.stack([grid, stripes]).astype(np.float32)[kinds][..., None]
+    images = (
+        (60 + 100 * patterns + rng.normal(0, 25, (600, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+    )
+    given = ImageSet(images[:500], kinds[:500] if labels else None)
+    trained = train_encoder(given, 0.15, torch.device("cpu"))
+    assert trained.classes == (2 if labels else 0) and trained.images_seen > 500
+    export_encoder(trained.network, images[:2], trained.outputs, tmp_path / "net.onnx")
+    made = feature_graph(FeatureSource(tmp_path / "net.onnx"), images)
+    found = run(made.content, images[500:])
+    assert list(found) == trained.outputs
+    with torch.inference_mode():
+        eager = trained.network(torch.from_numpy(images[500:]))[0].numpy()
+    np.testing.assert_allclose(found["features"], eager, rtol=1e-3, atol=1e-4)
+    known = KnownImages.of(run(made.content, images[:500])["features"])
+    nearest = known.nearest(found["features"], 1)[:, 0]
+    assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
+
+
+def test_class_labels_come_from_folders() -> None:
+    images = ImageSet(np.zeros((80, 8, 8, 3), np.uint8))
+
+    def labels(name: Callable[[int], str]) -> np.ndarray | None:
+        files = {"train": [name(i) for i in range(80)]}
+        return class_labels(Dataset("d", {"train": images}, {}, [], files))
+
+    found = labels(lambda i: f"{'cat' if i % 2 else 'dog'}/x/{i}.png")
+    assert found is not None and found.tolist() == [(i + 1) % 2 for i in range(80)]
+    assert labels(lambda i: f"{i}.png") is None and labels(lambda i: f"a/{i}.png") is None
+    assert labels(lambda i: f"{i}/x.png") is None
+    given = dataclasses.replace(images, labels=np.arange(80) % 3)
+    assert class_labels(Dataset("d", {"train": given}, {})) is given.labels
+
+
+def test_the_encoder_of_larger_images_sees_them_smaller() -> None:
+    network = Encoder(96, 3).eval()
+    assert network.shrink == 3
+    assert network(torch.zeros(2, 96, 96, 3, dtype=torch.uint8))[0].shape == (2, 256)
+    assert isinstance(network.blocks, nn.Sequential)
+
+
+def test_the_command_line(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "pictures", small_images[:200])
+    out = tmp_path / "encoder.onnx"
+    assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0.02"]) == 0
+    assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0"]) == 2
+    given = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(folder)]
+    assert main([*given, "--features", str(out)]) == 0
+    assert "features of encoder.onnx: 256" in capsys.readouterr().err
+    assert open_bundle(tmp_path / "out").manifest["features"]["source"] == "encoder.onnx"
+    assert main([*given, "--features-output", "x"]) == 2
+    assert "go with --features" in capsys.readouterr().err
+    into = ["calibrate", str(tiny_bundle), "--into", str(tiny_bundle), "--name", "night"]
+    assert main([*into, "--data", str(folder), "--features", str(out)]) == 2
+    assert "--features goes with OUT, a new bundle" in capsys.readouterr().err

@@ -1,0 +1,271 @@
+"""A small encoder for the verdict: a residual classifier, or a contrastive network without labels.
+
+The generative model's statistics see colours, edges and textures; they hardly see which *thing* an
+image shows. Features that tell classes apart do. The network is small, because every score pays for
+it: about 45 million multiply-adds for 32x32 pixels. It is trained for a number of minutes, on the
+training images alone: the verdict's calibration needs images that it has not seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.data import DataError, Dataset, ImageSet
+
+WIDTHS = (32, 128, 256)
+STEM = 32
+MAX_SIZE = 32  # pixels a side that the network sees; larger images are averaged down
+MIN_SIZE = 8
+BATCH = 128
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
+WARM_UP = 0.2  # of the training time; then the rate falls to zero
+SHIFT = 8  # crops are moved by up to this fraction of a side: 1/8
+TEMPERATURE = 0.3
+PROJECTION = 64
+ROTATIONS = 4
+REPORT_SECONDS = 30.0
+IMAGES_A_CLASS = 20
+
+Report = Callable[[str], None]
+
+
+class _Block(nn.Module):
+    """Halves the size: a convolution with pooling, then a residual one."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(ins, outs, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(outs, outs, 3, padding=1, bias=False)
+        self.first_norm, self.second_norm = nn.BatchNorm2d(outs), nn.BatchNorm2d(outs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first_norm(F.max_pool2d(self.first(x), 2)))
+        return x + F.relu(self.second_norm(self.second(x)))
+
+
+class Encoder(nn.Module):
+    """Pixels to features, and to logits of classes if it was trained with them.
+
+    Args:
+        image_size: pixels a side.
+        channels: of the images.
+        classes: 0 without labels.
+    """
+
+    def __init__(self, image_size: int, channels: int, classes: int = 0) -> None:
+        super().__init__()
+        if image_size < MIN_SIZE:
+            raise DataError(
+                f"an encoder needs images of {MIN_SIZE} pixels or more, got {image_size}"
+            )
+        self.shrink = max(1, image_size // MAX_SIZE)
+        self.stem = nn.Conv2d(channels, STEM, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(STEM)
+        widths = (STEM, *WIDTHS)
+        self.blocks = nn.Sequential(
+            *(_Block(ins, outs) for ins, outs in zip(widths[:-1], widths[1:], strict=True))
+        )
+        self.classifier = nn.Linear(WIDTHS[-1], classes) if classes else None
+
+    def features(self, images: Tensor) -> Tensor:
+        """``(N, F)`` of uint8 or float ``(N, H, W, C)``, values of 0..255."""
+        x = images.permute(0, 3, 1, 2).float() / 64 - 2
+        x = F.avg_pool2d(x, self.shrink) if self.shrink > 1 else x
+        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        pooled: Tensor = x.mean((2, 3))
+        return pooled
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the exported graph gives: features, and logits if there are classes."""
+        features = self.features(images)
+        return (features,) if self.classifier is None else (features, self.classifier(features))
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder in evaluation mode, and how it came about.
+
+    Attributes:
+        network: on the CPU.
+        images_seen: with repetition.
+        classes: 0 without labels.
+    """
+
+    network: Encoder
+    images_seen: int
+    classes: int
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of what the network gives, those of a bundle's ``features`` graph."""
+        return ["features", "logits"][: 2 if self.classes else 1]
+
+
+def class_labels(dataset: Dataset) -> np.ndarray | None:
+    """Classes of the part ``train``: the data set's, or of a folder the folders at its top.
+
+    ``None`` if there are none: fewer than two, an image beside them, or so few images a class that
+    the folders are something else.
+    """
+    images = dataset.parts["train"]
+    if images.labels is not None:
+        return images.labels
+    folders = [name.split("/")[0] if "/" in name else "" for name in dataset.files.get("train", [])]
+    names, labels = np.unique(folders or [""], return_inverse=True)
+    if "" in names or len(names) < 2 or len(folders) < IMAGES_A_CLASS * len(names):
+        return None
+    return labels
+
+
+def train_encoder(
+    images: ImageSet,
+    minutes: float,
+    device: torch.device,
+    seed: int = 0,
+    report: Report = lambda line: None,
+) -> TrainedEncoder:
+    """Train an encoder: with the images' labels if they have any of two kinds or more.
+
+    Args:
+        images: the part ``train``; nothing that the verdict is fitted to or calibrated on.
+        minutes: of training, by the clock; the learning rate follows it.
+        device: where to train.
+        seed: of weights, order and augmentation.
+        report: is told of progress.
+
+    Raises:
+        DataError: images that are too small or too few.
+    """
+    if len(images) < 2 * ROTATIONS:
+        raise DataError(f"an encoder needs more than {2 * ROTATIONS} images, got {len(images)}")
+    labels = None if images.labels is None else np.unique(images.labels, return_inverse=True)[1]
+    classes = 0 if labels is None else int(labels.max()) + 1
+    if classes < 2:
+        labels, classes = None, 0
+    size, channels = images.images.shape[1], images.images.shape[3]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Encoder(size, channels, classes)
+        head: nn.Module = nn.Identity()
+        if labels is None:
+            width = WIDTHS[-1]
+            head = nn.ModuleDict(
+                {
+                    "project": nn.Sequential(
+                        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION)
+                    ),
+                    "rotation": nn.Linear(width, ROTATIONS),
+                }
+            )
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    head.to(device)
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(
+        parameters, LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+    )
+    draws = torch.Generator().manual_seed(seed)
+    network.train()
+    seen, started, told = 0, time.monotonic(), 0.0
+    for rows in _batches(len(images), seed):
+        elapsed = time.monotonic() - started
+        done = elapsed / (60 * minutes)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(done / WARM_UP, (1 - done) / (1 - WARM_UP)) + 1e-5
+        pixels = torch.from_numpy(np.asarray(images.images[rows])).float()
+        with torch.autocast(device.type, torch.bfloat16):
+            if labels is None:
+                loss = _loss_without_labels(network, head, pixels, device, draws)
+            else:
+                logits = network(_varied(pixels, draws).to(device))[1]
+                loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]).to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        seen += len(rows)
+        if elapsed - told > REPORT_SECONDS:
+            told = elapsed
+            report(f"encoder: {done:.0%}, {seen} images, loss {loss.item():.3f}")
+    return TrainedEncoder(network.cpu().float().eval().requires_grad_(False), seen, classes)
+
+
+def _loss_without_labels(
+    network: Encoder, head: nn.Module, pixels: Tensor, device: torch.device, draws: torch.Generator
+) -> Tensor:
+    """Loss of two views of an image that should be alike, and unlike all other images.
+
+    A rotated image counts as another one, and its angle is predicted.
+
+    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with
+    the rotations of Tack et al., "CSI: Novelty Detection via Contrastive Learning on
+    Distributionally Shifted Instances", 2020.
+    """
+    assert isinstance(head, nn.ModuleDict)
+    turns = torch.randint(ROTATIONS, (len(pixels),), generator=draws)
+    turned = torch.stack(
+        [image.rot90(int(turn), (0, 1)) for image, turn in zip(pixels, turns, strict=True)]
+    )
+    views = torch.cat([_varied(turned, draws, colours=True) for _ in range(2)]).to(device)
+    features = network.features(views)
+    rotation = F.cross_entropy(head["rotation"](features), turns.repeat(2).to(device))
+    projected = F.normalize(head["project"](features).float(), dim=1)
+    alike = projected @ projected.t() / TEMPERATURE
+    alike.fill_diagonal_(-torch.inf)
+    partners = torch.arange(len(views), device=device).roll(len(pixels))
+    return F.cross_entropy(alike, partners) + rotation
+
+
+def _varied(pixels: Tensor, draws: torch.Generator, colours: bool = False) -> Tensor:
+    """Flip and shift at random, ``(N, H, W, C)``; with ``colours`` crop and recolour as well."""
+    count, height, width, channels = pixels.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=draws) * (high - low) + low
+
+    scale = uniform(0.5, 1.0) if colours else torch.ones(count)
+    room = 1 - scale if colours else torch.full((count,), 1 / SHIFT)
+    mirror = torch.where(torch.rand(count, generator=draws) < 0.5, -1.0, 1.0)
+    zeros = torch.zeros(count)
+    grid = F.affine_grid(
+        torch.stack(
+            [
+                torch.stack([scale * mirror, zeros, room * uniform(-1, 1)], 1),
+                torch.stack([zeros, scale, room * uniform(-1, 1)], 1),
+            ],
+            1,
+        ),
+        [count, channels, height, width],
+        align_corners=False,
+    )
+    moved = F.grid_sample(
+        pixels.permute(0, 3, 1, 2),
+        grid,
+        mode="bilinear" if colours else "nearest",
+        padding_mode="reflection",
+        align_corners=False,
+    ).permute(0, 2, 3, 1)
+    if not colours:
+        return moved
+    mean = moved.mean((1, 2, 3), keepdim=True)
+    moved = (moved - mean) * uniform(0.6, 1.4, 1, 1, 1) + mean * uniform(0.6, 1.4, 1, 1, 1)
+    grey = moved.mean(3, keepdim=True)
+    saturation = uniform(0.0, 1.6, 1, 1, 1)
+    tint = uniform(0.85, 1.15, 1, 1, channels)
+    return ((grey + (moved - grey) * saturation) * tint).clamp(0, 255)
+
+
+def _batches(count: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows, endlessly, each epoch in another order; a batch is never smaller than half."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        yield from (np.sort(rows) for rows in np.array_split(order, max(1, round(count / BATCH))))
+        epoch += 1
