@@ -108,10 +108,12 @@ class InferenceEngine:
         calibrations: Path | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        operations = tuple(operations)
         graphs = self.bundle.graphs(operations)
         self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu, cuda_graphs)
         self._features: Backend | None = None
-        if self.bundle.has(FEATURES_NAME) and "score" in graphs:
+        # Not "in graphs": encoding runs the graph of scores for its noise, and gives no verdict.
+        if self.bundle.has(FEATURES_NAME) and "score" in operations:
             self._features = OnnxRuntimeBackend(
                 self.bundle,
                 [FEATURES],
@@ -128,7 +130,7 @@ class InferenceEngine:
         if self.bundle.has(CALIBRATION_NAME):
             own = Calibrations.load(self.bundle.file(CALIBRATION_NAME))
             own.check(names)
-        folder = (calibrations or self.bundle.folder / FOLDER) if "score" in graphs else None
+        folder = (calibrations or self.bundle.folder / FOLDER) if "score" in operations else None
         self.store = CalibrationStore(own, folder, self.bundle.networks, names)
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
