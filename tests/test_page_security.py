@@ -784,7 +784,9 @@ def test_a_png_with_two_sizes_is_not_decoded(
         file = tmp_path / "a.png"
         file.write_bytes(data)
         assert (made_here(data, (32, 32, 3)) is not None) is is_read
-        with contextlib.nullcontext() if is_read else pytest.raises(gr.Error, match="not a PNG file"):
+        with (
+            contextlib.nullcontext() if is_read else pytest.raises(gr.Error, match="not a PNG file")
+        ):
             assert np.array_equal(read_text(str(file))[0], pixels)
 
 
