@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, PngImagePlugin
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from serving.api.latents import with_level
 from serving.client import AdeClient
@@ -32,7 +33,7 @@ from serving.page.app import READY_FOR_S, build_page, make_app
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.explore import VARIATIONS
 from serving.page.score import REASONS
-from serving.page.served import RESIZE, Served
+from serving.page.served import RESIZE, Runs, Served, latest_only
 from serving.page.sweep import sweep
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
@@ -213,6 +214,87 @@ def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
     wait_for(page, is_of_the_sample)
     for _ in range(2):
         remove_image(panel)
+
+
+def test_a_sample_that_comes_while_explore_fills_itself_stays(
+    browser: Browser, service: RunningService
+) -> None:
+    """What the tab draws when it is opened takes the place of nothing."""
+    joins = "**/queue/join*"
+    with opened(browser, service.page) as page:
+        show(page, "Sample")
+        chosen = panel_of(page).locator(".ade-grid button:has(img)").nth(5)
+        chosen.click()
+        page.wait_for_timeout(500)
+        held: list[Route] = []
+
+        def hold_first(route: Route) -> None:
+            held.append(route)
+            if len(held) > 1:
+                route.continue_()
+
+        page.route(joins, hold_first)
+        show(page, "Explore")
+        wait_for(page, lambda: bool(held))
+        show(page, "Sample")
+        unfold(panel_of(page), "More")
+        panel_of(page).get_by_role("button", name="Explore from it").click()
+        panel = panel_of(page)
+        expect(panel.locator("img[src*='sample-7-5']")).to_be_visible()
+        held[0].continue_()
+        expect(panel.locator("img[src*='seed-2']")).to_be_visible()
+        expect(panel.locator("img[src*='strip.png']")).to_be_visible()
+        expect(panel.locator("img[src*='sample-7-5']")).to_be_visible()
+
+
+def test_a_chosen_sample_stays_chosen(browser: Browser, service: RunningService) -> None:
+    """A visit to another tab does not take the choice away."""
+    with opened(browser, service.page) as page:
+        show(page, "Sample")
+        panel_of(page).locator(".ade-grid button:has(img)").nth(5).click()
+        for _ in range(2):
+            show(page, "Sample")
+            page.wait_for_timeout(1000)
+            panel_of(page).get_by_role("button", name="Score it").click()
+            expect(page.get_by_role("tab", name="Score", exact=True)).to_have_attribute(
+                "aria-selected", "true"
+            )
+
+
+def test_only_the_last_of_several_images_is_shown(
+    browser: Browser, service: RunningService
+) -> None:
+    with opened(browser, service.page) as page:
+        panel = panel_of(page)
+        chosen = panel.locator(".ade-examples button:has(img)")
+        for i in (6, 7, 0, 8, 1, 6):
+            chosen.nth(i).click()
+            page.wait_for_timeout(50)
+        expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
+        page.wait_for_timeout(3000)
+        expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
+        expect(page.get_by_text("Error", exact=True)).to_have_count(0)
+
+
+def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
+    """Neither results nor an error."""
+    runs = Runs()
+
+    def run(name: str) -> str:
+        if name.startswith("slow"):
+            assert numbered("quick", runs) == "quick"  # begins while the slow one runs
+        if name.endswith("fails"):
+            raise ValueError(name)
+        return name
+
+    numbered = latest_only(run, 1)
+    assert numbered("first", runs) == "first"
+    for name in ("slow", "slow fails"):
+        assert numbered(name, runs) == gr.skip()
+    assert runs.failed == 0
+    with pytest.raises(ValueError, match="fails"):
+        numbered("fails", runs)
+    assert runs.failed == runs.latest
 
 
 def decibels(panel: Locator) -> float:

@@ -52,7 +52,7 @@ def add_tab(shared: Shared) -> None:
                 elem_classes="ade-caption",
             )
     run_on_new_image(
-        image,
+        [image],
         shared.model,
         compare,
         [image, alpha, resize],

@@ -4,7 +4,6 @@ holds.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from typing import Any
 
@@ -20,6 +19,7 @@ from serving.engine.noise import MAX_SEED, NoiseStream, sample_key
 from serving.images import tile, write_png
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import (
+    Runs,
     Shared,
     ask,
     image_output,
@@ -27,6 +27,7 @@ from serving.page.served import (
     read,
     read_seed,
     resize_input,
+    run_on_new_image,
     seed_input,
 )
 
@@ -34,7 +35,6 @@ FRAME_MS = 120
 FRAME_SCALE = 4
 STEPS = 9
 VARIATIONS = 8
-Walk = tuple[str, list[str]]  # which images it is of, and its steps' files
 
 
 def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
@@ -101,14 +101,6 @@ def animation(frames: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def walk_key(model: str, first: str, last: str) -> str:
-    """Names the model and the two images of a walk."""
-    digest = hashlib.sha256(model.encode())
-    for path in (first, last):
-        digest.update(hashlib.sha256(read(path)).digest())
-    return digest.hexdigest()
-
-
 def add_tab(shared: Shared) -> None:
     """Lay the tab out."""
     served, model = shared.served, shared.model
@@ -120,7 +112,7 @@ def add_tab(shared: Shared) -> None:
 
     def explore(
         model: str, first: str, last: str, steps: float, resize: bool
-    ) -> tuple[Any, str, str, str, str, Walk]:
+    ) -> tuple[Any, str, str, str, str, list[str]]:
         """The way from one image to another, as a place on it, an animation and a strip, and levels
         exchanged.
         """
@@ -136,12 +128,12 @@ def add_tab(shared: Shared) -> None:
             write_file(animation(frames), "interpolation.webp"),
             write_file(write_png(tile(frames, len(frames))), "strip.png"),
             write_file(write_png(tile(levels, len(levels))), "levels.png"),
-            (walk_key(model, first, last), paths),
+            paths,
         )
 
     def levels(
-        model: str, first: str, level: int, seed: float | None, resize: bool
-    ) -> tuple[str, str]:
+        model: str, first: str, level: int, seed: float | None, resize: bool, runs: Runs
+    ) -> Any:
         """The first image from its coarsest levels alone, and with one level of others in the place
         of its own.
         """
@@ -150,6 +142,7 @@ def add_tab(shared: Shared) -> None:
             raise gr.Error(
                 f"This model has no level {level}: it has {len(bundle.latent_shapes)}, and 0 is the coarsest."
             )
+        turn = runs.turn
         own = noise_of(read(first), client, bundle, resize)
         kept = [coarsest(own, count + 1) for count in range(len(own))]
         coarse = ask(
@@ -160,6 +153,8 @@ def add_tab(shared: Shared) -> None:
             np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes
         ]
         varied = ask(client.sample_with, with_level(own, others, int(level)))
+        if runs.turn != turn:  # the page shows other images by now
+            return gr.skip(), gr.skip()
         return (
             write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),
             write_file(write_png(tile(varied, len(varied))), "varied.png"),
@@ -168,23 +163,7 @@ def add_tab(shared: Shared) -> None:
     def first_ends(first: str | None, last: str | None, seed: float, last_seed: float) -> Any:
         """Samples for the ends that are not there yet, when the tab is opened."""
         ends = ((first, seed), (last, last_seed))
-        return tuple(gr.skip() if end else draw(served.first, seed) for end, seed in ends)
-
-    def clear_if_other(
-        model: str, first: str | None, last: str | None, walk: Walk | None
-    ) -> list[Any]:
-        """Clear the results unless they are of these images."""
-        if walk is not None and first and last and walk[0] == walk_key(model, first, last):
-            return [gr.skip()] * 8
-        return [gr.Slider(interactive=False), *[None] * 7]
-
-    def walk_if_new(
-        model: str, first: str | None, last: str | None, steps: float, resize: bool, walk: Any
-    ) -> Any:
-        """The walk, as soon as both ends are there."""
-        if walk is not None or first is None or last is None:
-            return (gr.skip(),) * 6
-        return explore(model, first, last, steps, resize)
+        return tuple(None if end else draw(served.first, seed) for end, seed in ends)
 
     steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
     with gr.Row():
@@ -234,35 +213,44 @@ def add_tab(shared: Shared) -> None:
         varied = image_output("This level from other samples, all other levels its own", height=130)
     walk = gr.State(time_to_live=KEPT_S)
     ends = [shared.inbox.first, shared.inbox.last]
-    results = [place, frame, animated, strip, exchange, walk]
-    settings: list[Any] = [model, *ends, steps, resize]
+    drawn = [image_output("", visible=False) for _ in ends]
     private: Any = {"api_visibility": "private", "show_progress": "hidden"}
-    busy: Any = {"show_progress_on": strip}
-    walked = go.click(explore, settings, results, api_name="explore", **busy)
-    looked = look.click(
+    runs = run_on_new_image(
+        ends,
+        model,
+        explore,
+        [model, *ends, steps, resize],
+        {
+            place: gr.update(interactive=False),
+            frame: None,
+            animated: None,
+            strip: None,
+            exchange: None,
+            walk: None,
+        },
+        go,
+        "explore",
+        others=[coarse, varied],
+        progress=strip,
+    )
+    look.click(
         levels,
-        [model, shared.inbox.first, level, variation, resize],
+        [model, shared.inbox.first, level, variation, resize, runs],
         [coarse, varied],
         api_name="levels",
         show_progress_on=coarse,
+        trigger_mode="multiple",
     )
-    shared.tab.select(first_ends, [*ends, *seeds], ends, **private)
-    new = [*(end.change for end in ends), model.change]
-    cleared = gr.on(
-        new,
-        clear_if_other,
-        [model, *ends, walk],
-        [*results, coarse, varied],
-        trigger_mode="always_last",
-        queue=False,
-        **private,
+    # The browser fills what is empty then: an image may have come while the samples were drawn.
+    shared.tab.select(first_ends, [*ends, *seeds], drawn, **private).success(
+        None,
+        [*ends, *drawn],
+        ends,
+        js="(first, last, a, b) => [first ?? a, last ?? b]",
+        api_visibility="private",
     )
-    by_itself = cleared.then(
-        walk_if_new, [*settings, walk], results, api_visibility="private", **busy
-    )
-    gr.on(new, None, cancels=[walked, by_itself, looked], api_visibility="private")
     place.change(
-        lambda at, walk: walk[1][min(int(at), len(walk[1]) - 1)] if walk else None,
+        lambda at, walk: walk[min(int(at), len(walk) - 1)] if walk else None,
         [place, walk],
         frame,
         **private,

@@ -121,7 +121,7 @@ def add_tab(shared: Shared) -> None:
                 difference = image_output("Difference, doubled around grey")
                 bits = html()
     run_on_new_image(
-        image,
+        [image],
         model,
         reconstruct,
         [model, image, kind, levels, resize],

@@ -15,7 +15,17 @@ from PIL import Image
 from serving.images import untile, write_png
 from serving.page import reproduce
 from serving.page.files import KEPT_S, write_file
-from serving.page.served import KINDS, KINDS_INFO, Shared, ask, read, read_seed, seed_input
+from serving.page.served import (
+    KINDS,
+    KINDS_INFO,
+    Runs,
+    Shared,
+    ask,
+    latest_only,
+    read,
+    read_seed,
+    seed_input,
+)
 
 MAX_GRID = 64
 HISTORY = 24  # grids of a session that are remembered
@@ -82,8 +92,10 @@ def add_tab(shared: Shared) -> None:
             write_file(archive(images, texts), f"{name}.npz"),
         )
 
-    def settle(samples: list[Any]) -> tuple[Any, Any, Any, None]:
+    def settle(samples: list[Any] | None) -> Any:
         """No sample is chosen yet, and all can be downloaded."""
+        if not samples:
+            return (gr.skip(),) * 4
         gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
         return (
             gallery,
@@ -92,12 +104,15 @@ def add_tab(shared: Shared) -> None:
             None,
         )
 
-    def draw_once(history: list[Any], *values: Any) -> Any:
-        """The first samples of a session, when the tab is opened."""
-        return (gr.skip(),) * 3 if history else sample(*values)
+    def draw_once(*values: Any) -> Any:
+        """The first samples of a session, when the tab is opened and none were asked for."""
+        runs = values[-1]
+        return (gr.skip(),) * 3 if runs.latest > runs.failed else sampled(*values)
 
-    def remember(history: list[Any], grid: str) -> tuple[list[Any], list[tuple[str, str]]]:
+    def remember(history: list[Any], grid: str | None) -> Any:
         """The session's grids, the latest first, each once; their own text says how they were made."""
+        if grid is None:  # the first samples are still being drawn
+            return gr.skip(), gr.skip()
         with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
             text = {str(key): str(value) for key, value in picture.info.items()}
         settings = (
@@ -194,17 +209,21 @@ def add_tab(shared: Shared) -> None:
         reproduce.add_part(shared)
     settings: list[Any] = [shared.model, n, seed, temperature, kind]
     shown = [gallery, png, npz]
+    runs = gr.State(Runs())
+    sampled = latest_only(sample, len(shown))
     busy: dict[str, Any] = {"show_progress_on": gallery}
     private: Any = {**busy, "api_visibility": "private"}
-    asked = go.click(sample, settings, shown, api_name="sample", **busy)
-    opened = tab.select(draw_once, [history, *settings], shown, **private)
+    asked = go.click(
+        sampled, [*settings, runs], shown, api_name="sample", trigger_mode="multiple", **busy
+    )
+    opened = tab.select(draw_once, [*settings, runs], shown, **private)
     rolled = dice.click(
         lambda: secrets.randbelow(2**31), None, seed, api_visibility="private"
-    ).then(sample, settings, shown, **private)
+    ).then(sampled, [*settings, runs], shown, **private)
     recalled = past.select(again, history, settings, api_visibility="private").then(
-        sample, settings, shown, **private
+        sampled, [*settings, runs], shown, **private
     )
-    changed = kind.input(sample, settings, shown, **private)
+    changed = kind.input(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
     for made in (asked, opened, rolled, recalled, changed):
         made.success(
             remember,
@@ -213,13 +232,14 @@ def add_tab(shared: Shared) -> None:
             show_progress="hidden",
             api_visibility="private",
         )
-        made.success(
-            settle,
-            gallery,
-            [*shown, picked],
-            show_progress="hidden",
-            api_visibility="private",
-        )
+    gallery.change(
+        settle,
+        gallery,
+        [*shown, picked],
+        show_progress="hidden",
+        trigger_mode="always_last",
+        api_visibility="private",
+    )
     gallery.select(pick, gallery, picked, show_progress="hidden", api_visibility="private")
 
 

@@ -166,7 +166,7 @@ def add_tab(shared: Shared) -> None:
                 details = html()
     scored = gr.State(time_to_live=KEPT_S)
     run_on_new_image(
-        image,
+        [image],
         shared.model,
         score,
         [shared.model, image, samples, alpha, resize],

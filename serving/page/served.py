@@ -4,6 +4,8 @@ like, and when results are cleared.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -291,65 +293,130 @@ def examples(image: gr.Image, files: dict[str, list[str]]) -> None:
                 )
 
 
+class Runs:
+    """The runs of a tab in one session: only the latest shows its results.
+
+    Gradio's ``cancels`` do not serve here. They wait for the server, then run the failure listeners
+    of what they cancelled and forget a run that has begun meanwhile: its results were lost.
+    """
+
+    def __init__(self) -> None:
+        self.latest = 0
+        self.failed = 0
+        self.turn: tuple[str | None, ...] = ()  # the model and the images that are on the page
+
+    def start(self) -> int:
+        """Number a run; from now on, the results of earlier ones are out of date."""
+        self.latest += 1
+        return self.latest
+
+
+def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
+    """Take a :class:`Runs` as one more argument, and leave the page as it is where a later run has
+    begun before this one ends, be it with results or with an error.
+    """
+
+    @functools.wraps(run)
+    def numbered(*values: Any) -> Any:
+        *given, runs = values
+        number = runs.start()
+        try:
+            found = run(*given)
+        except Exception:
+            if number == runs.latest:
+                runs.failed = number
+                raise
+        else:
+            if number == runs.latest:
+                return found
+        return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
+
+    own = inspect.signature(run)  # names the arguments in the API
+    runs = inspect.Parameter("runs", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    numbered.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[*own.parameters.values(), runs]
+    )
+    return numbered
+
+
 def run_on_new_image(
-    image: gr.Image,
+    images: Sequence[gr.Image],
     model: gr.Dropdown,
     run: Callable[..., Any],
     inputs: Sequence[Component],
     results: dict[Any, Any],
     button: gr.Button,
     api_name: str,
-) -> None:
-    """Show the results of an image as soon as it is there, and never those of another.
+    others: Sequence[Component] = (),
+    progress: Component | None = None,
+) -> gr.State:
+    """Show the results of images as soon as they are there, and never those of others.
 
-    A new image or model cancels what is being computed, clears the results and runs; the button
-    runs again with other settings. An error clears the results too; it is shown once, as a message.
+    A new image or model clears the results and runs; the button runs again with other settings.
+    What an earlier run finds is not shown. An error clears the results too; it is shown once, as a
+    message.
 
     Args:
-        image: the input; one of ``inputs``.
+        images: the images; all of them are in ``inputs``, in this order.
         model: that computes them.
         run: of the values of ``inputs``, returns the values of the results.
         inputs: all of them.
         results: components, each with its value while there is no result.
         button: that runs by hand.
         api_name: of the function.
+        others: components that a new image or model empties too.
+        progress: the result that shows progress and errors; by itself the first.
+
+    Returns:
+        The state that holds the :class:`Runs`.
     """
     outputs, blank = list(results), tuple(results.values())
-    place = list(inputs).index(image)
+    places = [list(inputs).index(image) for image in images]
 
-    turn = gr.State(time_to_live=KEPT_S)  # the model and the image that results are of
+    turn = gr.State(time_to_live=KEPT_S)  # as in the runs: its change starts one
+    runs = gr.State(Runs())  # each session has a copy
 
-    def clear() -> Any:
-        return blank if len(blank) > 1 else blank[0]
+    def one_or_all(values: tuple[Any, ...]) -> Any:
+        return values if len(values) > 1 else values[0]
 
-    def clear_if_other(model: str, image: str | None, turn: Any) -> Any:
+    def clear_if_other(model: str, *values: Any) -> Any:
+        *chosen, runs = values
         # An upload changes the image twice, to the same file.
-        if turn == (model, image):
-            return (gr.skip(),) * (len(blank) + 1)
-        return (*blank, (model, image))
+        if runs.turn == (model, *chosen):
+            return (gr.skip(),) * (len(blank) + len(others) + 1)
+        runs.start()
+        runs.turn = (model, *chosen)
+        return (*blank, *(None for _ in others), runs.turn)
 
+    def clear_if_failed(runs: Runs) -> Any:
+        is_latest = runs.failed == runs.latest
+        return one_or_all(blank if is_latest else (gr.skip(),) * len(blank))
+
+    @functools.wraps(run)
     def run_if_given(*values: Any) -> Any:
-        return clear() if values[place] is None else run(*values)
+        return one_or_all(blank) if any(values[i] is None for i in places) else run(*values)
 
-    # Only the first result shows progress and errors: one message, not one in each.
-    shown: Any = {"show_progress_on": outputs[0]}
+    # Only one result shows progress and errors: one message, not one in each.
+    shown: Any = {"show_progress_on": progress or outputs[0], "trigger_mode": "multiple"}
     private: Any = {"api_visibility": "private"}
-    quiet: Any = {"show_progress": "hidden", "queue": False, **private}
-    last: Any = {"trigger_mode": "always_last"}
-    by_hand = button.click(run, inputs, outputs, api_name=api_name, **shown)
-    by_itself = turn.change(run_if_given, inputs, outputs, **last, **shown, **private)
-    new = [image.change, model.change]
-    # The listeners of an event run in this order: first the runs of the image before are cancelled.
-    gr.on(new, None, cancels=[by_hand, by_itself], **private)
+    quiet: Any = {"show_progress": "hidden", **private}
+    count = len(outputs)
+    by_hand = button.click(
+        latest_only(run, count), [*inputs, runs], outputs, api_name=api_name, **shown
+    )
+    by_itself = turn.change(
+        latest_only(run_if_given, count), [*inputs, runs], outputs, **shown, **private
+    )
     # Through the queue: without it a change of a state triggers nothing.
-    waits_for_none: Any = {"queue": True, "concurrency_limit": None}
     gr.on(
-        new,
+        [*(image.change for image in images), model.change],
         clear_if_other,
-        [model, image, turn],
-        [*outputs, turn],
-        **last,
-        **{**quiet, **waits_for_none},
+        [model, *images, runs],
+        [*outputs, *others, turn],
+        trigger_mode="always_last",
+        concurrency_limit=None,
+        **quiet,
     )
     for event in (by_hand, by_itself):
-        event.failure(clear, None, outputs, **quiet)
+        event.failure(clear_if_failed, runs, outputs, queue=False, **quiet)
+    return runs
