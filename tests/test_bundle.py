@@ -127,7 +127,6 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
         "calibration",
         "calibration.resized",
         "features",
-        "features.classes",
         "training.started_from",
         "training.started_from.started_from",
     )
