@@ -259,6 +259,7 @@ def score_of(client: httpx.Client) -> tuple[int, list[Any]]:
         1,
         0.01,
         False,
+        None,  # the session's runs, which the server fills in
     ]
 
 

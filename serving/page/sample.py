@@ -209,7 +209,7 @@ def add_tab(shared: Shared) -> None:
         reproduce.add_part(shared)
     settings: list[Any] = [shared.model, n, seed, temperature, kind]
     shown = [gallery, png, npz]
-    runs = gr.State(Runs())
+    runs = gr.State(Runs(), time_to_live=KEPT_S)
     sampled = latest_only(sample, len(shown))
     busy: dict[str, Any] = {"show_progress_on": gallery}
     private: Any = {**busy, "api_visibility": "private"}
