@@ -147,6 +147,18 @@ def test_files_come_change_and_go_while_a_gate_runs(
     assert gate.check(dark[:1])[0].calibration is not None
 
 
+def test_the_first_request_for_a_new_name_finds_it(
+    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However recently the folder was read."""
+    store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
+    monkeypatch.setattr(store_module, "CHECK_S", 1e9)
+    with pytest.raises(UnknownCalibration):
+        store.get("night")
+    add(bundle, night_file, "night")
+    assert store.get("night").name == "night"
+
+
 def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     bundle: Path,
     night_file: Path,

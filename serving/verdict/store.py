@@ -119,12 +119,19 @@ class CalibrationStore:
     def get(self, name: str = DEFAULT) -> Calibrations:
         """The calibration of a name, as its file is now or was at most a second ago.
 
+        A name that is not known is looked up in the folder at once: a calibration that has just
+        been written is found by the first request that names it.
+
         Raises:
             UnknownCalibration: naming those that there are.
         """
         if time.monotonic() - self._checked >= CHECK_S:
             self.refresh()
         found = self._current.get(name)
+        if found is None:
+            with self._lock:
+                self._refresh()
+            found = self._current.get(name)
         if found is None:
             raise UnknownCalibration(
                 f"there is no calibration {show(name)}; there are {', '.join(self.names)}"
