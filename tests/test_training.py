@@ -976,7 +976,7 @@ def test_images_to_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> N
         "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
     )
     rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
-    assert rows[0].startswith("strangers,score,auroc") and any(
+    assert rows[0].startswith("ood_set,score,auroc") and any(
         row.startswith("noise,combined,") for row in rows
     )
     at_home = sorted(path.name for path in bundle.iterdir())
