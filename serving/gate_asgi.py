@@ -177,7 +177,7 @@ async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
                     if isinstance(value, UploadFile)
                 ]
         except Exception as error:  # Starlette raises its own kinds and the parser's
-            raise _Refused(400, "malformed_request", "the form cannot be taken apart") from error
+            raise _Refused(400, "malformed_request", "the form cannot be parsed") from error
         if files:
             return files
     raise _Refused(

@@ -157,7 +157,7 @@ BAD_IMAGE_REQUESTS = {
     "many images": (
         as_json(images=[b64(png())] * 257),
         413,
-        "at most 256 images a request, got 257",
+        "at most 256 images per request, got 257",
     ),
     "many draws": (
         as_json(images=[b64(png())] * 17, samples=64),
@@ -211,9 +211,9 @@ BAD_IMAGE_REQUESTS = {
     "a field's number of many digits": (
         form(**{"image": png(), "image" + "1" * 5000: png()}),
         400,
-        "is no text",
+        "must be text; image files go into fields named",
     ),
-    "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "is no text"),
+    "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "must be text; image files go into fields named"),
     "negative shape": (
         body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")),
         400,
@@ -297,7 +297,7 @@ BAD_PARAMETERS = [
     ({"zeed": 1}, "sample has no parameter 'zeed'"),
     ({"latents": []}, "latents must be a list with an entry"),
     ({"latents": 3}, "latents must be a list"),
-    ({"latents": [[1]]}, "must have 2 levels an image, got 1"),
+    ({"latents": [[1]]}, "must have 2 levels per image, got 1"),
     (
         {"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]},
         r"z of level 0 must have shape \(3, 2, 2\)",
@@ -309,8 +309,8 @@ BAD_PARAMETERS = [
     ),
     ({"latents": [{"levels": [{"eps": None}, {"eps": [2]}]}]}, "eps of level 0 must"),
     ({"latents": [{"levels": [{}, {"eps": [2]}]}]}, "or eps in all"),
-    ({"latents": [{"levels": 3}]}, "must have 2 levels an image"),
-    ({"latents": [3]}, "must have 2 levels an image"),
+    ({"latents": [{"levels": 3}]}, "must have 2 levels per image"),
+    ({"latents": [3]}, "must have 2 levels per image"),
     (
         {
             "latents": [

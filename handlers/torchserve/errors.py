@@ -11,7 +11,7 @@ import logging
 from serving.api.errors import ApiError
 
 logger = logging.getLogger(__name__)
-_UNREADABLE_FORM = (400, "malformed_request", "the form cannot be taken apart")
+_UNREADABLE_FORM = (400, "malformed_request", "the form cannot be parsed")
 BY_STATUS = {
     404: (404, "unknown_model", "the service has no model of this name"),
     413: (413, "request_too_large", "the request is larger than the server reads"),
