@@ -236,10 +236,10 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     usual = fitted.verdicts(semantic_draw(rng, 2000), np.full(2000, 0.5))
     for alpha in (0.1, 0.01):
         assert abs(np.mean([v.p_value <= alpha for v in usual]) - alpha) < 0.35 * alpha + 0.01
-    strange = semantic_draw(rng, 50)
-    strange[ENERGY] += 9
-    strange[FEATURES] /= 9
-    found = fitted.verdicts(strange, np.full(50, 0.5))
+    unusual = semantic_draw(rng, 50)
+    unusual[ENERGY] += 9
+    unusual[FEATURES] /= 9
+    found = fitted.verdicts(unusual, np.full(50, 0.5))
     assert np.mean([v.p_value <= 0.01 for v in found]) > 0.95
     assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
 

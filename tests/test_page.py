@@ -614,14 +614,14 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
         "ade:model": "![a picture](http://elsewhere.example/a.png)",
     }.items():
         text.add_text(key, value)
-    edited.save(tmp_path / "strange.png", pnginfo=text)
+    edited.save(tmp_path / "unknown-model.png", pnginfo=text)
     show(page, "Sample")
     panel = panel_of(page)
     unfold(panel, REPRODUCE)
     for name, words in (
         ("made.png", "The same picture, pixel for pixel"),
         ("edited.png", "the picture was changed"),
-        ("strange.png", "it was made by an unknown model"),
+        ("unknown-model.png", "it was made by an unknown model"),
         (str(EXAMPLE), "does not say how it was made"),
     ):
         if panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).count():

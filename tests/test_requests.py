@@ -213,7 +213,11 @@ BAD_IMAGE_REQUESTS = {
         400,
         "must be text; image files go into fields named",
     ),
-    "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "must be text; image files go into fields named"),
+    "binary field": (
+        form(image=png(), seed=b"\xff\xfe"),
+        400,
+        "must be text; image files go into fields named",
+    ),
     "negative shape": (
         body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")),
         400,

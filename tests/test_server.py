@@ -400,7 +400,7 @@ def test_telemetry_of_what_was_scored(
         re.findall(r'ade_worker_starts_total\{model_name="score",worker="\d+",[^}]*\} 1.0', text)
     ) == (min(len(os.sched_getaffinity(0)), MAX_SCORE_WORKERS))
     for name in (
-        "ade_drift_cusum_strange",
+        "ade_drift_cusum_unusual",
         "ade_drift_cusum_usual",
         "ade_drift_ks",
         "ade_drift_images",

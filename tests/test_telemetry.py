@@ -9,7 +9,7 @@ from serving.api.telemetry import (
     BPD,
     BROKEN,
     DRIFT_IMAGES,
-    DRIFT_STRANGE,
+    DRIFT_UNUSUAL,
     EXPECTED_FLAGS,
     FAMILIES,
     IMAGES,
@@ -65,7 +65,7 @@ def test_images_without_a_verdict_are_not_counted_as_drift() -> None:
     telemetry.observe_scores([score(4.0, None)])
     assert {m.metric for m in telemetry.collect()} == {BPD.bucket, BPD.sum, BPD.count}
     telemetry.observe_scores([score(4.0, 1e-4)])
-    found = values(telemetry)[DRIFT_STRANGE, "default"]
+    found = values(telemetry)[DRIFT_UNUSUAL, "default"]
     assert found == pytest.approx(3.72 - 0.5, abs=0.01)
 
 
@@ -84,7 +84,7 @@ def test_flags_and_drift_by_calibration() -> None:
     assert values(telemetry)[DRIFT_IMAGES, "night"] == 1
     telemetry.observe_calibrations(["default"], {"day": "damaged"})
     found = values(telemetry)
-    assert found[DRIFT_STRANGE, "night"] == 0 and found[BROKEN, "day"] == 1
+    assert found[DRIFT_UNUSUAL, "night"] == 0 and found[BROKEN, "day"] == 1
     telemetry.observe_calibrations(["default"], {"day": "damaged"})
     assert telemetry.collect() == []
     telemetry.observe_calibrations(["default", "day"], {})

@@ -102,8 +102,8 @@ BROKEN = Metric(
 DRIFT_IMAGES = Metric(
     "ade_drift_images", "gauge", ("calibration",), "Images with a verdict by this calibration."
 )
-DRIFT_STRANGE = Metric(
-    "ade_drift_cusum_strange",
+DRIFT_UNUSUAL = Metric(
+    "ade_drift_cusum_unusual",
     "gauge",
     ("calibration",),
     "Cumulative sum towards more unusual images.",
@@ -145,7 +145,7 @@ FAMILIES: tuple[Metric | HistogramMetric, ...] = (
     OBSERVED_FLAGS,
     BROKEN,
     DRIFT_IMAGES,
-    DRIFT_STRANGE,
+    DRIFT_UNUSUAL,
     DRIFT_USUAL,
     DRIFT_DISTANCE,
     SECONDS,
@@ -230,7 +230,7 @@ class _Stream:
         self.has_moved = False
         return [
             Measurement(DRIFT_IMAGES, self.drift.images, (name,)),
-            Measurement(DRIFT_STRANGE, self.drift.strange, (name,)),
+            Measurement(DRIFT_UNUSUAL, self.drift.unusual, (name,)),
             Measurement(DRIFT_USUAL, self.drift.usual, (name,)),
             Measurement(DRIFT_DISTANCE, self.drift.distance(), (name,)),
         ]
@@ -312,7 +312,7 @@ class Telemetry:
         with self._lock:
             for name in [name for name in self._streams if name not in names]:
                 del self._streams[name]
-                for metric in (DRIFT_IMAGES, DRIFT_STRANGE, DRIFT_USUAL, DRIFT_DISTANCE):
+                for metric in (DRIFT_IMAGES, DRIFT_UNUSUAL, DRIFT_USUAL, DRIFT_DISTANCE):
                     self._gauges[metric, (name,)] = 0.0
             for name in self._broken.symmetric_difference(broken):
                 self._gauges[BROKEN, (name,)] = float(name in broken)

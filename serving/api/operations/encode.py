@@ -85,7 +85,7 @@ class Latents:
     eps: list[np.ndarray]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of the ``.npz``; each name ends with the number of its level, such as ``z_0``."""
+        """The arrays of the ``.npz``; names end with the level, such as ``z_0``."""
         named = {name: getattr(self, name) for name in ARRAYS}
         return {
             f"{name}_{i}": levels[i]
