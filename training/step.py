@@ -30,7 +30,7 @@ from training.recipes import TrainConfig
 logger = logging.getLogger(__name__)
 # A step is skipped if its gradient's norm is SPIKE times the running mean: one outlier among the
 # images, clipped or not, ruined a model within ten steps. After MAX_SKIPPED_STEPS skipped steps in
-# a row the model itself has gone wrong, and is rescued: the averaged weights replace it, and
+# a row the model itself is considered broken and is rescued: the averaged weights replace it, and
 # training restarts with a warm-up at RATE_AFTER_RESCUE of the rate, which recovers over
 # RECOVERY_STEPS. More than MAX_RESCUES rescues within the memory of the average mean divergence.
 SPIKE = 8.0
