@@ -359,7 +359,7 @@ def test_sample_defaults_and_forms() -> None:
 
 
 def test_json_that_came_as_a_form() -> None:
-    """What curl sends of ``-d '{...}'`` without a header: the server makes an empty form of it."""
+    """curl sends ``-d '{...}'`` as a form, and the server finds no field in it."""
     with pytest.raises(ApiError, match="needs the header Content-Type: application/json"):
         parse_sample(RawRequest("application/x-www-form-urlencoded", None, {}), LATENTS)
     assert (
@@ -478,10 +478,10 @@ def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPat
 
 
 def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no text is parsed that is longer than that, in a body or in a form."""
+    """Longer text is not parsed, neither in a body nor in a form."""
     monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
     shapes = [(8, 8, 8)]
-    number = -1.1754943508222875e-38  # as long as they come
+    number = -1.1754943508222875e-38  # as long as possible
     level = dict.fromkeys(("mean", "log_scale", "z", "eps"), np.full(shapes[0], number).tolist())
     whole = json.dumps({"latents": {"results": [{"levels": [level]}] * 256}}).encode()
     assert parse_sample(body(whole, "application/json"), shapes).count == 256
@@ -507,7 +507,7 @@ def test_messages_that_are_not_utf8_are_answered() -> None:
 def test_json_of_too_many_values_is_refused_before_it_is_parsed(
     operation: str, text: str, what: str
 ) -> None:
-    """Within the limit of bytes, 8 million lists take 450 MB and, parsed, many seconds."""
+    """Below the limit of bytes there is room for 8 million lists: 450 MB and many seconds."""
     raw = RawRequest("application/json", text.encode())
     started = time.process_time()
     with pytest.raises(ApiError) as raised:
