@@ -111,8 +111,8 @@ class TrainedEncoder:
 def class_labels(dataset: Dataset) -> np.ndarray | None:
     """Classes of the part ``train``: the data set's, or of a folder the folders at its top.
 
-    ``None`` if there are none: fewer than two, an image beside them, or so few images per class
-    that the folders are something else.
+    ``None`` if there are none: fewer than two, an image beside them, or so few images a class that
+    the folders are something else.
     """
     images = dataset.parts["train"]
     if images.labels is not None:
