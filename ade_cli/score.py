@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: one a core)",
+        help="processes (default: one per core)",
     )
 
 

@@ -386,7 +386,7 @@ def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> N
     try:
         assert until(
             lambda: (
-                "ms a request" in "".join(running.output) and "score " in "".join(running.output)
+                "ms per request" in "".join(running.output) and "score " in "".join(running.output)
             ),
             30,
         )

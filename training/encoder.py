@@ -21,7 +21,7 @@ from training.data import DataError, Dataset, ImageSet
 
 WIDTHS = (32, 128, 256)
 STEM = 32
-MAX_SIZE = 32  # pixels a side that the network sees; larger images are averaged down
+MAX_SIZE = 32  # pixels per side that the network sees; larger images are averaged down
 MIN_SIZE = 8
 BATCH = 128
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
     """Pixels to features, and to logits of classes if it was trained with them.
 
     Args:
-        image_size: pixels a side.
+        image_size: pixels per side.
         channels: of the images.
         classes: 0 without labels.
     """
