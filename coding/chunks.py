@@ -239,6 +239,21 @@ class ChunkCoder:
         )
 
 
+def holds(payload: bytes, names: Sequence[str] | None, pictures: Sequence[Picture]) -> bool:
+    """Whether a chunk is one of these images, without decoding it.
+
+    Raises:
+        Damaged: the chunk is not what an encoder writes.
+    """
+    table, _, _, expected = _unpack(payload, len(pictures))
+    digest = hashlib.sha256()
+    for kind, picture in zip(table["kinds"], pictures, strict=True):
+        update_digest(digest, picture, kind == "f")
+    return digest.digest() == expected and table["names"] == (
+        None if names is None else list(names)
+    )
+
+
 def _words(data: bytes) -> np.ndarray:
     return np.frombuffer(data + bytes(-len(data) % 4), "<u4").astype(np.uint32)
 
