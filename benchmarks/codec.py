@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import platform
 import re
 import sys
@@ -98,8 +97,8 @@ def measure_coder(
     return sum(map(len, files)), middle - start, end - middle
 
 
-def measure(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], str]:
-    """The rows, and what the model's archive consists of."""
+def measure_model(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], str]:
+    """The model's rows, and what its archive consists of."""
     megabytes = images.nbytes / 1e6
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -129,10 +128,6 @@ def measure(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], str]:
         )
         rows.append(Row("AV-ADE, net rate of the images that the model codes", net, None, None))
         rows.append(Row("bound of `ade score` for the same images", bound, None, None))
-    for label, single, encode, decode in coders():
-        size, encoding, decoding = measure_coder(images, single, encode, decode)
-        rows.append(Row(label, 8 * size / images.size, megabytes / encoding, megabytes / decoding))
-        print(rows[-1], file=sys.stderr)
     about = (
         f"{len(images)} images, bundle `{bundle.model_id}`; {figures.coded} coded by the model, "
         f"{figures.initial} stored as initial bits, "
@@ -140,6 +135,14 @@ def measure(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], str]:
         f"Net rate {net / bound - 1:+.2%} from the bound. {processor()}; one thread."
     )
     return rows, about
+
+
+def measure_others(images: np.ndarray) -> Iterator[Row]:
+    """The rows of the other coders."""
+    megabytes = images.nbytes / 1e6
+    for label, single, encode, decode in coders():
+        size, encoding, decoding = measure_coder(images, single, encode, decode)
+        yield Row(label, 8 * size / images.size, megabytes / encoding, megabytes / decoding)
 
 
 def processor() -> str:
@@ -169,10 +172,14 @@ def main() -> None:
     source = open_source(args.source)
     pictures = [source.read(i).pixels for i in range(min(args.images, source.count))]
     images = np.stack([pixels for pixels in pictures if pixels is not None])
-    rows, about = measure(args.bundle, images)
+    rows, about = measure_model(args.bundle, images)
+    for row in rows:
+        print(row, file=sys.stderr)
+    for row in measure_others(images):
+        print(row, file=sys.stderr)
+        rows.append(row)
     text = table(rows, about)
     print(text)
-    print(json.dumps([vars(row) for row in rows]), file=sys.stderr)
     if args.into:
         page = args.into.read_text()
         before, after = page.index(MARKS[0]) + len(MARKS[0]), page.index(MARKS[1])
