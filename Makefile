@@ -7,7 +7,7 @@ DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /dev/dxg),c
 BIN := $(VENV)/bin
 OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 
-.PHONY: serve test test-slow coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood clean
+.PHONY: serve test test-slow coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -53,6 +53,10 @@ bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, choice of statisti
 	$(BIN)/python -m benchmarks.ood_false_alarms $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.ood_choice $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.drift_thresholds
+
+bench-codec: $(VENV)/.test  ## lossless coding: size and speed beside PNG, WebP, JPEG XL, zstd: make bench-codec DATA=FOLDER
+	$(BIN)/python -m pip install --quiet zstandard pillow-jxl-plugin
+	$(BIN)/python -m benchmarks.codec $(BUNDLE) "$(DATA)" --into docs/explanation/codec.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* *.egg-info

@@ -12,7 +12,16 @@ import pytest
 
 from tests.helpers import ROOT
 
-PACKAGES = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
+PACKAGES = (
+    "ade_model",
+    "training",
+    "export",
+    "fitting",
+    "serving",
+    "coding",
+    "handlers",
+    "ade_cli",
+)
 # A room is a folder, or a module at the top of serving/. What a room may import beside itself:
 # rooms, or single modules.
 IMAGES = {"serving.images", "serving.files", "serving.decode"}
@@ -43,11 +52,13 @@ MAY_IMPORT = {
     "training": {"ade_model", *IMAGES},
     "export": {"ade_model", "training.data", "training.datasets", *SERVED},
     "fitting": {"ade_model", "training", "export", "serving"},
+    # Needs no PyTorch; only the command line imports it.
+    "coding": SERVED,
     "ade_cli": set(PACKAGES),
 }
 # Small modules at the top of serving/ that import nothing of ours are open to all.
 SHARED = {"serving.brand", "serving.messages", "serving.ports", "serving.tables"}
-LIBRARIES = ("ade_model", "training", "export", "fitting")
+LIBRARIES = ("ade_model", "training", "export", "fitting", "coding")
 SERVER = "handlers/torchserve/"
 # Beside the server's own room and the docs: `ade serve --engine` must know its name.
 MAY_NAME_THE_SERVER = {"handlers/launch/engines.py"}

@@ -25,6 +25,9 @@ WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"
 FEATURES_NAME = "features.onnx"
+# Beside these two, the codec has graphs named codec-*.onnx. Only lossless coding reads them.
+CODEC_NAME = "codec.json"
+CODEC_ARRAYS_NAME = "codec.npz"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
