@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ade_cli.advice import advice
 from ade_cli.data_options import (
     add_data_arguments,
     dataset_of,
@@ -20,7 +21,6 @@ from ade_cli.data_options import (
     was_trained_on,
 )
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
-from export.verdict.advice import advice
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.what_if import corruptions_of, rejected, usable
 from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle

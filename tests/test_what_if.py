@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from ade_cli.advice import advice
 from ade_cli.main import main
-from export.verdict.advice import advice
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.what_if import ALPHAS, what_if
 from serving.engine.engine import InferenceEngine

@@ -25,9 +25,10 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
     found = []
     if calibrated < ENOUGH:
         found.append(
-            "calibrate on 1,000 images or more. With four times the images the bands above are half "
-            "as wide; and of subtly corrupted images of CIFAR-10, a gate calibrated on 200 images "
-            "finds 73 % at alpha 0.05, one calibrated on 500 finds 86 % (docs/ood.md#few-images)"
+            "calibrate on 1,000 images or more. With four times the images the bands above are "
+            "half as wide; and of subtly corrupted images of CIFAR-10, a gate calibrated on 200 "
+            "images finds 73 % at alpha 0.05, one calibrated on 500 finds 86 % "
+            "(docs/ood.md#few-images)"
         )
     missed = [name for name in CORRUPTIONS if (rejected.get(name) or 0.0) < MIN_GROSS]
     subtle = [rejected.get(name) or 0.0 for name in SUBTLE]
@@ -41,7 +42,7 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
     if not has_features:
         found.append(
             "this gate hardly sees what images show: ade encoder trains a network for that, and "
-            "--features adds it. On CIFAR-10 it raised the AUROC against unknown classes from 0.664 "
-            "to 0.856 (docs/ood.md#semantic-coordinates)"
+            "--features adds it. On CIFAR-10 it raised the AUROC against unknown classes from "
+            "0.664 to 0.856 (docs/ood.md#semantic-coordinates)"
         )
     return found
