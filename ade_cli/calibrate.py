@@ -35,10 +35,10 @@ from training.datasets.folder import image_files
 
 ERRORS = (BundleError, CalibrationError, DataError, FeaturesError)
 
-HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and unseen ones
+HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and never used before
 ALPHAS = (0.1, 0.05, 0.01)
 MAX_IMAGES = 20_000
-FIT_SHARE = 0.4  # the rest calibrates; of CIFAR-10's held-out images it is as much
+FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
 CORRUPTED_IMAGES = 100  # of each kind of corruption
 
 Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
@@ -46,12 +46,12 @@ Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than onc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Calibrate a bundle's gate on your images: afterwards it accepts images like them. No network "
-        "is trained. Two fifths of the images fit the density of statistics, the others set the "
-        "false-alarm rate; 1,000 or more are advisable. Images of another size than the model's are "
-        "resized. The result is a new bundle (OUT), or a further calibration in a bundle (--into, "
-        "--name). Prints the false-alarm rates to expect and the share of corrupted images that is "
-        "rejected."
+        "Calibrate a bundle's gate on your images: afterwards it accepts images like them. No "
+        "network is trained. Two fifths of the images fit the density of statistics, the others "
+        "set the false-alarm rate; 1,000 or more are advisable. Images of another size than the "
+        "model's are resized. The result is a new bundle (OUT), or a further calibration in a "
+        "bundle (--into, --name). Prints the false-alarm rates to expect and the share of "
+        "corrupted images that is rejected."
     )
     parser.add_argument(
         "bundle", type=Path, metavar="BUNDLE", help="folder of a bundle, such as pretrained/cifar10"
@@ -138,9 +138,7 @@ def _features(args: argparse.Namespace) -> FeatureSource | None:
 
 
 def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str]:
-    """Images to fit and to calibrate on, those of the part ``test`` if the model was trained on
-    the data set, and what they are called.
-    """
+    """Images to fit to, to calibrate on, and unseen ones; and their name for the manifest."""
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
         trained_on = was_trained_on(bundle, dataset.name, dataset.splits)
@@ -158,8 +156,10 @@ def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str
 
 
 def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:
-    """Images to fit and to calibrate on: of the training data its two held-out parts, of any other
-    all. The third are unseen ones: of the training data the test images, of any other none.
+    """Images of a data set to fit to, to calibrate on, and unseen ones.
+
+    If the model was trained on the data set, these are its held-out parts. Otherwise all images are
+    divided between the first two, and none are unseen.
     """
     if trained_on:
         chosen = [[(part, row) for row in range(len(dataset.parts[part]))] for part in HELD_OUT]
@@ -174,7 +174,7 @@ def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:
 
 
 def _files(files: list[Path], trained_on: bool) -> list[list[Path]]:
-    """The same of a folder's files."""
+    """As :func:`_rows`, for the files of a folder."""
     if trained_on:
         return [
             shuffled([path for path in files if part_of(path.name) == part]) for part in HELD_OUT
@@ -188,7 +188,7 @@ def _split(items: list[Any]) -> list[list[Any]]:
 
 
 def _tell(calibrations: Calibrations) -> None:
-    """The false-alarm rates that users may expect."""
+    """Print the false-alarm rates that users may expect."""
     assert calibrations.exact is not None and calibrations.resized is not None
     both = calibrations.exact is calibrations.resized
     _tell_of(calibrations.exact, "images" if both else "images of the model's size")
@@ -212,7 +212,7 @@ def _tell_of(calibration: Calibration, what: str) -> None:
 
 
 def _tell_caught(bundle: Bundle, calibrations: Calibrations, images: Images) -> None:
-    """What the new gate rejects of calibration images that are corrupted, and what would help."""
+    """Print the share of corrupted images that the new gate rejects, and the next step."""
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     kept, _ = usable(engine, islice(images(), CORRUPTED_IMAGES))
     say(f"detection: the share of {len(kept)} of these images that is rejected once corrupted")

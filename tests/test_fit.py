@@ -1,6 +1,4 @@
-"""From a folder to a served gate: what is decided, what is found in the folder, and the whole way
-once.
-"""
+"""Fitting: the plan, the survey of the folder, the report, and one complete run."""
 
 from __future__ import annotations
 
@@ -115,7 +113,7 @@ def test_a_fitting_does_not_resume_with_other_images() -> None:
 
 
 def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
-    """What differs is named: a choice of the user, or the version that made the plan."""
+    """The error names the difference: a choice of the user, or the version of the plan."""
     plan = make_plan("/images", "images", 32, 60, False)
     make_plan("/images", "images", 32, 60, False, "CC0-1.0").check_resumes(plan)
     with pytest.raises(PlanError) as raised:
@@ -191,7 +189,7 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
 
 
 def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndarray) -> None:
-    """Whatever files are called: here each good file's name begins that of a broken one."""
+    """Whatever the files are called: here each good name is the beginning of a broken file's."""
     for i, image in enumerate(small_images[:120]):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.png: copy.png").write_bytes(b"broken")
@@ -210,7 +208,7 @@ def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndar
 
 
 def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
-    """So that memory does not grow with the number of large files."""
+    """This keeps memory independent of the number of large files."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)).save(
         tmp_path / "0.png", compress_level=0
     )
@@ -275,8 +273,9 @@ def test_a_folder_may_be_called_like_a_data_set(
 def test_the_report_starts_with_the_quality_of_the_gate(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """Few calibration images, few epochs and corruptions that pass are named; false alarms as
-    expected are no praise.
+    """It names few calibration images, few epochs, and corruptions that are accepted.
+
+    Expected false alarms are not praised.
     """
     bundle = open_bundle(tiny_bundle)
     engine = InferenceEngine(bundle, device="cpu")
@@ -351,7 +350,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     ):
         write_report(dataclasses.replace(good, encoder=encoder), tmp_path / "report.html")
         assert words in (tmp_path / "report.html").read_text()
-    hostile = '<script>alert("x")</script>.png'  # the name of a file is anybody's text
+    hostile = '<script>alert("x")</script>.png'  # anybody may have chosen a file's name
     outlier = Outlier(hostile, 0.01, 9.0, held_out[0])
     surveyed = dataclasses.replace(found, broken=[f"{hostile}: broken"], twice=[[hostile, "b.png"]])
     findings = dataclasses.replace(good, outliers=[outlier], survey=surveyed)

@@ -42,7 +42,7 @@ def gate() -> Gate:
 
 @pytest.fixture(scope="module")
 def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
-    """No calibration for resized images."""
+    """A bundle without a calibration for resized images."""
     out = tmp_path_factory.mktemp("bundles") / "exact"
     return Gate(with_calibrations(PRETRAINED, out, lambda both: Calibrations(both.exact)))
 
@@ -124,7 +124,7 @@ def test_it_needs_no_torch() -> None:
 
 
 def app_behind(gate: Any, **options: Any) -> tuple[TestClient, list[list[Decision]]]:
-    """A classifier that notes what reached it."""
+    """A classifier that records the requests that reach it."""
     app = FastAPI()
     app.add_middleware(GateMiddleware, gate=gate, **options)
     reached: list[list[Decision]] = []
@@ -176,7 +176,7 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
     ):
         answer = client.post("/classify", content=content, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    # An accepted image that is a form, too, for an app that goes by the other type.
+    # An accepted image that is also a form, for an application that follows the other type.
     form = (
         cat
         + b'\r\n--b\r\nContent-Disposition: form-data; name="a"; filename="a.png"\r\n\r\n'
@@ -281,7 +281,7 @@ class Watched:
 def test_the_documented_service(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """An ID image is classified, an OOD image is not; and when the gate dies, nothing is."""
+    """An ID image is classified, an OOD image is not, and if the gate fails no image is."""
     monkeypatch.chdir(ROOT)
     service, _, in_process = documented()
     names: dict[str, Any] = {}
@@ -384,7 +384,7 @@ def test_the_documented_torchserve_handler(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_middleware_asks_for_a_calibration_by_request(gate: Gate) -> None:
-    """Here by a header; a name that does not exist is refused with those that do."""
+    """Here by a header. An unknown name is refused with a list of the known ones."""
     client, reached = app_behind(
         gate,
         calibration=lambda scope: dict(scope["headers"]).get(b"x-camera", b"default").decode(),

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "serving.verdict": IMAGES,
     "serving.engine": {"serving.verdict", *IMAGES},
     "serving.api": {"serving.engine", "serving.verdict", *IMAGES},
-    # Of ours only models, names and constants: it needs NumPy, Pillow and httpx alone.
+    # Only models, names and constants: the client needs just NumPy, Pillow and httpx.
     "serving.client": {
         "serving.api.errors",
         "serving.api.model",
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "fitting": {"ade_model", "training", "export", "serving"},
     "ade_cli": set(PACKAGES),
 }
-# Small modules at the top of serving/ that import nothing of ours are everybody's.
+# Small modules at the top of serving/ that import nothing of ours are open to all.
 SHARED = {"serving.brand", "serving.messages", "serving.ports", "serving.tables"}
 LIBRARIES = ("ade_model", "training", "export", "fitting")
 SERVER = "handlers/torchserve/"
@@ -99,7 +99,7 @@ def test_rooms_have_no_import_cycles() -> None:
     graph: dict[str, set[str]] = defaultdict(set)
     for room, _, imported in ARROWS:
         graph[room].add(room_of(imported))
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 def test_every_room_is_a_package_that_loads_nothing() -> None:
@@ -117,7 +117,7 @@ def test_every_room_is_a_package_that_loads_nothing() -> None:
 
 
 def test_libraries_name_no_option_of_the_command_line() -> None:
-    """Whoever calls them from Python has none."""
+    """Callers in Python have no command line."""
     for path in (path for package in LIBRARIES for path in sorted((ROOT / package).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -1,4 +1,4 @@
-"""``ade gate what-if`` and the report of ``ade calibrate``: figures that can be counted again."""
+"""``ade gate what-if`` and the report of ``ade calibrate``, with figures counted again here."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_advice_on_a_weak_gate() -> None:
 
 
 def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -> None:
-    """A gate for photographs without PyTorch; its report has false alarms and detection."""
+    """Makes a gate without PyTorch; the report has false alarms and detection."""
     files = np.asarray(Image.open(ROOT / "tests/data/cifar10_test_300.webp").convert("RGB"))
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(files.reshape(-1, 32, 32, 3)[:60]):

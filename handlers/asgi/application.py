@@ -45,18 +45,18 @@ V2_SERVER = {
 }
 _V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>ready|infer))?")
 OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
-STOP_S = 25  # that requests which were accepted may take once it is asked to stop
-REFUSE_S = 20  # after which those that still wait for a worker are answered 503
+STOP_S = 25  # for accepted requests after a stop is requested
+REFUSE_S = 20  # after which requests that still wait for a worker are answered 503
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApplicationSettings(FrontSettings):
-    """What the application must know besides.
+    """Settings of the application, besides those of its front.
 
     Attributes:
-        bundles: their folders, the first served under the plain names.
+        bundles: folders of the bundles, the first served under the plain names.
         workers: processes of each bundle, by operation.
-        options: of :class:`handlers.launch.options.ServingOptions`.
+        options: fields of :class:`handlers.launch.options.ServingOptions`.
         logs: an existing folder.
     """
 
@@ -67,13 +67,13 @@ class ApplicationSettings(FrontSettings):
 
 
 class Application:
-    """What answers behind the front.
+    """Computes the answers behind the front.
 
     Args:
-        pools: of the models that are served.
-        metrics: of all of them.
-        document: OpenAPI's, of the service.
-        limits: bound what a pool holds at once.
+        pools: the pools of the served models.
+        metrics: the metrics of all pools.
+        document: the OpenAPI document of the service.
+        limits: bounds on the requests that a pool holds at once.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Application:
         }
 
     def api(self, path: str) -> Endpoint:
-        """``/predictions/{name}``, ``/v1/{name}``, and what can be read.
+        """Find the endpoint of ``/predictions/{name}``, ``/v1/{name}`` and the paths for GET.
 
         Raises:
             ApiError: 404.
@@ -152,7 +152,7 @@ class Application:
         raise ApiError(404, "not_found", "there is /metrics")
 
     def is_ready(self) -> bool:
-        """Whether every model has a worker that can compute."""
+        """Whether every model has a worker that is ready."""
         return all(pool.is_ready for pool in self._pools)
 
     def _readiness(self) -> Answer:

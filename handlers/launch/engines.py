@@ -17,17 +17,18 @@ from handlers.launch.supervision import Supervisor
 from serving.engine.bundle import Bundle
 from serving.ports import Ports
 
-# By name, the extra of pyproject.toml that has its packages; the first is the default.
+# The engines, each with the extra of pyproject.toml that has its packages; the first is the
+# default.
 ENGINES = {"torchserve": "serve", "asgi": "asgi"}
 DEFAULT = next(iter(ENGINES))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is served, how and where.
+    """The bundles to serve, how, and where.
 
     Attributes:
-        bundles: the first is served under the plain names.
+        bundles: the bundles, the first served under the plain names.
         options: how workers compute.
         workers: processes of each bundle, by operation.
         host: of the API and the page.
@@ -56,10 +57,10 @@ class Plan:
 
 
 class Engine(Protocol):
-    """The API's part of a service: what computes, and its front.
+    """The API's part of a service: the processes that compute, and their front.
 
     Attributes:
-        timers: its counters of the time that requests take.
+        timers: names of its counters of the time that requests take.
     """
 
     timers: ClassVar[Timers]
@@ -77,14 +78,14 @@ class Engine(Protocol):
         """
 
     def drain(self) -> None:
-        """Finish what was accepted and refuse the rest; return after a bounded time."""
+        """Finish accepted requests and refuse the rest; return after a bounded time."""
 
     def is_whole(self) -> bool:
         """Whether the files that it needs are still there."""
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The engine of a name; its packages are imported here.
+    """The engine of this name, whose packages are imported here.
 
     Raises:
         ModuleNotFoundError: of a package that is not installed.

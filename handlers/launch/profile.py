@@ -12,8 +12,8 @@ _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 Totals = dict[str, dict[str, float]]
-# An engine's counters of seconds, and which time of requests each counts: ``whole``, from arrival to
-# answer, or ``queue``.
+# An engine's counters of seconds, and the time that each counts: ``whole``, from the arrival of a
+# request to its answer, or ``queue``.
 Timers = Mapping[str, str]
 
 

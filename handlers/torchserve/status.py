@@ -157,8 +157,9 @@ def _requests(metrics: str) -> dict[str, float]:
 
 
 def _calibrations(metrics: str) -> dict[str, dict[str, Any]]:
-    """Of each model and calibration that was in use or is damaged: rejected images, how many were
-    expected, and whether its file cannot be used.
+    """The calibrations that were used or are damaged, by model.
+
+    Each has its rejected images, the expected number of these, and whether its file cannot be used.
     """
     found: dict[str, dict[str, Any]] = {}
     for metric, key in (

@@ -86,8 +86,10 @@ class Bundle:
 
     @property
     def networks(self) -> str:
-        """What named calibrations are tied to: the SHA-256 of the weights, followed by a colon and
-        that of the features' network if the bundle has one.
+        """The identity of the networks, to which named calibrations are tied.
+
+        It is the SHA-256 of the weights, followed by a colon and that of the features' network if
+        the bundle has one.
         """
         files = self.manifest["files"]
         return ":".join(files[name] for name in (WEIGHTS_NAME, FEATURES_NAME) if name in files)
