@@ -204,11 +204,9 @@ def _tell_of(calibration: Calibration, what: str) -> None:
     )
     for alpha in ALPHAS:
         low, high = false_alarm_band(count, alpha)
-        say(
-            f"  alpha {alpha}: no verdict; it takes at least {images_needed(alpha)} calibration images"
-            if high == 0
-            else f"  alpha {alpha}: {100 * low:.1f} to {100 * high:.1f} %"
-        )
+        band = f"{100 * low:.1f} to {100 * high:.1f} %"
+        needs = f"no verdict; it takes at least {images_needed(alpha)} calibration images"
+        say(f"  alpha {alpha}: {band if high else needs}")
 
 
 def _tell_caught(bundle: Bundle, calibrations: Calibrations, images: Images) -> None:

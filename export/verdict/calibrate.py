@@ -234,8 +234,8 @@ def _warn_if_seen(
     if calibration.known is None:
         return
     report(
-        "note: features.onnx, the network that sees what images show, must not have been trained on "
-        "any of these images; otherwise more than a share of alpha will be rejected"
+        "note: features.onnx, the network that sees what images show, must not have been trained "
+        "on any of these images; otherwise more than a share of alpha will be rejected"
     )
     others = [
         image.pixels
