@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -367,6 +369,14 @@ def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) ->
     return folder
 
 
+@pytest.fixture
+def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train encoders for minutes of CPU time: they learn on a busy machine, too."""
+    clock = SimpleNamespace(monotonic=time.process_time)
+    monkeypatch.setattr("training.encoder.time", clock)
+
+
+@pytest.mark.usefixtures("cpu_time")
 @pytest.mark.parametrize("learnable", [True, False])
 def test_an_encoder_is_used_if_it_recognises_classes(
     learnable: bool, small_images: np.ndarray, tmp_path: Path
@@ -399,6 +409,7 @@ def test_an_encoder_is_used_if_it_recognises_classes(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_time")
 def test_a_gate_with_its_own_encoder(tmp_path: Path, real_images: np.ndarray) -> None:
     """The bundle has the encoder, its calibration uses it, and the report says what it is worth."""
     images = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:200]])
