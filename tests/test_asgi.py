@@ -31,8 +31,10 @@ from handlers.asgi.metrics import Metrics
 from handlers.front.forms import MAX_FIELDS
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
+from handlers.torchserve.status import read_status
 from serving.api.errors import ApiError
 from serving.engine.signatures import OPERATIONS
+from serving.ports import Ports
 from tests.front import wait_for
 from tests.helpers import PRETRAINED, ROOT, npy
 from tests.service import free_ports
@@ -337,6 +339,22 @@ def test_metrics(app: RunningApplication) -> None:
         assert (kind == "counter") == name.endswith("_total")
     totals = read_totals(answer.text, Asgi.timers)["score"]
     assert totals["whole"] > totals["queue"] > 0 and totals["compute"] > 0
+
+
+def test_status_counts_requests(app: RunningApplication) -> None:
+    """As test_server.py's test_status does with the other engine."""
+    ports = Ports(app.port, app.metrics_port, free_ports(1)[0])
+
+    def counts() -> dict[str, float]:
+        found = read_status(ports)["requests"]
+        return {kind: found.get(kind, 0.0) for kind in ("2xx", "4xx")}
+
+    counts()  # asks for a sample itself, which is counted
+    before = counts()
+    assert app.post("score").status_code == 200
+    assert app.post("score", b"").status_code == 400
+    after = counts()
+    assert after["2xx"] - before["2xx"] == 2 and after["4xx"] - before["4xx"] == 1
 
 
 def test_metrics_add_up() -> None:

@@ -15,7 +15,7 @@ from handlers.launch.run_folder import RunFolder, find_service
 from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
-from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS
+from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS
 from serving.ports import Ports, local_address
 
 PACKAGES = (
@@ -147,11 +147,19 @@ def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
 
 
 def _requests(metrics: str) -> dict[str, float]:
-    """Count the answered requests by the first digit of their status."""
-    found: dict[str, float] = {}
-    for kind, value in re.findall(
+    """Count the answered requests by the class of their status, such as ``2xx``.
+
+    TorchServe also counts the answers that it gives itself, such as those for a worker that died.
+    Without TorchServe the workers' own counts are used.
+    """
+    of_server = re.findall(
         rf'^{RESPONSES.name}\{{class="(\w+)"[^}}]*\}} ([0-9.eE+]+)$', metrics, re.MULTILINE
-    ):
+    )
+    of_workers = re.findall(
+        rf'^{REQUESTS.name}\{{.*?status="(\d)\d\d".*\}} ([0-9.eE+]+)$', metrics, re.MULTILINE
+    )
+    found: dict[str, float] = {}
+    for kind, value in of_server or ((f"{digit}xx", value) for digit, value in of_workers):
         found[kind] = found.get(kind, 0.0) + float(value)
     return found
 
