@@ -31,6 +31,8 @@ VERBS = {
     "reconstruct": "encode and decode image files",
     "score": "score image files, or a folder of any size into a table",
     "serve": "serve a bundle over HTTP, with a web page",
+    "upgrade": "replace the bundle of the running service, without an interruption",
+    "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }
 RESUMED = ("fit", "score", "compare")
@@ -45,6 +47,8 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "calibrate": "calibrate",
     "ood-bench": "fit",
     "serve": "serve",
+    "upgrade": "asgi",
+    "rollback": "asgi",
     "status": "serve",
 }
 HELP = {"-h", "--help"}
