@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
     """Of each bundle: answers by the class of their status, their mean time in a worker, and how
     many images were rejected.
     """
-    sums: dict[str, Counter[str]] = defaultdict(Counter)
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for line in metrics.splitlines():
         match = re.fullmatch(rf'(\w+)\{{.*bundle="([^"]*)".*\}} {_NUMBER}', line)
         if match is None:
