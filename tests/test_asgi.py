@@ -234,6 +234,24 @@ def test_a_connection_is_closed_after_the_answer(app: RunningApplication, head: 
     assert lines.startswith(b"HTTP/1.1 " + expected) and json.loads(body)
 
 
+def test_pipelined_requests_are_answered_in_order(app: RunningApplication) -> None:
+    """Of several operations, each with its own identity."""
+    with socket.create_connection(("127.0.0.1", app.port), 60) as connection:
+        for operation, close in (
+            ("encode", ""),
+            ("score", ""),
+            ("encode", "Connection: close\r\n"),
+        ):
+            head = f"POST /predictions/{operation} HTTP/1.1\r\nHost: localhost\r\n{close}"
+            length = f"Content-Length: {len(IMAGE)}\r\n\r\n"
+            connection.sendall((head + length).encode() + IMAGE)
+        with connection.makefile("rb") as stream:
+            text = stream.read().decode()
+    answers = text.split("HTTP/1.1 200 OK\r\n")[1:]
+    assert ["bpd_parts" in answer for answer in answers] == [False, True, False]
+    assert len(set(re.findall(r"x-request-id: (\S+)", text))) == 3
+
+
 @pytest.mark.parametrize("spelling", ["true", "True", "TRUE", "on", "1"])
 def test_a_form_may_spell_true_in_other_ways(app: RunningApplication, spelling: str) -> None:
     answer = httpx.post(
