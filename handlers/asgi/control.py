@@ -1,5 +1,6 @@
-"""How ``ade serve`` changes the releases of the application while it runs: the other end of
-:func:`handlers.launch.channel.ask`.
+"""Lets ``ade serve`` change the releases of the running application.
+
+This is the other end of :func:`handlers.launch.channel.ask`.
 """
 
 from __future__ import annotations

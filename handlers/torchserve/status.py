@@ -121,8 +121,10 @@ def _workers(releases: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
-    """Of each bundle: answers by the class of their status, their mean time in a worker, and how
-    many images were rejected.
+    """Figures of each bundle.
+
+    These are answers by class of status, their mean time in a worker, and the number of rejected
+    images.
     """
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for line in metrics.splitlines():
