@@ -79,7 +79,7 @@ class ChunkCoder:
 
     def encode(
         self, names: Sequence[str] | None, pictures: Sequence[Picture], use_model: bool = True
-    ) -> tuple[bytes, Figures, list[int]]:
+    ) -> tuple[bytes, Figures, str]:
         """Encode images.
 
         Args:
@@ -88,7 +88,8 @@ class ChunkCoder:
             use_model: whether the model may be used.
 
         Returns:
-            The chunk, what it costs, and the positions of the images that the model coded.
+            The chunk, what it costs, and how each image is stored: ``m`` by the model, ``w`` as
+            WebP, ``f`` as the file that it is.
         """
         stored = [picture.stored() for picture in pictures]
         fits = [
@@ -97,7 +98,7 @@ class ChunkCoder:
         ]
         without = self._pack(names, pictures, stored, np.zeros(0, np.uint32), [], 0, 0)
         if not use_model or sum(fits) < 2:
-            return *without, []
+            return without
         if not self.need:
             self._measure(next(p for p, fit in zip(pictures, fits, strict=True) if fit))
         wanted = 4 * (self.need + self.need // 4 + _MARGIN)
@@ -106,7 +107,7 @@ class ChunkCoder:
             size += len(stored[paid][1])
             paid += 1
         if paid == len(pictures):
-            return *without, []
+            return without
         stack = Stack(_words(b"".join(blob for _, blob in stored[:paid])), sealed=True)
         coded: list[int] = []
         empty = stack.bits
@@ -129,8 +130,8 @@ class ChunkCoder:
             names, pictures, stored, stack.finish(), coded, paid, stack.bits - empty
         )
         if not coded or len(with_model[0]) >= len(without[0]):
-            return *without, []
-        return *with_model, coded
+            return without
+        return with_model
 
     def decode(self, payload: bytes, count: int) -> Iterator[tuple[str | None, Picture]]:
         """Decode the images of a chunk, in order, one at a time.
@@ -195,7 +196,7 @@ class ChunkCoder:
         coded: list[int],
         paid: int,
         coded_bits: int,
-    ) -> tuple[bytes, Figures]:
+    ) -> tuple[bytes, Figures, str]:
         by_model = set(coded)
         kinds = "".join("m" if i in by_model else kind for i, (kind, _) in enumerate(stored))
         blobs = [blob for i, (_, blob) in enumerate(stored) if i not in by_model]
@@ -224,19 +225,17 @@ class ChunkCoder:
                 rest,
             ]
         )
-        values = int(np.prod(self.image_shape)) * len(coded)
-        initial = sum(len(blob) for blob in blobs[:paid])
-        return payload, Figures(
-            len(pictures),
-            len(coded),
-            paid,
-            values,
-            coded_bits,
-            0.0,
-            initial,
-            len(rest),
-            len(payload) - 4 * len(words) - len(rest),
+        figures = Figures(
+            images=len(pictures),
+            coded=len(coded),
+            initial=paid,
+            values=int(np.prod(self.image_shape)) * len(coded),
+            coded_bits=coded_bits,
+            initial_bytes=sum(len(blob) for blob in blobs[:paid]),
+            stored_bytes=len(rest),
+            table_bytes=len(payload) - 4 * len(words) - len(rest),
         )
+        return payload, figures, kinds
 
 
 def holds(payload: bytes, names: Sequence[str] | None, pictures: Sequence[Picture]) -> bool:
@@ -280,8 +279,8 @@ def _unpack(payload: bytes, count: int) -> tuple[dict[str, Any], np.ndarray, byt
 def _is_table(table: Any, count: int) -> bool:
     if not isinstance(table, dict):
         return False
-    names, kinds, sizes = table.get("names"), table.get("kinds"), table.get("sizes")
-    paid, grey = table.get("paid"), table.get("grey")
+    fields: list[Any] = [table.get(n) for n in ("names", "kinds", "sizes", "paid", "grey")]
+    names, kinds, sizes, paid, grey = fields
     return (
         isinstance(kinds, str)
         and len(kinds) == count

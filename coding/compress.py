@@ -130,19 +130,20 @@ def compress(
         while done < source.count:
             pictures = _read(source, done)
             names = _names(source, done, len(pictures))
-            payload, figures, coded = coder.encode(names, pictures)
+            payload, figures, kinds = coder.encode(names, pictures)
             if verify and not _reproduced(coder, payload, pictures):
                 report.not_reproduced += 1
-                payload, figures, coded = coder.encode(names, pictures, use_model=False)
+                payload, figures, kinds = coder.encode(names, pictures, use_model=False)
                 if not _reproduced(coder, payload, pictures):
                     raise CodingError("an image cannot be stored: this is a bug")
             started = time.process_time()
-            figures.bound_bits = _bound_bits(engine, [pictures[i] for i in coded])
+            by_kind = list(zip(kinds, pictures, strict=True))
+            figures.bound_bits = _bound_bits(engine, [p for kind, p in by_kind if kind == "m"])
             report.bound_seconds += time.process_time() - started
             write_chunk(file, done, len(pictures), payload)
             done += len(pictures)
             report.figures.add(figures)
-            report.without_metadata += sum(p.has_metadata for p in pictures)
+            report.without_metadata += sum(p.has_metadata for kind, p in by_kind if kind != "f")
             progress(done, source.count)
         write_end(file, done)
         report.archive_bytes = file.tell()

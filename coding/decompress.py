@@ -196,9 +196,9 @@ def _array(out: Path, count: int) -> Iterator[_Rows]:
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield _Rows(temporary, count)
-        os.link(temporary, out)  # fails if it exists
-    except FileExistsError:
-        raise CodingError(f"{out} was made by another process meanwhile") from None
+        if os.path.lexists(out):
+            raise CodingError(f"{out} was made by another process meanwhile: it stays as it is")
+        os.rename(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -41,10 +41,7 @@ from export.to_onnx import point_at_weights, traced
 from serving.engine.bundle import (
     CODEC_ARRAYS_NAME,
     CODEC_NAME,
-    MANIFEST_NAME,
     WEIGHTS_NAME,
-    BundleError,
-    open_bundle,
     verify_bundle,
     write_manifest,
 )
@@ -162,17 +159,14 @@ def add_codec(folder: Path, out: Path, taken: Callable[[str], Exception]) -> Non
         BundleError: the bundle is not whole.
         CodecError: the model cannot code images.
     """
-    manifest = verify_bundle(folder).manifest
-    check_codable(read_config(folder) | {"operations": list(open_bundle(folder).operations)})
-    if WEIGHTS_NAME not in manifest["files"]:
-        raise BundleError(f"{folder} holds no weights")
+    bundle = verify_bundle(folder)
+    check_codable(read_config(folder) | {"operations": list(bundle.operations)})
     with new_folder(out, taken) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         for old in temporary.glob("codec*"):
             old.unlink()
         write_codec(load_model(temporary), temporary)
-        (temporary / MANIFEST_NAME).unlink()
-        write_manifest(temporary, manifest)
+        write_manifest(temporary, bundle.manifest)
 
 
 class _Writer:

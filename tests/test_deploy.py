@@ -139,7 +139,7 @@ def test_ports_and_probes(pod: dict[str, Any], container: dict[str, Any]) -> Non
     assert ports == {name: VARIABLES[ours][1] for name, ours in named.items()}
     for probe in ("startupProbe", "readinessProbe"):
         assert container[probe]["httpGet"] == {"path": "/readyz", "port": "page"}
-    assert '@app.get("/readyz")' in (ROOT / "serving" / "page" / "app.py").read_text()
+    assert '@app.api_route("/readyz"' in (ROOT / "serving" / "page" / "app.py").read_text()
     assert container["livenessProbe"]["tcpSocket"]["port"] in ports
     services = list(yaml.safe_load_all((KUBERNETES / "base" / "service.yaml").read_text()))
     offered = {p["name"]: p for service in services for p in service["spec"]["ports"]}

@@ -151,10 +151,18 @@ def _halves(
         raise CalibrationError(
             f"{bundle.name} cannot score: it was trained without an inference network"
         )
-    return (
+    halves = (
         _usable(fit, bundle.image_shape, "fitting", report),
         _usable(calibrate, bundle.image_shape, "calibration", report),
     )
+    height, width, _ = bundle.image_shape
+    resized = sum(image.resized for half in halves for image in half)
+    report(
+        f"{sum(map(len, halves))} images: {len(halves[0])} fit the density of statistics, "
+        f"{len(halves[1])} set the false-alarm rate"
+        + (f"; {resized} were resized to {width} x {height} pixels" if resized else "")
+    )
+    return halves
 
 
 def _add_features(
@@ -226,8 +234,8 @@ def _warn_if_seen(
     if calibration.known is None:
         return
     report(
-        "the false-alarm rate holds only if the features' network has not seen the images that are "
-        "used here: they must not be its training images"
+        "note: features.onnx, the network that sees what images show, must not have been trained "
+        "on any of these images; otherwise more than a share of alpha will be rejected"
     )
     others = [
         image.pixels

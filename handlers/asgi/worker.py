@@ -21,6 +21,7 @@ from serving.api.errors import ApiError
 from serving.api.journal import Journal
 from serving.api.responses import Response, error_response
 from serving.api.service import Service
+from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
 
 NO_MEMORY = 70  # exit code: a request did not fit into memory; a new process may have more
@@ -32,6 +33,7 @@ class WorkerSettings:
 
     Attributes:
         bundle: folder of the bundle.
+        identity: of the model in it, ``NAME@HASH``.
         operation: one of the four operations.
         model: served name of the model.
         name: name of the worker in metrics and logs.
@@ -40,6 +42,7 @@ class WorkerSettings:
     """
 
     bundle: str
+    identity: str
     operation: str
     model: str
     name: str
@@ -56,7 +59,11 @@ def serve(connection: socket.socket) -> int:
     settings = WorkerSettings(
         **{**first[0]["settings"], "options": ServingOptions(**first[0]["settings"]["options"])}
     )
-    service = _load(settings)
+    try:
+        service = _load(settings)
+    except Exception as error:
+        _send(connection, {"error": f"{type(error).__name__}: {error}"})
+        raise
     _send(connection, {"answers": [], "measurements": _measurements(service)})
     while message := wire.read(stream):
         answers = _answer(service, settings.model, *message)
@@ -83,6 +90,11 @@ def _load(settings: WorkerSettings) -> Service:
         [settings.operation],
         cuda_graphs=options.cuda_graphs,
     )
+    # A worker that is replaced must not answer by what has been put into the folder since.
+    if engine.bundle.model_id != settings.identity:
+        raise BundleError(
+            f"{settings.bundle} has become {engine.bundle.model_id}, expected {settings.identity}"
+        )
     engine.warm_up()
     journal = Journal(Path(settings.logs), settings.name)
     return Service(settings.operation, engine, options.threads, journal)

@@ -6,10 +6,13 @@ A further engine is a further folder of ``handlers`` with a ``launcher``.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from handlers.front.releases import Release
+from handlers.launch.channel import Say
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import Timers
 from handlers.launch.run_folder import RunFolder
@@ -21,6 +24,7 @@ from serving.ports import Ports
 # default.
 ENGINES = {"torchserve": "serve", "asgi": "asgi"}
 DEFAULT = next(iter(ENGINES))
+SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,21 @@ class Plan:
     def num_workers(self) -> int:
         return len(self.bundles) * sum(self.workers.values())
 
+    @property
+    def release(self) -> Release:
+        """The first release, which is that of the bundles."""
+        return release_of(1, self.bundles)
+
+
+def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Release:
+    """A release of bundles; see :class:`handlers.front.releases.Release`."""
+    return Release(
+        number,
+        tuple(str(bundle.folder) for bundle in bundles),
+        tuple(bundle.model_id for bundle in bundles),
+        share,
+    )
+
 
 class Engine(Protocol):
     """The API's part of a service: the processes that compute, and their front.
@@ -82,6 +101,29 @@ class Engine(Protocol):
 
     def is_whole(self) -> bool:
         """Whether the files that it needs are still there."""
+
+
+@runtime_checkable
+class UpgradableEngine(Engine, Protocol):
+    """An engine that can serve two releases at a time."""
+
+    def change(self, releases: Sequence[Release], say: Say) -> None:
+        """Start the releases that do not run yet, route requests to all, and drain the others.
+
+        Args:
+            releases: the first gets the requests that the shares of the others leave.
+            say: called with :data:`SWITCHED` once requests are routed to them, perhaps twice.
+
+        Raises:
+            ChannelError: a release cannot be started; nothing has changed.
+        """
+
+    def releases(self) -> list[dict[str, Any]]:
+        """The fields of each running release, and its ``workers`` by model.
+
+        Raises:
+            ChannelError: the engine does not answer.
+        """
 
 
 def engine_class(name: str) -> type[Engine]:
