@@ -1,6 +1,6 @@
 """The ASGI application with its worker processes: forms, batches, crashes, metrics, stop.
 
-That its answers are those of the other engines is tested in test_contract.py.
+That its answers equal those of the other engines is tested in test_contract.py.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RunningApplication:
             return False
 
     def worker(self, name: str) -> psutil.Process:
-        """The one process of a model."""
+        """The only worker process of a model."""
         for line in self.output.read_text().splitlines():
             assert "Traceback" not in line, self.output.read_text()
         journal = str(self.logs / f"{name}-0.requests.jsonl")
@@ -122,7 +122,7 @@ class RunningApplication:
         )
 
     def in_flight(self, name: str) -> float:
-        """Requests that the front has taken; those that are answered are counted elsewhere."""
+        """Number of requests that the front has taken and not answered."""
         return sum(
             c.status == psutil.CONN_ESTABLISHED and c.laddr.port == self.port
             for c in psutil.Process(self.process.pid).net_connections("tcp")
@@ -316,7 +316,7 @@ def test_forms_that_are_refused(content_type: str, body: bytes) -> None:
     [
         (b"n=1&n=2", 400, "malformed_request"),
         (b"&".join(b"n%d=1" % i for i in range(MAX_FIELDS + 1)), 413, "too_many_images"),
-        (IMAGE, 200, None),  # a file that curl declares a form
+        (IMAGE, 200, None),  # a file that curl sends under a form's content type
     ],
 )
 def test_forms_are_checked(
@@ -650,7 +650,7 @@ def test_workers_end_with_a_front_that_is_killed(tmp_path: Path) -> None:
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Whether it has not ended; nobody may have reaped an orphan yet."""
+    """Whether a process runs; an orphan that has ended may not be reaped yet."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

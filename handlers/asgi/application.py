@@ -46,18 +46,18 @@ V2_SERVER = {
 }
 _V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>ready|infer))?")
 OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
-STOP_S = 25  # that requests which were accepted may take once it is asked to stop
-REFUSE_S = 20  # after which those that still wait for a worker are answered 503
+STOP_S = 25  # for accepted requests after a stop is requested
+REFUSE_S = 20  # after which requests that still wait for a worker are answered 503
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApplicationSettings(FrontSettings):
-    """What the application must know besides.
+    """Settings of the application, besides those of its front.
 
     Attributes:
         releases: fields of each :class:`handlers.front.releases.Release`, at least one.
         workers: processes of each bundle, by operation.
-        options: of :class:`handlers.launch.options.ServingOptions`.
+        options: fields of :class:`handlers.launch.options.ServingOptions`.
         logs: an existing folder.
         control: path of the socket at which the releases are changed, see
             :mod:`handlers.asgi.control`.
@@ -71,12 +71,12 @@ class ApplicationSettings(FrontSettings):
 
 
 class Application:
-    """What answers behind the front, for one release.
+    """Computes the answers of one release behind the front.
 
     Args:
-        pools: of the models that are served.
-        document: OpenAPI's, of the service.
-        limits: bound what a pool holds at once.
+        pools: the pools of the served models.
+        document: the OpenAPI document of the service.
+        limits: bounds on the requests that a pool holds at once.
     """
 
     def __init__(self, pools: list[Pool], document: dict[str, Any], limits: Limits) -> None:
@@ -106,7 +106,7 @@ class Application:
         }
 
     def api(self, path: str) -> Endpoint:
-        """``/predictions/{name}``, ``/v1/{name}``, and what can be read.
+        """Find the endpoint of ``/predictions/{name}``, ``/v1/{name}`` and the paths for GET.
 
         Raises:
             ApiError: 404.
@@ -142,7 +142,7 @@ class Application:
         return Endpoint(_reading(lambda: _json(200, pool.metadata)))
 
     def refuse(self) -> None:
-        """Answer 503 to what waits for a worker, and to what comes from now on."""
+        """Answer 503 to requests that wait for a worker and to all further ones."""
         for pool in self._pools:
             pool.refuse()
 
@@ -151,7 +151,7 @@ class Application:
         return {pool.name: pool.describe() for pool in self._pools}
 
     def is_ready(self) -> bool:
-        """Whether every model has a worker that can compute."""
+        """Whether every model has a worker that is ready."""
         return all(pool.is_ready for pool in self._pools)
 
     def _readiness(self) -> Answer:

@@ -1,6 +1,4 @@
-"""How ``ade serve`` changes the releases of the application while it runs: the other end of
-:func:`handlers.launch.channel.ask`.
-"""
+"""Lets ``ade serve`` change the releases of the running application over a private channel."""
 
 from __future__ import annotations
 

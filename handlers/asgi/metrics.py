@@ -1,4 +1,4 @@
-"""Sums of the workers' measurements, in Prometheus's text format; they outlast the workers."""
+"""Sums up the workers' measurements, beyond the life of a worker, in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Metrics:
     """Values by name and labels.
 
     Args:
-        refusals: of the front, by the code of the error.
+        refusals: requests that the front refused, by the error's code.
     """
 
     def __init__(self, refusals: Mapping[str, int]) -> None:

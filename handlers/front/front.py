@@ -26,7 +26,11 @@ from serving.api.guard import Receive, Scope, Send, error_answer, header_values,
 from serving.api.requests import PROBE_HEADER
 
 READING = ("GET", "HEAD")
-INFERRING = (*READING, "POST", "PUT")  # to GET and HEAD the engine answers what is missing
+INFERRING = (
+    *READING,
+    "POST",
+    "PUT",
+)  # GET and HEAD get the engine's error that says what is missing
 SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
 
 
@@ -152,7 +156,7 @@ class Front:
     async def _ask(
         self, endpoint: Endpoint, scope: Scope, receive: Receive, body: bytearray
     ) -> Answer:
-        """The engine's answer, when it is the request's turn.
+        """Ask the engine when it is the request's turn.
 
         Raises:
             ApiError: the engine did not answer, or cannot read the request.

@@ -1,5 +1,4 @@
-"""The releases between which a front chooses: the one that answers, and another beside it while the
-service is upgraded.
+"""Chooses the release that answers a request: the present one, or another beside it.
 
 A request is answered by one release as a whole. The release is chosen when the body has arrived, so
 that a slow upload does not keep an old release alive.
@@ -35,7 +34,7 @@ class Backend(Protocol):
         """
 
     def refuse(self) -> None:
-        """Answer 503 to what waits for a worker, and to what comes from now on."""
+        """Answer 503 to requests that wait for a worker and to all further ones."""
 
 
 @dataclass(frozen=True)

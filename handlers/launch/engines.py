@@ -20,7 +20,8 @@ from handlers.launch.supervision import Supervisor
 from serving.engine.bundle import Bundle
 from serving.ports import Ports
 
-# By name, the extra of pyproject.toml that has its packages; the first is the default.
+# The engines, each with the extra of pyproject.toml that has its packages; the first is the
+# default.
 ENGINES = {"torchserve": "serve", "asgi": "asgi"}
 DEFAULT = next(iter(ENGINES))
 SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
@@ -28,10 +29,10 @@ SWITCHED = "switched"  # said by an engine whose requests go to other releases f
 
 @dataclass(frozen=True)
 class Plan:
-    """What is served, how and where.
+    """The bundles to serve, how, and where.
 
     Attributes:
-        bundles: the first is served under the plain names.
+        bundles: the bundles, the first served under the plain names.
         options: how workers compute.
         workers: processes of each bundle, by operation.
         host: of the API and the page.
@@ -75,10 +76,10 @@ def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Re
 
 
 class Engine(Protocol):
-    """The API's part of a service: what computes, and its front.
+    """The API's part of a service: the processes that compute, and their front.
 
     Attributes:
-        timers: its counters of the time that requests take.
+        timers: names of its counters of the time that requests take.
     """
 
     timers: ClassVar[Timers]
@@ -96,7 +97,7 @@ class Engine(Protocol):
         """
 
     def drain(self) -> None:
-        """Finish what was accepted and refuse the rest; return after a bounded time."""
+        """Finish accepted requests and refuse the rest; return after a bounded time."""
 
     def is_whole(self) -> bool:
         """Whether the files that it needs are still there."""
@@ -126,7 +127,7 @@ class UpgradableEngine(Engine, Protocol):
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The engine of a name; its packages are imported here.
+    """The engine of this name, whose packages are imported here.
 
     Raises:
         ModuleNotFoundError: of a package that is not installed.

@@ -111,8 +111,8 @@ class Upgrades:
             return
         if set(release.models) == set(self._current.models):
             raise UpgradeError(
-                f"{_names(release)} is served already: answers and metrics of a canary could not be "
-                "told from the others"
+                f"{_names(release)} is served already: answers and metrics of a canary could not "
+                "be distinguished from the others"
             )
         self._change([self._current, release], lambda: None)
         self._canary = release

@@ -121,9 +121,7 @@ def _workers(releases: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
-    """Of each bundle: answers by the class of their status, their mean time in a worker, and how
-    many images were rejected.
-    """
+    """Answers by the class of their status, mean time in a worker, and rejected images by bundle."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for line in metrics.splitlines():
         match = re.fullmatch(rf'(\w+)\{{.*bundle="([^"]*)".*\}} {_NUMBER}', line)
@@ -217,8 +215,9 @@ def _requests(metrics: str) -> dict[str, float]:
 
 
 def _calibrations(metrics: str) -> dict[str, dict[str, Any]]:
-    """Of each model and calibration that was in use or is damaged: rejected images, how many were
-    expected, and whether its file cannot be used.
+    """The calibrations that were used or are damaged, by model.
+
+    Each has its rejected images, the expected number of these, and whether its file cannot be used.
     """
     found: dict[str, dict[str, Any]] = {}
     for metric, key in (
