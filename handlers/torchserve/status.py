@@ -121,7 +121,7 @@ def _workers(releases: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
-    """Answers by the class of their status, mean time in a worker, and rejected images by bundle."""
+    """Count answers by status class and rejected images, with the mean time, by bundle."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for line in metrics.splitlines():
         match = re.fullmatch(rf'(\w+)\{{.*bundle="([^"]*)".*\}} {_NUMBER}', line)
