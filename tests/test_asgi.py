@@ -390,7 +390,10 @@ def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
         for line in httpx.get(app.metrics).text.splitlines()
         if line.startswith('ade_worker_starts_total{model_name="sample"')
     ]
-    assert starts == ['ade_worker_starts_total{model_name="sample",worker="0"} 2.0']
+    model = open_bundle(PRETRAINED).model_id
+    assert starts == [
+        f'ade_worker_starts_total{{model_name="sample",worker="0",bundle="{model}"}} 2.0'
+    ]
 
 
 def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningApplication) -> None:

@@ -71,10 +71,12 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It matches its manifest, and cannot be loaded."""
-    return changed_copy(
-        tmp_path_factory.mktemp("damaged") / "bundle",
-        lambda folder: (folder / "score.onnx").write_bytes(b"not a graph"),
-    )
+
+    def damage(folder: Path) -> None:
+        disturb(folder)
+        (folder / "score.onnx").write_bytes(b"not a graph")
+
+    return changed_copy(tmp_path_factory.mktemp("damaged") / "bundle", damage)
 
 
 class Load:

@@ -71,7 +71,7 @@ class ApplicationSettings(FrontSettings):
 
 
 class Application:
-    """Computes the answers behind the front, for one release.
+    """Computes the answers of one release behind the front.
 
     Args:
         pools: the pools of the served models.
@@ -142,7 +142,7 @@ class Application:
         return Endpoint(_reading(lambda: _json(200, pool.metadata)))
 
     def refuse(self) -> None:
-        """Answer 503 to what waits for a worker, and to what comes from now on."""
+        """Answer 503 to requests that wait for a worker and to all further ones."""
         for pool in self._pools:
             pool.refuse()
 

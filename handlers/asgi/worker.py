@@ -33,7 +33,7 @@ class WorkerSettings:
 
     Attributes:
         bundle: folder of the bundle.
-        identity: of the model in it, ``NAME@HASH``.
+        identity: identity of the model in it, ``NAME@HASH``.
         operation: one of the four operations.
         model: served name of the model.
         name: name of the worker in metrics and logs.
