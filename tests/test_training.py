@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -36,7 +37,7 @@ from tests.service import free_ports
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
-from training.loop import RunOptions, train
+from training.loop import RunOptions, _with_others, train
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -919,6 +920,20 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     assert a.keys() == b.keys() and 20 in a
     for step in a:
         assert a[step] == pytest.approx(b[step], abs=1e-4)
+
+
+def test_a_lost_process_is_an_error_of_the_run() -> None:
+    """Of a single process there is nothing to lose: its errors are its own."""
+    with (
+        pytest.raises(RunError, match="process 1 of 2 has lost the others: .*resume.*Connection"),
+        _with_others(SimpleNamespace(world_size=2, global_rank=1)),
+    ):
+        raise RuntimeError("Connection closed by peer\nand a stack")
+    with (
+        pytest.raises(RuntimeError, match="of its own"),
+        _with_others(SimpleNamespace(world_size=1, global_rank=0)),
+    ):
+        raise RuntimeError("of its own")
 
 
 def start_node(rank: int, port: int, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
