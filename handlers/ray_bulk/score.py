@@ -44,7 +44,7 @@ class Scorer:
     """
 
     def __init__(self, bundle: str, options: BulkOptions, version: str) -> None:
-        opened = open_bundle(bundle)
+        opened = open_bundle(Path(bundle))
         self._scorer = FileScorer(opened, None, options, version, read=read_any_file)
         self._schema = _schema(opened, options)
 

@@ -50,7 +50,7 @@ def of_own_instance(folder: Path, token_file: Path, mark: str) -> dict[str, str]
     """
     metrics, stats, fallback, grpc = free_ports(4)
     if has_haproxy():
-        haproxy = _haproxy_on_loopback(folder, metrics, stats)
+        haproxy = haproxy_on_loopback(folder, metrics, stats)
         variables = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy)}
     else:
         variables = {}
@@ -86,7 +86,7 @@ def of_cluster(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("RAY_")}
 
 
-def _haproxy_on_loopback(folder: Path, *ports: int) -> Path:
+def haproxy_on_loopback(folder: Path, *ports: int) -> Path:
     """A command that runs HAProxy with its own metrics and statistics on loopback alone; the
     configuration that Ray writes has them on all addresses.
     """

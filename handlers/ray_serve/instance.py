@@ -65,8 +65,9 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Any]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ray.shutdown()
         assert own_guard.stdin is not None
-        own_guard.stdin.write(guard.DONE)
-        own_guard.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            own_guard.stdin.write(guard.DONE)
+            own_guard.stdin.close()
 
 
 def _stop(number: int, frame: object) -> None:
