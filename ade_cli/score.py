@@ -25,9 +25,10 @@ ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Score image files: bits per dimension, the verdict and the decision. Files are answered as JSON "
-        "lines; a folder goes into a table, and the same command resumes where it was ended. Exit "
-        f"status: 0; 2 for an error; {NO_VERDICT} where no image got a verdict."
+        "Score image files: bits per dimension, the verdict and the decision. Scores of files are "
+        "printed as JSON lines; those of a folder are written to a table, and the same command "
+        f"resumes an interrupted one. Exit status: 0; 2 for an error; {NO_VERDICT} if no image got "
+        "a verdict."
     )
     parser.add_argument(
         "images",
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help=f"of a folder's scores: {', '.join(FORMATS)}; with --engine ray a folder of Parquet files",
+        help=f"of a folder's scores: {', '.join(FORMATS)}; with --engine ray, a folder",
     )
     parser.add_argument(
         "--alpha",
@@ -129,8 +130,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if len(images) != 1 or not images[0].is_dir():
         raise BulkError(
-            f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: without it, files "
-            "are answered as JSON lines"
+            f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: "
+            "without it, scores of files are printed as JSON lines"
         )
     check_parent(out)
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -176,8 +177,8 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
 def _report(args: argparse.Namespace, summary: Summary) -> int:
     """Print the summary; returns the exit status."""
     print(
-        f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, {summary.accepted} accepted "
-        f"at alpha {args.alpha:g}; {summary.errors} could not be scored"
+        f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, "
+        f"{summary.accepted} accepted at alpha {args.alpha:g}; {summary.errors} could not be scored"
     )
     if not summary.scored:
         raise BulkError(
@@ -186,17 +187,19 @@ def _report(args: argparse.Namespace, summary: Summary) -> int:
     judged = summary.rejected + summary.accepted
     if judged:
         print(
-            f"of {judged} images like the calibration's, about {args.alpha * judged:.0f} would be rejected"
+            f"of {judged} images like the calibration images, about {args.alpha * judged:.0f} "
+            "would be rejected"
         )
     return _status({None} if judged else {f"see the column decision_reason of {args.out}"})
 
 
 def _status(reasons: set[str | None]) -> int:
-    """0, or the status that says that there is no verdict, with a warning."""
+    """Return the exit status: 0, or :data:`NO_VERDICT` with a warning."""
     if None in reasons:
         return 0
     print(
-        f"warning: no image got a verdict, so none is accepted: {'; '.join(sorted(filter(None, reasons)))}",
+        "warning: no image got a verdict, so none is accepted: "
+        f"{'; '.join(sorted(filter(None, reasons)))}",
         file=sys.stderr,
     )
     return NO_VERDICT

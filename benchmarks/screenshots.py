@@ -1,4 +1,4 @@
-"""Pictures of the running page: every tab, filled and with an error, by width and colour scheme.
+"""Takes pictures of the running page: every tab, filled and with an error.
 
     python -m benchmarks.screenshots URL screenshots --sheet docs/pictures/page.webp
 
@@ -96,7 +96,7 @@ FILL: dict[str, Callable[[Locator], None]] = {
     "Compare": _compare,
     "About": _about,
 }
-ERRORS = ("Score", "Reconstruct")  # what a broken file looks like
+ERRORS = ("Score", "Reconstruct")  # the answer to a broken file
 
 
 def pictures(browser: Browser, url: str, width: int, scheme: str) -> dict[str, bytes]:
@@ -110,7 +110,7 @@ def pictures(browser: Browser, url: str, width: int, scheme: str) -> dict[str, b
     expect(page.get_by_role("tab", name="Score", exact=True)).to_be_visible()
     for tab in TABS:
         if not page.get_by_role("tab", name=tab, exact=True).count():
-            continue  # Compare, of a single model
+            continue  # Compare needs several models
         FILL[tab](show(page, tab))
         page.mouse.move(0, 0)
         page.wait_for_timeout(700)

@@ -1,4 +1,4 @@
-"""The look that the page, the reports and the pictures share: name, mark and style sheet.
+"""What gives the page, the reports and the pictures one look: name, logo and style sheet.
 
 The style sheet needs nothing else. A report embeds it whole::
 

@@ -1,4 +1,4 @@
-"""The list of files of a bulk run: written once, in parts, so that every run of it sees the same."""
+"""The list of files of a bulk run, written once in parts, so that a resumed run has the same."""
 
 from __future__ import annotations
 

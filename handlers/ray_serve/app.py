@@ -54,7 +54,13 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
     handles = {}
     for name, operation, bundle in served_models([open_bundle(Path(b)) for b in settings.bundles]):
         worker = WorkerSettings(
-            str(bundle.folder), operation, name, name, settings.logs, settings.options
+            str(bundle.folder),
+            bundle.model_id,
+            operation,
+            name,
+            name,
+            settings.logs,
+            settings.options,
         )
         handles[name] = (
             serve.deployment(Replica)

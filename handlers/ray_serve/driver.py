@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handlers.asgi.application import ApplicationSettings
 from handlers.front import listen
 from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import CONTENT_TYPE
 from handlers.front.front import Answer, Endpoint, Front, Request
+from handlers.front.settings import FrontSettings
 from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
 from handlers.ray_serve.settings import Access, ServeSettings
 from serving.api.errors import ApiError
@@ -30,13 +30,21 @@ CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriverSettings(ApplicationSettings):
+class DriverSettings(FrontSettings):
     """What the driver must know besides.
 
     Attributes:
+        bundles: their folders, the first served under the plain names.
+        workers: replicas of each bundle at most, by operation.
+        options: fields of :class:`handlers.launch.options.ServingOptions`.
+        logs: an existing folder.
         address: of a cluster; our own instance if there is none.
     """
 
+    bundles: tuple[str, ...]
+    workers: dict[str, int]
+    options: dict[str, Any]
+    logs: str
     address: str | None
 
 

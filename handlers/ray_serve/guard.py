@@ -1,6 +1,7 @@
-"""Ends what a Ray instance leaves behind when the process that started it is killed:
-``python -m handlers.ray_serve.guard MARK FOLDER [ADDRESS]``, its standard input a pipe from that
-process.
+"""Ends what a Ray instance leaves behind when the process that started it is killed.
+
+``python -m handlers.ray_serve.guard MARK FOLDER [ADDRESS]``, with a pipe from that process as its
+standard input.
 
 Ray's processes end with each other in most cases, and HAProxy with none. All inherit a mark in
 their environment, by which they are found here.

@@ -1,5 +1,6 @@
-"""The front on Ray: the ASGI application of :mod:`handlers.asgi`, before replicas instead of
-worker processes.
+"""The front on Ray: the ASGI application of :mod:`handlers.asgi`.
+
+Behind it are replicas instead of worker processes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ray.serve.exceptions import BackPressureError
 
 from handlers.asgi import v2
 from handlers.asgi.application import OPEN, Application, served_models
-from handlers.asgi.metrics import ANSWER_SECONDS, Metrics
+from handlers.asgi.metrics import ANSWER_SECONDS, MODEL
 from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import CONTENT_TYPE
 from handlers.front.front import Answer, Endpoint, Front, Request
@@ -40,18 +41,36 @@ class RemoteModel:
 
     Args:
         name: of the model and of its deployment.
+        identity: of the model, ``NAME@HASH``.
         handle: of the deployment.
         metadata: of the model, by the Open Inference Protocol.
         timeout_s: for an answer, the queue included.
     """
 
-    def __init__(self, name: str, handle: Any, metadata: dict[str, Any], timeout_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        identity: str,
+        handle: Any,
+        metadata: dict[str, Any],
+        timeout_s: float,
+    ) -> None:
         self.name = name
+        self.identity = identity
         self.metadata = metadata
         self.is_ready = False
         self.seconds = 0.0  # that requests took, since they were last reported
         self._handle = handle
         self._timeout_s = timeout_s
+        self._is_stopping = False
+
+    def refuse(self) -> None:
+        """Answer 503 to all further requests; Serve itself waits for the others."""
+        self._is_stopping = True
+
+    def describe(self) -> dict[str, Any]:
+        """Whether a replica can compute."""
+        return {"ready": self.is_ready}
 
     async def answer(self, request: Request, v2: int | None = None) -> Answer:
         """The answer to a request.
@@ -59,6 +78,8 @@ class RemoteModel:
         Raises:
             ApiError: 503, a replica died over it, too many wait, or it took too long.
         """
+        if self._is_stopping:
+            raise ApiError(503, "stopping", "the service is being stopped")
         about = {
             # Ray's proxy adds this header to the answer by itself.
             "id": request.headers.get(REQUEST_ID, "")[:MAX_ID] or str(uuid.uuid4()),
@@ -121,12 +142,16 @@ class Ingress:
         bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
         self._models = [
             RemoteModel(
-                name, handles[name], v2.metadata(name, operation, bundle), limits.upstream_s
+                name,
+                bundle.model_id,
+                handles[name],
+                v2.metadata(name, operation, bundle),
+                limits.upstream_s,
             )
             for name, operation, bundle in served_models(bundles)
         ]
         document = openapi_document(access.url, bundles, access.token is not None)
-        application = Application(self._models, Metrics({}), document, limits)
+        application = Application(self._models, document, limits)
         self._metrics = metrics
         self._exposes_metrics = settings.exposes_metrics
         self._find = application.api
@@ -195,6 +220,7 @@ class Ingress:
         measured: Measured = []
         for model in self._models:
             if model.seconds:
-                measured.append((ANSWER_SECONDS.name, {"model_name": model.name}, model.seconds))
+                labels = {"model_name": model.name, MODEL: model.identity}
+                measured.append((ANSWER_SECONDS.name, labels, model.seconds))
                 model.seconds = 0.0
         return measured, refusals

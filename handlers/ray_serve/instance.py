@@ -30,9 +30,9 @@ class ClusterError(RuntimeError):
 
 @contextlib.contextmanager
 def ray_instance(address: str | None, num_workers: int) -> Iterator[Any]:
-    """The module ``ray``, connected. What was started is stopped at the end of the block, or when
-    this process is killed.
+    """Connect to Ray, and return its module.
 
+    What was started is stopped at the end of the block, or when this process is killed.
     SIGTERM ends the block with :class:`SystemExit`.
 
     Args:

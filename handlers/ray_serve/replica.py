@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from ray import serve
 
-from handlers.asgi.metrics import QUEUE_SECONDS
+from handlers.asgi.metrics import MODEL, QUEUE_SECONDS
 from handlers.asgi.worker import WorkerSettings, answer_batch, load_service, measurements
 from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S, RESPONSE_TIMEOUT_S
 from handlers.ray_serve.reporter import Measured, Reporter
@@ -44,7 +44,8 @@ class Replica:
         context = serve.get_replica_context()
         Path(settings.logs).mkdir(parents=True, exist_ok=True)
         self._model = settings.model
-        self._labels = {"model_name": settings.model, "worker": str(context.rank.rank)}
+        self._of_model = {"model_name": settings.model, MODEL: settings.identity}
+        self._labels = {**self._of_model, "worker": str(context.rank.rank)}
         name = f"{settings.name}-{context.replica_tag}"
         self._service = load_service(dataclasses.replace(settings, name=name))
         self._thread = ThreadPoolExecutor(1, "compute")
@@ -101,8 +102,7 @@ class Replica:
             for name, labels, value in measurements(self._service)
         ]
         if seconds:
-            model = {"model_name": self._model}
-            measured.append((QUEUE_SECONDS.name, model, seconds))
+            measured.append((QUEUE_SECONDS.name, self._of_model, seconds))
         return measured, {}
 
     async def __del__(self) -> None:

@@ -1,5 +1,4 @@
-"""HTML and SVG of what a score says: the verdict, its place among the calibration images, its
-reasons, its parts.
+"""Draws a score as HTML and SVG: verdict, place among the calibration images, reasons, parts.
 
 The classes are those of ``serving/style.css``, so that reports can use the same pieces.
 """
@@ -17,8 +16,10 @@ from serving.verdict.statistics import meaning
 
 WIDTH = 520
 BINS = 52
-BEYOND = 1.35  # how far the axis may be stretched for an image outside of the calibration's range
-FAMILIES = 4  # of statistics, that are named as reasons
+BEYOND = (
+    1.35  # how far the axis may extend for an image outside the range of the calibration images
+)
+FAMILIES = 4  # number of statistics that are named as reasons
 ICONS = {
     "accept": "M5 17.5l7 7 15-16",
     "reject": "M7 7l18 18M25 7L7 25",
@@ -28,7 +29,7 @@ HEADINGS = {"accept": "Accepted", "reject": "Rejected", "no_verdict": "No verdic
 
 
 def percent(share: float) -> str:
-    """A share in per cent, as it is read out: ``0.01`` is ``1 %``."""
+    """A share as a percentage: ``0.01`` is ``1 %``."""
     return f"{100 * share:.3g}\u00a0%"
 
 
@@ -42,7 +43,8 @@ def verdict_card(
     """The decision in its colour, the sentence that explains it, figures and notes."""
     icon = (
         '<svg viewBox="0 0 32 32" aria-hidden="true" fill="none" stroke="currentColor" '
-        f'stroke-width="4" stroke-linecap="round" stroke-linejoin="round"><path d="{ICONS[choice]}"/></svg>'
+        'stroke-width="4" stroke-linecap="round" stroke-linejoin="round">'
+        f'<path d="{ICONS[choice]}"/></svg>'
     )
     shown = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
@@ -61,12 +63,12 @@ def badge(choice: str, text: str | None = None) -> str:
 
 
 def empty(text: str) -> str:
-    """What stands where a result will be."""
+    """A placeholder for a result."""
     return f'<div class="ade-empty">{escape(text)}</div>'
 
 
 def reasons(explain: Sequence[Unusual], alpha: float) -> str:
-    """How many statistics are unusual at a level, how many would be by chance, and which they are.
+    """The number of unusual statistics at a level, the number expected by chance, and their names.
 
     Args:
         explain: every statistic of an image, the most unusual first.
@@ -93,7 +95,7 @@ def reasons(explain: Sequence[Unusual], alpha: float) -> str:
 
 
 def explain_table(explain: Sequence[Unusual]) -> str:
-    """The statistics in a table: name, what it is of, value, p-value."""
+    """The statistics in a table: name, description, value, p-value."""
     rows = "".join(
         f"<tr><td><code>{escape(r.statistic)}</code><br><small>{escape(meaning(r.statistic))}"
         f'</small></td><td class="ade-number">{r.value:.3g}</td>'
@@ -125,7 +127,7 @@ def parts_chart(parts: dict[str, float], bpd: float) -> str:
 def levels_chart(
     parts: dict[str, float], latent_shapes: Sequence[tuple[int, int, int]], num_dims: int
 ) -> str:
-    """Bars of the bits that an image takes in each latent level.
+    """Bars of the bits of an image in each latent level.
 
     Args:
         parts: of its score, bits per dimension.
@@ -164,9 +166,7 @@ def _bars(rows: Sequence[tuple[str, float]], label: str, form: str) -> str:
 
 
 def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str:
-    """Where an image lies among the calibration images: their scores, what the level rejects, and
-    a mark.
-    """
+    """A histogram of the calibration images' scores, with the level and the mark of an image."""
     reference = calibration.scores
     count = len(reference)
     rejected = int(alpha * (count + 1) + 1e-9) - 1  # calibration images beyond the level
@@ -197,7 +197,8 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
     axis = (
         f'<line x1="0" x2="{WIDTH}" y1="{base}" y2="{base}" class="ade-base"/>'
         f'<text x="0" y="{height - 4}" class="ade-axis">ordinary</text>'
-        f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis">more unusual →</text>'
+        f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis">'
+        "more unusual →</text>"
     )
     shown = WIDTH - 10.0 if is_outside else place(ood_score)
     if level is not None:
@@ -229,7 +230,7 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
 
 
 def histogram_chart(reference: np.ndarray, value: float) -> str:
-    """Where a number of bits per dimension lies among those of the calibration images."""
+    """A histogram of the calibration images' bits per dimension, with the mark of an image."""
     low = min(float(reference.min()), value) - 0.1
     high = max(float(reference.max()), value) + 0.1
     counts, edges = np.histogram(reference, BINS, (low, high))
