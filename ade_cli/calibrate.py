@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from ade_cli.data_options import (
 )
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
-from export.verdict.what_if import corruptions_of, rejected, usable
 from serving.engine.bundle import Bundle, BundleError, open_bundle
-from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
@@ -39,7 +36,6 @@ ALPHAS = (0.1, 0.05, 0.01)
 ENOUGH = 1000
 MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # the rest calibrates; of CIFAR-10's held-out images it is as much
-CORRUPTED_IMAGES = 100  # of each kind of corruption
 
 Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
 
@@ -117,8 +113,9 @@ def run(args: argparse.Namespace) -> None:
                 f"{open_bundle(target).model_id}"
             )
         made = calibrate_into(target, args.name, fit(), calibration(), name, say, unseen())
+    assert made.exact is not None
     _tell(made)
-    _tell_caught(open_bundle(target), made, calibration)
+    _tell_caught(made.exact)
     if args.into is None:
         say(f"wrote {target}; next: ade serve {target}")
     else:
@@ -223,13 +220,10 @@ def _tell_of(calibration: Calibration, what: str) -> None:
             )
 
 
-def _tell_caught(bundle: Bundle, calibrations: Calibrations, images: Images) -> None:
+def _tell_caught(calibration: Calibration) -> None:
     """What the new gate rejects of calibration images that are corrupted."""
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    kept, _ = usable(engine, islice(images(), CORRUPTED_IMAGES))
-    say(
-        f"rejected of {len(kept)} of these images, corrupted, at alpha {ALPHAS[1]} and {ALPHAS[2]}:"
-    )
-    for name, corrupted in corruptions_of(kept).items():
-        shares = rejected(engine, calibrations, corrupted, ALPHAS[1:])
+    count = max(map(len, calibration.corrupted.values()), default=0)
+    say(f"rejected of {count} of these images, corrupted, at alpha {ALPHAS[1]} and {ALPHAS[2]}:")
+    for name in calibration.corrupted:
+        shares = [calibration.caught(alpha).get(name) for alpha in ALPHAS[1:]]
         say(f"  {name}: {', '.join(percent(share) for share in shares)}")

@@ -13,6 +13,7 @@ from html import escape
 import numpy as np
 
 from serving.verdict.calibration import Calibration, Unusual
+from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 from serving.verdict.statistics import meaning
 
 WIDTH = 520
@@ -89,6 +90,51 @@ def reasons(explain: Sequence[Unusual], alpha: float) -> str:
     return (
         f'<div class="ade-part"><h3>Reasons</h3><p>{head} The verdict judges all of them together.'
         f"</p>{f'<ul class=ade-counts>{listed}</ul>' if listed else ''}</div>"
+    )
+
+
+def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
+    """What a level would mean for a day of images like the calibration's: false alarms with their
+    band, and the share of corrupted images that is caught.
+
+    Args:
+        calibration: of the way that the images take to the model.
+        alpha: the level.
+        per_day: images per day.
+    """
+    count = len(calibration.scores)
+    rank = flagging_rank(count, alpha)
+    if rank == 0:
+        note = calibration.too_small(alpha) or ""
+        return (
+            '<div class="ade-part" role="status"><p><b>No image can be rejected:</b> '
+            f"{escape(note)}.</p></div>"
+        )
+    low, high = (round(share * per_day) for share in false_alarm_band(count, alpha, tested=per_day))
+    expected = per_day * rank / (count + 1)
+    shown = f"{expected:,.0f}" if expected >= 10 else f"{expected:.2g}"
+    caught = calibration.caught(alpha)
+    said = (
+        f"<p><b>About {shown} false {'alarm' if shown == '1' else 'alarms'} per day</b> among {per_day:,} in-distribution images; "
+        f"{low:,} to {high:,} with a probability of 95 %, for a calibration with "
+        f"{count:,} images.</p>"
+    )
+    if not caught:
+        return (
+            f'<div class="ade-part" role="status">{said}<p><small>This calibration does not say '
+            "what would be caught: <code>ade calibrate</code> measures it.</small></p></div>"
+        )
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="ade-share">'
+        f'<span style="width: {100 * share:.1f}%"></span></td>'
+        f'<td class="ade-number">{percent(share)}</td></tr>'
+        for name, share in caught.items()
+    )
+    tested = max(map(len, calibration.corrupted.values()))
+    return (
+        f'<div class="ade-part" role="status">{said}<table class="ade-table ade-caught"><caption>'
+        f"Caught of {tested:,} images corrupted in each of these ways</caption>"
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 

@@ -18,9 +18,20 @@ from PIL import Image
 from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
 from serving.page import charts
-from serving.page.files import write_file
+from serving.page.files import KEPT_S, write_file
 from serving.page.score import WORDS, alpha_input
-from serving.page.served import Served, Shared, ask, html, read, resize_input, sentence
+from serving.page.served import (
+    Runs,
+    Served,
+    Shared,
+    ask,
+    html,
+    is_outdated,
+    latest_only,
+    read,
+    resize_input,
+    sentence,
+)
 from serving.tables import safe_cell
 from serving.verdict.calibration import benjamini_hochberg, simes
 from serving.verdict.decision import Choice, fdr_note
@@ -125,7 +136,7 @@ def add_tab(shared: Shared) -> None:
         resize: bool,
         alpha: float = 0.01,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio's way)
-    ) -> tuple[str, list[dict[str, Any]], Any]:
+    ) -> tuple[Any, Any, Any]:
         """What is to be reported of the files together, a row for each, the most unusual first, and
         the rows as a CSV file.
         """
@@ -142,6 +153,8 @@ def add_tab(shared: Shared) -> None:
         pictures: list[str] = []
         results: list[Any] = []
         for batch in batches(contents(paths)):
+            if is_outdated():
+                return (gr.skip(),) * 3  # nobody will see the rest
             progress((len(results), count), unit="images")
             scored = _scores(served, model, [data for _, data in batch], resize, alpha)
             names += [name for name, _ in batch]
@@ -173,8 +186,12 @@ def add_tab(shared: Shared) -> None:
             gr.DownloadButton(value=write_file(_csv(rows), "scores.csv"), interactive=True),
         )
 
-    def clear() -> tuple[str, list[Any], Any]:
+    def clear(runs: Runs) -> tuple[str, list[Any], Any]:
+        runs.start()  # what still runs is of other files
         return charts.empty(EMPTY), [], gr.DownloadButton(interactive=False)
+
+    def clear_if_failed(runs: Runs) -> Any:
+        return clear(runs) if runs.failed == runs.latest else (gr.skip(),) * 3
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -207,23 +224,18 @@ def add_tab(shared: Shared) -> None:
             )
             download = gr.DownloadButton("Download CSV", interactive=False)
     results = [said, table, download]
+    runs = gr.State(Runs(), time_to_live=KEPT_S)
     scored = go.click(
-        score_many,
-        [shared.model, files, folder, fdr, resize, alpha],
+        latest_only(score_many, len(results)),
+        [shared.model, files, folder, fdr, resize, alpha, runs],
         results,
         api_name="score_many",
         show_progress_on=said,
+        trigger_mode="multiple",
     )
     quiet: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    gr.on(
-        [files.change, folder.change, shared.model.change],
-        clear,
-        None,
-        results,
-        cancels=[scored],
-        **quiet,
-    )
-    scored.failure(clear, None, results, **quiet)
+    gr.on([files.change, folder.change, shared.model.change], clear, runs, results, **quiet)
+    scored.failure(clear_if_failed, runs, results, **quiet)
 
 
 def _said(

@@ -9,6 +9,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,14 @@ class Runs:
         return self.latest
 
 
+_is_outdated: ContextVar[Callable[[], bool]] = ContextVar("is_outdated", default=lambda: False)
+
+
+def is_outdated() -> bool:
+    """Whether a later run than this one has begun: a long run under :func:`latest_only` may end."""
+    return _is_outdated.get()()
+
+
 def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
     """Take a :class:`Runs` as one more argument, and leave the page as it is where a later run has
     begun before this one ends, be it with results or with an error.
@@ -320,6 +329,7 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
     def numbered(*values: Any) -> Any:
         *given, runs = values
         number = runs.start()
+        _is_outdated.set(lambda: number != runs.latest)
         try:
             found = run(*given)
         except Exception:
@@ -331,11 +341,14 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
                 return found
         return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
 
-    own = inspect.signature(run)  # names the arguments in the API
-    runs = inspect.Parameter("runs", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    numbered.__signature__ = own.replace(  # type: ignore[attr-defined]
-        parameters=[*own.parameters.values(), runs]
+    own = [*inspect.signature(run).parameters.values()]  # names the arguments in the API
+    after_default = own[-1].default is not inspect.Parameter.empty
+    runs = inspect.Parameter(
+        "runs",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=None if after_default else inspect.Parameter.empty,
     )
+    numbered.__signature__ = inspect.Signature([*own, runs])  # type: ignore[attr-defined]
     return numbered
 
 
