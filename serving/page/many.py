@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from serving.brand import percent, verdict_card
 from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
 from serving.page import charts
@@ -260,15 +261,15 @@ def _said(
     """
     judged = len(p_values)
     if not judged:
-        return charts.verdict_card(
+        return verdict_card(
             "no_verdict", f"No verdict on any of {count} files: their notes say why."
         )
     sentence = (
-        f"Rejected at a false-alarm rate of {charts.percent(alpha)}; if all were in-distribution, "
+        f"Rejected at a false-alarm rate of {percent(alpha)}; if all were in-distribution, "
         f"about {alpha * judged:.2g} of {judged} would be."
     )
     notes = [
-        f"{discoveries} are discoveries at a false discovery rate of {charts.percent(fdr)} "
+        f"{discoveries} are discoveries at a false discovery rate of {percent(fdr)} "
         "(Benjamini and Hochberg)."
     ]
     note = fdr_note(calibrated, judged, fdr)
@@ -280,7 +281,7 @@ def _said(
     facts = [f"all together: p = {simes(p_values):.2g} (Simes)"] if judged > 1 else []
     heading = f"{rejected} of {judged} images rejected"
     choice: Choice = "reject" if rejected else "no_verdict" if judged < count else "accept"
-    return charts.verdict_card(choice, sentence, facts, notes, heading)
+    return verdict_card(choice, sentence, facts, notes, heading)
 
 
 def _scores(

@@ -8,6 +8,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from serving.brand import percent, verdict_card
 from serving.client import ScoreResult
 from serving.images import write_png
 from serving.page import charts
@@ -71,7 +72,7 @@ def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple
         facts.insert(0, f"p = {result.p_value:.2g}")
     # A note at the level of the request: the sentence is about this one.
     notes = [note for note in result.notes if not note.startswith("nothing can be flagged")]
-    card = charts.verdict_card(choice, sentence, facts, notes)
+    card = verdict_card(choice, sentence, facts, notes)
     if calibration is None or result.ood_score is None:
         return card, "", ""
     place = charts.place_chart(calibration, result.ood_score, alpha)
@@ -94,7 +95,7 @@ def verdict(served: Served, model: str, scored: Scored, alpha: float) -> tuple[C
         how_many = f"none of {count:,} calibration images"
     verb = "is" if others in (0, 1) else "are"
     return ruling.choice, (
-        f"{WORDS[ruling.choice].capitalize()} at a false-alarm rate of {charts.percent(alpha)}: "
+        f"{WORDS[ruling.choice].capitalize()} at a false-alarm rate of {percent(alpha)}: "
         f"{how_many} {verb} at least as unusual."
     )
 
