@@ -125,6 +125,8 @@ def pictures(browser: Browser, url: str, width: int, scheme: str, out: Path) -> 
     def keep(name: str) -> None:
         page.mouse.move(0, 0)
         page.wait_for_timeout(700)
+        page.evaluate("document.querySelectorAll('img').forEach((i) => { i.loading = 'eager'; })")
+        page.wait_for_function("[...document.images].every((image) => image.complete)")
         path = out / f"{name}-{width}-{scheme}.png".lower().replace(" ", "-")
         page.screenshot(full_page=True, path=path)
         print(path, flush=True)

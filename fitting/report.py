@@ -130,9 +130,9 @@ def write_report(findings: Findings, path: Path) -> None:
     page = render(
         findings.plan.name,
         _verdict(findings),
-        TEMPLATE,
-        "fitting",
-        {"number": "{:,}".format, "png": _png},
+        template=TEMPLATE,
+        package="fitting",
+        filters={"number": "{:,}".format, "png": _png},
         **vars(findings),
         elbo=findings.bundle.manifest["evaluation"]["elbo"],
         psnr_db=np.mean(inexact) if inexact else None,

@@ -19,6 +19,7 @@ NUMBER = r"[\d–−<>±.\[]"  # how a cell with a number begins
 def render(
     title: str,
     verdict: str,
+    content: str = "",
     template: str = FRAME,
     package: str = "serving",
     filters: dict[str, Callable[..., Any]] | None = None,
@@ -29,7 +30,8 @@ def render(
     Args:
         title: of the page.
         verdict: HTML, of :func:`serving.brand.verdict_card`; it comes first.
-        template: one that extends the frame, or the frame itself, which shows ``content``.
+        content: HTML, what the frame itself shows below it.
+        template: one that extends the frame.
         package: that has it in its folder ``templates``.
         filters: more of them.
         values: for the template; ``subtitle`` stands below the title. Text is escaped.
@@ -45,9 +47,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= filters or {}
-    trusted = {"mark": MARK, "style": STYLE, "verdict": verdict, "content": ""} | (
-        {"content": values.pop("content")} if "content" in values else {}
-    )
+    trusted = {"mark": MARK, "style": STYLE, "verdict": verdict, "content": content}
     return environment.get_template(template).render(
         title=title,
         name=NAME,

@@ -155,7 +155,7 @@ def add_tab(shared: Shared) -> None:
         results: list[Any] = []
         for batch in batches(contents(paths)):
             if is_outdated():
-                return (gr.skip(),) * 3  # nobody will see the rest
+                return gr.skip(), gr.skip(), gr.skip()  # nobody will see the rest
             progress((len(results), count), unit="images")
             scored = _scores(served, model, [data for _, data in batch], resize, alpha)
             names += [name for name, _ in batch]

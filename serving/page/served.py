@@ -271,11 +271,11 @@ def example_files(served: Served) -> dict[str, list[str]]:
     }
 
 
-def examples(image: gr.Image, files: dict[str, list[str]]) -> None:
+def examples(image: gr.Image, files: dict[str, list[str]], min_width: int = 280) -> None:
     """Example images, each kind in a row of its own; a click on one fills ``image``."""
     with gr.Row(elem_classes="ade-examples"):
         for label, paths in files.items():
-            with gr.Column(min_width=280):
+            with gr.Column(min_width=min_width):
                 chosen = gr.Dataset(
                     components=[gr.Image(type="filepath", format="png", render=False)],
                     samples=[[path] for path in paths],
