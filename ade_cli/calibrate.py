@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ade_cli.advice import advice
 from ade_cli.data_options import (
     add_data_arguments,
     dataset_of,
@@ -20,7 +21,7 @@ from ade_cli.data_options import (
 )
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
-from serving.engine.bundle import Bundle, BundleError, open_bundle
+from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
@@ -31,23 +32,22 @@ from training.datasets.folder import image_files
 
 ERRORS = (BundleError, CalibrationError, DataError, FeaturesError)
 
-HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and unseen ones
+HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and never used before
 ALPHAS = (0.1, 0.05, 0.01)
-ENOUGH = 1000
 MAX_IMAGES = 20_000
-FIT_SHARE = 0.4  # the rest calibrates; of CIFAR-10's held-out images it is as much
+FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
 
 Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Calibrate a bundle's gate on your images: afterwards it accepts images like them. No network "
-        "is trained. Two fifths of the images fit the density of statistics, the others set the "
-        "false-alarm rate; 1,000 or more are advisable. Images of another size than the model's are "
-        "resized. The result is a new bundle (OUT), or a further calibration in a bundle (--into, "
-        "--name). Prints the false-alarm rates to expect and the share of corrupted images that is "
-        "rejected."
+        "Calibrate a bundle's gate on your images: afterwards it accepts images like them. No "
+        "network is trained. Two fifths of the images fit the density of statistics, the others "
+        "set the false-alarm rate; 1,000 or more are advisable. Images of another size than the "
+        "model's are resized. The result is a new bundle (OUT), or a further calibration in a "
+        "bundle (--into, --name). Prints the false-alarm rates to expect and the share of "
+        "corrupted images that is rejected."
     )
     parser.add_argument(
         "bundle", type=Path, metavar="BUNDLE", help="folder of a bundle, such as pretrained/cifar10"
@@ -115,9 +115,9 @@ def run(args: argparse.Namespace) -> None:
         made = calibrate_into(target, args.name, fit(), calibration(), name, say, unseen())
     assert made.exact is not None
     _tell(made)
-    _tell_caught(made.exact)
+    _tell_caught(open_bundle(target), made.exact)
     if args.into is None:
-        say(f"wrote {target}; next: ade serve {target}")
+        say(f"wrote {target}; serve it: ade serve {target}")
     else:
         say(f"added calibration {made.name}, version {made.version}, to {target}")
 
@@ -135,9 +135,7 @@ def _features(args: argparse.Namespace) -> FeatureSource | None:
 
 
 def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str]:
-    """Images to fit and to calibrate on, those of the part ``test`` if the model was trained on
-    the data set, and what they are called.
-    """
+    """Images to fit to, to calibrate on, and unseen ones; and their name for the manifest."""
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
         trained_on = was_trained_on(bundle, dataset.name, dataset.splits)
@@ -155,8 +153,10 @@ def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str
 
 
 def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:
-    """Images to fit and to calibrate on: of the training data its two held-out parts, of any other
-    all. The third are unseen ones: of the training data the test images, of any other none.
+    """Images of a data set to fit to, to calibrate on, and unseen ones.
+
+    If the model was trained on the data set, these are its held-out parts. Otherwise all images are
+    divided between the first two, and none are unseen.
     """
     if trained_on:
         chosen = [[(part, row) for row in range(len(dataset.parts[part]))] for part in HELD_OUT]
@@ -171,7 +171,7 @@ def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:
 
 
 def _files(files: list[Path], trained_on: bool) -> list[list[Path]]:
-    """The same of a folder's files."""
+    """As :func:`_rows`, for the files of a folder."""
     if trained_on:
         return [
             shuffled([path for path in files if part_of(path.name) == part]) for part in HELD_OUT
@@ -185,45 +185,36 @@ def _split(items: list[Any]) -> list[list[Any]]:
 
 
 def _tell(calibrations: Calibrations) -> None:
-    """The false-alarm rates that users may expect."""
+    """Print the false-alarm rates that users may expect."""
     assert calibrations.exact is not None and calibrations.resized is not None
     both = calibrations.exact is calibrations.resized
-    _tell_of(
-        calibrations.exact,
-        "images of the model's size and resized ones" if both else "images of the model's size",
-    )
+    _tell_of(calibrations.exact, "images" if both else "images of the model's size")
     if not both:
         _tell_of(calibrations.resized, "resized images")
-    if len(calibrations.exact.scores) < ENOUGH * (1 - FIT_SHARE):
-        say(
-            f"warning: with fewer than {ENOUGH} images in all, false-alarm rates vary widely, and the "
-            "gate misses more"
-        )
 
 
 def _tell_of(calibration: Calibration, what: str) -> None:
     count = len(calibration.scores)
     say(
-        f"{what}: calibrated on {count} images, smallest p-value {calibration.smallest_p_value:.2g}"
+        f"false alarms: the share of {what} like these that will be rejected (95 % band with "
+        f"{count} calibration images)"
     )
     for alpha in ALPHAS:
         low, high = false_alarm_band(count, alpha)
-        if high == 0:
-            say(
-                f"warning: at alpha {alpha} there is no verdict: it takes at least "
-                f"{images_needed(alpha)} calibration images"
-            )
-        else:
-            say(
-                f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be "
-                "rejected (95 % band)"
-            )
+        band = f"{100 * low:.1f} to {100 * high:.1f} %"
+        needs = f"no verdict; it takes at least {images_needed(alpha)} calibration images"
+        say(f"  alpha {alpha}: {band if high else needs}")
 
 
-def _tell_caught(calibration: Calibration) -> None:
-    """What the new gate rejects of calibration images that are corrupted."""
+def _tell_caught(bundle: Bundle, calibration: Calibration) -> None:
+    """Print the share of corrupted images that the new gate rejects, and the next step."""
     count = max(map(len, calibration.corrupted.values()), default=0)
-    say(f"rejected of {count} of these images, corrupted, at alpha {ALPHAS[1]} and {ALPHAS[2]}:")
+    say(f"detection: the share of {count} of these images that is rejected once corrupted")
+    at_first = {}
     for name in calibration.corrupted:
         shares = [calibration.caught(alpha).get(name) for alpha in ALPHAS[1:]]
-        say(f"  {name}: {', '.join(percent(share) for share in shares)}")
+        at_first[name] = shares[0]
+        cells = [f"{percent(s)} at alpha {a}" for a, s in zip(ALPHAS[1:], shares, strict=True)]
+        say(f"  {name}: {', '.join(cells)}")
+    for line in advice(len(calibration.scores), bundle.has(FEATURES_NAME), at_first):
+        say(f"next step: {line}")

@@ -10,13 +10,14 @@ import numpy as np
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_model.checkpoint import read_config
 from ade_model.errors import ConfigError
+from export.codec import CodecError, add_codec
 from export.parity import ParityError
 from export.write import ExportError, evaluation_of, export_bundle
-from serving.engine.bundle import BundleError, plain_name
+from serving.engine.bundle import MANIFEST_NAME, BundleError, plain_name
 from training.data import DataError
 from training.runs import RunError, latest_checkpoint
 
-ERRORS = (RunError, DataError, ConfigError, ExportError, ParityError, BundleError)
+ERRORS = (RunError, DataError, ConfigError, ExportError, ParityError, BundleError, CodecError)
 PARITY_IMAGES = 40
 
 
@@ -31,10 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="licence of the weights, for the manifest (default: none)",
     )
+    parser.add_argument(
+        "--with-codec",
+        action="store_true",
+        help="add what ade compress needs; from a bundle: copy it with all that it has, and add "
+        "that alone, without data",
+    )
     add_data_arguments(parser, required=False)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.with_codec and (args.run / MANIFEST_NAME).is_file():
+        if args.name or args.licence or args.data:
+            raise ExportError(
+                "--with-codec copies a bundle with all that it has: leave out --name, --licence "
+                "and --data"
+            )
+        add_codec(args.run, args.out, ExportError)
+        say(f"wrote {args.out}; next: ade compress IMAGES OUT.ade --bundle {args.out}")
+        return
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
     run_folder = folder.parent.parent if folder.parent.name == "checkpoints" else args.run
@@ -50,6 +66,13 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
     name = args.name or plain_name(f"{dataset.name}-{config['recipe']}")
     export_bundle(
-        folder, args.out, name, images, evaluation_of(folder), report=say, licence=args.licence
+        folder,
+        args.out,
+        name,
+        images,
+        evaluation_of(folder),
+        report=say,
+        licence=args.licence,
+        with_codec=args.with_codec,
     )
     say(f"wrote {args.out}; next: ade calibrate {args.out} OUT --data ...")

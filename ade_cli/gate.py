@@ -1,4 +1,4 @@
-"""``ade gate what-if`` and ``ade gate feedback``: the gate's work day by day."""
+"""``ade gate what-if`` and ``ade gate feedback``: forecast alarms, and correct a calibration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.verdict.store import FOLDER
 from training.data import DataError
 
 ERRORS = (BundleError, CalibrationError, DataError, FileError)
-MAX_PER_DAY = 10_000_000  # the band is computed exactly, number by number
+MAX_PER_DAY = 10_000_000  # the exact band takes time in proportion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +183,7 @@ def _way(way: Way) -> list[str]:
 
 
 def _table(rows: list[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """Format a table: the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

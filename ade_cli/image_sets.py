@@ -1,4 +1,4 @@
-"""Sets of images that are given on the command line: folders and arrays' files."""
+"""Sets of images that are given on the command line: folders and files of arrays."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from training.datasets.folder import image_files
 
 
 class ImageSet:
-    """Images of a folder or of an array's file, one after another, as often as they are read.
+    """The images of a folder or of a file of arrays; can be iterated any number of times.
 
     Args:
         path: a folder (searched recursively), an ``.npy``, or an ``.npz`` of one array of images.
-        limit: only so many of them, chosen in an order that is always the same.
-        part: only the files that a training on the folder assigned to this part.
+        limit: at most this many of them, always the same ones.
+        part: only the files that belong to this part if a model is trained on the folder.
 
     Raises:
         DataError: there is no such path.
@@ -42,7 +42,7 @@ class ImageSet:
 
 
 def _array(path: Path) -> np.ndarray:
-    """The images of an ``.npy``, or of an ``.npz`` that holds one such array."""
+    """Read the images of an ``.npy``, or of an ``.npz`` that holds one array."""
     try:
         with (
             np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as arrays

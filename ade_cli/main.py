@@ -30,10 +30,14 @@ VERBS = {
     "encode": "write the latents of image files",
     "reconstruct": "encode and decode image files",
     "score": "score image files, or a folder of any size into a table",
+    "compress": "compress images without loss, to the size that their likelihood promises",
+    "decompress": "restore the images of an archive of ade compress",
     "serve": "serve a bundle over HTTP, with a web page",
+    "upgrade": "replace the bundle of the running service, without an interruption",
+    "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }
-RESUMED = ("fit", "score", "compare")
+RESUMED = ("fit", "score", "compare", "compress")
 EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "fit": "fit",
     "recipes": "train",
@@ -44,7 +48,11 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "export": "fit",
     "calibrate": "calibrate",
     "ood-bench": "fit",
+    "compress": "codec",
+    "decompress": "codec",
     "serve": "serve",
+    "upgrade": "asgi",
+    "rollback": "asgi",
     "status": "serve",
 }
 HELP = {"-h", "--help"}

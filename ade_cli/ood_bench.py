@@ -29,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--id",
         required=True,
-        dest="usual",
+        dest="in_distribution",
         metavar="IMAGES",
-        help="in-distribution images that were not used for training or calibration: "
-        f"{', '.join(NAMES)} (the test part, with --root), a folder of images, or an .npy or .npz file",
+        help="in-distribution (ID) images that were not used for training or calibration: "
+        f"{', '.join(NAMES)} (the test part, with --root), a folder of images, or an .npy or "
+        ".npz file",
     )
     parser.add_argument("--root", metavar="DIR", help="folder of a named data set")
     parser.add_argument(
@@ -76,15 +77,15 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(
             f"sets of OOD images need different names, got {', '.join((*names, *CORRUPTIONS))}"
         )
-    usual_name, usual = _usual(args, bundle)
+    id_name, id_images = _id_images(args, bundle)
     sets = {path.stem: ImageSet(path, args.images) for path in args.ood}
     args.out.mkdir(parents=True, exist_ok=True)
-    found = statistics_of(engine, usual, usual_name, args.resize, say)
-    strangers = {
+    id_statistics = statistics_of(engine, id_images, id_name, args.resize, say)
+    ood_sets = {
         name: statistics_of(engine, images, name, args.resize, say) for name, images in sets.items()
     }
     prepared = (
-        prepare_image(source, engine.image_shape, args.resize == "fit", 0) for source in usual
+        prepare_image(source, engine.image_shape, args.resize == "fit", 0) for source in id_images
     )
     pixels = np.stack(
         [
@@ -95,19 +96,21 @@ def run(args: argparse.Namespace) -> None:
         ]
     )
     for name, corrupt in CORRUPTIONS.items():
-        strangers[name] = statistics_of(
+        ood_sets[name] = statistics_of(
             engine, corrupt(pixels, np.random.default_rng(0)), name, report=say
         )
-    say(f"{write_report(calibration, bundle.model_id, usual_name, found, strangers, args.out)}")
+    say(f"{write_report(calibration, bundle.model_id, id_name, id_statistics, ood_sets, args.out)}")
 
 
-def _usual(args: argparse.Namespace, bundle: Bundle) -> tuple[str, Iterable[bytes | np.ndarray]]:
-    if args.usual in NAMES:
-        dataset = load_dataset(args.usual, args.root, bundle.image_shape[0], report=say)
+def _id_images(
+    args: argparse.Namespace, bundle: Bundle
+) -> tuple[str, Iterable[bytes | np.ndarray]]:
+    if args.in_distribution in NAMES:
+        dataset = load_dataset(args.in_distribution, args.root, bundle.image_shape[0], report=say)
         return dataset.splits["test"], np.asarray(dataset.parts["test"].images[: args.images])
-    usual = Path(args.usual)
-    name = usual.resolve().name
-    if usual.is_dir() and was_trained_on(bundle, name):
+    path = Path(args.in_distribution)
+    name = path.resolve().name
+    if path.is_dir() and was_trained_on(bundle, name):
         say(f"the model was trained on {name}: only its part test is used")
-        return f"{name}, part test", ImageSet(usual, args.images, "test")
-    return usual.name, ImageSet(usual, args.images)
+        return f"{name}, part test", ImageSet(path, args.images, "test")
+    return path.name, ImageSet(path, args.images)

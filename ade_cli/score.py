@@ -22,9 +22,10 @@ ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Score image files: bits per dimension, the verdict and the decision. Files are answered as JSON "
-        "lines; a folder goes into a table, and the same command resumes where it was ended. Exit "
-        f"status: 0; 2 for an error; {NO_VERDICT} where no image got a verdict."
+        "Score image files: bits per dimension, the verdict and the decision. Scores of files are "
+        "printed as JSON lines; those of a folder are written to a table, and the same command "
+        f"resumes an interrupted one. Exit status: 0; 2 for an error; {NO_VERDICT} if no image got "
+        "a verdict."
     )
     parser.add_argument(
         "images",
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: one a core)",
+        help="processes (default: one per core)",
     )
 
 
@@ -102,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
             raise FileError(f"{path}: there is no such file or folder")
     if len(args.images) != 1 or not args.images[0].is_dir():
         raise BulkError(
-            f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: without it, files "
-            "are answered as JSON lines"
+            f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: "
+            "without it, scores of files are printed as JSON lines"
         )
     check_parent(args.out)
     if args.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -120,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
 
         summary = score_folder(bundle, args.images[0], args.out, options, args.workers, progress)
     print(
-        f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, {summary.accepted} accepted "
-        f"at alpha {args.alpha:g}; {summary.errors} could not be scored"
+        f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, "
+        f"{summary.accepted} accepted at alpha {args.alpha:g}; {summary.errors} could not be scored"
     )
     if not summary.scored:
         raise BulkError(
@@ -130,17 +131,19 @@ def run(args: argparse.Namespace) -> int:
     judged = summary.rejected + summary.accepted
     if judged:
         print(
-            f"of {judged} images like the calibration's, about {args.alpha * judged:.0f} would be rejected"
+            f"of {judged} images like the calibration images, about {args.alpha * judged:.0f} "
+            "would be rejected"
         )
     return _status({None} if judged else {f"see the column decision_reason of {args.out}"})
 
 
 def _status(reasons: set[str | None]) -> int:
-    """0, or the status that says that there is no verdict, with a warning."""
+    """Return the exit status: 0, or :data:`NO_VERDICT` with a warning."""
     if None in reasons:
         return 0
     print(
-        f"warning: no image got a verdict, so none is accepted: {'; '.join(sorted(filter(None, reasons)))}",
+        "warning: no image got a verdict, so none is accepted: "
+        f"{'; '.join(sorted(filter(None, reasons)))}",
         file=sys.stderr,
     )
     return NO_VERDICT

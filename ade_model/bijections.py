@@ -150,7 +150,8 @@ class _Coupling(Bijection):
             conv3x3(seen, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output
         )
 
-    def _log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network computes from the values that are kept."""
         seen = self.MAX_INPUT * torch.tanh(kept / self.MAX_INPUT)
         raw, shift = self.coupling_net(seen).to(kept.dtype).chunk(2, dim=1)
         return self.log_gain + self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
@@ -165,12 +166,12 @@ class AffineCoupling(_Coupling):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, changed = x[:, : self.kept], x[:, self.kept :]
-        log_scale, shift = self._log_scale_and_shift(kept)
+        log_scale, shift = self.log_scale_and_shift(kept)
         return torch.cat([kept, changed * log_scale.exp() + shift], dim=1), log_scale
 
     def inverse(self, y: Tensor) -> Tensor:
         kept, changed = y[:, : self.kept], y[:, self.kept :]
-        log_scale, shift = self._log_scale_and_shift(kept)
+        log_scale, shift = self.log_scale_and_shift(kept)
         return torch.cat([kept, (changed - shift) * (-log_scale).exp()], dim=1)
 
 
@@ -196,7 +197,7 @@ class CheckerboardCoupling(_Coupling):
         self.register_buffer("kept", ((rows + columns + colour) % 2).float(), persistent=False)
 
     def _on_the_changed(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._log_scale_and_shift(values * self.kept)
+        log_scale, shift = self.log_scale_and_shift(values * self.kept)
         changed = 1 - self.kept
         return log_scale * changed, shift * changed
 

@@ -140,7 +140,7 @@ class ModelConfig:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """Those of the four verbs that this model supports."""
+        """The verbs that this model supports."""
         return OPERATIONS if self.encoder else ("sample",)
 
     def to_dict(self) -> dict[str, Any]:

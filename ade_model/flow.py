@@ -18,7 +18,7 @@ from ade_model.config import ModelConfig
 from ade_model.layers import spread
 
 
-class _Unsqueezed(Bijection):
+class Unsqueezed(Bijection):
     """Squeeze, apply ``inner`` and unsqueeze, so that ``y`` has the image's shape."""
 
     def __init__(self, inner: Bijection) -> None:
@@ -67,7 +67,7 @@ def _channel_scale(config: ModelConfig, channels: int, size: int, remaining: int
         layers.append(
             OnHalfOfTheChannels(_channel_scale(config, 2 * channels, size // 2, remaining - 1))
         )
-    return _Unsqueezed(Chain(*layers))
+    return Unsqueezed(Chain(*layers))
 
 
 def _checkerboard_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
@@ -85,7 +85,7 @@ def _checkerboard_scale(config: ModelConfig, channels: int, size: int, remaining
     ]
     if remaining > 1:
         layers.append(
-            _Unsqueezed(
+            Unsqueezed(
                 Chain(
                     *_channel_couplings(config, 4 * channels, count, 2 * config.flow_width),
                     OnHalfOfTheChannels(

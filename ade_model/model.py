@@ -129,9 +129,9 @@ class ADEModel(nn.Module):
         )
 
     def expected_evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
-        """As :meth:`score`, with ``kl`` in closed form where there is one.
+        """As :meth:`score`, with ``kl`` in closed form where possible.
 
-        Its variance is lower, which suits training.
+        Its variance is lower, which helps training.
         """
         return self.expected_evidence_and_features(x, eps)[0]
 

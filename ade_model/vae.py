@@ -196,13 +196,17 @@ class Decoder(nn.Module):
         )
 
     @property
-    def _levels(self) -> list[Level]:
+    def resolutions(self) -> list[Level]:
+        """Every resolution, with latents or without, coarsest first."""
         return cast("list[Level]", list(self.levels))
 
     def inference_modules(self) -> list[nn.Module]:
         """Modules of ``q(z | y)``, which the generator does not use."""
         return [
-            m for level in self._levels for m in (level.posterior_net, level.iaf) if m is not None
+            m
+            for level in self.resolutions
+            for m in (level.posterior_net, level.iaf)
+            if m is not None
         ]
 
     def infer(
@@ -219,7 +223,7 @@ class Decoder(nn.Module):
         """
         draws: list[Draw] = []
         features = None
-        for level, h in zip(self._levels, encoded, strict=True):
+        for level, h in zip(self.resolutions, encoded, strict=True):
             features = level.start(features, h.shape[0])
             if level.has_latents:
                 draws.append(level.infer(features, h, eps[len(draws)]))
@@ -232,7 +236,7 @@ class Decoder(nn.Module):
         """Draw latents from the prior; returns ``z`` and ``p(y | z)``."""
         z: list[Tensor] = []
         features = None
-        for level in self._levels:
+        for level in self.resolutions:
             features = level.start(features, eps[0].shape[0])
             if level.has_latents:
                 z.append(level.prior(features).sample(eps[len(z)], temperature))
@@ -243,7 +247,7 @@ class Decoder(nn.Module):
         """``p(y | z)`` for given latents, coarsest first."""
         features = None
         remaining = iter(z)
-        for level in self._levels:
+        for level in self.resolutions:
             features = level.start(features, z[0].shape[0])
             features = level.finish(features, next(remaining) if level.has_latents else None)
         return self._observe(features)

@@ -1,6 +1,6 @@
 """Drift thresholds: images until a false alarm, and images until a change is detected.
 
-The verdicts are simulated. Each stream has its own calibration of n images, since a calibration
+The verdicts are simulated. Each stream has its own calibration of n images, because a calibration
 has errors of its own.
 
 ``python -m benchmarks.drift_thresholds``

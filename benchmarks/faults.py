@@ -1,6 +1,6 @@
 """Faults under load and their effect on the service. ``make bench-faults``
 
-Every answer is compared byte by byte with the right one: it must be that or a well-formed error.
+Every answer must be byte-identical to the right one, or be a well-formed error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLIENTS = 16
 RECOVERY_S = 10.0
 AT_ONCE = 1000
 BIG_BODY = 15 * 2**20
-ROOM = 8 * 2**20  # memory left to a worker that is to run out of it
+ROOM = 8 * 2**20  # memory left to a worker that should run out of it
 
 
 @dataclass(frozen=True)

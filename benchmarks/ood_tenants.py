@@ -1,11 +1,10 @@
-"""Do false alarms come at the chosen rate for each of many tenants?
+"""Measures whether false alarms have the chosen rate for each of many tenants.
 
 A tenant sends images of some classes of CIFAR-10, all changed in one way: JPEG, brightness,
-contrast, a slight blur, or not at all. Each gets a calibration of its own from 200 images that fit
-the density and 300 that calibrate it; 400 other images of the same kind are judged. Given a
-calibration, the number of false alarms follows a Beta-Binomial distribution: about 19 of 20 tenants
-should lie inside its 95 % band. The images are held-out ones and test images; nothing was trained
-on them.
+contrast, a slight blur, or not at all. Each has its own calibration: 200 images fit the density and
+300 calibrate it. Then 400 other images of the same kind are judged. Given a calibration, the number
+of false alarms follows a Beta-Binomial distribution: about 19 of 20 tenants should lie inside its
+95 % band. The images are held-out ones and test images; nothing was trained on them.
 
     OMP_NUM_THREADS=1 python -m benchmarks.ood_tenants pretrained/cifar10 --root DIR
 """
@@ -30,7 +29,7 @@ from training.datasets import load_dataset
 TENANTS = 20
 FIT, CALIBRATE, TEST = 200, 300, 400
 ALPHAS = (0.1, 0.05, 0.01)
-CLASSES = (2, 6)  # fewest and most of a tenant's
+CLASSES = (2, 6)  # smallest and largest number of a tenant's
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -60,7 +59,7 @@ CHANGES: dict[str, Change] = {
 def shares_of(
     engine: InferenceEngine, images: np.ndarray, labels: np.ndarray, tenant: int
 ) -> tuple[str, list[float]]:
-    """What a tenant sends, in words, and the share of its test images rejected at each alpha."""
+    """A description of a tenant's images, and the share of test images rejected at each alpha."""
     rng = np.random.default_rng(tenant)
     classes = np.sort(rng.choice(10, rng.integers(*CLASSES, endpoint=True), replace=False))
     name = list(CHANGES)[tenant % len(CHANGES)]

@@ -1,4 +1,4 @@
-"""Pictures of the running page: every tab, filled and with an error, by width and colour scheme.
+"""Takes pictures of the running page: every tab, filled and with an error.
 
     python -m benchmarks.screenshots URL screenshots --sheet docs/pictures/page.webp
 

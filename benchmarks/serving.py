@@ -42,7 +42,7 @@ from serving.ports import VARIABLES
 CORES = len(os.sched_getaffinity(0))
 WORKERS = min(CORES, 4)
 SECONDS = 4.0
-# The smallest possible model, with which all time is the server's.
+# The smallest possible model, so that nearly all time is spent by the server.
 EMPTY = ModelConfig(
     image_size=8,
     channels=3,

@@ -1,4 +1,4 @@
-"""A network for features as its user gives it; needs no ONNX package, as calibration does not."""
+"""A network for features, as its user describes it. This module needs no ONNX package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORMAT = "scale=SCALE[,size=PIXELS][,layout=nchw|nhwc][,order=rgb|bgr]"
-# What a network expects of channels, as mean and standard deviation of values between 0 and 1.
+# Normalisations of the channels: mean and standard deviation of values between 0 and 1.
 SCALES = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "unit": ((0.0,), (1.0,)),
@@ -22,12 +22,12 @@ class FeaturesError(ValueError):
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """A network as its user has it.
+    """A network that gives features, and how to use it.
 
     Attributes:
         path: of an ONNX file with one input.
-        output: the value that has the features. Unless given: the output ``features``; or of a
-            graph that ends in a linear layer what that layer takes, its result being the logits; or
+        output: name of the value that holds the features. The default is the output ``features``,
+            or the input of the linear layer in which the graph ends (its result is the logits), or
             the only output.
         preprocess: see :data:`FORMAT`; ``SCALE`` is one of :data:`SCALES`, or mean and standard
             deviation by channel such as ``0.49 0.48 0.45/0.25 0.24 0.26``.

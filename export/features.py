@@ -1,4 +1,4 @@
-"""Turns any ONNX network that tells things apart into a bundle's ``features.onnx``.
+"""Turns any ONNX classifier or encoder into a bundle's ``features.onnx``.
 
 The service knows nothing of layouts, sizes and normalisations: what comes before and after the
 network becomes part of the graph, which takes uint8 ``images``, ``(N, H, W, C)`` of the model's
@@ -38,7 +38,7 @@ class FeatureGraph:
 
     Attributes:
         content: of ``features.onnx``.
-        about: what the manifest says of it.
+        about: its entry in the manifest.
     """
 
     content: bytes
@@ -65,15 +65,15 @@ class _Preprocessing:
 def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
     """Read a network and put its preprocessing in front of it.
 
-    The layout, size and type of the input are read from the graph. The scale of a float input
-    cannot be: ``preprocess`` gives it, and what else the graph leaves open.
+    The layout, size and type of the input are read from the graph. A graph does not say how a float
+    input is scaled: ``preprocess`` does, and it settles whatever else is unclear.
 
     Args:
-        source: of the network.
-        images: uint8 ``(N, H, W, C)``, real ones of the model's size, to try the graph on.
+        source: the network.
+        images: uint8 ``(N, H, W, C)``, real images of the model's size, to try the graph on.
 
     Raises:
-        FeaturesError: the graph cannot be read or used so, naming what is missing.
+        FeaturesError: the graph cannot be read or used; the error names what is missing.
     """
     path = source.path
     try:
@@ -196,7 +196,7 @@ def _producers(graph: GraphProto) -> dict[str, NodeProto]:
 
 
 def _outputs(graph: GraphProto, output: str | None) -> dict[str, str]:
-    """The graph's values that are the features and, if there are any, the logits."""
+    """Find the graph's values that are the features and, if there are any, the logits."""
     producers = _producers(graph)
     ends = [value.name for value in graph.output]
     if output is None and FEATURES in ends:
@@ -216,7 +216,7 @@ def _outputs(graph: GraphProto, output: str | None) -> dict[str, str]:
 def _linear(
     graph: GraphProto, producers: dict[str, NodeProto], name: str
 ) -> tuple[str, str] | None:
-    """Input and result of the linear layer that an output ends in, a softmax left out."""
+    """Find the input and the result of the last linear layer before an output or its softmax."""
     constants = {tensor.name for tensor in graph.initializer}
     node = producers.get(name)
     while node is not None and node.op_type in _SOFTMAX:
@@ -231,7 +231,7 @@ def _linear(
 
 
 def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, ...]) -> None:
-    """Nodes from uint8 ``images`` to what the network takes."""
+    """Put nodes in front that turn uint8 ``images`` into the network's input."""
     value = _input(graph)
     name, elem_type = value.name, value.type.tensor_type.elem_type
     nodes: list[NodeProto] = []
@@ -280,7 +280,7 @@ def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, .
     if elem_type != (TensorProto.UINT8 if found.as_is and not resized else TensorProto.FLOAT):
         then("Cast", to=elem_type)
     nodes[-1].output[0] = name
-    if len({n.op_type for n in nodes}) == 1 and found.layout == "nhwc":  # nothing but two turns
+    if len({n.op_type for n in nodes}) == 1 and found.layout == "nhwc":  # two transpositions cancel
         nodes = [helper.make_node("Identity", ["images"], [name])]
     graph.input.remove(value)
     graph.input.insert(
@@ -303,7 +303,7 @@ def _rename(graph: GraphProto, old: str, new: str) -> None:
 
 
 def _append(graph: GraphProto, names: dict[str, str], ranks: dict[str, int]) -> None:
-    """Nodes from the network's values to ``features`` and ``logits``, the only outputs."""
+    """Add nodes that turn the network's values into the outputs ``features`` and ``logits``."""
     del graph.output[:]
     for name in names:
         source = names[name]
@@ -351,7 +351,7 @@ def _run(model: ModelProto, names: list[str], images: np.ndarray) -> dict[str, n
 
 
 def _check(model: ModelProto, result: dict[str, np.ndarray], images: np.ndarray) -> None:
-    """The features of real images are finite, differ between images, and are each image's own."""
+    """Check that features of real images are finite, vary, and do not depend on the batch."""
     for name, values in result.items():
         if values.dtype != np.float32 or values.shape[0] != min(CHECKED, len(images)):
             raise FeaturesError(f"{name} must be float32 (N, F), got {values.dtype} {values.shape}")

@@ -40,13 +40,13 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
     """
     inputs = inputs_of(name, graphs.levels)
     batch = torch.export.Dim("N")
-    model = _traced(
+    model = traced(
         Graph(graphs, name),
         {i: torch.from_numpy(example[i]) for i in inputs},
         outputs_of(name, graphs.levels),
         (tuple({0: batch} for _ in inputs),),
     )
-    _point_at_weights(model, folder / WEIGHTS_NAME)
+    point_at_weights(model, folder / WEIGHTS_NAME)
     path = folder / f"{name}.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
@@ -63,19 +63,19 @@ def export_encoder(network: nn.Module, images: np.ndarray, outputs: list[str], p
         path: of the file.
     """
     example = {"images": torch.from_numpy(images)}
-    model = _traced(network, example, outputs, ({0: torch.export.Dim("N")},))
+    model = traced(network, example, outputs, ({0: torch.export.Dim("N")},))
     with replacing(path) as file:
         file.write(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
 
 
-def _traced(
+def traced(
     module: nn.Module,
     inputs: dict[str, torch.Tensor],
     outputs: list[str],
-    dynamic_shapes: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...] | None,
 ) -> ModelProto:
-    """A module as an ONNX model."""
+    """A module as an ONNX model; all sizes are fixed if ``dynamic_shapes`` is ``None``."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -120,7 +120,7 @@ def _strip(model: ModelProto) -> None:
         del node.metadata_props[:]
 
 
-def _point_at_weights(model: ModelProto, weights: Path) -> None:
+def point_at_weights(model: ModelProto, weights: Path) -> None:
     """Replace initialisers that are tensors of the file of weights by references into it."""
     with open(weights, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ade_model.checkpoint import load_model, read_config, save_model
+from export.codec import check_codable, write_codec
 from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
 from export.to_onnx import export_onnx
@@ -38,6 +39,7 @@ def export_bundle(
     evaluation: dict[str, Any] | None,
     report: Callable[[str], None] = lambda line: None,
     licence: str | None = None,
+    with_codec: bool = False,
 ) -> Path:
     """Export a checkpoint; a bundle is only written if its graphs pass the parity test.
 
@@ -49,6 +51,7 @@ def export_bundle(
         evaluation: figures of ``ade evaluate``, for the manifest.
         report: called with each line of progress.
         licence: of the weights, for the manifest.
+        with_codec: add what lossless coding needs.
 
     Returns:
         The bundle's folder.
@@ -58,6 +61,7 @@ def export_bundle(
         ExportError: ``out`` exists or was made by another process meanwhile, or the images or the
             checkpoint's configuration are unsuitable.
         ParityError: an exported graph differs from the model.
+        CodecError: a codec is requested, and the model cannot code images.
     """
     if out.exists():
         raise ExportError(f"{out} exists: export to a new folder")
@@ -72,6 +76,8 @@ def export_bundle(
     missing = {"recipe", "data", "splits", "images_seen", "seed"} - about.keys()
     if missing:
         raise ExportError(f"the configuration of {checkpoint} lacks {', '.join(sorted(missing))}")
+    if with_codec:
+        check_codable(about)
     graphs = Graphs(model)
     operations = about.get("operations", config.operations)
     names = graphs_of(operations)
@@ -88,6 +94,9 @@ def export_bundle(
             export_onnx(graphs, graph, examples[graph], folder)
         report(f"exporting {TORCHSCRIPT_NAME}")
         export_torchscript(graphs, examples, folder / TORCHSCRIPT_NAME)
+        if with_codec:
+            report("exporting the codec")
+            write_codec(model, folder)
         fields = {
             "name": name,
             "recipe": about["recipe"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fitting.plan import Plan
+from fitting.plan import Plan, encoder_needs
 from fitting.survey import Survey
 from serving.brand import verdict_card
 from serving.engine.bundle import Bundle
@@ -71,6 +71,25 @@ class Caught:
 
 
 @dataclass(frozen=True)
+class EncoderFindings:
+    """What became of the verdict's encoder.
+
+    Attributes:
+        images_seen: in its training, with repetition.
+        classes: that it was trained with.
+        is_used: whether it is part of the gate: it recognises classes better than guessing does.
+        recognised: share of the test images whose class it recognises.
+        guessed: share of the test images in the largest class: what guessing would reach.
+    """
+
+    images_seen: int
+    classes: int
+    is_used: bool
+    recognised: float = 0.0
+    guessed: float = 0.0
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything that the report shows.
 
@@ -87,6 +106,7 @@ class Findings:
         outliers: those among them with the highest OOD scores.
         corrupted: number of held-out images that were corrupted.
         caught: shares of them that were rejected.
+        encoder: of the verdict; ``None`` without one.
     """
 
     plan: Plan
@@ -101,6 +121,7 @@ class Findings:
     outliers: list[Outlier]
     corrupted: int
     caught: list[Caught]
+    encoder: EncoderFindings | None = None
 
     @property
     def calibrated(self) -> int:
@@ -136,6 +157,7 @@ def write_report(findings: Findings, path: Path) -> None:
         **vars(findings),
         elbo=findings.bundle.manifest["evaluation"]["elbo"],
         psnr_db=np.mean(inexact) if inexact else None,
+        encoder_needs=encoder_needs(),
         alphas=ALPHAS,
         shown=SHOWN,
         sample_grid=tile(findings.samples, 16),

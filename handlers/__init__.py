@@ -1,1 +1,1 @@
-"""Engines of the service, one folder each, and what they share: ``front`` and ``launch``."""
+"""The engines of the service, one folder each; they share ``front`` and ``launch``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MAX_BATCH = 32  # requests that are computed together
-MAX_BATCH_DELAY_S = 0.001  # that the first of a batch waits for others
+MAX_BATCH_DELAY_S = 0.001  # that the first request of a batch waits for others
 QUEUE_SIZE = 256  # of a model; further requests are answered 503
 RESPONSE_TIMEOUT_S = 120  # for a batch; then its worker is replaced
 STARTUP_TIMEOUT_S = 180  # of a worker

@@ -1,4 +1,4 @@
-"""The look that the page, the reports and the pictures share: name, mark, style sheet and verdict.
+"""What gives the page, the reports and the pictures one look: name, logo, style sheet, verdict.
 
 The style sheet needs nothing else. A report embeds it whole::
 
@@ -39,7 +39,8 @@ def verdict_card(
     """The decision in its colour, the sentence that explains it, figures and notes."""
     icon = (
         '<svg viewBox="0 0 32 32" aria-hidden="true" fill="none" stroke="currentColor" '
-        f'stroke-width="4" stroke-linecap="round" stroke-linejoin="round"><path d="{ICONS[choice]}"/></svg>'
+        'stroke-width="4" stroke-linecap="round" stroke-linejoin="round">'
+        f'<path d="{ICONS[choice]}"/></svg>'
     )
     shown = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     noted = "".join(f"<li>{escape(note)}</li>" for note in notes)

@@ -67,7 +67,7 @@ class BulkOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """Number of files by decision, and of files with an error."""
+    """Number of files by decision, and number of files with an error."""
 
     no_verdict: int
     rejected: int
@@ -86,10 +86,10 @@ class FileScorer:
         bundle: has ``score``.
         folder: of the files.
         options: how they are scored.
-        version: of the calibration, where another process has taken it; any unless given.
+        version: required version of the calibration, as another process uses it; any by default.
 
     Attributes:
-        calibrations: that decide; they stay the same even if their file changes.
+        calibrations: the calibrations that decide; they stay the same even if their file changes.
 
     Raises:
         BulkError: the model cannot score, or the calibration has another version.
@@ -370,7 +370,7 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
 
     def rows() -> Iterator[dict[str, Any]]:
         with open(part, encoding="utf-8") as lines:
-            next(lines)  # the head
+            next(lines)  # the first line
             for line in lines:
                 row = json.loads(line)
                 counts["error" if "error" in row else row["decision"]] += 1

@@ -56,16 +56,16 @@ __all__ = [
     "image_file",
 ]
 
-PROBE_VARIABLE = "ADE_PROBE_SECRET"  # the service's to its page
+PROBE_VARIABLE = "ADE_PROBE_SECRET"  # of the service to its page
 MAX_WAIT_S = 30.0  # between two tries, however long a gateway advises
-# What a proxy or gateway answers by itself, in another shape than the API's: status to code.
+# Codes for the statuses of answers that a proxy or gateway gives in a shape of its own.
 FOREIGN_ERRORS = {
     401: ("bad_token", "the server requires a valid token"),
     404: ("unknown_model", "the server has no model of this name"),
     413: ("request_too_large", "the request is larger than the server reads"),
 }
 RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a little later
-# Answers of versions that report no decision: nothing is accepted.
+# For answers of servers too old to report a decision: nothing is accepted.
 UNDECIDED = {
     "decision": "no_verdict",
     "decision_reason": "not_reported: the server is of a version that decides nothing",
@@ -78,8 +78,7 @@ ResultT = TypeVar("ResultT")
 
 
 class AdeError(Exception):
-    """An answer that is an error: ``status``, ``code``, ``message`` and, for one of several images,
-    ``index``.
+    """An error answer: ``status``, ``code``, ``message``, and ``index`` for one of several images.
 
     In place of a :class:`ScoreResult` it also has ``accepted`` (always false), ``decision`` and
     ``decision_reason``.
@@ -133,7 +132,7 @@ def _takes(
 ) -> Callable[
     [Callable[[AdeClient, Model], ResultT]], Callable[Concatenate[AdeClient, P], ResultT]
 ]:
-    """Decorate a method so that callers give the fields of its last argument: ``sample(n=4)``."""
+    """Let callers give the fields of a method's last argument: ``sample(n=4)``."""
 
     def decorate(
         method: Callable[[AdeClient, Model], ResultT],
@@ -154,7 +153,7 @@ def _takes_images(
     [Callable[[AdeClient, Images, Model], ResultT]],
     Callable[Concatenate[AdeClient, Images, P], ResultT],
 ]:
-    """Decorate a method of images in the same way: ``score(images, alpha=0.05)``."""
+    """As :func:`_takes`, for a method of images: ``score(images, alpha=0.05)``."""
 
     def decorate(
         method: Callable[[AdeClient, Images, Model], ResultT],
@@ -183,7 +182,7 @@ class AdeClient:
     """Talks to one model of a service.
 
     Args:
-        url: of the inference address; by default that of the ports in this environment.
+        url: the inference address. The default follows the ports in the environment.
         model: name of a further bundle; the first bundle needs none.
         token: if the service requires one.
         retries: how often a request is repeated after 429, 503 or 507. The client waits as
@@ -230,7 +229,7 @@ class AdeClient:
 
     @_takes(SampleParameters)
     def sample(self, parameters: SampleParameters) -> Samples:
-        """New images; the seed that was used is in the result."""
+        """Draw new images; the result has the seed that was used."""
         answer = self._post("sample", parameters, format="npy")
         return Samples(
             _npy(answer), int(answer.headers[SEED_HEADER]), answer.headers["X-Ade-Model"]
@@ -238,16 +237,18 @@ class AdeClient:
 
     @_takes(SampleParameters)
     def sample_png(self, parameters: SampleParameters) -> tuple[bytes, int]:
-        """A grid of samples as one PNG file, whose text reproduces it, and the seed that was used."""
+        """Draw samples as one PNG file whose text reproduces them; also returns the seed."""
         answer = self._post("sample", parameters, format="png")
         return answer.content, int(answer.headers[SEED_HEADER])
 
     def is_ready(self) -> bool:
-        """Whether all four operations answer. An operation that the model does not have answers
-        ``not_available``.
+        """Whether all four operations answer.
+
+        For an operation that the model lacks, the error ``not_available`` is such an answer.
         """
         try:
-            secret = os.environ.get(PROBE_VARIABLE)  # without it these requests count as traffic
+            # Without the secret these requests count as traffic.
+            secret = os.environ.get(PROBE_VARIABLE)
             probe = None if secret is None else {PROBE_HEADER: secret}
             sample = SampleParameters(seed=0)
             images = _npy(self._post("sample", sample, format="npy", headers=probe))
@@ -262,17 +263,17 @@ class AdeClient:
             return False
 
     def decode(self, z: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
-        """The images of latents: one array per level, ``(N, c, h, w)``; uint8 ``(N, H, W, C)``."""
+        """Decode latents, one array ``(N, c, h, w)`` per level; returns uint8 ``(N, H, W, C)``."""
         rows = range(len(z[0]))
         return self._decode([[GivenLevel(z=level[i]) for level in z] for i in rows], seed, kind)
 
     def sample_with(
         self, eps: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean"
     ) -> np.ndarray:
-        """The images of standard normal noise: one array per level, ``(N, c, h, w)``; uint8 ``(N,
-        H, W, C)``.
+        """Make images of standard normal noise, one array ``(N, c, h, w)`` per level.
 
-        Zeros in a level give the mean that the coarser levels predict.
+        Zeros in a level give the mean that the coarser levels predict. Returns uint8 ``(N, H, W,
+        C)``.
         """
         rows = range(len(eps[0]))
         return self._decode([[GivenLevel(eps=level[i]) for level in eps] for i in rows], seed, kind)
@@ -284,8 +285,9 @@ class AdeClient:
 
     @_takes_images(EncodeParameters)
     def encode(self, images: Images, parameters: EncodeParameters) -> Latents:
-        """Latents of images, and with ``eps`` the noise that samples them. Raises the error of the
-        first image that cannot be used.
+        """Encode images to latents, and with ``eps`` to the noise that samples them.
+
+        Raises the error of the first image that cannot be used.
         """
         return Latents.load(self._post("encode", parameters, images, format="npz").content)
 
@@ -293,17 +295,13 @@ class AdeClient:
     def reconstruct(
         self, images: Images, parameters: ReconstructParameters
     ) -> list[Reconstruction | AdeError]:
-        """Reconstructions, one per image, with the error of an image that cannot be used in its
-        place.
-        """
+        """Reconstruct images: one reconstruction per image, or the error if it cannot be used."""
         answer = self._post("reconstruct", parameters, images, format="json")
         return [_entry(r) for r in from_json(ReconstructAnswer, answer.json()).results]
 
     @_takes_images(ScoreParameters)
     def score(self, images: Images, parameters: ScoreParameters) -> list[ScoreResult | AdeError]:
-        """Bits per dimension and verdicts, one per image, with the error of an image that cannot be
-        used in its place.
-        """
+        """Score images: one result per image, or the error if it cannot be used."""
         return [_entry(r) for r in self._score(images, parameters).results]
 
     def score_group(
@@ -313,8 +311,9 @@ class AdeClient:
         resize: bool = False,
         calibration: str = DEFAULT,
     ) -> GroupScore:
-        """Verdicts of several images together. Of the discoveries, a fraction of at most ``fdr`` is
-        expected to be false.
+        """Judge several images together.
+
+        A fraction of at most ``fdr`` of the discoveries is expected to be false.
         """
         answer = self._score(
             images,
@@ -342,7 +341,7 @@ class AdeClient:
         format: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> httpx.Response:
-        """The answer to a request, which is repeated while the service asks for it.
+        """Send a request, and repeat it while the service asks for that; returns the answer.
 
         Raises:
             AdeError: the answer is an error.
@@ -406,7 +405,7 @@ def _entry(result: ResultT | Problem) -> ResultT | AdeError:
 
 
 def _error(answer: httpx.Response) -> AdeError:
-    """The error of an answer, also if a proxy or gateway gave it in another shape."""
+    """The error of an answer, in the API's shape or in that of a proxy or gateway."""
     status = answer.status_code
     try:
         error = from_json(Problem, answer.json()).error

@@ -34,8 +34,7 @@ class Decision:
         decision: ``accept``, ``reject`` or ``no_verdict``.
         p_value: ``None`` without a verdict.
         bpd: bits per dimension; ``None`` where the image could not be scored, which is an error.
-        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is
-            one.
+        reason: why there is no verdict: a code, a colon and a sentence. ``None`` with a verdict.
         calibration: ``name`` and ``version`` of the calibration that decided; ``None`` without one.
     """
 
@@ -59,10 +58,10 @@ class Gate:
     """Decides on images by a bundle; may be used by several threads at once.
 
     Images of another size than the model's are resized, and judged by the calibration for that.
-    Named calibrations of the bundle may come, change and go meanwhile.
+    Named calibrations of the bundle may be added, changed and removed meanwhile.
 
     Args:
-        bundle: its folder.
+        bundle: the bundle's folder.
         alpha: false-alarm rate.
 
     Raises:
@@ -83,12 +82,12 @@ class Gate:
     def check(
         self, images: ImageLike | Sequence[ImageLike], calibration: str = DEFAULT
     ) -> list[Decision]:
-        """A decision for each image; one that cannot be used has ``no_verdict`` and is an error.
+        """Decide on each image; one that cannot be used gets ``no_verdict`` and is an error.
 
         Args:
             images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a sequence
                 of these, or uint8 ``(N, H, W, C)``.
-            calibration: name of the one that decides; the bundle's own unless given.
+            calibration: name of the calibration that decides. The default is the bundle's own.
 
         Raises:
             UnknownCalibration: the bundle has none of this name.

@@ -1,6 +1,4 @@
-"""The gate before a classifier's own service: ASGI middleware that lets requests through whose
-images are accepted.
-"""
+"""ASGI middleware that puts the gate before a classifier: only accepted images reach it."""
 
 from __future__ import annotations
 
@@ -31,27 +29,27 @@ _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
 
 class GateMiddleware:
-    """Checks the images of each request, and passes it on, byte for byte, with
-    ``request.state.gate``: the decisions.
+    """Checks the images of each request, and passes accepted requests on unchanged.
 
-    An image is the body (``Content-Type: image/…``) or a file of a form. Requests other than GET,
-    HEAD and OPTIONS that carry no image, and web sockets, are refused, so that nothing reaches the
-    app unchecked. A request whose image is an error (not an image, not scored) is refused whatever
-    the options are; so is everything while the gate fails or takes too long.
+    The application finds the decisions in ``request.state.gate``. An image is the body
+    (``Content-Type: image/…``) or a file of a form. Requests other than GET, HEAD and OPTIONS that
+    carry no image, and web sockets, are refused, so that nothing reaches the app unchecked. A
+    request whose image is an error (not an image, not scored) is refused whatever the options are;
+    so is everything while the gate fails or takes too long.
 
     Args:
-        app: the classifier's.
-        gate: decides.
+        app: the classifier's application.
+        gate: makes the decisions.
         on_reject: ``reject`` answers 422; ``flag`` passes the request on, and the app has to look
             at the decisions.
-        on_no_verdict: the same where there is no verdict.
-        timeout_s: for the decisions on one request, waiting included; then the answer is 503.
-        threads: that decide.
-        waiting: requests at most that wait or are decided on; further ones are answered 503 at
-            once.
-        calibration: gives the name of the calibration for a request, from its ASGI scope (path,
-            headers); the bundle's own decides unless given. A name that the bundle does not have
-            is answered 422.
+        on_no_verdict: the same for images without a verdict.
+        timeout_s: time for the decisions on one request, including waiting; after it the answer is
+            503.
+        threads: number of threads that decide.
+        waiting: largest number of requests that wait or are decided on; further ones are answered
+            503 at once.
+        calibration: returns the name of the calibration for a request, given its ASGI scope (path,
+            headers). The default is the bundle's own. A name that the bundle lacks is answered 422.
 
     Raises:
         ValueError: an option is not one of its values.
@@ -124,7 +122,7 @@ class GateMiddleware:
         await self._app(scope, _replay(body, receive), send)
 
     async def _check(self, scope: MutableMapping[str, Any], images: list[bytes]) -> list[Decision]:
-        """The gate's decisions; a thread that takes too long keeps its place until it is done."""
+        """Ask the gate; a thread that takes too long is not replaced until it is done."""
         name = () if self._calibration is None else (self._calibration(scope),)
         self._room -= 1
         loop = asyncio.get_running_loop()
@@ -138,7 +136,7 @@ class GateMiddleware:
     def _done(self, work: asyncio.Future[list[Decision]]) -> None:
         self._room += 1
         if not work.cancelled():
-            work.exception()  # was told to whoever waited, if anybody still did
+            work.exception()  # the request that waited has reported it
 
 
 class _Refused(Exception):
@@ -161,7 +159,7 @@ async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
     """The files that a request carries, at least one."""
     request = Request(scope, _replay(body))
     types = request.headers.getlist("content-type")
-    if len(types) > 1:  # the app might go by another one
+    if len(types) > 1:  # the application might follow another one
         raise _Refused(
             400, "malformed_request", f"a request has one Content-Type, this one has {len(types)}"
         )
@@ -176,8 +174,8 @@ async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
                     for _, value in form.multi_items()
                     if isinstance(value, UploadFile)
                 ]
-        except Exception as error:  # Starlette raises its own kinds and the parser's
-            raise _Refused(400, "malformed_request", "the form cannot be taken apart") from error
+        except Exception as error:  # Starlette raises errors of its own and of the parser
+            raise _Refused(400, "malformed_request", "the form cannot be parsed") from error
         if files:
             return files
     raise _Refused(

@@ -93,16 +93,17 @@ def _cells(line: str) -> list[str]:
 
 def _table(rows: list[list[str]], folder: Path) -> str:
     head, *body = rows
+    # The name of a set may hold the mark between cells: the rest of such a row is cut off.
     # A column whose cells are mostly numbers stands to the right, its heading too.
     numeric = [
         2 * sum(re.match(NUMBER, cell) is not None for cell in column) > sum(map(bool, column))
-        for column in zip(*(body or [[""] * len(head)]), strict=True)
+        for column in zip(*(body or [[""] * len(head)]), strict=False)
     ]
 
     def row(cells: list[str], tag: str) -> str:
         return "".join(
             f"<{tag}{' class=ade-number' if is_number else ''}>{_inline(cell, folder)}</{tag}>"
-            for cell, is_number in zip(cells, numeric, strict=True)
+            for cell, is_number in zip(cells, numeric, strict=False)
         )
 
     return (

@@ -1,4 +1,4 @@
-"""Cells of CSV files, which people open in spreadsheets."""
+"""Cells of CSV files that are safe to open in a spreadsheet."""
 
 from __future__ import annotations
 

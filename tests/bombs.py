@@ -139,9 +139,7 @@ def animation(format: str, frames: int) -> bytes:
 
 
 def bmp_delta() -> bytes:
-    """A BMP in RLE8 of 16,000,000 x 1 whose jumps say that rows are skipped, each as long as the
-    picture.
-    """
+    """A BMP in RLE8 of 16,000,000 x 1 whose jumps skip rows as long as the picture."""
     palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
     head = struct.pack("<IiiHHIIiiII", 40, 16_000_000, 1, 1, 8, 1, 0, 0, 0, 256, 0)
     return b"BM" + struct.pack("<IHHI", 1084, 0, 0, 54 + 1024) + head + palette + b"\0\2\0\xff\0\1"
@@ -327,9 +325,7 @@ def _cpu_seconds(process: int) -> float:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Decode one bomb in this process and its children, and say what it took, the children's start
-    included.
-    """
+    """Decode one bomb; returns the cost in this process and its children, with their start."""
     data = BOMBS[name]()
     before = _mebibytes("VmRSS")
     with open("/proc/self/clear_refs", "w") as peak:

@@ -24,7 +24,7 @@ CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
 }
 
-WORKERS = ("model_service_worker", "handlers.asgi.worker")  # of each engine, in their commands
+WORKERS = ("model_service_worker", "handlers.asgi.worker")  # of each engine, as in their commands
 
 
 def free_ports(count: int) -> list[int]:
@@ -56,12 +56,8 @@ class RunningService:
         self.metrics = f"http://127.0.0.1:{ports['metrics']}"
         self.ports = ports
         self.options = options
-        environment = {
-            **os.environ,
-            **CANARIES,
-            **{VARIABLES[name][0]: str(port) for name, port in ports.items()},
-            **(variables or {}),
-        }
+        self.variables = {VARIABLES[name][0]: str(port) for name, port in ports.items()}
+        environment = {**os.environ, **CANARIES, **self.variables, **(variables or {})}
         started = time.monotonic()
         self.process = subprocess.Popen(
             [python, "-m", "ade_cli.main", "serve", *map(str, bundles), *options],
@@ -86,22 +82,20 @@ class RunningService:
 
     @property
     def folder(self) -> RunFolder:
-        """Its working folder, found as ``ade status`` finds it."""
+        """The working folder, found as ``ade status`` finds it."""
         folder = find_service(Ports(**self.ports))
         assert folder is not None
         return folder
 
     @property
     def pids(self) -> dict[str, int]:
-        """Of its parts, as they are written down; those of workers are TorchServe's to know."""
+        """Process ids of its parts, as its folder records them, without TorchServe's workers."""
         found = self.folder.read_description()
         assert found is not None
         return found["pids"]
 
     def descendants(self) -> list[psutil.Process]:
-        """All its processes but those that have ended and are not reaped yet, such as an idle
-        decoder.
-        """
+        """All its processes, without those that have ended and are not reaped yet."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -110,7 +104,7 @@ class RunningService:
         return found
 
     def workers(self) -> list[psutil.Process]:
-        """Its worker processes; decoders come and go, these stay."""
+        """The worker processes, without decoders, which are temporary."""
         return [
             process
             for process in self.descendants()
@@ -118,7 +112,7 @@ class RunningService:
         ]
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> list[psutil.Process]:
-        """Ask it to stop; returns the processes that are still there."""
+        """Stop the service; returns the processes that are left."""
         if self.process.poll() is not None:
             return []
         family = self.descendants()

@@ -145,7 +145,7 @@ def test_max_log_scale_bounds_the_output_of_the_coupling_net() -> None:
     x = 100 * torch.randn(4, 4, 2, 2, dtype=torch.float64)
     for bound in (0.5, 1.0):
         coupling = shake(AffineCoupling(4, 6, 1, bound).double(), scale=5)
-        log_scale, _ = coupling._log_scale_and_shift(x[:, :2])
+        log_scale, _ = coupling.log_scale_and_shift(x[:, :2])
         assert (log_scale - coupling.log_gain).abs().max() <= bound
 
 

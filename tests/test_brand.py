@@ -42,6 +42,6 @@ def test_texts_can_be_read(scheme: int) -> None:
 
 
 def test_no_other_host_is_named() -> None:
-    """A report is opened where there may be no network, and the page asks nobody else."""
+    """A report must work without a network, and the page must contact no other host."""
     assert ElementTree.fromstring(MARK).tag.endswith("svg")
     assert "url(" not in STYLE and "@import" not in STYLE and "http" not in STYLE

@@ -112,10 +112,10 @@ def test_a_spreadsheet_runs_no_file_name(
 
 
 def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path: Path) -> None:
-    # From ade ood-bench.
+    # As ade ood-bench writes it.
     _write_csv({"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv")
     (row,) = read(tmp_path / "figures.csv")
-    assert row["strangers"] == "'=1+1" and row["standard_error"] == "-0.1"
+    assert row["ood_set"] == "'=1+1" and row["standard_error"] == "-0.1"
 
 
 def test_only_regular_files_are_read(

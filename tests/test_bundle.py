@@ -178,8 +178,9 @@ def test_invalid_values_in_a_manifest(copy: Path, change: dict, message: str) ->
 
 
 def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
-    """Those of the model, and of what an export puts into the manifest; others are kept as they
-    are.
+    """Fields of the model, and those that an export copies to the manifest, are checked.
+
+    Others are kept unchecked.
     """
     config = json.loads((PRETRAINED / "config.json").read_text())
     checked = {
@@ -250,7 +251,7 @@ def test_no_file_reveals_the_machine_that_wrote_it(bundle: str, tiny_bundle: Pat
 def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(
     tiny_bundle: Path, small_images: np.ndarray
 ) -> None:
-    """With nothing but ONNX Runtime: pixels in, pixels and bits out."""
+    """Needs only ONNX Runtime: pixels in, pixels and bits out."""
     script = (
         "import sys, numpy as np, onnxruntime as ort\n"
         f"session = ort.InferenceSession({str(tiny_bundle / 'score.onnx')!r})\n"

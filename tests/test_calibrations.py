@@ -1,4 +1,4 @@
-"""Several calibrations in one bundle: who decides, what changes while it is used, and feedback."""
+"""Several calibrations in one bundle: which decides, changes while it is used, and feedback."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def dark(small_images: np.ndarray) -> np.ndarray:
-    """What a camera at night sees."""
+    """Images of a camera at night."""
     return small_images // 8
 
 
@@ -56,7 +56,7 @@ def night_file(
 
 
 def add(bundle: Path, file: Path, name: str) -> None:
-    """As an operator may: a copy under another name, moved into its place."""
+    """Add a calibration as an operator may: copy it under another name, then move it."""
     path = path_of(bundle, name)
     path.parent.mkdir(exist_ok=True)
     shutil.copy(file, path.with_name(".new"))
@@ -94,7 +94,7 @@ def test_each_calibration_judges_its_own_images(
 def test_requests_that_are_computed_together_are_judged_apart(
     bundle: Path, night_file: Path, dark: np.ndarray
 ) -> None:
-    """An unknown name fails its own request alone, with the names that there are."""
+    """An unknown name is an error of its own request only; the error lists the names."""
     add(bundle, night_file, "night")
     service = Service("score", InferenceEngine(bundle, device="cpu", operations=["score"]))
     images = [base64.b64encode(write_png(image)).decode() for image in dark[:3]]
@@ -150,7 +150,7 @@ def test_files_come_change_and_go_while_a_gate_runs(
 def test_the_first_request_for_a_new_name_finds_it(
     bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However recently the folder was read."""
+    """Even if the folder was read a moment ago."""
     store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
     monkeypatch.setattr(store_module, "CHECK_S", 1e9)
     with pytest.raises(UnknownCalibration):
@@ -197,7 +197,7 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
             fresh.store.get("night")
     add(bundle, night_file, "night")
     assert engine.store.get("night").version == before.version and not engine.store.broken
-    os.mkfifo(bundle / "calibrations" / "pipe.npz")  # is not waited for
+    os.mkfifo(bundle / "calibrations" / "pipe.npz")  # another thread is reading: do not wait
     add(bundle, night_file, "night")
     (bundle / "calibrations" / "a b.npz").write_bytes(whole)
     engine.store.refresh()

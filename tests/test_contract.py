@@ -1,5 +1,4 @@
-"""The recorded contract: what docs/api.md promises, answered as it was when ``data/contract.json``
-was recorded.
+"""The recorded contract: requests of docs/api.md get the answers in ``data/contract.json``.
 
 The requests are below, as code; their answers are in the record, one line each. A failing request
 means that clients see another answer. If that is intended, record again and read the diff line by
@@ -280,7 +279,7 @@ def requests() -> dict[str, Request]:
 
 
 def servers_own() -> dict[str, Request]:
-    """What the model server answers by itself: no handler of ours sees these."""
+    """Requests that the model server answers by itself, before any handler of ours."""
     return {
         "unknown model": Request("other", CAT, "image/png"),
         "unknown version": Request("score/9.9", CAT, "image/png"),
@@ -289,8 +288,8 @@ def servers_own() -> dict[str, Request]:
 
 
 REQUESTS, SERVERS_OWN = requests(), servers_own()
-# Where TorchServe takes a broken form for something else, and what the other engines answer: the
-# status and the error.
+# Broken forms that TorchServe mistakes for something else, and the status and error of the other
+# engines.
 MALFORMED = (400, {"code": "malformed_request", "message": "the form cannot be parsed"})
 DIFFERENCES = {
     "score: cut form": MALFORMED,  # TorchServe drops the part that is cut off: no image is left
@@ -299,7 +298,7 @@ DIFFERENCES = {
 
 
 def environment() -> dict[str, str]:
-    """What the bytes of an answer may depend on."""
+    """Everything that the bytes of an answer may depend on."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -319,7 +318,7 @@ def environment() -> dict[str, str]:
 
 
 def observed(answer: httpx.Response) -> dict[str, Any]:
-    """What is recorded of an answer."""
+    """The part of an answer that is recorded."""
     headers = {
         name: PRESENT if name in VARYING else value
         for name, value in sorted(answer.headers.items())
@@ -406,7 +405,9 @@ def compare(answer: httpx.Response, expected: dict[str, Any], exact: bool) -> No
         :500
     ]
     assert {name: found["headers"].get(name) for name in headers} == headers
-    assert_close(found["body"], expected["body"], "body")  # first, because it says what differs
+    assert_close(
+        found["body"], expected["body"], "body"
+    )  # first, because its error is the clearest
     if exact:
         assert found["sha256"] == expected["sha256"]
 

@@ -133,9 +133,7 @@ def test_a_pickle_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture()
 def small_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CIFAR-10 of 100 training images, four of them to select and six to calibrate, and 20 test
-    images.
-    """
+    """A CIFAR-10 of 100 training images, four of them to select and six to calibrate."""
     monkeypatch.setattr(cifar10, "COUNTS", {"train": 100, "test": 20})
     monkeypatch.setattr(cifar10, "TRAIN", 90)
     monkeypatch.setattr(cifar10, "SELECT", 94)
@@ -309,7 +307,7 @@ def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.
 
 
 def make_lmdb(root: Path, images: np.ndarray) -> Path:
-    """As LSUN's, with one value that is not an image."""
+    """Write an LMDB like LSUN's, with one value that is not an image."""
     lmdb = pytest.importorskip("lmdb")
     with (
         lmdb.open(str(root), map_size=2**24) as environment,
@@ -324,7 +322,7 @@ def make_lmdb(root: Path, images: np.ndarray) -> Path:
 
 
 def test_a_truncated_lmdb_is_refused(tmp_path: Path, real_images: np.ndarray) -> None:
-    """In a process of its own, which a page beyond the end would kill (SIGBUS)."""
+    """Runs in a separate process, because reading beyond the end would kill it (SIGBUS)."""
     data = make_lmdb(tmp_path / "tower_train_lmdb", real_images[:60]) / "data.mdb"
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom training.data import DataError\n"

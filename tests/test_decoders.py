@@ -34,7 +34,7 @@ from tests.helpers import ROOT, encode
 from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
-# Those that were measured on the service before there were limits, and what must refuse each.
+# Bombs that were measured on the service without limits, and the limit that must refuse each.
 REASONS = {
     "bmp-rle-delta": "must be uncompressed",
     "tiff-tags": "tags in a directory",
@@ -87,8 +87,9 @@ def refused() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [name for name in BOMBS if name not in HARMLESS])
 def test_a_bomb_is_refused_with_its_reason(refused: dict[str, dict[str, Any]], name: str) -> None:
-    """By processor time, which does not depend on the machine's other work, and with the start of a
-    process.
+    """Cost is processor time, which other work on the machine does not affect.
+
+    It includes the start of a process.
     """
     row = refused[name]
     assert (
@@ -265,7 +266,7 @@ def test_an_invalid_answer_is_an_error_of_its_image(
 def test_a_process_that_does_not_start_is_not_an_image_error(
     monkeypatch: pytest.MonkeyPatch, gif: bytes
 ) -> None:
-    """Or a whole folder would be skipped as damaged."""
+    """Otherwise a whole folder would be skipped as damaged."""
     monkeypatch.setattr(decoders, "PROGRAM", "tests.no_such_module")
     with pytest.raises(RuntimeError, match="did not start"):
         read_image(gif)
@@ -379,7 +380,7 @@ def test_a_mutated_file_is_an_image_or_an_image_error(
 
 @pytest.mark.slow
 def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
-    """Compared with the same traffic beside junk, which shows the speed of this machine."""
+    """Compares with the same traffic beside invalid files, which shows the machine's speed."""
     names = [
         *REASONS,
         "jpeg-mpf-tags",

@@ -1,4 +1,4 @@
-"""What lies in deploy/, as far as it can be checked without a cluster or a container engine.
+"""The files in deploy/, checked without a cluster or a container engine.
 
 The tools are used where they are installed: promtool, kustomize and docker-compose (Debian
 packages), yamllint and kubernetes-validate (extra ``dev``).
@@ -109,7 +109,7 @@ def test_every_manifest_is_reached_from_an_overlay() -> None:
 
 
 def test_the_pod_has_no_rights(pod: dict[str, Any], container: dict[str, Any]) -> None:
-    """And the image's user; it can write where the service must, and nowhere else."""
+    """It has the image's user, and can write only where the service must."""
     context = pod["securityContext"]
     assert context["runAsNonRoot"] and context["runAsUser"] == context["runAsGroup"] == USER
     assert not pod["automountServiceAccountToken"]
@@ -140,7 +140,7 @@ def test_ports_and_probes(pod: dict[str, Any], container: dict[str, Any]) -> Non
     assert ports == {name: VARIABLES[ours][1] for name, ours in named.items()}
     for probe in ("startupProbe", "readinessProbe"):
         assert container[probe]["httpGet"] == {"path": "/readyz", "port": "page"}
-    assert '@app.get("/readyz")' in (ROOT / "serving" / "page" / "app.py").read_text()
+    assert '@app.api_route("/readyz"' in (ROOT / "serving" / "page" / "app.py").read_text()
     assert container["livenessProbe"]["tcpSocket"]["port"] in ports
     services = list(yaml.safe_load_all((KUBERNETES / "base" / "service.yaml").read_text()))
     offered = {p["name"]: p for service in services for p in service["spec"]["ports"]}
@@ -185,7 +185,7 @@ def test_the_clusters_alarms_are_prometheuss() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_renders_valid_objects(overlay: str) -> None:
-    """By the schemas of Kubernetes; those of the Prometheus Operator are not among them."""
+    """Validated by Kubernetes's schemas, which lack the Prometheus Operator's objects."""
     validator = pytest.importorskip("kubernetes_validate")
     done = subprocess.run(
         [tool("kustomize"), "build", KUBERNETES / "overlays" / overlay],
@@ -207,7 +207,7 @@ def test_an_overlay_renders_valid_objects(overlay: str) -> None:
         only["resources"]["requests"]
     )
     assert ("nvidia.com/gpu" in only["resources"]["limits"]) == (overlay == "gpu")
-    # The autoscaler and a fixed number of replicas would fight each other.
+    # A fixed number of replicas would work against the autoscaler.
     assert ("HorizontalPodAutoscaler" in objects) != ("replicas" in deployment)
     if scaler := objects.get("HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]

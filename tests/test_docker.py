@@ -52,8 +52,9 @@ def test_it_runs_unprivileged_and_has_a_health_check() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_alone_serves(tmp_path: Path) -> None:
-    """What the image does: build and install the package without its sources, and serve;
-    dependencies are shared.
+    """Build and install the package without its sources, and serve, as the image does.
+
+    Dependencies are shared.
     """
     venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
     python = tmp_path / "venv" / "bin" / "python"

@@ -29,6 +29,7 @@ ALL_PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+    *sorted((ROOT / "docs" / "explanation").glob("*.md")),
 ]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
@@ -52,7 +53,7 @@ def test_pages_have_commands() -> None:
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
 def test_every_command_parses(page: Path) -> None:
-    """Only parses the commands; other tests run them."""
+    """The commands are only parsed here; other tests run them."""
     for words in ade_commands(page):
         assert parse(words).verb == words[0]
 
@@ -95,7 +96,7 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     assert "**holds**: AV-ADE beats V-ADE on samples (after 10 minutes: " in page
     assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
-    # Another seed may have.
+    # Another seed may have been measured.
     (seed1,) = [row for row in rows if row["name"] == "av-ade-seed1"]
     seed1["state"]["images"] = 400_000
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
@@ -106,7 +107,7 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
 def test_the_training_guide(
     tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first block but for the serving, on 700 images and with seconds for minutes."""
+    """Runs its first block except for serving, on 700 images, with seconds instead of minutes."""
     make_folder(
         tmp_path / "DIR",
         np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]]),
@@ -202,7 +203,7 @@ def test_javascript(service: RunningService) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(notebook: Path) -> None:
-    """Every cell runs, and gives as many outputs, of the kinds, that it is committed with."""
+    """Every cell runs, with as many outputs, of the same kinds, as it is committed with."""
     import nbformat
     from nbclient import NotebookClient
 

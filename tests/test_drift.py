@@ -28,11 +28,11 @@ def delay(values: np.ndarray, threshold: float, attribute: str) -> int | None:
 def test_a_stream_without_a_change() -> None:
     rng = np.random.default_rng(0)
     monitor = run(rng.uniform(size=5000))
-    assert monitor.images == 5000 and monitor.strange < 8 and monitor.usual < 8
+    assert monitor.images == 5000 and monitor.unusual < 8 and monitor.usual < 8
     assert monitor.distance() < 2
 
 
-@pytest.mark.parametrize("shift, attribute", [(1.0, "strange"), (-1.0, "usual")])
+@pytest.mark.parametrize("shift, attribute", [(1.0, "unusual"), (-1.0, "usual")])
 def test_a_shift_is_found_within_tens_of_images(shift: float, attribute: str) -> None:
     rng = np.random.default_rng(1)
     delays = [delay(stats.norm.sf(rng.normal(shift, 1, 500)), 8.0, attribute) for _ in range(20)]
@@ -53,12 +53,12 @@ def test_the_distance_is_that_of_kolmogorov_and_smirnov() -> None:
 
 
 def test_extremes_are_finite() -> None:
-    assert np.isfinite(run(np.array([0.0, 1.0, 1e-300])).strange)
+    assert np.isfinite(run(np.array([0.0, 1.0, 1e-300])).unusual)
 
 
 def test_an_alarm_is_over_soon_after_its_cause() -> None:
     monitor = run(np.full(1000, 1e-4))
-    assert monitor.strange == MOST
+    assert monitor.unusual == MOST
     for value in np.random.default_rng(4).uniform(size=80):
         monitor.update(float(value))
-    assert monitor.strange < 8
+    assert monitor.unusual < 8

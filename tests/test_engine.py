@@ -1,4 +1,4 @@
-"""The engine and the service on a real bundle: the same answer in any company, from any backend."""
+"""The engine and the service on a real bundle: answers do not depend on batch or backend."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_decoding_the_latents_reconstructs(
 
 
 def test_noise_samples_what_was_encoded(engine: InferenceEngine, real_images: np.ndarray) -> None:
-    """``eps`` leads back to ``z``; zeros for fine levels lose the more, the fewer are kept."""
+    """``eps`` gives ``z`` again; the fewer levels are kept, the more is lost."""
     images, count = real_images[:12], len(engine.latent_shapes)
     levels = engine.encode(images, eps=[True] * 12)
     eps = [level.eps for level in levels]
@@ -256,9 +256,7 @@ def test_batches_are_padded_only_where_sizes_are_fixed(
 def test_bound_buffers_give_the_same_bytes_and_keep_nothing(
     engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
-    """The way that CUDA takes, on the CPU: buffers of each size, used again, and answers that later
-    batches leave alone.
-    """
+    """Run the code for CUDA on the CPU: buffers are reused, and later batches change no answer."""
     session = engine.backend._sessions["encode"]
     bound = BoundGraph(session, "cpu", 0, capture=False)
     names = [output.name for output in session.get_outputs()]
@@ -374,9 +372,7 @@ def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) 
 
 
 def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) -> None:
-    """In one batch: the same pixels, of the model's size and after resizing, before different
-    calibrations.
-    """
+    """In one batch, the same pixels are judged by the calibration of their kind, resized or not."""
     from export.verdict.calibrate import calibrate_bundle
 
     larger = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in real_images[200:]]

@@ -1,4 +1,4 @@
-"""Whatever way an image comes, an OOD image is never accepted for want of a verdict."""
+"""No OOD image is ever accepted because a verdict is missing, whatever way it arrives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers import with_calibrations
 from tests.service import RunningService
 
 ALPHA = 0.04
-# What each bundle says of an OOD image of the model's size and of a resized one, at ALPHA.
+# Decisions of each bundle on an OOD image of the model's size and on a resized one, at ALPHA.
 EXPECTED = {
     "both": ("reject", "reject"),
     "exact": ("reject", "resized_not_calibrated"),
@@ -45,7 +45,7 @@ PATHS = ("of the model's size", "resized")
 def bundles(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """With a calibration for both paths, for one, for both with too few images, and without any."""
+    """Bundles with calibrations for both kinds, for one, for both with too few images, for none."""
     out = tmp_path_factory.mktemp("bundles")
     calibrate_bundle(tiny_bundle, out / "calibrated", small_images[:20], small_images[20:40], "few")
     return {
@@ -156,7 +156,7 @@ def test_over_the_client(
 
 
 def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
-    """An answer of a version that reported no decision."""
+    """The server is too old to report decisions."""
     entry = {"bpd": 3.0, "bpd_parts": {}, "standard_error": None}
     verdict = {"ood_score": 1.0, "p_value": 0.5, "ood": False}
     answer = {"model": "m", "estimator": "elbo", "samples": 1, "alpha": 0.01}
@@ -207,7 +207,7 @@ def test_what_is_not_finite(
 
 
 def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> None:
-    """With one less, nothing is accepted; with as many, everything is decided."""
+    """With one image fewer nothing is accepted; with this number everything is decided."""
     for alpha, needed in ((0.1, 9), (0.05, 19), (0.01, 99), (0.003, 333), (1.0, 0)):
         assert images_needed(alpha) == needed
         assert 1 / (needed + 1) <= alpha * (1 + 1e-12) and (needed == 0 or 1 / needed > alpha)
@@ -239,7 +239,7 @@ def test_a_tiny_alpha(bundles: dict[str, Path]) -> None:
 def test_discoveries_that_too_few_calibration_images_make_impossible(
     bundles: dict[str, Path], small_images: np.ndarray
 ) -> None:
-    """They are said to be, and images that are rejected each by itself are counted beside."""
+    """A note says so, and individually rejected images are counted too."""
     engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
     noise = np.random.default_rng(0).integers(0, 2, (3, 8, 8, 3), np.uint8) * 255
     images = [

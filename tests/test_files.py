@@ -107,10 +107,10 @@ def test_an_export_that_another_overtakes(
 def test_two_calibrations_into_one_folder(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """One of them wins, and what it wrote is whole."""
+    """One of them wins, and its folder is complete."""
     both = Barrier(2)
 
-    def report(line: str) -> None:  # both have looked for the folder by now
+    def report(line: str) -> None:  # both have checked for the folder by now
         if line.startswith("fitting: scored"):
             both.wait(60)
 

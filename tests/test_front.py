@@ -1,4 +1,4 @@
-"""The front as a process, before an upstream that says what came."""
+"""The front as a process, in front of an upstream that echoes requests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
-    """A front with little patience."""
+    """A front with short timeouts."""
     yield from running(tmp_path_factory, SHORT)
 
 
@@ -70,7 +70,7 @@ def running(
 
 @pytest.fixture
 def upstream(request: pytest.FixtureRequest) -> Iterator[Upstream]:
-    """Behind whichever front the test has."""
+    """The upstream of the front that the test uses."""
     name = "short" if "short" in request.fixturenames else "front"
     made = Upstream(request.getfixturevalue(name).socket)
     yield made
@@ -91,7 +91,7 @@ def read_answer(connection: socket.socket) -> tuple[int, bytes]:
 
 
 def is_closed(connection: socket.socket, seconds: float = 5.0) -> bool:
-    """Whether the server closes; what it still sends is passed over."""
+    """Whether the server closes the connection; further bytes are ignored."""
     connection.settimeout(seconds)
     try:
         while connection.recv(2**16):
@@ -106,7 +106,7 @@ def is_closed(connection: socket.socket, seconds: float = 5.0) -> bool:
 def post(
     front: RunningFront, word: str = "", content: bytes = b"", timeout: float = 20, **headers: str
 ) -> httpx.Response:
-    """``word`` is what the upstream should do."""
+    """Post a request; ``word`` tells the upstream what to do."""
     return httpx.post(
         f"{front.url}/predictions/score",
         content=content,
@@ -115,7 +115,7 @@ def post(
     )
 
 
-# What is passed on
+# Requests that are passed on
 
 
 def test_a_request_and_its_answer_pass(front: RunningFront, upstream: Upstream) -> None:
@@ -380,7 +380,7 @@ def test_metrics_are_always_on_loopback(host: str, exposes: bool, expected: list
     assert changed.metrics_hosts == expected
 
 
-# Who comes in
+# Access
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_a_token(tmp_path: Path) -> None:
         guarded.stop()
 
 
-# What TorchServe says itself
+# TorchServe's own errors
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_ambiguous_bodies_are_refused(
 
 
 def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream: Upstream) -> None:
-    """What comes after a request and is invalid does not answer it."""
+    """Invalid bytes after a request are not taken for its answer."""
     with hang(front, b"") as connection:
         wait_for(lambda: upstream.num_waiting == 1)
         connection.sendall(b"junk\r\n\r\n")
@@ -619,7 +619,7 @@ def test_long_heads_are_refused(front: RunningFront, upstream: Upstream) -> None
 
 
 def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -> None:
-    """Whether nothing comes, or a byte now and then, before the first request or after one."""
+    """With no byte or single bytes, before the first request or after one."""
     silent, half, blank, second = (short.connect() for _ in range(4))
     half.sendall(HEAD)
     second.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -672,7 +672,7 @@ def test_chunked_bodies_have_the_same_limit(short: RunningFront, upstream: Upstr
 
 
 def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) -> None:
-    """Large ones are refused once it is used up; small ones are not, and it comes back."""
+    """Once it is used up, large bodies are refused, small ones are not; later it is free again."""
     large = b"x" * (3 * 2**20)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, short, "wait", large)
@@ -690,7 +690,7 @@ def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) 
 
 
 def test_large_bodies_that_stall_give_way(short: RunningFront, upstream: Upstream) -> None:
-    """They fill the memory, and are dropped for smaller ones at once."""
+    """They fill the memory, and are dropped at once in favour of smaller ones."""
     stalled = [short.connect() for _ in range(4)]
     for connection in stalled:
         connection.sendall(HEAD + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_500_000)
@@ -766,7 +766,7 @@ def test_answers_that_nobody_reads_have_a_budget_together(
 def test_no_connection_outlasts_a_client_that_does_not_read(
     short: RunningFront, upstream: Upstream
 ) -> None:
-    """Whatever part of an answer is left in the front, down to a few bytes."""
+    """Whatever part of an answer remains in the front, even a few bytes."""
     lazy = []
     for size in range(2**21, 2**22, 2**16):
         connection = socket.socket()
@@ -851,7 +851,7 @@ def test_a_client_that_leaves_in_flight_keeps_its_turn(
 
 
 def test_an_upstream_that_hangs(short: RunningFront, upstream: Upstream) -> None:
-    """Who is there gets an answer after its time, and so does who waits for a turn."""
+    """Both a request in flight and a waiting one get an answer when their time is over."""
     with ThreadPoolExecutor(3) as pool:
         started = time.monotonic()
         answers = list(pool.map(lambda _: post(short, "wait"), range(3)))
@@ -865,7 +865,7 @@ def test_an_upstream_that_hangs(short: RunningFront, upstream: Upstream) -> None
 
 def test_the_bound_follows_the_time_that_answers_take() -> None:
     async def play(lane: Lane, num: int, seconds: float) -> int:
-        """The most that were in flight at once, once the bound has had time to move."""
+        """The largest number in flight at once, after the bound has had time to adapt."""
         in_flight: set[int] = set()
         most: list[int] = []
 

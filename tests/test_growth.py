@@ -26,7 +26,7 @@ BEFORE = ModelConfig(
 
 
 def shaken(config: ModelConfig) -> ADEModel:
-    """A model all of whose weights matter."""
+    """A model in which every weight has an effect."""
     torch.manual_seed(0)
     model = ADEModel(config)
     with torch.no_grad():

@@ -29,7 +29,7 @@ def ask(
     token: str | None = None,
     body: list[bytes] | None = None,
 ) -> list[dict[str, Any]]:
-    """What a guarded application sends upon one request."""
+    """The messages that a guarded application sends for one request."""
     sent: list[dict[str, Any]] = []
     parts = list(body or [])
 

@@ -20,7 +20,7 @@ from tests.helpers import encode, png_header
     "shape", [(80, 48, 3), (48, 80, 3), (33, 64, 3), (31, 30, 3), (100, 101, 3), (20, 13, 3)]
 )
 def test_training_and_serving_crop_alike(shape: tuple[int, int, int], tmp_path: Path) -> None:
-    """A model judges resized images by what it was trained on: the same centre, the same filter."""
+    """Both take the same centre and use the same filter, so that verdicts hold."""
     from training.datasets import load_dataset
 
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -129,7 +129,7 @@ def test_first_frame_of_an_animation() -> None:
 
 
 def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a TIFF that takes the square of their number."""
+    """Counting the frames of a TIFF takes time in the square of their number."""
     from PIL import TiffImagePlugin
 
     frames = [Image.new("L", (4, 4), level) for level in range(5)]

@@ -31,7 +31,7 @@ def test_serving_needs_no_training_packages() -> None:
 
 
 def without(*packages: str) -> str:
-    """Code after which these packages are not found."""
+    """Code that hides these packages."""
     return f"""
 import sys
 class Without:

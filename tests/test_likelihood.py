@@ -69,9 +69,7 @@ def test_log_prob_must_be_one_value_per_image() -> None:
 
 
 def test_density_integrates_to_one() -> None:
-    """Over the flow's whole domain, in the variable ``l = logit(0.05 + 0.9 x)``, in which the
-    density is smooth.
-    """
+    """Integrated over the flow's domain in ``l = logit(0.05 + 0.9 x)``, where it is smooth."""
     model = four_pixel_model()
     cells, bound = 24, 8.0
     step = 2 * bound / cells

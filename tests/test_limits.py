@@ -1,4 +1,4 @@
-"""Limits per batch; a request that is alone in its batch is always answered."""
+"""Limits per batch. A request that is alone in its batch is always answered."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_request_by_itself_is_always_answered(
 
 @pytest.mark.slow
 def test_many_large_answers_end_no_worker(service: RunningService, real_images: np.ndarray) -> None:
-    """Twenty requests at once, whose answers have 264 MB together."""
+    """Twenty requests at once, with answers of 264 MB in total."""
     array = io.BytesIO()
     np.save(array, real_images[:256])
     workers = {process.pid for process in service.workers()}
@@ -184,9 +184,7 @@ def test_many_large_answers_end_no_worker(service: RunningService, real_images: 
 def test_a_full_batch_of_scores_ends_no_worker(
     service: RunningService, real_images: np.ndarray
 ) -> None:
-    """8,192 rows took nearly all of the time that a worker has: now some are computed, and the
-    others asked again.
-    """
+    """8,192 rows take nearly all of a worker's time: some are computed, the others get 503."""
     workers = {process.pid for process in service.workers()}
     body = request(real_images[:128], samples=8).body
 

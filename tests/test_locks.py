@@ -43,7 +43,7 @@ def test_a_report_is_written_by_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_lock_follows_no_link(tmp_path: Path) -> None:
-    """Somebody may have left one where the lock file should be."""
+    """Somebody may have put a link in the place of the lock file."""
     theirs = tmp_path / "theirs"
     theirs.write_text("precious")
     (tmp_path / "lock").symlink_to(theirs)

@@ -197,7 +197,7 @@ def test_efficientnet_tells_images_from_noise(real_images: np.ndarray) -> None:
 def test_inception_is_loaded_by_its_hash_alone(
     tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With random weights in the library's format: the whole path but the numbers."""
+    """Uses random weights in the library's format: everything is tested except for the values."""
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
     monkeypatch.setattr(library, "load_state_dict_from_url", lambda *a, **k: {})

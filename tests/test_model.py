@@ -92,7 +92,7 @@ def test_bad_configurations_are_refused(change: dict, message: str) -> None:
     ],
 )
 def test_every_option_changes_the_model(change: dict) -> None:
-    """Weights or, for an option without any, the answer."""
+    """It changes the weights or, if it has none, the answer."""
     other = make_model(dataclasses.replace(TINY, **change))
     base = make_model()
     shapes = [tuple(p.shape) for p in base.parameters()]
@@ -269,7 +269,7 @@ def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> Non
 
 
 def test_what_is_left_unexplained() -> None:
-    """Standardised by the distributions that were to explain it."""
+    """The residuals are standardised by the distributions that should explain them."""
     model = make_model().double()
     x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(3, *shape, dtype=torch.float64) for shape in TINY.latent_shapes]

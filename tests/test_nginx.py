@@ -31,12 +31,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def proxy(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The file as it is, but for the ports and a low rate; its address."""
+    """Run the file with other ports and a low rate; yields the address."""
     folder = tmp_path_factory.mktemp("nginx")
     (outer,) = free_ports(1)
     text = (ROOT / "deploy" / "nginx.conf").read_text()
-    # A request a second, after the first hundred at once: no machine is too slow to be refused
-    # then.
+    # One request per second after a burst of a hundred: even a slow machine exceeds that.
     for old, new in (
         ("listen 443", f"listen 127.0.0.1:{outer}"),
         ("127.0.0.1:8080", f"127.0.0.1:{service.ports['inference']}"),

@@ -62,7 +62,7 @@ def test_a_profile_is_what_is_new() -> None:
 
 
 def test_metrics_follow_the_conventions() -> None:
-    """A family is one group with its type and help text; base units, ``_total``."""
+    """Each family is one group with type and help text; units are base units; ``_total``."""
     text = by_convention(METRICS_TEXT, {"overloaded": 2})
     assert (
         "# HELP ade_bpd Bits per dimension of scored images.\n# TYPE ade_bpd histogram\n"

@@ -25,7 +25,7 @@ MODULES = ROOT / "node_modules"  # npm install --no-save onnxruntime-node pngjs
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the page's code finds in its working folder."""
+    """The working folder for the page's code."""
     (tmp_path / "bundle").symlink_to(PRETRAINED)
     shutil.copy(CAT, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> float:
-    """As the service scores it."""
+    """The service's score."""
     return (
         InferenceEngine(PRETRAINED, device="cpu")
         .score(read_image(CAT.read_bytes()).pixels[None])[0]
@@ -43,7 +43,7 @@ def expected() -> float:
 
 
 def test_python(folder: Path, expected: float) -> None:
-    """Any noise gives nearly the number, the service's noise the number itself."""
+    """Any noise gives nearly the service's number; the service's noise gives exactly it."""
     namespace: dict[str, Any] = {}
     plain, noise, openvino, torchscript = blocks(PAGE, "python")
     exec(plain, namespace)
@@ -95,7 +95,7 @@ def test_the_tables_are_the_signatures() -> None:
 
 
 def test_the_web_page_names_the_weights() -> None:
-    """onnxruntime-web gets a graph's bytes alone, and looks for this name in them."""
+    """onnxruntime-web gets only the bytes of a graph, and reads this name from them."""
     (page,) = blocks(PAGE, "html")
     assert 'externalData: [{ path: "model.safetensors"' in page
     assert b"model.safetensors" in (PRETRAINED / "score.onnx").read_bytes()

@@ -35,7 +35,7 @@ LAWS = {
 def draw(
     rng: np.random.Generator, n: int, law: str = "normal", shift: float = 0.0
 ) -> dict[str, np.ndarray]:
-    """Statistics that depend on each other, of one law."""
+    """Draw dependent statistics from one distribution."""
     common = rng.normal(0, 1, n)
     return {
         name: (LAWS[law](rng, n) + 0.7 * common * (law != "ties") + shift).astype(np.float32)
@@ -59,7 +59,7 @@ def p_values(fitted: Calibration, statistics: dict[str, np.ndarray]) -> np.ndarr
     st.lists(st.integers(-1, 13), min_size=1, max_size=10),
 )
 def test_p_values_count_the_calibration_scores(reference: list[int], scores: list[int]) -> None:
-    """Ties included; never 0, never above 1."""
+    """Ties count too; p-values are never 0 and never above 1."""
     found = conformal_p_values(np.sort(np.array(reference, float)), np.array(scores, float))
     for p, score in zip(found, scores, strict=True):
         assert p == (1 + sum(r >= score for r in reference)) / (len(reference) + 1)
@@ -69,8 +69,9 @@ def test_p_values_count_the_calibration_scores(reference: list[int], scores: lis
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from(sorted(LAWS)))
 def test_false_alarms_have_the_chosen_rate(seed: int, alpha: float, law: str) -> None:
-    """Whatever the law: the realised rate, given the calibration, follows Beta(k, n + 1 - k), or is
-    below with ties.
+    """For any distribution the realised rate of a calibration follows Beta(k, n + 1 - k).
+
+    With ties it is lower.
     """
     rng = np.random.default_rng(seed)
     n, m = 1000, 4000
@@ -115,7 +116,7 @@ def test_both_tails_are_flagged_and_explained() -> None:
 
 
 def test_unlikely_combinations_of_likely_statistics_are_flagged() -> None:
-    """What a density sees and no single statistic can."""
+    """The density detects what no single statistic can."""
     rng = np.random.default_rng(1)
 
     def twins(n: int, sign: float = 1.0) -> dict[str, np.ndarray]:
@@ -224,7 +225,7 @@ def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    """Of a calibration for each path, of one alone, and of one for both."""
+    """For a calibration of each kind, for a single one, and for one that serves both."""
     exact, resized, either = (calibration(seed) for seed in range(3))
     either = dataclasses.replace(either, resize="fit")
     path = tmp_path / "calibration.npz"

@@ -123,8 +123,9 @@ def image_bytes(page: Page, selector: str) -> bytes:
 
 
 def test_sample(page: Page, tmp_path: Path) -> None:
-    """The tab opens with samples. Each says how it is made again, and so does the picture of all;
-    the npz holds the same pixels.
+    """The tab opens with samples, whose files say how to reproduce them.
+
+    The npz has the same pixels.
     """
     show(page, "Sample")
     panel = panel_of(page)
@@ -231,7 +232,7 @@ def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
 def test_a_sample_that_comes_while_explore_fills_itself_stays(
     browser: Browser, service: RunningService
 ) -> None:
-    """What the tab draws when it is opened takes the place of nothing."""
+    """Images that the tab draws when it is opened replace no other image."""
     joins = "**/queue/join*"
     with opened(browser, service.page) as page:
         show(page, "Sample")
@@ -260,7 +261,7 @@ def test_a_sample_that_comes_while_explore_fills_itself_stays(
 
 
 def test_a_chosen_sample_stays_chosen(browser: Browser, service: RunningService) -> None:
-    """A visit to another tab does not take the choice away."""
+    """Visiting another tab does not clear the choice."""
     with opened(browser, service.page) as page:
         show(page, "Sample")
         panel_of(page).locator(".ade-grid button:has(img)").nth(5).click()
@@ -289,7 +290,7 @@ def test_only_the_last_of_several_images_is_shown(
 
 
 def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
-    """Neither results nor an error."""
+    """It shows neither results nor an error."""
     runs = Runs()
 
     def run(name: str) -> str:
@@ -341,7 +342,7 @@ def test_reconstruct(page: Page) -> None:
 
 
 def test_score(page: Page, tmp_path: Path) -> None:
-    """A new image is scored by itself: decision, place, heat map, reasons."""
+    """A new image is scored without a click: decision, place, heat map, reasons."""
     show(page, "Score")
     panel = panel_of(page)
     drop(panel, EXAMPLE)
@@ -365,7 +366,7 @@ def test_score(page: Page, tmp_path: Path) -> None:
 
 
 def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
-    """So does one that is taken away, and one that cannot be scored, with one message."""
+    """So does a removed image, and one that cannot be scored, with a single message."""
     show(page, "Score")
     panel = panel_of(page)
     verdict, waiting = panel.locator(".ade-verdict"), panel.get_by_text("The verdict appears here")
@@ -571,9 +572,7 @@ HOSTILE = "<img src=x onerror=window.ran=1>"
 def test_a_folder_with_other_files_and_hostile_names(
     browser: Browser, service: RunningService, tmp_path: Path
 ) -> None:
-    """Other files of a folder are left out; no name or text is run as HTML, neither in the table
-    nor in an error.
-    """
+    """Other files of a folder are left out, and names are never interpreted as HTML."""
     folder = tmp_path / "folder"
     (folder / "inside").mkdir(parents=True)
     shutil.copy(EXAMPLE, folder / "cat.png")
@@ -616,8 +615,9 @@ def test_a_folder_with_other_files_and_hostile_names(
 
 
 def test_examples_of_both_kinds(browser: Browser, service: RunningService, tmp_path: Path) -> None:
-    """Half of them are out-of-distribution, of other sizes than the model's; a file that is dropped
-    afterwards still comes as it is.
+    """Half of them are out-of-distribution, of other sizes than the model's.
+
+    A file that is dropped afterwards is still sent unchanged.
     """
     with opened(browser, service.page) as page:
         panel = panel_of(page)
@@ -651,14 +651,14 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
         "ade:model": "![a picture](http://elsewhere.example/a.png)",
     }.items():
         text.add_text(key, value)
-    edited.save(tmp_path / "strange.png", pnginfo=text)
+    edited.save(tmp_path / "unknown-model.png", pnginfo=text)
     show(page, "Sample")
     panel = panel_of(page)
     unfold(panel, REPRODUCE)
     for name, words in (
         ("made.png", "The same picture, pixel for pixel"),
         ("edited.png", "the picture was changed"),
-        ("strange.png", "it was made by an unknown model"),
+        ("unknown-model.png", "it was made by an unknown model"),
         (str(EXAMPLE), "does not say how it was made"),
     ):
         if panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).count():
@@ -792,7 +792,7 @@ def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_pat
         expect(page.get_by_text("must be 32 x 32 pixels, got 100 x 80").first).to_be_visible()
 
 
-FILLED = {  # what each tab shows when it is filled, after its first example is chosen
+FILLED = {  # the result of each tab after its first example is chosen
     "Score": ".ade-verdict",
     "Score many": ".ade-empty",
     "Sample": ".ade-grid img",
@@ -815,8 +815,9 @@ def filled(page: Page, tab: str) -> Locator:
 @pytest.mark.parametrize("width", [390, 768])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_windows(browser: Browser, service: RunningService, width: int, scheme: str) -> None:
-    """Every tab can be reached, nothing in a filled one is wider than the window, and the page
-    follows the reader's light or dark.
+    """Every tab can be reached, and nothing in a filled one is wider than the window.
+
+    The page follows the reader's light or dark colour scheme.
     """
     with opened(
         browser, service.page, viewport={"width": width, "height": 844}, color_scheme=scheme
@@ -864,9 +865,7 @@ def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
 
 
 def test_compare(browser: Browser, two_models: RunningService) -> None:
-    """One image under two models of different sizes; without resizing one of them says why it has
-    no answer.
-    """
+    """One image under two models of different sizes; without resizing, one reports an error."""
     with opened(browser, two_models.page) as page:
         show(page, "Compare")
         panel = panel_of(page)

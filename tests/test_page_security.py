@@ -47,13 +47,12 @@ from tests.service import RunningService, free_ports
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SECRET = "what-nobody-may-read"
 TOKEN = "a-token-of-the-tests"
-# Inputs of these kinds take no file; every other input of the page is attacked, those of a new tab
-# too.
+# Inputs of these kinds take no file. All others are attacked, including those of a new tab.
 PLAIN = {"button", "checkbox", "dataset", "dropdown", "number", "radio", "slider", "state"}
 
 
 class RunningPage:
-    """The page alone, as the launcher starts it: a process, its folder and what it prints."""
+    """The page without the API, as the launcher starts it: process, folder and output."""
 
     def __init__(self, url: str, folder: Path, token: str | None = None) -> None:
         (port,) = free_ports(1)
@@ -127,7 +126,7 @@ def page(
 
 
 class Asked(BaseHTTPRequestHandler):
-    """A server of this machine that a request could be forged to."""
+    """A server on this machine to which a request could be forged."""
 
     paths: list[str] = []
 
@@ -184,7 +183,7 @@ def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
 
 
 def shapes(path: str) -> list[Any]:
-    """How components spell a file."""
+    """The ways in which components represent a file."""
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     return [file, {"path": path}, [file, file], [{"image": file, "caption": None}]]
 
@@ -204,7 +203,7 @@ def targets(config: dict[str, Any]) -> list[tuple[int, int, list[Any]]]:
 
 
 def call(client: httpx.Client, function: int, data: list[Any]) -> tuple[bool, str]:
-    """Whether an event succeeded, and all that was answered."""
+    """Whether an event succeeded, and the complete answer."""
     session = secrets.token_hex(8)
     joined = client.post(
         "/gradio_api/queue/join", json={"fn_index": function, "data": data, "session_hash": session}
@@ -246,7 +245,7 @@ def test_no_file_of_the_machine_is_read(page: RunningPage, inner: str, tmp_path:
 
 
 def score_of(client: httpx.Client) -> tuple[int, list[Any]]:
-    """What scores an example that was uploaded."""
+    """The request that scores an uploaded example."""
     (path,) = client.post(
         "/gradio_api/upload", files=[("files", ("cat.png", EXAMPLE.read_bytes()))]
     ).json()
@@ -266,7 +265,7 @@ def score_of(client: httpx.Client) -> tuple[int, list[Any]]:
 def test_gradio_by_itself_checks_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
 ) -> None:
-    """Without the gate: a new Gradio that does not look at ``has_launched`` any more fails here."""
+    """Fails if a new version of Gradio no longer checks ``has_launched``."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "inbox"))
     outer = tmp_path / "outer"
     outer.mkdir()
@@ -352,7 +351,7 @@ def test_other_sites_are_refused(page: RunningPage, headers: dict[str, str]) -> 
 
 
 def test_without_login_nothing_is_kept(page: RunningPage) -> None:
-    """And of what is behind the login, only that there is one."""
+    """And an answer reveals only that there is a login."""
     if page.token is None:
         pytest.skip("this page has no login")
     for cookies in ({}, {"access-token-unsecure": "x"}):
@@ -377,7 +376,7 @@ def test_without_login_nothing_is_kept(page: RunningPage) -> None:
 
 
 def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
-    """Of Gradio's routes; a new one of a new Gradio is closed, since what is open is named."""
+    """New routes of a new version of Gradio stay closed, because open ones are listed."""
     client = page.client()
     for path in (
         "proxy=http://127.0.0.1:1/",
@@ -435,7 +434,7 @@ def test_pages_of_other_origins_cannot_read(page: RunningPage, origin: str) -> N
 
 
 def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
-    """But for the folder of uploads, which Gradio's addresses of files hold by design."""
+    """Except for the folder of uploads, which is part of Gradio's URLs of files."""
     client = page.client()
     for path in (
         "/",
@@ -459,9 +458,7 @@ def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
 
 
 def test_errors_reveal_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the answer nor the log of an unexpected error holds what was sent, or where the page
-    lies.
-    """
+    """Neither answer nor log of an unexpected error has the request or the page's path."""
     client, mark = page.client(), "a-mark-of-the-payload"
     function, data = score_of(client)
     for wrong in (
@@ -524,7 +521,7 @@ def test_an_internal_error_reveals_nothing(
 
 
 def test_sessions_that_are_remembered_are_bounded(inbox: Path) -> None:
-    """Each takes 0.2 MB before it holds anything."""
+    """Each takes 0.2 MB even when it is empty."""
     app = make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)
     holder = gradio_of(app).state_holder
     for i in range(MAX_SESSIONS + 5):
@@ -539,7 +536,7 @@ def test_sessions_that_are_remembered_are_bounded(inbox: Path) -> None:
 
 
 def test_answers_that_nobody_reads_do_not_pile_up(page: RunningPage) -> None:
-    """Gradio keeps them without a bound: 35 kB an event."""
+    """Gradio keeps them without a limit, 35 kB per event."""
     client = page.client()
     about = next(
         f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "about"
@@ -702,9 +699,7 @@ def test_names_of_uploads(name: str, kept: str) -> None:
 
 
 def lying_zip(path: Path, name: str, size: int, declared: int) -> Path:
-    """A zip of one entry of ``size`` zeros that says in both of its headers that it has
-    ``declared``.
-    """
+    """A zip of one entry of ``size`` zeros whose headers declare another size."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, bytes(size))
     data = path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", declared))
@@ -769,7 +764,7 @@ def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_png_with_two_sizes_is_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first header is small, the second, which Pillow takes, is not."""
+    """The first header is small; the second, which Pillow uses, is not."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     text = {
         "ade:seed": "1",

@@ -85,9 +85,7 @@ def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) ->
 def test_the_discriminator_learns_and_the_generator_gets_its_gradient(
     real_images: np.ndarray,
 ) -> None:
-    """Against samples of an untrained model the loss falls; the generator's path gets its gradient,
-    the flow does not.
-    """
+    """Its loss falls, and only the generator's path gets a gradient, not the flow."""
     trained = trainer(
         dataclasses.replace(CONFIG, d_learning_rate=2e-3, warmup_steps=1, coverage=False)
     )
@@ -121,7 +119,7 @@ def test_hinge_loss() -> None:
 
 def test_augmentation_changes_colours_and_place(real_images: np.ndarray) -> None:
     x = torch.from_numpy(real_images[:4].copy()).permute(0, 3, 1, 2).float() / 255
-    centre = torch.full((4, NUMBERS), 0.5)  # nothing changes there
+    centre = torch.full((4, NUMBERS), 0.5)  # no change at 0.5
     assert torch.allclose(augment(x, centre), x, atol=1e-6)
 
     def at(place: int, value: float) -> torch.Tensor:
@@ -160,9 +158,7 @@ def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -
 def test_models_are_not_judged_by_the_features_that_trained_them(
     small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """From a V-ADE run to its own, resumed as if never cut; its distances are marked in the
-    figures.
-    """
+    """A run that starts from V-ADE and is resumed; its distances are marked in the figures."""
     dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
     options = RunOptions(images=16 * 4, device="cpu", precision="float32")
     train(narrow("v-ade"), dataset, tmp_path / "v-ade", options, resume=False)

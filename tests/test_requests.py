@@ -157,7 +157,7 @@ BAD_IMAGE_REQUESTS = {
     "many images": (
         as_json(images=[b64(png())] * 257),
         413,
-        "at most 256 images a request, got 257",
+        "at most 256 images per request, got 257",
     ),
     "many draws": (
         as_json(images=[b64(png())] * 17, samples=64),
@@ -211,9 +211,13 @@ BAD_IMAGE_REQUESTS = {
     "a field's number of many digits": (
         form(**{"image": png(), "image" + "1" * 5000: png()}),
         400,
-        "is no text",
+        "must be text; image files go into fields named",
     ),
-    "binary field": (form(image=png(), seed=b"\xff\xfe"), 400, "is no text"),
+    "binary field": (
+        form(image=png(), seed=b"\xff\xfe"),
+        400,
+        "must be text; image files go into fields named",
+    ),
     "negative shape": (
         body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(-1,-8,8,3) ")),
         400,
@@ -297,7 +301,7 @@ BAD_PARAMETERS = [
     ({"zeed": 1}, "sample has no parameter 'zeed'"),
     ({"latents": []}, "latents must be a list with an entry"),
     ({"latents": 3}, "latents must be a list"),
-    ({"latents": [[1]]}, "must have 2 levels an image, got 1"),
+    ({"latents": [[1]]}, "must have 2 levels per image, got 1"),
     (
         {"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]},
         r"z of level 0 must have shape \(3, 2, 2\)",
@@ -309,8 +313,8 @@ BAD_PARAMETERS = [
     ),
     ({"latents": [{"levels": [{"eps": None}, {"eps": [2]}]}]}, "eps of level 0 must"),
     ({"latents": [{"levels": [{}, {"eps": [2]}]}]}, "or eps in all"),
-    ({"latents": [{"levels": 3}]}, "must have 2 levels an image"),
-    ({"latents": [3]}, "must have 2 levels an image"),
+    ({"latents": [{"levels": 3}]}, "must have 2 levels per image"),
+    ({"latents": [3]}, "must have 2 levels per image"),
     (
         {
             "latents": [
@@ -355,7 +359,7 @@ def test_sample_defaults_and_forms() -> None:
 
 
 def test_json_that_came_as_a_form() -> None:
-    """What curl sends of ``-d '{...}'`` without a header: the server makes an empty form of it."""
+    """curl sends ``-d '{...}'`` as a form, and the server finds no field in it."""
     with pytest.raises(ApiError, match="needs the header Content-Type: application/json"):
         parse_sample(RawRequest("application/x-www-form-urlencoded", None, {}), LATENTS)
     assert (
@@ -474,10 +478,10 @@ def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPat
 
 
 def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no text is parsed that is longer than that, in a body or in a form."""
+    """Longer text is not parsed, neither in a body nor in a form."""
     monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
     shapes = [(8, 8, 8)]
-    number = -1.1754943508222875e-38  # as long as they come
+    number = -1.1754943508222875e-38  # as long as possible
     level = dict.fromkeys(("mean", "log_scale", "z", "eps"), np.full(shapes[0], number).tolist())
     whole = json.dumps({"latents": {"results": [{"levels": [level]}] * 256}}).encode()
     assert parse_sample(body(whole, "application/json"), shapes).count == 256
@@ -503,7 +507,7 @@ def test_messages_that_are_not_utf8_are_answered() -> None:
 def test_json_of_too_many_values_is_refused_before_it_is_parsed(
     operation: str, text: str, what: str
 ) -> None:
-    """Within the limit of bytes, 8 million lists take 450 MB and, parsed, many seconds."""
+    """Below the limit of bytes there is room for 8 million lists: 450 MB and many seconds."""
     raw = RawRequest("application/json", text.encode())
     started = time.process_time()
     with pytest.raises(ApiError) as raised:

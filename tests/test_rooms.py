@@ -12,7 +12,16 @@ import pytest
 
 from tests.helpers import ROOT
 
-PACKAGES = ("ade_model", "training", "export", "fitting", "serving", "handlers", "ade_cli")
+PACKAGES = (
+    "ade_model",
+    "training",
+    "export",
+    "fitting",
+    "serving",
+    "coding",
+    "handlers",
+    "ade_cli",
+)
 # A room is a folder, or a module at the top of serving/. What a room may import beside itself:
 # rooms, or single modules.
 IMAGES = {"serving.images", "serving.files", "serving.decode"}
@@ -25,7 +34,7 @@ MAY_IMPORT = {
     "serving.verdict": IMAGES,
     "serving.engine": {"serving.verdict", *IMAGES},
     "serving.api": {"serving.engine", "serving.verdict", *IMAGES},
-    # Of ours only models, names and constants: it needs NumPy, Pillow and httpx alone.
+    # Only models, names and constants: the client needs just NumPy, Pillow and httpx.
     "serving.client": {
         "serving.api.errors",
         "serving.api.model",
@@ -43,6 +52,8 @@ MAY_IMPORT = {
     "training": {"ade_model", *IMAGES},
     "export": {"ade_model", "training.data", "training.datasets", *SERVED},
     "fitting": {"ade_model", "training", "export", "serving"},
+    # Needs no PyTorch; only the command line imports it.
+    "coding": SERVED,
     "ade_cli": set(PACKAGES),
 }
 # Small modules at the top of serving/ that import nothing else of ours are everybody's.
@@ -53,7 +64,7 @@ SHARED = {
     "serving.reports",
     "serving.tables",
 }
-LIBRARIES = ("ade_model", "training", "export", "fitting")
+LIBRARIES = ("ade_model", "training", "export", "fitting", "coding")
 SERVER = "handlers/torchserve/"
 # Beside the server's own room and the docs: `ade serve --engine` must know its name.
 MAY_NAME_THE_SERVER = {"handlers/launch/engines.py"}
@@ -105,7 +116,7 @@ def test_rooms_have_no_import_cycles() -> None:
     graph: dict[str, set[str]] = defaultdict(set)
     for room, _, imported in ARROWS:
         graph[room].add(room_of(imported))
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 def test_every_room_is_a_package_that_loads_nothing() -> None:
@@ -123,7 +134,7 @@ def test_every_room_is_a_package_that_loads_nothing() -> None:
 
 
 def test_libraries_name_no_option_of_the_command_line() -> None:
-    """Whoever calls them from Python has none."""
+    """Callers in Python have no command line."""
     for path in (path for package in LIBRARIES for path in sorted((ROOT / package).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -52,7 +52,7 @@ def connects(address: tuple[str, int]) -> bool:
 
 @pytest.fixture
 def management(service: RunningService) -> Iterator[httpx.Client]:
-    """TorchServe's management API, as only the user that serves can reach it."""
+    """TorchServe's management API, which only the serving user can reach."""
     key = service.folder.server_key("management")
     transport = httpx.HTTPTransport(uds=str(service.folder.management_socket))
     with httpx.Client(
@@ -66,9 +66,7 @@ def management(service: RunningService) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def planted(service: RunningService, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """A hostile archive in every folder of the service, as if an upload had put it there; and its
-    marker.
-    """
+    """A hostile archive in every folder of the service, as if it had been uploaded; its marker."""
     marker, archive = tmp_path / "marker", workflow_archive(tmp_path / "marker")
     places = [
         service.folder.store,
@@ -85,7 +83,7 @@ def planted(service: RunningService, tmp_path: Path) -> Iterator[tuple[Path, Pat
 
 
 def test_the_whole_chain(service: RunningService, tmp_path: Path) -> None:
-    """A visited web site uploads an archive and has it registered, at every port that listens."""
+    """A visited web site uploads an archive and tries to register it at every open port."""
     marker = tmp_path / "marker"
     path = upload(service.page, workflow_archive(marker), HOSTILE)
     store = service.folder.store
@@ -102,7 +100,7 @@ def test_the_whole_chain(service: RunningService, tmp_path: Path) -> None:
 def test_nothing_can_be_fetched(
     service: RunningService, management: httpx.Client, planted: tuple[Path, Path]
 ) -> None:
-    """With the key to the management socket, too."""
+    """Not even with the key to the management socket."""
     archive, marker = planted
     before = sorted(service.folder.path.rglob("evil*"))
     statuses = register(management, fetch_addresses(archive, service.folder.store))
@@ -114,7 +112,7 @@ def test_nothing_can_be_fetched(
 def test_nothing_can_be_registered_by_name(
     management: httpx.Client, planted: tuple[Path, Path], name: str
 ) -> None:
-    """Although the archive lies where TorchServe keeps its own."""
+    """Even if the archive is in TorchServe's own folder."""
     for path in ("/workflows", "/models"):
         assert management.post(path, params={"url": name, "initial_workers": 1}).status_code in (
             400,
@@ -146,7 +144,7 @@ def test_nothing_can_be_unregistered(management: httpx.Client) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
 def test_torchserve_answers_nothing_without_its_key(service: RunningService, method: str) -> None:
-    """On its sockets, on which only the user that serves gets so far; its metrics have no key."""
+    """Tested on its sockets, which only the serving user can reach. Its metrics have no key."""
     folder = service.folder
     for path, key in (
         (folder.management_socket, "inference"),
@@ -173,7 +171,7 @@ def test_torchserve_answers_nothing_without_its_key(service: RunningService, met
 
 
 def test_only_our_ports_can_be_connected_to(service: RunningService) -> None:
-    """TorchServe's gRPC cannot be turned off: it listens where no connection gets to."""
+    """TorchServe's gRPC cannot be turned off, so it listens on an unreachable address."""
     others = {port for _, port in listening(service)} - set(service.ports.values())
     assert len(others) == 2 and unreachable_address() == BROADCAST
     addresses = {
@@ -227,7 +225,7 @@ def test_the_working_folder_is_private(service: RunningService) -> None:
 
 
 def test_a_probe_needs_the_secret(service: RunningService) -> None:
-    """Nobody hides traffic from logs and metrics by a header."""
+    """Clients cannot hide traffic from logs and metrics by a header."""
 
     def requests() -> float:
         lines = httpx.get(f"{service.metrics}/metrics").text.splitlines()
@@ -283,7 +281,7 @@ def test_short_tokens_and_bad_names_are_refused() -> None:
 
 
 def as_nobody(attack: Callable[[], object]) -> object:
-    """What a function returns in a child process of another user."""
+    """Call a function in a child process of another user; returns its result."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -304,7 +302,7 @@ def as_nobody(attack: Callable[[], object]) -> object:
 
 @pytest.fixture(scope="module")
 def exposed() -> Iterator[RunningService]:
-    """Off loopback, with the operator's token and name."""
+    """A service beyond loopback, with the operator's token and host name."""
     running = RunningService(
         PRETRAINED,
         options=("--host", "0.0.0.0", "--workers", "1", "--allowed-hosts", "ade.example.org"),
@@ -316,9 +314,7 @@ def exposed() -> Iterator[RunningService]:
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) -> None:
-    """Tries every port, every socket and every file: nothing changes, and no token, image or path
-    is revealed.
-    """
+    """Tries every port, socket and file: nothing changes, and no secret is revealed."""
     folder, marker = exposed.folder, tmp_path / "marker"
     secrets = [
         folder.token_file.read_text(),
@@ -484,7 +480,7 @@ def test_allowed_host_names(exposed: RunningService) -> None:
 
 @pytest.mark.slow
 def test_the_operators_token() -> None:
-    """On an address of the loopback network that is not for everybody."""
+    """On another address of the loopback network."""
     token = "operator-0123456789-0123456789-0123456789"
     running = RunningService(
         PRETRAINED,

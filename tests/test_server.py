@@ -125,7 +125,7 @@ def test_image_i_depends_on_seed_and_index_alone(client: AdeClient) -> None:
 def test_the_score_does_not_depend_on_worker_or_batch(
     service: RunningService, client: AdeClient, real_images: np.ndarray
 ) -> None:
-    """Sixty-four requests at once go to all workers, in batches of all sizes."""
+    """Sixty-four requests at once reach all workers, in batches of all sizes."""
     data = encode(Image.fromarray(real_images[0]), "PNG")
     others = [encode(Image.fromarray(image), "PNG") for image in real_images[1:33]]
     with ThreadPoolExecutor(64) as pool:
@@ -370,7 +370,7 @@ def test_readiness_and_metrics(service: RunningService) -> None:
 def test_telemetry_of_what_was_scored(
     service: RunningService, client: AdeClient, real_images: np.ndarray
 ) -> None:
-    """Labelled by worker; readiness probes are no traffic."""
+    """Metrics have the worker as a label; readiness probes are not counted."""
 
     def total(name: str) -> float:
         text = httpx.get(f"{service.metrics}/metrics").text
@@ -400,7 +400,7 @@ def test_telemetry_of_what_was_scored(
         re.findall(r'ade_worker_starts_total\{model_name="score",worker="\d+",[^}]*\} 1.0', text)
     ) == (min(len(os.sched_getaffinity(0)), MAX_SCORE_WORKERS))
     for name in (
-        "ade_drift_cusum_strange",
+        "ade_drift_cusum_unusual",
         "ade_drift_cusum_usual",
         "ade_drift_ks",
         "ade_drift_images",
@@ -524,8 +524,8 @@ def test_a_killed_worker_comes_back(
     assert len(workers) >= 4
     for worker in workers:
         worker.kill()
-    # TorchServe loses a request that it takes out of its queue in the millisecond in which the
-    # worker dies: no answer.
+    # TorchServe loses a request that leaves the queue in the millisecond in which the worker
+    # dies: it is not answered.
     with AdeClient(service.url, retries=12, timeout=20) as patient:
         for _ in range(60):
             try:
@@ -560,9 +560,7 @@ def test_a_restart_gives_the_same_bytes_and_a_stop_leaves_nothing(
 def test_the_other_backend_and_further_bundles(
     tiny_bundle: Path, real_images: np.ndarray, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """TorchScript agrees with ONNX; further bundles answer under their own names, with what they
-    can.
-    """
+    """TorchScript agrees with ONNX; further bundles answer under their own names."""
     from export.write import export_bundle
 
     (tmp_path / "checkpoint").mkdir()
@@ -606,7 +604,7 @@ def test_the_other_backend_and_further_bundles(
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
-    """Ctrl-C reaches make and its child; a SIGTERM make alone."""
+    """Ctrl-C reaches make and its child, SIGTERM only make."""
     import os
     import time
 

@@ -17,7 +17,7 @@ from tests.helpers import PRETRAINED
 def outputs(
     count: int, channels: int = 3, size: int = 32, levels: int = 2, **given: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What the graph gives for a perfect model: white noise left over."""
+    """Outputs of the graph of a perfect model: the residual is white noise."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:

@@ -108,7 +108,7 @@ def test_output_is_bounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kills_reaper", [False, True])
 def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: bool) -> None:
-    """A child of a child too, as TorchServe's workers are."""
+    """So do children of children, such as TorchServe's workers."""
     folder = tmp_path / "folder with space"
     folder.mkdir()
     script = (
@@ -222,9 +222,7 @@ def test_where_the_cache_cannot_be_written(
 def test_no_working_folder_where_others_can_write(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They could leave a link in the place of the lock, which is emptied, or rename the folder and
-    take its place.
-    """
+    """Others could replace the lock by a link, whose target is emptied, or rename the folder."""
     mine = tmp_path / "mine"
     mine.write_text("something")
     (tmp_path / LOCK).symlink_to(mine)
@@ -322,7 +320,7 @@ def test_the_reaper_is_killed_and_then_the_service(running: RunningService) -> N
 
 @pytest.mark.slow
 def test_the_working_folder_is_deleted(running: RunningService) -> None:
-    """What asks meanwhile is answered or refused, and does not hang."""
+    """Requests during this time are answered or refused; none hangs."""
     folder = running.folder.path
     shutil.rmtree(folder)
     with contextlib.suppress(httpx.TransportError):
@@ -345,7 +343,7 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
     family, folder = first.descendants(), first.folder.path
     assert folder.parent == tmp_path
     for process in [*family, psutil.Process(first.process.pid)]:
-        process.suspend()  # so that none can act on the death of another
+        process.suspend()  # all at once, so that none reacts to the death of another
     for process in [*family, psutil.Process(first.process.pid)]:
         process.kill()
     first.process.wait(10)
@@ -359,7 +357,7 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
 
 @pytest.mark.slow
 def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> None:
-    """Uses two sockets: one reports the queues, another the metrics of the profile."""
+    """The queues are read from one socket, the metrics of the profile from another."""
     running = RunningService(PRETRAINED, options=("--workers", "1", "--profile"))
     body = EXAMPLE.read_bytes()
     results: list[int | str] = []
@@ -388,7 +386,7 @@ def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> N
     try:
         assert until(
             lambda: (
-                "ms a request" in "".join(running.output) and "score " in "".join(running.output)
+                "ms per request" in "".join(running.output) and "score " in "".join(running.output)
             ),
             30,
         )

@@ -1,4 +1,4 @@
-"""Calibrations of a running service come, change and go under load; a damaged one is reported."""
+"""Calibrations are added, replaced and removed under load; a damaged one is reported."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_swaps_under_load_fail_no_request(
         elif turn % 3 == 0:
             put(files[turn % 2], bundle, "day")
         turn += 1
-        time.sleep(1.3)  # longer than a worker's time between two looks
+        time.sleep(1.3)  # longer than the time between two readings of the folder
     stop.set()
     for thread in threads:
         thread.join()

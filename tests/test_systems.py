@@ -107,7 +107,7 @@ def test_a_system_trains_resumes_exports_and_serves(
         manifest["recipe"] == config.recipe
         and len({row["graph"] for row in manifest["parity"]}) >= 4
     )
-    if config.model.encoder:  # what can score gets a verdict, whatever it is made of
+    if config.model.encoder:  # every system that can score gets a verdict
         calibrate_bundle(
             bundle, tmp_path / "calibrated", small_images[:100], small_images[100:200], "corners"
         )
@@ -141,7 +141,7 @@ def test_a_system_trains_resumes_exports_and_serves(
             assert 0 < result["p_value"] <= 1 and result["explain"]
             assert sum(result["bpd_parts"].values()) == pytest.approx(result["bpd"], abs=1e-5)
         if operation == "reconstruct" and not config.model.widths:
-            assert result["psnr"] is None or result["psnr"] > 60  # a flow by itself is exact
+            assert result["psnr"] is None or result["psnr"] > 60  # a flow alone is exact
         if operation == "encode":
             status, answer = ask(Service("sample", engine), latents=[result], format="json")
             assert status == 200, answer
@@ -177,7 +177,7 @@ def test_a_system_that_another_process_trains_is_left_to_it(
         assert not (run / "run.json").exists()
     start()
     assert said == ["vae-seed0: training", "vae-seed0: measuring"]
-    # What was measured stands, whatever goes wrong later, unless the run diverged.
+    # Measurements stay valid whatever fails later, unless the run diverged.
     for kind, stands in (("MemoryError", True), ("TrainingDiverged", False)):
         (run / FAILURE).write_text(json.dumps({"kind": kind, "why": "x", "trace": ""}))
         assert (read_rows(tmp_path)[0]["measured"] is not None) == stands

@@ -9,7 +9,7 @@ from serving.api.telemetry import (
     BPD,
     BROKEN,
     DRIFT_IMAGES,
-    DRIFT_STRANGE,
+    DRIFT_UNUSUAL,
     EXPECTED_FLAGS,
     FAMILIES,
     IMAGES,
@@ -29,7 +29,7 @@ from serving.verdict.calibration import Calibrations, Verdict
 def score(
     bpd: float, uniform: float | None = 0.5, name: str = "default", version: str = "1"
 ) -> tuple[Score, float]:
-    """With alpha 0.05, judged by 99 calibration images."""
+    """A score at alpha 0.05, judged by 99 calibration images."""
     verdict = None if uniform is None else Verdict(0.0, uniform, uniform, (), 99)
     return Score(bpd, {}, None, verdict, calibrations=Calibrations(None, None, name, version)), 0.05
 
@@ -65,7 +65,7 @@ def test_images_without_a_verdict_are_not_counted_as_drift() -> None:
     telemetry.observe_scores([score(4.0, None)])
     assert {m.metric for m in telemetry.collect()} == {BPD.bucket, BPD.sum, BPD.count}
     telemetry.observe_scores([score(4.0, 1e-4)])
-    found = values(telemetry)[DRIFT_STRANGE, "default"]
+    found = values(telemetry)[DRIFT_UNUSUAL, "default"]
     assert found == pytest.approx(3.72 - 0.5, abs=0.01)
 
 
@@ -79,12 +79,12 @@ def test_flags_and_drift_by_calibration() -> None:
     # At an alpha that so few images cannot decide on, nothing is expected.
     telemetry.observe_scores([(score(4.0, 0.01)[0], 0.001)])
     assert (EXPECTED_FLAGS, "default") not in values(telemetry)
-    # A replaced calibration begins anew, a dropped one raises no alarm any more.
+    # A replaced calibration starts again, and a removed one raises no more alarms.
     telemetry.observe_scores([score(4.0, 1e-4, "night", "2")])
     assert values(telemetry)[DRIFT_IMAGES, "night"] == 1
     telemetry.observe_calibrations(["default"], {"day": "damaged"})
     found = values(telemetry)
-    assert found[DRIFT_STRANGE, "night"] == 0 and found[BROKEN, "day"] == 1
+    assert found[DRIFT_UNUSUAL, "night"] == 0 and found[BROKEN, "day"] == 1
     telemetry.observe_calibrations(["default"], {"day": "damaged"})
     assert telemetry.collect() == []
     telemetry.observe_calibrations(["default", "day"], {})

@@ -1,4 +1,4 @@
-"""``ade gate what-if`` and the report of ``ade calibrate``: figures that can be counted again."""
+"""``ade gate what-if`` and the report of ``ade calibrate``, with figures counted again here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from ade_cli.advice import advice
 from ade_cli.main import main
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.what_if import ALPHAS, corruptions_of, rejected, usable, what_if
@@ -137,8 +138,24 @@ def test_the_command(
         assert message in capsys.readouterr().err
 
 
+def test_advice_on_a_weak_gate() -> None:
+    good = {**dict.fromkeys(CORRUPTIONS, 1.0), **dict.fromkeys(SUBTLE, 0.8)}
+    assert advice(600, True, good) == []
+    (few,) = advice(599, True, good)
+    assert "1,000 images or more" in few
+    (blind,) = advice(600, False, good)
+    assert "ade encoder" in blind
+    for weak, named in (
+        ({**good, "constant": 0.89}, "(constant)"),
+        ({**good, "constant": None}, "(constant)"),
+        ({**good, **dict.fromkeys(SUBTLE, 0.5)}, f"({'; '.join(SUBTLE)})"),
+    ):
+        (line,) = advice(600, True, weak)
+        assert named in line and "ade fit DIR" in line
+
+
 def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -> None:
-    """A gate for photographs without PyTorch; its report has false alarms and detection."""
+    """Makes a gate without PyTorch; the report has false alarms and detection."""
     files = np.asarray(Image.open(ROOT / "tests/data/cifar10_test_300.webp").convert("RGB"))
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(files.reshape(-1, 32, 32, 3)[:60]):
@@ -156,5 +173,7 @@ def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -
         )
     assert all(run.returncode == 0 for run in done.values()), done
     said = done["calibrate"].stderr
-    assert "at alpha 0.05 between" in said and "  constant: " in said and "no verdict" in said
+    assert "60 images: 24 fit the density of statistics, 36 set the false-alarm rate\n" in said
+    assert "  alpha 0.1: " in said and "  constant: " in said and "no verdict" in said
+    assert "next step: calibrate on 1,000 images or more" in said
     assert (tmp_path / "mine" / "manifest.json").is_file()

@@ -1,7 +1,7 @@
 """Weights of a larger model that starts where a smaller one ended.
 
-After Chen et al., "Net2Net: Accelerating Learning via Knowledge Transfer", 2016: what is added
-computes nothing at first, so that no training of the smaller model is lost.
+After Chen et al., "Net2Net: Accelerating Learning via Knowledge Transfer", 2016: the added parts
+compute nothing at first, so that the training of the smaller model is kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NEW_POSTERIOR_SCALE = 0.1
 def grown_weights(weights: dict[str, Tensor], before: ModelConfig, model: ADEModel) -> None:
     """Give ``model`` the weights of a smaller one, in place.
 
-    Samples stay what they were. So does the bound, apart from the KL of new latent channels.
+    Samples stay the same, and so does the bound, apart from the KL of new latent channels.
 
     Args:
         weights: the state dict of the smaller model.
@@ -87,14 +87,14 @@ def _message(name: str, old: dict[str, Any], new: dict[str, Any], rule: str) -> 
 
 
 def _less(new: Any, old: Any) -> bool:
-    """Whether a field, or any entry of it, became smaller, or latents would begin at a level."""
+    """Whether a field or any entry of it shrinks, or a level gets its first latents."""
     if not isinstance(old, tuple):
         return bool(new < old)
     return any(n < o or (n > 0 and o == 0) for n, o in zip(new, old, strict=True))
 
 
 def _renumbered(name: str, before: ModelConfig, after: ModelConfig) -> str:
-    """What follows a list of couplings, or of residual blocks, moves when the list grows."""
+    """Renumber the layers that follow a list of couplings or residual blocks that grows."""
     name = re.sub(
         rf"\.coupling_net\.{before.flow_blocks + 2}\.",
         f".coupling_net.{after.flow_blocks + 2}.",
@@ -151,7 +151,7 @@ def _more_latents(old: Tensor, new: Tensor, fresh: bool) -> Tensor:
 
 
 def _padded(old: Tensor, new: Tensor) -> Tensor:
-    """New outputs keep their fresh weights; nothing that was there sees new inputs yet."""
+    """Pad with fresh weights for new outputs, and with zeros for new inputs of old outputs."""
     padded = new.clone()
     if old.ndim > 1:
         padded[: old.shape[0], old.shape[1] :] = 0

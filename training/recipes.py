@@ -278,7 +278,14 @@ _SYSTEMS = {
     "av-ade-pd": _System(
         "av-ade with a projected discriminator: frozen features of ImageNet (not in the paper)",
         adversary="projected",
-        training={"d_learning_rate": 4e-4, "d_beta1": 0.0, "gp_weight": 0.0, "augment": True},
+        training={
+            "d_learning_rate": 4e-4,
+            "d_beta1": 0.0,
+            "gp_weight": 0.0,
+            "augment": True,
+            "free_bits": 8.0,
+            "reconstruction_weight": 8.0,
+        },
     ),
     "av-ade-wg-rd": _System(
         "av-ade-rd with a generator of twice the width", adversary="residual", wide=True

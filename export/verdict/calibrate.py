@@ -1,5 +1,6 @@
-"""Calibration of a bundle: scores held-out images with the serving engine, and writes what they
-give into a new bundle, or into the same one under a name.
+"""Calibrates a bundle: scores held-out images with the serving engine and fits the verdict to them.
+
+The result is a new bundle, or a further calibration in a bundle, under a name of its own.
 """
 
 from __future__ import annotations
@@ -60,23 +61,23 @@ def calibrate_bundle(
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
-    There is a calibration for images of the model's size and one for images that a request had
-    resized. Each is made of the images that came that way, if they are at least half of all;
-    otherwise of all of them: to images of the model's size the others resized as requests resize
-    them, to resized ones those of the model's size after :func:`resize_and_back`.
+    There is one calibration for images of the model's size and one for resized images. Each uses
+    the images of its own kind alone if they are at least half of all. Otherwise it uses all images:
+    for the first, images of other sizes are resized as requests resize them; for the second, images
+    of the model's size go through :func:`resize_and_back`.
 
     Args:
         folder: of the bundle.
         out: the new bundle's folder; must not exist.
         fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. They
-            must not have been trained on.
-        calibrate: others, not trained on either.
-        data_name: what they are, for the manifest.
-        report: is told of progress, a line at a time.
+            must not be training images.
+        calibrate: other images, which must not be training images either.
+        data_name: describes the images in the manifest.
+        report: called with each line of progress.
         features: a network whose features join the statistics; the bundle keeps its own unless
             given. With another network the named calibrations are invalid and left out.
-        unseen: images like the others that neither the model nor that network has seen, to find out
-            whether it has seen the others.
+        unseen: images of the same kind on which neither the model nor that network was trained.
+            They reveal whether the network was trained on the others.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -90,7 +91,7 @@ def calibrate_bundle(
     halves = _halves(bundle, fit, calibrate, report)
     with new_folder(out, CalibrationError) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
-        # It would take the place of the new one.
+        # This file would take precedence over the new calibration.
         path_of(temporary, DEFAULT).unlink(missing_ok=True)
         fields = bundle.manifest
         if features is not None:
@@ -119,11 +120,11 @@ def calibrate_into(
 
     Args:
         folder: of the bundle; nothing that its manifest lists is changed.
-        name: by which requests ask for it.
+        name: the name that requests give.
         fit: as for a new bundle.
         calibrate: as for a new bundle.
-        data_name: what they are.
-        report: is told of progress, a line at a time.
+        data_name: as for a new bundle.
+        report: called with each line of progress.
         unseen: as for a new bundle.
 
     Raises:
@@ -152,16 +153,24 @@ def _halves(
         raise CalibrationError(
             f"{bundle.name} cannot score: it was trained without an inference network"
         )
-    return (
+    halves = (
         _usable(fit, bundle.image_shape, "fitting", report),
         _usable(calibrate, bundle.image_shape, "calibration", report),
     )
+    height, width, _ = bundle.image_shape
+    resized = sum(image.resized for half in halves for image in half)
+    report(
+        f"{sum(map(len, halves))} images: {len(halves[0])} fit the density of statistics, "
+        f"{len(halves[1])} set the false-alarm rate"
+        + (f"; {resized} were resized to {width} x {height} pixels" if resized else "")
+    )
+    return halves
 
 
 def _add_features(
     folder: Path, features: FeatureSource, halves: Halves, report: Report
 ) -> dict[str, Any]:
-    """Write the features' network into a bundle; returns what its manifest says of it."""
+    """Write the features' network into a bundle; returns its entry in the manifest."""
     from export.features import feature_graph  # needs onnx, which calibration alone does not
 
     graph = feature_graph(features, np.stack([image.pixels for image in halves[0][:CHECKED]]))
@@ -176,7 +185,7 @@ def _add_features(
 
 
 def _leave_out_named(folder: Path, report: Report) -> None:
-    """Delete the named calibrations of a bundle whose features' network is another now."""
+    """Delete the named calibrations, which belong to the former features' network."""
     files = sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
     if files:
         report(
@@ -190,8 +199,8 @@ def _leave_out_named(folder: Path, report: Report) -> None:
 def _calibrate(
     bundle: Bundle, halves: Halves, report: Report, unseen: Iterable[bytes | np.ndarray]
 ) -> tuple[Calibrations, dict[str, Any]]:
-    """The calibrations, and what a manifest says of them."""
-    # Without the verdict that it may have had: it is replaced, and may be of an older version.
+    """The calibrations, and their entry in the manifest."""
+    # Without the former calibration, which is replaced and may have an older format.
     files = {
         name: digest
         for name, digest in bundle.manifest["files"].items()
@@ -219,17 +228,16 @@ def _warn_if_seen(
     unseen: Iterable[bytes | np.ndarray],
     report: Report,
 ) -> None:
-    """Warn if images that the features' network has not seen look less familiar to it than the
-    calibration images do.
+    """Warn if the features' network was probably trained on the calibration images.
 
-    In the tail, where decisions are made: a network that has seen an image is surer of it, and
-    fewest of those that it has seen are among the least familiar.
+    A network is surer of images that it was trained on. If it knows the calibration images, too few
+    of them lie in the tail, where decisions are made, compared with unseen images.
     """
     if calibration.known is None:
         return
     report(
-        "the false-alarm rate holds only if the features' network has not seen the images that are "
-        "used here: not those of its own training"
+        "note: features.onnx, the network that sees what images show, must not have been trained "
+        "on any of these images; otherwise more than a share of alpha will be rejected"
     )
     others = [
         image.pixels
@@ -255,7 +263,7 @@ def _warn_if_seen(
             report(
                 f"WARNING: the network has probably seen the calibration images: in {name}, "
                 f"{beyond / len(others):.1%} of {len(others)} others lie beyond "
-                f"{1 - tail / (count + 1):.0%} of them. More than a share of alpha will be "
+                f"{1 - tail / (count + 1):.0%} of them. More images than alpha allows will be "
                 "rejected. Calibrate on images that the network has not seen"
             )
 
@@ -277,7 +285,7 @@ def _usable(
 
 
 def _that_came(halves: Halves, resized: bool) -> Halves | None:
-    """Those that were or were not resized, if they are at least half of all, and enough."""
+    """The images of one kind, resized or not, if they are enough and at least half of all."""
     fit, calibrate = ([image for image in half if image.resized == resized] for half in halves)
     many = (
         2 * (len(fit) + len(calibrate)) >= sum(map(len, halves))
@@ -305,8 +313,9 @@ def _resized(
     simulated = sum(not image.resized for half in chosen for image in half)
     if simulated:
         report(
-            f"resized images: {simulated} have the model's size and are enlarged first, for want of "
-            "larger ones: of images that were resized elsewhere, more may be rejected"
+            f"resized images: {simulated} of them have the model's size and are enlarged first, "
+            "because there are too few larger ones; more of the images that requests resize may be "
+            "rejected"
         )
     calibration, about = _calibrated(engine, pixels, "fit", " of resized images", report)
     return calibration, {**about, "resized_and_back": simulated}
@@ -319,7 +328,7 @@ def _calibrated(
     name: str,
     report: Report,
 ) -> tuple[Calibration, dict[str, Any]]:
-    """A calibration, and what the manifest says of it."""
+    """A calibration, and its entry in the manifest."""
     fitting, calibrating = (
         statistics_of(engine, half, part + name, report=report)
         for part, half in zip(("fitting", "calibration"), pixels, strict=True)
@@ -335,10 +344,10 @@ def _calibrated(
 
 
 def resize_and_back(pixels: np.ndarray) -> np.ndarray:
-    """An image of the model's size as if it came from a larger picture: enlarged, and resized as a
-    request does it.
+    """Simulate an image that a request resized to the model's size from a larger picture.
 
-    How much larger, from 1.25 to 8 times, and by which filter depends on the pixels alone.
+    The image is enlarged 1.25 to 8 times and resized as a request does it. The factor and the
+    filter depend on the pixels alone.
 
     Args:
         pixels: uint8 ``(H, W, C)``.
@@ -362,16 +371,16 @@ def statistics_of(
     resize: str | None = None,
     report: Report = lambda line: None,
 ) -> dict[str, np.ndarray]:
-    """Statistics by name of many images, a chunk at a time; images that a request could not use are
-    left out.
+    """Compute the statistics of many images, by name, a chunk at a time.
+
+    Images that a request could not use are left out.
 
     Args:
         engine: with ``score``.
         images: image files, or uint8 ``(H, W, C)``.
-        name: of them, for progress and errors.
-        resize: ``fit`` brings images of other sizes to the model's, as requests with that parameter
-            are; ``None`` leaves them out.
-        report: is told of progress.
+        name: of the images, for progress and errors.
+        resize: ``fit`` resizes images of other sizes as requests do; ``None`` leaves them out.
+        report: called with each line of progress.
 
     Raises:
         CalibrationError: no image could be used.

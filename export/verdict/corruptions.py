@@ -1,6 +1,4 @@
-"""Corrupted images, to measure whether the verdict detects them; uint8 ``(N, H, W, C)`` in and
-out.
-"""
+"""Corrupts images, to measure whether the verdict detects it: uint8 ``(N, H, W, C)`` in and out."""
 
 from __future__ import annotations
 
@@ -70,7 +68,7 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] 
     "posterised to 2 bits": lambda images, rng: posterize(images, 2),
     "permuted pixels": permute_pixels,
 }
-# Harder to detect: images that look nearly as before.
+# Harder to detect: the images look nearly as before.
 SUBTLE: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "blurred, σ = 1": lambda images, rng: blur(images, 1.0),
     "noise added, σ = 16": lambda images, rng: add_noise(images, rng, 16.0),
@@ -79,9 +77,7 @@ SUBTLE: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 
 
 def corrupted(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Images corrupted in each way, by the name of the corruption, gross ones first; always the
-    same.
-    """
+    """Corrupt images in each way; returns them by the name of the corruption, gross ones first."""
     return {
         name: corrupt(images, np.random.default_rng(0))
         for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items()

@@ -1,5 +1,6 @@
-"""Fits the density of the statistics that verdicts are made of. The only file that needs scikit-learn
-to calibrate.
+"""Fits the density of the statistics behind the verdict.
+
+Of everything that calibrates, only this module needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ IMAGES_A_COMPONENT = 250
 MAX_COMPONENTS = 8
 # Chosen on corrupted held-out images, as the statistics were: benchmarks/ood_choice.py.
 SHRINKAGE = 0.5  # of each component's covariance towards that of all images
-RIDGE = 0.02  # of a variance of one
-# What a unit of the semantic coordinates' mean normal score counts, in standard deviations of the
-# density's score. Chosen on held-out classes and corruptions: docs/ood.md.
+RIDGE = 0.02  # added to a variance of about one
+# Weight of one unit of the mean semantic normal score, in standard deviations of the density's
+# score. Chosen on held-out classes and corruptions: docs/ood.md.
 SEMANTIC_WEIGHT = 2.0
 
 
@@ -43,7 +44,7 @@ def fit_calibration(
     """Fit a density to the statistics of some images, and calibrate it on others.
 
     Args:
-        fit: float32 ``(m,)`` by name, of images that were neither trained on nor are in the other
+        fit: float32 ``(m,)`` by name, of images that are neither training images nor in the other
             set.
         calibrate: float32 ``(n,)`` by name.
         estimator: of their bits per dimension.
@@ -97,7 +98,7 @@ def fit_calibration(
 def _semantic(
     fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.ndarray]
 ) -> tuple[KnownImages | None, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
-    """The images to fit to as the known ones, and the statistics with the distance from them."""
+    """Make the fitted images the known ones, and add the distance from them to the statistics."""
     if FEATURES not in fit:
         return None, fit, calibrate
     known = KnownImages.of(fit[FEATURES])

@@ -1,8 +1,7 @@
 """Feedback on single images: those that a person accepts join a calibration, never the training.
 
 The density stays as it was fitted. Every decision is appended to ``calibrations/feedback.jsonl``
-in the bundle, before the calibration changes: after a crash the audit file knows at least what the
-calibration knows.
+in the bundle, before the calibration changes, so that after a crash no change lacks its record.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class Feedback:
 
     Attributes:
         joined: images that are calibration images from now on.
-        known: accepted images that were so before.
-        removed: rejected images that had joined and are calibration images no longer.
-        rejected: rejected images that never were.
+        known: accepted images that were calibration images already.
+        removed: rejected images that had joined and were taken out again.
+        rejected: rejected images that were not calibration images.
         unusable: images without usable statistics; they are not in the audit file.
         before: version of the calibration.
         after: version of the calibration; the same if nothing joined or was removed.
@@ -57,7 +56,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class _Image:
-    """A file with its statistics, of one image."""
+    """One image file with its statistics."""
 
     path: Path
     digest: str
@@ -81,9 +80,9 @@ def give_feedback(
     Args:
         folder: of the bundle.
         name: of the calibration; a bundle's own is copied to ``calibrations/default.npz`` first.
-        accepted: image files that belong to the distribution.
-        rejected: image files that do not.
-        report: is told of files that cannot be used.
+        accepted: files of in-distribution images.
+        rejected: files of out-of-distribution images.
+        report: called with a line for each file that cannot be used.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -159,9 +158,7 @@ def _changed(
     name: str,
     networks: str,
 ) -> Calibrations:
-    """With the images in the calibrations of the ways that they take, and the version that this
-    has as a file.
-    """
+    """Change the calibrations that judge these images; the result has the version of its file."""
     gone = {image.digest for image in leaving}
     joined = [digest for digest in before.joined if digest not in gone]
     changes: dict[str, Any] = {

@@ -1,5 +1,7 @@
-"""How well does a bundle's verdict detect OOD images? Figures for each set of them, compared with
-the likelihood alone and with no model.
+"""Measures how well a bundle's verdict detects OOD images.
+
+Each set of OOD images gets figures for the verdict, for the likelihood alone and for statistics
+that need no model.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Figures:
 
     Attributes:
         auroc: probability that an OOD image scores higher than an ID image.
-        standard_error: of it.
+        standard_error: of the AUROC.
         aupr: average precision, with OOD images as positives.
         fpr95: false-alarm rate at the threshold that finds 95 % of the OOD images.
         flagged: share of the OOD images that is flagged at each of :data:`ALPHAS`; for the combined
@@ -50,10 +52,10 @@ class Figures:
 def scores_of(
     calibration: Calibration, statistics: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Scores by name, higher is stranger: the combined one, the raw bpd, the one without a model,
-    each statistic's.
+    """Scores by name; a higher score is more unusual.
 
-    A single statistic's is its distance from the middle in normal scores, on both sides.
+    They are the combined score, the raw bpd, the score without a model, and the score of each
+    single statistic, which is the absolute value of its normal score.
     """
     rows = calibration.rows(statistics)
     normal = calibration.normal(rows)
@@ -65,16 +67,16 @@ def scores_of(
     }
 
 
-def compare_scores(usual: np.ndarray, strange: np.ndarray) -> Figures:
-    """Figures of one score, ``(N,)`` and ``(M,)``."""
-    truth = np.concatenate([np.zeros(len(usual)), np.ones(len(strange))])
-    values = np.concatenate([usual, strange])
+def compare_scores(id_values: np.ndarray, ood_values: np.ndarray) -> Figures:
+    """Figures of one score, given its values for ID images, ``(N,)``, and OOD images, ``(M,)``."""
+    truth = np.concatenate([np.zeros(len(id_values)), np.ones(len(ood_values))])
+    values = np.concatenate([id_values, ood_values])
     auroc = float(roc_auc_score(truth, values))
     return Figures(
         auroc,
-        _standard_error(auroc, len(usual), len(strange)),
+        _standard_error(auroc, len(id_values), len(ood_values)),
         float(average_precision_score(truth, values)),
-        float((usual >= np.quantile(strange, 0.05)).mean()),
+        float((id_values >= np.quantile(ood_values, 0.05)).mean()),
     )
 
 
@@ -82,67 +84,69 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()  # names of folders need not be UTF-8
 
 
-def _standard_error(auroc: float, usual: int, strange: int) -> float:
+def _standard_error(auroc: float, num_id: int, num_ood: int) -> float:
     """Hanley and McNeil, "The meaning and use of the area under a ROC curve", 1982, eq. 2."""
     q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
-    variance = auroc * (1 - auroc) + (strange - 1) * (q1 - auroc**2) + (usual - 1) * (q2 - auroc**2)
-    return math.sqrt(max(variance, 0.0) / (usual * strange))
+    variance = (
+        auroc * (1 - auroc) + (num_ood - 1) * (q1 - auroc**2) + (num_id - 1) * (q2 - auroc**2)
+    )
+    return math.sqrt(max(variance, 0.0) / (num_id * num_ood))
 
 
 def write_report(
     calibration: Calibration,
     model: str,
-    usual_name: str,
-    usual: Mapping[str, np.ndarray],
-    strangers: Mapping[str, Mapping[str, np.ndarray]],
+    id_name: str,
+    id_statistics: Mapping[str, np.ndarray],
+    ood_sets: Mapping[str, Mapping[str, np.ndarray]],
     out: Path,
 ) -> Path:
-    """``OUT/report.md``, the same as ``OUT/report.html``, ``OUT/figures.csv`` and a histogram for
-    each set.
+    """Write ``OUT/report.md``, ``OUT/report.html``, ``OUT/figures.csv`` and histograms.
 
     Args:
         calibration: of the bundle.
-        model: its name in answers.
-        usual_name: of the ID images, in words.
-        usual: their statistics, of images that were not used for training or calibration.
-        strangers: statistics of each set of OOD images, by its name.
+        model: name of the bundle's model in answers.
+        id_name: describes the ID images.
+        id_statistics: statistics of ID images that were not used for training or calibration.
+        ood_sets: statistics of each set of OOD images, by its name.
         out: a folder.
 
     Returns:
         The report's path.
     """
     out.mkdir(parents=True, exist_ok=True)
-    usual_name, strangers = (
-        _printable(usual_name),
-        {_printable(name): its for name, its in strangers.items()},
+    id_name, ood_sets = (
+        _printable(id_name),
+        {_printable(name): its for name, its in ood_sets.items()},
     )
-    usual_scores = scores_of(calibration, usual)
+    id_scores = scores_of(calibration, id_statistics)
     names = [COMBINED, RAW_BPD, NO_MODEL, *calibration.names]
     table: dict[str, dict[str, Figures]] = {}
-    for number, (name, statistics) in enumerate(strangers.items()):
+    for number, (name, statistics) in enumerate(ood_sets.items()):
         scores = scores_of(calibration, statistics)
-        table[name] = {score: compare_scores(usual_scores[score], scores[score]) for score in names}
+        table[name] = {score: compare_scores(id_scores[score], scores[score]) for score in names}
         p_values = conformal_p_values(calibration.scores, scores[COMBINED])
         flagged = tuple(float((p_values <= alpha).mean()) for alpha in ALPHAS)
         table[name][COMBINED] = Figures(**{**vars(table[name][COMBINED]), "flagged": flagged})
-        _histogram(usual_scores, scores, usual_name, name, out / f"histogram-{number}.png")
+        _histogram(id_scores, scores, id_name, name, out / f"histogram-{number}.png")
     _write_csv(table, out / "figures.csv")
     lines = [
         f"# OOD detection by {model}",
         "",
-        f"ID images: {len(usual['bpd']):,} of {usual_name}. "
+        f"ID images: {len(id_statistics['bpd']):,} of {id_name}. "
         f"Calibrated on {len(calibration.scores):,} others.",
         "",
         "## False alarms",
         "",
-        *_false_alarms(calibration, usual_scores[COMBINED]),
+        *_false_alarms(calibration, id_scores[COMBINED]),
         "",
         "## OOD images",
         "",
-        *_summary(table, strangers),
+        *_summary(table, ood_sets),
         "",
-        "AUROC ± its standard error; AUPR with OOD images as positives; FPR: false alarms where 95 % "
-        "of the OOD images are found; then the share of OOD images that is flagged at each alpha. "
+        "AUROC ± its standard error; AUPR with OOD images as positives; FPR: false alarms where "
+        "95 % of the OOD images are found; then the share of OOD images that is flagged at each "
+        "alpha. "
         f"*{NO_MODEL}*: the same kind of density on statistics of the pixels, without any model.",
         "",
         "## Each statistic by itself, AUROC",
@@ -151,7 +155,7 @@ def write_report(
         "",
         "## Histograms",
         "",
-        *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(strangers)),
+        *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(ood_sets)),
     ]
     path = out / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n")
@@ -191,7 +195,7 @@ def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
 
 
 def _summary(
-    table: Mapping[str, Mapping[str, Figures]], strangers: Mapping[str, Mapping[str, np.ndarray]]
+    table: Mapping[str, Mapping[str, Figures]], ood_sets: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[str]:
     body = []
     for name, figures in table.items():
@@ -200,7 +204,7 @@ def _summary(
             flagged = [f"{share:.1%}" for share in f.flagged] if f.flagged else ["", "", ""]
             body.append(
                 [
-                    f"{name} ({len(strangers[name]['bpd']):,})" if score == COMBINED else "",
+                    f"{name} ({len(ood_sets[name]['bpd']):,})" if score == COMBINED else "",
                     score,
                     f"{f.auroc:.4f} ± {f.standard_error:.4f}",
                     f"{f.aupr:.3f}",
@@ -226,7 +230,7 @@ def _write_csv(table: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(
             [
-                "strangers",
+                "ood_set",
                 "score",
                 "auroc",
                 "standard_error",
@@ -251,9 +255,9 @@ def _write_csv(table: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
 
 
 def _histogram(
-    usual: Mapping[str, np.ndarray],
-    strange: Mapping[str, np.ndarray],
-    usual_name: str,
+    id_scores: Mapping[str, np.ndarray],
+    ood_scores: Mapping[str, np.ndarray],
+    id_name: str,
     name: str,
     path: Path,
 ) -> None:
@@ -262,10 +266,10 @@ def _histogram(
 
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     for axes, score in zip(figure.subplots(1, 2), (COMBINED, RAW_BPD), strict=True):
-        both = np.concatenate([usual[score], strange[score]])
+        both = np.concatenate([id_scores[score], ood_scores[score]])
         low, high = np.quantile(both, [0.002, 0.998])
         edges = np.linspace(low, max(high, low + 1e-6), BINS)
-        for values, label in ((usual[score], usual_name), (strange[score], name)):
+        for values, label in ((id_scores[score], id_name), (ood_scores[score], name)):
             axes.hist(np.clip(values, low, high), edges, density=True, alpha=0.55, label=label)
         axes.set_xlabel({COMBINED: "combined score, nats", RAW_BPD: "bits per dimension"}[score])
         axes.set_yticks([])

@@ -1,4 +1,4 @@
-"""What a gate would do in a day: how many false alarms at each alpha, and what it would catch.
+"""Forecasts a gate's false alarms per day and its detection at each alpha.
 
 Needs neither PyTorch nor scikit-learn.
 """
@@ -26,13 +26,13 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Alarms:
-    """At one alpha, of images like the calibration's; ``None`` where there is no verdict.
+    """Alarms at one alpha, for images like the calibration images; ``None`` without a verdict.
 
     Attributes:
         alpha: the false-alarm rate of requests.
         per_day: expected number of false alarms per day.
-        low: end of the 95 % band of that number, for calibrations of this size.
-        high: the other end.
+        low: lower end of the 95 % band of that number, for calibrations of this size.
+        high: its upper end.
         rejected: share of the history that is rejected.
     """
 
@@ -45,16 +45,16 @@ class Alarms:
 
 @dataclass(frozen=True)
 class Way:
-    """The history's images that take one way to the model.
+    """The history's images of one kind: resized or not. Each kind has its own calibration.
 
     Attributes:
         resized: whether they have another size than the model's images.
-        images: how many of the history.
-        per_day: how many per day, if the history is typical.
-        calibrated: number of calibration images for this way; 0 without a calibration.
+        images: their number in the history.
+        per_day: their number per day, if the history is typical.
+        calibrated: number of calibration images of this kind; 0 without a calibration.
         alarms: at each alpha.
-        unlike: the alphas at which the history is rejected more often or less often than the band
-            for so few images allows: it is not like the calibration images.
+        unlike: the alphas at which the rejected share of the history lies outside the band for its
+            number of images, which shows that the history is unlike the calibration images.
     """
 
     resized: bool
@@ -75,7 +75,7 @@ class WhatIf:
         images: of the history that were scored.
         unusable: of the history that could not be scored.
         alphas: of the columns of ``caught``.
-        ways: one or two.
+        ways: by kind, one or two.
         caught: share of each set of OOD or corrupted images that is rejected at each alpha;
             ``None`` where there is no verdict.
     """
@@ -116,7 +116,7 @@ def what_if(
         per_day: images per day.
         corrupt: number of images of the history that are corrupted in each way.
         alphas: false-alarm rates.
-        report: is told of progress.
+        report: called with each line of progress.
 
     Raises:
         CalibrationError: there is no calibration, or no image of a set can be used.
@@ -199,7 +199,7 @@ def rejected(
     images: Sequence[InputImage],
     alphas: Sequence[float],
 ) -> list[float | None]:
-    """The share of images that is rejected at each alpha; ``None`` where none can be."""
+    """The share of images that is rejected at each alpha; ``None`` where there is no verdict."""
     found = p_values(engine, calibrations, images)
     judges = [calibrations.of(resized) for resized in {image.resized for image in images}]
     smallest = min((its.smallest_p_value for its in judges if its is not None), default=np.inf)

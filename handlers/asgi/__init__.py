@@ -1,1 +1,1 @@
-"""The service without a model server: an ASGI application before worker processes of its own."""
+"""The service without a model server: an ASGI application with its own worker processes."""

@@ -11,15 +11,15 @@ import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from handlers.asgi import v2
+from handlers.asgi import control, v2
 from handlers.asgi.metrics import Metrics
 from handlers.asgi.pool import Pool
 from handlers.asgi.worker import WorkerSettings
@@ -27,6 +27,7 @@ from handlers.front import listen
 from handlers.front.admission import Lane, Limits, Memory
 from handlers.front.exposition import CONTENT_TYPE
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
 from handlers.launch.options import ServingOptions, served_name
 from serving.api.errors import ApiError
@@ -45,42 +46,41 @@ V2_SERVER = {
 }
 _V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>ready|infer))?")
 OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
-STOP_S = 25  # that requests which were accepted may take once it is asked to stop
-REFUSE_S = 20  # after which those that still wait for a worker are answered 503
+STOP_S = 25  # for accepted requests after a stop is requested
+REFUSE_S = 20  # after which requests that still wait for a worker are answered 503
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApplicationSettings(FrontSettings):
-    """What the application must know besides.
+    """Settings of the application, besides those of its front.
 
     Attributes:
-        bundles: their folders, the first served under the plain names.
+        releases: fields of each :class:`handlers.front.releases.Release`, at least one.
         workers: processes of each bundle, by operation.
-        options: of :class:`handlers.launch.options.ServingOptions`.
+        options: fields of :class:`handlers.launch.options.ServingOptions`.
         logs: an existing folder.
+        control: path of the socket at which the releases are changed, see
+            :mod:`handlers.asgi.control`.
     """
 
-    bundles: tuple[str, ...]
+    releases: tuple[dict[str, Any], ...]
     workers: dict[str, int]
     options: dict[str, Any]
     logs: str
+    control: str
 
 
 class Application:
-    """What answers behind the front.
+    """Computes the answers behind the front, for one release.
 
     Args:
-        pools: of the models that are served.
-        metrics: of all of them.
-        document: OpenAPI's, of the service.
-        limits: bound what a pool holds at once.
+        pools: the pools of the served models.
+        document: the OpenAPI document of the service.
+        limits: bounds on the requests that a pool holds at once.
     """
 
-    def __init__(
-        self, pools: list[Pool], metrics: Metrics, document: dict[str, Any], limits: Limits
-    ) -> None:
+    def __init__(self, pools: list[Pool], document: dict[str, Any], limits: Limits) -> None:
         self._pools = pools
-        self._metrics = metrics
         self._predictions = {
             pool.name: Endpoint(pool.answer, INFERRING, Lane(limits), takes_forms=True)
             for pool in pools
@@ -106,7 +106,7 @@ class Application:
         }
 
     def api(self, path: str) -> Endpoint:
-        """``/predictions/{name}``, ``/v1/{name}``, and what can be read.
+        """Find the endpoint of ``/predictions/{name}``, ``/v1/{name}`` and the paths for GET.
 
         Raises:
             ApiError: 404.
@@ -141,18 +141,17 @@ class Application:
             )
         return Endpoint(_reading(lambda: _json(200, pool.metadata)))
 
-    def metrics(self, path: str) -> Endpoint:
-        """``/metrics``.
+    def refuse(self) -> None:
+        """Answer 503 to what waits for a worker, and to what comes from now on."""
+        for pool in self._pools:
+            pool.refuse()
 
-        Raises:
-            ApiError: 404.
-        """
-        if path == "/metrics":
-            return Endpoint(_reading(self._metrics_text))
-        raise ApiError(404, "not_found", "there is /metrics")
+    def describe(self) -> dict[str, Any]:
+        """Workers and queue by model, as ``ade status`` shows them."""
+        return {pool.name: pool.describe() for pool in self._pools}
 
     def is_ready(self) -> bool:
-        """Whether every model has a worker that can compute."""
+        """Whether every model has a worker that is ready."""
         return all(pool.is_ready for pool in self._pools)
 
     def _readiness(self) -> Answer:
@@ -164,8 +163,18 @@ class Application:
             {"status": "Healthy" if self.is_ready() else "Unhealthy"},
         )
 
-    def _metrics_text(self) -> Answer:
-        return Answer(200, [("content-type", CONTENT_TYPE)], self._metrics.text().encode())
+
+def _find_metrics(metrics: Metrics, path: str) -> Endpoint:
+    """``/metrics``.
+
+    Raises:
+        ApiError: 404.
+    """
+    if path != "/metrics":
+        raise ApiError(404, "not_found", "there is /metrics")
+    return Endpoint(
+        _reading(lambda: Answer(200, [("content-type", CONTENT_TYPE)], metrics.text().encode()))
+    )
 
 
 async def _infer(pool: Pool, request: Request) -> Answer:
@@ -193,19 +202,26 @@ def _reading(make: Callable[[], Answer]) -> Callable[[Request], Any]:
 
 
 def make_pools(
-    settings: ApplicationSettings, bundles: list[Bundle], metrics: Metrics, limits: Limits
+    settings: ApplicationSettings,
+    release: Release,
+    bundles: list[Bundle],
+    metrics: Metrics,
+    limits: Limits,
 ) -> list[Pool]:
     """A pool for each operation of each bundle; nothing is started."""
     pools = []
-    for i, bundle in enumerate(bundles):
+    for i, (bundle, model) in enumerate(zip(bundles, release.models, strict=True)):
         for operation in OPERATIONS:
             name = served_name(operation, bundle.name if i else None)
+            # Journals of two releases must not have the same name.
+            journal = name if release.number == 1 else f"{name}-release{release.number}"
             workers = [
                 WorkerSettings(
                     str(bundle.folder),
+                    model,
                     operation,
                     name,
-                    f"{name}-{number}",
+                    f"{journal}-{number}",
                     settings.logs,
                     ServingOptions(**settings.options),
                 )
@@ -217,40 +233,78 @@ def make_pools(
 
 
 @contextlib.asynccontextmanager
-async def build_app(settings: ApplicationSettings, limits: Limits) -> AsyncIterator[listen.Built]:
-    """The application for both ports, with its workers.
+async def build_release(
+    settings: ApplicationSettings, metrics: Metrics, limits: Limits, release: Release
+) -> AsyncIterator[Application]:
+    """What answers for a release, with its workers.
 
     Raises:
-        WorkerError: one cannot be started.
+        BundleError: a bundle cannot be read.
+        WorkerError: a worker cannot be started.
     """
-    bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
-    memory, refusals = Memory(limits), Counter[str]()
-    metrics = Metrics(refusals)
-    pools = make_pools(settings, bundles, metrics, limits)
+    bundles = [open_bundle(Path(folder)) for folder in release.bundles]
     url = f"http://{local_address(settings.host)}:{settings.port}"
     document = openapi_document(url, bundles, settings.token is not None)
-    application = Application(pools, metrics, document, limits)
+    pools = make_pools(settings, release, bundles, metrics, limits)
+    with metrics.of_models(release.models):
+        try:
+            started = await asyncio.gather(
+                *(pool.start() for pool in pools), return_exceptions=True
+            )
+            for error in started:
+                if error is not None:
+                    raise error
+            yield Application(pools, document, limits)
+        finally:
+            await asyncio.gather(*(pool.stop() for pool in pools))
+
+
+@contextlib.asynccontextmanager
+async def build_app(
+    settings: ApplicationSettings, limits: Limits, file: Path | None = None
+) -> AsyncIterator[listen.Built]:
+    """The application for both ports, with the workers of its releases.
+
+    Args:
+        settings: of the process.
+        limits: on clients.
+        file: where the settings are kept, so that a front that is started again has the same
+            releases.
+
+    Raises:
+        BundleError, WorkerError: the first release cannot be started.
+    """
+    memory, refusals = Memory(limits), Counter[str]()
+    metrics = Metrics(refusals)
+
+    def save(releases: Sequence[Release]) -> None:
+        if file is not None:
+            replace(settings, releases=tuple(map(asdict, releases))).replace(file)
+
+    releases = Releases(functools.partial(build_release, settings, metrics, limits), save)
     api, reading = (
         Front(find, limits, memory, settings.probe_secret, refusals)
-        for find in (application.api, application.metrics)
+        for find in (releases.api, functools.partial(_find_metrics, metrics))
     )
 
     def refuse_later() -> None:
-        for pool in pools:
-            asyncio.get_running_loop().call_later(REFUSE_S, pool.refuse)
+        asyncio.get_running_loop().call_later(REFUSE_S, releases.refuse)
 
-    await asyncio.gather(*(pool.start() for pool in pools))
-    try:
+    async with (
+        releases.run([Release.from_dict(one) for one in settings.releases]),
+        control.listen(Path(settings.control), releases),
+    ):
         yield listen.Built(listen.guarded(settings, api, reading, OPEN), refuse_later)
-    finally:
-        await asyncio.gather(*(pool.stop() for pool in pools))
 
 
-def run(settings: ApplicationSettings, limits: Limits | None = None) -> None:
-    """Serve in this process until it is asked to stop."""
+def run(
+    settings: ApplicationSettings, limits: Limits | None = None, file: Path | None = None
+) -> None:
+    """Serve in this process until it is asked to stop; ``file`` as for :func:`build_app`."""
     limits = limits or Limits()
-    listen.run(settings, limits, functools.partial(build_app, settings, limits), STOP_S)
+    listen.run(settings, limits, functools.partial(build_app, settings, limits, file), STOP_S)
 
 
 if __name__ == "__main__":
-    run(ApplicationSettings.load(Path(sys.argv[1])))
+    settings_file = Path(sys.argv[1])
+    run(ApplicationSettings.load(settings_file), file=settings_file)

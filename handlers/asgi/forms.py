@@ -1,4 +1,4 @@
-"""Parses HTTP bodies, above all forms, to :class:`serving.api.requests.RawRequest`."""
+"""Parses HTTP bodies, especially forms, into :class:`serving.api.requests.RawRequest`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _BAD_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")
 
 
 def raw_request(content_type: str, body: bytes, probe: bool, id: str) -> RawRequest:
-    """A request as :class:`serving.api.service.Service` takes it.
+    """Make the request that :class:`serving.api.service.Service` takes.
 
     Args:
         content_type: of the body, which :func:`handlers.front.forms.checked_type` has checked.
-        body: whole.
+        body: the complete body.
         probe, id: passed on.
 
     Raises:
@@ -46,14 +46,14 @@ def _collect(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, bytes]:
 def _urlencoded(body: bytes) -> Iterable[tuple[bytes, bytes]]:
     if not body.isascii():
         raise malformed(
-            f"a form of the type {URLENCODED} is ASCII: a file needs a header of its own type, such as "
-            "Content-Type: application/octet-stream"
+            f"a form of the type {URLENCODED} is ASCII: a file needs a header of its own "
+            "type, such as Content-Type: application/octet-stream"
         )
     if _BAD_ESCAPE.search(body):
         raise not_a_form()
     for pair in body.split(b"&"):
         name, equals, value = pair.partition(b"=")
-        if equals:  # what has no name is no field: JSON without its type
+        if equals:  # a part without a name is not a field: JSON without its type
             yield _unquoted(name), _unquoted(value)
 
 

@@ -1,7 +1,6 @@
-"""The worker processes of one model: batches requests, passes them on, and replaces processes that
-end.
+"""Runs the worker processes of one model, gives them batches, and replaces those that end.
 
-Native code that crashes takes its process with it, and nothing else.
+Native code that crashes ends only its own process.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import uuid
 from typing import Any
 
 from handlers.asgi import wire
-from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS, Metrics
+from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS, Metrics
 from handlers.asgi.worker import WorkerSettings
 from handlers.front.front import Answer, Request
 from handlers.launch.environment import child_environment
@@ -30,21 +29,21 @@ from serving.api.errors import ApiError
 from serving.api.telemetry import Metric
 
 logger = logging.getLogger(__name__)
-PAUSE_S = 0.1  # before a process is replaced; twice as long each time until one answers
+PAUSE_S = 0.1  # before a process is replaced; doubled each time until one is ready
 MAX_PAUSE_S = 10.0
-# One thread a process: several on the same cores would only fight, and sums keep their order.
+# One thread per process: several would compete for the cores and change the order of sums.
 VARIABLES = {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 BUFFER_BYTES = 2**20
 WORKER = "handlers.asgi.worker"
 
 
 class WorkerError(RuntimeError):
-    """A worker's process that ended, hangs or answers nonsense."""
+    """A worker's process ended, hangs, or gave an invalid answer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A request on its way: when it came, and where its answer goes; ``v2`` as for the pool."""
+    """A request with its time of arrival and the future of its answer; ``v2`` as in the pool."""
 
     request: Request
     id: str
@@ -53,7 +52,7 @@ class Job:
     answer: asyncio.Future[Answer]
 
     def fail(self, error: ApiError) -> None:
-        """Answer an error, if somebody still waits."""
+        """Answer an error if the client still waits."""
         if not self.answer.done():
             self.answer.set_exception(error)
 
@@ -62,11 +61,11 @@ class Pool:
     """The workers of one model, and the queue before them.
 
     Args:
-        name: of the model, for metrics and logs.
-        settings: of each worker.
-        metrics: where measurements go.
-        timeout_s: for an answer, the queue included.
-        metadata: of the model, by the Open Inference Protocol.
+        name: name of the model in metrics and logs.
+        settings: settings of each worker.
+        metrics: takes the measurements.
+        timeout_s: time for an answer, including the queue.
+        metadata: the model's metadata of the Open Inference Protocol.
     """
 
     def __init__(
@@ -80,6 +79,7 @@ class Pool:
         self.name = name
         self.metadata = metadata
         self.metrics = metrics
+        self._identity = settings[0].identity
         self._timeout_s = timeout_s
         self._queue: asyncio.Queue[Job] = asyncio.Queue()
         self._collecting = asyncio.Lock()
@@ -89,29 +89,41 @@ class Pool:
 
     @property
     def is_ready(self) -> bool:
-        """Whether some worker can compute."""
+        """Whether a worker is ready."""
         return any(worker.is_ready for worker in self._workers)
 
     async def start(self) -> None:
-        """Start all workers and wait until they can compute.
+        """Start all workers and wait until they can compute; :meth:`stop` ends them in any case.
 
         Raises:
             WorkerError: one cannot be started.
         """
-        started = await asyncio.gather(*(worker.start() for worker in self._workers))
-        self._tasks = [
-            asyncio.create_task(worker.keep(process))
-            for worker, process in zip(self._workers, started, strict=True)
-        ]
+
+        async def start(worker: _Worker) -> None:
+            process = await worker.start()
+            self._tasks.append(asyncio.create_task(worker.keep(process)))
+
+        started = await asyncio.gather(*map(start, self._workers), return_exceptions=True)
+        for error in started:
+            if error is not None:
+                raise error
 
     async def stop(self) -> None:
-        """End all workers, whatever they do."""
+        """Kill all workers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def describe(self) -> dict[str, Any]:
+        """The workers' processes and the number of requests that wait, as for ``ade status``."""
+        return {
+            "workers": [worker.describe() for worker in self._workers],
+            "queued": self._queue.qsize(),
+            "queue_room": None,  # the front bounds it
+        }
+
     def refuse(self) -> None:
-        """Answer 503 to what waits for a worker, and to what comes from now on."""
+        """Answer 503 to requests that wait for a worker and to all further ones."""
         self._is_stopping = True
         while not self._queue.empty():
             self._queue.get_nowait().fail(_stopping())
@@ -121,7 +133,7 @@ class Pool:
 
         Args:
             request: of the API, or of the Open Inference Protocol.
-            v2: bytes of JSON in the body, if it is of that protocol.
+            v2: number of bytes of JSON in a body of that protocol.
 
         Raises:
             ApiError: 503, a worker died over it or it took too long.
@@ -140,7 +152,7 @@ class Pool:
             self._count(ANSWER_SECONDS, loop.time() - job.arrived)
 
     async def next_batch(self) -> list[Job]:
-        """What is to be computed next, collected by one worker after the other."""
+        """Collect the next batch; one worker collects at a time."""
         batch: list[Job] = []
         try:
             async with self._collecting:
@@ -155,12 +167,12 @@ class Pool:
         return batch
 
     def put_back(self, batch: list[Job]) -> None:
-        """Queue what was taken and not computed."""
+        """Return requests that were taken but not computed to the queue."""
         for job in batch:
             self._queue.put_nowait(job)
 
     def begin(self, batch: list[Job]) -> None:
-        """Take note that a worker computes a batch from now on."""
+        """Mark a batch as being computed."""
         now = asyncio.get_running_loop().time()
         for job in batch:
             self._count(QUEUE_SECONDS, now - job.arrived)
@@ -168,11 +180,11 @@ class Pool:
     async def _next(self) -> Job:
         while True:
             job = await self._queue.get()
-            if not job.answer.done():  # otherwise nobody waits for it any more
+            if not job.answer.done():  # otherwise the client is gone
                 return job
 
     def _count(self, metric: Metric, seconds: float) -> None:
-        self.metrics.update(metric.name, {"model_name": self.name}, seconds)
+        self.metrics.update(metric.name, {"model_name": self.name, MODEL: self._identity}, seconds)
 
 
 class _Process:
@@ -206,7 +218,7 @@ class _Process:
             raise WorkerError(f"its connection ended: {error}") from None
 
     async def end(self) -> int:
-        """Kill it, if it has not ended; returns its exit code."""
+        """Kill it unless it has ended; returns its exit code."""
         self._writer.close()
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
@@ -214,18 +226,23 @@ class _Process:
 
 
 class _Worker:
-    """One place of a pool: a process, and another one when it ends."""
+    """One place in a pool, whose process is replaced when it ends."""
 
     def __init__(self, pool: Pool, settings: WorkerSettings) -> None:
         self._pool = pool
         self._settings = settings
+        self._pid: int | None = None
         self.is_ready = False
 
+    def describe(self) -> dict[str, Any]:
+        """The process, and whether it can compute."""
+        return {"pid": self._pid, "state": "READY" if self.is_ready else "STARTING"}
+
     async def start(self) -> _Process:
-        """Start a process and wait until it can compute.
+        """Start a process and wait until it is ready.
 
         Raises:
-            WorkerError: it cannot.
+            WorkerError: it does not become ready.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -236,11 +253,14 @@ class _Worker:
                 stdin=theirs.fileno(),
                 env=child_environment(**VARIABLES),
             )
+        self._pid = made.pid
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=BUFFER_BYTES)
         process = _Process(made, reader, writer)
         try:
             first = wire.pack({"settings": dataclasses.asdict(self._settings)})
             head, _ = await process.ask(first, STARTUP_TIMEOUT_S)
+            if "error" in head:
+                raise WorkerError(head["error"])
         except BaseException as error:
             code = await process.end()
             if isinstance(error, WorkerError):
@@ -253,7 +273,7 @@ class _Worker:
         return process
 
     async def keep(self, process: _Process) -> None:
-        """Feed the process, and start another one whenever it ends."""
+        """Give batches to the process, and start another one whenever it ends."""
         pause = PAUSE_S
         try:
             while True:
@@ -278,10 +298,10 @@ class _Worker:
             await process.end()
 
     async def _next_batch(self, process: _Process) -> list[Job]:
-        """What the process should compute next.
+        """The next batch for the process.
 
         Raises:
-            WorkerError: it ended meanwhile; nothing that waits is lost.
+            WorkerError: the process ended meanwhile; no waiting request is lost.
         """
         waiting = asyncio.create_task(self._pool.next_batch())
         try:
@@ -329,9 +349,13 @@ class _Worker:
             raise WorkerError(str(error)) from None
 
     def _measure(self, head: dict[str, Any]) -> None:
-        common = {"model_name": self._pool.name, "worker": self._settings.name.rpartition("-")[2]}
+        common = {
+            "model_name": self._pool.name,
+            "worker": self._settings.name.rpartition("-")[2],
+        }
+        own = {MODEL: self._settings.identity}
         for name, labels, value in head["measurements"]:
-            self._pool.metrics.update(name, {**common, **labels}, value)
+            self._pool.metrics.update(name, {**common, **labels, **own}, value)
 
 
 def _stopping() -> ApiError:

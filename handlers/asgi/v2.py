@@ -1,6 +1,6 @@
-"""The Open Inference Protocol (V2) over HTTP: tensors in and out, as JSON or as binary data,
-translated to requests of the API and back.
+"""Translates the Open Inference Protocol (V2) over HTTP to the API's requests and back.
 
+Tensors are JSON or binary data.
 https://github.com/kserve/open-inference-protocol, with Triton's extension for binary tensors.
 """
 
@@ -53,14 +53,14 @@ class ProtocolError(ApiError):
 
 @dataclass(frozen=True)
 class Call:
-    """What the answer to a request needs of it.
+    """The parts of a request that its answer depends on.
 
     Attributes:
-        model: name under which it is served.
-        operation: of the model.
-        id: that the client gave.
-        outputs: requested tensors, and whether each is to be binary; all if empty.
-        is_binary: of outputs that do not say.
+        model: served name of the model.
+        operation: operation of the model.
+        id: the client's id of the request.
+        outputs: requested tensors, and whether each is binary; all tensors if empty.
+        is_binary: the default for outputs that do not specify it.
     """
 
     model: str
@@ -105,12 +105,12 @@ def _tensor(name: str, datatype: str, shape: Sequence[int]) -> dict[str, Any]:
 def parse(
     model: str, operation: str, bundle: Bundle, body: bytes, length: int, probe: bool, id: str
 ) -> tuple[Call, RawRequest]:
-    """Take a request apart.
+    """Parse a request.
 
     Args:
-        model, operation, bundle: that it is for.
-        body: JSON, and binary tensors after it.
-        length: of the JSON.
+        model, operation, bundle: the model that is addressed.
+        body: JSON, followed by binary tensors.
+        length: number of bytes of JSON.
         probe, id: see :class:`serving.api.requests.RawRequest`.
 
     Raises:
@@ -148,7 +148,7 @@ def parse(
 
 
 def _head(text: bytes, bundle: Bundle) -> dict[str, Any]:
-    """The JSON of a request; its values are counted first, since they take more memory than text."""
+    """Parse a request's JSON after counting its values, which take more memory than text."""
     most = MAX_JSON_VALUES + MAX_IMAGES * math.prod(bundle.image_shape)
     if text.count(b",") + text.count(b"[") > most or text.count(b"{") > MAX_JSON_VALUES:
         raise ApiError(413, "request_too_large", f"JSON may have {most} values here")
@@ -187,7 +187,7 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
 
 
 def _exact(data: Any, dtype: np.dtype) -> np.ndarray:
-    """Numbers from JSON, flat.
+    """Convert numbers from JSON to a flat array.
 
     Raises:
         ValueError: the type cannot hold them.
@@ -212,12 +212,12 @@ def _is_binary(output: dict[str, Any], default: bool) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A parameter as a field of a form has it."""
+    """The text of a parameter, as in a form."""
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 def respond(call: Call, response: Response) -> Response:
-    """The API's answer in the protocol's form."""
+    """Translate the API's answer into the protocol."""
     if response.error is not None:
         body = orjson.dumps(ProtocolError.of(response.error).body())
         return Response(response.status, "application/json", body, response.headers, response.error)

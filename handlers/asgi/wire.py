@@ -1,7 +1,7 @@
-"""Batches of requests and of answers on the connection between the front and a worker: a head as
-JSON, then the bodies as they are.
+"""The messages between the front and a worker: batches of requests, and of answers.
 
-Neither side runs what the other sends: a worker that native code corrupted stays apart.
+A message is a head in JSON, then the raw bodies. Neither side executes what the other sends, so a
+worker that native code has corrupted cannot harm the front.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Message = tuple[dict[str, Any], list[bytes]]
 
 
 def pack(head: dict[str, Any], bodies: Sequence[Body] = ()) -> list[Body]:
-    """A message in parts, to be sent one after the other."""
+    """The parts of a message, to be sent in order."""
     text = orjson.dumps({**head, "sizes": [len(body) for body in bodies]})
     return [LENGTH.pack(len(text)), text, *bodies]
 
 
 def read(stream: BinaryIO) -> Message | None:
-    """The next message, or ``None`` at the end of the connection."""
+    """Read the next message; ``None`` at the end of the connection."""
     length = stream.read(LENGTH.size)
     if len(length) < LENGTH.size:
         return None
@@ -34,7 +34,7 @@ def read(stream: BinaryIO) -> Message | None:
 
 
 async def receive(stream: asyncio.StreamReader) -> Message:
-    """The next message.
+    """Receive the next message.
 
     Raises:
         EOFError: the connection ended.

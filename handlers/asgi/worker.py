@@ -1,5 +1,6 @@
-"""A process that computes one operation of one bundle, a batch at a time, until its connection
-ends: ``python -m handlers.asgi.worker``, with the connection as its standard input.
+"""A process that computes one operation of one bundle, a batch at a time.
+
+``python -m handlers.asgi.worker`` with a connection as its standard input; it ends with that.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from serving.api.errors import ApiError
 from serving.api.journal import Journal
 from serving.api.responses import Response, error_response
 from serving.api.service import Service
+from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
 
-NO_MEMORY = 70  # exit code: a request did not fit into memory, a new process has more
+NO_MEMORY = 70  # exit code: a request did not fit into memory; a new process may have more
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker computes.
+    """Settings of a worker.
 
     Attributes:
-        bundle: its folder.
-        operation: one of the four.
-        model: the name under which it is served.
-        name: under which metrics and logs know the worker.
+        bundle: folder of the bundle.
+        identity: of the model in it, ``NAME@HASH``.
+        operation: one of the four operations.
+        model: served name of the model.
+        name: name of the worker in metrics and logs.
         logs: an existing folder.
         options: how it computes.
     """
 
     bundle: str
+    identity: str
     operation: str
     model: str
     name: str
@@ -47,7 +51,7 @@ class WorkerSettings:
 
 
 def serve(connection: socket.socket) -> int:
-    """Compute what comes, the settings first; returns the exit code."""
+    """Read the settings, then compute batches; returns the exit code."""
     stream = connection.makefile("rb")
     first = wire.read(stream)
     if first is None:
@@ -55,7 +59,11 @@ def serve(connection: socket.socket) -> int:
     settings = WorkerSettings(
         **{**first[0]["settings"], "options": ServingOptions(**first[0]["settings"]["options"])}
     )
-    service = _load(settings)
+    try:
+        service = _load(settings)
+    except Exception as error:
+        _send(connection, {"error": f"{type(error).__name__}: {error}"})
+        raise
     _send(connection, {"answers": [], "measurements": _measurements(service)})
     while message := wire.read(stream):
         answers = _answer(service, settings.model, *message)
@@ -82,6 +90,11 @@ def _load(settings: WorkerSettings) -> Service:
         [settings.operation],
         cuda_graphs=options.cuda_graphs,
     )
+    # A worker that is replaced must not answer by what has been put into the folder since.
+    if engine.bundle.model_id != settings.identity:
+        raise BundleError(
+            f"{settings.bundle} has become {engine.bundle.model_id}, expected {settings.identity}"
+        )
     engine.warm_up()
     journal = Journal(Path(settings.logs), settings.name)
     return Service(settings.operation, engine, options.threads, journal)
@@ -128,11 +141,13 @@ def _send(connection: socket.socket, head: dict[str, Any], bodies: Sequence[byte
 
 
 if __name__ == "__main__":
-    # The front decides when it ends, also where a terminal or a supervisor signals all processes.
+    # The front decides when it ends, even if a terminal signals all processes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each invalid form
+    logging.getLogger("python_multipart").setLevel(
+        logging.ERROR
+    )  # it logs a warning for each invalid form
     with socket.socket(fileno=sys.stdin.fileno()) as own_connection:
         try:
             sys.exit(serve(own_connection))

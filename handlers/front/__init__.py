@@ -1,1 +1,1 @@
-"""The HTTP front of every engine: connections, limits, who may come in, and errors of one shape."""
+"""The HTTP front of every engine: connections, limits, access, and one shape of errors."""

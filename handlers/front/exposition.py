@@ -21,7 +21,7 @@ def exposition(samples: Mapping[Family, Iterable[str]], refusals: Mapping[str, i
 
     Args:
         samples: lines of each family.
-        refusals: of the front, by code.
+        refusals: requests that the front refused, by code.
     """
     counted = [
         f'{REFUSALS.name}{{code="{code}"}} {count}' for code, count in sorted(refusals.items())

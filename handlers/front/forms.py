@@ -1,5 +1,6 @@
-"""Checks forms before an engine reads them: a repeated field would be lost, and an image under a
-form's content type is not a malformed form.
+"""Checks forms before an engine reads them.
+
+Engines lose repeated fields, and mistake an image under a form's content type for a malformed form.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from serving.messages import show
 
 MULTIPART = "multipart/form-data"
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
-_FILE_START = 64  # bytes within which every image format and .npy has one that no form has
+_FILE_START = 64  # every image format and .npy has a byte within these that no form has
 _TEXT = bytes(range(32, 127)) + b"\r\n\t"
 
 
@@ -23,10 +24,11 @@ def checked_type(content_type: str, body: bytearray) -> str:
     """The content type under which a body is passed on; empty if the one given is not the body's.
 
     ``curl --data-binary``, ``wget --post-file`` and urllib declare every body a URL-encoded form.
-    Such a form is ASCII text. What is not is a file that was sent as the body.
+    Such a form is ASCII text; anything else is a file that was sent as the body.
 
     Raises:
-        ApiError: 400, a field is repeated or the form cannot be parsed; 413, it has too many fields.
+        ApiError: 400, a field is repeated or the form cannot be parsed; 413, it has too many
+            fields.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == URLENCODED:
@@ -44,7 +46,8 @@ def _check_names(names: list[bytes]) -> None:
         if name in seen:
             field = show(name.decode("utf-8", "replace"))
             raise malformed(
-                f"the form has the field {field} more than once: name further images image1, image2, …"
+                f"the form has the field {field} more than once: name further images image1, "
+                "image2, …"
             )
         seen.add(name)
 

@@ -26,7 +26,11 @@ from serving.api.guard import Receive, Scope, Send, error_answer, header_values,
 from serving.api.requests import PROBE_HEADER
 
 READING = ("GET", "HEAD")
-INFERRING = (*READING, "POST", "PUT")  # to GET and HEAD the engine answers what is missing
+INFERRING = (
+    *READING,
+    "POST",
+    "PUT",
+)  # GET and HEAD get the engine's error that says what is missing
 SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
 
 
@@ -74,12 +78,16 @@ class Endpoint:
         methods: allowed methods.
         lane: bounds the number of its requests, if given.
         takes_forms: whether the body may be a form, which is checked before.
+        route: returns the endpoint that answers a request, if that is not this one.
+        hold: entered while the endpoint has a request.
     """
 
     answer: Callable[[Request], Awaitable[Answer]]
     methods: tuple[str, ...] = READING
     lane: Lane | None = None
     takes_forms: bool = False
+    route: Callable[[Request], Endpoint] | None = None
+    hold: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 class Front:
@@ -148,14 +156,18 @@ class Front:
     async def _ask(
         self, endpoint: Endpoint, scope: Scope, receive: Receive, body: bytearray
     ) -> Answer:
-        """The engine's answer, when it is the request's turn.
+        """Ask the engine when it is the request's turn.
 
         Raises:
             ApiError: the engine did not answer, or cannot read the request.
         """
         request = self._request(scope, body, endpoint.takes_forms)
-        async with endpoint.lane.turn(receive) if endpoint.lane else contextlib.nullcontext():
-            return await endpoint.answer(request)
+        if endpoint.route is not None:
+            endpoint = endpoint.route(request)
+        lane = endpoint.lane
+        with endpoint.hold():
+            async with lane.turn(receive) if lane else contextlib.nullcontext():
+                return await endpoint.answer(request)
 
     def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
         """The request of an endpoint.

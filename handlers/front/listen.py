@@ -88,7 +88,9 @@ def run(settings: FrontSettings, limits: Limits, build: Build, stop_s: int = STO
         stop_s: seconds that accepted requests may take after a signal.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each invalid form
+    logging.getLogger("python_multipart").setLevel(
+        logging.ERROR
+    )  # it logs a warning for each invalid form
     # uvicorn raises the signal again after it has stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

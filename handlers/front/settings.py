@@ -1,4 +1,4 @@
-"""Settings of a front process, in a file that only its owner can read, because it has keys."""
+"""Settings of a front process. They contain keys, so only the owner can read their file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class FrontSettings:
     Attributes:
         host, port: address to listen on.
         metrics_port: port of the metrics, on loopback.
-        exposes_metrics: whether the metrics are served on ``host`` too, where the token is required.
+        exposes_metrics: whether the metrics are served on ``host`` too, where the token is
+            required.
         token: the token that clients must send, if any.
         allowed_hosts: see :class:`serving.api.guard.Guard`.
         probe_secret: value of the header ``X-Ade-Probe`` that marks health checks, which are not
@@ -46,6 +47,13 @@ class FrontSettings:
         with open(descriptor, "w") as file:
             json.dump(dataclasses.asdict(self), file)
 
+    def replace(self, path: Path) -> None:
+        """Write the file in the place of an older one, atomically."""
+        new = path.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        self.save(new)
+        os.replace(new, path)
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read the file that :meth:`save` wrote.
@@ -67,7 +75,7 @@ class FrontSettings:
 
     @property
     def metrics_hosts(self) -> list[str]:
-        """Where the metrics are served: always where this machine's programs look for them."""
+        """The hosts that serve metrics, which always include one for programs on this machine."""
         if not self.exposes_metrics or self.host in LOOPBACK:
             return [LOOPBACK[0]]
         return [self.host] if self.host == ANY_ADDRESS else [LOOPBACK[0], self.host]

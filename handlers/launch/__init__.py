@@ -1,1 +1,1 @@
-"""What ``ade serve`` does whatever the engine: working folder, processes, page, stop."""
+"""The parts of ``ade serve`` that all engines share: working folder, processes, page, stop."""

@@ -6,10 +6,13 @@ A further engine is a further folder of ``handlers`` with a ``launcher``.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from handlers.front.releases import Release
+from handlers.launch.channel import Say
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import Timers
 from handlers.launch.run_folder import RunFolder
@@ -17,17 +20,19 @@ from handlers.launch.supervision import Supervisor
 from serving.engine.bundle import Bundle
 from serving.ports import Ports
 
-# By name, the extra of pyproject.toml that has its packages; the first is the default.
+# The engines, each with the extra of pyproject.toml that has its packages; the first is the
+# default.
 ENGINES = {"torchserve": "serve", "asgi": "asgi"}
 DEFAULT = next(iter(ENGINES))
+SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is served, how and where.
+    """The bundles to serve, how, and where.
 
     Attributes:
-        bundles: the first is served under the plain names.
+        bundles: the bundles, the first served under the plain names.
         options: how workers compute.
         workers: processes of each bundle, by operation.
         host: of the API and the page.
@@ -54,12 +59,27 @@ class Plan:
     def num_workers(self) -> int:
         return len(self.bundles) * sum(self.workers.values())
 
+    @property
+    def release(self) -> Release:
+        """The first release, which is that of the bundles."""
+        return release_of(1, self.bundles)
+
+
+def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Release:
+    """A release of bundles; see :class:`handlers.front.releases.Release`."""
+    return Release(
+        number,
+        tuple(str(bundle.folder) for bundle in bundles),
+        tuple(bundle.model_id for bundle in bundles),
+        share,
+    )
+
 
 class Engine(Protocol):
-    """The API's part of a service: what computes, and its front.
+    """The API's part of a service: the processes that compute, and their front.
 
     Attributes:
-        timers: its counters of the time that requests take.
+        timers: names of its counters of the time that requests take.
     """
 
     timers: ClassVar[Timers]
@@ -77,14 +97,37 @@ class Engine(Protocol):
         """
 
     def drain(self) -> None:
-        """Finish what was accepted and refuse the rest; return after a bounded time."""
+        """Finish accepted requests and refuse the rest; return after a bounded time."""
 
     def is_whole(self) -> bool:
         """Whether the files that it needs are still there."""
 
 
+@runtime_checkable
+class UpgradableEngine(Engine, Protocol):
+    """An engine that can serve two releases at a time."""
+
+    def change(self, releases: Sequence[Release], say: Say) -> None:
+        """Start the releases that do not run yet, route requests to all, and drain the others.
+
+        Args:
+            releases: the first gets the requests that the shares of the others leave.
+            say: called with :data:`SWITCHED` once requests are routed to them, perhaps twice.
+
+        Raises:
+            ChannelError: a release cannot be started; nothing has changed.
+        """
+
+    def releases(self) -> list[dict[str, Any]]:
+        """The fields of each running release, and its ``workers`` by model.
+
+        Raises:
+            ChannelError: the engine does not answer.
+        """
+
+
 def engine_class(name: str) -> type[Engine]:
-    """The engine of a name; its packages are imported here.
+    """The engine of this name, whose packages are imported here.
 
     Raises:
         ModuleNotFoundError: of a package that is not installed.

@@ -27,7 +27,7 @@ NAMES = frozenset(
         "TERM",
     }
 )
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container's own control group
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of the container's control group
 PREFIXES = ("LC_", "PYTHON", "CUDA_", "NVIDIA_", "OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_")
 
 

@@ -12,8 +12,8 @@ _LINE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 Totals = dict[str, dict[str, float]]
-# An engine's counters of seconds, and which time of requests each counts: ``whole``, from arrival to
-# answer, or ``queue``.
+# An engine's counters of seconds, and the time that each counts: ``whole``, from the arrival of a
+# request to its answer, or ``queue``.
 Timers = Mapping[str, str]
 
 
@@ -60,5 +60,5 @@ def profile_table(before: Totals, after: Totals) -> str:
         lines.append(f"{model:14}{new['requests']:9.0f}{new.get('images', 0):9.0f}{times}")
     if not lines:
         return ""
-    head = "ms a request  " + "".join(f"{column:>9}" for column in ("requests", "images", *columns))
+    head = "ms per request" + "".join(f"{column:>9}" for column in ("requests", "images", *columns))
     return "\n".join([head, *lines])

@@ -10,6 +10,7 @@ import secrets
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import NoReturn
 
 import httpx
 
+from handlers.launch.channel import Listener
 from handlers.launch.engines import Engine, Plan, engine_class
 from handlers.launch.environment import available_cores
 from handlers.launch.options import ServingOptions
-from handlers.launch.parts import inference_url, page_is_ready, start_page, wait_until
+from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.profile import Totals, profile_table, read_totals
 from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor
+from handlers.launch.upgrades import UpgradeError, Upgrades
 from serving.engine.backends import BackendError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
@@ -31,6 +34,7 @@ from serving.images import coder_version
 from serving.ports import LOOPBACK, USER, PortError, Ports
 
 ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
+UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)
 MAX_SCORE_WORKERS = 4
 PROFILE_S = 10.0
 WATCH_S = 0.5
@@ -85,19 +89,25 @@ def run(args: argparse.Namespace) -> None:
             folder.path / "logs" if args.logs is None else args.logs.resolve(),
         )
         engine, is_serving = make_engine(plan, folder, supervisor), False
-        describe: Callable[[], None] = lambda: folder.describe(
-            ports, args.host, plan.logs, supervisor.pids
-        )
+        page = Page(plan, folder, supervisor)
+        describing = threading.Lock()
+
+        def describe() -> None:
+            with describing:
+                folder.describe(ports, args.host, plan.logs, supervisor.pids)
+
         try:
             folder.write(folder.probe_file, plan.probe_secret)
             if token is not None:
                 folder.write(folder.token_file, token)
                 folder.write(folder.header_file, f"Authorization: Bearer {token}\n")
             engine.start()
-            start_page(plan, folder, supervisor)
+            page.start()
             engine.open()
             wait_until(lambda: page_is_ready(ports, args.host), supervisor)
             describe()
+            upgrades = Upgrades(plan, engine, page, describe)
+            Listener(folder.control_socket, upgrades.handle, UPGRADE_ERRORS)
             _print_addresses(plan, folder, time.monotonic() - started)
             is_serving = True
             _watch(supervisor, folder, engine, describe, ports if args.profile else None)

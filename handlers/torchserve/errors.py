@@ -1,7 +1,7 @@
-"""What TorchServe answers by itself, in the API's codes.
+"""Translates TorchServe's own errors into the API's.
 
-It answers ``{"code": STATUS, "type": JAVA_EXCEPTION, "message": TEXT}``. Clients never see this: the
-front translates it by the tables below.
+TorchServe answers ``{"code": STATUS, "type": JAVA_EXCEPTION, "message": TEXT}``. The front
+translates this by the tables below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from serving.api.errors import ApiError
 
 logger = logging.getLogger(__name__)
-_UNREADABLE_FORM = (400, "malformed_request", "the form cannot be taken apart")
+_UNREADABLE_FORM = (400, "malformed_request", "the form cannot be parsed")
 BY_STATUS = {
     404: (404, "unknown_model", "the service has no model of this name"),
     413: (413, "request_too_large", "the request is larger than the server reads"),
@@ -21,8 +21,8 @@ BY_TYPE = {
     "ErrorDataDecoderException": _UNREADABLE_FORM,
     "StringIndexOutOfBoundsException": _UNREADABLE_FORM,
 }
-WORKER_DIED = "Worker died"  # a message whose type other failures have, too
-FRONTS_KEY_REFUSED = "InvalidKeyException"  # of the front's key, not of a client's token
+WORKER_DIED = "Worker died"  # other failures share the type of this message
+FRONTS_KEY_REFUSED = "InvalidKeyException"  # about the front's key, not about a client's token
 OVERLOADED = (503, 507)
 
 
@@ -30,7 +30,7 @@ def translate(status: int, kind: str, message: str) -> ApiError:
     """The API's error for one of TorchServe's own.
 
     Args:
-        status: of the answer.
+        status: status of the answer.
         kind: name of the Java exception.
         message: its text.
     """

@@ -1,8 +1,8 @@
-"""TorchServe's metrics in the form that Prometheus's conventions ask for.
+"""Rewrites TorchServe's metrics by Prometheus's conventions.
 
-TorchServe knows counters and gauges alone, gives all of them one help text, counts microseconds, and
-adds gauges that describe the last request only. The front, which every scrape passes through, makes
-histograms of their counters, adds types and help texts, converts units and drops those gauges.
+TorchServe has only counters and gauges, gives all of them one help text, counts microseconds, and
+adds gauges that describe only the last request. The front, through which every scrape passes, turns
+counters into histograms, adds types and help texts, converts units and drops those gauges.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SAMPLE = re.compile(r"(\w+)\{(.*?),?\} (\S+)")
 
 @dataclass(frozen=True)
 class _Source:
-    """What becomes of one of TorchServe's names."""
+    """How one of TorchServe's metrics is rewritten."""
 
     family: Family
     name: str
@@ -64,8 +64,8 @@ def by_convention(text: str, refusals: Mapping[str, int]) -> str:
     """Rewrite what TorchServe exposes.
 
     Args:
-        text: in Prometheus's text format.
-        refusals: of the front, by code.
+        text: metrics in Prometheus's text format.
+        refusals: requests that the front refused, by code.
     """
     samples: dict[Family, list[str]] = {}
     for line in text.splitlines():

@@ -71,7 +71,7 @@ class ModelServer:
         limits: limits on the requests that it has at a time.
         inference: a client of TorchServe's inference address.
         metrics: a client of its metrics address.
-        refusals: of the front, by the code of the error.
+        refusals: requests that the front refused, by the error's code.
     """
 
     def __init__(

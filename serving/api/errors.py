@@ -22,7 +22,7 @@ class ApiError(Exception):
         status: HTTP status.
         code: a short name that programs can compare.
         message: what is wrong, what was expected and what was received, for people.
-        index: which image of the request it is about, if one.
+        index: number of the image that the error is about, if it is about a single one.
     """
 
     def __init__(self, status: int, code: str, message: str, index: int | None = None) -> None:
@@ -75,8 +75,9 @@ def unusable(code: str, message: str) -> ApiError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation ran out of memory: Python's own error, or one of ONNX Runtime or
-    PyTorch, which have no type or code for it.
+    """Whether a computation ran out of memory.
+
+    ONNX Runtime and PyTorch have no error type or code for that, so their messages are read.
     """
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(

@@ -1,10 +1,10 @@
-"""Decides which requests may come in at all: by the host they name, the page they come from, and
-their token.
+"""Decides which requests are let in: by the host they name, the page they come from, their token.
 
 A server on loopback is reachable by every web page that a browser on this machine shows. A page may
 name the server by a host name of its own whose address it changes (DNS rebinding), and may send it
 requests whose answers it cannot read (cross-site request forgery). Both leave traces in headers
-that a page cannot set; these are checked here. Pure ASGI, since the API and the page share it.
+that a page cannot set, and these headers are checked here. The guard is pure ASGI, because the API
+and the page share it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<authority>.+)")
 
 
 class Guard:
-    """ASGI middleware that refuses what may not come in.
+    """ASGI middleware that refuses requests which may not come in.
 
     Args:
-        app: what to protect.
+        app: the application to protect.
         allowed_hosts: names by which clients may reach it, beside IP addresses and ``localhost``.
-        token: if given, what every request must bring as ``Authorization: Bearer TOKEN``.
+        token: if given, every request must send it as ``Authorization: Bearer TOKEN``.
     """
 
     def __init__(self, app: App, allowed_hosts: Collection[str], token: str | None = None) -> None:
@@ -60,7 +60,7 @@ class Guard:
                 if self._token is not None:
                     check_token(header_values(scope, "authorization"), self._token)
             except ApiError as error:
-                if scope["type"] == "websocket":  # not accepted yet: the server answers 403
+                if scope["type"] == "websocket":  # not accepted yet, so the server answers 403
                     await send({"type": "websocket.close", "code": 1008})
                 else:
                     await refuse(error, scope, receive, send)
@@ -129,13 +129,14 @@ def check_host(values: list[str], allowed_hosts: Collection[str]) -> None:
 
 
 def check_origin(scope: Scope, allowed_hosts: Collection[str]) -> None:
-    """Check that a request does not come from another site's page; programs that are not browsers
-    send neither header.
+    """Check that a request does not come from another site's page.
+
+    Programs that are not browsers send none of the headers that are checked.
 
     Args:
-        scope: of the request; its ``Host`` has been checked.
-        allowed_hosts: names that may also be the origin's, whatever its port: a proxy may have
-            changed ``Host``.
+        scope: the ASGI scope of the request, whose ``Host`` has been checked.
+        allowed_hosts: further names that the origin may have, with any port, because a proxy may
+            have changed ``Host``.
 
     Raises:
         ApiError: 403 ``cross_origin``.
@@ -153,11 +154,10 @@ def check_origin(scope: Scope, allowed_hosts: Collection[str]) -> None:
 
 
 def is_same_origin(origin: str, host_header: str, allowed_hosts: Collection[str] = ()) -> bool:
-    """Whether an ``Origin`` names the host and port of ``Host``, or an allowed host; ``null`` does
-    not.
+    """Whether an ``Origin`` names the host and port of ``Host``, or an allowed host.
 
-    The schemes are not compared: before a proxy with TLS the origin is ``https``, behind it nobody
-        knows.
+    The origin ``null`` does not. Schemes are not compared: behind a proxy with TLS, the origin has
+    ``https`` although the request arrives by ``http``.
     """
     match = _ORIGIN.fullmatch(origin.lower())
     if match is None:
@@ -172,7 +172,7 @@ def is_same_origin(origin: str, host_header: str, allowed_hosts: Collection[str]
 
 
 def check_token(values: list[str], token: str) -> None:
-    """Check the ``Authorization`` header, in a time that does not depend on where it differs.
+    """Check the ``Authorization`` header in constant time.
 
     Raises:
         ApiError: 401 ``bad_token``.
@@ -188,7 +188,7 @@ def check_token(values: list[str], token: str) -> None:
 
 
 def error_answer(error: ApiError) -> tuple[list[tuple[str, str]], bytes]:
-    """Headers, but for the length, and body of an error in the API's shape."""
+    """Headers (without ``Content-Length``) and body of an error in the API's shape."""
     headers = [("content-type", "application/json")]
     if error.status == 401:
         headers.append(("www-authenticate", "Bearer"))
@@ -204,11 +204,10 @@ async def refuse(
     send: Send,
     headers: Collection[tuple[str, str]] = (),
 ) -> None:
-    """Answer an error before the body has been read; if there is one, discard it for a while and
-    close the connection.
+    """Answer an error before the body has been read, then close the connection.
 
-    Many clients read no answer before they have sent their body, and lose it if the connection is
-    closed before.
+    The body, if there is one, is discarded for a while first: many clients read no answer before
+    they have sent their body, and lose the answer if the connection is closed earlier.
     """
     fields, body = error_answer(error)
     fields.append(("content-length", str(len(body))))

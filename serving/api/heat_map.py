@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps
 
-HEAT_MAP_SCALE = 8  # pixels a side of the picture for one of the image
+HEAT_MAP_SCALE = 8  # picture pixels per side of an image pixel
 COLD, MIDDLE, HOT = "#0d1b4c", "#c2416b", "#ffe98a"
 
 
 def heat_map(bits: np.ndarray) -> np.ndarray:
-    """Dark where an image is cheap, bright where it is dear.
+    """Colour each pixel by its bits: dark for few, bright for many.
 
     Args:
         bits: of each pixel, ``(H, W)``; its 1st and 99th percentile are the ends of the colours.

@@ -1,4 +1,4 @@
-"""One line of JSON for each request that a worker answered, in a file that is kept from growing."""
+"""Logs one line of JSON per request that a worker answered, in a file of bounded size."""
 
 from __future__ import annotations
 

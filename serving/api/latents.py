@@ -1,9 +1,9 @@
-"""Ways through the noise that samples latents: from one image to another, and one level at a time.
+"""Interpolates and mixes the noise from which latents are sampled.
 
-Noise is standard normal in every level, whatever the coarser levels are; one array a level,
-coarsest first. That of a sample is known from its seed (:mod:`serving.engine.noise`), that of an
-image is its encoding's ``eps``; :meth:`serving.engine.engine.InferenceEngine.sample_with` makes
-images of it.
+The noise of an image is one array per level, coarsest first, standard normal in every level. The
+noise of a sample follows from its seed (:mod:`serving.engine.noise`); the noise of any other image
+is the ``eps`` of its encoding. :meth:`serving.engine.engine.InferenceEngine.sample_with` turns
+noise into images.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import numpy as np
 
 
 def coarsest(eps: list[np.ndarray], kept: int) -> list[np.ndarray]:
-    """Noise of the coarsest levels alone: finer ones become what those lead to expect."""
+    """Keep the noise of the coarsest levels; zeros give finer levels the mean of their prior."""
     return [noise if level < kept else np.zeros_like(noise) for level, noise in enumerate(eps)]
 
 
 def between(a: list[np.ndarray], b: list[np.ndarray], steps: int) -> list[np.ndarray]:
-    """Noise on the way from ``a`` to ``b``, each a list of ``(1, c, h, w)``: one array ``(steps, c,
-    h, w)`` a level.
+    """Interpolate noise from ``a`` to ``b``, each a list of ``(1, c, h, w)``.
 
-    On the great circle, so that it stays as long as the ends are: the middle of a straight line is
-    shorter than any draw of a standard normal.
+    The path is a great circle, which keeps the norm. The middle of a straight line would have a
+    smaller norm than draws of a standard normal have.
+
+    Returns:
+        One array ``(steps, c, h, w)`` per level.
     """
     t = np.linspace(0, 1, steps, dtype=np.float64)[:, None, None, None]
     levels = []
@@ -41,8 +43,10 @@ def between(a: list[np.ndarray], b: list[np.ndarray], steps: int) -> list[np.nda
 
 
 def exchanged(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
-    """Coarse levels of ``a`` with fine ones of ``b``: none, one, … all of ``a``; each level
-    ``(levels + 1, c, h, w)``.
+    """Combine the 0, 1, … or all coarsest levels of ``a`` with the finer levels of ``b``.
+
+    Returns:
+        One array ``(levels + 1, c, h, w)`` per level.
     """
     count = len(a)
     return [
@@ -52,15 +56,15 @@ def exchanged(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def with_level(own: list[np.ndarray], others: list[np.ndarray], changed: int) -> list[np.ndarray]:
-    """One image's noise with one level of each of ``others`` in its place; the other levels stay.
+    """Replace one level of an image's noise by that level of each of ``others``.
 
     Args:
         own: each level ``(1, c, h, w)``.
         others: each level ``(n, c, h, w)``.
-        changed: the level.
+        changed: the level to replace.
 
     Returns:
-        Each level ``(n, c, h, w)``.
+        One array ``(n, c, h, w)`` per level.
     """
     return [
         theirs if level == changed else np.repeat(mine, len(theirs), axis=0)

@@ -1,5 +1,6 @@
-"""Typed models of what travels over HTTP: each field is declared once, with its type, limits,
-default and description.
+"""Typed models of requests and answers.
+
+Each field is declared once, with its type, limits, default and description.
 
 From one declaration such as ::
 
@@ -10,8 +11,8 @@ From one declaration such as ::
 follow the check of a request's values (:func:`read`), the JSON that is sent (:func:`to_json`), the
 objects that a client gets (:func:`from_json`) and the schema in the OpenAPI document
 (:mod:`serving.api.schema`). A field may be ``bool``, ``int``, ``float``, ``str``, ``bytes`` (base64
-in JSON), an array (nested lists in JSON), a ``Literal``, a list, a dictionary, another model, or one
-of these or ``None``.
+in JSON), an array (nested lists in JSON), a ``Literal``, a list, a dictionary, another model, or
+one of these or ``None``.
 """
 
 from __future__ import annotations
@@ -78,14 +79,14 @@ class Named:
 
 @dataclass(frozen=True)
 class NullIs:
-    """The value that is written as ``null``, because JSON has no number for it."""
+    """The value that is written as ``null``, because JSON has no such number."""
 
     value: float
 
 
 @dataclass(frozen=True)
 class Axes:
-    """How deep the lists of an array are nested in JSON."""
+    """The number of dimensions of an array, which is nested lists in JSON."""
 
     count: int
 
@@ -115,7 +116,7 @@ class Field:
         default: its value if it is left out; ``MISSING`` if it is always there.
         is_nullable: whether it may be ``None``.
         about: its description.
-        marks: what else its annotation says; ``flag`` and ``null`` are among them.
+        marks: the other objects of its annotation; ``flag`` and ``null`` are among them.
     """
 
     attribute: str
@@ -183,8 +184,8 @@ def read(owner: str, fields: Mapping[str, Field], given: Mapping[str, Any]) -> d
 
     Args:
         owner: the operation's name, for errors.
-        fields: by name.
-        given: values of JSON, or text of a form. ``None`` is the same as not given.
+        fields: the fields by name.
+        given: values of JSON, or text of a form. ``None`` counts as not given.
 
     Returns:
         A value for every field, by attribute.
@@ -330,7 +331,7 @@ _LEAVES = {bool, int, float, str, type(None)}
 
 
 def _is_plain_model(model: type) -> bool:
-    """Whether the attributes of a model are its JSON: one image's answer has dozens of such models."""
+    """Whether a model's attributes are its JSON, which saves time for dozens of them per image."""
     return dataclasses.is_dataclass(model) and all(
         field.type in _LEAVES and field.default is MISSING and not field.marks
         for field in fields_of(model).values()
@@ -347,8 +348,9 @@ def _is_default(field: Field, value: Any) -> bool:
 
 
 def from_json(model: type[Model], value: Mapping[str, Any]) -> Model:
-    """A model from an object of JSON. Names that it does not know are ignored: they are of a newer
-    version.
+    """Make a model from an object of JSON.
+
+    Unknown names are ignored, because newer versions may send them.
 
     Raises:
         TypeError: a field that has no default is missing.

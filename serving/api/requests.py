@@ -1,7 +1,7 @@
-"""The request's side of the wire contract: from what came over HTTP to images and parameters.
+"""Turns HTTP requests into images and parameters, whatever server received them.
 
-No server in it. A request is accepted or refused as a whole, except for its images: in the place of
-an image that cannot be used there is an :class:`ApiError`, and the other images are processed.
+A request is accepted or refused as a whole, except for its images: an :class:`ApiError` takes the
+place of an image that cannot be used, and the other images are processed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from serving.messages import show, words_of
 PROBE_HEADER = "X-Ade-Probe"
 MAX_IMAGES = 256
 MAX_BODY_BYTES = 16 * 2**20
-MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 in base64
-MAX_JSON_VALUES = 100_000  # beside the numbers of latents; far more than images and parameters have
+MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 MiB in base64
+MAX_JSON_VALUES = 100_000  # without latents: far more than images and parameters have
 JSON_BYTES_PER_NUMBER = 26  # at most, with what stands between two
 MAX_SUFFIX = 4  # digits of a form's field such as image12
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
@@ -43,11 +43,11 @@ class RawRequest:
 
     Attributes:
         content_type: of the body, as sent.
-        body: bytes, text, or what a JSON body was parsed to; ``None`` for a form.
+        body: bytes, text, or the parsed value of a JSON body; ``None`` for a form.
         fields: of a form, values as bytes or text.
         probe: whether this only checks that the service answers (header :data:`PROBE_HEADER`);
             metrics and logs leave it out.
-        id: names it in logs.
+        id: identifies the request in logs.
     """
 
     content_type: str
@@ -59,7 +59,7 @@ class RawRequest:
 
 @dataclass(frozen=True)
 class InputImage:
-    """One usable image: uint8 ``(H, W, C)`` of the model's shape, and how the file was converted."""
+    """One usable image, uint8 ``(H, W, C)`` of the model's shape, and notes on its conversion."""
 
     pixels: np.ndarray
     notes: list[str]
@@ -68,15 +68,15 @@ class InputImage:
 
 @dataclass(frozen=True)
 class FilesRequest(Generic[Parameters]):
-    """Images that are not decoded yet: files, pixels, or the error of one.
+    """Images that are not decoded yet.
 
     Attributes:
-        sources: one per image.
+        sources: one per image: a file, pixels, or an error.
         parameters: of the operation.
         format: of the answer.
         fit: whether images of another size are resized.
         probe: as in :class:`RawRequest`.
-        pixels: of all files that may be resized, by their headers.
+        pixels: number of pixels of all files that may be resized, by their headers.
     """
 
     sources: list[bytes | np.ndarray | ApiError]
@@ -89,7 +89,7 @@ class FilesRequest(Generic[Parameters]):
 
 @dataclass(frozen=True)
 class ImagesRequest(Generic[Parameters]):
-    """Images, or the error of one, and the parameters of the operation."""
+    """Images, with an error in the place of an unusable one, and the operation's parameters."""
 
     images: list[InputImage | ApiError]
     parameters: Parameters
@@ -102,7 +102,7 @@ class ImagesRequest(Generic[Parameters]):
 
     @property
     def count(self) -> int:
-        """How many images are computed."""
+        """Number of images to compute."""
         return len(self.usable)
 
 
@@ -130,13 +130,14 @@ def _bytes(value: Any) -> bytes:
 
 
 def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: JsonLimits) -> Any:
-    """Parse JSON after counting its bytes, lists and values: parsed, these take many times the
-    memory of the text.
+    """Parse JSON after counting its bytes, lists and values.
+
+    Parsed values take many times the memory of their text.
 
     Args:
-        text: of a body or a form's field.
-        name: of it, for errors.
-        limits: on what is counted.
+        text: a body or a field of a form.
+        name: its name in errors.
+        limits: the largest counts.
 
     Raises:
         ApiError: 413 or 400.
@@ -178,7 +179,8 @@ def form_text(name: str, value: Any) -> str:
         return _bytes(value).decode()
     except UnicodeDecodeError:
         raise malformed(
-            f"the form's field {show(name)} is no text; image files go into fields named image, image1, …"
+            f"the form's field {show(name)} must be text; image files go into fields named "
+            "image, image1, …"
         ) from None
 
 
@@ -189,7 +191,7 @@ def image_sources(request: RawRequest) -> tuple[list[Any], dict[str, Any]]:
         request: an image file, an ``.npy``, JSON or a form.
 
     Returns:
-        One source per image as in :class:`FilesRequest`, and the parameters, not checked.
+        One source per image as in :class:`FilesRequest`, and the unchecked parameters.
 
     Raises:
         ApiError: with the status to answer; one bad image among several does not raise.
@@ -214,7 +216,7 @@ def image_sources(request: RawRequest) -> tuple[list[Any], dict[str, Any]]:
 
 
 def pixels_to_resize(sources: Sequence[Any]) -> int:
-    """How many pixels the files of a request have together, by their headers.
+    """Number of pixels of all files of a request, by their headers.
 
     Raises:
         ApiError: 413, too many.
@@ -240,7 +242,7 @@ def decode_images(
     Args:
         requests: as parsed.
         image_shape: ``(H, W, C)`` of the model.
-        each: works like ``map``, such as that of a pool of threads.
+        each: works like ``map``, for example the ``map`` of a thread pool.
     """
     tasks = [
         (source, image_shape, request.fit, i)
@@ -297,7 +299,7 @@ def _json_images(given: dict[str, Any]) -> list[Any]:
         )
     if len(images) > MAX_IMAGES:
         raise ApiError(
-            413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {len(images)}"
+            413, "too_many_images", f"at most {MAX_IMAGES} images per request, got {len(images)}"
         )
     sources: list[Any] = []
     size = 0
@@ -322,7 +324,7 @@ def _json_images(given: dict[str, Any]) -> list[Any]:
 
 
 def _split_npy(data: bytes) -> list[Any]:
-    """An ``.npy`` of images to a list of arrays; any other file stays one file."""
+    """Split an ``.npy`` of images into a list of arrays; any other file stays one file."""
     if not data.startswith(b"\x93NUMPY"):
         return [data]
     stream = io.BytesIO(data)
@@ -348,7 +350,7 @@ def _split_npy(data: bytes) -> list[Any]:
         raise malformed(f"the .npy file is damaged: shape {tuple(shape)}")
     if shape[0] > MAX_IMAGES:
         raise ApiError(
-            413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {shape[0]}"
+            413, "too_many_images", f"at most {MAX_IMAGES} images per request, got {shape[0]}"
         )
     shape = tuple(map(int, shape))  # NumPy accepts True as 1 here, and refuses it later
     if math.prod(shape) != len(data) - stream.tell():
@@ -361,7 +363,7 @@ def _split_npy(data: bytes) -> list[Any]:
 
 
 def _nan_note(data: bytes, dtype: np.dtype) -> str:
-    """How many values of a float array are not finite, for the message."""
+    """A note for the error: the number of values of a float array that are not finite."""
     if dtype.kind != "f":
         return ""
     try:
@@ -418,6 +420,7 @@ def prepare_image(
             "wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}"
         ).at(index)
     notes.append(
-        f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: this changes the likelihood"
+        f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
+        "this changes the likelihood"
     )
     return InputImage(resize_centre(pixels, height, width), notes, resized=True)

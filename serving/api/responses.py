@@ -1,7 +1,4 @@
-"""The answer's side of the wire contract: bytes, media types, headers and the error shape.
-
-No server in it.
-"""
+"""Turns results into HTTP answers and errors, whatever server sends them."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ PNG_TYPE = "image/png"
 NPY_TYPE = "application/x-npy"
 NPZ_TYPE = "application/x-npz"
 MAX_ANSWER_BYTES = 64 * 2**20
-HEAD_BYTES = 1024  # of a file beside its pixels or numbers, or of an entry in JSON
+HEAD_BYTES = 1024  # of a file besides its pixels or numbers, or of an entry in JSON
 Result = TypeVar("Result")
 
 
@@ -53,7 +50,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 def error_response(error: ApiError) -> Response:
-    """The error shape, with the time of the next try if that may help."""
+    """An error answer, with ``Retry-After`` if another try may help."""
     response = dataclasses.replace(json_response(error.body(), error.status), error=error)
     if error.status == 503:
         response.headers["Retry-After"] = "1"
@@ -102,7 +99,7 @@ def results_of(
     images: Sequence[InputImage | ApiError],
     result: Callable[[int, InputImage], Result | ApiError],
 ) -> list[Result | Problem]:
-    """One entry per image, with errors in their places.
+    """One entry per image, each a result or an error.
 
     Args:
         images: of the request.

@@ -48,8 +48,7 @@ class Schemas:
             field = dataclasses.replace(field, type=Literal[field.flag.word], default=None)
         schema, excluded = self._field(field, closed=False), field.mark(Excludes)
         if excluded is not None:
-            # Not as ``default``, which some generated clients send: with the other one it is an
-            # error.
+            # Not as ``default``: some generated clients send defaults, which would conflict.
             schema["description"] += f" ({field.default} unless given; not with {excluded.other})"
         elif field.default is not None:
             schema["default"] = field.default

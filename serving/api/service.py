@@ -1,7 +1,7 @@
-"""From a batch of requests to a batch of answers: parse, decode, compute together, answer each.
+"""Answers batches of requests: parse, decode, compute together, respond.
 
-This is all that an HTTP server has to call. If one request is invalid or fails, the others still
-get their normal answers.
+This is all that an HTTP server has to call. If a request is invalid or fails, the others still get
+their normal answers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from serving.api.telemetry import Stopwatch, Telemetry
 from serving.engine.engine import InferenceEngine
 
 logger = logging.getLogger(__name__)
-# Limits of one batch of requests, well within what the server allows a worker. A single request
-# takes less.
-MAX_BATCH_PIXELS = 4 * MAX_REQUEST_PIXELS  # of pictures, before resizing
-MAX_BATCH_BYTES = MAX_ANSWER_BYTES  # of all answers: the server takes them in one piece
+# Limits of one batch of requests, well within those of the server for a worker. No single request
+# reaches them.
+MAX_BATCH_PIXELS = 4 * MAX_REQUEST_PIXELS  # of images before resizing
+MAX_BATCH_BYTES = MAX_ANSWER_BYTES  # of all answers together, which the server takes in one message
 MAX_BATCH_S = 20.0  # after which no further pass is started
-PASS_ROWS = 256  # of a graph, computed between two looks at the clock
+PASS_ROWS = 256  # of a graph, computed before the clock is read again
 
 
 class Service:
@@ -43,7 +43,7 @@ class Service:
     Args:
         operation: ``sample``, ``encode``, ``reconstruct`` or ``score``.
         engine: has the operation's graphs loaded.
-        threads: to decode pictures with.
+        threads: decode image files.
         journal: where requests are logged.
 
     Attributes:
@@ -91,18 +91,18 @@ class Service:
     def _in_passes(
         self, parsed: list[Any], deadline: float, watch: Stopwatch
     ) -> tuple[list[Response], int]:
-        """Compute in passes while there is time and room for answers; the remaining requests are
-        answered 503.
+        """Compute in passes while there is time and room for answers.
 
-        The first pass is always computed, so that a single request is always answered.
+        The remaining requests are answered 503. The first pass is always computed, so that a single
+        request is always answered.
 
         Args:
-            parsed: requests as the operation takes them, or errors.
+            parsed: parsed requests, or errors.
             deadline: after which no further pass is started.
-            watch: for the stages.
+            watch: measures the stages.
 
         Returns:
-            The answers, and how many images were computed.
+            The answers, and the number of images that were computed.
         """
         answers = {i: error_response(p) for i, p in enumerate(parsed) if isinstance(p, ApiError)}
         waiting = {i: p for i, p in enumerate(parsed) if not isinstance(p, ApiError)}
@@ -125,13 +125,13 @@ class Service:
         return [answers[i] for i in range(len(parsed))], count
 
     def _next_pass(self, waiting: dict[int, Any], room: int, is_first: bool) -> list[int]:
-        """Which requests to compute together: the first ones whose answers have room."""
+        """Choose the requests to compute together: the first ones whose answers have room."""
         chosen: list[int] = []
         rows = 0
         for i, request in waiting.items():
             size = self.operation.answer_bytes(request, self.engine.bundle)
             if size > room and (chosen or not is_first):
-                continue  # there may be room later, because answers are shorter than expected
+                continue  # there may be room later, since answers are often shorter than expected
             own_rows = self.operation.rows(request)
             if chosen and rows + own_rows > PASS_ROWS:
                 break
@@ -192,12 +192,12 @@ class Service:
             return _internal_error()
 
     def _decode(self, parsed: list[Any]) -> list[Any]:
-        """The same with pictures decoded."""
+        """Decode the images of parsed requests."""
         files = [p for p in parsed if isinstance(p, FilesRequest)]
         decoded: Iterator[ImagesRequest[Any] | ApiError]
         try:
             decoded = iter(decode_images(files, self.engine.image_shape, self._each))
-        except Exception:  # as with computing: find the request that fails
+        except Exception:  # one request must not fail the others: decode each alone
             logger.exception(
                 "%s: pictures of %d requests could not be decoded", self._name, len(files)
             )
@@ -231,7 +231,7 @@ class Service:
             computed = self.operation.compute(requests, self.engine)
         with watch("encode"):
             answers = [self._respond(r, c) for r, c in zip(requests, computed, strict=True)]
-        # Only now: requests of a batch that fails are computed again.
+        # Set here, because the requests of a failed batch are computed again one by one.
         self.operation.observe(requests, computed, self.telemetry)
         return answers
 
@@ -243,7 +243,7 @@ class Service:
 
 
 def _within(room: int, parsed: list[Any]) -> list[Any]:
-    """Requests, with 503 in place of those whose pictures are too many for one batch."""
+    """Replace requests whose images are too many for one batch by the error 503."""
     kept = []
     for request in parsed:
         taken = request.pixels if isinstance(request, FilesRequest) else 0

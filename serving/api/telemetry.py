@@ -1,7 +1,6 @@
-"""What a worker tells of its work: requests, where their time goes, the bits of what it scores,
-whether the stream drifts.
+"""Measures a worker: its requests, their time by stage, bits per dimension, verdicts and drift.
 
-Counters are given as increments and gauges as they stand; whoever runs the worker carries them to
+Counters are reported as increments and gauges as values. The server of the worker passes them on to
 where they are scraped.
 """
 
@@ -27,8 +26,9 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class Metric:
-    """``kind`` is Prometheus's; ``labels`` come after the model's name and the worker's; ``about``
-    is the help text.
+    """A metric: ``kind`` is Prometheus's type, ``about`` the help text.
+
+    ``labels`` follow the labels of the model's name and of the worker.
     """
 
     name: str
@@ -43,9 +43,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class HistogramMetric:
-    """A histogram in Prometheus's form: counters of values up to each bound, of their sum and of
-    their number.
-    """
+    """A histogram as counters: of the values up to each bound, of their sum, of their number."""
 
     name: str
     bounds: tuple[float, ...]
@@ -104,8 +102,8 @@ BROKEN = Metric(
 DRIFT_IMAGES = Metric(
     "ade_drift_images", "gauge", ("calibration",), "Images with a verdict by this calibration."
 )
-DRIFT_STRANGE = Metric(
-    "ade_drift_cusum_strange",
+DRIFT_UNUSUAL = Metric(
+    "ade_drift_cusum_unusual",
     "gauge",
     ("calibration",),
     "Cumulative sum towards more unusual images.",
@@ -147,7 +145,7 @@ FAMILIES: tuple[Metric | HistogramMetric, ...] = (
     OBSERVED_FLAGS,
     BROKEN,
     DRIFT_IMAGES,
-    DRIFT_STRANGE,
+    DRIFT_UNUSUAL,
     DRIFT_USUAL,
     DRIFT_DISTANCE,
     SECONDS,
@@ -182,7 +180,7 @@ class Stopwatch:
 
 
 class _Histogram:
-    """What came since the last look."""
+    """Values since the last report."""
 
     def __init__(self, metric: HistogramMetric) -> None:
         self.metric = metric
@@ -199,8 +197,8 @@ class _Histogram:
     def collect(self) -> list[Measurement]:
         if not self._buckets[-1]:
             return []
-        # All of them the first time: without its lowest buckets, though empty, a histogram would
-        # have other quantiles.
+        # All buckets the first time: a histogram without its lowest buckets, even if they are
+        # empty, has other quantiles.
         found = [
             Measurement(self.metric.bucket, count, (_le(bound),))
             for bound, count in zip(self.metric.bounds, self._buckets, strict=True)
@@ -232,18 +230,18 @@ class _Stream:
         self.has_moved = False
         return [
             Measurement(DRIFT_IMAGES, self.drift.images, (name,)),
-            Measurement(DRIFT_STRANGE, self.drift.strange, (name,)),
+            Measurement(DRIFT_UNUSUAL, self.drift.unusual, (name,)),
             Measurement(DRIFT_USUAL, self.drift.usual, (name,)),
             Measurement(DRIFT_DISTANCE, self.drift.distance(), (name,)),
         ]
 
 
 class Telemetry:
-    """Of one worker; may be read by another thread than the one that feeds it.
+    """The telemetry of one worker. One thread may read it while another feeds it.
 
     Args:
         model_id: name and hash of the bundle.
-        backend: what computes.
+        backend: name of the backend.
     """
 
     def __init__(self, model_id: str, backend: str) -> None:
@@ -260,11 +258,11 @@ class Telemetry:
     def observe_batch(
         self, answers: Iterable[tuple[int, str]], images: int, stages: dict[str, float]
     ) -> None:
-        """Take in a batch of requests.
+        """Count a batch of requests.
 
         Args:
             answers: status and error code (empty where none) of each.
-            images: that were computed.
+            images: number of images that were computed.
             stages: seconds by stage; each request waited for all of them.
         """
         with self._lock:
@@ -279,14 +277,14 @@ class Telemetry:
             self._batch.add(images)
 
     def observe_scores(self, scores: Iterable[tuple[Score, float]]) -> None:
-        """Take in scores, each with its request's alpha; those without a verdict count neither as
-        drift nor as flags.
+        """Count scores, each with its request's alpha.
+
+        Scores without a verdict count neither for drift nor as flags.
         """
         with self._lock:
             for score, alpha in scores:
-                self._bpd.add(
-                    min(max(score.bpd, 0.0), MAX_BPD)
-                )  # a counter never falls, nor is it to be one image's
+                # Counters must not fall, and one image must not dominate the sum.
+                self._bpd.add(min(max(score.bpd, 0.0), MAX_BPD))
                 if score.verdict is not None:
                     self._observe(score.verdict, score.calibrations, alpha)
 
@@ -294,7 +292,7 @@ class Telemetry:
         name = calibrations.name
         stream = self._streams.get(name)
         if stream is None or stream.version != calibrations.version:
-            # Another version has other p-values: sums of both would be of neither.
+            # Sums over p-values of two versions would mean nothing.
             stream = self._streams[name] = _Stream(calibrations.version, DriftMonitor())
         stream.drift.update(verdict.uniform)
         stream.has_moved = True
@@ -305,23 +303,23 @@ class Telemetry:
             self._counts[OBSERVED_FLAGS, (name,)] += verdict.p_value <= alpha
 
     def observe_calibrations(self, names: Collection[str], broken: Collection[str]) -> None:
-        """Take in which calibrations there are.
+        """Update the list of calibrations.
 
         Args:
-            names: of all; the drift of others is over.
-            broken: of those whose files cannot be used.
+            names: all calibrations; measurements of others are dropped.
+            broken: calibrations whose files cannot be used.
         """
         with self._lock:
             for name in [name for name in self._streams if name not in names]:
                 del self._streams[name]
-                for metric in (DRIFT_IMAGES, DRIFT_STRANGE, DRIFT_USUAL, DRIFT_DISTANCE):
+                for metric in (DRIFT_IMAGES, DRIFT_UNUSUAL, DRIFT_USUAL, DRIFT_DISTANCE):
                     self._gauges[metric, (name,)] = 0.0
             for name in self._broken.symmetric_difference(broken):
                 self._gauges[BROKEN, (name,)] = float(name in broken)
             self._broken = set(broken)
 
     def collect(self) -> list[Measurement]:
-        """What is new since the last call; empty if nothing is."""
+        """Measurements that changed since the last call."""
         with self._lock:
             found = [
                 Measurement(metric, value, labels)

@@ -301,9 +301,7 @@ def _bmp(data: bytes) -> Structure:
 
 
 def _gif(data: bytes) -> Structure:
-    """The first frame, and what stands before the second: whether there is one is all that is read
-    of it.
-    """
+    """Read the first frame and whether a second follows."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     blocks, comments = (
         _Count("blocks", MAX_GIF_BLOCKS),

@@ -25,6 +25,9 @@ WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"
 FEATURES_NAME = "features.onnx"
+# Beside these two, the codec has graphs named codec-*.onnx. Only lossless coding reads them.
+CODEC_NAME = "codec.json"
+CODEC_ARRAYS_NAME = "codec.npz"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -86,8 +89,10 @@ class Bundle:
 
     @property
     def networks(self) -> str:
-        """What named calibrations are tied to: the SHA-256 of the weights, followed by a colon and
-        that of the features' network if the bundle has one.
+        """The identity of the networks, to which named calibrations are tied.
+
+        It is the SHA-256 of the weights, followed by a colon and that of the features' network if
+        the bundle has one.
         """
         files = self.manifest["files"]
         return ":".join(files[name] for name in (WEIGHTS_NAME, FEATURES_NAME) if name in files)

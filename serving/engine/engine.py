@@ -58,7 +58,7 @@ class Score:
             values of the image. ``None`` unless requested.
         verdict: the calibrated verdict; ``None`` if there is no calibration for images like this
             one (resized or not).
-        calibrations: the calibrations that the verdict is of.
+        calibrations: the calibrations by which the image was judged.
     """
 
     bpd: float
@@ -112,7 +112,7 @@ class InferenceEngine:
         graphs = self.bundle.graphs(operations)
         self.backend: Backend = load_backend(self.bundle, graphs, backend, device, gpu, cuda_graphs)
         self._features: Backend | None = None
-        # Not "in graphs": encoding runs the graph of scores for its noise, and gives no verdict.
+        # Not "in graphs": encoding runs the graph of scores for its noise, but gives no verdict.
         if self.bundle.has(FEATURES_NAME) and "score" in operations:
             self._features = OnnxRuntimeBackend(
                 self.bundle,
@@ -139,7 +139,7 @@ class InferenceEngine:
 
     @property
     def calibrations(self) -> Calibrations:
-        """The default ones, as they are now: take them once for all that has to be consistent."""
+        """The default calibrations at this moment; they may change between two calls."""
         return self.store.get()
 
     @property
@@ -399,10 +399,10 @@ class InferenceEngine:
         return compute_statistics(images, {**outputs, **self.features(images)})
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """What the ``features`` graph gives for uint8 ``(N, H, W, C)``; nothing if there is none.
+        """Run the ``features`` graph on uint8 ``(N, H, W, C)``; empty if the bundle has none.
 
-        Image by image, because the products of matrices in classifiers vary with the batch's size;
-        but where the backend wants fixed sizes, a padded batch at a time.
+        Images are computed one by one, because matrix products in classifiers vary with the size of
+        the batch; with a backend of fixed sizes, in padded batches.
         """
         if self._features is None:
             return {}

@@ -1,1 +1,1 @@
-"""The web page. It holds no weights and asks the HTTP API, as any client would; a file a tab."""
+"""The web page, one module per tab. It holds no weights and uses the HTTP API like any client."""

@@ -16,7 +16,7 @@ from serving.page.reference import reference
 from serving.page.served import Served, Shared, html
 
 UNITS = {"relative": "of a latent's size"}  # of differences, for people
-# What a recipe trains, by what its name begins with.
+# What a recipe trains, by the beginning of its name.
 RECIPES = {
     "av-ade": "a variational autoencoder whose decoder works in the feature space of a Real-NVP, "
     "trained by likelihood and by an adversarial loss",
@@ -68,7 +68,7 @@ def add_tab(shared: Shared) -> None:
 
 
 def card(served: Served, model: str) -> str:
-    """What a manifest says, for people. HTML."""
+    """The content of a manifest, for people; HTML."""
     bundle = served.bundles[model]
     manifest = bundle.manifest
     height, width, channels = bundle.image_shape
@@ -99,7 +99,8 @@ it is out-of-distribution.</p>
 ordinary-looking image may be accepted.</li>
 <li>Verdicts hold for images like those of the calibration. Images of another source need a
 calibration of their own.</li>
-<li>At a false-alarm rate of 1&nbsp;%, about one in a hundred in-distribution images is rejected.</li>
+<li>At a false-alarm rate of 1&nbsp;%, about one in a hundred in-distribution images is
+rejected.</li>
 <li>A resized image has another likelihood than the original.</li>
 </ul>
 <h3>Licence and links</h3>
@@ -116,7 +117,7 @@ Estimation for Generative Models</a>, Lucas et al., NeurIPS 2019, which {NAME} i
 
 
 def _figures(manifest: dict[str, Any]) -> list[str]:
-    """The figures that matter, each with what it means."""
+    """The main figures, each with its meaning."""
     figures = []
 
     def add(value: str, meaning: str) -> None:

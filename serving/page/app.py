@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -35,9 +36,10 @@ from serving.page.uploads import Quota, receive
 from serving.ports import USER
 
 MAX_QUEUED = 64  # events
-MAX_SESSIONS = 200  # whose state is in memory, the last used ones
-QUEUE_SLEEP_S = 0.02  # Gradio looks for work a thousand times a second, which takes 6 % of a core from the model
-READY_FOR_S = 1.0  # an answer that all is well holds so long
+MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
+QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
+GATE_S = 0.02  # between two checks of the gate
+READY_FOR_S = 1.0  # for which an answer of /readyz is reused
 TABS = {
     "Score": score,
     "Score many": many,
@@ -51,18 +53,17 @@ TAGLINE = "Is this image like those that the model was trained on?"
 
 
 class PageBlocks(gr.Blocks):
-    """Gradio's blocks, whose errors say nothing of the machine to a client, and nothing of a
-    request in the log.
+    """Gradio's blocks, with errors that reveal neither the machine nor the request.
+
+    Clients learn nothing about the machine, and the log nothing about a request.
     """
 
     async def process_api(self, *args: Any, **options: Any) -> Any:
-        """Run an event: what is between a request and its answer, the functions of the tabs
-        included.
-        """
+        """Run an event: everything between a request and its answer, with the tabs' functions."""
         try:
             return await super().process_api(*args, **options)
         except gr.Error as error:
-            error.print_exception = False  # it is for the client
+            error.print_exception = False  # meant for the client
             error.message = escape(
                 str(error.message), quote=False
             )  # the page shows it as HTML; it may quote a file
@@ -94,7 +95,7 @@ def build_page(served: Served) -> gr.Blocks:
         with gr.Tabs(overflow_behavior="wrap") as tabs:
             for name, module in TABS.items():
                 if module is compare and len(served.bundles) == 1:
-                    continue  # there is nothing to compare with
+                    continue  # there are no other models to compare with
                 with gr.Tab(name, id=name) as tab:
                     module.add_tab(Shared(served, model, tabs, tab, inbox, examples))
     return page
@@ -107,10 +108,11 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
 
     asking, ready, known_at = threading.Lock(), False, -math.inf
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
     def readyz() -> JSONResponse:
         nonlocal ready, known_at
-        with asking:  # anybody may ask, and to know it takes four inferences; who waited takes what the first was told
+        # Anybody may ask, and an answer takes four inferences: callers that wait share the first.
+        with asking:
             if time.monotonic() - known_at >= READY_FOR_S:
                 ready = served.is_ready()
                 known_at = time.monotonic()
@@ -118,7 +120,7 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
 
     document = openapi_document(url, bundles, token is not None)
 
-    @app.get("/openapi.json")
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"])
     def openapi() -> JSONResponse:
         return JSONResponse(document)
 
@@ -155,8 +157,8 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
         footer_links=["api"],
     )
     gradio = gradio_of(app)
-    # Gradio checks which files a request may name only in an app that was launched; mounting does
-    # not count as that.
+    # Gradio checks the files that a request names only in an app that was launched, and mounting an
+    # app does not count as a launch.
     blocks.has_launched = True
     return app
 
@@ -169,7 +171,7 @@ def gradio_of(app: FastAPI) -> Any:
 def make_server(
     url: str, bundles: list[Bundle], token: str | None, allowed_hosts: list[str]
 ) -> ASGIApp:
-    """The application as it is exposed; its login, not the guard, asks for the token."""
+    """The application as it is exposed; the token is required by its login, not by the guard."""
     app = make_app(url, bundles, token)
     waiting = gradio_of(app).get_blocks()._queue.pending_event_ids_session
     return Guard(OpenRoutes(app, lambda session: len(waiting.get(session, ()))), allowed_hosts)
@@ -189,10 +191,18 @@ def main() -> None:
         default=[],
         help="names of the host in addresses",
     )
+    parser.add_argument("--socket", type=int, help="descriptor of a socket that listens already")
+    parser.add_argument(
+        "--gate",
+        type=Path,
+        help="written into when the page is built, which answers once it is gone",
+    )
     args = parser.parse_args()
     os.umask(0o077)
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # it makes a table of them after each error
-    # What the page shows may lie in the folder for temporary files or the current one, says Gradio.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = (
+        "100"  # Gradio builds a table of them after each error
+    )
+    # Gradio requires files that it shows to be in the temporary or the current folder.
     tempfile.tempdir = str(inbox())
     app = make_server(
         args.url,
@@ -202,7 +212,14 @@ def main() -> None:
     )
     os.chdir(inbox())
     start_sweeping(inbox())
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    )
+    if args.gate is not None and args.gate.exists():
+        args.gate.write_text("built")
+        while args.gate.exists():
+            time.sleep(GATE_S)
+    server.run(None if args.socket is None else [socket.socket(fileno=args.socket)])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""HTML and SVG of what a score says: the verdict, its place among the calibration images, its
-reasons, its parts.
+"""Draws a score as HTML and SVG: verdict, place among the calibration images, reasons, parts.
 
 The classes are those of ``serving/style.css``, so that reports can use the same pieces.
 """
@@ -19,17 +18,19 @@ from serving.verdict.statistics import meaning
 
 WIDTH = 520
 BINS = 52
-BEYOND = 1.35  # how far the axis may be stretched for an image outside of the calibration's range
-FAMILIES = 4  # of statistics, that are named as reasons
+BEYOND = (
+    1.35  # how far the axis may extend for an image outside the range of the calibration images
+)
+FAMILIES = 4  # number of statistics that are named as reasons
 
 
 def empty(text: str) -> str:
-    """What stands where a result will be."""
+    """A placeholder for a result."""
     return f'<div class="ade-empty">{escape(text)}</div>'
 
 
 def reasons(explain: Sequence[Unusual], alpha: float) -> str:
-    """How many statistics are unusual at a level, how many would be by chance, and which they are.
+    """The number of unusual statistics at a level, the number expected by chance, and their names.
 
     Args:
         explain: every statistic of an image, the most unusual first.
@@ -56,8 +57,7 @@ def reasons(explain: Sequence[Unusual], alpha: float) -> str:
 
 
 def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
-    """What a level would mean for a day of images like the calibration's: false alarms with their
-    band, and the share of corrupted images that is caught.
+    """What a level means for a day of images: false alarms, and the corrupted images caught.
 
     Args:
         calibration: of the way that the images take to the model.
@@ -77,9 +77,9 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
     shown = f"{expected:,.0f}" if expected >= 10 else f"{expected:.2g}"
     caught = calibration.caught(alpha)
     said = (
-        f"<p><b>About {shown} false {'alarm' if shown == '1' else 'alarms'} per day</b> among {per_day:,} in-distribution images; "
-        f"{low:,} to {high:,} with a probability of 95 %, for a calibration with "
-        f"{count:,} images.</p>"
+        f"<p><b>About {shown} false {'alarm' if shown == '1' else 'alarms'} per day</b> among "
+        f"{per_day:,} in-distribution images; {low:,} to {high:,} with a probability of 95 %, for "
+        f"a calibration with {count:,} images.</p>"
     )
     if not caught:
         return (
@@ -101,7 +101,7 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
 
 
 def explain_table(explain: Sequence[Unusual]) -> str:
-    """The statistics in a table: name, what it is of, value, p-value."""
+    """The statistics in a table: name, description, value, p-value."""
     rows = "".join(
         f"<tr><td><code>{escape(r.statistic)}</code><br><small>{escape(meaning(r.statistic))}"
         f'</small></td><td class="ade-number">{r.value:.3g}</td>'
@@ -133,7 +133,7 @@ def parts_chart(parts: dict[str, float], bpd: float) -> str:
 def levels_chart(
     parts: dict[str, float], latent_shapes: Sequence[tuple[int, int, int]], num_dims: int
 ) -> str:
-    """Bars of the bits that an image takes in each latent level.
+    """Bars of the bits of an image in each latent level.
 
     Args:
         parts: of its score, bits per dimension.
@@ -172,9 +172,7 @@ def _bars(rows: Sequence[tuple[str, float]], label: str, form: str) -> str:
 
 
 def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str:
-    """Where an image lies among the calibration images: their scores, what the level rejects, and
-    a mark.
-    """
+    """A histogram of the calibration images' scores, with the level and the mark of an image."""
     reference = calibration.scores
     count = len(reference)
     rejected = int(alpha * (count + 1) + 1e-9) - 1  # calibration images beyond the level
@@ -205,7 +203,8 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
     axis = (
         f'<line x1="0" x2="{WIDTH}" y1="{base}" y2="{base}" class="ade-base"/>'
         f'<text x="0" y="{height - 4}" class="ade-axis">ordinary</text>'
-        f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis">more unusual →</text>'
+        f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis">'
+        "more unusual →</text>"
     )
     shown = WIDTH - 10.0 if is_outside else place(ood_score)
     if level is not None:
@@ -237,7 +236,7 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
 
 
 def histogram_chart(reference: np.ndarray, value: float) -> str:
-    """Where a number of bits per dimension lies among those of the calibration images."""
+    """A histogram of the calibration images' bits per dimension, with the mark of an image."""
     low = min(float(reference.min()), value) - 0.1
     high = max(float(reference.max()), value) + 0.1
     counts, edges = np.histogram(reference, BINS, (low, high))

@@ -34,7 +34,7 @@ def add_tab(shared: Shared) -> None:
     served, image = shared.served, shared.inbox.compare
 
     def compare(image: str, alpha: float, resize: bool) -> str:
-        """A card per model: its verdict, the likelihood, and the image's reconstruction. HTML."""
+        """One card per model: its verdict, the likelihood, and the reconstruction; HTML."""
         data = read(image)
         return "".join(_card(served, name, data, alpha, resize) for name in served.bundles)
 
@@ -64,7 +64,7 @@ def add_tab(shared: Shared) -> None:
 
 
 def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -> str:
-    """Of one model; what it cannot do is a note."""
+    """The card of one model; a missing operation becomes a note."""
     bundle, client = served.bundles[model], served.clients[model]
     height, width, _ = bundle.image_shape
     head = f"{model}, {width} × {height} pixels"

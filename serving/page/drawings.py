@@ -1,4 +1,4 @@
-"""Pictures that are no photographs, drawn here: out-of-distribution examples of several sizes."""
+"""Draws out-of-distribution examples of several sizes, which are not photographs."""
 
 from __future__ import annotations
 

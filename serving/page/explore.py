@@ -1,6 +1,4 @@
-"""The tab *Explore*: from one image to another through the latents, and what each level of them
-holds.
-"""
+"""The tab *Explore*: interpolates between images, and shows what each level of latents holds."""
 
 from __future__ import annotations
 
@@ -39,18 +37,19 @@ VARIATIONS = 8
 
 
 def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
-    """The noise that samples an image, each level ``(1, c, h, w)``.
+    """Find the noise that samples an image, one array ``(1, c, h, w)`` per level.
 
-    Of a mean sample of this very model it is known, by the seed in its text; any other image is
-    encoded, and its noise samples what the model keeps of it.
+    For a mean sample of this model the seed in its text gives the noise. Any other image is
+    encoded, and its noise gives the reconstruction.
     """
     noise = _noise_of_sample(data, client, bundle)
     return list(ask(client.encode, [data], resize=resize, eps=True).eps) if noise is None else noise
 
 
 def _noise_of_sample(data: bytes, client: AdeClient, bundle: Bundle) -> list[np.ndarray] | None:
-    """``None`` of what its text does not make again, pixel for pixel: a text can be copied or
-    changed.
+    """The noise of a sample; ``None`` unless its text reproduces it pixel for pixel.
+
+    A text can be copied from another picture or changed.
     """
     found = made_here(data, bundle.image_shape)
     if (
@@ -80,7 +79,7 @@ def _noise_of_sample(data: bytes, client: AdeClient, bundle: Bundle) -> list[np.
 
 
 def animation(frames: np.ndarray) -> bytes:
-    """There and back, lossless WebP, enlarged without smoothing; uint8 ``(N, H, W, C)``."""
+    """Animate uint8 ``(N, H, W, C)`` forwards and backwards: lossless WebP, enlarged unsmoothed."""
     shown = [
         Image.fromarray(f[:, :, 0] if f.shape[2] == 1 else f).convert("RGB")
         for f in [*frames, *frames[-2:0:-1]]
@@ -107,16 +106,14 @@ def add_tab(shared: Shared) -> None:
     served, model = shared.served, shared.model
 
     def draw(model: str, seed: float | None) -> str:
-        """One sample, to start or to end with."""
+        """Draw one sample, as the first or the last image."""
         data, used = ask(served.clients[model].sample_png, n=1, seed=read_seed(seed))
         return write_file(data, f"seed-{used}.png")
 
     def explore(
         model: str, first: str, last: str, steps: float, resize: bool
     ) -> tuple[Any, str, str, str, str, list[str]]:
-        """The way from one image to another, as a place on it, an animation and a strip, and levels
-        exchanged.
-        """
+        """Interpolate: one position, an animation, a strip, and images with exchanged levels."""
         client, bundle = served.clients[model], served.bundles[model]
         a, b = (noise_of(data, client, bundle, resize) for data in (read(first), read(last)))
         frames = ask(client.sample_with, between(a, b, int(steps)))
@@ -135,13 +132,12 @@ def add_tab(shared: Shared) -> None:
     def levels(
         model: str, first: str, level: int, seed: float | None, resize: bool, runs: Runs
     ) -> Any:
-        """The first image from its coarsest levels alone, and with one level of others in the place
-        of its own.
-        """
+        """The first image from its coarsest levels alone, and with one level of other samples."""
         client, bundle = served.clients[model], served.bundles[model]
         if level >= len(bundle.latent_shapes):
             raise gr.Error(
-                f"This model has no level {level}: it has {len(bundle.latent_shapes)}, and 0 is the coarsest."
+                f"This model has no level {level}: it has {len(bundle.latent_shapes)} levels, and "
+                "0 is the coarsest."
             )
         turn = runs.turn
         own = noise_of(read(first), client, bundle, resize)
@@ -154,7 +150,7 @@ def add_tab(shared: Shared) -> None:
             np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes
         ]
         varied = ask(client.sample_with, with_level(own, others, int(level)))
-        if runs.turn != turn:  # the page shows other images by now
+        if runs.turn != turn:  # the page shows other images meanwhile
             return gr.skip(), gr.skip()
         return (
             write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),
@@ -162,7 +158,7 @@ def add_tab(shared: Shared) -> None:
         )
 
     def first_ends(first: str | None, last: str | None, seed: float, last_seed: float) -> Any:
-        """Samples for the ends that are not there yet, when the tab is opened."""
+        """Samples for missing end points when the tab is opened."""
         ends = ((first, seed), (last, last_seed))
         return tuple(None if end else draw(served.first, seed) for end, seed in ends)
 
@@ -249,7 +245,7 @@ def add_tab(shared: Shared) -> None:
         show_progress_on=coarse,
         trigger_mode="multiple",
     )
-    # The browser fills what is empty then: an image may have come while the samples were drawn.
+    # Only the browser fills empty inputs: an image may have arrived while samples were drawn.
     shared.tab.select(first_ends, [*ends, *seeds], drawn, **private).success(
         None,
         [*ends, *drawn],

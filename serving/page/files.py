@@ -1,6 +1,4 @@
-"""The folder that holds what the page was given and what it shows, and the one way to open a file
-of it.
-"""
+"""The folder of the page's uploads and results, and the only way to open files in it."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ from gradio.utils import get_upload_folder
 
 from serving.images import MAX_FILE_BYTES
 
-UPLOADS = "uploads"  # the folder in :func:`inbox` of what the page was given
-KEPT_S = 3600.0  # what was given, made or remembered
+UPLOADS = "uploads"  # folder in :func:`inbox` for uploads
+KEPT_S = 3600.0  # uploads, results and remembered samples
 
 
 class FileRefused(ValueError):
@@ -25,8 +23,9 @@ class FileRefused(ValueError):
 
 
 def inbox() -> Path:
-    """Return the page's folder, which nobody but its user may enter; Gradio takes it from
-    ``GRADIO_TEMP_DIR``.
+    """Return the page's folder, which only its user can enter.
+
+    Gradio takes it from ``GRADIO_TEMP_DIR``.
     """
     folder = Path(os.path.abspath(get_upload_folder()))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ def own_path(path: str) -> Path:
     try:
         resolved = Path(path).resolve()
         is_regular = not resolved.exists() or stat.S_ISREG(resolved.stat().st_mode)
-    except (OSError, RuntimeError):  # too long a name, a loop of links
+    except (OSError, RuntimeError):  # the name is too long, or links form a loop
         raise refused from None
     if not is_regular or not resolved.is_relative_to(Path(folder).resolve()):
         raise refused
@@ -68,7 +67,7 @@ def read_file(path: str) -> bytes:
         FileRefused: see :func:`own_path`; or the file is larger than an upload may be.
         FileNotFoundError: it is no longer there.
     """
-    # Neither a FIFO nor a device that appeared since own_path looked is waited for.
+    # A FIFO or device may have appeared since own_path: do not wait for it.
     with open(os.open(own_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE_BYTES:

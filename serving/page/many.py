@@ -40,19 +40,20 @@ from serving.verdict.decision import Choice, fdr_note
 AT_ONCE = 32  # files a request
 BATCH_BYTES = 16 * 2**20
 MOST = 2000
-MOST_ENTRIES = 10_000  # of a zip, other files than images too
-ENTRY_MARK = b"PK\x01\x02"  # each entry of a zip's directory begins with it
+MOST_ENTRIES = 10_000  # in a zip, including files that are not images
+ENTRY_MARK = b"PK\x01\x02"  # signature of an entry in a zip's directory
 MOST_BYTES = 256 * 2**20  # unpacked
 COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 TABLE = Path(__file__).with_name("results.js").read_text()
 EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder."
 NOT_SCORED = "not scored"
-THUMBNAIL = 48  # pixels a side at most
+THUMBNAIL = 48  # pixels of the longer side at most
 
 
 def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of each image file, those inside of ``.zip`` files too; one file is in
-    memory at a time.
+    """Yield the name and bytes of each image file, also of those in ``.zip`` files.
+
+    Only one file is in memory at a time.
 
     Raises:
         gr.Error: a file is too large, a zip is damaged, or all of them are too many.
@@ -72,17 +73,19 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
                 )
             if size > MOST_BYTES:
                 raise gr.Error(
-                    f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any size."
+                    f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any "
+                    "size."
                 )
             yield name, data
 
 
 def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
-    """Unpack the images of a zip file, each up to :data:`MAX_FILE_BYTES`; other entries, zips
-    included, are skipped.
+    """Unpack the images of a zip file, each up to :data:`MAX_FILE_BYTES`.
+
+    Other entries are skipped, including zip files.
     """
     zipped, shown = read(path), Path(path).name
-    # Before the directory of entries is read, which takes a hundred times the memory.
+    # Before the directory is parsed, which takes a hundred times its size in memory.
     if zipped.count(ENTRY_MARK) > MOST_ENTRIES:
         raise gr.Error(f"{shown} holds more than {MOST_ENTRIES} files.")
     try:
@@ -92,22 +95,24 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
                     continue
                 entry = f"{info.filename[:200]} in {shown}"
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    # Python unpacks these without a bound, whatever size is declared.
+                    # Python unpacks other methods without a limit, whatever the declared size.
                     raise gr.Error(
                         f"{entry} is packed by another method than deflate: pack it again."
                     )
                 with archive.open(info) as file:
                     data = b"" if info.file_size > MAX_FILE_BYTES else file.read(MAX_FILE_BYTES + 1)
-                if (
-                    max(info.file_size, len(data)) > MAX_FILE_BYTES
-                ):  # what is declared may be less than what is there
+                # The declared size may be too small.
+                if max(info.file_size, len(data)) > MAX_FILE_BYTES:
                     raise gr.Error(
-                        f"{entry} is too large: an image file may have {MAX_FILE_BYTES >> 20} MiB unpacked."
+                        f"{entry} is too large: an image file may have {MAX_FILE_BYTES >> 20} MiB "
+                        "unpacked."
                     )
                 yield info.filename, data
     except (gr.Error, MemoryError):
         raise
-    except Exception:  # whatever zipfile stumbles over: struct.error, zlib.error, UnicodeDecodeError, RuntimeError, …
+    except (
+        Exception
+    ):  # zipfile raises struct.error, zlib.error, UnicodeDecodeError, RuntimeError, …
         raise gr.Error(
             f"{shown} cannot be unpacked: it is damaged, encrypted or not a zip file."
         ) from None
@@ -138,16 +143,14 @@ def add_tab(shared: Shared) -> None:
         alpha: float = 0.01,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio's way)
     ) -> tuple[Any, Any, Any]:
-        """What is to be reported of the files together, a row for each, the most unusual first, and
-        the rows as a CSV file.
-        """
+        """Summarise all files; a row for each, the most unusual first; and the rows as CSV."""
         if not files and not folder:
             raise gr.Error(
                 "There are no files yet: drop some, or a zip of them, or choose a folder."
             )
         inside = [path for path in folder or [] if Path(path).suffix.lower() in IMAGE_SUFFIXES]
         paths = [*(files or []), *inside]
-        count = sum(1 for _ in contents(paths))  # refuse before anything is scored
+        count = sum(1 for _ in contents(paths))  # refuse everything before the first file is scored
         if not count:
             raise gr.Error("There are no images among the files.")
         names: list[str] = []
@@ -248,16 +251,16 @@ def _said(
     fdr: float,
     calibrated: int,
 ) -> str:
-    """What is to be reported of ``count`` files, HTML.
+    """Summarise ``count`` files; HTML.
 
     Args:
-        count: of files.
-        p_values: of those that got a verdict.
-        rejected: how many of them are, each by itself.
-        discoveries: how many are reported together.
+        count: number of files.
+        p_values: p-values of the files that got a verdict.
+        rejected: number of files that are rejected individually.
+        discoveries: number of files that are reported together.
         alpha: false-alarm rate.
         fdr: false discovery rate.
-        calibrated: calibration images.
+        calibrated: number of calibration images.
     """
     judged = len(p_values)
     if not judged:
@@ -287,7 +290,7 @@ def _said(
 def _scores(
     served: Served, model: str, batch: list[bytes], resize: bool, alpha: float
 ) -> list[Any]:
-    """Of one request; where no image of it could be used, each one's own error."""
+    """The scores of one request; if no image could be used, the error of each."""
     client = served.clients[model]
     try:
         return client.score(batch, alpha=alpha, explain=False, resize=resize)
@@ -306,14 +309,14 @@ def _raise(error: Exception) -> None:
 
 
 def _rank(result: Any) -> tuple[float, float]:
-    """Sorts the most unusual first, and what got no verdict last."""
+    """Sort key: the most unusual first, images without a verdict last."""
     if isinstance(result, AdeError) or result.p_value is None:
         return (2.0, 0.0)
     return (result.p_value, -(result.ood_score or 0.0))
 
 
 def _row(name: str, result: Any) -> list[Any]:
-    """Of :data:`COLUMNS`."""
+    """The values of :data:`COLUMNS`."""
     if isinstance(result, AdeError):
         return [name, None, None, NOT_SCORED, sentence(result)]
     p_value = result.p_value and round(result.p_value, 6)
@@ -327,7 +330,7 @@ def _shown(row: list[Any], result: Any) -> dict[str, Any]:
 
 
 def _thumbnail(data: bytes) -> str:
-    """A small picture for the table, as an address; empty if the file cannot be read."""
+    """A thumbnail for the table, as a data URL; empty if the file cannot be read."""
     try:
         picture = Image.fromarray(read_image(data).pixels)
     except (ImageError, MemoryError):

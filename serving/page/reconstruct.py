@@ -1,4 +1,4 @@
-"""The tab *Reconstruct*: what a model keeps of an image, and in which level."""
+"""The tab *Reconstruct*: what a model keeps of an image, level by level."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EMPTY = "The reconstruction appears here: choose an example, or drop an image."
 
 
 def in_words(decibels: float | None) -> str:
-    """A PSNR as the typical error of a pixel value, HTML."""
+    """Describe a PSNR by the typical error of a pixel value; HTML."""
     if decibels is None:
         return '<div class="ade-part"><p><strong>Equal to the image</strong>.</p></div>'
     error = 255 * 10 ** (-decibels / 20)
@@ -56,8 +56,10 @@ def add_tab(shared: Shared) -> None:
     def reconstruct(
         model: str, image: str, kind: str, levels: float, resize: bool
     ) -> tuple[str, tuple[str, str], str, str, str]:
-        """How near the reconstruction is, the image as the model sees it with the reconstruction,
-        the image from its coarsest levels on, the difference, and the bits by level.
+        """Reconstruct an image.
+
+        Returns the quality in words, the image as the model sees it beside its reconstruction, the
+        reconstructions from the coarsest levels on, the difference, and the bits by level.
         """
         data, client, bundle = read(image), served.clients[model], served.bundles[model]
         seen = as_seen(data, bundle, resize).pixels
@@ -133,6 +135,6 @@ def add_tab(shared: Shared) -> None:
 
 
 def _enlarged(pixels: np.ndarray) -> np.ndarray:
-    """Without smoothing, so that a slider over it is sharp; uint8 ``(H, W, C)``."""
+    """Enlarge uint8 ``(H, W, C)`` without smoothing, so that it is sharp under a slider."""
     factor = max(1, 256 // max(pixels.shape[:2]))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

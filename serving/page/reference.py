@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-# What to send with curl, by operation; the last part of a path is looked up.
+# Arguments for curl, by operation, which is the last part of a path.
 BODIES = {
     "sample": "-H 'Content-Type: application/json' -d '{\"n\": 16, \"seed\": 7}' -o samples.png",
     "encode": "-T image.png -o latents.json",
@@ -15,7 +15,7 @@ BODIES = {
 
 
 def reference(document: dict[str, Any], url: str) -> str:
-    """Every operation: what it does, its parameters, what it answers, and a command.
+    """Describe every operation: its purpose, parameters, answers, and a command.
 
     Args:
         document: as :func:`serving.api.openapi.openapi_document` makes it.
@@ -48,8 +48,8 @@ def _operation(address: str, operation: dict[str, Any]) -> str:
         for key, value in schema.get("properties", {}).items()
     )
     table = (
-        '<div class="ade-scroll" tabindex="0"><table class="ade-table"><thead><tr><th>parameter</th>'
-        f"<th>values</th><th>meaning</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        '<div class="ade-scroll" tabindex="0"><table class="ade-table"><thead><tr>'
+        f"<th>parameter</th><th>values</th><th>meaning</th></tr></thead><tbody>{rows}</tbody></table></div>"
         if rows
         else ""
     )

@@ -1,4 +1,4 @@
-"""*Reproduce*, a part of the tab *Sample*: a picture that was made here tells how it was made."""
+"""*Reproduce*, a part of the tab *Sample*: makes a picture again by the text in its file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL_ID = re.compile(r"[\w.-]+@[0-9a-f]{12}")
 
 
 def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
-    """Pixels and text keys of a PNG that was made by a sampler of ours."""
+    """Read the pixels and text of a PNG that a sampler of ours made."""
     if path is None:
         raise gr.Error("There is no picture yet: drop a PNG that was made here.")
     data = read(path)
@@ -36,23 +36,24 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     pixels, text = found
     if "ade:from" in text:
         raise gr.Error(
-            "This picture was decoded from latents, which it does not carry: its text is not enough."
+            "This picture was decoded from latents, which it does not carry: its text is not "
+            "enough."
         )
     missing = [key for key in KEYS if key not in text]
     if missing:
         raise gr.Error(
-            f"This PNG does not say how it was made ({', '.join(missing)} missing): it was not made here, or it "
-            "lost its text when it was edited or converted."
+            f"This PNG does not say how it was made ({', '.join(missing)} missing): it was not "
+            "made here, or it lost its text when it was edited or converted."
         )
     return pixels, text
 
 
 def add_part(shared: Shared) -> None:
-    """Lay it out."""
+    """Lay the part out."""
     served = shared.served
 
     def reproduce(model: str, picture: str | None) -> tuple[str, str]:
-        """The picture made again, and whether it is the same."""
+        """Make the picture again, and compare."""
         pixels, text = read_text(picture)
         bundle = served.bundles[model]
         try:
@@ -71,16 +72,17 @@ def add_part(shared: Shared) -> None:
         data, _ = ask(served.clients[model].sample_png, **wanted)
         same = np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
         made_by = text.get("ade:model", "")
-        if not MODEL_ID.fullmatch(
-            made_by
-        ):  # it is shown as Markdown, and anybody may have written it
+        if not MODEL_ID.fullmatch(made_by):  # it is shown as Markdown, but may be from anybody
             made_by = "an unknown model"
         if same:
             said = "**The same picture, pixel for pixel.**"
         elif made_by != bundle.model_id:
             said = f"**Another picture**: it was made by {made_by}, this is {bundle.model_id}."
         else:
-            said = "**Not the same**: the picture was changed after it was made, or made on another kind of device."
+            said = (
+                "**Not the same**: the picture was changed after it was made, or made on another "
+                "kind of device."
+            )
         told = ", ".join(f"{name} {value}" for name, value in wanted.items())
         return write_file(data, "again.png"), f"{said}\n\n{told}"
 

@@ -1,4 +1,4 @@
-"""What of Gradio can be reached from outside, and with what: the page's first look at a request."""
+"""Lets only those requests through to Gradio that the page makes, with files of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "/gradio_api/file="
 UPLOAD = "/gradio_api/upload"
-# Paths, and with a slash or an equals sign at the end what paths begin with. Gradio has many more:
+# Paths; those that end with a slash or an equals sign are prefixes. Gradio has many more:
 # proxies, streams, recordings, deep links, monitoring, functions of components, tokens as JSON, a
 # logout of everybody by a link, …: the page uses none of them.
 GET = (
@@ -60,16 +60,14 @@ POST = (
 )
 ALLOWED = {"GET": GET, "HEAD": GET, "POST": POST}
 STALL_S = 30.0
-MAX_UNREAD = 64  # as many as may wait to be computed
+MAX_UNREAD = 64  # as many as may wait for computation
 MAX_BODY = (
     2 * 2**20
-)  # of all but an upload: 2,000 files are named in less; 4 MiB of empty objects took 208 MB
+)  # of all but uploads: enough to name 2,000 files; 4 MiB of empty objects took 208 MB
 
 
 def route_of(method: str, path: str) -> str | None:
-    """Find the entry of :data:`ALLOWED` that an address belongs to; ``None`` if the page does not
-    use it.
-    """
+    """Find the entry of :data:`ALLOWED` for a path; ``None`` if the page does not use it."""
     return next(
         (
             one
@@ -94,9 +92,7 @@ def paths_in(value: Any) -> Iterator[str]:
 
 
 def summary(error: BaseException) -> str:
-    """Say of an error what helps to mend it and holds nothing of a request: its kind, and the lines
-    it came from.
-    """
+    """Describe an error by its type and lines of code, without anything of the request."""
     places = [
         f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
@@ -104,11 +100,11 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__} at {' < '.join(reversed(places[-6:]))}"
 
 
-_reported: dict[str, float] = {}  # lines of the log, and when they were last written
+_reported: dict[str, float] = {}  # log lines, and when each was last written
 
 
 def report(what: str, error: BaseException) -> None:
-    """Log an error, one of a kind each minute: a client must not fill the log."""
+    """Log an error, at most one of a kind per minute, so that no client fills the log."""
     line = f"{what}: {summary(error)}"
     if time.monotonic() - _reported.get(line, -math.inf) > 60:
         _reported[line] = time.monotonic()
@@ -116,15 +112,15 @@ def report(what: str, error: BaseException) -> None:
 
 
 class OpenRoutes:
-    """ASGI middleware that lets through what the page uses.
+    """ASGI middleware that lets only the page's own requests through.
 
     Every path of a file in a request is checked here, before Gradio sees it: it must lie in the
         page's own folder.
 
     Args:
-        app: Gradio's, and what is beside it.
-        unread: how many answers a session has asked for and not taken; Gradio keeps them without a
-            bound.
+        app: the page's application, which mounts Gradio's.
+        unread: counts the answers that a session has requested and not read, which Gradio keeps
+            without a limit.
     """
 
     def __init__(self, app: ASGIApp, unread: Callable[[str], int]) -> None:
@@ -147,7 +143,7 @@ class OpenRoutes:
             started = True
             if (
                 message["type"] == "http.response.start"
-            ):  # Gradio lets pages of all of localhost's ports read its answers
+            ):  # Gradio would let pages of any port of localhost read its answers
                 message["headers"] = [
                     (name, value)
                     for name, value in message["headers"]
@@ -191,14 +187,12 @@ class OpenRoutes:
             if not started:
                 await PlainTextResponse("Internal error", 500)(scope, receive, send)
             else:
-                with contextlib.suppress(
-                    Exception
-                ):  # shorter than it said: the connection is closed
+                with contextlib.suppress(Exception):  # shorter than announced: close the connection
                     await send({"type": "http.response.body", "body": b""})
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """Read a whole body; ``None`` if it is too long or its sender is gone."""
+    """Read a whole body; ``None`` if it is too long or the client is gone."""
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -210,7 +204,7 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that hands a body on in one message, and then what follows it."""
+    """Return a ``receive`` that gives the body in one message, then what follows it."""
     is_first = True
 
     async def again() -> Message:

@@ -1,4 +1,4 @@
-"""The tab *Sample*: new images by seed, to look at, to hand on and to reproduce."""
+"""The tab *Sample*: draws images by seed, sends them to other tabs, and reproduces them."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from serving.page.served import (
 )
 
 MAX_GRID = 64
-HISTORY = 24  # grids of a session that are remembered
+HISTORY = 24  # number of grids that a session remembers
 
 
 def cells(grid: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """The samples of a PNG grid, and what makes each of them again: PNG text.
+    """Split a PNG grid into its samples, each with the PNG text that reproduces it.
 
     Args:
         grid: the PNG file that ``sample`` answered.
         shape: ``(H, W, C)`` of a sample.
 
     Returns:
-        uint8 ``(n, H, W, C)``, and one dictionary a sample.
+        uint8 ``(n, H, W, C)``, and one dictionary per sample.
     """
     with Image.open(io.BytesIO(grid)) as picture:
         text = {
@@ -53,7 +53,7 @@ def cells(grid: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[di
 
 
 def archive(images: np.ndarray, texts: list[dict[str, str]]) -> bytes:
-    """An ``.npz`` of ``images``, each one's ``index``, and what they have in common."""
+    """An ``.npz`` of ``images``, their ``index``, and the parameters that they share."""
     out = io.BytesIO()
     arrays: dict[str, Any] = {
         name: np.array(texts[0][f"ade:{name}"]) for name in ("seed", "temperature", "kind", "model")
@@ -72,7 +72,7 @@ def add_tab(shared: Shared) -> None:
     def sample(
         model: str, n: float, seed: float, temperature: float, kind: str
     ) -> tuple[list[str], str, str]:
-        """Samples as PNG files, all of them as one PNG file, and as an npz file."""
+        """Draw samples: PNG files, one PNG file of all, and an npz file."""
         data, used = ask(
             served.clients[model].sample_png,
             n=int(n),
@@ -93,7 +93,7 @@ def add_tab(shared: Shared) -> None:
         )
 
     def settle(samples: list[Any] | None) -> Any:
-        """No sample is chosen yet, and all can be downloaded."""
+        """Clear the choice of a sample and enable the downloads."""
         if not samples:
             return (gr.skip(),) * 5
         gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
@@ -106,13 +106,13 @@ def add_tab(shared: Shared) -> None:
         )
 
     def draw_once(*values: Any) -> Any:
-        """The first samples of a session, when the tab is opened and none were asked for."""
+        """Draw the first samples of a session when the tab is opened."""
         runs = values[-1]
         return (gr.skip(),) * 3 if runs.latest > runs.failed else sampled(*values)
 
     def remember(history: list[Any], grid: str | None) -> Any:
-        """The session's grids, the latest first, each once; their own text says how they were made."""
-        if grid is None:  # the first samples are still being drawn
+        """Add a grid to the session's grids, without duplicates; the latest comes first."""
+        if grid is None:  # while the first samples are drawn
             return gr.skip(), gr.skip()
         with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
             text = {str(key): str(value) for key, value in picture.info.items()}
@@ -247,7 +247,7 @@ def add_tab(shared: Shared) -> None:
 
 
 def hand_on(path: str | None, tab: str) -> tuple[str, Any]:
-    """A sample to another tab, which comes to the front."""
+    """Send a sample to another tab and show that tab."""
     if path is None:
         raise gr.Error("No sample is chosen yet: click one.")
     return path, gr.Tabs(selected=tab)

@@ -34,11 +34,11 @@ PER_DAY = 1000
 MAX_PER_DAY = 1_000_000  # the band is computed exactly, number by number
 EMPTY = "The verdict appears here: choose an example, or drop, paste or photograph an image."
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
-Scored = tuple[ScoreResult, bool]  # and whether the image was resized
+Scored = tuple[ScoreResult, bool]  # with whether the image was resized
 
 
 def alpha_input() -> gr.Slider:
-    """The level of a verdict."""
+    """The input for the false-alarm rate."""
     return gr.Slider(
         0.001,
         0.2,
@@ -50,7 +50,7 @@ def alpha_input() -> gr.Slider:
 
 
 def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
-    """The image at the size of its heat map, and the heat map; both PNG files."""
+    """The image, enlarged to the size of its heat map, and the heat map; both PNG files."""
     with Image.open(io.BytesIO(heat)) as picture:
         size = picture.size
     own = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
@@ -59,9 +59,7 @@ def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
 
 
 def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple[str, str, str]:
-    """What depends on the level: the verdict, the place among the calibration images, the reasons.
-    All HTML.
-    """
+    """The parts that depend on the false-alarm rate: verdict, place and reasons; HTML."""
     result, resized = scored
     calibration = served.calibrations[model].of(resized)
     choice, sentence = verdict(served, model, scored, alpha)
@@ -70,7 +68,7 @@ def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple
         facts[0] = f"{result.bpd:.3f} ± {result.standard_error:.3f} bits per dimension"
     if result.p_value is not None:
         facts.insert(0, f"p = {result.p_value:.2g}")
-    # A note at the level of the request: the sentence is about this one.
+    # The note is about the false-alarm rate of the request, the sentence about this one.
     notes = [note for note in result.notes if not note.startswith("nothing can be flagged")]
     card = verdict_card(choice, sentence, facts, notes)
     if calibration is None or result.ood_score is None:
@@ -80,7 +78,7 @@ def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple
 
 
 def verdict(served: Served, model: str, scored: Scored, alpha: float) -> tuple[Choice, str]:
-    """The decision, and the sentence that says at which level and why."""
+    """The decision, and a sentence with the false-alarm rate and the reason."""
     result, resized = scored
     calibrations = served.calibrations[model]
     ruling = decide(result.p_value, calibrations, resized, alpha)
@@ -125,9 +123,7 @@ def add_tab(shared: Shared) -> None:
     def score(
         model: str, image: str, samples: float, alpha: float, resize: bool
     ) -> tuple[str, tuple[str, str] | None, str, str, str, Scored]:
-        """The verdict, the image and its heat map, the place among the calibration images, the
-        reasons, the technical details.
-        """
+        """Score an image: verdict, image and heat map, place, reasons, technical details."""
         data = read(image)
         (result,) = ask(
             served.clients[model].score,
@@ -150,7 +146,7 @@ def add_tab(shared: Shared) -> None:
         return card, pair, place, why, details, scored
 
     def judge(model: str, scored: Scored | None, alpha: float) -> tuple[str, str, str]:
-        """The verdict at another level: the p-value stays."""
+        """Decide again at another false-alarm rate; the p-value stays."""
         if scored is None:
             return charts.empty(EMPTY), "", ""
         return explained(served, model, scored, alpha)

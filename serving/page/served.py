@@ -1,6 +1,4 @@
-"""What the page's tabs share: the models that are served, how they are asked, what an error looks
-like, and when results are cleared.
-"""
+"""What the page's tabs share: models, clients, inputs, errors, and the runs of a session."""
 
 from __future__ import annotations
 
@@ -43,9 +41,9 @@ class Served:
 
     Args:
         url: of the inference address.
-        bundles: that are served, the first under the plain names; only their manifests and
+        bundles: the served bundles, the first under the plain names; only their manifests and
             calibrations are read.
-        token: where the service asks for one.
+        token: the service's token, if it requires one.
     """
 
     def __init__(self, url: str, bundles: list[Bundle], token: str | None) -> None:
@@ -69,7 +67,7 @@ class Served:
 
     @property
     def most_levels(self) -> int:
-        """Latent levels of the model that has most of them."""
+        """The largest number of latent levels of any model."""
         return max(len(bundle.latent_shapes) for bundle in self.bundles.values())
 
     def is_ready(self) -> bool:
@@ -79,8 +77,9 @@ class Served:
 
 @dataclass(frozen=True)
 class Inbox:
-    """The images that tabs start from, each laid out by its own tab: an image can be handed from
-    one tab to another.
+    """The image inputs of the tabs, so that an image can be sent from one tab to another.
+
+    Each tab lays out its own input.
     """
 
     first: gr.Image
@@ -92,23 +91,23 @@ class Inbox:
 
 @dataclass(frozen=True)
 class Shared:
-    """What a tab is laid out with."""
+    """What every tab needs to lay itself out."""
 
     served: Served
     model: gr.Dropdown  # its value is a name of ``served.bundles``
     tabs: gr.Tabs
     tab: gr.Tab  # the one that is laid out
     inbox: Inbox
-    examples: dict[str, list[str]]  # files by what they are
+    examples: dict[str, list[str]]  # files by their description
 
 
 def make_inbox() -> Inbox:
-    """Nothing of it is on the page yet."""
+    """Make the inputs; none of them is on the page yet."""
     return Inbox(*(image_input(label) for label in ("From", "To", "Image", "Image", "Image")))
 
 
 def ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """A call of the client; what the API answers as an error is shown as a sentence."""
+    """Call the client; an error of the API is shown as a sentence."""
     try:
         return call(*args, **options)
     except AdeError as error:
@@ -135,7 +134,7 @@ def usable(result: Any) -> Any:
 
 
 def read(path: str | None) -> bytes:
-    """A file that was dropped."""
+    """Read an uploaded file."""
     if path is None:
         raise gr.Error(NO_IMAGE)
     try:
@@ -149,27 +148,25 @@ def read(path: str | None) -> bytes:
 
 
 def read_seed(value: float | None) -> int:
-    """What a field of :func:`seed_input` holds."""
+    """Read the value of :func:`seed_input`."""
     if value is None:
         raise gr.Error("The seed is empty: it must be a whole number from 0 on.")
     return int(value)
 
 
 def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
-    """Seeds that the browser's numbers hold exactly; the API takes larger ones."""
+    """An input for seeds that browsers represent exactly; the API takes larger ones."""
     return gr.Number(value=value, precision=0, minimum=0, maximum=2**53 - 1, label=label, **options)
 
 
 def resize_input(served: Served) -> gr.Checkbox:
-    """Ticked where a verdict was calibrated for images that were resized: those of its user are of
-    many sizes.
-    """
+    """A checkbox, ticked if a calibration for resized images shows that many sizes are usual."""
     ticked = any(calibrations.resized is not None for calibrations in served.calibrations.values())
     return gr.Checkbox(ticked, label=RESIZE)
 
 
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
-    """What a model sees of a file."""
+    """The image as a model sees it."""
     image = prepare_image(data, bundle.image_shape, resize, 0)
     if isinstance(image, ApiError):
         raise gr.Error(sentence(image))
@@ -177,8 +174,9 @@ def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
 
 
 def open_png(data: bytes) -> tuple[np.ndarray, dict[str, str]] | None:
-    """Pixels, as they are, and our text of a PNG file, whose :func:`file_size` was checked;
-    ``None`` if it is not one.
+    """Read the pixels and our text of a PNG file; ``None`` if it is not one.
+
+    The caller has checked its :func:`file_size`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
@@ -191,14 +189,12 @@ def open_png(data: bytes) -> tuple[np.ndarray, dict[str, str]] | None:
                 if str(key).startswith("ade:")
             }
             return np.asarray(picture), text
-    except Exception:  # whatever Pillow stumbles over
+    except Exception:  # Pillow raises many types
         return None
 
 
 def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
-    """Pixels, uint8 ``(H, W, C)``, and text of a single sample as a PNG; ``None`` if it is not of
-    this shape.
-    """
+    """Read the pixels, uint8 ``(H, W, C)``, and text of one sample; ``None`` for another shape."""
     found = open_png(data) if file_size(data) == (shape[1], shape[0]) else None
     if found is None or found[0].size != math.prod(shape):
         return None
@@ -206,9 +202,7 @@ def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dic
 
 
 def image_input(label: str) -> gr.Image:
-    """Where an image is dropped; its file is handed on as it came: Gradio by itself would convert
-    and write it anew.
-    """
+    """An image input that passes the file on unchanged; Gradio alone would convert it."""
     image = gr.Image(
         label=label,
         type="filepath",
@@ -220,7 +214,7 @@ def image_input(label: str) -> gr.Image:
         buttons=["fullscreen"],
         render=False,
     )
-    # Not a subclass: of each one Gradio writes a stub file beside the source.
+    # Not a subclass: Gradio writes a stub file beside the source of each one.
     image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return image
 
@@ -252,12 +246,12 @@ def image_pair(label: str) -> gr.ImageSlider:
 
 
 def html(value: str = "", **options: Any) -> gr.HTML:
-    """HTML in the page's own style."""
+    """An element of HTML in the page's own style."""
     return gr.HTML(value, apply_default_css=False, js_on_load=None, **options)
 
 
 def example_files(served: Served) -> dict[str, list[str]]:
-    """Example images by what they are: photographs and as many drawings, in files of the page."""
+    """Example images by kind, photographs and as many drawings, in files of the page."""
     is_known = all(
         bundle.manifest["data"].get("name") == "cifar10" for bundle in served.bundles.values()
     )
@@ -272,7 +266,7 @@ def example_files(served: Served) -> dict[str, list[str]]:
 
 
 def examples(image: gr.Image, files: dict[str, list[str]], min_width: int = 280) -> None:
-    """Example images, each kind in a row of its own; a click on one fills ``image``."""
+    """Lay out example images, one row per kind; a click on one fills ``image``."""
     with gr.Row(elem_classes="ade-examples"):
         for label, paths in files.items():
             with gr.Column(min_width=min_width):
@@ -283,7 +277,7 @@ def examples(image: gr.Image, files: dict[str, list[str]], min_width: int = 280)
                     samples_per_page=len(paths),
                     label=label,
                 )
-                # Not gr.Examples: it makes the image input anew, without our preprocess.
+                # Not gr.Examples, which replaces the image input by one without our preprocess.
                 chosen.click(
                     lambda i, paths=paths: paths[i],
                     chosen,
@@ -297,8 +291,8 @@ def examples(image: gr.Image, files: dict[str, list[str]], min_width: int = 280)
 class Runs:
     """The runs of a tab in one session: only the latest shows its results.
 
-    Gradio's ``cancels`` do not serve here. They wait for the server, then run the failure listeners
-    of what they cancelled and forget a run that has begun meanwhile: its results were lost.
+    Gradio's ``cancels`` are no alternative: they wait for the server, then run the failure
+    listeners of the cancelled run, and lose the results of a run that started meanwhile.
     """
 
     def __init__(self) -> None:
@@ -321,8 +315,9 @@ def is_outdated() -> bool:
 
 
 def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
-    """Take a :class:`Runs` as one more argument, and leave the page as it is where a later run has
-    begun before this one ends, be it with results or with an error.
+    """Drop the results or the error of a run if a later run has started meanwhile.
+
+    The decorated function takes a :class:`Runs` as one more argument.
     """
 
     @functools.wraps(run)
@@ -341,7 +336,9 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
                 return found
         return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
 
-    own = [*inspect.signature(run).parameters.values()]  # names the arguments in the API
+    own = [
+        *inspect.signature(run).parameters.values()
+    ]  # Gradio takes the names of arguments in the API from it
     after_default = own[-1].default is not inspect.Parameter.empty
     runs = inspect.Parameter(
         "runs",
@@ -363,22 +360,22 @@ def run_on_new_image(
     others: Sequence[Component] = (),
     progress: Component | None = None,
 ) -> gr.State:
-    """Show the results of images as soon as they are there, and never those of others.
+    """Run whenever the images change, and show only the results of the present images.
 
-    A new image or model clears the results and runs; the button runs again with other settings.
-    What an earlier run finds is not shown. An error clears the results too; it is shown once, as a
-    message.
+    A new image or model clears the results and starts a run; the button starts one with other
+    settings. Results of earlier runs are not shown. An error also clears the results and is shown
+    once, as a message.
 
     Args:
         images: the images; all of them are in ``inputs``, in this order.
-        model: that computes them.
-        run: of the values of ``inputs``, returns the values of the results.
-        inputs: all of them.
+        model: the input that selects the model.
+        run: takes the values of ``inputs`` and returns the values of the results.
+        inputs: all inputs.
         results: components, each with its value while there is no result.
-        button: that runs by hand.
-        api_name: of the function.
-        others: components that a new image or model empties too.
-        progress: the result that shows progress and errors; by itself the first.
+        button: starts a run by hand.
+        api_name: name of the function in Gradio's API.
+        others: further components that a new image or model empties.
+        progress: the result that shows progress and errors; by default the first.
 
     Returns:
         The state that holds the :class:`Runs`.
@@ -386,7 +383,7 @@ def run_on_new_image(
     outputs, blank = list(results), tuple(results.values())
     places = [list(inputs).index(image) for image in images]
 
-    turn = gr.State(time_to_live=KEPT_S)  # as in the runs: its change starts one
+    turn = gr.State(time_to_live=KEPT_S)  # its change starts a run, too
     runs = gr.State(Runs(), time_to_live=KEPT_S)  # each session has a copy
 
     def one_or_all(values: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""Files that the page showed or was given go after an hour: it may run for months."""
+"""Deletes the page's files after an hour, because it may run for months."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ EVERY_S = 60.0
 def sweep(
     folder: Path, kept: Collection[str], max_age: float = KEPT_S, max_bytes: int = MAX_BYTES
 ) -> None:
-    """Remove what lies in a folder for longer than ``max_age`` seconds, but for names that are
-    ``kept``.
+    """Delete entries of a folder that are older than ``max_age`` seconds, but not ``kept`` ones.
 
-    If the rest takes more than ``max_bytes``, the oldest goes too.
+    If the rest takes more than ``max_bytes``, the oldest are deleted too.
     """
     found = []
     for path in folder.iterdir():
-        with contextlib.suppress(OSError):  # others may remove it too
+        with contextlib.suppress(OSError):  # others may delete it too
             if path.name not in kept:
                 found.append((path.lstat().st_mtime, _disk(path), path))
     size = 0
@@ -41,13 +40,13 @@ def sweep(
 
 
 def _disk(path: Path) -> int:
-    """Bytes that a file, or a folder with its files, takes: small files take a block each."""
+    """Bytes on disk of a file, or of a folder with its files; a small file takes a block."""
     inside = path.iterdir() if path.is_dir() else ()
     return sum(one.lstat().st_blocks * 512 for one in (path, *inside))
 
 
 def start_sweeping(folder: Path) -> None:
-    """Sweep now and then, in a thread of its own; what lies there already (examples) stays."""
+    """Sweep regularly in a thread; files that exist already, the examples, stay."""
     kept = {path.name for path in folder.iterdir()}
 
     def run() -> None:

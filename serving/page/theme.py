@@ -1,4 +1,4 @@
-"""Gradio's theme in the colours and the type of :mod:`serving.brand`, and the page's style sheets."""
+"""Gradio's theme in the colours and fonts of :mod:`serving.brand`, and the style sheets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradio.themes.utils.colors import Color
 from serving.brand import STYLE
 
 OWN = Path(__file__).with_name("page.css").read_text()
-# What Gradio leaves unsaid to screen readers: the names of examples, and which folds are open.
+# Tells screen readers what Gradio does not: names of examples, and which accordions are open.
 NAMES = """
 const name_parts = () => {
   for (const image of document.querySelectorAll('.ade-examples button img[alt=""]'))
@@ -18,10 +18,11 @@ const name_parts = () => {
   for (const fold of document.querySelectorAll("button.label-wrap"))
     fold.setAttribute("aria-expanded", fold.nextElementSibling?.style.display !== "none");
 };
-new MutationObserver(name_parts).observe(document.documentElement, { childList: true, subtree: true });
+new MutationObserver(name_parts).observe(
+  document.documentElement, { childList: true, subtree: true });
 document.addEventListener("click", () => setTimeout(name_parts));
 """
-# As it is, in the page's head: Gradio rewrites what it gets as `css`.
+# In the page's head, because Gradio rewrites what it gets as `css`.
 HEAD = f"<style>{STYLE}\n{OWN}</style><script>{NAMES}</script>"
 BLUE = Color(
     *("#eef3fb", "#dbe6f6", "#b9cdec", "#8fadd9", "#6588bf", "#4769a5", "#2b4a7f"),
@@ -36,7 +37,7 @@ STONE = Color(
 
 
 def make_theme() -> gr.themes.Base:
-    """The page's theme; its fonts come with Gradio, so that no other host is asked."""
+    """The page's theme; its fonts come with Gradio, so no other host is contacted."""
     theme = gr.themes.Base(
         primary_hue=BLUE,
         secondary_hue=BLUE,

@@ -1,6 +1,4 @@
-"""``POST /gradio_api/upload``, in the place of Gradio's own: within a quota, and only files that
-the page reads.
-"""
+"""Replaces Gradio's ``POST /gradio_api/upload``: keeps a quota, and takes only image files."""
 
 from __future__ import annotations
 
@@ -29,14 +27,14 @@ if TYPE_CHECKING:
 SUFFIXES = IMAGE_SUFFIXES | {".zip"}
 CLIENT_BYTES, CLIENT_FILES = 256 * 2**20, 4000
 ALL_BYTES, ALL_FILES = 2**30, 20_000
-FILES_AT_ONCE = 1000  # Gradio's frontend sends so many in a request
-HEADER_BYTES = 8192  # of a part
-STALL_S = 30.0  # without a byte
-SLOWEST = 64 * 2**10  # bytes a second, all in all: who sends holds room
+FILES_AT_ONCE = 1000  # as many as Gradio's frontend sends in a request
+HEADER_BYTES = 8192  # of the headers of a part
+STALL_S = 30.0  # without receiving a byte
+SLOWEST = 64 * 2**10  # bytes per second on average: a slow upload holds part of the quota
 
 
 class UploadRefused(Exception):
-    """An upload that the page does not take, with the status and the words of the answer."""
+    """An upload that the page refuses, with the status and the text of the answer."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -46,9 +44,9 @@ class UploadRefused(Exception):
 
 @dataclass
 class _Kept:
-    """What a client has on the page, oldest first, and the bytes that it is sending."""
+    """A client's files on the page, oldest first, and the bytes that it is sending."""
 
-    files: dict[Path, tuple[int, float]] = field(default_factory=dict)  # bytes, and when it came
+    files: dict[Path, tuple[int, float]] = field(default_factory=dict)  # bytes, and time of arrival
     sending: int = 0
 
     @property
@@ -57,7 +55,7 @@ class _Kept:
 
 
 class Quota:
-    """How much each client may keep on the page, and all of them together.
+    """Limits how much each client may keep on the page, and all clients together.
 
     A client that sends more loses its own oldest files. Nobody loses a file to another client: when
     all together hold too much, new uploads are refused until older ones expire.
@@ -68,7 +66,7 @@ class Quota:
 
     @contextlib.contextmanager
     def sending(self, client: str, size: int) -> Iterator[None]:
-        """Hold room for an upload of ``size`` bytes while it comes.
+        """Reserve room for an upload of ``size`` bytes while it arrives.
 
         Raises:
             UploadRefused: there is no room for it.
@@ -92,7 +90,7 @@ class Quota:
             kept.sending -= size
 
     def keep(self, client: str, files: list[Path]) -> None:
-        """Count files that came.
+        """Count files that have arrived.
 
         Raises:
             UploadRefused: all clients together hold too many; the files are removed.
@@ -127,13 +125,11 @@ class Quota:
 
 
 class _Receiver:
-    """Writes the files of a multipart body as it comes, one open at a time."""
+    """Writes the files of a multipart body while it arrives, with one file open at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.paths: list[
-            Path
-        ] = []  # in the order in which they came; those of other suffixes are not there
+        self.paths: list[Path] = []  # in order of arrival, without files of other suffixes
         self._name = self._value = b""
         self._disposition = b""
         self._header_bytes = self._left = 0
@@ -203,7 +199,7 @@ class _Receiver:
 
 
 def safe_name(name: str) -> str:
-    """Keep of a client's file name what is harmless in a path and in a url.
+    """Keep the characters of a client's file name that are harmless in paths and URLs.
 
     Example:
         >>> safe_name("../a b/..\\\\cat <1>.PNG")
@@ -221,11 +217,11 @@ def safe_name(name: str) -> str:
 
 
 async def receive(request: Request, quota: Quota) -> Response:
-    """Take an upload: a JSON list of the paths of its files, or why it is refused as text, which
-    the page shows.
+    """Receive an upload.
 
-    A folder that is chosen in a browser holds other files too. Only those that the page reads are
-    kept; when there are none, the upload is refused.
+    The answer has the paths of its files as JSON, or the reason for a refusal as text, which the
+    page shows. A folder that is chosen in a browser holds other files too. Only those that the page
+    reads are kept; when there are none, the upload is refused.
     """
     client = request.client.host if request.client else ""
     receiver = _Receiver(inbox() / UPLOADS)

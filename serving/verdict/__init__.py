@@ -1,1 +1,1 @@
-"""What makes an image out-of-distribution, and how sure the verdict is."""
+"""Judges whether an image is out-of-distribution, with a calibrated error rate."""

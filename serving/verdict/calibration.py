@@ -1,12 +1,12 @@
-"""Does this image look like the training data? One calibrated verdict from many statistics, and
-why.
+"""Judges whether an image looks like the training data, by one calibrated verdict.
 
 The statistics (:mod:`serving.verdict.statistics`) are turned into normal scores and judged by a
 density that was fitted to held-out images, after Morningstar et al., "Density of States Estimation
-for Out-of-Distribution Detection", 2021: whatever is rare among them is unusual, too high a
-likelihood included. Semantic statistics (:mod:`serving.verdict.semantic`) are added to it. The
-verdict is conformal: whatever the score, an image that is exchangeable with the calibration images
-is flagged at ``alpha`` with probability at most ``alpha``.
+for Out-of-Distribution Detection", 2021: any rare value is unusual, including a likelihood that is
+too high. The sum of semantic statistics (:mod:`serving.verdict.semantic`) is added to its score.
+
+The verdict is conformal: whatever the score, an image that is exchangeable with the calibration
+images is flagged at ``alpha`` with probability at most ``alpha``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CORRUPTED_PREFIX = "corrupted: "  # of the arrays of corrupted images' scores
 DEFAULT = "default"  # the name of a bundle's own calibration
 VERSION_DIGITS = 12  # of the file's SHA-256
 MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file
-FARTHEST = 6.0  # a normal score beyond counts as this: one wild statistic must not hide the others
+FARTHEST = 6.0  # limit of a normal score: one extreme statistic must not hide the others
 
 
 class CalibrationError(ValueError):
@@ -44,9 +44,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class Unusual:
-    """One statistic of an image: ``p_value`` is two-sided, among the calibration images by this
-    statistic alone.
-    """
+    """One statistic of an image; ``p_value`` is two-sided, by this statistic alone."""
 
     statistic: str
     value: float
@@ -55,13 +53,13 @@ class Unusual:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How strange one image is.
+    """How unusual one image is.
 
     Attributes:
-        ood_score: higher is stranger, nats: minus the log-density of the statistics.
+        ood_score: minus the log-density of the statistics, nats; a higher score is more unusual.
         p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
-        uniform: the same with ties broken at random, so that it is uniform on (0, 1) for images
-            like the calibration's.
+        uniform: the same with ties broken at random: uniform on (0, 1) for images like the
+            calibration images.
         explain: every statistic, the most unusual first.
         calibrated: number of calibration images.
     """
@@ -80,7 +78,8 @@ class NormalScores:
     Attributes:
         grid: float32 ``(LEVELS, S)``, quantiles of each statistic at the levels ``(i + 1/2) /
             LEVELS``.
-        spread: float32 ``(S,)``, what beyond the grid's ends counts as one more.
+        spread: float32 ``(S,)``, the distance beyond the grid's ends that adds one to a normal
+            score.
     """
 
     grid: np.ndarray
@@ -88,15 +87,16 @@ class NormalScores:
 
     @classmethod
     def fit(cls, rows: np.ndarray) -> NormalScores:
-        """From float32 ``(m, S)``; every statistic must vary."""
+        """Fit to float32 ``(m, S)``; every statistic must vary."""
         grid = np.quantile(rows, (np.arange(LEVELS) + 0.5) / LEVELS, axis=0)
         low, high = np.quantile(rows, [0.16, 0.84], axis=0)
         spread = np.where(high > low, (high - low) / 2, rows.std(0, dtype=np.float64))
         return cls(grid.astype(np.float32), spread.astype(np.float32))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """float64 ``(N, S)`` of float32 ``(N, S)``; a value among equal ones gets the middle of
-        their scores.
+        """Turn float32 ``(N, S)`` into normal scores, float64 ``(N, S)``.
+
+        Equal values of the grid share the middle of their scores.
         """
         first, last = _places(self._columns, rows)
         below, above = np.clip(first - 1, 0, LEVELS - 1), np.clip(first, 0, LEVELS - 1)
@@ -114,8 +114,9 @@ class NormalScores:
 
 
 def _places(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many of each sorted column, ``(S, n)``, are below and at most the values, ``(N, S)``;
-    each ``(N, S)``.
+    """Count the entries of each sorted column, ``(S, n)``, below and at most given values.
+
+    The values and both counts are ``(N, S)``.
     """
     below = [
         column.searchsorted(values, "left") for column, values in zip(columns, rows.T, strict=True)
@@ -159,18 +160,19 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The density of statistics, and where the calibration images lie in it.
+    """The density of statistics, and the scores of the calibration images under it.
 
     Attributes:
-        estimator: of the bits per dimension, such as ``elbo``; served verdicts use the same.
+        estimator: estimator of the bits per dimension, such as ``elbo``, which verdicts use too.
         resize: ``fit`` if calibration images went through that resizing.
         names: of the ``S`` statistics, those that vary; semantic ones come last.
         normal: their normal scores.
-        mixture: on all of them but the semantic ones.
+        mixture: the density of all but the semantic ones.
         scores: float64 ``(n,)``, of the calibration images, sorted.
         reference: float32 ``(n, S)``, their statistics, each column sorted by itself.
-        baseline: a mixture on the pixels' statistics alone: what can be had without a model.
-        known: for the semantic statistics; ``None`` without them.
+        baseline: a mixture on the statistics of the pixels alone, for comparison: it needs no
+            model.
+        known: the known images of the semantic statistics; ``None`` without them.
         corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
             that were corrupted so, to show what each alpha would catch; empty in calibrations of
             versions before.
@@ -198,10 +200,10 @@ class Calibration:
         return [i for i, name in enumerate(self.names) if name.startswith(PIXEL_PREFIX)]
 
     def check_statistics(self, names: Sequence[str]) -> None:
-        """Make sure that what it was fitted to is still computed.
+        """Check that the statistics it was fitted to are still computed.
 
         Raises:
-            CalibrationError: naming what is not.
+            CalibrationError: they are not; the error names them.
         """
         missing = sorted({*self.names, *([DISTANCE] if self.known else [])} - set(names))
         if missing:
@@ -212,10 +214,10 @@ class Calibration:
             )
 
     def check_values(self) -> None:
-        """Make sure that its arrays fit together and are usable: a verdict is only as good as these.
+        """Check that all arrays fit together and are usable.
 
         Raises:
-            CalibrationError: naming the first array that is not.
+            CalibrationError: they do not; the error names the first such array.
         """
         size, pixels, n = len(self.names), len(self.pixel_columns), len(self.scores)
         semantic = [name.startswith(SEMANTIC_PREFIX) for name in self.names]
@@ -234,7 +236,8 @@ class Calibration:
         ):
             if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
                 raise CalibrationError(
-                    f"{name} must be finite numbers of shape {shape}, got {array.dtype} {array.shape}"
+                    f"{name} must be finite numbers of shape {shape}, got {array.dtype} "
+                    f"{array.shape}"
                 )
         for name, scores in self.corrupted.items():
             if scores.ndim != 1 or scores.dtype.kind != "f" or not np.isfinite(scores).all():
@@ -248,8 +251,8 @@ class Calibration:
         """The same density with more calibration images.
 
         Args:
-            statistics: of :func:`serving.verdict.statistics.compute_statistics`, of images that
-                nothing was fitted to.
+            statistics: of :func:`serving.verdict.statistics.compute_statistics`, for images to
+                which nothing was fitted.
         """
         rows = self.rows(statistics)
         scores = self.surprise(self.normal(rows))
@@ -260,7 +263,7 @@ class Calibration:
         )
 
     def left_by(self, statistics: Mapping[str, np.ndarray]) -> Calibration:
-        """The same without images that had joined it.
+        """The same density without images that had joined.
 
         Raises:
             CalibrationError: an image is not among the calibration images, or none would be left.
@@ -283,8 +286,9 @@ class Calibration:
         return self.surprise(self.normal(self.rows(statistics)))
 
     def caught(self, alpha: float) -> dict[str, float]:
-        """The share of corrupted images that is rejected at a false-alarm rate, by the name of the
-        corruption; empty if it was not measured, or if so few images cannot reject any.
+        """The share of corrupted images that is rejected at ``alpha``, by the corruption's name.
+
+        Empty if it was not measured, or if so few calibration images cannot reject any.
         """
         if self.too_small(alpha) is not None:
             return {}
@@ -297,9 +301,9 @@ class Calibration:
     def surprise(self, normal: np.ndarray) -> np.ndarray:
         """The OOD score, ``(N,)``, nats, of normal scores ``(N, S)``.
 
-        Minus the log-density of the statistics of the generative model and the pixels, plus the sum
-        of the semantic normal scores times their weight: one or two among dozens would hardly count
-        inside the density.
+        This is minus the log-density of the statistics of the generative model and the pixels, plus
+        the weighted sum of the semantic normal scores. Inside the density, one or two semantic
+        statistics among dozens would hardly count.
         """
         width = self.mixture.means.shape[1]
         semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
@@ -313,7 +317,7 @@ class Calibration:
 
         Args:
             statistics: of :func:`serving.verdict.statistics.compute_statistics`.
-            ties: one an image, uniform on [0, 1), to break ties with.
+            ties: one per image, uniform on [0, 1), to break ties with.
         """
         rows = self.rows(statistics)
         normal = self.normal(rows)
@@ -357,22 +361,20 @@ class Calibration:
 
     @property
     def smallest_p_value(self) -> float:
-        """Below it no image can come, whatever it looks like: so many images calibrated the
-        verdict.
-        """
+        """Smallest attainable p-value, 1/(n + 1)."""
         return 1 / (len(self.scores) + 1)
 
     def too_small(self, alpha: float) -> str | None:
-        """A note, if nothing can be flagged at a false-alarm rate."""
+        """A note if nothing can be flagged at this false-alarm rate."""
         if alpha >= self.smallest_p_value:
             return None
         return (
-            f"nothing can be flagged at alpha {alpha:g}: {len(self.scores)} images calibrated the verdict, and the "
-            f"smallest p-value is {self.smallest_p_value:.2g}"
+            f"nothing can be flagged at alpha {alpha:g}: {len(self.scores)} images calibrated the "
+            f"verdict, and the smallest p-value is {self.smallest_p_value:.2g}"
         )
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """Its entry in a manifest."""
         inside = self.mixture.means.shape[1]
         semantic = len(self.names) - inside
         return {
@@ -387,7 +389,7 @@ class Calibration:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it, by name."""
+        """All arrays by name."""
         return {
             "estimator": np.array(self.estimator),
             "resize": np.array(self.resize or ""),
@@ -404,7 +406,7 @@ class Calibration:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str = "") -> Calibration:
-        """What :meth:`arrays` gave, each name after a prefix."""
+        """Rebuild from :meth:`arrays`, with names after a prefix."""
 
         def of(name: str) -> np.ndarray:
             return arrays[prefix + name]
@@ -427,18 +429,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Calibrations:
-    """The calibration of each path that an image takes to the model; a path without one (``None``)
-    has no verdict.
+    """Calibrations for images of the model's size and for resized ones; ``None`` means no verdict.
 
     Attributes:
         exact: for images of the model's size.
-        resized: for images that the request had resized; may be the same.
-        name: by which requests ask for it.
+        resized: for images that a request resized; may be the same object.
+        name: the name that requests give.
         version: the first digits of its file's SHA-256; empty if it was not read from a file.
-        model: :attr:`serving.engine.bundle.Bundle.networks` that it was made with; empty in a
-            bundle's own file, which the manifest ties to them.
-        data: what it was calibrated on, in words; empty in a bundle's own file.
-        joined: SHA-256 of the image files that joined it as feedback.
+        model: :attr:`serving.engine.bundle.Bundle.networks` of the bundle; empty in a bundle's own
+            file, which the manifest ties to them.
+        data: describes the calibration images; empty in a bundle's own file.
+        joined: SHA-256 of the image files that feedback added.
     """
 
     exact: Calibration | None = None
@@ -455,14 +456,14 @@ class Calibrations:
 
     @property
     def label(self) -> dict[str, str] | None:
-        """What answers call it; ``None`` without any calibration."""
+        """Its name and version in answers; ``None`` without any calibration."""
         return None if self.exact is None else {"name": self.name, "version": self.version}
 
     def check(self, statistics: Sequence[str]) -> None:
-        """Make sure that verdicts can be computed with it.
+        """Check that verdicts can be computed with it.
 
         Args:
-            statistics: names of those that are computed.
+            statistics: names of the statistics that are computed.
 
         Raises:
             CalibrationError: they cannot.
@@ -496,11 +497,11 @@ class Calibrations:
 
     @classmethod
     def load(cls, path: Path, name: str = DEFAULT) -> Calibrations:
-        """Read what :meth:`to_bytes` made, or a file of one calibration, as versions before had it.
+        """Read what :meth:`to_bytes` made, or the single calibration of an older file.
 
         Args:
-            path: a regular file, read once, so that the version is that of the content.
-            name: by which requests ask for it.
+            path: a regular file. It is read once, so that the version fits the content.
+            name: the name that requests give.
 
         Raises:
             CalibrationError: the file is not a calibration.
@@ -556,7 +557,7 @@ def _without(values: np.ndarray, removed: np.ndarray) -> np.ndarray:
         CalibrationError: one of them is not there.
     """
     places = np.searchsorted(values, np.sort(removed))
-    # Equal values stand side by side: the second of them to be removed is the next one.
+    # Equal values are neighbours: to remove a second one, remove the next.
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + 1)
     if (places >= len(values)).any() or (values[places] != np.sort(removed)).any():
@@ -579,10 +580,10 @@ def _mixture(name: str, arrays: Mapping[str, np.ndarray]) -> Mixture:
 
 
 def conformal_p_values(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """``(1 + #{reference >= score}) / (n + 1)``: never 0, and at most ``alpha`` with probability at
-    most ``alpha``.
+    """Conformal p-values, ``(1 + #{reference >= score}) / (n + 1)``.
 
-    Vovk et al., "Algorithmic Learning in a Random World", 2005, for one score fitted to other data.
+    They are never 0, and at most ``alpha`` with probability at most ``alpha``. Vovk et al.,
+    "Algorithmic Learning in a Random World", 2005, for one score fitted to other data.
 
     Args:
         reference: ``(n,)``, sorted.
@@ -592,19 +593,18 @@ def conformal_p_values(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def simes(p_values: Sequence[float]) -> float:
-    """One p-value for a group of images: ``min_i m p_(i) / i`` (Simes, "An improved Bonferroni
-    procedure", 1986).
+    """One p-value for a group of images, ``min_i m p_(i) / i``.
 
-    Valid for conformal p-values of one calibration set, which depend on each other positively
-    (Bates et al., "Testing for Outliers with Conformal p-values", 2023).
+    Simes, "An improved Bonferroni procedure", 1986. Valid for conformal p-values of one calibration
+    set, which depend on each other positively (Bates et al., "Testing for Outliers with Conformal
+    p-values", 2023).
     """
     ordered = np.sort(np.asarray(p_values, np.float64))
     return float(min(1.0, (len(ordered) * ordered / np.arange(1, len(ordered) + 1)).min()))
 
 
 def benjamini_hochberg(p_values: Sequence[float], fdr: float) -> list[bool]:
-    """Which images to report so that, of those reported, a fraction of at most ``fdr`` is expected
-    to be false.
+    """Choose images to report: a fraction of at most ``fdr`` of them is expected to be false.
 
     Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
     """

@@ -23,8 +23,7 @@ class Ruling:
 
     Attributes:
         choice: ``no_verdict`` unless a calibration supports one of the others.
-        reason: why there is no verdict, a code, a colon and a sentence; ``None`` where there is
-            one.
+        reason: why there is no verdict: a code, a colon and a sentence. ``None`` with a verdict.
     """
 
     choice: Choice
@@ -37,7 +36,7 @@ def decide(
     """Decide on an image that was scored.
 
     Args:
-        p_value: of its verdict; ``None`` without one.
+        p_value: p-value of its verdict; ``None`` without one.
         calibrations: of the bundle.
         resized: whether the image was resized to the model's size.
         alpha: false-alarm rate.
@@ -65,29 +64,32 @@ def decide(
 
 
 def images_needed(p_value: float) -> int:
-    """Calibration images whose smallest attainable p-value, 1/(n + 1), is at most ``p_value``."""
+    """Number of calibration images whose smallest p-value, 1/(n + 1), is at most ``p_value``."""
     return max(0, math.ceil(1 / max(p_value, TINY) - 1e-9) - 1)
 
 
 def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
-    """A note on discoveries that the smallest p-value makes impossible, however unusual the images
-    are; ``None`` if there are none.
+    """A note on discoveries that too few calibration images make impossible, or ``None``.
 
     Benjamini and Hochberg's procedure reports ``k`` of ``count`` images only if k p-values are at
     most ``fdr k / count``.
 
     Args:
-        calibrated: calibration images; the smallest p-value is one over one more.
-        count: images that are judged together.
+        calibrated: number of calibration images; the smallest p-value is ``1 / (calibrated + 1)``.
+        count: number of images that are judged together.
         fdr: false discovery rate.
     """
     fewest = math.ceil(count / max(fdr * (calibrated + 1), TINY) - 1e-9)
     if fewest <= 1:
         return None
-    who = f"at least {fewest} of {count} images must have the smallest p-value, 1/{calibrated + 1}, before any is reported"
-    if fewest > count:
-        who = f"none of {count} images can be reported: the smallest p-value is 1/{calibrated + 1}"
+    smallest = f"1/{calibrated + 1}"
+    who = (
+        f"none of {count} images can be reported: the smallest p-value is {smallest}"
+        if fewest > count
+        else f"at least {fewest} of {count} images must have the smallest p-value, {smallest}, "
+        "before any is reported"
+    )
     return (
-        f"at a false discovery rate of {fdr:g}, {who}; to report a single one takes {images_needed(fdr / count):,} "
-        "calibration images"
+        f"at a false discovery rate of {fdr:g}, {who}; to report a single one takes "
+        f"{images_needed(fdr / count):,} calibration images"
     )

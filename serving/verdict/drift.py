@@ -1,5 +1,6 @@
-"""Is the stream of images still like the calibration images? Running statistics of the verdicts,
-one monitor per worker and calibration.
+"""Monitors whether the stream of images is still like the calibration images.
+
+Each worker has one monitor per calibration.
 
 For images like the calibration images, ``Verdict.uniform`` is uniform on (0, 1), and ``z = Phi^-1(1
 - uniform)`` is standard normal. Two one-sided cumulative sums (Page, "Continuous inspection
@@ -25,15 +26,15 @@ class DriftMonitor:
     """Takes ``Verdict.uniform`` of one image after another.
 
     Attributes:
-        images: how many it has seen.
-        strange: the cumulative sum towards more unusual images, in standard deviations, from 0 to
+        images: number of images seen.
+        unusual: the cumulative sum towards more unusual images, in standard deviations, from 0 to
             :data:`MOST`.
         usual: the same towards images that are less unusual than expected.
     """
 
     def __init__(self) -> None:
         self.images = 0
-        self.strange = 0.0
+        self.unusual = 0.0
         self.usual = 0.0
         self._window: deque[float] = deque(maxlen=WINDOW)
 
@@ -42,14 +43,12 @@ class DriftMonitor:
         tiny = 1e-12
         z = _normal.inv_cdf(min(max(1 - uniform, tiny), 1 - tiny))
         self.images += 1
-        self.strange = min(max(0.0, self.strange + z - ALLOWANCE), MOST)
+        self.unusual = min(max(0.0, self.unusual + z - ALLOWANCE), MOST)
         self.usual = min(max(0.0, self.usual - z - ALLOWANCE), MOST)
         self._window.append(uniform)
 
     def distance(self) -> float:
-        """``sqrt(n) sup |F_n(u) - u|`` over the last images, at most :data:`WINDOW`; 0 before the
-        first.
-        """
+        """``sqrt(n) sup |F_n(u) - u|`` over the last :data:`WINDOW` images; 0 before the first."""
         ordered = sorted(self._window)
         n = len(ordered)
         gap = max((max((i + 1) / n - u, u - i / n) for i, u in enumerate(ordered)), default=0.0)

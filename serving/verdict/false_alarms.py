@@ -1,4 +1,4 @@
-"""How many false alarms a calibration will give: exact bands, which need NumPy alone."""
+"""The false alarms to expect of a calibration, as exact bands; needs only NumPy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ BISECTIONS = 60  # halve the interval [0, 1] to less than a float's precision
 
 
 def flagging_rank(n: int, alpha: float) -> int:
-    """How many of the n + 1 ranks of an image among n calibration images are rejected at alpha.
+    """Number of the n + 1 ranks of an image among n calibration images that alpha rejects.
 
-    The expected false-alarm rate is this number divided by n + 1. It is 0 where so few images
-    cannot reject anything.
+    The expected false-alarm rate is this number divided by n + 1. It is 0 if n is too small to
+    reject anything.
     """
     return math.floor(alpha * (n + 1) + 1e-9)
 
@@ -21,9 +21,9 @@ def flagging_rank(n: int, alpha: float) -> int:
 def false_alarm_band(
     n: int, alpha: float, level: float = 0.95, tested: int | None = None
 ) -> tuple[float, float]:
-    """The band of the realised false-alarm rate, given the calibration: quantiles of a
-    Beta(k, n + 1 - k) distribution, where k is :func:`flagging_rank`.
+    """The band of the realised false-alarm rate of a calibration.
 
+    Its ends are quantiles of a Beta(k, n + 1 - k) distribution, where k is :func:`flagging_rank`.
     The share among ``tested`` images varies more: their number follows the Beta-Binomial
     distribution. Vovk, "Conditional validity of inductive conformal predictors", 2012.
 
@@ -35,7 +35,7 @@ def false_alarm_band(
             for the rate itself.
 
     Returns:
-        The two ends of the band; zeros where so few calibration images cannot reject anything.
+        The two ends of the band; zeros if n is too small to reject anything.
     """
     k = flagging_rank(n, alpha)
     if k == 0:

@@ -1,12 +1,12 @@
-"""How familiar an image is to a network that tells things apart.
+"""Measures how familiar an image is to a classifier or another network that tells things apart.
 
 The generative model's statistics see colours, edges and textures. The features of a classifier, or
-of an encoder trained without labels, tell which thing an image shows. Each coordinate here is one
-number of them, higher for images unlike the known ones:
+of an encoder trained without labels, depend on what an image shows. Each coordinate here is one
+number computed from them, higher for images unlike the known ones:
 
 - ``semantic_distance``: minus the similarity to the tenth nearest known image, which is the cosine
-  times the length of the image's own features. Networks give short features to what they do not
-  know (Tack et al., "CSI: Novelty Detection via Contrastive Learning on Distributionally Shifted
+  times the length of the image's own features. Networks give short features to unfamiliar images
+  (Tack et al., "CSI: Novelty Detection via Contrastive Learning on Distributionally Shifted
   Instances", 2020, eq. 6; nearest neighbours as in Sun et al., "Out-of-Distribution Detection with
   Deep Nearest Neighbors", 2022).
 - ``semantic_energy``: minus the logarithm of the sum of exponentials of a classifier's logits (Liu
@@ -35,7 +35,7 @@ SCALE = 2048
 
 @dataclass(frozen=True)
 class KnownImages:
-    """Features of images that the density was fitted to.
+    """The known images: features of the images that the density was fitted to.
 
     Attributes:
         vectors: int16 ``(m, F)``, unit vectors times :data:`SCALE`.
@@ -51,7 +51,7 @@ class KnownImages:
         return cls(_directions(features[:MAX_KNOWN]).astype(np.int16))
 
     def problem(self) -> str | None:
-        """Why verdicts cannot be computed with it; ``None`` if they can."""
+        """Why no verdict can be computed with it; ``None`` if one can."""
         vectors = self.vectors
         if vectors.dtype != np.int16 or vectors.ndim != 2 or len(vectors) < 2 or not vectors.size:
             return (
@@ -67,8 +67,8 @@ class KnownImages:
 
         Args:
             features: float32 ``(N, F)``.
-            known: whether they are the images that the vectors were made of, in the same order:
-                none is its own neighbour then.
+            known: whether these are the known images, in the same order; then no image counts as
+                its own neighbour.
         """
         similarities = self._similarities(features)
         if known:
@@ -94,12 +94,12 @@ class KnownImages:
         return np.ascontiguousarray(self.vectors.T.astype(np.float32))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it, by name."""
+        """All arrays by name."""
         return {"known_vectors": self.vectors, "known_weight": np.array(self.weight)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> KnownImages | None:
-        """What :meth:`arrays` gave, each name after a prefix; ``None`` if there is nothing."""
+        """Rebuild from :meth:`arrays`, with names after a prefix; ``None`` without such arrays."""
         if f"{prefix}known_vectors" not in arrays:
             return None
         return cls(arrays[f"{prefix}known_vectors"], float(arrays[f"{prefix}known_weight"].item()))

@@ -1,11 +1,11 @@
-"""What one pass of the model, and the pixels themselves, say of an image: a few dozen numbers.
+"""Computes a few dozen statistics of an image from one pass of the model and from the pixels.
 
-The likelihood alone is a bad judge of strangers: its parts cancel, and simple images have too much
-of it (Nalisnick et al., "Do Deep Generative Models Know What They Don't Know?", 2019). Each number
-here is one more way of being unusual: the likelihood's parts; the length of a lossless code of the
-very pixels (Serrà et al., "Input complexity and out-of-distribution detection with likelihood-based
-generative models", 2020); whether what the model leaves unexplained is white noise; where in the
-image the bits lie; and plain statistics of pixels, which need no model.
+The likelihood alone detects out-of-distribution images badly: its parts cancel, and simple images
+have a high likelihood (Nalisnick et al., "Do Deep Generative Models Know What They Don't Know?",
+2019). Each number here is one more way of being unusual: the likelihood's parts; the length of a
+lossless code of the pixels (Serrà et al., "Input complexity and out-of-distribution detection with
+likelihood-based generative models", 2020); whether what the model leaves unexplained is white
+noise; where in the image the bits lie; and plain statistics of pixels, which need no model.
 :mod:`serving.verdict.calibration` makes one score of them.
 
 Everything is computed row by row from one image's own values: no number depends on the batch.
@@ -24,11 +24,11 @@ COSTS = ("distortion", "log_det", "latents")
 
 
 def part_names(levels: int) -> list[str]:
-    """Columns of ``parts``, bits per dimension; with ``dequantization`` (8) they sum to the bpd."""
+    """Columns of ``parts``, bits per dimension; with ``dequantization`` (8) they sum to bpd."""
     return ["distortion", "log_det", *(f"kl_{i}" for i in range(levels))]
 
 
-# Families of statistics in words, by what their names begin with.
+# Descriptions of the families of statistics, by the beginnings of their names.
 MEANINGS = {
     "log_det_map_": "how the flow's share of the bits lies in the image",
     "map_": "how the bits lie in the image",
@@ -46,19 +46,19 @@ MEANINGS = {
     ENERGY: "what the image shows: like none of the classes if high",
 }
 PIXEL_PREFIX = "pixel_"
-BLOCKS = 4  # a side, for how unevenly noise lies
-LOW = 0.02  # the cheapest pixels of a map
+BLOCKS = 4  # cells per side, for the unevenness of noise
+LOW = 0.02  # fraction of a map: its cheapest pixels
 
 
 def meaning(statistic: str) -> str:
-    """What a statistic's family is, in words."""
+    """Describe the family of a statistic."""
     return next(words for start, words in MEANINGS.items() if statistic.startswith(start))
 
 
 def compute_statistics(
     images: np.ndarray, outputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """All statistics of a batch.
+    """Compute all statistics of a batch.
 
     Args:
         images: uint8 ``(N, H, W, C)``.
@@ -66,8 +66,8 @@ def compute_statistics(
             ``features`` graph as well, if the bundle has one.
 
     Returns:
-        float32 ``(N,)`` by name, always in the same order. With a ``features`` graph ``features``,
-        ``(N, F)``, are among them, which a calibration makes ``semantic_distance`` of.
+        float32 ``(N,)`` by name, always in the same order. With a ``features`` graph, ``features``,
+        ``(N, F)``, are among them, from which a calibration computes ``semantic_distance``.
     """
     parts = outputs["parts"].astype(np.float64)
     levels = parts.shape[1] - 2
@@ -106,7 +106,7 @@ def finite_rows(statistics: Mapping[str, np.ndarray]) -> np.ndarray:
 def statistic_names(
     image_shape: tuple[int, int, int], latent_shapes: Sequence[tuple[int, int, int]]
 ) -> list[str]:
-    """What :func:`compute_statistics` computes for a model: of zeros, to have one list and not two."""
+    """Names of the statistics of a model: :func:`compute_statistics` of zeros gives them."""
     height, width, channels = image_shape
     outputs: dict[str, np.ndarray] = {
         "parts": np.zeros((1, 2 + len(latent_shapes))),
@@ -141,7 +141,7 @@ def _lags(size: int) -> tuple[int, ...]:
 
 
 def _of_pixels(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Plain statistics of uint8 ``(N, H, W, C)``: colours, contrast, edges, smoothness, clipping."""
+    """Statistics of uint8 ``(N, H, W, C)``: colours, contrast, edges, smoothness, clipping."""
     values = images.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(255)
     channels = range(values.shape[1])
     means = values.mean((2, 3), keepdims=True)
@@ -195,9 +195,7 @@ def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _of_noise(noise: np.ndarray) -> dict[str, np.ndarray]:
-    """What distinguishes ``(N, C, H, W)`` from white noise of variance 1; lag-1 correlations are
-    zero there.
-    """
+    """Distinguish ``(N, C, H, W)`` from white noise of variance 1, which has no correlations."""
     centred, variance, kurtosis = _moments(noise)
     found = {
         "residual_mean": _mean(noise),
@@ -226,9 +224,9 @@ def _of_noise(noise: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _of_features(y: np.ndarray) -> dict[str, np.ndarray]:
-    """The flow's output, ``(N, C, H, W)``.
+    """Statistics of the flow's output, ``(N, C, H, W)``.
 
-    It mixes the values of a 2x2 patch, so that neighbours are patches.
+    The flow mixes the values of a 2x2 patch, so correlations are those of neighbouring patches.
     """
     _, _, kurtosis = _moments(y)
     mixing, centred, variance = _within_patches(y)
@@ -242,9 +240,7 @@ def _of_features(y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _within_patches(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much the values of a 2x2 patch vary together (logarithm), the squeezed values centred by
-    channel, their variance.
-    """
+    """Logarithm of how much the values of a 2x2 patch vary together; centred values; variance."""
     count, channels, height, width = values.shape
     squeezed = (
         values.reshape(count, channels, height // 2, 2, width // 2, 2)
@@ -264,7 +260,7 @@ def _within_patches(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _of_map(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    """How unevenly, and at what distances alike, ``(N, H, W)`` is spread."""
+    """How unevenly ``(N, H, W)`` is distributed, and how alike it is at several distances."""
     centred, variance, kurtosis = _moments(values)
     far = max(2, values.shape[1] // 8)
     return {

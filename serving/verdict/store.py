@@ -1,9 +1,8 @@
-"""The calibrations of a bundle by name: its own, and those of a folder that may change while they
-are used.
+"""Keeps the calibrations of a bundle by name, and follows changes of their files.
 
-``BUNDLE/calibrations/NAME.npz`` is the calibration NAME: of a camera, a tenant. A file that appears,
-is replaced or goes away is noticed within a second. What is handed out never changes: a request that
-has got a calibration is answered by it, whatever happens to the file meanwhile.
+``BUNDLE/calibrations/NAME.npz`` is the calibration NAME, for example of a camera or a tenant. A
+file that is added, replaced or removed is noticed within a second. A request is answered by the
+calibration that it got, whatever happens to the file meanwhile.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from serving.verdict.calibration import DEFAULT, CalibrationError, Calibrations,
 logger = logging.getLogger(__name__)
 FOLDER = "calibrations"  # of a bundle
 SUFFIX = ".npz"
-ALL = "*"  # stands for the folder among names that cannot be used
-CHECK_S = 1.0  # between two looks at the folder
+ALL = "*"  # key of the folder itself among the broken names
+CHECK_S = 1.0  # between two readings of the folder
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Seen = tuple[int, int, int]  # inode, time of the last change in ns, bytes
 
@@ -35,7 +34,7 @@ class UnknownCalibration(CalibrationError):
 
 
 def check_name(name: str) -> None:
-    """Make sure that a calibration can have this name: it goes into file names and metrics.
+    """Check that a calibration can have this name, which is part of file names and metrics.
 
     Raises:
         CalibrationError: it cannot.
@@ -48,7 +47,7 @@ def check_name(name: str) -> None:
 
 
 def path_of(bundle: Path, name: str) -> Path:
-    """Where a bundle's calibration of this name belongs.
+    """Path of a bundle's calibration of this name.
 
     Raises:
         CalibrationError: the name is not valid.
@@ -61,11 +60,11 @@ def write_calibrations(bundle: Path, calibrations: Calibrations) -> Calibrations
     """Write a named calibration into a bundle's folder in one step; running services take it over.
 
     Args:
-        bundle: its folder.
+        bundle: the bundle's folder.
         calibrations: with a name and the model's hash.
 
     Returns:
-        The same with its version.
+        The calibrations with their version.
 
     Raises:
         CalibrationError: the name is not valid.
@@ -81,15 +80,15 @@ def write_calibrations(bundle: Path, calibrations: Calibrations) -> Calibrations
 class CalibrationStore:
     """Hands out calibrations by name; may be used by several threads at once.
 
-    A file that cannot be used is reported in :attr:`broken` and in the log, and what was read from
-    it before stays. ``default.npz`` takes the place of the bundle's own calibration.
+    A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
+    stays in use. ``default.npz`` takes the place of the bundle's own calibration.
 
     Args:
-        own: of the bundle.
-        folder: of the named ones, which need not exist; ``None`` if none are used.
+        own: the bundle's own calibrations.
+        folder: folder of the named ones, which need not exist; ``None`` to use none.
         model: :attr:`serving.engine.bundle.Bundle.networks`: a calibration of another model, or
             with other features, is not used.
-        statistics: names of those that are computed.
+        statistics: names of the statistics that are computed.
     """
 
     def __init__(
@@ -108,22 +107,22 @@ class CalibrationStore:
 
     @property
     def names(self) -> list[str]:
-        """Of all calibrations, in order."""
+        """Names of all calibrations, in order."""
         return sorted(self._current)
 
     @property
     def broken(self) -> dict[str, str]:
-        """Why the files of some names cannot be used; of each, the former content stays in use."""
+        """By name, why a file cannot be used; its former content stays in use."""
         return self._broken
 
     def get(self, name: str = DEFAULT) -> Calibrations:
-        """The calibration of a name, as its file is now or was at most a second ago.
+        """The calibration of a name; its file was read at most a second ago.
 
-        A name that is not known is looked up in the folder at once: a calibration that has just
-        been written is found by the first request that names it.
+        An unknown name is looked up in the folder at once, so that the first request that names a
+        new calibration finds it.
 
         Raises:
-            UnknownCalibration: naming those that there are.
+            UnknownCalibration: there is none; the error lists the existing ones.
         """
         if time.monotonic() - self._checked >= CHECK_S:
             self.refresh()
@@ -139,7 +138,7 @@ class CalibrationStore:
         return found
 
     def refresh(self) -> None:
-        """Take over what has changed in the folder; another thread's look is not waited for."""
+        """Read what has changed in the folder, unless another thread is doing so."""
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -153,7 +152,7 @@ class CalibrationStore:
             return
         try:
             found = _files(self._folder)
-        except OSError as error:  # whatever was read from it stays
+        except OSError as error:  # its former content stays in use
             self._report({ALL: f"{self._folder} cannot be read: {error.strerror}"})
             return
         if found == self._seen and ALL not in self._broken:
@@ -162,11 +161,13 @@ class CalibrationStore:
         for name, seen in found.items():
             try:
                 current[name] = self._read(self._folder, name, seen)
-            except Exception as error:  # requests go on, whatever a damaged file makes NumPy raise
+            except (
+                Exception
+            ) as error:  # a damaged file can make NumPy raise anything, and must stop no request
                 broken[name] = str(error)
                 if name in self._current:
                     current[name] = self._current[name]
-        # In one step each: a reader sees the calibrations before or after, whole.
+        # One assignment each: readers see either the former or the new calibrations.
         self._current = current
         self._seen = found
         self._report(broken)
@@ -201,7 +202,7 @@ def _short(model: str) -> str:
 
 
 def _files(folder: Path) -> dict[str, _Seen]:
-    """Files by the names of their calibrations; hidden ones are still being written."""
+    """Files by the names of their calibrations, without hidden ones, which are being written."""
     found = {}
     try:
         with os.scandir(folder) as entries:
@@ -213,7 +214,9 @@ def _files(folder: Path) -> dict[str, _Seen]:
                         status.st_mtime_ns,
                         status.st_size,
                     )
-    except FileNotFoundError:  # no folder, or a file that went away meanwhile: look again next time
+    except (
+        FileNotFoundError
+    ):  # no folder, or a file was removed meanwhile: the next reading will tell
         if folder.exists():
             raise
     return found

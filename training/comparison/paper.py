@@ -1,4 +1,4 @@
-"""The paper's figures, to stand beside ours, and its claims as questions to our figures."""
+"""The paper's figures, for comparison with ours, and its claims as questions to our figures."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ CITED = [
 ]
 
 BPD = "bpd"
-# How far runs of one system lie apart that differ in nothing but their seed: three of av-ade, size
+# How far runs lie apart that differ only in their seed: three of av-ade, size
 # tiny, after 80,000 images, of which the Fréchet distances in ResNet-20's features are 16 on
 # average and differ by 1. A difference between two systems must be larger to mean anything.
 SEED_SPREAD_BPD = 0.016
@@ -92,7 +92,7 @@ Figures = Mapping[str, float | None]  # of one system: bpd, and Fréchet distanc
 
 
 class Finding(Enum):
-    """What our figures say of a claim."""
+    """What our figures say about a claim."""
 
     HOLDS = "**holds**"
     FAILS = "**does not hold here**"
@@ -101,7 +101,7 @@ class Finding(Enum):
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of several systems, as a question to the figures of ours.
+    """A claim of the paper about several systems, as a question to our figures.
 
     Attributes:
         text: in words.

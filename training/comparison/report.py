@@ -351,7 +351,7 @@ def _measured_runs(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str
 
 
 def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] | None:
-    """One run of each system: those with equal budgets, of these the ones that learned most.
+    """Choose one run of each system: among runs with equal budgets, those that learned most.
 
     Of several seeds it is the first; ``None`` if a system has no run.
     """
@@ -361,7 +361,7 @@ def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] 
 
 
 def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
-    """What runs had in common: as many images, or as much time; ``None`` if neither."""
+    """The budget that runs share: a number of images or a time; ``None`` if neither."""
     first = rows[0]
     if all(math.isclose(_learned(first), _learned(row), rel_tol=0.01) for row in rows):
         return f"{_learned(first):,} images"

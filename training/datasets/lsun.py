@@ -1,4 +1,4 @@
-"""A class of LSUN from its LMDB; one that is unpacked is a folder of images."""
+"""A class of LSUN from its LMDB. An unpacked class is loaded as a folder of images."""
 
 from __future__ import annotations
 

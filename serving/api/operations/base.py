@@ -122,7 +122,7 @@ class Operation(ABC, Generic[ParametersT, RequestT, ComputedT]):
 
     @abstractmethod
     def rows(self, request: RequestT) -> int:
-        """How many rows of a graph a request takes."""
+        """Number of rows that a request takes in a graph's batch."""
 
     @abstractmethod
     def bytes_of_one(self, request: RequestT, bundle: Bundle) -> int:
@@ -134,7 +134,7 @@ class Operation(ABC, Generic[ParametersT, RequestT, ComputedT]):
 
     @abstractmethod
     def images_of(self, request: RequestT) -> int:
-        """How many images the answer has, errors included."""
+        """Number of images of the answer, errors included."""
 
     @abstractmethod
     def compute(self, requests: Sequence[RequestT], engine: InferenceEngine) -> list[ComputedT]:
@@ -193,10 +193,12 @@ class ImageOperation(Operation[ImageParametersT, ImagesRequest[ImageParametersT]
             raise malformed("the request holds no image")
         if len(sources) > MAX_IMAGES:
             raise ApiError(
-                413, "too_many_images", f"at most {MAX_IMAGES} images a request, got {len(sources)}"
+                413,
+                "too_many_images",
+                f"at most {MAX_IMAGES} images per request, got {len(sources)}",
             )
         self.check_count(len(sources), parameters)
-        # Without resizing, pictures of other sizes are refused by their headers.
+        # Without resizing, images of other sizes are refused by their headers.
         pixels = pixels_to_resize(sources) if parameters.resize else 0
         return FilesRequest(
             sources, parameters, answer_format, parameters.resize, request.probe, pixels

@@ -85,9 +85,7 @@ class Latents:
     eps: list[np.ndarray]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of the ``.npz``: ``mean_i``, ``log_scale_i``, ``z_i`` and ``eps_i`` of level
-        ``i``.
-        """
+        """The arrays of the ``.npz``; names end with the level, such as ``z_0``."""
         named = {name: getattr(self, name) for name in ARRAYS}
         return {
             f"{name}_{i}": levels[i]
@@ -119,7 +117,7 @@ class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
     about_formats = f"of the answer; json has the latents of at most {MAX_JSON_ENCODINGS} images"
 
     def rows(self, request: ImagesRequest[EncodeParameters]) -> int:
-        # The noise of an encoding is computed as a likelihood is, in one more row.
+        # The noise of an encoding is computed like a likelihood, in one more row.
         return len(request.images) * (1 + request.parameters.eps)
 
     def bytes_of_one(self, request: ImagesRequest[EncodeParameters], bundle: Bundle) -> int:
@@ -167,7 +165,7 @@ class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
     ) -> Response:
         images = request.images
         names = ARRAYS if request.parameters.eps else ARRAYS[:-1]
-        # A request without usable images has no share in what was computed, perhaps without eps.
+        # A request without usable images has no part in the result, which may lack eps.
         mine = computed if request.usable else []
         levels = [{name: getattr(level, name) for name in names} for level in mine]
         arrays = [array for named in levels for array in named.values()]

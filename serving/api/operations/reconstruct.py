@@ -50,7 +50,7 @@ class ReconstructParameters(ImageParameters):
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """One image's reconstruction, and its peak signal-to-noise ratio (infinite if both are equal)."""
+    """One image's reconstruction and its peak signal-to-noise ratio, infinite if both are equal."""
 
     png: Annotated[bytes, Named("image"), "a PNG file"]
     psnr: Annotated[float, NullIs(math.inf), "decibels; null if the images are equal"]

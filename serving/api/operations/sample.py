@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from serving.engine.engine import InferenceEngine
 
 MAX_TEMPERATURE = 10.0
-MAX_DRAWN_SEED = 2**32  # drawn seeds are short enough to type
+MAX_DRAWN_SEED = 2**32  # drawn seeds are short, so that they can be typed
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
 MAX_NOISE = 1e6  # an image far from all training images has noise in the thousands
 ARRAYS_PER_LEVEL = 4  # of encode's answer, which is accepted unchanged: mean, log_scale, z, eps
 SEED_HEADER = "X-Ade-Seed"
-_DRAWN = "it is of noise that is drawn"
+_DRAWN = "it applies only to noise that is drawn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,7 @@ class GivenLevel:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenLatents:
-    """Latents of one image, coarsest level first. Further fields of an answer of ``encode`` are
-    ignored.
-    """
+    """Latents of one image, coarsest level first; further fields are ignored."""
 
     levels: Annotated[list[GivenLevel], "with z, or in all levels of all images eps"]
 
@@ -125,8 +123,9 @@ class SampleAnswer:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A request to draw ``parameters.n`` images, or to decode ``latents``: one array per level, of
-    ``z`` or of the noise ``eps``.
+    """A request to draw ``parameters.n`` images, or to decode ``latents``.
+
+    ``latents`` has one array per level, of ``z`` or of the noise ``eps``.
     """
 
     parameters: SampleParameters
@@ -136,7 +135,7 @@ class SampleRequest:
 
     @property
     def count(self) -> int:
-        """How many images are computed."""
+        """Number of images to compute."""
         return self.parameters.n
 
 
@@ -285,7 +284,7 @@ def _given(request: RawRequest, latent_shapes: list[tuple[int, int, int]]) -> di
         2 * MAX_JSON_VALUES + numbers,
     )
     if request.body is None:
-        # The server drops fields without a name, and so a JSON body that has no type.
+        # The server drops fields without a name, which a JSON body without its type becomes.
         if not request.fields and is_type(request.content_type, URLENCODED):
             raise malformed(
                 "the form is empty: a JSON body needs the header Content-Type: application/json"
@@ -305,9 +304,9 @@ def _given(request: RawRequest, latent_shapes: list[tuple[int, int, int]]) -> di
 
 
 def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.ndarray], str]:
-    """Latents in the structure of ``encode``'s answer, one entry per image: ``{"levels": [{"z":
-    ...}, ...]}``, or a bare list of levels.
+    """Read latents in the structure of ``encode``'s answer.
 
+    There is one entry per image, ``{"levels": [{"z": ...}, ...]}`` or a bare list of levels.
     Instead of ``z`` there may be ``eps``, in all levels of all images.
 
     Returns:
@@ -318,13 +317,13 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
     if not isinstance(value, list) or not value:
         raise unusable(
             "bad_latents",
-            "latents must be a list with an entry for each image, as encode answers it",
+            "latents must be a list with an entry for each image, as in an answer of encode",
         )
     if len(value) > MAX_IMAGES:
         raise ApiError(
             413,
             "too_many_images",
-            f"at most {MAX_IMAGES} images a request, got latents of {len(value)}",
+            f"at most {MAX_IMAGES} images per request, got latents of {len(value)}",
         )
     levels: list[list[np.ndarray]] = [[] for _ in shapes]
     are, limit = _which(value)
@@ -333,7 +332,7 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
         if not isinstance(given, list) or len(given) != len(shapes):
             raise unusable(
                 "bad_latents",
-                f"latents must have {len(shapes)} levels an image, got "
+                f"latents must have {len(shapes)} levels per image, got "
                 f"{len(given) if isinstance(given, list) else show(given)}",
             ).at(i)
         for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
@@ -361,7 +360,7 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
 
 
 def _which(entries: list[Any]) -> tuple[str, float]:
-    """Whether latents are ``z`` or, if some have none, ``eps``; and their largest absolute value."""
+    """Find out whether latents are ``z`` or ``eps``; the number is the largest absolute value."""
     levels = [entry.get("levels") if isinstance(entry, dict) else entry for entry in entries]
     items = [item for its in levels if isinstance(its, list) for item in its]
     named = [item for item in items if isinstance(item, dict)]

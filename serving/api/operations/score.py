@@ -39,7 +39,7 @@ MAX_SAMPLES = 64
 MAX_DRAWS = 1024
 DIGITS = 6  # after the point, of a statistic
 MAP_BYTES_PER_PIXEL = 32  # a number in JSON, and its share of the picture
-EXPLAIN_BYTES = 8192  # of one image's statistics
+EXPLAIN_BYTES = 8192  # of the statistics of one image
 
 
 def _parts(bundle: Bundle) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         parameters: Sequence[ScoreParameters],
         engine: InferenceEngine,
     ) -> list[Computed]:
-        # Taken once for the whole batch: each answer is of one version, which its scores carry.
+        # Taken once for the whole batch, so that each answer is of one version.
         judges = {name: _judge(engine, name) for name in {p.calibration for p in parameters}}
         found: list[Any] = [judges[p.calibration] for p in parameters]
         rows = [i for i, judge in enumerate(found) if not isinstance(judge, Exception)]
@@ -309,7 +309,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
 
 
 def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibration:
-    """The calibrations of a name, or the error that each image of such a request gets."""
+    """The calibrations of a name, or the error for every image of the request."""
     try:
         return engine.store.get(name)
     except UnknownCalibration as error:

@@ -1,0 +1,66 @@
+"""``ade compress IMAGES OUT.ade --bundle BUNDLE``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ade_cli.image_files import FileError, check_parent
+from coding.compress import compress
+from coding.errors import CodingError
+from coding.sources import open_source
+from serving.engine.bundle import BundleError, open_bundle
+
+ERRORS = (BundleError, CodingError, FileError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compress images without loss, with a bundle's model: an archive of images like those that "
+        "the model was trained on is as small as their likelihood promises. Only the same bundle "
+        "restores them, on a processor of the same kind. Images of another size, and those that "
+        "the model codes worse, are stored as lossless WebP or as the files they are. The same "
+        "command resumes where it was ended."
+    )
+    parser.add_argument(
+        "images", type=Path, metavar="IMAGES", help="a folder (searched recursively), or FILE.npy"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT.ade", help="the archive; must not exist")
+    parser.add_argument(
+        "--bundle", type=Path, required=True, help="with a codec: ade export ... --with-codec"
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not decode each chunk and compare it with the images: half the time",
+    )
+    parser.add_argument(
+        "--keep-metadata",
+        action="store_true",
+        help="store PNG files with metadata byte for byte, without the model",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.images.exists():
+        raise FileError(f"{args.images}: there is no such file or folder")
+    check_parent(args.out)
+    bundle = open_bundle(args.bundle)
+    source = open_source(args.images, args.keep_metadata)
+    with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
+
+        def progress(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.initial = bar.n = bar.last_print_n = done
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = compress(source, args.out, bundle, not args.no_verify, progress)
+    height, width, channels = bundle.image_shape
+    for line in report.lines(height * width * channels):
+        print(line)
+    if args.no_verify:
+        print("not verified: ade decompress shows whether the images come back")

@@ -1,0 +1,61 @@
+"""``ade decompress ARCHIVE.ade OUT --bundle BUNDLE``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ade_cli.image_files import FileError, check_parent
+from coding.decompress import decompress
+from coding.errors import CodingError
+from serving.engine.bundle import BundleError, open_bundle
+
+LOST = 3  # exit status
+ERRORS = (BundleError, CodingError, FileError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Restore the images of an archive that ade compress wrote with the same bundle. Exit "
+        f"status: 0; 2 for an error; {LOST} where only a part of the images came back."
+    )
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE.ade")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="a new folder, or a new FILE.npy if an array was compressed",
+    )
+    parser.add_argument("--bundle", type=Path, required=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_parent(args.out)
+    bundle = open_bundle(args.bundle)
+    with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        def warn(line: str) -> None:
+            bar.write(f"warning: {line}", file=sys.stderr)
+
+        result = decompress(args.archive, args.out, bundle, warn, progress)
+    print(f"{args.out}: {result.restored} of {result.images} images")
+    if result.is_truncated:
+        print(f"warning: {args.archive} is truncated: its end is missing", file=sys.stderr)
+    elif not result.is_intact:
+        print(
+            f"warning: {args.archive} is damaged: the checksum of the whole is wrong",
+            file=sys.stderr,
+        )
+    for lost in result.lost:
+        print(
+            f"warning: the images {lost.start + 1} to {lost.stop} of the archive did not come back",
+            file=sys.stderr,
+        )
+    return LOST if result.lost else 0

@@ -1,0 +1,258 @@
+"""Decompression of an archive, as far as it is intact."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from coding.archive import Chunk, Contents, read_chunk, scan
+from coding.chunks import ChunkCoder
+from coding.errors import CodingError, Damaged
+from coding.image_coder import ImageCoder
+from coding.networks import Networks, codec_digest, fingerprint
+from coding.pictures import Picture, write_picture
+from serving.engine.bundle import Bundle
+from serving.files import new_folder
+
+
+@dataclass
+class Result:
+    """What came back.
+
+    Attributes:
+        images: number of images of the archive.
+        lost: those that did not come back, by their places in the archive.
+        is_truncated: whether the end of the archive is missing.
+        is_intact: whether the checksum of the whole archive is right.
+    """
+
+    images: int
+    lost: list[range] = field(default_factory=list)
+    is_truncated: bool = False
+    is_intact: bool = True
+
+    @property
+    def restored(self) -> int:
+        """Number of images that came back."""
+        return self.images - sum(len(lost) for lost in self.lost)
+
+
+def decompress(
+    archive: Path,
+    out: Path,
+    bundle: Bundle,
+    warn: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Result:
+    """Restore the images of an archive.
+
+    Args:
+        archive: of :func:`coding.compress.compress`.
+        out: a new folder, or a new ``.npy`` file for an archive of an array.
+        bundle: the one that the archive was made with.
+        warn: called before the start if this processor or its software is not that of the encoder.
+        progress: called with the number of images done and of all.
+
+    Returns:
+        What came back. A damaged chunk loses its own images: their files are missing, and the rows
+        of an array are zero.
+
+    Raises:
+        CodingError: the file is not an archive, nothing in it can be decoded, it was made with
+            another bundle, or ``out`` exists or is of the wrong kind.
+        BundleError: the bundle's files do not match its manifest.
+    """
+    with open(archive, "rb") as file:
+        contents = scan(file, archive)
+        _check_target(contents, out)
+        networks = Networks(bundle)
+        _check_bundle(contents, bundle, archive)
+        for line in _differences(contents.header["fingerprint"]):
+            warn(line)
+        coder = ChunkCoder(ImageCoder(networks), networks.image_shape)
+        total = contents.header["images"]
+        result = Result(total, contents.lost(), not contents.is_complete, contents.is_intact)
+        if not contents.chunks:
+            raise CodingError(f"{archive} is truncated or damaged: it holds no complete chunk")
+        done = 0
+        target = _folder if contents.header["kind"] == "files" else _array
+        with target(out, total) as images:
+            for chunk in contents.chunks:
+                if not _restore(file, chunk, coder, images):
+                    result.lost.append(range(chunk.first, chunk.first + chunk.count))
+                done += chunk.count
+                progress(done, total)
+            result.lost.sort(key=lambda lost: lost.start)
+            if not result.restored:
+                raise CodingError(
+                    f"{archive}: no image came back. The archive is damaged, or this processor "
+                    "computes other numbers than the encoder's"
+                )
+    return result
+
+
+def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) -> bool:
+    """Write the images of a chunk; ``False`` if it is damaged, and none of them is written."""
+    payload = read_chunk(file, chunk)
+    if payload is None:
+        return False
+    try:
+        for i, (name, picture) in enumerate(coder.decode(payload, chunk.count)):
+            images.write(chunk.first + i, name, picture)
+    except Damaged:
+        images.undo()
+        return False
+    images.keep()
+    return True
+
+
+class _Target(Protocol):
+    def write(self, index: int, name: str | None, picture: Picture) -> None: ...
+
+    def undo(self) -> None:
+        """Remove the images since the last call of ``keep``."""
+        ...
+
+    def keep(self) -> None: ...
+
+
+class _Files:
+    """Files below a folder that did not exist before."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._recent: list[Path] = []
+
+    def write(self, index: int, name: str | None, picture: Picture) -> None:
+        path = self._folder / _safe_name(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:  # never follows a link, never replaces a file
+                self._recent.append(path)
+                file.write(write_picture(str(name), picture))
+        except (FileExistsError, NotADirectoryError) as error:
+            raise Damaged("two images have the same name") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise Damaged("an image has no valid name") from error
+            raise
+
+    def undo(self) -> None:
+        for path in self._recent:
+            path.unlink(missing_ok=True)
+        self._recent = []
+
+    def keep(self) -> None:
+        self._recent = []
+
+
+class _Rows:
+    """The rows of an array, whose shape the first image sets."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path = path
+        self._count = count
+        self._array: Any = None
+        self._recent: list[int] = []
+
+    def write(self, index: int, name: str | None, picture: Picture) -> None:
+        if name is not None or picture.pixels is None:
+            raise Damaged("an array has no file names")
+        if self._array is None:
+            self._array = np.lib.format.open_memmap(
+                self._path, "w+", np.uint8, (self._count, *picture.pixels.shape)
+            )
+        if picture.pixels.shape != self._array.shape[1:]:
+            raise Damaged("the images of an array have different shapes")
+        self._array[index] = picture.pixels
+        self._recent.append(index)
+
+    def undo(self) -> None:
+        for index in self._recent:
+            self._array[index] = 0
+        self._recent = []
+
+    def keep(self) -> None:
+        self._recent = []
+        self._array.flush()
+
+
+@contextmanager
+def _folder(out: Path, count: int) -> Iterator[_Files]:
+    with new_folder(out, CodingError) as temporary:
+        yield _Files(temporary)
+
+
+@contextmanager
+def _array(out: Path, count: int) -> Iterator[_Rows]:
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield _Rows(temporary, count)
+        if os.path.lexists(out):
+            raise CodingError(f"{out} was made by another process meanwhile: it stays as it is")
+        os.rename(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _safe_name(name: str | None) -> str:
+    """Check that a name stays within the folder.
+
+    Raises:
+        Damaged: it does not, or is no name of a file.
+    """
+    if not name or "\0" in name or "\\" in name or len(name) > 4096:
+        raise Damaged("an image has no valid name")
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise Damaged("the name of an image leaves the folder")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise Damaged("an image has no valid name") from error
+    return str(PurePosixPath(*parts))
+
+
+def _check_target(contents: Contents, out: Path) -> None:
+    if os.path.lexists(out):
+        raise CodingError(f"{out} exists: take another name")
+    if (out.suffix == ".npy") != (contents.header["kind"] == "array"):
+        raise CodingError(
+            "the archive holds an array: give a file that ends with .npy"
+            if contents.header["kind"] == "array"
+            else f"the archive holds files: give a new folder, not {out}"
+        )
+
+
+def _check_bundle(contents: Contents, bundle: Bundle, archive: Path) -> None:
+    made_with = contents.header["bundle"]
+    if made_with.get("codec") != codec_digest(bundle):
+        raise CodingError(
+            f"{archive} was made with the model {str(made_with.get('model')):.80}, and "
+            f"{bundle.folder} is {bundle.model_id} or has another codec: only the bundle that "
+            "compressed the images can restore them"
+        )
+
+
+def _differences(encoder: dict[str, Any]) -> list[str]:
+    """A warning if the encoder's processor or software was another one."""
+    here = fingerprint()
+    different = [name for name in here if encoder.get(name) != here[name]]
+    if not different:
+        return []
+    listed = "; ".join(
+        f"{name}: {str(encoder.get(name)):.60}, here {here[name]:.60}" for name in different
+    )
+    return [
+        f"the archive was made with another processor or other software ({listed}). The model's "
+        "numbers may differ in their last digits; then images coded by the model cannot come back "
+        "here, and their checksums say so"
+    ]

@@ -1,0 +1,15 @@
+"""The errors of this package."""
+
+from __future__ import annotations
+
+
+class CodingError(ValueError):
+    """An archive cannot be written or read as requested; the message is for the user."""
+
+
+class NotCoded(ValueError):
+    """The model cannot code this image, whose numbers leave the range of the coder."""
+
+
+class Damaged(ValueError):
+    """The content of a chunk is not what any encoder writes."""

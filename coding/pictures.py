@@ -1,0 +1,145 @@
+"""Images as an archive holds them, and the coders that need no model."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from coding.errors import Damaged
+from serving.images import ImageError, read_image
+
+# Formats whose pixels are coded and which are written again from them. Files of other formats, and
+# all whose pixels are not plain 8-bit RGB or grey, are stored byte for byte.
+WRITTEN = {".png": "PNG", ".bmp": "BMP"}
+_GREY = ["converted from L to RGB"]
+_NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; others are metadata
+_WEBP = {"lossless": True, "method": 4, "quality": 100}  # smaller than method 6
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file, or an image of an array.
+
+    Attributes:
+        pixels: uint8 ``(H, W, 1)`` or ``(H, W, 3)``; ``None`` for a file stored byte for byte.
+        data: the file; empty for an image of an array.
+        has_metadata: whether metadata is lost if the pixels are coded.
+    """
+
+    pixels: np.ndarray | None
+    data: bytes = b""
+    has_metadata: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory."""
+        return len(self.data) + (0 if self.pixels is None else self.pixels.nbytes)
+
+    def stored(self) -> tuple[str, bytes]:
+        """The image without a model: ``w`` and lossless WebP, or ``f`` and the file."""
+        if self.pixels is None:
+            return "f", self.data
+        rgb = np.repeat(self.pixels, 3 // self.pixels.shape[2], axis=2)
+        if max(rgb.shape) > 16383 and not self.data:
+            raise ValueError("an image of an array may have 16383 pixels in height and width")
+        out = io.BytesIO()
+        if max(rgb.shape) <= 16383:  # the limit of WebP
+            Image.fromarray(rgb).save(out, "WEBP", **_WEBP)
+        webp = out.getvalue()
+        return (
+            ("w", webp)
+            if webp and (not self.data or len(webp) < len(self.data))
+            else ("f", self.data)
+        )
+
+
+def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
+    """An image file; one that cannot be decoded is a file like any other."""
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix not in WRITTEN:
+        return Picture(None, data)
+    has_metadata = suffix == ".png" and _has_metadata(data)
+    if has_metadata and keep_metadata:
+        return Picture(None, data)
+    try:
+        image = read_image(data)
+    except (ImageError, MemoryError):
+        return Picture(None, data)
+    if image.notes not in ([], _GREY):
+        return Picture(None, data)
+    pixels = image.pixels[:, :, :1] if image.notes else image.pixels
+    return Picture(np.ascontiguousarray(pixels), data, has_metadata)
+
+
+def read_stored(kind: str, blob: bytes, is_grey: bool) -> Picture:
+    """The image of :meth:`Picture.stored`.
+
+    Raises:
+        Damaged: it cannot be decoded.
+    """
+    if kind == "f":
+        return Picture(None, blob)
+    try:
+        image = read_image(blob)
+    except (ImageError, MemoryError) as error:
+        raise Damaged(f"a stored image cannot be decoded: {error}") from error
+    if image.notes:
+        raise Damaged("a stored image is not RGB")
+    return Picture(image.pixels[:, :, :1] if is_grey else image.pixels)
+
+
+def write_picture(name: str, picture: Picture) -> bytes:
+    """The file of an image.
+
+    Raises:
+        Damaged: no encoder would have coded pixels under this name.
+    """
+    if picture.pixels is None:
+        return picture.data
+    format = WRITTEN.get(PurePosixPath(name).suffix.lower())
+    if format is None:
+        raise Damaged("pixels have the name of another format")
+    grey = picture.pixels.shape[2] == 1
+    out = io.BytesIO()
+    Image.fromarray(picture.pixels[:, :, 0] if grey else picture.pixels).save(out, format)
+    return out.getvalue()
+
+
+def update_digest(digest: hashlib._Hash, picture: Picture, is_file: bool) -> None:
+    """Enter what must come back of an image: the file, or shape and pixels."""
+    if is_file or picture.pixels is None:
+        digest.update(b"f%d " % len(picture.data) + picture.data)
+    else:
+        digest.update(b"p%d %d %d " % picture.pixels.shape + picture.pixels.tobytes())
+
+
+def _has_metadata(data: bytes) -> bool:
+    """Whether a PNG has other chunks than pixels need."""
+    position = 8
+    while position + 8 <= len(data):
+        if data[position + 4 : position + 8] not in _NEEDED_CHUNKS:
+            return True
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return False
+
+
+def inflate(data: bytes, limit: int) -> bytes:
+    """Decompress at most ``limit`` bytes of zlib data.
+
+    Raises:
+        Damaged: it is not zlib data, or has more.
+    """
+    inflater = zlib.decompressobj()
+    try:
+        result = inflater.decompress(data, limit)
+    except zlib.error as error:
+        raise Damaged("the table of a chunk is not zlib data") from error
+    if not inflater.eof:
+        raise Damaged("the table of a chunk is incomplete or too large")
+    return result

@@ -1,0 +1,113 @@
+"""What is compressed: a folder of image files, or an array of images."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from coding.errors import CodingError
+from coding.pictures import Picture, read_picture
+from serving.files import image_paths, read_file
+from serving.images import IMAGE_SUFFIXES
+
+
+class Source(Protocol):
+    """Images in a fixed order.
+
+    Attributes:
+        kind: ``files`` or ``array``.
+        count: number of images.
+        identity: differs for other files or another array, but does not cover their content.
+    """
+
+    kind: str
+    count: int
+    identity: str
+
+    def name(self, index: int) -> str | None:
+        """A file's path relative to the folder; ``None`` for images of an array."""
+        ...
+
+    def read(self, index: int) -> Picture:
+        """One image."""
+        ...
+
+
+class FolderSource:
+    """The image files below a folder, in the order of their paths.
+
+    Raises:
+        CodingError: there are none.
+    """
+
+    kind = "files"
+
+    def __init__(self, folder: Path, keep_metadata: bool = False) -> None:
+        self._folder = folder
+        self._keep_metadata = keep_metadata
+        self._names = list(image_paths(folder))
+        self.count = len(self._names)
+        if not self.count:
+            raise CodingError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        listed = "\n".join([str(keep_metadata), *self._names])
+        self.identity = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
+
+    def name(self, index: int) -> str | None:
+        return self._names[index]
+
+    def read(self, index: int) -> Picture:
+        path = self._folder / self._names[index]
+        try:
+            data = read_file(path)
+        except OSError as error:
+            raise CodingError(f"{path}: {error.strerror}") from error
+        return read_picture(self._names[index], data, self._keep_metadata)
+
+
+class ArraySource:
+    """A ``.npy`` file of uint8 ``(N, H, W, 1)`` or ``(N, H, W, 3)``, which is not read as a whole.
+
+    Raises:
+        CodingError: the file is not such an array.
+    """
+
+    kind = "array"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise CodingError(f"{path} is not an array: {error}") from error
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
+            raise CodingError(f"{path} must be an array of uint8 (N, H, W, C)")
+        if array.shape[3] not in (1, 3) or not array.size:
+            raise CodingError(
+                f"{path} must have images with 1 or 3 channels, got the shape {array.shape}"
+            )
+        if max(array.shape[1:3]) > 4000:
+            raise CodingError(f"{path}: images may have 4000 pixels in height and width")
+        self._array = array
+        self.count = len(array)
+        self.identity = hashlib.sha256(repr(array.shape).encode()).hexdigest()
+
+    def name(self, index: int) -> str | None:
+        return None
+
+    def read(self, index: int) -> Picture:
+        return Picture(np.array(self._array[index]))
+
+
+def open_source(path: Path, keep_metadata: bool = False) -> Source:
+    """A folder or a ``.npy`` file.
+
+    Raises:
+        CodingError: it is neither, or holds no images.
+    """
+    if path.is_dir():
+        return FolderSource(path, keep_metadata)
+    if path.suffix == ".npy":
+        return ArraySource(path)
+    raise CodingError(f"{path} is neither a folder of images nor an array (.npy)")

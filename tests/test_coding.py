@@ -1,0 +1,680 @@
+"""Lossless coding: every step is exact, archives come back, and damage is contained."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("constriction")
+
+from ade_cli.main import main
+from ade_model import ModelConfig
+from ade_model.checkpoint import save_model
+from ade_model.quantization import dequantize
+from coding import archive as archives
+from coding import chunks, decompress, lattice, networks
+from coding import compress as compressing
+from coding.compress import compress
+from coding.errors import CodingError, Damaged, NotCoded
+from coding.image_coder import ImageCoder
+from coding.pictures import Picture
+from coding.sources import ArraySource, open_source
+from coding.stack import Stack
+from export.codec import CodecError, add_codec, check_codable, write_codec
+from export.graphs import Graphs
+from export.lifting import factorize
+from export.parity import make_inputs
+from export.to_onnx import export_onnx
+from serving.engine.bundle import Bundle, open_bundle, write_manifest
+from serving.engine.signatures import inputs_of
+from tests.helpers import PRETRAINED, ROOT, make_model
+
+BLOCKS = {"widths": (8, 8), "latent_channels": (3, 2), "decoder_blocks": (1, 1)}
+FLOW = {"flow_couplings": 1, "flow_width": 8}
+CONFIGS = {
+    "av-ade": ModelConfig(image_size=8, **BLOCKS, **FLOW),
+    "real-nvp": ModelConfig(
+        image_size=8,
+        widths=(),
+        latent_channels=(),
+        decoder_blocks=(),
+        flow_scales=2,
+        flow_mask="checkerboard",
+        **FLOW,
+    ),
+    "vae": ModelConfig(
+        image_size=8,
+        channels=1,
+        widths=(8, 8),
+        latent_channels=(3, 0),
+        decoder_blocks=(1, 0),
+        flow_scales=0,
+        sigma="scalar",
+    ),
+}
+
+
+def make_bundle(folder: Path, name: str, scores: bool) -> Bundle:
+    """A codec's bundle of a random model, with the score graph if needed."""
+    config = CONFIGS[name]
+    folder.mkdir()
+    model = make_model(config, scale=0.06)
+    save_model(model, folder, {"recipe": name})
+    write_codec(model, folder)
+    shape = (config.image_size, config.image_size, config.channels)
+    if scores:
+        graphs = Graphs(model)
+        names = inputs_of("score", graphs.levels)
+        images = np.zeros((2, *shape), np.uint8)
+        export_onnx(graphs, "score", make_inputs(images, config.latent_shapes, names), folder)
+    fields = {
+        "name": name,
+        "recipe": name,
+        "image_shape": list(shape),
+        "latent_shapes": [list(s) for s in config.latent_shapes],
+        "operations": ["score"],
+        "data": {"name": "corners", "splits": {}},
+    }
+    write_manifest(folder, fields)
+    return open_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "av-ade", "av-ade", scores=True)
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def coded(
+    request: pytest.FixtureRequest, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ImageCoder, ModelConfig]:
+    name = request.param
+    if name != "av-ade":
+        bundle = make_bundle(tmp_path_factory.mktemp(name) / name, name, scores=False)
+    return ImageCoder(networks.Networks(bundle)), CONFIGS[name]
+
+
+def random_words(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
+
+
+def hard_images(shape: tuple[int, ...]) -> np.ndarray:
+    checks = (np.indices(shape[:2]).sum(0) % 2 * 255).astype(np.uint8)
+    return np.stack(
+        [
+            np.zeros(shape, np.uint8),
+            np.full(shape, 255, np.uint8),
+            np.full(shape, 127, np.uint8),
+            np.repeat(checks[:, :, None], shape[2], 2),
+            np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+        ]
+    )
+
+
+@pytest.mark.parametrize("n", [2, 3, 12, 48])
+def test_lifting_steps_are_the_rotation_and_exact(n: int) -> None:
+    generator = np.random.default_rng(n)
+    matrix = np.linalg.qr(generator.normal(size=(n, n)))[0]
+    lifting = factorize(matrix)
+    x = generator.integers(-(2**30), 2**30, (n, 4, 4))
+    np.testing.assert_allclose(
+        lifting.apply(x.reshape(n, -1).astype(float)), matrix @ x.reshape(n, -1), atol=1e-4
+    )
+    rotation = lattice.Rotation(**vars(lifting))
+    y = rotation.forward(x)
+    assert np.abs(y.reshape(n, -1) - matrix @ x.reshape(n, -1)).max() < 4 + n / 2
+    assert np.array_equal(rotation.inverse(y), x)
+
+
+def test_a_matrix_that_is_not_orthogonal_has_no_lifting_steps() -> None:
+    with pytest.raises(ValueError, match="not orthogonal"):
+        factorize(np.ones((3, 3)))
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.7, 12.0, 1000.0])
+def test_stretching_is_exact_and_costs_its_log_determinant(scale: float) -> None:
+    generator = np.random.default_rng(0)
+    x = generator.integers(-(2**30), 2**30, 3000)
+    log_scales = np.log(scale) + 0.3 * generator.normal(size=x.size)
+    shifts = generator.integers(-(2**20), 2**20, x.size)
+    stack = Stack(words := random_words(4000), sealed=True)
+    before = stack.bits
+    y = lattice.stretch(x, log_scales, shifts, stack)
+    spent = before - stack.bits
+    if scale == 0.7:
+        np.testing.assert_allclose(y, x * np.exp(log_scales) + shifts, rtol=1e-3, atol=4)
+        assert abs(spent - log_scales.sum() / np.log(2)) < 0.002 * x.size
+    # Far smaller and larger scales cost more, but are exact too.
+    assert np.array_equal(lattice.shrink(y, log_scales, shifts, stack), x)
+    assert np.array_equal(stack.unseal(), words)
+
+
+def test_a_stack_stores_any_value_and_gives_its_bits_back() -> None:
+    generator = np.random.default_rng(1)
+    n = 2000
+    means, scales = 1e5 * generator.normal(size=n), np.exp(generator.uniform(-2, 14, n))
+    stack = Stack(words := random_words(3000), sealed=True)
+    drawn = stack.draw_gaussian(means, scales)
+    assert abs(np.mean((drawn - means) / scales)) < 0.1
+    assert 0.9 < np.std((drawn - means) / scales) < 1.1
+    values = np.concatenate([drawn[:-4], [2**36, -(2**36), 0, 1]])
+    stack.push_gaussian(values, means, scales)
+    assert np.array_equal(stack.pop_gaussian(means, scales), values)
+    stack.undraw_gaussian(drawn, means, scales)
+    assert np.array_equal(stack.unseal(), words)
+    with pytest.raises(Damaged, match="not drawn"):
+        stack.undraw_gaussian(np.array([10**6]), np.zeros(1), np.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("mean", "scale"),
+    [(np.nan, 1), (0, np.nan), (0, 0), (0, -1), (np.inf, 1), (1e300, 1), (0, 1e300)],
+)
+def test_a_stack_refuses_what_would_end_the_process(mean: float, scale: float) -> None:
+    stack = Stack(random_words(8), sealed=True)
+    for call in (stack.draw_gaussian, stack.pop_gaussian):
+        with pytest.raises(NotCoded):
+            call(np.array([mean], float), np.array([scale], float))
+    with pytest.raises(NotCoded):
+        stack.pop_uniform(np.array([1]))
+
+
+def test_every_image_comes_back(
+    coded: tuple[ImageCoder, ModelConfig], small_images: np.ndarray
+) -> None:
+    coder, config = coded
+    real = small_images[:12, :, :, : config.channels]
+    images = np.concatenate([real, hard_images(real.shape[1:])])
+    stack = Stack(words := random_words(3000), sealed=True)
+    for image in images:
+        coder.encode(image, stack)
+    back = Stack(stack.finish(), sealed=False)
+    for image in images[::-1]:
+        assert np.array_equal(coder.decode(back), image)
+    assert np.array_equal(back.unseal(), words)
+
+
+def test_the_net_rate_is_the_bound(
+    coded: tuple[ImageCoder, ModelConfig], small_images: np.ndarray
+) -> None:
+    coder, config = coded
+    images = small_images[:100, :, :, : config.channels]
+    stack = Stack(random_words(3000), sealed=True)
+    before = stack.bits
+    for image in images:
+        coder.encode(image, stack)
+    rate = (stack.bits - before) / images.size
+    model = make_model(config, scale=0.06)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        x = dequantize(pixels, torch.rand(pixels.shape, generator=generator))
+        eps = [torch.randn(len(x), *s, generator=generator) for s in config.latent_shapes]
+        nats = -model.score(x, eps).log_weight.sum()
+    bound = 8 + float(nats) / np.log(2) / images.size
+    assert abs(rate / bound - 1) < 0.005
+
+
+def test_no_source_is_coded_below_its_entropy(coded: tuple[ImageCoder, ModelConfig]) -> None:
+    """Of uniform noise that is 8 bits per value, whatever the model (Shannon, 1948)."""
+    coder, config = coded
+    shape = (100, config.image_size, config.image_size, config.channels)
+    stack = Stack(random_words(3000, seed=2), sealed=True)
+    before = stack.bits
+    for image in np.random.default_rng(3).integers(0, 256, shape, np.uint8):
+        coder.encode(image, stack)
+    assert stack.bits - before > 8 * np.prod(shape)
+
+
+def test_all_images_of_a_tiny_alphabet_have_different_codes(bundle: Bundle) -> None:
+    """Exhaustive where that is possible: every value of one pixel in every channel."""
+    coder = ImageCoder(networks.Networks(bundle))
+    words, codes = random_words(1500), set()
+    for level in range(256):
+        image = np.full((8, 8, 3), 90, np.uint8)
+        image[4, 3, level % 3] = level
+        stack = Stack(words, sealed=True)
+        coder.encode(image, stack)
+        codes.add(stack.finish().tobytes())
+        assert np.array_equal(coder.decode(stack), image)
+    assert len(codes) == 256 - 1  # level 90 is in the plain image, and only once
+
+
+@pytest.fixture
+def folder(tmp_path: Path, small_images: np.ndarray) -> Path:
+    """Plain images, and every kind that is stored differently."""
+    folder = tmp_path / "images"
+    for i, image in enumerate(small_images[:150]):
+        path = folder / f"class {i % 3}" / f"{i:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    Image.fromarray(small_images[0]).resize((40, 20)).save(folder / "wide.png")
+    Image.fromarray(small_images[1]).convert("L").save(folder / "grey.png")
+    Image.fromarray(small_images[2]).convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(small_images[3]).save(folder / "photo.jpg")
+    Image.fromarray(small_images[4]).save(folder / "bitmap.bmp")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (folder / "empty.png").write_bytes(b"")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What must come back: pixels of PNG and BMP files, bytes of all others."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        try:
+            image = Image.open(path)
+            found[name] = (image.mode, image.size, image.tobytes())
+        except OSError:
+            found[name] = path.read_bytes()
+    return found
+
+
+def test_a_folder_comes_back(
+    folder: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, back = tmp_path / "out.ade", tmp_path / "back"
+    assert main(["compress", str(folder), str(out), "--bundle", str(bundle.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "net rate" in printed and "bound of ade score" in printed
+    assert f"archive: {out.stat().st_size} bytes" in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out.ade"]
+    assert main(["decompress", str(out), str(back), "--bundle", str(bundle.folder)]) == 0
+    assert contents(back) == contents(folder)
+    # Nothing is overwritten.
+    for words in (["compress", folder, out], ["decompress", out, back]):
+        assert main([*map(str, words), "--bundle", str(bundle.folder)]) == 2
+        assert "exists" in capsys.readouterr().err
+    assert (
+        main(["decompress", str(out), str(tmp_path / "x.npy"), "--bundle", str(bundle.folder)]) == 2
+    )
+    assert "holds files" in capsys.readouterr().err
+
+
+def test_metadata_is_kept_on_request(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    image = Image.fromarray(hard_images((8, 8, 3))[4])
+    image.save(tmp_path / "in" / "a.png", dpi=(300, 300))
+    for keep in (False, True):
+        out = tmp_path / f"{keep}.ade"
+        report = compress(open_source(tmp_path / "in", keep), out, bundle)
+        decompress.decompress(out, tmp_path / str(keep), bundle)
+        same = (tmp_path / "in" / "a.png").read_bytes() == (
+            tmp_path / str(keep) / "a.png"
+        ).read_bytes()
+        assert same == keep and report.without_metadata == (not keep)
+
+
+def save_array(path: Path, images: np.ndarray) -> ArraySource:
+    np.save(path, images)
+    return ArraySource(path)
+
+
+@pytest.fixture
+def archived(
+    bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """An archive of an array in four chunks."""
+    monkeypatch.setattr(compressing, "MAX_IMAGES", 50)
+    source = save_array(tmp_path / "in.npy", small_images[:200])
+    report = compress(source, tmp_path / "out.ade", bundle, verify=False)
+    assert report.figures.coded > 100
+    return tmp_path / "out.ade"
+
+
+def chunks_of(path: Path) -> list[archives.Chunk]:
+    with open(path, "rb") as file:
+        return archives.scan(file, path).chunks
+
+
+def test_a_damaged_chunk_loses_its_own_images_alone(
+    archived: Path,
+    bundle: Bundle,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = archived.read_bytes()
+    chunk = chunks_of(archived)[1]
+    # In the content of the second chunk, and in its record.
+    for number, place in enumerate((chunk.offset + chunk.length // 2, chunk.offset - 50)):
+        bad = bytearray(good)
+        bad[place] ^= 1
+        archived.write_bytes(bad)
+        back = tmp_path / f"back{number}.npy"
+        words = ["decompress", str(archived), str(back), "--bundle", str(bundle.folder)]
+        assert main(words) == 3
+        printed = capsys.readouterr()
+        assert "150 of 200" in printed.out
+        assert "checksum of the whole is wrong" in printed.err
+        assert "images 51 to 100 of the archive did not come back" in printed.err
+        found = np.load(back)
+        assert np.array_equal(found[:50], small_images[:50])
+        assert not found[50:100].any()
+        assert np.array_equal(found[100:], small_images[100:200])
+
+
+def test_a_truncated_archive_gives_what_it_has(
+    archived: Path, bundle: Bundle, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    good = archived.read_bytes()
+    chunk = chunks_of(archived)[2]
+    archived.write_bytes(good[: chunk.offset + 100])
+    result = decompress.decompress(archived, tmp_path / "back.npy", bundle)
+    assert result.is_truncated and result.restored == 100 and result.lost == [range(100, 200)]
+    assert np.array_equal(np.load(tmp_path / "back.npy")[:100], small_images[:100])
+    for length, message in (
+        (0, "not an archive"),
+        (20, "truncated"),
+        (200, "damaged or truncated"),
+    ):
+        archived.write_bytes(good[:length])
+        with pytest.raises(CodingError, match=message):
+            decompress.decompress(archived, tmp_path / "none.npy", bundle)
+    archived.write_bytes(good[: chunks_of_start(good)])
+    with pytest.raises(CodingError, match="no complete chunk"):
+        decompress.decompress(archived, tmp_path / "none.npy", bundle)
+    assert not list(tmp_path.glob("*none*"))
+
+
+def chunks_of_start(data: bytes) -> int:
+    return data.index(b"ADEc")
+
+
+def test_another_bundle_is_refused(archived: Path, bundle: Bundle, tmp_path: Path) -> None:
+    other = Bundle(
+        bundle.folder,
+        {**bundle.manifest, "name": "other", "files": {**bundle.manifest["files"]}},
+    )
+    codec = bundle.folder / "codec.json"
+    before = codec.read_text()
+    try:
+        codec.write_text(before + "\n")
+        other.manifest["files"]["codec.json"] = hashlib.sha256(codec.read_bytes()).hexdigest()
+        with pytest.raises(CodingError, match=r"made with the model av-ade@.* other@"):
+            decompress.decompress(archived, tmp_path / "back.npy", other)
+    finally:
+        codec.write_text(before)
+
+
+def test_another_processor_is_announced_and_its_numbers_are_checked(
+    archived: Path,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = networks.fingerprint()
+    monkeypatch.setattr(decompress, "fingerprint", lambda: {**here, "cpu": "Another CPU"})
+    warnings: list[str] = []
+    result = decompress.decompress(archived, tmp_path / "a.npy", bundle, warnings.append)
+    assert not result.lost and "cpu:" in warnings[0] and "Another CPU" in warnings[0]
+    # If the last digits of a network differ, the images do not come back, and this is noticed.
+    run = networks.Networks.run
+    monkeypatch.setattr(
+        networks.Networks,
+        "run",
+        lambda self, graph, inputs: [v * np.float32(1 + 2e-7) for v in run(self, graph, inputs)],
+    )
+    with pytest.raises(CodingError, match="no image came back"):
+        decompress.decompress(archived, tmp_path / "b.npy", bundle)
+    assert not (tmp_path / "b.npy").exists()
+
+
+def test_chunks_that_do_not_come_back_are_stored_without_the_model(
+    bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = networks.Networks.run, iter(range(10**9))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            networks.Networks,
+            "run",
+            lambda self, graph, inputs: [
+                v + np.float32(1e-6 * next(calls)) for v in run(self, graph, inputs)
+            ],
+        )
+        source = save_array(tmp_path / "in.npy", small_images[:100])
+        report = compress(source, tmp_path / "out.ade", bundle)
+    assert report.not_reproduced == 1
+    assert "did not reproduce" in "\n".join(report.lines(192))
+    decompress.decompress(tmp_path / "out.ade", tmp_path / "back.npy", bundle)
+    assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:100])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.62, 0.999])
+def test_an_interrupted_archive_is_resumed(
+    archived: Path, bundle: Bundle, small_images: np.ndarray, tmp_path: Path, share: float
+) -> None:
+    """What kill -9 leaves is a prefix of the file: each chunk is on the disk before the next."""
+    good = archived.read_bytes()
+    length = int(share * len(good))
+    whole = sum(c.count for c in chunks_of(archived) if c.offset + c.length <= length)
+    archived.unlink()
+    part = tmp_path / "out.ade.part"
+    part.write_bytes(good[:length])
+    report = compress(ArraySource(tmp_path / "in.npy"), archived, bundle, verify=False)
+    assert report.resumed == whole and not part.exists()
+    decompress.decompress(archived, tmp_path / "back.npy", bundle)
+    assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:200])
+
+
+def test_a_part_of_other_images_is_refused(
+    archived: Path, bundle: Bundle, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    archived.rename(tmp_path / "new.ade.part")
+    source = save_array(tmp_path / "other.npy", small_images[:120])
+    with pytest.raises(CodingError, match="other values of images, input"):
+        compress(source, tmp_path / "new.ade", bundle)
+    assert (tmp_path / "new.ade.part").exists()
+    # The same shape, other pixels.
+    source = save_array(tmp_path / "other.npy", 255 - small_images[:200])
+    with pytest.raises(CodingError, match="have changed"):
+        compress(source, tmp_path / "new.ade", bundle)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["../a.png", "b.png"], ["/a.png", "b.png"], ["a.png", "a.png"], ["a.png", "a.png/b.png"]],
+)
+def test_an_archive_writes_nothing_outside_its_folder(
+    names: list[str], bundle: Bundle, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    loaded = networks.Networks(bundle)
+    coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
+    path = tmp_path / "evil.ade"
+    with open(path, "w+b") as file:
+        archives.write_header(file, header(bundle, 3))
+        good, *_ = coder.encode(["good.png"], [Picture(small_images[0])])
+        archives.write_chunk(file, 0, 1, good)
+        evil, *_ = coder.encode(names, [Picture(image) for image in small_images[:2]])
+        archives.write_chunk(file, 1, 2, evil)
+        archives.write_end(file, 3)
+    result = decompress.decompress(path, tmp_path / "back", bundle)
+    assert result.lost == [range(1, 3)]
+    assert [p.name for p in (tmp_path / "back").iterdir()] == ["good.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "evil.ade"]
+
+
+def header(bundle: Bundle, images: int, kind: str = "files") -> dict[str, Any]:
+    return {
+        "format_version": 1,
+        "kind": kind,
+        "images": images,
+        "image_shape": list(bundle.image_shape),
+        "bundle": {"model": bundle.model_id, "codec": networks.codec_digest(bundle)},
+        "fingerprint": networks.fingerprint(),
+        "input": "",
+    }
+
+
+def test_hostile_chunks_are_damaged_chunks(bundle: Bundle, small_images: np.ndarray) -> None:
+    """With valid checksums: whatever a chunk holds, decoding ends with images or ``Damaged``."""
+    loaded = networks.Networks(bundle)
+    coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
+    good, _, kinds = coder.encode(None, [Picture(image) for image in small_images[:40]])
+    assert "m" in kinds
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(40):
+        bad = bytearray(good)
+        for _ in range(generator.choice((1, 3, 100))):
+            bad[generator.randrange(len(bad))] = generator.randrange(256)
+        if generator.random() < 0.3:
+            del bad[generator.randrange(len(bad)) :]
+        try:
+            for _ in coder.decode(bytes(bad), 40):
+                pass
+        except Damaged:
+            refused += 1
+    assert refused == 40
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"kinds": "m" * 512},
+        {"kinds": "f", "sizes": [10**18]},
+        {"kinds": "f", "sizes": [-1]},
+        {"kinds": "f", "sizes": [True]},
+        {"kinds": "w", "sizes": [0], "paid": 5},
+        {"kinds": "x", "sizes": [0]},
+        {"kinds": "f", "sizes": [0], "names": [3]},
+        {"kinds": "w", "sizes": [4], "grey": ["0"]},
+        [],
+        None,
+    ],
+)
+def test_hostile_tables_are_refused(table: Any, bundle: Bundle) -> None:
+    import zlib
+
+    loaded = networks.Networks(bundle)
+    coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
+    if isinstance(table, dict):
+        table = {"names": None, "sizes": [], "paid": 0, "grey": [], **table}
+    count = len(table["kinds"]) if isinstance(table, dict) else 1
+    packed = zlib.compress(json.dumps(table).encode())
+    payload = bytes(32) + chunks._LENGTHS.pack(len(packed), 2) + packed + b"\x01\0\0\x01" * 2
+    with pytest.raises(Damaged):
+        list(coder.decode(payload, count))
+    bomb = zlib.compress(b" " * 2**28)
+    payload = bytes(32) + chunks._LENGTHS.pack(len(bomb), 0) + bomb
+    with pytest.raises(Damaged, match="too large"):
+        list(coder.decode(payload, count))
+
+
+def test_models_that_cannot_code_say_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CodecError, match="recipe gan cannot code images: it has no inference"):
+        check_codable({"recipe": "gan", "model": {"encoder": False}})
+    with pytest.raises(CodecError, match="autoregressive"):
+        check_codable({"recipe": "av-ade-iaf-rd", "model": {"posterior_iaf": True}})
+    manifest = open_bundle(PRETRAINED).manifest
+    plain = {name: value for name, value in manifest["files"].items() if "codec" not in name}
+    sampler = Bundle(
+        PRETRAINED, {**manifest, "recipe": "gan", "operations": ["sample"], "files": plain}
+    )
+    with pytest.raises(CodingError, match="recipe gan has no inference network"):
+        networks.check_codec(sampler)
+    bare = Bundle(PRETRAINED, {**manifest, "files": plain})
+    with pytest.raises(CodingError, match="has no codec. ade export"):
+        networks.check_codec(bare)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), "must be an array of uint8"),
+        (np.zeros((2, 8, 8), np.uint8), "must be an array of uint8"),
+        (np.zeros((2, 8, 8, 4), np.uint8), "1 or 3 channels"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "1 or 3 channels"),
+    ],
+)
+def test_arrays_that_are_no_images(array: np.ndarray, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CodingError, match=message):
+        save_array(tmp_path / "in.npy", array)
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(CodingError, match="holds no images"):
+        open_source(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(CodingError, match="neither a folder of images nor an array"):
+        open_source(tmp_path / "a.txt")
+    (tmp_path / "a.npy").write_text("text")
+    with pytest.raises(CodingError, match="not an array"):
+        open_source(tmp_path / "a.npy")
+
+
+def test_other_sizes_are_no_larger_than_webp(bundle: Bundle, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    compress(save_array(tmp_path / "in.npy", images), tmp_path / "out.ade", bundle)
+    webp = 0
+    for image in images:
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, "WEBP", lossless=True, method=4, quality=100)
+        webp += out.tell()
+    assert (tmp_path / "out.ade").stat().st_size < webp + 1200
+    decompress.decompress(tmp_path / "out.ade", tmp_path / "back.npy", bundle)
+    assert np.array_equal(np.load(tmp_path / "back.npy"), images)
+
+
+@pytest.mark.slow
+def test_a_codec_is_added_to_a_bundle(tmp_path: Path) -> None:
+    words = ["export", str(PRETRAINED), str(tmp_path / "with"), "--with-codec"]
+    assert main(words) == 0
+    found, before = open_bundle(tmp_path / "with"), open_bundle(PRETRAINED)
+    assert {**found.manifest, "files": None} == {**before.manifest, "files": None}
+    assert before.manifest["files"].items() <= found.manifest["files"].items()
+    with pytest.raises(ValueError, match="exists"):
+        add_codec(PRETRAINED, tmp_path / "with", ValueError)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(bundle: Bundle, small_images: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", np.concatenate([small_images] * 8))
+    out = tmp_path / "out.ade"
+    script = (
+        "import sys; from coding import compress; compress.MAX_IMAGES = 40\n"
+        "from ade_cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["compress", str(tmp_path / "in.npy"), str(out), "--bundle", str(bundle.folder)]
+    generator = random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(10):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *words], cwd=ROOT, env=environment
+        )
+        time.sleep(generator.uniform(0.5, 6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            break
+        part = tmp_path / "out.ade.part"
+        if part.exists() and part.stat().st_size > 10_000:
+            back = tmp_path / "part.npy"
+            found = decompress.decompress(part, back, bundle)
+            assert found.is_truncated
+            rows = np.load(back)[: found.restored]
+            assert np.array_equal(rows, np.concatenate([small_images] * 8)[: len(rows)])
+            back.unlink()
+    if not out.exists():
+        subprocess.run(
+            [sys.executable, "-c", script, *words], cwd=ROOT, check=True, env=environment
+        )
+    decompress.decompress(out, tmp_path / "back.npy", bundle)
+    assert np.array_equal(np.load(tmp_path / "back.npy"), np.load(tmp_path / "in.npy"))
