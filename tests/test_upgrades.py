@@ -39,8 +39,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.verdict.store import FOLDER
-from tests.front import wait_for
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService
 from tests.test_asgi import RunningApplication, is_running, release_of
 from tests.test_security import as_nobody
@@ -72,10 +71,12 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It matches its manifest, and cannot be loaded."""
-    return changed_copy(
-        tmp_path_factory.mktemp("damaged") / "bundle",
-        lambda folder: (folder / "score.onnx").write_bytes(b"not a graph"),
-    )
+
+    def damage(folder: Path) -> None:
+        disturb(folder)
+        (folder / "score.onnx").write_bytes(b"not a graph")
+
+    return changed_copy(tmp_path_factory.mktemp("damaged") / "bundle", damage)
 
 
 class Load:

@@ -1,7 +1,4 @@
-"""Lets ``ade serve`` change the releases of the running application.
-
-This is the other end of :func:`handlers.launch.channel.ask`.
-"""
+"""Lets ``ade serve`` change the releases of the running application over a private channel."""
 
 from __future__ import annotations
 

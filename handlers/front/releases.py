@@ -35,7 +35,7 @@ class Backend(Protocol):
         """
 
     def refuse(self) -> None:
-        """Answer 503 to what waits for a worker, and to what comes from now on."""
+        """Answer 503 to requests that wait for a worker and to all further ones."""
 
 
 @dataclass(frozen=True)

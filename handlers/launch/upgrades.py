@@ -105,8 +105,8 @@ class Upgrades:
             )
         say(f"verifying {folder}")
         release = self._release(self._with(verify_bundle(folder)), share or 0.0)
-        say(f"starting {_names(release)} beside {_names(self._current)}")
         if share is None:
+            say(f"starting {_names(release)} beside {_names(self._current)}")
             self._replace(release, say)
             return
         if set(release.models) == set(self._current.models):
@@ -114,6 +114,7 @@ class Upgrades:
                 f"{_names(release)} is served already: answers and metrics of a canary could not "
                 "be distinguished from the others"
             )
+        say(f"starting {_names(release)} beside {_names(self._current)}")
         self._change([self._current, release], lambda: None)
         self._canary = release
         self._changed()

@@ -121,11 +121,7 @@ def _workers(releases: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
-    """Figures of each bundle.
-
-    These are answers by class of status, their mean time in a worker, and the number of rejected
-    images.
-    """
+    """Count answers by status class and rejected images, with the mean time, by bundle."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for line in metrics.splitlines():
         match = re.fullmatch(rf'(\w+)\{{.*bundle="([^"]*)".*\}} {_NUMBER}', line)
