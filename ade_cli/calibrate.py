@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from ade_cli.data_options import (
 )
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
-from export.verdict.what_if import corruptions_of, rejected, usable
 from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle
-from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
@@ -39,7 +36,6 @@ HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and ne
 ALPHAS = (0.1, 0.05, 0.01)
 MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
-CORRUPTED_IMAGES = 100  # of each kind of corruption
 
 Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
 
@@ -117,8 +113,9 @@ def run(args: argparse.Namespace) -> None:
                 f"{open_bundle(target).model_id}"
             )
         made = calibrate_into(target, args.name, fit(), calibration(), name, say, unseen())
+    assert made.exact is not None
     _tell(made)
-    _tell_caught(open_bundle(target), made, calibration)
+    _tell_caught(open_bundle(target), made.exact)
     if args.into is None:
         say(f"wrote {target}; serve it: ade serve {target}")
     else:
@@ -209,17 +206,15 @@ def _tell_of(calibration: Calibration, what: str) -> None:
         say(f"  alpha {alpha}: {band if high else needs}")
 
 
-def _tell_caught(bundle: Bundle, calibrations: Calibrations, images: Images) -> None:
+def _tell_caught(bundle: Bundle, calibration: Calibration) -> None:
     """Print the share of corrupted images that the new gate rejects, and the next step."""
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    kept, _ = usable(engine, islice(images(), CORRUPTED_IMAGES))
-    say(f"detection: the share of {len(kept)} of these images that is rejected once corrupted")
+    count = max(map(len, calibration.corrupted.values()), default=0)
+    say(f"detection: the share of {count} of these images that is rejected once corrupted")
     at_first = {}
-    for name, corrupted in corruptions_of(kept).items():
-        shares = rejected(engine, calibrations, corrupted, ALPHAS[1:])
+    for name in calibration.corrupted:
+        shares = [calibration.caught(alpha).get(name) for alpha in ALPHAS[1:]]
         at_first[name] = shares[0]
         cells = [f"{percent(s)} at alpha {a}" for a, s in zip(ALPHAS[1:], shares, strict=True)]
         say(f"  {name}: {', '.join(cells)}")
-    assert calibrations.exact is not None
-    for line in advice(len(calibrations.exact.scores), bundle.has(FEATURES_NAME), at_first):
+    for line in advice(len(calibration.scores), bundle.has(FEATURES_NAME), at_first):
         say(f"next step: {line}")

@@ -327,6 +327,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         < page.index("uniform noise")
         < page.index("<h2>Use it")
     )
+    assert "1,000 more images would narrow the band" in page
     assert "holds" not in page and "as expected" in page
     manifest = {
         **evaluated.manifest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from scipy import stats
 from ade_cli.advice import advice
 from ade_cli.main import main
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from export.verdict.what_if import ALPHAS, what_if
+from export.verdict.what_if import ALPHAS, corruptions_of, rejected, usable, what_if
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
+from serving.page import charts
 from serving.verdict.calibration import CalibrationError, Calibrations
 from tests.helpers import PRETRAINED, ROOT
 from tests.test_imports import TRAINING_PACKAGES, without
@@ -68,6 +70,47 @@ def test_a_history_unlike_the_calibration_is_named(
         what_if(engine, Calibrations(), small_images[:2], {}, 100, 5)
     with pytest.raises(CalibrationError, match="none of 1 images can be used"):
         what_if(engine, engine.calibrations, [b""], {}, 100, 5)
+
+
+def test_a_calibration_says_what_it_catches(
+    engine: InferenceEngine, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """As measured again from its images; and still, when images have joined it."""
+    calibrations = engine.calibrations
+    assert calibrations.exact is not None
+    assert set(calibrations.exact.corrupted) == {*CORRUPTIONS, *SUBTLE}
+    images, _ = usable(engine, small_images[150:])
+    for name, its in corruptions_of(images).items():
+        (share,) = rejected(engine, calibrations, its, [0.1])
+        assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
+    assert calibrations.exact.caught(0.001) == {}  # 150 images cannot reject one in 1,000
+    more = calibrations.exact.joined_by(engine.statistics(small_images[:50]))
+    assert more.corrupted is calibrations.exact.corrupted
+    bare = dataclasses.replace(calibrations.exact, corrupted={})
+    (tmp_path / "before.npz").write_bytes(Calibrations(bare, bare).to_bytes())
+    before = Calibrations.load(tmp_path / "before.npz").exact
+    assert before is not None and before.caught(0.1) == {}
+    wrong = dataclasses.replace(bare, corrupted={"constant": np.array([1.0, np.nan])})
+    with pytest.raises(CalibrationError, match="scores of 'constant' must be finite"):
+        wrong.check_values()
+
+
+def test_the_page_shows_both(engine: InferenceEngine) -> None:
+    calibration = engine.calibrations.exact
+    assert calibration is not None
+    shown = charts.what_if(calibration, 0.1, 1000)
+    n, k = 150, 15
+    low, high = (round(x) for x in stats.betabinom.ppf([0.025, 0.975], 1000, k, n + 1 - k))
+    assert f"About {1000 * k / (n + 1):.0f} false alarms per day" in shown
+    assert f"{low} to {high} with a probability of 95 %" in shown
+    share = calibration.caught(0.1)["JPEG, quality 10"]
+    assert (
+        f'JPEG, quality 10</th><td class="ade-share"><span style="width: {100 * share:.1f}%'
+        in shown
+    )
+    assert "No image can be rejected" in charts.what_if(calibration, 0.001, 1000)
+    bare = dataclasses.replace(calibration, corrupted={})
+    assert "does not say what would be caught" in charts.what_if(bare, 0.1, 1000)
 
 
 def test_the_command(

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy import stats
 
 from export.feature_source import CHECKED, FeatureSource
+from export.verdict.corruptions import corrupted
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
@@ -41,6 +42,7 @@ from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_cal
 CHUNK = 256
 MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
 MAX_SKIPPED_SHOWN = 5
+CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
@@ -332,6 +334,12 @@ def _calibrated(
         for part, half in zip(("fitting", "calibration"), pixels, strict=True)
     )
     calibration = fit_calibration(fitting, calibrating, resize=resize or None)
+    report(f"corrupting {len(pixels[1][:CORRUPTED])} images{name}")
+    caught = {
+        way: np.sort(calibration.scores_of(statistics_of(engine, changed, way)))
+        for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items()
+    }
+    calibration = dataclasses.replace(calibration, corrupted=caught)
     return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
 
 
