@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.bulk import BulkError, BulkOptions, score_folder
+from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle
-from tests.helpers import ROOT, make_folder
+from tests.helpers import PRETRAINED, ROOT, make_folder
 
 pytest.importorskip("fsspec")
 parquet = pytest.importorskip("pyarrow.parquet")
 import pyarrow as pa  # noqa: E402
 
-from handlers.ray_bulk import manifest  # noqa: E402
+from handlers.ray_bulk import manifest, score  # noqa: E402
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed (extra ray)"
@@ -83,6 +83,31 @@ def test_a_manifest_without_paths(tmp_path: Path) -> None:
         list(manifest.read_manifest(str(tmp_path / "x.parquet")))
     with pytest.raises(BulkError, match="cannot be read"):
         list(manifest.read_manifest(str(tmp_path / "y.parquet")))
+
+
+def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
+    """Without Ray, which only hands the rows around: plan, rows, and their count."""
+    bundle, out = open_bundle(PRETRAINED), str(tmp_path / "out")
+    source, plan = str(ROOT / "serving" / "examples"), {"model": bundle.model_id}
+    total = score._prepare(source, out, plan)
+    assert total == 10 == score._prepare(source, out, plan)
+    with pytest.raises(BulkError, match="was started with"):
+        score._prepare(source, out, {"model": "another"})
+    files = parquet.read_table(f"{out}/manifest").select(["id", "path"])
+    version = FileScorer(bundle, None, BulkOptions()).calibrations.version
+    rows = score.Scorer(str(PRETRAINED), BulkOptions(), version)(files)
+    assert rows["id"].to_pylist() == list(range(10)) and rows["path"] == files["path"]
+    assert rows["bpd"].null_count == 0 and set(rows["decision"].to_pylist()) <= {"accept", "reject"}
+    (tmp_path / "out" / "rows").mkdir()
+    parquet.write_table(rows.slice(0, 6), f"{out}/rows/a.parquet")
+    with pytest.raises(BulkError, match="has 6 rows of 10 files"):
+        score._count(out, total)
+    parquet.write_table(rows.slice(6), f"{out}/rows/b.parquet")
+    assert score._count(out, total).scored == 10
+    seen: list[tuple[int, int]] = []
+    with score._Progress(out, total, lambda *numbers: seen.append(numbers)):
+        pass
+    assert seen == [(10, 10), (10, 10)]
 
 
 @needs_ray
