@@ -38,8 +38,7 @@ from serving.api.errors import ApiError
 from serving.engine.bundle import open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import Ports
-from tests.front import wait_for
-from tests.helpers import PRETRAINED, ROOT, npy
+from tests.helpers import PRETRAINED, ROOT, npy, wait_for
 from tests.service import free_ports
 
 SCRIPT = """
@@ -52,6 +51,7 @@ run(ApplicationSettings.load(file), Limits(**json.loads(sys.argv[2])), file)
 """
 LIMITS = {"in_flight": (1, 40, 40), "waiting": 2}
 IMAGE = npy(np.zeros((1, 32, 32, 3), np.uint8))
+SENT_S = 1.0  # within which a request that the front has taken is on its way to the worker
 
 
 def release_of(*folders: Path, number: int = 1, share: float = 0.0) -> Release:
@@ -352,10 +352,10 @@ def test_requests_that_wait_are_computed_together(app: RunningApplication) -> No
     with ThreadPoolExecutor(7) as pool:
         first = pool.submit(app.post, "score")
         wait_for(lambda: app.in_flight("score") == 1)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         others = [pool.submit(app.post, "score") for _ in range(6)]
         wait_for(lambda: app.in_flight("score") == 7)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         worker.resume()
         assert first.result().headers["x-ade-batch"] == "1"
         assert {one.result().headers["x-ade-batch"] for one in others} == {"6"}
@@ -368,7 +368,7 @@ def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningAppli
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(app.post, "score")
         wait_for(lambda: app.in_flight("score") == 1)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         assert app.post("encode").status_code == 200
         worker.kill()
         answer = lost.result()
@@ -631,7 +631,7 @@ def test_a_token_and_a_stop(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(lambda: made.post("score", **bearer))
         wait_for(lambda: made.in_flight("score") == 1)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         made.process.terminate()
         for one in family:
             one.send_signal(signal.SIGTERM)  # as to a whole process group

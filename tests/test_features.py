@@ -41,7 +41,7 @@ from training.data import Dataset, ImageSet
 from training.encoder import Encoder, class_labels, train_encoder
 
 MEAN, STD = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.25, 0.3])
-STEPS = 30  # of the encoder
+STEPS = 15  # of the encoder
 SCALE = "scale=0.5 0.4 0.3/0.2 0.25 0.3"
 
 

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "serving.gate": {"serving.client", *SERVED},
     "serving.gate_asgi": {"serving.gate", "serving.verdict.store"},
     "serving.page": {"serving.client", *SERVED},
-    "handlers": {"serving.client", *SERVED},
+    "handlers": {"serving.bulk", "serving.client", *SERVED},
     "training": {"ade_model", *IMAGES},
     "export": {"ade_model", "training.data", "training.datasets", *SERVED},
     "fitting": {"ade_model", "training", "export", "serving"},

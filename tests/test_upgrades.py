@@ -39,8 +39,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.verdict.store import FOLDER
-from tests.front import wait_for
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService
 from tests.test_asgi import RunningApplication, is_running, release_of
 from tests.test_security import as_nobody

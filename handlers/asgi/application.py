@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -70,26 +70,59 @@ class ApplicationSettings(FrontSettings):
     control: str
 
 
+class Model(Protocol):
+    """A model as the application sees it, whatever computes its answers.
+
+    Attributes:
+        name: under which it is served.
+        metadata: of the model, by the Open Inference Protocol.
+    """
+
+    name: str
+    metadata: dict[str, Any]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether something can compute its answers."""
+
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+        """The answer to a request.
+
+        Args:
+            request: of the API, or of the Open Inference Protocol.
+            v2: bytes of JSON in the body, if it is of that protocol.
+
+        Raises:
+            ApiError: there is none.
+        """
+
+    def refuse(self) -> None:
+        """Answer 503 to requests that wait for a worker and to all further ones."""
+
+    def describe(self) -> dict[str, Any]:
+        """What computes its answers, as for ``ade status``."""
+
+
 class Application:
     """Computes the answers of one release behind the front.
 
     Args:
-        pools: the pools of the served models.
+        models: the served models.
         document: the OpenAPI document of the service.
-        limits: bounds on the requests that a pool holds at once.
+        limits: bounds on the requests that a model holds at once.
     """
 
-    def __init__(self, pools: list[Pool], document: dict[str, Any], limits: Limits) -> None:
-        self._pools = pools
+    def __init__(self, models: Sequence[Model], document: dict[str, Any], limits: Limits) -> None:
+        self._models = models
         self._predictions = {
-            pool.name: Endpoint(pool.answer, INFERRING, Lane(limits), takes_forms=True)
-            for pool in pools
+            model.name: Endpoint(model.answer, INFERRING, Lane(limits), takes_forms=True)
+            for model in models
         }
         self._infer = {
-            pool.name: Endpoint(
-                functools.partial(_infer, pool), ("POST",), self._predictions[pool.name].lane
+            model.name: Endpoint(
+                functools.partial(_infer, model), ("POST",), self._predictions[model.name].lane
             )
-            for pool in pools
+            for model in models
         }
         described = _json(200, document)
         self._reads = {
@@ -130,29 +163,29 @@ class Application:
     def _v2_model(self, path: str) -> Endpoint:
         """``NAME[/versions/1][/ready|/infer]``."""
         match = _V2_MODEL.fullmatch(path)
-        pool = next((pool for pool in self._pools if match and match["name"] == pool.name), None)
-        if match is None or pool is None or match["version"] not in (None, v2.VERSION):
+        model = next((m for m in self._models if match and match["name"] == m.name), None)
+        if match is None or model is None or match["version"] not in (None, v2.VERSION):
             raise v2.ProtocolError(404, "unknown_model", "the service has no such model")
         if match["what"] == "infer":
-            return self._infer[pool.name]
+            return self._infer[model.name]
         if match["what"] == "ready":
             return Endpoint(
-                _reading(lambda: _json(200 if pool.is_ready else 503, {"ready": pool.is_ready}))
+                _reading(lambda: _json(200 if model.is_ready else 503, {"ready": model.is_ready}))
             )
-        return Endpoint(_reading(lambda: _json(200, pool.metadata)))
+        return Endpoint(_reading(lambda: _json(200, model.metadata)))
 
     def refuse(self) -> None:
         """Answer 503 to requests that wait for a worker and to all further ones."""
-        for pool in self._pools:
-            pool.refuse()
+        for model in self._models:
+            model.refuse()
 
     def describe(self) -> dict[str, Any]:
         """Workers and queue by model, as ``ade status`` shows them."""
-        return {pool.name: pool.describe() for pool in self._pools}
+        return {model.name: model.describe() for model in self._models}
 
     def is_ready(self) -> bool:
         """Whether every model has a worker that is ready."""
-        return all(pool.is_ready for pool in self._pools)
+        return all(model.is_ready for model in self._models)
 
     def _readiness(self) -> Answer:
         return _json(200 if self.is_ready() else 503, {"ready": self.is_ready()})
@@ -177,7 +210,7 @@ def _find_metrics(metrics: Metrics, path: str) -> Endpoint:
     )
 
 
-async def _infer(pool: Pool, request: Request) -> Answer:
+async def _infer(model: Model, request: Request) -> Answer:
     """Answer a request of the Open Inference Protocol."""
     length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
     if not length.isdecimal() or int(length) > len(request.body):
@@ -185,7 +218,7 @@ async def _infer(pool: Pool, request: Request) -> Answer:
             400, "malformed_request", f"{v2.LENGTH_HEADER} must be at most the body's length"
         )
     try:
-        return await pool.answer(request, int(length))
+        return await model.answer(request, int(length))
     except ApiError as error:
         raise v2.ProtocolError.of(error) from None
 
@@ -201,6 +234,15 @@ def _reading(make: Callable[[], Answer]) -> Callable[[Request], Any]:
     return answer
 
 
+def served_models(bundles: Sequence[Bundle]) -> list[tuple[str, str, Bundle]]:
+    """Name, operation and bundle of each model that is served."""
+    return [
+        (served_name(operation, bundle.name if i else None), operation, bundle)
+        for i, bundle in enumerate(bundles)
+        for operation in OPERATIONS
+    ]
+
+
 def make_pools(
     settings: ApplicationSettings,
     release: Release,
@@ -210,25 +252,24 @@ def make_pools(
 ) -> list[Pool]:
     """A pool for each operation of each bundle; nothing is started."""
     pools = []
-    for i, (bundle, model) in enumerate(zip(bundles, release.models, strict=True)):
-        for operation in OPERATIONS:
-            name = served_name(operation, bundle.name if i else None)
-            # Journals of two releases must not have the same name.
-            journal = name if release.number == 1 else f"{name}-release{release.number}"
-            workers = [
-                WorkerSettings(
-                    str(bundle.folder),
-                    model,
-                    operation,
-                    name,
-                    f"{journal}-{number}",
-                    settings.logs,
-                    ServingOptions(**settings.options),
-                )
-                for number in range(settings.workers[operation])
-            ]
-            described = v2.metadata(name, operation, bundle)
-            pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
+    identities = dict(zip((str(b.folder) for b in bundles), release.models, strict=True))
+    for name, operation, bundle in served_models(bundles):
+        # Journals of two releases must not have the same name.
+        journal = name if release.number == 1 else f"{name}-release{release.number}"
+        workers = [
+            WorkerSettings(
+                str(bundle.folder),
+                identities[str(bundle.folder)],
+                operation,
+                name,
+                f"{journal}-{number}",
+                settings.logs,
+                ServingOptions(**settings.options),
+            )
+            for number in range(settings.workers[operation])
+        ]
+        described = v2.metadata(name, operation, bundle)
+        pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
     return pools
 
 

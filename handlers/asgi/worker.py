@@ -60,20 +60,20 @@ def serve(connection: socket.socket) -> int:
         **{**first[0]["settings"], "options": ServingOptions(**first[0]["settings"]["options"])}
     )
     try:
-        service = _load(settings)
+        service = load_service(settings)
     except Exception as error:
         _send(connection, {"error": f"{type(error).__name__}: {error}"})
         raise
-    _send(connection, {"answers": [], "measurements": _measurements(service)})
+    _send(connection, {"answers": [], "measurements": measurements(service)})
     while message := wire.read(stream):
-        answers = _answer(service, settings.model, *message)
+        answers = answer_batch(service, settings.model, *message)
         heads = [
             {"status": a.status, "content_type": a.content_type, "headers": a.headers}
             for a in answers
         ]
         _send(
             connection,
-            {"answers": heads, "measurements": _measurements(service)},
+            {"answers": heads, "measurements": measurements(service)},
             [answer.body for answer in answers],
         )
         if service.is_exhausted:
@@ -81,7 +81,8 @@ def serve(connection: socket.socket) -> int:
     return 0
 
 
-def _load(settings: WorkerSettings) -> Service:
+def load_service(settings: WorkerSettings) -> Service:
+    """What computes, warmed up."""
     options = settings.options
     engine = InferenceEngine(
         Path(settings.bundle),
@@ -100,9 +101,10 @@ def _load(settings: WorkerSettings) -> Service:
     return Service(settings.operation, engine, options.threads, journal)
 
 
-def _answer(
+def answer_batch(
     service: Service, model: str, head: dict[str, Any], bodies: list[bytes]
 ) -> list[Response]:
+    """Answer requests, each as :mod:`handlers.asgi.wire` describes it in the head."""
     requests, calls = [], []
     answers: dict[int, Response] = {}
     for i, (about, body) in enumerate(zip(head["requests"], bodies, strict=True)):
@@ -125,7 +127,7 @@ def _answer(
     return [answers[i] if i in answers else next(computed) for i in range(len(bodies))]
 
 
-def _measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
+def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
     """The measurements since the last call: name, labels and value of each."""
     store = service.engine.store
     service.telemetry.observe_calibrations(store.names, store.broken)

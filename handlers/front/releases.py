@@ -1,5 +1,6 @@
-"""Chooses the release that answers a request: the present one, or another beside it.
+"""The releases between which a front chooses.
 
+One release answers; while the service is upgraded, there is another beside it.
 A request is answered by one release as a whole. The release is chosen when the body has arrived, so
 that a slow upload does not keep an old release alive.
 """

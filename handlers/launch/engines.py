@@ -22,8 +22,10 @@ from serving.ports import Ports
 
 # The engines, each with the extra of pyproject.toml that has its packages; the first is the
 # default.
-ENGINES = {"torchserve": "serve", "asgi": "asgi"}
+ENGINES = {"torchserve": "serve", "asgi": "asgi", "ray": "ray"}
 DEFAULT = next(iter(ENGINES))
+ON_CLUSTERS = ("ray",)
+_ROOMS = {"ray": "ray_serve"}  # where the folder has another name: packages are named ray
 SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
 
 
@@ -42,6 +44,7 @@ class Plan:
         allowed_hosts: names of the host, besides addresses.
         probe_secret: marks health checks, which are not counted as traffic.
         logs: a folder, which may not exist yet.
+        address: of a cluster to serve on, if it is not this machine.
     """
 
     bundles: list[Bundle]
@@ -54,6 +57,7 @@ class Plan:
     allowed_hosts: list[str]
     probe_secret: str = field(repr=False)
     logs: Path
+    address: str | None = None
 
     @property
     def num_workers(self) -> int:
@@ -132,5 +136,7 @@ def engine_class(name: str) -> type[Engine]:
     Raises:
         ModuleNotFoundError: of a package that is not installed.
     """
-    found: type[Engine] = importlib.import_module(f"handlers.{name}.launcher").ENGINE
+    found: type[Engine] = importlib.import_module(
+        f"handlers.{_ROOMS.get(name, name)}.launcher"
+    ).ENGINE
     return found

@@ -19,7 +19,7 @@ from typing import NoReturn
 import httpx
 
 from handlers.launch.channel import Listener
-from handlers.launch.engines import Engine, Plan, engine_class
+from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.environment import available_cores
 from handlers.launch.options import ServingOptions
 from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
@@ -47,6 +47,8 @@ SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), P
 def run(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
+    if args.address is not None and args.engine not in ON_CLUSTERS:
+        raise LaunchError(f"--address is for --engine {', '.join(ON_CLUSTERS)}")
     # Report a missing package here, not in the log of a worker.
     if importlib.util.find_spec(PACKAGES[args.backend]) is None:
         raise ModuleNotFoundError(f"--backend {args.backend}", name=PACKAGES[args.backend])
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
             allowed_hosts,
             secrets.token_hex(16),
             folder.path / "logs" if args.logs is None else args.logs.resolve(),
+            args.address,
         )
         engine, is_serving = make_engine(plan, folder, supervisor), False
         page = Page(plan, folder, supervisor)

@@ -38,7 +38,7 @@ from serving.ports import USER
 MAX_QUEUED = 64  # events
 MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
-GATE_S = 0.02  # between two looks at the gate
+GATE_S = 0.02  # between two checks of the gate
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
 TABS = {
     "Score": score,
