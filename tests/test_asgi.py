@@ -409,7 +409,7 @@ def test_metrics(app: RunningApplication) -> None:
         text = httpx.get(app.metrics).text
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
-    counted = 'ade_requests_total{model_name="score",worker="0",status="200",code="none"}'
+    counted = 'ade_requests_total{model_name="score",worker="0",status="200",code="none"'
     before = value(counted)
     assert app.post("score").status_code == 200
     assert value(counted) == before + 1
