@@ -250,6 +250,6 @@ def _count(out: str, total: int) -> Summary:
     if counts.total() != total:
         raise BulkError(
             f"{out} has {counts.total()} rows of {total} files: run the command again, or start "
-            "anew in another folder if it has too many"
+            "again in another folder if it has too many"
         )
     return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])

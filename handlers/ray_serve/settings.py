@@ -63,7 +63,7 @@ class ServeSettings:
                 f"the arguments are {', '.join(sorted(known))}, bundles required, got "
                 f"{', '.join(sorted(args)) or 'none'}"
             )
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in args.items()}
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in args.items()}
         if "replicas" in given:
             given["replicas"] = _ranges(given["replicas"])
         given["fronts"] = _range("fronts", given.get("fronts", (1, 1)))
