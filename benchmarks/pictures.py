@@ -1,4 +1,4 @@
-"""The pictures of the README and of docs/, made anew from a bundle.
+"""The pictures of the README and of docs/, made from a bundle.
 
     python -m benchmarks.pictures pretrained/cifar10            # samples, reconstructions, gate
     python -m benchmarks.pictures pretrained/cifar10 --page URL  # and the page, scoring a drawing

@@ -249,7 +249,7 @@ def _count(out: str, total: int) -> Summary:
             counts["error" if error is not None else decision] += 1
     if counts.total() != total:
         raise BulkError(
-            f"{out} has {counts.total()} rows of {total} files: run the command again, or start "
-            "again in another folder if it has too many"
+            f"{out} has {counts.total()} rows of {total} files: run the command again, or choose "
+            "another folder if it has too many"
         )
     return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
