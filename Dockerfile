@@ -1,12 +1,14 @@
 # syntax=docker/dockerfile:1
 # docker build -t av-ade .                                     serves on the CPU
 # docker build -t av-ade --build-arg DEVICE=cuda .             serves on an NVIDIA GPU (docker run --gpus all)
+# docker build -t av-ade --build-arg ENGINE=ray .              for a Ray cluster
 # docker run -p 127.0.0.1:8080:8080 -p 127.0.0.1:7860:7860 av-ade
 ARG PYTHON=3.11
 ARG DEVICE=cpu
 
 FROM python:${PYTHON}-slim AS build
 ARG DEVICE
+ARG ENGINE=serve
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /src
@@ -18,7 +20,7 @@ COPY fitting fitting
 COPY serving serving
 COPY handlers handlers
 COPY ade_cli ade_cli
-RUN /opt/venv/bin/pip install ".[${DEVICE},serve]"
+RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
 
 FROM python:${PYTHON}-slim
 ARG DEVICE

@@ -7,7 +7,7 @@ DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /dev/dxg),c
 BIN := $(VENV)/bin
 OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 
-.PHONY: serve test test-slow check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean
+.PHONY: serve test test-slow coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -17,6 +17,12 @@ test: $(VENV)/.test  ## every fast test, in under ten minutes on two cores
 
 test-slow: $(VENV)/.test  ## the slow tests: training, resuming, all sizes, fuzzing
 	$(BIN)/python -m pytest -m slow
+
+coverage: $(VENV)/.test  ## the fast tests, with a report of the lines that they run
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 check: $(VENV)/.test  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -53,7 +59,7 @@ bench-codec: $(VENV)/.test  ## lossless coding: size and speed beside PNG, WebP,
 	$(BIN)/python -m benchmarks.codec $(BUNDLE) "$(DATA)" --into docs/explanation/codec.md
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

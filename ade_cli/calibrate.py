@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ade_cli.advice import advice
 from ade_cli.data_options import (
     add_data_arguments,
     dataset_of,
@@ -21,9 +21,7 @@ from ade_cli.data_options import (
 )
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
-from export.verdict.what_if import corruptions_of, rejected, usable
-from serving.engine.bundle import Bundle, BundleError, open_bundle
-from serving.engine.engine import InferenceEngine
+from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
@@ -36,10 +34,8 @@ ERRORS = (BundleError, CalibrationError, DataError, FeaturesError)
 
 HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and never used before
 ALPHAS = (0.1, 0.05, 0.01)
-ENOUGH = 1000
 MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
-CORRUPTED_IMAGES = 100  # of each kind of corruption
 
 Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
 
@@ -117,10 +113,11 @@ def run(args: argparse.Namespace) -> None:
                 f"{open_bundle(target).model_id}"
             )
         made = calibrate_into(target, args.name, fit(), calibration(), name, say, unseen())
+    assert made.exact is not None
     _tell(made)
-    _tell_caught(open_bundle(target), made, calibration)
+    _tell_caught(open_bundle(target), made.exact)
     if args.into is None:
-        say(f"wrote {target}; next: ade serve {target}")
+        say(f"wrote {target}; serve it: ade serve {target}")
     else:
         say(f"added calibration {made.name}, version {made.version}, to {target}")
 
@@ -191,46 +188,33 @@ def _tell(calibrations: Calibrations) -> None:
     """Print the false-alarm rates that users may expect."""
     assert calibrations.exact is not None and calibrations.resized is not None
     both = calibrations.exact is calibrations.resized
-    _tell_of(
-        calibrations.exact,
-        "images of the model's size and resized ones" if both else "images of the model's size",
-    )
+    _tell_of(calibrations.exact, "images" if both else "images of the model's size")
     if not both:
         _tell_of(calibrations.resized, "resized images")
-    if len(calibrations.exact.scores) < ENOUGH * (1 - FIT_SHARE):
-        say(
-            f"warning: with fewer than {ENOUGH} images in all, false-alarm rates vary widely, and "
-            "the gate misses more"
-        )
 
 
 def _tell_of(calibration: Calibration, what: str) -> None:
     count = len(calibration.scores)
     say(
-        f"{what}: calibrated on {count} images, smallest p-value {calibration.smallest_p_value:.2g}"
+        f"false alarms: the share of {what} like these that will be rejected (95 % band with "
+        f"{count} calibration images)"
     )
     for alpha in ALPHAS:
         low, high = false_alarm_band(count, alpha)
-        if high == 0:
-            say(
-                f"warning: at alpha {alpha} there is no verdict: it takes at least "
-                f"{images_needed(alpha)} calibration images"
-            )
-        else:
-            say(
-                f"at alpha {alpha} between {low:.4f} and {high:.4f} of images like these will be "
-                "rejected (95 % band)"
-            )
+        band = f"{100 * low:.1f} to {100 * high:.1f} %"
+        needs = f"no verdict; it takes at least {images_needed(alpha)} calibration images"
+        say(f"  alpha {alpha}: {band if high else needs}")
 
 
-def _tell_caught(bundle: Bundle, calibrations: Calibrations, images: Images) -> None:
-    """Print the share of corrupted calibration images that the new gate rejects."""
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    kept, _ = usable(engine, islice(images(), CORRUPTED_IMAGES))
-    say(
-        f"share of {len(kept)} corrupted copies of these images that is rejected at alpha "
-        f"{ALPHAS[1]} and {ALPHAS[2]}:"
-    )
-    for name, corrupted in corruptions_of(kept).items():
-        shares = rejected(engine, calibrations, corrupted, ALPHAS[1:])
-        say(f"  {name}: {', '.join(percent(share) for share in shares)}")
+def _tell_caught(bundle: Bundle, calibration: Calibration) -> None:
+    """Print the share of corrupted images that the new gate rejects, and the next step."""
+    count = max(map(len, calibration.corrupted.values()), default=0)
+    say(f"detection: the share of {count} of these images that is rejected once corrupted")
+    at_first = {}
+    for name in calibration.corrupted:
+        shares = [calibration.caught(alpha).get(name) for alpha in ALPHAS[1:]]
+        at_first[name] = shares[0]
+        cells = [f"{percent(s)} at alpha {a}" for a, s in zip(ALPHAS[1:], shares, strict=True)]
+        say(f"  {name}: {', '.join(cells)}")
+    for line in advice(len(calibration.scores), bundle.has(FEATURES_NAME), at_first):
+        say(f"next step: {line}")

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser, required=True)
     parser.add_argument(
-        "--image-size", type=int, metavar="N", help="pixels a side (default: the data's)"
+        "--image-size", type=int, metavar="N", help="pixels per side (default: the data's)"
     )
     parser.add_argument(
         "--minutes", type=float, default=15.0, help="of training (default: %(default)g)"

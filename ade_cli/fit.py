@@ -16,8 +16,10 @@ from fitting.survey import choose_image_size, picture_sizes
 from serving.engine.bundle import BundleError, plain_name
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
+from training.datasets.files import part_of
 from training.datasets.folder import image_files
 from training.device import DEVICES, choose_device
+from training.encoder import class_folders
 from training.metrics.features import FeatureError
 from training.runs import RunError
 from training.step import TrainingDiverged
@@ -85,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
         before.image_size if before else choose_image_size(picture_sizes(files))
     )
     on_gpu = choose_device(args.device).type == "cuda"
-    plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence)
+    names = [path.relative_to(folder).as_posix() for path in files if part_of(path.name) == "train"]
+    has_classes = class_folders(names) is not None
+    plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence, len(files), has_classes)
     fitted = fit_folder(plan, files, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # as the user typed it
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")

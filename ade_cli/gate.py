@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of HISTORY's images that are corrupted in each way (default: %(default)s)",
     )
     task.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    task.add_argument(
+        "--report", type=Path, metavar="FILE", help="write an HTML page with the same figures too"
+    )
     task = tasks.add_parser(
         "feedback",
         help="let accepted images join a calibration",
@@ -88,6 +91,11 @@ def _add_bundle(task: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of the bundle's calibrations (default: the bundle's own)",
     )
+
+
+def extra(args: argparse.Namespace) -> str:
+    """What to install for all options."""
+    return "calibrate"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -133,6 +141,10 @@ def _what_if(args: argparse.Namespace) -> None:
         args.corrupted,
         report=say,
     )
+    if args.report is not None:
+        from export.verdict.what_if_report import write_what_if  # its template needs Jinja2
+
+        write_what_if(found, args.report)
     print(json.dumps(found.to_dict(), indent=2) if args.json else _text(found))
 
 

@@ -33,6 +33,8 @@ VERBS = {
     "compress": "compress images without loss, to the size that their likelihood promises",
     "decompress": "restore the images of an archive of ade compress",
     "serve": "serve a bundle over HTTP, with a web page",
+    "upgrade": "replace the bundle of the running service, without an interruption",
+    "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }
 RESUMED = ("fit", "score", "compare", "compress")
@@ -49,6 +51,8 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "compress": "codec",
     "decompress": "codec",
     "serve": "serve",
+    "upgrade": "asgi",
+    "rollback": "asgi",
     "status": "serve",
 }
 HELP = {"-h", "--help"}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ade_cli.image_files import FileError, check_parent
-from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, score_folder
-from serving.engine.bundle import BundleError, open_bundle
+from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, Summary, score_folder
+from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.verdict.calibration import DEFAULT, CalibrationError
 
 NO_VERDICT = 3  # exit status
+ENGINES = ("local", "ray")
 ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 
@@ -29,14 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "images",
-        type=Path,
         nargs="+",
         metavar="IMAGES",
-        help="files, or one folder (searched recursively)",
+        help="files, or one folder (searched recursively); with --engine ray a folder or a Parquet "
+        "file with a column path, also as a URL such as s3://…",
     )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"of a folder's scores: {', '.join(FORMATS)}"
+        "--out",
+        metavar="FILE",
+        help=f"of a folder's scores: {', '.join(FORMATS)}; with --engine ray, a folder",
     )
     parser.add_argument(
         "--alpha",
@@ -67,8 +72,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: one a core)",
+        help="processes (default: one per core)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what runs the processes: ray can use several machines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="with --engine ray: a Ray cluster, from one of its nodes (default: this machine)",
+    )
+
+
+def extra(args: argparse.Namespace) -> str | None:
+    """The extra of pyproject.toml that these arguments need, if any."""
+    return "ray" if args.engine == "ray" else None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,28 +110,59 @@ def run(args: argparse.Namespace) -> int:
             )
         for warning in filter(None, warnings):
             print(f"warning: {warning}", file=sys.stderr)
+    if args.engine == "ray":
+        return _score_on_ray(args, bundle, options)
+    if args.address is not None:
+        raise BulkError("--address is for --engine ray")
+    images = [Path(image) for image in args.images]
     if args.out is None:
-        if any(path.is_dir() for path in args.images):
+        if any(path.is_dir() for path in images):
             raise BulkError(f"a folder's scores need --out FILE ({', '.join(FORMATS)})")
-        rows = scorer([str(path) for path in args.images])
+        rows = scorer(args.images)
         for row in rows:
             print(json.dumps(row))
         if all("error" in row for row in rows):
             raise BulkError("no image could be scored")
         return _status({row["decision_reason"] for row in rows if "error" not in row})
-    for path in args.images:
+    for path in images:
         if not path.exists():
             raise FileError(f"{path}: there is no such file or folder")
-    if len(args.images) != 1 or not args.images[0].is_dir():
+    out = Path(args.out)
+    if len(images) != 1 or not images[0].is_dir():
         raise BulkError(
             f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: "
             "without it, scores of files are printed as JSON lines"
         )
-    check_parent(args.out)
-    if args.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+    check_parent(out)
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise BulkError(
             "a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl"
         )
+    with _progress_bar() as progress:
+        summary = score_folder(bundle, images[0], out, options, args.workers, progress)
+    return _report(args, summary)
+
+
+def _score_on_ray(args: argparse.Namespace, bundle: Bundle, options: BulkOptions) -> int:
+    if len(args.images) != 1 or args.out is None:
+        raise BulkError("--engine ray scores one folder or manifest, and needs --out DIR")
+    try:
+        from handlers.ray_bulk.score import score_on_ray
+        from handlers.ray_serve.instance import ClusterError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--engine ray", name=error.name) from None
+    try:
+        with _progress_bar() as progress:
+            summary = score_on_ray(
+                bundle, args.images[0], args.out, options, args.workers, args.address, progress
+            )
+    except ClusterError as error:
+        raise BulkError(str(error)) from None
+    return _report(args, summary)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None]]:
     with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -119,7 +171,11 @@ def run(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        summary = score_folder(bundle, args.images[0], args.out, options, args.workers, progress)
+        yield progress
+
+
+def _report(args: argparse.Namespace, summary: Summary) -> int:
+    """Print the summary; returns the exit status."""
     print(
         f"{args.out}: {summary.no_verdict} without a verdict, {summary.rejected} rejected, "
         f"{summary.accepted} accepted at alpha {args.alpha:g}; {summary.errors} could not be scored"

@@ -24,7 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default=DEFAULT,
-        help="what serves: asgi needs neither Java nor a model server (default: %(default)s)",
+        help="what serves: asgi needs neither Java nor a model server, ray can use several "
+        "machines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="with --engine ray: a Ray cluster to serve on, from one of its nodes (default: a Ray "
+        "instance of its own on this machine)",
     )
     parser.add_argument(
         "--host",

@@ -32,6 +32,27 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found["ready"] else 1
 
 
+def _releases(found: dict[str, Any]) -> list[str]:
+    """A canary with its figures beside those of the current bundle, and what a rollback serves."""
+    releases, lines = found["releases"] or {}, []
+    if releases.get("canary"):
+        share = f"{releases['share']:.3g} of the requests"
+        for what, models in (("current", releases["current"]), ("canary", releases["canary"])):
+            lines.append(f"{what:11} {', '.join(models)}{f', {share}' if what == 'canary' else ''}")
+            for model in models:
+                its = (found["by_bundle"] or {}).get(model)
+                if its is None:
+                    continue
+                counts = ", ".join(f"{kind}: {n:.0f}" for kind, n in its["requests"].items())
+                lines.append(
+                    f"            {counts or 'no requests'}; {its['mean_ms']:.1f} ms on average; "
+                    f"{its['rejected']:.0f} images rejected"
+                )
+    if releases.get("previous"):
+        lines.append(f"previous    {', '.join(releases['previous'])}, for ade rollback")
+    return lines
+
+
 def _text(found: dict[str, Any]) -> str:
     answers = found["answers"] or {}
     ports = ", ".join(
@@ -53,13 +74,15 @@ def _text(found: dict[str, Any]) -> str:
             )
             or "none"
         )
-        queue = f"queued: {model['queued']}, room for {model['queue_room']}"
+        room = "" if model.get("queue_room") is None else f", room for {model['queue_room']}"
+        queue = f"queued: {model['queued']}{room}"
         lines.append(f"{name:11} workers: {states}; {queue}")
     if found["requests"] is not None:
         counts = ", ".join(
             f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items())
         )
         lines.append(f"requests    {counts or 'none yet'}")
+    lines += _releases(found)
     for name, its in (found["calibrations"] or {}).items():
         text = f"{its['rejected']:.0f} rejected, {its['expected']:.0f} expected"
         if its["broken"]:

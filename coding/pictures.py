@@ -14,7 +14,7 @@ from PIL import Image
 from coding.errors import Damaged
 from serving.images import ImageError, read_image
 
-# Formats whose pixels are coded and which are written anew from them. Files of other formats, and
+# Formats whose pixels are coded and which are written again from them. Files of other formats, and
 # all whose pixels are not plain 8-bit RGB or grey, are stored byte for byte.
 WRITTEN = {".png": "PNG", ".bmp": "BMP"}
 _GREY = ["converted from L to RGB"]

@@ -2,8 +2,8 @@
 
 A finished step is not repeated when a fitting is resumed. The output folder holds the plan
 (``plan.json``), the survey of the images (``survey.json``), the training runs (``stage-N``), the
-bundle before and after its calibration (``exported`` and ``bundle``) and the report
-(``report.html``).
+verdict's encoder if it gets one (``encoder.onnx``), the bundle before and after its calibration
+(``exported`` and ``bundle``) and the report (``report.html``).
 """
 
 from __future__ import annotations
@@ -16,20 +16,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 from ade_model.checkpoint import load_model
+from export.feature_source import FeatureSource
+from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.write import export_bundle
 from fitting.plan import Plan, PlanError
-from fitting.report import ALPHAS, Caught, Findings, Outlier, false_alarms, write_report
+from fitting.report import (
+    ALPHAS,
+    Caught,
+    EncoderFindings,
+    Findings,
+    Outlier,
+    false_alarms,
+    write_report,
+)
 from fitting.survey import Survey, as_dict, picture_sizes, summary_lines, survey
 from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, Score
-from training.data import CHANNELS, DataError, Dataset
+from serving.verdict.semantic import LOGITS
+from training.data import CHANNELS, DataError, Dataset, ImageSet
 from training.datasets.files import contents, shuffled
 from training.datasets.folder import load_files
+from training.encoder import class_labels, train_encoder
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
 from training.recipes import recipe
@@ -47,6 +60,8 @@ CORRUPTED_IMAGES = 200  # for each kind of corruption
 MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
+ENCODER_NAME, ENCODER_ABOUT = "encoder.onnx", "encoder.json"
+MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
 
 Report = Callable[[str], None]
 
@@ -96,7 +111,8 @@ def _fit(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
         step(line)
     run = _train(plan, dataset, out, step)
     checkpoint = latest_checkpoint(run)
-    bundle = _bundle(plan, found, dataset, checkpoint, out, step)
+    encoder = _encoder(plan, found, dataset, out, step)
+    bundle = _bundle(plan, found, dataset, checkpoint, encoder, out, step)
     if not (out / "report.html").exists():
         step("looking for outliers among the images")
         _report(plan, found, dataset, bundle, out)
@@ -156,8 +172,63 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
     return before
 
 
+def _encoder(
+    plan: Plan, found: Survey, dataset: Dataset, out: Path, step: Report
+) -> FeatureSource | None:
+    """Train the verdict's encoder on the training images, if the plan has one.
+
+    It restarts if it was interrupted. An encoder that recognises the classes of held-out images no
+    better than guessing is not used.
+    """
+    labels = class_labels(dataset)
+    if not plan.encoder_minutes or labels is None:
+        return None
+    path, about_path = out / ENCODER_NAME, out / ENCODER_ABOUT
+    if not about_path.exists():
+        step(
+            f"training an encoder for {len(np.unique(labels))} classes, "
+            f"{plan.encoder_minutes:.1f} minutes"
+        )
+        images = ImageSet(dataset.parts["train"].images, labels)
+        trained = train_encoder(images, plan.encoder_minutes, torch.device(plan.device))
+        export_encoder(trained.network, np.asarray(images.images[:2]), trained.outputs, path)
+        rows = _rows(dataset, found, "select")
+        its = torch.from_numpy(np.asarray(dataset.parts["select"].images[rows]))
+        logits = trained.network(its)[1].numpy()
+        recognised, guessed = _recognised(logits, labels, class_labels(dataset, "select"), rows)
+        p_value = stats.binomtest(
+            round(recognised * len(rows)), len(rows), guessed, alternative="greater"
+        ).pvalue
+        about = {
+            "images_seen": trained.images_seen,
+            "classes": trained.classes,
+            "is_used": bool(p_value < MAX_GUESSING),
+        }
+        write_json(about_path, about)
+    if json.loads(about_path.read_text())["is_used"]:
+        return FeatureSource(path)
+    step("the encoder recognises the classes no better than guessing, and is not used")
+    return None
+
+
+def _recognised(
+    logits: np.ndarray, trained: np.ndarray, labels: np.ndarray | None, rows: list[int]
+) -> tuple[float, float]:
+    """Share of held-out images whose class is recognised, and that in the largest class."""
+    assert labels is not None
+    held_out = labels[rows]
+    largest = np.bincount(trained).argmax()
+    return float(np.mean(logits.argmax(1) == held_out)), float(np.mean(held_out == largest))
+
+
 def _bundle(
-    plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, out: Path, step: Report
+    plan: Plan,
+    found: Survey,
+    dataset: Dataset,
+    checkpoint: Path,
+    encoder: FeatureSource | None,
+    out: Path,
+    step: Report,
 ) -> Path:
     """Measure, export and calibrate; returns the bundle."""
     exported, bundle = out / "exported", out / "bundle"
@@ -192,7 +263,14 @@ def _bundle(
             read = contents(folder / name for name in dataset.files[part] if name not in left_out)
             return (content for content in read if isinstance(content, bytes))
 
-        made = calibrate_bundle(exported, bundle, files("select"), files("calibrate"), dataset.name)
+        made = calibrate_bundle(
+            exported,
+            bundle,
+            files("select"),
+            files("calibrate"),
+            dataset.name,
+            features=encoder,
+        )
         assert made.exact is not None
         step(
             f"calibrated on {len(made.exact.scores)} images: false-alarm rates of "
@@ -201,11 +279,31 @@ def _bundle(
     return bundle
 
 
+def _rows(dataset: Dataset, found: Survey, part: str) -> list[int]:
+    """Rows of a part's images that are not copies of others, shuffled."""
+    left_out = set(found.leaking)
+    return shuffled([row for row, name in enumerate(dataset.files[part]) if name not in left_out])
+
+
 def _test_images(dataset: Dataset, found: Survey) -> np.ndarray:
     """Test images that are not copies of others, shuffled: uint8 ``(N, H, W, C)``."""
-    left_out = set(found.leaking)
-    rows = shuffled([row for row, name in enumerate(dataset.files["test"]) if name not in left_out])
-    return np.asarray(dataset.parts["test"].images[rows])
+    return np.asarray(dataset.parts["test"].images[_rows(dataset, found, "test")])
+
+
+def _encoder_findings(
+    engine: InferenceEngine, dataset: Dataset, found: Survey, out: Path
+) -> EncoderFindings | None:
+    """What became of the encoder, and how well it recognises the classes of test images."""
+    trained = class_labels(dataset)
+    if trained is None or not (out / ENCODER_ABOUT).exists():
+        return None
+    about = json.loads((out / ENCODER_ABOUT).read_text())
+    if not about["is_used"]:
+        return EncoderFindings(**about)
+    rows = _rows(dataset, found, "test")[:TEST_IMAGES]
+    logits = engine.features(np.asarray(dataset.parts["test"].images[rows]))[LOGITS]
+    recognised, guessed = _recognised(logits, trained, class_labels(dataset, "test"), rows)
+    return EncoderFindings(**about, recognised=recognised, guessed=guessed)
 
 
 def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
@@ -260,5 +358,6 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
         outliers,
         len(pixels),
         _caught(engine, pixels),
+        _encoder_findings(engine, dataset, found, out),
     )
     write_report(findings, out / "report.html")

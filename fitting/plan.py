@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +13,12 @@ MIN_REST_MINUTES = 0.5
 ADVERSARIAL_FROM_MINUTES = 60.0
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversarial stage
 SMALL_FROM_MINUTES = 360.0
+# An encoder pays with classes and time enough: what was measured is in docs/training.md. Without
+# classes no gain has been measured within such budgets.
+ENCODER_SHARE = 0.2  # of the training time
+ENCODER_FROM_IMAGES = 2000
+ENCODER_FROM_MINUTES = 4.0
+ENCODER_MOST_MINUTES = 15.0
 _MINUTES = {"m": 1.0, "h": 60.0, "d": 1440.0, "": 1.0}
 
 
@@ -40,6 +47,9 @@ class Plan:
         budget: minutes for the whole fitting.
         stages: training runs, in order.
         licence: of the weights, for the bundle; plans that differ in it alone are equal.
+        images: number of image files; ``None`` in plans of older versions.
+        has_classes: whether they lie in class folders.
+        encoder_minutes: of training the verdict's encoder; 0 if there is to be none.
     """
 
     folder: str
@@ -50,6 +60,9 @@ class Plan:
     budget: float
     stages: tuple[Stage, ...]
     licence: str | None = field(default=None, compare=False)
+    images: int | None = None
+    has_classes: bool = False
+    encoder_minutes: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -67,11 +80,11 @@ class Plan:
             PlanError: it differs; the message says in what.
         """
         before, now = begun._inputs(), self._inputs()
-        different = [name for name in now if before[name] != now[name]]
+        different = [name for name in now if before[name] not in (None, now[name])]
         if different:
             raise PlanError(
-                f"the fitting was begun with {', '.join(before[name] for name in different)}; "
-                f"it cannot be resumed with {', '.join(now[name] for name in different)}"
+                f"the fitting was begun with {', '.join(str(before[name]) for name in different)}; "
+                f"it cannot be resumed with {', '.join(str(now[name]) for name in different)}"
             )
         if begun != self:
             raise PlanError(
@@ -80,10 +93,12 @@ class Plan:
                 "finish it with the version that began it"
             )
 
-    def _inputs(self) -> dict[str, str]:
-        """What the user chose, in words."""
+    def _inputs(self) -> dict[str, str | None]:
+        """What the user chose, in words; ``None`` where an older plan does not have it."""
+        classes = " in class folders" if self.has_classes else ""
         return {
             "folder": f"the images of {self.folder}",
+            "images": None if self.images is None else f"{self.images} image files{classes}",
             "budget": f"a budget of {self.budget:g} minutes",
             "image_size": f"images of {self.image_size} pixels",
             "device": f"the device {self.device}",
@@ -92,7 +107,10 @@ class Plan:
     def _training(self) -> str:
         """The stages and the size of their networks, in words."""
         stages = " then ".join(f"{stage.recipe} ({stage.minutes:.3g} min)" for stage in self.stages)
-        return f"{stages} at size {self.size}"
+        encoder = (
+            f", and an encoder ({self.encoder_minutes:.3g} min)" if self.encoder_minutes else ""
+        )
+        return f"{stages} at size {self.size}{encoder}"
 
 
 def read_budget(text: str) -> float:
@@ -110,12 +128,29 @@ def read_budget(text: str) -> float:
     return float(found[1]) * _MINUTES[found[2]]
 
 
+def encoder_needs() -> str:
+    """What it takes for a plan to have an encoder, a sentence for the user."""
+    budget = math.ceil(ENCODER_FROM_MINUTES / ENCODER_SHARE / (1 - REST_SHARE))
+    return (
+        f"A fitting trains one from {ENCODER_FROM_IMAGES:,} images in class folders and a budget "
+        f"of {budget} minutes on."
+    )
+
+
 def make_plan(
-    folder: str, name: str, image_size: int, budget: float, on_gpu: bool, licence: str | None = None
+    folder: str,
+    name: str,
+    image_size: int,
+    budget: float,
+    on_gpu: bool,
+    licence: str | None = None,
+    images: int = 0,
+    has_classes: bool = False,
 ) -> Plan:
     """Decide what to train.
 
-    A gate needs the likelihood; good samples need an adversarial stage as well, and time.
+    A gate needs the likelihood; good samples need an adversarial stage as well, and time. To tell
+    which things images show, it needs an encoder, and that needs classes and enough images.
 
     Args:
         folder: absolute path of the images' folder.
@@ -124,6 +159,8 @@ def make_plan(
         budget: minutes for the whole fitting.
         on_gpu: whether it is trained on a GPU.
         licence: of the weights, for the bundle.
+        images: number of image files.
+        has_classes: whether they lie in class folders, by which an encoder can be trained.
 
     Raises:
         PlanError: the budget is too small.
@@ -133,6 +170,10 @@ def make_plan(
         raise PlanError(
             f"a budget must be above {MIN_REST_MINUTES:g} minutes, got {budget:g}: it is too small"
         )
+    encoder = min(ENCODER_SHARE * training, ENCODER_MOST_MINUTES)
+    if not has_classes or images < ENCODER_FROM_IMAGES or encoder < ENCODER_FROM_MINUTES:
+        encoder = 0.0
+    training -= encoder
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)
     if budget >= ADVERSARIAL_FROM_MINUTES or on_gpu:
         stages = (
@@ -141,4 +182,16 @@ def make_plan(
         )
     size = "small" if on_gpu or budget >= SMALL_FROM_MINUTES else "tiny"
     device = "cuda" if on_gpu else "cpu"
-    return Plan(folder, name, image_size, size, device, budget, stages, licence)
+    return Plan(
+        folder,
+        name,
+        image_size,
+        size,
+        device,
+        budget,
+        stages,
+        licence,
+        images,
+        has_classes,
+        encoder,
+    )

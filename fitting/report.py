@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fitting.plan import Plan
+from fitting.plan import Plan, encoder_needs
 from fitting.survey import Survey
+from serving.brand import verdict_card
 from serving.engine.bundle import Bundle
 from serving.images import psnr, tile, write_png
+from serving.reports import render
 from serving.verdict.false_alarms import false_alarm_band
+from serving.verdict.summary import summarize
 from training.runs import write_text
 
 ALPHAS = (0.1, 0.05, 0.01)
@@ -69,6 +71,25 @@ class Caught:
 
 
 @dataclass(frozen=True)
+class EncoderFindings:
+    """What became of the verdict's encoder.
+
+    Attributes:
+        images_seen: in its training, with repetition.
+        classes: that it was trained with.
+        is_used: whether it is part of the gate: it recognises classes better than guessing does.
+        recognised: share of the test images whose class it recognises.
+        guessed: share of the test images in the largest class: what guessing would reach.
+    """
+
+    images_seen: int
+    classes: int
+    is_used: bool
+    recognised: float = 0.0
+    guessed: float = 0.0
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything that the report shows.
 
@@ -85,6 +106,7 @@ class Findings:
         outliers: those among them with the highest OOD scores.
         corrupted: number of held-out images that were corrupted.
         caught: shares of them that were rejected.
+        encoder: of the verdict; ``None`` without one.
     """
 
     plan: Plan
@@ -99,6 +121,7 @@ class Findings:
     outliers: list[Outlier]
     corrupted: int
     caught: list[Caught]
+    encoder: EncoderFindings | None = None
 
     @property
     def calibrated(self) -> int:
@@ -122,28 +145,43 @@ def false_alarms(p_values: Sequence[float], bundle: Bundle) -> list[FalseAlarms]
 
 def write_report(findings: Findings, path: Path) -> None:
     """Write the page."""
-    environment = Environment(
-        loader=PackageLoader("fitting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": "{:,}".format, "png": _png}
     ratios = map(psnr, findings.held_out, findings.rebuilt)
     inexact = [ratio for ratio in ratios if ratio is not None]
     both = np.concatenate([findings.held_out, findings.rebuilt])
-    page = environment.get_template(TEMPLATE).render(
+    page = render(
+        findings.plan.name,
+        _verdict(findings),
+        template=TEMPLATE,
+        package="fitting",
+        filters={"number": "{:,}".format, "png": _png},
         **vars(findings),
         elbo=findings.bundle.manifest["evaluation"]["elbo"],
         psnr_db=np.mean(inexact) if inexact else None,
-        weaknesses=weaknesses(findings),
+        encoder_needs=encoder_needs(),
         alphas=ALPHAS,
         shown=SHOWN,
         sample_grid=tile(findings.samples, 16),
         reconstruction_grid=tile(both, len(findings.held_out)),
     )
     write_text(path, page)
+
+
+def _verdict(findings: Findings) -> str:
+    """The head of the report: whether to rely on the gate, what it catches and what it misses."""
+    column = ALPHAS.index(VERDICT_ALPHA)
+    shares = {row.corruption: row.rejected[column] for row in findings.caught}
+    summary = summarize(shares, findings.calibrated, VERDICT_ALPHA)
+    found = weaknesses(findings)
+    if found:
+        heading = "Do not rely on this gate yet"
+        return verdict_card("reject", summary.sentence, (), [*found, *summary.notes], heading)
+    known = (
+        "No weakness was found: false alarms come at the chosen rate, and gross corruptions are "
+        "rejected. Other OOD images may still pass: try the kinds that you expect with "
+        "ade ood-bench."
+    )
+    heading = "The gate works on what it was tried on"
+    return verdict_card("accept", summary.sentence, (), [known, *summary.notes], heading)
 
 
 def epochs(training: dict[str, Any] | None, images: int) -> float:

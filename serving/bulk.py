@@ -84,9 +84,10 @@ class FileScorer:
 
     Args:
         bundle: has ``score``.
-        folder: of the files.
+        folder: of the files; not used if ``read`` is given.
         options: how they are scored.
         version: required version of the calibration, as another process uses it; any by default.
+        read: reads a file by its path, or raises :class:`OSError`.
 
     Attributes:
         calibrations: the calibrations that decide; they stay the same even if their file changes.
@@ -98,7 +99,12 @@ class FileScorer:
     """
 
     def __init__(
-        self, bundle: Bundle, folder: Path, options: BulkOptions, version: str | None = None
+        self,
+        bundle: Bundle,
+        folder: Path | None,
+        options: BulkOptions,
+        version: str | None = None,
+        read: Callable[[str], bytes] | None = None,
     ) -> None:
         if "score" not in bundle.operations:
             raise BulkError(
@@ -108,7 +114,7 @@ class FileScorer:
         self.calibrations = self._engine.store.get(options.calibration)
         if version not in (None, self.calibrations.version):
             raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
-        self._folder = folder
+        self._read_file = read or (lambda path: read_file((folder or Path()) / path))
         self._options = options
 
     def __call__(self, paths: list[str]) -> list[dict[str, Any]]:
@@ -135,7 +141,7 @@ class FileScorer:
 
     def _read(self, path: str) -> InputImage | ApiError:
         try:
-            data = read_file(self._folder / path)
+            data = self._read_file(path)
             return prepare_image(data, self._engine.image_shape, self._options.resize == "fit", 0)
         except OSError as error:
             code = "too_large" if error.errno == errno.EFBIG else "unreadable"
@@ -397,9 +403,9 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
     return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
 
 
-def _write_parquet(file: IO[bytes], names: list[str], rows: Iterator[dict[str, Any]]) -> None:
+def row_schema(names: list[str]) -> Any:
+    """The Arrow schema of rows with these columns."""
     import pyarrow as pa
-    from pyarrow import parquet
 
     kinds = {
         "ood": pa.bool_(),
@@ -407,7 +413,14 @@ def _write_parquet(file: IO[bytes], names: list[str], rows: Iterator[dict[str, A
             ("path", "error", "notes", "decision", "decision_reason", "calibration"), pa.string()
         ),
     }
-    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
+    return pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
+
+
+def _write_parquet(file: IO[bytes], names: list[str], rows: Iterator[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = row_schema(names)
     with parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROWS_A_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema))

@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from handlers.torchserve.front import ServerSettings
-from tests.helpers import ROOT
+from tests.helpers import ROOT, wait_for
 from tests.service import free_ports
 
 SCRIPT = """
@@ -177,10 +176,3 @@ class RunningFront:
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(30)
-
-
-def wait_for(condition: Any, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import math
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,6 +181,23 @@ def npy(array: np.ndarray, **options: Any) -> bytes:
 
 def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until a condition holds; tests on busy machines need a long limit, and rarely wait."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def settled(read: Callable[[], float], seconds: float = 1.5) -> float:
+    """Read a value, such as a metric that is reported each second, once it no longer changes."""
+    before, now = math.nan, read()
+    while now != before:
+        time.sleep(seconds)
+        before, now = now, read()
+    return now
 
 
 @contextmanager

@@ -56,12 +56,8 @@ class RunningService:
         self.metrics = f"http://127.0.0.1:{ports['metrics']}"
         self.ports = ports
         self.options = options
-        environment = {
-            **os.environ,
-            **CANARIES,
-            **{VARIABLES[name][0]: str(port) for name, port in ports.items()},
-            **(variables or {}),
-        }
+        self.variables = {VARIABLES[name][0]: str(port) for name, port in ports.items()}
+        environment = {**os.environ, **CANARIES, **self.variables, **(variables or {})}
         started = time.monotonic()
         self.process = subprocess.Popen(
             [python, "-m", "ade_cli.main", "serve", *map(str, bundles), *options],

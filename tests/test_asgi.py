@@ -10,6 +10,7 @@ import io
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,12 +30,15 @@ from handlers.asgi.forms import raw_request
 from handlers.asgi.launcher import Asgi
 from handlers.asgi.metrics import Metrics
 from handlers.front.forms import MAX_FIELDS
+from handlers.front.releases import Release
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
+from handlers.torchserve.status import read_status
 from serving.api.errors import ApiError
+from serving.engine.bundle import open_bundle
 from serving.engine.signatures import OPERATIONS
-from tests.front import wait_for
-from tests.helpers import PRETRAINED, ROOT, npy
+from serving.ports import Ports
+from tests.helpers import PRETRAINED, ROOT, npy, wait_for
 from tests.service import free_ports
 
 SCRIPT = """
@@ -42,19 +46,28 @@ import json, sys
 from pathlib import Path
 from handlers.asgi.application import ApplicationSettings, run
 from handlers.front.admission import Limits
-run(ApplicationSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
+file = Path(sys.argv[1])
+run(ApplicationSettings.load(file), Limits(**json.loads(sys.argv[2])), file)
 """
 LIMITS = {"in_flight": (1, 40, 40), "waiting": 2}
 IMAGE = npy(np.zeros((1, 32, 32, 3), np.uint8))
+SENT_S = 1.0  # within which a request that the front has taken is on its way to the worker
+
+
+def release_of(*folders: Path, number: int = 1, share: float = 0.0) -> Release:
+    models = tuple(open_bundle(folder).model_id for folder in folders)
+    return Release(number, tuple(map(str, folders)), models, share)
 
 
 class RunningApplication:
     """``python -m handlers.asgi.application``, as ``ade serve`` starts it, without a page."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, limits: dict[str, Any] | None = None, **settings: Any) -> None:
         self.port, self.metrics_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.metrics = f"http://127.0.0.1:{self.metrics_port}/metrics"
+        self.settings = folder / "front.json"
+        self.control = folder / "front.sock"
         self.logs = folder / "logs"
         self.logs.mkdir()
         given: dict[str, Any] = {
@@ -65,16 +78,17 @@ class RunningApplication:
             "token": None,
             "allowed_hosts": (),
             "probe_secret": "secret-of-probes",
-            "bundles": (str(PRETRAINED),),
+            "releases": (dataclasses.asdict(release_of(PRETRAINED)),),
             "workers": dict.fromkeys(OPERATIONS, 1),
             "options": dataclasses.asdict(ServingOptions(device="cpu")),
             "logs": str(self.logs),
+            "control": str(self.control),
         }
-        ApplicationSettings(**{**given, **settings}).save(folder / "front.json")
+        ApplicationSettings(**{**given, **settings}).save(self.settings)
         self.output = folder / "front.out"
         with open(self.output, "wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(folder / "front.json"), json.dumps(LIMITS)],
+                [sys.executable, "-c", SCRIPT, str(self.settings), json.dumps(limits or {})],
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,
@@ -117,7 +131,7 @@ class RunningApplication:
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
-    made = RunningApplication(tmp_path_factory.mktemp("asgi"))
+    made = RunningApplication(tmp_path_factory.mktemp("asgi"), LIMITS)
     made.wait()
     yield made
     made.process.terminate()
@@ -173,6 +187,78 @@ def test_what_can_be_read(app: RunningApplication) -> None:
 def test_nothing_else_is_there(app: RunningApplication, path: str, code: str) -> None:
     answer = httpx.post(app.url + path)
     assert (answer.status_code, error_of(answer)) == (404, code)
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "DELETE", "PATCH", "TRACE"])
+@pytest.mark.parametrize(
+    "path, allowed",
+    [
+        ("/predictions/score", "GET, HEAD, POST, PUT"),
+        ("/v1/score", "GET, HEAD, POST, PUT"),
+        ("/v2/models/score/infer", "POST"),
+        ("/openapi.json", "GET, HEAD"),
+    ],
+)
+def test_methods_that_are_refused(
+    app: RunningApplication, method: str, path: str, allowed: str
+) -> None:
+    answer = httpx.request(method, app.url + path)
+    assert (answer.status_code, error_of(answer)) == (405, "not_allowed")
+    assert answer.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
+    "path", ["/ping", READY, "/openapi.json", "/v1/openapi.json", "/v2", "/v2/health/live"]
+)
+def test_head_works_where_get_does(app: RunningApplication, path: str) -> None:
+    got, head = httpx.get(app.url + path), httpx.head(app.url + path)
+    assert head.status_code == got.status_code == 200 and head.content == b""
+    assert head.headers["content-length"] == got.headers["content-length"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /predictions/score HTTP/1.0\r\nHost: localhost\r\n",
+        b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n",
+        b"PATCH /predictions/score HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n",
+    ],
+)
+def test_a_connection_is_closed_after_the_answer(app: RunningApplication, head: bytes) -> None:
+    """By its end, not by a reset, which would lose the answer."""
+    with socket.create_connection(("127.0.0.1", app.port), 60) as connection:
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE)
+        with connection.makefile("rb") as stream:
+            lines, _, body = stream.read().partition(b"\r\n\r\n")
+    expected = b"405" if head.startswith(b"PATCH") else b"200"
+    assert lines.startswith(b"HTTP/1.1 " + expected) and json.loads(body)
+
+
+def test_pipelined_requests_are_answered_in_order(app: RunningApplication) -> None:
+    """Of several operations, each with its own identity."""
+    with socket.create_connection(("127.0.0.1", app.port), 60) as connection:
+        for operation, close in (
+            ("encode", ""),
+            ("score", ""),
+            ("encode", "Connection: close\r\n"),
+        ):
+            head = f"POST /predictions/{operation} HTTP/1.1\r\nHost: localhost\r\n{close}"
+            length = f"Content-Length: {len(IMAGE)}\r\n\r\n"
+            connection.sendall((head + length).encode() + IMAGE)
+        with connection.makefile("rb") as stream:
+            text = stream.read().decode()
+    answers = text.split("HTTP/1.1 200 OK\r\n")[1:]
+    assert ["bpd_parts" in answer for answer in answers] == [False, True, False]
+    assert len(set(re.findall(r"x-request-id: (\S+)", text))) == 3
+
+
+@pytest.mark.parametrize("spelling", ["true", "True", "TRUE", "on", "1"])
+def test_a_form_may_spell_true_in_other_ways(app: RunningApplication, spelling: str) -> None:
+    answer = httpx.post(
+        f"{app.url}/predictions/encode", data={"eps": spelling}, files={"image": IMAGE}, timeout=60
+    )
+    assert answer.status_code == 200
+    assert "eps" in answer.json()["results"][0]["levels"][0]
 
 
 def test_the_guard_is_before_it(app: RunningApplication) -> None:
@@ -266,10 +352,10 @@ def test_requests_that_wait_are_computed_together(app: RunningApplication) -> No
     with ThreadPoolExecutor(7) as pool:
         first = pool.submit(app.post, "score")
         wait_for(lambda: app.in_flight("score") == 1)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         others = [pool.submit(app.post, "score") for _ in range(6)]
         wait_for(lambda: app.in_flight("score") == 7)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         worker.resume()
         assert first.result().headers["x-ade-batch"] == "1"
         assert {one.result().headers["x-ade-batch"] for one in others} == {"6"}
@@ -282,7 +368,7 @@ def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningAppli
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(app.post, "score")
         wait_for(lambda: app.in_flight("score") == 1)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         assert app.post("encode").status_code == 200
         worker.kill()
         answer = lost.result()
@@ -304,7 +390,10 @@ def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
         for line in httpx.get(app.metrics).text.splitlines()
         if line.startswith('ade_worker_starts_total{model_name="sample"')
     ]
-    assert starts == ['ade_worker_starts_total{model_name="sample",worker="0"} 2.0']
+    model = open_bundle(PRETRAINED).model_id
+    assert starts == [
+        f'ade_worker_starts_total{{model_name="sample",worker="0",bundle="{model}"}} 2.0'
+    ]
 
 
 def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningApplication) -> None:
@@ -320,7 +409,7 @@ def test_metrics(app: RunningApplication) -> None:
         text = httpx.get(app.metrics).text
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
-    counted = 'ade_requests_total{model_name="score",worker="0",status="200",code="none"}'
+    counted = 'ade_requests_total{model_name="score",worker="0",status="200",code="none"'
     before = value(counted)
     assert app.post("score").status_code == 200
     assert value(counted) == before + 1
@@ -337,6 +426,22 @@ def test_metrics(app: RunningApplication) -> None:
         assert (kind == "counter") == name.endswith("_total")
     totals = read_totals(answer.text, Asgi.timers)["score"]
     assert totals["whole"] > totals["queue"] > 0 and totals["compute"] > 0
+
+
+def test_status_counts_requests(app: RunningApplication) -> None:
+    """As test_server.py's test_status does with the other engine."""
+    ports = Ports(app.port, app.metrics_port, free_ports(1)[0])
+
+    def counts() -> dict[str, float]:
+        found = read_status(ports)["requests"]
+        return {kind: found.get(kind, 0.0) for kind in ("2xx", "4xx")}
+
+    counts()  # asks for a sample itself, which is counted
+    before = counts()
+    assert app.post("score").status_code == 200
+    assert app.post("score", b"").status_code == 400
+    after = counts()
+    assert after["2xx"] - before["2xx"] == 2 and after["4xx"] - before["4xx"] == 1
 
 
 def test_metrics_add_up() -> None:
@@ -526,7 +631,7 @@ def test_a_token_and_a_stop(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(lambda: made.post("score", **bearer))
         wait_for(lambda: made.in_flight("score") == 1)
-        time.sleep(0.2)
+        time.sleep(SENT_S)
         made.process.terminate()
         for one in family:
             one.send_signal(signal.SIGTERM)  # as to a whole process group

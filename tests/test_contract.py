@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -417,13 +418,24 @@ def record() -> Iterator[dict[str, Any]]:
     yield json.loads(RECORD.read_text())
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
+def engine_parameter(name: str) -> Any:
+    """Ray takes a minute to start, and many cores to be quick."""
+    if name != "ray":
+        return name
+    is_absent = importlib.util.find_spec("ray") is None
+    reason = "ray is not installed (extra ray)"
+    skips = pytest.mark.skipif(is_absent, reason=reason)
+    return pytest.param(name, marks=[pytest.mark.slow, skips])
+
+
+@pytest.fixture(scope="module", params=[engine_parameter(name) for name in ENGINES])
 def served(request: pytest.FixtureRequest) -> Iterator[RunningService]:
     """The bundle that ships, on each engine."""
     if request.param == DEFAULT:
         yield request.getfixturevalue("service")
         return
-    running = RunningService(PRETRAINED, options=("--engine", request.param))
+    few = ("--workers", "1") if request.param == "ray" else ()
+    running = RunningService(PRETRAINED, options=("--engine", request.param, *few))
     yield running
     assert running.stop() == []
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +20,25 @@ from PIL import Image
 
 from ade_cli.main import main
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from fitting.pipeline import _caught, fit_folder
-from fitting.plan import Plan, PlanError, Stage, make_plan, read_budget
-from fitting.report import Caught, Findings, Outlier, false_alarms, weaknesses, write_report
+from fitting.pipeline import _caught, _encoder, fit_folder
+from fitting.plan import (
+    ENCODER_MOST_MINUTES,
+    Plan,
+    PlanError,
+    Stage,
+    encoder_needs,
+    make_plan,
+    read_budget,
+)
+from fitting.report import (
+    Caught,
+    EncoderFindings,
+    Findings,
+    Outlier,
+    false_alarms,
+    weaknesses,
+    write_report,
+)
 from fitting.survey import Survey, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
@@ -61,6 +80,38 @@ def test_plans_fit_their_budget() -> None:
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(PlanError, match="too small"):
         make_plan("/images", "images", 32, 0.4, False)
+
+
+def test_an_encoder_is_planned_where_it_pays() -> None:
+    """It takes class folders, images and minutes, and is part of the budget."""
+    for budget, images, has_classes, planned in (
+        (25, 2000, True, True),
+        (25, 1999, True, False),
+        (24, 5000, True, False),
+        (1440, 50_000, False, False),
+        (1440, 50_000, True, True),
+    ):
+        plan = make_plan("/images", "images", 32, budget, False, None, images, has_classes)
+        assert (plan.encoder_minutes > 0) == planned, (budget, images, has_classes)
+        assert plan.encoder_minutes <= ENCODER_MOST_MINUTES
+        without = make_plan("/images", "images", 32, budget, False)
+        minutes = sum(stage.minutes for stage in plan.stages) + plan.encoder_minutes
+        assert minutes == pytest.approx(sum(stage.minutes for stage in without.stages))
+    assert "from 2,000 images in class folders and a budget of 25 minutes" in encoder_needs()
+
+
+def test_a_fitting_does_not_resume_with_other_images() -> None:
+    begun = make_plan("/images", "images", 32, 60, False, None, 704, True)
+    with pytest.raises(
+        PlanError, match="with 704 image files in class folders; .* 705 image files"
+    ):
+        make_plan("/images", "images", 32, 60, False, None, 705, True).check_resumes(begun)
+    values = begun.to_dict()
+    for name in ("images", "has_classes", "encoder_minutes"):  # not in plans of older versions
+        del values[name]
+    old = Plan.from_dict(values)
+    with pytest.raises(PlanError, match=r"another version .*, and an encoder \(9.6 min\): finish"):
+        dataclasses.replace(begun, encoder_minutes=9.6).check_resumes(old)
 
 
 def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
@@ -276,6 +327,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         < page.index("uniform noise")
         < page.index("<h2>Use it")
     )
+    assert "1,000 more images would narrow the band" in page
     assert "holds" not in page and "as expected" in page
     manifest = {
         **evaluated.manifest,
@@ -290,6 +342,17 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     assert weaknesses(good) == []
     write_report(good, tmp_path / "report.html")
     assert "No weakness was found" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "The gate has no encoder" in page and "from 2,000 images in class folders" in page
+    for encoder, words in (
+        (
+            EncoderFindings(9000, 3, True, 0.714, 0.4),
+            "folder of\n71 % of the test images;\n40 % of",
+        ),
+        (EncoderFindings(9000, 3, False), "the 3 folders no better than guessing"),
+    ):
+        write_report(dataclasses.replace(good, encoder=encoder), tmp_path / "report.html")
+        assert words in (tmp_path / "report.html").read_text()
     hostile = '<script>alert("x")</script>.png'  # anybody may have chosen a file's name
     outlier = Outlier(hostile, 0.01, 9.0, held_out[0])
     surveyed = dataclasses.replace(found, broken=[f"{hostile}: broken"], twice=[[hostile, "b.png"]])
@@ -297,6 +360,77 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     write_report(findings, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") == 4
+
+
+def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) -> Path:
+    for i, (image, second) in enumerate(zip(images, is_second, strict=True)):
+        target = folder / ("dark" if second else "bright")
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(target / f"{i:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train encoders for minutes of CPU time: they learn on a busy machine, too."""
+    clock = SimpleNamespace(monotonic=time.process_time)
+    monkeypatch.setattr("training.encoder.time", clock)
+
+
+@pytest.mark.usefixtures("cpu_time")
+@pytest.mark.parametrize("learnable", [True, False])
+def test_an_encoder_is_used_if_it_recognises_classes(
+    learnable: bool, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """It never sees held-out images, is trained once, and is left out if it only guesses."""
+    rng = np.random.default_rng(0)
+    images = np.concatenate([small_images, small_images[:, ::-1]])
+    is_dark = rng.random(600) < 0.5
+    images[is_dark] //= 3
+    folder = class_folders_of(
+        tmp_path / "images", images, is_dark if learnable else rng.permutation(is_dark)
+    )
+    files = image_files(folder)
+    dataset = load_files(folder, files, 8, None, lambda line: None)
+    found = survey(picture_sizes(files), dataset)
+    plan = make_plan(str(folder), "images", 8, 20, False, None, 600, True)
+    lines: list[str] = []
+    assert _encoder(plan, found, dataset, tmp_path, lines.append) is None and not lines
+    plan = dataclasses.replace(plan, encoder_minutes=0.08)
+    source = _encoder(plan, found, dataset, tmp_path, lines.append)
+    assert (source is not None) == learnable, lines
+    assert lines[0] == "training an encoder for 2 classes, 0.1 minutes"
+    assert lines[1:] == (
+        []
+        if learnable
+        else ["the encoder recognises the classes no better than guessing, and is not used"]
+    )
+    assert _encoder(plan, found, dataset, tmp_path, lines.append) == source
+    assert sum(line.startswith("training") for line in lines) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cpu_time")
+def test_a_gate_with_its_own_encoder(tmp_path: Path, real_images: np.ndarray) -> None:
+    """The bundle has the encoder, its calibration uses it, and the report says what it is worth."""
+    images = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:200]])
+    is_dark = np.arange(len(images)) % 2 == 0
+    images[is_dark] //= 3
+    folder = class_folders_of(tmp_path / "images", images, is_dark)
+    files = image_files(folder)
+    plan = make_plan(str(folder), "images", 32, 1.2, False, None, len(files), True)
+    plan = dataclasses.replace(plan, encoder_minutes=0.5)
+    lines: list[str] = []
+    fitted = fit_folder(plan, files, tmp_path / "fit", lines.append)
+    bundle = verify_bundle(fitted.bundle)
+    assert bundle.manifest["features"]["classes"] == 2
+    assert bundle.manifest["calibration"]["statistic"].endswith("2 semantic ones")
+    assert bundle.manifest["calibration"]["images"] < 0.12 * len(files)  # those held out alone
+    page = fitted.report.read_text()
+    assert "with the 2 folders as classes. It recognises the folder of" in page
+    lines.clear()
+    fit_folder(plan, files, tmp_path / "fit", lines.append)
+    assert not any("training" in line for line in lines)
 
 
 @pytest.mark.slow
@@ -359,4 +493,5 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     assert other.returncode == 2 and "begun with images of 32 pixels" in other.stderr
     Image.new("RGB", (32, 32)).save(folder / "another.png")
     changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert changed.returncode == 2 and "has changed since" in changed.stderr
+    assert changed.returncode == 2
+    assert re.search("begun with 704 image files.*; .* with 705 image files", changed.stderr)

@@ -27,7 +27,8 @@ from handlers.front.forms import checked_type
 from handlers.torchserve.front import ServerSettings
 from serving.api.errors import ApiError
 from serving.api.requests import URLENCODED
-from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream, wait_for
+from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
+from tests.helpers import wait_for
 from tests.test_observability import METRICS_TEXT
 
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"

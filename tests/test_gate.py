@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI, Request
@@ -22,9 +27,11 @@ from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
 from serving.images import write_png
 from serving.verdict.calibration import Calibrations
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
+from tests.service import free_ports
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CAT = ROOT / "serving" / "examples" / "cat.png"
+HORSE = CAT.with_name("horse.png")  # which the bundle's classifier recognises
 PNG = {"Content-Type": "image/png"}
 
 
@@ -253,43 +260,127 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
         assert reached[0][0].accepted
 
 
+def documented() -> list[str]:
+    """The how-to's programs: the service, TorchServe's handler, and the gate by itself."""
+    page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+class Watched:
+    """A classifier that notes what it gets."""
+
+    def __init__(self, classifier: Any) -> None:
+        self.seen: list[np.ndarray] = []
+        self._classifier = classifier
+
+    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> Any:
+        self.seen.append(inputs["images"][0])
+        return self._classifier.run(names, inputs)
+
+
 def test_the_documented_service(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """An ID image is classified, an OOD image is not, and if the gate fails no image is."""
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
-    service, in_process = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    service, _, in_process = documented()
     names: dict[str, Any] = {}
     exec(compile(service, "service.py", "exec"), names)
+    watched = names["classifier"] = Watched(names["classifier"])
     client = TestClient(names["app"])
-    answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
-    assert (
-        answer.status_code == 200
-        and answer.json()["label"] in ("blue", "red")
-        and answer.json()["p_value"] > 0.5
+    horse = np.asarray(Image.open(HORSE).convert("RGB"))
+    answer = client.post("/classify", content=HORSE.read_bytes(), headers=PNG)
+    assert answer.status_code == 200 and answer.json()["label"] == "horse"
+    assert answer.json()["p_value"] > 0.01 and np.array_equal(watched.seen.pop(), horse)
+    larger = write_png(
+        np.asarray(Image.fromarray(horse).resize((80, 64), Image.Resampling.BICUBIC))
     )
+    answer = client.post("/classify", content=larger, headers=PNG)
+    assert answer.status_code == 200 and watched.seen.pop().shape == (32, 32, 3)
     answer = client.post("/classify", content=write_png(NOISE), headers=PNG)
     assert (
         answer.status_code == 422 and answer.json()["error"]["decisions"][0]["decision"] == "reject"
     )
-    hidden = np.dstack(
-        [np.asarray(Image.open(CAT).convert("RGB")), np.full((32, 32), 255, np.uint8)]
-    )
-    hidden[:4] = 0, 0, 255, 0  # blue without alpha, enough for another label; the gate sees white
+    hidden = np.dstack([horse, np.full((32, 32), 255, np.uint8)])
+    hidden[:4] = 0, 0, 255, 0  # blue without alpha; the gate sees white, and so does the classifier
     file = io.BytesIO()
     Image.fromarray(hidden).save(file, "PNG")
-    answer = client.post("/classify", content=file.getvalue(), headers=PNG)
-    assert (
-        answer.status_code == 200 and answer.json()["label"] == "red"
-    )  # of what the gate accepted
+    client.post("/classify", content=file.getvalue(), headers=PNG)
+    assert all((seen[:4] == 255).all() for seen in watched.seen)
+    watched.seen.clear()
     monkeypatch.setattr(Gate, "check", lambda self, images: 1 / 0)
-    answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
+    answer = client.post("/classify", content=HORSE.read_bytes(), headers=PNG)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "gate_unavailable"
+    assert answer.headers["retry-after"] == "1" and watched.seen == []
     monkeypatch.undo()
     monkeypatch.chdir(ROOT)
     exec(compile(in_process, "gate.py", "exec"), {})
     assert capsys.readouterr().out.startswith("True accept 0.67")
+
+
+def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:
+    """As a process of its own: once killed, it answers nothing; started again, it classifies."""
+    (tmp_path / "service.py").write_text(documented()[0])
+
+    def start() -> tuple[subprocess.Popen[bytes], str]:
+        (port,) = free_ports(1)
+        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(tmp_path), "service:app"]
+        process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT)
+        url = f"http://127.0.0.1:{port}/classify"
+        for _ in range(1000):
+            try:
+                httpx.get(url, timeout=5)
+                return process, url
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.2)
+        raise RuntimeError("the service did not start")
+
+    for _ in range(2):
+        process, url = start()
+        try:
+            answer = httpx.post(url, content=HORSE.read_bytes(), headers=PNG, timeout=60)
+            assert answer.status_code == 200 and answer.json()["label"] == "horse"
+            assert httpx.post(url, content=write_png(NOISE), headers=PNG).status_code == 422
+        finally:
+            process.kill()
+            process.wait()
+        with pytest.raises(httpx.TransportError):
+            httpx.post(url, content=HORSE.read_bytes(), headers=PNG)
+
+
+def test_the_documented_torchserve_handler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loaded and called by the code of TorchServe's worker: each image has its own status."""
+    loader = pytest.importorskip("ts.model_loader")
+    (tmp_path / "gated.py").write_text(documented()[1])
+    shutil.copy(PRETRAINED / "features.onnx", tmp_path / "classifier.onnx")
+    page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
+    (options,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "gated.yaml").write_text(options.replace("/srv/bundles/mine", str(PRETRAINED)))
+    (tmp_path / "MAR-INF").mkdir()
+    manifest = {"model": {"configFile": "gated.yaml"}}
+    (tmp_path / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    monkeypatch.syspath_prepend(tmp_path)
+    service = loader.TsModelLoader().load("classify", str(tmp_path), "gated.py", None, 8)
+
+    def ask(*bodies: Any) -> list[tuple[int, dict[str, Any]]]:
+        context = service.context
+        context.request_processor = [RequestProcessor({}) for _ in bodies]
+        answers = service._entry_point([{"body": body} for body in bodies], context)
+        statuses = [context.get_response_status(row)[0] for row in range(len(bodies))]
+        return list(zip(statuses, map(json.loads, answers), strict=True))
+
+    from ts.context import RequestProcessor
+
+    horse = HORSE.read_bytes()
+    accepted, rejected, unusable, parsed = ask(horse, bytearray(write_png(NOISE)), b"", {"a": 1})
+    assert accepted[0] == 200 and accepted[1]["label"] == "horse" and accepted[1]["p_value"] > 0.01
+    assert rejected == (422, {"error": "reject", "reason": None})
+    assert unusable[0] == parsed[0] == 422 and unusable[1]["error"] == "no_verdict"
+    monkeypatch.setattr(Gate, "check", lambda self, images: 1 / 0)
+    assert ask(horse, horse) == [(503, {"error": "unavailable"})] * 2
+    monkeypatch.setattr(Gate, "check", lambda self, images: [])
+    assert ask(horse) == [(503, {"error": "unavailable"})]
 
 
 def test_the_middleware_asks_for_a_calibration_by_request(gate: Gate) -> None:

@@ -17,6 +17,7 @@ from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
 from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
+from serving.brand import NAME, STYLE
 from tests.helpers import ROOT
 
 METRICS_TEXT = """# HELP ade_requests_total Torchserve prometheus counter metric with unit: Count
@@ -143,6 +144,21 @@ def test_the_dashboard_uses_existing_metrics() -> None:
     assert len(set(places)) == len(places) and len(
         {panel["id"] for panel in dashboard["panels"]}
     ) == len(places)
+
+
+def test_the_dashboard_has_the_pages_colours() -> None:
+    """Of the dark scheme, which Grafana has by default; the gate comes first."""
+    text = (ROOT / "deploy" / "grafana.json").read_text()
+    both = dict(re.findall(r"--ade-(accept|reject): light-dark\(#\w+, (#\w+)\)", STYLE))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", text)) == set(both.values()) and len(both) == 2
+    dashboard = json.loads(text)
+    first = dashboard["panels"][0]
+    assert dashboard["title"] == NAME and first["gridPos"]["y"] == 0
+    coloured = {
+        rule["matcher"]["options"]: rule["properties"][0]["value"]["fixedColor"]
+        for rule in first["fieldConfig"]["overrides"]
+    }
+    assert coloured == {"/^rejected/": both["reject"], "/^promised/": both["accept"]}
 
 
 def test_alarm_rules_are_valid_and_of_metrics_that_exist() -> None:

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from serving.page.app import READY_FOR_S, build_page, make_app
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.explore import VARIATIONS
 from serving.page.score import REASONS
-from serving.page.served import RESIZE, Runs, Served, latest_only
+from serving.page.served import RESIZE, Runs, Served, is_outdated, latest_only
 from serving.page.sweep import sweep
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
@@ -140,7 +141,7 @@ def test_sample(page: Page, tmp_path: Path) -> None:
     unfold(panel, "More")
     for name in ("png", "npz"):
         with page.expect_download() as download:
-            button = f"Download {name.upper() if name == 'png' else name}"
+            button = f"Download all ({name.upper() if name == 'png' else name})"
             panel.get_by_role("button", name=button).or_(
                 panel.get_by_role("link", name=button)
             ).first.click()
@@ -155,6 +156,17 @@ def test_sample(page: Page, tmp_path: Path) -> None:
             np.array_equal(untile(np.asarray(grid), 16, (32, 32, 3)), arrays["images"])
             and arrays["seed"] == "7"
         )
+    # A chosen one by itself.
+    samples.nth(2).click()
+    keep = panel.get_by_role("button", name="Download it").or_(
+        panel.get_by_role("link", name="Download it")
+    )
+    expect(keep.first).to_be_enabled()
+    with page.expect_download() as download:
+        keep.first.click()
+    download.value.save_as(tmp_path / "chosen.png")
+    chosen = Image.open(tmp_path / "chosen.png")
+    assert chosen.text["ade:index"] == "2" and np.array_equal(chosen, third)
 
 
 def test_dice_and_history(page: Page) -> None:
@@ -282,8 +294,11 @@ def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
     runs = Runs()
 
     def run(name: str) -> str:
+        assert not is_outdated()
         if name.startswith("slow"):
-            assert numbered("quick", runs) == "quick"  # begins while the slow one runs
+            # Begins while the slow one runs, which may end then.
+            assert copy_context().run(numbered, "quick", runs) == "quick"
+            assert is_outdated()
         if name.endswith("fails"):
             raise ValueError(name)
         return name
@@ -386,6 +401,28 @@ def test_another_alpha_is_another_verdict_of_the_same_score(
     expect(panel.get_by_text("Rejected at a false-alarm rate of 10 %")).to_be_visible()
     expect(panel.get_by_text("rejected at 10 %")).to_be_visible()
     panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.01")
+
+
+def test_what_if(page: Page) -> None:
+    """Moves the level by keyboard alone; what it would mean for a day follows."""
+    show(page, "Score")
+    panel = panel_of(page)
+    unfold(panel, "What if: alarms per day, and what is caught")
+    outlook = panel.get_by_role("status").filter(visible=True)
+    panel.get_by_label("Images per day").fill("10000")
+    level = panel.get_by_role("slider", name="False-alarm rate").first
+    level.focus()
+    page.keyboard.press("Home")  # 0.001: 3 of 3,001 ranks
+    expect(outlook).to_contain_text("About 10 false alarms per day among 10,000")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    expect(outlook).to_contain_text("About 50 false alarms per day among 10,000")
+    panel.get_by_label("Images per day").fill("")
+    expect(panel.get_by_text("Images per day: a number from 1 to")).to_be_visible()
+    panel.get_by_label("Images per day").fill("1000")
+    for _ in range(5):
+        level.press("ArrowRight")
+    expect(outlook).to_contain_text("About 10 false alarms per day among 1,000")
 
 
 def test_explore(page: Page, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
 from serving.ports import Ports
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, settled
 from tests.service import CANARIES, RunningService
 
 NOBODY = 65534
@@ -236,7 +235,7 @@ def test_a_probe_needs_the_secret(service: RunningService) -> None:
         )
 
     def count(secret: str) -> float:
-        before = requests()
+        before = settled(requests)
         for _ in range(3):
             answer = httpx.post(
                 f"{service.url}/predictions/sample",
@@ -244,8 +243,7 @@ def test_a_probe_needs_the_secret(service: RunningService) -> None:
                 headers={"X-Ade-Probe": secret},
             )
             assert answer.status_code == 200
-        time.sleep(1.6)
-        return requests() - before
+        return settled(requests) - before
 
     secret = service.folder.probe_file.read_text()
     assert len(secret) == 32 and count("1") == 3 and count(secret) == 0

@@ -39,6 +39,8 @@ from tests.helpers import (
     needs_data,
     npy,
     png_header,
+    settled,
+    wait_for,
 )
 from tests.service import RunningService, free_ports
 
@@ -379,12 +381,11 @@ def test_telemetry_of_what_was_scored(
         )
 
     client.score(real_images[:1])
-    time.sleep(1.5)
-    before = total("ade_bpd_count{")
+    before = settled(lambda: total("ade_bpd_count{"))
     found = client.score(real_images[:40])
     assert httpx.get(f"{service.page}/readyz", timeout=60).status_code == 200
-    time.sleep(1.5)
-    assert total("ade_bpd_count{") == before + 40
+    wait_for(lambda: total("ade_bpd_count{") >= before + 40)
+    assert settled(lambda: total("ade_bpd_count{")) == before + 40
     text = httpx.get(f"{service.metrics}/metrics").text
     profile = read_totals(text, TorchServe.timers)
     assert (
@@ -606,7 +607,6 @@ def test_the_other_backend_and_further_bundles(
 def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
     """Ctrl-C reaches make and its child, SIGTERM only make."""
     import os
-    import time
 
     import psutil
 
@@ -635,8 +635,7 @@ def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
         process.send_signal(sign)
     process.stdout.read()
     process.wait(60)
-    time.sleep(1)
-    assert [p for p in family if p.is_running()] == []
+    assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
 def mean_bpd(service: RunningService, images: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -25,7 +25,7 @@ from serving.gate import Gate
 from serving.ports import VARIABLES
 from serving.verdict.calibration import Calibrations
 from serving.verdict.store import FOLDER, path_of
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService
 
 pytestmark = pytest.mark.slow
@@ -61,13 +61,6 @@ def put(file: Path, bundle: Path, name: str) -> None:
     target = path_of(bundle, name)
     shutil.copy(file, target.with_name(".new"))
     os.replace(target.with_name(".new"), target)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_swaps_under_load_fail_no_request(

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -31,10 +33,11 @@ from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from serving.files import LOCK
 from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
+from tests.service import free_ports
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
-from training.loop import RunOptions, train
+from training.loop import RunOptions, _with_others, train
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -916,6 +919,96 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
         assert a[step] == pytest.approx(b[step], abs=1e-4)
 
 
+def test_a_lost_process_is_an_error_of_the_run() -> None:
+    """Of a single process there is nothing to lose: its errors are its own."""
+    with (
+        pytest.raises(RunError, match="process 1 of 2 has lost the others: .*resume.*Connection"),
+        _with_others(SimpleNamespace(world_size=2, global_rank=1)),
+    ):
+        raise RuntimeError("Connection closed by peer\nand a stack")
+    with (
+        pytest.raises(RuntimeError, match="of its own"),
+        _with_others(SimpleNamespace(world_size=1, global_rank=0)),
+    ):
+        raise RuntimeError("of its own")
+
+
+def start_node(rank: int, port: int, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
+    """One of two machines, as ``torchrun`` starts a process there; its output goes to ``out``."""
+    command = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    with open(out, "wb") as output:
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *command,
+                "--rdzv-conf",
+                f"is_host={int(rank == 0)}",
+                "-m",
+                "ade_cli.main",
+                *arguments,
+            ],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # so that all its processes can be killed at once
+        )
+
+
+@pytest.mark.slow
+def test_a_node_dies_and_the_run_resumes_on_the_other(folder: Path, tmp_path: Path) -> None:
+    """Two nodes train as one process; what is left after a death is resumed by one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = ["train", "av-ade", "--size", "tiny", "--data", str(folder), *TRAIN]
+    arguments += ["--images", str(16 * 60), "--device", "cpu", "--checkpoint-steps", "10"]
+    assert ade(*arguments, "--out", str(one)).returncode == 0
+
+    (port,) = free_ports(1)
+    texts = [tmp_path / f"node-{rank}.txt" for rank in range(2)]
+    nodes = [
+        start_node(rank, port, [*arguments, "--out", str(two)], texts[rank]) for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 300
+        while not (two / "checkpoints" / "step-000000010").is_dir():
+            assert all(node.poll() is None for node in nodes), texts[0].read_text()
+            assert time.monotonic() < deadline, "the nodes did not begin"
+            time.sleep(0.02)
+        # The one that does not write the checkpoints; torchrun's processes have no order.
+        (dying,) = [
+            node
+            for node in nodes
+            if "0" not in {rank_of(p) for p in psutil.Process(node.pid).children(recursive=True)}
+        ]
+        own = psutil.Process(dying.pid)
+        for process in [*own.children(recursive=True), own]:
+            process.kill()
+        (other,) = [node for node in nodes if node is not dying]
+        assert other.wait(120) != 0
+    finally:
+        for node in nodes:
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+    text = texts[nodes.index(other)].read_text()
+    assert "ade train: process 0 of 2 has lost the others: one ended" in text, text
+
+    done = ade(*arguments, "--out", str(two), "--resume")
+    assert done.returncode == 0, done.stderr
+    a, b = losses_of(one), losses_of(two)
+    assert a.keys() == b.keys() and 60 in a
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=2e-4)
+
+
+def rank_of(process: psutil.Process) -> str | None:
+    with suppress(psutil.Error):
+        return process.environ().get("RANK")
+    return None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gan", "av-ade"])
 def test_images_to_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> None:
@@ -949,9 +1042,9 @@ def test_images_to_bundle_and_back(name: str, folder: Path, tmp_path: Path) -> N
     np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
     calibrated = ade("calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(named))
     assert calibrated.returncode == 0 and re.search(
-        r"calibrated on 18\d images", calibrated.stderr
+        r"with 18\d calibration images", calibrated.stderr
     ), calibrated.stderr
-    assert "left out" in calibrated.stderr and "at alpha 0.05 between" in calibrated.stderr
+    assert "left out" in calibrated.stderr and "  alpha 0.05: " in calibrated.stderr
     bench = ade(
         "ood-bench",
         str(tmp_path / "calibrated"),

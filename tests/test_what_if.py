@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from ade_cli.advice import advice
 from ade_cli.main import main
-from export.verdict.what_if import ALPHAS, what_if
+from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.what_if import ALPHAS, corruptions_of, rejected, usable, what_if
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
+from serving.page import charts
 from serving.verdict.calibration import CalibrationError, Calibrations
 from tests.helpers import PRETRAINED, ROOT
 from tests.test_imports import TRAINING_PACKAGES, without
@@ -68,6 +72,47 @@ def test_a_history_unlike_the_calibration_is_named(
         what_if(engine, engine.calibrations, [b""], {}, 100, 5)
 
 
+def test_a_calibration_says_what_it_catches(
+    engine: InferenceEngine, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """As measured again from its images; and still, when images have joined it."""
+    calibrations = engine.calibrations
+    assert calibrations.exact is not None
+    assert set(calibrations.exact.corrupted) == {*CORRUPTIONS, *SUBTLE}
+    images, _ = usable(engine, small_images[150:])
+    for name, its in corruptions_of(images).items():
+        (share,) = rejected(engine, calibrations, its, [0.1])
+        assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
+    assert calibrations.exact.caught(0.001) == {}  # 150 images cannot reject one in 1,000
+    more = calibrations.exact.joined_by(engine.statistics(small_images[:50]))
+    assert more.corrupted is calibrations.exact.corrupted
+    bare = dataclasses.replace(calibrations.exact, corrupted={})
+    (tmp_path / "before.npz").write_bytes(Calibrations(bare, bare).to_bytes())
+    before = Calibrations.load(tmp_path / "before.npz").exact
+    assert before is not None and before.caught(0.1) == {}
+    wrong = dataclasses.replace(bare, corrupted={"constant": np.array([1.0, np.nan])})
+    with pytest.raises(CalibrationError, match="scores of 'constant' must be finite"):
+        wrong.check_values()
+
+
+def test_the_page_shows_both(engine: InferenceEngine) -> None:
+    calibration = engine.calibrations.exact
+    assert calibration is not None
+    shown = charts.what_if(calibration, 0.1, 1000)
+    n, k = 150, 15
+    low, high = (round(x) for x in stats.betabinom.ppf([0.025, 0.975], 1000, k, n + 1 - k))
+    assert f"About {1000 * k / (n + 1):.0f} false alarms per day" in shown
+    assert f"{low} to {high} with a probability of 95 %" in shown
+    share = calibration.caught(0.1)["JPEG, quality 10"]
+    assert (
+        f'JPEG, quality 10</th><td class="ade-share"><span style="width: {100 * share:.1f}%'
+        in shown
+    )
+    assert "No image can be rejected" in charts.what_if(calibration, 0.001, 1000)
+    bare = dataclasses.replace(calibration, corrupted={})
+    assert "does not say what would be caught" in charts.what_if(bare, 0.1, 1000)
+
+
 def test_the_command(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +138,22 @@ def test_the_command(
         assert message in capsys.readouterr().err
 
 
+def test_advice_on_a_weak_gate() -> None:
+    good = {**dict.fromkeys(CORRUPTIONS, 1.0), **dict.fromkeys(SUBTLE, 0.8)}
+    assert advice(600, True, good) == []
+    (few,) = advice(599, True, good)
+    assert "1,000 images or more" in few
+    (blind,) = advice(600, False, good)
+    assert "ade encoder" in blind
+    for weak, named in (
+        ({**good, "constant": 0.89}, "(constant)"),
+        ({**good, "constant": None}, "(constant)"),
+        ({**good, **dict.fromkeys(SUBTLE, 0.5)}, f"({'; '.join(SUBTLE)})"),
+    ):
+        (line,) = advice(600, True, weak)
+        assert named in line and "ade fit DIR" in line
+
+
 def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -> None:
     """Makes a gate without PyTorch; the report has false alarms and detection."""
     files = np.asarray(Image.open(ROOT / "tests/data/cifar10_test_300.webp").convert("RGB"))
@@ -112,5 +173,7 @@ def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -
         )
     assert all(run.returncode == 0 for run in done.values()), done
     said = done["calibrate"].stderr
-    assert "at alpha 0.05 between" in said and "  constant: " in said and "no verdict" in said
+    assert "60 images: 24 fit the density of statistics, 36 set the false-alarm rate\n" in said
+    assert "  alpha 0.1: " in said and "  constant: " in said and "no verdict" in said
+    assert "next step: calibrate on 1,000 images or more" in said
     assert (tmp_path / "mine" / "manifest.json").is_file()

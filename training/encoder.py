@@ -9,7 +9,7 @@ training images alone: the verdict's calibration needs images that it has not se
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from training.data import DataError, Dataset, ImageSet
 
 WIDTHS = (32, 128, 256)
 STEM = 32
-MAX_SIZE = 32  # pixels a side that the network sees; larger images are averaged down
+MAX_SIZE = 32  # pixels per side that the network sees; larger images are averaged down
 MIN_SIZE = 8
 BATCH = 128
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
     """Pixels to features, and to logits of classes if it was trained with them.
 
     Args:
-        image_size: pixels a side.
+        image_size: pixels per side.
         channels: of the images.
         classes: 0 without labels.
     """
@@ -108,20 +108,36 @@ class TrainedEncoder:
         return ["features", "logits"][: 2 if self.classes else 1]
 
 
-def class_labels(dataset: Dataset) -> np.ndarray | None:
-    """Classes of the part ``train``: the data set's, or of a folder the folders at its top.
+def class_folders(names: Sequence[str]) -> list[str] | None:
+    """Names of the folders at the top of a data set, in order, if each is a class.
 
-    ``None`` if there are none: fewer than two, an image beside them, or so few images a class that
-    the folders are something else.
+    Args:
+        names: of the images to train on, relative to the data set, with ``/``.
+
+    Returns:
+        ``None`` if they are no classes: fewer than two, an image beside them, or so few images per
+        folder that the folders are something else.
     """
-    images = dataset.parts["train"]
-    if images.labels is not None:
-        return images.labels
-    folders = [name.split("/")[0] if "/" in name else "" for name in dataset.files.get("train", [])]
-    names, labels = np.unique(folders or [""], return_inverse=True)
-    if "" in names or len(names) < 2 or len(folders) < IMAGES_A_CLASS * len(names):
+    folders = sorted({name.split("/")[0] if "/" in name else "" for name in names})
+    if "" in folders or len(folders) < 2 or len(names) < IMAGES_A_CLASS * len(folders):
         return None
-    return labels
+    return folders
+
+
+def class_labels(dataset: Dataset, part: str = "train") -> np.ndarray | None:
+    """Classes of the images of a part: the data set's, or of a folder its :func:`class_folders`.
+
+    Returns:
+        int ``(N,)``, -1 for a class that the part ``train`` does not have; ``None`` if there are no
+        classes.
+    """
+    if dataset.parts["train"].labels is not None:
+        return dataset.parts[part].labels
+    folders = class_folders(dataset.files.get("train", []))
+    if folders is None:
+        return None
+    number = {folder: i for i, folder in enumerate(folders)}
+    return np.array([number.get(name.split("/")[0], -1) for name in dataset.files[part]])
 
 
 def train_encoder(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,8 @@ class RunOptions:
 def make_fabric(device: str, precision: str) -> Fabric:
     """Lightning Fabric for one process, or for those that ``torchrun`` started; TF32 is off.
 
+    They may run on several machines.
+
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``float32`` or ``bfloat16``.
@@ -92,15 +96,36 @@ def make_fabric(device: str, precision: str) -> Fabric:
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(accelerator) else "float32"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     fabric = Fabric(
         accelerator=accelerator,
         devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        strategy="ddp" if processes * nodes > 1 else "auto",
+        num_nodes=nodes,
         precision="bf16-mixed" if precision == "bfloat16" else "32-true",
     )
     fabric.launch()
     return fabric
+
+
+@contextlib.contextmanager
+def _with_others(fabric: Fabric) -> Iterator[None]:
+    """For what all processes do together.
+
+    Raises:
+        RunError: another process has ended, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # the backends have no error of their own in common
+        if fabric.world_size == 1:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"process {fabric.global_rank} of {fabric.world_size} has lost the others: one ended, "
+            "perhaps with its machine, or the network failed. The checkpoints are complete: resume "
+            f"the run with as many processes as there are now ({reason})"
+        ) from error
 
 
 def _bfloat16_is_faster(accelerator: str) -> bool:
@@ -138,7 +163,7 @@ def train(
 
     Raises:
         RunError: the folder does not suit ``resume``, or the run cannot be resumed this way; the
-            folder is left unchanged.
+            folder is left unchanged. Or another process of the run ended.
         TrainingDiverged: losses were not finite; the last good checkpoint is kept.
     """
     if resume and (run / "run.json").is_file():  # seed and init shaped the weights already
@@ -155,7 +180,8 @@ def train(
     def average(flat: torch.Tensor) -> torch.Tensor:
         if fabric.world_size == 1:
             return flat
-        mean = fabric.all_reduce(flat, reduce_op="mean")
+        with _with_others(fabric):
+            mean = fabric.all_reduce(flat, reduce_op="mean")
         assert isinstance(mean, torch.Tensor)
         return mean
 
@@ -178,7 +204,8 @@ def train(
         lineage = _lineage(Path(options.init))
     if not _out_of_time(progress, options.minutes):
         check_budget(run, trainer.inferring_since, config.batch_size, options.images)
-    fabric.barrier()
+    with _with_others(fabric):
+        fabric.barrier()
     if is_main:  # all checks have passed: write to the folder from here on
         _open_run(run, config, dataset, options, source)
     about = {
@@ -227,7 +254,8 @@ def train(
             seconds = time.monotonic() - started
             # All processes must use the same rate and stop at the same step.
             if fabric.world_size > 1 and minutes is not None:
-                seconds = float(fabric.broadcast(seconds))
+                with _with_others(fabric):
+                    seconds = float(fabric.broadcast(seconds))
             progress = Progress(trainer.step, progress.images + config.batch_size, seconds)
             if log is None:
                 continue
@@ -260,7 +288,8 @@ def train(
     if is_main:
         folder = save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
         write_report(run, folder, dataset, trainer.ema, fabric.device)
-    fabric.barrier()
+    with _with_others(fabric):
+        fabric.barrier()
     return progress
 
 

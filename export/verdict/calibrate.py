@@ -18,6 +18,7 @@ from PIL import Image
 from scipy import stats
 
 from export.feature_source import CHECKED, FeatureSource
+from export.verdict.corruptions import corrupted
 from export.verdict.detector import MIN_IMAGES, fit_calibration
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
@@ -41,6 +42,7 @@ from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_cal
 CHUNK = 256
 MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
 MAX_SKIPPED_SHOWN = 5
+CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
@@ -151,10 +153,18 @@ def _halves(
         raise CalibrationError(
             f"{bundle.name} cannot score: it was trained without an inference network"
         )
-    return (
+    halves = (
         _usable(fit, bundle.image_shape, "fitting", report),
         _usable(calibrate, bundle.image_shape, "calibration", report),
     )
+    height, width, _ = bundle.image_shape
+    resized = sum(image.resized for half in halves for image in half)
+    report(
+        f"{sum(map(len, halves))} images: {len(halves[0])} fit the density of statistics, "
+        f"{len(halves[1])} set the false-alarm rate"
+        + (f"; {resized} were resized to {width} x {height} pixels" if resized else "")
+    )
+    return halves
 
 
 def _add_features(
@@ -226,8 +236,8 @@ def _warn_if_seen(
     if calibration.known is None:
         return
     report(
-        "the false-alarm rate holds only if the features' network has not seen the images that are "
-        "used here: they must not be its training images"
+        "note: features.onnx, the network that sees what images show, must not have been trained "
+        "on any of these images; otherwise more than a share of alpha will be rejected"
     )
     others = [
         image.pixels
@@ -324,6 +334,12 @@ def _calibrated(
         for part, half in zip(("fitting", "calibration"), pixels, strict=True)
     )
     calibration = fit_calibration(fitting, calibrating, resize=resize or None)
+    report(f"corrupting {len(pixels[1][:CORRUPTED])} images{name}")
+    caught = {
+        way: np.sort(calibration.scores_of(statistics_of(engine, changed, way)))
+        for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items()
+    }
+    calibration = dataclasses.replace(calibration, corrupted=caught)
     return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
 
 

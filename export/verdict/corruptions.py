@@ -74,3 +74,11 @@ SUBTLE: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "noise added, σ = 16": lambda images, rng: add_noise(images, rng, 16.0),
     "JPEG, quality 10": lambda images, rng: jpeg(images, 10),
 }
+
+
+def corrupted(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Corrupt images in each way; returns them by the name of the corruption, gross ones first."""
+    return {
+        name: corrupt(images, np.random.default_rng(0))
+        for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items()
+    }

@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from serving.brand import verdict_card
+from serving.reports import from_markdown, render
 from serving.tables import safe_cell
 from serving.verdict.calibration import Calibration, conformal_p_values
 from serving.verdict.false_alarms import false_alarm_band
+from serving.verdict.summary import summarize
 
 COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
 ALPHAS = (0.1, 0.05, 0.01)
+VERDICT_ALPHA = 0.05
 BINS = 60
 HEADLINES = (COMBINED, RAW_BPD, NO_MODEL)
 
@@ -97,7 +101,7 @@ def write_report(
     ood_sets: Mapping[str, Mapping[str, np.ndarray]],
     out: Path,
 ) -> Path:
-    """Write ``OUT/report.md``, ``OUT/figures.csv`` and a histogram for each set.
+    """Write ``OUT/report.md``, ``OUT/report.html``, ``OUT/figures.csv`` and histograms.
 
     Args:
         calibration: of the bundle.
@@ -155,7 +159,22 @@ def write_report(
     ]
     path = out / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n")
+    title, *rest = lines
+    page = render(
+        title.removeprefix("# "),
+        _verdict(table, len(calibration.scores)),
+        content=from_markdown(rest, out),
+    )
+    (out / "report.html").write_text(page)
     return path
+
+
+def _verdict(table: Mapping[str, Mapping[str, Figures]], calibrated: int) -> str:
+    """The head of the page: what the gate catches and what it misses."""
+    column = ALPHAS.index(VERDICT_ALPHA)
+    shares = {name: (its[COMBINED].flagged or (0.0,) * 3)[column] for name, its in table.items()}
+    summary = summarize(shares, calibrated, VERDICT_ALPHA)
+    return verdict_card(summary.choice, summary.sentence, (), summary.notes, summary.heading)
 
 
 def _rows(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

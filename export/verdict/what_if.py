@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.corruptions import corrupted
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine, Score
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
@@ -99,7 +99,7 @@ def what_if(
     history: Images,
     ood: Mapping[str, Images],
     per_day: int,
-    corrupted: int,
+    corrupt: int,
     alphas: Sequence[float] = ALPHAS,
     report: Report = lambda line: None,
 ) -> WhatIf:
@@ -114,7 +114,7 @@ def what_if(
         history: images that the gate got in the past: files, or uint8 ``(H, W, C)``.
         ood: sets of OOD images by name.
         per_day: images per day.
-        corrupted: number of images of the history that are corrupted in each way.
+        corrupt: number of images of the history that are corrupted in each way.
         alphas: false-alarm rates.
         report: called with each line of progress.
 
@@ -135,7 +135,7 @@ def what_if(
             count = round(per_day * sum(mine) / len(images))
             ways.append(_way(resized, calibrations.of(resized), found[mine], count, alphas))
     caught = {}
-    for name, its in corruptions_of(images[:corrupted]).items():
+    for name, its in corruptions_of(images[:corrupt]).items():
         report(f"{name}: {len(its)} images")
         caught[name] = rejected(engine, calibrations, its, alphas)
     for name, given in ood.items():
@@ -183,15 +183,14 @@ def p_values(
 
 def corruptions_of(images: Sequence[InputImage]) -> dict[str, list[InputImage]]:
     """The images corrupted in each way, by the name of the corruption; gross ones first."""
-    pixels = np.stack([image.pixels for image in images])
-    made = {}
-    for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
-        changed = corrupt(pixels, np.random.default_rng(0))
-        made[name] = [
+    made = corrupted(np.stack([image.pixels for image in images]))
+    return {
+        name: [
             dataclasses.replace(image, pixels=its)
             for image, its in zip(images, changed, strict=True)
         ]
-    return made
+        for name, changed in made.items()
+    }
 
 
 def rejected(

@@ -11,15 +11,15 @@ import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
-from handlers.asgi import v2
+from handlers.asgi import control, v2
 from handlers.asgi.metrics import Metrics
 from handlers.asgi.pool import Pool
 from handlers.asgi.worker import WorkerSettings
@@ -27,6 +27,7 @@ from handlers.front import listen
 from handlers.front.admission import Lane, Limits, Memory
 from handlers.front.exposition import CONTENT_TYPE
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
 from handlers.launch.options import ServingOptions, served_name
 from serving.api.errors import ApiError
@@ -54,42 +55,74 @@ class ApplicationSettings(FrontSettings):
     """Settings of the application, besides those of its front.
 
     Attributes:
-        bundles: folders of the bundles, the first served under the plain names.
+        releases: fields of each :class:`handlers.front.releases.Release`, at least one.
         workers: processes of each bundle, by operation.
         options: fields of :class:`handlers.launch.options.ServingOptions`.
         logs: an existing folder.
+        control: path of the socket at which the releases are changed, see
+            :mod:`handlers.asgi.control`.
     """
 
-    bundles: tuple[str, ...]
+    releases: tuple[dict[str, Any], ...]
     workers: dict[str, int]
     options: dict[str, Any]
     logs: str
+    control: str
+
+
+class Model(Protocol):
+    """A model as the application sees it, whatever computes its answers.
+
+    Attributes:
+        name: under which it is served.
+        metadata: of the model, by the Open Inference Protocol.
+    """
+
+    name: str
+    metadata: dict[str, Any]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether something can compute its answers."""
+
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+        """The answer to a request.
+
+        Args:
+            request: of the API, or of the Open Inference Protocol.
+            v2: bytes of JSON in the body, if it is of that protocol.
+
+        Raises:
+            ApiError: there is none.
+        """
+
+    def refuse(self) -> None:
+        """Answer 503 to requests that wait for a worker and to all further ones."""
+
+    def describe(self) -> dict[str, Any]:
+        """What computes its answers, as for ``ade status``."""
 
 
 class Application:
-    """Computes the answers behind the front.
+    """Computes the answers of one release behind the front.
 
     Args:
-        pools: the pools of the served models.
-        metrics: the metrics of all pools.
+        models: the served models.
         document: the OpenAPI document of the service.
-        limits: bounds on the requests that a pool holds at once.
+        limits: bounds on the requests that a model holds at once.
     """
 
-    def __init__(
-        self, pools: list[Pool], metrics: Metrics, document: dict[str, Any], limits: Limits
-    ) -> None:
-        self._pools = pools
-        self._metrics = metrics
+    def __init__(self, models: Sequence[Model], document: dict[str, Any], limits: Limits) -> None:
+        self._models = models
         self._predictions = {
-            pool.name: Endpoint(pool.answer, INFERRING, Lane(limits), takes_forms=True)
-            for pool in pools
+            model.name: Endpoint(model.answer, INFERRING, Lane(limits), takes_forms=True)
+            for model in models
         }
         self._infer = {
-            pool.name: Endpoint(
-                functools.partial(_infer, pool), ("POST",), self._predictions[pool.name].lane
+            model.name: Endpoint(
+                functools.partial(_infer, model), ("POST",), self._predictions[model.name].lane
             )
-            for pool in pools
+            for model in models
         }
         described = _json(200, document)
         self._reads = {
@@ -130,30 +163,29 @@ class Application:
     def _v2_model(self, path: str) -> Endpoint:
         """``NAME[/versions/1][/ready|/infer]``."""
         match = _V2_MODEL.fullmatch(path)
-        pool = next((pool for pool in self._pools if match and match["name"] == pool.name), None)
-        if match is None or pool is None or match["version"] not in (None, v2.VERSION):
+        model = next((m for m in self._models if match and match["name"] == m.name), None)
+        if match is None or model is None or match["version"] not in (None, v2.VERSION):
             raise v2.ProtocolError(404, "unknown_model", "the service has no such model")
         if match["what"] == "infer":
-            return self._infer[pool.name]
+            return self._infer[model.name]
         if match["what"] == "ready":
             return Endpoint(
-                _reading(lambda: _json(200 if pool.is_ready else 503, {"ready": pool.is_ready}))
+                _reading(lambda: _json(200 if model.is_ready else 503, {"ready": model.is_ready}))
             )
-        return Endpoint(_reading(lambda: _json(200, pool.metadata)))
+        return Endpoint(_reading(lambda: _json(200, model.metadata)))
 
-    def metrics(self, path: str) -> Endpoint:
-        """``/metrics``.
+    def refuse(self) -> None:
+        """Answer 503 to requests that wait for a worker and to all further ones."""
+        for model in self._models:
+            model.refuse()
 
-        Raises:
-            ApiError: 404.
-        """
-        if path == "/metrics":
-            return Endpoint(_reading(self._metrics_text))
-        raise ApiError(404, "not_found", "there is /metrics")
+    def describe(self) -> dict[str, Any]:
+        """Workers and queue by model, as ``ade status`` shows them."""
+        return {model.name: model.describe() for model in self._models}
 
     def is_ready(self) -> bool:
         """Whether every model has a worker that is ready."""
-        return all(pool.is_ready for pool in self._pools)
+        return all(model.is_ready for model in self._models)
 
     def _readiness(self) -> Answer:
         return _json(200 if self.is_ready() else 503, {"ready": self.is_ready()})
@@ -164,11 +196,21 @@ class Application:
             {"status": "Healthy" if self.is_ready() else "Unhealthy"},
         )
 
-    def _metrics_text(self) -> Answer:
-        return Answer(200, [("content-type", CONTENT_TYPE)], self._metrics.text().encode())
+
+def _find_metrics(metrics: Metrics, path: str) -> Endpoint:
+    """``/metrics``.
+
+    Raises:
+        ApiError: 404.
+    """
+    if path != "/metrics":
+        raise ApiError(404, "not_found", "there is /metrics")
+    return Endpoint(
+        _reading(lambda: Answer(200, [("content-type", CONTENT_TYPE)], metrics.text().encode()))
+    )
 
 
-async def _infer(pool: Pool, request: Request) -> Answer:
+async def _infer(model: Model, request: Request) -> Answer:
     """Answer a request of the Open Inference Protocol."""
     length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
     if not length.isdecimal() or int(length) > len(request.body):
@@ -176,7 +218,7 @@ async def _infer(pool: Pool, request: Request) -> Answer:
             400, "malformed_request", f"{v2.LENGTH_HEADER} must be at most the body's length"
         )
     try:
-        return await pool.answer(request, int(length))
+        return await model.answer(request, int(length))
     except ApiError as error:
         raise v2.ProtocolError.of(error) from None
 
@@ -192,65 +234,118 @@ def _reading(make: Callable[[], Answer]) -> Callable[[Request], Any]:
     return answer
 
 
+def served_models(bundles: Sequence[Bundle]) -> list[tuple[str, str, Bundle]]:
+    """Name, operation and bundle of each model that is served."""
+    return [
+        (served_name(operation, bundle.name if i else None), operation, bundle)
+        for i, bundle in enumerate(bundles)
+        for operation in OPERATIONS
+    ]
+
+
 def make_pools(
-    settings: ApplicationSettings, bundles: list[Bundle], metrics: Metrics, limits: Limits
+    settings: ApplicationSettings,
+    release: Release,
+    bundles: list[Bundle],
+    metrics: Metrics,
+    limits: Limits,
 ) -> list[Pool]:
     """A pool for each operation of each bundle; nothing is started."""
     pools = []
-    for i, bundle in enumerate(bundles):
-        for operation in OPERATIONS:
-            name = served_name(operation, bundle.name if i else None)
-            workers = [
-                WorkerSettings(
-                    str(bundle.folder),
-                    operation,
-                    name,
-                    f"{name}-{number}",
-                    settings.logs,
-                    ServingOptions(**settings.options),
-                )
-                for number in range(settings.workers[operation])
-            ]
-            described = v2.metadata(name, operation, bundle)
-            pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
+    identities = dict(zip((str(b.folder) for b in bundles), release.models, strict=True))
+    for name, operation, bundle in served_models(bundles):
+        # Journals of two releases must not have the same name.
+        journal = name if release.number == 1 else f"{name}-release{release.number}"
+        workers = [
+            WorkerSettings(
+                str(bundle.folder),
+                identities[str(bundle.folder)],
+                operation,
+                name,
+                f"{journal}-{number}",
+                settings.logs,
+                ServingOptions(**settings.options),
+            )
+            for number in range(settings.workers[operation])
+        ]
+        described = v2.metadata(name, operation, bundle)
+        pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
     return pools
 
 
 @contextlib.asynccontextmanager
-async def build_app(settings: ApplicationSettings, limits: Limits) -> AsyncIterator[listen.Built]:
-    """The application for both ports, with its workers.
+async def build_release(
+    settings: ApplicationSettings, metrics: Metrics, limits: Limits, release: Release
+) -> AsyncIterator[Application]:
+    """What answers for a release, with its workers.
 
     Raises:
-        WorkerError: one cannot be started.
+        BundleError: a bundle cannot be read.
+        WorkerError: a worker cannot be started.
     """
-    bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
-    memory, refusals = Memory(limits), Counter[str]()
-    metrics = Metrics(refusals)
-    pools = make_pools(settings, bundles, metrics, limits)
+    bundles = [open_bundle(Path(folder)) for folder in release.bundles]
     url = f"http://{local_address(settings.host)}:{settings.port}"
     document = openapi_document(url, bundles, settings.token is not None)
-    application = Application(pools, metrics, document, limits)
+    pools = make_pools(settings, release, bundles, metrics, limits)
+    with metrics.of_models(release.models):
+        try:
+            started = await asyncio.gather(
+                *(pool.start() for pool in pools), return_exceptions=True
+            )
+            for error in started:
+                if error is not None:
+                    raise error
+            yield Application(pools, document, limits)
+        finally:
+            await asyncio.gather(*(pool.stop() for pool in pools))
+
+
+@contextlib.asynccontextmanager
+async def build_app(
+    settings: ApplicationSettings, limits: Limits, file: Path | None = None
+) -> AsyncIterator[listen.Built]:
+    """The application for both ports, with the workers of its releases.
+
+    Args:
+        settings: of the process.
+        limits: on clients.
+        file: where the settings are kept, so that a front that is started again has the same
+            releases.
+
+    Raises:
+        BundleError, WorkerError: the first release cannot be started.
+    """
+    memory, refusals = Memory(limits), Counter[str]()
+    metrics = Metrics(refusals)
+
+    def save(releases: Sequence[Release]) -> None:
+        if file is not None:
+            replace(settings, releases=tuple(map(asdict, releases))).replace(file)
+
+    releases = Releases(functools.partial(build_release, settings, metrics, limits), save)
     api, reading = (
         Front(find, limits, memory, settings.probe_secret, refusals)
-        for find in (application.api, application.metrics)
+        for find in (releases.api, functools.partial(_find_metrics, metrics))
     )
 
     def refuse_later() -> None:
-        for pool in pools:
-            asyncio.get_running_loop().call_later(REFUSE_S, pool.refuse)
+        asyncio.get_running_loop().call_later(REFUSE_S, releases.refuse)
 
-    await asyncio.gather(*(pool.start() for pool in pools))
-    try:
+    async with (
+        releases.run([Release.from_dict(one) for one in settings.releases]),
+        control.listen(Path(settings.control), releases),
+    ):
         yield listen.Built(listen.guarded(settings, api, reading, OPEN), refuse_later)
-    finally:
-        await asyncio.gather(*(pool.stop() for pool in pools))
 
 
-def run(settings: ApplicationSettings, limits: Limits | None = None) -> None:
-    """Serve in this process until it is asked to stop."""
+def run(
+    settings: ApplicationSettings, limits: Limits | None = None, file: Path | None = None
+) -> None:
+    """Serve in this process until it is asked to stop; ``file`` as for :func:`build_app`."""
     limits = limits or Limits()
-    listen.run(settings, limits, functools.partial(build_app, settings, limits), STOP_S)
+    listen.run(settings, limits, functools.partial(build_app, settings, limits, file), STOP_S)
 
 
 if __name__ == "__main__":
-    run(ApplicationSettings.load(Path(sys.argv[1])))
+    settings_file = Path(sys.argv[1])
+    run(ApplicationSettings.load(settings_file), file=settings_file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 
 from handlers.front.exposition import Family, exposition
 from serving.api.telemetry import FAMILIES, Metric
@@ -21,6 +23,7 @@ _SERIES = {
     for series in family.series
 }
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+MODEL = "bundle"  # the label that tells two releases apart, as in ade_info
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -34,9 +37,32 @@ class Metrics:
     def __init__(self, refusals: Mapping[str, int]) -> None:
         self._refusals = refusals
         self._values: dict[str, dict[Labels, float]] = {}
+        self._models: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def of_models(self, models: Collection[str]) -> Iterator[None]:
+        """Keep the values of models for the block, or for longer if another block has them too.
+
+        Args:
+            models: values of the label :data:`MODEL`.
+        """
+        self._models.update(models)
+        try:
+            yield
+        finally:
+            self._models.subtract(models)
+            gone = {model for model in models if not self._models[model]}
+            for values in self._values.values():
+                for labels in [one for one in values if dict(one).get(MODEL) in gone]:
+                    del values[labels]
 
     def update(self, name: str, labels: Mapping[str, str], value: float) -> None:
         """Add to a counter, or set a gauge.
+
+        Args:
+            name: of the metric.
+            labels: with :data:`MODEL` among them.
+            value: to add, or of the gauge.
 
         Raises:
             KeyError: there is no metric of this name.
@@ -50,6 +76,8 @@ class Metrics:
         """All of them by family."""
         samples: dict[Family, list[str]] = {}
         for name, values in self._values.items():
+            if not values:
+                continue
             lines = samples.setdefault(_SERIES[name][0], [])
             for labels, value in values.items():
                 inner = ",".join(f'{key}="{text.translate(_ESCAPES)}"' for key, text in labels)

@@ -15,7 +15,7 @@ import uuid
 from typing import Any
 
 from handlers.asgi import wire
-from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS, Metrics
+from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS, Metrics
 from handlers.asgi.worker import WorkerSettings
 from handlers.front.front import Answer, Request
 from handlers.launch.environment import child_environment
@@ -79,6 +79,7 @@ class Pool:
         self.name = name
         self.metadata = metadata
         self.metrics = metrics
+        self._identity = settings[0].identity
         self._timeout_s = timeout_s
         self._queue: asyncio.Queue[Job] = asyncio.Queue()
         self._collecting = asyncio.Lock()
@@ -92,22 +93,34 @@ class Pool:
         return any(worker.is_ready for worker in self._workers)
 
     async def start(self) -> None:
-        """Start all workers and wait until they can compute.
+        """Start all workers and wait until they can compute; :meth:`stop` ends them in any case.
 
         Raises:
             WorkerError: one cannot be started.
         """
-        started = await asyncio.gather(*(worker.start() for worker in self._workers))
-        self._tasks = [
-            asyncio.create_task(worker.keep(process))
-            for worker, process in zip(self._workers, started, strict=True)
-        ]
+
+        async def start(worker: _Worker) -> None:
+            process = await worker.start()
+            self._tasks.append(asyncio.create_task(worker.keep(process)))
+
+        started = await asyncio.gather(*map(start, self._workers), return_exceptions=True)
+        for error in started:
+            if error is not None:
+                raise error
 
     async def stop(self) -> None:
         """Kill all workers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def describe(self) -> dict[str, Any]:
+        """The workers' processes and the number of requests that wait, as for ``ade status``."""
+        return {
+            "workers": [worker.describe() for worker in self._workers],
+            "queued": self._queue.qsize(),
+            "queue_room": None,  # the front bounds it
+        }
 
     def refuse(self) -> None:
         """Answer 503 to requests that wait for a worker and to all further ones."""
@@ -171,7 +184,7 @@ class Pool:
                 return job
 
     def _count(self, metric: Metric, seconds: float) -> None:
-        self.metrics.update(metric.name, {"model_name": self.name}, seconds)
+        self.metrics.update(metric.name, {"model_name": self.name, MODEL: self._identity}, seconds)
 
 
 class _Process:
@@ -218,7 +231,12 @@ class _Worker:
     def __init__(self, pool: Pool, settings: WorkerSettings) -> None:
         self._pool = pool
         self._settings = settings
+        self._pid: int | None = None
         self.is_ready = False
+
+    def describe(self) -> dict[str, Any]:
+        """The process, and whether it can compute."""
+        return {"pid": self._pid, "state": "READY" if self.is_ready else "STARTING"}
 
     async def start(self) -> _Process:
         """Start a process and wait until it is ready.
@@ -235,11 +253,14 @@ class _Worker:
                 stdin=theirs.fileno(),
                 env=child_environment(**VARIABLES),
             )
+        self._pid = made.pid
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=BUFFER_BYTES)
         process = _Process(made, reader, writer)
         try:
             first = wire.pack({"settings": dataclasses.asdict(self._settings)})
             head, _ = await process.ask(first, STARTUP_TIMEOUT_S)
+            if "error" in head:
+                raise WorkerError(head["error"])
         except BaseException as error:
             code = await process.end()
             if isinstance(error, WorkerError):
@@ -328,9 +349,13 @@ class _Worker:
             raise WorkerError(str(error)) from None
 
     def _measure(self, head: dict[str, Any]) -> None:
-        common = {"model_name": self._pool.name, "worker": self._settings.name.rpartition("-")[2]}
+        common = {
+            "model_name": self._pool.name,
+            "worker": self._settings.name.rpartition("-")[2],
+        }
+        own = {MODEL: self._settings.identity}
         for name, labels, value in head["measurements"]:
-            self._pool.metrics.update(name, {**common, **labels}, value)
+            self._pool.metrics.update(name, {**common, **labels, **own}, value)
 
 
 def _stopping() -> ApiError:

@@ -21,6 +21,7 @@ from serving.api.errors import ApiError
 from serving.api.journal import Journal
 from serving.api.responses import Response, error_response
 from serving.api.service import Service
+from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
 
 NO_MEMORY = 70  # exit code: a request did not fit into memory; a new process may have more
@@ -32,6 +33,7 @@ class WorkerSettings:
 
     Attributes:
         bundle: folder of the bundle.
+        identity: identity of the model in it, ``NAME@HASH``.
         operation: one of the four operations.
         model: served name of the model.
         name: name of the worker in metrics and logs.
@@ -40,6 +42,7 @@ class WorkerSettings:
     """
 
     bundle: str
+    identity: str
     operation: str
     model: str
     name: str
@@ -56,17 +59,21 @@ def serve(connection: socket.socket) -> int:
     settings = WorkerSettings(
         **{**first[0]["settings"], "options": ServingOptions(**first[0]["settings"]["options"])}
     )
-    service = _load(settings)
-    _send(connection, {"answers": [], "measurements": _measurements(service)})
+    try:
+        service = load_service(settings)
+    except Exception as error:
+        _send(connection, {"error": f"{type(error).__name__}: {error}"})
+        raise
+    _send(connection, {"answers": [], "measurements": measurements(service)})
     while message := wire.read(stream):
-        answers = _answer(service, settings.model, *message)
+        answers = answer_batch(service, settings.model, *message)
         heads = [
             {"status": a.status, "content_type": a.content_type, "headers": a.headers}
             for a in answers
         ]
         _send(
             connection,
-            {"answers": heads, "measurements": _measurements(service)},
+            {"answers": heads, "measurements": measurements(service)},
             [answer.body for answer in answers],
         )
         if service.is_exhausted:
@@ -74,7 +81,8 @@ def serve(connection: socket.socket) -> int:
     return 0
 
 
-def _load(settings: WorkerSettings) -> Service:
+def load_service(settings: WorkerSettings) -> Service:
+    """What computes, warmed up."""
     options = settings.options
     engine = InferenceEngine(
         Path(settings.bundle),
@@ -83,14 +91,20 @@ def _load(settings: WorkerSettings) -> Service:
         [settings.operation],
         cuda_graphs=options.cuda_graphs,
     )
+    # A worker that is replaced must not answer by what has been put into the folder since.
+    if engine.bundle.model_id != settings.identity:
+        raise BundleError(
+            f"{settings.bundle} has become {engine.bundle.model_id}, expected {settings.identity}"
+        )
     engine.warm_up()
     journal = Journal(Path(settings.logs), settings.name)
     return Service(settings.operation, engine, options.threads, journal)
 
 
-def _answer(
+def answer_batch(
     service: Service, model: str, head: dict[str, Any], bodies: list[bytes]
 ) -> list[Response]:
+    """Answer requests, each as :mod:`handlers.asgi.wire` describes it in the head."""
     requests, calls = [], []
     answers: dict[int, Response] = {}
     for i, (about, body) in enumerate(zip(head["requests"], bodies, strict=True)):
@@ -113,7 +127,7 @@ def _answer(
     return [answers[i] if i in answers else next(computed) for i in range(len(bodies))]
 
 
-def _measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
+def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
     """The measurements since the last call: name, labels and value of each."""
     store = service.engine.store
     service.telemetry.observe_calibrations(store.names, store.broken)

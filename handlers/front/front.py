@@ -78,12 +78,16 @@ class Endpoint:
         methods: allowed methods.
         lane: bounds the number of its requests, if given.
         takes_forms: whether the body may be a form, which is checked before.
+        route: returns the endpoint that answers a request, if that is not this one.
+        hold: entered while the endpoint has a request.
     """
 
     answer: Callable[[Request], Awaitable[Answer]]
     methods: tuple[str, ...] = READING
     lane: Lane | None = None
     takes_forms: bool = False
+    route: Callable[[Request], Endpoint] | None = None
+    hold: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 class Front:
@@ -158,8 +162,12 @@ class Front:
             ApiError: the engine did not answer, or cannot read the request.
         """
         request = self._request(scope, body, endpoint.takes_forms)
-        async with endpoint.lane.turn(receive) if endpoint.lane else contextlib.nullcontext():
-            return await endpoint.answer(request)
+        if endpoint.route is not None:
+            endpoint = endpoint.route(request)
+        lane = endpoint.lane
+        with endpoint.hold():
+            async with lane.turn(receive) if lane else contextlib.nullcontext():
+                return await endpoint.answer(request)
 
     def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
         """The request of an endpoint.

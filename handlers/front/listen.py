@@ -87,6 +87,17 @@ def run(settings: FrontSettings, limits: Limits, build: Build, stop_s: int = STO
         build: builds the application for both ports, and closes it in the end.
         stop_s: seconds that accepted requests may take after a signal.
     """
+    sockets = [
+        open_socket(settings.host, settings.port),
+        *(open_socket(host, settings.metrics_port) for host in settings.metrics_hosts),
+    ]
+    run_on(sockets, limits, build, stop_s)
+
+
+def run_on(
+    sockets: list[socket.socket], limits: Limits, build: Build, stop_s: int = STOP_S
+) -> None:
+    """The same on open sockets."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("python_multipart").setLevel(
         logging.ERROR
@@ -96,10 +107,6 @@ def run(settings: FrontSettings, limits: Limits, build: Build, stop_s: int = STO
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    sockets = [
-        _listen(settings.host, settings.port),
-        *(_listen(host, settings.metrics_port) for host in settings.metrics_hosts),
-    ]
     uvloop.run(_serve(limits, build, stop_s, sockets))
 
 
@@ -123,6 +130,7 @@ async def _serve(limits: Limits, build: Build, stop_s: int, sockets: list[socket
         await _Server(config, built.on_stop).serve(sockets)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int) -> socket.socket:
+    """Listen on an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=1024)

@@ -47,6 +47,13 @@ class FrontSettings:
         with open(descriptor, "w") as file:
             json.dump(dataclasses.asdict(self), file)
 
+    def replace(self, path: Path) -> None:
+        """Write the file in the place of an older one, atomically."""
+        new = path.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        self.save(new)
+        os.replace(new, path)
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read the file that :meth:`save` wrote.

@@ -6,10 +6,13 @@ A further engine is a further folder of ``handlers`` with a ``launcher``.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from handlers.front.releases import Release
+from handlers.launch.channel import Say
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import Timers
 from handlers.launch.run_folder import RunFolder
@@ -19,8 +22,11 @@ from serving.ports import Ports
 
 # The engines, each with the extra of pyproject.toml that has its packages; the first is the
 # default.
-ENGINES = {"torchserve": "serve", "asgi": "asgi"}
+ENGINES = {"torchserve": "serve", "asgi": "asgi", "ray": "ray"}
 DEFAULT = next(iter(ENGINES))
+ON_CLUSTERS = ("ray",)
+_ROOMS = {"ray": "ray_serve"}  # where the folder has another name: packages are named ray
+SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Plan:
         allowed_hosts: names of the host, besides addresses.
         probe_secret: marks health checks, which are not counted as traffic.
         logs: a folder, which may not exist yet.
+        address: of a cluster to serve on, if it is not this machine.
     """
 
     bundles: list[Bundle]
@@ -50,10 +57,26 @@ class Plan:
     allowed_hosts: list[str]
     probe_secret: str = field(repr=False)
     logs: Path
+    address: str | None = None
 
     @property
     def num_workers(self) -> int:
         return len(self.bundles) * sum(self.workers.values())
+
+    @property
+    def release(self) -> Release:
+        """The first release, which is that of the bundles."""
+        return release_of(1, self.bundles)
+
+
+def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Release:
+    """A release of bundles; see :class:`handlers.front.releases.Release`."""
+    return Release(
+        number,
+        tuple(str(bundle.folder) for bundle in bundles),
+        tuple(bundle.model_id for bundle in bundles),
+        share,
+    )
 
 
 class Engine(Protocol):
@@ -84,11 +107,36 @@ class Engine(Protocol):
         """Whether the files that it needs are still there."""
 
 
+@runtime_checkable
+class UpgradableEngine(Engine, Protocol):
+    """An engine that can serve two releases at a time."""
+
+    def change(self, releases: Sequence[Release], say: Say) -> None:
+        """Start the releases that do not run yet, route requests to all, and drain the others.
+
+        Args:
+            releases: the first gets the requests that the shares of the others leave.
+            say: called with :data:`SWITCHED` once requests are routed to them, perhaps twice.
+
+        Raises:
+            ChannelError: a release cannot be started; nothing has changed.
+        """
+
+    def releases(self) -> list[dict[str, Any]]:
+        """The fields of each running release, and its ``workers`` by model.
+
+        Raises:
+            ChannelError: the engine does not answer.
+        """
+
+
 def engine_class(name: str) -> type[Engine]:
     """The engine of this name, whose packages are imported here.
 
     Raises:
         ModuleNotFoundError: of a package that is not installed.
     """
-    found: type[Engine] = importlib.import_module(f"handlers.{name}.launcher").ENGINE
+    found: type[Engine] = importlib.import_module(
+        f"handlers.{_ROOMS.get(name, name)}.launcher"
+    ).ENGINE
     return found

@@ -1,10 +1,13 @@
-"""Starts the page of a service, and waits until all parts answer."""
+"""Starts and replaces the page of a service, and waits until all parts answer."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import httpx
 
@@ -17,34 +20,108 @@ from serving.ports import Ports, local_address
 START_TIMEOUT_S = 240.0
 
 
-def start_page(plan: Plan, folder: RunFolder, supervisor: Supervisor) -> Child:
-    """Start the web page, which uses the service over HTTP on loopback."""
-    files = folder.path / "page-files"
-    files.mkdir(mode=0o700)
-    environment = child_environment(
-        GRADIO_ANALYTICS_ENABLED="False",
-        HF_HUB_OFFLINE="1",
-        OMP_NUM_THREADS="1",
-        GRADIO_TEMP_DIR=str(files),
-        ADE_PROBE_SECRET=plan.probe_secret,
-    )
-    if plan.token is not None:
-        environment["ADE_TOKEN"] = plan.token
-    command = [
-        sys.executable,
-        "-m",
-        "serving.page.app",
-        *(str(bundle.folder) for bundle in plan.bundles),
-        "--url",
-        inference_url(plan.ports, plan.host),
-        "--host",
-        plan.host,
-        "--port",
-        str(plan.ports.ui),
-    ]
-    if plan.allowed_hosts:
-        command += ["--allowed-hosts", *plan.allowed_hosts]
-    return supervisor.start("page", command, environment, restarts=True)
+class Page:
+    """The web page, which uses the service over HTTP on loopback.
+
+    This process holds the socket, so that a page of other bundles can take the place of
+    the present one without a moment in which connections are refused.
+
+    Args:
+        plan: of the service.
+        folder: where the page keeps its files.
+        supervisor: runs its process.
+    """
+
+    def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:
+        self._plan = plan
+        self._folder = folder.path
+        self._supervisor = supervisor
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((plan.host, plan.ports.ui))  # the first page listens when it is built
+        self._child: Child
+        self._num_started = 0
+
+    def start(self) -> None:
+        """Start the page of the plan's bundles."""
+        self._child = self._start([str(bundle.folder) for bundle in self._plan.bundles])
+
+    @contextlib.contextmanager
+    def prepared(self, bundles: Sequence[str]) -> Iterator[Callable[[], None]]:
+        """Start the page of other bundles, which waits behind the present one.
+
+        Args:
+            bundles: their folders.
+
+        Yields:
+            A function that lets it take the place of the present one. If it is not called, the new
+            page is stopped at the end of the block.
+
+        Raises:
+            LaunchError: it cannot be started. The present page stays.
+        """
+        gate = self._folder / f"page-gate-{self._num_started + 1}"
+        gate.touch(mode=0o600)
+        child, was_opened = self._start(bundles, gate), False
+
+        def take_over() -> None:
+            nonlocal was_opened
+            was_opened, old = True, self._child
+            child.on_trial = False
+            self._child = child
+            old.process.terminate()  # it accepts nothing from now on, and finishes what it has
+            gate.unlink()
+            self._supervisor.stop(old)
+
+        try:
+            self._await(child, gate)
+            yield take_over
+        finally:
+            if not was_opened:
+                self._supervisor.stop(child)
+            gate.unlink(missing_ok=True)
+
+    def _start(self, bundles: Sequence[str], gate: Path | None = None) -> Child:
+        plan = self._plan
+        self._num_started += 1
+        number = "" if self._num_started == 1 else f"-{self._num_started}"
+        files = self._folder / f"page-files{number}"
+        files.mkdir(mode=0o700)
+        environment = child_environment(
+            GRADIO_ANALYTICS_ENABLED="False",
+            HF_HUB_OFFLINE="1",
+            OMP_NUM_THREADS="1",
+            GRADIO_TEMP_DIR=str(files),
+            ADE_PROBE_SECRET=plan.probe_secret,
+        )
+        if plan.token is not None:
+            environment["ADE_TOKEN"] = plan.token
+        command = [sys.executable, "-m", "serving.page.app", *bundles]
+        command += ["--url", inference_url(plan.ports, plan.host), "--host", plan.host]
+        command += ["--port", str(plan.ports.ui), "--socket", str(self._socket.fileno())]
+        if gate is not None:
+            command += ["--gate", str(gate)]
+        if plan.allowed_hosts:
+            command += ["--allowed-hosts", *plan.allowed_hosts]
+        return self._supervisor.start(
+            "page",
+            command,
+            environment,
+            restarts=True,
+            pass_fds=(self._socket.fileno(),),
+            on_trial=gate is not None,
+        )
+
+    def _await(self, child: Child, gate: Path) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not gate.read_text():  # the page writes into it when it could answer
+            if child.process.poll() is not None:
+                raise LaunchError(f"the page of the new bundle does not start:\n{child.tail()}")
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"the page of the new bundle is not ready after {START_TIMEOUT_S:.0f} s"
+                )
+            time.sleep(0.1)
 
 
 def inference_url(ports: Ports, host: str) -> str:

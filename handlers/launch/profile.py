@@ -60,5 +60,5 @@ def profile_table(before: Totals, after: Totals) -> str:
         lines.append(f"{model:14}{new['requests']:9.0f}{new.get('images', 0):9.0f}{times}")
     if not lines:
         return ""
-    head = "ms a request  " + "".join(f"{column:>9}" for column in ("requests", "images", *columns))
+    head = "ms per request" + "".join(f"{column:>9}" for column in ("requests", "images", *columns))
     return "\n".join([head, *lines])

@@ -52,6 +52,16 @@ class RunFolder:
         return self.path / "metrics.sock"
 
     @property
+    def control_socket(self) -> Path:
+        """Where ``ade serve`` answers ``ade upgrade``, ``ade rollback`` and ``ade status``."""
+        return self.path / "control.sock"
+
+    @property
+    def front_socket(self) -> Path:
+        """Where the front answers ``ade serve``."""
+        return self.path / "front.sock"
+
+    @property
     def store(self) -> Path:
         """Model archives."""
         return self.path / "store"

@@ -10,6 +10,7 @@ import secrets
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import NoReturn
 
 import httpx
 
-from handlers.launch.engines import Engine, Plan, engine_class
+from handlers.launch.channel import Listener
+from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.environment import available_cores
 from handlers.launch.options import ServingOptions
-from handlers.launch.parts import inference_url, page_is_ready, start_page, wait_until
+from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.profile import Totals, profile_table, read_totals
 from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor
+from handlers.launch.upgrades import UpgradeError, Upgrades
 from serving.engine.backends import BackendError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
@@ -31,6 +34,7 @@ from serving.images import coder_version
 from serving.ports import LOOPBACK, USER, PortError, Ports
 
 ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
+UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)
 MAX_SCORE_WORKERS = 4
 PROFILE_S = 10.0
 WATCH_S = 0.5
@@ -43,6 +47,8 @@ SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), P
 def run(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
+    if args.address is not None and args.engine not in ON_CLUSTERS:
+        raise LaunchError(f"--address is for --engine {', '.join(ON_CLUSTERS)}")
     # Report a missing package here, not in the log of a worker.
     if importlib.util.find_spec(PACKAGES[args.backend]) is None:
         raise ModuleNotFoundError(f"--backend {args.backend}", name=PACKAGES[args.backend])
@@ -83,21 +89,28 @@ def run(args: argparse.Namespace) -> None:
             allowed_hosts,
             secrets.token_hex(16),
             folder.path / "logs" if args.logs is None else args.logs.resolve(),
+            args.address,
         )
         engine, is_serving = make_engine(plan, folder, supervisor), False
-        describe: Callable[[], None] = lambda: folder.describe(
-            ports, args.host, plan.logs, supervisor.pids
-        )
+        page = Page(plan, folder, supervisor)
+        describing = threading.Lock()
+
+        def describe() -> None:
+            with describing:
+                folder.describe(ports, args.host, plan.logs, supervisor.pids)
+
         try:
             folder.write(folder.probe_file, plan.probe_secret)
             if token is not None:
                 folder.write(folder.token_file, token)
                 folder.write(folder.header_file, f"Authorization: Bearer {token}\n")
             engine.start()
-            start_page(plan, folder, supervisor)
+            page.start()
             engine.open()
             wait_until(lambda: page_is_ready(ports, args.host), supervisor)
             describe()
+            upgrades = Upgrades(plan, engine, page, describe)
+            Listener(folder.control_socket, upgrades.handle, UPGRADE_ERRORS)
             _print_addresses(plan, folder, time.monotonic() - started)
             is_serving = True
             _watch(supervisor, folder, engine, describe, ports if args.profile else None)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -37,13 +38,20 @@ class LaunchError(RuntimeError):
 
 @dataclass
 class Child:
-    """A child process in its own session, with everything needed to restart it."""
+    """A child process in its own session, with everything needed to restart it.
+
+    Attributes:
+        pass_fds: file descriptors that it inherits.
+        on_trial: whether its end concerns only whoever started it, not the service.
+    """
 
     name: str
     command: list[str]
     environment: dict[str, str]
     folder: Path
     restarts: bool
+    pass_fds: tuple[int, ...] = ()
+    on_trial: bool = False
     process: subprocess.Popen[bytes] = field(init=False)
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DEATHS))
 
@@ -61,6 +69,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                pass_fds=self.pass_fds,
             )
 
     def tail(self, lines: int = 15) -> str:
@@ -94,7 +103,7 @@ class Child:
 
 
 class Supervisor:
-    """Manages the child processes of a service.
+    """Manages the child processes of a service. Several threads may use it.
 
     Args:
         folder: the working folder of the service. If the service is killed, the folder is removed
@@ -104,6 +113,8 @@ class Supervisor:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._children: list[Child] = []
+        self._lock = threading.RLock()
+        self._is_closed = False
         self._start_reaper()
 
     def __enter__(self) -> Supervisor:
@@ -115,16 +126,24 @@ class Supervisor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for child in reversed(self._children):
+        with self._lock:
+            self._is_closed = True
+        for child in reversed(list(self._children)):
             child.stop()
         self._stop_reaper()
 
     @property
     def pids(self) -> dict[str, int]:
-        return {child.name: child.process.pid for child in self._children}
+        return {child.name: child.process.pid for child in self._children if not child.on_trial}
 
     def start(
-        self, name: str, command: list[str], environment: dict[str, str], restarts: bool = False
+        self,
+        name: str,
+        command: list[str],
+        environment: dict[str, str],
+        restarts: bool = False,
+        pass_fds: tuple[int, ...] = (),
+        on_trial: bool = False,
     ) -> Child:
         """Start a command, its output in ``FOLDER/NAME.out``.
 
@@ -133,12 +152,28 @@ class Supervisor:
             command: run in the working folder.
             environment: the complete environment.
             restarts: whether the child is restarted when it ends. Otherwise the service ends too.
+            pass_fds, on_trial: see :class:`Child`.
+
+        Raises:
+            LaunchError: the service is being stopped.
         """
-        child = Child(name, command, environment, self._folder, restarts)
-        child.start()
-        self._children.append(child)
-        self._announce(child)
+        child = Child(name, command, environment, self._folder, restarts, pass_fds, on_trial)
+        with self._lock:
+            if self._is_closed:
+                raise LaunchError("the service is being stopped")
+            child.start()
+            self._children.append(child)
+            self._announce(child)
         return child
+
+    def stop(self, child: Child) -> None:
+        """Stop a child for good."""
+        with self._lock:
+            child.on_trial = True  # it may end
+        child.stop()
+        with self._lock:
+            self._children.remove(child)
+            self._renew_reaper()
 
     def tend(self, restarts: bool = True) -> bool:
         """Restart children that ended; returns whether any was restarted.
@@ -150,11 +185,15 @@ class Supervisor:
             LaunchError: a child ended that is not restarted, or one ended :data:`MAX_DEATHS` times
                 within a minute.
         """
+        with self._lock:
+            return self._tend(restarts)
+
+    def _tend(self, restarts: bool) -> bool:
         restarted = False
         for child in self._children:
             child.trim()
             status = child.process.poll()
-            if status is None:
+            if status is None or child.on_trial:
                 continue
             if not (restarts and child.restarts):
                 raise LaunchError(f"{child.name} ended with {status}:\n{child.tail()}")
@@ -170,10 +209,8 @@ class Supervisor:
                 os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
             child.start()
             restarted = True
-        # A new reaper forgets the old process ids, which the system may give to other processes.
         if restarted or self._reaper.poll() is not None:
-            self._stop_reaper()
-            self._start_reaper()
+            self._renew_reaper()
         return restarted
 
     def tails(self) -> str:
@@ -192,6 +229,12 @@ class Supervisor:
         )
         for child in self._children:
             self._announce(child)
+
+    def _renew_reaper(self) -> None:
+        """Start a new one, which forgets old process ids: others may have them now."""
+        if not self._is_closed:
+            self._stop_reaper()
+            self._start_reaper()
 
     def _stop_reaper(self) -> None:
         self._reaper.kill()

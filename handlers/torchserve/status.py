@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import httpx
 import psutil
 
+from handlers.launch.channel import ChannelError, ask
 from handlers.launch.run_folder import RunFolder, find_service
+from handlers.launch.upgrades import DESCRIBE
 from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
-from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS
+from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS, SECONDS
 from serving.ports import Ports, local_address
 
 PACKAGES = (
@@ -29,6 +32,8 @@ PACKAGES = (
     "numpy",
 )
 TIMEOUT_S = 30.0
+RELEASES = ("current", "canary", "share", "previous")  # of what the service says of them
+_NUMBER = r"([0-9.eE+]+)"
 
 
 def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1") -> dict[str, Any]:
@@ -51,12 +56,16 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
         ready = _get(http, f"http://{address}:{ports.ui}/readyz", {200, 503})
         metrics = _get(http, f"http://127.0.0.1:{ports.metrics}/metrics", {200})
         answers = _who_answers(http, f"http://{address}:{ports.inference}")
+    releases = {} if folder is None else _releases(folder)
     described = {} if folder is None else describe_models(folder)
+    models = {name: _model(model) for name, model in described.items()}
     return {
         "ready": ready is not None and bool(ready.json().get("ready")),
         "answers": answers,
-        "models": {name: _model(model) for name, model in described.items()} or None,
+        "models": models or _workers(releases) or None,
+        "releases": {key: releases[key] for key in RELEASES if key in releases} or None,
         "requests": _requests(metrics.text) if metrics else None,
+        "by_bundle": _by_bundle(metrics.text) if metrics else None,
         "calibrations": _calibrations(metrics.text) if metrics else None,
         "last_errors": folder and _last_errors(folder),
         "versions": versions(),
@@ -90,6 +99,47 @@ def queued_requests(folder: RunFolder) -> int:
         model.get("jobQueueStatus", {}).get("pendingRequests", 0)
         for model in describe_models(folder, timeout=2.0).values()
     )
+
+
+def _releases(folder: RunFolder) -> dict[str, Any]:
+    """What the service says of its releases; empty if it does not answer."""
+    try:
+        return ask(folder.control_socket, {"do": DESCRIBE})
+    except ChannelError:  # it is starting or stopping
+        return {}
+
+
+def _workers(releases: dict[str, Any]) -> dict[str, Any]:
+    """Workers and queues by model; those of a canary have its bundle in their name."""
+    found = {}
+    for i, release in enumerate(releases.get("releases", ())):
+        for name, model in release["workers"].items():
+            label = name if i == 0 else f"{name} of {', '.join(release['models'])}"
+            workers = [{**one, "memory_mib": _memory(one["pid"])} for one in model["workers"]]
+            found[label] = {**model, "workers": workers}
+    return found
+
+
+def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
+    """Count answers by status class and rejected images, with the mean time, by bundle."""
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for line in metrics.splitlines():
+        match = re.fullmatch(rf'(\w+)\{{.*bundle="([^"]*)".*\}} {_NUMBER}', line)
+        if match is None:
+            continue
+        name, bundle, value = match[1], match[2], float(match[3])
+        if name == REQUESTS.name and (status := re.search(r'status="(\d)', line)):
+            sums[bundle][f"{status[1]}xx"] += value
+        elif name in (SECONDS.sum.name, SECONDS.count.name, OBSERVED_FLAGS.name):
+            sums[bundle][name] += value
+    return {
+        bundle: {
+            "requests": {kind: n for kind, n in sorted(its.items()) if kind.endswith("xx")},
+            "mean_ms": 1000 * its[SECONDS.sum.name] / max(1, its[SECONDS.count.name]),
+            "rejected": its[OBSERVED_FLAGS.name],
+        }
+        for bundle, its in sums.items()
+    }
 
 
 def _bearer(key: str | None) -> dict[str, str]:
@@ -147,11 +197,19 @@ def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
 
 
 def _requests(metrics: str) -> dict[str, float]:
-    """Count the answered requests by the first digit of their status."""
-    found: dict[str, float] = {}
-    for kind, value in re.findall(
+    """Count the answered requests by the class of their status, such as ``2xx``.
+
+    TorchServe also counts the answers that it gives itself, such as those for a worker that died.
+    Without TorchServe the workers' own counts are used.
+    """
+    of_server = re.findall(
         rf'^{RESPONSES.name}\{{class="(\w+)"[^}}]*\}} ([0-9.eE+]+)$', metrics, re.MULTILINE
-    ):
+    )
+    of_workers = re.findall(
+        rf'^{REQUESTS.name}\{{.*?status="(\d)\d\d".*\}} ([0-9.eE+]+)$', metrics, re.MULTILINE
+    )
+    found: dict[str, float] = {}
+    for kind, value in of_server or ((f"{digit}xx", value) for digit, value in of_workers):
         found[kind] = found.get(kind, 0.0) + float(value)
     return found
 

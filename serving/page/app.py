@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -37,6 +38,7 @@ from serving.ports import USER
 MAX_QUEUED = 64  # events
 MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
+GATE_S = 0.02  # between two checks of the gate
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
 TABS = {
     "Score": score,
@@ -106,7 +108,7 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
 
     asking, ready, known_at = threading.Lock(), False, -math.inf
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
     def readyz() -> JSONResponse:
         nonlocal ready, known_at
         # Anybody may ask, and an answer takes four inferences: callers that wait share the first.
@@ -118,7 +120,7 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
 
     document = openapi_document(url, bundles, token is not None)
 
-    @app.get("/openapi.json")
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"])
     def openapi() -> JSONResponse:
         return JSONResponse(document)
 
@@ -189,6 +191,12 @@ def main() -> None:
         default=[],
         help="names of the host in addresses",
     )
+    parser.add_argument("--socket", type=int, help="descriptor of a socket that listens already")
+    parser.add_argument(
+        "--gate",
+        type=Path,
+        help="written into when the page is built, which answers once it is gone",
+    )
     args = parser.parse_args()
     os.umask(0o077)
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = (
@@ -204,7 +212,14 @@ def main() -> None:
     )
     os.chdir(inbox())
     start_sweeping(inbox())
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    )
+    if args.gate is not None and args.gate.exists():
+        args.gate.write_text("built")
+        while args.gate.exists():
+            time.sleep(GATE_S)
+    server.run(None if args.socket is None else [socket.socket(fileno=args.socket)])
 
 
 if __name__ == "__main__":

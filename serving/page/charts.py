@@ -11,7 +11,9 @@ from html import escape
 
 import numpy as np
 
+from serving.brand import percent
 from serving.verdict.calibration import Calibration, Unusual
+from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 from serving.verdict.statistics import meaning
 
 WIDTH = 520
@@ -20,46 +22,6 @@ BEYOND = (
     1.35  # how far the axis may extend for an image outside the range of the calibration images
 )
 FAMILIES = 4  # number of statistics that are named as reasons
-ICONS = {
-    "accept": "M5 17.5l7 7 15-16",
-    "reject": "M7 7l18 18M25 7L7 25",
-    "no_verdict": "M10.5 11.5a5.5 5.5 0 1 1 8 5c-1.8 1-2.5 2-2.5 4M16 25.5v.1",
-}
-HEADINGS = {"accept": "Accepted", "reject": "Rejected", "no_verdict": "No verdict"}
-
-
-def percent(share: float) -> str:
-    """A share as a percentage: ``0.01`` is ``1 %``."""
-    return f"{100 * share:.3g}\u00a0%"
-
-
-def verdict_card(
-    choice: str,
-    sentence: str,
-    facts: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    heading: str | None = None,
-) -> str:
-    """The decision in its colour, the sentence that explains it, figures and notes."""
-    icon = (
-        '<svg viewBox="0 0 32 32" aria-hidden="true" fill="none" stroke="currentColor" '
-        'stroke-width="4" stroke-linecap="round" stroke-linejoin="round">'
-        f'<path d="{ICONS[choice]}"/></svg>'
-    )
-    shown = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (
-        f'<section class="ade-verdict ade-{choice}" aria-live="polite">{icon}'
-        f"<h2>{escape(heading or HEADINGS[choice])}</h2><p>{escape(sentence)}</p>"
-        + (f'<ul class="ade-facts">{shown}</ul>' if facts else "")
-        + (f'<ul class="ade-notes">{noted}</ul>' if notes else "")
-        + "</section>"
-    )
-
-
-def badge(choice: str, text: str | None = None) -> str:
-    """A decision in one coloured word."""
-    return f'<span class="ade-badge ade-{choice}">{escape(text or HEADINGS[choice])}</span>'
 
 
 def empty(text: str) -> str:
@@ -91,6 +53,50 @@ def reasons(explain: Sequence[Unusual], alpha: float) -> str:
     return (
         f'<div class="ade-part"><h3>Reasons</h3><p>{head} The verdict judges all of them together.'
         f"</p>{f'<ul class=ade-counts>{listed}</ul>' if listed else ''}</div>"
+    )
+
+
+def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
+    """What a level means for a day of images: false alarms, and the corrupted images caught.
+
+    Args:
+        calibration: of the way that the images take to the model.
+        alpha: the level.
+        per_day: images per day.
+    """
+    count = len(calibration.scores)
+    rank = flagging_rank(count, alpha)
+    if rank == 0:
+        note = calibration.too_small(alpha) or ""
+        return (
+            '<div class="ade-part" role="status"><p><b>No image can be rejected:</b> '
+            f"{escape(note)}.</p></div>"
+        )
+    low, high = (round(share * per_day) for share in false_alarm_band(count, alpha, tested=per_day))
+    expected = per_day * rank / (count + 1)
+    shown = f"{expected:,.0f}" if expected >= 10 else f"{expected:.2g}"
+    caught = calibration.caught(alpha)
+    said = (
+        f"<p><b>About {shown} false {'alarm' if shown == '1' else 'alarms'} per day</b> among "
+        f"{per_day:,} in-distribution images; {low:,} to {high:,} with a probability of 95 %, for "
+        f"a calibration with {count:,} images.</p>"
+    )
+    if not caught:
+        return (
+            f'<div class="ade-part" role="status">{said}<p><small>This calibration does not say '
+            "what would be caught: <code>ade calibrate</code> measures it.</small></p></div>"
+        )
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="ade-share">'
+        f'<span style="width: {100 * share:.1f}%"></span></td>'
+        f'<td class="ade-number">{percent(share)}</td></tr>'
+        for name, share in caught.items()
+    )
+    tested = max(map(len, calibration.corrupted.values()))
+    return (
+        f'<div class="ade-part" role="status">{said}<table class="ade-table ade-caught"><caption>'
+        f"Caught of {tested:,} images corrupted in each of these ways</caption>"
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 

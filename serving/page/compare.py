@@ -8,6 +8,7 @@ from html import escape
 import gradio as gr
 import numpy as np
 
+from serving.brand import verdict_card
 from serving.client import AdeError
 from serving.images import write_png
 from serving.page import charts
@@ -75,13 +76,13 @@ def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -
             if isinstance(result, AdeError):
                 raise gr.Error(sentence(result))
     except gr.Error as error:
-        card = charts.verdict_card("no_verdict", str(error.message))
+        card = verdict_card("no_verdict", str(error.message))
         return f'<section class="ade-part ade-model"><h3>{escape(head)}</h3>{card}</section>'
     choice, why = verdict(served, model, (score, seen.resized), alpha)
     facts = [f"{score.bpd:.3f} bits per dimension", f"PSNR {made.psnr:.2f} dB"]
     if score.p_value is not None:
         facts.insert(0, f"p = {score.p_value:.2g}")
-    card = charts.verdict_card(choice, why, facts, score.notes)
+    card = verdict_card(choice, why, facts, score.notes)
     return (
         f'<section class="ade-part ade-model"><h3>{escape(head)}</h3><div class="ade-beside">'
         f"{_picture(made.image, f'Reconstruction by {model}')}<div>{card}</div></div></section>"

@@ -20,6 +20,7 @@ from serving.page.served import (
     Runs,
     Shared,
     ask,
+    examples,
     image_output,
     made_here,
     read,
@@ -161,6 +162,7 @@ def add_tab(shared: Shared) -> None:
         ends = ((first, seed), (last, last_seed))
         return tuple(None if end else draw(served.first, seed) for end, seed in ends)
 
+    photographs = next(iter(shared.examples.values()))
     steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -173,6 +175,7 @@ def add_tab(shared: Shared) -> None:
                     with gr.Column(min_width=130):
                         image.height = 190
                         image.render()
+                        examples(image, {f"{side}, for example": photographs}, min_width=120)
                         seed = seed_input(seed_value, f"Seed ({side.lower()})", min_width=80)
                         button = gr.Button(f"{side} a sample of this seed", size="sm")
                     button.click(draw, [model, seed], image, api_visibility="private")
@@ -191,6 +194,11 @@ def add_tab(shared: Shared) -> None:
                 with gr.Column(min_width=200):
                     animated = image_output("There and back, animated", height=220)
             strip = image_output("The way, step by step", height=130)
+            gr.Markdown(
+                "From one image to the other through the model's latents. The ends are what the "
+                "model keeps of the two images.",
+                elem_classes="ade-caption",
+            )
     with gr.Accordion("What coarse and fine levels hold", open=False):
         gr.Markdown(
             "Each picture has the fine levels of the second image and more and more of the coarse "

@@ -15,12 +15,24 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from serving.brand import percent, verdict_card
 from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
 from serving.page import charts
-from serving.page.files import write_file
+from serving.page.files import KEPT_S, write_file
 from serving.page.score import WORDS, alpha_input
-from serving.page.served import Served, Shared, ask, html, read, resize_input, sentence
+from serving.page.served import (
+    Runs,
+    Served,
+    Shared,
+    ask,
+    html,
+    is_outdated,
+    latest_only,
+    read,
+    resize_input,
+    sentence,
+)
 from serving.tables import safe_cell
 from serving.verdict.calibration import benjamini_hochberg, simes
 from serving.verdict.decision import Choice, fdr_note
@@ -130,7 +142,7 @@ def add_tab(shared: Shared) -> None:
         resize: bool,
         alpha: float = 0.01,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio's way)
-    ) -> tuple[str, list[dict[str, Any]], Any]:
+    ) -> tuple[Any, Any, Any]:
         """Summarise all files; a row for each, the most unusual first; and the rows as CSV."""
         if not files and not folder:
             raise gr.Error(
@@ -145,6 +157,8 @@ def add_tab(shared: Shared) -> None:
         pictures: list[str] = []
         results: list[Any] = []
         for batch in batches(contents(paths)):
+            if is_outdated():
+                return gr.skip(), gr.skip(), gr.skip()  # nobody will see the rest
             progress((len(results), count), unit="images")
             scored = _scores(served, model, [data for _, data in batch], resize, alpha)
             names += [name for name, _ in batch]
@@ -176,8 +190,12 @@ def add_tab(shared: Shared) -> None:
             gr.DownloadButton(value=write_file(_csv(rows), "scores.csv"), interactive=True),
         )
 
-    def clear() -> tuple[str, list[Any], Any]:
+    def clear(runs: Runs) -> tuple[str, list[Any], Any]:
+        runs.start()  # what still runs is of other files
         return charts.empty(EMPTY), [], gr.DownloadButton(interactive=False)
+
+    def clear_if_failed(runs: Runs) -> Any:
+        return clear(runs) if runs.failed == runs.latest else (gr.skip(),) * 3
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -210,23 +228,18 @@ def add_tab(shared: Shared) -> None:
             )
             download = gr.DownloadButton("Download CSV", interactive=False)
     results = [said, table, download]
+    runs = gr.State(Runs(), time_to_live=KEPT_S)
     scored = go.click(
-        score_many,
-        [shared.model, files, folder, fdr, resize, alpha],
+        latest_only(score_many, len(results)),
+        [shared.model, files, folder, fdr, resize, alpha, runs],
         results,
         api_name="score_many",
         show_progress_on=said,
+        trigger_mode="multiple",
     )
     quiet: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    gr.on(
-        [files.change, folder.change, shared.model.change],
-        clear,
-        None,
-        results,
-        cancels=[scored],
-        **quiet,
-    )
-    scored.failure(clear, None, results, **quiet)
+    gr.on([files.change, folder.change, shared.model.change], clear, runs, results, **quiet)
+    scored.failure(clear_if_failed, runs, results, **quiet)
 
 
 def _said(
@@ -251,15 +264,15 @@ def _said(
     """
     judged = len(p_values)
     if not judged:
-        return charts.verdict_card(
+        return verdict_card(
             "no_verdict", f"No verdict on any of {count} files: their notes say why."
         )
     sentence = (
-        f"Rejected at a false-alarm rate of {charts.percent(alpha)}; if all were in-distribution, "
+        f"Rejected at a false-alarm rate of {percent(alpha)}; if all were in-distribution, "
         f"about {alpha * judged:.2g} of {judged} would be."
     )
     notes = [
-        f"{discoveries} are discoveries at a false discovery rate of {charts.percent(fdr)} "
+        f"{discoveries} are discoveries at a false discovery rate of {percent(fdr)} "
         "(Benjamini and Hochberg)."
     ]
     note = fdr_note(calibrated, judged, fdr)
@@ -271,7 +284,7 @@ def _said(
     facts = [f"all together: p = {simes(p_values):.2g} (Simes)"] if judged > 1 else []
     heading = f"{rejected} of {judged} images rejected"
     choice: Choice = "reject" if rejected else "no_verdict" if judged < count else "accept"
-    return charts.verdict_card(choice, sentence, facts, notes, heading)
+    return verdict_card(choice, sentence, facts, notes, heading)
 
 
 def _scores(

@@ -46,9 +46,8 @@ function rowOf(row) {
   }
   cell("", row.file);
   cell("").appendChild(make("span", `ade-badge ade-${row.choice}`, row.verdict));
-  for (const [name, value] of [["p", row.p], ["bits per dim", row.bpd]]) {
-    cell("ade-number", value === null ? "" : String(value)).dataset.name = name;
-  }
+  const numbers = [["p", row.p?.toPrecision(2)], ["bits per dim", row.bpd?.toFixed(3)]];
+  for (const [name, text] of numbers) cell("ade-number", text ?? "").dataset.name = name;
   cell("ade-note", row.notes);
   return line;
 }

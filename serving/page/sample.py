@@ -95,13 +95,14 @@ def add_tab(shared: Shared) -> None:
     def settle(samples: list[Any] | None) -> Any:
         """Clear the choice of a sample and enable the downloads."""
         if not samples:
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * 5
         gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
         return (
             gallery,
             gr.DownloadButton(interactive=True),
             gr.DownloadButton(interactive=True),
             None,
+            gr.DownloadButton(value=None, interactive=False),
         )
 
     def draw_once(*values: Any) -> Any:
@@ -134,8 +135,9 @@ def add_tab(shared: Shared) -> None:
     def again(history: list[Any], event: gr.SelectData) -> Any:
         return history[event.index][1]
 
-    def pick(samples: list[Any], event: gr.SelectData) -> str:
-        return str(samples[event.index][0])
+    def pick(samples: list[Any], event: gr.SelectData) -> tuple[str, Any]:
+        path = str(samples[event.index][0])
+        return path, gr.DownloadButton(value=path, interactive=True)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280, elem_classes="ade-settings"):
@@ -171,7 +173,7 @@ def add_tab(shared: Shared) -> None:
             handed: Any = {"size": "sm", "min_width": 130}
             with gr.Row():
                 score = gr.Button("Score it", variant="primary", min_width=130)
-                png = gr.DownloadButton("Download PNG", interactive=False, min_width=130)
+                keep = gr.DownloadButton("Download it", interactive=False, min_width=130)
             with gr.Accordion("More", open=False), gr.Row():
                 targets = [
                     (score, "Score", inbox.score),
@@ -182,7 +184,8 @@ def add_tab(shared: Shared) -> None:
                 if len(served.bundles) > 1:
                     compare = gr.Button("Compare models on it", **handed)
                     targets.append((compare, "Compare", inbox.compare))
-                npz = gr.DownloadButton("Download npz", interactive=False, **handed)
+                png = gr.DownloadButton("Download all (PNG)", interactive=False, **handed)
+                npz = gr.DownloadButton("Download all (npz)", interactive=False, **handed)
             for button, to, image in targets:
                 button.click(
                     lambda path, to=to: hand_on(path, to),
@@ -235,12 +238,12 @@ def add_tab(shared: Shared) -> None:
     gallery.change(
         settle,
         gallery,
-        [*shown, picked],
+        [*shown, picked, keep],
         show_progress="hidden",
         trigger_mode="always_last",
         api_visibility="private",
     )
-    gallery.select(pick, gallery, picked, show_progress="hidden", api_visibility="private")
+    gallery.select(pick, gallery, [picked, keep], show_progress="hidden", api_visibility="private")
 
 
 def hand_on(path: str | None, tab: str) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from serving.brand import percent, verdict_card
 from serving.client import ScoreResult
 from serving.images import write_png
 from serving.page import charts
@@ -27,7 +28,10 @@ from serving.page.served import (
 )
 from serving.verdict.decision import Choice, decide
 
+ALPHA = 0.01
 REASONS = 12  # statistics in the technical table
+PER_DAY = 1000
+MAX_PER_DAY = 1_000_000  # the band is computed exactly, number by number
 EMPTY = "The verdict appears here: choose an example, or drop, paste or photograph an image."
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
 Scored = tuple[ScoreResult, bool]  # with whether the image was resized
@@ -38,7 +42,7 @@ def alpha_input() -> gr.Slider:
     return gr.Slider(
         0.001,
         0.2,
-        value=0.01,
+        value=ALPHA,
         step=0.001,
         label="False-alarm rate (alpha)",
         info="Share of in-distribution images that are rejected.",
@@ -66,7 +70,7 @@ def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple
         facts.insert(0, f"p = {result.p_value:.2g}")
     # The note is about the false-alarm rate of the request, the sentence about this one.
     notes = [note for note in result.notes if not note.startswith("nothing can be flagged")]
-    card = charts.verdict_card(choice, sentence, facts, notes)
+    card = verdict_card(choice, sentence, facts, notes)
     if calibration is None or result.ood_score is None:
         return card, "", ""
     place = charts.place_chart(calibration, result.ood_score, alpha)
@@ -89,9 +93,27 @@ def verdict(served: Served, model: str, scored: Scored, alpha: float) -> tuple[C
         how_many = f"none of {count:,} calibration images"
     verb = "is" if others in (0, 1) else "are"
     return ruling.choice, (
-        f"{WORDS[ruling.choice].capitalize()} at a false-alarm rate of {charts.percent(alpha)}: "
+        f"{WORDS[ruling.choice].capitalize()} at a false-alarm rate of {percent(alpha)}: "
         f"{how_many} {verb} at least as unusual."
     )
+
+
+def what_if(served: Served, model: str, alpha: float, per_day: float | None, resized: bool) -> str:
+    """What a level would mean for a day of images, HTML.
+
+    Args:
+        served: the models.
+        model: one of them.
+        alpha: the level.
+        per_day: images per day.
+        resized: whether they have another size than the model's images.
+    """
+    calibration = served.calibrations[model].of(resized)
+    if calibration is None:
+        return charts.empty("There is no calibration for these images: none gets a verdict.")
+    if per_day is None or not 1 <= per_day <= MAX_PER_DAY:
+        return charts.empty(f"Images per day: a number from 1 to {MAX_PER_DAY:,}.")
+    return charts.what_if(calibration, alpha, int(per_day))
 
 
 def add_tab(shared: Shared) -> None:
@@ -129,12 +151,30 @@ def add_tab(shared: Shared) -> None:
             return charts.empty(EMPTY), "", ""
         return explained(served, model, scored, alpha)
 
+    def what_if_of(model: str, alpha: float, per_day: float | None, resized: bool) -> str:
+        return what_if(served, model, alpha, per_day, resized)
+
     examples(image, shared.examples)
     with gr.Row():
         with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
             alpha = alpha_input()
             resize = resize_input(served)
+            with gr.Accordion("What if: alarms per day, and what is caught", open=False):
+                per_day = gr.Number(
+                    PER_DAY,
+                    precision=0,
+                    minimum=1,
+                    maximum=MAX_PER_DAY,
+                    label="Images per day",
+                    info="Move the false-alarm rate above to compare.",
+                )
+                way = gr.Radio(
+                    [("of the model's size", False), ("of other sizes", True)],
+                    value=False,
+                    label="Images",
+                )
+                outlook = html(what_if(served, served.first, ALPHA, PER_DAY, False))
             with gr.Accordion("More settings", open=False):
                 samples = gr.Slider(
                     1,
@@ -169,6 +209,15 @@ def add_tab(shared: Shared) -> None:
         {card: charts.empty(EMPTY), pair: None, place: "", why: "", details: "", scored: None},
         go,
         "score",
+    )
+    gr.on(
+        [alpha.change, per_day.change, way.change, shared.model.change],
+        what_if_of,
+        [shared.model, alpha, per_day, way],
+        outlook,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        api_visibility="private",
     )
     alpha.change(
         judge,

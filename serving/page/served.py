@@ -7,6 +7,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,11 +265,11 @@ def example_files(served: Served) -> dict[str, list[str]]:
     }
 
 
-def examples(image: gr.Image, files: dict[str, list[str]]) -> None:
+def examples(image: gr.Image, files: dict[str, list[str]], min_width: int = 280) -> None:
     """Lay out example images, one row per kind; a click on one fills ``image``."""
     with gr.Row(elem_classes="ade-examples"):
         for label, paths in files.items():
-            with gr.Column(min_width=280):
+            with gr.Column(min_width=min_width):
                 chosen = gr.Dataset(
                     components=[gr.Image(type="filepath", format="png", render=False)],
                     samples=[[path] for path in paths],
@@ -305,6 +306,14 @@ class Runs:
         return self.latest
 
 
+_is_outdated: ContextVar[Callable[[], bool]] = ContextVar("is_outdated", default=lambda: False)
+
+
+def is_outdated() -> bool:
+    """Whether a later run than this one has begun: a long run under :func:`latest_only` may end."""
+    return _is_outdated.get()()
+
+
 def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
     """Drop the results or the error of a run if a later run has started meanwhile.
 
@@ -315,6 +324,7 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
     def numbered(*values: Any) -> Any:
         *given, runs = values
         number = runs.start()
+        _is_outdated.set(lambda: number != runs.latest)
         try:
             found = run(*given)
         except Exception:
@@ -326,11 +336,16 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
                 return found
         return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
 
-    own = inspect.signature(run)  # Gradio takes the names of arguments in the API from it
-    runs = inspect.Parameter("runs", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    numbered.__signature__ = own.replace(  # type: ignore[attr-defined]
-        parameters=[*own.parameters.values(), runs]
+    own = [
+        *inspect.signature(run).parameters.values()
+    ]  # Gradio takes the names of arguments in the API from it
+    after_default = own[-1].default is not inspect.Parameter.empty
+    runs = inspect.Parameter(
+        "runs",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=None if after_default else inspect.Parameter.empty,
     )
+    numbered.__signature__ = inspect.Signature([*own, runs])  # type: ignore[attr-defined]
     return numbered
 
 

@@ -93,6 +93,8 @@ def make_theme() -> gr.themes.Base:
         button_border_width_dark="1px",
         button_primary_border_color="transparent",
         button_primary_border_color_dark="transparent",
+        input_border_width="1px",
+        input_border_width_dark="1px",
         block_shadow="none",
         block_shadow_dark="none",
     )

@@ -31,6 +31,7 @@ from serving.verdict.statistics import PIXEL_PREFIX
 
 LEVELS = 257  # of the quantiles that a normal score is read from
 RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
+CORRUPTED_PREFIX = "corrupted: "  # of the arrays of corrupted images' scores
 DEFAULT = "default"  # the name of a bundle's own calibration
 VERSION_DIGITS = 12  # of the file's SHA-256
 MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file
@@ -172,6 +173,9 @@ class Calibration:
         baseline: a mixture on the statistics of the pixels alone, for comparison: it needs no
             model.
         known: the known images of the semantic statistics; ``None`` without them.
+        corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
+            that were corrupted so, to show what each alpha would catch; empty in calibrations of
+            versions before.
     """
 
     estimator: str
@@ -183,6 +187,7 @@ class Calibration:
     reference: np.ndarray
     baseline: Mixture
     known: KnownImages | None = None
+    corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def bpd(self) -> np.ndarray:
@@ -234,6 +239,9 @@ class Calibration:
                     f"{name} must be finite numbers of shape {shape}, got {array.dtype} "
                     f"{array.shape}"
                 )
+        for name, scores in self.corrupted.items():
+            if scores.ndim != 1 or scores.dtype.kind != "f" or not np.isfinite(scores).all():
+                raise CalibrationError(f"the scores of {name!r} must be finite numbers")
         if not n or "bpd" not in self.names or not (self.normal.spread > 0).all():
             raise CalibrationError("it has no scores, no bpd, or a spread that is not positive")
         if (np.diff(self.scores) < 0).any() or (np.diff(self.reference, axis=0) < 0).any():
@@ -272,6 +280,23 @@ class Calibration:
         if self.known is not None:
             statistics = {**statistics, DISTANCE: self.known.distances(statistics[FEATURES])}
         return np.stack([statistics[name] for name in self.names], axis=1)
+
+    def scores_of(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The OOD scores, ``(N,)``, nats, of images with these statistics by name."""
+        return self.surprise(self.normal(self.rows(statistics)))
+
+    def caught(self, alpha: float) -> dict[str, float]:
+        """The share of corrupted images that is rejected at ``alpha``, by the corruption's name.
+
+        Empty if it was not measured, or if so few calibration images cannot reject any.
+        """
+        if self.too_small(alpha) is not None:
+            return {}
+        return {
+            name: float((conformal_p_values(self.scores, scores) <= alpha).mean())
+            for name, scores in self.corrupted.items()
+            if len(scores)
+        }
 
     def surprise(self, normal: np.ndarray) -> np.ndarray:
         """The OOD score, ``(N,)``, nats, of normal scores ``(N, S)``.
@@ -376,6 +401,7 @@ class Calibration:
             **_arrays("mixture", self.mixture),
             **_arrays("baseline", self.baseline),
             **({} if self.known is None else self.known.arrays()),
+            **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
         }
 
     @classmethod
@@ -384,6 +410,8 @@ class Calibration:
 
         def of(name: str) -> np.ndarray:
             return arrays[prefix + name]
+
+        start = prefix + CORRUPTED_PREFIX
 
         return cls(
             str(of("estimator")),
@@ -395,6 +423,7 @@ class Calibration:
             of("reference"),
             _mixture(f"{prefix}baseline", arrays),
             KnownImages.from_arrays(arrays, prefix),
+            {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import torch
 from PIL import Image
 
 from ade_model.checkpoint import load_model
+from serving.brand import verdict_card
 from serving.images import tile
+from serving.reports import from_markdown, render
 from training.comparison.compare import SMOOTHING, keep_rows
 from training.comparison.paper import (
     CITED,
     PAPER,
     SEED_SPREAD_BPD,
     SEED_SPREAD_DISTANCE,
+    Finding,
     claims,
 )
 from training.evaluate import sample_images
@@ -38,7 +42,9 @@ CAPTIONS = {
 
 
 def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.device) -> Path:
-    """Write ``OUT/report.md`` with its pictures, and ``OUT/rows.json``.
+    """Write ``OUT/report.md`` with its pictures, ``OUT/report.html`` and ``OUT/rows.json``.
+
+    The two reports say the same; the HTML page needs no other file.
 
     Args:
         rows: from :func:`training.comparison.compare.read_rows`.
@@ -110,7 +116,32 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
     keep_rows(rows, out)
     path = out / "report.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")
+    title, *rest = lines
+    page = render(title.removeprefix("# "), _verdict(rows), content=from_markdown(rest, out))
+    write_text(out / "report.html", page)
     return path
+
+
+def _verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """The head of the page: how many of the paper's claims these runs confirm."""
+    found = Counter(
+        line.removeprefix("- ").strip("*").partition(":")[0].strip("*")
+        for line in _claims(rows)
+        if line.startswith("- ")
+    )
+    total = sum(found.values())
+    if not total:
+        return verdict_card(
+            "no_verdict", "Too few systems were measured.", heading="No verdict yet"
+        )
+    counts = ", ".join(f"{count} {finding}" for finding, count in found.most_common())
+    holds = found[Finding.HOLDS.value.strip("*")]
+    return verdict_card(
+        "accept" if 2 * holds >= total else "no_verdict",
+        f"Of {total} claims of the paper that these runs can test: {counts}.",
+        notes=["Sizes and budgets are those of the rows: compare rows with each other."],
+        heading=f"{holds} of {total} claims hold here",
+    )
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float | None]:

@@ -1,0 +1,76 @@
+"""``ade upgrade BUNDLE [--canary SHARE]`` and ``ade upgrade --finish``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from handlers.launch.channel import ChannelError, ask
+from handlers.launch.run_folder import find_service
+from handlers.launch.upgrades import FINISH, UPGRADE
+from serving.ports import VARIABLES, PortError, Ports
+
+ERRORS = (PortError, ChannelError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", metavar="BUNDLE", help="what is to be served from now on"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--canary",
+        type=_share,
+        metavar="SHARE",
+        help="give the new bundle this share of the requests for a trial, such as 5%%",
+    )
+    how.add_argument(
+        "--finish",
+        action="store_true",
+        help="give the canary all requests, and stop the old bundle",
+    )
+    parser.description = (
+        "Replace the bundle of this user's running service, on the ports that ADE_…_PORT set, "
+        "without an interruption. The new bundle is started beside the old one; if that fails, "
+        "the old one stays. `ade rollback` goes back."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if (args.bundle is None) != args.finish:
+        print("ade upgrade: give either a BUNDLE or --finish", file=sys.stderr)
+        return 2
+    if args.finish:
+        command({"do": FINISH})
+    else:
+        bundle = str(args.bundle.absolute())
+        command({"do": UPGRADE, "bundle": bundle, "canary": args.canary})
+    return 0
+
+
+def command(message: dict[str, Any]) -> None:
+    """Have the running service do something, and print its progress.
+
+    Raises:
+        ChannelError: no service of this user is on these ports, or it refused.
+    """
+    ports = Ports.from_environment()
+    folder = find_service(ports)
+    if folder is None:
+        named = ", ".join(f"{VARIABLES[name][0]}={port}" for name, port in vars(ports).items())
+        raise ChannelError(f"no service of this user is on {named}")
+    ask(folder.control_socket, message, lambda text: print(text, flush=True))
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be above 0 and below 100%, such as 5%, got {text!r}"
+        )
+    return share

@@ -1,0 +1,83 @@
+"""The answer to ``ade gate what-if`` as an HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.verdict.what_if import Way, WhatIf
+from serving.brand import percent, verdict_card
+from serving.reports import from_markdown, render
+from serving.verdict.summary import summarize
+
+VERDICT_ALPHA = 0.01
+
+
+def write_what_if(found: WhatIf, path: Path) -> None:
+    """Write the page; what the gate catches comes first.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    column = found.alphas.index(VERDICT_ALPHA)
+    calibrated = max((way.calibrated for way in found.ways), default=0)
+    shares = {name: its[column] for name, its in found.caught.items()}
+    summary = summarize(shares, calibrated, VERDICT_ALPHA)
+    label = found.calibration or {}
+    page = render(
+        "What this gate would do in a day",
+        verdict_card(summary.choice, summary.sentence, (), summary.notes, summary.heading),
+        subtitle=f"{found.model}, calibration {label.get('name')}, version {label.get('version')}",
+        content=from_markdown(_lines(found), path.parent),
+    )
+    path.write_text(page)
+
+
+def _lines(found: WhatIf) -> list[str]:
+    unusable = f" {found.unusable:,} files could not be used." if found.unusable else ""
+    lines = ["## Alarms per day", "", f"The history has {found.images:,} images.{unusable}", ""]
+    for way in found.ways:
+        lines += _way(way)
+    header = ["rejected at alpha", *(f"{alpha:g}" for alpha in found.alphas)]
+    body = [[name, *map(_share, shares)] for name, shares in found.caught.items()]
+    return [*lines, "## What is caught", "", *_table(header, body), ""]
+
+
+def _way(way: Way) -> list[str]:
+    what = "Images of another size, resized" if way.resized else "Images of the model's size"
+    lines = [f"### {what}: {way.images:,} of the history, {way.per_day:,} per day", ""]
+    if not way.calibrated:
+        return [*lines, "There is no calibration for them: no verdict, none is accepted.", ""]
+    header = ["alpha", "false alarms per day", "95 % band", "rejected of the history"]
+    body = [
+        [f"{row.alpha:g}", "no verdict", "", ""]
+        if row.per_day is None
+        else [
+            f"{row.alpha:g}",
+            f"{row.per_day:,.0f}",
+            f"{row.low:,} to {row.high:,}",
+            _share(row.rejected),
+        ]
+        for row in way.alarms
+    ]
+    lines += [f"Calibrated on {way.calibrated:,} images.", "", *_table(header, body), ""]
+    if way.unlike:
+        alphas = ", ".join(f"{alpha:g}" for alpha in way.unlike)
+        lines += [
+            f"**The history is not like the calibration images**, see alpha {alphas}: calibrate on "
+            "images like these.",
+            "",
+        ]
+    return lines
+
+
+def _share(share: float | None) -> str:
+    return "no verdict" if share is None else percent(share)
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(header)} |",
+        f"|{'---|' * len(header)}",
+        *(f"| {' | '.join(cells)} |" for cells in body),
+    ]

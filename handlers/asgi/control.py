@@ -1,0 +1,61 @@
+"""Lets ``ade serve`` change the releases of the running application over a private channel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handlers.front.releases import Release, Releases
+from handlers.launch.channel import MAX_LINE, encode, peer_is_own_user
+from handlers.launch.engines import SWITCHED
+
+if TYPE_CHECKING:
+    from handlers.asgi.application import Application
+
+logger = logging.getLogger(__name__)
+CHANGE, DESCRIBE = "change", "describe"
+
+
+@contextlib.asynccontextmanager
+async def listen(path: Path, releases: Releases[Application]) -> AsyncIterator[None]:
+    """Answer at a new Unix domain socket during the block."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def send(message: dict[str, Any]) -> None:
+            writer.write(encode(message))
+
+        with contextlib.closing(writer):
+            if not peer_is_own_user(writer.get_extra_info("socket")):
+                return
+            try:
+                message = json.loads(await reader.readline())
+                if message["do"] == CHANGE:
+                    wanted = [Release.from_dict(one) for one in message["releases"]]
+                    removed = await releases.change(wanted)
+                    send({"say": SWITCHED})
+                    await releases.drain(removed)
+                send({"result": {"releases": _describe(releases)}})
+                await writer.drain()
+            except Exception as error:  # such as of a worker that does not start
+                logger.error("%s", error)
+                send({"error": str(error)})
+
+    path.unlink(missing_ok=True)  # of a front that was killed
+    server = await asyncio.start_unix_server(answer, str(path), limit=MAX_LINE)
+    path.chmod(0o600)
+    try:
+        yield
+    finally:
+        server.close()
+
+
+def _describe(releases: Releases[Application]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(release), "workers": backend.describe()} for release, backend in releases.backends
+    ]

@@ -1,0 +1,211 @@
+"""The releases between which a front chooses.
+
+One release answers; while the service is upgraded, there is another beside it.
+A request is answered by one release as a whole. The release is chosen when the body has arrived, so
+that a slow upload does not keep an old release alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from handlers.front.front import Endpoint, Request
+
+logger = logging.getLogger(__name__)
+DRAIN_S = 150.0  # for the requests that a removed release has accepted
+
+
+class Backend(Protocol):
+    """What answers for one release."""
+
+    def api(self, path: str) -> Endpoint:
+        """The endpoint at a path.
+
+        Raises:
+            ApiError: there is none.
+        """
+
+    def refuse(self) -> None:
+        """Answer 503 to requests that wait for a worker and to all further ones."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """Bundles that are served together.
+
+    Attributes:
+        number: counts the releases of a service.
+        bundles: their folders, the first served under the plain names.
+        models: the identity of each bundle, ``NAME@HASH``.
+        share: of the requests, above 0 and below 1, for a release beside the first of a list. The
+            first gets all others, whatever its share.
+    """
+
+    number: int
+    bundles: tuple[str, ...]
+    models: tuple[str, ...]
+    share: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Release:
+        """The inverse of ``dataclasses.asdict``, also after JSON made lists of tuples."""
+        return cls(
+            int(values["number"]),
+            tuple(values["bundles"]),
+            tuple(values["models"]),
+            float(values["share"]),
+        )
+
+
+B = TypeVar("B", bound=Backend)
+
+
+class Running(Generic[B]):
+    """A release with its backend, and the number of requests that it is answering."""
+
+    def __init__(self, release: Release, backend: B, stack: contextlib.AsyncExitStack) -> None:
+        self.release = release
+        self.backend = backend
+        self.stack = stack
+        self._num_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the release running for the block."""
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+            if not self._num_requests:
+                self._idle.set()
+
+    async def close(self) -> None:
+        """Finish what was accepted, for a while, and stop."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.error("release %d is stopped with requests left", self.release.number)
+        await self.stack.aclose()
+
+
+class Releases(Generic[B]):
+    """Routes requests to the releases of a service.
+
+    Args:
+        build: starts what answers for a release, and stops it at the end of the context.
+        save: called with the new list before requests are routed by it.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Release], AbstractAsyncContextManager[B]],
+        save: Callable[[Sequence[Release]], None],
+    ) -> None:
+        self._build = build
+        self._save = save
+        self._running: list[Running[B]] = []
+        self._changing = asyncio.Lock()
+
+    @property
+    def backends(self) -> list[tuple[Release, B]]:
+        """What answers, the first with all requests that the shares of the others leave."""
+        return [(one.release, one.backend) for one in self._running]
+
+    @contextlib.asynccontextmanager
+    async def run(self, releases: Sequence[Release]) -> AsyncIterator[None]:
+        """Run releases during the block. One beside the first that cannot be started is left out.
+
+        Raises:
+            Exception: the first cannot be started.
+        """
+        self._running = [await self._start(releases[0])]
+        try:
+            for release in releases[1:]:
+                try:
+                    self._running.append(await self._start(release))
+                except Exception as error:
+                    logger.error("release %d was left out: %s", release.number, error)
+            if len(self._running) < len(releases):
+                self._save([one.release for one in self._running])
+            yield
+        finally:
+            await asyncio.gather(*(one.stack.aclose() for one in self._running))
+
+    async def change(self, releases: Sequence[Release]) -> list[Running[B]]:
+        """Start the new ones of a list and route requests by it from then on.
+
+        Args:
+            releases: those of a number that runs already get their new share.
+
+        Returns:
+            Those that get no further requests, for :meth:`drain`.
+
+        Raises:
+            Exception: a release cannot be started. Nothing has changed.
+        """
+        async with self._changing:
+            known = {one.release.number: one for one in self._running}
+            started: list[Running[B]] = []
+            try:
+                for release in releases:
+                    if release.number not in known:
+                        known[release.number] = await self._start(release)
+                        started.append(known[release.number])
+                self._save(releases)
+            except BaseException:
+                await asyncio.gather(*(one.stack.aclose() for one in started))
+                raise
+            for release in releases:
+                known[release.number].release = release
+            removed = [one for one in self._running if one.release not in releases]
+            self._running = [known[release.number] for release in releases]
+            return removed
+
+    async def drain(self, removed: Sequence[Running[B]]) -> None:
+        """Stop releases once they have answered what they accepted."""
+        await asyncio.gather(*(one.close() for one in removed))
+
+    def api(self, path: str) -> Endpoint:
+        """The endpoint at a path of the first release; its ``route`` chooses between all of them.
+
+        Raises:
+            ApiError: there is none.
+        """
+        endpoint = self._running[0].backend.api(path)
+        if endpoint.lane is None:  # not computed by workers
+            return endpoint
+        return dataclasses.replace(endpoint, route=functools.partial(self._route, path))
+
+    def refuse(self) -> None:
+        """Of all releases, see :class:`Backend`."""
+        for one in self._running:
+            one.backend.refuse()
+
+    async def _start(self, release: Release) -> Running[B]:
+        stack = contextlib.AsyncExitStack()
+        return Running(release, await stack.enter_async_context(self._build(release)), stack)
+
+    def _route(self, path: str, request: Request) -> Endpoint:
+        one = self._running[0]
+        if not request.is_probe:  # a health check is of the release that has the others
+            point = random.random()
+            for other in self._running[1:]:
+                point -= other.release.share
+                if point < 0:
+                    one = other
+                    break
+        return dataclasses.replace(one.backend.api(path), hold=one.hold)

@@ -1,0 +1,242 @@
+"""Replaces the bundle of a running service by another one, and goes back to the one before.
+
+The new bundle is started beside the old one and gets requests once it can answer, all of them or a
+share (a canary). The old one answers what it has accepted, and stops. Whatever goes wrong before
+that leaves the old one serving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from handlers.front.releases import Release
+from handlers.launch.channel import ChannelError, Say
+from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, release_of
+from handlers.launch.parts import Page
+from serving.engine.bundle import CALIBRATION_NAME, Bundle, verify_bundle
+from serving.verdict.store import FOLDER
+
+UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
+
+
+class UpgradeError(RuntimeError):
+    """The change was refused or failed; the service answers as before."""
+
+
+class Upgrades:
+    """The releases of a service: the one that answers, a canary beside it, and the one before.
+
+    Args:
+        plan: of the service, whose bundles are the first release.
+        engine: runs the releases.
+        page: shows the bundles of the release that answers.
+        changed: called after each change.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, page: Page, changed: Callable[[], None]) -> None:
+        self._plan = plan
+        self._engine = engine
+        self._page = page
+        self._changed = changed
+        self._busy = threading.Lock()
+        self._last_number = 1
+        self._current = plan.release
+        self._canary: Release | None = None
+        self._previous: Release | None = None
+        # As they were read: the folder of a bundle that is served may have gone meanwhile.
+        self._bundles = {1: list(plan.bundles)}
+
+    def handle(self, message: dict[str, Any], say: Say) -> dict[str, Any]:
+        """Do what a message of the private channel asks for.
+
+        Args:
+            message: ``do`` and its arguments.
+            say: gets sentences about the progress.
+
+        Returns:
+            The releases afterwards, see :meth:`describe`.
+
+        Raises:
+            UpgradeError: it was refused or failed.
+            BundleError: the bundle cannot be read, or does not match its manifest.
+        """
+        what = message.get("do")
+        if what == DESCRIBE:
+            return self.describe()
+        if not self._busy.acquire(blocking=False):
+            raise UpgradeError("another upgrade is in progress: see ade status")
+        try:
+            if what == UPGRADE:
+                self._upgrade(Path(message["bundle"]), message.get("canary"), say)
+            elif what == FINISH:
+                self._finish(say)
+            elif what == ROLLBACK:
+                self._roll_back(say)
+            else:
+                raise UpgradeError(f"unknown command {what!r}")
+            return self.describe()
+        finally:
+            self._busy.release()
+
+    def describe(self) -> dict[str, Any]:
+        """Models of ``current``, ``canary`` with its ``share``, and ``previous``; workers."""
+        canary, previous = self._canary, self._previous
+        running = []
+        if isinstance(self._engine, UpgradableEngine):
+            with contextlib.suppress(ChannelError):  # it is being started again
+                running = self._engine.releases()
+        return {
+            "current": self._current.models,
+            "canary": canary and canary.models,
+            "share": canary and canary.share,
+            "previous": previous and previous.models,
+            "releases": running,
+        }
+
+    def _upgrade(self, folder: Path, share: float | None, say: Say) -> None:
+        self._upgradable()
+        if self._canary is not None:
+            raise UpgradeError(
+                f"{_names(self._canary)} is a canary: ade upgrade --finish or ade rollback first"
+            )
+        say(f"verifying {folder}")
+        release = self._release(self._with(verify_bundle(folder)), share or 0.0)
+        if share is None:
+            say(f"starting {_names(release)} beside {_names(self._current)}")
+            self._replace(release, say)
+            return
+        if set(release.models) == set(self._current.models):
+            raise UpgradeError(
+                f"{_names(release)} is served already: answers and metrics of a canary could not "
+                "be distinguished from the others"
+            )
+        say(f"starting {_names(release)} beside {_names(self._current)}")
+        self._change([self._current, release], lambda: None)
+        self._canary = release
+        self._changed()
+        say(f"{_names(release)} answers {share:.3g} of the requests")
+
+    def _finish(self, say: Say) -> None:
+        if self._canary is None:
+            raise UpgradeError("there is no canary")
+        self._replace(self._canary, say)
+
+    def _roll_back(self, say: Say) -> None:
+        if self._canary is not None:
+            dropped = self._canary
+            self._change([self._current], lambda: None)
+            self._canary = None
+            self._changed()
+            say(f"{_names(self._current)} answers all requests; {_names(dropped)} has stopped")
+            return
+        if self._previous is None:
+            raise UpgradeError("there was no upgrade: nothing to go back to")
+        release = self._release([verify_bundle(Path(one)) for one in self._previous.bundles])
+        if release.models != self._previous.models:
+            raise UpgradeError(
+                f"the folder of {_names(self._previous)} has another model now, {_names(release)}"
+            )
+        say(f"starting {_names(release)} beside {_names(self._current)}")
+        self._replace(release, say)
+
+    def _replace(self, release: Release, say: Say) -> None:
+        """Let a release take the place of the present one."""
+        old = self._current
+        with self._page.prepared(release.bundles) as take_over:
+
+            def switched() -> None:
+                self._current, self._previous, self._canary = release, old, None
+                say(f"{_names(release)} answers all requests; {_names(old)} finishes its own")
+                take_over()
+
+            self._change([release], switched)
+        self._changed()
+        say(f"{_names(old)} has stopped")
+
+    def _change(self, releases: Sequence[Release], switched: Callable[[], None]) -> None:
+        engine, was_switched = self._upgradable(), False
+
+        def heard(text: str) -> None:
+            nonlocal was_switched
+            if text == SWITCHED and not was_switched:
+                was_switched = True
+                switched()
+
+        try:
+            engine.change(releases, heard)
+        except ChannelError as error:
+            raise UpgradeError(f"{_names(self._current)} stays: {error}") from None
+
+    def _upgradable(self) -> UpgradableEngine:
+        if not isinstance(self._engine, UpgradableEngine):
+            raise UpgradeError(
+                "the engine of this service cannot serve two bundles at a time: use "
+                "ade serve --engine asgi, or start a second service on other ports"
+            )
+        return self._engine
+
+    def _with(self, bundle: Bundle) -> list[Bundle]:
+        """The bundles of the present release, with a new one in the place of one of them.
+
+        Raises:
+            UpgradeError: clients would notice more than another model.
+        """
+        bundles = list(self._bundles[self._current.number])
+        names = [one.name for one in bundles]
+        if len(bundles) > 1 and bundle.name not in names:
+            raise UpgradeError(
+                "several bundles are served: a new one must have the name of one of them, "
+                f"{', '.join(names)}, got {bundle.name}"
+            )
+        place = names.index(bundle.name) if bundle.name in names else 0
+        check_contract(bundles[place], bundle)
+        bundles[place] = bundle
+        return bundles
+
+    def _release(self, bundles: list[Bundle], share: float = 0.0) -> Release:
+        self._last_number += 1
+        self._bundles[self._last_number] = bundles
+        return release_of(self._last_number, bundles, share)
+
+
+def check_contract(old: Bundle, new: Bundle) -> None:
+    """Check that requests which one bundle answers are answered by another one, too.
+
+    Raises:
+        UpgradeError: the images, the latents, the operations or the calibrations are not the same.
+    """
+    for what, before, after in (
+        ("images", old.image_shape, new.image_shape),
+        ("latents", old.latent_shapes, new.latent_shapes),
+    ):
+        if before != after:
+            raise UpgradeError(
+                f"{what} of {new.model_id} have the shape {after}, those of {old.model_id} "
+                f"{before}: serve it beside, as a service of its own"
+            )
+    missing = [one for one in old.operations if one not in new.operations]
+    if missing:
+        raise UpgradeError(f"{new.model_id} has no {', '.join(missing)}")
+    if old.has(CALIBRATION_NAME) and not new.has(CALIBRATION_NAME):
+        raise UpgradeError(
+            f"{new.model_id} is not calibrated, and would accept no image: run ade calibrate first"
+        )
+    lost = sorted(_calibrations(old) - _calibrations(new))
+    if lost:
+        raise UpgradeError(
+            f"{new.model_id} lacks the calibrations {', '.join(lost)}: add them with "
+            "ade calibrate --into, or remove those that nobody uses from the old bundle"
+        )
+
+
+def _calibrations(bundle: Bundle) -> set[str]:
+    """Files of the named calibrations."""
+    return {path.stem for path in (bundle.folder / FOLDER).glob("*.npz")}
+
+
+def _names(release: Release) -> str:
+    return ", ".join(release.models)

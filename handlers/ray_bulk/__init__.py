@@ -1,0 +1,1 @@
+"""Scores any number of image files on several machines, with Ray Data."""

@@ -1,0 +1,118 @@
+"""The list of files of a bulk run, written once in parts, so that a resumed run has the same."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+from pyarrow import parquet
+
+from serving.bulk import BulkError
+from serving.images import IMAGE_SUFFIXES
+
+# Rows of a part, which is also what is committed at once: about 30 s of work for one worker.
+PART_ROWS = 4096
+SCHEMA = pa.schema(
+    [("id", pa.int64()), ("path", pa.string()), ("size", pa.int64()), ("mtime", pa.float64())]
+)
+SUFFIX = ".parquet"
+_TIMES = ("mtime", "LastModified", "last_modified", "updated")  # as file systems name it
+
+
+def is_manifest(source: str) -> bool:
+    return source.endswith(SUFFIX)
+
+
+def list_files(source: str) -> Iterator[dict[str, Any]]:
+    """Path, size and time of every image file below a folder of any file system, in a fixed order.
+
+    Only one directory's names are in memory at a time.
+
+    Args:
+        source: a path, or a URL that fsspec reads.
+    """
+    files, root = fsspec.url_to_fs(source)
+    for _, folders, names in files.walk(root, detail=True):
+        ordered = sorted(folders)
+        for name in ordered:  # the order of the dictionary is that of the walk
+            folders[name] = folders.pop(name)
+        for name in sorted(names):
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                about = names[name]
+                yield {
+                    "path": files.unstrip_protocol(about["name"])
+                    if "://" in source
+                    else about["name"],
+                    "size": about.get("size"),
+                    "mtime": _time(about),
+                }
+
+
+def read_manifest(source: str) -> Iterator[dict[str, Any]]:
+    """The same from a Parquet file with a column ``path`` and, if known, ``size`` and ``mtime``.
+
+    Raises:
+        BulkError: it cannot be read, or has no paths.
+    """
+    try:
+        with fsspec.open(source, "rb") as file:
+            table = parquet.ParquetFile(file)
+            names = set(table.schema_arrow.names)
+            if "path" not in names:
+                raise BulkError(f"{source} has no column path")
+            kept = [name for name in ("path", "size", "mtime") if name in names]
+            for batch in table.iter_batches(PART_ROWS, columns=kept):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise BulkError(f"{source} cannot be read: {error}") from None
+
+
+def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
+    """Write rows into the folder ``out``, numbered; returns their number."""
+    files, folder = fsspec.url_to_fs(out)
+    files.makedirs(folder, exist_ok=True)
+    rest, count = iter(rows), 0
+    while part := list(islice(rest, PART_ROWS)):
+        numbered = [
+            {**row, "id": count + i, "path": _text(row["path"])} for i, row in enumerate(part)
+        ]
+        path = posixpath.join(folder, f"part-{count // PART_ROWS:08d}{SUFFIX}")
+        with files.open(path, "wb") as file:
+            parquet.write_table(pa.Table.from_pylist(numbered, SCHEMA), file)
+        count += len(part)
+    return count
+
+
+def read_json(path: str) -> Any:
+    """The content of a JSON file; ``None`` if there is none."""
+    files, name = fsspec.url_to_fs(path)
+    return json.loads(files.cat_file(name)) if files.exists(name) else None
+
+
+def write_json(path: str, value: Any) -> None:
+    files, name = fsspec.url_to_fs(path)
+    files.makedirs(posixpath.dirname(name), exist_ok=True)
+    if "file" in files.protocol:  # elsewhere an object appears whole
+        files.pipe_file(name + ".new", json.dumps(value, indent=2).encode())
+        files.mv(name + ".new", name)
+    else:
+        files.pipe_file(name, json.dumps(value, indent=2).encode())
+
+
+def _text(path: str) -> str:
+    """The path; of a name that is not UTF-8 what can be written, which then cannot be read."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _time(about: dict[str, Any]) -> float | None:
+    for name in _TIMES:
+        value = about.get(name)
+        if value is not None:
+            return float(value.timestamp() if hasattr(value, "timestamp") else value)
+    return None

@@ -1,0 +1,255 @@
+"""Scores the files of a manifest with one engine per worker, and resumes where it stopped.
+
+``OUT/manifest/`` lists the files, ``OUT/plan.json`` says what is computed, ``OUT/rows/`` has the
+scores as Parquet, ``OUT/checkpoint/`` the ids of the rows that are committed, and
+``OUT/summary.json`` says that everything is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import posixpath
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+from pyarrow import dataset, fs, parquet
+
+from handlers.ray_bulk import manifest
+from handlers.ray_bulk.manifest import PART_ROWS
+from handlers.ray_serve.instance import ray_instance
+from serving.bulk import CHUNK, BulkError, BulkOptions, FileScorer, Summary, columns, row_schema
+from serving.engine.bundle import Bundle, open_bundle
+from serving.files import read_file
+from serving.images import MAX_FILE_BYTES
+
+LOOK_S = 2.0  # between two looks at what is committed
+ROW_BYTES = 64  # of the manifest in memory, at least
+THREADS = {"OMP_NUM_THREADS": "1"}
+
+
+class Scorer:
+    """One worker's engine, for Ray Data.
+
+    Args:
+        bundle: its folder, which every node must have.
+        options: how to score.
+        version: of the calibration.
+    """
+
+    def __init__(self, bundle: str, options: BulkOptions, version: str) -> None:
+        opened = open_bundle(Path(bundle))
+        self._scorer = FileScorer(opened, None, options, version, read=read_any_file)
+        self._schema = _schema(opened, options)
+
+    def __call__(self, files: pa.Table) -> pa.Table:
+        """Scores of some rows of the manifest."""
+        ids, paths = files["id"].to_pylist(), files["path"].to_pylist()
+        rows = [{"id": id, **row} for id, row in zip(ids, self._scorer(paths), strict=True)]
+        return pa.Table.from_pylist(rows, self._schema)
+
+
+def read_any_file(path: str) -> bytes:
+    """Read an image file from any file system that fsspec knows.
+
+    Raises:
+        OSError: it cannot be read. ``EFBIG``: it is too large.
+    """
+    if "://" not in path:
+        return read_file(Path(path))
+    files, name = fsspec.url_to_fs(path)
+    content: bytes = files.cat_file(name, start=0, end=MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"an image file may have {MAX_FILE_BYTES} bytes")
+    return content
+
+
+def score_on_ray(
+    bundle: Bundle,
+    source: str,
+    out: str,
+    options: BulkOptions,
+    workers: int,
+    address: str | None,
+    progress: Callable[[int, int], None],
+) -> Summary:
+    """Score every image file of a source, each once.
+
+    Args:
+        bundle: a bundle with ``score``; the nodes have it at the same path.
+        source: a folder or the manifest of one (``.parquet``): a path or a URL.
+        out: a folder: a new one, or that of an earlier call with the same arguments, which is
+            resumed.
+        options: how to score.
+        workers: actors, each with one engine and one thread.
+        address: of a Ray cluster; this machine if there is none.
+        progress: called with the number of committed files and of all files.
+
+    Raises:
+        BulkError: the model cannot score, there are no images, ``out`` is finished or belongs to
+            another call.
+        ClusterError: Ray cannot be used.
+    """
+    version = FileScorer(bundle, None, options, read=read_any_file).calibrations.version
+    source, out = _absolute(source), _absolute(out)
+    plan = {
+        "model": bundle.model_id,
+        "version": version,
+        "source": source,
+        **dataclasses.asdict(options),
+        "columns": columns(bundle, options.samples),
+    }
+    if manifest.read_json(posixpath.join(out, "summary.json")) is not None:
+        raise BulkError(f"{out} is complete already")
+    total = _prepare(source, out, plan)
+    with ray_instance(address, workers) as ray, _Progress(out, total, progress):
+        _run(ray, bundle, out, options, version, workers, total)
+    summary = _count(out, total)
+    manifest.write_json(posixpath.join(out, "summary.json"), dataclasses.asdict(summary))
+    return summary
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _prepare(source: str, out: str, plan: dict[str, Any]) -> int:
+    """Write the manifest and then the plan, unless they are there; returns the number of files."""
+    path = posixpath.join(out, "plan.json")
+    found = manifest.read_json(path)
+    if found is not None:
+        total = int(found.pop("files"))
+        if found != plan:
+            raise BulkError(
+                f"{out} was started with {found}, this call has {plan}: take another folder"
+            )
+        return total
+    rows = manifest.read_manifest if manifest.is_manifest(source) else manifest.list_files
+    total = manifest.write_parts(rows(source), posixpath.join(out, "manifest"))
+    if not total:
+        raise BulkError(f"{source} holds no images")
+    manifest.write_json(path, {**plan, "files": total})
+    return total
+
+
+def _run(
+    ray: Any,
+    bundle: Bundle,
+    out: str,
+    options: BulkOptions,
+    version: str,
+    workers: int,
+    total: int,
+) -> None:
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data.checkpoint import CheckpointConfig
+
+    files = _file_system(out)
+    folder = _inside(out)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Rows are small: by bytes alone, nothing would be committed before the end.
+    context.target_min_block_size = 1
+    context.target_max_block_size = PART_ROWS * ROW_BYTES
+    context.checkpoint_config = CheckpointConfig(
+        id_column="id",
+        checkpoint_path=posixpath.join(folder, "checkpoint"),
+        override_filesystem=files,
+        delete_checkpoint_on_success=False,
+    )
+    ray.data.read_parquet(
+        posixpath.join(folder, "manifest"),
+        filesystem=files,
+        columns=["id", "path"],
+        override_num_blocks=-(-total // PART_ROWS),
+    ).map_batches(
+        Scorer,
+        fn_constructor_args=(str(bundle.folder), options, version),
+        batch_format="pyarrow",
+        batch_size=CHUNK,
+        compute=ActorPoolStrategy(size=workers),
+        num_cpus=1,
+        runtime_env={"env_vars": THREADS},
+    ).write_parquet(posixpath.join(folder, "rows"), filesystem=files)
+
+
+def _file_system(path: str) -> fs.FileSystem:
+    files, _ = fsspec.url_to_fs(path)
+    if "file" in files.protocol:
+        return fs.LocalFileSystem()
+    return fs.PyFileSystem(fs.FSSpecHandler(files))
+
+
+def _inside(path: str) -> str:
+    """The path within its file system."""
+    return str(fsspec.url_to_fs(path)[1])
+
+
+def _schema(bundle: Bundle, options: BulkOptions) -> pa.Schema:
+    return pa.schema([("id", pa.int64()), *row_schema(columns(bundle, options.samples))])
+
+
+class _Progress:
+    """Reports committed rows while a block runs."""
+
+    def __init__(self, out: str, total: int, progress: Callable[[int, int], None]) -> None:
+        self._folder = posixpath.join(_inside(out), "rows")
+        self._files = _file_system(out)
+        self._total = total
+        self._progress = progress
+        self._rows: dict[str, int] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> None:
+        self._report()
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._report()
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            self._report()
+
+    def _report(self) -> None:
+        selector = fs.FileSelector(self._folder, allow_not_found=True)
+        for found in self._files.get_file_info(selector):
+            if found.path not in self._rows and found.path.endswith(manifest.SUFFIX):
+                try:
+                    with self._files.open_input_file(found.path) as file:
+                        self._rows[found.path] = parquet.read_metadata(file).num_rows
+                except (OSError, pa.ArrowInvalid):  # being written
+                    continue
+        self._progress(min(sum(self._rows.values()), self._total), self._total)
+
+
+def _count(out: str, total: int) -> Summary:
+    """Count the rows by decision.
+
+    Raises:
+        BulkError: there are not as many as files, or one is there twice.
+    """
+    rows = dataset.dataset(
+        posixpath.join(_inside(out), "rows"), filesystem=_file_system(out), format="parquet"
+    )
+    counts: Counter[str] = Counter()
+    for batch in rows.to_batches(columns=["decision", "error"]):
+        for decision, error in zip(
+            batch["decision"].to_pylist(), batch["error"].to_pylist(), strict=True
+        ):
+            counts["error" if error is not None else decision] += 1
+    if counts.total() != total:
+        raise BulkError(
+            f"{out} has {counts.total()} rows of {total} files: run the command again, or start "
+            "anew in another folder if it has too many"
+        )
+    return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])

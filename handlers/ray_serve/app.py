@@ -1,0 +1,110 @@
+"""The Serve application: a deployment for each operation of each bundle, a front before them.
+
+``import_path: handlers.ray_serve.app:build`` in the configuration file of a cluster.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+
+from handlers.asgi.application import served_models
+from handlers.asgi.worker import WorkerSettings
+from handlers.limits import MAX_BATCH, QUEUE_SIZE
+from handlers.ray_serve.ingress import Ingress
+from handlers.ray_serve.replica import Replica
+from handlers.ray_serve.reporter import MetricsReplica
+from handlers.ray_serve.settings import Access, ServeSettings
+from serving.engine.bundle import open_bundle
+
+FRONT, METRICS = "front", "metrics"  # names of deployments, which no model has
+HEALTH_S = 5.0  # between two health checks
+STOP_S = 25.0  # that requests which were accepted may take once a replica is asked to stop
+FRONT_REQUESTS = 2 * QUEUE_SIZE * 4  # at a time; it refuses earlier, in the API's error shape
+UPSCALE_S, DOWNSCALE_S = 5.0, 60.0  # that a queue must be long, or short, for the number to change
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application of a cluster.
+
+    Args:
+        args: see :class:`handlers.ray_serve.settings.ServeSettings`.
+
+    Raises:
+        SettingsError: they cannot be used.
+    """
+    return application(ServeSettings.of(args), None)
+
+
+def application(settings: ServeSettings, access: Access | None) -> serve.Application:
+    """The application.
+
+    Args:
+        settings: what is served and by how many replicas.
+        access: who may use it; as the cluster's environment says unless given.
+    """
+    metrics = (
+        serve.deployment(MetricsReplica)
+        .options(name=METRICS, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+        .bind()
+    )
+    handles = {}
+    for name, operation, bundle in served_models([open_bundle(Path(b)) for b in settings.bundles]):
+        worker = WorkerSettings(
+            str(bundle.folder),
+            bundle.model_id,
+            operation,
+            name,
+            name,
+            settings.logs,
+            settings.options,
+        )
+        handles[name] = (
+            serve.deployment(Replica)
+            .options(
+                name=name,
+                # A batch that is computed and the next one.
+                max_ongoing_requests=2 * MAX_BATCH,
+                max_queued_requests=QUEUE_SIZE,
+                ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+                **_lifetime(settings.replicas[operation], MAX_BATCH),
+            )
+            .bind(worker, metrics)
+        )
+    return (
+        serve.deployment(Ingress)
+        .options(
+            name=FRONT,
+            max_ongoing_requests=FRONT_REQUESTS,
+            ray_actor_options={"num_cpus": min(settings.cpus, 0.5)},
+            **_lifetime(settings.fronts, QUEUE_SIZE // 4),
+        )
+        .bind(settings, access, metrics, handles)
+    )
+
+
+def _lifetime(replicas: tuple[int, int], requests: int) -> dict[str, Any]:
+    """How many replicas there are, by the requests that each should have, and how they end."""
+    least, most = replicas
+    number: dict[str, Any] = (
+        {"num_replicas": least}
+        if least == most
+        else {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=least,
+                max_replicas=most,
+                target_ongoing_requests=requests,
+                upscale_delay_s=UPSCALE_S,
+                downscale_delay_s=DOWNSCALE_S,
+            )
+        }
+    )
+    return {
+        **number,
+        "health_check_period_s": HEALTH_S,
+        "graceful_shutdown_timeout_s": STOP_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }

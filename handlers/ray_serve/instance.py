@@ -1,0 +1,107 @@
+"""A Ray instance for the length of a block: our own on this machine, or a cluster's."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from handlers.launch.environment import available_cores
+from handlers.ray_serve import guard
+from handlers.ray_serve.environment import of_every_node, of_own_instance
+
+SHORT = "/tmp"  # Unix sockets have short paths, and Ray's folders long names
+OBJECTS_BYTES = 256 * 2**20  # of shared memory, for bodies and answers on their way
+LOCAL = "127.0.0.1"
+START_S = 120.0  # after which it is not tried again
+
+
+class ClusterError(RuntimeError):
+    """Ray cannot be started here, or the cluster cannot be used."""
+
+
+@contextlib.contextmanager
+def ray_instance(address: str | None, num_workers: int) -> Iterator[Any]:
+    """Connect to Ray, and return its module.
+
+    What was started is stopped at the end of the block, or when this process is killed.
+    SIGTERM ends the block with :class:`SystemExit`.
+
+    Args:
+        address: of a cluster; a private instance if there is none.
+        num_workers: actors of one CPU each that must find a place on this machine.
+
+    Raises:
+        ClusterError: Ray does not start, or there is no cluster at the address.
+    """
+    mark, folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="ade-ray-", dir=SHORT))
+    # Before anything is started that it would have to end.
+    own_guard = guard.start_guard(mark, folder, address)
+    os.environ.update(of_every_node())
+    if address is None:
+        token_file = folder / "token"
+        with open(os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        os.environ.update(of_own_instance(folder, token_file, mark))
+    signal.signal(signal.SIGTERM, _stop)
+    import ray  # reads the environment
+
+    try:
+        if address is None:
+            _start(ray, folder, num_workers)
+        else:
+            _join(ray, address)
+        signal.signal(signal.SIGTERM, _stop)  # Ray has set its own
+        yield ray
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ray.shutdown()
+        assert own_guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            own_guard.stdin.write(guard.DONE)
+            own_guard.stdin.close()
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(0)
+
+
+def _start(ray: Any, folder: Path, num_workers: int) -> None:
+    """Start an instance on ports that it chooses itself."""
+    deadline = time.monotonic() + START_S
+    for attempt in itertools.count():
+        try:
+            ray.init(
+                address="local",
+                # Each worker finds a place: they share the cores as processes do.
+                num_cpus=max(available_cores(), num_workers) + 1,
+                object_store_memory=OBJECTS_BYTES,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=str(folder / f"r{attempt}"),
+            )
+            break
+        except Exception as error:  # Ray has no other: "The current node timed out during startup"
+            # Ray gives up if its own agents do not answer within 15 s, as on a busy machine.
+            ray.shutdown()
+            if time.monotonic() > deadline:
+                raise ClusterError(f"Ray did not start: {error}") from None
+    address = ray.util.get_node_ip_address()
+    if address != LOCAL:  # how Ray is kept there is not documented
+        raise ClusterError(f"Ray listens on {address} instead of {LOCAL} alone")
+
+
+def _join(ray: Any, address: str) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"--address {address}: {error}") from None

@@ -1,0 +1,70 @@
+"""Measurements of all replicas, brought together in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from handlers.asgi.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+EVERY_S = 1.0
+Measured = list[tuple[str, dict[str, str], float]]  # name, labels and value
+
+
+class MetricsReplica:
+    """Sums what all replicas measure. There is one; what it counted is lost if it ends."""
+
+    def __init__(self) -> None:
+        self._refusals = Counter[str]()
+        self._metrics = Metrics(self._refusals)
+
+    async def update(self, measured: Measured, refusals: Mapping[str, int]) -> None:
+        """Add measurements, and requests that a front refused by the code of the error."""
+        for name, labels, value in measured:
+            self._metrics.update(name, labels, value)
+        self._refusals.update(refusals)
+
+    async def text(self) -> str:
+        """In Prometheus's text format."""
+        return self._metrics.text()
+
+
+class Reporter:
+    """Sends the measurements of one replica every second.
+
+    Args:
+        metrics: handle of :class:`MetricsReplica`.
+        collect: returns what was measured, and what was refused, since its last call.
+    """
+
+    def __init__(
+        self, metrics: Any, collect: Callable[[], tuple[Measured, Mapping[str, int]]]
+    ) -> None:
+        self._metrics = metrics
+        self._collect = collect
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            await self.send()
+            await asyncio.sleep(EVERY_S)
+
+    async def send(self) -> None:
+        """Send what there is. What cannot be sent is lost: twice would be worse."""
+        try:
+            measured, refusals = self._collect()
+            if measured or refusals:
+                await self._metrics.update.remote(measured, refusals)
+        except Exception as error:
+            logger.warning("measurements were lost: %s", error)
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        await self.send()

@@ -1,0 +1,124 @@
+"""What the application on Ray must know, on one machine and on a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from handlers.front.settings import ANY_ADDRESS
+from handlers.launch.options import ServingOptions
+from serving.engine.signatures import OPERATIONS
+
+TOKEN_VARIABLE = "ADE_TOKEN"
+MIN_TOKEN = 32
+
+
+class SettingsError(ValueError):
+    """The arguments of the application cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """The application, wherever it runs; ``args`` of ``deploy/ray/serve-config.yaml``.
+
+    Attributes:
+        bundles: their folders, which every node must have; the first is served under the plain
+            names.
+        replicas: of each operation at least and at most.
+        fronts: replicas of the front at least and at most; each batches nothing and computes
+            nothing, but reads and checks requests.
+        cpus: of a node that a replica counts as.
+        gpus: likewise.
+        backend, device: as for ``ade serve``.
+        allowed_hosts: names by which clients may address the service, besides IP addresses.
+        exposes_metrics: whether the front answers ``/metrics`` too.
+        logs: a folder of each node, created if it is missing.
+    """
+
+    bundles: tuple[str, ...]
+    replicas: dict[str, tuple[int, int]] = field(
+        default_factory=lambda: dict.fromkeys(OPERATIONS, (1, 1))
+    )
+    fronts: tuple[int, int] = (1, 1)
+    cpus: float = 1.0
+    gpus: float = 0.0
+    backend: str = "onnxruntime"
+    device: str = "cpu"
+    allowed_hosts: tuple[str, ...] = ()
+    exposes_metrics: bool = False
+    logs: str = "/tmp/ade-logs"
+
+    @classmethod
+    def of(cls, args: dict[str, Any]) -> ServeSettings:
+        """Check arguments as a configuration file has them.
+
+        Raises:
+            SettingsError: one is missing, unknown, or cannot be used.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if "bundles" not in args or not args.keys() <= known:
+            raise SettingsError(
+                f"the arguments are {', '.join(sorted(known))}, bundles required, got "
+                f"{', '.join(sorted(args)) or 'none'}"
+            )
+        given = {n: tuple(v) if isinstance(v, list) else v for n, v in args.items()}
+        if "replicas" in given:
+            given["replicas"] = _ranges(given["replicas"])
+        given["fronts"] = _range("fronts", given.get("fronts", (1, 1)))
+        if not given["bundles"]:
+            raise SettingsError("bundles must name at least one folder")
+        return cls(**given)
+
+    @property
+    def options(self) -> ServingOptions:
+        return ServingOptions(self.backend, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may use the service.
+
+    Attributes:
+        token: that clients must send, if any.
+        probe_secret: marks health checks, which are not counted as traffic.
+        url: of the service, for its OpenAPI document.
+    """
+
+    token: str | None = field(repr=False)
+    probe_secret: str = field(repr=False)
+    url: str
+
+    @classmethod
+    def of_cluster(cls) -> Access:
+        """By the variable ``ADE_TOKEN``, without which the service does not start.
+
+        Raises:
+            SettingsError: it is not set, or too short.
+        """
+        token = os.environ.get(TOKEN_VARIABLE, "")
+        if len(token) < MIN_TOKEN:
+            raise SettingsError(
+                f"{TOKEN_VARIABLE} must be set for the nodes, with at least {MIN_TOKEN} characters"
+            )
+        return cls(token=token, probe_secret=os.urandom(16).hex(), url=f"http://{ANY_ADDRESS}")
+
+
+def _ranges(given: Any) -> dict[str, tuple[int, int]]:
+    if not isinstance(given, dict) or not given.keys() <= set(OPERATIONS):
+        raise SettingsError(f"replicas must have the keys {', '.join(OPERATIONS)}, got {given!r}")
+    return dict.fromkeys(OPERATIONS, (1, 1)) | {
+        name: _range(f"replicas of {name}", value) for name, value in given.items()
+    }
+
+
+def _range(name: str, value: Any) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if (
+        len(pair) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+        or not 1 <= pair[0] <= pair[1]
+    ):
+        raise SettingsError(f"{name} must be a number from 1, or the least and the most: {value!r}")
+    return pair

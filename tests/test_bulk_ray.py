@@ -1,0 +1,153 @@
+"""Scoring in bulk with Ray Data: the manifest, and each file once whatever ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
+from serving.engine.bundle import open_bundle
+from tests.helpers import PRETRAINED, ROOT, make_folder
+
+pytest.importorskip("fsspec")
+parquet = pytest.importorskip("pyarrow.parquet")
+import pyarrow as pa  # noqa: E402
+
+from handlers.ray_bulk import manifest, score  # noqa: E402
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed (extra ray)"
+)
+# Small parts, so that a run can be killed between two of them.
+SCRIPT = """
+import sys
+from handlers.ray_bulk import manifest, score
+manifest.PART_ROWS = score.PART_ROWS = 32
+from ade_cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_manifest_lists_every_image_once(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.JPG", "a/3.webp", "a/notes.txt", "4.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x" * 3)
+    rows = list(manifest.list_files(str(tmp_path / "in")))
+    assert [Path(row["path"]).relative_to(tmp_path / "in").as_posix() for row in rows] == [
+        "4.png",
+        "a/3.webp",
+        "b/1.JPG",
+        "b/2.png",
+    ]
+    assert all(row["size"] == 3 and row["mtime"] > 1e9 for row in rows)
+
+
+def test_a_manifest_of_another_file_system(tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/a/1.png", b"xx")
+    memory.pipe_file("/bucket/2.png", b"x")
+    rows = list(manifest.list_files("memory://bucket"))
+    assert [(row["path"], row["size"]) for row in rows] == [
+        ("memory:///bucket/2.png", 1),
+        ("memory:///bucket/a/1.png", 2),
+    ]
+
+
+def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "PART_ROWS", 4)
+    paths = [f"{i}.png" for i in range(10)]
+    out = str(tmp_path / "manifest")
+    assert manifest.write_parts(({"path": path} for path in paths), out) == 10
+    parts = sorted((tmp_path / "manifest").iterdir())
+    assert len(parts) == 3
+    table = pa.concat_tables([parquet.read_table(part) for part in parts])
+    assert table["id"].to_pylist() == list(range(10)) and table["path"].to_pylist() == paths
+    assert [row["path"] for row in manifest.read_manifest(str(parts[1]))] == paths[4:8]
+
+
+def test_a_manifest_without_paths(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"file": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(BulkError, match="has no column path"):
+        list(manifest.read_manifest(str(tmp_path / "x.parquet")))
+    with pytest.raises(BulkError, match="cannot be read"):
+        list(manifest.read_manifest(str(tmp_path / "y.parquet")))
+
+
+def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
+    """Without Ray, which only hands the rows around: plan, rows, and their count."""
+    bundle, out = open_bundle(PRETRAINED), str(tmp_path / "out")
+    source, plan = str(ROOT / "serving" / "examples"), {"model": bundle.model_id}
+    total = score._prepare(source, out, plan)
+    assert total == 10 == score._prepare(source, out, plan)
+    with pytest.raises(BulkError, match="was started with"):
+        score._prepare(source, out, {"model": "another"})
+    files = parquet.read_table(f"{out}/manifest").select(["id", "path"])
+    version = FileScorer(bundle, None, BulkOptions()).calibrations.version
+    rows = score.Scorer(str(PRETRAINED), BulkOptions(), version)(files)
+    assert rows["id"].to_pylist() == list(range(10)) and rows["path"] == files["path"]
+    assert rows["bpd"].null_count == 0 and set(rows["decision"].to_pylist()) <= {"accept", "reject"}
+    (tmp_path / "out" / "rows").mkdir()
+    parquet.write_table(rows.slice(0, 6), f"{out}/rows/a.parquet")
+    with pytest.raises(BulkError, match="has 6 rows of 10 files"):
+        score._count(out, total)
+    parquet.write_table(rows.slice(6), f"{out}/rows/b.parquet")
+    assert score._count(out, total).scored == 10
+    seen: list[tuple[int, int]] = []
+    with score._Progress(out, total, lambda *numbers: seen.append(numbers)):
+        pass
+    assert seen == [(10, 10), (10, 10)]
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "images", np.concatenate([small_images] * 3))
+    (folder / "broken.png").write_bytes(b"junk")
+    Image.new("RGB", (20, 20)).save(folder / "large.png")
+    expected = tmp_path / "expected.parquet"
+    score_folder(
+        open_bundle(tiny_bundle), folder, expected, BulkOptions(), 1, lambda done, total: None
+    )
+    out = tmp_path / "out"
+    arguments = ["score", str(folder), "--bundle", str(tiny_bundle), "--engine", "ray"]
+    command = [sys.executable, "-c", SCRIPT, *arguments, "--workers", "1", "--out", str(out)]
+    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    with open(tmp_path / "first.txt", "wb") as log:
+        first = subprocess.Popen(command, stdout=log, stderr=log, **options)
+    deadline = time.monotonic() + 300
+    while len(list((out / "rows").glob("*.parquet"))) < 3:
+        assert first.poll() is None, (tmp_path / "first.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+    assert second.returncode == 0, second.stderr
+    rows = pa.concat_tables([parquet.read_table(p) for p in (out / "rows").glob("*.parquet")])
+    files = 902
+    assert sorted(rows["id"].to_pylist()) == list(range(files))
+    alone = parquet.read_table(expected)
+    assert alone.num_rows == files
+    by_path = {str(folder / row["path"]): row for row in alone.to_pylist()}
+    for row in rows.to_pylist():
+        other = by_path.pop(row["path"])
+        assert (row["error"], row["decision"]) == (other["error"], other["decision"])
+        assert row["bpd"] == pytest.approx(other["bpd"], abs=1e-5)
+    assert not by_path
+    assert sum(json.loads((out / "summary.json").read_text()).values()) == files
+    third = subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+    assert third.returncode == 2 and "is complete already" in third.stderr

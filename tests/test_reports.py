@@ -1,0 +1,75 @@
+"""The frame of all reports: complete in itself, the verdict first, every text escaped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from export.verdict.what_if import ALPHAS, Alarms, Way, WhatIf
+from export.verdict.what_if_report import write_what_if
+from serving.brand import MARK, verdict_card
+from serving.reports import from_markdown, render
+from serving.verdict.false_alarms import false_alarm_band
+from serving.verdict.summary import summarize
+from tests.helpers import ROOT
+
+
+def is_complete(page: str) -> bool:
+    """It loads nothing."""
+    loaded = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page)
+    return all(address.startswith("data:") for address in loaded) and "<script" not in page
+
+
+def test_a_report_needs_no_other_file() -> None:
+    folder = ROOT / "docs" / "ood"
+    title, *lines = (folder / "report.md").read_text().splitlines()
+    card = verdict_card("accept", "It works.", heading="Good")
+    page = render(title, card, content=from_markdown(lines, folder))
+    assert is_complete(page) and MARK in page and page.count("data:image/png;base64,") > 3
+    assert page.index("It works.") < page.index("False alarms")
+    assert "prefers-reduced-motion" in page and "@media print" in page
+    assert page.count("<table") == page.count("<thead") >= 3 and "|---" not in page
+
+
+def test_markdown_is_escaped(tmp_path: Path) -> None:
+    lines = ["## A & B", "", "| set | at *0.1* |", "|---|---|", "| <script> | 0.5 |"]
+    lines += ["", "- **bold** `<b>`", "- a_b", "", "![gone](nowhere.png)"]
+    found = from_markdown(lines, tmp_path)
+    assert "<h2>A &amp; B</h2>" in found and "<script" not in found
+    assert "<td class=ade-number>0.5</td>" in found and "<em>0.1</em>" in found
+    assert "<li><b>bold</b> <code>&lt;b&gt;</code></li><li>a_b</li>" in found
+    assert "nowhere" not in found
+    hostile = verdict_card("reject", "<img src=x>", ["<i>"], ["<u>"], "<script>")
+    page = render("<script>", hostile, subtitle="<script>")
+    assert page.count("&lt;script&gt;") == 4 and "<img" not in page and "<script" not in page
+
+
+def test_the_summary_says_what_is_caught_and_what_more_images_bring() -> None:
+    found = summarize({"noise": 1.0, "blur": 0.95, "JPEG": 0.34, "dark": None}, 500, 0.01)
+    assert found.choice == "reject" and found.heading == "Catches 2 of 3 kinds of images"
+    assert "catches noise and blur; it misses much of JPEG (34% caught)" in found.sentence
+    low, high = false_alarm_band(1500, 0.01)
+    assert f"1,000 more images would narrow the band to {low:.2%} to {high:.2%}" in found.notes[0]
+    assert summarize({"noise": 1.0}, 500, 0.01).choice == "accept"
+    assert summarize({}, 500, 0.01).choice == "no_verdict"
+    few = summarize({"noise": None}, 50, 0.01)
+    assert few.choice == "no_verdict" and "needs 99 calibration images" in few.sentence
+
+
+@pytest.mark.parametrize("unlike", [[], [0.1]])
+def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
+    rows = [Alarms(alpha, 1000 * alpha, 0, 2000, alpha) for alpha in ALPHAS[:-1]]
+    way = Way(False, 100, 1000, 999, [*rows, Alarms(0.001, None, None, None, None)], unlike)
+    none = Way(True, 10, 100, 0, [], [])
+    caught = {"noise": [1.0] * 6 + [None]}
+    found = WhatIf(
+        "m@1", {"name": "default", "version": "v"}, 110, 2, list(ALPHAS), [way, none], caught
+    )
+    write_what_if(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert is_complete(page) and "catches noise" in page and "no verdict" in page
+    assert "m@1, calibration default, version v" in page and "2 files could not be used" in page
+    assert ("is not like the calibration images" in page) == bool(unlike)
+    assert "There is no calibration for them" in page

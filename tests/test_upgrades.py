@@ -1,0 +1,393 @@
+"""Bundles are replaced while a service runs: no request fails, no answer is of two models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ade_cli.main import main
+from handlers.asgi.control import CHANGE, DESCRIBE
+from handlers.front.releases import Release
+from handlers.launch.channel import ChannelError, Listener, ask
+from handlers.launch.engines import SWITCHED
+from handlers.launch.upgrades import UpgradeError, check_contract
+from serving.engine.bundle import (
+    CALIBRATION_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    BundleError,
+    open_bundle,
+    write_manifest,
+)
+from serving.verdict.store import FOLDER
+from tests.helpers import PRETRAINED, ROOT, wait_for
+from tests.service import RunningService
+from tests.test_asgi import RunningApplication, is_running, release_of
+from tests.test_security import as_nobody
+
+CLIENTS = 3
+CAT = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
+
+
+def changed_copy(target: Path, change: Callable[[Path], object]) -> Path:
+    """The shipped bundle with changed files, and a manifest that matches them."""
+    shutil.copytree(PRETRAINED, target)
+    change(target)
+    fields = {key: value for key, value in open_bundle(target).manifest.items() if key != "files"}
+    write_manifest(target, fields)
+    return target
+
+
+def disturb(folder: Path) -> None:
+    """Another model: its answers differ."""
+    weights = load_file(folder / WEIGHTS_NAME)
+    save_file({name: value * 1.001 for name, value in weights.items()}, folder / WEIGHTS_NAME)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return changed_copy(tmp_path_factory.mktemp("second") / "bundle", disturb)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It matches its manifest, and cannot be loaded."""
+
+    def damage(folder: Path) -> None:
+        disturb(folder)
+        (folder / "score.onnx").write_bytes(b"not a graph")
+
+    return changed_copy(tmp_path_factory.mktemp("damaged") / "bundle", damage)
+
+
+class Load:
+    """Several clients that ask without a pause and without a second try.
+
+    Attributes:
+        answers: distinct answers to the same request, by model.
+        failures: whatever was no answer of status 200.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self.answers: dict[str, set[bytes]] = defaultdict(set)
+        self.failures: list[object] = []
+        self.count = 0
+        self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=120) as http:
+            while not self._stop.is_set():
+                try:
+                    answer = http.post(f"{self._url}/predictions/score", content=CAT)
+                except httpx.HTTPError as error:
+                    self.failures.append(error)
+                    continue
+                if answer.status_code == 200:
+                    self.answers[answer.headers["X-Ade-Model"]].add(answer.content)
+                else:
+                    self.failures.append(answer.text)
+                self.count += 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            wait_for(lambda: self.count > CLIENTS, 120)
+            yield
+        finally:
+            self._stop.set()
+            for thread in self._threads:
+                thread.join(120)
+
+    def check(self, *models: str) -> None:
+        assert not self.failures, self.failures[:3]
+        assert set(self.answers) == set(models)
+        for model, found in self.answers.items():
+            (body,) = found  # the same whenever it was asked
+            assert json.loads(body)["model"] == model
+        assert len(
+            {json.loads(min(found))["results"][0]["bpd"] for found in self.answers.values()}
+        ) == len(models)
+
+
+def model_of(url: str) -> str:
+    answer = httpx.post(f"{url}/predictions/score", content=CAT, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.headers["X-Ade-Model"]
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[RunningApplication]:
+    made = RunningApplication(tmp_path)
+    made.wait()
+    yield made
+    made.process.terminate()
+    made.process.wait(60)
+
+
+def change(app: RunningApplication, *releases: Release) -> list[str]:
+    said: list[str] = []
+    message = {"do": CHANGE, "releases": [dataclasses.asdict(one) for one in releases]}
+    found = ask(app.control, message, said.append)
+    assert [one["number"] for one in found["releases"]] == [one.number for one in releases]
+    return said
+
+
+def test_releases_change_under_load(app: RunningApplication, second: Path, damaged: Path) -> None:
+    old, new = release_of(PRETRAINED), release_of(second, number=2)
+    (a,), (b,) = old.models, new.models
+    load = Load(app.url)
+    with load.running():
+        # One that cannot start changes nothing.
+        with pytest.raises(
+            ChannelError, match=r"worker \w+-release9-0 did not start: .*score\.onnx"
+        ):
+            change(app, release_of(damaged, number=9))
+        assert set(load.answers) == {a}
+        # A canary gets its share.
+        assert change(app, old, dataclasses.replace(new, share=0.5)) == [SWITCHED]
+        wait_for(lambda: b in load.answers, 60)
+        text = httpx.get(app.metrics).text
+        for model in (a, b):
+            assert f'ade_info{{model_name="score",worker="0",bundle="{model}"' in text
+            assert f'status="200",code="none",bundle="{model}"' in text
+        # It takes the place of the first, whose workers end.
+        workers = psutil.Process(app.process.pid).children()
+        change(app, new)
+        assert {model_of(app.url) for _ in range(5)} == {b}
+        wait_for(lambda: sum(is_running(one) for one in workers) == len(workers) // 2)
+        assert a not in httpx.get(app.metrics).text
+        # And back.
+        change(app, dataclasses.replace(old, number=3))
+        assert {model_of(app.url) for _ in range(5)} == {a}
+    load.check(a, b)
+    kept = json.loads(app.settings.read_text())["releases"]
+    assert [one["number"] for one in kept] == [3]  # of a front that is started again
+    (running,) = ask(app.control, {"do": DESCRIBE})["releases"]
+    assert running["models"] == [a] and set(running["workers"]) == {
+        "sample",
+        "encode",
+        "reconstruct",
+        "score",
+    }
+
+
+def test_a_worker_does_not_take_what_was_put_into_its_folder(tmp_path: Path, second: Path) -> None:
+    """A release is of one model, also when a worker is replaced."""
+    folder = Path(shutil.copytree(PRETRAINED, tmp_path / "bundle"))
+    app = RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(folder)),))
+    try:
+        app.wait()
+        model = model_of(app.url)
+        shutil.rmtree(folder)
+        shutil.copytree(second, folder)
+        app.worker("sample").kill()
+        wait_for(lambda: "has become" in app.output.read_text(), 60)
+        assert model_of(app.url) == model
+    finally:
+        app.process.kill()
+        app.process.wait()
+
+
+def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
+    return Bundle(bundle.folder, {**bundle.manifest, **fields})
+
+
+def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
+    old = open_bundle(PRETRAINED)
+    check_contract(old, with_manifest(old, name="other"))
+    without = {k: v for k, v in old.manifest["files"].items() if k != CALIBRATION_NAME}
+    for new, message in (
+        (with_manifest(old, image_shape=[64, 64, 3]), r"images of .* the shape \(64, 64, 3\)"),
+        (with_manifest(old, latent_shapes=[[1, 2, 2]]), r"latents of .* \[\(1, 2, 2\)\]"),
+        (with_manifest(old, operations=["sample"]), "has no encode, reconstruct, score"),
+        (with_manifest(old, files=without), "is not calibrated"),
+    ):
+        with pytest.raises(UpgradeError, match=message):
+            check_contract(old, new)
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "night.npz").touch()
+    with pytest.raises(UpgradeError, match="lacks the calibrations night"):
+        check_contract(Bundle(tmp_path, old.manifest), old)
+
+
+def test_the_private_channel(tmp_path: Path) -> None:
+    def handle(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        if message["do"] == "fail":
+            raise BundleError("the reason")
+        if message["do"] == "break":
+            raise RuntimeError("not for clients")
+        say("first")
+        say("second")
+        return message
+
+    path, said = tmp_path / "control.sock", list[str]()
+    with pytest.raises(ChannelError, match="No such file"):
+        ask(path, {})
+    listener = Listener(path, handle, (BundleError,))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert ask(path, {"do": "it"}, said.append) == {"do": "it"} and said == ["first", "second"]
+    with pytest.raises(ChannelError, match=r"^the reason$"):
+        ask(path, {"do": "fail"})
+    with pytest.raises(ChannelError, match="internal error"):
+        ask(path, {"do": "break"})
+    listener.close()
+    with pytest.raises(ChannelError, match="refused"):
+        ask(path, {"do": "it"})
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_gets_no_answer() -> None:
+    """Neither where the files' modes would let it."""
+    handled: list[object] = []
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "control.sock"
+    listener = Listener(path, lambda message, say: handled.append(message) or {}, ())
+
+    def attack() -> str:
+        try:
+            ask(path, {"do": "upgrade"})
+        except ChannelError as error:
+            return str(error)
+        return "answered"
+
+    try:
+        assert "Permission denied" in str(as_nobody(attack))
+        folder.chmod(0o755)
+        path.chmod(0o666)
+        assert "another user listens" in str(as_nobody(attack))
+        assert handled == []
+    finally:
+        listener.close()
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command returned and printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ade(
+    served: RunningService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Runs the command line for that service, in this process."""
+    for name, value in served.variables.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*words: str) -> Ended:
+        capsys.readouterr()
+        status = main([*words])
+        return Ended(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[RunningService]:
+    running = RunningService(
+        PRETRAINED, options=("--engine", "asgi", "--workers", "1"), timeout=500
+    )
+    yield running
+    running.stop()
+
+
+@pytest.mark.slow
+def test_upgrade_canary_and_rollback(
+    served: RunningService,
+    ade: Callable[..., Ended],
+    second: Path,
+    damaged: Path,
+    tmp_path: Path,
+) -> None:
+    a, b = open_bundle(PRETRAINED).model_id, open_bundle(second).model_id
+    mismatched = Path(shutil.copytree(PRETRAINED, tmp_path / "mismatched"))
+    with open(mismatched / WEIGHTS_NAME, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    page = served.pids["page"]
+    load = Load(served.url)
+    with load.running():
+        for words, message in (
+            (("upgrade", str(mismatched)), "does not match the manifest"),
+            (("upgrade", str(tmp_path / "none")), "is not a bundle"),
+            (("upgrade", "--finish"), "there is no canary"),
+            (("rollback",), "nothing to go back to"),
+            (("upgrade", str(damaged), "--canary", "5%"), f"{a} stays: worker"),
+        ):
+            refused = ade(*words)
+            assert refused.status == 2 and message in refused.err, refused
+        assert set(load.answers) == {a} and served.pids["page"] == page
+
+        canary = ade("upgrade", str(second), "--canary", "30%")
+        assert canary.status == 0 and f"{b} answers 0.3 of the requests" in canary.out, canary
+        wait_for(lambda: b in load.answers, 120)
+        status = ade("status")
+        assert f"canary      {b}, 0.3 of the requests" in status.out, status
+        assert status.out.count("ms on average") == 2
+        again = ade("upgrade", str(second))
+        assert again.status == 2 and "is a canary" in again.err
+        finished = ade("upgrade", "--finish")
+        assert finished.status == 0 and f"{b} answers all requests" in finished.out
+        assert model_of(served.url) == b and served.pids["page"] != page
+        assert httpx.get(f"{served.page}/readyz", timeout=120).status_code == 200
+
+        back = ade("rollback")
+        assert back.status == 0 and f"{a} answers all requests" in back.out, back
+        assert model_of(served.url) == a
+    load.check(a, b)
+    assert len(served.workers()) == 4
+
+
+@pytest.mark.slow
+def test_a_service_that_is_killed_during_an_upgrade_leaves_no_process(second: Path) -> None:
+    running = RunningService(
+        PRETRAINED, options=("--engine", "asgi", "--workers", "1"), timeout=500
+    )
+    few = len(running.workers())
+    folder = running.folder.path
+    client = subprocess.Popen(
+        [sys.executable, "-m", "ade_cli.main", "upgrade", str(second)],
+        cwd=ROOT,
+        env={**os.environ, **running.variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: len(running.workers()) > few, 300)
+    family = running.descendants()
+    running.process.send_signal(signal.SIGKILL)
+    running.process.wait(10)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive and client.wait(30) == 2
+    assert client.stderr is not None and "ended before it answered" in client.stderr.read()
+    deadline = time.monotonic() + 5
+    while folder.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
