@@ -196,7 +196,8 @@ class _Writer:
         pixels = np.arange(NUM_LEVELS + 1) / NUM_LEVELS
         layers = list(flow.layers) if isinstance(flow, Chain) else [flow]
         if layers and isinstance(layers[0], Logit):
-            pixels = layers.pop(0).transform(torch.from_numpy(pixels))[0].numpy()
+            pixels = layers[0].transform(torch.from_numpy(pixels))[0].numpy()
+            layers = layers[1:]
         self.arrays["edges"] = np.rint(pixels * 2.0**GRID_BITS).astype(np.int64)
         return [step for layer in layers for step in self._steps(layer, x)]
 
@@ -219,10 +220,12 @@ class _Writer:
         if isinstance(layer, (AffineCoupling, CheckerboardCoupling)):
             name = f"codec-coupling-{self.couplings:02}"
             self.couplings += 1
-            channels = isinstance(layer, AffineCoupling)
-            kept = x[:, : layer.kept] if isinstance(layer, AffineCoupling) else x * layer.kept
+            colour = None
+            if isinstance(layer, AffineCoupling):
+                kept = x[:, : layer.kept]
+            else:
+                kept, colour = x * layer.kept, int(layer.kept[0, 0])
             self._graph(_CouplingNet(layer), name, {"kept": kept}, ["log_scale", "shift"])
-            colour = None if channels else int(layer.kept[0, 0])
             return [{"do": "couple", "graph": name, "first_pixel_kept": colour}]
         raise CodecError(f"a layer {type(layer).__name__} cannot be coded")
 
