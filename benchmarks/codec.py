@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("source", type=Path, metavar="IMAGES")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="the first N")
+    parser.add_argument("--images", type=int, default=500, metavar="N", help="the first N")
     parser.add_argument("--into", type=Path, metavar="PAGE.md")
     args = parser.parse_args()
     source = open_source(args.source)

@@ -104,9 +104,10 @@ def write_chunk(file: IO[bytes], first: int, count: int, payload: bytes) -> None
 def write_end(file: IO[bytes], images: int) -> None:
     """Complete an archive."""
     file.seek(0)
-    # The annotation asks for `readinto`, which binary files have and IO does not declare.
-    digest = hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]
-    file.write(_record(_END, images, 0, 0, digest))
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    file.write(_record(_END, images, 0, 0, digest.digest()))
     _sync(file)
 
 

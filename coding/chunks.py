@@ -266,8 +266,9 @@ def _unpack(payload: bytes, count: int) -> tuple[dict[str, Any], np.ndarray, byt
     end = start + length + 4 * num_words
     if end > len(payload):
         raise Damaged("a chunk is too short")
+    text = inflate(payload[start : start + length], _MAX_TABLE)
     try:
-        table = json.loads(inflate(payload[start : start + length], _MAX_TABLE))
+        table = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged("the table of a chunk is not JSON") from error
     if not _is_table(table, count):

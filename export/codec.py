@@ -195,9 +195,8 @@ class _Writer:
     def _flow(self, flow: Bijection, x: Tensor) -> list[dict[str, Any]]:
         pixels = np.arange(NUM_LEVELS + 1) / NUM_LEVELS
         layers = list(flow.layers) if isinstance(flow, Chain) else [flow]
-        first = layers[0] if layers else None
-        if isinstance(first, Logit):
-            pixels = first.transform(torch.from_numpy(pixels))[0].numpy()
+        if layers and isinstance(layers[0], Logit):
+            pixels = layers[0].transform(torch.from_numpy(pixels))[0].numpy()
             layers = layers[1:]
         self.arrays["edges"] = np.rint(pixels * 2.0**GRID_BITS).astype(np.int64)
         return [step for layer in layers for step in self._steps(layer, x)]
@@ -221,9 +220,12 @@ class _Writer:
         if isinstance(layer, (AffineCoupling, CheckerboardCoupling)):
             name = f"codec-coupling-{self.couplings:02}"
             self.couplings += 1
-            kept = x[:, : layer.kept] if isinstance(layer, AffineCoupling) else x * layer.kept
+            colour = None
+            if isinstance(layer, AffineCoupling):
+                kept = x[:, : layer.kept]
+            else:
+                kept, colour = x * layer.kept, int(layer.kept[0, 0])
             self._graph(_CouplingNet(layer), name, {"kept": kept}, ["log_scale", "shift"])
-            colour = int(layer.kept[0, 0]) if isinstance(layer, CheckerboardCoupling) else None
             return [{"do": "couple", "graph": name, "first_pixel_kept": colour}]
         raise CodecError(f"a layer {type(layer).__name__} cannot be coded")
 
