@@ -14,7 +14,6 @@ from pathlib import Path
 
 from handlers.asgi.pool import VARIABLES
 
-MESSAGE_BYTES = 96 * 2**20  # between deployments; bodies have up to 32 MiB, answers up to 64
 MARK = "ADE_RAY_INSTANCE"  # in the environment of every process of an instance
 DRAINING_S = 1  # that a front is still reachable after it is asked to stop
 HAPROXY_STOP_S = 30
@@ -32,7 +31,9 @@ def of_every_node() -> dict[str, str]:
         **VARIABLES,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MESSAGE_BYTES),
+        # Ray's own calls ask for the token; the gRPC servers of replicas listen on all addresses,
+        # ask for nothing and unpickle what comes.
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SLOW_CLIENT_S),
     }
     if has_haproxy():
