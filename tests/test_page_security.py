@@ -806,7 +806,7 @@ def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
             (path,) = upload(client, (name, zipped.read_bytes())).json()
             file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
             succeeded, answer = call(
-                client, function, ["cifar10-av-ade", [file], None, 0.1, False, 0.01]
+                client, function, ["cifar10-av-ade", [file], None, 0.1, False, 0.01, None]
             )
             assert not succeeded or name == "lie.zip"
             assert name == "lie.zip" or "large.png in bomb.zip is too large" in answer
