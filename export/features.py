@@ -83,6 +83,7 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
             model = onnx.version_converter.convert_version(model, OPSET)
     except (DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
         raise FeaturesError(f"{path} is not a usable ONNX graph: {error}") from error
+    _free_own_names(model.graph)
     found = _preprocessing(model.graph, images.shape[1:], source.preprocess)
     names = _outputs(model.graph, source.output)
     _prepend(model.graph, found, images.shape[1:])
@@ -289,6 +290,18 @@ def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, .
     kept = list(graph.node)
     del graph.node[:], graph.value_info[:]
     graph.node.extend([*nodes, *kept])
+
+
+def _free_own_names(graph: GraphProto) -> None:
+    """Rename what an earlier call added: the graph may be the ``features.onnx`` of a bundle."""
+    names = {name for node in graph.node for name in (*node.input, *node.output)}
+    names |= {tensor.name for tensor in graph.initializer}
+    for name in sorted(names):
+        if name.startswith(_PREFIX):
+            new = f"earlier_{name}"
+            while new in names:
+                new = f"earlier_{new}"
+            _rename(graph, name, new)
 
 
 def _rename(graph: GraphProto, old: str, new: str) -> None:

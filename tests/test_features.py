@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -35,7 +36,7 @@ from serving.engine.engine import InferenceEngine, Score
 from serving.verdict.calibration import CalibrationError, Calibrations
 from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, KnownImages
 from serving.verdict.store import path_of
-from tests.helpers import make_folder, with_calibrations
+from tests.helpers import PRETRAINED, make_folder, with_calibrations
 from tests.test_ood import draw
 from training.data import Dataset, ImageSet
 from training.encoder import Encoder, class_labels, train_encoder
@@ -183,6 +184,24 @@ def test_what_a_graph_lacks_is_named(
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     with pytest.raises(FeaturesError, match="is not a usable ONNX graph"):
         feature_graph(FeatureSource(tmp_path / "junk.onnx"), small_images)
+
+
+def test_the_graph_of_a_bundle_is_a_network_like_any_other(
+    real_images: np.ndarray, tmp_path: Path
+) -> None:
+    """Of one that was used twice, too."""
+    path = PRETRAINED / "features.onnx"
+    graphs = [path.read_bytes()]
+    for step in range(2):
+        graph = feature_graph(FeatureSource(path), real_images)
+        graphs.append(graph.content)
+        path = tmp_path / f"{step}.onnx"
+        path.write_bytes(graph.content)
+    first, *others = (
+        onnxruntime.InferenceSession(g).run(None, {"images": real_images[:4]}) for g in graphs
+    )
+    for other in others:
+        np.testing.assert_array_equal(first[0], other[0])
 
 
 def test_features_that_do_not_tell_images_apart_are_refused(

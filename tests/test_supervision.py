@@ -101,7 +101,7 @@ def test_output_is_bounded(tmp_path: Path) -> None:
         )
         os.killpg(child.process.pid, signal.SIGCONT)
         assert until(lambda: child.output.stat().st_size)
-        # The file is not padded with zeros. Only one byte is read, since the child fills it quickly.
+        # The file is not padded with zeros. One byte is read, since the child fills it quickly.
         with child.output.open("rb") as file:
             assert file.read(1).isdigit()
 
