@@ -127,8 +127,6 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
         "calibration",
         "calibration.resized",
         "features",
-        "training.started_from",
-        "training.started_from.started_from",
     )
     resizes = ("calibration.resize", "calibration.resized.resize")  # a string or null
     # Numbers, or objects of numbers, or null.
@@ -140,7 +138,7 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
     for path, wrong in with_wrong_types(manifest):
         name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
         if (
-            name in may_be_null
+            (name in may_be_null or re.fullmatch(r"training(\.started_from)+", name))
             and wrong is None
             or name in resizes
             and wrong in ("x", None)
@@ -192,6 +190,7 @@ def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
         "training",
         "images_seen",
         "model",
+        "operations",
     }
     for path, wrong in with_wrong_types(config):
         (tmp_path / "config.json").write_text(json.dumps(replaced(config, path, wrong)))
@@ -224,7 +223,7 @@ def test_weights_are_stored_once_per_format(bundle: str, tiny_bundle: Path) -> N
         inline = [
             t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL
         ]
-        assert sum(len(t.raw_data) for t in inline) < 20_000, graph
+        assert sum(len(t.raw_data) for t in inline) < 60_000, graph
         external = [
             t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL
         ]

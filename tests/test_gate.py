@@ -315,7 +315,7 @@ def test_the_documented_service(
     monkeypatch.undo()
     monkeypatch.chdir(ROOT)
     exec(compile(in_process, "gate.py", "exec"), {})
-    assert capsys.readouterr().out.startswith("True accept 0.67")
+    assert capsys.readouterr().out.startswith("True accept 0.66")
 
 
 def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:
