@@ -205,14 +205,19 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signal
         folders = {Path(v) for p in processes if (v := variable_of(p, "RAY_TMPDIR")) is not None}
         (folder,) = folders
         assert folder.stat().st_mode & 0o777 == 0o700
-        outside = {
-            (process.name(), address)
+        outside = [
+            (process.cmdline()[0], connection.laddr.port)
             for process in processes
             for connection in connections_of(process)
             if connection.status == psutil.CONN_LISTEN
-            and not (address := connection.laddr.ip).startswith(LOOPBACK)
-        }
-        assert not outside
+            and not connection.laddr.ip.startswith(LOOPBACK)
+        ]
+        # Ray has no setting for the address of these servers.
+        assert all(name.startswith("ray::ServeReplica:ade:") for name, _ in outside), outside
+        token = (folder / "token").read_text()
+        for _, port in outside:
+            assert refusal(port, b"", None) == "UNAUTHENTICATED"
+            assert refusal(port, b"x", token) == "RESOURCE_EXHAUSTED"
         text = httpx.get(f"{service.metrics}/metrics", timeout=60).text
         assert 'ade_requests_total{model_name="score"' in text
     finally:
@@ -220,6 +225,18 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signal
         service.process.wait(90)
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive and not folder.exists()
+
+
+def refusal(port: int, message: bytes, token: str | None) -> str:
+    """The error with which a replica answers a call of its gRPC server."""
+    import grpc
+
+    headers = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(message, metadata=headers, timeout=30)
+    return str(caught.value.code().name)
 
 
 def connections_of(process: psutil.Process) -> list[Any]:
@@ -248,7 +265,7 @@ class Cluster:
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
         # Several nodes of one machine have one address: one proxy, on the head, serves them all.
-        del self.environment["RAY_SERVE_ENABLE_HA_PROXY"]
+        self.environment.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
         (self.port,) = free_ports(1)
         self.address = f"127.0.0.1:{self.port}"
         self.head = self._start("--head", f"--port={self.port}", "--num-cpus=1")
