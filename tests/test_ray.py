@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,21 +135,41 @@ def test_the_pods_of_a_cluster() -> None:
 # Processes
 
 
-def test_the_guard_ends_what_has_its_mark() -> None:
-    mark = secrets.token_hex(16)
-    marked, other = (
-        subprocess.Popen(["sleep", "60"], env={MARK: value}, start_new_session=True)
-        for value in (mark, "another")
-    )
+def test_the_guard_ends_what_belongs_to_its_instance(tmp_path: Path) -> None:
+    """By the mark, or by an open log where a title has taken the place of the environment."""
+    mark, folder = secrets.token_hex(16), tmp_path / "instance"
+    folder.mkdir()
+    started = []
+    for title, value, log in (
+        ("sleep", mark, tmp_path / "log"),
+        ("ray::Agent", "another", folder / "log"),
+        ("ray::Agent", "another", tmp_path / "instance-2"),  # of another instance
+        ("tail", "another", folder / "log"),  # of somebody who reads the logs
+    ):
+        with log.open("w") as file:
+            started.append(
+                subprocess.Popen(
+                    [title, "60"],
+                    executable=shutil.which("sleep"),
+                    env={MARK: value},
+                    stdout=file,
+                    start_new_session=True,
+                )
+            )
+    shutil.rmtree(folder)
     try:
-        assert processes_of(mark) == [marked.pid]
-        reaper = threading.Thread(target=marked.wait)
-        reaper.start()
-        end_all(mark)
-        reaper.join(10)
-        assert marked.returncode == -signal.SIGKILL and other.poll() is None
+        ours, others = started[:2], started[2:]
+        assert sorted(processes_of(mark, folder)) == sorted(process.pid for process in ours)
+        reapers = [threading.Thread(target=process.wait) for process in ours]
+        for reaper in reapers:
+            reaper.start()
+        end_all(mark, folder)
+        for reaper in reapers:
+            reaper.join(10)
+        assert [process.returncode for process in ours] == [-signal.SIGKILL] * 2
+        assert all(process.poll() is None for process in others)
     finally:
-        for process in (marked, other):
+        for process in started:
             process.kill()
             process.wait()
 
@@ -179,12 +200,12 @@ def wait_for(condition: Any, seconds: float) -> None:
 
 def all_processes(service: RunningService) -> list[psutil.Process]:
     """Of Ray too, which are not all descendants."""
-    (mark,) = {
-        value
+    ((mark, folder),) = {
+        (value, variable_of(process, "RAY_TMPDIR") or "")
         for process in service.descendants()
         if (value := variable_of(process, MARK)) is not None
     }
-    return [psutil.Process(pid) for pid in processes_of(mark)]
+    return [psutil.Process(pid) for pid in processes_of(mark, Path(folder))]
 
 
 def variable_of(process: psutil.Process, name: str) -> str | None:
@@ -252,7 +273,7 @@ class Cluster:
     """A head without CPUs and workers on this machine, as on several ones."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
         self.mark = secrets.token_hex(16)
         self.environment = {
@@ -261,7 +282,6 @@ class Cluster:
             MARK: self.mark,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
         # Several nodes of one machine have one address: one proxy, on the head, serves them all.
@@ -288,8 +308,8 @@ class Cluster:
         ]
         if "--head" in options:
             command += ["--include-dashboard=false", f"--ray-client-server-port={client}"]
-            command += [f"--temp-dir={self._folder}"]
-        with open(self._folder / f"node-{len(self._processes)}.txt", "wb") as out:
+            command += [f"--temp-dir={self.folder}"]
+        with open(self.folder / f"node-{len(self._processes)}.txt", "wb") as out:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
@@ -297,7 +317,7 @@ class Cluster:
         return process
 
     def stop(self) -> None:
-        end_all(self.mark)
+        end_all(self.mark, self.folder)
         for process in self._processes:
             process.wait(10)
 
@@ -357,7 +377,7 @@ def test_a_replica_and_a_node_die_under_load(cluster: Cluster) -> None:
             if victim == "replica":
                 one = next(
                     p
-                    for p in map(psutil.Process, processes_of(cluster.mark))
+                    for p in map(psutil.Process, processes_of(cluster.mark, cluster.folder))
                     if p.cmdline()[:1] == ["ray::ServeReplica:ade:score"]
                 )
                 one.kill()
