@@ -191,36 +191,42 @@ def measure_engine(call: Callable[[], Any], images: int, seconds: float = SECOND
     )
 
 
-def _engine_process(bundle: Path, go: Any, rates: Any) -> None:
+def _engine_process(bundle: Path, seconds: float, go: Any, outcomes: Any) -> None:
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     engine.warm_up()
     images = example_images(engine.image_shape, MAX_BATCH)
-    rates.put(0.0)  # ready
+    outcomes.put(None)  # ready
     while True:
         go.wait()
-        rates.put(measure_engine(lambda: engine.score(images), MAX_BATCH).images_a_second)
+        outcomes.put(measure_engine(lambda: engine.score(images), MAX_BATCH, seconds))
         go.wait()
 
 
 @contextmanager
-def engines(bundle: Path) -> Iterator[Callable[[], Outcome]]:
+def engines(bundle: Path, seconds: float = SECONDS) -> Iterator[Callable[[], Outcome]]:
     """One engine per core, each in its own process: the maximum of the machine."""
     context = multiprocessing.get_context("spawn")
-    go, rates = context.Barrier(CORES + 1), context.Queue()
+    go, outcomes = context.Barrier(CORES + 1), context.Queue()
     children = [
-        context.Process(target=_engine_process, args=(bundle, go, rates), daemon=True)
+        context.Process(target=_engine_process, args=(bundle, seconds, go, outcomes), daemon=True)
         for _ in range(CORES)
     ]
     for child in children:
         child.start()
     for _ in children:
-        rates.get()
+        outcomes.get()
 
     def run() -> Outcome:
         go.wait()
-        total = sum(rates.get() for _ in children)
+        made = [outcomes.get() for _ in children]
         go.wait()
-        return Outcome(total, [MAX_BATCH * CORES / total], 0, float(CORES), 0.0)
+        return Outcome(
+            sum(one.images_a_second for one in made),
+            [latency for one in made for latency in one.latencies],
+            0,
+            sum(one.server_cpu for one in made),
+            0.0,
+        )
 
     try:
         yield run
@@ -358,7 +364,13 @@ def _png(bundle: Path) -> bytes:
     )
 
 
-def one_image(server: Server, picture: bytes, clients: int, rate: float | None = None) -> Load:
+def one_image(
+    server: Server,
+    picture: bytes,
+    clients: int,
+    rate: float | None = None,
+    seconds: float = SECONDS,
+) -> Load:
     name = (
         f"score, one PNG, {clients} clients"
         if rate is None
@@ -366,8 +378,8 @@ def one_image(server: Server, picture: bytes, clients: int, rate: float | None =
     )
     if server.wants_json:
         body = b'{"images": ["' + base64.b64encode(picture) + b'"]}'
-        return Load(name, "score", body, "application/json", 1, clients, rate)
-    return Load(name, "score", picture, "image/png", 1, clients, rate)
+        return Load(name, "score", body, "application/json", 1, clients, rate, seconds)
+    return Load(name, "score", picture, "image/png", 1, clients, rate, seconds)
 
 
 def npy(images: np.ndarray, clients: int, seconds: float) -> Load:
