@@ -13,7 +13,9 @@ import argparse
 import io
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -38,7 +40,7 @@ SHEET_BYTES = 600_000
 WAIT_MS = 240_000  # the machine may be busy
 SETTLE_MS = 400
 expect.set_options(timeout=WAIT_MS)
-SHEET_ROW = 460  # pixels, height of a row of the sheet
+SHEET_ROW = 400  # pixels, height of a row of the sheet
 
 
 def panel_of(page: Page) -> Locator:
@@ -205,9 +207,9 @@ def contact_sheet(rows: list[list[Path]]) -> bytes:
             for row in drawn
         ]
     )
-    for quality in range(85, 10, -10):
+    for quality in range(75, 10, -10):
         out = io.BytesIO()
-        Image.fromarray(sheet).save(out, "WEBP", quality=quality, method=6)
+        Image.fromarray(sheet).save(out, "WEBP", quality=quality, method=4)
         if out.tell() <= SHEET_BYTES:
             break
     return out.getvalue()
@@ -250,6 +252,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (WebP) too")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the service, too
     with ExitStack() as stack:
         before = model_before(BUNDLE, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         if before is None:

@@ -192,7 +192,6 @@ def add_tab(shared: Shared) -> None:
                 steps.render()
                 resize = resize_input(shared.served)
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
-            said = html(empty(EMPTY))
             with gr.Row():
                 with gr.Column(min_width=200):
                     frame = image_output("A place on the way", height=220)
@@ -207,6 +206,7 @@ def add_tab(shared: Shared) -> None:
                 "model keeps of the two images.",
                 elem_classes="ade-caption",
             )
+            said = html(empty(EMPTY))
     with gr.Accordion("What coarse and fine levels hold", open=False):
         gr.Markdown(
             "Each picture has the fine levels of the second image and more and more of the coarse "
