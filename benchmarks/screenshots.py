@@ -40,7 +40,7 @@ SHEET_BYTES = 600_000
 WAIT_MS = 240_000  # the machine may be busy
 SETTLE_MS = 400
 expect.set_options(timeout=WAIT_MS)
-SHEET_ROW = 400  # pixels, height of a row of the sheet
+TILES = {1280: (1.0, 340), 768: (1.0, 340), 390: (2.4, 510)}  # height by width; height in the sheet
 
 
 def panel_of(page: Page) -> Locator:
@@ -151,6 +151,7 @@ def pictures(browser: Browser, url: str, out: Path) -> list[list[Path]]:
 
     def keep(name: str, width: int, scheme: str) -> None:
         page.mouse.move(0, 0)
+        page.evaluate("scrollTo(0, 0)")
         page.evaluate("document.querySelectorAll('img').forEach((i) => { i.loading = 'eager'; })")
         page.wait_for_function("[...document.images].every((image) => image.complete)")
         page.wait_for_timeout(SETTLE_MS)
@@ -189,10 +190,13 @@ def contact_sheet(rows: list[list[Path]]) -> bytes:
         tiles = []
         for path in row:
             with Image.open(path) as picture:
-                shown = picture.convert("RGB").crop((0, 0, picture.width, int(picture.width * 1.6)))
-                if picture.width > 500:
-                    shown = shown.crop((0, 0, picture.width, picture.width))
-                shown.thumbnail((10_000, SHEET_ROW), Image.Resampling.LANCZOS)
+                ratio, row_height = TILES[picture.width]
+                top = min(picture.height, round(picture.width * ratio))
+                shown = picture.convert("RGB").crop((0, 0, picture.width, top))
+                scale = row_height / (picture.width * ratio)
+                shown = shown.resize(
+                    (round(picture.width * scale), round(top * scale)), Image.Resampling.LANCZOS
+                )
                 tiles.append(np.asarray(shown))
         height = max(tile.shape[0] for tile in tiles)
         padded = [
