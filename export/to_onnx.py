@@ -24,7 +24,10 @@ from serving.engine.signatures import inputs_of, outputs_of
 from serving.files import replacing
 
 OPSET = 20
-STORED_TYPES = {"F32": ("<f4", TensorProto.FLOAT), "F16": ("<f2", TensorProto.FLOAT16)}
+STORED_TYPES: dict[str, tuple[str, int]] = {
+    "F32": ("<f4", TensorProto.FLOAT),
+    "F16": ("<f2", TensorProto.FLOAT16),
+}
 
 
 def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folder: Path) -> Path:

@@ -825,8 +825,10 @@ def test_every_function_has_a_stable_name(page: Page, service: RunningService) -
         "/about",
     }
     samples, grid, arrays = client.predict("cifar10-av-ade", 4, 7, 1.0, "mean", api_name="/sample")
-    assert len(samples) == 4 and Image.open(samples[0]["image"]).size == (32, 32)
-    assert Image.open(grid).size == (64, 64) and np.load(arrays)["images"].shape == (4, 32, 32, 3)
+    with Image.open(samples[0]["image"]) as sample, Image.open(grid) as whole:
+        assert len(samples) == 4 and sample.size == (32, 32) and whole.size == (64, 64)
+    with np.load(arrays) as found:
+        assert found["images"].shape == (4, 32, 32, 3)
 
 
 def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_path: Path) -> None:
