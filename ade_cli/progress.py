@@ -1,4 +1,4 @@
-"""The progress bar of commands that can be resumed."""
+"""The progress bar of verbs that read many images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on standard error; yields a function of the number of images done and of all.
+    """Show progress on standard error.
 
-    What was done before the first call does not count for the rate.
+    Yields:
+        A function that takes the number of images that are done and of all. What is done at its
+        first call, such as by an interrupted run, does not count towards the speed.
     """
     with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
 

@@ -14,6 +14,7 @@ made, so its mean is the ELBO that ``ade score`` estimates.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -125,28 +126,27 @@ class ImageCoder:
 
     def _couple(self, step: dict[str, Any], x: np.ndarray, stack: Stack, change: Any) -> np.ndarray:
         """A coupling layer, with ``change`` one of :func:`stretch` and :func:`shrink`."""
-        check_range(x)
         first = step["first_pixel_kept"]
-        kept = x.shape[0] // 2
         if first is None:  # by channels
-            changed = np.arange(x.shape[0])[:, None, None] >= kept
+            kept = len(x) // 2
+            places = slice(kept * x[0].size, None)
             seen = x[:kept]
         else:
-            rows, columns = np.indices(x.shape[1:])
-            changed = (rows + columns + first) % 2 == 0
-            seen = np.where(changed, 0, x)
-        changed = np.broadcast_to(changed, x.shape)
+            places = _changed(x.shape, first)
+            seen = x.copy()
+            seen.ravel()[places] = 0
         log_scale, shift = self._networks.run(step["graph"], {"kept": self._floats(seen)})
-        if first is None:
-            of_changed = (log_scale.ravel(), shift.ravel())
-        else:
-            of_changed = (log_scale[0][changed], shift[0][changed])
-        shifts = np.rint(np.clip(of_changed[1].astype(np.float64), -(2**20), 2**20) * self._unit)
-        result = x.copy()
-        result[changed] = change(
-            x[changed], of_changed[0].astype(np.float64), shifts.astype(np.int64), stack
+        if first is not None:
+            log_scale, shift = log_scale.ravel()[places], shift.ravel()[places]
+        shifts = np.minimum(np.maximum(shift.ravel().astype(np.float64), -(2**10)), 2**10)
+        result = x.ravel().copy()
+        result[places] = change(
+            result[places],
+            log_scale.ravel().astype(np.float64),
+            np.rint(shifts * self._unit).astype(np.int64),
+            stack,
         )
-        return result
+        return result.reshape(x.shape)
 
     def _floats(self, values: np.ndarray) -> np.ndarray:
         floats: np.ndarray = (values / self._unit).astype(np.float32)[None]
@@ -213,6 +213,14 @@ def _on_grid(mean: np.ndarray, log_scale: np.ndarray, unit: float) -> tuple[np.n
     means = mean.ravel().astype(np.float64) * unit
     scales = np.exp(np.clip(log_scale.ravel().astype(np.float64), -30.0, 30.0)) * unit
     return means, scales
+
+
+@lru_cache(maxsize=16)
+def _changed(shape: tuple[int, int, int], first_pixel_kept: int) -> np.ndarray:
+    """The places that a checkerboard coupling changes, in the flat image."""
+    rows, columns = np.indices(shape[1:])
+    changed = np.broadcast_to((rows + columns + first_pixel_kept) % 2 == 0, shape)
+    return np.flatnonzero(changed)
 
 
 def _squeeze(x: np.ndarray) -> np.ndarray:

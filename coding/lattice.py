@@ -19,11 +19,11 @@ from coding.errors import Damaged, NotCoded
 from coding.stack import MAX_SIZE, Stack
 
 SCALE_BITS = 12  # scales are multiples of 2**-12; a larger number would make uniform draws uneven
-MAX_VALUE = 2**36
+MAX_VALUE = 2**30
 
 
 def check_range(values: np.ndarray) -> None:
-    """Check that later sums and products stay within 63 bits.
+    """Check that later sums and products stay exact: 63 bits of integers, 53 of floats.
 
     Raises:
         NotCoded: a value is too large.
@@ -65,47 +65,39 @@ class Bins:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Lifting steps; see :class:`export.lifting.Lifting`, whose fields these are."""
+    """Lifting steps; see :class:`export.lifting.Lifting`.
+
+    The steps' numbers are multiples of ``2**-18``. Together with the limits of the values this
+    makes every product and sum a multiple of ``2**-18`` below ``2**35``, which float64 holds
+    exactly. So the result does not depend on the order in which a library adds.
+
+    Attributes:
+        signs: ``(n,)``, 1 or -1; at most 384.
+        steps: ``(steps, n, n)``, float64.
+    """
 
     signs: np.ndarray
-    firsts: np.ndarray
-    pairs: np.ndarray
-    outer: np.ndarray
-    inner: np.ndarray
+    steps: np.ndarray
 
     def forward(self, x: np.ndarray) -> np.ndarray:
         """Rotate the channels of ``(C, H, W)``."""
-        y = self._flat(x) * self.signs[:, None]
-        for r in range(len(self.firsts)):
-            a, b, outer, inner = self._round(y, r)
-            a += np.rint(outer * b)
-            b += np.rint(inner * a)
-            a += np.rint(outer * b)
+        check_range(x)
+        y = x.reshape(len(x), -1) * self.signs[:, None].astype(np.float64)
+        for step in self.steps:
+            added = step @ y
+            y += np.rint(added, out=added)
         rotated: np.ndarray = y.astype(np.int64).reshape(x.shape)
         return rotated
 
     def inverse(self, y: np.ndarray) -> np.ndarray:
         """Undo :meth:`forward` exactly."""
-        x = self._flat(y)
-        for r in reversed(range(len(self.firsts))):
-            a, b, outer, inner = self._round(x, r)
-            a -= np.rint(outer * b)
-            b -= np.rint(inner * a)
-            a -= np.rint(outer * b)
+        check_range(y)
+        x = y.reshape(len(y), -1).astype(np.float64)
+        for step in self.steps[::-1]:
+            added = step @ x
+            x -= np.rint(added, out=added)
         rotated: np.ndarray = (x * self.signs[:, None]).astype(np.int64).reshape(y.shape)
         return rotated
-
-    def _flat(self, x: np.ndarray) -> np.ndarray:
-        check_range(x)  # float64 holds all integers below 2**53
-        return x.reshape(x.shape[0], -1).astype(np.float64)
-
-    def _round(
-        self, y: np.ndarray, r: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        first, pairs = int(self.firsts[r]), int(self.pairs[r])
-        end = first + 2 * pairs
-        outer, inner = self.outer[r, :pairs, None], self.inner[r, :pairs, None]
-        return y[first:end:2], y[first + 1 : end : 2], outer, inner
 
 
 def stretch(
@@ -115,7 +107,7 @@ def stretch(
     check_range(values)
     sizes = _sizes(log_scales)
     scaled = values * sizes + stack.pop_uniform(sizes)
-    stack.push_uniform(scaled & (2**SCALE_BITS - 1), np.full(len(scaled), 2**SCALE_BITS))
+    stack.push_bits(scaled, SCALE_BITS)
     stretched: np.ndarray = (scaled >> SCALE_BITS) + shifts
     return stretched
 
@@ -127,16 +119,14 @@ def shrink(
     values = values - shifts
     check_range(values)
     sizes = _sizes(log_scales)
-    rest = stack.pop_uniform(np.full(len(values), 2**SCALE_BITS))
+    rest = stack.pop_bits(len(values), SCALE_BITS)
     shrunk, place = np.divmod((values << SCALE_BITS) + rest, sizes)
     stack.push_uniform(place, sizes)
     return shrunk
 
 
 def _sizes(log_scales: np.ndarray) -> np.ndarray:
-    if not np.isfinite(log_scales).all():
-        raise NotCoded("a scale of the flow is not a number")
-    scales = np.exp(np.clip(log_scales, -30.0, 30.0))
-    sizes = np.clip(np.rint(scales * 2**SCALE_BITS), 2, MAX_SIZE)
-    integers: np.ndarray = sizes.astype(np.int64)
+    # fmin and fmax turn NaN into a number: no size is invalid.
+    sizes = np.rint(np.exp(np.fmin(log_scales, 30.0)) * 2**SCALE_BITS)
+    integers: np.ndarray = np.fmin(np.fmax(sizes, 2), MAX_SIZE).astype(np.int64)
     return integers

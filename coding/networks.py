@@ -16,8 +16,7 @@ from coding.errors import CodingError, NotCoded
 from coding.lattice import Bins, Rotation
 from serving.engine.bundle import CODEC_ARRAYS_NAME, CODEC_NAME, WEIGHTS_NAME, Bundle
 
-FORMAT_VERSION = 1
-_ROTATION_FIELDS = ("signs", "firsts", "pairs", "outer", "inner")
+FORMAT_VERSION = 2
 _FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16")
 
 
@@ -62,7 +61,10 @@ class Networks:
         self.bins = Bins(arrays.pop("edges"))
         names = {name.rpartition("_")[0] for name in arrays if name.startswith("rotation_")}
         self.rotations = {
-            name: Rotation(**{f: arrays.pop(f"{name}_{f}") for f in _ROTATION_FIELDS})
+            name: Rotation(
+                arrays.pop(f"{name}_signs"),
+                arrays.pop(f"{name}_steps") / 2.0 ** program["rotation_bits"],
+            )
             for name in sorted(names)
         }
         self.arrays = arrays

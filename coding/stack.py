@@ -16,6 +16,7 @@ import numpy as np
 from coding.errors import Damaged, NotCoded
 
 _uniform: Any = constriction.stream.model.Uniform()
+_bits: list[Any] = [None, *(constriction.stream.model.Uniform(2**n) for n in range(1, 17))]
 MAX_SIZE = 2**24 - 1  # of the alphabet of a uniform distribution
 # A Gaussian's symbols are bins of 1/16 to 1/8 of its standard deviation, or of 1 where that is
 # smaller than 8; the value's place in its bin is uniform.
@@ -93,6 +94,16 @@ class Stack:
             raise Damaged("a value is outside its range")
         self._coder.encode_reverse(values.astype(np.int32), _uniform, sizes.astype(np.int32))
 
+    def pop_bits(self, count: int, bits: int) -> np.ndarray:
+        """Draw ``count`` integers below ``2**bits``; int64."""
+        values = self._coder.decode(_bits[bits], count)
+        self.low = min(self.low, self._coder.num_words())
+        return np.asarray(values, np.int64)
+
+    def push_bits(self, values: np.ndarray, bits: int) -> None:
+        """Put the lowest ``bits`` of values that :meth:`pop_bits` gave back."""
+        self._coder.encode_reverse((values & (2**bits - 1)).astype(np.int32), _bits[bits])
+
     def draw_gaussian(self, means: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """Draw integers from Gaussians; all arrays ``(n,)``, in units of the integers' grid."""
         bins = _Bins(means, scales)
@@ -117,8 +128,7 @@ class Stack:
         excess = np.abs(symbols) - _STORED
         excess = excess[excess >= 0]
         for digit in range(_EXCESS_DIGITS):
-            part = (excess >> (_EXCESS_BITS * digit)) & (2**_EXCESS_BITS - 1)
-            self.push_uniform(part, np.full(len(part), 2**_EXCESS_BITS))
+            self.push_bits(excess >> (_EXCESS_BITS * digit), _EXCESS_BITS)
         symbols = np.clip(symbols, -_STORED, _STORED).astype(np.int32)
         self._coder.encode_reverse(symbols, _stored, bins.means, bins.scales)
 
@@ -129,8 +139,7 @@ class Stack:
         outermost = np.abs(symbols) == _STORED
         excess = np.zeros(int(outermost.sum()), np.int64)
         for _ in range(_EXCESS_DIGITS):
-            part = self.pop_uniform(np.full(len(excess), 2**_EXCESS_BITS))
-            excess = (excess << _EXCESS_BITS) | part
+            excess = (excess << _EXCESS_BITS) | self.pop_bits(len(excess), _EXCESS_BITS)
         symbols[outermost] += np.sign(symbols[outermost]) * excess
         return bins.join(symbols, self._pop_places(bins))
 

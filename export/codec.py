@@ -36,7 +36,7 @@ from ade_model.flow import Unsqueezed
 from ade_model.model import ADEModel
 from ade_model.quantization import NUM_LEVELS
 from ade_model.vae import Decoder, Level, bounded
-from export.lifting import factorize
+from export.lifting import COEFFICIENT_BITS, factorize
 from export.to_onnx import point_at_weights, traced
 from serving.engine.bundle import (
     CODEC_ARRAYS_NAME,
@@ -47,7 +47,7 @@ from serving.engine.bundle import (
 )
 from serving.files import new_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had rotations as Givens rotations of pairs of channels
 GRID_BITS = 16  # of the flow's values: finer steps cost initial bits, coarser ones likelihood
 LATENT_BITS = 8  # posteriors are at least four steps wide
 MAX_DIFFERENCE = 1e-3  # of a graph's outputs, relative to 1 + their size
@@ -182,11 +182,12 @@ class _Writer:
         x = torch.full((1, config.channels, config.image_size, config.image_size), 0.3)
         steps = self._flow(self.model.flow, x)
         levels = self._levels() if config.widths else 0
-        np.savez(self.folder / CODEC_ARRAYS_NAME, **self.arrays)  # type: ignore[arg-type]
+        np.savez_compressed(self.folder / CODEC_ARRAYS_NAME, **self.arrays)  # type: ignore[arg-type]
         program = {
             "format_version": FORMAT_VERSION,
             "grid_bits": GRID_BITS,
             "latent_bits": LATENT_BITS,
+            "rotation_bits": COEFFICIENT_BITS,
             "levels": levels,
             "flow": steps,
         }
