@@ -16,6 +16,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY ade_model ade_model
 COPY training training
 COPY export export
+COPY coding coding
 COPY fitting fitting
 COPY serving serving
 COPY handlers handlers

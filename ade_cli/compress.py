@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ade_cli.image_files import FileError, check_parent
+from ade_cli.progress import progress_bar
 from coding.compress import compress
 from coding.errors import CodingError
 from coding.sources import open_source
@@ -50,14 +48,7 @@ def run(args: argparse.Namespace) -> None:
     check_parent(args.out)
     bundle = open_bundle(args.bundle)
     source = open_source(args.images, args.keep_metadata)
-    with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
-
-        def progress(done: int, total: int) -> None:
-            if bar.total is None:
-                bar.initial = bar.n = bar.last_print_n = done
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar() as progress:
         report = compress(source, args.out, bundle, not args.no_verify, progress)
     height, width, channels = bundle.image_shape
     for line in report.lines(height * width * channels):

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ade_cli.image_files import FileError, check_parent
+from ade_cli.progress import progress_bar
 from coding.decompress import decompress
 from coding.errors import CodingError
 from serving.engine.bundle import BundleError, open_bundle
@@ -35,14 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_parent(args.out)
     bundle = open_bundle(args.bundle)
-    with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    with progress_bar() as progress:
 
         def warn(line: str) -> None:
-            bar.write(f"warning: {line}", file=sys.stderr)
+            tqdm.write(f"warning: {line}", file=sys.stderr)
 
         result = decompress(args.archive, args.out, bundle, warn, progress)
     print(f"{args.out}: {result.restored} of {result.images} images")

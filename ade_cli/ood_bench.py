@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corrupted",
         type=int,
-        default=2000,
+        default=1000,
         metavar="N",
         help="number of in-distribution images that are corrupted (default: %(default)s)",
     )

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ade_cli.image_files import FileError, check_parent
+from ade_cli.progress import progress_bar
 from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, Summary, score_folder
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.verdict.calibration import DEFAULT, CalibrationError
@@ -138,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         raise BulkError(
             "a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl"
         )
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         summary = score_folder(bundle, images[0], out, options, args.workers, progress)
     return _report(args, summary)
 
@@ -152,26 +149,13 @@ def _score_on_ray(args: argparse.Namespace, bundle: Bundle, options: BulkOptions
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--engine ray", name=error.name) from None
     try:
-        with _progress_bar() as progress:
+        with progress_bar() as progress:
             summary = score_on_ray(
                 bundle, args.images[0], args.out, options, args.workers, args.address, progress
             )
     except ClusterError as error:
         raise BulkError(str(error)) from None
     return _report(args, summary)
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    with tqdm(unit="img", file=sys.stderr, dynamic_ncols=True, smoothing=0.05) as bar:
-
-        def progress(done: int, total: int) -> None:
-            if bar.total is None:
-                bar.initial = bar.n = bar.last_print_n = done
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def _report(args: argparse.Namespace, summary: Summary) -> int:

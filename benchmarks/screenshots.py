@@ -1,17 +1,25 @@
-"""Takes pictures of the running page: every tab, filled and with an error.
+"""Takes pictures of the page: every tab, filled and with an error.
 
-    python -m benchmarks.screenshots URL screenshots --sheet docs/pictures/page.webp
+    python -m benchmarks.screenshots screenshots --sheet docs/pictures/page.webp
 
-Needs the extra ``dev`` and Debian's ``chromium``. Each picture is of the whole tab; the sheet has
-all of them, small, of at most 600 kB.
+Serves ``pretrained/cifar10`` and, for the tab *Compare*, the model that the repository had before
+it. Needs the extra ``dev`` and Debian's ``chromium``. Each picture is of the whole tab; the sheet
+has all of them, small, of at most 600 kB.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -19,16 +27,20 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from benchmarks.traffic import running
+from serving.engine.bundle import FORMAT_VERSION, MANIFEST_NAME, WEIGHTS_NAME
 from serving.page.app import TABS
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.served import EXAMPLES
 
-WIDTHS = (1280, 768, 390)
+BUNDLE = Path("pretrained") / "cifar10"
+WIDTHS = {1280: 900, 768: 1024, 390: 844}  # and heights of the windows
 SCHEMES = ("light", "dark")
 SHEET_BYTES = 600_000
 WAIT_MS = 240_000  # the machine may be busy
+SETTLE_MS = 400
 expect.set_options(timeout=WAIT_MS)
-SHEET_ROW = 460  # pixels, height of a row of the sheet
+TILES = {1280: (1.0, 340), 768: (1.0, 340), 390: (2.4, 510)}  # height by width; height in the sheet
 
 
 def panel_of(page: Page) -> Locator:
@@ -40,8 +52,8 @@ def show(page: Page, tab: str) -> Locator:
     return panel_of(page)
 
 
-def _broken(panel: Locator) -> None:
-    panel.get_by_role("button", name="Clear").or_(panel.get_by_label("Remove Image")).first.click()
+def _drop_broken(panel: Locator) -> None:
+    panel.get_by_label("Remove Image").first.click()
     file = {"name": "broken.png", "mimeType": "image/png", "buffer": b"nothing"}
     panel.locator("input[type=file]").first.set_input_files(file)
 
@@ -108,50 +120,67 @@ FILL: dict[str, Callable[[Locator], None]] = {
     "Compare": _compare,
     "About": _about,
 }
-ERRORS: dict[str, Callable[[Locator], None]] = {
-    "Score": _broken,
-    "Score many": _no_files,
-    "Sample": _no_seed,
-    "Reconstruct": _broken,
-    "Explore": _broken,
-    "Compare": _broken,
+# How each tab gets its first error, and the button that repeats it.
+ERRORS: dict[str, tuple[Callable[[Locator], None], str]] = {
+    "Score": (_drop_broken, "Score"),
+    "Score many": (_no_files, "Score all"),
+    "Sample": (_no_seed, "Sample"),
+    "Reconstruct": (_drop_broken, "Reconstruct"),
+    "Explore": (_drop_broken, "Explore"),
+    "Compare": (_drop_broken, "Compare"),
 }
 
 
-def pictures(browser: Browser, url: str, width: int, scheme: str, out: Path) -> list[Path]:
-    """Write PNG files of every tab at one width and in one colour scheme."""
-    found: list[Path] = []
+def pictures(browser: Browser, url: str, out: Path) -> list[list[Path]]:
+    """Write PNG files of every tab, filled and with an error; a list per width and scheme.
 
-    def keep(name: str) -> None:
-        page.mouse.move(0, 0)
-        page.wait_for_timeout(700)
-        page.evaluate("document.querySelectorAll('img').forEach((i) => { i.loading = 'eager'; })")
-        page.wait_for_function("[...document.images].every((image) => image.complete)")
-        path = out / f"{name}-{width}-{scheme}.png".lower().replace(" ", "-")
-        page.screenshot(full_page=True, path=path)
-        print(path, flush=True)
-        found.append(path)
-
-    page = browser.new_page(
-        viewport={"width": width, "height": 900 if width > 500 else 844}, color_scheme=scheme
-    )
+    All of them are of one visit, whose window changes.
+    """
+    page = browser.new_page()
     page.set_default_timeout(WAIT_MS)
     page.goto(url)
     expect(page.get_by_role("tab", name="Score", exact=True)).to_be_visible()
     # Without Compare, if there is a single model.
     shown = [tab for tab in TABS if page.get_by_role("tab", name=tab, exact=True).count()]
+    looks = list(product(WIDTHS, SCHEMES))
+    found: dict[tuple[int, str], list[Path]] = {look: [] for look in looks}
+
+    def change(width: int, scheme: str) -> None:
+        page.set_viewport_size({"width": width, "height": WIDTHS[width]})
+        page.emulate_media(color_scheme=scheme)
+
+    def keep(name: str, width: int, scheme: str) -> None:
+        page.mouse.move(0, 0)
+        page.evaluate("scrollTo(0, 0)")
+        page.evaluate("document.querySelectorAll('img').forEach((i) => { i.loading = 'eager'; })")
+        page.wait_for_function("[...document.images].every((image) => image.complete)")
+        page.wait_for_timeout(SETTLE_MS)
+        path = out / f"{name}-{width}-{scheme}.png".lower().replace(" ", "-")
+        page.screenshot(full_page=True, path=path)
+        print(path, flush=True)
+        found[width, scheme].append(path)
+
     for tab in shown:
         FILL[tab](show(page, tab))
-        keep(tab)
+        for look in looks:
+            change(*look)
+            keep(tab, *look)
     for tab in [tab for tab in ERRORS if tab in shown]:
-        ERRORS[tab](show(page, tab))
-        # By its place: Score many keeps the words of its errors in the page.
-        message = page.locator(".toast-body").first
-        expect(message).to_be_visible()
-        keep(f"{tab}-error")
-        expect(message).to_be_hidden()  # by itself, after ten seconds
+        fail, button = ERRORS[tab]
+        panel = show(page, tab)
+        fail(panel)
+        for i, look in enumerate(looks):
+            # By its place: Score many keeps the words of its errors in the page.
+            message = page.locator(".toast-body")
+            if i:
+                panel.get_by_role("button", name=button, exact=True).click()
+            expect(message).to_be_visible()
+            change(*look)
+            keep(f"{tab}-error", *look)
+            message.get_by_label("Close").click()
+            expect(message).to_be_hidden()
     page.close()
-    return found
+    return list(found.values())
 
 
 def contact_sheet(rows: list[list[Path]]) -> bytes:
@@ -161,10 +190,13 @@ def contact_sheet(rows: list[list[Path]]) -> bytes:
         tiles = []
         for path in row:
             with Image.open(path) as picture:
-                shown = picture.convert("RGB").crop((0, 0, picture.width, int(picture.width * 1.6)))
-                if picture.width > 500:
-                    shown = shown.crop((0, 0, picture.width, picture.width))
-                shown.thumbnail((10_000, SHEET_ROW), Image.Resampling.LANCZOS)
+                ratio, row_height = TILES[picture.width]
+                top = min(picture.height, round(picture.width * ratio))
+                shown = picture.convert("RGB").crop((0, 0, picture.width, top))
+                scale = row_height / (picture.width * ratio)
+                shown = shown.resize(
+                    (round(picture.width * scale), round(top * scale)), Image.Resampling.LANCZOS
+                )
                 tiles.append(np.asarray(shown))
         height = max(tile.shape[0] for tile in tiles)
         padded = [
@@ -179,30 +211,65 @@ def contact_sheet(rows: list[list[Path]]) -> bytes:
             for row in drawn
         ]
     )
-    for quality in range(85, 10, -10):
+    for quality in range(75, 10, -10):
         out = io.BytesIO()
-        Image.fromarray(sheet).save(out, "WEBP", quality=quality, method=6)
+        Image.fromarray(sheet).save(out, "WEBP", quality=quality, method=4)
         if out.tell() <= SHEET_BYTES:
             break
     return out.getvalue()
 
 
+def model_before(bundle: Path, into: Path) -> Path | None:
+    """Unpack the model that the repository had before ``bundle``, under the name ``previous``.
+
+    Returns:
+        The folder; ``None`` if the history is missing or has none of this format.
+    """
+
+    def git(*command: str) -> bytes:
+        return subprocess.run(("git", *command), check=True, capture_output=True).stdout
+
+    present = json.loads((bundle / MANIFEST_NAME).read_bytes())["files"][WEIGHTS_NAME]
+    name = (bundle / MANIFEST_NAME).as_posix()
+    try:
+        commits = git("log", "--format=%H", "--", name).decode().split()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    for commit in commits:
+        manifest = json.loads(git("show", f"{commit}:{name}"))
+        if (
+            manifest["format_version"] == FORMAT_VERSION
+            and manifest["files"][WEIGHTS_NAME] != present
+        ):
+            packed = io.BytesIO(git("archive", commit, bundle.as_posix()))
+            with tarfile.open(fileobj=packed) as archive:
+                archive.extractall(into, filter="data")
+            manifest["name"] = "previous"
+            (into / name).write_text(json.dumps(manifest))
+            return into / bundle
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("url", help="of a running page")
     parser.add_argument("out", type=Path, help="folder for the pictures")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (WebP) too")
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with sync_playwright() as playwright:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the service, too
+    with ExitStack() as stack:
+        before = model_before(BUNDLE, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        if before is None:
+            print("no earlier model in the history: no tab Compare")
+        bundles = [BUNDLE, *([] if before is None else [before])]
+        service = stack.enter_context(
+            running(*bundles, options=("--engine", "asgi", "--workers", "1"))
+        )
+        playwright = stack.enter_context(sync_playwright())
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
-        for width, scheme in product(args.widths, args.schemes):
-            rows.append(pictures(browser, args.url, width, scheme, args.out))
+        rows = pictures(browser, f"http://127.0.0.1:{service.ports.ui}", args.out)
         browser.close()
     if args.sheet:
         args.sheet.write_bytes(contact_sheet(rows))

@@ -89,7 +89,7 @@ class Running:
 
 
 @contextmanager
-def running(bundle: Path, *options: str) -> Iterator[Running]:
+def running(*bundles: Path, options: tuple[str, ...] = ()) -> Iterator[Running]:
     """Start a service and wait until it is ready."""
     sockets = [socket.socket() for _ in VARIABLES]
     for s in sockets:
@@ -102,7 +102,10 @@ def running(bundle: Path, *options: str) -> Iterator[Running]:
         **{VARIABLES[name][0]: str(port) for name, port in numbers.items()},
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "ade_cli.main", "serve", str(bundle), "--device", "cpu", *options],
+        [
+            *(sys.executable, "-m", "ade_cli.main", "serve", *map(str, bundles)),
+            *("--device", "cpu", *options),
+        ],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,

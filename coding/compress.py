@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from filelock import Timeout
 
 from coding.archive import FORMAT_VERSION, read_chunk, scan, write_chunk, write_end, write_header
 from coding.chunks import MAX_BYTES, MAX_IMAGES, ChunkCoder, Figures, holds
@@ -22,7 +20,7 @@ from coding.pictures import Picture
 from coding.sources import Source
 from serving.engine.bundle import Bundle
 from serving.engine.engine import InferenceEngine, NotFinite
-from serving.files import locked
+from serving.files import only_writer
 
 
 @dataclass
@@ -107,6 +105,8 @@ def compress(
             ``OUT.part`` belongs to other images or another model.
         BundleError: the bundle's files do not match its manifest.
     """
+    if os.path.lexists(out):
+        raise CodingError(f"{out} exists: take another name")
     networks = Networks(bundle)
     coder = ChunkCoder(ImageCoder(networks), networks.image_shape)
     header = {
@@ -121,8 +121,8 @@ def compress(
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     report = Report()
     part = out.with_name(out.name + ".part")
-    with _only_writer(out), _open_part(part) as file:
-        if os.path.lexists(out):
+    with only_writer(out, CodingError), _open_part(part) as file:
+        if os.path.lexists(out):  # another process has finished meanwhile
             part.unlink()
             raise CodingError(f"{out} exists: take another name")
         done = report.resumed = _resume(file, part, header, source)
@@ -191,20 +191,6 @@ def _bound_bits(engine: InferenceEngine, pictures: list[Picture]) -> float:
     pixels = [p.pixels for p in pictures if p.pixels is not None]
     scores = engine.score(np.stack(pixels)) if pixels else []
     return sum(score.bpd * pixels[0].size for score in scores if not isinstance(score, NotFinite))
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Keep other processes from writing the same archive."""
-    if os.path.lexists(out):
-        raise CodingError(f"{out} exists: take another name")
-    lock = out.with_name(out.name + ".lock")
-    try:
-        with locked(lock):
-            yield
-            lock.unlink()
-    except Timeout:
-        raise CodingError(f"{out} is being written by another process") from None
 
 
 def _open_part(part: Path) -> IO[bytes]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from export.graphs import Graph, Graphs
@@ -24,6 +24,10 @@ from serving.engine.signatures import inputs_of, outputs_of
 from serving.files import replacing
 
 OPSET = 20
+STORED_TYPES: dict[str, tuple[str, int]] = {
+    "F32": ("<f4", TensorProto.FLOAT),
+    "F16": ("<f2", TensorProto.FLOAT16),
+}
 
 
 def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folder: Path) -> Path:
@@ -121,30 +125,45 @@ def _strip(model: ModelProto) -> None:
 
 
 def point_at_weights(model: ModelProto, weights: Path) -> None:
-    """Replace initialisers that are tensors of the file of weights by references into it."""
+    """Replace initialisers that are tensors of the file of weights by references into it.
+
+    A tensor stored in half precision is cast, which ONNX Runtime does once, when it loads a graph.
+    """
+    stored: dict[tuple[bytes, tuple[int, ...]], tuple[int, int, int]] = {}
     with open(weights, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         data = file.read()
-    places: dict[tuple[bytes, tuple[int, ...]], tuple[int, int]] = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            places[data[begin:end], tuple(entry["shape"])] = (8 + length + begin, end - begin)
+        if name == "__metadata__" or entry["dtype"] not in STORED_TYPES:
+            continue
+        begin, end = entry["data_offsets"]
+        dtype, kind = STORED_TYPES[entry["dtype"]]
+        values = np.frombuffer(data[begin:end], dtype).astype("<f4").tobytes()
+        stored[values, tuple(entry["shape"])] = kind, 8 + length + begin, end - begin
+    casts = []
     for tensor in model.graph.initializer:
         if tensor.data_type != TensorProto.FLOAT:
             continue
         raw = numpy_helper.to_array(tensor).tobytes()
-        place = places.get((raw, tuple(tensor.dims)))
-        if place is None:
+        found = stored.get((raw, tuple(tensor.dims)))
+        if found is None:
             continue
+        kind, offset, size = found
         for field in ("raw_data", "float_data"):
             tensor.ClearField(field)
+        tensor.data_type = kind
         tensor.data_location = TensorProto.EXTERNAL
         del tensor.external_data[:]
         for key, value in (
             ("location", weights.name),
-            ("offset", str(place[0])),
-            ("length", str(place[1])),
+            ("offset", str(offset)),
+            ("length", str(size)),
         ):
             tensor.external_data.add(key=key, value=value)
+        if kind != TensorProto.FLOAT:
+            full, tensor.name = tensor.name, f"{tensor.name}_half"
+            casts.append(helper.make_node("Cast", [tensor.name], [full], to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)

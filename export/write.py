@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ade_model.checkpoint import load_model, read_config, save_model
+from ade_model.checkpoint import load_model, read_config, round_to_half, save_model
 from export.codec import check_codable, write_codec
 from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
@@ -43,6 +43,8 @@ def export_bundle(
 ) -> Path:
     """Export a checkpoint; a bundle is only written if its graphs pass the parity test.
 
+    The bundle's model is the checkpoint's with the VAE's weights rounded to half precision.
+
     Args:
         checkpoint: folder with ``model.safetensors`` and ``config.json``.
         out: the bundle's folder; must not exist.
@@ -67,6 +69,7 @@ def export_bundle(
         raise ExportError(f"{out} exists: export to a new folder")
     check_name(name)
     model = load_model(checkpoint)
+    round_to_half(model)
     config = model.config
     shape = (config.image_size, config.image_size, config.channels)
     if images.ndim != 4 or images.shape[1:] != shape:

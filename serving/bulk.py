@@ -18,20 +18,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from filelock import Timeout
 
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
-from serving.files import image_paths, locked, read_file, replacing
+from serving.files import image_paths, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES
 from serving.tables import safe_cell
 from serving.verdict.calibration import DEFAULT
@@ -239,7 +237,10 @@ def score_folder(
         **asdict(options),
         "columns": columns(bundle, options.samples),
     }
-    with _only_writer(out), open(part, "a", encoding="utf-8", opener=_unless_link) as rows:
+    with (
+        only_writer(out, BulkError),
+        open(part, "a", encoding="utf-8", opener=_unless_link) as rows,
+    ):
         if out.exists():  # another process has finished meanwhile
             part.unlink(missing_ok=True)
             raise BulkError(f"{out} exists already")
@@ -254,18 +255,6 @@ def score_folder(
         summary = _finish(part, out, columns(bundle, options.samples))
         part.unlink()
     return summary
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Keep other processes from writing the same table."""
-    lock = out.with_name(out.name + ".lock")
-    try:
-        with locked(lock):
-            yield
-            lock.unlink()
-    except Timeout:
-        raise BulkError(f"{out} is being written by another process") from None
 
 
 def _unless_link(path: str, flags: int) -> int:

@@ -80,6 +80,23 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
+    """Keep other processes from writing the same file.
+
+    Args:
+        out: the file; its lock file beside it is removed at the end of the block.
+        taken: turns a message into the error to raise if another process is writing the file.
+    """
+    lock = out.with_name(out.name + ".lock")
+    try:
+        with locked(lock):
+            yield
+            lock.unlink()
+    except Timeout:
+        raise taken(f"{out} is being written by another process") from None
+
+
+@contextmanager
 def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
     """Write a new file that replaces ``path`` at the end of the block, or nothing if it fails.
 

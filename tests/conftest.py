@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# Before NumPy and PyTorch are loaded, here and in the processes that tests start: the networks are
+# too small for a second thread, and idle threads that spin take the core from the services.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -57,6 +63,20 @@ def tiny_bundle(
         folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners"
     )
     return folder / "tiny"
+
+
+@pytest.fixture
+def traced_before(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports of the small checkpoint take the graphs of the bundle that it has already."""
+
+    def take_onnx(graphs: object, name: str, example: object, folder: Path) -> None:
+        shutil.copy(tiny_bundle / f"{name}.onnx", folder)
+
+    def take_torchscript(graphs: object, examples: object, path: Path) -> None:
+        shutil.copy(tiny_bundle / path.name, path)
+
+    monkeypatch.setattr("export.write.export_onnx", take_onnx)
+    monkeypatch.setattr("export.write.export_torchscript", take_torchscript)
 
 
 @pytest.fixture(scope="session")

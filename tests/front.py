@@ -53,7 +53,8 @@ class Upstream:
         self._loop = asyncio.new_event_loop()
         self._gate = asyncio.Event()
         self._runner: web.AppRunner | None = None
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self._run(self._start())
 
     def _run(self, work: Any) -> None:
@@ -79,6 +80,8 @@ class Upstream:
         if self._runner is not None:
             self._run(self._runner.cleanup())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
         self.path.unlink(missing_ok=True)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:

@@ -77,8 +77,9 @@ class RunningService:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output.append(line)
+        with self.process.stdout as lines:
+            for line in lines:
+                self.output.append(line)
 
     @property
     def folder(self) -> RunFolder:

@@ -340,7 +340,8 @@ def test_files_one_by_one(
     assert main(["sample", *bundle, "--n", "4", "--out", str(tmp_path / "s.png")]) == 0
     engine = InferenceEngine(tiny_bundle, device="cpu")
     assert np.array_equal(np.load(tmp_path / "s.npy"), engine.sample([7] * 4, range(4)))
-    assert Image.open(tmp_path / "s.png").info["ade:n"] == "4"
+    with Image.open(tmp_path / "s.png") as grid:
+        assert grid.info["ade:n"] == "4"
     assert main(["encode", *files, *bundle, "--out", str(tmp_path / "z.npz")]) == 0
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     with np.load(tmp_path / "z.npz") as arrays:

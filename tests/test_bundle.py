@@ -272,6 +272,7 @@ def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(
     assert np.allclose(np.load(target), ours, atol=1e-5)
 
 
+@pytest.mark.usefixtures("traced_before")
 def test_failing_parity_writes_nothing_and_says_what_differs(
     tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +421,7 @@ def test_archives_leave_other_temporary_files_alone(
     assert mine.read_text() == "mine" and list((tmp_path / "temporary").iterdir()) == [mine.parent]
 
 
+@pytest.mark.usefixtures("traced_before")
 def test_a_model_has_the_licence_that_its_owner_states(
     tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:

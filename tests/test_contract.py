@@ -435,7 +435,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[RunningService]:
         yield request.getfixturevalue("service")
         return
     few = ("--workers", "1") if request.param == "ray" else ()
-    running = RunningService(PRETRAINED, options=("--engine", request.param, *few))
+    running = RunningService(PRETRAINED, options=("--engine", request.param, *few), timeout=300)
     yield running
     assert running.stop() == []
 

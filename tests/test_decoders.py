@@ -313,7 +313,7 @@ def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path: Path, 
         {"ADE_TOKEN"}
     )
     parent.kill()
-    parent.wait()
+    parent.communicate()
     _, alive = psutil.wait_procs([decoder], timeout=10)
     assert not alive
 

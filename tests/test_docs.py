@@ -176,9 +176,11 @@ def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
             check=True,
             capture_output=True,
         )
-    assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)
+    with Image.open(tmp_path / "reconstruction.png") as reconstruction:
+        assert reconstruction.size == (32, 32)
     if page.name == "README.md":
-        assert Image.open(tmp_path / "samples.png").text["ade:seed"] == "7"
+        with Image.open(tmp_path / "samples.png") as samples:
+            assert samples.text["ade:seed"] == "7"
 
 
 def test_javascript(service: RunningService) -> None:

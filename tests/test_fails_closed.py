@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ import pytest
 from ade_cli.main import main
 from ade_cli.score import NO_VERDICT
 from export.verdict.calibrate import calibrate_bundle
+from handlers.asgi.v2 import Call, respond
+from handlers.launch.options import served_name
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkOptions, FileScorer
@@ -80,7 +83,7 @@ def check(name: str, path: int, choice: str, reason: str | None) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("path", (0, 1), ids=PATHS)
-def test_over_http_in_files_and_on_the_page(
+def test_over_http_v2_in_files_and_on_the_page(
     name: str,
     path: int,
     bundles: dict[str, Path],
@@ -114,6 +117,11 @@ def test_over_http_in_files_and_on_the_page(
     row = json.loads(capsys.readouterr().out)
     check(name, path, row["decision"], row["decision_reason"])
     assert status == (0 if row["decision"] == "reject" else NO_VERDICT)
+    tensors = json.loads(respond(Call("score", "score", None, {}, is_binary=False), answer).body)[
+        "outputs"
+    ]
+    by_name = {tensor["name"]: tensor["data"] for tensor in tensors}
+    assert by_name["accepted"] == [False] and by_name["p_value"] == [result["p_value"]]
     shown = ScoreResult(
         bpd=1.0,
         bpd_parts={},
@@ -129,18 +137,64 @@ def test_over_http_in_files_and_on_the_page(
     assert choice == row["decision"] and sentence.startswith("Rejected at") == (choice == "reject")
 
 
-@pytest.fixture(scope="module")
-def served(bundles: dict[str, Path]) -> Iterator[RunningService]:
-    running = RunningService(*bundles.values(), options=("--workers", "1"))
-    yield running
-    running.stop()
+def prefix_of(name: str) -> str | None:
+    """The first bundle has no prefix, as in ``ade serve``."""
+    return None if name == next(iter(EXPECTED)) else name
 
 
-@pytest.mark.parametrize("number, name", list(enumerate(EXPECTED)))
-def test_over_the_client(
-    number: int, name: str, served: RunningService, ood_paths: list[Path]
-) -> None:
-    with AdeClient(served.url, model=name if number else None) as client:
+@contextmanager
+def answered_here(bundles: dict[str, Path]) -> Iterator[str]:
+    """A server in this process with the real services; yields its address."""
+    services = {
+        served_name(operation, prefix_of(name)): Service(operation, engine)
+        for name, engine in (
+            (name, InferenceEngine(folder, device="cpu", operations=["sample", "score"]))
+            for name, folder in bundles.items()
+        )
+        for operation in ("sample", "score")
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            service = services[self.path.removeprefix("/predictions/")]
+            (answer,) = service.answer([RawRequest(self.headers["Content-Type"], body)])
+            self.send_response(answer.status)
+            for name, value in {
+                "Content-Type": answer.content_type,
+                "Content-Length": str(len(answer.body)),
+                **answer.headers,
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer.body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(
+    scope="module", params=["in this process", pytest.param("TorchServe", marks=pytest.mark.slow)]
+)
+def url(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Iterator[str]:
+    """Address of a server with all bundles; TorchServe needs 16 workers for them."""
+    if request.param == "TorchServe":
+        running = RunningService(*bundles.values(), options=("--workers", "1"))
+        yield running.url
+        running.stop()
+        return
+    with answered_here(bundles) as address:
+        yield address
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
+    with AdeClient(url, model=prefix_of(name)) as client:
         results = client.score([*ood_paths, b"no image"], alpha=ALPHA, resize=True)
         assert not any(result.accepted for result in results)
         for path, result in enumerate(results[:2]):
@@ -148,7 +202,7 @@ def test_over_the_client(
         assert isinstance(results[2], AdeError) and results[2].decision == "no_verdict"
         assert results[2].decision_reason.startswith("not_scored: not an image: expected PNG")
     if name == "both":
-        with AdeClient(served.url) as client:
+        with AdeClient(url, model=prefix_of(name)) as client:
             usual = client.score(client.sample(8, seed=1).images, alpha=0.01)
         assert all(result.accepted == (result.ood is False) for result in usual) and any(
             r.accepted for r in usual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ from ade_cli.main import main
 from export.feature_source import FeaturesError, FeatureSource
 from export.features import feature_graph
 from export.to_onnx import export_encoder
-from export.verdict.calibrate import calibrate_bundle, calibrate_into
+from export.verdict.calibrate import calibrate_bundle, calibrate_into, statistics_of
 from export.verdict.detector import fit_calibration, fit_mixture
 from export.verdict.feedback import give_feedback
+from export.verdict.ood_bench import COMBINED, NO_FEATURES, scores_of, write_report
 from serving.engine.bundle import (
     FEATURES_NAME,
     open_bundle,
@@ -313,6 +315,41 @@ def test_torchscript_gives_the_same_verdicts(
         for backend in ("onnxruntime", "torchscript")
     ]
     assert (both[0][FEATURES] == both[1][FEATURES]).all()
+
+
+def test_statistics_do_not_depend_on_the_threads(
+    semantic_bundle: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More images than a chunk has, so that the last batch is a short one."""
+    engine = InferenceEngine(semantic_bundle, device="cpu", operations=["score"])
+    expected = engine.statistics(small_images)
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        lines: list[str] = []
+        found = statistics_of(engine, small_images, "corners", report=lines.append)
+        assert list(found) == list(expected) and lines[-1] == "corners: scored 300 images"
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_bench_tells_what_the_features_add(
+    semantic_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    engine = InferenceEngine(semantic_bundle, device="cpu", operations=["score"])
+    typical, noise = (
+        engine.statistics(images)
+        for images in (
+            small_images[:30],
+            np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8),
+        )
+    )
+    assert engine.calibration is not None
+    scores = scores_of(engine.calibration, typical)
+    normal = engine.calibration.normal(engine.calibration.rows(typical))
+    assert np.array_equal(scores[NO_FEATURES], engine.calibration.mixture.surprise(normal[:, :-2]))
+    assert not np.array_equal(scores[NO_FEATURES], scores[COMBINED])
+    report = write_report(engine.calibration, "m", "corners", typical, {"noise": noise}, tmp_path)
+    rows = [line for line in report.read_text().splitlines() if NO_FEATURES in line]
+    assert rows[0].startswith(f"|  | {NO_FEATURES} | 1.0000 ± ") and "features.onnx" in rows[1]
 
 
 def test_calibrating_again_keeps_the_features(

@@ -87,7 +87,7 @@ def test_the_first_to_finish_makes_the_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("traced_before")
 def test_an_export_that_another_overtakes(
     tiny_checkpoint: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:

@@ -458,7 +458,7 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
         if "training v-ade" in line:
             break
     process.kill()
-    process.wait()
+    process.communicate()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (

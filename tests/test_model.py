@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ade_model import ADEModel, ConfigError, ModelConfig, ShapeError
-from ade_model.checkpoint import load_model, save_model
+from ade_model.checkpoint import MIN_HALF, WEIGHTS_NAME, load_model, round_to_half, save_model
 from tests.helpers import TINY, make_model
 
 
@@ -138,6 +139,24 @@ def test_decoding_an_encoding_is_the_reconstruction() -> None:
     assert torch.allclose(
         model.decode(model.encode(x, eps).z), model.reconstruct(x, eps), atol=1e-5
     )
+
+
+def test_large_weights_of_the_vae_are_stored_in_half_precision_once_rounded(tmp_path) -> None:
+    model = make_model(
+        ModelConfig(image_size=8, widths=(64, 32), latent_channels=(2, 2), decoder_blocks=(1, 1))
+    )
+    full, rounded = tmp_path / "full", tmp_path / "rounded"
+    for folder in (full, rounded):
+        folder.mkdir()
+        save_model(model, folder, {})
+        round_to_half(model)
+    assert {v.dtype for v in load_file(full / WEIGHTS_NAME).values()} == {torch.float32}
+    stored = load_file(rounded / WEIGHTS_NAME)
+    halves = {name for name, value in stored.items() if value.dtype == torch.float16}
+    large = {name for name, value in stored.items() if value.numel() >= MIN_HALF}
+    assert halves == {name for name in large if name.startswith(("decoder.", "encoder."))} != set()
+    for name, value in load_model(rounded).state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, model.state_dict()[name])
 
 
 def test_wrong_shapes_are_named() -> None:

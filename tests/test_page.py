@@ -186,6 +186,22 @@ def test_dice_and_history(page: Page) -> None:
     expect(past.locator("img")).to_have_count(2)
 
 
+def test_an_error_of_sample_is_one_message(page: Page) -> None:
+    """The samples that are there stay."""
+    show(page, "Sample")
+    panel = panel_of(page)
+    samples = panel.locator(".ade-grid img").filter(visible=True)
+    expect(samples.first).to_be_visible()
+    seed = panel.get_by_label("Seed", exact=True)
+    before = seed.input_value()
+    seed.fill("")
+    panel.get_by_role("button", name="Sample", exact=True).click()
+    expect(page.get_by_text("The seed is empty")).to_have_count(1)
+    expect(panel.get_by_text("Error", exact=True).filter(visible=True)).to_have_count(0)
+    expect(samples.first).to_be_visible()
+    seed.fill(before)
+
+
 def wait_for(page: Page, condition: Callable[[], bool]) -> None:
     for _ in range(100):
         if condition():
@@ -386,6 +402,36 @@ def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
     expect(panel.locator(".error")).to_have_count(0)
 
 
+def test_a_broken_file_that_follows_quickly_fails_once(
+    browser: Browser, service: RunningService, tmp_path: Path
+) -> None:
+    """The run for the removed image, which is late, does not report the next one's error too."""
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with opened(browser, service.page) as page:
+        panel = panel_of(page)
+        drop(panel, EXAMPLE)
+        expect(panel.locator(".ade-verdict")).to_be_visible()
+        held: list[Route] = []
+
+        def hold_first(route: Route) -> None:
+            held.append(route)
+            if len(held) > 1:
+                route.continue_()
+
+        page.route("**/queue/join*", hold_first)
+        remove_image(panel)
+        wait_for(page, lambda: bool(held))
+        panel.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
+        expect(panel.get_by_alt_text("the chosen image")).to_have_count(1)
+        page.wait_for_timeout(500)
+        held[0].continue_()
+        messages = page.get_by_test_id("toast-text")
+        expect(messages.first).to_be_visible()
+        page.wait_for_timeout(2000)
+        expect(messages).to_have_count(1)
+        expect(panel.locator(".ade-unshown")).to_have_count(1)
+
+
 def test_another_alpha_is_another_verdict_of_the_same_score(
     page: Page, service: RunningService
 ) -> None:
@@ -433,6 +479,7 @@ def test_explore(page: Page, tmp_path: Path) -> None:
     for _ in range(2):
         remove_image(panel)
     expect(panel.locator("img[src*='strip.png']")).to_have_count(0)
+    expect(panel.get_by_text("The way between two images appears here")).to_be_visible()
     page.get_by_role("button", name="Explore", exact=True).click()
     expect(page.get_by_text("There is no image yet").first).to_be_visible()
     for side in ("From", "To"):
@@ -677,6 +724,8 @@ def test_about(page: Page, service: RunningService) -> None:
     for words in (
         f"{about['evaluation']['elbo']['bpd']:.3f}",
         f"{about['calibration']['images']:,} images",
+        "What it is good for",
+        "45,000 images to train",
         "Limits",
         about["licence"],
     ):
@@ -776,8 +825,10 @@ def test_every_function_has_a_stable_name(page: Page, service: RunningService) -
         "/about",
     }
     samples, grid, arrays = client.predict("cifar10-av-ade", 4, 7, 1.0, "mean", api_name="/sample")
-    assert len(samples) == 4 and Image.open(samples[0]["image"]).size == (32, 32)
-    assert Image.open(grid).size == (64, 64) and np.load(arrays)["images"].shape == (4, 32, 32, 3)
+    with Image.open(samples[0]["image"]) as sample, Image.open(grid) as whole:
+        assert len(samples) == 4 and sample.size == (32, 32) and whole.size == (64, 64)
+    with np.load(arrays) as found:
+        assert found["images"].shape == (4, 32, 32, 3)
 
 
 def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_path: Path) -> None:
@@ -812,6 +863,18 @@ def filled(page: Page, tab: str) -> Locator:
     return panel
 
 
+def wider_than_window(page: Page) -> list[str]:
+    """What one would have to scroll sideways for."""
+    found: list[str] = page.evaluate(
+        """() => [document.documentElement, ...document.querySelectorAll("[role=tabpanel] *")]
+        .filter((e) => e.checkVisibility() && !e.closest("svg, pre, .ade-pair"))
+        .filter((e) => e.getBoundingClientRect().right > innerWidth + 1
+          || (e === document.documentElement && e.scrollWidth > innerWidth))
+        .map((e) => e.tagName + "." + e.className)"""
+    )
+    return found
+
+
 @pytest.mark.parametrize("width", [390, 768])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_windows(browser: Browser, service: RunningService, width: int, scheme: str) -> None:
@@ -826,18 +889,21 @@ def test_narrow_windows(browser: Browser, service: RunningService, width: int, s
         assert (light == "rgb(245, 245, 241)") == (scheme == "light"), light
         for tab in FILLED:
             filled(page, tab)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
-            outside = page.evaluate(
-                """() => [...document.querySelectorAll("[role=tabpanel] *")]
-                .filter((e) => e.checkVisibility() && !e.closest("svg, pre, .ade-pair"))
-                .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
-                .map((e) => e.tagName + "." + e.className)"""
-            )
-            assert outside == [], tab
+            assert wider_than_window(page) == [], tab
 
 
 # The button of Gradio's upload area says "Drop Image Here" and is named otherwise.
 GRADIOS_OWN = {"rules": {"label-content-name-mismatch": {"enabled": False}}}
+
+
+def serious_findings(page: Page) -> list[Any]:
+    """What axe-core, which the page has loaded, reports."""
+    found = page.evaluate(f"axe.run({json.dumps(GRADIOS_OWN)})")["violations"]
+    return [
+        (one["id"], [node["html"][:200] for node in one["nodes"]][:5])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="npm install --no-save axe-core")
@@ -848,13 +914,7 @@ def test_accessibility(browser: Browser, service: RunningService, scheme: str) -
         page.add_script_tag(content=AXE.read_text())
         for tab in FILLED:
             filled(page, tab)
-            found = page.evaluate(f"axe.run({json.dumps(GRADIOS_OWN)})")["violations"]
-            serious = [
-                (one["id"], [node["html"][:200] for node in one["nodes"]][:5])
-                for one in found
-                if one["impact"] in ("serious", "critical")
-            ]
-            assert serious == [], tab
+            assert serious_findings(page) == [], tab
 
 
 @pytest.fixture(scope="module")
@@ -864,7 +924,7 @@ def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
     running.stop()
 
 
-def test_compare(browser: Browser, two_models: RunningService) -> None:
+def test_compare(browser: Browser, two_models: RunningService, tmp_path: Path) -> None:
     """One image under two models of different sizes; without resizing, one reports an error."""
     with opened(browser, two_models.page) as page:
         show(page, "Compare")
@@ -876,10 +936,20 @@ def test_compare(browser: Browser, two_models: RunningService) -> None:
         for words in ("cifar10-av-ade, 32 × 32 pixels", "tiny, 8 × 8 pixels", "3.869 bits"):
             expect(panel.get_by_text(words)).to_be_visible()
         expect(panel.get_by_text("Accepted at a false-alarm rate of 1 %").first).to_be_visible()
+        for width in (768, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            assert wider_than_window(page) == []
+        if AXE.exists():
+            page.add_script_tag(content=AXE.read_text())
+            assert serious_findings(page) == []
         panel.get_by_label(RESIZE).uncheck()
         page.get_by_role("button", name="Compare", exact=True).click()
         expect(panel.get_by_alt_text("Reconstruction by")).to_have_count(1)
         expect(panel.get_by_text("must be 8 x 8 pixels, got 32 x 32")).to_be_visible()
+        (tmp_path / "broken.png").write_bytes(b"nothing")
+        drop(panel, tmp_path / "broken.png")
+        expect(page.get_by_text("Not an image")).to_have_count(1)
+        expect(panel.get_by_text("One verdict per model appears here")).to_be_visible()
         show(page, "Sample")
         page.get_by_label("Model").first.click()
         page.get_by_role("option", name="tiny").click()

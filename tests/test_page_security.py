@@ -58,6 +58,7 @@ class RunningPage:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.inbox, self.output, self.token = folder / "page-files", folder / "page.out", token
+        self._clients: list[httpx.Client] = []
         environment = {
             "PATH": os.environ["PATH"],
             "GRADIO_TEMP_DIR": str(self.inbox),
@@ -100,8 +101,9 @@ class RunningPage:
             return False
 
     def client(self, **options: Any) -> httpx.Client:
-        """A client, logged in if the page requires it."""
+        """A client, logged in if the page requires it. :meth:`stop` closes it."""
         client = httpx.Client(base_url=self.url, timeout=60, **options)
+        self._clients.append(client)
         if self.token is not None:
             assert (
                 client.post("/login", data={"username": "ade", "password": self.token}).status_code
@@ -110,6 +112,8 @@ class RunningPage:
         return client
 
     def stop(self) -> None:
+        for client in self._clients:
+            client.close()
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
 
@@ -146,6 +150,7 @@ def inner() -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/secret.png"
     server.shutdown()
+    server.server_close()
 
 
 def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
@@ -355,24 +360,25 @@ def test_without_login_nothing_is_kept(page: RunningPage) -> None:
     if page.token is None:
         pytest.skip("this page has no login")
     for cookies in ({}, {"access-token-unsecure": "x"}):
-        client = httpx.Client(base_url=page.url, cookies=cookies)
-        files = [("files", ("cat.png", EXAMPLE.read_bytes()))]
-        assert client.post("/gradio_api/upload", files=files).status_code == 401
-        for path in (
-            "/config",
-            "/gradio_api/info",
-            f"/gradio_api/file={page.inbox}",
-            "/gradio_api/queue/data?session_hash=a",
-        ):
-            answer = client.get(path)
-            assert answer.status_code in (401, 403) and "cifar" not in answer.text, path
-        joined = client.post(
-            "/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "a"}
-        )
-        assert joined.status_code == 401
-        assert (
-            client.post("/login", data={"username": "ade", "password": "wrong"}).status_code == 400
-        )
+        with httpx.Client(base_url=page.url, cookies=cookies) as client:
+            files = [("files", ("cat.png", EXAMPLE.read_bytes()))]
+            assert client.post("/gradio_api/upload", files=files).status_code == 401
+            for path in (
+                "/config",
+                "/gradio_api/info",
+                f"/gradio_api/file={page.inbox}",
+                "/gradio_api/queue/data?session_hash=a",
+            ):
+                answer = client.get(path)
+                assert answer.status_code in (401, 403) and "cifar" not in answer.text, path
+            joined = client.post(
+                "/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "a"}
+            )
+            assert joined.status_code == 401
+            assert (
+                client.post("/login", data={"username": "ade", "password": "wrong"}).status_code
+                == 400
+            )
 
 
 def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:

@@ -39,11 +39,29 @@ def test_every_level_has_the_same_weight_whatever_the_size(size: int) -> None:
     discriminator = ProjectedDiscriminator((8, 8, 8, 8), size, 3)
     x = torch.rand(2, 3, size, size, requires_grad=True)
     logits = discriminator(x)
-    assert logits.shape == (2, 64) and logits.dtype == torch.float32
+    assert logits.shape == (2, 80) and logits.dtype == torch.float32
     (slope,) = torch.autograd.grad(logits.sum(), x)
     assert torch.isfinite(slope).all() and slope.abs().amax((1, 2, 3)).min() > 0
     for level in range(4):  # each level's logits depend on the images, and the heads on all of them
         assert logits[:, 16 * level : 16 * (level + 1)].std() > 0
+
+
+def test_a_batch_that_repeats_itself_is_noticed() -> None:
+    """The comparison alone tells a batch of copies from different images, and learns to."""
+    torch.manual_seed(0)
+    compare = ProjectedDiscriminator((8, 8, 8, 8), 32, 3).compare
+    optimizer = torch.optim.Adam(compare.parameters(), 1e-2)
+    gaps = []
+    for _ in range(60):
+        different = torch.randn(12, 8, 2, 2)
+        repeated = different[:3].repeat(4, 1, 1, 1)  # each image by itself looks real
+        real, fake = compare(different), compare(repeated)
+        gaps.append((real - fake).mean().item())
+        optimizer.zero_grad()
+        hinge_discriminator_loss(real, fake).backward()
+        optimizer.step()
+    assert gaps[-1] > max(0.5, gaps[0])
+    assert compare(different[:1]).shape == (1, 1)
 
 
 def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) -> None:
@@ -52,10 +70,12 @@ def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) ->
     frozen = {
         name: value.clone()
         for name, value in trained.discriminator.named_buffers()
-        if not name.startswith("heads.")
+        if not name.startswith(("heads.", "compare."))
     }
     assert {name.split(".")[0] for name in frozen} == {"features", "mix_channels", "mix_scales"}
-    assert all(name.startswith("heads.") for name in trained.discriminator.state_dict())
+    assert all(
+        name.startswith(("heads.", "compare.")) for name in trained.discriminator.state_dict()
+    )
     heads = {name: p.clone() for name, p in trained.discriminator.named_parameters()}
     batches = ImageSet(real_images).batches(8, 0)
     for _ in range(2):
@@ -79,7 +99,7 @@ def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) ->
     )
     counted = count_weights(recipe("av-ade-pd", 32, 3, "tiny")).discriminator
     full = make_discriminator(recipe("av-ade-pd", 32, 3).discriminator, 32, 3)
-    assert counted == sum(p.numel() for p in full.parameters()) == 775_236
+    assert counted == sum(p.numel() for p in full.parameters()) == 906_949
 
 
 def test_the_discriminator_learns_and_the_generator_gets_its_gradient(

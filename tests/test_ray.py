@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,21 +135,41 @@ def test_the_pods_of_a_cluster() -> None:
 # Processes
 
 
-def test_the_guard_ends_what_has_its_mark() -> None:
-    mark = secrets.token_hex(16)
-    marked, other = (
-        subprocess.Popen(["sleep", "60"], env={MARK: value}, start_new_session=True)
-        for value in (mark, "another")
-    )
+def test_the_guard_ends_what_belongs_to_its_instance(tmp_path: Path) -> None:
+    """By the mark, or by an open log where a title has taken the place of the environment."""
+    mark, folder = secrets.token_hex(16), tmp_path / "instance"
+    folder.mkdir()
+    started = []
+    for title, value, log in (
+        ("sleep", mark, tmp_path / "log"),
+        ("ray::Agent", "another", folder / "log"),
+        ("ray::Agent", "another", tmp_path / "instance-2"),  # of another instance
+        ("tail", "another", folder / "log"),  # of somebody who reads the logs
+    ):
+        with log.open("w") as file:
+            started.append(
+                subprocess.Popen(
+                    [title, "60"],
+                    executable=shutil.which("sleep"),
+                    env={MARK: value},
+                    stdout=file,
+                    start_new_session=True,
+                )
+            )
+    shutil.rmtree(folder)
     try:
-        assert processes_of(mark) == [marked.pid]
-        reaper = threading.Thread(target=marked.wait)
-        reaper.start()
-        end_all(mark)
-        reaper.join(10)
-        assert marked.returncode == -signal.SIGKILL and other.poll() is None
+        ours, others = started[:2], started[2:]
+        assert sorted(processes_of(mark, folder)) == sorted(process.pid for process in ours)
+        reapers = [threading.Thread(target=process.wait) for process in ours]
+        for reaper in reapers:
+            reaper.start()
+        end_all(mark, folder)
+        for reaper in reapers:
+            reaper.join(10)
+        assert [process.returncode for process in ours] == [-signal.SIGKILL] * 2
+        assert all(process.poll() is None for process in others)
     finally:
-        for process in (marked, other):
+        for process in started:
             process.kill()
             process.wait()
 
@@ -179,12 +200,12 @@ def wait_for(condition: Any, seconds: float) -> None:
 
 def all_processes(service: RunningService) -> list[psutil.Process]:
     """Of Ray too, which are not all descendants."""
-    (mark,) = {
-        value
+    ((mark, folder),) = {
+        (value, variable_of(process, "RAY_TMPDIR") or "")
         for process in service.descendants()
         if (value := variable_of(process, MARK)) is not None
     }
-    return [psutil.Process(pid) for pid in processes_of(mark)]
+    return [psutil.Process(pid) for pid in processes_of(mark, Path(folder))]
 
 
 def variable_of(process: psutil.Process, name: str) -> str | None:
@@ -205,14 +226,19 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signal
         folders = {Path(v) for p in processes if (v := variable_of(p, "RAY_TMPDIR")) is not None}
         (folder,) = folders
         assert folder.stat().st_mode & 0o777 == 0o700
-        outside = {
-            (process.name(), address)
+        outside = [
+            (process.cmdline()[0], connection.laddr.port)
             for process in processes
             for connection in connections_of(process)
             if connection.status == psutil.CONN_LISTEN
-            and not (address := connection.laddr.ip).startswith(LOOPBACK)
-        }
-        assert not outside
+            and not connection.laddr.ip.startswith(LOOPBACK)
+        ]
+        # Ray has no setting for the address of these servers.
+        assert all(name.startswith("ray::ServeReplica:ade:") for name, _ in outside), outside
+        token = (folder / "token").read_text()
+        for _, port in outside:
+            assert refusal(port, b"", None) == "UNAUTHENTICATED"
+            assert refusal(port, b"x", token) == "RESOURCE_EXHAUSTED"
         text = httpx.get(f"{service.metrics}/metrics", timeout=60).text
         assert 'ade_requests_total{model_name="score"' in text
     finally:
@@ -220,6 +246,18 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signal
         service.process.wait(90)
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive and not folder.exists()
+
+
+def refusal(port: int, message: bytes, token: str | None) -> str:
+    """The error with which a replica answers a call of its gRPC server."""
+    import grpc
+
+    headers = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(message, metadata=headers, timeout=30)
+    return str(caught.value.code().name)
 
 
 def connections_of(process: psutil.Process) -> list[Any]:
@@ -235,7 +273,7 @@ class Cluster:
     """A head without CPUs and workers on this machine, as on several ones."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
         self.mark = secrets.token_hex(16)
         self.environment = {
@@ -244,11 +282,10 @@ class Cluster:
             MARK: self.mark,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
         # Several nodes of one machine have one address: one proxy, on the head, serves them all.
-        del self.environment["RAY_SERVE_ENABLE_HA_PROXY"]
+        self.environment.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
         (self.port,) = free_ports(1)
         self.address = f"127.0.0.1:{self.port}"
         self.head = self._start("--head", f"--port={self.port}", "--num-cpus=1")
@@ -271,8 +308,8 @@ class Cluster:
         ]
         if "--head" in options:
             command += ["--include-dashboard=false", f"--ray-client-server-port={client}"]
-            command += [f"--temp-dir={self._folder}"]
-        with open(self._folder / f"node-{len(self._processes)}.txt", "wb") as out:
+            command += [f"--temp-dir={self.folder}"]
+        with open(self.folder / f"node-{len(self._processes)}.txt", "wb") as out:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
@@ -280,7 +317,7 @@ class Cluster:
         return process
 
     def stop(self) -> None:
-        end_all(self.mark)
+        end_all(self.mark, self.folder)
         for process in self._processes:
             process.wait(10)
 
@@ -340,7 +377,7 @@ def test_a_replica_and_a_node_die_under_load(cluster: Cluster) -> None:
             if victim == "replica":
                 one = next(
                     p
-                    for p in map(psutil.Process, processes_of(cluster.mark))
+                    for p in map(psutil.Process, processes_of(cluster.mark, cluster.folder))
                     if p.cmdline()[:1] == ["ray::ServeReplica:ade:score"]
                 )
                 one.kill()

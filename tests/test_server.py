@@ -633,8 +633,7 @@ def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
         os.killpg(process.pid, sign)
     else:
         process.send_signal(sign)
-    process.stdout.read()
-    process.wait(60)
+    process.communicate(timeout=60)
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 

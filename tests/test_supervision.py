@@ -195,7 +195,7 @@ def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
             )
     finally:
         holder.kill()
-        holder.wait()
+        holder.communicate()
 
 
 def test_where_the_cache_cannot_be_written(

@@ -20,14 +20,16 @@ LEAST_SIDE = 64  # of the classifier's input, so that its coarsest features stil
 FINEST_STRIDE = 4
 POSITIONS = 4  # per side, of each level's logits
 HEAD_WIDTH = 128
+COMPARISONS, COMPARED_DIMS = 64, 8  # of images with the others of their batch
 _MIXING_SEED = 0  # the same for all runs, since checkpoints do not contain the mixing
 
 
 class ProjectedDiscriminator(nn.Module):
-    """From ``x``, ``(N, 3, H, W)`` in [0, 1], to logits, ``(N, 64)``, positive for real images.
+    """From ``x``, ``(N, 3, H, W)`` in [0, 1], to logits, ``(N, 80)``, positive for real images.
 
-    Each of the four levels has 16 logits. Only the heads are trained, and only they are in the
-    state dict.
+    Each of the four levels has 16 logits, and so has the comparison of an image with the others of
+    its batch, which must therefore be all real or all generated. Only the heads are trained, and
+    only they are in the state dict.
 
     Args:
         widths: channels to which each level's features are mixed, finest first.
@@ -64,6 +66,7 @@ class ProjectedDiscriminator(nn.Module):
             _head(width, self.side // (FINEST_STRIDE * 2**level))
             for level, width in enumerate(widths)
         )
+        self.compare = _BatchComparison(widths[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False)
@@ -81,7 +84,30 @@ class ProjectedDiscriminator(nn.Module):
             F.interpolate(head(level), POSITIONS, mode="nearest").flatten(1)
             for head, level in zip(self.heads, levels, strict=True)
         ]
-        return torch.cat(logits, 1).to(torch.float32)
+        compared = self.compare(levels[-1]).expand(-1, POSITIONS**2)
+        return torch.cat([*logits, compared], 1).to(torch.float32)
+
+
+class _BatchComparison(nn.Module):
+    """From the coarsest features, ``(N, C, h, w)``, to logits, ``(N, 1)``, that notice repetition.
+
+    Salimans et al., "Improved Techniques for Training GANs", 2016, section 3.2 ("minibatch
+    discrimination"): each image is told how near the others of its batch are. The other heads see
+    one image at a time, so a generator of a few convincing images satisfies them.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, COMPARISONS * COMPARED_DIMS)
+        self.log_scale = nn.Parameter(torch.zeros(COMPARISONS))
+        self.head = spectral_norm(nn.Linear(COMPARISONS, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        embedded = self.embed(features.mean((2, 3))).unflatten(1, (COMPARISONS, COMPARED_DIMS))
+        distances = (embedded[:, None] - embedded).abs().sum(3)
+        others = torch.exp(-distances * self.log_scale.exp()).sum(1) - 1
+        logits: Tensor = self.head(others)
+        return logits
 
 
 def _head(width: int, size: int) -> nn.Module:

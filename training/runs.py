@@ -22,7 +22,7 @@ import torch
 from filelock import Timeout
 from torch import Tensor
 
-from ade_model.checkpoint import WEIGHTS_NAME, read_config, save_model
+from ade_model.checkpoint import WEIGHTS_NAME, read_config, read_weights, save_model
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked, new_folder, replacing
@@ -170,7 +170,7 @@ def start_from(folder: Path, trainer: Trainer) -> None:
         RunError: the weights belong to another architecture that cannot grow into this one.
     """
     folder = latest_checkpoint(folder)
-    weights = safetensors.torch.load_file(folder / EMA_NAME)
+    weights = read_weights(folder)
     try:
         before = ModelConfig.from_dict(read_config(folder)["model"])
         grown_weights(weights, before, trainer.model)

@@ -292,9 +292,9 @@ class Trainer:
             and self.d_optimizer is not None
             and self.config.discriminator is not None
         )
-        seen = torch.cat([self._seen(x, noise), self._seen(x_fake, noise)])
-        with self.autocast():
-            logits_real, logits_fake = self.discriminator(seen).chunk(2)
+        with self.autocast():  # apart, because a discriminator may compare images within a batch
+            logits_real = self.discriminator(self._seen(x, noise))
+            logits_fake = self.discriminator(self._seen(x_fake, noise))
         divergence = (
             hinge_discriminator_loss
             if self.config.discriminator.kind == "projected"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from serving.engine.bundle import (
     verify_bundle,
     write_manifest,
 )
-from serving.engine.engine import InferenceEngine
+from serving.engine.engine import MAX_BATCH, InferenceEngine
 from serving.engine.noise import image_digest
 from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
@@ -39,7 +41,8 @@ from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, LOGITS, free_en
 from serving.verdict.statistics import finite_rows
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
 
-CHUNK = 256
+MAX_THREADS = 8  # each needs memory for a batch
+CHUNK = MAX_THREADS * MAX_BATCH
 MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
 MAX_SKIPPED_SHOWN = 5
 CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
@@ -373,7 +376,8 @@ def statistics_of(
 ) -> dict[str, np.ndarray]:
     """Compute the statistics of many images, by name, a chunk at a time.
 
-    Images that a request could not use are left out.
+    Images that a request could not use are left out. Each core computes batches of its own: a graph
+    runs in a single thread, and no image depends on the others.
 
     Args:
         engine: with ``score``.
@@ -393,7 +397,9 @@ def statistics_of(
     def flush() -> None:
         nonlocal done
         if waiting:
-            found = engine.statistics(np.stack([pixels for _, pixels in waiting]))
+            pixels = np.stack([pixels for _, pixels in waiting])
+            batches = [pixels[i : i + MAX_BATCH] for i in range(0, len(pixels), MAX_BATCH)]
+            found = _joined(list(threads.map(engine.statistics, batches)))
             finite = finite_rows(found)
             skipped.extend(
                 unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
@@ -404,19 +410,24 @@ def statistics_of(
             waiting.clear()
             report(f"{name}: scored {done} images")
 
-    for index, source in enumerate(images):
-        image = prepare_image(source, engine.image_shape, resize == "fit", index)
-        if isinstance(image, InputImage):
-            waiting.append((index, image.pixels))
-        else:
-            skipped.append(image)
-        if len(waiting) == CHUNK:
-            flush()
-    flush()
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as threads:
+        for index, source in enumerate(images):
+            image = prepare_image(source, engine.image_shape, resize == "fit", index)
+            if isinstance(image, InputImage):
+                waiting.append((index, image.pixels))
+            else:
+                skipped.append(image)
+            if len(waiting) == CHUNK:
+                flush()
+        flush()
     _report_skipped(name, skipped, report)
     if not chunks:
         raise _none_usable(name, skipped)
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    return _joined(chunks)
+
+
+def _joined(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
 
 def _report_skipped(name: str, skipped: Sequence[ApiError], report: Report) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,11 @@ from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
 
 COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
+NO_FEATURES = "without features"  # only of bundles with a network of features
 ALPHAS = (0.1, 0.05, 0.01)
 VERDICT_ALPHA = 0.05
 BINS = 60
-HEADLINES = (COMBINED, RAW_BPD, NO_MODEL)
+HEADLINES = (COMBINED, NO_FEATURES, RAW_BPD, NO_MODEL)
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ def scores_of(
 ) -> dict[str, np.ndarray]:
     """Scores by name; a higher score is more unusual.
 
-    They are the combined score, the raw bpd, the score without a model, and the score of each
-    single statistic, which is the absolute value of its normal score.
+    They are the combined score, the same without the network's features if the bundle has any, the
+    raw bpd, the score without a model, and the score of each single statistic, which is the
+    absolute value of its normal score.
     """
     rows = calibration.rows(statistics)
     normal = calibration.normal(rows)
+    found = {COMBINED: calibration.surprise(normal)}
+    if calibration.known is not None:
+        found[NO_FEATURES] = replace(calibration, known=None).surprise(normal)
     return {
-        COMBINED: calibration.surprise(normal),
+        **found,
         RAW_BPD: statistics["bpd"].astype(np.float64),
         NO_MODEL: calibration.baseline.surprise(normal[:, calibration.pixel_columns]),
         **dict(zip(calibration.names, np.abs(normal).T, strict=True)),
@@ -120,11 +125,10 @@ def write_report(
         {_printable(name): its for name, its in ood_sets.items()},
     )
     id_scores = scores_of(calibration, id_statistics)
-    names = [COMBINED, RAW_BPD, NO_MODEL, *calibration.names]
     table: dict[str, dict[str, Figures]] = {}
     for number, (name, statistics) in enumerate(ood_sets.items()):
         scores = scores_of(calibration, statistics)
-        table[name] = {score: compare_scores(id_scores[score], scores[score]) for score in names}
+        table[name] = {score: compare_scores(id_scores[score], scores[score]) for score in scores}
         p_values = conformal_p_values(calibration.scores, scores[COMBINED])
         flagged = tuple(float((p_values <= alpha).mean()) for alpha in ALPHAS)
         table[name][COMBINED] = Figures(**{**vars(table[name][COMBINED]), "flagged": flagged})
@@ -147,11 +151,12 @@ def write_report(
         "AUROC ± its standard error; AUPR with OOD images as positives; FPR: false alarms where "
         "95 % of the OOD images are found; then the share of OOD images that is flagged at each "
         "alpha. "
-        f"*{NO_MODEL}*: the same kind of density on statistics of the pixels, without any model.",
+        f"*{NO_MODEL}*: the same kind of density on statistics of the pixels, without any model."
+        + (f" *{NO_FEATURES}*: without those of `features.onnx`." if calibration.known else ""),
         "",
         "## Each statistic by itself, AUROC",
         "",
-        *_singles(table, calibration.names),
+        *_singles(table),
         "",
         "## Histograms",
         "",
@@ -199,7 +204,7 @@ def _summary(
 ) -> list[str]:
     body = []
     for name, figures in table.items():
-        for score in HEADLINES:
+        for score in (score for score in HEADLINES if score in figures):
             f = figures[score]
             flagged = [f"{share:.1%}" for share in f.flagged] if f.flagged else ["", "", ""]
             body.append(
@@ -217,11 +222,10 @@ def _summary(
     )
 
 
-def _singles(table: Mapping[str, Mapping[str, Figures]], names: Sequence[str]) -> list[str]:
+def _singles(table: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     sets = list(table)
-    body = [
-        [score, *(f"{table[s][score].auroc:.3f}" for s in sets)] for score in (*HEADLINES, *names)
-    ]
+    scores = list(next(iter(table.values()), {}))
+    body = [[score, *(f"{table[s][score].auroc:.3f}" for s in sets)] for score in scores]
     return _rows(["score", *sets], body)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,46 +12,33 @@ from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS
 from handlers.front.releases import Release
 from handlers.launch.channel import ChannelError, Say, ask
 from handlers.launch.engines import SWITCHED, Plan
-from handlers.launch.environment import child_environment
+from handlers.launch.one_process import OneProcess
 from handlers.launch.run_folder import RunFolder
-from handlers.launch.supervision import Child, Supervisor
+from handlers.launch.supervision import Supervisor
 
 
-class Asgi:
+class Asgi(OneProcess):
     """An :class:`handlers.launch.engines.UpgradableEngine`."""
 
     timers = {ANSWER_SECONDS.name: "whole", QUEUE_SECONDS.name: "queue"}
+    drain_s = STOP_S + 5
 
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:
-        self._plan = plan
-        self._supervisor = supervisor
-        self._settings = folder.path / "front.json"
+        super().__init__(plan, folder, supervisor)
         self._control = folder.front_socket
-        self._front: Child
 
     def start(self) -> None:
         """Start the application; its process starts the workers and then listens."""
         plan = self._plan
-        plan.logs.mkdir(exist_ok=True)
-        ApplicationSettings(
-            host=plan.host,
-            port=plan.ports.inference,
-            metrics_port=plan.ports.metrics,
-            exposes_metrics=plan.exposes_metrics,
-            token=plan.token,
-            allowed_hosts=tuple(plan.allowed_hosts),
-            probe_secret=plan.probe_secret,
+        settings = ApplicationSettings(
+            **plan.front,
             releases=(dataclasses.asdict(plan.release),),
             workers=plan.workers,
             options=dataclasses.asdict(plan.options),
             logs=str(plan.logs),
             control=str(self._control),
-        ).save(self._settings)
-        command = [sys.executable, "-m", "handlers.asgi.application", str(self._settings)]
-        self._front = self._supervisor.start("front", command, child_environment(), restarts=True)
-
-    def open(self) -> None:
-        """Nothing is left to start."""
+        )
+        self._start("handlers.asgi.application", settings)
 
     def change(self, releases: Sequence[Release], say: Say) -> None:
         """See :meth:`handlers.launch.engines.UpgradableEngine.change`."""
@@ -69,18 +54,6 @@ class Asgi:
     def releases(self) -> list[dict[str, Any]]:
         """See :meth:`handlers.launch.engines.UpgradableEngine.releases`."""
         return list(ask(self._control, {"do": DESCRIBE})["releases"])
-
-    def drain(self) -> None:
-        """Ask the application to stop, which it does once it has answered what it accepted."""
-        self._front.process.terminate()
-        try:
-            self._front.process.wait(STOP_S + 5)
-        except subprocess.TimeoutExpired:
-            return  # the supervisor kills it
-
-    def is_whole(self) -> bool:
-        """Whether the application could be started again."""
-        return self._settings.exists()
 
 
 ENGINE = Asgi

@@ -53,14 +53,15 @@ def ask(path: Path, message: dict[str, Any], say: Say = lambda text: None) -> di
             if not peer_is_own_user(connection):
                 raise ChannelError(f"another user listens at {path}")
             connection.sendall(encode(message))
-            for line in connection.makefile("rb"):
-                answer = json.loads(line)
-                if "say" in answer:
-                    say(answer["say"])
-                elif "error" in answer:
-                    raise ChannelError(answer["error"])
-                else:
-                    return dict(answer["result"])
+            with connection.makefile("rb") as lines:
+                for line in lines:
+                    answer = json.loads(line)
+                    if "say" in answer:
+                        say(answer["say"])
+                    elif "error" in answer:
+                        raise ChannelError(answer["error"])
+                    else:
+                        return dict(answer["result"])
         except OSError as error:
             raise ChannelError(f"no answer at {path}: {error.strerror}") from None
     raise ChannelError("the other process ended before it answered")

@@ -64,6 +64,19 @@ class Plan:
         return len(self.bundles) * sum(self.workers.values())
 
     @property
+    def front(self) -> dict[str, Any]:
+        """The fields of :class:`handlers.front.settings.FrontSettings`."""
+        return {
+            "host": self.host,
+            "port": self.ports.inference,
+            "metrics_port": self.ports.metrics,
+            "exposes_metrics": self.exposes_metrics,
+            "token": self.token,
+            "allowed_hosts": tuple(self.allowed_hosts),
+            "probe_secret": self.probe_secret,
+        }
+
+    @property
     def release(self) -> Release:
         """The first release, which is that of the bundles."""
         return release_of(1, self.bundles)

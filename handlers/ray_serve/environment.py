@@ -31,9 +31,10 @@ def of_every_node() -> dict[str, str]:
         **VARIABLES,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # Ray's own calls ask for the token; the gRPC servers of replicas listen on all addresses,
-        # ask for nothing and unpickle what comes.
+        # Replicas are called by Ray itself. Each also starts a gRPC server, which listens on all
+        # addresses and unpickles what it gets: it asks for Ray's token, and takes no message.
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "0",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SLOW_CLIENT_S),
     }
     if has_haproxy():

@@ -4,7 +4,8 @@
 standard input.
 
 Ray's processes end with each other in most cases, and HAProxy with none. All inherit a mark in
-their environment, by which they are found here.
+their environment. Those that set a title, as workers and agents do, overwrite their environment as
+others see it; they are found by their logs in the folder of the instance.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from handlers.ray_serve.environment import MARK
 
 DONE = b"done\n"  # written by a process that has stopped everything itself
+TITLE = b"ray::"
 ROUNDS = 50
 PAUSE_S = 0.1
 
@@ -44,23 +46,39 @@ def start_guard(mark: str, folder: Path, address: str | None) -> subprocess.Pope
     )
 
 
-def processes_of(mark: str) -> list[int]:
-    """Processes of this user with the mark in their environment, except for this one."""
-    wanted = f"{MARK}={mark}".encode()
+def processes_of(mark: str, folder: Path) -> list[int]:
+    """Processes of this user that belong to an instance, except for this one and its parent.
+
+    Args:
+        mark: of the instance, in the environment of its processes.
+        folder: of the instance, which may be removed already.
+    """
+    wanted, own = f"{MARK}={mark}".encode(), {os.getpid(), os.getppid()}
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int(folder.name) != os.getpid() and wanted in (
-                folder / "environ"
-            ).read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if int(process.name) not in own and (
+                wanted in (process / "environ").read_bytes().split(b"\0")
+                or (process / "cmdline").read_bytes().startswith(TITLE)
+                and _has_open(process, folder)
+            ):
+                found.append(int(process.name))
     return found
 
 
-def end_all(mark: str) -> None:
+def _has_open(process: Path, folder: Path) -> bool:
+    """Whether a process has a file of a folder open."""
+    for descriptor in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(descriptor).startswith(f"{folder}/"):
+                return True
+    return False
+
+
+def end_all(mark: str, folder: Path) -> None:
     """Kill the processes of an instance, until there are none."""
     for _ in range(ROUNDS):
-        found = processes_of(mark)
+        found = processes_of(mark, folder)
         if not found:
             return
         for process in found:
@@ -82,7 +100,7 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)
     own_mark, own_folder, *addresses = sys.argv[1:]
     is_done = sys.stdin.buffer.read().endswith(DONE)
-    end_all(own_mark)
+    end_all(own_mark, Path(own_folder))
     shutil.rmtree(own_folder, ignore_errors=True)
     if addresses and not is_done:
         _end_serving(addresses[0])

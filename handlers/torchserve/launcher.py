@@ -49,17 +49,11 @@ class TorchServe:
         wait_until(lambda: folder.server_key("inference") is not None, self._supervisor)
         settings = folder.path / "front.json"
         ServerSettings(
-            host=plan.host,
-            port=plan.ports.inference,
-            metrics_port=plan.ports.metrics,
-            exposes_metrics=plan.exposes_metrics,
+            **plan.front,
             inference_socket=str(folder.inference_socket),
             metrics_socket=str(folder.metrics_socket),
             server_key=folder.server_key("inference") or "",
             models=tuple(self._models),
-            token=plan.token,
-            allowed_hosts=tuple(plan.allowed_hosts),
-            probe_secret=plan.probe_secret,
         ).save(settings)
         command = [sys.executable, "-m", "handlers.torchserve.front", str(settings)]
         self._supervisor.start("front", command, child_environment(), restarts=True)

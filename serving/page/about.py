@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from html import escape
 from typing import Any
 
@@ -10,8 +11,9 @@ import gradio as gr
 import httpx
 
 from serving.api.openapi import openapi_document
-from serving.brand import NAME
+from serving.brand import NAME, percent
 from serving.client import AdeError
+from serving.engine.bundle import Bundle
 from serving.page.reference import reference
 from serving.page.served import Served, Shared, html
 
@@ -31,6 +33,16 @@ RECIPES = {
 PAPER = "https://arxiv.org/abs/1901.01091"
 SAMPLES = 16
 SEED = 7
+DATA = {"cifar10": "CIFAR-10"}  # names for people
+PARTS = {  # what the parts of the data are for
+    "train": "to train",
+    "select": "to choose between training states",
+    "calibrate": "to calibrate the verdict",
+    "test": "held out, for the figures above",
+}
+PART = re.compile(r"\w+\[(\d+):(\d+)\]")
+ALPHA = 0.01
+ALWAYS = 0.99  # of corrupted images, from which on they count as caught
 
 
 def add_tab(shared: Shared) -> None:
@@ -79,22 +91,25 @@ def card(served: Served, model: str) -> str:
         f"a generative model of the recipe {escape(recipe)}",
     )
     splits = "".join(
-        f"<li>{escape(str(part))}: <code>{escape(str(what))}</code></li>"
+        f"<li>{_part(str(part), str(what))}</li>"
         for part, what in (data.get("splits") or {}).items()
     )
-    name = escape(str(data.get("name")))
+    name = escape(DATA.get(str(data.get("name")), str(data.get("name"))))
     return f"""<article class="ade-part">
 <h2>{escape(bundle.model_id)}</h2>
 <p>{kind[:1].upper()}{kind[1:]}. It knows images of {width} × {height} pixels
-{"in colour" if channels == 3 else "in grey"}, and it has {training.get("weights", 0):,} weights.
-It samples new images, encodes and reconstructs images, and says how likely an image is and whether
-it is out-of-distribution.</p>
+{"in colour" if channels == 3 else "in grey"}, and it has {training.get("weights", 0):,}
+weights.</p>
 <div class="ade-figures">{"".join(_figures(manifest))}</div>
+<h3>What it is good for</h3>
+<ul>{"".join(f"<li>{use}</li>" for use in _uses(served, bundle, name))}</ul>
 <h3>Trained on</h3>
 <p>{name}, {training.get("images_seen", 0):,} images shown in the last stage of training.</p>
 <ul>{splits}</ul>
 <h3>Limits</h3>
 <ul>
+<li>It sees {width} × {height} pixels. A photograph is made that small first, which leaves out fine
+detail.</li>
 <li>A verdict is about how an image looks, not about what it shows: another kind of thing in an
 ordinary-looking image may be accepted.</li>
 <li>Verdicts hold for images like those of the calibration. Images of another source need a
@@ -116,6 +131,42 @@ Estimation for Generative Models</a>, Lucas et al., NeurIPS 2019, which {NAME} i
 </article>"""
 
 
+def _part(part: str, what: str) -> str:
+    """One part of the data in words: its size, its purpose, and which images it has."""
+    span = PART.fullmatch(what)
+    count = f"{int(span[2]) - int(span[1]):,} images " if span else ""
+    return f"{count}{escape(PARTS.get(part, part))}: <code>{escape(what)}</code>"
+
+
+def _uses(served: Served, bundle: Bundle, data: str) -> list[str]:
+    """What the model can be used for, and how well; HTML."""
+    uses = []
+    exact = served.calibrations[bundle.name].exact
+    if exact is not None:
+        caught = exact.caught(ALPHA)
+        known = [escape(name) for name, share in caught.items() if share >= ALWAYS]
+        missed = [f"{escape(k)} ({percent(v)})" for k, v in caught.items() if v < ALWAYS]
+        use = f"<strong>To find images that are unlike those of {data}.</strong> "
+        if caught:
+            use += f"At a false-alarm rate of {percent(ALPHA)} it rejects "
+        if known:
+            use += f"practically all images with these corruptions: {'; '.join(known)}"
+        if missed:
+            use += f"{', and ' if known else ''}a part of these: {'; '.join(missed)}"
+        uses.append(use + ("." if caught else ""))
+    if "sample" in bundle.operations:
+        uses.append(
+            "<strong>To draw new images</strong> that a seed reproduces. They are like the "
+            "samples on this page: shapes and colours of the data, not photographs."
+        )
+    if "reconstruct" in bundle.operations:
+        uses.append(
+            "<strong>To encode images, walk between them, and decode them again</strong>: see "
+            "<em>Reconstruct</em> and <em>Explore</em>."
+        )
+    return uses
+
+
 def _figures(manifest: dict[str, Any]) -> list[str]:
     """The main figures, each with its meaning."""
     figures = []
@@ -131,6 +182,12 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
             f"bits per dimension on {evaluation['images']:,} held-out images; 8 is no model at "
             "all, lower is better",
         )
+    if "psnr" in evaluation:
+        add(
+            f"{evaluation['psnr']['mean_db']:.1f} dB",
+            f"PSNR of reconstructions of {evaluation['psnr']['images']:,} held-out images, on "
+            "average; higher is better",
+        )
     distances = next((v for k, v in evaluation.items() if k.startswith("frechet")), None)
     if distances and "mean" in distances:
         add(
@@ -142,8 +199,8 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
     if calibration:
         add(
             f"{calibration['images']:,} images",
-            f"of {escape(str(calibration['data']))} calibrated the verdict; no p-value is below "
-            f"{calibration['smallest_p_value']:.2g}",
+            f"of {escape(DATA.get(str(calibration['data']), str(calibration['data'])))} calibrated "
+            f"the verdict; no p-value is below {calibration['smallest_p_value']:.2g}",
         )
     else:
         add("No verdict", "the bundle is not calibrated")

@@ -81,9 +81,10 @@ def build_page(served: Served) -> gr.Blocks:
         name: "{}, {} × {} pixels".format(name, *bundle.image_shape[1::-1])
         for name, bundle in served.bundles.items()
     }
+    # Of several models, the dropdown says which one is chosen.
+    only = f"<br><small>{escape(names[served.first])}</small>" if len(names) == 1 else ""
     head = (
-        f'<header class="ade-head">{MARK}<div><h1>{NAME}</h1>'
-        f"<p>{TAGLINE}<br><small>{escape(names[served.first])}</small></p></div></header>"
+        f'<header class="ade-head">{MARK}<div><h1>{NAME}</h1><p>{TAGLINE}{only}</p></div></header>'
     )
     with PageBlocks(title=NAME, analytics_enabled=False) as page:
         html(head)

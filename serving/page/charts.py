@@ -202,8 +202,8 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
             )
     axis = (
         f'<line x1="0" x2="{WIDTH}" y1="{base}" y2="{base}" class="ade-base"/>'
-        f'<text x="0" y="{height - 4}" class="ade-axis">ordinary</text>'
-        f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis">'
+        f'<text x="0" y="{height - 4}" class="ade-axis ade-end">ordinary</text>'
+        f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis ade-end">'
         "more unusual →</text>"
     )
     shown = WIDTH - 10.0 if is_outside else place(ood_score)

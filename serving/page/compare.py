@@ -36,7 +36,11 @@ def add_tab(shared: Shared) -> None:
     def compare(image: str, alpha: float, resize: bool) -> str:
         """One card per model: its verdict, the likelihood, and the reconstruction; HTML."""
         data = read(image)
-        return "".join(_card(served, name, data, alpha, resize) for name in served.bundles)
+        cards = {name: _card(served, name, data, alpha, resize) for name in served.bundles}
+        failed = {card for card in cards.values() if isinstance(card, gr.Error)}
+        if len(failed) == len(cards) and len({str(error.message) for error in failed}) == 1:
+            raise next(iter(failed))  # no model can use the image: one message
+        return "".join(_section(served, name, card) for name, card in cards.items())
 
     examples(image, shared.examples)
     with gr.Row():
@@ -63,11 +67,17 @@ def add_tab(shared: Shared) -> None:
     )
 
 
-def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -> str:
-    """The card of one model; a missing operation becomes a note."""
+def _section(served: Served, model: str, card: str | gr.Error) -> str:
+    """The card of one model, or its error, under the model's name."""
+    height, width, _ = served.bundles[model].image_shape
+    head = escape(f"{model}, {width} × {height} pixels")
+    shown = card if isinstance(card, str) else verdict_card("no_verdict", str(card.message))
+    return f'<section class="ade-part ade-model"><h3>{head}</h3>{shown}</section>'
+
+
+def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -> str | gr.Error:
+    """The reconstruction and the verdict of one model, HTML; or why there are none."""
     bundle, client = served.bundles[model], served.clients[model]
-    height, width, _ = bundle.image_shape
-    head = f"{model}, {width} × {height} pixels"
     try:
         seen = as_seen(data, bundle, resize)
         score = ask(client.score, [data], alpha=alpha, explain=False, resize=resize)[0]
@@ -76,17 +86,14 @@ def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -
             if isinstance(result, AdeError):
                 raise gr.Error(sentence(result))
     except gr.Error as error:
-        card = verdict_card("no_verdict", str(error.message))
-        return f'<section class="ade-part ade-model"><h3>{escape(head)}</h3>{card}</section>'
+        return error
     choice, why = verdict(served, model, (score, seen.resized), alpha)
     facts = [f"{score.bpd:.3f} bits per dimension", f"PSNR {made.psnr:.2f} dB"]
     if score.p_value is not None:
         facts.insert(0, f"p = {score.p_value:.2g}")
     card = verdict_card(choice, why, facts, score.notes)
-    return (
-        f'<section class="ade-part ade-model"><h3>{escape(head)}</h3><div class="ade-beside">'
-        f"{_picture(made.image, f'Reconstruction by {model}')}<div>{card}</div></div></section>"
-    )
+    picture = _picture(made.image, f"Reconstruction by {model}")
+    return f'<div class="ade-beside">{picture}<div>{card}</div></div>'
 
 
 def _picture(pixels: np.ndarray, text: str) -> str:

@@ -15,13 +15,16 @@ from serving.client import AdeClient
 from serving.engine.bundle import Bundle
 from serving.engine.noise import MAX_SEED, NoiseStream, sample_key
 from serving.images import tile, write_png
+from serving.page.charts import empty
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import (
     Runs,
     Shared,
     ask,
     examples,
+    html,
     image_output,
+    image_strip,
     made_here,
     read,
     read_seed,
@@ -34,6 +37,9 @@ FRAME_MS = 120
 FRAME_SCALE = 4
 STEPS = 9
 VARIATIONS = 8
+EMPTY = (
+    "The way between two images appears here: choose an example, or drop an image, on each side."
+)
 
 
 def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
@@ -112,7 +118,7 @@ def add_tab(shared: Shared) -> None:
 
     def explore(
         model: str, first: str, last: str, steps: float, resize: bool
-    ) -> tuple[Any, str, str, str, str, list[str]]:
+    ) -> tuple[Any, str, str, str, str, list[str], str]:
         """Interpolate: one position, an animation, a strip, and images with exchanged levels."""
         client, bundle = served.clients[model], served.bundles[model]
         a, b = (noise_of(data, client, bundle, resize) for data in (read(first), read(last)))
@@ -127,6 +133,7 @@ def add_tab(shared: Shared) -> None:
             write_file(write_png(tile(frames, len(frames))), "strip.png"),
             write_file(write_png(tile(levels, len(levels))), "levels.png"),
             paths,
+            "",  # in place of EMPTY
         )
 
     def levels(
@@ -184,7 +191,7 @@ def add_tab(shared: Shared) -> None:
             with gr.Accordion("More settings", open=False):
                 steps.render()
                 resize = resize_input(shared.served)
-        with gr.Column(scale=3, min_width=280):
+        with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
             with gr.Row():
                 with gr.Column(min_width=200):
                     frame = image_output("A place on the way", height=220)
@@ -193,19 +200,20 @@ def add_tab(shared: Shared) -> None:
                     )
                 with gr.Column(min_width=200):
                     animated = image_output("There and back, animated", height=220)
-            strip = image_output("The way, step by step", height=130)
+            strip = image_strip("The way, step by step")
             gr.Markdown(
                 "From one image to the other through the model's latents. The ends are what the "
                 "model keeps of the two images.",
                 elem_classes="ade-caption",
             )
+            said = html(empty(EMPTY))
     with gr.Accordion("What coarse and fine levels hold", open=False):
         gr.Markdown(
             "Each picture has the fine levels of the second image and more and more of the coarse "
             "levels of the first: none, one, … all.",
             elem_classes="ade-caption",
         )
-        exchange = image_output("Fine levels of the second, coarse levels of the first", height=160)
+        exchange = image_strip("Fine levels of the second, coarse levels of the first")
     with gr.Accordion("Level by level, of the first image", open=False):
         with gr.Row():
             level = gr.Radio(
@@ -213,8 +221,8 @@ def add_tab(shared: Shared) -> None:
             )
             variation = seed_input(1, "Seed of the other samples", min_width=80)
             look = gr.Button("Show its levels")
-        coarse = image_output("From its coarsest level alone, from two, … from all", height=160)
-        varied = image_output("This level from other samples, all other levels its own", height=130)
+        coarse = image_strip("From its coarsest level alone, from two, … from all")
+        varied = image_strip("This level from other samples, all other levels its own")
     walk = gr.State(time_to_live=KEPT_S)
     ends = [shared.inbox.first, shared.inbox.last]
     drawn = [image_output("", visible=False) for _ in ends]
@@ -231,11 +239,12 @@ def add_tab(shared: Shared) -> None:
             strip: None,
             exchange: None,
             walk: None,
+            said: empty(EMPTY),
         },
         go,
         "explore",
         others=[coarse, varied],
-        progress=strip,
+        progress=[said, strip],
     )
     look.click(
         levels,

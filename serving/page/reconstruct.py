@@ -23,6 +23,7 @@ from serving.page.served import (
     html,
     image_output,
     image_pair,
+    image_strip,
     read,
     resize_input,
     run_on_new_image,
@@ -118,7 +119,7 @@ def add_tab(shared: Shared) -> None:
                 "Move the slider. Left: what the model sees. Right: its reconstruction.",
                 elem_classes="ade-caption",
             )
-            strip = image_output("Coarse to fine; last, the image", height=170)
+            strip = image_strip("Coarse to fine; last, the image")
             with gr.Accordion("Technical details", open=False):
                 difference = image_output("Difference, doubled around grey")
                 bits = html()

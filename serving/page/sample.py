@@ -143,7 +143,7 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=280, elem_classes="ade-settings"):
             kind = gr.Radio(KINDS, value="mean", label="Kind", info=KINDS_INFO)
             n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 seed = seed_input(7, scale=3, min_width=120)
                 dice = gr.Button("⚄ New seed", scale=2, min_width=120)
             with gr.Accordion("More settings", open=False):

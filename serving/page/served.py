@@ -225,11 +225,15 @@ def image_output(label: str, **options: Any) -> gr.Image:
         type="filepath",
         format="png",
         interactive=False,
-        elem_classes="ade-pixels",
         alt_text=label,
         buttons=["download", "fullscreen"],
-        **{"height": 256, **options},
+        **{"height": 256, "elem_classes": "ade-pixels", **options},
     )
+
+
+def image_strip(label: str) -> gr.Image:
+    """An output for several images in a row, as wide as the page allows."""
+    return image_output(label, height=None, elem_classes="ade-pixels ade-strip")
 
 
 def image_pair(label: str) -> gr.ImageSlider:
@@ -358,7 +362,7 @@ def run_on_new_image(
     button: gr.Button,
     api_name: str,
     others: Sequence[Component] = (),
-    progress: Component | None = None,
+    progress: Sequence[Component] = (),
 ) -> gr.State:
     """Run whenever the images change, and show only the results of the present images.
 
@@ -375,7 +379,7 @@ def run_on_new_image(
         button: starts a run by hand.
         api_name: name of the function in Gradio's API.
         others: further components that a new image or model empties.
-        progress: the result that shows progress and errors; by default the first.
+        progress: the results that show progress; by default the first.
 
     Returns:
         The state that holds the :class:`Runs`.
@@ -406,17 +410,26 @@ def run_on_new_image(
     def run_if_given(*values: Any) -> Any:
         return one_or_all(blank) if any(values[i] is None for i in places) else run(*values)
 
-    # Only one result shows progress and errors: one message, not one in each.
-    shown: Any = {"show_progress_on": progress or outputs[0], "trigger_mode": "multiple"}
+    shown: Any = {
+        "show_progress_on": list(progress) or outputs[0],
+        "trigger_mode": "multiple",
+    }
     private: Any = {"api_visibility": "private"}
     quiet: Any = {"show_progress": "hidden", **private}
     count = len(outputs)
     by_hand = button.click(
         latest_only(run, count), [*inputs, runs], outputs, api_name=api_name, **shown
     )
-    by_itself = turn.change(
-        latest_only(run_if_given, count), [*inputs, runs], outputs, **shown, **private
-    )
+    numbered = latest_only(run_if_given, count)
+
+    def run_in_turn(*values: Any) -> Any:
+        # The browser sends the images that it shows by now. If they are others than those of this
+        # turn, their own turn follows, and would repeat an error.
+        if values[-1].turn[1:] != tuple(values[i] for i in places):
+            return one_or_all((gr.skip(),) * count)
+        return numbered(*values)
+
+    by_itself = turn.change(run_in_turn, [*inputs, runs], outputs, **shown, **private)
     # Through the queue: without it a change of a state triggers nothing.
     gr.on(
         [*(image.change for image in images), model.change],

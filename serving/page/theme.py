@@ -10,7 +10,8 @@ from gradio.themes.utils.colors import Color
 from serving.brand import STYLE
 
 OWN = Path(__file__).with_name("page.css").read_text()
-# Tells screen readers what Gradio does not: names of examples, and which accordions are open.
+# Says what Gradio does not: to screen readers names of examples and which accordions are open, to
+# everybody that an image cannot be shown.
 NAMES = """
 const name_parts = () => {
   for (const image of document.querySelectorAll('.ade-examples button img[alt=""]'))
@@ -21,6 +22,11 @@ const name_parts = () => {
 new MutationObserver(name_parts).observe(
   document.documentElement, { childList: true, subtree: true });
 document.addEventListener("click", () => setTimeout(name_parts));
+for (const [event, failed] of [["error", true], ["load", false]])
+  document.addEventListener(event, ({ target }) => {
+    if (target.tagName === "IMG")
+      target.closest(".ade-pixels")?.classList.toggle("ade-unshown", failed);
+  }, { capture: true });
 """
 # In the page's head, because Gradio rewrites what it gets as `css`.
 HEAD = f"<style>{STYLE}\n{OWN}</style><script>{NAMES}</script>"

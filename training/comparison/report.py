@@ -33,6 +33,8 @@ from training.runs import RunError, latest_checkpoint, write_text
 from training.weights import count_weights
 
 GRID = 8  # samples per side
+# Findings in the plural.
+SEVERAL = {"holds": "hold", "does not hold here": "do not hold here"}
 SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
 CAPTIONS = {
     "bpd": "L_C, bits per dimension",
@@ -134,7 +136,10 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
         return verdict_card(
             "no_verdict", "Too few systems were measured.", heading="No verdict yet"
         )
-    counts = ", ".join(f"{count} {finding}" for finding, count in found.most_common())
+    counts = ", ".join(
+        f"{count} {SEVERAL.get(finding, finding) if count > 1 else finding}"
+        for finding, count in found.most_common()
+    )
     holds = found[Finding.HOLDS.value.strip("*")]
     return verdict_card(
         "accept" if 2 * holds >= total else "no_verdict",
