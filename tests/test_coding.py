@@ -241,7 +241,7 @@ def test_the_net_rate_is_the_bound(
 ) -> None:
     """Neither more nor less, for images that the model fits.
 
-    It would be less where a model is surprised: the coder gives a value that is more than about 5.5
+    It would be less where a model is surprised: the coder gives a value that is more than about 5
     standard deviations from its mean 24 bits, and a Gaussian more.
     """
     coder, model = coded
