@@ -129,7 +129,7 @@ class ImageCoder:
         first = step["first_pixel_kept"]
         if first is None:  # by channels
             kept = len(x) // 2
-            places = slice(kept * x[0].size, None)
+            places: slice | np.ndarray = slice(kept * x[0].size, None)
             seen = x[:kept]
         else:
             places = _changed(x.shape, first)

@@ -20,6 +20,7 @@ from ade_model.checkpoint import save_model
 from tests.helpers import DATA, PRETRAINED, make_model
 
 if TYPE_CHECKING:
+    from serving.engine.engine import InferenceEngine
     from tests.service import RunningService
 
 
@@ -50,8 +51,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_corrupted_images() -> Iterator[None]:
+    """Corrupt 20 images in each way instead of 200: most of what a small calibration costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.verdict.calibrate.CORRUPTED", 20)
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(
-    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path,
+    small_images: np.ndarray,
+    few_corrupted_images: None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A bundle of that checkpoint, exported and calibrated by the real code."""
     from export.verdict.calibrate import calibrate_bundle
@@ -63,6 +75,14 @@ def tiny_bundle(
         folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners"
     )
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def pretrained_engine() -> InferenceEngine:
+    """An engine of the shipped bundle, for tests that do not change it."""
+    from serving.engine.engine import InferenceEngine
+
+    return InferenceEngine(PRETRAINED, device="cpu")
 
 
 @pytest.fixture

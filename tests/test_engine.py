@@ -22,9 +22,9 @@ from serving.verdict.calibration import CalibrationError, Calibrations
 from tests.helpers import PRETRAINED, with_calibrations
 
 
-@pytest.fixture(scope="module")
-def engine() -> InferenceEngine:
-    return InferenceEngine(PRETRAINED, device="cpu")
+@pytest.fixture
+def engine(pretrained_engine: InferenceEngine) -> InferenceEngine:
+    return pretrained_engine
 
 
 @pytest.fixture(scope="module")
@@ -371,17 +371,19 @@ def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) 
     assert list(result)[-3:] == ["notes", "decision", "decision_reason"]
 
 
-def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) -> None:
+def test_each_path_has_its_own_verdict(
+    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray
+) -> None:
     """In one batch, the same pixels are judged by the calibration of their kind, resized or not."""
     from export.verdict.calibrate import calibrate_bundle
 
-    larger = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in real_images[200:]]
+    larger = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in small_images[200:]]
     told: list[str] = []
     made = calibrate_bundle(
-        PRETRAINED,
+        tiny_bundle,
         tmp_path / "out",
-        [*real_images[:60], *larger[:30], b"junk"],
-        [*real_images[60:160], *larger[30:]],
+        [*small_images[:60], *larger[:30], b"junk"],
+        [*small_images[60:160], *larger[30:]],
         "mixed",
         told.append,
     )
@@ -395,23 +397,23 @@ def test_each_path_has_its_own_verdict(tmp_path: Path, real_images: np.ndarray) 
     )
     assert any("left out 1 images: image 90: not an image" in line for line in told)
     engine = InferenceEngine(tmp_path / "out", device="cpu", operations=["score"])
-    images = np.stack([real_images[0]] * 3)
+    images = np.stack([small_images[0]] * 3)
     exact, resized, again = engine.score(images, seeds=[0, 5, 0], resized=[False, True, False])
     assert exact.verdict == again.verdict != resized.verdict and resized.verdict is not None
     assert resized.verdict.explain != exact.verdict.explain
-    picture = file(np.repeat(np.repeat(real_images[0], 2, 0), 2, 1))
+    picture = file(np.repeat(np.repeat(small_images[0], 2, 0), 2, 1))
     (answer,) = Service("score", engine).answer(
-        [as_json(images=[file(real_images[0]), picture], resize="fit", alpha=0.05)]
+        [as_json(images=[file(small_images[0]), picture], resize="fit", alpha=0.05)]
     )
     first, second = json.loads(answer.body)["results"]
     assert first["p_value"] == exact.verdict.p_value and second["decision"] in ("accept", "reject")
     assert "notes" not in first and [note.split()[0] for note in second["notes"]] == ["resized"]
     with pytest.raises(CalibrationError, match="exists"):
-        calibrate_bundle(PRETRAINED, tmp_path / "out", larger, larger, "larger")
+        calibrate_bundle(tiny_bundle, tmp_path / "out", larger, larger, "larger")
     with pytest.raises(
         CalibrationError, match="fitting: none of 2 images could be used: image 0: not an image"
     ):
-        calibrate_bundle(PRETRAINED, tmp_path / "other", [b"junk", b""], larger, "junk")
+        calibrate_bundle(tiny_bundle, tmp_path / "other", [b"junk", b""], larger, "junk")
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".other*"))
 
 

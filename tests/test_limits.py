@@ -18,7 +18,6 @@ from serving.api.requests import FilesRequest, RawRequest, decode_images
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
-from tests.helpers import PRETRAINED
 from tests.service import RunningService
 
 CASES = (
@@ -37,9 +36,9 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def engine() -> InferenceEngine:
-    return InferenceEngine(PRETRAINED, device="cpu")
+@pytest.fixture
+def engine(pretrained_engine: InferenceEngine) -> InferenceEngine:
+    return pretrained_engine
 
 
 def request(images: np.ndarray | None = None, **parameters: object) -> RawRequest:

@@ -33,13 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected() -> float:
+def expected(pretrained_engine: InferenceEngine) -> float:
     """The service's score."""
-    return (
-        InferenceEngine(PRETRAINED, device="cpu")
-        .score(read_image(CAT.read_bytes()).pixels[None])[0]
-        .bpd
-    )
+    return pretrained_engine.score(read_image(CAT.read_bytes()).pixels[None])[0].bpd
 
 
 def test_python(folder: Path, expected: float) -> None:

@@ -17,15 +17,15 @@ from export.verdict.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import conformal_p_values
-from tests.helpers import PRETRAINED, ROOT, large_data, needs_data
+from tests.helpers import ROOT, large_data, needs_data
 
 ALPHAS = (0.1, 0.05, 0.01)
 LEAST = {"chars74k": 0.95, "textures": 0.94, **dict.fromkeys(CORRUPTIONS, 0.99)}
 
 
-@pytest.fixture(scope="module")
-def engine() -> InferenceEngine:
-    return InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
+@pytest.fixture
+def engine(pretrained_engine: InferenceEngine) -> InferenceEngine:
+    return pretrained_engine
 
 
 def test_corrupted_images_are_found_among_a_few(

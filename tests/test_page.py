@@ -22,7 +22,15 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, PngImagePlugin
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    FilePayload,
+    Locator,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 from serving.api.latents import with_level
 from serving.client import AdeClient
@@ -845,7 +853,7 @@ def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_pat
 
 FILLED = {  # the result of each tab after its first example is chosen
     "Score": ".ade-verdict",
-    "Score many": ".ade-empty",
+    "Score many": ".ade-results tbody tr",
     "Sample": ".ade-grid img",
     "Reconstruct": "img[src*='strip.png']",
     "Explore": "img[src*='strip.png']",
@@ -859,6 +867,14 @@ def filled(page: Page, tab: str) -> Locator:
     panel = panel_of(page)
     if tab in ("Score", "Reconstruct"):
         panel.locator(".ade-examples button:has(img)").nth(6).click()
+    elif tab == "Score many":
+        files: list[FilePayload] = [
+            {"name": f"{name}.png", "mimeType": "image/png", "buffer": data}
+            for name, data in (("broken", b"nothing"), ("noise", draw("noise")))
+        ]
+        panel.locator("input[type=file]").first.set_input_files(files)
+        expect(panel.get_by_role("row", name="noise.png")).to_be_visible()
+        panel.get_by_role("button", name="Score all").click()
     expect(panel.locator(FILLED[tab]).filter(visible=True).first).to_be_visible()
     return panel
 

@@ -11,7 +11,6 @@ from serving.engine.engine import InferenceEngine
 from serving.images import lossless_bits
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import MEANINGS, compute_statistics, meaning, statistic_names
-from tests.helpers import PRETRAINED
 
 
 def outputs(
@@ -128,17 +127,18 @@ def test_a_flat_image_has_finite_statistics(value: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 31, 32, 33])
-def test_statistics_do_not_depend_on_the_batch(batch: int, real_images: np.ndarray) -> None:
-    engine = InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
-    few = engine.statistics(real_images[:1])
-    many = engine.statistics(real_images[:batch])
+def test_statistics_do_not_depend_on_the_batch(
+    batch: int, pretrained_engine: InferenceEngine, real_images: np.ndarray
+) -> None:
+    few = pretrained_engine.statistics(real_images[:1])
+    many = pretrained_engine.statistics(real_images[:batch])
     assert few.keys() == many.keys() and all(
         np.array_equal(few[name][0], many[name][0]) for name in few
     )
 
 
-def test_every_statistic_has_a_meaning() -> None:
-    engine = InferenceEngine(PRETRAINED, device="cpu", operations=["score"])
+def test_every_statistic_has_a_meaning(pretrained_engine: InferenceEngine) -> None:
+    engine = pretrained_engine
     assert engine.calibration is not None
     names = [*statistic_names(engine.image_shape, engine.latent_shapes), DISTANCE, ENERGY]
     assert all(meaning(name) for name in (*names, *engine.calibration.names))

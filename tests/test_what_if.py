@@ -15,6 +15,7 @@ from scipy import stats
 
 from ade_cli.advice import advice
 from ade_cli.main import main
+from export.verdict import calibrate
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.what_if import ALPHAS, corruptions_of, rejected, usable, what_if
 from serving.engine.engine import InferenceEngine
@@ -79,7 +80,7 @@ def test_a_calibration_says_what_it_catches(
     calibrations = engine.calibrations
     assert calibrations.exact is not None
     assert set(calibrations.exact.corrupted) == {*CORRUPTIONS, *SUBTLE}
-    images, _ = usable(engine, small_images[150:])
+    images, _ = usable(engine, small_images[150 : 150 + calibrate.CORRUPTED])
     for name, its in corruptions_of(images).items():
         (share,) = rejected(engine, calibrations, its, [0.1])
         assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
