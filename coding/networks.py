@@ -48,8 +48,7 @@ class Networks:
         if program["format_version"] != FORMAT_VERSION:
             raise CodingError(
                 f"{bundle.folder / CODEC_NAME}: format_version must be {FORMAT_VERSION}, got "
-                f"{program['format_version']!r}: add the codec again with ade export "
-                f"{bundle.folder} OUT --with-codec"
+                f"{program['format_version']!r}: export the bundle with its codec again"
             )
         with np.load(io.BytesIO(bundle.file(CODEC_ARRAYS_NAME).read_bytes())) as file:
             arrays = {name: file[name] for name in file.files}

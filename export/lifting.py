@@ -34,7 +34,7 @@ class Lifting:
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """The steps without rounding, of ``(n, ...)``."""
-        y = x * self.signs[:, None]
+        y: np.ndarray = x * self.signs[:, None]
         for step in self.steps / 2.0**COEFFICIENT_BITS:
             y = y + step @ y
         return y
