@@ -430,7 +430,10 @@ def test_a_model_has_the_licence_that_its_owner_states(
     tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     assert open_bundle(tiny_bundle).manifest["licence"] is None
-    served = SimpleNamespace(bundles={"tiny": open_bundle(tiny_bundle)}, calibrations={})
+    served = SimpleNamespace(
+        bundles={"tiny": open_bundle(tiny_bundle)},
+        calibrations={"tiny": SimpleNamespace(exact=None)},
+    )
     assert "Licence not stated" in card(served, "tiny")
     export_bundle(
         tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None, licence="CC0-1.0"
