@@ -56,15 +56,17 @@ def save_model(model: ADEModel, folder: Path, about: dict[str, Any]) -> None:
 def round_to_half(model: ADEModel) -> None:
     """Round the large weights of the VAE to half precision, in place.
 
-    :func:`save_model` then needs half the space for them. The flow keeps its weights: its inverse
-    and its Jacobian magnify differences. The bounds of 1,000 test images of CIFAR-10 changed by
-    0.00003 bits per dimension at most, and by 0.000001 on average.
+    :func:`save_model` then needs half the space for them. The flow keeps its weights, because its
+    inverse and its Jacobian magnify differences, and so does a tensor with a value that half
+    precision cannot hold. The bounds of 1,000 test images of CIFAR-10 changed by 0.00003 bits per
+    dimension at most, and by 0.000001 on average.
     """
     for network in (model.decoder, model.encoder):
         if network is not None:
             for weight in network.parameters():
-                if weight.numel() >= MIN_HALF:
-                    weight.data = weight.data.half().float()
+                half = weight.data.half()
+                if weight.numel() >= MIN_HALF and torch.isfinite(half).all():
+                    weight.data = half.float()
 
 
 def _compact(tensor: Tensor) -> Tensor:

@@ -159,6 +159,18 @@ def test_large_weights_of_the_vae_are_stored_in_half_precision_once_rounded(tmp_
         assert value.dtype == torch.float32 and torch.equal(value, model.state_dict()[name])
 
 
+def test_a_weight_beyond_half_precision_is_kept() -> None:
+    model = make_model(
+        ModelConfig(image_size=8, widths=(64, 32), latent_channels=(2, 2), decoder_blocks=(1, 1))
+    )
+    assert model.encoder is not None
+    weight = next(p for p in model.encoder.parameters() if p.numel() >= MIN_HALF)
+    weight.data[0, 0] = 1e5
+    before = weight.detach().clone()
+    round_to_half(model)
+    assert torch.equal(weight, before)
+
+
 def test_wrong_shapes_are_named() -> None:
     model = make_model()
     with pytest.raises(ShapeError, match=r"x must be \(N, 3, 8, 8\), got \(2, 3, 9, 8\)"):

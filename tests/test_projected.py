@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ade_model import ConfigError
 from tests.helpers import make_folder, narrow
@@ -22,7 +23,14 @@ from training.losses import hinge_discriminator_loss
 from training.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from training.projected import ProjectedDiscriminator
 from training.recipes import TrainConfig, recipe, saw_efficientnet
-from training.runs import latest_checkpoint, start_from
+from training.runs import (
+    Progress,
+    RunError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    start_from,
+)
 from training.step import Trainer
 from training.weights import count_weights
 
@@ -137,6 +145,19 @@ def test_the_discriminator_learns_and_the_generator_gets_its_gradient(
     assert any("to_mean" in name for name in seen) and not any(
         name.startswith("flow.") for name in seen
     )
+
+
+def test_a_run_with_an_earlier_discriminator_is_not_resumed(tmp_path: Path) -> None:
+    before = trainer()
+    folder = save_checkpoint(tmp_path, before, Progress(), {"recipe": "av-ade-pd"})
+    path = folder / "discriminator.safetensors"
+    heads = {k: v for k, v in load_file(path).items() if k.startswith("heads.")}
+    save_file(heads, path)
+    after = trainer(seed=5)
+    kept = {k: v.clone() for k, v in after.model.state_dict().items()}
+    with pytest.raises(RunError, match="its discriminator is that of an earlier version"):
+        load_checkpoint(folder, after)
+    assert all(torch.equal(v, kept[k]) for k, v in after.model.state_dict().items())
 
 
 def test_hinge_loss() -> None:

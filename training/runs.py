@@ -141,14 +141,23 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
-    """Load a checkpoint into a trainer that was built from the same configuration."""
+    """Load a checkpoint into a trainer that was built from the same configuration.
+
+    Raises:
+        RunError: the checkpoint's discriminator is of an earlier version.
+    """
+    if trainer.discriminator is not None:
+        theirs = safetensors.torch.load_file(folder / DISCRIMINATOR_NAME)
+        if _shapes(theirs) != _shapes(trainer.discriminator.state_dict()):
+            raise RunError(
+                f"{folder} cannot be resumed: its discriminator is that of an earlier version; "
+                "start a new run from its weights instead"
+            )
+        trainer.discriminator.load_state_dict(theirs)
     trainer.ema.load_state_dict(safetensors.torch.load_file(folder / EMA_NAME))
     trainer.model.load_state_dict(safetensors.torch.load_file(folder / RAW_NAME))
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
-    if trainer.discriminator is not None and trainer.d_optimizer is not None:
-        trainer.discriminator.load_state_dict(
-            safetensors.torch.load_file(folder / DISCRIMINATOR_NAME)
-        )
+    if trainer.d_optimizer is not None:
         _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
     state = json.loads((folder / STATE_NAME).read_text())
     trainer.step = state["step"]
