@@ -303,6 +303,7 @@ class Runs:
         self.latest = 0
         self.failed = 0
         self.turn: tuple[str | None, ...] = ()  # the model and the images that are on the page
+        self.is_due = False  # whether the turn's run has yet to start
 
     def start(self) -> int:
         """Number a run; from now on, the results of earlier ones are out of date."""
@@ -399,7 +400,7 @@ def run_on_new_image(
         if runs.turn == (model, *chosen):
             return (gr.skip(),) * (len(blank) + len(others) + 1)
         runs.start()
-        runs.turn = (model, *chosen)
+        runs.turn, runs.is_due = (model, *chosen), True
         return (*blank, *(None for _ in others), runs.turn)
 
     def clear_if_failed(runs: Runs) -> Any:
@@ -424,9 +425,12 @@ def run_on_new_image(
 
     def run_in_turn(*values: Any) -> Any:
         # The browser sends the images that it shows by now. If they are others than those of this
-        # turn, their own turn follows, and would repeat an error.
-        if values[-1].turn[1:] != tuple(values[i] for i in places):
+        # turn, their own turn follows; if it came first, their run was started. Two runs would
+        # report an error twice.
+        runs = values[-1]
+        if not runs.is_due or runs.turn[1:] != tuple(values[i] for i in places):
             return one_or_all((gr.skip(),) * count)
+        runs.is_due = False
         return numbered(*values)
 
     by_itself = turn.change(run_in_turn, [*inputs, runs], outputs, **shown, **private)
