@@ -21,6 +21,7 @@ from ade_model.iaf import InverseAutoregressiveStep
 from ade_model.layers import ResidualBlock, conv3x3
 
 MAX_LOG_SCALE = 4.0
+MAX_LOG_WIDENING = 1.0
 # Initial sigma of a model whose y is pixels: from 1, training would spend its budget on shrinking
 # sigma to the scale of pixels.
 PIXEL_LOG_SIGMA = -2.0
@@ -32,6 +33,15 @@ def bounded(log_scale: Tensor) -> Tensor:
     With unbounded ones, adversarial training diverged.
     """
     return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
+
+
+def posterior_log_scale(prior: Tensor, correction: Tensor) -> Tensor:
+    """Return the log-scale of a posterior: its prior's, corrected, at most about e times as wide.
+
+    A wider one costs bits and is of no use. Networks asked for it on images unlike all training
+    images, which then cost so many bits that float32 lacked the digits for them.
+    """
+    return bounded(prior + correction.clamp(max=MAX_LOG_WIDENING))
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,9 @@ class Level(nn.Module):
         prior = self.prior(features)
         both = torch.cat([features, encoded], dim=1)
         shift, log_scale = self.posterior_net(both).to(prior.mean.dtype).chunk(2, dim=1)
-        posterior = DiagonalGaussian(prior.mean + shift, bounded(prior.log_scale + log_scale))
+        posterior = DiagonalGaussian(
+            prior.mean + shift, posterior_log_scale(prior.log_scale, log_scale)
+        )
         z = posterior.sample(eps)
         log_q = posterior.log_prob_terms(z)
         if self.iaf is None:

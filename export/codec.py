@@ -35,7 +35,7 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.flow import Unsqueezed
 from ade_model.model import ADEModel
 from ade_model.quantization import NUM_LEVELS
-from ade_model.vae import Decoder, Level, bounded
+from ade_model.vae import Decoder, Level, posterior_log_scale
 from export.lifting import COEFFICIENT_BITS, factorize
 from export.to_onnx import point_at_weights, traced
 from serving.engine.bundle import (
@@ -89,7 +89,7 @@ class _Posterior(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         assert self.net is not None
         shift, log_scale = self.net(torch.cat([features, encoded], dim=1)).chunk(2, dim=1)
-        return prior_mean + shift, bounded(prior_log_scale + log_scale)
+        return prior_mean + shift, posterior_log_scale(prior_log_scale, log_scale)
 
 
 class _Stage(nn.Module):

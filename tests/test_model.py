@@ -141,6 +141,22 @@ def test_decoding_an_encoding_is_the_reconstruction() -> None:
     )
 
 
+def test_a_posterior_is_hardly_wider_than_its_prior() -> None:
+    """Whatever its network asks for; narrower ones are as asked for."""
+    model = make_model()
+    for level in model.decoder.resolutions:
+        if level.posterior_net is not None:
+            half = level.posterior_net[-1].out_channels // 2
+            with torch.no_grad():
+                level.posterior_net[-1].bias[half:] = torch.linspace(-1, 50, half)
+    encoded = model.encoder(model.flow(torch.rand(2, 3, 8, 8))[0])
+    noise = [torch.zeros(2, *shape) for shape in model.config.latent_shapes]
+    for draw in model.decoder.infer(encoded, noise)[0]:
+        wider = draw.posterior.log_scale - draw.prior.log_scale
+        assert 0.9 < wider.max() < 1.5
+        assert wider.min() < -0.5
+
+
 def test_large_weights_of_the_vae_are_stored_in_half_precision_once_rounded(tmp_path) -> None:
     model = make_model(
         ModelConfig(image_size=8, widths=(64, 32), latent_channels=(2, 2), decoder_blocks=(1, 1))
