@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ade_cli.data_options import percent, say
-from ade_cli.image_files import FileError, files_of
+from ade_cli.image_files import FileError, check_parent, files_of
 from ade_cli.image_sets import ImageSet
 from export.verdict.feedback import AUDIT, give_feedback
 from export.verdict.what_if import Way, WhatIf, what_if
@@ -131,10 +131,12 @@ def _what_if(args: argparse.Namespace) -> None:
     names = [path.stem for path in args.ood]
     if len(set(names)) < len(names):
         raise DataError(f"sets of OOD images need different names, got {', '.join(names)}")
+    if args.report is not None:
+        check_parent(args.report)
     engine = InferenceEngine(open_bundle(args.bundle), device="cpu", operations=["score"])
     found = what_if(
         engine,
-        engine.store.get(args.calibration),
+        engine.store.usable(args.calibration),
         ImageSet(args.data, args.images),
         {path.stem: ImageSet(path, args.images) for path in args.ood},
         args.per_day,

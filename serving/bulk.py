@@ -109,7 +109,7 @@ class FileScorer:
                 f"{bundle.name} cannot score: it was trained without an inference network"
             )
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-        self.calibrations = self._engine.store.get(options.calibration)
+        self.calibrations = self._engine.store.usable(options.calibration)
         if version not in (None, self.calibrations.version):
             raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
         self._read_file = read or (lambda path: read_file((folder or Path()) / path))
@@ -267,7 +267,7 @@ def _unless_link(path: str, flags: int) -> int:
 
 def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
     """Count the rows of an unfinished file and cut off an incomplete last line."""
-    end, count, last = 0, -1, b""
+    end, count, paths = 0, -1, image_paths(folder)
     with open(part, "rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
@@ -277,19 +277,18 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
                     f"{part} was started with {_parsed(line)}, this call has {head}: "
                     "remove the file to start again"
                 )
-            end, count, last = end + len(line), count + 1, line
+            if count >= 0:
+                found, expected = json.loads(line)["path"], next(paths, None)
+                if found != expected:
+                    raise BulkError(
+                        f"{folder} has changed since {part} was started: its file {count + 1} is "
+                        f"{expected}, it was {found}; remove the .part file to start again"
+                    )
+            end, count = end + len(line), count + 1
     os.truncate(part, end)
     if count < 0:
         part.write_text(json.dumps(head) + "\n")
         return 0
-    if count:
-        expected = next(islice(image_paths(folder), count - 1, None), None)
-        found = json.loads(last)["path"]
-        if found != expected:
-            raise BulkError(
-                f"{folder} has changed since {part} was started: its file {count} is {expected}, "
-                f"it was {found}; remove the .part file to start again"
-            )
     return count
 
 

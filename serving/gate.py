@@ -78,6 +78,7 @@ class Gate:
             raise BundleError(f"{bundle} has no score: it was trained without an inference network")
         self.alpha = alpha
         self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
+        self._engine.store.usable()
 
     def check(
         self, images: ImageLike | Sequence[ImageLike], calibration: str = DEFAULT

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from serving.gate import Decision, Gate
+from serving.messages import show
 from serving.verdict.store import UnknownCalibration
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class GateMiddleware:
             503 at once.
         calibration: returns the name of the calibration for a request, given its ASGI scope (path,
             headers). The default is the bundle's own. A name that the bundle lacks is answered 422.
+        text_fields: names of the form fields that the app reads as text. Forms with others are
+            refused: an app that takes ``bytes`` finds an image in a text field as well, and the
+            gate checks files alone.
 
     Raises:
         ValueError: an option is not one of its values.
@@ -65,6 +69,7 @@ class GateMiddleware:
         threads: int = 1,
         waiting: int = 32,
         calibration: Callable[[MutableMapping[str, Any]], str] | None = None,
+        text_fields: Collection[str] = (),
     ) -> None:
         for name, action in (("on_reject", on_reject), ("on_no_verdict", on_no_verdict)):
             if action not in ("reject", "flag"):
@@ -83,6 +88,7 @@ class GateMiddleware:
         self._pool = ThreadPoolExecutor(threads, "gate")
         self._room = waiting
         self._calibration = calibration
+        self._text_fields = text_fields
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -93,7 +99,7 @@ class GateMiddleware:
             return
         try:
             body = await _read(Request(scope, receive))
-            images = await _images(scope, body)
+            images = await _images(scope, body, self._text_fields)
         except ClientDisconnect:
             return
         except _Refused as refused:
@@ -155,7 +161,9 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
+async def _images(
+    scope: MutableMapping[str, Any], body: bytes, text_fields: Collection[str]
+) -> list[bytes]:
     """The files that a request carries, at least one."""
     request = Request(scope, _replay(body))
     types = request.headers.getlist("content-type")
@@ -169,13 +177,18 @@ async def _images(scope: MutableMapping[str, Any], body: bytes) -> list[bytes]:
     if kind == "multipart/form-data":
         try:
             async with request.form() as form:
-                files = [
-                    await value.read()
-                    for _, value in form.multi_items()
-                    if isinstance(value, UploadFile)
-                ]
+                fields = form.multi_items()
+                files = [await file.read() for _, file in fields if isinstance(file, UploadFile)]
         except Exception as error:  # Starlette raises errors of its own and of the parser
             raise _Refused(400, "malformed_request", "the form cannot be parsed") from error
+        for name, value in fields:
+            if not isinstance(value, UploadFile) and name not in text_fields:
+                raise _Refused(
+                    400,
+                    "unchecked_field",
+                    f"the form's field {show(name)} is text, which is not checked: images must be "
+                    "files, and the option text_fields allows other fields",
+                )
         if files:
             return files
     raise _Refused(

@@ -25,10 +25,12 @@ import psutil
 import pytest
 import tritonclient.http
 
+from handlers.asgi import worker
 from handlers.asgi.application import READY, ApplicationSettings
 from handlers.asgi.forms import raw_request
 from handlers.asgi.launcher import Asgi
 from handlers.asgi.metrics import Metrics
+from handlers.asgi.worker import WorkerSettings
 from handlers.front.forms import MAX_FIELDS
 from handlers.front.releases import Release
 from handlers.launch.options import ServingOptions
@@ -378,6 +380,33 @@ def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningAppli
     assert app.worker("score").pid != worker.pid
 
 
+def test_a_request_that_fails_unexpectedly_leaves_its_neighbours_their_answers(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = WorkerSettings(
+        *(str(tiny_bundle), open_bundle(tiny_bundle).model_id, "sample", "tiny-sample", "1"),
+        *(str(tmp_path), ServingOptions(device="cpu")),
+    )
+    real = worker.raw_request
+
+    def fail_on_junk(content_type: str, body: bytes, *rest: Any) -> Any:
+        if body == b"junk":
+            raise ZeroDivisionError
+        return real(content_type, body, *rest)
+
+    monkeypatch.setattr(worker, "raw_request", fail_on_junk)
+    about = {"id": "1", "probe": False, "v2": None, "content_type": "application/json"}
+    good = b'{"n": 1, "seed": 1}'
+    answers = worker.answer_batch(
+        worker.load_service(settings),
+        "tiny-sample",
+        {"requests": [about] * 3},
+        [good, b"junk", good],
+    )
+    assert [answer.status for answer in answers] == [200, 500, 200]
+    assert b"ZeroDivisionError" not in answers[1].body
+
+
 def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
     worker = app.worker("sample")
     worker.kill()
@@ -565,6 +594,8 @@ def test_v2_answers_are_those_of_the_api(
         ({"shape": [1, 32, 32]}, 400),
         ({"shape": [1, 16, 64, 3]}, 422),
         ({"shape": "x"}, 400),
+        ({"shape": [1] * 100, "data": [1]}, 400),
+        ({"shape": [0, 2**40, 2**40, 2**40], "data": []}, 400),
         ({"datatype": "FP16"}, 422),
         ({"datatype": "FP32"}, 422),
         ({"data": [0.5] * 3072}, 400),
@@ -590,7 +621,7 @@ def test_v2_errors(app: RunningApplication, change: dict[str, Any], status: int)
 
 def test_v2_requests_that_are_no_json(app: RunningApplication) -> None:
     url = f"{app.url}/v2/models/score/infer"
-    for length in ("9", "-1", "x"):
+    for length in ("9", "-1", "x", "1" * 5000):
         answer = httpx.post(url, content=b"{}", headers={"Inference-Header-Content-Length": length})
         assert answer.status_code == 400 and "Inference-Header" in answer.json()["error"]
     assert httpx.post(url, content=b"[" * 1000).status_code == 400

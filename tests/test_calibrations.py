@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle, verify_bundle
-from serving.engine.engine import InferenceEngine
+from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
 from serving.images import write_png
 from serving.verdict.calibration import CalibrationError, Calibrations
@@ -205,6 +206,56 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     assert set(engine.store.broken) == {"pipe", "a b"}
 
 
+def damage(path: Path) -> None:
+    path.write_bytes(b"damaged")
+
+
+def leads_nowhere(path: Path) -> None:
+    path.symlink_to("gone.npz")
+
+
+@pytest.mark.parametrize("make", [damage, leads_nowhere])
+def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
+    bundle: Path, small_images: np.ndarray, make: Callable[[Path], None]
+) -> None:
+    """The bundle's own calibration would accept other images than the user's."""
+    (bundle / "calibrations").mkdir()
+    default = bundle / "calibrations" / "default.npz"
+    make(default)
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    assert engine.store.get().exact is None and "default" in engine.store.broken
+    (score,) = engine.score(small_images[:1])
+    assert isinstance(score, Score) and score.verdict is None
+    with pytest.raises(CalibrationError):
+        Gate(bundle)
+    default.unlink()
+    assert engine.store.get().exact is not None and not engine.store.broken
+
+
+def test_what_is_broken_stays_reported_while_the_folder_cannot_be_read(
+    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(bundle, night_file, "night")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    (bundle / "damaged").write_bytes(b"damaged")
+    add(bundle, bundle / "damaged", "night")
+    engine.store.refresh()
+    assert set(engine.store.broken) == {"night"}
+    with monkeypatch.context() as patch:
+
+        def refuse(folder: Path) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        patch.setattr(store_module, "_files", refuse)
+        engine.store.refresh()
+        assert set(engine.store.broken) == {"night", "*"}
+        fresh = InferenceEngine(bundle, device="cpu", operations=["score"])
+        assert fresh.store.get().exact is None  # who knows what the folder holds?
+    engine.store.refresh()
+    fresh.store.refresh()
+    assert set(engine.store.broken) == {"night"} and fresh.store.get().exact is not None
+
+
 def test_readers_see_a_whole_calibration_while_it_is_replaced(
     bundle: Path, night_file: Path
 ) -> None:
@@ -335,8 +386,11 @@ def test_feedback_joins_once_and_can_be_taken_back(
     assert own.exact is not None and own.resized is not None
     n, n_resized = len(own.exact.scores), len(own.resized.scores)
     before = gate.check(dark[11])[0].p_value
-    done = give_feedback(bundle, "default", [*files, larger, files[0]], [])
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(bytes(2**24 + 1))
+    done = give_feedback(bundle, "default", [*files, huge, larger, files[0]], [])
     assert (done.joined, done.known, done.before) == (13, 0, own.version)
+    assert done.unusable == 1
     after = gate._engine.calibrations
     assert after.version == done.after and after.exact is not None and after.resized is not None
     assert (len(after.exact.scores), len(after.resized.scores)) == (n + 12, n_resized + 1)

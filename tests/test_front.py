@@ -224,6 +224,19 @@ def test_forms_are_read_in_bounded_time(body: bytes, status: int) -> None:
     assert found == status and time.process_time() - started < 0.5
 
 
+def test_the_names_of_a_url_encoded_form_may_be_any_bytes() -> None:
+    kind = "application/x-www-form-urlencoded"
+    for body in (b"calibration=caf%C3%A9&alpha=0.05", b"image=%89PNG", b"a=1&&b", b"%ff=1&%fe=1"):
+        assert checked_type(kind, bytearray(body)) == kind
+    for body, code in (
+        (b"a=1&%61=2", "malformed_request"),
+        (b"&".join(b"a%d=1" % i for i in range(513)), "too_many_images"),
+    ):
+        with pytest.raises(ApiError) as caught:
+            checked_type(kind, bytearray(body))
+        assert caught.value.code == code
+
+
 @pytest.mark.parametrize(
     "method, seen", [("POST", "POST"), ("PUT", "PUT"), ("GET", "GET"), ("HEAD", "GET")]
 )

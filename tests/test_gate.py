@@ -199,6 +199,10 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
         d["decision"] for d in mixed.json()["error"]["decisions"]
     ] == ["accept", "reject"]
     assert client.post("/classify", data={"image": "text"}, files={}).status_code == 415
+    # FastAPI gives an endpoint that takes `bytes = File()` the text of a field, too.
+    picture = "P3 2 1 255 0 0 0 255 255 255"
+    text = client.post("/classify", files={"a": ("a.png", cat)}, data={"image": picture})
+    assert text.status_code == 400 and text.json()["error"]["code"] == "unchecked_field"
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("/stream"):
         pass
     larger = write_png(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))

@@ -94,9 +94,7 @@ def give_feedback(
         (folder / FOLDER).mkdir()
     with locked(folder / FOLDER / LOCK, wait=True):
         engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-        if name in engine.store.broken:
-            raise CalibrationError(engine.store.broken[name])
-        before = engine.store.get(name)
+        before = engine.store.usable(name)
         if before.exact is None:
             raise CalibrationError(f"{bundle.name} is not calibrated: ade calibrate does that")
         files: list[tuple[Path, Given]] = [
@@ -132,7 +130,12 @@ def _read(
     found: dict[str, _Image] = {}
     unusable = 0
     for path, given in files:
-        content = read_file(path)
+        try:
+            content = read_file(path)
+        except OSError as error:
+            report(f"left out {path}: {error.strerror}")
+            unusable += 1
+            continue
         digest = hashlib.sha256(content).hexdigest()
         if digest in found:
             if found[digest].given != given:

@@ -213,7 +213,7 @@ def _find_metrics(metrics: Metrics, path: str) -> Endpoint:
 async def _infer(model: Model, request: Request) -> Answer:
     """Answer a request of the Open Inference Protocol."""
     length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
-    if not length.isdecimal() or int(length) > len(request.body):
+    if not length.isdecimal() or len(length) > 12 or int(length) > len(request.body):
         raise v2.ProtocolError(
             400, "malformed_request", f"{v2.LENGTH_HEADER} must be at most the body's length"
         )

@@ -347,6 +347,8 @@ class _Worker:
                     )
                 )
             raise WorkerError(str(error)) from None
+        if head["leaving"]:
+            raise WorkerError("a request did not fit into memory")
 
     def _measure(self, head: dict[str, Any]) -> None:
         common = {

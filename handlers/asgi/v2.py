@@ -182,7 +182,10 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
             raise malformed(f"{name}: the data is not of the type {one['datatype']}") from None
         if flat.size != count:
             raise malformed(f"{name}: shape {shape} has {count} values, got {flat.size}")
-        found[name] = flat.reshape(shape)
+        try:
+            found[name] = flat.reshape(shape)
+        except ValueError:  # too many dimensions, or beside a 0 too large ones
+            raise malformed(f"{name}: no array can have this shape") from None
     return found
 
 

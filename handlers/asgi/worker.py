@@ -17,13 +17,14 @@ from typing import Any
 from handlers.asgi import v2, wire
 from handlers.asgi.forms import raw_request
 from handlers.launch.options import ServingOptions
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, internal_error
 from serving.api.journal import Journal
 from serving.api.responses import Response, error_response
 from serving.api.service import Service
 from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
 
+logger = logging.getLogger(__name__)
 NO_MEMORY = 70  # exit code: a request did not fit into memory; a new process may have more
 
 
@@ -73,7 +74,11 @@ def serve(connection: socket.socket) -> int:
         ]
         _send(
             connection,
-            {"answers": heads, "measurements": measurements(service)},
+            {
+                "answers": heads,
+                "measurements": measurements(service),
+                "leaving": service.is_exhausted,
+            },
             [answer.body for answer in answers],
         )
         if service.is_exhausted:
@@ -118,13 +123,24 @@ def answer_batch(
                 call, request = v2.parse(model, operation, bundle, body, length, probe, id)
             requests.append(request)
             calls.append(call)
-        except ApiError as error:
+        except Exception as error:  # one request must not take its batch along
+            if not isinstance(error, ApiError):
+                logger.exception("request %s failed", id)
+                error = internal_error()
             answers[i] = error_response(error if length is None else v2.ProtocolError.of(error))
     computed = iter(
-        answer if call is None else v2.respond(call, answer)
+        answer if call is None else _translated(call, answer)
         for call, answer in zip(calls, service.answer(requests) if requests else (), strict=True)
     )
     return [answers[i] if i in answers else next(computed) for i in range(len(bodies))]
+
+
+def _translated(call: v2.Call, answer: Response) -> Response:
+    try:
+        return v2.respond(call, answer)
+    except Exception:
+        logger.exception("an answer could not be translated")
+        return error_response(v2.ProtocolError.of(internal_error()))
 
 
 def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:

@@ -5,7 +5,7 @@ Engines lose repeated fields, and mistake an image under a form's content type f
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -53,11 +53,10 @@ def _check_names(names: list[bytes]) -> None:
 
 
 def _urlencoded_names(body: bytearray) -> list[bytes]:
-    try:
-        fields = parse_qsl(bytes(body), keep_blank_values=True, max_num_fields=MAX_FIELDS)
-    except ValueError:
-        raise _too_many() from None
-    return [name for name, _ in fields]
+    if body.count(b"&") >= MAX_FIELDS:
+        raise _too_many()
+    names = (pair.partition(b"=")[0] for pair in bytes(body).split(b"&"))
+    return [unquote_to_bytes(name.replace(b"+", b" ")) for name in names if name]
 
 
 def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:

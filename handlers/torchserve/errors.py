@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, internal_error
 
 logger = logging.getLogger(__name__)
 _UNREADABLE_FORM = (400, "malformed_request", "the form cannot be parsed")
@@ -47,4 +47,4 @@ def translate(status: int, kind: str, message: str) -> ApiError:
         logger.error("the model server refuses the front's key")
     elif status < 500:
         return ApiError(400, "malformed_request", "the server cannot read the request")
-    return ApiError(500, "internal_error", "the server failed on this request; its log says why")
+    return internal_error()

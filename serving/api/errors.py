@@ -44,6 +44,11 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def internal_error() -> ApiError:
+    """The answer to a request on which the server failed; nothing of the failure is in it."""
+    return ApiError(500, "internal_error", "the server failed on this request; its log says why")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Error:
     """An error as it is written in JSON."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from serving.api.errors import ApiError, is_out_of_memory
+from serving.api.errors import ApiError, internal_error, is_out_of_memory
 from serving.api.journal import Journal
 from serving.api.operations.base import check_available
 from serving.api.operations.registry import OPERATIONS
@@ -189,7 +189,7 @@ class Service:
             return error
         except Exception:
             logger.exception("%s: a request could not be parsed", self._name)
-            return _internal_error()
+            return internal_error()
 
     def _decode(self, parsed: list[Any]) -> list[Any]:
         """Decode the images of parsed requests."""
@@ -224,7 +224,7 @@ class Service:
             return ApiError(
                 503, "overloaded", "the server has no memory left for this: try again later"
             )
-        return _internal_error()
+        return internal_error()
 
     def _compute(self, requests: list[Any], watch: Stopwatch) -> list[Response]:
         with watch("compute"):
@@ -254,7 +254,3 @@ def _within(room: int, parsed: list[Any]) -> list[Any]:
 
 def _overloaded() -> ApiError:
     return ApiError(503, "overloaded", "other requests keep the server busy: try again later")
-
-
-def _internal_error() -> ApiError:
-    return ApiError(500, "internal_error", "the server failed on this request; its log says why")

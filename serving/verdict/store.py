@@ -81,7 +81,8 @@ class CalibrationStore:
     """Hands out calibrations by name; may be used by several threads at once.
 
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
-    stays in use. ``default.npz`` takes the place of the bundle's own calibration.
+    stays in use. ``default.npz`` takes the place of the bundle's own calibration; if it cannot be
+    used from the start, there is no verdict, because the bundle's own would accept other images.
 
     Args:
         own: the bundle's own calibrations.
@@ -100,9 +101,11 @@ class CalibrationStore:
         self._statistics = statistics
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
-        self._current = {DEFAULT: own}
+        # What a file that cannot be read leaves in use.
+        self._current = {DEFAULT: own if folder is None else Calibrations()}
         self._broken: dict[str, str] = {}
         self._checked = -CHECK_S
+        self._was_read = False
         self.refresh()
 
     @property
@@ -137,6 +140,19 @@ class CalibrationStore:
             )
         return found
 
+    def usable(self, name: str = DEFAULT) -> Calibrations:
+        """The calibration of a name, unless its file cannot be used.
+
+        Raises:
+            UnknownCalibration: there is none.
+            CalibrationError: its file, or the whole folder, cannot be used.
+        """
+        found = self.get(name)
+        for reason in (self._broken.get(name), self._broken.get(ALL)):
+            if reason is not None:
+                raise CalibrationError(reason)
+        return found
+
     def refresh(self) -> None:
         """Read what has changed in the folder, unless another thread is doing so."""
         if not self._lock.acquire(blocking=False):
@@ -153,9 +169,10 @@ class CalibrationStore:
         try:
             found = _files(self._folder)
         except OSError as error:  # its former content stays in use
-            self._report({ALL: f"{self._folder} cannot be read: {error.strerror}"})
+            reason = f"{self._folder} cannot be read: {error.strerror}"
+            self._report({**self._broken, ALL: reason})
             return
-        if found == self._seen and ALL not in self._broken:
+        if self._was_read and found == self._seen and ALL not in self._broken:
             return
         current, broken = {DEFAULT: self._own}, {}
         for name, seen in found.items():
@@ -170,6 +187,7 @@ class CalibrationStore:
         # One assignment each: readers see either the former or the new calibrations.
         self._current = current
         self._seen = found
+        self._was_read = True
         self._report(broken)
 
     def _read(self, folder: Path, name: str, seen: _Seen) -> Calibrations:
@@ -203,20 +221,22 @@ def _short(model: str) -> str:
 
 def _files(folder: Path) -> dict[str, _Seen]:
     """Files by the names of their calibrations, without hidden ones, which are being written."""
-    found = {}
+    found: dict[str, _Seen] = {}
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(SUFFIX) and not entry.name.startswith("."):
-                    status = entry.stat()
-                    found[entry.name.removesuffix(SUFFIX)] = (
-                        status.st_ino,
-                        status.st_mtime_ns,
-                        status.st_size,
-                    )
-    except (
-        FileNotFoundError
-    ):  # no folder, or a file was removed meanwhile: the next reading will tell
-        if folder.exists():
-            raise
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return found
+    for entry in entries:
+        if entry.name.endswith(SUFFIX) and not entry.name.startswith("."):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                if not entry.is_symlink():  # removed meanwhile
+                    continue
+                status = entry.stat(follow_symlinks=False)  # leads nowhere: cannot be read
+            found[entry.name.removesuffix(SUFFIX)] = (
+                status.st_ino,
+                status.st_mtime_ns,
+                status.st_size,
+            )
     return found

@@ -178,7 +178,7 @@ class ImageOperation(Operation[ImageParametersT, ImagesRequest[ImageParametersT]
             "items": {
                 "type": "string",
                 "contentEncoding": "base64",
-                "description": "an image file, or an .npy array",
+                "description": "an image file",
             },
         }
     }
