@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> None:
     source = open_source(args.images, args.keep_metadata)
     with progress_bar() as progress:
         report = compress(source, args.out, bundle, not args.no_verify, progress)
-    height, width, channels = bundle.image_shape
-    for line in report.lines(height * width * channels):
+    for line in report.lines():
         print(line)
     if args.no_verify:
         print("not verified: ade decompress shows whether the images come back")

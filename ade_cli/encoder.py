@@ -6,14 +6,16 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.image_files import FileError, check_parent
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
+from training.device import choose_device
 from training.encoder import class_labels, train_encoder
+from training.runs import RunError
 
-ERRORS = (DataError,)
+ERRORS = (DataError, FileError, RunError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not args.minutes > 0:
         raise DataError(f"--minutes must be above 0, got {args.minutes:g}")
+    check_parent(args.out)
+    device = choose_device(args.device)
     dataset = dataset_of(args, None, args.image_size)
     labels = None if args.without_labels else class_labels(dataset)
     images = ImageSet(dataset.parts["train"].images, labels)
-    trained = train_encoder(images, args.minutes, torch.device(args.device), report=say)
+    trained = train_encoder(images, args.minutes, device, report=say)
     example = np.asarray(images.images[:2])
     export_encoder(trained.network, example, trained.outputs, args.out)
     kind = f"{trained.classes} classes" if trained.classes else "no labels"

@@ -21,7 +21,7 @@ from ade_model.iaf import InverseAutoregressiveStep
 from ade_model.layers import ResidualBlock, conv3x3
 
 MAX_LOG_SCALE = 4.0
-MAX_LOG_WIDENING = 1.0
+MAX_LOG_WIDENING = 1.0  # of a posterior, from its prior
 # Initial sigma of a model whose y is pixels: from 1, training would spend its budget on shrinking
 # sigma to the scale of pixels.
 PIXEL_LOG_SIGMA = -2.0
@@ -33,15 +33,6 @@ def bounded(log_scale: Tensor) -> Tensor:
     With unbounded ones, adversarial training diverged.
     """
     return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
-
-
-def posterior_log_scale(prior: Tensor, correction: Tensor) -> Tensor:
-    """Return the log-scale of a posterior: its prior's, corrected, at most about e times as wide.
-
-    A wider one costs bits and is of no use. Networks asked for it on images unlike all training
-    images, which then cost so many bits that float32 lacked the digits for them.
-    """
-    return bounded(prior + correction.clamp(max=MAX_LOG_WIDENING))
 
 
 @dataclass(frozen=True)
@@ -115,8 +106,10 @@ class Level(nn.Module):
         above: int | None,
         infers: bool,
         iaf: bool,
+        is_bounded: bool,
     ) -> None:
         super().__init__()
+        self.is_bounded = is_bounded
         self.above = None if above is None else conv3x3(above, width)
         # The coarsest level starts from a learned map, so that its prior is that of every image.
         if above is None:
@@ -158,9 +151,7 @@ class Level(nn.Module):
         prior = self.prior(features)
         both = torch.cat([features, encoded], dim=1)
         shift, log_scale = self.posterior_net(both).to(prior.mean.dtype).chunk(2, dim=1)
-        posterior = DiagonalGaussian(
-            prior.mean + shift, posterior_log_scale(prior.log_scale, log_scale)
-        )
+        posterior = self.posterior(prior, shift, log_scale)
         z = posterior.sample(eps)
         log_q = posterior.log_prob_terms(z)
         if self.iaf is None:
@@ -170,6 +161,15 @@ class Level(nn.Module):
         z, log_det = self.iaf(z, both)
         log_ratio = log_q - log_det - prior.log_prob_terms(z)
         return Draw(posterior, z, prior, log_ratio, log_ratio)
+
+    def posterior(
+        self, prior: DiagonalGaussian, shift: Tensor, log_scale: Tensor
+    ) -> DiagonalGaussian:
+        """The posterior's Gaussian, from the corrections to the prior's."""
+        corrected = bounded(prior.log_scale + log_scale)
+        if self.is_bounded:
+            corrected = torch.minimum(corrected, prior.log_scale + MAX_LOG_WIDENING)
+        return DiagonalGaussian(prior.mean + shift, corrected)
 
     def finish(self, features: Tensor, z: Tensor | None) -> Tensor:
         """Features that depend on ``z``, for the level below."""
@@ -185,7 +185,10 @@ class Decoder(nn.Module):
         self.patch = config.patch
         above: list[int | None] = [None, *config.widths[:-1]]
         self.levels = nn.ModuleList(
-            Level(width, latents, blocks, size, up, config.encoder, config.posterior_iaf)
+            Level(
+                *(width, latents, blocks, size, up),
+                *(config.encoder, config.posterior_iaf, config.posterior_bound),
+            )
             for width, latents, blocks, size, up in zip(
                 config.widths,
                 config.latent_channels,

@@ -127,7 +127,7 @@ def measure_model(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], s
         assert np.array_equal(np.load(folder / "back.npy"), images)
     f = report.figures
     bound, net = f.bound_bits / f.values, f.coded_bits / f.values
-    paid = f.values + f.initial * images[0].size
+    paid = f.values + f.initial_values
     whole = 8 * (report.archive_bytes - f.stored_bytes) / paid
     rows = [
         Row(

@@ -43,6 +43,8 @@ class Figures:
         coded_bits: their net size, initial bits not counted.
         bound_bits: their size by the bound of ``ade score``; 0 if not computed.
         initial_bytes: size of the images that pay initial bits.
+        initial_values: their pixel values, 0 for files that are stored byte for byte.
+        initial_files: how many of them are such files.
         stored_bytes: size of all other images that the model did not code.
         table_bytes: size of names and lengths.
     """
@@ -54,6 +56,8 @@ class Figures:
     coded_bits: int = 0
     bound_bits: float = 0.0
     initial_bytes: int = 0
+    initial_values: int = 0
+    initial_files: int = 0
     stored_bytes: int = 0
     table_bytes: int = 0
 
@@ -225,6 +229,7 @@ class ChunkCoder:
                 rest,
             ]
         )
+        payers = [picture.pixels for picture in pictures[:paid]]
         figures = Figures(
             images=len(pictures),
             coded=len(coded),
@@ -232,6 +237,8 @@ class ChunkCoder:
             values=int(np.prod(self.image_shape)) * len(coded),
             coded_bits=coded_bits,
             initial_bytes=sum(len(blob) for blob in blobs[:paid]),
+            initial_values=sum(known.size for known in payers if known is not None),
+            initial_files=sum(known is None for known in payers),
             stored_bytes=len(rest),
             table_bytes=len(payload) - 4 * len(words) - len(rest),
         )

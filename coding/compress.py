@@ -43,12 +43,8 @@ class Report:
     bound_seconds: float = 0.0
     not_reproduced: int = 0
 
-    def lines(self, num_values: int) -> list[str]:
-        """The report as text.
-
-        Args:
-            num_values: pixel values of one image that the model codes.
-        """
+    def lines(self) -> list[str]:
+        """The report as text."""
         f = self.figures
         lines = [
             f"{f.images} images: {f.coded} by the model, {f.initial} without it as initial bits, "
@@ -62,10 +58,11 @@ class Report:
                 line += f"; bound of ade score: {bound:.4f} ({net / bound - 1:+.2%})"
             lines.append(line)
             all_bits = 8 * (f.initial_bytes + f.table_bytes) + f.coded_bits
-            lines.append(
-                f"with initial bits ({f.initial_bytes} bytes) and names ({f.table_bytes} bytes): "
-                f"{all_bits / (f.values + f.initial * num_values):.4f} bits per dimension"
-            )
+            if not f.initial_files:  # their number of pixels is not known
+                lines.append(
+                    f"with initial bits ({f.initial_bytes} bytes) and names ({f.table_bytes} "
+                    f"bytes): {all_bits / (f.values + f.initial_values):.4f} bits per dimension"
+                )
         if f.stored_bytes:
             lines.append(f"stored without the model: {f.stored_bytes} bytes")
         if self.resumed:

@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from coding.errors import Damaged
-from serving.images import ImageError, read_image
+from coding.errors import CodingError, Damaged
+from serving.images import MAX_FILE_BYTES, ImageError, read_image
 
 # Formats whose pixels are coded and which are written again from them. Files of other formats, and
 # all whose pixels are not plain 8-bit RGB or grey, are stored byte for byte.
@@ -52,11 +52,14 @@ class Picture:
         if max(rgb.shape) <= 16383:  # the limit of WebP
             Image.fromarray(rgb).save(out, "WEBP", **_WEBP)
         webp = out.getvalue()
-        return (
-            ("w", webp)
-            if webp and (not self.data or len(webp) < len(self.data))
-            else ("f", self.data)
-        )
+        if self.data and not 0 < len(webp) < len(self.data):
+            return "f", self.data
+        if len(webp) > MAX_FILE_BYTES:
+            raise CodingError(
+                f"an image of {rgb.shape[1]} x {rgb.shape[0]} pixels has {len(webp):,} bytes as "
+                f"lossless WebP: an archive can store {MAX_FILE_BYTES:,}"
+            )
+        return "w", webp
 
 
 def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:

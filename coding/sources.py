@@ -52,6 +52,12 @@ class FolderSource:
         self.count = len(self._names)
         if not self.count:
             raise CodingError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        for name in self._names:
+            if "\\" in name or len(name) > 4096:  # other systems take it for a folder
+                raise CodingError(
+                    f"{folder / name}: names in an archive have no backslash and at most 4,096 "
+                    "characters: rename the file"
+                )
         listed = "\n".join([str(keep_metadata), *self._names])
         self.identity = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 

@@ -32,10 +32,11 @@ from ade_model.bijections import (
     Rotation,
 )
 from ade_model.checkpoint import load_model, read_config
+from ade_model.distributions import DiagonalGaussian
 from ade_model.flow import Unsqueezed
 from ade_model.model import ADEModel
 from ade_model.quantization import NUM_LEVELS
-from ade_model.vae import Decoder, Level, posterior_log_scale
+from ade_model.vae import Decoder, Level
 from export.lifting import COEFFICIENT_BITS, factorize
 from export.to_onnx import point_at_weights, traced
 from serving.engine.bundle import (
@@ -82,14 +83,17 @@ class _EncoderMaps(nn.Module):
 class _Posterior(nn.Module):
     def __init__(self, level: Level) -> None:
         super().__init__()
-        self.net = level.posterior_net
+        self.level = level
 
     def forward(
         self, features: Tensor, encoded: Tensor, prior_mean: Tensor, prior_log_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        assert self.net is not None
-        shift, log_scale = self.net(torch.cat([features, encoded], dim=1)).chunk(2, dim=1)
-        return prior_mean + shift, posterior_log_scale(prior_log_scale, log_scale)
+        assert self.level.posterior_net is not None
+        both = torch.cat([features, encoded], dim=1)
+        shift, log_scale = self.level.posterior_net(both).chunk(2, dim=1)
+        prior = DiagonalGaussian(prior_mean, prior_log_scale)
+        found = self.level.posterior(prior, shift, log_scale)
+        return found.mean, found.log_scale
 
 
 class _Stage(nn.Module):

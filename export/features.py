@@ -326,10 +326,11 @@ def _append(graph: GraphProto, names: dict[str, str], ranks: dict[str, int]) -> 
                 f"{source} has {rank} dimensions: features must be (N, F) or (N, F, H, W), logits "
                 "(N, K)"
             )
-        if source != name:
+        if source != name or rank == 4:
             other = f"{_PREFIX}other_{name}"
             _rename(graph, name, other)
             names.update({key: other for key, value in names.items() if value == name})
+            source = names[name]
             if rank == 4:
                 pooled = f"{_PREFIX}pooled"
                 graph.node.append(helper.make_node("GlobalAveragePool", [source], [pooled]))
@@ -366,7 +367,7 @@ def _run(model: ModelProto, names: list[str], images: np.ndarray) -> dict[str, n
 def _check(model: ModelProto, result: dict[str, np.ndarray], images: np.ndarray) -> None:
     """Check that features of real images are finite, vary, and do not depend on the batch."""
     for name, values in result.items():
-        if values.dtype != np.float32 or values.shape[0] != min(CHECKED, len(images)):
+        if values.dtype != np.float32 or values.ndim != 2 or len(values) != len(images[:CHECKED]):
             raise FeaturesError(f"{name} must be float32 (N, F), got {values.dtype} {values.shape}")
         if not np.isfinite(values).all():
             raise FeaturesError(f"{name} of real images are not finite: is the scale right?")

@@ -20,6 +20,7 @@ from scipy import stats
 
 from ade_model.checkpoint import load_model
 from export.feature_source import FeatureSource
+from export.parity import ParityError
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
@@ -47,6 +48,7 @@ from training.evaluate import evaluate
 from training.loop import RunOptions, train
 from training.recipes import recipe
 from training.runs import alone_in, latest_checkpoint, write_json
+from training.step import TrainingDiverged
 
 PARITY_IMAGES = 40
 MEASURED_IMAGES = 1000
@@ -60,6 +62,7 @@ CORRUPTED_IMAGES = 200  # for each kind of corruption
 MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
+GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
 ENCODER_NAME, ENCODER_ABOUT = "encoder.onnx", "encoder.json"
 MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
 
@@ -109,10 +112,9 @@ def _fit(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
     found = _survey(folder, files, dataset, out)
     for line in summary_lines(found):
         step(line)
-    run = _train(plan, dataset, out, step)
-    checkpoint = latest_checkpoint(run)
+    runs = _train(plan, dataset, out, step)
     encoder = _encoder(plan, found, dataset, out, step)
-    bundle = _bundle(plan, found, dataset, checkpoint, encoder, out, step)
+    bundle = _bundle(plan, found, dataset, runs, encoder, out, step)
     if not (out / "report.html").exists():
         step("looking for outliers among the images")
         _report(plan, found, dataset, bundle, out)
@@ -139,9 +141,11 @@ def _survey(folder: Path, files: list[Path], dataset: Dataset, out: Path) -> Sur
     found = survey(picture_sizes(files), dataset)
     for part, least in MIN_IMAGES.items():
         if found.parts[part] < least:
+            names = len({file.name for file in files})
             raise DataError(
                 f"{folder}: about {ENOUGH} different images are needed, got {found.files}; "
-                f"the part {part} needs at least {least} of them and gets {found.parts[part]}"
+                f"the part {part} needs at least {least} of them and gets {found.parts[part]}. "
+                f"Files of one name are in one part: these have {names} names"
             )
     path = out / "survey.json"
     if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):
@@ -150,11 +154,17 @@ def _survey(folder: Path, files: list[Path], dataset: Dataset, out: Path) -> Sur
     return found
 
 
-def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
-    """Train all stages; returns the last stage's run."""
-    before: Path | None = None
+def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
+    """Train all stages; returns their runs, the last one first.
+
+    A later stage that diverges is given up: the model of the one before it is used.
+    """
+    runs: list[Path] = []
     for number, stage in enumerate(plan.stages):
         run = out / f"stage-{number}"
+        before = runs[0] if runs else None
+        if (run / GIVEN_UP).exists():
+            break
         if not (run / "report.md").exists():
             step(f"training {stage.recipe}, {stage.minutes:.0f} minutes")
             config = recipe(stage.recipe, dataset.image_size, dataset.channels, plan.size)
@@ -165,11 +175,17 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path:
                 checkpoint_minutes=2.0,
                 init=None if before is None else str(before),
             )
-            with alone_in(run):
-                train(config, dataset, run, options, resume=(run / "run.json").exists())
-        before = run
-    assert before is not None
-    return before
+            try:
+                with alone_in(run):
+                    train(config, dataset, run, options, resume=(run / "run.json").exists())
+            except TrainingDiverged as error:
+                if not runs:
+                    raise
+                step(f"{error}; the model of the stage before is used")
+                write_json(run / GIVEN_UP, {"error": str(error)})
+                break
+        runs.insert(0, run)
+    return runs
 
 
 def _encoder(
@@ -225,36 +241,25 @@ def _bundle(
     plan: Plan,
     found: Survey,
     dataset: Dataset,
-    checkpoint: Path,
+    runs: list[Path],
     encoder: FeatureSource | None,
     out: Path,
     step: Report,
 ) -> Path:
-    """Measure, export and calibrate; returns the bundle."""
+    """Measure, export and calibrate; returns the bundle.
+
+    A model whose graphs differ from it is given up for that of the stage before.
+    """
     exported, bundle = out / "exported", out / "bundle"
-    if not exported.exists():
-        step("measuring the likelihood of held-out images")
-        tested = _test_images(dataset, found)[:MEASURED_IMAGES]
-        evaluation = {
-            "data": dataset.name,
-            "part": "test",
-            "split": dataset.splits["test"],
-            "images": len(tested),
-            "seed": 0,
-            **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES),
-        }
-        step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
-        images = np.concatenate(
-            [dataset.parts[part].images[:PARITY_IMAGES] for part in ("select", "train")]
-        )
-        export_bundle(
-            checkpoint,
-            exported,
-            plan.name,
-            images[:PARITY_IMAGES],
-            evaluation,
-            licence=plan.licence,
-        )
+    for run in runs:
+        if exported.exists():
+            break
+        try:
+            _export(plan, found, dataset, latest_checkpoint(run), exported, step)
+        except ParityError as error:
+            if run == runs[-1]:
+                raise
+            step(f"{error}; the model of the stage before is used")
     if not bundle.exists():
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)
@@ -277,6 +282,33 @@ def _bundle(
             f"{made.exact.smallest_p_value:.2g} or more are possible"
         )
     return bundle
+
+
+def _export(
+    plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, exported: Path, step: Report
+) -> None:
+    step("measuring the likelihood of held-out images")
+    tested = _test_images(dataset, found)[:MEASURED_IMAGES]
+    evaluation = {
+        "data": dataset.name,
+        "part": "test",
+        "split": dataset.splits["test"],
+        "images": len(tested),
+        "seed": 0,
+        **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES),
+    }
+    step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
+    images = np.concatenate(
+        [dataset.parts[part].images[:PARITY_IMAGES] for part in ("select", "train")]
+    )
+    export_bundle(
+        checkpoint,
+        exported,
+        plan.name,
+        images[:PARITY_IMAGES],
+        evaluation,
+        licence=plan.licence,
+    )
 
 
 def _rows(dataset: Dataset, found: Survey, part: str) -> list[int]:

@@ -42,6 +42,7 @@ TINY = ModelConfig(
     decoder_blocks=(1, 1),
     flow_couplings=2,
     flow_width=8,
+    posterior_bound=True,
 )
 HOLD = """
 import sys

@@ -30,7 +30,8 @@ from ade_model.quantization import dequantize
 from coding import archive as archives
 from coding import chunks, decompress, lattice, networks
 from coding import compress as compressing
-from coding.compress import compress
+from coding.chunks import Figures
+from coding.compress import Report, compress
 from coding.errors import CodingError, Damaged, NotCoded
 from coding.image_coder import ImageCoder
 from coding.pictures import Picture
@@ -483,7 +484,7 @@ def test_chunks_that_do_not_come_back_are_stored_without_the_model(
         source = save_array(tmp_path / "in.npy", small_images[:100])
         report = compress(source, tmp_path / "out.ade", bundle)
     assert report.not_reproduced == 1
-    assert "did not reproduce" in "\n".join(report.lines(192))
+    assert "did not reproduce" in "\n".join(report.lines())
     decompress.decompress(tmp_path / "out.ade", tmp_path / "back.npy", bundle)
     assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:100])
 
@@ -675,6 +676,34 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_text("text")
     with pytest.raises(CodingError, match="not an array"):
         open_source(tmp_path / "a.npy")
+
+
+def test_what_an_archive_cannot_hold_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a" / "b\\c.png")
+    with pytest.raises(CodingError, match="no backslash"):
+        open_source(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    monkeypatch.setattr("coding.pictures.MAX_FILE_BYTES", 4000)
+    with pytest.raises(CodingError, match=r"40 x 40 pixels .* can store 4,000"):
+        Picture(noise).stored()
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    assert Picture(noise, file.getvalue()).stored()[0] in "wf"
+
+
+def test_the_rate_with_initial_bits_is_of_the_images_that_pay_them() -> None:
+    """They may have any size; that of files that are stored byte for byte is not known."""
+    known = Figures(images=3, coded=2, initial=1, values=100, coded_bits=400, initial_bytes=50)
+    for file, initial_values, said in (
+        (0, 100, "(50 bytes) and names (0 bytes): 4.0000"),
+        (1, 0, ""),
+    ):
+        figures = dataclasses.replace(known, initial_values=initial_values, initial_files=file)
+        lines = [line for line in Report(figures).lines() if line.startswith("with initial bits")]
+        assert len(lines) == 1 - file and said in "".join(lines)
 
 
 def test_other_sizes_are_no_larger_than_webp(bundle: Bundle, tmp_path: Path) -> None:

@@ -160,6 +160,23 @@ def test_a_named_value_gives_the_features(small_images: np.ndarray, tmp_path: Pa
     assert "logits" in found
 
 
+def test_maps_are_pooled_whatever_they_are_called(small_images: np.ndarray, tmp_path: Path) -> None:
+    for name in ("features", "maps"):
+        graph = helper.make_graph(
+            [helper.make_node("Abs", ["pixels"], [name])],
+            "g",
+            [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, 8, 8])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+        model.ir_version = 8
+        onnx.save(model, str(tmp_path / "maps.onnx"))
+        source = FeatureSource(tmp_path / "maps.onnx", output=name, preprocess=SCALE)
+        found = run(feature_graph(source, small_images).content, small_images[:3])["features"]
+        means = np.abs((small_images[:3] / 255 - MEAN) / STD).mean((1, 2))
+        np.testing.assert_allclose(found, means, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes, preprocess, output, message",
     [

@@ -13,14 +13,16 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ade_cli.main import main
+from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from fitting.pipeline import _caught, _encoder, fit_folder
+from fitting.pipeline import _bundle, _caught, _encoder, _train, fit_folder
 from fitting.plan import (
     ENCODER_MOST_MINUTES,
     Plan,
@@ -44,6 +46,7 @@ from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from tests.helpers import ROOT, make_folder
 from training.datasets.folder import image_files, load_files, load_folder
+from training.step import TrainingDiverged
 
 
 @pytest.mark.parametrize(
@@ -375,6 +378,63 @@ def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train encoders for minutes of CPU time: they learn on a busy machine, too."""
     clock = SimpleNamespace(monotonic=time.process_time)
     monkeypatch.setattr("training.encoder.time", clock)
+
+
+@pytest.mark.parametrize("fails", [None, 1, 0])
+def test_a_stage_that_diverges_is_given_up_for_the_one_before(
+    fails: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    small_images: np.ndarray,
+) -> None:
+    plan = make_plan("/images", "images", 8, 60, False)
+    assert len(plan.stages) == 2
+    trained: list[tuple[str, str | None]] = []
+
+    def train(config: Any, dataset: Any, run: Path, options: Any, resume: bool) -> None:
+        trained.append((run.name, options.init))
+        if run.name == f"stage-{fails}":
+            raise TrainingDiverged("the loss is not finite")
+        (run / "report.md").touch()
+
+    monkeypatch.setattr("fitting.pipeline.train", train)
+    make_folder(tmp_path / "images", small_images[:60])
+    dataset = load_folder(tmp_path / "images", 8, None, lambda line: None)
+    lines: list[str] = []
+    if fails == 0:
+        with pytest.raises(TrainingDiverged):
+            _train(plan, dataset, tmp_path, lines.append)
+        return
+    for _ in range(2):  # the second time nothing is left to do
+        runs = _train(plan, dataset, tmp_path, lines.append)
+        assert [run.name for run in runs] == ["stage-1", "stage-0"][fails or 0 :]
+    assert trained == [("stage-0", None), ("stage-1", str(tmp_path / "stage-0"))]
+    assert any("the stage before is used" in line for line in lines) == (fails is not None)
+
+
+@pytest.mark.parametrize("unfit", [1, 2])
+def test_a_model_that_cannot_be_exported_is_given_up_for_the_stage_before(
+    unfit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "stage-1", tmp_path / "stage-0"]
+    tried: list[Path] = []
+
+    def export(plan: Any, found: Any, dataset: Any, run: Path, exported: Path, step: Any) -> None:
+        tried.append(run)
+        if len(tried) <= unfit:
+            raise ParityError("an output differs")
+        exported.mkdir()
+
+    monkeypatch.setattr("fitting.pipeline._export", export)
+    monkeypatch.setattr("fitting.pipeline.latest_checkpoint", lambda run: run)
+    (tmp_path / "bundle").mkdir()  # is not made again
+    given: Any = (None, None, None, runs, None, tmp_path, lambda line: None)
+    if unfit == 2:
+        with pytest.raises(ParityError):
+            _bundle(*given)
+    else:
+        assert _bundle(*given) == tmp_path / "bundle"
+    assert tried == runs
 
 
 @pytest.mark.usefixtures("cpu_time")

@@ -307,10 +307,10 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
         "vae-seed0: training",
         "vae-seed0: measuring",
     ]
-    with pytest.raises(RunError, match="finished after 320 images: images cannot be raised to 640"):
+    with pytest.raises(RunError, match="finished after 320 images: its budget cannot be raised"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS))])
     started = (tmp_path / "runs" / "gan-seed0" / "run.json").read_text()
-    with pytest.raises(RunError, match="finished after 320 images: images cannot be raised to 640"):
+    with pytest.raises(RunError, match="finished after 320 images: its budget cannot be raised"):
         run([jobs[3], Job(jobs[2].config, options(2 * STEPS, minutes=60))])
     assert (tmp_path / "runs" / "gan-seed0" / "run.json").read_text() == started
     # A run that was trained on is not what was measured; where rows were measured otherwise, the

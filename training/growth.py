@@ -25,6 +25,7 @@ GROWS = (
     "flow_couplings",
     "flow_blocks",
     "flow_width",
+    "posterior_bound",
 )
 # Rows of the posterior for new latent channels: small, so that their KL is small, but not zero, for
 # a channel that says nothing of the image gives its decoder nothing to learn from.

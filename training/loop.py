@@ -309,7 +309,7 @@ def check_budget(run: Path, inferring_since: int | None, batch_size: int, images
     if inferring_since is not None and inferring_since * batch_size < images:
         raise RunError(
             f"{run} trains its inference network, since its generator was finished after "
-            f"{inferring_since * batch_size:,} images: images cannot be raised to {images:,}"
+            f"{inferring_since * batch_size:,} images: its budget cannot be raised"
         )
 
 

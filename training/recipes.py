@@ -372,7 +372,12 @@ def recipe(
         raise ConfigError(f"d_{min(of_the_discriminator)}: {name} has no discriminator")
     training |= {**system.training, **changes}
     if system.vae:
-        options = {"flow_scales": system.flow_scales, **sized.model, **system.model}
+        options = {
+            "flow_scales": system.flow_scales,
+            "posterior_bound": True,
+            **sized.model,
+            **system.model,
+        }
         if size == "paper":
             options = _paper_networks(options, image_size)
         latents = options.get("latent_channels", ModelConfig.latent_channels)

@@ -171,9 +171,10 @@ def split_by_name(
         if row not in skipped:
             rows[part_of(file.rsplit("/", 1)[-1])].append(row)
     if not rows["train"]:
+        names = {file.rsplit("/", 1)[-1] for file in files}
         raise DataError(
             f"{name}: no image is left to train on: {len(skipped)} of {len(files)} files are "
-            "unusable"
+            f"unusable, and files of one name are in one part (there are {len(names)} names)"
         )
     rows = {part: shuffled(r) for part, r in rows.items()}
     splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
