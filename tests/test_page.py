@@ -499,7 +499,7 @@ def test_explore(page: Page, tmp_path: Path) -> None:
     for _ in range(2):
         remove_image(panel)
     expect(panel.locator("img[src*='strip.png']")).to_have_count(0)
-    expect(panel.get_by_text("The way between two images appears here")).to_be_visible()
+    expect(panel.get_by_text("The interpolation appears here")).to_be_visible()
     page.get_by_role("button", name="Explore", exact=True).click()
     expect(page.get_by_text("There is no image yet").first).to_be_visible()
     for side in ("From", "To"):
@@ -529,7 +529,7 @@ def test_explore(page: Page, tmp_path: Path) -> None:
 def test_levels(page: Page, service: RunningService) -> None:
     show(page, "Explore")
     panel = panel_of(page)
-    unfold(panel, "Level by level, of the first image")
+    unfold(panel, "The first image, level by level")
     panel.get_by_role("radio", name="2", exact=True).check()
     page.get_by_role("button", name="Show its levels").click()
     expect(panel.locator("img[src*='varied.png']")).to_be_visible()

@@ -97,8 +97,8 @@ def card(served: Served, model: str) -> str:
     name = escape(DATA.get(str(data.get("name")), str(data.get("name"))))
     return f"""<article class="ade-part">
 <h2>{escape(bundle.model_id)}</h2>
-<p>{kind[:1].upper()}{kind[1:]}. It knows images of {width} × {height} pixels
-{"in colour" if channels == 3 else "in grey"}, and it has {training.get("weights", 0):,}
+<p>{kind[:1].upper()}{kind[1:]}. It takes images of {width} × {height} pixels
+{"in colour" if channels == 3 else "in grey"} and has {training.get("weights", 0):,}
 weights.</p>
 <div class="ade-figures">{"".join(_figures(manifest))}</div>
 <h3>What it is good for</h3>
@@ -179,8 +179,8 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
         elbo = evaluation["elbo"]
         add(
             f"{elbo['bpd']:.3f} ± {elbo['standard_error']:.3f}",
-            f"bits per dimension on {evaluation['images']:,} held-out images; 8 is no model at "
-            "all, lower is better",
+            f"bits per dimension on {evaluation['images']:,} held-out images; lower is "
+            "better, and uncompressed pixels have 8",
         )
     if "psnr" in evaluation:
         add(

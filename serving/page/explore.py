@@ -37,9 +37,7 @@ FRAME_MS = 120
 FRAME_SCALE = 4
 STEPS = 9
 VARIATIONS = 8
-EMPTY = (
-    "The way between two images appears here: choose an example, or drop an image, on each side."
-)
+EMPTY = "The interpolation appears here: on each side, choose an example or drop an image."
 
 
 def noise_of(data: bytes, client: AdeClient, bundle: Bundle, resize: bool) -> list[np.ndarray]:
@@ -194,16 +192,16 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
             with gr.Row():
                 with gr.Column(min_width=200):
-                    frame = image_output("A place on the way", height=220)
+                    frame = image_output("Interpolated image", height=220)
                     place = gr.Slider(
                         0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False
                     )
                 with gr.Column(min_width=200):
-                    animated = image_output("There and back, animated", height=220)
-            strip = image_strip("The way, step by step")
+                    animated = image_output("Animation, forwards and backwards", height=220)
+            strip = image_strip("Interpolation, step by step")
             gr.Markdown(
-                "From one image to the other through the model's latents. The ends are what the "
-                "model keeps of the two images.",
+                "From one image to the other through the model's latents. The first and the last "
+                "picture are reconstructions of the two images.",
                 elem_classes="ade-caption",
             )
             said = html(empty(EMPTY))
@@ -214,7 +212,7 @@ def add_tab(shared: Shared) -> None:
             elem_classes="ade-caption",
         )
         exchange = image_strip("Fine levels of the second, coarse levels of the first")
-    with gr.Accordion("Level by level, of the first image", open=False):
+    with gr.Accordion("The first image, level by level", open=False):
         with gr.Row():
             level = gr.Radio(
                 list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest"

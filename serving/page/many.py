@@ -215,7 +215,7 @@ def add_tab(shared: Shared) -> None:
                     value=0.1,
                     step=0.01,
                     label="False discovery rate",
-                    info="Expected share of false ones among the images that are reported.",
+                    info="Expected share of false alarms among the reported images.",
                 )
             go = gr.Button("Score all", variant="primary")
         with gr.Column(scale=5, min_width=280, elem_classes="ade-outcome"):

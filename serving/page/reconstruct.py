@@ -39,7 +39,7 @@ def in_words(decibels: float | None) -> str:
         return '<div class="ade-part"><p><strong>Equal to the image</strong>.</p></div>'
     error = 255 * 10 ** (-decibels / 20)
     if decibels >= 35:
-        words = "hardly to be told apart"
+        words = "almost indistinguishable"
     elif decibels >= 25:
         words = "close: fine detail differs"
     else:

@@ -169,7 +169,7 @@ def add_tab(shared: Shared) -> None:
                 buttons=[],
             )
             picked = gr.State(time_to_live=KEPT_S)
-            gr.Markdown("Choose a sample by a click, then:", elem_classes="ade-caption")
+            gr.Markdown("Click a sample, then:", elem_classes="ade-caption")
             handed: Any = {"size": "sm", "min_width": 130}
             with gr.Row():
                 score = gr.Button("Score it", variant="primary", min_width=130)
@@ -194,7 +194,7 @@ def add_tab(shared: Shared) -> None:
                     show_progress="hidden",
                     api_visibility="private",
                 )
-    with gr.Accordion("Samples of this session: click one to have it again", open=False):
+    with gr.Accordion("Samples of this session: click a set to draw it again", open=False):
         history = gr.State([], time_to_live=KEPT_S)
         past = gr.Gallery(
             label="Samples of this session",

@@ -32,7 +32,7 @@ ALPHA = 0.01
 REASONS = 12  # statistics in the technical table
 PER_DAY = 1000
 MAX_PER_DAY = 1_000_000  # the band is computed exactly, number by number
-EMPTY = "The verdict appears here: choose an example, or drop, paste or photograph an image."
+EMPTY = "The verdict appears here: choose an example, drop or paste an image, or take a photo."
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
 Scored = tuple[ScoreResult, bool]  # with whether the image was resized
 
