@@ -272,7 +272,7 @@ def _said(
         f"about {alpha * judged:.2g} of {judged} would be."
     )
     notes = [
-        f"{discoveries} are discoveries at a false discovery rate of {percent(fdr)} "
+        f"Discoveries at a false discovery rate of {percent(fdr)}: {discoveries} "
         "(Benjamini and Hochberg)."
     ]
     note = fdr_note(calibrated, judged, fdr)
