@@ -139,7 +139,7 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
     for path, wrong in with_wrong_types(manifest):
         name = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", ".".join(map(str, path)))
         if (
-            (name in may_be_null or re.fullmatch(r"training(\.started_from)+", name))
+            (name in may_be_null or re.fullmatch(r"training(\.(started|flow)_from)+", name))
             and wrong is None
             or name in resizes
             and wrong in ("x", None)

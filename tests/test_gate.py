@@ -319,7 +319,9 @@ def test_the_documented_service(
     monkeypatch.undo()
     monkeypatch.chdir(ROOT)
     exec(compile(in_process, "gate.py", "exec"), {})
-    assert capsys.readouterr().out.startswith("True accept 0.66")
+    (cat,) = Gate("pretrained/cifar10", alpha=0.01).check(CAT)
+    expected = ("True accept", cat.p_value, cat.bpd, "None\n")
+    assert capsys.readouterr().out.startswith(" ".join(map(str, expected)))
 
 
 def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:

@@ -969,7 +969,9 @@ def test_compare(browser: Browser, two_models: RunningService, tmp_path: Path) -
         expect(page.get_by_text("There is no image yet").first).to_be_visible()
         drop(panel, EXAMPLE)
         expect(panel.get_by_alt_text("Reconstruction by")).to_have_count(2)
-        for words in ("cifar10-av-ade, 32 × 32 pixels", "tiny, 8 × 8 pixels", "3.869 bits"):
+        with AdeClient(two_models.url) as client:
+            bpd = client.score([EXAMPLE])[0].bpd
+        for words in ("cifar10-av-ade, 32 × 32 pixels", "tiny, 8 × 8 pixels", f"{bpd:.3f} bits"):
             expect(panel.get_by_text(words)).to_be_visible()
         expect(panel.get_by_text("Accepted at a false-alarm rate of 1 %").first).to_be_visible()
         for width in (768, 390):

@@ -35,6 +35,7 @@ def _or_null(expected: Expected) -> Either:
 _SHAPE = (int, int, int)
 _STARTED_FROM: dict[str, Expected] = {"recipe": str, "images_seen": int, "taken": str}
 _STARTED_FROM["started_from"] = _or_null(_STARTED_FROM)
+_STARTED_FROM["flow_from"] = _or_null(_STARTED_FROM)  # if the flow is that of another model
 # What ade evaluate reports: numbers, and these two texts.
 _FIGURES: dict[str | EllipsisType, Expected] = {"reference": str, "gan_test": str}
 _FIGURES[...] = Either((float, _FIGURES, None))
