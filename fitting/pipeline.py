@@ -8,6 +8,7 @@ verdict's encoder if it gets one (``encoder.onnx``), the bundle before and after
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -375,10 +376,12 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
         )
         for row in rows[:SHOWN_OUTLIERS]
     ]
+    recipes = [stage.recipe for stage in plan.stages]  # the last ones may have been given up
+    used = plan.stages[: recipes.index(opened.manifest["recipe"]) + 1]
     pixels = _test_images(dataset, found)[:CORRUPTED_IMAGES]
     held_out = pixels[:RECONSTRUCTED]
     findings = Findings(
-        plan,
+        dataclasses.replace(plan, stages=used),
         found,
         opened,
         engine.sample([0] * SAMPLES, range(SAMPLES)),

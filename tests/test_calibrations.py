@@ -196,6 +196,8 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
         fresh = InferenceEngine(bundle, device="cpu", operations=["score"])
         with pytest.raises(UnknownCalibration):
             fresh.store.get("night")
+        with pytest.raises(CalibrationError, match=reason):
+            fresh.store.usable("night")
     add(bundle, night_file, "night")
     assert engine.store.get("night").version == before.version and not engine.store.broken
     os.mkfifo(bundle / "calibrations" / "pipe.npz")  # another thread is reading: do not wait

@@ -144,14 +144,14 @@ class CalibrationStore:
         """The calibration of a name, unless its file cannot be used.
 
         Raises:
-            UnknownCalibration: there is none.
+            UnknownCalibration: no calibration has this name.
             CalibrationError: its file, or the whole folder, cannot be used.
         """
-        found = self.get(name)
-        for reason in (self._broken.get(name), self._broken.get(ALL)):
-            if reason is not None:
-                raise CalibrationError(reason)
-        return found
+        self.refresh()
+        for key in (name, ALL):
+            if key in self._broken:
+                raise CalibrationError(self._broken[key])
+        return self.get(name)
 
     def refresh(self) -> None:
         """Read what has changed in the folder, unless another thread is doing so."""
