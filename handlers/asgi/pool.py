@@ -15,16 +15,12 @@ import uuid
 from typing import Any
 
 from handlers.asgi import wire
+from handlers.asgi.batches import BatchQueue
 from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS, Metrics
 from handlers.asgi.worker import WorkerSettings
 from handlers.front.front import Answer, Request
 from handlers.launch.environment import child_environment
-from handlers.limits import (
-    MAX_BATCH,
-    MAX_BATCH_DELAY_S,
-    RESPONSE_TIMEOUT_S,
-    STARTUP_TIMEOUT_S,
-)
+from handlers.limits import RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
 from serving.api.errors import ApiError
 from serving.api.telemetry import Metric
 
@@ -81,8 +77,7 @@ class Pool:
         self.metrics = metrics
         self._identity = settings[0].identity
         self._timeout_s = timeout_s
-        self._queue: asyncio.Queue[Job] = asyncio.Queue()
-        self._collecting = asyncio.Lock()
+        self.waiting: BatchQueue[Job] = BatchQueue()
         self._workers = [_Worker(self, one) for one in settings]
         self._tasks: list[asyncio.Task[None]] = []
         self._is_stopping = False
@@ -118,15 +113,15 @@ class Pool:
         """The workers' processes and the number of requests that wait, as for ``ade status``."""
         return {
             "workers": [worker.describe() for worker in self._workers],
-            "queued": self._queue.qsize(),
+            "queued": len(self.waiting),
             "queue_room": None,  # the front bounds it
         }
 
     def refuse(self) -> None:
         """Answer 503 to requests that wait for a worker and to all further ones."""
         self._is_stopping = True
-        while not self._queue.empty():
-            self._queue.get_nowait().fail(_stopping())
+        for job in self.waiting.clear():
+            job.fail(_stopping())
 
     async def answer(self, request: Request, v2: int | None = None) -> Answer:
         """The answer to a request.
@@ -142,46 +137,22 @@ class Pool:
             raise _stopping()
         loop = asyncio.get_running_loop()
         job = Job(request, str(uuid.uuid4()), v2, loop.time(), loop.create_future())
-        self._queue.put_nowait(job)
+        self.waiting.put(job)
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await job.answer
         except TimeoutError:
             raise ApiError(503, "unavailable", "no worker answered in time") from None
         finally:
-            self._count(ANSWER_SECONDS, loop.time() - job.arrived)
-
-    async def next_batch(self) -> list[Job]:
-        """Collect the next batch; one worker collects at a time."""
-        batch: list[Job] = []
-        try:
-            async with self._collecting:
-                batch.append(await self._next())
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(MAX_BATCH_DELAY_S):
-                        while len(batch) < MAX_BATCH:
-                            batch.append(await self._next())
-        except BaseException:
-            self.put_back(batch)
-            raise
-        return batch
-
-    def put_back(self, batch: list[Job]) -> None:
-        """Return requests that were taken but not computed to the queue."""
-        for job in batch:
-            self._queue.put_nowait(job)
+            if not request.is_probe:
+                self._count(ANSWER_SECONDS, loop.time() - job.arrived)
 
     def begin(self, batch: list[Job]) -> None:
         """Mark a batch as being computed."""
         now = asyncio.get_running_loop().time()
         for job in batch:
-            self._count(QUEUE_SECONDS, now - job.arrived)
-
-    async def _next(self) -> Job:
-        while True:
-            job = await self._queue.get()
-            if not job.answer.done():  # otherwise the client is gone
-                return job
+            if not job.request.is_probe:
+                self._count(QUEUE_SECONDS, now - job.arrived)
 
     def _count(self, metric: Metric, seconds: float) -> None:
         self.metrics.update(metric.name, {"model_name": self.name, MODEL: self._identity}, seconds)
@@ -303,13 +274,13 @@ class _Worker:
         Raises:
             WorkerError: the process ended meanwhile; no waiting request is lost.
         """
-        waiting = asyncio.create_task(self._pool.next_batch())
+        waiting = asyncio.create_task(self._pool.waiting.next_batch())
         try:
             await asyncio.wait((waiting, process.gone), return_when=asyncio.FIRST_COMPLETED)
             if not process.gone.done():
                 return waiting.result()
             if waiting.done():
-                self._pool.put_back(waiting.result())
+                self._pool.waiting.put(*waiting.result())
             raise WorkerError("its process ended")
         finally:
             waiting.cancel()

@@ -104,7 +104,8 @@ class RemoteModel:
                 503, "unavailable", "the worker that had the request died: try again later"
             ) from None
         finally:
-            self.seconds += loop.time() - arrived
+            if not request.is_probe:
+                self.seconds += loop.time() - arrived
 
     async def look(self) -> None:
         """Find out whether a replica can compute."""

@@ -7,13 +7,14 @@ import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from ray import serve
 
+from handlers.asgi.batches import BatchQueue
 from handlers.asgi.metrics import MODEL, QUEUE_SECONDS
 from handlers.asgi.worker import WorkerSettings, answer_batch, load_service, measurements
-from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S, RESPONSE_TIMEOUT_S
+from handlers.limits import RESPONSE_TIMEOUT_S
 from handlers.ray_serve.reporter import Measured, Reporter
 
 # Status, headers and body, as they travel to the front.
@@ -21,11 +22,12 @@ Answered = tuple[int, list[tuple[str, str]], bytes]
 
 
 class Job(NamedTuple):
-    """A request on its way: what a worker is told of it, its body, and when it came."""
+    """A request on its way: what a worker is told of it, its body, when it came, its answer."""
 
     about: dict[str, Any]
     body: bytes
     arrived: float
+    answer: asyncio.Future[Answered]
 
 
 class Unhealthy(RuntimeError):
@@ -49,22 +51,41 @@ class Replica:
         name = f"{settings.name}-{context.replica_tag}"
         self._service = load_service(dataclasses.replace(settings, name=name))
         self._thread = ThreadPoolExecutor(1, "compute")
+        self._waiting: BatchQueue[Job] = BatchQueue()
         self._computing_since: float | None = None
         self._queue_seconds = 0.0
-        self._reporter = Reporter(metrics, self._measured)  # Serve calls this in its event loop
+        # Serve calls this in its event loop.
+        self._reporter = Reporter(metrics, self._measured)
+        self._computing = asyncio.create_task(self._compute_all())
 
     async def __call__(self, about: dict[str, Any], body: bytes) -> Answered:
         """The answer to one request, computed with others."""
-        batch: Any = self._batch  # called with one job, it is given many
-        return cast(Answered, await batch(Job(about, body, time.monotonic())))
+        answer: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        self._waiting.put(Job(about, body, time.monotonic(), answer))
+        return await answer
 
     async def ready(self) -> None:
         """Return, which shows a front that the replica can compute."""
 
-    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=MAX_BATCH_DELAY_S)  # type: ignore[untyped-decorator, unused-ignore]
-    async def _batch(self, jobs: list[Job]) -> list[Answered]:
+    async def _compute_all(self) -> None:
+        """Compute what waits, a batch at a time.
+
+        ``serve.batch`` collects its batches before the replica is free for them: they had one
+        request each under load, which doubled the time for an image.
+        """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._compute, jobs)
+        while True:
+            batch = await self._waiting.next_batch()
+            try:
+                answers = await loop.run_in_executor(self._thread, self._compute, batch)
+            except Exception as error:  # which the front makes a 503 of
+                for job in batch:
+                    if not job.answer.done():
+                        job.answer.set_exception(error)
+                continue
+            for job, answered in zip(batch, answers, strict=True):
+                if not job.answer.done():
+                    job.answer.set_result(answered)
 
     def _compute(self, jobs: list[Job]) -> list[Answered]:
         self._computing_since = now = time.monotonic()
@@ -106,4 +127,5 @@ class Replica:
         return measured, {}
 
     async def __del__(self) -> None:
+        self._computing.cancel()
         await self._reporter.stop()

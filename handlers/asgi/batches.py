@@ -1,0 +1,65 @@
+"""The queue before those who compute: it gives them what waits, a batch at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Generic, Protocol, TypeVar
+
+from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S
+
+
+class Waiting(Protocol):
+    """A request that waits for its answer."""
+
+    @property
+    def answer(self) -> asyncio.Future[Any]:
+        """Done early if nobody waits for it any more."""
+
+
+Job = TypeVar("Job", bound=Waiting)
+
+
+class BatchQueue(Generic[Job]):
+    """Requests that wait, taken in batches by whoever is free.
+
+    A batch is collected when it can be computed, not before: so as many requests as possible share
+    one.
+    """
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Job] = asyncio.Queue()
+        self._collecting = asyncio.Lock()
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def put(self, *jobs: Job) -> None:
+        """Append requests."""
+        for job in jobs:
+            self._queue.put_nowait(job)
+
+    def clear(self) -> list[Job]:
+        """Remove all requests, and return them."""
+        return [self._queue.get_nowait() for _ in range(len(self))]
+
+    async def next_batch(self) -> list[Job]:
+        """Wait for the next batch; one caller collects at a time. Cancelling loses no request."""
+        batch: list[Job] = []
+        try:
+            async with self._collecting:
+                batch.append(await self._next())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(MAX_BATCH_DELAY_S):
+                        while len(batch) < MAX_BATCH:
+                            batch.append(await self._next())
+        except BaseException:
+            self.put(*batch)
+            raise
+        return batch
+
+    async def _next(self) -> Job:
+        while True:
+            job = await self._queue.get()
+            if not job.answer.done():  # otherwise the client is gone
+                return job
