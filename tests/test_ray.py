@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,9 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signal
         for _, port in outside:
             assert refusal(port, b"", None) == "UNAUTHENTICATED"
             assert refusal(port, b"x", token) == "RESOURCE_EXHAUSTED"
+        scored = httpx.post(f"{service.url}/predictions/score", content=CAT, timeout=60)
+        assert scored.status_code == 200
+        time.sleep(2)  # measurements are reported a second late
         text = httpx.get(f"{service.metrics}/metrics", timeout=60).text
         assert 'ade_requests_total{model_name="score"' in text
     finally:
@@ -334,9 +337,69 @@ def cluster() -> Iterator[Cluster]:
         made.stop()
 
 
+class Load:
+    """Clients that score one picture again and again, and count what they get."""
+
+    def __init__(self, url: str, num_clients: int) -> None:
+        self._url = f"{url}/predictions/score"
+        self._expected = httpx.post(self._url, content=CAT, timeout=120)
+        assert self._expected.status_code == 200
+        self.counts: Counter[str] = Counter()
+        self._is_over = threading.Event()
+        self._clients = [threading.Thread(target=self._run) for _ in range(num_clients)]
+
+    def __enter__(self) -> Load:
+        for client in self._clients:
+            client.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        for client in self._clients:
+            client.join(60)
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not self._is_over.is_set():
+                outcome = self._ask(client)
+                self.counts[outcome] += 1
+                if outcome != "ok":
+                    time.sleep(0.2)
+
+    def _ask(self, client: httpx.Client) -> str:
+        try:
+            answer = client.post(self._url, content=CAT)
+        except httpx.TransportError:
+            return "dropped"
+        if answer.status_code != 200:
+            return str(answer.status_code)
+        return "ok" if answer.content == self._expected.content else "wrong"
+
+    def wait_for_answers(self, count: int) -> float:
+        """Wait until so many more requests are answered; returns the seconds."""
+        started, wanted = time.monotonic(), self.counts["ok"] + count
+        wait_for(lambda: self.counts["ok"] >= wanted, 90)
+        return time.monotonic() - started
+
+
+def replicas_of(processes: Iterable[psutil.Process], model: str) -> list[psutil.Process]:
+    return named(processes, f"ray::ServeReplica:ade:{model}")
+
+
+def named(processes: Iterable[psutil.Process], start: str) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error, IndexError):
+            if process.cmdline()[0].startswith(start):
+                found.append(process)
+    return found
+
+
 @needs_ray
 @pytest.mark.slow
-def test_a_replica_and_a_node_die_under_load(cluster: Cluster) -> None:
+def test_a_replica_a_node_and_the_proxy_die_under_load(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No wrong answer; errors are 5xx or dropped connections, and end."""
     worker = cluster.add_worker(5)
     service = RunningService(
@@ -345,53 +408,53 @@ def test_a_replica_and_a_node_die_under_load(cluster: Cluster) -> None:
         timeout=300,
         variables={n: v for n, v in cluster.environment.items() if n.startswith("RAY_")},
     )
-    expected = httpx.post(f"{service.url}/predictions/score", content=CAT, timeout=120)
-    assert expected.status_code == 200
-    counts: Counter[str] = Counter()
-    is_over = threading.Event()
 
-    def load() -> None:
-        with httpx.Client(timeout=30) as client:
-            while not is_over.is_set():
-                try:
-                    answer = client.post(f"{service.url}/predictions/score", content=CAT)
-                except httpx.TransportError:
-                    counts["dropped"] += 1
-                    continue
-                if answer.status_code == 200:
-                    counts["ok" if answer.content == expected.content else "wrong"] += 1
-                else:
-                    counts[str(answer.status_code)] += 1
-                    time.sleep(0.2)
+    def processes() -> list[psutil.Process]:
+        return [psutil.Process(pid) for pid in processes_of(cluster.mark, cluster.folder)]
 
-    def wait_for_answers() -> None:
-        wanted = counts["ok"] + 5
-        wait_for(lambda: counts["ok"] >= wanted, 90)
+    def kill_a_replica() -> None:
+        replicas_of(processes(), "score")[0].kill()
 
-    clients = [threading.Thread(target=load) for _ in range(4)]
-    for client in clients:
-        client.start()
+    def kill_the_proxy() -> None:
+        (proxy,) = named(processes(), "ray::ProxyActor")
+        proxy.kill()
+
+    def kill_the_node() -> None:  # of all replicas; they need a place
+        cluster.add_worker(5)
+        for process in psutil.Process(worker.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        worker.kill()
+
+    seconds = {}
     try:
-        for victim in ("replica", "node"):
-            wait_for_answers()
-            if victim == "replica":
-                one = next(
-                    p
-                    for p in map(psutil.Process, processes_of(cluster.mark, cluster.folder))
-                    if p.cmdline()[0].startswith("ray::ServeReplica:ade:score")
-                )
-                one.kill()
-            else:
-                cluster.add_worker(5)
-                for process in [*psutil.Process(worker.pid).children(recursive=True)]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-                worker.kill()
-            wait_for_answers()
+        with Load(service.url, 16) as load:
+            for kill in (kill_a_replica, kill_the_proxy, kill_the_node):
+                load.wait_for_answers(50)
+                kill()
+                time.sleep(1)  # answers that were on their way
+                seconds[kill.__name__] = load.wait_for_answers(50)
     finally:
-        is_over.set()
-        for client in clients:
-            client.join(60)
         service.stop()
-    assert set(counts) <= {"ok", "dropped", "500", "502", "503", "504"}, counts
-    print(dict(counts))
+    assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
+    with capsys.disabled():
+        print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})
+
+
+@needs_ray
+@pytest.mark.slow
+def test_replicas_follow_the_queue() -> None:
+    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "2"), timeout=300)
+
+    def count() -> int:
+        return len(replicas_of(all_processes(service), "score"))
+
+    try:
+        assert count() == 1
+        with Load(service.url, 96) as load:
+            wait_for(lambda: count() == 2, 120)
+            load.wait_for_answers(50)
+        wait_for(lambda: count() == 1, 180)
+        assert set(load.counts) == {"ok"}
+    finally:
+        service.stop()
