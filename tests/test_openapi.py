@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from serving.api.operations.base import IMAGE_TYPES
 from serving.api.operations.registry import OPERATIONS
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import write_png
-from tests.helpers import PRETRAINED, ROOT, encode, npy
+from tests.helpers import DATA, PRETRAINED, ROOT, encode, npy
 from tests.service import RunningService
 
 EXAMPLES = 40
@@ -322,3 +323,34 @@ def test_a_generated_client_calls_all_operations(
         client=client, body=models.ScoreJsonBody(images=["junk"])
     )
     assert isinstance(refused, models.Problem) and refused.error.code == "not_an_image"
+
+
+@pytest.mark.slow
+def test_a_typescript_client_calls_all_operations(service: RunningService, tmp_path: Path) -> None:
+    """That of openapi-fetch, whose types openapi-typescript makes; `data/client.mts` is strict."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("needs npm")
+    packages = ("openapi-fetch@0.17", "openapi-typescript@7", "typescript@5")
+    (tmp_path / "package.json").write_text("{}")
+    installed = run([npm, "install", "--no-audit", "--no-fund", *packages], tmp_path)
+    if "ENOTFOUND" in installed.stderr or "EAI_AGAIN" in installed.stderr:
+        pytest.skip("the npm registry cannot be reached")
+    assert installed.returncode == 0, installed.stderr
+    tools = tmp_path / "node_modules" / ".bin"
+    (tmp_path / "openapi.json").write_text(httpx.get(f"{service.page}/openapi.json").text)
+    shutil.copy(DATA / "client.mts", tmp_path)
+    image = base64.b64encode(write_png(pixels(4))).decode()
+    target = ["--strict", "--skipLibCheck", "--target", "es2022", "--module", "nodenext"]
+    for command in (
+        [tools / "openapi-typescript", "openapi.json", "--output", "api.d.ts"],
+        [tools / "tsc", *target, "client.mts"],
+        ["node", "client.mjs", service.url, image],
+    ):
+        done = run(command, tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() in ("accept", "reject")
+
+
+def run(command: list[Any], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
