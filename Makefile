@@ -1,5 +1,7 @@
 # Every target sets up the virtual environment in .venv first, and updates it when pyproject.toml changes.
 PYTHON ?= python3
+# Processes that share the tests, a file each: most of a test's time is spent waiting for services and browsers.
+TEST_PROCESSES ?= 2
 VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
 # cuda where there is an NVIDIA driver, otherwise cpu.
@@ -7,16 +9,21 @@ DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /dev/dxg),c
 BIN := $(VENV)/bin
 OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 
-.PHONY: serve test test-slow coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean
+.PHONY: serve test test-slow test-ray coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
 
 test: $(VENV)/.test  ## every fast test, in under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/.test  ## the slow tests: training, resuming, all sizes, fuzzing
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile
+
+test-ray: $(VENV)/.test  ## the engine on Ray, installed first: its contract, what dies under load, bulk scoring
+	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),dev,ray]"
+	$(BIN)/python -m pytest -m "" tests/test_ray.py tests/test_bulk_ray.py
+	$(BIN)/python -m pytest tests/test_contract.py -k ray
 
 coverage: $(VENV)/.test  ## the fast tests, with a report of the lines that they run
 	$(BIN)/coverage erase

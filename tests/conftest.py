@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from ade_model.checkpoint import save_model
@@ -22,6 +24,13 @@ from tests.helpers import DATA, PRETRAINED, make_model
 if TYPE_CHECKING:
     from serving.engine.engine import InferenceEngine
     from tests.service import RunningService
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary folder with a path that is short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="ade-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
@@ -59,22 +68,42 @@ def few_corrupted_images() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that returns a folder which the first process of a run to ask for it fills.
+
+    Its arguments are the folder's name and a function that writes to the path it is given.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                make(own / name)
+                (own / name).rename(shared / name)
+        return shared / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(
     tiny_checkpoint: Path,
     small_images: np.ndarray,
     few_corrupted_images: None,
+    made_once: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A bundle of that checkpoint, exported and calibrated by the real code."""
     from export.verdict.calibrate import calibrate_bundle
     from export.write import export_bundle
 
-    folder = tmp_path_factory.mktemp("bundles")
-    export_bundle(tiny_checkpoint, folder / "exported", "tiny", small_images[:40], None)
-    calibrate_bundle(
-        folder / "exported", folder / "tiny", small_images[:150], small_images[150:], "corners"
-    )
-    return folder / "tiny"
+    def make(bundle: Path) -> None:
+        exported = tmp_path_factory.mktemp("exported") / "bundle"
+        export_bundle(tiny_checkpoint, exported, "tiny", small_images[:40], None)
+        calibrate_bundle(exported, bundle, small_images[:150], small_images[150:], "corners")
+
+    return made_once("tiny", make)
 
 
 @pytest.fixture(scope="session")

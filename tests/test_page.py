@@ -114,15 +114,21 @@ def unfold(panel: Locator, name: str) -> None:
         button.click()
 
 
+def remover(panel: Locator) -> Locator:
+    return panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first
+
+
 def remove_image(panel: Locator) -> None:
-    panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first.click()
+    remover(panel).click()
 
 
 def drop(panel: Locator, file: Path) -> None:
-    """Choose a file in place of the one that is there."""
-    if not panel.locator("input[type=file]").count():
+    """Choose a file in place of the one that is there, if any."""
+    chooser = panel.locator("input[type=file]").first
+    chooser.or_(remover(panel)).first.wait_for(state="attached")  # the panel may be empty yet
+    if not chooser.count():
         remove_image(panel)
-    panel.locator("input[type=file]").first.set_input_files(str(file))
+    chooser.set_input_files(str(file))
 
 
 def image_bytes(page: Page, selector: str) -> bytes:

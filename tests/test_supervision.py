@@ -149,16 +149,16 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
 
 
 def test_the_folder_is_locked_found_and_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
     ports, other = Ports(1, 2, 3), Ports(1, 2, 4)
     with run_folder() as folder:
         assert (
-            folder.path.parent == tmp_path / "run" and folder.path.stat().st_mode & 0o777 == 0o700
+            folder.path.parent == short_path / "run" and folder.path.stat().st_mode & 0o777 == 0o700
         )
         assert find_service(ports) is None
-        folder.describe(ports, "127.0.0.1", tmp_path, {"page": 1})
+        folder.describe(ports, "127.0.0.1", short_path, {"page": 1})
         assert find_service(ports) == folder and find_service(other) is None
         folder.description.write_text("{")
         assert find_service(ports) is None
@@ -166,18 +166,18 @@ def test_the_folder_is_locked_found_and_gone(
 
 
 def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
     dead, living, other = (
-        tmp_path / f"{PREFIX}dead",
-        tmp_path / f"{PREFIX}living",
-        tmp_path / "other",
+        short_path / f"{PREFIX}dead",
+        short_path / f"{PREFIX}living",
+        short_path / "other",
     )
     for folder in (dead, living, other):
         folder.mkdir()
         (folder / LOCK).touch()
-    (tmp_path / f"{PREFIX}link").symlink_to(other)
+    (short_path / f"{PREFIX}link").symlink_to(other)
     script = (
         f"import fcntl, time\nf = open({str(living / LOCK)!r})\n"
         "fcntl.flock(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ntime.sleep(99)"
@@ -237,16 +237,16 @@ def test_no_working_folder_where_others_can_write(
 
 
 def test_temporary_files_without_a_sticky_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ADE_RUN_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(short_path))
     for mode, is_usable in ((0o1777, True), (0o777, False), (0o700, True)):
-        tmp_path.chmod(mode)
+        short_path.chmod(mode)
         if is_usable:
             with run_folder() as folder:
-                assert folder.path.parent == tmp_path
+                assert folder.path.parent == short_path
         else:
             with pytest.raises(RunFolderError, match="others can write"), run_folder():
                 pass
