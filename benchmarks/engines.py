@@ -8,6 +8,7 @@ printed. The processor time per image depends little on what else runs on the ma
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +41,13 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each case in a round")
+    parser.add_argument(
+        "--warm-up",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="of load before each case, in which Ray starts replicas (default: %(default)s)",
+    )
     args = parser.parse_args()
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     images = example_images(engine.image_shape, 1)
@@ -63,6 +71,7 @@ def main() -> None:
             for clients in CLIENTS:
                 for server in services:
                     load = one_image(server, picture, clients, seconds=args.seconds)
+                    measure(server, dataclasses.replace(load, seconds=args.warm_up))
                     note(clients, server.name, measure(server, load))
     print(f"{CORES} cores, {WORKERS} workers, medians of {args.rounds} rounds\n")
     print(
