@@ -1,7 +1,7 @@
 """The files in deploy/, checked without a cluster or a container engine.
 
 The tools are used where they are installed: promtool, kustomize and docker-compose (Debian
-packages), yamllint and kubernetes-validate (extra ``dev``).
+packages), gixy, yamllint and kubernetes-validate (extra ``dev``).
 """
 
 from __future__ import annotations
