@@ -36,6 +36,8 @@ def of_every_node() -> dict[str, str]:
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "0",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SLOW_CLIENT_S),
+        # Ray's default of 10 s is most of the time that a dead proxy is missed.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     }
     if has_haproxy():
         variables["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
