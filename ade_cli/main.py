@@ -33,7 +33,7 @@ VERBS = {
     "compress": "compress images without loss, to the size that their likelihood promises",
     "decompress": "restore the images of an archive of ade compress",
     "serve": "serve a bundle over HTTP, with a web page",
-    "upgrade": "replace the bundle of the running service, without an interruption",
+    "upgrade": "replace the bundle of a running service of --engine asgi, without an interruption",
     "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }

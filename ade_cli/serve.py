@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address of the API and the page; addresses other than loopback require a token "
+        help="address of the API and the page; addresses other than 127.0.0.1 and localhost require a token "
         "(default: %(default)s)",
     )
     parser.add_argument(
