@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address of the API and the page; addresses other than 127.0.0.1 and localhost require a token "
-        "(default: %(default)s)",
+        help="address of the API and the page; addresses other than 127.0.0.1 and localhost "
+        "require a token (default: %(default)s)",
     )
     parser.add_argument(
         "--allowed-hosts",
