@@ -116,7 +116,7 @@ def dataset_of(
         if source is None or not source.is_file():
             raise DataError(f"--data is required: {run} has no record of what it was trained on")
         stored = json.loads(source.read_text())
-        data, root = stored["data"], stored["root"]
+        data, root = stored["data"], root or stored["root"]
     return load_dataset(
         data,
         root,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.minutes > 0:
         raise DataError(f"--minutes must be above 0, got {args.minutes:g}")
     check_parent(args.out)
+    if os.path.lexists(args.out):
+        raise FileError(f"{args.out} exists: take another name")
     device = choose_device(args.device)
     dataset = dataset_of(args, None, args.image_size)
     labels = None if args.without_labels else class_labels(dataset)

@@ -85,6 +85,8 @@ def measure_options(
         value = getattr(args, name)
         if value is not None and value < least:
             raise RunError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 <= seed < 2**63:
+        raise RunError(f"--seed must be from 0 to 2^63 - 1, got {seed}")
     return MeasureOptions(
         part=part,
         images=images,

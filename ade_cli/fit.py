@@ -83,9 +83,10 @@ def run(args: argparse.Namespace) -> None:
     stored = out / "plan.json"
     before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
     files = image_files(folder)
-    side = args.image_size or (
-        before.image_size if before else choose_image_size(picture_sizes(files))
-    )
+    if args.image_size is not None:
+        side = args.image_size
+    else:
+        side = before.image_size if before else choose_image_size(picture_sizes(files))
     on_gpu = choose_device(args.device).type == "cuda"
     names = [path.relative_to(folder).as_posix() for path in files if part_of(path.name) == "train"]
     has_classes = class_folders(names) is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_cli.data_options import say, was_trained_on
+from ade_cli.data_options import check_outside, say, was_trained_on
 from ade_cli.image_sets import ImageSet
 from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("images", "corrupted"):
         if getattr(args, name) is not None and getattr(args, name) < 2:
             raise DataError(f"--{name} must be at least 2, got {getattr(args, name)}")
+    for data in (args.in_distribution, *map(str, args.ood)):
+        check_outside(args.out, data)
     bundle = open_bundle(args.bundle)
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     calibration = engine.calibrations.of(args.resize == "fit")

@@ -38,6 +38,7 @@ from export.codec import add_codec
 from serving.engine.bundle import CODEC_NAME, open_bundle
 
 STRIP = 500  # images in one picture, as whole data sets are stored
+MIN_IMAGES = 64  # a chunk begins with some that the model does not code
 MARKS = ("<!-- table of benchmarks/codec.py -->", "<!-- end of the table -->")
 
 
@@ -238,7 +239,14 @@ def main() -> None:
     args = parser.parse_args()
     source = open_source(args.source)
     pictures = [source.read(i).pixels for i in range(min(args.images, source.count))]
-    images = np.stack([pixels for pixels in pictures if pixels is not None])
+    shape = open_bundle(args.bundle).image_shape
+    usable = [pixels for pixels in pictures if pixels is not None and pixels.shape == shape]
+    if len(usable) < MIN_IMAGES:
+        parser.error(
+            f"IMAGES must hold at least {MIN_IMAGES} PNG or BMP images of {shape[1]} x {shape[0]} "
+            f"pixels and {shape[2]} channels, got {len(usable)} of {source.count}"
+        )
+    images = np.stack(usable)
     rows, about = measure_model(args.bundle, images)
     for row in rows:
         print(row, file=sys.stderr)

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
-import numpy as np
-
 from coding.archive import Chunk, Contents, read_chunk, scan
 from coding.chunks import ChunkCoder
 from coding.errors import CodingError, Damaged
@@ -20,7 +18,7 @@ from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
 from coding.pictures import Picture, write_picture
 from serving.engine.bundle import Bundle
-from serving.files import new_folder
+from serving.files import new_folder, preallocated
 
 
 @dataclass
@@ -167,9 +165,9 @@ class _Rows:
         if name is not None or picture.pixels is None:
             raise Damaged("an array has no file names")
         if self._array is None:
-            self._array = np.lib.format.open_memmap(
-                self._path, "w+", np.uint8, (self._count, *picture.pixels.shape)
-            )
+            shape = (self._count, *picture.pixels.shape)
+            with open(self._path, "x+b") as file:
+                self._array = preallocated(file, shape, self._path.parent, CodingError)
         if picture.pixels.shape != self._array.shape[1:]:
             raise Damaged("the images of an array have different shapes")
         self._array[index] = picture.pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +86,7 @@ class ArraySource:
     def __init__(self, path: Path) -> None:
         try:
             array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise CodingError(f"{path} is not an array: {error}") from error
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
             raise CodingError(f"{path} must be an array of uint8 (N, H, W, C)")

@@ -103,7 +103,10 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
 
 
 def _opset(model: ModelProto) -> int:
-    return int(max(e.version for e in model.opset_import if e.domain in ("", "ai.onnx")))
+    versions = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
+    if not versions:
+        raise FeaturesError("the graph imports no operators of ONNX: is it an ONNX file at all?")
+    return int(max(versions))
 
 
 def _input(graph: GraphProto) -> onnx.ValueInfoProto:

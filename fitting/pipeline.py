@@ -55,6 +55,7 @@ PARITY_IMAGES = 40
 MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
 TEST_IMAGES = 2000
+AT_A_TIME = 256  # images that the encoder recognises at a time
 SCANNED_IMAGES = 4000  # training images, among which outliers are looked for
 SHOWN_OUTLIERS = 24
 SAMPLES = 64
@@ -211,7 +212,7 @@ def _encoder(
         export_encoder(trained.network, np.asarray(images.images[:2]), trained.outputs, path)
         rows = _rows(dataset, found, "select")
         its = torch.from_numpy(np.asarray(dataset.parts["select"].images[rows]))
-        logits = trained.network(its)[1].numpy()
+        logits = torch.cat([trained.network(few)[1] for few in its.split(AT_A_TIME)]).numpy()
         recognised, guessed = _recognised(logits, labels, class_labels(dataset, "select"), rows)
         p_value = stats.binomtest(
             round(recognised * len(rows)), len(rows), guessed, alternative="greater"

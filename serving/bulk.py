@@ -27,12 +27,12 @@ import numpy as np
 
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_image
-from serving.engine.bundle import Bundle, open_bundle
+from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES
 from serving.tables import safe_cell
-from serving.verdict.calibration import DEFAULT
+from serving.verdict.calibration import DEFAULT, CalibrationError
 from serving.verdict.decision import NOT_SCORED, decide
 from serving.verdict.statistics import part_names
 
@@ -336,14 +336,17 @@ def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         ) from None
 
 
-_scorer: FileScorer
+_scorer: FileScorer | BulkError
 
 
 def _start_worker(
     bundle: Path, folder: Path, options: BulkOptions, version: str, parent: int
 ) -> None:
     global _scorer
-    _scorer = FileScorer(open_bundle(bundle), folder, options, version)
+    try:
+        _scorer = FileScorer(open_bundle(bundle), folder, options, version)
+    except (BulkError, BundleError, CalibrationError) as error:
+        _scorer = BulkError(str(error))  # raised by the first chunk, whose caller sees it
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -355,6 +358,8 @@ def _end_with(parent: int) -> None:
 
 
 def _score_chunk(paths: list[str]) -> list[dict[str, Any]]:
+    if isinstance(_scorer, BulkError):
+        raise _scorer
     return _scorer(paths)
 
 

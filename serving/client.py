@@ -71,7 +71,8 @@ UNDECIDED = {
     "decision_reason": "not_reported: the server is of a version that decides nothing",
 }
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
-Images = Sequence[ImageLike] | np.ndarray
+Images = ImageLike | Sequence[ImageLike]  # an array has one image or several
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 P = ParamSpec("P")
 Model = TypeVar("Model")
 ResultT = TypeVar("ResultT")
@@ -297,7 +298,7 @@ class AdeClient:
     ) -> list[Reconstruction | AdeError]:
         """Reconstruct images: one reconstruction per image, or the error if it cannot be used."""
         answer = self._post("reconstruct", parameters, images, format="json")
-        return [_entry(r) for r in from_json(ReconstructAnswer, answer.json()).results]
+        return [_entry(r) for r in from_json(ReconstructAnswer, _json(answer)).results]
 
     @_takes_images(ScoreParameters)
     def score(self, images: Images, parameters: ScoreParameters) -> list[ScoreResult | AdeError]:
@@ -329,7 +330,7 @@ class AdeClient:
         )
 
     def _score(self, images: Images, parameters: ScoreParameters) -> ScoreAnswer:
-        answer = self._post("score", parameters, images).json()
+        answer = _json(self._post("score", parameters, images))
         answer["results"] = [r if "error" in r else {**UNDECIDED, **r} for r in answer["results"]]
         return from_json(ScoreAnswer, answer)
 
@@ -348,7 +349,7 @@ class AdeClient:
         """
         values = to_json(parameters)
         if images is not None:
-            files = [base64.b64encode(image_file(image)).decode() for image in images]
+            files = [base64.b64encode(image_file(image)).decode() for image in several(images)]
             values = {"images": files, **values}
         if format is not None:
             values["format"] = format
@@ -372,8 +373,24 @@ def asked_to_wait(answer: httpx.Response) -> float | None:
     return min(float(asked), MAX_WAIT_S) if asked.isdecimal() else None
 
 
+def several(images: Images) -> Sequence[ImageLike] | np.ndarray:
+    """A sequence of images, also if a single one is given."""
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+        return [images]
+    if isinstance(images, np.ndarray) and images.ndim == 3:
+        return images[None]
+    return images
+
+
 def image_file(image: ImageLike) -> bytes:
-    """The bytes of an image file: as they are for paths and bytes, lossless for pixels."""
+    """The bytes of an image file: as they are for paths and bytes, lossless for pixels.
+
+    Pixels of a mode that PNG lacks, such as CMYK, become RGB.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: an array is not an image, or an image has no pixels.
+    """
     if isinstance(image, bytes):
         return image
     if isinstance(image, (str, os.PathLike)):
@@ -381,18 +398,30 @@ def image_file(image: ImageLike) -> bytes:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3:
             raise ValueError(f"an image must be uint8 (H, W, C), got {image.dtype} {image.shape}")
-        out = io.BytesIO()
         if image.shape[2] not in (1, 3):
             raise ValueError(f"an image must have 1 or 3 channels, got {image.shape[2]}")
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(out, "PNG")
-        return out.getvalue()
+        image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    if not all(image.size):
+        raise ValueError(f"an image must have pixels, got {image.width} x {image.height}")
+    if image.mode not in PNG_MODES:
+        image = image.convert("RGB")
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
 
 
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise AdeError(200, "server_error", f"the answer is not JSON: {error}") from error
+
+
 def _npy(answer: httpx.Response) -> np.ndarray:
-    array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    try:
+        array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise AdeError(200, "server_error", f"the answer is not an array: {error}") from error
     return array
 
 
@@ -409,6 +438,7 @@ def _error(answer: httpx.Response) -> AdeError:
     status = answer.status_code
     try:
         error = from_json(Problem, answer.json()).error
+        return AdeError(status, error.code, error.message, error.index)
     except (ValueError, TypeError, AttributeError):
         code, message = FOREIGN_ERRORS.get(
             status, ("server_error", f"the server answered {status}")
@@ -416,4 +446,3 @@ def _error(answer: httpx.Response) -> AdeError:
         if status in RETRIED:
             code, message = "overloaded", "the server cannot take the request now: try again later"
         return AdeError(status, code, message)
-    return AdeError(status, error.code, error.message, error.index)

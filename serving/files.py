@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 import shutil
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
@@ -24,8 +26,15 @@ def image_paths(folder: Path) -> Iterator[str]:
 
     Files are recognised by their suffix and not opened: a path may be a pipe, a device or a broken
     link. Links to folders are not followed. Only one directory's names are in memory at a time.
+
+    Raises:
+        OSError: a folder cannot be read: its images must not be missing in silence.
     """
-    for directory, folders, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for directory, folders, names in os.walk(folder, onerror=fail):
         folders.sort()
         below = Path(directory).relative_to(folder)
         for name in sorted(names):
@@ -41,10 +50,12 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
             has more than ``limit`` bytes.
     """
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(opened)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(opened, "rb") as file:
         content = file.read(limit + 1) if found.st_size <= limit else b""  # the file may grow
         size = max(found.st_size, len(content))
         if size > limit:
@@ -152,3 +163,32 @@ def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
             ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def preallocated(
+    file: IO[bytes],
+    shape: tuple[int, ...],
+    where: str | Path,
+    full: Callable[[str], Exception],
+) -> np.ndarray:
+    """Map an ``.npy`` file of uint8 zeros, all of whose blocks exist on disk.
+
+    Without them, a write to the map kills the process once the disk is full.
+
+    Args:
+        file: empty, open for reading and writing.
+        shape: of the array.
+        where: the file's folder, for the error.
+        full: turns a message into the error to raise if there is no room for the array.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    first, size = file.tell(), math.prod(shape)
+    try:
+        os.posix_fallocate(file.fileno(), 0, first + size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise full(f"{where}: no room for {size / 2**30:.1f} GiB of images") from error
+    return np.memmap(file, np.uint8, "r+", first, shape)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
-from serving.client import ImageLike, image_file
+from serving.client import ImageLike, image_file, several
 from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
 from serving.verdict.calibration import DEFAULT, Calibrations
@@ -95,11 +95,7 @@ class Gate:
             ValueError: an array is not of uint8 or not of that shape.
         """
         judge = self._engine.store.get(calibration)
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
-            images = [images]
-        elif isinstance(images, np.ndarray) and images.ndim == 3:
-            images = images[None]
-        prepared = [self._prepare(image) for image in images]
+        prepared = [self._prepare(image) for image in several(images)]
         usable = [image for image in prepared if isinstance(image, InputImage)]
         scores = iter(
             self._engine.score(
@@ -116,12 +112,25 @@ class Gate:
         ]
 
     def _prepare(self, image: ImageLike) -> InputImage | ApiError:
+        shape = self._engine.image_shape
         try:
-            return prepare_image(image_file(image), self._engine.image_shape, True, 0)
+            if isinstance(image, np.ndarray):
+                is_like_its = image.dtype == np.uint8 and image.shape[2:] == shape[2:]
+                return prepare_image(image if is_like_its else image_file(image), shape, True, 0)
+            return self._prepare_file(image)
         except OSError as error:
             return ApiError(404, "unreadable", error.strerror or str(error))
         except MemoryError:
             return ApiError(413, "too_large", "there is no memory to decode it")
+
+    def _prepare_file(
+        self, image: str | os.PathLike[str] | bytes | Image.Image
+    ) -> InputImage | ApiError:
+        try:
+            content = image_file(image)
+        except ValueError as error:  # an image of Pillow without pixels
+            return unusable("not_an_image", str(error))
+        return prepare_image(content, self._engine.image_shape, True, 0)
 
     def _decide(
         self,

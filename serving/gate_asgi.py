@@ -24,7 +24,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # carry no image
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # passed on without a body
 MAX_BODY_BYTES = 16 * 2**20
 _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
@@ -33,8 +33,9 @@ class GateMiddleware:
     """Checks the images of each request, and passes accepted requests on unchanged.
 
     The application finds the decisions in ``request.state.gate``. An image is the body
-    (``Content-Type: image/…``) or a file of a form. Requests other than GET, HEAD and OPTIONS that
-    carry no image, and web sockets, are refused, so that nothing reaches the app unchecked. A
+    (``Content-Type: image/…``) or a file of a form. GET, HEAD and OPTIONS are passed on, and a body
+    that they carry is not. Other requests that carry no image, and web sockets, are refused, so
+    that nothing reaches the app unchecked. A
     request whose image is an error (not an image, not scored) is refused whatever the options are;
     so is everything while the gate fails or takes too long.
 
@@ -94,8 +95,11 @@ class GateMiddleware:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope["method"] in SAFE_METHODS:
+            await self._app(scope, _without_body(receive), send)
             return
         try:
             body = await _read(Request(scope, receive))
@@ -210,6 +214,22 @@ def _replay(body: bytes, after: Receive | None = None) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive
+
+
+def _without_body(receive: Receive) -> Receive:
+    """An empty body in place of the request's; then whatever comes after it."""
+    told = False
+
+    async def receive_nothing() -> Message:
+        nonlocal told
+        if not told:
+            told = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        while (message := await receive())["type"] == "http.request":
+            pass
+        return message
+
+    return receive_nothing
 
 
 async def _answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from dataclasses import dataclass
@@ -82,6 +83,11 @@ class Ports:
                     is_local = name == "metrics" and not exposes_metrics
                     probe.bind(("127.0.0.1" if is_local else host, port))
                 except OSError as error:
+                    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                        raise PortError(
+                            f"cannot listen on {host} ({error.strerror}): --host must be an "
+                            "address of this machine"
+                        ) from None
                     raise PortError(
                         f"cannot listen on port {port} ({error.strerror}): free it, or set "
                         f"{variable} to another port"

@@ -27,7 +27,13 @@ from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
 from serving.images import write_png
 from serving.verdict.calibration import CalibrationError, Calibrations
-from serving.verdict.store import CalibrationStore, UnknownCalibration, check_name, path_of
+from serving.verdict.store import (
+    FOLDER,
+    CalibrationStore,
+    UnknownCalibration,
+    check_name,
+    path_of,
+)
 
 
 @pytest.fixture
@@ -250,7 +256,7 @@ def test_what_is_broken_stays_reported_while_the_folder_cannot_be_read(
 
         patch.setattr(store_module, "_files", refuse)
         engine.store.refresh()
-        assert set(engine.store.broken) == {"night", "*"}
+        assert set(engine.store.broken) == {"night", "/"}
         fresh = InferenceEngine(bundle, device="cpu", operations=["score"])
         assert fresh.store.get().exact is None  # who knows what the folder holds?
     engine.store.refresh()
@@ -307,6 +313,18 @@ def test_the_folder_is_looked_at_once_a_second(
     monkeypatch.setattr(store_module.time, "monotonic", lambda: store._checked + 1.5)
     store.get()
     assert len(looks) == 2
+
+
+def test_a_file_of_any_name_disables_no_other(bundle: Path) -> None:
+    """``*.npz`` is what a shell makes of a pattern without a match."""
+    folder = bundle / FOLDER
+    folder.mkdir(exist_ok=True)
+    (folder / "*.npz").write_bytes(b"nothing")
+    (folder / "night.npz").write_bytes(b"nothing")
+    store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
+    assert store.usable().exact is not None
+    with pytest.raises(UnknownCalibration, match="file of the calibration 'night' cannot be used"):
+        store.get("night")
 
 
 def test_names() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from export.verdict.calibrate import calibrate_bundle
 from export.write import ExportError, export_bundle
 from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.engine.bundle import open_bundle, verify_bundle
-from serving.files import new_folder, replacing
+from serving.files import image_paths, new_folder, preallocated, read_file, replacing
 from serving.verdict.calibration import CalibrationError
 from tests.helpers import make_folder
 
@@ -139,3 +141,43 @@ def test_two_calibrations_into_one_folder(
         == 1
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images would be missing from a table in silence."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    scandir = os.scandir
+
+    def failing(path: str) -> Any:  # as of another user's folder, whoever runs the tests
+        if str(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(PermissionError, match="b'"):
+        list(image_paths(tmp_path))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list(image_paths(tmp_path / "nowhere"))
+
+
+def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_file(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:
+    with (
+        open(tmp_path / "a.npy", "x+b") as file,
+        pytest.raises(ValueError, match=r"no room for 1048576\.0 GiB"),
+    ):
+        preallocated(file, (2**50,), tmp_path, ValueError)
+    with open(tmp_path / "b.npy", "x+b") as file:
+        preallocated(file, (2, 3), tmp_path, ValueError)[1] = 7
+    assert np.load(tmp_path / "b.npy").tolist() == [[0, 0, 0], [7, 7, 7]]

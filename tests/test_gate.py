@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from serving.engine.bundle import BundleError
 from serving.gate import Decision, Gate
 from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
-from serving.images import write_png
+from serving.images import read_image, write_png
 from serving.verdict.calibration import Calibrations
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.service import free_ports
@@ -76,6 +79,28 @@ def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:
     assert found[0] == expected[0] and gate.check([]) == []
     with pytest.raises(ValueError, match="uint8"):
         gate.check(NOISE.astype(np.float32))
+
+
+def test_pixels_that_png_cannot_hold(gate: Gate) -> None:
+    """Of a mode that it lacks, without pixels, or of more bytes than a file may have."""
+    cmyk = Image.open(CAT).convert("RGB").convert("CMYK")
+    noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
+    found = gate.check([cmyk, Image.new("RGB", (0, 3)), NOISE[:0], noise])
+    assert [d.is_error for d in found] == [False, True, True, False]
+    assert "must have pixels, got 0 x 3" in str(found[1].reason)
+
+
+def test_threads_that_decode_leave_the_warnings_of_others_alone(gate: Gate) -> None:
+    content = CAT.read_bytes()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: read_image(content), range(1000)))
+    finally:
+        sys.setswitchinterval(before)
+    with pytest.warns(UserWarning, match="of somebody else"):
+        warnings.warn("of somebody else", stacklevel=1)
 
 
 def test_without_a_verdict_nothing_is_accepted(
@@ -402,3 +427,35 @@ def test_the_middleware_asks_for_a_calibration_by_request(gate: Gate) -> None:
     answer = client.post("/classify", content=cat, headers={**PNG, "X-Camera": "camera-9"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "unknown_calibration")
     assert "there are default" in answer.json()["error"]["message"] and len(reached) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_the_body_of_a_request_without_images_is_not_passed_on(method: str) -> None:
+    """``curl -X GET --data-binary @IMAGE`` must not reach the classifier unchecked."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((await receive(), await receive()))
+
+    class Never:
+        def check(self, images: Any) -> Any:
+            raise AssertionError
+
+    sent = iter(
+        [
+            {"type": "http.request", "body": b"IMA", "more_body": True},
+            {"type": "http.request", "body": b"GE", "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+    )
+
+    async def receive() -> Any:
+        return next(sent)
+
+    async def send(message: Any) -> None:
+        raise AssertionError
+
+    scope = {"type": "http", "method": method, "headers": [(b"content-type", b"image/png")]}
+    asyncio.run(GateMiddleware(app, Never())(scope, receive, send))  # type: ignore[arg-type]
+    empty = {"type": "http.request", "body": b"", "more_body": False}
+    assert seen == [(empty, {"type": "http.disconnect"})]

@@ -11,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -28,6 +30,7 @@ from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.torchserve.configuration import BROADCAST
 from handlers.torchserve.launcher import TorchServe
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
+from serving.images import write_png
 from serving.ports import VARIABLES
 from tests.helpers import (
     PRETRAINED,
@@ -515,6 +518,39 @@ def test_the_client_waits_as_advised_within_reason(
         asked_to_wait(httpx.Response(503, headers={} if asked is None else {"Retry-After": asked}))
         == seconds
     )
+
+
+@pytest.mark.parametrize(
+    "status, body", [(502, b'{"error": null}'), (502, b"<html>"), (200, b"<html>")]
+)
+def test_answers_of_another_program_are_errors_of_the_client(status: int, body: bytes) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with AdeClient(f"http://127.0.0.1:{server.server_port}", retries=0) as client:
+            assert not client.is_ready()
+            with pytest.raises(AdeError) as caught:
+                client.sample(1)
+        server.shutdown()
+    assert (caught.value.status, caught.value.code) == (status, "server_error")
+
+
+def test_the_client_takes_a_single_image_too(client: AdeClient, real_images: np.ndarray) -> None:
+    (expected,) = client.score(real_images[:1])
+    content = write_png(real_images[0])
+    for one in (real_images[0], content, Image.open(io.BytesIO(content))):
+        (found,) = client.score(one)
+        assert isinstance(found, ScoreResult) and found.bpd == expected.bpd
 
 
 def test_a_killed_worker_comes_back(

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from serving.engine.bundle import (
     open_bundle,
     write_manifest,
 )
-from serving.verdict.store import FOLDER
+from serving.verdict.calibration import Calibrations
+from serving.verdict.store import FOLDER, write_calibrations
 from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService
 from tests.test_asgi import RunningApplication, is_running, release_of
@@ -231,6 +232,14 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "night.npz").touch()
     with pytest.raises(UpgradeError, match="lacks the calibrations night"):
         check_contract(Bundle(tmp_path, old.manifest), old)
+    # A file that the new bundle could not use is no calibration: images would get no verdict.
+    with pytest.raises(UpgradeError, match="the calibration night of "):
+        check_contract(old, Bundle(tmp_path, old.manifest))
+    calibrations = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
+    for model, is_usable in ((old.networks, True), ("0" * 64, False)):
+        write_calibrations(tmp_path, dataclasses.replace(calibrations, name="night", model=model))
+        with nullcontext() if is_usable else pytest.raises(UpgradeError, match="another model"):
+            check_contract(old, Bundle(tmp_path, old.manifest))
 
 
 def test_the_private_channel(tmp_path: Path) -> None:

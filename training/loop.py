@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -74,8 +75,10 @@ class RunOptions:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):
             if getattr(self, name) < 1:
                 raise RunError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise RunError(f"minutes must be above 0, got {self.minutes:g}")
+        for name in ("minutes", "checkpoint_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RunError(f"{name} must be above 0 and finite, got {value:g}")
         if not 0 <= self.seed < 2**63:
             raise RunError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
@@ -207,7 +210,7 @@ def train(
     with _with_others(fabric):
         fabric.barrier()
     if is_main:  # all checks have passed: write to the folder from here on
-        _open_run(run, config, dataset, options, source)
+        open_run(run, config, dataset, options, source)
     about = {
         "recipe": config.recipe,
         "started_from": lineage,
@@ -364,13 +367,14 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -
         )
 
 
-def _open_run(
+def open_run(
     run: Path,
     config: TrainConfig,
     dataset: Dataset,
     options: RunOptions,
     source: dict[str, Any] | None,
 ) -> None:
+    """Write ``run.json``, with which a run begins, and ``data.json`` if a source is given."""
     run.mkdir(parents=True, exist_ok=True)
     if source is not None:
         write_json(run / "data.json", source)

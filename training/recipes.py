@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,7 +111,14 @@ class TrainConfig:
             "free_bits": 0,
             "reconstruction_weight": 0,
             "kl_warmup": 0,
+            "quality_weight": 0,
+            "gp_weight": 0,
+            "gp_target": 0,
         }
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} must be a finite number, got {value}")
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -1,6 +1,7 @@
 """Checks forms before an engine reads them.
 
-Engines lose repeated fields, and mistake an image under a form's content type for a malformed form.
+Engines lose repeated fields, a part that is cut off and all but one of the files in one field, and
+mistake an image under a form's content type for a malformed form.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def _urlencoded_names(body: bytearray) -> list[bytes]:
 def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
     names: list[bytes] = []
     num_parts = 0
+    is_complete = False
     header, value = bytearray(), bytearray()
 
     def begin_part() -> None:
@@ -71,14 +73,23 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
             raise _too_many()
 
     def end_header() -> None:
-        if header.lower() == b"content-disposition":
+        kind = header.lower()
+        if kind == b"content-disposition":
             names.append(parse_options_header(bytes(value))[1].get(b"name", b""))
+        elif kind == b"content-type" and value.lower().startswith(b"multipart/"):
+            raise malformed(
+                "a field of the form holds several files: name further images image1, image2, …"
+            )
         header.clear()
         value.clear()
 
+    def end() -> None:
+        nonlocal is_complete
+        is_complete = True
+
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
-        return []  # the engine does not read it as a form either
+        raise not_a_form()
     try:
         parser = MultipartParser(
             boundary,
@@ -87,11 +98,17 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
                 "on_header_field": lambda data, start, end: header.extend(data[start:end]),
                 "on_header_value": lambda data, start, end: value.extend(data[start:end]),
                 "on_header_end": end_header,
+                "on_end": end,
             },
         )
         parser.write(body)  # type: ignore[arg-type]  # no copy: it takes any buffer
-    except FormParserError:
+        parser.finalize()
+    except (FormParserError, ValueError):
         raise not_a_form() from None
+    last = body.find(b"\r\n--" + boundary + b"--")
+    after = body[last + len(boundary) + 6 :] if last >= 0 else b""
+    if not is_complete or after.strip():  # parts after the end would be ignored
+        raise not_a_form()
     return names
 
 

@@ -21,9 +21,10 @@ from handlers.front.admission import (
     read_body,
 )
 from handlers.front.forms import checked_type
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, malformed
 from serving.api.guard import Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
+from serving.messages import show
 
 READING = ("GET", "HEAD")
 INFERRING = (
@@ -173,7 +174,8 @@ class Front:
         """The request of an endpoint.
 
         Raises:
-            ApiError: the body is a form that the engine would not read as it is.
+            ApiError: 400, there are parameters in the query string, which engines ignore; or the
+                body is a form that the engine would not read as it is.
         """
         is_probe = any(
             hmac.compare_digest(value.encode(), self._probe_secret)
@@ -186,6 +188,11 @@ class Front:
         }
         content_type = headers.get("content-type", "")
         if takes_forms:
+            if scope.get("query_string"):
+                raise malformed(
+                    "parameters are fields of a form or of JSON, not of the query string, got "
+                    + show(scope["query_string"].decode("latin-1"))
+                )
             content_type = checked_type(content_type, body)
         return Request(method, scope["path"], headers, content_type, body, is_probe)
 

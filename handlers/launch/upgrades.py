@@ -18,6 +18,7 @@ from handlers.launch.channel import ChannelError, Say
 from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, release_of
 from handlers.launch.parts import Page
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, verify_bundle
+from serving.verdict.calibration import CalibrationError, Calibrations
 from serving.verdict.store import FOLDER
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
@@ -104,7 +105,8 @@ class Upgrades:
                 f"{_names(self._canary)} is a canary: ade upgrade --finish or ade rollback first"
             )
         say(f"verifying {folder}")
-        release = self._release(self._with(verify_bundle(folder)), share or 0.0)
+        # The folder itself: the next upgrade may point a link at another one.
+        release = self._release(self._with(verify_bundle(folder.resolve())), share or 0.0)
         if share is None:
             say(f"starting {_names(release)} beside {_names(self._current)}")
             self._replace(release, say)
@@ -207,7 +209,8 @@ def check_contract(old: Bundle, new: Bundle) -> None:
     """Check that requests which one bundle answers are answered by another one, too.
 
     Raises:
-        UpgradeError: the images, the latents, the operations or the calibrations are not the same.
+        UpgradeError: the images, the latents, the operations or the calibrations are not the same,
+            or a calibration cannot be used.
     """
     for what, before, after in (
         ("images", old.image_shape, new.image_shape),
@@ -225,17 +228,27 @@ def check_contract(old: Bundle, new: Bundle) -> None:
         raise UpgradeError(
             f"{new.model_id} is not calibrated, and would accept no image: run ade calibrate first"
         )
-    lost = sorted(_calibrations(old) - _calibrations(new))
+    lost = sorted(_calibrations(old).keys() - _calibrations(new).keys())
     if lost:
         raise UpgradeError(
             f"{new.model_id} lacks the calibrations {', '.join(lost)}: add them with "
             "ade calibrate --into, or remove those that nobody uses from the old bundle"
         )
+    for name, path in _calibrations(new).items():
+        try:
+            made_for = Calibrations.load(path, name).model
+        except CalibrationError as error:
+            raise UpgradeError(f"the calibration {name} of {new.model_id}: {error}") from error
+        if made_for != new.networks:
+            raise UpgradeError(
+                f"the calibration {name} of {new.model_id} was made for another model: make it "
+                "again with ade calibrate --into"
+            )
 
 
-def _calibrations(bundle: Bundle) -> set[str]:
+def _calibrations(bundle: Bundle) -> dict[str, Path]:
     """Files of the named calibrations."""
-    return {path.stem for path in (bundle.folder / FOLDER).glob("*.npz")}
+    return {path.stem: path for path in sorted((bundle.folder / FOLDER).glob("[!.]*.npz"))}
 
 
 def _names(release: Release) -> str:

@@ -18,6 +18,7 @@ one of these or ``None``.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import math
@@ -256,12 +257,8 @@ def _integer(field: Field, value: Any) -> int:
     name, low, high = field.name, limits.low, limits.high
     if isinstance(value, str):
         is_plain = value.strip().lstrip("+-").isascii() and "_" not in value
-        try:
-            value = int(value) if is_plain else None
-        except ValueError:
-            value = None
-        if value is None:
-            raise unusable("bad_parameter", f"{name} must be a whole number from {low} to {high}")
+        with contextlib.suppress(ValueError):  # the text itself is reported below
+            value = int(value) if is_plain else value
     if isinstance(value, bool) or not isinstance(value, int):
         raise unusable(
             "bad_parameter",
@@ -277,10 +274,8 @@ def _number(field: Field, value: Any) -> float:
     assert limits is not None
     name, low, high = field.name, limits.low, limits.high
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):  # the text itself is reported below
             value = float(value)
-        except ValueError:
-            value = None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise unusable(
             "bad_parameter",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import signal
 import socket
@@ -31,6 +32,9 @@ READY = b"\1"
 REQUEST = struct.Struct("<Q")  # bytes of the file
 ANSWER = struct.Struct("<?III")  # whether it was decoded, bytes of JSON, height, width
 _BLOCK_PIXELS = 2**20  # converted at a time
+# Of damaged metadata. `warnings.catch_warnings` would put back what it found, which with several
+# threads may be what another one has set: then nothing of the process would be warned of any more.
+_PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,33 +67,31 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
         MemoryError: there is not enough memory to decode it.
     """
     notes: list[str] = []
+    if _PILLOWS_WARNINGS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOWS_WARNINGS[3].pattern)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings of damaged metadata
-            image: Image.Image = Image.open(io.BytesIO(data), formats=(structure.format,))
-            if image.size != (structure.width, structure.height):
-                raise ImageError(
-                    "not_an_image",
-                    f"the image is damaged: it has two sizes, {structure.width} x "
-                    f"{structure.height} and {image.width} x {image.height}",
-                )
-            if ";16" in str(getattr(image, "tile", [])[:1]) and not image.mode.startswith("I"):
-                notes.append("converted from 16-bit colour to 8 bits")
-            if getattr(image, "is_animated", False):  # n_frames would be slow
-                notes.append("first of several frames taken")
-                image.seek(0)
-            image.load()
-            # Pillow also finds EXIF in the text chunks of a PNG.
-            if "exif" not in image.info and "Raw profile type exif" in image.info:
-                check_exif(
-                    bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
-                )
-            orientation = image.getexif().get(0x0112, 1)
-            if orientation in _TRANSPOSITIONS:
-                image = image.transpose(_TRANSPOSITIONS[orientation])
-            if orientation != 1:
-                notes.append("EXIF orientation applied")
-            return DecodedImage(_rgb(image, notes), notes)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=(structure.format,))
+        if image.size != (structure.width, structure.height):
+            raise ImageError(
+                "not_an_image",
+                f"the image is damaged: it has two sizes, {structure.width} x "
+                f"{structure.height} and {image.width} x {image.height}",
+            )
+        if ";16" in str(getattr(image, "tile", [])[:1]) and not image.mode.startswith("I"):
+            notes.append("converted from 16-bit colour to 8 bits")
+        if getattr(image, "is_animated", False):  # n_frames would be slow
+            notes.append("first of several frames taken")
+            image.seek(0)
+        image.load()
+        # Pillow also finds EXIF in the text chunks of a PNG.
+        if "exif" not in image.info and "Raw profile type exif" in image.info:
+            check_exif(bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:])))
+        orientation = image.getexif().get(0x0112, 1)
+        if orientation in _TRANSPOSITIONS:
+            image = image.transpose(_TRANSPOSITIONS[orientation])
+        if orientation != 1:
+            notes.append("EXIF orientation applied")
+        return DecodedImage(_rgb(image, notes), notes)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers raise struct.error, SyntaxError, KeyError, …

@@ -23,7 +23,7 @@ from serving.verdict.calibration import DEFAULT, CalibrationError, Calibrations,
 logger = logging.getLogger(__name__)
 FOLDER = "calibrations"  # of a bundle
 SUFFIX = ".npz"
-ALL = "*"  # key of the folder itself among the broken names
+ALL = "/"  # key of the folder itself among the broken names, which no file has
 CHECK_S = 1.0  # between two readings of the folder
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Seen = tuple[int, int, int]  # inode, time of the last change in ns, bytes
@@ -134,6 +134,8 @@ class CalibrationStore:
             with self._lock:
                 self._refresh()
             found = self._current.get(name)
+        if found is None and name in self._broken:
+            raise UnknownCalibration(f"the file of the calibration {show(name)} cannot be used")
         if found is None:
             raise UnknownCalibration(
                 f"there is no calibration {show(name)}; there are {', '.join(self.names)}"

@@ -27,7 +27,7 @@ from filelock import Timeout
 from ade_model.checkpoint import load_model, read_config
 from serving.files import LOCK, locked
 from training.data import Dataset
-from training.loop import RunOptions, check_budget, different_fields, train
+from training.loop import RunOptions, check_budget, different_fields, open_run, train
 from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig
 from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
@@ -129,6 +129,8 @@ def _finish(
             "why": str(error),
             "trace": traceback.format_exc(),
         }
+        if not (run / "run.json").is_file():  # it failed before it began, and gets a row as well
+            open_run(run, job.config, dataset, job.options, source)
         write_json(run / FAILURE, failure)
 
 

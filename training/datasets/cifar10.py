@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +52,32 @@ def load_cifar10(root: Path) -> Dataset:
 
 def _strips(root: Path, split: str) -> _Split:
     """Read WebP files of vertically stacked images, 32 pixels wide, and ``labels.npz``."""
-    strips = [
-        np.asarray(Image.open(f).convert("RGB"))
-        for f in sorted(root.glob(f"{split}_*.webp"))
-        if f.is_file()
-    ]
-    images = (
-        np.concatenate([s.reshape(-1, SIZE, SIZE, 3) for s in strips])
-        if strips
-        else np.empty((0, SIZE, SIZE, 3))
-    )
-    if not (root / "labels.npz").is_file():
+    strips = [_strip(f) for f in sorted(root.glob(f"{split}_*.webp")) if f.is_file()]
+    images = np.concatenate(strips) if strips else np.empty((0, SIZE, SIZE, 3))
+    path = root / "labels.npz"
+    if not path.is_file():
         return images, None
-    with np.load(root / "labels.npz", allow_pickle=False) as labels:
-        return images, labels[split].astype(np.int64)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            labels = stored[split].astype(np.int64)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} must hold the array {split}: {error}") from error
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{path} must hold {len(images)} labels of {split}, got {labels.shape}")
+    return images, labels
+
+
+def _strip(path: Path) -> np.ndarray:
+    try:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if pixels.shape[1] != SIZE or pixels.shape[0] % SIZE:
+        raise DataError(
+            f"{path} must be {SIZE} pixels wide and a multiple of {SIZE} high, got "
+            f"{pixels.shape[1]} x {pixels.shape[0]}"
+        )
+    return pixels.reshape(-1, SIZE, SIZE, 3)
 
 
 def _batches(source: Source, root: Path, split: str) -> _Split:

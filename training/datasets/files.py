@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from serving.files import read_file, replacing
+from serving.files import preallocated, read_file, replacing
 from serving.images import ImageError, read_image, resize_centre
 from training.data import PARTS, DataError, Dataset, ImageSet, Rows
 
@@ -69,7 +67,7 @@ def cached_pixels(
     """
     if cache is None:
         with tempfile.TemporaryFile() as file:
-            pixels = _preallocated(file, shape(), tempfile.gettempdir())
+            pixels = preallocated(file, shape(), tempfile.gettempdir(), DataError)
         return pixels, fill(pixels)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
@@ -77,37 +75,11 @@ def cached_pixels(
         # Several processes may write at once: the last to finish is kept, and all are the same.
         cache.mkdir(parents=True, exist_ok=True)
         with replacing(stored) as file:
-            skipped = fill(_preallocated(file, shape(), cache))
+            skipped = fill(preallocated(file, shape(), cache, DataError))
         with replacing(done, text=True) as file:
             json.dump(skipped, file)
     unusable = json.loads(done.read_text())
     return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
-
-
-def _preallocated(
-    file: IO[bytes], shape: tuple[int, int, int, int], where: str | Path
-) -> np.ndarray:
-    """Map an ``.npy`` file of uint8 zeros, all of whose blocks exist on disk.
-
-    Without them, a write to the map kills the process once the disk is full.
-
-    Raises:
-        DataError: the disk, or the user's quota, is full.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    file.flush()
-    first, size = file.tell(), math.prod(shape)
-    try:
-        os.posix_fallocate(file.fileno(), 0, first + size)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DataError(
-            f"{where}: no room for {size / 2**30:.1f} GiB of decoded images; "
-            "a smaller image size needs less"
-        ) from error
-    return np.memmap(file, np.uint8, "r+", first, shape)
 
 
 def decode_into(
