@@ -186,9 +186,6 @@ def requests() -> dict[str, Request]:
             part("image", CAT, "multipart/mixed; boundary=y") + b"--x--\r\n"
         ),
         "score: parameters in the query string": Request("score?alpha=0.5", CAT, "image/png"),
-        "score: repeated key": Request(
-            "score", b'{"images": [], "alpha": 0.5, "alpha": 0.1}', "application/json"
-        ),
         "score: form without a boundary": Request("score", b"--x\r\n", "multipart/form-data"),
     }
     odd = {

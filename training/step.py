@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 # training restarts with a warm-up at RATE_AFTER_RESCUE of the rate, which recovers over
 # RECOVERY_STEPS. More than MAX_RESCUES rescues within the memory of the average mean divergence.
 SPIKE = 8.0
+GROWTH = 4.0  # times its running mean that a norm counts at most in that mean
 MAX_SKIPPED_STEPS = 10
 MAX_RESCUES = 3
 RATE_AFTER_RESCUE = 0.5
@@ -399,7 +400,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * self._rate_share(name)
             optimizer.step()
-            self.usual_norm[name] = kept if usual == 0 else 0.95 * usual + 0.05 * kept
+            seen = min(norm, GROWTH * usual) if usual else norm
+            self.usual_norm[name] = seen if usual == 0 else 0.95 * usual + 0.05 * seen
             self.skipped_in_a_row[name] = 0
         else:
             self.skipped_in_a_row[name] += 1

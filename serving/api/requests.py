@@ -157,17 +157,8 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
             raise ApiError(
                 413, "request_too_large", f"JSON may have {most} {what} here, {name} has {count}"
             )
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [key for key, _ in pairs]
-            repeated = next(key for key in names if names.count(key) > 1)
-            raise malformed(f"{name} has the field {show(repeated)} more than once")
-        return found
-
     try:
-        return json.loads(data, object_pairs_hook=unique)
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise malformed(f"{name} is not JSON: {error}") from None
 
