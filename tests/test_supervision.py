@@ -336,12 +336,12 @@ def test_the_working_folder_is_deleted(running: RunningService) -> None:
 
 @pytest.mark.slow
 def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next_removes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
     first = RunningService(PRETRAINED, options=("--workers", "1"))
     family, folder = first.descendants(), first.folder.path
-    assert folder.parent == tmp_path
+    assert folder.parent == short_path
     for process in [*family, psutil.Process(first.process.pid)]:
         process.suspend()  # all at once, so that none reacts to the death of another
     for process in [*family, psutil.Process(first.process.pid)]:
@@ -350,7 +350,7 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
     assert folder.exists()
     second = RunningService(PRETRAINED, options=("--workers", "1"))
     try:
-        assert not folder.exists() and second.folder.path.parent == tmp_path
+        assert not folder.exists() and second.folder.path.parent == short_path
     finally:
         assert second.stop() == []
 
