@@ -72,6 +72,7 @@ UNDECIDED = {
 }
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
 Images = ImageLike | Sequence[ImageLike]  # an array has one image or several
+SERVER_ERROR = "server_error"  # code of an answer that is not of the service
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 P = ParamSpec("P")
 Model = TypeVar("Model")
@@ -414,14 +415,14 @@ def _json(answer: httpx.Response) -> Any:
     try:
         return answer.json()
     except ValueError as error:
-        raise AdeError(200, "server_error", f"the answer is not JSON: {error}") from error
+        raise AdeError(200, SERVER_ERROR, f"the answer is not JSON: {error}") from error
 
 
 def _npy(answer: httpx.Response) -> np.ndarray:
     try:
         array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise AdeError(200, "server_error", f"the answer is not an array: {error}") from error
+        raise AdeError(200, SERVER_ERROR, f"the answer is not an array: {error}") from error
     return array
 
 
@@ -440,9 +441,7 @@ def _error(answer: httpx.Response) -> AdeError:
         error = from_json(Problem, answer.json()).error
         return AdeError(status, error.code, error.message, error.index)
     except (ValueError, TypeError, AttributeError):
-        code, message = FOREIGN_ERRORS.get(
-            status, ("server_error", f"the server answered {status}")
-        )
+        code, message = FOREIGN_ERRORS.get(status, (SERVER_ERROR, f"the server answered {status}"))
         if status in RETRIED:
             code, message = "overloaded", "the server cannot take the request now: try again later"
         return AdeError(status, code, message)
