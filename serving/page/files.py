@@ -52,7 +52,10 @@ def own_path(path: str) -> Path:
         raise refused
     try:
         resolved = Path(path).resolve()
-        is_regular = not resolved.exists() or stat.S_ISREG(resolved.stat().st_mode)
+        # From Python 3.13 on, a loop of links is resolved to one of its links.
+        is_regular = not resolved.is_symlink() and (
+            not resolved.exists() or stat.S_ISREG(resolved.stat().st_mode)
+        )
     except (OSError, RuntimeError):  # the name is too long, or links form a loop
         raise refused from None
     if not is_regular or not resolved.is_relative_to(Path(folder).resolve()):
