@@ -67,7 +67,7 @@ def cached_pixels(
     """
     if cache is None:
         with tempfile.TemporaryFile() as file:
-            pixels = preallocated(file, shape(), tempfile.gettempdir(), DataError)
+            pixels = preallocated(file, shape(), tempfile.gettempdir(), _no_room)
         return pixels, fill(pixels)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
@@ -75,11 +75,15 @@ def cached_pixels(
         # Several processes may write at once: the last to finish is kept, and all are the same.
         cache.mkdir(parents=True, exist_ok=True)
         with replacing(stored) as file:
-            skipped = fill(preallocated(file, shape(), cache, DataError))
+            skipped = fill(preallocated(file, shape(), cache, _no_room))
         with replacing(done, text=True) as file:
             json.dump(skipped, file)
     unusable = json.loads(done.read_text())
     return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
+
+
+def _no_room(message: str) -> DataError:
+    return DataError(f"{message}; a smaller image size needs less")
 
 
 def decode_into(
