@@ -474,6 +474,8 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(
             "reconstruction_weight must be 0 without L_C",
         ),
         ({"clip": 0.0}, "clip must be above 0"),
+        ({"quality_weight": -1.0}, "quality_weight must be at least 0"),
+        ({"gp_weight": float("nan")}, "gp_weight must be a finite number"),
         ({"cooldown": 1.5}, "cooldown must be from 0 to 1"),
         ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"),
         ({"learning_rate": -1.0}, "learning_rate must be above 0"),
