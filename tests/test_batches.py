@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 
+from handlers.asgi import batches
 from handlers.asgi.batches import BatchQueue
 from handlers.limits import MAX_BATCH
 
@@ -43,6 +44,26 @@ def test_a_batch_has_all_that_waits_when_it_can_be_computed() -> None:
     asyncio.run(main())
 
 
+def test_a_batch_waits_for_more_only_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MAX_BATCH_DELAY_S", 60.0)
+
+    async def main() -> None:
+        queue: BatchQueue[Job] = BatchQueue()
+        alone, *together = jobs(2 + MAX_BATCH)
+        queue.put(alone)
+        async with asyncio.timeout(10):
+            assert numbers(await queue.next_batch()) == [0]
+            queue.put(*together)
+            assert numbers(await queue.next_batch()) == list(range(1, MAX_BATCH + 1))
+            collecting = asyncio.create_task(queue.next_batch())  # gets the last and waits
+            await asyncio.sleep(0.05)
+            assert not collecting.done()
+            queue.put(*jobs(MAX_BATCH - 1))
+            assert len(await collecting) == MAX_BATCH
+
+    asyncio.run(main())
+
+
 def test_a_batch_leaves_out_those_whose_client_is_gone() -> None:
     async def main() -> None:
         queue: BatchQueue[Job] = BatchQueue()
@@ -55,21 +76,21 @@ def test_a_batch_leaves_out_those_whose_client_is_gone() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("has_one", [False, True])
-def test_nothing_is_lost_if_whoever_collects_is_cancelled(has_one: bool) -> None:
+@pytest.mark.parametrize("has_some", [False, True])
+def test_nothing_is_lost_if_whoever_collects_is_cancelled(has_some: bool) -> None:
     async def main() -> None:
         queue: BatchQueue[Job] = BatchQueue()
         first, second = jobs(2)
         collecting = asyncio.create_task(queue.next_batch())
         await asyncio.sleep(0)
-        if has_one:
-            queue.put(first)
+        if has_some:
+            queue.put(first, second)
             await asyncio.sleep(0)
+            assert len(queue) == 0 and not collecting.done()
         collecting.cancel()
         await asyncio.gather(collecting, return_exceptions=True)
-        if not has_one:
-            queue.put(first)
-        queue.put(second)
+        if not has_some:
+            queue.put(first, second)
         assert numbers(await queue.next_batch()) == [0, 1]
         queue.put(first)
         assert queue.clear() == [first] and len(queue) == 0

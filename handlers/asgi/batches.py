@@ -24,12 +24,13 @@ class BatchQueue(Generic[Job]):
     """Requests that wait, taken in batches by whoever is free.
 
     A batch is collected when it can be computed, not before: so as many requests as possible share
-    one.
+    one. It waits a moment for more only if there is company: a single client would wait in vain.
     """
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Job] = asyncio.Queue()
         self._collecting = asyncio.Lock()
+        self._has_company = False  # whether the last batch had several requests
 
     def __len__(self) -> int:
         return self._queue.qsize()
@@ -49,10 +50,12 @@ class BatchQueue(Generic[Job]):
         try:
             async with self._collecting:
                 batch.append(await self._next())
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(MAX_BATCH_DELAY_S):
-                        while len(batch) < MAX_BATCH:
-                            batch.append(await self._next())
+                if self._has_company or len(self):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(MAX_BATCH_DELAY_S):
+                            while len(batch) < MAX_BATCH:
+                                batch.append(await self._next())
+                self._has_company = len(batch) > 1
         except BaseException:
             self.put(*batch)
             raise
