@@ -96,7 +96,7 @@ def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
         ConfigError: the image size does not suit the networks.
     """
     for stage in plan.stages:  # raises for a wrong image size before anything is written
-        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size)
+        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size, **plan.networks)
     with alone_in(out):
         return _fit(plan, files, out, say)
 
@@ -169,7 +169,9 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
             break
         if not (run / "report.md").exists():
             step(f"training {stage.recipe}, {stage.minutes:.0f} minutes")
-            config = recipe(stage.recipe, dataset.image_size, dataset.channels, plan.size)
+            config = recipe(
+                stage.recipe, dataset.image_size, dataset.channels, plan.size, **plan.networks
+            )
             options = RunOptions(
                 images=NO_LIMIT,
                 minutes=stage.minutes,

@@ -19,6 +19,9 @@ ENCODER_SHARE = 0.2  # of the training time
 ENCODER_FROM_IMAGES = 2000
 ENCODER_FROM_MINUTES = 4.0
 ENCODER_MOST_MINUTES = 15.0
+# Scales, couplings and width of the flow at each size: larger than the sizes' own, which are for
+# comparing systems. In the same time the likelihood gets better: docs/training.md.
+FLOWS = {"tiny": (2, 6, 48), "small": (2, 8, 48)}
 _MINUTES = {"m": 1.0, "h": 60.0, "d": 1440.0, "": 1.0}
 
 
@@ -50,6 +53,8 @@ class Plan:
         images: number of image files; ``None`` in plans of older versions.
         has_classes: whether they lie in class folders.
         encoder_minutes: of training the verdict's encoder; 0 if there is to be none.
+        flow: scales, couplings and width of the flow; empty in plans of older versions, which had
+            the size's own.
     """
 
     folder: str
@@ -63,6 +68,7 @@ class Plan:
     images: int | None = None
     has_classes: bool = False
     encoder_minutes: float = 0.0
+    flow: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -71,7 +77,14 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """Rebuild from :meth:`to_dict`."""
-        return cls(**{**values, "stages": tuple(Stage(**stage) for stage in values["stages"])})
+        stages = tuple(Stage(**stage) for stage in values["stages"])
+        return cls(**{**values, "stages": stages, "flow": tuple(values.get("flow", ()))})
+
+    @property
+    def networks(self) -> dict[str, int]:
+        """What differs from the networks of the size: fields of the model's configuration."""
+        names = ("flow_scales", "flow_couplings", "flow_width")
+        return dict(zip(names, self.flow, strict=False))
 
     def check_resumes(self, begun: Plan) -> None:
         """Check that this plan continues one that a fitting was begun with.
@@ -110,7 +123,8 @@ class Plan:
         encoder = (
             f", and an encoder ({self.encoder_minutes:.3g} min)" if self.encoder_minutes else ""
         )
-        return f"{stages} at size {self.size}{encoder}"
+        flow = f" with a flow of {' x '.join(map(str, self.flow))}" if self.flow else ""
+        return f"{stages} at size {self.size}{flow}{encoder}"
 
 
 def read_budget(text: str) -> float:
@@ -194,4 +208,5 @@ def make_plan(
         images,
         has_classes,
         encoder,
+        FLOWS[size],
     )

@@ -25,6 +25,7 @@ from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from fitting.pipeline import _bundle, _caught, _encoder, _train, fit_folder
 from fitting.plan import (
     ENCODER_MOST_MINUTES,
+    FLOWS,
     Plan,
     PlanError,
     Stage,
@@ -79,6 +80,8 @@ def test_plans_fit_their_budget() -> None:
             and plan.licence is None
         )
         assert [stage.recipe for stage in plan.stages] == recipes and plan.size == size
+        model = recipe(plan.stages[-1].recipe, 32, 3, size, **plan.networks).model
+        assert (model.flow_scales, model.flow_couplings, model.flow_width) == FLOWS[size]
         assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(PlanError, match="too small"):
@@ -110,7 +113,8 @@ def test_a_fitting_does_not_resume_with_other_images() -> None:
     ):
         make_plan("/images", "images", 32, 60, False, None, 705, True).check_resumes(begun)
     values = begun.to_dict()
-    for name in ("images", "has_classes", "encoder_minutes"):  # not in plans of older versions
+    newer = ("images", "has_classes", "encoder_minutes", "flow")  # than plans of older versions
+    for name in newer:
         del values[name]
     old = Plan.from_dict(values)
     with pytest.raises(PlanError, match=r"another version .*, and an encoder \(9.6 min\): finish"):
@@ -128,13 +132,14 @@ def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
         "it cannot be resumed with a budget of 20 minutes, images of 48 pixels"
     )
     stages = (plan.stages[0], Stage("av-ade", plan.stages[1].minutes))
-    old = dataclasses.replace(plan, stages=stages)  # as planned until November 2026
+    old = dataclasses.replace(plan, stages=stages, flow=())  # as planned until November 2026
     with pytest.raises(PlanError) as raised:
         plan.check_resumes(old)
     assert str(raised.value) == (
         "the fitting was begun by another version of this program, which trains v-ade (16.8 min) "
         "then av-ade (31.2 min) at size tiny; this version would train v-ade (16.8 min) then "
-        "av-ade-pd (31.2 min) at size tiny: finish it with the version that began it"
+        "av-ade-pd (31.2 min) at size tiny with a flow of 2 x 6 x 48: finish it with the version "
+        "that began it"
     )
 
 
