@@ -324,6 +324,16 @@ def test_a_table_that_another_process_finished_is_kept(
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
 
 
+def test_the_cause_of_a_failing_worker_is_reported(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration that was changed before the workers opened it is not a lack of memory."""
+    before = SimpleNamespace(calibrations=SimpleNamespace(version="1"))
+    monkeypatch.setattr("serving.bulk.FileScorer", lambda *options: before)  # not in the workers
+    with pytest.raises(BulkError, match="^the calibration default was changed meanwhile$"):
+        score(tiny_bundle, folder, tmp_path / "scores.csv")
+
+
 def test_files_one_by_one(
     tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

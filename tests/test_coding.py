@@ -667,15 +667,17 @@ def test_arrays_that_are_no_images(array: np.ndarray, message: str, tmp_path: Pa
         save_array(tmp_path / "in.npy", array)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # NumPy leaves it to the garbage collector
 def test_sources_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CodingError, match="holds no images"):
         open_source(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(CodingError, match="neither a folder of images nor an array"):
         open_source(tmp_path / "a.txt")
-    (tmp_path / "a.npy").write_text("text")
-    with pytest.raises(CodingError, match="not an array"):
-        open_source(tmp_path / "a.npy")
+    for content in (b"", b"text", b"PK\3\4"):
+        (tmp_path / "a.npy").write_bytes(content)
+        with pytest.raises(CodingError, match="a.npy is not an array"):
+            open_source(tmp_path / "a.npy")
 
 
 def test_what_an_archive_cannot_hold_is_refused_before_the_work(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import pickle
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ade_cli.data_options import dataset_of
 from fitting.survey import picture_sizes
-from tests.helpers import ROOT, make_folder, make_traps
+from tests.helpers import ROOT, encode, make_folder, make_traps
 from training.data import DataError
 from training.datasets import cifar10, files, load_dataset
 from training.datasets.files import part_of
@@ -232,6 +235,60 @@ def test_cifar10_strips(tmp_path: Path, real_images: np.ndarray, small_cifar10: 
     dataset = load_dataset("cifar10", str(tmp_path))
     assert np.array_equal(dataset.parts["train"].images, real_images[:90])
     assert np.array_equal(dataset.parts["calibrate"].labels, np.arange(94, 100) % 10)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (encode(Image.new("RGB", (32, 64)), "WEBP")[:-9], "cannot be read"),
+        (encode(Image.new("RGB", (64, 64)), "WEBP"), "must be 32 pixels wide .* got 64 x 64"),
+        (
+            encode(Image.new("RGB", (32, 40)), "WEBP"),
+            "must be .* a multiple of 32 high, got 32 x 40",
+        ),
+    ],
+)
+def test_damaged_cifar10_strips_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "train_000.webp").write_bytes(content)
+    with pytest.raises(DataError, match=f"train_000.webp {message}"):
+        load_dataset("cifar10", str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # NumPy leaves it to the garbage collector
+def test_damaged_cifar10_labels_are_named(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 64)).save(tmp_path / "train_000.webp")
+    labels = tmp_path / "labels.npz"
+
+    def check(message: str) -> None:
+        with pytest.raises(DataError, match=f"labels.npz must hold {message}"):
+            load_dataset("cifar10", str(tmp_path))
+
+    for content in (b"text", b"PK\3\4"):
+        labels.write_bytes(content)
+        check("the array train")
+    for arrays, message in (
+        ({"test": [0, 1]}, "the array train"),
+        ({"train": ["cat", "dog"]}, "the array train"),
+        ({"train": [0, 1, 2]}, r"2 labels of train, got \(3,\)"),
+    ):
+        np.savez(labels, **arrays)
+        check(message)
+
+
+def test_root_alone_says_where_the_data_set_of_a_run_is_now(
+    tmp_path: Path, real_images: np.ndarray, small_cifar10: None
+) -> None:
+    for name, content in cifar10_files(real_images[:120], np.zeros(120, int), "python").items():
+        (tmp_path / name).write_bytes(content)
+    record = tmp_path / "data.json"
+    record.write_text(json.dumps({"data": "cifar10", "root": str(tmp_path / "before")}))
+    with pytest.raises(DataError, match="root does not exist: .*before"):
+        dataset_of(Namespace(data=None, root=None), tmp_path)
+    given = Namespace(data=None, root=str(tmp_path))
+    assert len(dataset_of(given, tmp_path).parts["train"]) == 90
+    record.write_text(json.dumps({"data": str(tmp_path), "root": None}))
+    with pytest.raises(DataError, match="root goes with a named data set"):
+        dataset_of(given, tmp_path)
 
 
 def test_an_incomplete_cifar10_is_refused(tmp_path: Path, real_images: np.ndarray) -> None:

@@ -205,6 +205,17 @@ def test_what_a_graph_lacks_is_named(
         feature_graph(FeatureSource(tmp_path / "junk.onnx"), small_images)
 
 
+def test_a_file_without_operators_of_onnx_is_refused(
+    small_images: np.ndarray, tmp_path: Path
+) -> None:
+    path = network(tmp_path / "net.onnx")
+    foreign = helper.make_model(onnx.load(path).graph, opset_imports=[helper.make_opsetid("x", 1)])
+    for content in (b"", foreign.SerializeToString()):
+        path.write_bytes(content)
+        with pytest.raises(FeaturesError, match="imports no operators of ONNX"):
+            feature_graph(FeatureSource(path), small_images)
+
+
 def test_the_graph_of_a_bundle_is_a_network_like_any_other(
     real_images: np.ndarray, tmp_path: Path
 ) -> None:
@@ -553,6 +564,15 @@ def test_an_encoder_learns_to_tell_things_apart(
     known = KnownImages.of(run(made.content, images[:500])["features"])
     nearest = known.nearest(found["features"], 1)[:, 0]
     assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
+
+
+def test_an_encoder_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused before the images are read, also in the place of a link that leads nowhere."""
+    (tmp_path / "file.onnx").touch()
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "target.onnx")
+    for name in ("file.onnx", "link.onnx"):
+        assert main(["encoder", str(tmp_path / name), "--data", str(tmp_path / "nowhere")]) == 2
+        assert f"{name} exists: take another name" in capsys.readouterr().err
 
 
 def test_class_labels_come_from_folders() -> None:

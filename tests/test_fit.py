@@ -46,7 +46,10 @@ from fitting.survey import Survey, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from tests.helpers import ROOT, make_folder
+from training.data import Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
+from training.encoder import Encoder, TrainedEncoder
+from training.recipes import recipe
 from training.step import TrainingDiverged
 
 
@@ -243,6 +246,7 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         (["FEW", "--budget", "5m"], "the part select needs at least 20 of them"),
         (["EMPTY"], "holds no images"),
         (["FEW", "--image-size", "20"], "image_size"),
+        (["FEW", "--image-size", "0"], "image_size must be an integer of at least 2, got 0"),
         (["TMP"], "--out must lie outside"),
     ],
 )
@@ -472,6 +476,38 @@ def test_an_encoder_is_used_if_it_recognises_classes(
     )
     assert _encoder(plan, found, dataset, tmp_path, lines.append) == source
     assert sum(line.startswith("training") for line in lines) == 1
+
+
+def test_an_encoder_sees_held_out_images_in_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_images: np.ndarray
+) -> None:
+    """Those of a huge folder would need tens of GiB at once. The logits are the same."""
+    network = Encoder(8, 3, 2).eval().requires_grad_(False)
+    sizes: list[int] = []
+    network.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    trained = TrainedEncoder(network, 100, 2)
+    monkeypatch.setattr("fitting.pipeline.train_encoder", lambda *given: trained)
+    monkeypatch.setattr("fitting.pipeline.export_encoder", lambda *given: None)
+    found: list[np.ndarray] = []
+
+    def recognised(logits: np.ndarray, *given: object) -> tuple[float, float]:
+        found.append(logits)
+        return 0.5, 0.5
+
+    monkeypatch.setattr("fitting.pipeline._recognised", recognised)
+    parts = ("train", "select")
+    names = [f"{'dark' if i % 2 else 'bright'}/{i}.png" for i in range(100)]
+    images = dict.fromkeys(parts, ImageSet(small_images[:100]))
+    dataset = Dataset("images", images, {}, [], dict.fromkeys(parts, names))
+    plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
+    surveyed: Any = SimpleNamespace(leaking=[])
+    for count in (100, 7):
+        monkeypatch.setattr("fitting.pipeline.AT_A_TIME", count)
+        out = tmp_path / str(count)
+        out.mkdir()
+        _encoder(plan, surveyed, dataset, out, lambda line: None)
+    assert sizes == [100, *[7] * 14, 2]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

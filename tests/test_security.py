@@ -20,7 +20,7 @@ from handlers.launch.environment import child_environment
 from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
 from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
-from serving.ports import Ports
+from serving.ports import PortError, Ports
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
 from tests.helpers import PRETRAINED, ROOT, settled
 from tests.service import CANARIES, RunningService
@@ -276,6 +276,15 @@ def test_short_tokens_and_bad_names_are_refused() -> None:
     for name in ("http://ade.example.org", "ade.example.org:8080", "*", "a..b"):
         named = run_serve("--allowed-hosts", f"ok.example.org,{name}")
         assert named.returncode == 2 and "takes host names without scheme or port" in named.stderr
+
+
+def test_a_host_that_is_not_of_this_machine_is_refused() -> None:
+    """192.0.2.1 is reserved for documentation, and a..b cannot be a name."""
+    done = run_serve("--host", "192.0.2.1")
+    assert done.returncode == 2 and "cannot listen on 192.0.2.1 (" in done.stderr
+    assert "--host must be an address of this machine" in done.stderr
+    with pytest.raises(PortError, match=r"a\.\.b \(.*--host must be an address of this machine"):
+        Ports.from_environment().check_free("a..b")
 
 
 def as_nobody(attack: Callable[[], object]) -> object:

@@ -219,6 +219,40 @@ def test_a_kept_row_stands_until_its_run_is_measured_again(
     assert row["run"] == run and row["state"]["images"] == 32
 
 
+def test_a_system_that_fails_before_it_begins_has_a_row(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = MeasureOptions(draws=1)
+    job = Job(narrow("vae"), options(1))
+
+    def start() -> list[str]:
+        said: list[str] = []
+        compare(
+            [job],
+            dataset,
+            {"data": "x", "root": None},
+            tmp_path,
+            how,
+            lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None),
+            said.append,
+        )
+        return said
+
+    def fail(*given: object) -> None:
+        raise MemoryError("no room for the weights")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.loop.Trainer", fail)
+        assert start()[1:] == ["vae-seed0: MemoryError: no room for the weights"]
+    (row,) = read_rows(tmp_path)
+    assert row["config"] == job.config and row["state"] is None
+    page = write_comparison([row], tmp_path, torch.device("cpu")).read_text()
+    assert "**failed: no room for the weights**" in page
+    assert start() == ["vae-seed0: training", "vae-seed0: measuring"]
+    (row,) = read_rows(tmp_path)
+    assert row["measured"] and row["failure"] is None
+
+
 def test_processes_of_torchrun_do_not_share_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1228,6 +1228,11 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
         (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
         (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
         (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
+        (["ood-bench", "OUT", "--id", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
+        (
+            ["ood-bench", "OUT", "--id", "OUT", "--ood", "DATA", "--out", "DATA"],
+            "--out must lie outside of",
+        ),
         (["evaluate", "OUT"], "holds no finished checkpoint"),
         (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
         (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is not a bundle"),

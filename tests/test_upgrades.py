@@ -13,10 +13,11 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -28,8 +29,8 @@ from ade_cli.main import main
 from handlers.asgi.control import CHANGE, DESCRIBE
 from handlers.front.releases import Release
 from handlers.launch.channel import ChannelError, Listener, ask
-from handlers.launch.engines import SWITCHED
-from handlers.launch.upgrades import UpgradeError, check_contract
+from handlers.launch.engines import SWITCHED, UpgradableEngine
+from handlers.launch.upgrades import ROLLBACK, UPGRADE, UpgradeError, Upgrades, check_contract
 from serving.engine.bundle import (
     CALIBRATION_NAME,
     WEIGHTS_NAME,
@@ -240,6 +241,40 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
         write_calibrations(tmp_path, dataclasses.replace(calibrations, name="night", model=model))
         with nullcontext() if is_usable else pytest.raises(UpgradeError, match="another model"):
             check_contract(old, Bundle(tmp_path, old.manifest))
+
+
+class SwitchingEngine(UpgradableEngine):
+    """An engine that switches at once; ``changes`` collects the releases of each change."""
+
+    def __init__(self) -> None:
+        self.changes: list[Sequence[Release]] = []
+
+    def change(self, releases: Sequence[Release], say: Callable[[str], None]) -> None:
+        self.changes.append(releases)
+        say(SWITCHED)
+
+    def releases(self) -> list[dict[str, Any]]:
+        return []
+
+
+def test_an_upgrade_keeps_the_bundle_that_a_link_led_to(second: Path, tmp_path: Path) -> None:
+    """The next upgrade may move the link; a rollback does not follow it either."""
+    plan: Any = SimpleNamespace(bundles=[open_bundle(PRETRAINED)], release=release_of(PRETRAINED))
+    page: Any = SimpleNamespace(prepared=lambda bundles: nullcontext(lambda: None))
+    engine = SwitchingEngine()
+    upgrades = Upgrades(plan, engine, page, lambda: None)
+    link = tmp_path / "link"
+    for folder in (second, PRETRAINED):
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
+        upgrades.handle({"do": UPGRADE, "bundle": str(link)}, lambda text: None)
+    found = upgrades.handle({"do": ROLLBACK}, lambda text: None)
+    assert found["current"] == (open_bundle(second).model_id,)
+    assert [Path(*release.bundles) for (release,) in engine.changes] == [
+        second.resolve(),
+        PRETRAINED.resolve(),
+        second.resolve(),
+    ]
 
 
 def test_the_private_channel(tmp_path: Path) -> None:
