@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ade_cli.data_options import readable
-from training.data import DataError
+from training.data import NOT_ARRAYS, DataError
 from training.datasets.files import part_of, shuffled
 from training.datasets.folder import image_files
 
@@ -48,7 +47,7 @@ def _array(path: Path) -> np.ndarray:
             np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as arrays
         ):
             found = [np.load(path, allow_pickle=False)] if arrays is None else list(arrays.values())
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+    except NOT_ARRAYS as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     images: list[np.ndarray] = [
         array for array in found if array.dtype == np.uint8 and array.ndim == 4

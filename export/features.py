@@ -81,7 +81,7 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
         model = onnx.load(str(path))
         if _opset(model) < MIN_OPSET:
             model = onnx.version_converter.convert_version(model, OPSET)
-    except (DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
+    except (FeaturesError, DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
         raise FeaturesError(f"{path} is not a usable ONNX graph: {error}") from error
     _free_own_names(model.graph)
     found = _preprocessing(model.graph, images.shape[1:], source.preprocess)

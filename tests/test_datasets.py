@@ -263,7 +263,13 @@ def test_damaged_cifar10_labels_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"labels.npz must hold {message}"):
             load_dataset("cifar10", str(tmp_path))
 
-    for content in (b"text", b"PK\3\4"):
+    np.savez_compressed(labels, train=np.arange(2))
+    damaged = bytearray(labels.read_bytes())
+    at = damaged.index(b"train.npy") + len(b"train.npy")
+    damaged[at + 20 : at + 40] = b"\xff" * 20  # after an extra field
+    plain = io.BytesIO()
+    np.save(plain, np.arange(2))
+    for content in (b"", b"text", b"PK\3\4", bytes(damaged), plain.getvalue()):
         labels.write_bytes(content)
         check("the array train")
     for arrays, message in (

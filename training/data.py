@@ -7,6 +7,8 @@ by the calibration only) and ``test`` (used for reported figures only). A part i
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,19 @@ import numpy as np
 
 PARTS = ("train", "select", "calibrate", "test")
 CHANNELS = 3  # of the images of every loader
+
+# What NumPy raises while it loads arrays from a file that is damaged or something else.
+NOT_ARRAYS = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class DataError(ValueError):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from training.data import DataError, Dataset, ImageSet
+from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet
 from training.datasets.source import Source, planar, unpickle_arrays
 
 SIZE = 32
@@ -60,7 +59,7 @@ def _strips(root: Path, split: str) -> _Split:
     try:
         with np.load(path, allow_pickle=False) as stored:
             labels = stored[split].astype(np.int64)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except NOT_ARRAYS as error:
         raise DataError(f"{path} must hold the array {split}: {error}") from error
     if labels.shape != images.shape[:1]:
         raise DataError(f"{path} must hold {len(images)} labels of {split}, got {labels.shape}")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from training.data import DataError, Dataset, ImageSet, split_tail
+from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet, split_tail
 from training.datasets.files import Report, cached_pixels
 from training.datasets.source import planar, unpickle_arrays
 
@@ -69,7 +67,7 @@ def _read(path: Path, key: str) -> np.ndarray:
             with np.load(path, allow_pickle=False) as arrays:
                 return np.asarray(arrays[key])
         return np.asarray(unpickle_arrays(path.read_bytes(), path.name)[key])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, io.UnsupportedOperation) as error:
+    except NOT_ARRAYS as error:
         raise DataError(f"{path} is not a batch of ImageNet 64x64: {error}") from error
 
 

@@ -6,12 +6,13 @@ Distances in them are named after them and never called FID.
 from __future__ import annotations
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from training.data import NOT_ARRAYS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 250
@@ -66,7 +67,7 @@ class ResNet20(nn.Module):
             with np.load(path, allow_pickle=False) as arrays:
                 state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
             missing, unexpected = self.load_state_dict(state, strict=False)
-        except (OSError, EOFError, ValueError, RuntimeError, TypeError, BadZipFile) as error:
+        except NOT_ARRAYS as error:
             raise FeatureError(f"{path} does not hold a ResNet-20: {error}") from error
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:
