@@ -22,6 +22,8 @@ ENCODER_MOST_MINUTES = 15.0
 # Scales, couplings and width of the flow at each size: larger than the sizes' own, which are for
 # comparing systems. In the same time the likelihood gets better: docs/training.md.
 FLOWS = {"tiny": (2, 6, 48), "small": (2, 8, 48)}
+# Without these terms such a flow leaves the latents unused.
+LATENTS = {"free_bits": 8.0, "reconstruction_weight": 8.0}
 _MINUTES = {"m": 1.0, "h": 60.0, "d": 1440.0, "": 1.0}
 
 
@@ -81,10 +83,10 @@ class Plan:
         return cls(**{**values, "stages": stages, "flow": tuple(values.get("flow", ()))})
 
     @property
-    def networks(self) -> dict[str, int]:
-        """What differs from the networks of the size: fields of the model's configuration."""
+    def changes(self) -> dict[str, Any]:
+        """Arguments of :func:`training.recipes.recipe`: what differs from the size's recipes."""
         names = ("flow_scales", "flow_couplings", "flow_width")
-        return dict(zip(names, self.flow, strict=False))
+        return {**dict(zip(names, self.flow, strict=False)), **LATENTS}
 
     def check_resumes(self, begun: Plan) -> None:
         """Check that this plan continues one that a fitting was begun with.

@@ -83,7 +83,9 @@ def test_plans_fit_their_budget() -> None:
             and plan.licence is None
         )
         assert [stage.recipe for stage in plan.stages] == recipes and plan.size == size
-        model = recipe(plan.stages[-1].recipe, 32, 3, size, **plan.networks).model
+        config = recipe(plan.stages[0].recipe, 32, 3, size, **plan.changes)
+        model = config.model
+        assert config.reconstruction_weight and config.free_bits
         assert (model.flow_scales, model.flow_couplings, model.flow_width) == FLOWS[size]
         assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
