@@ -264,6 +264,25 @@ def test_what_is_broken_stays_reported_while_the_folder_cannot_be_read(
     assert set(engine.store.broken) == {"night"} and fresh.store.get().exact is not None
 
 
+def test_a_folder_that_vanishes_leaves_its_calibrations_in_use(
+    bundle: Path, night_file: Path, dark: np.ndarray
+) -> None:
+    """A bundle that was moved or unmounted must not change what the gate accepts."""
+    (bundle / FOLDER).mkdir()
+    gate = Gate(bundle)
+    (bundle / FOLDER).rmdir()  # of a folder without files nothing is missed
+    assert gate.check(dark[:1])[0].calibration is not None and not gate._engine.store.broken
+    add(bundle, night_file, "default")
+    before = gate.check(dark[:1])
+    bundle.rename(bundle.with_name("elsewhere"))
+    assert gate.check(dark[:1]) == before
+    assert gate._engine.store.broken == {"/": f"{bundle / FOLDER} is gone"}
+    bundle.with_name("elsewhere").rename(bundle)
+    assert gate.check(dark[:1]) == before and not gate._engine.store.broken
+    path_of(bundle, "default").unlink()
+    assert gate.check(dark[:1])[0].calibration != before[0].calibration
+
+
 def test_readers_see_a_whole_calibration_while_it_is_replaced(
     bundle: Path, night_file: Path
 ) -> None:

@@ -81,8 +81,9 @@ class CalibrationStore:
     """Hands out calibrations by name; may be used by several threads at once.
 
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
-    stays in use. ``default.npz`` takes the place of the bundle's own calibration; if it cannot be
-    used from the start, there is no verdict, because the bundle's own would accept other images.
+    stays in use; so it does if the folder vanishes. ``default.npz`` takes the place of the bundle's
+    own calibration; if it cannot be used from the start, there is no verdict, because the bundle's
+    own would accept other images.
 
     Args:
         own: the bundle's own calibrations.
@@ -170,6 +171,11 @@ class CalibrationStore:
             return
         try:
             found = _files(self._folder)
+        except FileNotFoundError:
+            if self._seen or self._broken:  # moved or unmounted: its former content stays in use
+                self._report({**self._broken, ALL: f"{self._folder} is gone"})
+                return
+            found = {}
         except OSError as error:  # its former content stays in use
             reason = f"{self._folder} cannot be read: {error.strerror}"
             self._report({**self._broken, ALL: reason})
@@ -224,11 +230,7 @@ def _short(model: str) -> str:
 def _files(folder: Path) -> dict[str, _Seen]:
     """Files by the names of their calibrations, without hidden ones, which are being written."""
     found: dict[str, _Seen] = {}
-    try:
-        entries = list(os.scandir(folder))
-    except FileNotFoundError:
-        return found
-    for entry in entries:
+    for entry in list(os.scandir(folder)):
         if entry.name.endswith(SUFFIX) and not entry.name.startswith("."):
             try:
                 status = entry.stat()
