@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import serving.verdict.calibration as calibration_module
 import serving.verdict.store as store_module
 from ade_cli.main import main
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
@@ -212,6 +214,34 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     engine.store.refresh()
     assert set(engine.store.names) == {"default", "night"}
     assert set(engine.store.broken) == {"pipe", "a b"}
+
+
+def test_a_file_that_could_not_be_opened_is_read_once_it_can(
+    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(bundle, night_file, "night")
+    with monkeypatch.context() as patch:
+
+        def refuse(path: Path, limit: int) -> bytes:  # as of a disk or a network that failed once
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr(calibration_module, "read_file", refuse)
+        store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
+        assert "Input/output error" in store.broken["night"]
+    assert store.get("night").exact is not None and not store.broken
+
+
+def test_a_change_is_noticed_even_if_size_and_time_of_the_file_stay(
+    bundle: Path, night_file: Path
+) -> None:
+    add(bundle, night_file, "night")
+    store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
+    path = path_of(bundle, "night")
+    time = path.stat().st_mtime_ns
+    path.write_bytes(bytes(path.stat().st_size))
+    os.utime(path, ns=(time, time))
+    store.refresh()
+    assert "is not a calibration" in store.broken["night"]
 
 
 def damage(path: Path) -> None:

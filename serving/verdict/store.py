@@ -26,7 +26,7 @@ SUFFIX = ".npz"
 ALL = "/"  # key of the folder itself among the broken names, which no file has
 CHECK_S = 1.0  # between two readings of the folder
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_Seen = tuple[int, int, int]  # inode, time of the last change in ns, bytes
+_Seen = tuple[int, int, int, int]  # inode, times of the last changes in ns, bytes
 
 
 class UnknownCalibration(CalibrationError):
@@ -183,6 +183,7 @@ class CalibrationStore:
         if self._was_read and found == self._seen and ALL not in self._broken:
             return
         current, broken = {DEFAULT: self._own}, {}
+        unread: set[str] = set()
         for name, seen in found.items():
             try:
                 current[name] = self._read(self._folder, name, seen)
@@ -190,11 +191,13 @@ class CalibrationStore:
                 Exception
             ) as error:  # a damaged file can make NumPy raise anything, and must stop no request
                 broken[name] = str(error)
+                if isinstance(error.__cause__, OSError):  # it may pass: try again next time
+                    unread.add(name)
                 if name in self._current:
                     current[name] = self._current[name]
         # One assignment each: readers see either the former or the new calibrations.
         self._current = current
-        self._seen = found
+        self._seen = {name: seen for name, seen in found.items() if name not in unread}
         self._was_read = True
         self._report(broken)
 
@@ -241,6 +244,7 @@ def _files(folder: Path) -> dict[str, _Seen]:
             found[entry.name.removesuffix(SUFFIX)] = (
                 status.st_ino,
                 status.st_mtime_ns,
+                status.st_ctime_ns,  # changes with the permissions, too
                 status.st_size,
             )
     return found
