@@ -86,10 +86,15 @@ class Contents:
         return gaps
 
 
-def write_header(file: IO[bytes], header: dict[str, Any]) -> None:
-    """Write what an archive begins with."""
+def header_bytes(header: dict[str, Any]) -> bytes:
+    """What an archive begins with."""
     text = json.dumps(header, separators=(",", ":")).encode()
-    file.write(MAGIC + _HEADER.pack(len(text), hashlib.sha256(text).digest()) + text)
+    return MAGIC + _HEADER.pack(len(text), hashlib.sha256(text).digest()) + text
+
+
+def write_header(file: IO[bytes], header: dict[str, Any]) -> None:
+    """Write what an archive begins with, durably."""
+    file.write(header_bytes(header))
     _sync(file)
 
 

@@ -11,7 +11,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from coding.archive import FORMAT_VERSION, read_chunk, scan, write_chunk, write_end, write_header
+from coding.archive import (
+    FORMAT_VERSION,
+    header_bytes,
+    read_chunk,
+    scan,
+    write_chunk,
+    write_end,
+    write_header,
+)
 from coding.chunks import MAX_BYTES, MAX_IMAGES, ChunkCoder, Figures, holds
 from coding.errors import CodingError, Damaged
 from coding.image_coder import ImageCoder
@@ -99,7 +107,7 @@ def compress(
 
     Raises:
         CodingError: ``out`` exists, an image cannot be read, another process writes the archive, or
-            ``OUT.part`` belongs to other images or another model.
+            ``OUT.part`` belongs to other images or another model, or is another file.
         BundleError: the bundle's files do not match its manifest.
     """
     if os.path.lexists(out):
@@ -120,7 +128,8 @@ def compress(
     part = out.with_name(out.name + ".part")
     with only_writer(out, CodingError), _open_part(part) as file:
         if os.path.lexists(out):  # another process has finished meanwhile
-            part.unlink()
+            if not os.fstat(file.fileno()).st_size:  # opening made it
+                part.unlink()
             raise CodingError(f"{out} exists: take another name")
         done = report.resumed = _resume(file, part, header, source)
         progress(done, source.count)
@@ -200,11 +209,12 @@ def _resume(file: IO[bytes], part: Path, header: dict[str, Any], source: Source)
     """The number of images in an unfinished archive, after its incomplete end is cut off."""
     try:
         contents = scan(file, part)
-    except CodingError:
-        # Killed while the header was written, unless the file is something else.
-        if os.fstat(file.fileno()).st_size > 2**16:
-            raise
+    except CodingError as error:
+        start = header_bytes(header)
         file.seek(0)
+        if not start.startswith(file.read(len(start))):
+            raise CodingError(f"{error}: remove it, or take another name") from None
+        file.seek(0)  # a new file, or an earlier call was killed while it wrote the header
         file.truncate()
         write_header(file, header)
         return 0

@@ -242,7 +242,8 @@ def score_folder(
         open(part, "a", encoding="utf-8", opener=_unless_link) as rows,
     ):
         if out.exists():  # another process has finished meanwhile
-            part.unlink(missing_ok=True)
+            if not os.fstat(rows.fileno()).st_size:  # opening made it
+                part.unlink(missing_ok=True)
             raise BulkError(f"{out} exists already")
         done = _begin(part, head, folder)
         progress(done, total)
@@ -268,15 +269,16 @@ def _unless_link(path: str, flags: int) -> int:
 def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
     """Count the rows of an unfinished file and cut off an incomplete last line."""
     end, count, paths = 0, -1, image_paths(folder)
+    first = json.dumps(head) + "\n"
     with open(part, "rb") as lines:
         for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            if count < 0 and _parsed(line) != head:
+            if count < 0 and not first.encode().startswith(line):  # may be incomplete
                 raise BulkError(
                     f"{part} was started with {_parsed(line)}, this call has {head}: "
                     "remove the file to start again"
                 )
+            if not line.endswith(b"\n"):
+                break
             if count >= 0:
                 found, expected = json.loads(line)["path"], next(paths, None)
                 if found != expected:
@@ -287,7 +289,7 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
             end, count = end + len(line), count + 1
     os.truncate(part, end)
     if count < 0:
-        part.write_text(json.dumps(head) + "\n")
+        part.write_text(first)
         return 0
     return count
 

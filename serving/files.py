@@ -95,14 +95,16 @@ def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
     """Keep other processes from writing the same file.
 
     Args:
-        out: the file; its lock file beside it is removed at the end of the block.
+        out: the file. A lock file beside it, ``.OUT.ade-lock``, is removed at the end of the block.
         taken: turns a message into the error to raise if another process is writing the file.
     """
-    lock = out.with_name(out.name + ".lock")
+    lock = out.with_name(f".{out.name}.ade-lock")
     try:
         with locked(lock):
-            yield
-            lock.unlink()
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout:
         raise taken(f"{out} is being written by another process") from None
 

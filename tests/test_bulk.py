@@ -25,7 +25,7 @@ from serving import bulk
 from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
-from serving.files import image_paths
+from serving.files import image_paths, only_writer
 from serving.page.app import build_page
 from serving.page.served import Served
 from serving.verdict.calibration import Calibrations
@@ -243,7 +243,7 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     with pytest.raises(BulkError, match="was started with"):
         score(tiny_bundle, folder, out, alpha=0.2)
     refused = pytest.raises(BulkError, match="is being written by another process")
-    with held_by_another(tmp_path / "scores.jsonl.lock"), refused:
+    with held_by_another(tmp_path / ".scores.jsonl.ade-lock"), refused:
         score(tiny_bundle, folder, out)
     seen = []
     score_folder(
@@ -265,6 +265,21 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     monkeypatch.setattr(bulk, "image_paths", lambda folder: iter([*paths[:9], "x", *paths[10:]]))
     with pytest.raises(BulkError, match="has changed since .* its file 10 is x"):
         score(tiny_bundle, folder, out)
+
+
+def test_other_files_with_names_like_its_own_are_kept(
+    tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    for theirs in ("a note without a line's end", "a note\n"):
+        (tmp_path / "scores.jsonl.part").write_text(theirs)
+        with pytest.raises(BulkError, match="was started with something else"):
+            score(tiny_bundle, folder, tmp_path / "scores.jsonl")
+        assert (tmp_path / "scores.jsonl.part").read_text() == theirs
+    (tmp_path / "poetry.lock").write_text("precious")
+    with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "poetry", BulkError):
+        raise ZeroDivisionError
+    assert (tmp_path / "poetry.lock").read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_kill_leaves_a_resumable_file_and_no_process(

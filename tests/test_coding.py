@@ -506,6 +506,23 @@ def test_an_interrupted_archive_is_resumed(
     assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:200])
 
 
+@pytest.mark.parametrize("theirs", [b"a note", b"", archives.MAGIC, archives.MAGIC + b"another"])
+def test_a_part_that_is_another_file_is_kept(
+    archived: Path, bundle: Bundle, tmp_path: Path, theirs: bytes
+) -> None:
+    """Except for an empty one and the beginning of the same archive."""
+    archived.unlink()
+    part = tmp_path / "out.ade.part"
+    part.write_bytes(theirs)
+    source = ArraySource(tmp_path / "in.npy")
+    if archives.MAGIC.startswith(theirs):
+        assert compress(source, archived, bundle, verify=False).figures.images == 200
+    else:
+        with pytest.raises(CodingError, match="remove it, or take another name"):
+            compress(source, archived, bundle, verify=False)
+        assert part.read_bytes() == theirs and not archived.exists()
+
+
 def test_a_part_of_other_images_is_refused(
     archived: Path, bundle: Bundle, small_images: np.ndarray, tmp_path: Path
 ) -> None:
