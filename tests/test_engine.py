@@ -14,7 +14,7 @@ from PIL import Image
 
 from serving.api.requests import RawRequest
 from serving.api.service import Service
-from serving.engine.backends import BackendError
+from serving.engine.backends import BACKENDS, BackendError
 from serving.engine.cuda import BoundGraph
 from serving.engine.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
 from serving.engine.noise import NoiseStream, sample_key
@@ -207,6 +207,23 @@ def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
         InferenceEngine(PRETRAINED, device="tpu")
     with pytest.raises(BackendError, match="backend must be one of"):
         InferenceEngine(PRETRAINED, backend="tensorrt")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_of_another_type_or_shape_are_refused(
+    tiny_bundle: Path, small_images: np.ndarray, backend: str
+) -> None:
+    """TorchScript would compute with them, and give wrong numbers."""
+    engine = InferenceEngine(tiny_bundle, backend, "cpu")
+    for method in ("encode", "reconstruct", "score", "statistics", "features"):
+        for wrong, got in (
+            (small_images[:2] / 255, r"float64 \(2, 8, 8, 3\)"),
+            (small_images[:2, :7], r"uint8 \(2, 7, 8, 3\)"),
+            (small_images[0], r"uint8 \(8, 8, 3\)"),
+            (small_images[:0], r"uint8 \(0, 8, 8, 3\)"),
+        ):
+            with pytest.raises(ValueError, match=rf"\(N, 8, 8, 3\) with N at least 1, got {got}"):
+                getattr(engine, method)(wrong)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -90,6 +90,9 @@ class InferenceEngine:
     Attributes:
         store: the calibrations by name.
 
+    Methods that take images raise :class:`ValueError` unless these are uint8 ``(N, H, W, C)`` of
+    the model's size, with at least one image.
+
     Example::
 
         engine = InferenceEngine(Path("pretrained/cifar10"))
@@ -262,6 +265,7 @@ class InferenceEngine:
             eps: whether to return the draw of each image as noise too. Default no. If only some
                 images request it, the noise of the others is zeros.
         """
+        self._check(images)
         seeds = seeds or [0] * len(images)
 
         def inputs(i: int) -> dict[str, np.ndarray]:
@@ -297,6 +301,7 @@ class InferenceEngine:
         kinds: Sequence[str] | None = None,
     ) -> np.ndarray:
         """Encode and decode; uint8 ``(N, H, W, C)`` in and out."""
+        self._check(images)
         seeds = seeds or [0] * len(images)
         kinds = kinds or ["mean"] * len(images)
 
@@ -332,6 +337,7 @@ class InferenceEngine:
         Returns:
             One result per image; the error itself where the likelihood is not finite.
         """
+        self._check(images)
         seeds = seeds or [0] * len(images)
         samples = samples or [1] * len(images)
         chosen = calibrations or [self.calibrations] * len(images)
@@ -384,6 +390,7 @@ class InferenceEngine:
         Args:
             images: uint8 ``(N, H, W, C)``.
         """
+        self._check(images)
         digests = [image_digest(image) for image in images]
         found = [
             self._statistics(images[first : first + len(outputs["parts"])], outputs)
@@ -404,6 +411,7 @@ class InferenceEngine:
         Images are computed one by one, because matrix products in classifiers vary with the size of
         the batch; with a backend of fixed sizes, in padded batches.
         """
+        self._check(images)
         if self._features is None:
             return {}
         step = MAX_BATCH if self._features.fixed_sizes else 1
@@ -523,6 +531,15 @@ class InferenceEngine:
                     name: value[: len(rows)]
                     for name, value in self.backend.run(graph, batch, wanted).items()
                 },
+            )
+
+    def _check(self, images: np.ndarray) -> None:
+        """Check what every graph takes; TorchScript would compute with other types, too."""
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
+            height, width, channels = self.image_shape
+            raise ValueError(
+                f"images must be uint8 (N, {height}, {width}, {channels}) with N at least 1, got "
+                f"{images.dtype} {images.shape}"
             )
 
     def _shape(self, name: str) -> tuple[int, int, int]:
