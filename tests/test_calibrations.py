@@ -504,6 +504,43 @@ def test_feedback_joins_once_and_can_be_taken_back(
     assert main(["gate", "feedback", str(bundle)]) == 2
 
 
+def test_feedback_is_taken_back_by_its_values(
+    bundle: Path, dark: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another processor, or another version of a library, computes others for the same file."""
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file, image in zip(files, dark, strict=False):
+        Image.fromarray(image).save(file)
+    own = InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations
+    give_feedback(bundle, "default", files, [])
+    path = path_of(bundle, "default")
+    whole = path.read_bytes()
+    statistics = InferenceEngine.statistics
+
+    def elsewhere(self: InferenceEngine, images: np.ndarray) -> dict[str, np.ndarray]:
+        found = statistics(self, images)
+        return {**found, "bpd": np.nextafter(found["bpd"], np.float32(9))}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InferenceEngine, "statistics", elsewhere)
+        assert give_feedback(bundle, "default", [], files[:1]).removed == 1
+        assert give_feedback(bundle, "default", [], files).removed == 1
+        restored = Calibrations.load(path)
+        assert restored.exact is not None and own.exact is not None
+        assert restored.joined == () and restored.exact.joined is None
+        assert np.array_equal(restored.exact.scores, own.exact.scores)
+        assert np.array_equal(restored.exact.reference, own.exact.reference)
+        # Files of versions before have no values: only the same computation finds them.
+        path.write_bytes(whole)
+        read = Calibrations.load(path)
+        assert read.exact is not None
+        former = dataclasses.replace(read, exact=dataclasses.replace(read.exact, joined=None))
+        path.write_bytes(former.to_bytes())
+        with pytest.raises(CalibrationError, match="not among the calibration images"):
+            give_feedback(bundle, "default", [], files)
+    assert give_feedback(bundle, "default", [], files).removed == 2
+
+
 def test_feedback_needs_a_whole_calibration(bundle: Path, tmp_path: Path) -> None:
     (bundle / "calibrations").mkdir()
     (bundle / "calibrations" / "default.npz").write_bytes(b"junk")

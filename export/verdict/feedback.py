@@ -193,15 +193,19 @@ def _moved(
             "resized images"
         )
     if joining:
-        calibration = calibration.joined_by(_statistics(joining))
+        calibration = calibration.joined_by(_statistics(joining), _digests(joining))
     if leaving:
-        calibration = calibration.left_by(_statistics(leaving))
+        calibration = calibration.left_by(_statistics(leaving), _digests(leaving))
     return calibration
 
 
 def _statistics(images: Sequence[_Image]) -> dict[str, np.ndarray]:
     names = images[0].statistics
     return {name: np.concatenate([image.statistics[name] for image in images]) for name in names}
+
+
+def _digests(images: Sequence[_Image]) -> list[str]:
+    return [image.digest for image in images]
 
 
 def _append(path: Path, images: Sequence[_Image], name: str, before: str, after: str) -> None:

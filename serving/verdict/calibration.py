@@ -159,6 +159,65 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Images that feedback added to a calibration, with the values that removing them takes out.
+
+    Computed again on another machine, or with another version of a library, the values of the same
+    file may differ.
+
+    Attributes:
+        files: hexadecimal SHA-256 of each image file.
+        rows: float32 ``(J, S)``, their statistics.
+        scores: float64 ``(J,)``, their OOD scores.
+    """
+
+    files: tuple[str, ...]
+    rows: np.ndarray
+    scores: np.ndarray
+
+    def and_more(self, more: Joined) -> Joined:
+        """These and more."""
+        return Joined(
+            (*self.files, *more.files),
+            np.concatenate([self.rows, more.rows]),
+            np.concatenate([self.scores, more.scores]),
+        )
+
+    def without(self, files: Sequence[str]) -> Joined | None:
+        """All but some; ``None`` if none is left."""
+        kept = [place for place, file in enumerate(self.files) if file not in files]
+        left = Joined(tuple(self.files[n] for n in kept), self.rows[kept], self.scores[kept])
+        return left if kept else None
+
+    def shapes(self, size: int) -> list[tuple[str, np.ndarray, Any]]:
+        """The arrays with the shapes that they must have, for ``size`` statistics."""
+        count = len(self.files)
+        return [
+            ("joined_rows", self.rows, (count, size)),
+            ("joined_scores", self.scores, (count,)),
+        ]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name."""
+        return {
+            "joined_files": np.array(self.files),
+            "joined_rows": self.rows,
+            "joined_scores": self.scores,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> Joined | None:
+        """Rebuild from :meth:`arrays`; ``None`` if there are none."""
+        if f"{prefix}joined_files" not in arrays:
+            return None
+        return cls(
+            tuple(map(str, arrays[f"{prefix}joined_files"])),
+            arrays[f"{prefix}joined_rows"],
+            arrays[f"{prefix}joined_scores"],
+        )
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The density of statistics, and the scores of the calibration images under it.
 
@@ -176,6 +235,8 @@ class Calibration:
         corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
             that were corrupted so, to show what each alpha would catch; empty in calibrations of
             versions before.
+        joined: the images that feedback added; ``None`` if there are none, or a version before
+            added them.
     """
 
     estimator: str
@@ -188,6 +249,7 @@ class Calibration:
     baseline: Mixture
     known: KnownImages | None = None
     corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
+    joined: Joined | None = None
 
     @property
     def bpd(self) -> np.ndarray:
@@ -233,6 +295,7 @@ class Calibration:
             ("reference", self.reference, (n, size)),
             *_shapes("mixture", self.mixture, size - sum(semantic)),
             *_shapes("baseline", self.baseline, pixels),
+            *([] if self.joined is None else self.joined.shapes(size)),
         ):
             if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
                 raise CalibrationError(
@@ -247,33 +310,52 @@ class Calibration:
         if (np.diff(self.scores) < 0).any() or (np.diff(self.reference, axis=0) < 0).any():
             raise CalibrationError("scores and reference must be sorted")
 
-    def joined_by(self, statistics: Mapping[str, np.ndarray]) -> Calibration:
+    def joined_by(self, statistics: Mapping[str, np.ndarray], files: Sequence[str]) -> Calibration:
         """The same density with more calibration images.
 
         Args:
             statistics: of :func:`serving.verdict.statistics.compute_statistics`, for images to
                 which nothing was fitted.
+            files: hexadecimal SHA-256 of each image file.
         """
         rows = self.rows(statistics)
         scores = self.surprise(self.normal(rows))
+        new = Joined(tuple(files), rows, scores)
         return replace(
             self,
             scores=np.sort(np.concatenate([self.scores, scores])),
             reference=np.sort(np.concatenate([self.reference, rows]), axis=0),
+            joined=new if self.joined is None else self.joined.and_more(new),
         )
 
-    def left_by(self, statistics: Mapping[str, np.ndarray]) -> Calibration:
+    def left_by(self, statistics: Mapping[str, np.ndarray], files: Sequence[str]) -> Calibration:
         """The same density without images that had joined.
+
+        Args:
+            statistics: used only for images that a version before added, without their values.
+            files: hexadecimal SHA-256 of each image file.
 
         Raises:
             CalibrationError: an image is not among the calibration images, or none would be left.
         """
         rows = self.rows(statistics)
-        scores = _without(self.scores, self.surprise(self.normal(rows)))
+        scores = self.surprise(self.normal(rows))
+        if self.joined is not None:
+            places = {file: place for place, file in enumerate(self.joined.files)}
+            for row, file in enumerate(files):
+                if file in places:
+                    rows[row] = self.joined.rows[places[file]]
+                    scores[row] = self.joined.scores[places[file]]
+        left = _without(self.scores, scores)
         columns = [_without(*pair) for pair in zip(self.reference.T, rows.T, strict=True)]
-        if not len(scores):
+        if not len(left):
             raise CalibrationError("a calibration needs at least one image")
-        return replace(self, scores=scores, reference=np.stack(columns, axis=1))
+        return replace(
+            self,
+            scores=left,
+            reference=np.stack(columns, axis=1),
+            joined=None if self.joined is None else self.joined.without(files),
+        )
 
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
@@ -402,6 +484,7 @@ class Calibration:
             **_arrays("baseline", self.baseline),
             **({} if self.known is None else self.known.arrays()),
             **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
+            **({} if self.joined is None else self.joined.arrays()),
         }
 
     @classmethod
@@ -424,6 +507,7 @@ class Calibration:
             _mixture(f"{prefix}baseline", arrays),
             KnownImages.from_arrays(arrays, prefix),
             {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
+            Joined.from_arrays(arrays, prefix),
         )
 
 
