@@ -112,8 +112,8 @@ def _feedback(args: argparse.Namespace) -> None:
         args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say
     )
     print(
-        f"{done.joined} images joined the calibration {args.calibration}, {done.known} had joined "
-        f"before; {done.removed} were removed, {done.rejected} rejected ones were not in it; "
+        f"{done.joined} images joined the calibration {args.calibration}, {done.known} were in it "
+        f"before; {done.removed} were removed, {done.rejected} rejected ones had not joined; "
         f"{done.unusable} cannot be used"
     )
     if done.before == done.after:

@@ -541,6 +541,39 @@ def test_feedback_is_taken_back_by_its_values(
     assert give_feedback(bundle, "default", [], files).removed == 2
 
 
+def test_an_image_that_calibrates_already_is_not_counted_twice(
+    bundle: Path, small_images: np.ndarray, dark: np.ndarray, tmp_path: Path
+) -> None:
+    calibrating = tmp_path / "calibrating.png"
+    Image.fromarray(small_images[200]).save(calibrating)
+    assert give_feedback(bundle, "default", [calibrating], []).known == 1
+    larger = tmp_path / "larger.png"
+    Image.fromarray(dark[0].repeat(2, 0).repeat(2, 1)).save(larger)
+    files = [tmp_path / "a.png", tmp_path / "a.webp", tmp_path / "a.bmp"]
+    for file in files:
+        Image.fromarray(dark[0]).save(file, lossless=True)
+    assert len({file.read_bytes() for file in files}) == 3
+    done = give_feedback(bundle, "default", [*files[:2], larger], [])
+    assert (done.joined, done.known) == (2, 0)  # larger images have a calibration of their own
+    assert give_feedback(bundle, "default", files[2:], []).known == 1
+    with pytest.raises(CalibrationError, match="is given to accept and to reject"):
+        give_feedback(bundle, "default", files[:1], files[1:])
+    back = give_feedback(bundle, "default", [], [*files[1:], calibrating])
+    assert (back.removed, back.rejected) == (1, 1)
+    assert len(Calibrations.load(path_of(bundle, "default")).joined) == 1  # the larger one
+    # Versions before did not store which images calibrate.
+    path = path_of(bundle, "default")
+    read = Calibrations.load(path)
+    assert read.exact is not None and read.exact.digests.shape == (150,)
+    wrong = dataclasses.replace(read.exact, digests=read.exact.digests.astype(float))
+    with pytest.raises(CalibrationError, match="digests must be one uint64"):
+        wrong.check_values()
+    former = dataclasses.replace(read.exact, digests=np.empty(0, np.uint64))
+    path.write_bytes(dataclasses.replace(read, exact=former).to_bytes())
+    assert give_feedback(bundle, "default", [calibrating], []).joined == 1
+    assert give_feedback(bundle, "default", [calibrating], []).known == 1
+
+
 def test_feedback_needs_a_whole_calibration(bundle: Path, tmp_path: Path) -> None:
     (bundle / "calibrations").mkdir()
     (bundle / "calibrations" / "default.npz").write_bytes(b"junk")

@@ -33,7 +33,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.engine.engine import MAX_BATCH, InferenceEngine
-from serving.engine.noise import image_digest
+from serving.engine.noise import image_digest, short_digest
 from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
@@ -342,7 +342,8 @@ def _calibrated(
         way: np.sort(calibration.scores_of(statistics_of(engine, changed, way)))
         for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items()
     }
-    calibration = dataclasses.replace(calibration, corrupted=caught)
+    digests = np.array([short_digest(image) for image in pixels[1]], np.uint64)
+    calibration = dataclasses.replace(calibration, corrupted=caught, digests=digests)
     return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
 
 

@@ -22,6 +22,7 @@ from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
 from serving.engine.bundle import verify_bundle
 from serving.engine.engine import InferenceEngine
+from serving.engine.noise import short_digest
 from serving.files import LOCK, locked, read_file
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations, version_of
 from serving.verdict.store import FOLDER, check_name, write_calibrations
@@ -37,9 +38,9 @@ class Feedback:
 
     Attributes:
         joined: images that are calibration images from now on.
-        known: accepted images that were calibration images already.
+        known: accepted images that were calibration images already, by their file or pixels.
         removed: rejected images that had joined and were taken out again.
-        rejected: rejected images that were not calibration images.
+        rejected: rejected images that had not joined.
         unusable: images without usable statistics; they are not in the audit file.
         before: version of the calibration.
         after: version of the calibration; the same if nothing joined or was removed.
@@ -56,10 +57,11 @@ class Feedback:
 
 @dataclass(frozen=True)
 class _Image:
-    """One image file with its statistics."""
+    """One image file with its statistics; ``pixels`` is the short digest of its pixels."""
 
     path: Path
     digest: str
+    pixels: int
     given: Given
     resized: bool
     statistics: dict[str, np.ndarray]
@@ -74,8 +76,9 @@ def give_feedback(
 ) -> Feedback:
     """Let accepted images join a calibration, take rejected ones out of it, and write the audit.
 
-    An accepted image counts once, however often it is given. Services that run with the bundle
-    take the calibration over.
+    An accepted image counts once, however often and in whatever file it is given. If it is one of
+    the images that ``ade calibrate`` calibrated with, it has been counted. Services that run with
+    the bundle take the calibration over.
 
     Args:
         folder: of the bundle.
@@ -102,9 +105,7 @@ def give_feedback(
             *((path, "reject") for path in rejected),
         ]
         images, unusable = _read(engine, files, report)
-        known = set(before.joined)
-        joining = [i for i in images if i.given == "accept" and i.digest not in known]
-        leaving = [i for i in images if i.given == "reject" and i.digest in known]
+        joining, leaving = _changing(before, images)
         after = before
         if joining or leaving:
             after = _changed(before, joining, leaving, name, bundle.networks)
@@ -123,11 +124,29 @@ def give_feedback(
     )
 
 
+def _changing(before: Calibrations, images: Sequence[_Image]) -> tuple[list[_Image], list[_Image]]:
+    """The images that join, and those that leave, with the digests of the files that joined."""
+    joining: list[_Image] = []
+    leaving: dict[str, _Image] = {}
+    for image in images:
+        calibration = before.of(image.resized)
+        joined = None if calibration is None else calibration.joined
+        file = image.digest if image.digest in before.joined else None
+        if file is None and joined is not None:
+            file = joined.file_of(image.pixels)
+        if image.given == "reject":
+            if file is not None:
+                leaving[file] = dataclasses.replace(image, digest=file)
+        elif file is None and (calibration is None or image.pixels not in calibration.digests):
+            joining.append(image)
+    return joining, list(leaving.values())
+
+
 def _read(
     engine: InferenceEngine, files: Sequence[tuple[Path, Given]], report: Report
 ) -> tuple[list[_Image], int]:
     """The usable images, each once, and how many are not usable."""
-    found: dict[str, _Image] = {}
+    found: dict[tuple[bool, int], _Image] = {}
     unusable = 0
     for path, given in files:
         try:
@@ -136,17 +155,20 @@ def _read(
             report(f"left out {path}: {error.strerror}")
             unusable += 1
             continue
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in found:
-            if found[digest].given != given:
-                raise CalibrationError(f"{path} is given to accept and to reject")
-            continue
         image = prepare_image(content, engine.image_shape, True, 0)
         reason = image.message if isinstance(image, ApiError) else None
         if not isinstance(image, ApiError):
+            pixels = short_digest(image.pixels)
+            if (image.resized, pixels) in found:
+                if found[image.resized, pixels].given != given:
+                    raise CalibrationError(f"{path} is given to accept and to reject")
+                continue
             statistics = engine.statistics(image.pixels[None])
             if all(np.isfinite(values).all() for values in statistics.values()):
-                found[digest] = _Image(path, digest, given, image.resized, statistics)
+                digest = hashlib.sha256(content).hexdigest()
+                found[image.resized, pixels] = _Image(
+                    path, digest, pixels, given, image.resized, statistics
+                )
                 continue
             reason = "its likelihood is not a finite number"
         report(f"left out {path}: {reason}")
@@ -193,7 +215,9 @@ def _moved(
             "resized images"
         )
     if joining:
-        calibration = calibration.joined_by(_statistics(joining), _digests(joining))
+        calibration = calibration.joined_by(
+            _statistics(joining), _digests(joining), [image.pixels for image in joining]
+        )
     if leaving:
         calibration = calibration.left_by(_statistics(leaving), _digests(leaving))
     return calibration

@@ -25,6 +25,11 @@ def image_digest(pixels: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).digest()
 
 
+def short_digest(pixels: np.ndarray) -> int:
+    """Return the first 8 bytes of :func:`image_digest`, by which calibrations know an image."""
+    return int.from_bytes(image_digest(pixels)[:8])
+
+
 def image_key(seed: int, digest: bytes, draw: int = 0) -> bytes:
     """Return the key (16 bytes) of one draw for the image with this :func:`image_digest`."""
     return hashlib.sha256(b"ade image %d %d " % (seed, draw) + digest).digest()[:16]

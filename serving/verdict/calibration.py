@@ -169,11 +169,13 @@ class Joined:
         files: hexadecimal SHA-256 of each image file.
         rows: float32 ``(J, S)``, their statistics.
         scores: float64 ``(J,)``, their OOD scores.
+        digests: uint64 ``(J,)``, the first 8 bytes of the SHA-256 of their pixels.
     """
 
     files: tuple[str, ...]
     rows: np.ndarray
     scores: np.ndarray
+    digests: np.ndarray
 
     def and_more(self, more: Joined) -> Joined:
         """These and more."""
@@ -181,13 +183,21 @@ class Joined:
             (*self.files, *more.files),
             np.concatenate([self.rows, more.rows]),
             np.concatenate([self.scores, more.scores]),
+            np.concatenate([self.digests, more.digests]),
         )
+
+    def file_of(self, digest: int) -> str | None:
+        """The file as which an image with these pixels joined; ``None`` if none did."""
+        places = np.flatnonzero(self.digests == np.uint64(digest))
+        return self.files[places[0]] if len(places) else None
 
     def without(self, files: Sequence[str]) -> Joined | None:
         """All but some; ``None`` if none is left."""
         kept = [place for place, file in enumerate(self.files) if file not in files]
-        left = Joined(tuple(self.files[n] for n in kept), self.rows[kept], self.scores[kept])
-        return left if kept else None
+        if not kept:
+            return None
+        files = tuple(self.files[place] for place in kept)
+        return Joined(files, self.rows[kept], self.scores[kept], self.digests[kept])
 
     def shapes(self, size: int) -> list[tuple[str, np.ndarray, Any]]:
         """The arrays with the shapes that they must have, for ``size`` statistics."""
@@ -203,6 +213,7 @@ class Joined:
             "joined_files": np.array(self.files),
             "joined_rows": self.rows,
             "joined_scores": self.scores,
+            "joined_digests": self.digests,
         }
 
     @classmethod
@@ -214,6 +225,7 @@ class Joined:
             tuple(map(str, arrays[f"{prefix}joined_files"])),
             arrays[f"{prefix}joined_rows"],
             arrays[f"{prefix}joined_scores"],
+            arrays[f"{prefix}joined_digests"],
         )
 
 
@@ -235,6 +247,8 @@ class Calibration:
         corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
             that were corrupted so, to show what each alpha would catch; empty in calibrations of
             versions before.
+        digests: uint64, the first 8 bytes of the SHA-256 of the pixels of each calibration image
+            that has not joined; empty in calibrations of versions before.
         joined: the images that feedback added; ``None`` if there are none, or a version before
             added them.
     """
@@ -249,6 +263,7 @@ class Calibration:
     baseline: Mixture
     known: KnownImages | None = None
     corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
+    digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     joined: Joined | None = None
 
     @property
@@ -305,22 +320,30 @@ class Calibration:
         for name, scores in self.corrupted.items():
             if scores.ndim != 1 or scores.dtype.kind != "f" or not np.isfinite(scores).all():
                 raise CalibrationError(f"the scores of {name!r} must be finite numbers")
+        digests = [(self.digests, (self.digests.size,))]
+        if self.joined is not None:
+            digests.append((self.joined.digests, (len(self.joined.files),)))
+        if any(its.dtype != np.uint64 or its.shape != shape for its, shape in digests):
+            raise CalibrationError("digests must be one uint64 for each image")
         if not n or "bpd" not in self.names or not (self.normal.spread > 0).all():
             raise CalibrationError("it has no scores, no bpd, or a spread that is not positive")
         if (np.diff(self.scores) < 0).any() or (np.diff(self.reference, axis=0) < 0).any():
             raise CalibrationError("scores and reference must be sorted")
 
-    def joined_by(self, statistics: Mapping[str, np.ndarray], files: Sequence[str]) -> Calibration:
+    def joined_by(
+        self, statistics: Mapping[str, np.ndarray], files: Sequence[str], digests: Sequence[int]
+    ) -> Calibration:
         """The same density with more calibration images.
 
         Args:
             statistics: of :func:`serving.verdict.statistics.compute_statistics`, for images to
                 which nothing was fitted.
             files: hexadecimal SHA-256 of each image file.
+            digests: the first 8 bytes of the SHA-256 of each image's pixels.
         """
         rows = self.rows(statistics)
         scores = self.surprise(self.normal(rows))
-        new = Joined(tuple(files), rows, scores)
+        new = Joined(tuple(files), rows, scores, np.array(digests, np.uint64))
         return replace(
             self,
             scores=np.sort(np.concatenate([self.scores, scores])),
@@ -333,7 +356,7 @@ class Calibration:
 
         Args:
             statistics: used only for images that a version before added, without their values.
-            files: hexadecimal SHA-256 of each image file.
+            files: hexadecimal SHA-256 of each image file, as it joined.
 
         Raises:
             CalibrationError: an image is not among the calibration images, or none would be left.
@@ -484,6 +507,7 @@ class Calibration:
             **_arrays("baseline", self.baseline),
             **({} if self.known is None else self.known.arrays()),
             **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
+            **({"digests": self.digests} if self.digests.size else {}),
             **({} if self.joined is None else self.joined.arrays()),
         }
 
@@ -507,6 +531,7 @@ class Calibration:
             _mixture(f"{prefix}baseline", arrays),
             KnownImages.from_arrays(arrays, prefix),
             {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
+            of("digests") if f"{prefix}digests" in arrays else np.empty(0, np.uint64),
             Joined.from_arrays(arrays, prefix),
         )
 
