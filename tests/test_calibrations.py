@@ -219,6 +219,7 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
 def test_a_file_that_could_not_be_opened_is_read_once_it_can(
     bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
     add(bundle, night_file, "night")
     with monkeypatch.context() as patch:
 
@@ -226,7 +227,7 @@ def test_a_file_that_could_not_be_opened_is_read_once_it_can(
             raise OSError(errno.EIO, "Input/output error")
 
         patch.setattr(calibration_module, "read_file", refuse)
-        store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
+        store.refresh()
         assert "Input/output error" in store.broken["night"]
     assert store.get("night").exact is not None and not store.broken
 
