@@ -24,10 +24,10 @@ from export.verdict.feedback import give_feedback
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer
-from serving.engine.bundle import open_bundle, verify_bundle
+from serving.engine.bundle import CALIBRATION_NAME, open_bundle, verify_bundle, write_manifest
 from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
-from serving.images import write_png
+from serving.images import coder_version, write_png
 from serving.verdict.calibration import CalibrationError, Calibrations
 from serving.verdict.store import (
     FOLDER,
@@ -573,6 +573,48 @@ def test_an_image_that_calibrates_already_is_not_counted_twice(
     path.write_bytes(dataclasses.replace(read, exact=former).to_bytes())
     assert give_feedback(bundle, "default", [calibrating], []).joined == 1
     assert give_feedback(bundle, "default", [calibrating], []).known == 1
+
+
+def test_another_lossless_coder_is_reported_and_joins_nothing(
+    bundle: Path,
+    night_file: Path,
+    dark: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A changed libwebp shifts a statistic, and with it the verdicts."""
+    image = tmp_path / "image.png"
+    Image.fromarray(dark[0]).save(image)
+    add(bundle, night_file, "night")
+    assert give_feedback(bundle, "night", [image], []).joined == 1
+    assert not caplog.records
+    path = path_of(bundle, "night")
+    made = Calibrations.load(path, "night")
+    assert made.webp == coder_version()
+    path.write_bytes(dataclasses.replace(made, webp="0.1").to_bytes())
+    store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
+    store.refresh()
+    said = f"night was calibrated with libwebp 0.1, but this is {coder_version()}"
+    assert [said in record.message for record in caplog.records] == [True]
+    assert store.get("night").exact is not None and not store.broken
+    other = tmp_path / "other.png"
+    Image.fromarray(dark[1]).save(other)
+    with pytest.raises(CalibrationError, match="cannot join, because .* libwebp 0.1"):
+        give_feedback(bundle, "night", [other], [])
+    assert give_feedback(bundle, "night", [], [image]).removed == 1
+    path.write_bytes(dataclasses.replace(made, webp="").to_bytes())  # of a version before
+    assert give_feedback(bundle, "night", [other], []).joined == 1
+    # The manifest has it for the bundle's own file of a version before.
+    own = open_bundle(bundle)
+    about = {**own.manifest["calibration"], "webp": "0.2"}
+    calibration = Calibrations.load(bundle / CALIBRATION_NAME)
+    (bundle / CALIBRATION_NAME).write_bytes(dataclasses.replace(calibration, webp="").to_bytes())
+    write_manifest(bundle, {**own.manifest, "calibration": about})
+    caplog.clear()
+    assert InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations.webp == "0.2"
+    assert ["default was calibrated with libwebp 0.2" in r.message for r in caplog.records] == [
+        True
+    ]
 
 
 def test_feedback_needs_a_whole_calibration(bundle: Path, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def _calibrate(
         if all(image.resized for half in halves for image in half)
         else _resized(engine, halves, report)
     )
-    return Calibrations(exact, resized), {
+    return Calibrations(exact, resized, webp=coder_version()), {
         **about,
         "webp": coder_version(),
         "resized": about_resized,

@@ -89,7 +89,8 @@ def give_feedback(
 
     Raises:
         BundleError: the bundle is not whole.
-        CalibrationError: the calibration is missing or damaged, or a file is given as both.
+        CalibrationError: the calibration is missing or damaged, a file is given as both, or images
+            would join a calibration that was made with another version of libwebp.
     """
     check_name(name)
     bundle = verify_bundle(folder)
@@ -106,6 +107,10 @@ def give_feedback(
         ]
         images, unusable = _read(engine, files, report)
         joining, leaving = _changing(before, images)
+        if joining and before.other_coder() is not None:
+            raise CalibrationError(
+                f"images cannot join, because their statistics may differ: {before.other_coder()}"
+            )
         after = before
         if joining or leaving:
             after = _changed(before, joining, leaving, name, bundle.networks)

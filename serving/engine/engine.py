@@ -135,6 +135,8 @@ class InferenceEngine:
         if self.bundle.has(CALIBRATION_NAME):
             own = Calibrations.load(self.bundle.file(CALIBRATION_NAME))
             own.check(names)
+            about = self.bundle.manifest.get("calibration") or {}
+            own = dataclasses.replace(own, webp=own.webp or about.get("webp", ""))
         folder = (calibrations or self.bundle.folder / FOLDER) if "score" in operations else None
         self.store = CalibrationStore(own, folder, self.bundle.networks, names)
         self.image_shape = self.bundle.image_shape

@@ -26,6 +26,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from serving.files import read_file
+from serving.images import coder_version
 from serving.verdict.semantic import DISTANCE, FEATURES, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX
 
@@ -549,6 +550,7 @@ class Calibrations:
             file, which the manifest ties to them.
         data: describes the calibration images; empty in a bundle's own file.
         joined: SHA-256 of the image files that feedback added.
+        webp: version of libwebp that computed the statistics; empty in files of versions before.
     """
 
     exact: Calibration | None = None
@@ -558,6 +560,7 @@ class Calibrations:
     model: str = ""
     data: str = ""
     joined: tuple[str, ...] = field(default=())
+    webp: str = ""
 
     def of(self, resized: bool) -> Calibration | None:
         """The one for an image that was or was not resized."""
@@ -581,6 +584,15 @@ class Calibrations:
             calibration.check_statistics(statistics)
             calibration.check_values()
 
+    def other_coder(self) -> str | None:
+        """A warning if the statistics were computed with another version of libwebp than here."""
+        if self.webp in ("", coder_version()):
+            return None
+        return (
+            f"{self.name} was calibrated with libwebp {self.webp}, but this is {coder_version()}: "
+            "verdicts may be slightly off until you run ade calibrate again"
+        )
+
     def to_bytes(self) -> bytes:
         """An ``.npz`` file. One calibration for both paths is stored once, with ``resize`` set.
 
@@ -599,6 +611,8 @@ class Calibrations:
         }
         if self.model:
             arrays |= {"model": np.array(self.model), "data": np.array(self.data)}
+        if self.webp:
+            arrays["webp"] = np.array(self.webp)
         if self.joined:
             arrays["joined"] = np.array(self.joined)
         np.savez_compressed(out, **arrays)
@@ -631,6 +645,7 @@ class Calibrations:
                     str(arrays["model"]) if "model" in arrays else "",
                     str(arrays["data"]) if "data" in arrays else "",
                     joined=tuple(map(str, arrays["joined"])) if "joined" in arrays else (),
+                    webp=str(arrays["webp"]) if "webp" in arrays else "",
                 )
         except (
             ValueError,

@@ -83,7 +83,8 @@ class CalibrationStore:
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
     stays in use; so it does if the folder vanishes. ``default.npz`` takes the place of the bundle's
     own calibration; if it cannot be used from the start, there is no verdict, because the bundle's
-    own would accept other images.
+    own would accept other images. A calibration that another version of libwebp helped to make is
+    used, with a warning in the log.
 
     Args:
         own: the bundle's own calibrations.
@@ -108,6 +109,8 @@ class CalibrationStore:
         self._checked = -CHECK_S
         self._was_read = False
         self.refresh()
+        if folder is not None and self._current[DEFAULT] is own:
+            _warn_of_another_coder(own)
 
     @property
     def names(self) -> list[str]:
@@ -214,6 +217,7 @@ class CalibrationStore:
                 f"these are {_short(self._model)}"
             )
         read.check(self._statistics)
+        _warn_of_another_coder(read)
         return read
 
     def _report(self, broken: dict[str, str]) -> None:
@@ -221,6 +225,12 @@ class CalibrationStore:
             if self._broken.get(name) != reason:
                 logger.warning("calibration %s cannot be used: %s", name, reason)
         self._broken = broken
+
+
+def _warn_of_another_coder(calibrations: Calibrations) -> None:
+    warning = calibrations.other_coder()
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
 def _short(model: str) -> str:
