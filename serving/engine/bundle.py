@@ -1,7 +1,7 @@
 """Reads and verifies bundles: folders that hold everything a service needs.
 
 ``export`` writes them. No file of a bundle is a pickle. ``manifest.json`` lists every file with its
-SHA-256, and a file is read only if it matches.
+SHA-256, which is checked right before a file is read.
 """
 
 from __future__ import annotations
