@@ -11,7 +11,7 @@ from pathlib import Path
 from serving.engine.bundle import Bundle
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
-from training.datasets.files import contents, is_split_by_name
+from training.datasets.files import contents, is_split_by_name, part_of
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -60,6 +60,16 @@ def was_trained_on(bundle: Bundle, name: str, splits: dict[str, str] | None = No
             "another split: check that these images were not trained on"
         )
     return same
+
+
+def part_in(folder: Path, path: Path, trained_on: bool) -> str:
+    """The part of a file of a folder.
+
+    If the model was trained on the folder, it follows from the file's name, as in training.
+    Otherwise it follows from the path inside the folder, because parts of files of one name would
+    lack what only the others show.
+    """
+    return part_of(path.name if trained_on else path.relative_to(folder).as_posix())
 
 
 def readable(paths: Sequence[Path]) -> Iterator[bytes]:

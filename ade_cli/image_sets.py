@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ade_cli.data_options import readable
 from training.data import NOT_ARRAYS, DataError
-from training.datasets.files import part_of, shuffled
+from training.datasets.files import shuffled
 from training.datasets.folder import image_files
 
 
@@ -20,22 +20,22 @@ class ImageSet:
     Args:
         path: a folder (searched recursively), an ``.npy``, or an ``.npz`` of one array of images.
         limit: at most this many of them, always the same ones.
-        part: only the files that belong to this part if a model is trained on the folder.
+        keep: of a folder, which files to use.
 
     Raises:
         DataError: there is no such path.
     """
 
-    def __init__(self, path: Path, limit: int | None, part: str | None = None) -> None:
+    def __init__(
+        self, path: Path, limit: int | None, keep: Callable[[Path], bool] = lambda file: True
+    ) -> None:
         if not path.exists():
             raise DataError(f"there is no {path}")
-        self._path, self._limit, self._part = path, limit, part
+        self._path, self._limit, self._keep = path, limit, keep
 
     def __iter__(self) -> Iterator[bytes | np.ndarray]:
         if self._path.is_dir():
-            files = [
-                path for path in image_files(self._path) if self._part in (None, part_of(path.name))
-            ]
+            files = [path for path in image_files(self._path) if self._keep(path)]
             return readable(shuffled(files)[: self._limit])
         return iter(_array(self._path)[: self._limit])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_cli.data_options import check_outside, say, was_trained_on
+from ade_cli.data_options import check_outside, part_in, say, was_trained_on
 from ade_cli.image_sets import ImageSet
 from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(
             f"sets of OOD images need different names, got {', '.join((*names, *CORRUPTIONS))}"
         )
-    id_name, id_images = _id_images(args, bundle)
+    own = bundle.manifest.get("calibration") or {}
+    id_name, id_images = _id_images(args, bundle, engine.calibrations.data or own.get("data"))
     sets = {path.stem: ImageSet(path, args.images) for path in args.ood}
     args.out.mkdir(parents=True, exist_ok=True)
     id_statistics = statistics_of(engine, id_images, id_name, args.resize, say)
@@ -105,14 +106,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _id_images(
-    args: argparse.Namespace, bundle: Bundle
+    args: argparse.Namespace, bundle: Bundle, calibrated_on: str | None
 ) -> tuple[str, Iterable[bytes | np.ndarray]]:
     if args.in_distribution in NAMES:
         dataset = load_dataset(args.in_distribution, args.root, bundle.image_shape[0], report=say)
         return dataset.splits["test"], np.asarray(dataset.parts["test"].images[: args.images])
     path = Path(args.in_distribution)
     name = path.resolve().name
-    if path.is_dir() and was_trained_on(bundle, name):
-        say(f"the model was trained on {name}: only its part test is used")
-        return f"{name}, part test", ImageSet(path, args.images, "test")
-    return path.name, ImageSet(path, args.images)
+    trained_on = path.is_dir() and was_trained_on(bundle, name)
+    if not path.is_dir() or not (trained_on or name == calibrated_on):
+        return path.name, ImageSet(path, args.images)
+    how = "model was trained" if trained_on else "gate was calibrated"
+    say(f"the {how} on {name}: only its part test is used")
+    return f"{name}, part test", ImageSet(
+        path, args.images, lambda file: part_in(path, file, trained_on) == "test"
+    )

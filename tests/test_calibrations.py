@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import dataclasses
 import errno
@@ -18,6 +19,8 @@ from PIL import Image
 
 import serving.verdict.calibration as calibration_module
 import serving.verdict.store as store_module
+from ade_cli import calibrate as calibrate_command
+from ade_cli import ood_bench
 from ade_cli.main import main
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.feedback import give_feedback
@@ -36,6 +39,7 @@ from serving.verdict.store import (
     check_name,
     path_of,
 )
+from training.data import PARTS, Dataset, ImageSet
 
 
 @pytest.fixture
@@ -407,11 +411,43 @@ def test_the_command_adds_a_calibration(
     assert main([*into, "--name", "default"]) == 0
     assert InferenceEngine(bundle, operations=["score"]).calibration is not None
     made = InferenceEngine(bundle, operations=["score"]).calibrations
-    assert made.exact is not None and len(made.exact.scores) == 36
+    assert made.exact is not None and len(made.exact.scores) == 32  # 7 of 60 files are left out
     calibrate_bundle(bundle, tmp_path / "new", dark[:100], dark[100:300], "dark")
     copy = InferenceEngine(tmp_path / "new", operations=["score"])
     assert copy.calibration is not None and len(copy.calibration.scores) == 200
     assert copy.store.names == ["default", "night"]
+
+
+@pytest.mark.parametrize("trained_on", [True, False])
+def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
+    bundle: Path, dark: np.ndarray, tmp_path: Path, trained_on: bool
+) -> None:
+    photos = tmp_path / "photos"
+    for i, image in enumerate(dark.copy()):
+        image[0, 0, :2] = divmod(i, 256)  # no two are equal
+        (photos / str(i % 7)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(photos / str(i % 7) / f"{i}.png")
+    opened = open_bundle(bundle)
+    if trained_on:
+        splits = {"train": "photos: 240 files by hash of the file name"}
+        opened.manifest["data"] = {"name": "photos", "splits": splits}
+    given = argparse.Namespace(data=str(photos), root=None)
+    (fit, calibration, unseen), name = calibrate_command._images(given, opened)
+    bench = argparse.Namespace(in_distribution=str(photos), images=None)
+    _, its = ood_bench._id_images(bench, opened, name)
+    used, tested = {*fit(), *calibration()}, set(its)
+    assert tested and not tested & used and tested == set(unseen())
+    _, its = ood_bench._id_images(bench, opened, "other")
+    assert set(its) == tested if trained_on else set(its) > used
+
+
+@pytest.mark.parametrize("trained_on", [True, False])
+def test_the_test_part_of_a_data_set_calibrates_nothing(trained_on: bool) -> None:
+    parts = {part: ImageSet(np.full((20, 8, 8, 3), i, np.uint8)) for i, part in enumerate(PARTS)}
+    found = calibrate_command._rows(Dataset("d", parts, {}), trained_on)
+    used = [{PARTS[image[0, 0, 0]] for image in images()} for images in found]
+    rest = {"train", "select", "calibrate"}
+    assert used == ([{"select"}, {"calibrate"}, {"test"}] if trained_on else [rest, rest, {"test"}])
 
 
 def test_bulk_scoring_by_name(
