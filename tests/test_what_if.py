@@ -16,12 +16,13 @@ from scipy import stats
 from ade_cli.advice import advice
 from ade_cli.main import main
 from export.verdict import calibrate
+from export.verdict import what_if as what_if_module
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.what_if import ALPHAS, corruptions_of, rejected, usable, what_if
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
 from serving.page import charts
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.calibration import CalibrationError, Calibrations, conformal_p_values
 from tests.helpers import PRETRAINED, ROOT
 from tests.test_imports import TRAINING_PACKAGES, without
 
@@ -71,6 +72,35 @@ def test_a_history_unlike_the_calibration_is_named(
         what_if(engine, Calibrations(), small_images[:2], {}, 100, 5)
     with pytest.raises(CalibrationError, match="none of 1 images can be used"):
         what_if(engine, engine.calibrations, [b""], {}, 100, 5)
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_a_history_like_the_calibration_is_seldom_called_unlike(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch, kinds: int
+) -> None:
+    """At most one of 20 gets the warning, at all alphas and for both kinds of images together."""
+    rng = np.random.default_rng(0)
+    calibration = engine.calibrations.exact
+    assert calibration is not None
+    images, _ = usable(engine, [np.zeros((8 * 2**i, 8 * 2**i, 3), np.uint8) for i in range(kinds)])
+    history = images * 500
+    monkeypatch.setattr(what_if_module, "usable", lambda *_: (history, 0))
+    monkeypatch.setattr(what_if_module, "corruptions_of", lambda _: {})
+    resized = np.array([image.resized for image in history])
+    warned = 0
+    for _ in range(400):
+        exact, other = (
+            dataclasses.replace(calibration, scores=np.sort(rng.random(1000))) for _ in range(2)
+        )
+        found = rng.random(len(history))
+        drawn = np.where(
+            resized, *(conformal_p_values(its.scores, found) for its in (other, exact))
+        )
+        monkeypatch.setattr(what_if_module, "p_values", lambda *_, drawn=drawn: drawn)
+        made = what_if(engine, Calibrations(exact, other), [], {}, 0, 0)
+        assert len(made.ways) == kinds
+        warned += any(way.unlike for way in made.ways)
+    assert 0 < warned <= 20
 
 
 def test_a_calibration_says_what_it_catches(

@@ -19,6 +19,7 @@ from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 
 ALPHAS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 CHUNK = 256
+FALSE_WARNINGS = 0.05  # probability that a history like the calibration images is called unlike
 
 Images = Iterable[bytes | np.ndarray]
 Report = Callable[[str], None]
@@ -53,8 +54,10 @@ class Way:
         per_day: their number per day, if the history is typical.
         calibrated: number of calibration images of this kind; 0 without a calibration.
         alarms: at each alpha.
-        unlike: the alphas at which the rejected share of the history lies outside the band for its
-            number of images, which shows that the history is unlike the calibration images.
+        unlike: the alphas at which the rejected share of the history lies outside a band for its
+            number of images, which shows that the history is unlike the calibration images. The
+            bands are so wide that all of them, at all alphas and for both kinds, hold the shares of
+            95 of 100 histories that are like the calibration images.
     """
 
     resized: bool
@@ -129,11 +132,12 @@ def what_if(
     report(f"history: {len(images)} images, {unusable} cannot be used")
     found = p_values(engine, calibrations, images)
     ways = []
-    for resized in (False, True):
+    kinds = sorted({image.resized for image in images})
+    level = 1 - FALSE_WARNINGS / (len(alphas) * len(kinds))  # Bonferroni
+    for resized in kinds:
         mine = [image.resized == resized for image in images]
-        if any(mine):
-            count = round(per_day * sum(mine) / len(images))
-            ways.append(_way(resized, calibrations.of(resized), found[mine], count, alphas))
+        count = round(per_day * sum(mine) / len(images))
+        ways.append(_way(resized, calibrations.of(resized), found[mine], count, alphas, level))
     caught = {}
     for name, its in corruptions_of(images[:corrupt]).items():
         report(f"{name}: {len(its)} images")
@@ -216,6 +220,7 @@ def _way(
     p_values: np.ndarray,
     per_day: int,
     alphas: Sequence[float],
+    level: float,
 ) -> Way:
     alarms, unlike = [], []
     n = 0 if calibration is None else len(calibration.scores)
@@ -227,7 +232,7 @@ def _way(
         low, high = (round(share * per_day) for share in _band(n, alpha, per_day))
         share = _share(p_values, alpha)
         alarms.append(Alarms(alpha, per_day * k / (n + 1), low, high, share))
-        least, most = false_alarm_band(n, alpha, tested=len(p_values))
+        least, most = false_alarm_band(n, alpha, level, len(p_values))
         if not least <= share <= most:
             unlike.append(alpha)
     return Way(resized, len(p_values), per_day, n, alarms, unlike)
