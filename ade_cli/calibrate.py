@@ -101,10 +101,10 @@ def run(args: argparse.Namespace) -> None:
         raise CalibrationError("--into BUNDLE and --name NAME go together")
     features = _features(args)
     bundle = open_bundle(args.bundle)
-    (fit, calibration, unseen), name = _images(args, bundle)
+    (fit, calibration, unseen, trained), name = _images(args, bundle)
     if args.into is None:
         made = calibrate_bundle(
-            args.bundle, args.out, fit(), calibration(), name, say, features, unseen()
+            args.bundle, args.out, fit(), calibration(), name, say, features, unseen(), trained()
         )
         target = args.out
     else:
@@ -114,7 +114,9 @@ def run(args: argparse.Namespace) -> None:
                 f"--into must be a bundle of the model {bundle.model_id}, got "
                 f"{open_bundle(target).model_id}"
             )
-        made = calibrate_into(target, args.name, fit(), calibration(), name, say, unseen())
+        made = calibrate_into(
+            target, args.name, fit(), calibration(), name, say, unseen(), trained()
+        )
     assert made.exact is not None
     _tell(made)
     _tell_caught(open_bundle(target), made.exact)
@@ -137,11 +139,14 @@ def _features(args: argparse.Namespace) -> FeatureSource | None:
 
 
 def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str]:
-    """Images to fit to, to calibrate on, and unseen ones; and their name for the manifest."""
+    """Images to fit to, to calibrate on, unseen ones and training images; the data's name.
+
+    Training images are given for a folder alone: published data sets have hardly any copies.
+    """
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
         trained_on = was_trained_on(bundle, dataset.name, dataset.splits)
-        return _rows(dataset, trained_on), dataset.name
+        return [*_rows(dataset, trained_on), lambda: iter(())], dataset.name
     if args.root is not None:
         raise DataError(
             f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder"
@@ -150,12 +155,16 @@ def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str
     files, name = image_files(folder), folder.resolve().name
     trained_on = was_trained_on(bundle, name)
     if trained_on:
-        say(f"the model was trained on {name}: only its parts select and calibrate are used")
+        say(
+            f"the model was trained on {name}: only its parts select and calibrate are used, and "
+            "no copies of training images"
+        )
     parts: dict[str, list[Path]] = {part: [] for part in PARTS}
     for path in files:
         parts[part_in(folder, path, trained_on)].append(path)
     chosen = _chosen({part: shuffled(paths) for part, paths in parts.items()}, trained_on)
-    return [partial(readable, paths[:MAX_IMAGES]) for paths in chosen], name
+    used = [partial(readable, paths[:MAX_IMAGES]) for paths in chosen]
+    return [*used, partial(readable, parts["train"] if trained_on else [])], name
 
 
 def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:

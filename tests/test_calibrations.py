@@ -22,7 +22,7 @@ import serving.verdict.store as store_module
 from ade_cli import calibrate as calibrate_command
 from ade_cli import ood_bench
 from ade_cli.main import main
-from export.verdict.calibrate import calibrate_bundle, calibrate_into
+from export.verdict.calibrate import _halves, calibrate_bundle, calibrate_into
 from export.verdict.feedback import give_feedback
 from serving.api.requests import RawRequest
 from serving.api.service import Service
@@ -432,13 +432,32 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
         splits = {"train": "photos: 240 files by hash of the file name"}
         opened.manifest["data"] = {"name": "photos", "splits": splits}
     given = argparse.Namespace(data=str(photos), root=None)
-    (fit, calibration, unseen), name = calibrate_command._images(given, opened)
+    (fit, calibration, unseen, trained), name = calibrate_command._images(given, opened)
     bench = argparse.Namespace(in_distribution=str(photos), images=None)
     _, its = ood_bench._id_images(bench, opened, name)
     used, tested = {*fit(), *calibration()}, set(its)
     assert tested and not tested & used and tested == set(unseen())
+    assert len(used) + len(tested) + len(list(trained())) == len(dark)
+    assert not used & set(trained()) and trained_on == any(trained())
     _, its = ood_bench._id_images(bench, opened, "other")
     assert set(its) == tested if trained_on else set(its) > used
+
+
+def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) -> None:
+    """Neither those of training images nor those of others, whatever kind of file they are."""
+    told: list[str] = []
+    fit = [*small_images[:30], small_images[29], small_images[100]]
+    files = [write_png(image) for image in small_images[20:60]]
+    trained = [*small_images[100:110], b"junk"]
+    opened = open_bundle(tiny_bundle)
+    halves = _halves(opened, fit, [*files, *small_images[50:60]], trained, told.append)
+    kept = [[image.pixels for image in half] for half in halves]
+    assert np.array_equal(kept[0], small_images[:30])
+    assert np.array_equal(kept[1], small_images[30:60])
+    assert "fitting: left out 2 images: copies of others" in told
+    assert "calibration: left out 20 images: copies of others" in told
+    with pytest.raises(CalibrationError, match="calibration: all of 30 images are copies"):
+        _halves(opened, fit, small_images[:30], (), told.append)
 
 
 @pytest.mark.parametrize("trained_on", [True, False])

@@ -61,6 +61,7 @@ def calibrate_bundle(
     report: Report = lambda line: None,
     features: FeatureSource | None = None,
     unseen: Iterable[bytes | np.ndarray] = (),
+    trained: Iterable[bytes | np.ndarray] = (),
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -68,6 +69,8 @@ def calibrate_bundle(
     the images of its own kind alone if they are at least half of all. Otherwise it uses all images:
     for the first, images of other sizes are resized as requests resize them; for the second, images
     of the model's size go through :func:`resize_and_back`.
+
+    Each image counts once: those with the pixels of an earlier one are left out, and reported.
 
     Args:
         folder: of the bundle.
@@ -81,6 +84,8 @@ def calibrate_bundle(
             given. With another network the named calibrations are invalid and left out.
         unseen: images of the same kind on which neither the model nor that network was trained.
             They reveal whether the network was trained on the others.
+        trained: images that the model was trained on, of which the others may hold copies: these
+            are left out too.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -91,7 +96,7 @@ def calibrate_bundle(
     if out.exists():
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
     bundle = verify_bundle(folder)
-    halves = _halves(bundle, fit, calibrate, report)
+    halves = _halves(bundle, fit, calibrate, trained, report)
     with new_folder(out, CalibrationError) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         # This file would take precedence over the new calibration.
@@ -116,6 +121,7 @@ def calibrate_into(
     data_name: str,
     report: Report = lambda line: None,
     unseen: Iterable[bytes | np.ndarray] = (),
+    trained: Iterable[bytes | np.ndarray] = (),
 ) -> Calibrations:
     """Make a calibration as :func:`calibrate_bundle` does, and add it to a bundle under a name.
 
@@ -129,6 +135,7 @@ def calibrate_into(
         data_name: as for a new bundle.
         report: called with each line of progress.
         unseen: as for a new bundle.
+        trained: as for a new bundle.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -136,7 +143,7 @@ def calibrate_into(
     """
     check_name(name)
     bundle = verify_bundle(folder)
-    halves = _halves(bundle, fit, calibrate, report)
+    halves = _halves(bundle, fit, calibrate, trained, report)
     calibrations, _ = _calibrate(bundle, halves, report, unseen)
     named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
     with locked(folder / FOLDER / LOCK, wait=True):
@@ -150,15 +157,22 @@ def _halves(
     bundle: Bundle,
     fit: Iterable[bytes | np.ndarray],
     calibrate: Iterable[bytes | np.ndarray],
+    trained: Iterable[bytes | np.ndarray],
     report: Report,
 ) -> Halves:
     if "score" not in bundle.operations:
         raise CalibrationError(
             f"{bundle.name} cannot score: it was trained without an inference network"
         )
+    seen = _digests(trained, bundle.image_shape)
     halves = (
-        _usable(fit, bundle.image_shape, "fitting", report),
-        _usable(calibrate, bundle.image_shape, "calibration", report),
+        _new(_usable(fit, bundle.image_shape, "fitting", report), seen, "fitting", report),
+        _new(
+            _usable(calibrate, bundle.image_shape, "calibration", report),
+            seen,
+            "calibration",
+            report,
+        ),
     )
     height, width, _ = bundle.image_shape
     resized = sum(image.resized for half in halves for image in half)
@@ -285,6 +299,40 @@ def _usable(
     if not usable:
         raise _none_usable(name, skipped)
     return usable
+
+
+def _digests(images: Iterable[bytes | np.ndarray], image_shape: tuple[int, int, int]) -> set[bytes]:
+    """The digests of images at the model's size, decoded on several cores."""
+
+    def digest(source: bytes | np.ndarray) -> bytes | None:
+        image = prepare_image(source, image_shape, True, 0)
+        return image_digest(image.pixels) if isinstance(image, InputImage) else None
+
+    found: set[bytes | None] = set()
+    rest = iter(images)
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as threads:
+        while few := list(islice(rest, MAX_BATCH)):  # memory holds no more files at once
+            found.update(threads.map(digest, few))
+    return {its for its in found if its is not None}
+
+
+def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) -> list[InputImage]:
+    """The images whose pixels were not seen before; adds their digests to ``seen``.
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    kept = []
+    for image in images:
+        digest = image_digest(image.pixels)
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(image)
+    if len(kept) < len(images):
+        report(f"{name}: left out {len(images) - len(kept)} images: copies of others")
+    if not kept:
+        raise CalibrationError(f"{name}: all of {len(images)} images are copies of others")
+    return kept
 
 
 def _that_came(halves: Halves, resized: bool) -> Halves | None:
