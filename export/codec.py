@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from ade_model.flow import Unsqueezed
 from ade_model.model import ADEModel
 from ade_model.quantization import NUM_LEVELS
 from ade_model.vae import Decoder, Level
+from export.copying import copy_bundle
 from export.lifting import COEFFICIENT_BITS, factorize
 from export.to_onnx import point_at_weights, traced
 from serving.engine.bundle import (
@@ -160,13 +160,13 @@ def add_codec(folder: Path, out: Path, taken: Callable[[str], Exception]) -> Non
         taken: turns a message into the error to raise if ``out`` exists.
 
     Raises:
-        BundleError: the bundle is not whole.
+        BundleError: the bundle is not whole, or was replaced meanwhile.
         CodecError: the model cannot code images.
     """
     bundle = verify_bundle(folder)
     check_codable(read_config(folder) | {"operations": list(bundle.operations)})
     with new_folder(out, taken) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        copy_bundle(bundle, temporary)
         for old in temporary.glob("codec*"):
             old.unlink()
         write_codec(load_model(temporary), temporary)

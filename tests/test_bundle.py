@@ -19,10 +19,11 @@ import pytest
 from ade_model import ModelConfig
 from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
+from export.copying import copy_bundle
 from export.parity import ParityError, check_parity
 from export.write import ExportError, export_bundle
 from serving.engine.backends import load_backend
-from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundle
+from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundle, write_manifest
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.page.about import card
@@ -375,8 +376,36 @@ def test_a_verdict_of_another_version_is_replaced(
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["calibration.npz"] = sha256_of(copy / "calibration.npz")
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "features.onnx").write_bytes(b"not listed")
     calibrate_bundle(copy, tmp_path / "new", small_images[:150], small_images[150:], "corners")
     assert InferenceEngine(tmp_path / "new", device="cpu").calibration is not None
+    assert not verify_bundle(tmp_path / "new").has("features.onnx")
+
+
+def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
+    """A copy gets a new manifest, which must not vouch for what the old one does not list."""
+    bundle = verify_bundle(copy)
+    (copy / "features.onnx").write_bytes(b"not listed")
+    (copy / "calibrations").mkdir()
+    (copy / "calibrations" / "night.npz").write_bytes(b"named")
+
+    def copied(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        copy_bundle(bundle, tmp_path / name)
+        return tmp_path / name
+
+    found = {str(path.relative_to(tmp_path / "a")) for path in copied("a").rglob("*.*")}
+    assert found == {*bundle.manifest["files"], "manifest.json", "calibrations/night.npz"}
+    whole = (copy / "config.json").read_bytes()
+    (copy / "config.json").write_bytes(whole + b" ")
+    with pytest.raises(BundleError, match=r"config\.json does not match the manifest"):
+        copied("b")
+    (copy / "config.json").unlink()
+    with pytest.raises(BundleError, match=r"config\.json is missing"):
+        copied("c")
+    write_manifest(copy, bundle.manifest)  # another bundle, whole by itself
+    with pytest.raises(BundleError, match="was replaced while it was copied"):
+        copied("d")
 
 
 def test_training_data_is_recognised_by_name_and_split(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
+from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.verdict.corruptions import corrupted
 from export.verdict.detector import MIN_IMAGES, fit_calibration
@@ -88,7 +88,7 @@ def calibrate_bundle(
             are left out too.
 
     Raises:
-        BundleError: the bundle is not whole.
+        BundleError: the bundle is not whole, or was replaced meanwhile.
         FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
             images, or scores that cannot be used.
@@ -98,7 +98,7 @@ def calibrate_bundle(
     bundle = verify_bundle(folder)
     halves = _halves(bundle, fit, calibrate, trained, report)
     with new_folder(out, CalibrationError) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        copy_bundle(bundle, temporary)
         # This file would take precedence over the new calibration.
         path_of(temporary, DEFAULT).unlink(missing_ok=True)
         fields = bundle.manifest
