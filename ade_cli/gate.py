@@ -147,7 +147,8 @@ def _what_if(args: argparse.Namespace) -> None:
         from export.verdict.what_if_report import write_what_if  # its template needs Jinja2
 
         write_what_if(found, args.report)
-    print(json.dumps(found.to_dict(), indent=2) if args.json else _text(found))
+    text = json.dumps(found.to_dict(), indent=2) if args.json else _text(found)
+    print(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
 
 
 def _text(found: WhatIf) -> str:

@@ -14,11 +14,11 @@ from fitting.plan import Plan, encoder_needs
 from fitting.survey import Survey
 from serving.brand import verdict_card
 from serving.engine.bundle import Bundle
+from serving.files import write_text
 from serving.images import psnr, tile, write_png
 from serving.reports import render
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
-from training.runs import write_text
 
 ALPHAS = (0.1, 0.05, 0.01)
 MIN_EPOCHS = 3.0

@@ -137,6 +137,12 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; names of files in it need not be UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
 @contextmanager
 def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
     """Fill a new folder that becomes ``path`` at the end of the block, or nothing if it fails.

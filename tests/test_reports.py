@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from export.verdict.ood_bench import COMBINED, RAW_BPD, _histogram
 from export.verdict.what_if import ALPHAS, Alarms, Way, WhatIf
 from export.verdict.what_if_report import write_what_if
 from serving.brand import MARK, verdict_card
@@ -73,3 +77,29 @@ def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
     assert "m@1, calibration default, version v" in page and "2 files could not be used" in page
     assert ("is not like the calibration images" in page) == bool(unlike)
     assert "There is no calibration for them" in page
+
+
+def test_what_if_with_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    way = Way(False, 1, 1, 999, [], [])
+    caught = {os.fsdecode(b"caf\xe9"): [1.0] * len(ALPHAS)}
+    write_what_if(WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught), tmp_path / "page.html")
+    assert "catches caf\\udce9" in (tmp_path / "page.html").read_text()
+
+
+def test_histograms_show_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dollar sign begins no formula, and an underscore hides nothing."""
+    figures = []
+    written = FigureCanvasAgg.print_figure
+    monkeypatch.setattr(
+        FigureCanvasAgg,
+        "print_figure",
+        lambda canvas, *args, **how: (figures.append(canvas.figure), written(canvas, *args, **how)),
+    )
+    scores = {name: np.arange(50.0) for name in (COMBINED, RAW_BPD)}
+    _histogram(scores, scores, "price_$5_and_$6", "_hidden", tmp_path / "histogram.png")
+    assert (tmp_path / "histogram.png").stat().st_size > 500
+    for axes in figures[0].axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            "price_$5_and_$6",
+            "_hidden",
+        ]

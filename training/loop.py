@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ade_model.checkpoint import read_config
+from serving.files import write_text
 from training.data import Dataset
 from training.device import choose_device
 from training.evaluate import bits_of, reconstruction_grid, sample_grid
@@ -35,7 +36,6 @@ from training.runs import (
     save_checkpoint,
     start_from,
     write_json,
-    write_text,
 )
 from training.step import Trainer
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ade_model.model import ADEModel
+from serving.files import write_text
 from serving.images import write_png
 from training.data import Dataset
 from training.evaluate import evaluate, reconstruction_grid, sample_grid
-from training.runs import write_text
 
 REPORT_IMAGES = 2000
 REPORT_SAMPLES = 8

@@ -25,7 +25,7 @@ from torch import Tensor
 from ade_model.checkpoint import WEIGHTS_NAME, read_config, read_weights, save_model
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
-from serving.files import LOCK, locked, new_folder, replacing
+from serving.files import LOCK, locked, new_folder, write_text
 from training.growth import grown_weights
 from training.step import Trainer
 
@@ -53,12 +53,6 @@ class Progress:
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; names of files in it need not be UTF-8."""
-    with replacing(path) as file:
-        file.write(text.encode(errors="backslashreplace"))
 
 
 @contextmanager

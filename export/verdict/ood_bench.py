@@ -16,6 +16,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from serving.brand import verdict_card
+from serving.files import write_text
 from serving.reports import from_markdown, render
 from serving.tables import safe_cell
 from serving.verdict.calibration import Calibration, conformal_p_values
@@ -163,14 +164,14 @@ def write_report(
         *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(ood_sets)),
     ]
     path = out / "report.md"
-    path.write_text("\n".join(lines).rstrip() + "\n")
+    write_text(path, "\n".join(lines).rstrip() + "\n")
     title, *rest = lines
     page = render(
         title.removeprefix("# "),
         _verdict(table, len(calibration.scores)),
         content=from_markdown(rest, out),
     )
-    (out / "report.html").write_text(page)
+    write_text(out / "report.html", page)
     return path
 
 
@@ -273,9 +274,11 @@ def _histogram(
         both = np.concatenate([id_scores[score], ood_scores[score]])
         low, high = np.quantile(both, [0.002, 0.998])
         edges = np.linspace(low, max(high, low + 1e-6), BINS)
-        for values, label in ((id_scores[score], id_name), (ood_scores[score], name)):
+        for values, label in ((id_scores[score], "ID"), (ood_scores[score], "OOD")):
             axes.hist(np.clip(values, low, high), edges, density=True, alpha=0.55, label=label)
         axes.set_xlabel({COMBINED: "combined score, nats", RAW_BPD: "bits per dimension"}[score])
         axes.set_yticks([])
-        axes.legend(fontsize=7)
+        legend = axes.legend(fontsize=7)
+        for text, label in zip(legend.get_texts(), (id_name, name), strict=True):
+            text.set(text=label, parse_math=False)  # a name is not a formula, whatever its signs
     FigureCanvasAgg(figure).print_figure(path, dpi=80)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from export.verdict.what_if import Way, WhatIf
 from serving.brand import percent, verdict_card
+from serving.files import write_text
 from serving.reports import from_markdown, render
 from serving.verdict.summary import summarize
 
@@ -30,7 +31,7 @@ def write_what_if(found: WhatIf, path: Path) -> None:
         subtitle=f"{found.model}, calibration {label.get('name')}, version {label.get('version')}",
         content=from_markdown(_lines(found), path.parent),
     )
-    path.write_text(page)
+    write_text(path, page)
 
 
 def _lines(found: WhatIf) -> list[str]:

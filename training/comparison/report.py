@@ -15,6 +15,7 @@ from PIL import Image
 
 from ade_model.checkpoint import load_model
 from serving.brand import verdict_card
+from serving.files import write_text
 from serving.images import tile
 from serving.reports import from_markdown, render
 from training.comparison.compare import SMOOTHING, keep_rows
@@ -29,7 +30,7 @@ from training.comparison.paper import (
 from training.evaluate import sample_images
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe_names
-from training.runs import RunError, latest_checkpoint, write_text
+from training.runs import RunError, latest_checkpoint
 from training.weights import count_weights
 
 GRID = 8  # samples per side
