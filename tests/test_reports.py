@@ -77,6 +77,16 @@ def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
     assert "m@1, calibration default, version v" in page and "2 files could not be used" in page
     assert ("is not like the calibration images" in page) == bool(unlike)
     assert "There is no calibration for them" in page
+    assert "Images of another size, resized: no verdict at this rate" in page
+
+
+def test_the_band_of_a_page_is_that_of_the_smaller_calibration(tmp_path: Path) -> None:
+    rows = [Alarms(alpha, 1.0, 0, 2, alpha) for alpha in ALPHAS]
+    ways = [Way(resized, 9, 9, n, rows, []) for resized, n in ((False, 5000), (True, 1234))]
+    found = WhatIf("m@1", None, 18, 0, list(ALPHAS), ways, {"noise": [1.0] * len(ALPHAS)})
+    write_what_if(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "1,234 images calibrated it" in page and "no verdict" not in page
 
 
 def test_what_if_with_names_that_are_not_utf_8(tmp_path: Path) -> None:

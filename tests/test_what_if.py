@@ -128,6 +128,19 @@ def test_a_calibration_says_what_it_catches(
         wrong.check_values()
 
 
+def test_a_share_is_of_images_that_get_a_verdict(engine: InferenceEngine) -> None:
+    """No share is given for a set with images of a kind that is not judged at this alpha."""
+    exact = engine.calibrations.exact
+    assert exact is not None
+    fewer = dataclasses.replace(exact, scores=exact.scores[:50])
+    small = np.zeros((8, 8, 3), np.uint8)
+    both, _ = usable(engine, [small, np.zeros((16, 16, 3), np.uint8)])
+    assert rejected(engine, Calibrations(exact, fewer), both[:1], [0.01]) != [None]
+    assert rejected(engine, Calibrations(exact, fewer), both, [0.01]) == [None]
+    assert rejected(engine, Calibrations(exact, fewer), both, [0.02]) != [None]
+    assert rejected(engine, Calibrations(exact), both, [0.1]) == [None]
+
+
 def test_the_page_shows_both(engine: InferenceEngine) -> None:
     calibration = engine.calibrations.exact
     assert calibration is not None

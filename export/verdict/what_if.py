@@ -203,10 +203,14 @@ def rejected(
     images: Sequence[InputImage],
     alphas: Sequence[float],
 ) -> list[float | None]:
-    """The share of images that is rejected at each alpha; ``None`` where there is no verdict."""
+    """The share of images that is rejected at each alpha.
+
+    It is ``None`` where images of one kind, resized or not, have no verdict: they are not accepted
+    either.
+    """
     found = p_values(engine, calibrations, images)
     judges = [calibrations.of(resized) for resized in {image.resized for image in images}]
-    smallest = min((its.smallest_p_value for its in judges if its is not None), default=np.inf)
+    smallest = max(np.inf if its is None else its.smallest_p_value for its in judges)
     return [_share(found, alpha) if alpha >= smallest else None for alpha in alphas]
 
 

@@ -21,13 +21,18 @@ def write_what_if(found: WhatIf, path: Path) -> None:
         OSError: the file cannot be written.
     """
     column = found.alphas.index(VERDICT_ALPHA)
-    calibrated = max((way.calibrated for way in found.ways), default=0)
+    judged = [way for way in found.ways if way.alarms and way.alarms[column].per_day is not None]
+    # Of two calibrations, the one of fewer images has the wider band.
+    calibrated = min((way.calibrated for way in judged or found.ways), default=0)
+    without = [f"{_kind(way)}: no verdict at this rate." for way in found.ways if way not in judged]
     shares = {name: its[column] for name, its in found.caught.items()}
     summary = summarize(shares, calibrated, VERDICT_ALPHA)
     label = found.calibration or {}
     page = render(
         "What this gate would do in a day",
-        verdict_card(summary.choice, summary.sentence, (), summary.notes, summary.heading),
+        verdict_card(
+            summary.choice, summary.sentence, (), [*without, *summary.notes], summary.heading
+        ),
         subtitle=f"{found.model}, calibration {label.get('name')}, version {label.get('version')}",
         content=from_markdown(_lines(found), path.parent),
     )
@@ -44,9 +49,12 @@ def _lines(found: WhatIf) -> list[str]:
     return [*lines, "## What is caught", "", *_table(header, body), ""]
 
 
+def _kind(way: Way) -> str:
+    return "Images of another size, resized" if way.resized else "Images of the model's size"
+
+
 def _way(way: Way) -> list[str]:
-    what = "Images of another size, resized" if way.resized else "Images of the model's size"
-    lines = [f"### {what}: {way.images:,} of the history, {way.per_day:,} per day", ""]
+    lines = [f"### {_kind(way)}: {way.images:,} of the history, {way.per_day:,} per day", ""]
     if not way.calibrated:
         return [*lines, "There is no calibration for them: no verdict, none is accepted.", ""]
     header = ["alpha", "false alarms per day", "95 % band", "rejected of the history"]
