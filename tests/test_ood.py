@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from export.verdict.detector import MAX_COMPONENTS, fit_calibration
+from export.verdict.ood_bench import write_report
 from serving.verdict.calibration import (
     FARTHEST,
     Calibration,
@@ -222,6 +224,23 @@ def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
         CalibrationError, match="does not compute: complexity, residual_rows; ade calibrate"
     ):
         fitted.check_statistics(["bpd", "pixel_mean_0"])
+
+
+def test_a_report_gives_no_shares_without_a_verdict(tmp_path: Path) -> None:
+    """50 calibration images cannot reject one image in 100: that is no rate of 0."""
+    rng = np.random.default_rng(1)
+    unusual = {name: values + 9 for name, values in draw(rng, 40).items()}
+    path = write_report(
+        calibration(n=50), "m", "ID", draw(rng, 100), {"unusual": unusual}, tmp_path
+    )
+    lines = path.read_text().splitlines()
+    assert "| 0.01 | no verdict |  |" in lines
+    assert "| 100.0% | no verdict |" in next(line for line in lines if "unusual (40)" in line)
+    assert any(line.startswith("| 0.1 | 0.") and " to 0." in line for line in lines)
+    with open(tmp_path / "figures.csv", newline="") as file:
+        first = next(csv.DictReader(file))
+    assert (first["flagged_0.05"], first["flagged_0.01"]) == ("1.0", "")
+    assert "no verdict" in (tmp_path / "report.html").read_text()
 
 
 def test_file_round_trip(tmp_path: Path) -> None:

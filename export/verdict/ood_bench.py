@@ -40,15 +40,15 @@ class Figures:
         standard_error: of the AUROC.
         aupr: average precision, with OOD images as positives.
         fpr95: false-alarm rate at the threshold that finds 95 % of the OOD images.
-        flagged: share of the OOD images that is flagged at each of :data:`ALPHAS`; for the combined
-            score only.
+        flagged: share of the OOD images that is flagged at each of :data:`ALPHAS`, ``None`` where
+            there is no verdict; for the combined score only.
     """
 
     auroc: float
     standard_error: float
     aupr: float
     fpr95: float
-    flagged: tuple[float, ...] | None = None
+    flagged: tuple[float | None, ...] | None = None
 
 
 def scores_of(
@@ -130,9 +130,9 @@ def write_report(
     for number, (name, statistics) in enumerate(ood_sets.items()):
         scores = scores_of(calibration, statistics)
         table[name] = {score: compare_scores(id_scores[score], scores[score]) for score in scores}
-        p_values = conformal_p_values(calibration.scores, scores[COMBINED])
-        flagged = tuple(float((p_values <= alpha).mean()) for alpha in ALPHAS)
-        table[name][COMBINED] = Figures(**{**vars(table[name][COMBINED]), "flagged": flagged})
+        table[name][COMBINED] = replace(
+            table[name][COMBINED], flagged=_flagged(calibration, scores[COMBINED])
+        )
         _histogram(id_scores, scores, id_name, name, out / f"histogram-{number}.png")
     _write_csv(table, out / "figures.csv")
     lines = [
@@ -178,7 +178,9 @@ def write_report(
 def _verdict(table: Mapping[str, Mapping[str, Figures]], calibrated: int) -> str:
     """The head of the page: what the gate catches and what it misses."""
     column = ALPHAS.index(VERDICT_ALPHA)
-    shares = {name: (its[COMBINED].flagged or (0.0,) * 3)[column] for name, its in table.items()}
+    shares = {
+        name: its[COMBINED].flagged[column] for name, its in table.items() if its[COMBINED].flagged
+    }
     summary = summarize(shares, calibrated, VERDICT_ALPHA)
     return verdict_card(summary.choice, summary.sentence, (), summary.notes, summary.heading)
 
@@ -191,12 +193,23 @@ def _rows(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
+def _flagged(calibration: Calibration, scores: np.ndarray) -> tuple[float | None, ...]:
+    """The share of images that is flagged at each alpha; ``None`` where there is no verdict."""
     p_values = conformal_p_values(calibration.scores, scores)
+    return tuple(
+        float((p_values <= alpha).mean()) if alpha >= calibration.smallest_p_value else None
+        for alpha in ALPHAS
+    )
+
+
+def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
     body = []
-    for alpha in ALPHAS:
+    for alpha, share in zip(ALPHAS, _flagged(calibration, scores), strict=True):
+        if share is None:
+            body.append([f"{alpha}", "no verdict", ""])
+            continue
         low, high = false_alarm_band(len(calibration.scores), alpha, tested=len(scores))
-        body.append([f"{alpha}", f"{(p_values <= alpha).mean():.4f}", f"{low:.4f} to {high:.4f}"])
+        body.append([f"{alpha}", f"{share:.4f}", f"{low:.4f} to {high:.4f}"])
     return _rows(["alpha", "flagged", "95 % band of calibrations and tests like these"], body)
 
 
@@ -207,7 +220,9 @@ def _summary(
     for name, figures in table.items():
         for score in (score for score in HEADLINES if score in figures):
             f = figures[score]
-            flagged = [f"{share:.1%}" for share in f.flagged] if f.flagged else ["", "", ""]
+            flagged = [
+                "no verdict" if share is None else f"{share:.1%}" for share in f.flagged or ()
+            ] or [""] * len(ALPHAS)
             body.append(
                 [
                     f"{name} ({len(ood_sets[name]['bpd']):,})" if score == COMBINED else "",
