@@ -13,6 +13,7 @@ from typing import Any
 from serving.brand import MARK, NAME, STYLE
 
 FRAME = "base.html"
+BAR = r"\|"  # a bar that does not end a cell
 NUMBER = r"[\d–−<>±.\[]"  # how a cell with a number begins
 
 
@@ -56,6 +57,15 @@ def render(
     )
 
 
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; a cell stays on one line and in its column, whatever it holds."""
+    head, *rows = (
+        f"| {' | '.join(' '.join(cell.split()).replace('|', BAR) for cell in cells)} |"
+        for cells in (header, *body)
+    )
+    return [head, f"|{'---|' * len(header)}", *rows]
+
+
 def from_markdown(lines: Sequence[str], folder: Path) -> str:
     """HTML of what our reports write as Markdown: headings, paragraphs, lists, tables, pictures.
 
@@ -88,12 +98,12 @@ def _block(lines: list[str], folder: Path) -> str:
 
 
 def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    inner = line.strip().removeprefix("|").removesuffix("|")
+    return [part.strip().replace(BAR, "|") for part in re.split(r"(?<!\\)\|", inner)]
 
 
 def _table(rows: list[list[str]], folder: Path) -> str:
     head, *body = rows
-    # The name of a set may hold the mark between cells: the rest of such a row is cut off.
     # A column whose cells are mostly numbers stands to the right, its heading too.
     numeric = [
         2 * sum(re.match(NUMBER, cell) is not None for cell in column) > sum(map(bool, column))

@@ -14,7 +14,7 @@ from export.verdict.ood_bench import COMBINED, RAW_BPD, _histogram
 from export.verdict.what_if import ALPHAS, Alarms, Way, WhatIf
 from export.verdict.what_if_report import write_what_if
 from serving.brand import MARK, verdict_card
-from serving.reports import from_markdown, render
+from serving.reports import from_markdown, markdown_table, render
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
 from tests.helpers import ROOT
@@ -48,6 +48,14 @@ def test_markdown_is_escaped(tmp_path: Path) -> None:
     hostile = verdict_card("reject", "<img src=x>", ["<i>"], ["<u>"], "<script>")
     page = render("<script>", hostile, subtitle="<script>")
     assert page.count("&lt;script&gt;") == 4 and "<img" not in page and "<script" not in page
+
+
+def test_a_cell_holds_any_text(tmp_path: Path) -> None:
+    lines = markdown_table(["set", "share"], [["a | b\nc", "0.5"], ["|", ""]])
+    assert lines == ["| set | share |", "|---|---|", r"| a \| b c | 0.5 |", r"| \| |  |"]
+    found = from_markdown(lines, tmp_path)
+    assert "<td>a | b c</td><td class=ade-number>0.5</td>" in found
+    assert "<td>|</td><td class=ade-number></td>" in found
 
 
 def test_the_summary_says_what_is_caught_and_what_more_images_bring() -> None:

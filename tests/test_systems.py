@@ -22,10 +22,11 @@ from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 from serving.files import LOCK
 from serving.images import write_png
+from serving.reports import from_markdown
 from serving.verdict.calibration import CalibrationError
 from tests.helpers import held_by_another, make_folder, narrow
 from training.comparison.compare import FAILURE, MEASURED, Job, compare, read_rows
-from training.comparison.report import write_comparison
+from training.comparison.report import _table, write_comparison
 from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import RunOptions, train
@@ -260,6 +261,22 @@ def test_processes_of_torchrun_do_not_share_a_comparison(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]) == 2
     assert "start it several times" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_long_failure_stays_in_its_row() -> None:
+    why = "CUDA error: a | b\nCompile with `TORCH_USE_CUDA_DSA`\n\n" + "size mismatch; " * 99
+    row = {
+        "config": narrow("vae"),
+        "seed": 0,
+        "state": {"images": 0},
+        "measured": None,
+        "failure": {"why": why},
+    }
+    table = _table([row])
+    assert len(table) == 3 and "\n" not in table[2] and len(table[2]) < 400
+    page = from_markdown(table, Path())
+    assert "<b>failed: CUDA error: a | b Compile with <code>TORCH_USE_CUDA_DSA</code> size" in page
+    assert page.count("<td") == page.count("<th class") + page.count("<th>") == 11
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from serving.brand import verdict_card
 from serving.files import write_text
-from serving.reports import from_markdown, render
+from serving.reports import from_markdown, markdown_table, render
 from serving.tables import safe_cell
 from serving.verdict.calibration import Calibration, conformal_p_values
 from serving.verdict.false_alarms import false_alarm_band
@@ -185,14 +185,6 @@ def _verdict(table: Mapping[str, Mapping[str, Figures]], calibrated: int) -> str
     return verdict_card(summary.choice, summary.sentence, (), summary.notes, summary.heading)
 
 
-def _rows(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(cells)} |" for cells in body),
-    ]
-
-
 def _flagged(calibration: Calibration, scores: np.ndarray) -> tuple[float | None, ...]:
     """The share of images that is flagged at each alpha; ``None`` where there is no verdict."""
     p_values = conformal_p_values(calibration.scores, scores)
@@ -210,7 +202,9 @@ def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
             continue
         low, high = false_alarm_band(len(calibration.scores), alpha, tested=len(scores))
         body.append([f"{alpha}", f"{share:.4f}", f"{low:.4f} to {high:.4f}"])
-    return _rows(["alpha", "flagged", "95 % band of calibrations and tests like these"], body)
+    return markdown_table(
+        ["alpha", "flagged", "95 % band of calibrations and tests like these"], body
+    )
 
 
 def _summary(
@@ -233,7 +227,7 @@ def _summary(
                     *flagged,
                 ]
             )
-    return _rows(
+    return markdown_table(
         ["OOD images", "score", "AUROC", "AUPR", "FPR", *(f"at {alpha}" for alpha in ALPHAS)], body
     )
 
@@ -242,7 +236,7 @@ def _singles(table: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     sets = list(table)
     scores = list(next(iter(table.values()), {}))
     body = [[score, *(f"{table[s][score].auroc:.3f}" for s in sets)] for score in scores]
-    return _rows(["score", *sets], body)
+    return markdown_table(["score", *sets], body)
 
 
 def _write_csv(table: Mapping[str, Mapping[str, Figures]], path: Path) -> None:

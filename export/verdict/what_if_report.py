@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from export.verdict.what_if import Way, WhatIf
 from serving.brand import percent, verdict_card
 from serving.files import write_text
-from serving.reports import from_markdown, render
+from serving.reports import from_markdown, markdown_table, render
 from serving.verdict.summary import summarize
 
 VERDICT_ALPHA = 0.01
@@ -46,7 +45,7 @@ def _lines(found: WhatIf) -> list[str]:
         lines += _way(way)
     header = ["rejected at alpha", *(f"{alpha:g}" for alpha in found.alphas)]
     body = [[name, *map(_share, shares)] for name, shares in found.caught.items()]
-    return [*lines, "## What is caught", "", *_table(header, body), ""]
+    return [*lines, "## What is caught", "", *markdown_table(header, body), ""]
 
 
 def _kind(way: Way) -> str:
@@ -69,7 +68,7 @@ def _way(way: Way) -> list[str]:
         ]
         for row in way.alarms
     ]
-    lines += [f"Calibrated on {way.calibrated:,} images.", "", *_table(header, body), ""]
+    lines += [f"Calibrated on {way.calibrated:,} images.", "", *markdown_table(header, body), ""]
     if way.unlike:
         alphas = ", ".join(f"{alpha:g}" for alpha in way.unlike)
         lines += [
@@ -82,11 +81,3 @@ def _way(way: Way) -> list[str]:
 
 def _share(share: float | None) -> str:
     return "no verdict" if share is None else percent(share)
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(cells)} |" for cells in body),
-    ]

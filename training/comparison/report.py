@@ -17,7 +17,7 @@ from ade_model.checkpoint import load_model
 from serving.brand import verdict_card
 from serving.files import write_text
 from serving.images import tile
-from serving.reports import from_markdown, render
+from serving.reports import from_markdown, markdown_table, render
 from training.comparison.compare import SMOOTHING, keep_rows
 from training.comparison.paper import (
     CITED,
@@ -34,6 +34,7 @@ from training.runs import RunError, latest_checkpoint
 from training.weights import count_weights
 
 GRID = 8  # samples per side
+LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
 # Findings in the plural.
 SEVERAL = {"holds": "hold", "does not hold here": "do not hold here"}
 SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
@@ -181,14 +182,6 @@ def _label(row: dict[str, Any]) -> str:
     return f"{recipe} (seed {row['seed']})" if row["seed"] else recipe
 
 
-def _rows(header: list[str], body: list[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(cells)} |" for cells in body),
-    ]
-
-
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     spaces = _used_spaces(rows)
     header = [
@@ -224,7 +217,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             _number(paper.fid, 1),
         ]
         if measured is None:
-            why = row["failure"]["why"] if row["failure"] else "not finished"
+            why = _short(row["failure"]["why"]) if row["failure"] else "not finished"
             body.append(
                 [
                     *about,
@@ -266,7 +259,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 *cited,
             ]
         )
-    return _rows(header, body)
+    return markdown_table(header, body)
+
+
+def _short(why: str) -> str:
+    return why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}…"
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -397,7 +394,7 @@ def _cited() -> list[str]:
         "that the copy we read has lost are left out, and so are LSUN's. The paper's authors "
         "computed † with provided weights and ‡ by training with provided code."
     )
-    return [*_rows(header, body), "", note]
+    return [*markdown_table(header, body), "", note]
 
 
 def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -461,7 +458,7 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
     )
     if real is not None:
         text += f" GAN-train of the same number of real images: {_percent(real)}."
-    return [*_rows(header, body), "", text]
+    return [*markdown_table(header, body), "", text]
 
 
 def _percent(value: float | None) -> str:
@@ -521,7 +518,7 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
         "adds 1.4 % of weights, by which its generator is narrowed; so it is at the size `paper`, "
         "but not at `tiny` and `small`."
     )
-    return [*_rows(header, body), "", note]
+    return [*markdown_table(header, body), "", note]
 
 
 def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device) -> None:
@@ -538,7 +535,7 @@ def _gallery(rows: Sequence[dict[str, Any]], columns: int = 3) -> list[str]:
     lines = []
     for first in range(0, len(shown), columns):
         names = shown[first : first + columns]
-        table = _rows(names, [[f"![samples of {n}](pictures/{n}.webp)" for n in names]])
+        table = markdown_table(names, [[f"![samples of {n}](pictures/{n}.webp)" for n in names]])
         lines += [*table, ""]
     return lines
 
