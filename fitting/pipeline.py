@@ -40,6 +40,7 @@ from fitting.survey import Survey, as_dict, picture_sizes, summary_lines, survey
 from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, Score
+from serving.images import file_size
 from serving.verdict.semantic import LOGITS
 from training.data import CHANNELS, DataError, Dataset, ImageSet
 from training.datasets.files import contents, shuffled
@@ -365,7 +366,12 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
     tested = shuffled([name for name in dataset.files["test"] if name not in left_out])[
         :TEST_IMAGES
     ]
-    p_values = [row["p_value"] for row in scorer(tested) if row.get("p_value") is not None]
+    p_values: dict[bool, list[float]] = {False: [], True: []}
+    height, width, _ = opened.image_shape
+    for row in scorer(tested):
+        if row.get("p_value") is not None:
+            size = file_size(Path(plan.folder) / row["path"])
+            p_values[size != (width, height)].append(row["p_value"])
     scanned = shuffled(dataset.files["train"])[:SCANNED_IMAGES]
     rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
     rows.sort(key=lambda row: -row["ood_score"])
@@ -390,7 +396,6 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
         engine.sample([0] * SAMPLES, range(SAMPLES)),
         held_out,
         engine.reconstruct(held_out),
-        len(p_values),
         false_alarms(p_values, opened),
         len(scanned),
         outliers,

@@ -34,6 +34,7 @@ from fitting.plan import (
     read_budget,
 )
 from fitting.report import (
+    ALPHAS,
     Caught,
     EncoderFindings,
     Findings,
@@ -45,6 +46,7 @@ from fitting.report import (
 from fitting.survey import Survey, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
+from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import ROOT, make_folder
 from training.data import Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
@@ -310,7 +312,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         [],
     )
     plan = make_plan("/images", "images", 8, 20, False)
-    alarms = false_alarms(list((np.arange(40) + 0.5) / 40), bundle)
+    alarms = false_alarms({False: list((np.arange(40) + 0.5) / 40), True: []}, bundle)
     findings = Findings(
         plan,
         found,
@@ -318,7 +320,6 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         held_out,
         held_out,
         held_out,
-        40,
         alarms,
         0,
         [],
@@ -343,10 +344,11 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     )
     assert "1,000 more images would narrow the band" in page
     assert "holds" not in page and "as expected" in page
+    resized = {**bundle.manifest["calibration"]["resized"], "images": 1200}
     manifest = {
         **evaluated.manifest,
         "training": {"images_seen": 1000, "started_from": {"images_seen": 2500}},
-        "calibration": {**bundle.manifest["calibration"], "images": 1000},
+        "calibration": {**bundle.manifest["calibration"], "images": 1000, "resized": resized},
     }
     good = dataclasses.replace(
         findings,
@@ -355,8 +357,13 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     )
     assert weaknesses(good) == []
     write_report(good, tmp_path / "report.html")
-    assert "No weakness was found" in (tmp_path / "report.html").read_text()
     page = (tmp_path / "report.html").read_text()
+    assert "No weakness was found" in page and "The gate works on what it was tried on" in page
+    subtle = [*good.caught, Caught("blurred a little", False, (0.3, 0.12, 0.0))]
+    write_report(dataclasses.replace(good, caught=subtle), tmp_path / "report.html")
+    missed = (tmp_path / "report.html").read_text()
+    assert "misses much of blurred a little (12% caught)" in missed
+    assert "but many subtle corruptions pass" in missed and "works on what it was" not in missed
     assert "The gate has no encoder" in page and "from 2,000 images in class folders" in page
     for encoder, words in (
         (
@@ -374,6 +381,24 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     write_report(findings, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") == 4
+
+
+def test_false_alarms_are_those_of_each_calibration(tiny_bundle: Path) -> None:
+    """Resized images have a calibration and a band of their own."""
+    about = open_bundle(tiny_bundle).manifest
+    calibration = {"images": 3000, "resized": {"images": 150}}
+    bundle = Bundle(tiny_bundle, {**about, "calibration": calibration})
+    exact, resized = [0.5] * 960 + [0.01] * 40, [0.5] * 20
+    found = false_alarms({True: resized, False: exact}, bundle)
+    assert [(row.resized, row.tested, row.alpha) for row in found] == [
+        (kind, count, alpha) for kind, count in ((False, 1000), (True, 20)) for alpha in ALPHAS
+    ]
+    level = 1 - 0.05 / 6
+    for row in found:
+        n = 150 if row.resized else 3000
+        assert (row.low, row.high) == false_alarm_band(n, row.alpha, level, row.tested)
+    assert [row.rejected for row in found] == [0.04, 0.04, 0.04, 0.0, 0.0, 0.0]
+    assert [row.is_expected for row in found] == [False, True, False, True, True, True]
 
 
 def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) -> Path:
