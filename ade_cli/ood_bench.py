@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="in_distribution",
         metavar="IMAGES",
         help="in-distribution (ID) images that were not used for training or calibration: "
-        f"{', '.join(NAMES)} (the test part, with --root), a folder of images, or an .npy or "
-        ".npz file",
+        f"{', '.join(NAMES)} (the test part, with --root), a folder of images (its part test, if "
+        "it trained the model or calibrated the gate), or an .npy or .npz file",
     )
     parser.add_argument("--root", metavar="DIR", help="folder of a named data set")
     parser.add_argument(
