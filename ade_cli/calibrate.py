@@ -154,14 +154,16 @@ def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str
     folder = Path(args.data)
     files, name = image_files(folder), folder.resolve().name
     trained_on = was_trained_on(bundle, name)
+    parts: dict[str, list[Path]] = {part: [] for part in PARTS}
+    for path in files:
+        parts[part_in(folder, path, trained_on)].append(path)
     if trained_on:
         say(
             f"the model was trained on {name}: only its parts select and calibrate are used, and "
             "no copies of training images"
         )
-    parts: dict[str, list[Path]] = {part: [] for part in PARTS}
-    for path in files:
-        parts[part_in(folder, path, trained_on)].append(path)
+    elif parts["test"]:
+        say(f"{len(parts['test'])} of {len(files)} files are left out, for ade ood-bench")
     chosen = _chosen({part: shuffled(paths) for part, paths in parts.items()}, trained_on)
     used = [partial(readable, paths[:MAX_IMAGES]) for paths in chosen]
     return [*used, partial(readable, parts["train"] if trained_on else [])], name

@@ -219,7 +219,8 @@ def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -
         )
     assert all(run.returncode == 0 for run in done.values()), done
     said = done["calibrate"].stderr
-    assert "60 images: 24 fit the density of statistics, 36 set the false-alarm rate\n" in said
+    assert "7 of 60 files are left out, for ade ood-bench\n" in said
+    assert "53 images: 21 fit the density of statistics, 32 set the false-alarm rate\n" in said
     assert "  alpha 0.1: " in said and "  constant: " in said and "no verdict" in said
     assert "next step: calibrate on 1,000 images or more" in said
     assert (tmp_path / "mine" / "manifest.json").is_file()
