@@ -179,7 +179,7 @@ def _verdict(table: Mapping[str, Mapping[str, Figures]], calibrated: int) -> str
     """The head of the page: what the gate catches and what it misses."""
     column = ALPHAS.index(VERDICT_ALPHA)
     shares = {
-        name: its[COMBINED].flagged[column] for name, its in table.items() if its[COMBINED].flagged
+        name: flagged[column] for name, its in table.items() if (flagged := its[COMBINED].flagged)
     }
     summary = summarize(shares, calibrated, VERDICT_ALPHA)
     return verdict_card(summary.choice, summary.sentence, (), summary.notes, summary.heading)
