@@ -107,7 +107,7 @@ class CalibrationStore:
         self._current = {DEFAULT: own if folder is None else Calibrations()}
         self._broken: dict[str, str] = {}
         self._checked = -CHECK_S
-        self._was_read = False
+        self._was_read = False  # every file that was found, so that only changes matter
         self.refresh()
         if folder is not None and self._current[DEFAULT] is own:
             _warn_of_another_coder(own)
@@ -201,7 +201,7 @@ class CalibrationStore:
         # One assignment each: readers see either the former or the new calibrations.
         self._current = current
         self._seen = {name: seen for name, seen in found.items() if name not in unread}
-        self._was_read = True
+        self._was_read = not unread
         self._report(broken)
 
     def _read(self, folder: Path, name: str, seen: _Seen) -> Calibrations:
