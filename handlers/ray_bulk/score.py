@@ -108,8 +108,8 @@ def score_on_ray(
     if manifest.read_json(posixpath.join(out, "summary.json")) is not None:
         raise BulkError(f"{out} is complete already")
     total = _prepare(source, out, plan)
-    with ray_instance(address, workers) as ray, _Progress(out, total, progress):
-        _run(ray, bundle, out, options, version, workers, total)
+    with ray_instance(address, workers) as instance, _Progress(out, total, progress):
+        _run(instance.ray, bundle, out, options, version, workers, total)
     summary = _count(out, total)
     manifest.write_json(posixpath.join(out, "summary.json"), dataclasses.asdict(summary))
     return summary

@@ -68,10 +68,11 @@ def run(settings: DriverSettings) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     num_workers = len(settings.bundles) * sum(settings.workers.values())
     try:
-        with ray_instance(settings.address, num_workers) as ray:
+        with ray_instance(settings.address, num_workers) as instance:
             from ray import serve
 
-            _check_unused(ray, settings.address)
+            _check_unused(instance.ray, settings.address)
+            instance.will_serve()
             try:
                 _deploy(serve, settings)
                 _serve_metrics(serve, settings)

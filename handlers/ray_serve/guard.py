@@ -1,7 +1,8 @@
 """Ends what a Ray instance leaves behind when the process that started it is killed.
 
 ``python -m handlers.ray_serve.guard MARK FOLDER [ADDRESS]``, with a pipe from that process as its
-standard input.
+standard input. On a cluster, Serve is shut down only if that process wrote that it deploys there:
+otherwise what the cluster serves is somebody else's.
 
 Ray's processes end with each other in most cases, and HAProxy with none. All inherit a mark in
 their environment. Those that set a title, as workers and agents do, overwrite their environment as
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from handlers.ray_serve.environment import MARK
 
+SERVES = b"serves\n"  # written by a process that is about to deploy on an unused cluster
 DONE = b"done\n"  # written by a process that has stopped everything itself
 TITLE = b"ray::"
 ROUNDS = 50
@@ -33,7 +35,7 @@ def start_guard(mark: str, folder: Path, address: str | None) -> subprocess.Pope
     Args:
         mark: of the instance.
         folder: removed in the end.
-        address: of the cluster that serves, if it is not our own: there Serve is shut down.
+        address: of the cluster, if it is not our own.
     """
     return subprocess.Popen(
         [sys.executable, "-m", __name__, mark, str(folder), *([address] if address else [])],
@@ -87,6 +89,15 @@ def end_all(mark: str, folder: Path) -> None:
         time.sleep(PAUSE_S)
 
 
+def must_end_serving(written: bytes) -> bool:
+    """Whether a process deployed on a cluster and did not stop that itself.
+
+    Args:
+        written: all that it wrote to its guard.
+    """
+    return SERVES in written and not written.endswith(DONE)
+
+
 def _end_serving(address: str) -> None:
     import ray
     from ray import serve
@@ -99,8 +110,8 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     own_mark, own_folder, *addresses = sys.argv[1:]
-    is_done = sys.stdin.buffer.read().endswith(DONE)
+    own_input = sys.stdin.buffer.read()
     end_all(own_mark, Path(own_folder))
     shutil.rmtree(own_folder, ignore_errors=True)
-    if addresses and not is_done:
+    if addresses and must_end_serving(own_input):
         _end_serving(addresses[0])

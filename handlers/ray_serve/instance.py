@@ -11,8 +11,9 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from handlers.launch.environment import available_cores
 from handlers.ray_serve import guard
@@ -28,9 +29,26 @@ class ClusterError(RuntimeError):
     """Ray cannot be started here, or the cluster cannot be used."""
 
 
+@dataclass(frozen=True)
+class Instance:
+    """A connection to Ray.
+
+    Attributes:
+        ray: its module.
+        to_guard: the pipe to :mod:`handlers.ray_serve.guard`.
+    """
+
+    ray: Any
+    to_guard: IO[bytes]
+
+    def will_serve(self) -> None:
+        """Have Serve shut down if this process is killed. To be called just before it deploys."""
+        self.to_guard.write(guard.SERVES)
+
+
 @contextlib.contextmanager
-def ray_instance(address: str | None, num_workers: int) -> Iterator[Any]:
-    """Connect to Ray, and return its module.
+def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
+    """Connect to Ray.
 
     What was started is stopped at the end of the block, or when this process is killed.
     SIGTERM ends the block with :class:`SystemExit`.
@@ -45,6 +63,7 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Any]:
     mark, folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="ade-ray-", dir=SHORT))
     # Before anything is started that it would have to end.
     own_guard = guard.start_guard(mark, folder, address)
+    assert own_guard.stdin is not None
     os.environ.update(of_every_node())
     if address is None:
         token_file = folder / "token"
@@ -60,11 +79,10 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Any]:
         else:
             _join(ray, address)
         signal.signal(signal.SIGTERM, _stop)  # Ray has set its own
-        yield ray
+        yield Instance(ray, own_guard.stdin)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ray.shutdown()
-        assert own_guard.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             own_guard.stdin.write(guard.DONE)
             own_guard.stdin.close()
