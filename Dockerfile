@@ -25,6 +25,11 @@ RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
 
 FROM python:${PYTHON}-slim
 ARG DEVICE
+ARG ENGINE=serve
+# KubeRay's probes call wget.
+RUN if [ "$ENGINE" = ray ]; then \
+      apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN useradd --create-home --uid 10001 ade
 COPY --from=build /opt/venv /opt/venv
 COPY pretrained /bundles

@@ -86,8 +86,14 @@ def test_a_cluster_without_a_token_does_not_serve(
         Access.of_cluster()
 
 
+def on_kubernetes() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The RayService and its NetworkPolicy."""
+    service, policy = yaml.safe_load_all((DEPLOYED / "rayservice.yaml").read_text())
+    return service, policy
+
+
 def configurations() -> list[dict[str, Any]]:
-    service = yaml.safe_load((DEPLOYED / "rayservice.yaml").read_text())
+    service, _ = on_kubernetes()
     return [
         yaml.safe_load((DEPLOYED / "serve-config.yaml").read_text()),
         yaml.safe_load(service["spec"]["serveConfigV2"]),
@@ -117,19 +123,62 @@ def test_ray_reads_the_configurations() -> None:
 def test_the_pods_of_a_cluster() -> None:
     """Their templates are pods by Kubernetes's schema, have no rights, and Ray's variables."""
     validator = pytest.importorskip("kubernetes_validate")
-    spec = yaml.safe_load((DEPLOYED / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    spec = on_kubernetes()[0]["spec"]["rayClusterConfig"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **group["template"]}
+        pod = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
+        pod["metadata"] = {"name": "x", **pod["metadata"]}
         validator.validate(pod, "1.31", strict=True)
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
         (container,) = pod["spec"]["containers"]
         assert not container["securityContext"]["allowPrivilegeEscalation"]
         given = {variable["name"]: variable.get("value") for variable in container["env"]}
-        assert given["RAY_AUTH_MODE"] == "token" and {"ADE_TOKEN", "RAY_AUTH_TOKEN"} <= set(given)
+        assert "ADE_TOKEN" in given
         wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **of_every_node()}
         assert {name: given.get(name) for name in wanted} == wanted
-    # The dashboard can run code.
-    assert spec["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+
+
+def test_the_operator_can_start_the_cluster() -> None:
+    """It finds ports by name, adds a port and an option of its own where there are none."""
+    service, _ = on_kubernetes()
+    (http,) = [one["http_options"] for one in configurations()[1:]]
+    spec = service["spec"]["rayClusterConfig"]
+    assert spec["authOptions"] == {"mode": "token"}  # or it submits without a token
+    assert spec["rayVersion"]  # required for that
+    groups = (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        # The operator's own would not take their place.
+        names = {variable["name"] for variable in container["env"]}
+        assert not names & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert str(ports["metrics"]) == group["rayStartParams"]["metrics-export-port"]
+        assert ports["serve"] == http["port"]
+        assert len(set(ports.values())) == len(ports)
+        head = {"gcs-server": 6379, "dashboard": 8265} if group is groups[0] else {}
+        assert {"metrics", "serve", *head} == set(ports) and head.items() <= ports.items()
+    assert groups[0]["rayStartParams"]["dashboard-host"] == "0.0.0.0"
+    assert "--no-install-recommends wget" in (ROOT / "Dockerfile").read_text()  # of its probes
+
+
+def test_only_the_operator_reaches_the_dashboard() -> None:
+    """The dashboard can run code."""
+    validator = pytest.importorskip("kubernetes_validate")
+    service, policy = on_kubernetes()
+    validator.validate(policy, "1.31", strict=True)
+    spec = service["spec"]["rayClusterConfig"]
+    (labels,) = {
+        tuple(group["template"]["metadata"]["labels"].items())
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    }
+    own = {"podSelector": {"matchLabels": dict(labels)}}
+    assert policy["spec"]["podSelector"] == own["podSelector"]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    everybody, cluster, operator = policy["spec"]["ingress"]
+    assert everybody == {"ports": [{"port": 8080}]} and cluster == {"from": [own]}
+    assert operator["ports"] == [{"port": 8265}]
+    (who,) = operator["from"]
+    # The label is the same in the operator's Helm chart and in its kustomization.
+    assert who["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
 
 
 # Processes
