@@ -39,7 +39,7 @@ from serving.api.operations.sample import (
 )
 from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
 from serving.api.requests import PROBE_HEADER
-from serving.ports import Ports
+from serving.ports import LOOPBACK, Ports
 from serving.verdict.calibration import DEFAULT
 from serving.verdict.decision import NOT_SCORED, Choice
 
@@ -57,6 +57,8 @@ __all__ = [
 ]
 
 PROBE_VARIABLE = "ADE_PROBE_SECRET"  # of the service to its page
+# A proxy that the environment names cannot reach this machine's own services.
+WITHOUT_PROXY = dict.fromkeys(f"all://{host}" for host in LOOPBACK)
 MAX_WAIT_S = 30.0  # between two tries, however long a gateway advises
 # Codes for the statuses of answers that a proxy or gateway gives in a shape of its own.
 FOREIGN_ERRORS = {
@@ -211,7 +213,9 @@ class AdeClient:
     ) -> None:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.url = url or f"http://127.0.0.1:{Ports.from_environment().inference}"
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, headers=headers)
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout, headers=headers, mounts=WITHOUT_PROXY
+        )
         self._prefix = "" if model is None else f"{model}-"
         self._retries = retries
 

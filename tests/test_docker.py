@@ -6,13 +6,19 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import venv
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from handlers.launch.parts import page_is_ready
+from handlers.torchserve.status import read_status
+from serving.client import AdeClient, AdeError
+from serving.ports import Ports
 from tests.helpers import PRETRAINED, ROOT
-from tests.service import RunningService
+from tests.service import RunningService, free_ports
 
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 STEPS = re.findall(r"^([A-Z]+) +(.*)$", TEXT, re.MULTILINE)
@@ -84,6 +90,43 @@ def test_the_wheel_alone_serves(tmp_path: Path) -> None:
         subprocess.run([python, *HEALTH[1:2], code], check=True)
     finally:
         assert running.stop() == []
+
+
+def test_no_proxy_stands_between_the_service_and_its_own_checks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A proxy of the environment cannot reach this machine's loopback interface."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"ready": true}')
+
+        do_POST = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever).start()
+        other, dead = free_ports(2)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{dead}")
+        try:
+            ports = Ports(inference=server.server_port, metrics=other, ui=server.server_port)
+            assert page_is_ready(ports, "127.0.0.1")
+            assert read_status(ports)["ready"]
+            for host in ("127.0.0.1", "localhost"):
+                with (
+                    AdeClient(f"http://{host}:{server.server_port}", retries=0) as client,
+                    pytest.raises(AdeError),  # it got that answer, which is not the API's
+                ):
+                    client.sample()
+            code = HEALTH[2].replace("7860", str(server.server_port))
+            subprocess.run([sys.executable, HEALTH[1], code], check=True)
+        finally:
+            server.shutdown()
 
 
 def test_the_entry_point_passes_arguments_on() -> None:

@@ -146,9 +146,7 @@ def wait_until(ready: Callable[[], bool], supervisor: Supervisor) -> None:
 def page_is_ready(ports: Ports, host: str) -> bool:
     """Whether the page's ``/readyz`` reports that all operations answer."""
     try:
-        return (
-            httpx.get(f"http://{local_address(host)}:{ports.ui}/readyz", timeout=30).status_code
-            == 200
-        )
+        url = f"http://{local_address(host)}:{ports.ui}/readyz"
+        return httpx.get(url, timeout=30, trust_env=False).status_code == 200  # without a proxy
     except httpx.TransportError:
         return False

@@ -181,7 +181,9 @@ def _watch(
             try:
                 now = read_totals(
                     httpx.get(
-                        f"http://127.0.0.1:{profiled.metrics}/metrics", timeout=PROFILE_S
+                        f"http://127.0.0.1:{profiled.metrics}/metrics",
+                        timeout=PROFILE_S,
+                        trust_env=False,
                     ).text,
                     engine.timers,
                 )

@@ -52,7 +52,7 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
     if folder is not None:
         probe, token = folder.read(folder.probe_file), token or folder.read(folder.token_file)
     headers = {**({} if probe is None else {PROBE_HEADER: probe}), **_bearer(token)}
-    with httpx.Client(timeout=TIMEOUT_S, headers=headers) as http:
+    with httpx.Client(timeout=TIMEOUT_S, headers=headers, trust_env=False) as http:
         ready = _get(http, f"http://{address}:{ports.ui}/readyz", {200, 503})
         metrics = _get(http, f"http://127.0.0.1:{ports.metrics}/metrics", {200})
         answers = _who_answers(http, f"http://{address}:{ports.inference}")
