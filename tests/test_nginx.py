@@ -117,6 +117,9 @@ def test_operations_under_short_paths(proxy: str, service: RunningService) -> No
     # With the headers that AdeClient sends.
     long = ask(proxy, "/predictions/score", content=data, headers={"Content-Type": "image/png"})
     assert long.status_code == 200 and long.content == direct.content
+    # Dropped in silence, the level would be the default one.
+    query = ask(proxy, "/v1/score?alpha=0.2", content=data)
+    assert query.status_code == 400 and code_of(query) == "malformed_request"
     sample = ask(proxy, "/v1/sample", json={"n": 2, "seed": 1})
     assert sample.content.startswith(b"\x89PNG") and sample.headers["content-type"] == "image/png"
     form = ask(proxy, "/v1/score", files={"image": EXAMPLE.read_bytes()}, data={"alpha": "0.05"})
