@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from handlers.asgi.metrics import QUEUE_SECONDS
 from handlers.launch.profile import profile_table, read_totals
 from handlers.torchserve.exposition import by_convention
 from handlers.torchserve.launcher import TorchServe
@@ -121,6 +122,7 @@ def test_the_dashboard_uses_existing_metrics() -> None:
         target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
     ]
     known = {metric.name: {*COMMON_LABELS, *metric.labels} for metric in METRICS}
+    known[QUEUE_SECONDS.name] = {"model_name"}  # without TorchServe
     used = set()
     for expression in expressions:
         for name in re.findall(r"\bade_\w+", expression):
@@ -139,6 +141,7 @@ def test_the_dashboard_uses_existing_metrics() -> None:
         "ade_bpd_bucket",
         "ade_worker_starts_total",
         "ade_drift_ks",
+        "ade_queue_seconds_total",
     } <= used
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places) and len(
