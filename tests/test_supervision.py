@@ -13,18 +13,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from handlers.launch.parts import Page
 from handlers.launch.run_folder import PREFIX, RunFolderError, find_service, run_folder
-from handlers.launch.supervision import MAX_DEATHS, MAX_OUTPUT_BYTES, LaunchError, Supervisor
+from handlers.launch.supervision import (
+    MAX_DEATHS,
+    MAX_OUTPUT_BYTES,
+    Child,
+    LaunchError,
+    Supervisor,
+)
 from serving.client import AdeClient
 from serving.files import LOCK
 from serving.ports import Ports
 from tests.helpers import PRETRAINED, ROOT
-from tests.service import RunningService
+from tests.service import RunningService, free_ports
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SLEEP = ["sleep", "1000"]
@@ -86,6 +95,50 @@ def test_a_child_that_may_not_end(tmp_path: Path) -> None:
         supervisor.start("torchserve", ["sh", "-c", "echo the reason; exit 1"], dict(os.environ))
         with pytest.raises(LaunchError, match="torchserve ended with 1:\nthe reason"):
             until(supervisor.tend)
+
+
+class QuickPages(Supervisor):
+    """Starts pages that are ready at once and show nothing, or end at once."""
+
+    are_broken = False
+
+    def start(
+        self, name: str, command: list[str], environment: dict[str, str], **options: Any
+    ) -> Child:
+        script = "import sys, time; from pathlib import Path\n"
+        if "--gate" in command:
+            gate = command[command.index("--gate") + 1]
+            script += "sys.exit(1)" if self.are_broken else f"Path({gate!r}).write_text('ready')\n"
+        script += "\ntime.sleep(60)"
+        return super().start(name, [sys.executable, "-c", script], environment, **options)
+
+
+def test_a_page_that_is_replaced_leaves_no_files(tmp_path: Path) -> None:
+    plan: Any = SimpleNamespace(
+        bundles=[],
+        host="127.0.0.1",
+        ports=Ports(*free_ports(3)),
+        probe_secret="",
+        token=None,
+        allowed_hosts=[],
+    )
+    folder: Any = SimpleNamespace(path=tmp_path)
+
+    def files() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("page-*") if path.is_dir())
+
+    with QuickPages(tmp_path) as supervisor:
+        page = Page(plan, folder, supervisor)
+        page.start()
+        for i in (2, 3):
+            (tmp_path / files()[0] / "upload.png").write_bytes(b"x")
+            with page.prepared([]) as take_over:
+                take_over()
+            assert files() == [f"page-files-{i}"]
+        supervisor.are_broken = True
+        with pytest.raises(LaunchError, match="does not start"), page.prepared([]):
+            pass
+        assert files() == ["page-files-3"]
 
 
 def test_output_is_bounded(tmp_path: Path) -> None:

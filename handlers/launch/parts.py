@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import sys
 import time
@@ -40,11 +41,13 @@ class Page:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((plan.host, plan.ports.ui))  # the first page listens when it is built
         self._child: Child
+        self._files: Path  # of the child: uploads and results
         self._num_started = 0
 
     def start(self) -> None:
         """Start the page of the plan's bundles."""
-        self._child = self._start([str(bundle.folder) for bundle in self._plan.bundles])
+        bundles = [str(bundle.folder) for bundle in self._plan.bundles]
+        self._child, self._files = self._start(bundles)
 
     @contextlib.contextmanager
     def prepared(self, bundles: Sequence[str]) -> Iterator[Callable[[], None]]:
@@ -62,26 +65,27 @@ class Page:
         """
         gate = self._folder / f"page-gate-{self._num_started + 1}"
         gate.touch(mode=0o600)
-        child, was_opened = self._start(bundles, gate), False
+        (child, files), was_opened = self._start(bundles, gate), False
 
         def take_over() -> None:
             nonlocal was_opened
-            was_opened, old = True, self._child
+            was_opened, old, old_files = True, self._child, self._files
             child.on_trial = False
-            self._child = child
+            self._child, self._files = child, files
             old.process.terminate()  # it accepts nothing from now on, and finishes what it has
             gate.unlink()
-            self._supervisor.stop(old)
+            self._stop(old, old_files)
 
         try:
             self._await(child, gate)
             yield take_over
         finally:
             if not was_opened:
-                self._supervisor.stop(child)
+                self._stop(child, files)
             gate.unlink(missing_ok=True)
 
-    def _start(self, bundles: Sequence[str], gate: Path | None = None) -> Child:
+    def _start(self, bundles: Sequence[str], gate: Path | None = None) -> tuple[Child, Path]:
+        """Start a page; returns its process, and the folder of its files."""
         plan = self._plan
         self._num_started += 1
         number = "" if self._num_started == 1 else f"-{self._num_started}"
@@ -103,7 +107,7 @@ class Page:
             command += ["--gate", str(gate)]
         if plan.allowed_hosts:
             command += ["--allowed-hosts", *plan.allowed_hosts]
-        return self._supervisor.start(
+        child = self._supervisor.start(
             "page",
             command,
             environment,
@@ -111,6 +115,11 @@ class Page:
             pass_fds=(self._socket.fileno(),),
             on_trial=gate is not None,
         )
+        return child, files
+
+    def _stop(self, child: Child, files: Path) -> None:
+        self._supervisor.stop(child)
+        shutil.rmtree(files, ignore_errors=True)
 
     def _await(self, child: Child, gate: Path) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
