@@ -632,6 +632,30 @@ def test_v2_requests_that_are_no_json(app: RunningApplication) -> None:
     assert isinstance(httpx.post(f"{app.url}/v2/models/x/infer").json()["error"], str)
 
 
+def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
+    def ask(inputs: list[dict[str, Any]], binary: bytes = b"", **fields: Any) -> httpx.Response:
+        text = json.dumps({"inputs": inputs, **fields}).encode()
+        return httpx.post(
+            f"{app.url}/v2/models/score/infer",
+            content=text + binary,
+            headers={"Inference-Header-Content-Length": str(len(text))},
+        )
+
+    about = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8"}
+    image = {**about, "data": [9] * 3072}
+    in_bytes = {**about, "parameters": {"binary_data_size": 3072}}
+    for answer, status, message in (
+        (ask([image, image]), 400, "several inputs 'images'"),
+        (ask([in_bytes], b"\t" * 3073), 400, "has 1 bytes that belong to no input"),
+        (ask([image], b"\t"), 400, "has 1 bytes that belong to no input"),
+        (ask([{**image, **in_bytes}], b"\t" * 3072), 400, "data and binary_data_size"),
+        (ask([image], parameters={"format": "npy"}), 422, "no parameter format"),
+        (ask([image], parameters={"image": "x"}), 400, "image is a parameter and an input"),
+    ):
+        assert answer.status_code == status and message in answer.json()["error"], answer.text
+    assert ask([in_bytes], b"\t" * 3072).json()["outputs"] == ask([image]).json()["outputs"]
+
+
 # Overload, start and stop
 
 

@@ -131,19 +131,26 @@ def parse(
         {_name(one): _is_binary(one, is_binary) for one in outputs},
         is_binary,
     )
+    if "format" in parameters:
+        raise ApiError(
+            422, "unknown_parameter", "there is no parameter format: the protocol has its own"
+        )
     fields: dict[str, Any] = {**parameters, "format": FORMATS[operation]}
     known = SAMPLE_INPUTS if operation == "sample" else (IMAGES,)
     for name, tensor in inputs.items():
         if name not in known:
             raise unusable("bad_array", f"{operation} has no input {show(name)}")
+        field = name if operation == "sample" else "image"
+        if field in fields:
+            raise malformed(f"{field} is a parameter and an input")
         if operation == "sample":
             if tensor.size != 1:
                 raise unusable("bad_array", f"{name} must have one value, got {tensor.size}")
-            fields[name] = str(tensor.item())
+            fields[field] = str(tensor.item())
         else:
             out = io.BytesIO()
             np.save(out, tensor, allow_pickle=False)
-            fields["image"] = out.getvalue()
+            fields[field] = out.getvalue()
     return call, RawRequest("multipart/form-data", None, fields, probe, id)
 
 
@@ -165,6 +172,8 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for one in head["inputs"]:
         name = _name(one)
+        if name in found:
+            raise malformed(f"there are several inputs {show(name)}: stack images into one")
         dtype = DATATYPES.get(str(one.get("datatype")))
         shape = one.get("shape")
         if dtype is None:
@@ -172,6 +181,8 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             raise malformed(f"{name}: shape must be a list of numbers")
         size = (one.get("parameters") or {}).get("binary_data_size")
+        if size is not None and "data" in one:
+            raise malformed(f"{name}: there are data and binary_data_size")
         count = math.prod(shape)
         try:
             if size is None:
@@ -186,6 +197,8 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
             found[name] = flat.reshape(shape)
         except ValueError:  # too many dimensions, or beside a 0 too large ones
             raise malformed(f"{name}: no array can have this shape") from None
+    if binary:
+        raise malformed(f"the body has {len(binary)} bytes that belong to no input")
     return found
 
 
