@@ -5,6 +5,8 @@ That its answers equal those of the other engines is tested in test_contract.py.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import io
 import json
@@ -14,7 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,12 @@ from handlers.asgi.application import READY, ApplicationSettings
 from handlers.asgi.forms import raw_request
 from handlers.asgi.launcher import Asgi
 from handlers.asgi.metrics import Metrics
+from handlers.asgi.pool import Pool
 from handlers.asgi.worker import WorkerSettings
+from handlers.front.admission import Limits
 from handlers.front.forms import MAX_FIELDS
-from handlers.front.releases import Release
+from handlers.front.front import Request
+from handlers.front.releases import Release, Releases
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
 from handlers.torchserve.status import read_status
@@ -657,6 +663,62 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
 
 
 # Overload, start and stop
+
+
+def test_a_pool_that_is_stopped_answers_what_it_has(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The batch that a worker computes, and the requests that wait for one."""
+
+    class Busy:
+        """In the place of a worker's process, which never answers."""
+
+        def __init__(self) -> None:
+            self.gone = asyncio.get_running_loop().create_future()
+            self.is_asked = asyncio.Event()
+
+        async def ask(self, parts: Any, seconds: float) -> Any:
+            self.is_asked.set()
+            await asyncio.sleep(60)
+
+        async def end(self) -> int:
+            return 0
+
+    async def stop_busy() -> list[Any]:
+        settings = WorkerSettings(
+            *(str(tiny_bundle), "tiny@1", "score", "score", "1"),
+            *(str(tmp_path), ServingOptions(device="cpu")),
+        )
+        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        process = Busy()
+        pool._tasks.append(asyncio.create_task(pool._workers[0].keep(process)))  # type: ignore[arg-type]
+        request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
+        requests = [asyncio.create_task(pool.answer(request))]
+        await process.is_asked.wait()
+        requests.append(asyncio.create_task(pool.answer(request)))
+        await asyncio.sleep(0)
+        await pool.stop()
+        requests.append(asyncio.create_task(pool.answer(request)))
+        async with asyncio.timeout(5):
+            return await asyncio.gather(*requests, return_exceptions=True)
+
+    for error in asyncio.run(stop_busy()):
+        assert isinstance(error, ApiError) and (error.status, error.code) == (503, "stopping")
+
+
+def test_a_removed_release_has_time_for_what_it_accepted() -> None:
+    """Its requests may wait for their turn, and then for the answer."""
+
+    @contextlib.asynccontextmanager
+    async def build(release: Release) -> AsyncIterator[Any]:
+        yield None
+
+    async def seconds(limits: Limits) -> float:
+        releases = Releases(build, lambda _: None, limits)
+        async with releases.run([release_of(PRETRAINED)]):
+            (running,) = releases._running
+            return running._drain_s
+
+    for limits in (Limits(), Limits(waiting_s=500.0)):
+        assert asyncio.run(seconds(limits)) > limits.waiting_s + limits.upstream_s
 
 
 def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:

@@ -322,7 +322,7 @@ async def build_app(
         if file is not None:
             replace(settings, releases=tuple(map(asdict, releases))).replace(file)
 
-    releases = Releases(functools.partial(build_release, settings, metrics, limits), save)
+    releases = Releases(functools.partial(build_release, settings, metrics, limits), save, limits)
     api, reading = (
         Front(find, limits, memory, settings.probe_secret, refusals)
         for find in (releases.api, functools.partial(_find_metrics, metrics))

@@ -104,10 +104,11 @@ class Pool:
                 raise error
 
     async def stop(self) -> None:
-        """Kill all workers."""
+        """Kill all workers, and answer 503 to the requests that are left."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.refuse()
 
     def describe(self) -> dict[str, Any]:
         """The workers' processes and the number of requests that wait, as for ``ade status``."""
@@ -277,13 +278,14 @@ class _Worker:
         waiting = asyncio.create_task(self._pool.waiting.next_batch())
         try:
             await asyncio.wait((waiting, process.gone), return_when=asyncio.FIRST_COMPLETED)
-            if not process.gone.done():
-                return waiting.result()
+            if process.gone.done():
+                raise WorkerError("its process ended")
+        except BaseException:
             if waiting.done():
                 self._pool.waiting.put(*waiting.result())
-            raise WorkerError("its process ended")
-        finally:
             waiting.cancel()
+            raise
+        return waiting.result()
 
     async def _compute(self, process: _Process, batch: list[Job]) -> None:
         self._pool.begin(batch)
@@ -318,6 +320,10 @@ class _Worker:
                     )
                 )
             raise WorkerError(str(error)) from None
+        except asyncio.CancelledError:  # the pool is stopped
+            for job in batch:
+                job.fail(_stopping())
+            raise
         if head["leaving"]:
             raise WorkerError("a request did not fit into memory")
 

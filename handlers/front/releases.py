@@ -18,10 +18,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from handlers.front.admission import Limits
 from handlers.front.front import Endpoint, Request
 
 logger = logging.getLogger(__name__)
-DRAIN_S = 150.0  # for the requests that a removed release has accepted
+SPARE_S = 5.0  # more for a removed release than the requests that it has accepted may take
 
 
 class Backend(Protocol):
@@ -72,10 +73,13 @@ B = TypeVar("B", bound=Backend)
 class Running(Generic[B]):
     """A release with its backend, and the number of requests that it is answering."""
 
-    def __init__(self, release: Release, backend: B, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(
+        self, release: Release, backend: B, stack: contextlib.AsyncExitStack, drain_s: float
+    ) -> None:
         self.release = release
         self.backend = backend
         self.stack = stack
+        self._drain_s = drain_s
         self._num_requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,7 +99,7 @@ class Running(Generic[B]):
     async def close(self) -> None:
         """Finish what was accepted, for a while, and stop."""
         try:
-            async with asyncio.timeout(DRAIN_S):
+            async with asyncio.timeout(self._drain_s):
                 await self._idle.wait()
         except TimeoutError:
             logger.error("release %d is stopped with requests left", self.release.number)
@@ -108,15 +112,18 @@ class Releases(Generic[B]):
     Args:
         build: starts what answers for a release, and stops it at the end of the context.
         save: called with the new list before requests are routed by it.
+        limits: how long a request may take that a release has accepted.
     """
 
     def __init__(
         self,
         build: Callable[[Release], AbstractAsyncContextManager[B]],
         save: Callable[[Sequence[Release]], None],
+        limits: Limits,
     ) -> None:
         self._build = build
         self._save = save
+        self._drain_s = limits.waiting_s + limits.upstream_s + SPARE_S
         self._running: list[Running[B]] = []
         self._changing = asyncio.Lock()
 
@@ -197,7 +204,8 @@ class Releases(Generic[B]):
 
     async def _start(self, release: Release) -> Running[B]:
         stack = contextlib.AsyncExitStack()
-        return Running(release, await stack.enter_async_context(self._build(release)), stack)
+        backend = await stack.enter_async_context(self._build(release))
+        return Running(release, backend, stack, self._drain_s)
 
     def _route(self, path: str, request: Request) -> Endpoint:
         one = self._running[0]
