@@ -24,6 +24,7 @@ from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.telemetry import METRICS
+from serving.page import sweep, uploads
 from serving.ports import VARIABLES
 from tests.helpers import ROOT
 from tests.test_docker import STEPS, USER
@@ -244,6 +245,16 @@ def test_compose_finds_its_files() -> None:
     )
     options = dict(mount.split(":") for mount in services["ade"]["tmpfs"])["/home/ade/.cache"]
     assert {"exec", f"uid={USER}"} <= set(options.split(",")) and services["ade"]["read_only"]
+
+
+def test_the_working_folder_holds_what_the_page_keeps() -> None:
+    """Its uploads and results, besides models, archives and logs."""
+    pod = load(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]
+    (limit,) = [v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "cache"]
+    mounts = load(DEPLOY / "compose.yaml")["services"]["ade"]["tmpfs"]
+    (size,) = re.findall(r"/home/ade/.cache:.*size=(\d+)g", " ".join(mounts))
+    assert int(size) == int(limit.removesuffix("Gi"))
+    assert int(size) * 2**30 >= uploads.ALL_BYTES + sweep.MAX_BYTES + 2 * 2**30
 
 
 def test_compose_accepts_it() -> None:
