@@ -277,6 +277,45 @@ def test_an_upgrade_keeps_the_bundle_that_a_link_led_to(second: Path, tmp_path: 
     ]
 
 
+def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) -> None:
+    """A calibration may be added while a canary runs, or after an upgrade."""
+    old, new = tmp_path / "old" / "bundle", tmp_path / "new" / "bundle"
+    shutil.copytree(PRETRAINED, old)
+    changed_copy(new, disturb)
+    a, b = open_bundle(old), open_bundle(new)
+    plan: Any = SimpleNamespace(bundles=[a], release=release_of(old))
+    page: Any = SimpleNamespace(prepared=lambda bundles: nullcontext(lambda: None))
+    upgrades, said = Upgrades(plan, SwitchingEngine(), page, lambda: None), list[str]()
+
+    def do(what: str, **arguments: Any) -> dict[str, Any]:
+        return upgrades.handle({"do": what, **arguments}, said.append)
+
+    def calibrate(bundle: Bundle, name: str) -> None:
+        made = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
+        write_calibrations(
+            bundle.folder, dataclasses.replace(made, name=name, model=bundle.networks)
+        )
+
+    assert do("upgrade", bundle=str(new), canary=0.5)["canary"] == (b.model_id,)
+    calibrate(a, "night")
+    with pytest.raises(UpgradeError, match="lacks the calibrations night"):
+        do("finish")
+    assert do("describe")["canary"] == (b.model_id,)
+    calibrate(b, "night")
+    assert do("finish")["current"] == (b.model_id,)
+    # Going back is urgent: it warns.
+    calibrate(b, "noon")
+    assert do("rollback")["current"] == (a.model_id,)
+    (warning,) = [text for text in said if text.startswith("warning")]
+    assert "lacks the calibrations noon" in warning
+    # Not to a folder that holds something else than was served, be it of the same weights.
+    fields = {key: value for key, value in b.manifest.items() if key != "files"}
+    write_manifest(new, {**fields, "notes": "another calibration"})
+    assert open_bundle(new).model_id == b.model_id
+    with pytest.raises(UpgradeError, match="has other files now"):
+        do("rollback")
+
+
 def test_the_private_channel(tmp_path: Path) -> None:
     def handle(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         if message["do"] == "fail":

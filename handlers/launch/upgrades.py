@@ -125,6 +125,8 @@ class Upgrades:
     def _finish(self, say: Say) -> None:
         if self._canary is None:
             raise UpgradeError("there is no canary")
+        # Again: calibrations may have been added since the canary was started.
+        self._check_contracts(self._bundles[self._canary.number])
         self._replace(self._canary, say)
 
     def _roll_back(self, say: Say) -> None:
@@ -137,11 +139,18 @@ class Upgrades:
             return
         if self._previous is None:
             raise UpgradeError("there was no upgrade: nothing to go back to")
-        release = self._release([verify_bundle(Path(one)) for one in self._previous.bundles])
-        if release.models != self._previous.models:
+        bundles = [verify_bundle(Path(one)) for one in self._previous.bundles]
+        served = self._bundles[self._previous.number]
+        if [one.manifest for one in bundles] != [one.manifest for one in served]:
             raise UpgradeError(
-                f"the folder of {_names(self._previous)} has another model now, {_names(release)}"
+                f"the folder of {_names(self._previous)} has other files now than were served, of "
+                + ", ".join(one.model_id for one in bundles)
             )
+        try:
+            self._check_contracts(bundles)
+        except UpgradeError as error:  # going back is urgent
+            say(f"warning: {error}")
+        release = self._release(bundles)
         say(f"starting {_names(release)} beside {_names(self._current)}")
         self._replace(release, say)
 
@@ -198,6 +207,15 @@ class Upgrades:
         check_contract(bundles[place], bundle)
         bundles[place] = bundle
         return bundles
+
+    def _check_contracts(self, bundles: Sequence[Bundle]) -> None:
+        """Check bundles that take the place of the present release's.
+
+        Raises:
+            UpgradeError: see :func:`check_contract`.
+        """
+        for old, new in zip(self._bundles[self._current.number], bundles, strict=True):
+            check_contract(old, new)
 
     def _release(self, bundles: list[Bundle], share: float = 0.0) -> Release:
         self._last_number += 1
