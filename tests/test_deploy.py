@@ -257,13 +257,24 @@ def test_the_working_folder_holds_what_the_page_keeps() -> None:
     assert int(size) * 2**30 >= uploads.ALL_BYTES + sweep.MAX_BYTES + 2 * 2**30
 
 
+def test_an_image_for_a_gpu_gets_one() -> None:
+    """The image of compose.yaml alone is for the CPU, the Dockerfile's default."""
+    assert "args" not in load(DEPLOY / "compose.yaml")["services"]["ade"]["build"]
+    ade = load(DEPLOY / "compose.gpu.yaml")["services"]["ade"]
+    assert ade["build"]["args"] == {"DEVICE": "cuda"}
+    (device,) = ade["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+
+
 def test_compose_accepts_it() -> None:
     compose = shutil.which("docker-compose") or "/usr/libexec/docker/cli-plugins/docker-compose"
     if not Path(compose).exists():
         pytest.skip("docker-compose is not installed")
     command = [compose, "-f", DEPLOY / "compose.yaml", "config", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"GRAFANA_PASSWORD": "x"})
-    assert done.returncode == 0, done.stderr
+    with_gpu = [*command[:3], "-f", DEPLOY / "compose.gpu.yaml", *command[3:]]
+    for one in (command, with_gpu):
+        done = subprocess.run(one, capture_output=True, text=True, env={"GRAFANA_PASSWORD": "x"})
+        assert done.returncode == 0, done.stderr
     refused = subprocess.run(command, capture_output=True, text=True, env={})
     assert refused.returncode != 0 and "set a password for Grafana" in refused.stderr
 
