@@ -608,6 +608,23 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
         assert read_answer(connection)[0] == 501 and is_closed(connection)
 
 
+@pytest.mark.parametrize("num_early", [1, 2, 3, 4])
+def test_a_body_stays_as_it_is_however_the_end_of_the_head_arrives(
+    front: RunningFront, upstream: Upstream, num_early: int
+) -> None:
+    """Words of a head in a body, after a first part with so many bytes of the blank line."""
+    body = b"a\r\nUpgrade: h2c\r\n\r\nb"
+    head = HEAD + b"Upgrade: h2c\r\nContent-Length: %d" % len(body)
+    whole = head + b"\r\n\r\n" + body
+    with front.connect() as connection:
+        for _ in range(2):
+            connection.sendall(whole[: len(head) + num_early])
+            time.sleep(0.2)
+            connection.sendall(whole[len(head) + num_early :])
+            status, answer = read_answer(connection)
+            assert status == 200 and json.loads(answer)["body"] == body.decode()
+
+
 def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream) -> None:
     request = (
         HEAD + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n"

@@ -16,6 +16,8 @@ from serving.api.errors import ApiError
 from serving.api.guard import error_answer
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_DECLINED = b"\r\ndecline:"  # as long as that: a body keeps its place
+_BLANK = b"\r\n\r\n"
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -42,6 +44,7 @@ class BoundedProtocol(HttpToolsProtocol):
         # Runs from the start of the connection, or of a later head, until that head is complete.
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
+        self._last = b""  # of what was read before, which may begin the end of a head
         self._num_pending = 0  # bytes since the last complete head or part of a body
         self._cycles: list[RequestResponseCycle] = []  # requests without an answer, oldest first
 
@@ -63,11 +66,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_idle():
+            if self._head_timer is None:
+                self._last = b""
             self._await_head()  # here, because the parser skips blank lines before a head
         # Java's HTTP client offers an upgrade to HTTP/2, which makes the parser skip the body.
         if self._head_timer is not None:
-            head, blank, rest = data.partition(b"\r\n\r\n")
-            data = _UPGRADE.sub(b"\r\nX-Declined:", head) + blank + rest
+            end = (self._last + data).find(_BLANK)
+            size = len(data) if end < 0 else end + len(_BLANK) - len(self._last)
+            data = _UPGRADE.sub(_DECLINED, data[:size]) + data[size:]
+        kept = len(_BLANK) - 1
+        self._last = (self._last + data[-kept:])[-kept:]
         self._num_pending += len(data)
         super().data_received(data)
         if self._num_pending > self._limits.head_bytes:  # a long head, or trailers after a body
