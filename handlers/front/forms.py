@@ -1,7 +1,7 @@
 """Checks forms before an engine reads them.
 
-Engines lose repeated fields, a part that is cut off and all but one of the files in one field, and
-mistake an image under a form's content type for a malformed form.
+Engines lose repeated fields, parts without a name, a part that is cut off and all but one of the
+files in one field, and mistake an image under a form's content type for a malformed form.
 """
 
 from __future__ import annotations
@@ -63,25 +63,33 @@ def _urlencoded_names(body: bytearray) -> list[bytes]:
 def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
     names: list[bytes] = []
     num_parts = 0
-    is_complete = False
+    is_named = is_complete = False
     header, value = bytearray(), bytearray()
 
     def begin_part() -> None:
-        nonlocal num_parts
+        nonlocal num_parts, is_named
         num_parts += 1
+        is_named = False
         if num_parts > MAX_FIELDS:
             raise _too_many()
 
     def end_header() -> None:
+        nonlocal is_named
         kind = header.lower()
         if kind == b"content-disposition":
-            names.append(parse_options_header(bytes(value))[1].get(b"name", b""))
+            name = parse_options_header(bytes(value))[1].get(b"name")
+            is_named = name is not None
+            names.append(name or b"")
         elif kind == b"content-type" and value.lower().startswith(b"multipart/"):
             raise malformed(
                 "a field of the form holds several files: name further images image1, image2, …"
             )
         header.clear()
         value.clear()
+
+    def end_part() -> None:
+        if not is_named:
+            raise not_a_form()
 
     def end() -> None:
         nonlocal is_complete
@@ -98,6 +106,7 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
                 "on_header_field": lambda data, start, end: header.extend(data[start:end]),
                 "on_header_value": lambda data, start, end: value.extend(data[start:end]),
                 "on_header_end": end_header,
+                "on_part_end": end_part,
                 "on_end": end,
             },
         )
