@@ -665,7 +665,7 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
 # Overload, start and stop
 
 
-def test_a_pool_that_is_stopped_answers_what_it_has(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
     """The batch that a worker computes, and the requests that wait for one."""
 
     class Busy:
@@ -684,7 +684,7 @@ def test_a_pool_that_is_stopped_answers_what_it_has(tiny_bundle: Path, tmp_path:
 
     async def stop_busy() -> list[Any]:
         settings = WorkerSettings(
-            *(str(tiny_bundle), "tiny@1", "score", "score", "1"),
+            *(str(tmp_path), "tiny@1", "score", "score", "1"),
             *(str(tmp_path), ServingOptions(device="cpu")),
         )
         pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})

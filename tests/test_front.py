@@ -226,7 +226,7 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
         (part("image") + end + part("alpha") + end, "cannot be parsed"),
         (part("image", "Multipart/Mixed; boundary=C") + end, "holds several files"),
         # Without a name, engines differ in what they make of a part.
-        (part("image") + b"--B\r\n%s\r\n\r\nx\r\n" % PART.encode() + end, "cannot be parsed"),
+        (part("image") + b"--B\r\n%s\r\n\r\nx\r\n" % PART + end, "cannot be parsed"),
         (part("image") + b"--B\r\nContent-Type: text/plain\r\n\r\nx\r\n" + end, "cannot be parsed"),
     ):
         with pytest.raises(ApiError, match=message):
