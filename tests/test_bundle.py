@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundl
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.page.about import card
+from serving.page.served import Served
 from tests.helpers import PRETRAINED, ROOT
 
 GRAPH_NAMES = graphs_of(OPERATIONS)
@@ -470,10 +470,7 @@ def test_a_model_has_the_licence_that_its_owner_states(
     tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     assert open_bundle(tiny_bundle).manifest["licence"] is None
-    served = SimpleNamespace(
-        bundles={"tiny": open_bundle(tiny_bundle)},
-        calibrations={"tiny": SimpleNamespace(exact=None)},
-    )
+    served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
     assert "Licence not stated" in card(served, "tiny")
     export_bundle(
         tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None, licence="CC0-1.0"

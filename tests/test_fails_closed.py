@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from ade_cli.score import NO_VERDICT
 from export.verdict.calibrate import calibrate_bundle
 from handlers.asgi.v2 import Call, respond
 from handlers.launch.options import served_name
+from serving.api.operations.score import CalibrationLabel
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkOptions, FileScorer
@@ -26,10 +29,16 @@ from serving.client import AdeClient, AdeError, ScoreResult
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
+from serving.page.about import card as card_of
+from serving.page.app import build_page
+from serving.page.files import write_file
 from serving.page.many import _said
-from serving.page.score import verdict
+from serving.page.score import REPLACED, explained, verdict
+from serving.page.served import Runs, Served
+from serving.verdict import store
 from serving.verdict.calibration import Calibrations
 from serving.verdict.decision import decide, fdr_note, images_needed
+from serving.verdict.store import write_calibrations
 from tests.helpers import with_calibrations
 from tests.service import RunningService
 
@@ -131,9 +140,9 @@ def test_over_http_v2_in_files_and_on_the_page(
         ood=result["ood"],
         decision=result["decision"],
         decision_reason=result["decision_reason"],
+        calibration=result.get("calibration") and CalibrationLabel(**result["calibration"]),
     )
-    page = SimpleNamespace(calibrations={"model": engine.calibrations})
-    choice, sentence = verdict(page, "model", (shown, bool(path)), ALPHA)
+    choice, sentence = verdict(engine.calibrations, (shown, bool(path)), ALPHA)
     assert choice == row["decision"] and sentence.startswith("Rejected at") == (choice == "reject")
 
 
@@ -207,6 +216,58 @@ def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
         assert all(result.accepted == (result.ood is False) for result in usual) and any(
             r.accepted for r in usual
         )
+
+
+def page_function(served: Served, name: str) -> Callable[..., Any]:
+    """The function that the page calls under this name; its last argument is a :class:`Runs`."""
+    fns = build_page(served).fns.values()
+    return next(block.fn for block in fns if block.api_name == name and block.fn is not None)
+
+
+@pytest.fixture
+def page_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's folder, and calibrations that are looked up each time."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
+    monkeypatch.setattr(store, "CHECK_S", 0.0)
+
+
+@pytest.mark.usefixtures("page_files")
+@pytest.mark.parametrize("own", ["both", "none"])
+def test_the_page_judges_by_the_calibration_that_the_service_uses(
+    own: str, bundles: dict[str, Path], ood_paths: list[Path], tmp_path: Path
+) -> None:
+    """``default.npz`` takes the place of the bundle's own while both run."""
+    bundle = open_bundle(Path(shutil.copytree(bundles[own], tmp_path / "bundle")))
+    few = Calibrations.load(bundles["few"] / "calibration.npz")
+    with answered_here({"both": bundle.folder}) as url, AdeClient(url) as client:
+        served = Served(url, [bundle], None)
+        score = page_function(served, "score")
+        image = write_file(ood_paths[0].read_bytes(), "ood.png")
+
+        def shown(alpha: float) -> tuple[str, str, str]:
+            card, _, place, _, details, _ = score(own, image, 1, alpha, False, Runs())
+            return card, place, details
+
+        (before,) = client.score([image], alpha=ALPHA)
+        card, place, details = shown(ALPHA)
+        assert f"ade-{before.decision}" in card
+        assert ("150 held-out images" in place) == (own == "both")
+        assert ("of the calibration images" in details) == (own == "both")
+        replaced = dataclasses.replace(few, name="default", model=bundle.networks)
+        version = write_calibrations(bundle.folder, replaced).version
+        (after,) = client.score([image], alpha=ALPHA)
+        assert after.calibration is not None and after.calibration.version == version
+        assert after.decision == "no_verdict"
+        card, place, details = shown(ALPHA)
+        assert "ade-no_verdict" in card and "there are 20." in card
+        assert "20 held-out images" in place and "of the calibration images" in details
+        card, _, _ = shown(0.05)
+        assert "ade-reject" in card and "none of 20 calibration images" in card
+        # There is no verdict on what another calibration judged.
+        calibrations = served.calibrations_of(own)
+        assert verdict(calibrations, (before, False), 0.05) == ("no_verdict", REPLACED)
+        assert explained(calibrations, (before, False), 0.05)[1:] == ("", "")
+        assert "20 images" in card_of(served, own)
 
 
 def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:

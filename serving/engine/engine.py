@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from serving.engine.backends import Backend, OnnxRuntimeBackend, load_backend
-from serving.engine.bundle import CALIBRATION_NAME, FEATURES_NAME, Bundle, open_bundle
+from serving.engine.bundle import FEATURES_NAME, Bundle, open_bundle
+from serving.engine.calibrations import open_calibrations
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
 from serving.verdict.calibration import Calibration, Calibrations, Verdict
-from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES
+from serving.verdict.semantic import FEATURES
 from serving.verdict.statistics import (
     compute_statistics,
     finite_rows,
     part_names,
-    statistic_names,
 )
-from serving.verdict.store import FOLDER, CalibrationStore
+from serving.verdict.store import FOLDER
 
 MAX_BATCH = 32  # larger batches are not faster (docs/performance.md)
 BUCKETS = (1, 2, 4, 8, 16, 32)  # batch sizes for backends with fixed sizes
@@ -126,19 +126,8 @@ class InferenceEngine:
                 gpu,
                 cuda_graphs,
             )
-        own = Calibrations()
-        names: list[str] = []
-        if "score" in self.bundle.operations:
-            names = statistic_names(self.bundle.image_shape, self.bundle.latent_shapes)
-            if self.bundle.has(FEATURES_NAME):
-                names += [DISTANCE, ENERGY]
-        if self.bundle.has(CALIBRATION_NAME):
-            own = Calibrations.load(self.bundle.file(CALIBRATION_NAME))
-            own.check(names)
-            about = self.bundle.manifest.get("calibration") or {}
-            own = dataclasses.replace(own, webp=own.webp or about.get("webp", ""))
         folder = (calibrations or self.bundle.folder / FOLDER) if "score" in operations else None
-        self.store = CalibrationStore(own, folder, self.bundle.networks, names)
+        self.store = open_calibrations(self.bundle, folder)
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)

@@ -16,6 +16,7 @@ from serving.client import AdeError
 from serving.engine.bundle import Bundle
 from serving.page.reference import reference
 from serving.page.served import Served, Shared, html
+from serving.verdict.calibration import Calibrations
 
 UNITS = {"relative": "of a latent's size"}  # of differences, for people
 # What a recipe trains, by the beginning of its name.
@@ -75,13 +76,14 @@ def add_tab(shared: Shared) -> None:
     document = openapi_document(served.url, names, served.needs_token)
     html(reference(document, served.url))
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-    model.change(about, model, shown, api_name="about", show_progress="hidden")
-    gr.on([shared.tab.select, model.change], pictures, model, samples, **quiet)
+    events = [shared.tab.select, model.change]  # the calibration may have been replaced
+    gr.on(events, about, model, shown, api_name="about", show_progress="hidden")
+    gr.on(events, pictures, model, samples, **quiet)
 
 
 def card(served: Served, model: str) -> str:
     """The content of a manifest, for people; HTML."""
-    bundle = served.bundles[model]
+    bundle, calibrations = served.bundles[model], served.calibrations_of(model)
     manifest = bundle.manifest
     height, width, channels = bundle.image_shape
     training, data = manifest.get("training") or {}, manifest["data"]
@@ -100,9 +102,9 @@ def card(served: Served, model: str) -> str:
 <p>{kind[:1].upper()}{kind[1:]}. It takes images of {width} × {height} pixels
 {"in colour" if channels == 3 else "in grey"} and has {training.get("weights", 0):,}
 weights.</p>
-<div class="ade-figures">{"".join(_figures(manifest))}</div>
+<div class="ade-figures">{"".join(_figures(manifest, calibrations))}</div>
 <h3>What it is good for</h3>
-<ul>{"".join(f"<li>{use}</li>" for use in _uses(served, bundle, name))}</ul>
+<ul>{"".join(f"<li>{use}</li>" for use in _uses(bundle, calibrations, name))}</ul>
 <h3>Trained on</h3>
 <p>{name}, {training.get("images_seen", 0):,} images shown in the last stage of training.</p>
 <ul>{splits}</ul>
@@ -138,10 +140,10 @@ def _part(part: str, what: str) -> str:
     return f"{count}{escape(PARTS.get(part, part))}: <code>{escape(what)}</code>"
 
 
-def _uses(served: Served, bundle: Bundle, data: str) -> list[str]:
+def _uses(bundle: Bundle, calibrations: Calibrations, data: str) -> list[str]:
     """What the model can be used for, and how well; HTML."""
     uses = []
-    exact = served.calibrations[bundle.name].exact
+    exact = calibrations.exact
     if exact is not None:
         caught = exact.caught(ALPHA)
         known = [escape(name) for name, share in caught.items() if share >= ALWAYS]
@@ -167,7 +169,7 @@ def _uses(served: Served, bundle: Bundle, data: str) -> list[str]:
     return uses
 
 
-def _figures(manifest: dict[str, Any]) -> list[str]:
+def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
     """The main figures, each with its meaning."""
     figures = []
 
@@ -195,12 +197,13 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
             f"Fréchet distance of {distances['samples']:,} clean samples to held-out images, in "
             "the features of a small network; 0 is equal",
         )
-    calibration = manifest.get("calibration") or {}
-    if calibration:
+    calibration = calibrations.exact
+    if calibration is not None:
+        data = calibrations.data or str((manifest.get("calibration") or {}).get("data"))
         add(
-            f"{calibration['images']:,} images",
-            f"of {escape(DATA.get(str(calibration['data']), str(calibration['data'])))} calibrated "
-            f"the verdict; no p-value is below {calibration['smallest_p_value']:.2g}",
+            f"{len(calibration.scores):,} images",
+            f"of {escape(DATA.get(data, data))} calibrated the verdict; no p-value is below "
+            f"{calibration.smallest_p_value:.2g}",
         )
     else:
         add("No verdict", "the bundle is not calibrated")

@@ -170,7 +170,7 @@ def add_tab(shared: Shared) -> None:
         judged = [r for r in results if not isinstance(r, AdeError) and r.p_value is not None]
         p_values = [result.p_value for result in judged]
         discoveries = sum(benjamini_hochberg(p_values, fdr)) if judged else 0
-        calibrations = served.calibrations[model]
+        calibrations = served.calibrations_of(model)
         calibrated = [
             len(judge.scores)
             for judge in (calibrations.exact, calibrations.resized)

@@ -26,6 +26,7 @@ from serving.page.served import (
     run_on_new_image,
     usable,
 )
+from serving.verdict.calibration import Calibration, Calibrations
 from serving.verdict.decision import Choice, decide
 
 ALPHA = 0.01
@@ -33,6 +34,7 @@ REASONS = 12  # statistics in the technical table
 PER_DAY = 1000
 MAX_PER_DAY = 1_000_000  # the band is computed exactly, number by number
 EMPTY = "The verdict appears here: choose an example, drop or paste an image, or take a photo."
+REPLACED = "The calibration was replaced meanwhile: score the image again."
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
 Scored = tuple[ScoreResult, bool]  # with whether the image was resized
 
@@ -58,11 +60,11 @@ def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
     return write_file(write_png(np.asarray(shown)), "image.png"), write_file(heat, "map.png")
 
 
-def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple[str, str, str]:
+def explained(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[str, str, str]:
     """The parts that depend on the false-alarm rate: verdict, place and reasons; HTML."""
-    result, resized = scored
-    calibration = served.calibrations[model].of(resized)
-    choice, sentence = verdict(served, model, scored, alpha)
+    result, _ = scored
+    calibration = judge_of(calibrations, scored)
+    choice, sentence = verdict(calibrations, scored, alpha)
     facts = [f"{result.bpd:.3f} bits per dimension"]
     if result.standard_error is not None:
         facts[0] = f"{result.bpd:.3f} ± {result.standard_error:.3f} bits per dimension"
@@ -77,12 +79,21 @@ def explained(served: Served, model: str, scored: Scored, alpha: float) -> tuple
     return card, place, charts.reasons(result.explain, alpha)
 
 
-def verdict(served: Served, model: str, scored: Scored, alpha: float) -> tuple[Choice, str]:
+def judge_of(calibrations: Calibrations, scored: Scored) -> Calibration | None:
+    """The calibration that judged an image; ``None`` if there was none or it was replaced."""
+    result, resized = scored
+    label = result.calibration
+    is_same = label is not None and label.version == calibrations.version
+    return calibrations.of(resized) if is_same else None
+
+
+def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[Choice, str]:
     """The decision, and a sentence with the false-alarm rate and the reason."""
     result, resized = scored
-    calibrations = served.calibrations[model]
+    calibration = judge_of(calibrations, scored)
+    if calibration is None and (result.calibration or calibrations.of(resized)):
+        return "no_verdict", REPLACED
     ruling = decide(result.p_value, calibrations, resized, alpha)
-    calibration = calibrations.of(resized)
     if ruling.reason is not None or calibration is None or result.p_value is None:
         reason = (ruling.reason or "").partition(": ")[2]
         return "no_verdict", f"{reason[:1].upper()}{reason[1:]}."
@@ -108,7 +119,7 @@ def what_if(served: Served, model: str, alpha: float, per_day: float | None, res
         per_day: images per day.
         resized: whether they have another size than the model's images.
     """
-    calibration = served.calibrations[model].of(resized)
+    calibration = served.calibrations_of(model).of(resized)
     if calibration is None:
         return charts.empty("There is no calibration for these images: none gets a verdict.")
     if per_day is None or not 1 <= per_day <= MAX_PER_DAY:
@@ -135,9 +146,10 @@ def add_tab(shared: Shared) -> None:
         )
         usable(result)
         seen = as_seen(data, served.bundles[model], resize)
-        calibration = served.calibrations[model].of(seen.resized)
+        calibrations = served.calibrations_of(model)
         scored = (result, seen.resized)
-        card, place, why = explained(served, model, scored, alpha)
+        card, place, why = explained(calibrations, scored, alpha)
+        calibration = judge_of(calibrations, scored)
         details = charts.parts_chart(result.bpd_parts, result.bpd)
         if calibration is not None:
             details += charts.histogram_chart(calibration.bpd, result.bpd)
@@ -149,7 +161,7 @@ def add_tab(shared: Shared) -> None:
         """Decide again at another false-alarm rate; the p-value stays."""
         if scored is None:
             return charts.empty(EMPTY), "", ""
-        return explained(served, model, scored, alpha)
+        return explained(served.calibrations_of(model), scored, alpha)
 
     def what_if_of(model: str, alpha: float, per_day: float | None, resized: bool) -> str:
         return what_if(served, model, alpha, per_day, resized)
@@ -160,7 +172,8 @@ def add_tab(shared: Shared) -> None:
             image.render()
             alpha = alpha_input()
             resize = resize_input(served)
-            with gr.Accordion("What if: alarms per day, and what is caught", open=False):
+            what = "What if: alarms per day, and what is caught"
+            with gr.Accordion(what, open=False) as outlooks:
                 per_day = gr.Number(
                     PER_DAY,
                     precision=0,
@@ -211,7 +224,7 @@ def add_tab(shared: Shared) -> None:
         "score",
     )
     gr.on(
-        [alpha.change, per_day.change, way.change, shared.model.change],
+        [alpha.change, per_day.change, way.change, shared.model.change, outlooks.expand],
         what_if_of,
         [shared.model, alpha, per_day, way],
         outlook,

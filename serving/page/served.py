@@ -21,11 +21,13 @@ from PIL import Image
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_image
 from serving.client import AdeClient, AdeError
-from serving.engine.bundle import CALIBRATION_NAME, Bundle
+from serving.engine.bundle import Bundle
+from serving.engine.calibrations import open_calibrations
 from serving.images import file_size
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.verdict.calibration import Calibrations
+from serving.verdict.store import FOLDER
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 KINDS = [("clean", "mean"), ("with noise", "density")]
@@ -54,12 +56,13 @@ class Served:
             bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
             for i, bundle in enumerate(bundles)
         }
-        self.calibrations = {
-            bundle.name: Calibrations.load(bundle.file(CALIBRATION_NAME))
-            if bundle.has(CALIBRATION_NAME)
-            else Calibrations()
-            for bundle in bundles
+        self._stores = {
+            bundle.name: open_calibrations(bundle, bundle.folder / FOLDER) for bundle in bundles
         }
+
+    def calibrations_of(self, model: str) -> Calibrations:
+        """The calibrations by which the service judges a model's images, or did a second ago."""
+        return self._stores[model].get()
 
     @property
     def first(self) -> str:
@@ -161,7 +164,7 @@ def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
 
 def resize_input(served: Served) -> gr.Checkbox:
     """A checkbox, ticked if a calibration for resized images shows that many sizes are usual."""
-    ticked = any(calibrations.resized is not None for calibrations in served.calibrations.values())
+    ticked = any(served.calibrations_of(model).resized is not None for model in served.bundles)
     return gr.Checkbox(ticked, label=RESIZE)
 
 

@@ -1,0 +1,38 @@
+"""Opens the calibrations of a bundle: its own, and the named ones that come and go beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from serving.engine.bundle import CALIBRATION_NAME, FEATURES_NAME, Bundle
+from serving.verdict.calibration import Calibrations
+from serving.verdict.semantic import DISTANCE, ENERGY
+from serving.verdict.statistics import statistic_names
+from serving.verdict.store import CalibrationStore
+
+
+def open_calibrations(bundle: Bundle, folder: Path | None) -> CalibrationStore:
+    """Open a bundle's calibrations.
+
+    Args:
+        bundle: an opened bundle.
+        folder: of the named calibrations; ``None`` to use none.
+
+    Raises:
+        BundleError: the bundle's own file does not match the manifest.
+        CalibrationError: the bundle's own file cannot be used.
+    """
+    own = Calibrations()
+    names: list[str] = []
+    if "score" in bundle.operations:
+        names = statistic_names(bundle.image_shape, bundle.latent_shapes)
+        if bundle.has(FEATURES_NAME):
+            names += [DISTANCE, ENERGY]
+    if bundle.has(CALIBRATION_NAME):
+        own = Calibrations.load(bundle.file(CALIBRATION_NAME))
+        own.check(names)
+        # Files of older versions leave the coder's version to the manifest.
+        about = bundle.manifest.get("calibration") or {}
+        own = dataclasses.replace(own, webp=own.webp or about.get("webp", ""))
+    return CalibrationStore(own, folder, bundle.networks, names)
