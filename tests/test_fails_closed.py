@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -31,6 +31,7 @@ from serving.engine.engine import InferenceEngine
 from serving.images import write_png
 from serving.page.about import card as card_of
 from serving.page.app import build_page
+from serving.page.compare import _card
 from serving.page.files import write_file
 from serving.page.many import _said
 from serving.page.score import REPLACED, explained, verdict
@@ -152,15 +153,17 @@ def prefix_of(name: str) -> str | None:
 
 
 @contextmanager
-def answered_here(bundles: dict[str, Path]) -> Iterator[str]:
+def answered_here(
+    bundles: dict[str, Path], operations: Sequence[str] = ("sample", "score")
+) -> Iterator[str]:
     """A server in this process with the real services; yields its address."""
     services = {
         served_name(operation, prefix_of(name)): Service(operation, engine)
         for name, engine in (
-            (name, InferenceEngine(folder, device="cpu", operations=["sample", "score"]))
+            (name, InferenceEngine(folder, device="cpu", operations=operations))
             for name, folder in bundles.items()
         )
-        for operation in ("sample", "score")
+        for operation in operations
     }
 
     class Handler(BaseHTTPRequestHandler):
@@ -268,6 +271,47 @@ def test_the_page_judges_by_the_calibration_that_the_service_uses(
         assert verdict(calibrations, (before, False), 0.05) == ("no_verdict", REPLACED)
         assert explained(calibrations, (before, False), 0.05)[1:] == ("", "")
         assert "20 images" in card_of(served, own)
+
+
+@pytest.mark.usefixtures("page_files")
+def test_score_many_accepts_nothing_without_verdicts(
+    bundles: dict[str, Path], small_images: np.ndarray
+) -> None:
+    """Too few images calibrated ``few`` for :data:`ALPHA`: images get p-values, and no verdict."""
+    files = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:3])]
+    with answered_here({"both": bundles["few"]}) as url:
+        score_many = page_function(Served(url, [open_bundle(bundles["few"])], None), "score_many")
+        said, rows, _ = score_many("few", files, None, 0.1, False, ALPHA, Runs())
+        assert "ade-no_verdict" in said and "No verdict on any of 3 files" in said
+        assert all(row["choice"] == "no_verdict" and row["p"] for row in rows)
+        said, *_ = score_many("few", files, None, 0.1, False, 0.05, Runs())
+        assert "of 3 images rejected" in said
+
+
+@pytest.mark.usefixtures("page_files")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("exact", "he bundle has no calibration for resized images; ade calibrate makes one"),
+        ("few", "lpha 0.04 takes 24 calibration images or more, there are 20"),
+        ("none", "he bundle has no calibration; ade calibrate makes one"),
+    ],
+)
+def test_the_page_says_once_why_there_is_no_verdict(
+    name: str, reason: str, bundles: dict[str, Path], ood_paths: list[Path]
+) -> None:
+    bundle = open_bundle(bundles[name])
+    with answered_here({"both": bundle.folder}, ("score", "reconstruct")) as url:
+        served = Served(url, [bundle], None)
+        image = write_file(ood_paths[1].read_bytes(), "ood.png")
+        _, (row,), _ = page_function(served, "score_many")(
+            name, [image], None, 0.1, True, ALPHA, Runs()
+        )
+        card, *_ = page_function(served, "score")(name, image, 1, ALPHA, True, Runs())
+        compared = _card(served, name, ood_paths[1].read_bytes(), ALPHA, True)
+    for said in (row["notes"], card, compared):
+        assert said.count(reason) == 1 and said.count("resized from 20 x 20") == 1
+        assert "nothing can be flagged" not in said and "were not resized" not in said
 
 
 def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:

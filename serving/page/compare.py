@@ -12,7 +12,7 @@ from serving.brand import verdict_card
 from serving.client import AdeError
 from serving.images import write_png
 from serving.page import charts
-from serving.page.score import alpha_input, verdict
+from serving.page.score import alpha_input, notes_of, verdict
 from serving.page.served import (
     RESIZE,
     Served,
@@ -91,7 +91,7 @@ def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -
     facts = [f"{score.bpd:.3f} bits per dimension", f"PSNR {made.psnr:.2f} dB"]
     if score.p_value is not None:
         facts.insert(0, f"p = {score.p_value:.2g}")
-    card = verdict_card(choice, why, facts, score.notes)
+    card = verdict_card(choice, why, facts, notes_of(score))
     picture = _picture(made.image, f"Reconstruction by {model}")
     return f'<div class="ade-beside">{picture}<div>{card}</div></div>'
 

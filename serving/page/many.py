@@ -20,7 +20,7 @@ from serving.client import AdeError
 from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
 from serving.page import charts
 from serving.page.files import KEPT_S, write_file
-from serving.page.score import WORDS, alpha_input
+from serving.page.score import WORDS, alpha_input, notes_of
 from serving.page.served import (
     Runs,
     Served,
@@ -167,7 +167,7 @@ def add_tab(shared: Shared) -> None:
                 for (_, data), result in zip(batch, scored, strict=True)
             ]
             results += scored
-        judged = [r for r in results if not isinstance(r, AdeError) and r.p_value is not None]
+        judged = [result for result in results if result.decision != "no_verdict"]
         p_values = [result.p_value for result in judged]
         discoveries = sum(benjamini_hochberg(p_values, fdr)) if judged else 0
         calibrations = served.calibrations_of(model)
@@ -320,7 +320,9 @@ def _row(name: str, result: Any) -> list[Any]:
     if isinstance(result, AdeError):
         return [name, None, None, NOT_SCORED, sentence(result)]
     p_value = result.p_value and round(result.p_value, 6)
-    return [name, round(result.bpd, 4), p_value, WORDS[result.decision], "; ".join(result.notes)]
+    reason = (result.decision_reason or "").partition(": ")[2]
+    notes = "; ".join([*([reason] if reason else []), *notes_of(result)])
+    return [name, round(result.bpd, 4), p_value, WORDS[result.decision], notes]
 
 
 def _shown(row: list[Any], result: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from serving.api.latents import coarsest
 from serving.images import psnr, tile, write_png
 from serving.page.charts import empty, levels_chart
 from serving.page.files import write_file
+from serving.page.score import notes_of
 from serving.page.served import (
     KINDS,
     KINDS_INFO,
@@ -75,7 +76,7 @@ def add_tab(shared: Shared) -> None:
         else:
             made = usable(ask(client.reconstruct, [data], kind=kind, resize=resize)[0]).image
         score = usable(ask(client.score, [data], explain=False, resize=resize)[0])
-        notes = "".join(f"<li>{escape(note)}</li>" for note in score.notes)
+        notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(score))
         said = in_words(psnr(seen, made))
         if notes:
             said += f'<div class="ade-part"><ul>{notes}</ul></div>'

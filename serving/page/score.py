@@ -35,6 +35,7 @@ PER_DAY = 1000
 MAX_PER_DAY = 1_000_000  # the band is computed exactly, number by number
 EMPTY = "The verdict appears here: choose an example, drop or paste an image, or take a photo."
 REPLACED = "The calibration was replaced meanwhile: score the image again."
+REASON_NOTES = ("nothing can be flagged", "no verdict: ")  # how notes begin that give the reason
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
 Scored = tuple[ScoreResult, bool]  # with whether the image was resized
 
@@ -70,13 +71,19 @@ def explained(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple
         facts[0] = f"{result.bpd:.3f} ± {result.standard_error:.3f} bits per dimension"
     if result.p_value is not None:
         facts.insert(0, f"p = {result.p_value:.2g}")
-    # The note is about the false-alarm rate of the request, the sentence about this one.
-    notes = [note for note in result.notes if not note.startswith("nothing can be flagged")]
-    card = verdict_card(choice, sentence, facts, notes)
+    card = verdict_card(choice, sentence, facts, notes_of(result))
     if calibration is None or result.ood_score is None:
         return card, "", ""
     place = charts.place_chart(calibration, result.ood_score, alpha)
     return card, place, charts.reasons(result.explain, alpha)
+
+
+def notes_of(result: ScoreResult) -> list[str]:
+    """The notes, without those that say why there is no verdict at the request's alpha.
+
+    The sentence says it, at the alpha of the page.
+    """
+    return [note for note in result.notes if not note.startswith(REASON_NOTES)]
 
 
 def judge_of(calibrations: Calibrations, scored: Scored) -> Calibration | None:
