@@ -478,6 +478,16 @@ def test_a_model_has_the_licence_that_its_owner_states(
     assert open_bundle(tmp_path / "out").manifest["licence"] == "CC0-1.0"
 
 
+def test_the_card_of_a_model_whose_reconstructions_are_exact() -> None:
+    """They have no PSNR."""
+    bundle = open_bundle(PRETRAINED)
+    evaluation = {"psnr": {"mean_db": None, "exact": 2000, "images": 2000}}
+    exact = Bundle(bundle.folder, {**bundle.manifest, "evaluation": evaluation})
+    shown = card(Served("http://127.0.0.1:1", [exact], None), exact.name)
+    assert "all 2,000 reconstructions of held-out images equal them" in shown
+    assert "PSNR" not in shown
+
+
 def test_export_refuses_an_existing_folder(
     tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:

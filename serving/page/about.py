@@ -185,11 +185,15 @@ def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
             "better, and uncompressed pixels have 8",
         )
     if "psnr" in evaluation:
-        add(
-            f"{evaluation['psnr']['mean_db']:.1f} dB",
-            f"PSNR of reconstructions of {evaluation['psnr']['images']:,} held-out images, on "
-            "average; higher is better",
-        )
+        decibels, images = evaluation["psnr"]["mean_db"], f"{evaluation['psnr']['images']:,}"
+        if decibels is None:
+            add("Exact", f"all {images} reconstructions of held-out images equal them")
+        else:
+            add(
+                f"{decibels:.1f} dB",
+                f"PSNR of reconstructions of {images} held-out images, on average; higher is "
+                "better",
+            )
     distances = next((v for k, v in evaluation.items() if k.startswith("frechet")), None)
     if distances and "mean" in distances:
         add(
