@@ -34,7 +34,7 @@ from serving.page.app import build_page
 from serving.page.compare import _card
 from serving.page.files import write_file
 from serving.page.many import _said
-from serving.page.score import REPLACED, explained, verdict
+from serving.page.score import REPLACED, Scored, explained, verdict
 from serving.page.served import Runs, Served
 from serving.verdict import store
 from serving.verdict.calibration import Calibrations
@@ -143,7 +143,7 @@ def test_over_http_v2_in_files_and_on_the_page(
         decision_reason=result["decision_reason"],
         calibration=result.get("calibration") and CalibrationLabel(**result["calibration"]),
     )
-    choice, sentence = verdict(engine.calibrations, (shown, bool(path)), ALPHA)
+    choice, sentence = verdict(engine.calibrations, Scored(shown, bool(path)), ALPHA)
     assert choice == row["decision"] and sentence.startswith("Rejected at") == (choice == "reject")
 
 
@@ -267,9 +267,9 @@ def test_the_page_judges_by_the_calibration_that_the_service_uses(
         card, _, _ = shown(0.05)
         assert "ade-reject" in card and "none of 20 calibration images" in card
         # There is no verdict on what another calibration judged.
-        calibrations = served.calibrations_of(own)
-        assert verdict(calibrations, (before, False), 0.05) == ("no_verdict", REPLACED)
-        assert explained(calibrations, (before, False), 0.05)[1:] == ("", "")
+        calibrations, scored = served.calibrations_of(own), Scored(before, False)
+        assert verdict(calibrations, scored, 0.05) == ("no_verdict", REPLACED)
+        assert explained(calibrations, scored, 0.05)[1:] == ("", "")
         assert "20 images" in card_of(served, own)
 
 

@@ -476,6 +476,32 @@ def test_another_alpha_is_another_verdict_of_the_same_score(
     panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.01")
 
 
+def test_an_alpha_that_is_moved_while_an_image_is_scored(
+    browser: Browser, service: RunningService
+) -> None:
+    """The verdict is at the level that the page shows."""
+    with opened(browser, service.page) as page:
+        panel = panel_of(page)
+        drop(panel, ROOT / "serving" / "examples" / "frog.png")
+        expect(panel.get_by_text("Accepted at a false-alarm rate of 1 %")).to_be_visible()
+        held: list[Route] = []
+
+        def hold_first(route: Route) -> None:
+            held.append(route)
+            if len(held) > 1:
+                route.continue_()
+
+        page.route("**/queue/join*", hold_first)
+        page.get_by_role("button", name="Score", exact=True).click()
+        wait_for(page, lambda: bool(held))
+        panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.1")
+        expect(panel.get_by_text("Rejected at a false-alarm rate of 10 %")).to_be_visible()
+        with page.expect_response(lambda answer: "map.png" in answer.url):
+            held[0].continue_()
+        page.wait_for_timeout(2000)
+        expect(panel.get_by_text("Rejected at a false-alarm rate of 10 %")).to_be_visible()
+
+
 def test_what_if(page: Page) -> None:
     """Moves the level by keyboard alone; what it would mean for a day follows."""
     show(page, "Score")

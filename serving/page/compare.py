@@ -12,7 +12,7 @@ from serving.brand import verdict_card
 from serving.client import AdeError
 from serving.images import write_png
 from serving.page import charts
-from serving.page.score import alpha_input, notes_of, verdict
+from serving.page.score import Scored, alpha_input, notes_of, verdict
 from serving.page.served import (
     RESIZE,
     Served,
@@ -87,7 +87,7 @@ def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -
                 raise gr.Error(sentence(result))
     except gr.Error as error:
         return error
-    choice, why = verdict(served.calibrations_of(model), (score, seen.resized), alpha)
+    choice, why = verdict(served.calibrations_of(model), Scored(score, seen.resized), alpha)
     facts = [f"{score.bpd:.3f} bits per dimension", f"PSNR {made.psnr:.2f} dB"]
     if score.p_value is not None:
         facts.insert(0, f"p = {score.p_value:.2g}")

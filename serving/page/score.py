@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import gradio as gr
 import numpy as np
@@ -37,7 +38,14 @@ EMPTY = "The verdict appears here: choose an example, drop or paste an image, or
 REPLACED = "The calibration was replaced meanwhile: score the image again."
 REASON_NOTES = ("nothing can be flagged", "no verdict: ")  # how notes begin that give the reason
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
-Scored = tuple[ScoreResult, bool]  # with whether the image was resized
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The result of an image, and whether it was resized; each is a change of the page's state."""
+
+    result: ScoreResult
+    resized: bool
 
 
 def alpha_input() -> gr.Slider:
@@ -63,7 +71,7 @@ def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
 
 def explained(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[str, str, str]:
     """The parts that depend on the false-alarm rate: verdict, place and reasons; HTML."""
-    result, _ = scored
+    result = scored.result
     calibration = judge_of(calibrations, scored)
     choice, sentence = verdict(calibrations, scored, alpha)
     facts = [f"{result.bpd:.3f} bits per dimension"]
@@ -88,19 +96,18 @@ def notes_of(result: ScoreResult) -> list[str]:
 
 def judge_of(calibrations: Calibrations, scored: Scored) -> Calibration | None:
     """The calibration that judged an image; ``None`` if there was none or it was replaced."""
-    result, resized = scored
-    label = result.calibration
+    label = scored.result.calibration
     is_same = label is not None and label.version == calibrations.version
-    return calibrations.of(resized) if is_same else None
+    return calibrations.of(scored.resized) if is_same else None
 
 
 def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[Choice, str]:
     """The decision, and a sentence with the false-alarm rate and the reason."""
-    result, resized = scored
+    result = scored.result
     calibration = judge_of(calibrations, scored)
-    if calibration is None and (result.calibration or calibrations.of(resized)):
+    if calibration is None and (result.calibration or calibrations.of(scored.resized)):
         return "no_verdict", REPLACED
-    ruling = decide(result.p_value, calibrations, resized, alpha)
+    ruling = decide(result.p_value, calibrations, scored.resized, alpha)
     if ruling.reason is not None or calibration is None or result.p_value is None:
         reason = (ruling.reason or "").partition(": ")[2]
         return "no_verdict", f"{reason[:1].upper()}{reason[1:]}."
@@ -154,7 +161,7 @@ def add_tab(shared: Shared) -> None:
         usable(result)
         seen = as_seen(data, served.bundles[model], resize)
         calibrations = served.calibrations_of(model)
-        scored = (result, seen.resized)
+        scored = Scored(result, seen.resized)
         card, place, why = explained(calibrations, scored, alpha)
         calibration = judge_of(calibrations, scored)
         details = charts.parts_chart(result.bpd_parts, result.bpd)
@@ -239,10 +246,13 @@ def add_tab(shared: Shared) -> None:
         trigger_mode="always_last",
         api_visibility="private",
     )
-    alpha.change(
+    # The false-alarm rate may have been moved while the image was scored.
+    gr.on(
+        [alpha.change, scored.change],
         judge,
         [shared.model, scored, alpha],
         [card, place, why],
         show_progress="hidden",
+        trigger_mode="always_last",
         api_visibility="private",
     )
