@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
+from gradio.data_classes import FileData, ListFiles
 
 from ade_cli.main import main
 from ade_cli.score import NO_VERDICT
@@ -286,6 +288,33 @@ def test_score_many_accepts_nothing_without_verdicts(
         assert all(row["choice"] == "no_verdict" and row["p"] for row in rows)
         said, *_ = score_many("few", files, None, 0.1, False, 0.05, Runs())
         assert "of 3 images rejected" in said
+
+
+@pytest.mark.usefixtures("page_files")
+def test_files_of_other_kinds_are_not_scored_among_others(
+    bundles: dict[str, Path], small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """The page keeps none of them, and names each in a row."""
+    own = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:2])]
+    (tmp_path / "page-files" / "uploads").mkdir(parents=True)
+    photo = str(tmp_path / "page-files" / "uploads" / "photo.heic")  # as the upload answered
+    with answered_here({"both": bundles["both"]}) as url:
+        page = build_page(Served(url, [open_bundle(bundles["both"])], None))
+        (given,) = (
+            block
+            for block in page.blocks.values()
+            if getattr(block, "label", "") == "Images, or a zip of them"
+        )
+        assert isinstance(given, gr.File)
+        paths = given.preprocess(ListFiles([FileData(path=path) for path in (photo, *own)]))
+        score_many = next(fn.fn for fn in page.fns.values() if fn.api_name == "score_many")
+        assert score_many is not None
+        said, rows, _ = score_many("both", paths, None, 0.1, False, 0.01, Runs())
+    assert [row["file"] for row in rows[2:]] == ["photo.heic"]
+    assert [row["choice"] for row in rows[2:]] == ["not_scored"]
+    assert rows[2]["notes"] == "This kind of file is not accepted."
+    assert all(row["bpd"] for row in rows[:2])
+    assert "1 of 3 files got no verdict" in said and "ade-accept" not in said
 
 
 @pytest.mark.usefixtures("page_files")

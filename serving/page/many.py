@@ -33,6 +33,7 @@ from serving.page.served import (
     resize_input,
     sentence,
 )
+from serving.page.uploads import SUFFIXES
 from serving.tables import safe_cell
 from serving.verdict.calibration import benjamini_hochberg, simes
 from serving.verdict.decision import Choice, fdr_note
@@ -47,6 +48,7 @@ COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 TABLE = Path(__file__).with_name("results.js").read_text()
 EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder."
 NOT_SCORED = "not scored"
+UNACCEPTED = AdeError(415, "not_accepted", "this kind of file is not accepted")
 THUMBNAIL = 48  # pixels of the longer side at most
 
 
@@ -149,7 +151,9 @@ def add_tab(shared: Shared) -> None:
                 "There are no files yet: drop some, or a zip of them, or choose a folder."
             )
         inside = [path for path in folder or [] if Path(path).suffix.lower() in IMAGE_SUFFIXES]
-        paths = [*(files or []), *inside]
+        given = files or []
+        paths = [*(path for path in given if Path(path).suffix.lower() in SUFFIXES), *inside]
+        others = [Path(path).name for path in given if Path(path).suffix.lower() not in SUFFIXES]
         count = sum(1 for _ in contents(paths))  # refuse everything before the first file is scored
         if not count:
             raise gr.Error("There are no images among the files.")
@@ -167,6 +171,9 @@ def add_tab(shared: Shared) -> None:
                 for (_, data), result in zip(batch, scored, strict=True)
             ]
             results += scored
+        names += others
+        pictures += [""] * len(others)
+        results += [UNACCEPTED] * len(others)
         judged = [result for result in results if result.decision != "no_verdict"]
         p_values = [result.p_value for result in judged]
         discoveries = sum(benjamini_hochberg(p_values, fdr)) if judged else 0
@@ -177,8 +184,10 @@ def add_tab(shared: Shared) -> None:
             if judge is not None
         ]
         rejected = sum(result.decision == "reject" for result in judged)
-        said = _said(count, p_values, rejected, discoveries, alpha, fdr, min(calibrated, default=0))
-        order = sorted(range(count), key=lambda i: _rank(results[i]))
+        said = _said(
+            len(results), p_values, rejected, discoveries, alpha, fdr, min(calibrated, default=0)
+        )
+        order = sorted(range(len(results)), key=lambda i: _rank(results[i]))
         rows = [_row(names[i], results[i]) for i in order]
         shown = [
             {"picture": pictures[i], **_shown(row, results[i])}
@@ -205,6 +214,7 @@ def add_tab(shared: Shared) -> None:
                 height=180,
                 file_types=["image", ".zip"],
             )
+            files.preprocess = _paths  # type: ignore[method-assign]
             folder = gr.File(label="Or a folder", file_count="directory", height=130)
             alpha = alpha_input()
             resize = resize_input(served)
@@ -240,6 +250,11 @@ def add_tab(shared: Shared) -> None:
     quiet: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     gr.on([files.change, folder.change, shared.model.change], clear, runs, results, **quiet)
     scored.failure(clear_if_failed, runs, results, **quiet)
+
+
+def _paths(payload: Any) -> list[str] | None:
+    """The paths of uploads. Gradio's own function refuses all of them for one of another type."""
+    return None if payload is None else [file.path for file in payload]
 
 
 def _said(
