@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
+from serving.images import MAX_FILE_BYTES, is_image_name
 
 LOCK = ".lock"  # in a folder that one process at a time works in
 
@@ -24,7 +24,7 @@ LOCK = ".lock"  # in a folder that one process at a time works in
 def image_paths(folder: Path) -> Iterator[str]:
     """Yield the image files below a folder, relative to it, in a fixed order.
 
-    Files are recognised by their suffix and not opened: a path may be a pipe, a device or a broken
+    Files are recognised by their names and not opened: a path may be a pipe, a device or a broken
     link. Links to folders are not followed. Only one directory's names are in memory at a time.
 
     Raises:
@@ -38,7 +38,7 @@ def image_paths(folder: Path) -> Iterator[str]:
         folders.sort()
         below = Path(directory).relative_to(folder)
         for name in sorted(names):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            if is_image_name(name):
                 yield (below / name).as_posix()
 
 

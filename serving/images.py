@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, PngImagePlugin, features
@@ -22,6 +22,7 @@ __all__ = [
     "ImageError",
     "coder_version",
     "file_size",
+    "is_image_name",
     "header_pixels",
     "lossless_bits",
     "psnr",
@@ -35,6 +36,16 @@ __all__ = [
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 16_000_000  # 48 MB decoded
 MAX_FILE_BYTES = 16 * 2**20
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name has the suffix of an image.
+
+    macOS writes ``._cat.png``, which holds no pixels, beside ``cat.png`` into zips and on foreign
+    disks.
+    """
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
 
 
 def file_size(file: Path | bytes) -> tuple[int, int] | None:

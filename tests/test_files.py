@@ -143,6 +143,13 @@ def test_two_calibrations_into_one_folder(
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+def test_files_that_macos_adds_are_no_images_of_a_folder(tmp_path: Path) -> None:
+    for name in ("cat.PNG", "._cat.PNG", "__MACOSX/._cat.PNG", ".cat.png", "cat.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(image_paths(tmp_path)) == [".cat.png", "cat.PNG"]
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -605,9 +605,18 @@ def test_uploads(page: RunningPage) -> None:
     image = EXAMPLE.read_bytes()
     for name in ("evil.war", "evil.html", "evil.svg", "evil.py", "noname", "a.png.exe", ""):
         assert upload(client, (name, b"x")).status_code in (400, 415), name
-    answer = upload(client, ("notes.txt", b"a folder holds them"), ("../../cat <b>.PNG", image))
-    dropped, kept = map(Path, answer.json())
-    assert not dropped.exists() and kept.read_bytes() == image and kept.name == "cat b.PNG"
+    answer = upload(
+        client,
+        ("notes.txt", b"a folder holds them"),
+        ("._cat.png", b"so does one of macOS"),
+        ("../../cat <b>.PNG", image),
+    )
+    *dropped, kept = map(Path, answer.json())
+    assert (
+        not any(path.exists() for path in dropped)
+        and kept.read_bytes() == image
+        and kept.name == "cat b.PNG"
+    )
     assert kept.parent.parent == page.inbox / "uploads"
     for folder in (kept.parent, kept.parent.parent, page.inbox):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -692,6 +701,7 @@ def test_clients_lose_their_own_oldest_files_only(
         ("../../a.png", "a.png"),
         ("C:\\x\\b.zip", "b.zip"),
         ("..", "file"),
+        ("._a.png", "._a.png"),
         ("", "file"),
         (".png", "png"),
         ("<b>é.png", "bé.png"),
@@ -753,6 +763,7 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path, monkeypatch: pytest.Monkey
     with zipfile.ZipFile(inbox / "nest.zip", "w") as archive:
         archive.writestr("nested.zip", nested.getvalue())
         archive.writestr("own.png", b"y")
+        archive.writestr("__MACOSX/._own.png", b"added by macOS")
     assert list(contents([str(inbox / "nest.zip")])) == [("own.png", b"y")]
 
 

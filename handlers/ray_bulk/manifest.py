@@ -6,7 +6,6 @@ import json
 import posixpath
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
@@ -14,7 +13,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from serving.bulk import BulkError
-from serving.images import IMAGE_SUFFIXES
+from serving.images import is_image_name
 
 # Rows of a part, which is also what is committed at once: about 30 s of work for one worker.
 PART_ROWS = 4096
@@ -43,7 +42,7 @@ def list_files(source: str) -> Iterator[dict[str, Any]]:
         for name in ordered:  # the order of the dictionary is that of the walk
             folders[name] = folders.pop(name)
         for name in sorted(names):
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+            if is_image_name(name):
                 about = names[name]
                 yield {
                     "path": files.unstrip_protocol(about["name"])

@@ -17,7 +17,7 @@ from PIL import Image
 
 from serving.brand import percent, verdict_card
 from serving.client import AdeError
-from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, ImageError, read_image, write_png
+from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image, write_png
 from serving.page import charts
 from serving.page.files import KEPT_S, write_file
 from serving.page.score import WORDS, alpha_input, notes_of
@@ -33,7 +33,7 @@ from serving.page.served import (
     resize_input,
     sentence,
 )
-from serving.page.uploads import SUFFIXES
+from serving.page.uploads import is_accepted
 from serving.tables import safe_cell
 from serving.verdict.calibration import benjamini_hochberg, simes
 from serving.verdict.decision import Choice, fdr_note
@@ -84,7 +84,7 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
 def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
     """Unpack the images of a zip file, each up to :data:`MAX_FILE_BYTES`.
 
-    Other entries are skipped, including zip files.
+    Other entries are skipped, including zip files and what macOS adds.
     """
     zipped, shown = read(path), Path(path).name
     # Before the directory is parsed, which takes a hundred times its size in memory.
@@ -93,7 +93,7 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
             for info in archive.infolist():
-                if Path(info.filename).suffix.lower() not in IMAGE_SUFFIXES:
+                if not is_image_name(info.filename):
                     continue
                 entry = f"{info.filename[:200]} in {shown}"
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -150,10 +150,11 @@ def add_tab(shared: Shared) -> None:
             raise gr.Error(
                 "There are no files yet: drop some, or a zip of them, or choose a folder."
             )
-        inside = [path for path in folder or [] if Path(path).suffix.lower() in IMAGE_SUFFIXES]
+        inside = [path for path in folder or [] if is_image_name(path)]
         given = files or []
-        paths = [*(path for path in given if Path(path).suffix.lower() in SUFFIXES), *inside]
-        others = [Path(path).name for path in given if Path(path).suffix.lower() not in SUFFIXES]
+        paths = [*(path for path in given if is_accepted(path)), *inside]
+        others = [Path(path).name for path in given if not is_accepted(path)]
+        others = [name for name in others if not name.startswith("._")]
         count = sum(1 for _ in contents(paths))  # refuse everything before the first file is scored
         if not count:
             raise gr.Error("There are no images among the files.")

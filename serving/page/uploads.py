@@ -18,7 +18,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES
+from serving.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, is_image_name
 from serving.page.files import KEPT_S, UPLOADS, inbox
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class _Receiver:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.paths: list[Path] = []  # in order of arrival, without files of other suffixes
+        self.paths: list[Path] = []  # in order of arrival, with files that are not kept
         self._name = self._value = b""
         self._disposition = b""
         self._header_bytes = self._left = 0
@@ -186,7 +186,7 @@ class _Receiver:
         )
         self.paths.append(path)
         self._left = MAX_FILE_BYTES
-        if path.suffix.lower() in SUFFIXES:
+        if is_accepted(path.name):
             path.parent.mkdir(mode=0o700)
             self._file = open(path, "xb")
 
@@ -196,6 +196,11 @@ class _Receiver:
             raise UploadRefused(413, f"A file may have {MAX_FILE_BYTES >> 20} MiB.")
         if self._file is not None:
             self._file.write(data[start:end])
+
+
+def is_accepted(name: str) -> bool:
+    """Whether the page keeps an upload of this name."""
+    return is_image_name(name) or Path(name).suffix.lower() == ".zip"
 
 
 def safe_name(name: str) -> str:
@@ -209,6 +214,8 @@ def safe_name(name: str) -> str:
     kept = "".join(letter for letter in last if letter.isalnum() or letter in " ._-+=@()").strip(
         " ."
     )
+    if last.startswith("._"):
+        kept = f".{kept}"  # so that it can be told from an image
     stem, dot, suffix = kept.rpartition(".")
     return (
         f"{stem[:80] if dot else ''}{dot}{suffix[:80]}".encode()[-200:].decode(errors="ignore")
