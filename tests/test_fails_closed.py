@@ -7,11 +7,9 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -22,7 +20,6 @@ from ade_cli.main import main
 from ade_cli.score import NO_VERDICT
 from export.verdict.calibrate import calibrate_bundle
 from handlers.asgi.v2 import Call, respond
-from handlers.launch.options import served_name
 from serving.api.operations.score import CalibrationLabel
 from serving.api.requests import RawRequest
 from serving.api.service import Service
@@ -43,6 +40,7 @@ from serving.verdict.calibration import Calibrations
 from serving.verdict.decision import decide, fdr_note, images_needed
 from serving.verdict.store import write_calibrations
 from tests.helpers import with_calibrations
+from tests.in_process import answered_here, page_function
 from tests.service import RunningService
 
 ALPHA = 0.04
@@ -154,44 +152,6 @@ def prefix_of(name: str) -> str | None:
     return None if name == next(iter(EXPECTED)) else name
 
 
-@contextmanager
-def answered_here(
-    bundles: dict[str, Path], operations: Sequence[str] = ("sample", "score")
-) -> Iterator[str]:
-    """A server in this process with the real services; yields its address."""
-    services = {
-        served_name(operation, prefix_of(name)): Service(operation, engine)
-        for name, engine in (
-            (name, InferenceEngine(folder, device="cpu", operations=operations))
-            for name, folder in bundles.items()
-        )
-        for operation in operations
-    }
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            service = services[self.path.removeprefix("/predictions/")]
-            (answer,) = service.answer([RawRequest(self.headers["Content-Type"], body)])
-            self.send_response(answer.status)
-            for name, value in {
-                "Content-Type": answer.content_type,
-                "Content-Length": str(len(answer.body)),
-                **answer.headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(answer.body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 @pytest.fixture(
     scope="module", params=["in this process", pytest.param("TorchServe", marks=pytest.mark.slow)]
 )
@@ -221,12 +181,6 @@ def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
         assert all(result.accepted == (result.ood is False) for result in usual) and any(
             r.accepted for r in usual
         )
-
-
-def page_function(served: Served, name: str) -> Callable[..., Any]:
-    """The function that the page calls under this name; its last argument is a :class:`Runs`."""
-    fns = build_page(served).fns.values()
-    return next(block.fn for block in fns if block.api_name == name and block.fn is not None)
 
 
 @pytest.fixture

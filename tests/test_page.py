@@ -46,6 +46,7 @@ from serving.page.score import REASONS
 from serving.page.served import RESIZE, Runs, Served, is_outdated, latest_only
 from serving.page.sweep import sweep
 from tests.helpers import PRETRAINED, ROOT
+from tests.in_process import answered_here, page_function
 from tests.service import RunningService
 
 CHROMIUM = shutil.which("chromium")
@@ -802,6 +803,35 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
     flat = dataclasses.replace(bundle, manifest={**bundle.manifest, **changes})
     for bundles in ([flat], [flat, bundle], [bundle, flat]):
         build_page(Served("http://127.0.0.1:1", bundles, None))
+
+
+def test_samples_are_of_the_chosen_model(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of another model are cleared, and the next visit of the tab draws."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
+    other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
+    about = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**about, "name": "other"}))
+    with answered_here({"tiny": tiny_bundle, "other": other}, ["sample"]) as url:
+        served = Served(url, [open_bundle(tiny_bundle), open_bundle(other)], None)
+        sample, draw_once, clear = (
+            page_function(served, name) for name in ("sample", "draw_once", "clear_other_samples")
+        )
+        settings, runs = (4, 7, 1.0, "mean"), Runs()
+
+        def drew(path: str) -> str:
+            with Image.open(path) as picture:
+                return str(picture.info["ade:model"]).partition("@")[0]
+
+        assert drew(sample("tiny", *settings, runs)[1]) == "tiny"
+        assert draw_once("tiny", *settings, runs) == (gr.skip(),) * 3
+        assert clear("tiny", runs) == (gr.skip(),) * 5
+        assert clear("other", runs)[0] == []
+        assert drew(draw_once("other", *settings, runs)[1]) == "other"
+        assert clear("other", runs) == (gr.skip(),) * 5, "the history may draw before it clears"
+        ends = page_function(served, "first_ends")("other", None, None, 1, 2)
+        assert [drew(path) for path in ends] == ["other", "other"]
 
 
 def test_readiness_is_asked_once_for_all_who_wait(

@@ -162,10 +162,12 @@ def add_tab(shared: Shared) -> None:
             write_file(write_png(tile(varied, len(varied))), "varied.png"),
         )
 
-    def first_ends(first: str | None, last: str | None, seed: float, last_seed: float) -> Any:
+    def first_ends(
+        model: str, first: str | None, last: str | None, seed: float, last_seed: float
+    ) -> Any:
         """Samples for missing end points when the tab is opened."""
         ends = ((first, seed), (last, last_seed))
-        return tuple(None if end else draw(served.first, seed) for end, seed in ends)
+        return tuple(None if end else draw(model, seed) for end, seed in ends)
 
     photographs = next(iter(shared.examples.values()))
     steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
@@ -253,7 +255,7 @@ def add_tab(shared: Shared) -> None:
         trigger_mode="multiple",
     )
     # Only the browser fills empty inputs: an image may have arrived while samples were drawn.
-    shared.tab.select(first_ends, [*ends, *seeds], drawn, **private).success(
+    shared.tab.select(first_ends, [model, *ends, *seeds], drawn, **private).success(
         None,
         [*ends, *drawn],
         ends,

@@ -100,7 +100,8 @@ def add_part(shared: Shared) -> None:
         api_name="reproduce",
         show_progress_on=again,
     )
-    picture.change(
+    gr.on(
+        [picture.change, shared.model.change],
         lambda: (None, ""),
         None,
         [again, said],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import secrets
@@ -104,6 +105,14 @@ def add_tab(shared: Shared) -> None:
             None,
             gr.DownloadButton(value=None, interactive=False),
         )
+
+    def clear_other_samples(model: str, runs: Runs) -> Any:
+        """Clear what another model drew; the history may have drawn with this one already."""
+        if runs.turn == (model,):
+            return (gr.skip(),) * 5
+        runs.failed = runs.start()  # the next visit of the tab draws
+        empty = gr.DownloadButton(value=None, interactive=False)
+        return [], empty, empty, None, empty
 
     def draw_once(*values: Any) -> Any:
         """Draw the first samples of a session when the tab is opened."""
@@ -213,7 +222,13 @@ def add_tab(shared: Shared) -> None:
     settings: list[Any] = [shared.model, n, seed, temperature, kind]
     shown = [gallery, png, npz]
     runs = gr.State(Runs(), time_to_live=KEPT_S)
-    sampled = latest_only(sample, len(shown))
+    numbered = latest_only(sample, len(shown))
+
+    @functools.wraps(numbered)  # whose names of arguments Gradio shows
+    def sampled(model: str, *values: Any) -> Any:
+        values[-1].turn = (model,)
+        return numbered(model, *values)
+
     busy: dict[str, Any] = {"show_progress_on": gallery}
     private: Any = {**busy, "api_visibility": "private"}
     asked = go.click(
@@ -241,6 +256,14 @@ def add_tab(shared: Shared) -> None:
         [*shown, picked, keep],
         show_progress="hidden",
         trigger_mode="always_last",
+        api_visibility="private",
+    )
+    shared.model.change(
+        clear_other_samples,
+        [shared.model, runs],
+        [*shown, picked, keep],
+        show_progress="hidden",
+        queue=False,
         api_visibility="private",
     )
     gallery.select(pick, gallery, [picked, keep], show_progress="hidden", api_visibility="private")
