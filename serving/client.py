@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from serving.api.errors import Problem
 from serving.api.model import from_json, to_json
@@ -408,6 +408,7 @@ def image_file(image: ImageLike) -> bytes:
         image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     if not all(image.size):
         raise ValueError(f"an image must have pixels, got {image.width} x {image.height}")
+    image = ImageOps.exif_transpose(image)  # as the service turns the image's file
     if image.mode not in PNG_MODES:
         image = image.convert("RGB")
     out = io.BytesIO()

@@ -12,6 +12,7 @@ from PIL import Image
 
 import serving.images
 from serving.api.requests import InputImage, prepare_image
+from serving.client import image_file
 from serving.images import ImageError, read_image, resize_centre, tile, write_png
 from tests.helpers import encode, png_header
 
@@ -192,3 +193,14 @@ def test_tile() -> None:
         255,
         255,
     ]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_a_turned_photo_is_the_same_as_a_file_and_as_a_picture(form: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture, out = Image.linear_gradient("L").resize((12, 8)).convert("RGB"), io.BytesIO()
+    picture.save(out, form, exif=exif)
+    by_file = read_image(out.getvalue()).pixels
+    by_picture = read_image(image_file(Image.open(io.BytesIO(out.getvalue())))).pixels
+    assert by_file.shape == (12, 8, 3) and np.array_equal(by_file, by_picture)
