@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -851,6 +852,26 @@ def test_readiness_is_asked_once_for_all_who_wait(
     assert len(asked) == 1
     time.sleep(READY_FOR_S)
     assert client.get("/readyz").json() == {"ready": True} and len(asked) == 2
+
+
+def test_readiness_of_a_service_that_hangs(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the caller nor others wait for long, and no thread waits with them."""
+    monkeypatch.setattr("serving.page.served.PROBE_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("serving.page.app.READY_WAIT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        url = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        client = TestClient(make_app(url, [open_bundle(tiny_bundle)], None))
+        started = time.monotonic()
+
+        def ask(_: int) -> tuple[int, float]:
+            return client.get("/readyz").status_code, time.monotonic() - started
+
+        with ThreadPoolExecutor(3) as pool:
+            answers = sorted(pool.map(ask, range(3)), key=lambda answer: answer[1])
+    assert [status for status, _ in answers] == [503] * 3
+    assert answers[1][1] < 2.9 < answers[2][1] < 10
 
 
 def test_files_are_judged_as_they_are(page: Page, service: RunningService, tmp_path: Path) -> None:

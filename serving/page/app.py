@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import math
 import os
 import socket
@@ -17,6 +18,7 @@ import gradio as gr
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from starlette.routing import Mount
 from starlette.types import ASGIApp
@@ -40,6 +42,7 @@ MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
 GATE_S = 0.02  # between two checks of the gate
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
+READY_WAIT_S = 2.0  # for the answer that another caller of /readyz gets
 TABS = {
     "Score": score,
     "Score many": many,
@@ -110,13 +113,21 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     asking, ready, known_at = threading.Lock(), False, -math.inf
 
     @app.api_route("/readyz", methods=["GET", "HEAD"])
-    def readyz() -> JSONResponse:
+    async def readyz() -> JSONResponse:
         nonlocal ready, known_at
         # Anybody may ask, and an answer takes four inferences: callers that wait share the first.
-        with asking:
+        # They take no thread, which the tabs need.
+        deadline = time.monotonic() + READY_WAIT_S
+        while not asking.acquire(blocking=False):
+            if time.monotonic() > deadline:
+                return JSONResponse({"ready": False}, 503)
+            await asyncio.sleep(0.02)
+        try:
             if time.monotonic() - known_at >= READY_FOR_S:
-                ready = served.is_ready()
+                ready = await run_in_threadpool(served.is_ready)
                 known_at = time.monotonic()
+        finally:
+            asking.release()
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     document = openapi_document(url, bundles, token is not None)

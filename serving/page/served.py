@@ -35,6 +35,7 @@ KINDS_INFO = (
     "Clean: the decoder's mean. With noise: the distribution that the likelihood describes."
 )
 RESIZE = "Resize other sizes to fit"
+PROBE_TIMEOUT_S = 10.0  # for one answer to /readyz
 NO_IMAGE = "There is no image yet: drop one, or choose an example."
 
 
@@ -56,6 +57,11 @@ class Served:
             bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
             for i, bundle in enumerate(bundles)
         }
+        # Not the tabs' clients, which wait for minutes and ask again.
+        self._probes = [
+            AdeClient(url, bundle.name if i else None, token, retries=0, timeout=PROBE_TIMEOUT_S)
+            for i, bundle in enumerate(bundles)
+        ]
         self._stores = {
             bundle.name: open_calibrations(bundle, bundle.folder / FOLDER) for bundle in bundles
         }
@@ -75,7 +81,7 @@ class Served:
 
     def is_ready(self) -> bool:
         """Whether all four operations of every model answer."""
-        return all(client.is_ready() for client in self.clients.values())
+        return all(client.is_ready() for client in self._probes)
 
 
 @dataclass(frozen=True)
