@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import dataclasses
 import io
@@ -23,6 +24,7 @@ import gradio as gr
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from gradio.state_holder import SessionState
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import (
     Browser,
@@ -833,6 +835,19 @@ def test_samples_are_of_the_chosen_model(
         assert clear("other", runs) == (gr.skip(),) * 5, "the history may draw before it clears"
         ends = page_function(served, "first_ends")("other", None, None, 1, 2)
         assert [drew(path) for path in ends] == ["other", "other"]
+
+
+def test_files_are_not_remembered_for_ever(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
+    with answered_here({"tiny": tiny_bundle}, ["sample"]) as url:
+        page = build_page(Served(url, [open_bundle(tiny_bundle)], None))
+        sample = next(fn for fn in page.fns.values() if fn.api_name == "sample")
+        given = ["tiny", 4, 7, 1.0, "mean", None]
+        found = asyncio.run(page.process_api(sample, given, SessionState(page)))
+    assert len(found["data"][0]) == 4
+    assert not any(page.temp_file_sets)
 
 
 def test_readiness_is_asked_once_for_all_who_wait(

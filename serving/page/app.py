@@ -76,6 +76,10 @@ class PageBlocks(gr.Blocks):
             raise gr.Error(
                 "Something went wrong in the page. Its log says where.", print_exception=False
             ) from None
+        finally:
+            # Gradio remembers every file, in order to delete it; serving.page.sweep does that.
+            for paths in self.temp_file_sets:
+                paths.clear()
 
 
 def build_page(served: Served) -> gr.Blocks:
