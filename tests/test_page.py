@@ -808,6 +808,19 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
         build_page(Served("http://127.0.0.1:1", bundles, None))
 
 
+def test_compare_does_not_depend_on_the_chosen_model(tiny_bundle: Path) -> None:
+    bundles = [open_bundle(PRETRAINED), open_bundle(tiny_bundle)]
+    page = build_page(Served("http://127.0.0.1:1", bundles, None))
+    fns = page.fns.values()
+    (model,) = (block for block in page.blocks.values() if getattr(block, "label", "") == "Model")
+    scored, compared = (
+        next(fn.outputs[0] for fn in fns if fn.api_name == name) for name in ("score", "compare")
+    )
+    follow = [fn.outputs for fn in fns if (model._id, "change") in fn.targets]
+    assert any(scored in outputs for outputs in follow)
+    assert not any(compared in outputs for outputs in follow)
+
+
 def test_samples_are_of_the_chosen_model(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def add_tab(shared: Shared) -> None:
             )
     run_on_new_image(
         [image],
-        shared.model,
+        None,
         compare,
         [image, alpha, resize],
         {cards: charts.empty(EMPTY)},

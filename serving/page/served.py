@@ -311,7 +311,7 @@ class Runs:
     def __init__(self) -> None:
         self.latest = 0
         self.failed = 0
-        self.turn: tuple[str | None, ...] = ()  # the model and the images that are on the page
+        self.turn: tuple[str | None, ...] = ()  # the model, if any, and the images on the page
         self.is_due = False  # whether the turn's run has yet to start
 
     def start(self) -> int:
@@ -365,7 +365,7 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
 
 def run_on_new_image(
     images: Sequence[gr.Image],
-    model: gr.Dropdown,
+    model: gr.Dropdown | None,
     run: Callable[..., Any],
     inputs: Sequence[Component],
     results: dict[Any, Any],
@@ -382,7 +382,7 @@ def run_on_new_image(
 
     Args:
         images: the images; all of them are in ``inputs``, in this order.
-        model: the input that selects the model.
+        model: the input that selects the model; ``None`` if the results depend on no choice.
         run: takes the values of ``inputs`` and returns the values of the results.
         inputs: all inputs.
         results: components, each with its value while there is no result.
@@ -395,6 +395,7 @@ def run_on_new_image(
         The state that holds the :class:`Runs`.
     """
     outputs, blank = list(results), tuple(results.values())
+    models = [] if model is None else [model]
     places = [list(inputs).index(image) for image in images]
 
     turn = gr.State(time_to_live=KEPT_S)  # its change starts a run, too
@@ -403,13 +404,13 @@ def run_on_new_image(
     def one_or_all(values: tuple[Any, ...]) -> Any:
         return values if len(values) > 1 else values[0]
 
-    def clear_if_other(model: str, *values: Any) -> Any:
+    def clear_if_other(*values: Any) -> Any:
         *chosen, runs = values
         # An upload changes the image twice, to the same file.
-        if runs.turn == (model, *chosen):
+        if runs.turn == tuple(chosen):
             return (gr.skip(),) * (len(blank) + len(others) + 1)
         runs.start()
-        runs.turn, runs.is_due = (model, *chosen), True
+        runs.turn, runs.is_due = tuple(chosen), True
         return (*blank, *(None for _ in others), runs.turn)
 
     def clear_if_failed(runs: Runs) -> Any:
@@ -437,7 +438,7 @@ def run_on_new_image(
         # turn, their own turn follows; if it came first, their run was started. Two runs would
         # report an error twice.
         runs = values[-1]
-        if not runs.is_due or runs.turn[1:] != tuple(values[i] for i in places):
+        if not runs.is_due or runs.turn[-len(places) :] != tuple(values[i] for i in places):
             return one_or_all((gr.skip(),) * count)
         runs.is_due = False
         return numbered(*values)
@@ -445,9 +446,9 @@ def run_on_new_image(
     by_itself = turn.change(run_in_turn, [*inputs, runs], outputs, **shown, **private)
     # Through the queue: without it a change of a state triggers nothing.
     gr.on(
-        [*(image.change for image in images), model.change],
+        [*(image.change for image in images), *(chosen.change for chosen in models)],
         clear_if_other,
-        [model, *images, runs],
+        [*models, *images, runs],
         [*outputs, *others, turn],
         trigger_mode="always_last",
         concurrency_limit=None,
