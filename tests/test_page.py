@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import axe_playwright_python
@@ -37,14 +39,18 @@ from playwright.sync_api import (
 )
 
 from serving.api.latents import with_level
-from serving.client import AdeClient
+from serving.client import AdeClient, Reconstruction, ScoreResult
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.noise import NoiseStream, sample_key
-from serving.images import untile
+from serving.images import untile, write_png
+from serving.page import charts
 from serving.page.about import PAPER
 from serving.page.app import READY_FOR_S, build_page, make_app
+from serving.page.compare import _card
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.explore import VARIATIONS
+from serving.page.many import _said
+from serving.page.reconstruct import in_words
 from serving.page.score import REASONS
 from serving.page.served import RESIZE, Runs, Served, is_outdated, latest_only
 from serving.page.sweep import sweep
@@ -791,6 +797,7 @@ def test_about(page: Page, service: RunningService) -> None:
     panel.get_by_text("How exact the exports are").click()
     expect(panel.get_by_text("of the values one level apart")).to_be_visible()
     panel.get_by_text("POST /predictions/score").click()
+    expect(panel.get_by_text(f"write its address instead of {service.url}")).to_be_visible()
     expect(panel.get_by_text(f"curl {service.url}/predictions/score -T image.png")).to_be_visible()
     expect(panel.get_by_role("cell", name="false-alarm rate of ood").first).to_be_visible()
     expect(panel.get_by_role("link", name="The paper")).to_have_attribute("href", PAPER)
@@ -806,6 +813,34 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
     flat = dataclasses.replace(bundle, manifest={**bundle.manifest, **changes})
     for bundles in ([flat], [flat, bundle], [bundle, flat]):
         build_page(Served("http://127.0.0.1:1", bundles, None))
+
+
+def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:
+    assert "about 200 of 1000 would be" in _said(1000, [0.5] * 1000, 0, 0, 0.2, 0.1, 3000)
+    assert "No verdict on the file: its notes" in _said(1, [], 0, 0, 0.01, 0.1, 3000)
+    assert "off by 0.26 of 255" in in_words(60.0)
+    shown = charts.histogram_chart(np.linspace(3, 5, 100), 4000.0)
+    assert len(shown) < 10_000 and ">2000</text>" in shown
+    assert charts._ticks(2.9, 5.1) == [3.0, 3.5, 4.0, 4.5, 5.0]
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    result = ScoreResult(
+        bpd=1.0,
+        bpd_parts={},
+        standard_error=None,
+        ood_score=None,
+        p_value=None,
+        decision="no_verdict",
+        decision_reason=None,
+        ood=None,
+    )
+    served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
+    client: Any = SimpleNamespace(
+        score=lambda *args, **options: [result],
+        reconstruct=lambda *args, **options: [Reconstruction(png=write_png(pixels), psnr=math.inf)],
+    )
+    served.clients["tiny"] = client
+    card = _card(served, "tiny", write_png(pixels), 0.01, False)
+    assert "exact reconstruction" in str(card) and "inf" not in str(card)
 
 
 def test_compare_does_not_depend_on_the_chosen_model(tiny_bundle: Path) -> None:

@@ -5,6 +5,7 @@ The classes are those of ``serving/style.css``, so that reports can use the same
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
@@ -27,6 +28,11 @@ FAMILIES = 4  # number of statistics that are named as reasons
 def empty(text: str) -> str:
     """A placeholder for a result."""
     return f'<div class="ade-empty">{escape(text)}</div>'
+
+
+def rounded(number: float) -> str:
+    """A number of at least 0 with two digits, or as a whole number."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def reasons(explain: Sequence[Unusual], alpha: float) -> str:
@@ -73,8 +79,7 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
             f"{escape(note)}.</p></div>"
         )
     low, high = (round(share * per_day) for share in false_alarm_band(count, alpha, tested=per_day))
-    expected = per_day * rank / (count + 1)
-    shown = f"{expected:,.0f}" if expected >= 10 else f"{expected:.2g}"
+    shown = rounded(per_day * rank / (count + 1))
     caught = calibration.caught(alpha)
     said = (
         f"<p><b>About {shown} false {'alarm' if shown == '1' else 'alarms'} per day</b> among "
@@ -269,8 +274,11 @@ def histogram_chart(reference: np.ndarray, value: float) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    step = 1.0 if high - low > 3 else 0.5
-    return [float(t) for t in np.arange(np.ceil(low / step) * step, high, step)]
+    """At most eight or nine round numbers between two others."""
+    least = (high - low) / 8
+    unit = 10.0 ** math.floor(math.log10(least))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= least)
+    return [float(t) + 0.0 for t in np.arange(np.ceil(low / step) * step, high, step)]  # no -0
 
 
 def _svg(content: str, height: int, label: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from html import escape
 
 import gradio as gr
@@ -88,7 +89,8 @@ def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -
     except gr.Error as error:
         return error
     choice, why = verdict(served.calibrations_of(model), Scored(score, seen.resized), alpha)
-    facts = [f"{score.bpd:.3f} bits per dimension", f"PSNR {made.psnr:.2f} dB"]
+    likeness = "exact reconstruction" if math.isinf(made.psnr) else f"PSNR {made.psnr:.2f} dB"
+    facts = [f"{score.bpd:.3f} bits per dimension", likeness]
     if score.p_value is not None:
         facts.insert(0, f"p = {score.p_value:.2g}")
     card = verdict_card(choice, why, facts, notes_of(score))

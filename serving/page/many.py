@@ -280,12 +280,13 @@ def _said(
     """
     judged = len(p_values)
     if not judged:
-        return verdict_card(
-            "no_verdict", f"No verdict on any of {count} files: their notes say why."
-        )
+        whole = f"No verdict on any of {count} files: their notes say why."
+        if count == 1:
+            whole = "No verdict on the file: its notes say why."
+        return verdict_card("no_verdict", whole)
     sentence = (
         f"Rejected at a false-alarm rate of {percent(alpha)}; if all were in-distribution, "
-        f"about {alpha * judged:.2g} of {judged} would be."
+        f"about {charts.rounded(alpha * judged)} of {judged} would be."
     )
     notes = [
         f"Discoveries at a false discovery rate of {percent(fdr)}: {discoveries} "

@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.api.latents import coarsest
 from serving.images import psnr, tile, write_png
-from serving.page.charts import empty, levels_chart
+from serving.page.charts import empty, levels_chart, rounded
 from serving.page.files import write_file
 from serving.page.score import notes_of
 from serving.page.served import (
@@ -47,7 +47,7 @@ def in_words(decibels: float | None) -> str:
         words = "coarse: detail is lost"
     return (
         f'<div class="ade-part"><p><strong>PSNR {decibels:.2f} dB</strong>, {words}. A pixel '
-        f"value is off by {error:.0f} of 255, root mean square.</p></div>"
+        f"value is off by {rounded(error)} of 255, root mean square.</p></div>"
     )
 
 

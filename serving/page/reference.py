@@ -33,7 +33,9 @@ def reference(document: dict[str, Any], url: str) -> str:
     return (
         f'<section class="ade-part"><h2>API reference</h2>{token}<p>Parameters go into a JSON body '
         "or into the fields of a form. An error is a JSON object <code>error</code> with "
-        f"<code>code</code> and <code>message</code>.</p>{operations}</section>"
+        "<code>code</code> and <code>message</code>.</p><p>The commands are for the service's own "
+        f"machine; elsewhere, write its address instead of <code>{escape(url)}</code>.</p>"
+        f"{operations}</section>"
     )
 
 
