@@ -893,7 +893,9 @@ def test_files_are_not_remembered_for_ever(
         page = build_page(Served(url, [open_bundle(tiny_bundle)], None))
         sample = next(fn for fn in page.fns.values() if fn.api_name == "sample")
         given = ["tiny", 4, 7, 1.0, "mean", None]
-        found = asyncio.run(page.process_api(sample, given, SessionState(page)))
+        event = page.process_api(sample, given, SessionState(page))
+        with ThreadPoolExecutor(1) as pool:  # Playwright runs a loop in this thread
+            found = pool.submit(asyncio.run, event).result()
     assert len(found["data"][0]) == 4
     assert not any(page.temp_file_sets)
 
