@@ -122,6 +122,7 @@ def test_the_discriminator_learns_and_the_generator_gets_its_gradient(
             coverage=False,
             free_bits=0.0,
             reconstruction_weight=0.0,
+            noisy_share=0.0,
         )
     )
     seen: set[str] = set()

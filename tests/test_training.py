@@ -113,17 +113,40 @@ def gradients_of_one_step(trained: Trainer, images: np.ndarray) -> dict[str, tor
     return seen
 
 
-@pytest.mark.parametrize("sees", [False, True])
-def test_the_flow_gets_the_likelihood_gradient_alone(small_images: np.ndarray, sees: bool) -> None:
-    """Unless the option says otherwise, L_Q changes the decoder's update, but not the flow's."""
+@pytest.mark.parametrize("sees, noisy_share", [(False, 0.0), (False, 0.5), (True, 0.0)])
+def test_the_flow_gets_the_likelihood_gradient_alone(
+    small_images: np.ndarray, sees: bool, noisy_share: float
+) -> None:
+    """Unless the option says otherwise, L_Q changes the decoder's update, but not the flow's.
+
+    Nor does it change sigma's, even if the discriminator sees the decoder's noise.
+    """
     updates = {}
     for weight in (0.0, 50.0):
-        trained = trainer(dataclasses.replace(SMALL, quality_weight=weight, flow_sees_quality=sees))
+        config = dataclasses.replace(
+            SMALL, quality_weight=weight, flow_sees_quality=sees, noisy_share=noisy_share
+        )
+        trained = trainer(config)
         updates[weight] = gradients_of_one_step(trained, small_images)
     flow = [n for n in updates[0.0] if n.startswith("flow.")]
     decoder = [n for n in updates[0.0] if n.startswith("decoder.to_mean")]
     assert all(torch.allclose(updates[0.0][n], updates[50.0][n], atol=1e-6) for n in flow) != sees
+    sigmas = [updates[weight]["decoder.log_sigma"] for weight in updates]
+    assert torch.allclose(*sigmas, atol=1e-6)
     assert not any(torch.allclose(updates[0.0][n], updates[50.0][n], atol=1e-6) for n in decoder)
+
+
+def test_a_share_of_the_generated_images_has_the_noise_of_the_decoder() -> None:
+    mean, mixed, noisy = (
+        trainer(dataclasses.replace(SMALL, noisy_share=share))._generate(
+            32, _Noise(0, 0, torch.device("cpu"), 0, 1), with_graph=False
+        )
+        for share in (0.0, 0.5, 1.0)
+    )
+    has_noise = [torch.equal(image, its) for image, its in zip(mixed, noisy, strict=True)]
+    assert 4 < sum(has_noise) < 28 and not torch.equal(mean[0], noisy[0])
+    expected = torch.where(torch.tensor(has_noise)[:, None, None, None], noisy, mean)
+    assert torch.equal(mixed, expected)
 
 
 def outcome(images: np.ndarray, config: TrainConfig = SMALL) -> torch.Tensor:
@@ -469,6 +492,9 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(
         ({"ema_decay": 1.0}, "ema_decay must be at least 0"),
         ({"free_bits": -1.0}, "free_bits must be at least 0"),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight must be at least 0"),
+        ({"noisy_share": 1.5}, "noisy_share must be from 0 to 1"),
+        ({"noisy_share": 0.5, "discriminator": None}, "noisy_share must be 0 without a discrim"),
+        ({"noisy_share": 0.5, "coverage": False}, "noisy_share must be 0 without L_C"),
         (
             {"reconstruction_weight": 1.0, "coverage": False},
             "reconstruction_weight must be 0 without L_C",

@@ -47,6 +47,9 @@ class TrainConfig:
         reconstruction_weight: weight of the mean squared error of mean reconstructions, in units of
             x, beside L_C. A strong flow predicts pixels from their neighbours and leaves little to
             the latents; this makes them hold what an image looks like.
+        noisy_share: share of the generated images that the discriminator sees with the decoder's
+            noise; the others are mean samples, as in the paper. Mean samples alone get contours and
+            textures to which the noise is too much.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
             without L_C, the weight of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
@@ -89,6 +92,7 @@ class TrainConfig:
     free_bits: float = 0.0
     kl_warmup: int = 0
     reconstruction_weight: float = 0.0
+    noisy_share: float = 0.0
     quality_weight: float = 0.05
     flow_sees_quality: bool = False
     inference_share: float = 0.0
@@ -130,8 +134,9 @@ class TrainConfig:
         for name in ("learning_rate", "g_learning_rate", "d_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.cooldown <= 1:
-            raise ConfigError(f"cooldown must be from 0 to 1, got {self.cooldown}")
+        for name in ("cooldown", "noisy_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
@@ -141,16 +146,21 @@ class TrainConfig:
                 "inference_share must be 0 except for a GAN, "
                 f"got {self.inference_share} for {self.recipe}"
             )
-        for name in ("free_bits", "kl_warmup", "reconstruction_weight"):
+        for name in ("free_bits", "kl_warmup", "reconstruction_weight", "noisy_share"):
             if getattr(self, name) and not self.model.widths:
                 raise ConfigError(
                     f"{name} must be 0 for a system without latents, "
                     f"got {getattr(self, name)} for {self.recipe}"
                 )
-        if self.reconstruction_weight and not self.coverage:
+        for name in ("reconstruction_weight", "noisy_share"):
+            if getattr(self, name) and not self.coverage:
+                raise ConfigError(
+                    f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
+                )
+        if self.noisy_share and self.discriminator is None:
             raise ConfigError(
-                "reconstruction_weight must be 0 without L_C, "
-                f"got {self.reconstruction_weight} for {self.recipe}"
+                f"noisy_share must be 0 without a discriminator, got {self.noisy_share} "
+                f"for {self.recipe}"
             )
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
@@ -297,6 +307,7 @@ _SYSTEMS = {
             "augment": True,
             "free_bits": 8.0,
             "reconstruction_weight": 8.0,
+            "noisy_share": 0.5,
         },
     ),
     "av-ade-wg-rd": _System(

@@ -253,11 +253,23 @@ class Trainer:
         return losses
 
     def _generate(self, n: int, noise: _Noise, with_graph: bool) -> Tensor:
-        """Draw mean samples; their graph has no weights of the flow unless L_Q trains it."""
+        """Draw samples, some with the decoder's noise.
+
+        Their graph has no weights of the flow unless L_Q trains it, and never sigma.
+        """
+        eps, y_eps = self._eps(n, noise), None
+        model = self.config.model
         self.model.flow.requires_grad_(self.config.flow_sees_quality)
+        if self.config.noisy_share:
+            is_noisy = noise.uniform(n, 1, 1, 1) < self.config.noisy_share
+            side = model.image_size
+            y_eps = noise.normal(n, model.channels, side, side) * is_noisy
+            self.model.decoder.log_sigma.requires_grad_(False)
         with torch.set_grad_enabled(with_graph), self.autocast():
-            x_fake = self.model.sample(self._eps(n, noise))
+            x_fake = self.model.sample(eps, y_eps)
         self.model.flow.requires_grad_(True)
+        if y_eps is not None:
+            self.model.decoder.log_sigma.requires_grad_(True)
         return x_fake
 
     def _reconstruction_error(self, features: Tensor, x: Tensor) -> Tensor:
