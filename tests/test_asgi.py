@@ -337,13 +337,14 @@ def test_forms_are_checked(
 
 
 def test_a_refused_form_leaves_its_neighbours_their_answers(app: RunningApplication) -> None:
-    nameless = b"--x\r\nContent-Type: image/png\r\n\r\nx\r\n--x--\r\n"  # passes the front
+    head = b'Content-Disposition: form-data; name="\xff"'  # passes the front, but is not UTF-8
+    refused = b"--x\r\n%s\r\n\r\nx\r\n--x--\r\n" % head
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     worker = app.worker("score")
     worker.suspend()
     with ThreadPoolExecutor(4) as pool:
         made = [
-            pool.submit(app.post, "score", IMAGE if i % 2 else nameless, **kind)
+            pool.submit(app.post, "score", IMAGE if i % 2 else refused, **kind)
             for i, kind in enumerate([form, {}] * 2)
         ]
         wait_for(lambda: app.in_flight("score") == 4)

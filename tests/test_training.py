@@ -269,7 +269,7 @@ def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray, d_st
     trained = trainer(config)
     drawn: list[list[torch.Tensor]] = []
     sample = trained.model.sample
-    trained.model.sample = lambda eps: drawn.append(eps) or sample(eps)  # type: ignore[method-assign,func-returns-value]
+    trained.model.sample = lambda eps, y_eps: drawn.append(eps) or sample(eps, y_eps)  # type: ignore[method-assign,func-returns-value]
     found: dict[str, torch.Tensor] = {}
     trained.optimizer.step = lambda: found.update(
         {  # type: ignore[method-assign]

@@ -116,7 +116,7 @@ def test_a_calibration_says_what_it_catches(
         assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
     assert calibrations.exact.caught(0.001) == {}  # 150 images cannot reject one in 1,000
     more = calibrations.exact.joined_by(
-        engine.statistics(small_images[:50]), [*map(str, range(50))]
+        engine.statistics(small_images[:50]), [*map(str, range(50))], range(50)
     )
     assert more.corrupted is calibrations.exact.corrupted
     bare = dataclasses.replace(calibrations.exact, corrupted={})

@@ -48,7 +48,7 @@ COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 TABLE = Path(__file__).with_name("results.js").read_text()
 EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder."
 NOT_SCORED = "not scored"
-UNACCEPTED = AdeError(415, "not_accepted", "this kind of file is not accepted")
+UNACCEPTED = AdeError(415, "not_an_image", "this kind of file is not accepted")
 THUMBNAIL = 48  # pixels of the longer side at most
 
 
