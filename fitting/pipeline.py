@@ -97,7 +97,7 @@ def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
         ConfigError: the image size does not suit the networks.
     """
     for stage in plan.stages:  # raises for a wrong image size before anything is written
-        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size, **plan.changes)
+        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size, **plan.changes(stage))
     with alone_in(out):
         return _fit(plan, files, out, say)
 
@@ -171,7 +171,11 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
         if not (run / "report.md").exists():
             step(f"training {stage.recipe}, {stage.minutes:.0f} minutes")
             config = recipe(
-                stage.recipe, dataset.image_size, dataset.channels, plan.size, **plan.changes
+                stage.recipe,
+                dataset.image_size,
+                dataset.channels,
+                plan.size,
+                **plan.changes(stage),
             )
             options = RunOptions(
                 images=NO_LIMIT,

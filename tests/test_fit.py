@@ -85,9 +85,13 @@ def test_plans_fit_their_budget() -> None:
             and plan.licence is None
         )
         assert [stage.recipe for stage in plan.stages] == recipes and plan.size == size
-        config = recipe(plan.stages[0].recipe, 32, 3, size, **plan.changes)
-        model = config.model
-        assert config.reconstruction_weight and config.free_bits
+        first, *later = [
+            recipe(stage.recipe, 32, 3, size, **plan.changes(stage)) for stage in plan.stages
+        ]
+        assert first.batch_size == (16 if size == "tiny" else 64)
+        assert all(config.batch_size >= 32 for config in later)
+        assert first.reconstruction_weight and first.free_bits
+        model = first.model
         assert (model.flow_scales, model.flow_couplings, model.flow_width) == FLOWS[size]
         assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
