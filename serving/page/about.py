@@ -106,7 +106,7 @@ weights.</p>
 <h3>What it is good for</h3>
 <ul>{"".join(f"<li>{use}</li>" for use in _uses(bundle, calibrations, name))}</ul>
 <h3>Trained on</h3>
-<p>{name}, {training.get("images_seen", 0):,} images shown in the last stage of training.</p>
+<p>{name}, {training.get("images_seen", 0):,} images shown in the last stage, with repetition.</p>
 <ul>{splits}</ul>
 <h3>Limits</h3>
 <ul>

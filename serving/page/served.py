@@ -31,9 +31,7 @@ from serving.verdict.store import FOLDER
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 KINDS = [("clean", "mean"), ("with noise", "density")]
-KINDS_INFO = (
-    "Clean: the decoder's mean. With noise: the distribution that the likelihood describes."
-)
+KINDS_INFO = "Clean: smooth, best to look at. With noise: with the pixel noise of the model."
 RESIZE = "Resize other sizes to fit"
 PROBE_TIMEOUT_S = 10.0  # for one answer to /readyz
 NO_IMAGE = "There is no image yet: drop one, or choose an example."
