@@ -153,69 +153,56 @@ def test_a_system_trains_resumes_exports_and_serves(
         assert status == 422 and "has no density samples" in answer["error"]["message"]
 
 
+def compare_one(job: Job, dataset: Dataset, out: Path) -> list[str]:
+    """Compare one system with itself; returns what is reported."""
+    said: list[str] = []
+    how = MeasureOptions(draws=1)
+    compare(
+        [job],
+        dataset,
+        {"data": "x", "root": None},
+        out,
+        how,
+        lambda: Measurer(dataset, torch.device("cpu"), how),
+        said.append,
+    )
+    return said
+
+
 def test_a_system_that_another_process_trains_is_left_to_it(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "vae-seed0"
     run.mkdir(parents=True)
-    said: list[str] = []
-
-    def start() -> None:
-        said.clear()
-        compare(
-            [Job(narrow("vae"), options(1))],
-            dataset,
-            {"data": "x", "root": None},
-            tmp_path,
-            MeasureOptions(draws=1),
-            lambda: Measurer(dataset, torch.device("cpu"), MeasureOptions(draws=1)),
-            said.append,
-        )
-
+    job = Job(narrow("vae"), options(1))
     with held_by_another(run / LOCK):
-        start()
-        assert said == ["vae-seed0: another process works on it"]
+        assert compare_one(job, dataset, tmp_path) == ["vae-seed0: another process works on it"]
         assert not (run / "run.json").exists()
-    start()
-    assert said == ["vae-seed0: training", "vae-seed0: measuring"]
+    done = ["vae-seed0: training", "vae-seed0: measuring"]
+    assert compare_one(job, dataset, tmp_path) == done
     # Measurements stay valid whatever fails later, unless the run diverged.
     for kind, stands in (("MemoryError", True), ("TrainingDiverged", False)):
         (run / FAILURE).write_text(json.dumps({"kind": kind, "why": "x", "trace": ""}))
         assert (read_rows(tmp_path)[0]["measured"] is not None) == stands
-    start()
-    assert said == [f"vae-seed0: diverged before; delete {run} to try again"]
+    again = f"vae-seed0: diverged before; delete {run} to try again"
+    assert compare_one(job, dataset, tmp_path) == [again]
 
 
 def test_a_kept_row_stands_until_its_run_is_measured_again(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    how = MeasureOptions(draws=1)
-
-    def start(job: Job) -> list[str]:
-        said.clear()
-        compare(
-            [job],
-            dataset,
-            {"data": "x", "root": None},
-            tmp_path,
-            how,
-            lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None),
-            said.append,
-        )
-        return list(said)
-
     short, long = (Job(narrow("vae"), options(steps)) for steps in (1, 2))
     run = tmp_path / "runs" / "vae-seed0"
-    start(short)
+    compare_one(short, dataset, tmp_path)
     write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu"))
     shutil.rmtree(run)
     # The run is killed before it is measured.
     train(long.config, dataset, run, long.options, resume=False)
     (row,) = read_rows(tmp_path)
     assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
-    assert start(short) == ["vae-seed0: finished before; its archived row is used"]
-    assert start(long) == ["vae-seed0: measuring"]
+    archived = "vae-seed0: finished before; its archived row is used"
+    assert compare_one(short, dataset, tmp_path) == [archived]
+    assert compare_one(long, dataset, tmp_path) == ["vae-seed0: measuring"]
     (row,) = read_rows(tmp_path)
     assert row["run"] == run and row["state"]["images"] == 32
 
@@ -223,33 +210,21 @@ def test_a_kept_row_stands_until_its_run_is_measured_again(
 def test_a_system_that_fails_before_it_begins_has_a_row(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = MeasureOptions(draws=1)
     job = Job(narrow("vae"), options(1))
-
-    def start() -> list[str]:
-        said: list[str] = []
-        compare(
-            [job],
-            dataset,
-            {"data": "x", "root": None},
-            tmp_path,
-            how,
-            lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None),
-            said.append,
-        )
-        return said
 
     def fail(*given: object) -> None:
         raise MemoryError("no room for the weights")
 
     with monkeypatch.context() as patched:
         patched.setattr("training.loop.Trainer", fail)
-        assert start()[1:] == ["vae-seed0: MemoryError: no room for the weights"]
+        failed = "vae-seed0: MemoryError: no room for the weights"
+        assert compare_one(job, dataset, tmp_path)[1:] == [failed]
     (row,) = read_rows(tmp_path)
     assert row["config"] == job.config and row["state"] is None
     page = write_comparison([row], tmp_path, torch.device("cpu")).read_text()
     assert "**failed: no room for the weights**" in page
-    assert start() == ["vae-seed0: training", "vae-seed0: measuring"]
+    done = ["vae-seed0: training", "vae-seed0: measuring"]
+    assert compare_one(job, dataset, tmp_path) == done
     (row,) = read_rows(tmp_path)
     assert row["measured"] and row["failure"] is None
 
