@@ -47,6 +47,8 @@ class ModelConfig:
         flow_max_log_scale: bound on the part of a coupling layer's log-scale that depends on the
             image; with 2.0, eight layers learned to stretch noise images by 1e4 and lost their
             float32 inverse.
+        dequantizer_width: channels of the networks that choose where in its pixel's bin the
+            likelihood sees a value; 0 for uniform positions.
     """
 
     image_size: int = 32
@@ -65,6 +67,7 @@ class ModelConfig:
     flow_blocks: int = 1
     flow_width: int = 32
     flow_max_log_scale: float = 0.7
+    dequantizer_width: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("widths", 1), ("latent_channels", 0), ("decoder_blocks", 0)):
@@ -86,6 +89,7 @@ class ModelConfig:
             ("flow_couplings", 1),
             ("flow_blocks", 0),
             ("flow_width", 1),
+            ("dequantizer_width", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -111,6 +115,11 @@ class ModelConfig:
                 "a model without resolutions (widths = ()) is a flow: flow_scales must be at least "
                 f"1 and encoder true, got {self.flow_scales} and {self.encoder}"
             )
+        if self.dequantizer_width and not self.encoder:
+            raise ConfigError(
+                "dequantizer_width must be 0 without an inference network, "
+                f"got {self.dequantizer_width}"
+            )
         if self.image_size % self.size_multiple:
             fitting = [str(s) for s in (32, 48, 64) if s % self.size_multiple == 0]
             raise ConfigError(
@@ -123,7 +132,7 @@ class ModelConfig:
     def size_multiple(self) -> int:
         """The number that an image size must be a multiple of."""
         finest = self.patch * 2 ** (len(self.widths) - 1) if self.widths else 1
-        return int(max(finest, 2**self.flow_scales))
+        return int(max(finest, 2**self.flow_scales, 2 if self.dequantizer_width else 1))
 
     @property
     def num_dims(self) -> int:
@@ -161,7 +170,14 @@ class ModelConfig:
             ConfigError: a field is unknown, missing or invalid.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        later = {"patch", "encoder", "posterior_iaf", "posterior_bound", "flow_mask"}
+        later = {
+            "patch",
+            "encoder",
+            "posterior_iaf",
+            "posterior_bound",
+            "flow_mask",
+            "dequantizer_width",
+        }
         wrong = sorted((set(values) ^ known) - (later - set(values)))
         if wrong:
             raise ConfigError(

@@ -18,7 +18,8 @@ class Evidence:
 
     Attributes:
         log_prob_y: ``log p(y | z)``.
-        log_det_jacobian: ``log |det df/dx|``.
+        log_det_jacobian: ``log |det df/dx|``; with a learned dequantisation, minus the log density
+            of the positions within the pixels' bins, too.
         kl: one per level, ``log q(z_i | ...) - log p(z_i | ...)`` at the draw, or its expectation.
         kl_by_channel: one per level, ``(N, latent_channels)``, each channel's share of ``kl``; only
             from :meth:`ade_model.model.ADEModel.expected_evidence`.

@@ -3,8 +3,8 @@
 * Likelihood: ``x -> flow -> y -> encoder -> z``, then the density of ``y`` under ``decoder(z)``.
 * Sampling: ``z`` from the prior, then ``decoder(z) -> y -> flow.inverse -> x``.
 
-The quantisation of images is outside, in :mod:`ade_model.quantization`. So is all randomness: the
-caller passes the noise.
+All randomness is outside: the caller passes the noise. So is the rounding of ``x`` to images,
+:mod:`ade_model.quantization`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ade_model.config import ModelConfig
+from ade_model.dequantizer import Dequantizer
 from ade_model.distributions import DiagonalGaussian, sum_channels, sum_dims
 from ade_model.errors import ConfigError, ShapeError
 from ade_model.flow import build_flow
 from ade_model.flow_only import PointMass, StandardNormal
 from ade_model.layers import spread
 from ade_model.likelihood import Evidence
+from ade_model.quantization import dequantize
 from ade_model.vae import Decoder, Draw, Encoder
 
 
@@ -30,6 +32,20 @@ class Encoding:
 
     posteriors: list[DiagonalGaussian]
     z: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """Images as real numbers, of which the likelihood is computed.
+
+    Attributes:
+        x: ``(N, C, H, W)``, in [0, 1].
+        log_det_map: each position's share of minus the log density of ``256 x`` within the bins of
+            the pixels, ``(N, H, W)``, nats; ``None`` if it is uniform, and so zero.
+    """
+
+    x: Tensor
+    log_det_map: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ class ADEModel(nn.Module):
         super().__init__()
         self.config = config
         self.flow = build_flow(config)
+        self.dequantizer = (
+            Dequantizer(config.channels, config.dequantizer_width)
+            if config.dequantizer_width
+            else None
+        )
         self.encoder: nn.Module | None = nn.Identity()
         self.decoder: Decoder | StandardNormal = StandardNormal()
         if config.widths:
@@ -105,13 +126,31 @@ class ADEModel(nn.Module):
         _, p_y, _, _ = self._infer(x, eps)
         return self._observe(p_y, y_eps)
 
-    def score(self, x: Tensor, eps: list[Tensor]) -> Evidence:
-        """The terms of one draw's log-weight; ``kl`` is the log-ratio at the draw."""
-        return self.examine(x, eps).evidence
+    def dequantize(self, images: Tensor, u: Tensor) -> Dequantized:
+        """Spread each stored pixel over its bin, as the likelihood needs it.
 
-    def examine(self, x: Tensor, eps: list[Tensor]) -> Examination:
+        Args:
+            images: ``(N, C, H, W)``, integers from 0 to 255 in the model's dtype.
+            u: the same shape, uniform in [0, 1).
+        """
+        if self.dequantizer is None:
+            return Dequantized(dequantize(images, u))
+        position, log_det_map = self.dequantizer(images, u)
+        return Dequantized(dequantize(images, position), log_det_map)
+
+    def score(self, seen: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
+        """The terms of one draw's log-weight; ``kl`` is the log-ratio at the draw.
+
+        Args:
+            seen: the result of :meth:`dequantize`, for which the log-weight is a bound on the
+                probability of the images; or ``x``, of which it bounds the density.
+            eps: noise.
+        """
+        return self.examine(seen, eps).evidence
+
+    def examine(self, seen: Dequantized | Tensor, eps: list[Tensor]) -> Examination:
         """The terms of :meth:`score`, each pixel's share of them, and the residuals."""
-        draws, p_y, y, log_det_map = self._infer(x, eps)
+        draws, p_y, y, log_det_map = self._infer_from(seen, eps)
         evidence = Evidence(
             p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws]
         )
@@ -128,18 +167,18 @@ class ADEModel(nn.Module):
             [draw.prior.standardize(draw.z) for draw in draws],
         )
 
-    def expected_evidence(self, x: Tensor, eps: list[Tensor]) -> Evidence:
+    def expected_evidence(self, seen: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
         """As :meth:`score`, with ``kl`` in closed form where possible.
 
         Its variance is lower, which helps training.
         """
-        return self.expected_evidence_and_features(x, eps)[0]
+        return self.expected_evidence_and_features(seen, eps)[0]
 
     def expected_evidence_and_features(
-        self, x: Tensor, eps: list[Tensor]
+        self, seen: Dequantized | Tensor, eps: list[Tensor]
     ) -> tuple[Evidence, Tensor]:
         """:meth:`expected_evidence`, and the mean of ``p(y | z)``, ``(N, C, H, W)``."""
-        draws, p_y, y, log_det_map = self._infer(x, eps)
+        draws, p_y, y, log_det_map = self._infer_from(seen, eps)
         evidence = Evidence(
             p_y.log_prob(y),
             sum_dims(log_det_map),
@@ -147,6 +186,16 @@ class ADEModel(nn.Module):
             [draw.kl_terms.sum((2, 3)) for draw in draws],
         )
         return evidence, p_y.mean
+
+    def _infer_from(
+        self, seen: Dequantized | Tensor, eps: list[Tensor]
+    ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
+        if isinstance(seen, Tensor):
+            return self._infer(seen, eps)
+        draws, p_y, y, log_det_map = self._infer(seen.x, eps)
+        if seen.log_det_map is not None:
+            log_det_map = log_det_map + seen.log_det_map
+        return draws, p_y, y, log_det_map
 
     def _infer(
         self, x: Tensor, eps: list[Tensor]

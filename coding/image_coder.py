@@ -2,7 +2,7 @@
 
 Encoding (the decoder does the inverse of each step, in the opposite order):
 
-1. Dequantisation: pop a place within each pixel's bin.
+1. Dequantisation: pop a place within each pixel's bin, uniformly or as the model expects it.
 2. Flow: layer by layer, on integers; where it stretches a value, pop, where it shrinks, push.
 3. Latents: pop each level from its posterior, coarsest first.
 4. Push ``y`` by ``p(y | z)``.

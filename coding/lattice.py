@@ -55,12 +55,20 @@ class Bins:
         Raises:
             Damaged: a value is in no bin.
         """
+        pixels, place = self.split(values)
+        stack.push_uniform(place.ravel(), np.diff(self.edges)[pixels].ravel())
+        return pixels.astype(np.uint8)
+
+    def split(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels of values, and their places in the bins.
+
+        Raises:
+            Damaged: a value is in no bin.
+        """
         pixels = np.searchsorted(self.edges, values, side="right") - 1
         if pixels.min() < 0 or pixels.max() > len(self.edges) - 2:
             raise Damaged("a value is no pixel")
-        place = values - self.edges[pixels]
-        stack.push_uniform(place.ravel(), np.diff(self.edges)[pixels].ravel())
-        return pixels.astype(np.uint8)
+        return pixels, values - self.edges[pixels]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from coding.errors import CodingError, NotCoded
 from coding.lattice import Bins, Rotation
+from coding.positions import LearnedBins
 from serving.engine.bundle import CODEC_ARRAYS_NAME, CODEC_NAME, WEIGHTS_NAME, Bundle
 
 FORMAT_VERSION = 2
@@ -30,7 +31,7 @@ class Networks:
         latent_bits: latents are multiples of ``2**-latent_bits``.
         levels: number of levels of latents; 0 for a flow alone, whose ``y`` is standard normal.
         flow: the steps of the flow.
-        bins: from pixels to the flow's input.
+        bins: from pixels to the flow's input, with a learned dequantisation if the model has one.
         rotations: by their names in ``flow``.
         arrays: further constants, float32.
 
@@ -58,7 +59,9 @@ class Networks:
         self.levels: int = program["levels"]
         self.latent_shapes = bundle.latent_shapes if self.levels else []
         self.flow: list[dict[str, Any]] = program["flow"]
-        self.bins = Bins(arrays.pop("edges"))
+        self.bins: Bins | LearnedBins = Bins(arrays.pop("edges"))
+        if "corners" in program:
+            self.bins = LearnedBins(self.bins, program["corners"], self.run)
         names = {name.rpartition("_")[0] for name in arrays if name.startswith("rotation_")}
         self.rotations = {
             name: Rotation(

@@ -1,10 +1,11 @@
 """The networks that lossless coding evaluates one by one, as graphs of a bundle.
 
 The score graph computes everything at once. A coder needs the networks singly, because it must
-evaluate each on integers that it has just decoded: one graph for each coupling layer, one for the
-encoder, one for each posterior, and one for each stage of the decoder. All take one image. The
-graphs refer to ``model.safetensors`` for their weights. ``codec.json`` says in which order they are
-used, and ``codec.npz`` holds the constants in between.
+evaluate each on integers that it has just decoded: one graph for each coupling layer and for each
+step of a learned dequantisation, one for the encoder, one for each posterior, and one for each
+stage of the decoder. All take one image. The graphs refer to ``model.safetensors`` for their
+weights. ``codec.json`` says in which order they are used, and ``codec.npz`` holds the constants in
+between.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ade_model.bijections import (
     Rotation,
 )
 from ade_model.checkpoint import load_model, read_config
+from ade_model.dequantizer import ORDER, Dequantizer
 from ade_model.distributions import DiagonalGaussian
 from ade_model.flow import Unsqueezed
 from ade_model.model import ADEModel
@@ -65,6 +67,25 @@ class _CouplingNet(nn.Module):
 
     def forward(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         return self.coupling.log_scale_and_shift(kept)
+
+
+class _Context(nn.Module):
+    def __init__(self, dequantizer: Dequantizer) -> None:
+        super().__init__()
+        self.dequantizer = dequantizer
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        return (self.dequantizer.context_of(pixels),)
+
+
+class _Corner(nn.Module):
+    def __init__(self, dequantizer: Dequantizer, index: int) -> None:
+        super().__init__()
+        self.dequantizer = dequantizer
+        self.index = index
+
+    def forward(self, context: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self.dequantizer.terms(self.index, context, [] if known is None else [known])
 
 
 class _EncoderMaps(nn.Module):
@@ -184,6 +205,7 @@ class _Writer:
     def write(self) -> None:
         config = self.model.config
         x = torch.full((1, config.channels, config.image_size, config.image_size), 0.3)
+        corners = self._dequantizer()
         steps = self._flow(self.model.flow, x)
         levels = self._levels() if config.widths else 0
         np.savez_compressed(self.folder / CODEC_ARRAYS_NAME, **self.arrays)  # type: ignore[arg-type]
@@ -194,8 +216,32 @@ class _Writer:
             "rotation_bits": COEFFICIENT_BITS,
             "levels": levels,
             "flow": steps,
+            **corners,
         }
         (self.folder / CODEC_NAME).write_text(json.dumps(program, indent=1) + "\n")
+
+    def _dequantizer(self) -> dict[str, list[int]]:
+        """Its graphs, if the model has one, and its field of the program."""
+        dequantizer, config = self.model.dequantizer, self.model.config
+        if dequantizer is None:
+            return {}
+        side = config.image_size
+        pixels = torch.linspace(0, 255, config.num_dims).reshape(1, config.channels, side, side)
+        (context,) = self._graph(
+            _Context(dequantizer), "codec-context", {"pixels": pixels}, ["context"]
+        )
+        for i in range(len(ORDER)):
+            known = torch.linspace(-2, 2, i * config.channels * (side // 2) ** 2)
+            inputs = {"context": context}
+            if i:
+                inputs["known"] = known.reshape(1, -1, side // 2, side // 2)
+            self._graph(
+                _Corner(dequantizer, i),
+                f"codec-corner-{i}",
+                inputs,
+                ["log_scale", "shift", "mixing"],
+            )
+        return {"corners": list(ORDER)}
 
     def _flow(self, flow: Bijection, x: Tensor) -> list[dict[str, Any]]:
         pixels = np.arange(NUM_LEVELS + 1) / NUM_LEVELS

@@ -86,7 +86,8 @@ class Graphs(nn.Module):
         return _to_images(self.model.reconstruct(_to_x(images, 0.5, y_eps), eps, y_eps))
 
     def score(self, images: Tensor, u: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
-        found = self.model.examine(_to_x(images, u.permute(0, 3, 1, 2), u), list(eps))
+        seen = self.model.dequantize(_to_planes(images, u), u.permute(0, 3, 1, 2))
+        found = self.model.examine(seen, list(eps))
         evidence = found.evidence
         nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
         parts = nats / (self.model.config.num_dims * math.log(2.0))
@@ -106,8 +107,12 @@ class Graph(nn.Module):
         return result
 
 
+def _to_planes(images: Tensor, like: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).to(like.dtype)
+
+
 def _to_x(images: Tensor, u: Tensor | float, like: Tensor) -> Tensor:
-    return dequantize(images.permute(0, 3, 1, 2).to(like.dtype), u)
+    return dequantize(_to_planes(images, like), u)
 
 
 def _to_images(x: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ pytest.importorskip("constriction")
 from ade_cli.main import main
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import load_model, save_model
-from ade_model.quantization import dequantize
 from coding import archive as archives
 from coding import chunks, decompress, lattice, networks
 from coding import compress as compressing
@@ -51,6 +50,7 @@ BLOCKS = {"widths": (8, 8), "latent_channels": (3, 2), "decoder_blocks": (1, 1)}
 FLOW = {"flow_couplings": 1, "flow_width": 8}
 CONFIGS = {
     "av-ade": ModelConfig(image_size=8, **BLOCKS, **FLOW),
+    "v-ade": ModelConfig(image_size=8, dequantizer_width=8, **BLOCKS, **FLOW),
     "real-nvp": ModelConfig(
         image_size=8,
         widths=(),
@@ -88,10 +88,10 @@ def fitted(config: ModelConfig, images: np.ndarray) -> ADEModel:
 def log_weights(model: ADEModel, images: np.ndarray, generator: torch.Generator) -> torch.Tensor:
     """Of one draw for each image, whose mean is the ELBO of 8-bit images; nats."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    x = dequantize(pixels, torch.rand(pixels.shape, generator=generator))
+    seen = model.dequantize(pixels, torch.rand(pixels.shape, generator=generator))
     shapes = model.config.latent_shapes
-    eps = [torch.randn(len(x), *shape, generator=generator) for shape in shapes]
-    return model.score(x, eps).log_weight - model.config.num_dims * np.log(256)
+    eps = [torch.randn(len(images), *shape, generator=generator) for shape in shapes]
+    return model.score(seen, eps).log_weight - model.config.num_dims * np.log(256)
 
 
 def make_bundle(folder: Path, name: str, images: np.ndarray, scores: bool) -> Bundle:

@@ -280,7 +280,15 @@ def test_models_of_earlier_versions_are_read() -> None:
     old = {
         k: v
         for k, v in TINY.to_dict().items()
-        if k not in ("patch", "encoder", "posterior_iaf", "posterior_bound", "flow_mask")
+        if k
+        not in (
+            "patch",
+            "encoder",
+            "posterior_iaf",
+            "posterior_bound",
+            "flow_mask",
+            "dequantizer_width",
+        )
     }
     assert ModelConfig.from_dict(old) == dataclasses.replace(TINY, posterior_bound=False)
     with pytest.raises(ConfigError, match="unknown or missing: \\['widths'\\]"):

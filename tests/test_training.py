@@ -701,6 +701,7 @@ def test_every_field_of_the_networks_is_an_option(
         "flow_blocks": 2,
         "flow_width": 24,
         "flow_max_log_scale": 0.5,
+        "dequantizer_width": 12,
         "widths": [48, 32],
         "latent_channels": [4, 6],
         "decoder_blocks": [0, 2],

@@ -60,8 +60,9 @@ def bits_of(
         pixels = _to_model(batch, device)
         weights = []
         for _ in range(samples):
-            x = dequantize(pixels, torch.rand(pixels.shape, generator=generator, device=device))
-            weights.append(model.score(x, _noise(model, len(x), generator)).log_weight.double())
+            u = torch.rand(pixels.shape, generator=generator, device=device)
+            seen = model.dequantize(pixels, u)
+            weights.append(model.score(seen, _noise(model, len(u), generator)).log_weight.double())
         out.append(
             bits_per_dim(importance_weighted_bound(torch.stack(weights)), model.config.num_dims)
         )

@@ -26,6 +26,7 @@ GROWS = (
     "flow_blocks",
     "flow_width",
     "posterior_bound",
+    "dequantizer_width",
 )
 # Rows of the posterior for new latent channels: small, so that their KL is small, but not zero, for
 # a channel that says nothing of the image gives its decoder nothing to learn from.

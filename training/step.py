@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -176,7 +177,7 @@ class Trainer:
             return []
         modules = [
             *self.model.decoder.inference_modules(),
-            *([self.model.encoder] if self.model.encoder else []),
+            *(network for network in (self.model.encoder, self.model.dequantizer) if network),
         ]
         return [
             self.model.decoder.log_sigma,
@@ -239,14 +240,14 @@ class Trainer:
         x_fake: Tensor | None = None
         if not self.inferring:
             for i, images in enumerate(d_batches):
-                x = self._dequantize(images, noise)
+                x = self._spread(self._pixels(images, noise), noise)
                 x_fake = self._generate(len(x), noise, with_graph=i == len(d_batches) - 1)
                 losses.update(
                     self._discriminator_step(
                         x, x_fake.detach(), noise, self.step * self.config.d_steps + i
                     )
                 )
-        losses.update(self._model_step(self._dequantize(model_batch, noise), x_fake, noise))
+        losses.update(self._model_step(self._pixels(model_batch, noise), x_fake, noise))
         if not self.skipped_in_a_row["model"]:
             self._update_ema()
         self.step += 1
@@ -283,11 +284,16 @@ class Trainer:
             made = self.model.flow.inverse(features)
         return (made.float() - x).square().mean()
 
-    def _dequantize(self, images: Tensor, noise: _Noise) -> Tensor:
-        x = images.to(self.device).permute(0, 3, 1, 2).float()
+    def _pixels(self, images: Tensor, noise: _Noise) -> Tensor:
+        """A batch of images as ``(N, C, H, W)``, mirrored at random if configured."""
+        pixels = images.to(self.device).permute(0, 3, 1, 2).float()
         if self.config.flips:
-            x = torch.where(noise.uniform(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
-        x = dequantize(x, noise.uniform(len(x), *x.shape[1:]))
+            pixels = torch.where(noise.uniform(len(pixels), 1, 1, 1) < 0.5, pixels.flip(3), pixels)
+        return pixels
+
+    def _spread(self, pixels: Tensor, noise: _Noise) -> Tensor:
+        """Uniformly dequantised images: what the discriminator sees needs no likelihood."""
+        x = dequantize(pixels, noise.uniform(*pixels.shape))
         return x.contiguous(memory_format=torch.channels_last)
 
     def _eps(self, n: int, noise: _Noise) -> list[Tensor]:
@@ -329,12 +335,15 @@ class Trainer:
         loss.backward()
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _model_step(self, x: Tensor, x_fake: Tensor | None, noise: _Noise) -> dict[str, float]:
+    def _model_step(self, pixels: Tensor, x_fake: Tensor | None, noise: _Noise) -> dict[str, float]:
         losses: dict[str, float] = {}
+        u = noise.uniform(*pixels.shape)
         if self.config.coverage or self.inferring:
             with self.autocast():
+                seen = self.model.dequantize(pixels, u)
+                x = seen.x.contiguous(memory_format=torch.channels_last)
                 evidence, features = self.model.expected_evidence_and_features(
-                    x, self._eps(len(x), noise)
+                    dataclasses.replace(seen, x=x), self._eps(len(x), noise)
                 )
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
@@ -343,7 +352,7 @@ class Trainer:
                 for level, kl in enumerate(evidence.kl)
             }
             if self.config.reconstruction_weight:
-                error = self._reconstruction_error(features, x)
+                error = self._reconstruction_error(features, x.detach())
                 losses["reconstruction_error"] = error.item()
                 loss = loss + self.config.reconstruction_weight * error
             if self.config.free_bits or self._kl_weight < 1:
@@ -359,9 +368,9 @@ class Trainer:
             # The samples of the discriminator's last step are reused: the model has not changed
             # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
-            seen = self._seen(x_fake, noise)
+            shown = self._seen(x_fake, noise)
             with self.autocast():
-                logits_fake = self.discriminator(seen)
+                logits_fake = self.discriminator(shown)
             loss = quality_loss(logits_fake)
             losses["quality_loss"] = loss.item()
             (self.config.quality_weight * loss).backward()
