@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from handlers.asgi.application import served_models
 from handlers.asgi.worker import WorkerSettings
@@ -20,6 +20,7 @@ from handlers.ray_serve.reporter import MetricsReplica
 from handlers.ray_serve.settings import Access, ServeSettings
 from serving.engine.bundle import open_bundle
 
+BY_REQUESTS = AutoscalingPolicy(policy_function="handlers.ray_serve.scaling:by_requests")
 FRONT, METRICS = "front", "metrics"  # names of deployments, which no model has
 HEALTH_S = 5.0  # between two health checks
 STOP_S = 25.0  # that requests which were accepted may take once a replica is asked to stop
@@ -66,11 +67,11 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
             serve.deployment(Replica)
             .options(
                 name=name,
-                # A batch that is computed and the next one.
+                # Calls, each of one to MAX_BATCH requests; the fronts bound the requests.
                 max_ongoing_requests=2 * MAX_BATCH,
                 max_queued_requests=QUEUE_SIZE,
                 ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
-                **_lifetime(settings.replicas[operation], MAX_BATCH),
+                **_lifetime(settings.replicas[operation], policy=BY_REQUESTS),
             )
             .bind(worker, metrics)
         )
@@ -80,14 +81,14 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
             name=FRONT,
             max_ongoing_requests=FRONT_REQUESTS,
             ray_actor_options={"num_cpus": min(settings.cpus, 0.5)},
-            **_lifetime(settings.fronts, QUEUE_SIZE // 4),
+            **_lifetime(settings.fronts, target_ongoing_requests=QUEUE_SIZE // 4),
         )
         .bind(settings, access, metrics, handles)
     )
 
 
-def _lifetime(replicas: tuple[int, int], requests: int) -> dict[str, Any]:
-    """How many replicas there are, by the requests that each should have, and how they end."""
+def _lifetime(replicas: tuple[int, int], **scaling: Any) -> dict[str, Any]:
+    """How many replicas there are, and how they end."""
     least, most = replicas
     number: dict[str, Any] = (
         {"num_replicas": least}
@@ -96,9 +97,9 @@ def _lifetime(replicas: tuple[int, int], requests: int) -> dict[str, Any]:
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=least,
                 max_replicas=most,
-                target_ongoing_requests=requests,
                 upscale_delay_s=UPSCALE_S,
                 downscale_delay_s=DOWNSCALE_S,
+                **scaling,
             )
         }
     )

@@ -22,6 +22,7 @@ from handlers.asgi.metrics import ANSWER_SECONDS, MODEL
 from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import CONTENT_TYPE
 from handlers.front.front import Answer, Endpoint, Front, Request
+from handlers.ray_serve.calls import Asked, Calls
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.settings import Access, ServeSettings
 from serving.api.errors import ApiError
@@ -61,6 +62,7 @@ class RemoteModel:
         self.is_ready = False
         self.seconds = 0.0  # that requests took, since they were last reported
         self._handle = handle
+        self._calls = Calls(handle)
         self._timeout_s = timeout_s
         self._is_stopping = False
 
@@ -91,7 +93,7 @@ class RemoteModel:
         arrived = loop.time()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return Answer(*await self._handle.remote(about, bytes(request.body)))
+                return Answer(*await self._calls.answer(Asked(about, bytes(request.body))))
         except TimeoutError:
             raise ApiError(503, "unavailable", "no worker answered in time") from None
         except BackPressureError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,17 +16,17 @@ from handlers.asgi.batches import BatchQueue
 from handlers.asgi.metrics import MODEL, QUEUE_SECONDS
 from handlers.asgi.worker import WorkerSettings, answer_batch, load_service, measurements
 from handlers.limits import RESPONSE_TIMEOUT_S
+from handlers.ray_serve.calls import Answered, Asked
 from handlers.ray_serve.reporter import Measured, Reporter
+from handlers.ray_serve.scaling import REQUESTS
 
-# Status, headers and body, as they travel to the front.
-Answered = tuple[int, list[tuple[str, str]], bytes]
+logger = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """A request on its way: what a worker is told of it, its body, when it came, its answer."""
+    """A request, when it came, and the future of its answer."""
 
-    about: dict[str, Any]
-    body: bytes
+    asked: Asked
     arrived: float
     answer: asyncio.Future[Answered]
 
@@ -52,17 +53,28 @@ class Replica:
         self._service = load_service(dataclasses.replace(settings, name=name))
         self._thread = ThreadPoolExecutor(1, "compute")
         self._waiting: BatchQueue[Job] = BatchQueue()
+        self._requests = 0
         self._computing_since: float | None = None
         self._queue_seconds = 0.0
         # Serve calls this in its event loop.
         self._reporter = Reporter(metrics, self._measured)
         self._computing = asyncio.create_task(self._compute_all())
 
-    async def __call__(self, about: dict[str, Any], body: bytes) -> Answered:
-        """The answer to one request, computed with others."""
-        answer: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
-        self._waiting.put(Job(about, body, time.monotonic(), answer))
-        return await answer
+    async def __call__(self, call: list[Asked]) -> list[Answered | None]:
+        """The answer to each request of a call, ``None`` if it could not be computed."""
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        jobs = [Job(asked, now, loop.create_future()) for asked in call]
+        self._requests += len(jobs)
+        try:
+            self._waiting.put(*jobs)
+            answers = await asyncio.gather(*(job.answer for job in jobs), return_exceptions=True)
+        finally:
+            self._requests -= len(jobs)
+        return [None if isinstance(answer, BaseException) else answer for answer in answers]
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every few seconds, for :func:`handlers.ray_serve.scaling.by_requests`."""
+        return {REQUESTS: float(self._requests)}
 
     async def ready(self) -> None:
         """Return, which shows a front that the replica can compute."""
@@ -79,6 +91,7 @@ class Replica:
             try:
                 answers = await loop.run_in_executor(self._thread, self._compute, batch)
             except Exception as error:  # which the front makes a 503 of
+                logger.exception("a batch failed")
                 for job in batch:
                     if not job.answer.done():
                         job.answer.set_exception(error)
@@ -89,13 +102,15 @@ class Replica:
 
     def _compute(self, jobs: list[Job]) -> list[Answered]:
         self._computing_since = now = time.monotonic()
-        self._queue_seconds += sum(now - job.arrived for job in jobs if not job.about["probe"])
+        self._queue_seconds += sum(
+            now - job.arrived for job in jobs if not job.asked.about["probe"]
+        )
         try:
             answers = answer_batch(
                 self._service,
                 self._model,
-                {"requests": [job.about for job in jobs]},
-                [job.body for job in jobs],
+                {"requests": [job.asked.about for job in jobs]},
+                [job.asked.body for job in jobs],
             )
         finally:
             self._computing_since = None

@@ -1,0 +1,144 @@
+"""How a front on Ray brings its requests to the replicas; Ray itself is not needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from handlers.limits import MAX_BATCH
+from handlers.ray_serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
+
+SMALL = Asked({}, b"image")
+
+
+class Replicas:
+    """Stands for a deployment's handle: records the calls, and answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Asked]] = []
+        self.cancelled = 0
+        self.may_answer = asyncio.Event()
+        self.answers: Callable[[list[Asked]], list[Answered | None]] = lambda call: [
+            (200, [], asked.body) for asked in call
+        ]
+
+    async def remote(self, call: list[Asked]) -> list[Answered | None]:
+        self.calls.append(call)
+        try:
+            await self.may_answer.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return self.answers(call)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(call) for call in self.calls]
+
+
+def run(test: Callable[[Replicas, Calls], Awaitable[None]]) -> None:
+    async def inside() -> None:
+        replicas = Replicas()
+        async with asyncio.timeout(10):
+            await test(replicas, Calls(replicas))
+
+    asyncio.run(inside())
+
+
+def ask(calls: Calls, *requests: Asked) -> list[asyncio.Task[Answered]]:
+    return [asyncio.create_task(calls.answer(request)) for request in requests]
+
+
+async def until(is_true: Callable[[], Any]) -> None:
+    while not is_true():
+        await asyncio.sleep(0.001)
+
+
+def test_a_single_request_does_not_wait() -> None:
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        for i in range(3):
+            (task,) = ask(calls, SMALL)
+            await asyncio.sleep(0)  # the request
+            await asyncio.sleep(0)  # the call
+            assert len(replicas.calls) == i + 1
+            replicas.may_answer.set()
+            assert await task == (200, [], b"image")
+
+    run(test)
+
+
+def test_requests_share_calls_while_another_is_under_way() -> None:
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        count = 2 * MAX_BATCH + 7
+        tasks = ask(calls, *(Asked({}, b"%d" % i) for i in range(count)))
+        await until(lambda: sum(replicas.sizes) == count)
+        assert replicas.sizes == [1, MAX_BATCH, MAX_BATCH, 6]
+        replicas.may_answer.set()
+        assert [body for _, _, body in await asyncio.gather(*tasks)] == [
+            b"%d" % i for i in range(count)
+        ]
+
+    run(test)
+
+
+def test_large_bodies_do_not_share_a_call() -> None:
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        large = Asked({}, bytes(MAX_BYTES * 2 // 3))
+        tasks = ask(calls, SMALL, large, large, SMALL, SMALL)
+        await until(lambda: sum(replicas.sizes) == 5)
+        assert replicas.sizes == [1, 1, 3]
+        replicas.may_answer.set()
+        await asyncio.gather(*tasks)
+
+    run(test)
+
+
+def test_requests_whose_clients_are_gone_are_not_sent() -> None:
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        first, second, third = ask(calls, SMALL, SMALL, SMALL)
+        await asyncio.sleep(0)
+        second.cancel()
+        await until(lambda: len(replicas.calls) == 2)
+        assert replicas.sizes == [1, 1]
+        replicas.may_answer.set()
+        await asyncio.gather(first, third)
+
+    run(test)
+
+
+def test_a_call_is_given_up_when_all_its_clients_are_gone() -> None:
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        first, second, third = ask(calls, SMALL, SMALL, SMALL)
+        await until(lambda: len(replicas.calls) == 2)
+        second.cancel()
+        await asyncio.sleep(0.01)
+        assert replicas.cancelled == 0
+        third.cancel()
+        await until(lambda: replicas.cancelled == 1)
+        replicas.may_answer.set()
+        assert await first == (200, [], b"image")
+
+    run(test)
+
+
+def test_an_error_belongs_to_the_requests_of_its_call() -> None:
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        def fail(call: list[Asked]) -> list[Answered | None]:
+            raise ConnectionError("the replica died")
+
+        first, second = ask(calls, SMALL, SMALL)
+        await until(lambda: len(replicas.calls) == 2)
+        replicas.answers = fail
+        replicas.may_answer.set()
+        for task in (first, second):
+            with pytest.raises(ConnectionError, match="the replica died"):
+                await task
+        replicas.answers = lambda call: [None] + [(200, [], b"") for _ in call[1:]]
+        tasks = ask(calls, SMALL, SMALL, SMALL)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(result, NotComputed) for result in results] == [True, True, False]
+
+    run(test)
