@@ -569,6 +569,23 @@ def test_explore(page: Page, tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(moving)).n_frames == 16
 
 
+def test_the_upload_icon_opens_a_dialog(browser: Browser, service: RunningService) -> None:
+    """The image stays until another file is chosen."""
+    with opened(browser, service.page) as page:
+        show(page, "Explore")
+        panel = panel_of(page)
+        drawn = panel.locator("img[src*='seed-']")
+        for side in range(2):
+            expect(drawn).to_have_count(2 - side)
+            with page.expect_file_chooser() as dialog:
+                panel.get_by_label("Upload file").nth(side).click()
+            page.wait_for_timeout(500)
+            expect(drawn).to_have_count(2 - side)
+            dialog.value.set_files(EXAMPLE)
+        expect(panel.get_by_alt_text("the chosen image")).to_have_count(2)
+        expect(drawn).to_have_count(0)
+
+
 def test_levels(page: Page, service: RunningService) -> None:
     show(page, "Explore")
     panel = panel_of(page)

@@ -28,8 +28,20 @@ for (const [event, failed] of [["error", true], ["load", false]])
       target.closest(".ade-pixels")?.classList.toggle("ade-unshown", failed);
   }, { capture: true });
 """
+# By itself, Gradio's upload icon only removes the image.
+UPLOAD_ICON = """
+document.addEventListener("click", (event) => {
+  const icon = event.target.closest('[data-testid="source-select"] [aria-label="Upload file"]');
+  if (!icon) return;
+  const open = () => icon.closest(".image-container").querySelector("input[type=file]")?.click();
+  if (icon.classList.contains("selected")) {
+    event.stopPropagation();  // the image stays until a file is chosen
+    open();
+  } else setTimeout(open);  // Gradio leaves the webcam or the clipboard first
+}, { capture: true });
+"""
 # In the page's head, because Gradio rewrites what it gets as `css`.
-HEAD = f"<style>{STYLE}\n{OWN}</style><script>{NAMES}</script>"
+HEAD = f"<style>{STYLE}\n{OWN}</style><script>{NAMES}{UPLOAD_ICON}</script>"
 BLUE = Color(
     *("#eef3fb", "#dbe6f6", "#b9cdec", "#8fadd9", "#6588bf", "#4769a5", "#2b4a7f"),
     *("#24406f", "#1c335a", "#162846", "#0f1c33"),
