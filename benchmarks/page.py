@@ -76,9 +76,9 @@ def reactions(browser: Browser, url: str) -> dict[str, tuple[float, float]]:
     expect(image).to_be_visible()
     page.wait_for_timeout(1000)
     source = image.get_attribute("src") or ""
-    found["Sample, New seed"] = reaction(
+    found["Sample, new samples"] = reaction(
         page,
-        panel.get_by_role("button", name="New seed"),
+        panel.get_by_role("button", name="Draw new samples"),
         lambda: expect(image).not_to_have_attribute("src", source),
     )
     page.close()

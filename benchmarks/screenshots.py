@@ -65,7 +65,7 @@ def _no_files(panel: Locator) -> None:
 
 def _no_seed(panel: Locator) -> None:
     panel.get_by_label("Seed", exact=True).fill("")
-    panel.get_by_role("button", name="Sample", exact=True).click()
+    panel.get_by_role("button", name="Draw this seed").click()
 
 
 def _score(panel: Locator) -> None:
@@ -124,7 +124,7 @@ FILL: dict[str, Callable[[Locator], None]] = {
 ERRORS: dict[str, tuple[Callable[[Locator], None], str]] = {
     "Score": (_drop_broken, "Score"),
     "Score many": (_no_files, "Score all"),
-    "Sample": (_no_seed, "Sample"),
+    "Sample": (_no_seed, "Draw this seed"),
     "Reconstruct": (_drop_broken, "Reconstruct"),
     "Explore": (_drop_broken, "Explore"),
     "Compare": (_drop_broken, "Compare"),

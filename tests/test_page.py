@@ -194,21 +194,40 @@ def test_sample(page: Page, tmp_path: Path) -> None:
     assert chosen.text["ade:index"] == "2" and np.array_equal(chosen, third)
 
 
-def test_dice_and_history(page: Page) -> None:
+def test_new_samples_and_history(page: Page) -> None:
+    """Each click draws another seed; the field, the button beside it and the history repeat one."""
     show(page, "Sample")
     panel = panel_of(page)
     first = panel.locator(".ade-grid img").first
-    before = page.request.get(first.get_attribute("src") or "").body()
-    page.get_by_role("button", name="New seed").click()
-    expect(first).not_to_have_attribute("src", first.get_attribute("src") or "")
-    assert page.request.get(first.get_attribute("src") or "").body() != before
+    seed = panel.get_by_label("Seed", exact=True)
+
+    def data() -> bytes:
+        return page.request.get(first.get_attribute("src") or "").body()
+
+    before = data()
+    seeds = []
+    for _ in range(2):
+        shown = first.get_attribute("src") or ""
+        panel.get_by_role("button", name="Draw new samples").click()
+        expect(first).not_to_have_attribute("src", shown)
+        seeds.append(seed.input_value())
+        assert f"sample-{seeds[-1]}-0.png" in (first.get_attribute("src") or "")
+    assert len({"7", *seeds}) == 3 and data() != before
     page.get_by_text("Samples of this session").click()
     past = panel.locator(".ade-grid").nth(1)
-    expect(past.locator("img")).to_have_count(2)
-    past.locator("button:has(img)").nth(1).click()
-    expect(panel.get_by_label("Seed", exact=True)).to_have_value("7")
-    wait_for(page, lambda: page.request.get(first.get_attribute("src") or "").body() == before)
-    expect(past.locator("img")).to_have_count(2)
+    expect(past.locator("img")).to_have_count(3)
+    past.locator("button:has(img)").nth(2).click()
+    expect(seed).to_have_value("7")
+    wait_for(page, lambda: data() == before)
+    expect(past.locator("img")).to_have_count(3)
+    seed.fill(seeds[0])
+    panel.get_by_role("button", name="Draw this seed").click()
+    expect(panel.locator(f"img[src*='sample-{seeds[0]}-0.png']")).to_be_visible()
+    expect(seed).to_have_value(seeds[0])
+    seed.fill("7")
+    seed.press("Enter")
+    wait_for(page, lambda: data() == before)
+    expect(past.locator("img")).to_have_count(3)
 
 
 def test_an_error_of_sample_is_one_message(page: Page) -> None:
@@ -220,7 +239,7 @@ def test_an_error_of_sample_is_one_message(page: Page) -> None:
     seed = panel.get_by_label("Seed", exact=True)
     before = seed.input_value()
     seed.fill("")
-    panel.get_by_role("button", name="Sample", exact=True).click()
+    panel.get_by_role("button", name="Draw this seed").click()
     expect(page.get_by_text("The seed is empty")).to_have_count(1)
     expect(panel.get_by_text("Error", exact=True).filter(visible=True)).to_have_count(0)
     expect(samples.first).to_be_visible()
@@ -238,8 +257,6 @@ def wait_for(page: Page, condition: Callable[[], bool]) -> None:
 def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
     """Uses only the keyboard. The other tab gets the sample itself, not an encoding of it."""
     show(page, "Sample")
-    panel_of(page).get_by_role("button", name="Score it").click()
-    expect(page.get_by_text("No sample is chosen yet").first).to_be_visible()
     chosen = panel_of(page).locator(".ade-grid button:has(img)").nth(5)
     pixels = np.asarray(
         Image.open(
@@ -251,7 +268,7 @@ def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
         unfold(panel_of(page), "More")
         chosen.focus()
         page.keyboard.press("Enter")
-        page.wait_for_timeout(500)
+        expect(panel_of(page).get_by_role("button", name=button)).to_be_enabled()
         panel_of(page).get_by_role("button", name=button).focus()
         page.keyboard.press("Enter")
         expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "true")
@@ -279,7 +296,7 @@ def test_a_sample_that_comes_while_explore_fills_itself_stays(
         show(page, "Sample")
         chosen = panel_of(page).locator(".ade-grid button:has(img)").nth(5)
         chosen.click()
-        page.wait_for_timeout(500)
+        expect(panel_of(page).get_by_role("button", name="Score it")).to_be_enabled()
         held: list[Route] = []
 
         def hold_first(route: Route) -> None:
@@ -299,6 +316,28 @@ def test_a_sample_that_comes_while_explore_fills_itself_stays(
         expect(panel.locator("img[src*='seed-2']")).to_be_visible()
         expect(panel.locator("img[src*='strip.png']")).to_be_visible()
         expect(panel.locator("img[src*='sample-7-5']")).to_be_visible()
+
+
+def test_what_is_done_with_a_sample_is_in_view(browser: Browser, service: RunningService) -> None:
+    """It is possible only while a sample is chosen."""
+    with opened(browser, service.page) as page:
+        show(page, "Sample")
+        panel = panel_of(page)
+        sample = panel.locator(".ade-grid button:has(img)").nth(5)
+        expect(sample).to_be_visible()
+        unfold(panel, "More")
+        names = ("Score it", "Download it", "Reconstruct it", "Explore from it", "Explore to it")
+        buttons = [panel.get_by_role("button", name=name) for name in names]
+        for button in buttons:
+            expect(button).to_be_disabled()
+        for button in buttons[:2]:
+            expect(button).to_be_in_viewport(ratio=1)
+        sample.click()
+        for button in (*buttons[:1], *buttons[2:]):
+            expect(button).to_be_enabled()
+        panel.get_by_role("button", name="Draw new samples").click()
+        for button in buttons:
+            expect(button).to_be_disabled()
 
 
 def test_a_chosen_sample_stays_chosen(browser: Browser, service: RunningService) -> None:
@@ -894,10 +933,11 @@ def test_samples_are_of_the_chosen_model(
 
         assert drew(sample("tiny", *settings, runs)[1]) == "tiny"
         assert draw_once("tiny", *settings, runs) == (gr.skip(),) * 3
-        assert clear("tiny", runs) == (gr.skip(),) * 5
+        assert all(value == gr.skip() for value in clear("tiny", runs))
         assert clear("other", runs)[0] == []
         assert drew(draw_once("other", *settings, runs)[1]) == "other"
-        assert clear("other", runs) == (gr.skip(),) * 5, "the history may draw before it clears"
+        # The history may draw before it clears.
+        assert all(value == gr.skip() for value in clear("other", runs))
         ends = page_function(served, "first_ends")("other", None, None, 1, 2)
         assert [drew(path) for path in ends] == ["other", "other"]
 
@@ -1155,12 +1195,11 @@ def test_compare(browser: Browser, two_models: RunningService, tmp_path: Path) -
         show(page, "Sample")
         page.get_by_label("Model").first.click()
         page.get_by_role("option", name="tiny").click()
-        page.get_by_role("button", name="Sample", exact=True).click()
+        page.get_by_role("button", name="Draw this seed").click()
         panel = panel_of(page)
         expect(panel.locator(".ade-grid img").first).to_be_visible()
         unfold(panel, "More")
         panel.locator(".ade-grid button:has(img)").first.click()
-        page.wait_for_timeout(500)
         panel.get_by_role("button", name="Compare models on it").click()
         expect(page.get_by_role("tab", name="Compare")).to_have_attribute("aria-selected", "true")
         expect(panel_of(page).locator("img[src*='sample-7-0']")).to_be_visible()

@@ -96,28 +96,23 @@ def add_tab(shared: Shared) -> None:
     def settle(samples: list[Any] | None) -> Any:
         """Clear the choice of a sample and enable the downloads."""
         if not samples:
-            return (gr.skip(),) * 5
+            return (gr.skip(),) * (len(shown) + len(chosen))
         gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
-        return (
-            gallery,
-            gr.DownloadButton(interactive=True),
-            gr.DownloadButton(interactive=True),
-            None,
-            gr.DownloadButton(value=None, interactive=False),
-        )
+        enabled = gr.DownloadButton(interactive=True)
+        return gallery, enabled, enabled, *choose(None)
 
     def clear_other_samples(model: str, runs: Runs) -> Any:
         """Clear what another model drew; the history may have drawn with this one already."""
         if runs.turn == (model,):
-            return (gr.skip(),) * 5
+            return (gr.skip(),) * (len(shown) + len(chosen))
         runs.failed = runs.start()  # the next visit of the tab draws
         empty = gr.DownloadButton(value=None, interactive=False)
-        return [], empty, empty, None, empty
+        return [], empty, empty, *choose(None)
 
     def draw_once(*values: Any) -> Any:
         """Draw the first samples of a session when the tab is opened."""
         runs = values[-1]
-        return (gr.skip(),) * 3 if runs.latest > runs.failed else sampled(*values)
+        return (gr.skip(),) * len(shown) if runs.latest > runs.failed else sampled(*values)
 
     def remember(history: list[Any], grid: str | None) -> Any:
         """Add a grid to the session's grids, without duplicates; the latest comes first."""
@@ -144,17 +139,25 @@ def add_tab(shared: Shared) -> None:
     def again(history: list[Any], event: gr.SelectData) -> Any:
         return history[event.index][1]
 
-    def pick(samples: list[Any], event: gr.SelectData) -> tuple[str, Any]:
-        path = str(samples[event.index][0])
-        return path, gr.DownloadButton(value=path, interactive=True)
+    def pick(samples: list[Any], event: gr.SelectData) -> Any:
+        return choose(str(samples[event.index][0]))
 
+    def choose(path: str | None) -> Any:
+        """Remember the chosen sample and enable what can be done with it; or neither."""
+        is_chosen = path is not None
+        buttons = (gr.Button(interactive=is_chosen) for _ in targets)
+        return path, gr.DownloadButton(value=path, interactive=is_chosen), *buttons
+
+    # The pictures are square: their width decides whether what belongs to them is in view.
     with gr.Row():
-        with gr.Column(scale=2, min_width=280, elem_classes="ade-settings"):
+        with gr.Column(scale=5, min_width=280, elem_classes="ade-settings"):
             kind = gr.Radio(KINDS, value="mean", label="Kind", info=KINDS_INFO)
             n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
             with gr.Row(equal_height=True):
-                seed = seed_input(7, scale=3, min_width=120)
-                dice = gr.Button("⚄ New seed", scale=2, min_width=120)
+                seed = seed_input(
+                    7, info="The same seed draws the same images.", scale=3, min_width=120
+                )
+                repeat = gr.Button("Draw this seed", scale=2, min_width=120)
             with gr.Accordion("More settings", open=False):
                 temperature = gr.Slider(
                     0.1,
@@ -164,8 +167,15 @@ def add_tab(shared: Shared) -> None:
                     label="Temperature",
                     info="Below 1, samples are more alike and smoother; above 1, more varied.",
                 )
-            go = gr.Button("Sample", variant="primary")
-        with gr.Column(scale=3, min_width=280):
+            go = gr.Button("⚄ Draw new samples", variant="primary")
+        with gr.Column(scale=6, min_width=280):
+            handed: Any = {"size": "sm", "min_width": 130, "interactive": False}
+            with gr.Row(elem_classes="ade-choice"):
+                gr.Markdown("Click a sample, then:", elem_classes="ade-caption")
+                score = gr.Button(
+                    "Score it", variant="primary", size="md", min_width=120, interactive=False
+                )
+                keep = gr.DownloadButton("Download it", size="md", min_width=120, interactive=False)
             gallery = gr.Gallery(
                 label="Samples",
                 show_label=False,
@@ -178,11 +188,6 @@ def add_tab(shared: Shared) -> None:
                 buttons=[],
             )
             picked = gr.State(time_to_live=KEPT_S)
-            gr.Markdown("Click a sample, then:", elem_classes="ade-caption")
-            handed: Any = {"size": "sm", "min_width": 130}
-            with gr.Row():
-                score = gr.Button("Score it", variant="primary", min_width=130)
-                keep = gr.DownloadButton("Download it", interactive=False, min_width=130)
             with gr.Accordion("More", open=False), gr.Row():
                 targets = [
                     (score, "Score", inbox.score),
@@ -193,8 +198,8 @@ def add_tab(shared: Shared) -> None:
                 if len(served.bundles) > 1:
                     compare = gr.Button("Compare models on it", **handed)
                     targets.append((compare, "Compare", inbox.compare))
-                png = gr.DownloadButton("Download all (PNG)", interactive=False, **handed)
-                npz = gr.DownloadButton("Download all (npz)", interactive=False, **handed)
+                png = gr.DownloadButton("Download all (PNG)", **handed)
+                npz = gr.DownloadButton("Download all (npz)", **handed)
             for button, to, image in targets:
                 button.click(
                     lambda path, to=to: hand_on(path, to),
@@ -221,6 +226,7 @@ def add_tab(shared: Shared) -> None:
         reproduce.add_part(shared)
     settings: list[Any] = [shared.model, n, seed, temperature, kind]
     shown = [gallery, png, npz]
+    chosen: list[Any] = [picked, keep, *(button for button, _, _ in targets)]
     runs = gr.State(Runs(), time_to_live=KEPT_S)
     numbered = latest_only(sample, len(shown))
 
@@ -231,18 +237,24 @@ def add_tab(shared: Shared) -> None:
 
     busy: dict[str, Any] = {"show_progress_on": gallery}
     private: Any = {**busy, "api_visibility": "private"}
-    asked = go.click(
+    asked = repeat.click(
         sampled, [*settings, runs], shown, api_name="sample", trigger_mode="multiple", **busy
     )
+    entered = seed.submit(sampled, [*settings, runs], shown, **private)
     opened = tab.select(draw_once, [*settings, runs], shown, **private)
-    rolled = dice.click(
-        lambda: secrets.randbelow(2**31), None, seed, api_visibility="private"
-    ).then(sampled, [*settings, runs], shown, **private)
+    # Every click draws, also one while samples are drawn: they are of the seed that is shown.
+    rolled = go.click(
+        lambda: secrets.randbelow(2**31),
+        None,
+        seed,
+        trigger_mode="multiple",
+        api_visibility="private",
+    ).then(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
     recalled = past.select(again, history, settings, api_visibility="private").then(
         sampled, [*settings, runs], shown, **private
     )
     changed = kind.input(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
-    for made in (asked, opened, rolled, recalled, changed):
+    for made in (asked, entered, opened, rolled, recalled, changed):
         made.success(
             remember,
             [history, png],
@@ -253,7 +265,7 @@ def add_tab(shared: Shared) -> None:
     gallery.change(
         settle,
         gallery,
-        [*shown, picked, keep],
+        [*shown, *chosen],
         show_progress="hidden",
         trigger_mode="always_last",
         api_visibility="private",
@@ -261,12 +273,12 @@ def add_tab(shared: Shared) -> None:
     shared.model.change(
         clear_other_samples,
         [shared.model, runs],
-        [*shown, picked, keep],
+        [*shown, *chosen],
         show_progress="hidden",
         queue=False,
         api_visibility="private",
     )
-    gallery.select(pick, gallery, [picked, keep], show_progress="hidden", api_visibility="private")
+    gallery.select(pick, gallery, chosen, show_progress="hidden", api_visibility="private")
 
 
 def hand_on(path: str | None, tab: str) -> tuple[str, Any]:
