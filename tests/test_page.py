@@ -845,10 +845,12 @@ def test_about(page: Page, service: RunningService) -> None:
         f"{about['calibration']['images']:,} images",
         "What it is good for",
         "45,000 images to train",
-        "Limits",
         about["licence"],
     ):
         expect(panel.get_by_text(words).first).to_be_visible()
+    limits = panel.get_by_role("heading", name="What it is not good for")
+    for shown in (limits, panel.get_by_text("To compare likelihoods of different sizes")):
+        expect(shown).to_be_in_viewport(ratio=1)
     expect(panel.get_by_alt_text("16 samples of")).to_be_visible()
     panel.get_by_text("How exact the exports are").click()
     expect(panel.get_by_text("of the values one level apart")).to_be_visible()

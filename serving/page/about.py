@@ -102,24 +102,26 @@ def card(served: Served, model: str) -> str:
 <p>{kind[:1].upper()}{kind[1:]}. It takes images of {width} × {height} pixels
 {"in colour" if channels == 3 else "in grey"} and has {training.get("weights", 0):,}
 weights.</p>
-<div class="ade-figures">{"".join(_figures(manifest, calibrations))}</div>
 <h3>What it is good for</h3>
 <ul>{"".join(f"<li>{use}</li>" for use in _uses(bundle, calibrations, name))}</ul>
+<h3>What it is not good for</h3>
+<ul>
+<li><strong>To recognise what an image shows.</strong> A verdict is about how an image looks:
+another kind of thing in an ordinary-looking image may be accepted.</li>
+<li><strong>To judge images of another source</strong>, unless it is calibrated with such
+images.</li>
+<li><strong>To judge fine detail.</strong> It sees {width} × {height} pixels: a photograph is
+made that small first.</li>
+<li><strong>To judge without false alarms.</strong> At a false-alarm rate of 1&nbsp;%, about one
+in a hundred in-distribution images is rejected.</li>
+<li><strong>To compare likelihoods of different sizes.</strong> A resized image has another
+likelihood than the original.</li>
+</ul>
+<h3>Figures</h3>
+<div class="ade-figures">{"".join(_figures(manifest, calibrations))}</div>
 <h3>Trained on</h3>
 <p>{name}, {training.get("images_seen", 0):,} images shown in the last stage, with repetition.</p>
 <ul>{splits}</ul>
-<h3>Limits</h3>
-<ul>
-<li>It sees {width} × {height} pixels. A photograph is made that small first, which leaves out fine
-detail.</li>
-<li>A verdict is about how an image looks, not about what it shows: another kind of thing in an
-ordinary-looking image may be accepted.</li>
-<li>Verdicts hold for images like those of the calibration. Images of another source need a
-calibration of their own.</li>
-<li>At a false-alarm rate of 1&nbsp;%, about one in a hundred in-distribution images is
-rejected.</li>
-<li>A resized image has another likelihood than the original.</li>
-</ul>
 <h3>Licence and links</h3>
 <p>{escape(manifest.get("licence") or "Licence not stated")}.</p>
 <ul>
