@@ -678,6 +678,7 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     expect(panel.get_by_role("heading", name="2 of 12 images rejected")).to_be_visible()
     expect(panel.get_by_text("Rejected at a false-alarm rate of 1 %")).to_be_visible()
     expect(panel.get_by_text("1 of 13 files got no verdict")).to_be_visible()
+    expect(panel.get_by_text("2 of 12 images are unusual enough for a list")).to_be_visible()
     table = panel.locator(".ade-results")
     rows = table.locator("tbody tr")
     expect(table.locator("tbody img[src^='data:image/png']").first).to_be_visible()
@@ -693,6 +694,7 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     table.get_by_role("combobox").select_option("all files")
     table.get_by_role("searchbox").fill("inside")
     expect(rows).to_have_count(4)
+    expect(table.get_by_text("4 files found, of 13")).to_be_visible()
     with page.expect_download() as download:
         panel.get_by_role("button", name="Download CSV").or_(
             panel.get_by_role("link", name="Download CSV")
@@ -727,8 +729,10 @@ def test_a_long_table_shows_a_part(page: Page, tmp_path: Path, real_images: np.n
     page.get_by_role("button", name="Score all").click()
     rows = panel.locator(".ade-results tbody tr")
     expect(rows).to_have_count(50)
+    expect(panel.get_by_text("Showing the first 50 of 60 files")).to_be_visible()
     panel.get_by_role("button", name="Show more").click()
     expect(rows).to_have_count(60)
+    expect(panel.get_by_text("60 files", exact=True)).to_be_visible()
 
 
 REPRODUCE = "Reproduce: how was this PNG made?"

@@ -289,8 +289,9 @@ def _said(
         f"about {charts.rounded(alpha * judged)} of {judged} would be."
     )
     notes = [
-        f"Discoveries at a false discovery rate of {percent(fdr)}: {discoveries} "
-        "(Benjamini and Hochberg)."
+        f"{discoveries or 'None'} of {judged} images {'are' if discoveries > 1 else 'is'} unusual "
+        f"enough for a list with at most {percent(fdr)} false alarms on average (false discovery "
+        "rate, by the method of Benjamini and Hochberg)."
     ]
     note = fdr_note(calibrated, judged, fdr)
     if note is not None and not discoveries:

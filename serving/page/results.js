@@ -89,7 +89,10 @@ function draw() {
     }
   });
   body.replaceChildren(...found.slice(0, state.shown).map(rowOf));
-  count.textContent = `${Math.min(state.shown, found.length)} of ${rows().length} files`;
+  const [shown, all] = [Math.min(state.shown, found.length), rows().length];
+  const files = `${found.length} file${found.length === 1 ? "" : "s"}`;
+  const those = found.length < all ? `${files} found, of ${all}` : files;
+  count.textContent = shown < found.length ? `Showing the first ${shown} of ${those}` : those;
   more.hidden = found.length <= state.shown;
   more.style.display = more.hidden ? "none" : "";
 }
