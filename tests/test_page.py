@@ -52,7 +52,7 @@ from serving.page.explore import VARIATIONS
 from serving.page.many import _said
 from serving.page.reconstruct import in_words
 from serving.page.score import REASONS
-from serving.page.served import RESIZE, Runs, Served, is_outdated, latest_only
+from serving.page.served import RESIZE, RESIZE_INFO, Runs, Served, is_outdated, latest_only
 from serving.page.sweep import sweep
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function
@@ -400,8 +400,7 @@ def decibels(panel: Locator) -> float:
 def test_reconstruct(page: Page) -> None:
     show(page, "Reconstruct")
     panel = panel_of(page)
-    page.get_by_role("button", name="Reconstruct", exact=True).click()
-    expect(page.get_by_text("There is no image yet").first).to_be_visible()
+    expect(page.get_by_role("button", name="Reconstruct", exact=True)).to_be_disabled()
     drop(panel, EXAMPLE)
     expect(panel.get_by_text("root mean square")).to_be_visible()
     for name in ("input.png", "reconstruction.png", "strip.png"):
@@ -582,10 +581,10 @@ def test_explore(page: Page, tmp_path: Path) -> None:
         remove_image(panel)
     expect(panel.locator("img[src*='strip.png']")).to_have_count(0)
     expect(panel.get_by_text("The interpolation appears here")).to_be_visible()
-    page.get_by_role("button", name="Explore", exact=True).click()
-    expect(page.get_by_text("There is no image yet").first).to_be_visible()
     for side in ("From", "To"):
+        expect(page.get_by_role("button", name="Explore", exact=True)).to_be_disabled()
         panel.get_by_role("button", name=f"{side} a sample of this seed").click()
+    expect(page.get_by_role("button", name="Explore", exact=True)).to_be_enabled()
     expect(panel.locator("img[src*='seed-']")).to_have_count(2)
     expect(panel.locator("img[src*='strip.png']")).to_be_visible()
     expect(panel.locator("img[src*='step-4.png']")).to_be_visible()
@@ -1043,6 +1042,7 @@ def test_the_oldest_files_go_when_all_take_too_much(tmp_path: Path) -> None:
 
 def test_every_function_has_a_stable_name(page: Page, service: RunningService) -> None:
     from gradio_client import Client
+    from gradio_client.exceptions import AppError
 
     client = Client(service.page, verbose=False)
     names = set(client.view_api(return_format="dict")["named_endpoints"])
@@ -1061,6 +1061,11 @@ def test_every_function_has_a_stable_name(page: Page, service: RunningService) -
         assert len(samples) == 4 and sample.size == (32, 32) and whole.size == (64, 64)
     with np.load(arrays) as found:
         assert found["images"].shape == (4, 32, 32, 3)
+    again, _, _ = client.predict("cifar10-av-ade", 4, 7, 1.0, "mean", api_name="/sample")
+    for first, second in zip(samples, again, strict=True):
+        assert Path(first["image"]).read_bytes() == Path(second["image"]).read_bytes()
+    with pytest.raises(AppError, match="There is no image yet"):
+        client.predict("cifar10-av-ade", None, 1, 0.01, True, api_name="/score")
 
 
 def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_path: Path) -> None:
@@ -1068,11 +1073,17 @@ def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_pat
     Image.new("RGB", (100, 80)).save(large)
     with opened(browser, service.page) as page:
         panel = panel_of(page)
-        page.get_by_role("button", name="Score", exact=True).click()
-        expect(page.get_by_text("There is no image yet").first).to_be_visible()
+        go = page.get_by_role("button", name="Score", exact=True)
+        expect(go).to_be_disabled()
+        expect(panel.get_by_text(RESIZE_INFO)).to_be_visible()
         panel.get_by_label(RESIZE).uncheck()
         drop(panel, large)
-        expect(page.get_by_text("must be 32 x 32 pixels, got 100 x 80").first).to_be_visible()
+        message = page.get_by_text("must be 32 x 32 pixels, got 100 x 80")
+        expect(message).to_have_count(1)
+        go.click()
+        expect(message).to_have_count(2)
+        remove_image(panel)
+        expect(go).to_be_disabled()
 
 
 FILLED = {  # the result of each tab after its first example is chosen
@@ -1176,8 +1187,7 @@ def test_compare(browser: Browser, two_models: RunningService, tmp_path: Path) -
     with opened(browser, two_models.page) as page:
         show(page, "Compare")
         panel = panel_of(page)
-        page.get_by_role("button", name="Compare", exact=True).click()
-        expect(page.get_by_text("There is no image yet").first).to_be_visible()
+        expect(page.get_by_role("button", name="Compare", exact=True)).to_be_disabled()
         drop(panel, EXAMPLE)
         expect(panel.get_by_alt_text("Reconstruction by")).to_have_count(2)
         with AdeClient(two_models.url) as client:

@@ -15,7 +15,6 @@ from serving.images import write_png
 from serving.page import charts
 from serving.page.score import Scored, alpha_input, notes_of, verdict
 from serving.page.served import (
-    RESIZE,
     Served,
     Shared,
     as_seen,
@@ -23,6 +22,7 @@ from serving.page.served import (
     examples,
     html,
     read,
+    resize_input,
     run_on_new_image,
     sentence,
 )
@@ -48,7 +48,7 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
             alpha = alpha_input()
-            resize = gr.Checkbox(True, label=RESIZE)
+            resize = resize_input(served, ticked=True)
             go = gr.Button("Compare", variant="primary")
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
             cards = html(charts.empty(EMPTY))

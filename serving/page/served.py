@@ -33,6 +33,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 KINDS = [("clean", "mean"), ("with noise", "density")]
 KINDS_INFO = "Clean: smooth, best to look at. With noise: with the pixel noise of the model."
 RESIZE = "Resize other sizes to fit"
+RESIZE_INFO = "Images of other proportions are cropped to their centre."
 PROBE_TIMEOUT_S = 10.0  # for one answer to /readyz
 NO_IMAGE = "There is no image yet: drop one, or choose an example."
 
@@ -166,10 +167,10 @@ def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
     return gr.Number(value=value, precision=0, minimum=0, maximum=2**53 - 1, label=label, **options)
 
 
-def resize_input(served: Served) -> gr.Checkbox:
-    """A checkbox, ticked if a calibration for resized images shows that many sizes are usual."""
-    ticked = any(served.calibrations_of(model).resized is not None for model in served.bundles)
-    return gr.Checkbox(ticked, label=RESIZE)
+def resize_input(served: Served, ticked: bool = False) -> gr.Checkbox:
+    """A checkbox, also ticked if a calibration for resized images shows that they are usual."""
+    usual = any(served.calibrations_of(model).resized is not None for model in served.bundles)
+    return gr.Checkbox(ticked or usual, label=RESIZE, info=RESIZE_INFO)
 
 
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
@@ -215,7 +216,7 @@ def image_input(label: str) -> gr.Image:
         type="filepath",
         format="png",
         sources=["upload", "clipboard", "webcam"],
-        height=272,
+        height=248,
         elem_classes="ade-pixels",
         alt_text="the chosen image",
         buttons=["fullscreen"],
@@ -375,8 +376,8 @@ def run_on_new_image(
     """Run whenever the images change, and show only the results of the present images.
 
     A new image or model clears the results and starts a run; the button starts one with other
-    settings. Results of earlier runs are not shown. An error also clears the results and is shown
-    once, as a message.
+    settings, and is disabled while an image is missing. Results of earlier runs are not shown. An
+    error also clears the results and is shown once, as a message.
 
     Args:
         images: the images; all of them are in ``inputs``, in this order.
@@ -392,6 +393,7 @@ def run_on_new_image(
     Returns:
         The state that holds the :class:`Runs`.
     """
+    button.interactive = False
     outputs, blank = list(results), tuple(results.values())
     models = [] if model is None else [model]
     places = [list(inputs).index(image) for image in images]
@@ -451,6 +453,15 @@ def run_on_new_image(
         trigger_mode="always_last",
         concurrency_limit=None,
         **quiet,
+    )
+    # In the browser alone: the button is enabled as soon as the image is shown.
+    gr.on(
+        [image.change for image in images],
+        None,
+        list(images),
+        button,
+        js="(...images) => ({ __type__: 'update', interactive: images.every((i) => i !== null) })",
+        **private,
     )
     for event in (by_hand, by_itself):
         event.failure(clear_if_failed, runs, outputs, queue=False, **quiet)
