@@ -33,6 +33,7 @@ from playwright.sync_api import (
     FilePayload,
     Locator,
     Page,
+    Request,
     Route,
     expect,
     sync_playwright,
@@ -1180,6 +1181,35 @@ def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
     running = RunningService(PRETRAINED, tiny_bundle, options=("--workers", "1"))
     yield running
     running.stop()
+
+
+def test_a_hidden_tab_runs_when_it_is_shown(browser: Browser, two_models: RunningService) -> None:
+    """It does not run when the model changes, not even if that comes back to the first model."""
+    calls: list[int] = []  # the functions that the page calls
+
+    def note(request: Request) -> None:
+        if "/queue/join" in request.url:
+            calls.append(json.loads(request.post_data or "")["fn_index"])
+
+    with opened(browser, two_models.page) as page:
+        page.on("request", note)
+        show(page, "Reconstruct")
+        expect(page.get_by_role("button", name="Reconstruct", exact=True)).to_be_visible()
+        strip = panel_of(page).locator("img[src*='strip.png']")
+        panel_of(page).locator(".ade-examples button:has(img)").first.click()
+        expect(strip).to_be_visible()
+        run = calls[-1]
+        for models in (["tiny"], ["cifar10-av-ade", "tiny"]):
+            show(page, "Score many")
+            calls.clear()
+            for model in models:
+                page.get_by_label("Model").first.click()
+                page.get_by_role("option", name=model).click()
+                page.wait_for_timeout(2000)
+            assert run not in calls
+            with page.expect_request(lambda _: run in calls):
+                show(page, "Reconstruct")
+            expect(strip).to_be_visible()
 
 
 def test_compare(browser: Browser, two_models: RunningService, tmp_path: Path) -> None:

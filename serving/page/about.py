@@ -67,6 +67,9 @@ def add_tab(shared: Shared) -> None:
             f"{SAMPLES} samples of seed {SEED}, not chosen.</figcaption></figure>"
         )
 
+    def pictures_if_shown(model: str, shown: str) -> Any:
+        return pictures(model) if shown == shared.tab.label else gr.skip()
+
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
             shown = html(about(served.first))
@@ -78,7 +81,8 @@ def add_tab(shared: Shared) -> None:
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
     events = [shared.tab.select, model.change]  # the calibration may have been replaced
     gr.on(events, about, model, shown, api_name="about", show_progress="hidden")
-    gr.on(events, pictures, model, samples, **quiet)
+    shared.tab.select(pictures, model, samples, **quiet)
+    model.change(pictures_if_shown, [model, shared.shown], samples, **quiet)
 
 
 def card(served: Served, model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import os
 import socket
@@ -100,12 +101,16 @@ def build_page(served: Served) -> gr.Blocks:
             choices, value=served.first, label="Model", visible=len(served.bundles) > 1
         )
         inbox, examples = make_inbox(), example_files(served)
+        shown = gr.Radio(list(TABS), value=next(iter(TABS)), visible=False)
         with gr.Tabs(overflow_behavior="wrap") as tabs:
             for name, module in TABS.items():
                 if module is compare and len(served.bundles) == 1:
                     continue  # there are no other models to compare with
                 with gr.Tab(name, id=name) as tab:
-                    module.add_tab(Shared(served, model, tabs, tab, inbox, examples))
+                    module.add_tab(Shared(served, model, tabs, tab, shown, inbox, examples))
+                tab.select(
+                    None, None, shown, js=f"() => {json.dumps(name)}", api_visibility="private"
+                )
     return page
 
 

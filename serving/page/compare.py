@@ -58,6 +58,7 @@ def add_tab(shared: Shared) -> None:
                 elem_classes="ade-caption",
             )
     run_on_new_image(
+        shared,
         [image],
         None,
         compare,

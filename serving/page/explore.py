@@ -228,6 +228,7 @@ def add_tab(shared: Shared) -> None:
     drawn = [image_output("", visible=False) for _ in ends]
     private: Any = {"api_visibility": "private", "show_progress": "hidden"}
     runs = run_on_new_image(
+        shared,
         ends,
         model,
         explore,

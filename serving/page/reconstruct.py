@@ -125,6 +125,7 @@ def add_tab(shared: Shared) -> None:
                 difference = image_output("Difference, doubled around grey")
                 bits = html()
     run_on_new_image(
+        shared,
         [image],
         model,
         reconstruct,

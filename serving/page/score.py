@@ -229,6 +229,7 @@ def add_tab(shared: Shared) -> None:
                 details = html()
     scored = gr.State(time_to_live=KEPT_S)
     run_on_new_image(
+        shared,
         [image],
         shared.model,
         score,

@@ -105,6 +105,7 @@ class Shared:
     model: gr.Dropdown  # its value is a name of ``served.bundles``
     tabs: gr.Tabs
     tab: gr.Tab  # the one that is laid out
+    shown: gr.Radio  # its value is the name of the tab that the browser shows
     inbox: Inbox
     examples: dict[str, list[str]]  # files by their description
 
@@ -363,6 +364,7 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
 
 
 def run_on_new_image(
+    shared: Shared,
     images: Sequence[gr.Image],
     model: gr.Dropdown | None,
     run: Callable[..., Any],
@@ -377,9 +379,11 @@ def run_on_new_image(
 
     A new image or model clears the results and starts a run; the button starts one with other
     settings, and is disabled while an image is missing. Results of earlier runs are not shown. An
-    error also clears the results and is shown once, as a message.
+    error also clears the results and is shown once, as a message. A run that only a new model
+    causes waits until the tab is shown.
 
     Args:
+        shared: of the tab.
         images: the images; all of them are in ``inputs``, in this order.
         model: the input that selects the model; ``None`` if the results depend on no choice.
         run: takes the values of ``inputs`` and returns the values of the results.
@@ -398,20 +402,26 @@ def run_on_new_image(
     models = [] if model is None else [model]
     places = [list(inputs).index(image) for image in images]
 
-    turn = gr.State(time_to_live=KEPT_S)  # its change starts a run, too
+    turn = gr.State(time_to_live=KEPT_S)  # a number, whose change starts a run, too
     runs = gr.State(Runs(), time_to_live=KEPT_S)  # each session has a copy
 
     def one_or_all(values: tuple[Any, ...]) -> Any:
         return values if len(values) > 1 else values[0]
 
     def clear_if_other(*values: Any) -> Any:
-        *chosen, runs = values
+        *chosen, tab_shown, runs = values
         # An upload changes the image twice, to the same file.
         if runs.turn == tuple(chosen):
             return (gr.skip(),) * (len(blank) + len(others) + 1)
-        runs.start()
+        # An image may be sent here from the tab that is shown, which then changes.
+        same_images = runs.turn[len(models) :] == tuple(chosen[len(models) :])
+        waits = same_images and tab_shown != shared.tab.label
+        number = runs.start()
         runs.turn, runs.is_due = tuple(chosen), True
-        return (*blank, *(None for _ in others), runs.turn)
+        return (*blank, *(None for _ in others), gr.skip() if waits else number)
+
+    def run_if_due(runs: Runs) -> Any:
+        return runs.latest if runs.is_due else gr.skip()
 
     def clear_if_failed(runs: Runs) -> Any:
         is_latest = runs.failed == runs.latest
@@ -448,12 +458,13 @@ def run_on_new_image(
     gr.on(
         [*(image.change for image in images), *(chosen.change for chosen in models)],
         clear_if_other,
-        [*models, *images, runs],
+        [*models, *images, shared.shown, runs],
         [*outputs, *others, turn],
         trigger_mode="always_last",
         concurrency_limit=None,
         **quiet,
     )
+    shared.tab.select(run_if_due, runs, turn, concurrency_limit=None, **quiet)
     # In the browser alone: the button is enabled as soon as the image is shown.
     gr.on(
         [image.change for image in images],
