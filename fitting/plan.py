@@ -9,9 +9,10 @@ from typing import Any
 
 REST_SHARE = 0.2  # of the budget, for reading, exporting, calibrating and the report
 MIN_REST_MINUTES = 0.5
-# Below it, likelihood alone makes the better gate, and nothing makes good samples.
-ADVERSARIAL_FROM_MINUTES = 60.0
+# With less there is no time for an adversary.
+ADVERSARIAL_FROM_MINUTES = 20.0
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversarial stage
+LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
 SMALL_FROM_MINUTES = 360.0
 # An encoder pays with classes and time enough: what was measured is in docs/training.md. Without
 # classes no gain has been measured within such budgets.
@@ -19,9 +20,10 @@ ENCODER_SHARE = 0.2  # of the training time
 ENCODER_FROM_IMAGES = 2000
 ENCODER_FROM_MINUTES = 4.0
 ENCODER_MOST_MINUTES = 15.0
-# Scales, couplings and width of the flow at each size: larger than the sizes' own, which are for
-# comparing systems. In the same time the likelihood gets better: docs/training.md.
-FLOWS = {"tiny": (2, 6, 48), "small": (2, 8, 48)}
+# Scales, couplings and width of the flow, and width of the dequantiser, at each size: more than the
+# sizes' own, which are for comparing systems. In the same time the likelihood gets better:
+# docs/training.md. In the minutes of size tiny a dequantiser gains nothing.
+FLOWS = {"tiny": (2, 6, 48, 0), "small": (2, 8, 48, 32)}
 # Without these terms such a flow leaves the latents unused.
 LATENTS = {"free_bits": 8.0, "reconstruction_weight": 8.0}
 # Of the first stage at size tiny, whose minutes give few steps: twice as many for the same images.
@@ -57,8 +59,8 @@ class Plan:
         images: number of image files; ``None`` in plans of older versions.
         has_classes: whether they lie in class folders.
         encoder_minutes: of training the verdict's encoder; 0 if there is to be none.
-        flow: scales, couplings and width of the flow; empty in plans of older versions, which had
-            the size's own.
+        flow: scales, couplings and width of the flow, and width of the dequantiser. Plans of older
+            versions have no dequantiser, or nothing, which means the size's own flow.
     """
 
     folder: str
@@ -86,7 +88,7 @@ class Plan:
 
     def changes(self, stage: Stage) -> dict[str, Any]:
         """Arguments of :func:`training.recipes.recipe`: what differs from the size's recipes."""
-        names = ("flow_scales", "flow_couplings", "flow_width")
+        names = ("flow_scales", "flow_couplings", "flow_width", "dequantizer_width")
         changes = {**dict(zip(names, self.flow, strict=False)), **LATENTS}
         if self.size == "tiny" and stage is self.stages[0]:
             changes["batch_size"] = FIRST_BATCH_SIZE
@@ -129,7 +131,9 @@ class Plan:
         encoder = (
             f", and an encoder ({self.encoder_minutes:.3g} min)" if self.encoder_minutes else ""
         )
-        flow = f" with a flow of {' x '.join(map(str, self.flow))}" if self.flow else ""
+        flow = f" with a flow of {' x '.join(map(str, self.flow[:3]))}" if self.flow else ""
+        if any(self.flow[3:]):
+            flow += f" and a dequantiser of width {self.flow[3]}"
         return f"{stages} at size {self.size}{flow}{encoder}"
 
 
@@ -196,10 +200,10 @@ def make_plan(
     training -= encoder
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)
     if budget >= ADVERSARIAL_FROM_MINUTES or on_gpu:
-        stages = (
-            Stage("v-ade", LIKELIHOOD_SHARE * training),
-            Stage("av-ade-pd", (1 - LIKELIHOOD_SHARE) * training),
-        )
+        likelihood = LIKELIHOOD_SHARE * training
+        if not on_gpu:
+            likelihood = max(likelihood, LEAST_LIKELIHOOD_MINUTES)
+        stages = (Stage("v-ade", likelihood), Stage("av-ade-pd", training - likelihood))
     size = "small" if on_gpu or budget >= SMALL_FROM_MINUTES else "tiny"
     device = "cuda" if on_gpu else "cpu"
     return Plan(
