@@ -25,8 +25,8 @@ from serving.engine.signatures import graphs_of, input_shape, inputs_of, outputs
 
 BATCHES = (1, 7, 64)
 MIN_PIXEL_VALUES = 100_000  # values of each pixel output to compare; small models get more batches
-MAX_BPD = 1e-4  # and in proportion for parts above LARGE_BPD
-LARGE_BPD = 100.0
+MAX_BPD = 1e-4  # and in proportion for parts above LARGE_BPD, to which no photograph comes
+LARGE_BPD = 25.0
 PIXELS = ("images", "reconstruction")
 MAX_ROUND_TRIP = 0.01  # grey levels
 MAX_PIXELS_OFF = 1e-4  # share of all values that may be one level apart
