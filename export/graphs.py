@@ -66,7 +66,7 @@ class Graphs(nn.Module):
         return _to_images(self.model.decode(z, y_eps))
 
     def encode(self, images: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
-        encoding = self.model.encode(_to_x(images, 0.5, eps[0]), list(eps))
+        encoding = self.model.encode(self._typical_x(images, eps[0]), list(eps))
         # The coarsest prior, and so part of a posterior, may be one map for all images.
         means = [q.mean.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)]
         log_scales = [
@@ -75,7 +75,8 @@ class Graphs(nn.Module):
         return (*means, *log_scales, *encoding.z)
 
     def flow_forward(self, images: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det_jacobian = self.model.flow(_to_x(images, u.permute(0, 3, 1, 2), u))
+        x = dequantize(_to_planes(images, u), u.permute(0, 3, 1, 2))
+        y, log_det_jacobian = self.model.flow(x)
         return y, log_det_jacobian
 
     def flow_inverse(self, y: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class Graphs(nn.Module):
 
     def reconstruct(self, images: Tensor, *inputs: Tensor) -> Tensor:
         *eps, y_eps = inputs
-        return _to_images(self.model.reconstruct(_to_x(images, 0.5, y_eps), eps, y_eps))
+        return _to_images(self.model.reconstruct(self._typical_x(images, y_eps), eps, y_eps))
 
     def score(self, images: Tensor, u: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
         seen = self.model.dequantize(_to_planes(images, u), u.permute(0, 3, 1, 2))
@@ -92,6 +93,10 @@ class Graphs(nn.Module):
         nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
         parts = nats / (self.model.config.num_dims * math.log(2.0))
         return parts, found.cost / math.log(2.0), found.y, found.residual, *found.standardized_z
+
+    def _typical_x(self, images: Tensor, like: Tensor) -> Tensor:
+        planes = _to_planes(images, like)
+        return self.model.dequantize(planes, torch.full_like(planes, 0.5)).x
 
 
 class Graph(nn.Module):
@@ -109,10 +114,6 @@ class Graph(nn.Module):
 
 def _to_planes(images: Tensor, like: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(like.dtype)
-
-
-def _to_x(images: Tensor, u: Tensor | float, like: Tensor) -> Tensor:
-    return dequantize(_to_planes(images, like), u)
 
 
 def _to_images(x: Tensor) -> Tensor:

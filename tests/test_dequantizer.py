@@ -154,3 +154,16 @@ def test_a_training_step_trains_it_with_the_likelihood_alone() -> None:
         losses = trainer.run([images, images])
     assert np.isfinite(losses["bpd"])
     assert not any(torch.equal(p, q) for p, q in zip(dequantizer.parameters(), before, strict=True))
+
+
+def test_encode_sees_what_score_sees_at_the_median_of_the_positions() -> None:
+    """Otherwise the noise of latents, which is score's, would not give the latents again."""
+    graphs = Graphs(make_model(LEARNED, scale=0.05))
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    eps = [torch.randn(2, *shape) for shape in TINY.latent_shapes]
+    with torch.no_grad():
+        z = graphs.encode(images, *eps)[-len(eps) :]
+        noise = graphs.score(images, torch.full(images.shape, 0.5), *eps)[-len(eps) :]
+        again = graphs.sample(*noise, torch.zeros(2, 3, 8, 8)).int()
+        expected = graphs.decode(*z, torch.zeros(2, 3, 8, 8)).int()
+    assert (again - expected).abs().max() <= 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.model import ADEModel
-from ade_model.quantization import dequantize, quantize
+from ade_model.quantization import quantize
 from serving.images import tile
 
 BATCH = 128
@@ -134,11 +134,15 @@ def sample_grid(model: ADEModel, n: int, device: torch.device, kind: str) -> np.
 
 @torch.no_grad()
 def reconstructions(model: ADEModel, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Mean reconstructions of uint8 ``(N, H, W, C)``, from the middle of each pixel's bin."""
+    """Mean reconstructions of uint8 ``(N, H, W, C)``, from the middle of each pixel's bin.
+
+    With a learned dequantisation, from the median of the positions in it.
+    """
     generator = torch.Generator(device).manual_seed(0)
     out = []
     for batch in _batches(images):
-        x = dequantize(_to_model(batch, device), 0.5)
+        pixels = _to_model(batch, device)
+        x = model.dequantize(pixels, torch.full_like(pixels, 0.5)).x
         out.append(_to_images(model.reconstruct(x, _noise(model, len(x), generator))))
     return np.concatenate(out)
 

@@ -276,7 +276,7 @@ class InferenceEngine:
         rows = [i for i, wanted in enumerate(eps or []) if wanted]
         if not rows:
             return levels
-        # encode dequantises to the middle of each pixel's interval.
+        # encode dequantises with the median of the positions in each pixel's bin.
         middle = np.full(self.image_shape, 0.5, np.float32)
         names = [f"surprise_{i}" for i in range(self._levels)]
         found = self._run("score", len(rows), lambda n: {**inputs(rows[n]), "u": middle}, names)
