@@ -9,6 +9,10 @@ from ade_model.errors import ConfigError
 
 SIGMA_KINDS = ("scalar", "pixel")
 MASKS = ("channel", "checkerboard")
+# Fields that models of earlier versions lack.
+LATER_FIELDS = frozenset(
+    ("patch", "encoder", "posterior_iaf", "posterior_bound", "flow_mask", "dequantizer_width")
+)
 OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 
@@ -170,15 +174,7 @@ class ModelConfig:
             ConfigError: a field is unknown, missing or invalid.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        later = {
-            "patch",
-            "encoder",
-            "posterior_iaf",
-            "posterior_bound",
-            "flow_mask",
-            "dequantizer_width",
-        }
-        wrong = sorted((set(values) ^ known) - (later - set(values)))
+        wrong = sorted((set(values) ^ known) - (LATER_FIELDS - set(values)))
         if wrong:
             raise ConfigError(
                 f"a model configuration has the fields {sorted(known)}; unknown or missing: {wrong}"

@@ -64,9 +64,9 @@ class Dequantizer(nn.Module):
             log_scale, shift, mixing = self.terms(i, context, list(after.values()))
             values: list[Tensor] = []
             for c, value in enumerate((before[:, corner::4] * log_scale.exp() + shift).split(1, 1)):
-                known = [mixing[:, i : i + 1] for i in range(c * (c - 1) // 2, c * (c + 1) // 2)]
-                for factor, other in zip(known, values, strict=True):
-                    value = value + factor * other
+                first = c * (c - 1) // 2  # of the factors for this channel
+                for k, other in enumerate(values, first):
+                    value = value + mixing[:, k : k + 1] * other
                 values.append(value)
             after[corner], log_scales[corner] = torch.cat(values, 1), log_scale
         logits, log_scale = (

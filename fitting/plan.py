@@ -20,10 +20,10 @@ ENCODER_SHARE = 0.2  # of the training time
 ENCODER_FROM_IMAGES = 2000
 ENCODER_FROM_MINUTES = 4.0
 ENCODER_MOST_MINUTES = 15.0
-# Scales, couplings and width of the flow, and width of the dequantiser, at each size: more than the
-# sizes' own, which are for comparing systems. In the same time the likelihood gets better:
+# Scales, couplings and width of the flow, and width of the dequantiser if any, at each size: more
+# than the sizes' own, which are for comparing systems. In the same time the likelihood gets better:
 # docs/training.md. In the minutes of size tiny a dequantiser gains nothing.
-FLOWS = {"tiny": (2, 6, 48, 0), "small": (2, 8, 48, 32)}
+FLOWS = {"tiny": (2, 6, 48), "small": (2, 8, 48, 32)}
 # Without these terms such a flow leaves the latents unused.
 LATENTS = {"free_bits": 8.0, "reconstruction_weight": 8.0}
 # Of the first stage at size tiny, whose minutes give few steps: twice as many for the same images.
@@ -59,8 +59,8 @@ class Plan:
         images: number of image files; ``None`` in plans of older versions.
         has_classes: whether they lie in class folders.
         encoder_minutes: of training the verdict's encoder; 0 if there is to be none.
-        flow: scales, couplings and width of the flow, and width of the dequantiser. Plans of older
-            versions have no dequantiser, or nothing, which means the size's own flow.
+        flow: scales, couplings and width of the flow, and width of the dequantiser if there is one;
+            empty in plans of older versions, which had the size's own flow.
     """
 
     folder: str
@@ -132,7 +132,7 @@ class Plan:
             f", and an encoder ({self.encoder_minutes:.3g} min)" if self.encoder_minutes else ""
         )
         flow = f" with a flow of {' x '.join(map(str, self.flow[:3]))}" if self.flow else ""
-        if any(self.flow[3:]):
+        if len(self.flow) > 3:
             flow += f" and a dequantiser of width {self.flow[3]}"
         return f"{stages} at size {self.size}{flow}{encoder}"
 

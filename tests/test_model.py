@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ade_model import ADEModel, ConfigError, ModelConfig, ShapeError
 from ade_model.checkpoint import MIN_HALF, WEIGHTS_NAME, load_model, round_to_half, save_model
+from ade_model.config import LATER_FIELDS
 from tests.helpers import TINY, make_model
 
 
@@ -277,19 +278,7 @@ def test_a_model_without_an_inference_network_can_only_sample() -> None:
 
 
 def test_models_of_earlier_versions_are_read() -> None:
-    old = {
-        k: v
-        for k, v in TINY.to_dict().items()
-        if k
-        not in (
-            "patch",
-            "encoder",
-            "posterior_iaf",
-            "posterior_bound",
-            "flow_mask",
-            "dequantizer_width",
-        )
-    }
+    old = {k: v for k, v in TINY.to_dict().items() if k not in LATER_FIELDS}
     assert ModelConfig.from_dict(old) == dataclasses.replace(TINY, posterior_bound=False)
     with pytest.raises(ConfigError, match="unknown or missing: \\['widths'\\]"):
         ModelConfig.from_dict({k: v for k, v in old.items() if k != "widths"})

@@ -1,15 +1,20 @@
-"""How a front on Ray brings its requests to the replicas; Ray itself is not needed."""
+"""How a front on Ray brings its requests to the replicas, and how many of them there are.
+
+Ray itself is not needed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from handlers.limits import MAX_BATCH
 from handlers.ray_serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
+from handlers.ray_serve.scaling import REQUESTS, by_requests
 
 SMALL = Asked({}, b"image")
 
@@ -142,3 +147,22 @@ def test_an_error_belongs_to_the_requests_of_its_call() -> None:
         assert [isinstance(result, NotComputed) for result in results] == [True, True, False]
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    ("requests", "replicas"),
+    [
+        (None, 1),
+        ({}, 1),
+        ({"a": 0.4}, 1),
+        ({"a": 32.0}, 1),
+        ({"a": 32.1}, 2),
+        ({"a": 60, "b": 60}, 4),
+    ],
+)
+def test_replicas_follow_the_requests_and_not_the_calls(
+    requests: dict[str, float] | None, replicas: int
+) -> None:
+    metrics = None if requests is None else {REQUESTS: requests}
+    context: Any = SimpleNamespace(aggregated_metrics=metrics)
+    assert by_requests(context) == (replicas, {})

@@ -6,11 +6,12 @@ Ray counts calls, and a call carries up to a batch of requests.
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from ray.serve.config import AutoscalingContext
+from typing import TYPE_CHECKING, Any
 
 from handlers.limits import MAX_BATCH
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
 
 REQUESTS = "requests"  # what a replica reports: how many it has, on average over the last moments
 
