@@ -179,9 +179,17 @@ class _Process:
         Raises:
             WorkerError: there is none.
         """
+        self._writer.writelines(parts)
+        return await self.next(seconds)
+
+    async def next(self, seconds: float) -> wire.Message:
+        """Wait for the next message.
+
+        Raises:
+            WorkerError: there is none.
+        """
         try:
             async with asyncio.timeout(seconds):
-                self._writer.writelines(parts)
                 await self._writer.drain()
                 return await wire.receive(self._reader)
         except TimeoutError:
@@ -309,7 +317,8 @@ class _Worker:
                     job.answer.set_result(
                         Answer(given["status"], [*headers, ("x-request-id", job.id)], body)
                     )
-            self._measure(head)
+            rest, _ = await process.next(RESPONSE_TIMEOUT_S)
+            self._measure(rest)
         except (WorkerError, KeyError, ValueError, TypeError, AttributeError) as error:
             for job in batch:
                 job.fail(
@@ -324,7 +333,7 @@ class _Worker:
             for job in batch:
                 job.fail(_stopping())
             raise
-        if head["leaving"]:
+        if rest["leaving"]:
             raise WorkerError("a request did not fit into memory")
 
     def _measure(self, head: dict[str, Any]) -> None:

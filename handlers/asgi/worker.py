@@ -25,6 +25,7 @@ from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
 
 logger = logging.getLogger(__name__)
+JOINED_BYTES = 2**16  # of a message, up to which its parts are sent as one
 NO_MEMORY = 70  # exit code: a request did not fit into memory; a new process may have more
 
 
@@ -65,22 +66,17 @@ def serve(connection: socket.socket) -> int:
     except Exception as error:
         _send(connection, {"error": f"{type(error).__name__}: {error}"})
         raise
-    _send(connection, {"answers": [], "measurements": measurements(service)})
+    _send(connection, {"measurements": measurements(service)})
     while message := wire.read(stream):
         answers = answer_batch(service, settings.model, *message)
         heads = [
             {"status": a.status, "content_type": a.content_type, "headers": a.headers}
             for a in answers
         ]
-        _send(
-            connection,
-            {
-                "answers": heads,
-                "measurements": measurements(service),
-                "leaving": service.is_exhausted,
-            },
-            [answer.body for answer in answers],
-        )
+        _send(connection, {"answers": heads}, [answer.body for answer in answers])
+        # The client does not wait for what is collected for the metrics.
+        rest = {"measurements": measurements(service), "leaving": service.is_exhausted}
+        _send(connection, rest)
         if service.is_exhausted:
             return NO_MEMORY
     return 0
@@ -154,7 +150,9 @@ def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
 
 
 def _send(connection: socket.socket, head: dict[str, Any], bodies: Sequence[bytes] = ()) -> None:
-    for part in wire.pack(head, bodies):
+    parts = wire.pack(head, bodies)
+    # Small parts at once: the reader wakes up once.
+    for part in [b"".join(parts)] if sum(map(len, parts)) <= JOINED_BYTES else parts:
         connection.sendall(part)
 
 
