@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from training.comparison.paper import Claim, Finding, claims
+from training.comparison.report import _comparable
 from training.recipes import recipe_names
 
 HOLDS, FAILS, UNDECIDED = Finding.HOLDS, Finding.FAILS, Finding.UNDECIDED
@@ -54,3 +57,17 @@ def test_a_system_between_two_others() -> None:
 
 def test_claims_are_of_systems_that_exist() -> None:
     assert {system for claim in claims(("one",)) for system in claim.systems} <= set(recipe_names())
+
+
+def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> None:
+    def run(seed: int, images: int) -> dict[str, Any]:
+        state = {"images": images, "inferring_since": None}
+        return {"seed": seed, "state": state, "budget": {"minutes": None}}
+
+    plain = [run(0, 400_000), run(1, 80_000), run(3, 150_000)]
+    residual = [run(0, 150_016), run(3, 150_016)]
+    assert _comparable([residual, plain]) == (residual[1], plain[2])
+    assert _comparable([residual[:1], plain]) == (residual[0], plain[2])
+    assert _comparable([plain, plain]) == (plain[0], plain[0])
+    assert _comparable([plain[:1], residual[:1]]) == (plain[0], residual[0])  # budgets differ
+    assert _comparable([plain, []]) is None

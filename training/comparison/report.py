@@ -356,11 +356,16 @@ def _measured_runs(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str
 def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] | None:
     """Choose one run of each system: among runs with equal budgets, those that learned most.
 
-    Of several seeds it is the first; ``None`` if a system has no run.
+    Of several it is runs with the same seed, which were trained together, and of those the first;
+    ``None`` if a system has no run.
     """
     candidates = list(itertools.product(*runs))
     equal = [rows for rows in candidates if _shared_budget(rows)]
-    return max(equal or candidates, key=lambda rows: min(map(_learned, rows)), default=None)
+    return max(
+        equal or candidates,
+        key=lambda rows: (min(map(_learned, rows)), len({row["seed"] for row in rows}) == 1),
+        default=None,
+    )
 
 
 def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
