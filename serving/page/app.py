@@ -95,11 +95,13 @@ def build_page(served: Served) -> gr.Blocks:
         f'<header class="ade-head">{MARK}<div><h1>{NAME}</h1><p>{TAGLINE}{only}</p></div></header>'
     )
     with PageBlocks(title=NAME, analytics_enabled=False) as page:
-        html(head)
         choices = [(name, value) for value, name in names.items()]
-        model = gr.Dropdown(
-            choices, value=served.first, label="Model", visible=len(served.bundles) > 1
-        )
+        with gr.Row(equal_height=True):
+            with gr.Column(scale=2, min_width=280):
+                html(head)
+            # Beside the head, so that a first verdict needs no scrolling.
+            with gr.Column(scale=1, min_width=280, visible=len(names) > 1):
+                model = gr.Dropdown(choices, value=served.first, label="Model")
         inbox, examples = make_inbox(), example_files(served)
         shown = gr.Radio(list(TABS), value=next(iter(TABS)), visible=False)
         with gr.Tabs(overflow_behavior="wrap") as tabs:
