@@ -12,6 +12,7 @@ import logging
 import socket
 import sys
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from handlers.asgi import wire
@@ -159,6 +160,17 @@ class Pool:
         self.metrics.update(metric.name, {"model_name": self.name, MODEL: self._identity}, seconds)
 
 
+@contextlib.contextmanager
+def _answering(seconds: float) -> Iterator[None]:
+    """Turn what a connection raises when it ends or is silent into a :class:`WorkerError`."""
+    try:
+        yield
+    except TimeoutError:
+        raise WorkerError(f"it did not answer within {seconds:g} s") from None
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
+        raise WorkerError(f"its connection ended: {error}") from None
+
+
 class _Process:
     """A running worker."""
 
@@ -179,7 +191,8 @@ class _Process:
         Raises:
             WorkerError: there is none.
         """
-        self._writer.writelines(parts)
+        with _answering(seconds):
+            self._writer.writelines(parts)
         return await self.next(seconds)
 
     async def next(self, seconds: float) -> wire.Message:
@@ -188,14 +201,10 @@ class _Process:
         Raises:
             WorkerError: there is none.
         """
-        try:
+        with _answering(seconds):
             async with asyncio.timeout(seconds):
                 await self._writer.drain()
                 return await wire.receive(self._reader)
-        except TimeoutError:
-            raise WorkerError(f"it did not answer within {seconds:g} s") from None
-        except (EOFError, OSError, ValueError) as error:
-            raise WorkerError(f"its connection ended: {error}") from None
 
     async def end(self) -> int:
         """Kill it unless it has ended; returns its exit code."""
@@ -319,6 +328,7 @@ class _Worker:
                     )
             rest, _ = await process.next(RESPONSE_TIMEOUT_S)
             self._measure(rest)
+            is_leaving = rest["leaving"]
         except (WorkerError, KeyError, ValueError, TypeError, AttributeError) as error:
             for job in batch:
                 job.fail(
@@ -333,7 +343,7 @@ class _Worker:
             for job in batch:
                 job.fail(_stopping())
             raise
-        if rest["leaving"]:
+        if is_leaving:
             raise WorkerError("a request did not fit into memory")
 
     def _measure(self, head: dict[str, Any]) -> None:
