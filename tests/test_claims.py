@@ -68,6 +68,8 @@ def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> No
     residual = [run(0, 150_016), run(3, 150_016)]
     assert _comparable([residual, plain]) == (residual[1], plain[2])
     assert _comparable([residual[:1], plain]) == (residual[0], plain[2])
+    more = [run(0, 150_000), run(1, 150_100)]  # the difference counts as none
+    assert _comparable([residual[:1], more]) == (residual[0], more[0])
     assert _comparable([plain, plain]) == (plain[0], plain[0])
     assert _comparable([plain[:1], residual[:1]]) == (plain[0], residual[0])  # budgets differ
     assert _comparable([plain, []]) is None

@@ -34,6 +34,7 @@ from training.runs import RunError, latest_checkpoint
 from training.weights import count_weights
 
 GRID = 8  # samples per side
+SAME_BUDGET = 0.01  # difference between numbers of images that counts as none
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
 # Findings in the plural.
 SEVERAL = {"holds": "hold", "does not hold here": "do not hold here"}
@@ -360,18 +361,20 @@ def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] 
     ``None`` if a system has no run.
     """
     candidates = list(itertools.product(*runs))
-    equal = [rows for rows in candidates if _shared_budget(rows)]
-    return max(
-        equal or candidates,
-        key=lambda rows: (min(map(_learned, rows)), len({row["seed"] for row in rows}) == 1),
-        default=None,
-    )
+    candidates = [rows for rows in candidates if _shared_budget(rows)] or candidates
+    most = max((min(map(_learned, rows)) for rows in candidates), default=0)
+
+    def preference(rows: tuple[dict[str, Any], ...]) -> tuple[bool, bool]:
+        is_longest = math.isclose(min(map(_learned, rows)), most, rel_tol=SAME_BUDGET)
+        return is_longest, len({row["seed"] for row in rows}) == 1
+
+    return max(candidates, key=preference, default=None)
 
 
 def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
     """The budget that runs share: a number of images or a time; ``None`` if neither."""
     first = rows[0]
-    if all(math.isclose(_learned(first), _learned(row), rel_tol=0.01) for row in rows):
+    if all(math.isclose(_learned(first), _learned(row), rel_tol=SAME_BUDGET) for row in rows):
         return f"{_learned(first):,} images"
     minutes = first["budget"]["minutes"]
     timed = minutes is not None and all(
