@@ -100,8 +100,14 @@ def build_page(served: Served) -> gr.Blocks:
             with gr.Column(scale=2, min_width=280):
                 html(head)
             # Beside the head, so that a first verdict needs no scrolling.
-            with gr.Column(scale=1, min_width=280, visible=len(names) > 1):
-                model = gr.Dropdown(choices, value=served.first, label="Model")
+            model = gr.Dropdown(
+                choices,
+                value=served.first,
+                label="Model",
+                visible=len(names) > 1,
+                scale=1,
+                min_width=280,
+            )
         inbox, examples = make_inbox(), example_files(served)
         shown = gr.Radio(list(TABS), value=next(iter(TABS)), visible=False)
         with gr.Tabs(overflow_behavior="wrap") as tabs:

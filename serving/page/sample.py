@@ -93,12 +93,15 @@ def add_tab(shared: Shared) -> None:
             write_file(archive(images, texts), f"{name}.npz"),
         )
 
-    def settle(samples: list[Any] | None) -> Any:
-        """Clear the choice of a sample and enable the downloads."""
+    def settle(samples: list[Any] | None, path: str | None) -> Any:
+        """Clear the choice among earlier samples and enable the downloads."""
         if not samples:
             return (gr.skip(),) * (len(shown) + len(chosen))
-        gallery = gr.Gallery(columns=math.ceil(math.sqrt(len(samples))), selected_index=None)
         enabled = gr.DownloadButton(interactive=True)
+        columns = math.ceil(math.sqrt(len(samples)))
+        if path in [str(sample[0]) for sample in samples]:  # chosen before this ran
+            return gr.Gallery(columns=columns), enabled, enabled, *(gr.skip(),) * len(chosen)
+        gallery = gr.Gallery(columns=columns, selected_index=None)
         return gallery, enabled, enabled, *choose(None)
 
     def clear_other_samples(model: str, runs: Runs) -> Any:
@@ -262,13 +265,16 @@ def add_tab(shared: Shared) -> None:
             show_progress="hidden",
             api_visibility="private",
         )
+    # One after another, so that none undoes a choice that came after it.
+    in_order: dict[str, Any] = {"concurrency_id": "choice", "concurrency_limit": 1}
     gallery.change(
         settle,
-        gallery,
+        [gallery, picked],
         [*shown, *chosen],
         show_progress="hidden",
         trigger_mode="always_last",
         api_visibility="private",
+        **in_order,
     )
     shared.model.change(
         clear_other_samples,
@@ -278,7 +284,9 @@ def add_tab(shared: Shared) -> None:
         queue=False,
         api_visibility="private",
     )
-    gallery.select(pick, gallery, chosen, show_progress="hidden", api_visibility="private")
+    gallery.select(
+        pick, gallery, chosen, show_progress="hidden", api_visibility="private", **in_order
+    )
 
 
 def hand_on(path: str | None, tab: str) -> tuple[str, Any]:
