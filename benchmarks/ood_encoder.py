@@ -21,7 +21,7 @@ from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
-from serving.verdict.semantic import ENERGY, FEATURES, free_energy
+from serving.verdict.semantic import FEATURES, LOGITS, OF_NETWORK, semantic_statistics
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.encoder import TrainedEncoder, train_encoder
@@ -37,17 +37,21 @@ def with_features(
     statistics: Statistics, images: np.ndarray, encoder: TrainedEncoder | None
 ) -> Statistics:
     """Statistics with an encoder's features instead of the bundle's, or without any."""
-    kept = {name: values for name, values in statistics.items() if name not in (FEATURES, ENERGY)}
+    kept = {name: values for name, values in statistics.items() if name not in OF_NETWORK}
     if encoder is None:
         return kept
     with torch.inference_mode():
         outputs = [
             values.numpy() for values in encoder.network(torch.from_numpy(np.asarray(images)))
         ]
-    kept[FEATURES] = outputs[0]
-    if len(outputs) > 1:
-        kept[ENERGY] = free_energy(outputs[1])
+    kept |= semantic_statistics(dict(zip((FEATURES, LOGITS), outputs, strict=False)))
     return kept
+
+
+def area(usual: np.ndarray, unusual: np.ndarray) -> float:
+    """The AUROC of scores."""
+    truth = np.repeat([0, 1], [len(usual), len(unusual)])
+    return float(roc_auc_score(truth, np.append(usual, unusual)))
 
 
 def areas(
@@ -59,9 +63,7 @@ def areas(
     made = fit_calibration(first, found["calibrate"])
     scores = {name: made.surprise(made.normal(made.rows(its))) for name, its in found.items()}
     areas = {
-        name: roc_auc_score(
-            np.repeat([0, 1], [len(scores["test"]), len(its)]), np.append(scores["test"], its)
-        )
+        name: area(scores["test"], its)
         for name, its in scores.items()
         if name not in ("fit", "calibrate", "test")
     }

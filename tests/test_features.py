@@ -36,7 +36,17 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine, Score
 from serving.verdict.calibration import CalibrationError, Calibrations
-from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, KnownImages
+from serving.verdict.semantic import (
+    DISTANCE,
+    ENERGY,
+    FEATURES,
+    FREE_ENERGY,
+    LOGITS,
+    PRIOR_IMAGES,
+    PROBABILITIES,
+    KnownImages,
+    semantic_statistics,
+)
 from serving.verdict.store import path_of
 from tests.helpers import PRETRAINED, make_folder, with_calibrations
 from tests.test_ood import draw
@@ -247,33 +257,102 @@ def features(seed: int, count: int, width: int = 20) -> np.ndarray:
     return np.abs(np.random.default_rng(seed).normal(size=(count, width))).astype(np.float32)
 
 
-def test_distances_by_hand() -> None:
+def test_coordinates_by_hand() -> None:
     some, others = features(0, 50), features(1, 7)
-    known = KnownImages.of(some)
-    cosines = (others @ some.T) / np.linalg.norm(others, axis=1)[:, None]
-    cosines /= np.linalg.norm(some, axis=1)
-    tenth = np.sort(cosines, axis=1)[:, -10]
-    np.testing.assert_allclose(
-        known.distances(others), -tenth * np.linalg.norm(others, axis=1), rtol=2e-3
-    )
-    np.testing.assert_array_equal(known.nearest(others, 1)[:, 0], cosines.argmax(1))
+    known = KnownImages.of({FEATURES: some})
+
+    def distances(images: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+        cosines = images @ neighbours.T / np.linalg.norm(images, axis=1)[:, None]
+        cosines /= np.linalg.norm(neighbours, axis=1)
+        found: np.ndarray = -np.sort(cosines, axis=1)[:, -10]
+        return found
+
     # An image is not its own neighbour where the density is fitted.
-    alone = KnownImages.of(np.delete(some, 3, axis=0)).distances(some[3:4])
-    assert known.distances(some, known=True)[3] == alone[0] > known.distances(some)[3]
+    own = np.array([distances(some[[i]], np.delete(some, i, axis=0))[0] for i in range(50)])
+    found = known.coordinates({FEATURES: others})
+    assert list(found) == [DISTANCE]
+    expected = (distances(others, some) - own.mean()) / own.std()
+    np.testing.assert_allclose(found[DISTANCE], expected, atol=2e-2)
+    own_found = known.coordinates({FEATURES: some}, known=True)[DISTANCE]
+    np.testing.assert_allclose(own_found, (own - own.mean()) / own.std(), atol=2e-2)
+    cosines = (others / np.linalg.norm(others, axis=1)[:, None]) @ (
+        some / np.linalg.norm(some, axis=1)[:, None]
+    ).T
+    np.testing.assert_array_equal(known.nearest(others, 1)[:, 0], cosines.argmax(1))
 
 
-def test_distances_do_not_depend_on_the_batch() -> None:
-    known = KnownImages.of(features(0, 500, 257))
-    others = features(1, 33, 257)
-    many = known.distances(others)
-    assert all(known.distances(others[i : i + 1])[0] == many[i] for i in range(33))
+def test_what_is_usual_depends_on_the_class() -> None:
+    rng = np.random.default_rng(0)
+    classes = np.repeat([0, 2], [400, 100])
+    energy = np.where(classes == 0, -8 + rng.normal(size=500), -3 + 0.5 * rng.normal(size=500))
+    shares = np.eye(3)[classes]
+    known = KnownImages.of({FEATURES: features(0, 500), FREE_ENERGY: energy, PROBABILITIES: shares})
+    assert known.usual.shape == (3, 2, 2) and known.problem() is None
+    for number in (0, 1, 2):  # ten images of all classes belong to each one
+        own, everyone = energy[classes == number], np.array([energy.mean(), energy.var()])
+        count = len(own) + PRIOR_IMAGES
+        mean = (own.sum() + PRIOR_IMAGES * everyone[0]) / count
+        prior = PRIOR_IMAGES * (everyone[1] + (everyone[0] - mean) ** 2)
+        spread = np.sqrt((np.square(own - mean).sum() + prior) / count)
+        np.testing.assert_allclose(known.usual[number, 1], [mean, spread])
+
+    def found(share: list[float]) -> float:
+        statistics = {FEATURES: features(1, 1), FREE_ENERGY: np.array([-3.0])}
+        statistics[PROBABILITIES] = np.array([share])
+        return float(known.coordinates(statistics)[ENERGY][0])
+
+    assert found([1, 0, 0]) > 4 and abs(found([0, 0, 1])) < 0.7
+    # Nothing jumps where two classes are equally probable.
+    assert found([1, 0, 0]) > found([0.51, 0, 0.49]) > found([0.49, 0, 0.51]) > found([0, 0, 1])
+    assert found([0.51, 0, 0.49]) - found([0.49, 0, 0.51]) < 0.2
+
+
+def test_a_network_with_other_classes_is_noticed() -> None:
+    both = {FEATURES: features(0, 50), FREE_ENERGY: features(1, 50)[:, 0]}
+    both[PROBABILITIES] = np.full((50, 4), 0.25)
+    known, bare = KnownImages.of(both), KnownImages.of({FEATURES: both[FEATURES]})
+    for its, statistics in (
+        (known, {FEATURES: both[FEATURES]}),
+        (bare, both),
+        (known, {**both, PROBABILITIES: np.full((50, 5), 0.2)}),
+    ):
+        with pytest.raises(ValueError, match="do not fit known images"):
+            its.coordinates(statistics)
+
+
+@pytest.mark.parametrize("constant", [DISTANCE, ENERGY])
+def test_a_coordinate_that_does_not_vary_is_left_out(constant: str) -> None:
+    rng = np.random.default_rng(0)
+    sets = [semantic_draw(rng, 100), semantic_draw(rng, 100), semantic_draw(rng, 10)]
+    for statistics in sets:
+        if constant == ENERGY:
+            statistics[FREE_ENERGY][:] = -12.34
+        else:
+            statistics[FEATURES][:] = 1.5
+    fitted = fit_calibration(*sets[:2])
+    fitted.check_values()
+    assert {DISTANCE, ENERGY} - set(fitted.names) == {constant}
+    assert np.isfinite(fitted.scores_of(sets[2])).all()
+
+
+def test_coordinates_do_not_depend_on_the_batch() -> None:
+    def draw_of(seed: int, count: int) -> dict[str, np.ndarray]:
+        logits = 9 * features(seed + 1, count, 33)
+        return semantic_statistics({FEATURES: features(seed, count, 257), LOGITS: logits})
+
+    known, others = KnownImages.of(draw_of(0, 500)), draw_of(2, 33)
+    many = known.coordinates(others)
+    for i in range(33):
+        one = known.coordinates({name: values[i : i + 1] for name, values in others.items()})
+        assert all(one[name][0] == many[name][i] for name in (DISTANCE, ENERGY))
 
 
 def semantic_draw(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     return {
         **draw(rng, n),
         FEATURES: np.abs(rng.normal(size=(n, 12))).astype(np.float32),
-        ENERGY: rng.normal(size=n).astype(np.float32),
+        FREE_ENERGY: rng.normal(size=n).astype(np.float32),
+        PROBABILITIES: rng.dirichlet(np.ones(3), n).astype(np.float32),
     }
 
 
@@ -287,8 +366,8 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     for alpha in (0.1, 0.01):
         assert abs(np.mean([v.p_value <= alpha for v in usual]) - alpha) < 0.35 * alpha + 0.01
     unusual = semantic_draw(rng, 50)
-    unusual[ENERGY] += 9
-    unusual[FEATURES] /= 9
+    unusual[FREE_ENERGY] += 9
+    unusual[FEATURES] = np.eye(12, dtype=np.float32)[np.arange(50) % 12]
     found = fitted.verdicts(unusual, np.full(50, 0.5))
     assert np.mean([v.p_value <= 0.01 for v in found]) > 0.95
     assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
@@ -500,13 +579,20 @@ def test_damaged_features_of_known_images_are_noticed() -> None:
     good = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
     good.check_values()
     assert good.known is not None
-    vectors = good.known.vectors
+    vectors, usual = good.known.directions, good.known.usual
     for known, message in (
-        (KnownImages(vectors.astype(np.float32), 1.0), "known_vectors must be int16"),
-        (KnownImages(vectors[0], 1.0), "known_vectors must be int16"),
-        (KnownImages(vectors[:1], 1.0), "m at least 2, got int16 .1, 12"),
-        (KnownImages(vectors, float("nan")), "known_weight must be a finite number"),
-        (KnownImages(vectors, -1.0), "known_weight must be a finite number"),
+        (KnownImages(vectors.astype(np.float32), usual, 1.0), "known_directions must be int16"),
+        (KnownImages(vectors[0], usual, 1.0), "known_directions must be int16"),
+        (KnownImages(vectors[:1], usual, 1.0), "m at least 2, got int16 .1, 12"),
+        (KnownImages(vectors, usual[0], 1.0), "known_usual must be numbers of shape"),
+        (KnownImages(vectors, usual[:, :, :1], 1.0), "known_usual must be numbers of shape"),
+        (KnownImages(vectors, usual.astype(str), 1.0), "known_usual must be numbers of shape"),
+        (KnownImages(vectors, usual[:0], 1.0), "known_usual must be finite means"),
+        (KnownImages(vectors, usual[:, :1], 1.0), "known_usual lacks semantic_energy"),
+        (KnownImages(vectors, 0 * usual, 1.0), "known_usual must be finite means and positive"),
+        (KnownImages(vectors, usual + np.inf, 1.0), "known_usual must be finite means"),
+        (KnownImages(vectors, usual, float("nan")), "known_weight must be a finite number"),
+        (KnownImages(vectors, usual, -1.0), "known_weight must be a finite number"),
         (None, "must come last, with known images"),
     ):
         with pytest.raises(CalibrationError, match=message):
@@ -561,7 +647,7 @@ def test_an_encoder_learns_to_tell_things_apart(
     with torch.inference_mode():
         eager = trained.network(torch.from_numpy(images[500:]))[0].numpy()
     np.testing.assert_allclose(found["features"], eager, rtol=1e-3, atol=1e-4)
-    known = KnownImages.of(run(made.content, images[:500])["features"])
+    known = KnownImages.of({FEATURES: run(made.content, images[:500])["features"]})
     nearest = known.nearest(found["features"], 1)[:, 0]
     assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
 

@@ -37,7 +37,7 @@ from serving.engine.noise import image_digest, short_digest
 from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
-from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, LOGITS, free_energy
+from serving.verdict.semantic import semantic_statistics
 from serving.verdict.statistics import finite_rows
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
 
@@ -232,6 +232,8 @@ def _calibrate(
         if all(image.resized for half in halves for image in half)
         else _resized(engine, halves, report)
     )
+    for calibration in (exact, resized):
+        calibration.check_values()
     return Calibrations(exact, resized, webp=coder_version()), {
         **about,
         "webp": coder_version(),
@@ -268,10 +270,8 @@ def _warn_if_seen(
     tail = math.floor(TAIL * (count + 1))
     if len(others) < MIN_IMAGES or not tail:
         return
-    found = engine.features(np.stack(others))
-    values = {DISTANCE: calibration.known.distances(found[FEATURES])}
-    if LOGITS in found:
-        values[ENERGY] = free_energy(found[LOGITS])
+    found = semantic_statistics(engine.features(np.stack(others)))
+    values = calibration.known.coordinates(found)
     for name in values.keys() & set(calibration.names):
         reference = calibration.reference[:, calibration.names.index(name)]
         beyond = int((values[name] > reference[-tail]).sum())

@@ -21,7 +21,7 @@ from serving.verdict.calibration import (
     Mixture,
     NormalScores,
 )
-from serving.verdict.semantic import DISTANCE, FEATURES, SEMANTIC_PREFIX, KnownImages
+from serving.verdict.semantic import FEATURES, OF_NETWORK, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX, finite_rows
 
 MIN_IMAGES = 20
@@ -65,7 +65,7 @@ def fit_calibration(
     known, fit, calibrate = _semantic(fit, calibrate)
     names = tuple(
         sorted(
-            (name for name, its in fit.items() if its.ndim == 1 and its.min() < its.max()),
+            (name for name, its in fit.items() if name not in OF_NETWORK and its.min() < its.max()),
             key=lambda name: name.startswith(SEMANTIC_PREFIX),
         )
     )
@@ -98,14 +98,14 @@ def fit_calibration(
 def _semantic(
     fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.ndarray]
 ) -> tuple[KnownImages | None, Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
-    """Make the fitted images the known ones, and add the distance from them to the statistics."""
+    """Make the fitted images the known ones, and give the coordinates that are relative to them."""
     if FEATURES not in fit:
         return None, fit, calibrate
-    known = KnownImages.of(fit[FEATURES])
+    known = KnownImages.of(fit)
     return (
         known,
-        {**fit, DISTANCE: known.distances(fit[FEATURES], known=True)},
-        {**calibrate, DISTANCE: known.distances(calibrate[FEATURES])},
+        {**fit, **known.coordinates(fit, known=True)},
+        {**calibrate, **known.coordinates(calibrate)},
     )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from serving.files import read_file
 from serving.images import coder_version
-from serving.verdict.semantic import DISTANCE, FEATURES, SEMANTIC_PREFIX, KnownImages
+from serving.verdict.semantic import DISTANCE, ENERGY, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX
 
 LEVELS = 257  # of the quantiles that a normal score is read from
@@ -304,6 +304,8 @@ class Calibration:
         problem = self.known and self.known.problem()
         if problem:
             raise CalibrationError(problem)
+        if self.known is not None and ENERGY in self.names and self.known.usual.shape[1] < 2:
+            raise CalibrationError(f"known_usual lacks {ENERGY}")
         for name, array, shape in (
             ("grid", self.normal.grid, (LEVELS, size)),
             ("spread", self.normal.spread, (size,)),
@@ -384,7 +386,7 @@ class Calibration:
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
         if self.known is not None:
-            statistics = {**statistics, DISTANCE: self.known.distances(statistics[FEATURES])}
+            statistics = {**statistics, **self.known.coordinates(statistics)}
         return np.stack([statistics[name] for name in self.names], axis=1)
 
     def scores_of(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:

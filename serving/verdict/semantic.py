@@ -4,13 +4,14 @@ The generative model's statistics see colours, edges and textures. The features 
 of an encoder trained without labels, depend on what an image shows. Each coordinate here is one
 number computed from them, higher for images unlike the known ones:
 
-- ``semantic_distance``: minus the similarity to the tenth nearest known image, which is the cosine
-  times the length of the image's own features. Networks give short features to unfamiliar images
-  (Tack et al., "CSI: Novelty Detection via Contrastive Learning on Distributionally Shifted
-  Instances", 2020, eq. 6; nearest neighbours as in Sun et al., "Out-of-Distribution Detection with
-  Deep Nearest Neighbors", 2022).
+- ``semantic_distance``: minus the cosine similarity to the tenth nearest known image (Sun et al.,
+  "Out-of-Distribution Detection with Deep Nearest Neighbors", 2022).
 - ``semantic_energy``: minus the logarithm of the sum of exponentials of a classifier's logits (Liu
   et al., "Energy-based Out-of-distribution Detection", 2020).
+
+A classifier is surer of some classes than of others. So each coordinate is given in standard
+deviations from the mean of the known images of the same class, both averaged over the classes by
+their predicted probabilities.
 """
 
 from __future__ import annotations
@@ -24,13 +25,37 @@ import numpy as np
 
 SEMANTIC_PREFIX = "semantic_"
 DISTANCE, ENERGY = f"{SEMANTIC_PREFIX}distance", f"{SEMANTIC_PREFIX}energy"
-FEATURES = "features"  # the graph, its output, and the name among statistics: (N, F), the only 2-D
+COORDINATES = (DISTANCE, ENERGY)
+FEATURES = "features"  # the graph and its output
 LOGITS = "logits"
+FREE_ENERGY, PROBABILITIES = "free_energy", "class_probabilities"
+# Statistics from which the coordinates are computed; they are none by themselves.
+OF_NETWORK = (FEATURES, FREE_ENERGY, PROBABILITIES)
 NEIGHBOURS = 10
 MAX_KNOWN = 4000
 # Unit vectors are stored as integers. Sums of their products stay below 2^24, so float32 holds them
 # exactly, and no answer depends on the batch.
 SCALE = 2048
+PRIOR_IMAGES = 10  # of all classes, that count as images of each class besides its own
+SMALLEST_SPREAD = 1e-12  # of any class
+
+
+def semantic_statistics(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a calibration needs of the outputs of a ``features`` graph.
+
+    Args:
+        outputs: ``features``, ``(N, F)``, and ``logits``, ``(N, K)``, if the network has any.
+
+    Returns:
+        ``features``; with logits also ``free_energy``, ``(N,)``, nats, and
+        ``class_probabilities``, ``(N, K)``.
+    """
+    found = {FEATURES: outputs[FEATURES]}
+    if LOGITS in outputs:
+        logits = outputs[LOGITS]
+        energy = free_energy(logits)
+        found |= {FREE_ENERGY: energy, PROBABILITIES: np.exp(logits + energy[:, None])}
+    return found
 
 
 @dataclass(frozen=True)
@@ -38,46 +63,92 @@ class KnownImages:
     """The known images: features of the images that the density was fitted to.
 
     Attributes:
-        vectors: int16 ``(m, F)``, unit vectors times :data:`SCALE`.
+        directions: int16 ``(m, F)``, unit vectors times :data:`SCALE`.
+        usual: float64 ``(K, C, 2)``, mean and standard deviation of each of ``C`` coordinates among
+            the known images of each of ``K`` classes; ``K`` is 1 for a network without classes. A
+            coordinate that does not vary has infinite ones.
         weight: nats that one unit of the coordinates' summed normal scores adds to the OOD score.
     """
 
-    vectors: np.ndarray
+    directions: np.ndarray
+    usual: np.ndarray
     weight: float = 0.0
 
     @classmethod
-    def of(cls, features: np.ndarray) -> KnownImages:
-        """The first :data:`MAX_KNOWN` of float32 ``(m, F)``."""
-        return cls(_directions(features[:MAX_KNOWN]).astype(np.int16))
+    def of(cls, statistics: Mapping[str, np.ndarray]) -> KnownImages:
+        """Of statistics by name; the first :data:`MAX_KNOWN` images become neighbours."""
+        directions = _directions(statistics[FEATURES][:MAX_KNOWN]).astype(np.int16)
+        values = cls(directions, np.empty((0, 0, 2)))._values(statistics, known=True)
+        middle = values.mean(0)
+        values = values - middle
+        shares = _probabilities(statistics).astype(np.float64)
+        count = shares.sum(0)[:, None] + PRIOR_IMAGES
+        mean = shares.T @ values / count
+        square = (shares.T @ np.square(values) + PRIOR_IMAGES * values.var(0)) / count
+        spread = np.sqrt(np.maximum(square - np.square(mean), 0))
+        # A coordinate that does not vary is zero for all images, and is left out.
+        spread[:, values.std(0) < SMALLEST_SPREAD] = np.inf
+        return cls(directions, np.stack([middle + mean, spread], 2))
 
     def problem(self) -> str | None:
         """Why no verdict can be computed with it; ``None`` if one can."""
-        vectors = self.vectors
-        if vectors.dtype != np.int16 or vectors.ndim != 2 or len(vectors) < 2 or not vectors.size:
+        directions, usual = self.directions, self.usual
+        if (
+            directions.dtype != np.int16
+            or directions.ndim != 2
+            or len(directions) < 2
+            or not directions.size
+        ):
             return (
-                "known_vectors must be int16 of shape (m, F), m at least 2, got "
-                f"{vectors.dtype} {vectors.shape}"
+                "known_directions must be int16 of shape (m, F), m at least 2, got "
+                f"{directions.dtype} {directions.shape}"
             )
+        if usual.dtype.kind != "f" or usual.ndim != 3 or usual.shape[1:] not in ((1, 2), (2, 2)):
+            return (
+                "known_usual must be numbers of shape (K, C, 2), C at most 2, got "
+                f"{usual.dtype} {usual.shape}"
+            )
+        mean, spread = usual[..., 0], usual[..., 1]
+        if not usual.size or not np.isfinite(mean).all() or not (spread >= SMALLEST_SPREAD).all():
+            return "known_usual must be finite means and positive standard deviations"
         if not 0 <= self.weight < math.inf:
             return f"known_weight must be a finite number of at least 0, got {self.weight}"
         return None
 
-    def distances(self, features: np.ndarray, known: bool = False) -> np.ndarray:
-        """``semantic_distance`` of each image, float32 ``(N,)``.
+    def coordinates(
+        self, statistics: Mapping[str, np.ndarray], known: bool = False
+    ) -> dict[str, np.ndarray]:
+        """The coordinates by name, float32 ``(N,)``, in standard deviations.
 
         Args:
-            features: float32 ``(N, F)``.
+            statistics: those of :func:`semantic_statistics`, by name.
             known: whether these are the known images, in the same order; then no image counts as
                 its own neighbour.
+
+        Raises:
+            ValueError: they are of another network: it has classes or has none, or other ones.
         """
-        similarities = self._similarities(features)
+        values, shares = self._values(statistics, known), _probabilities(statistics)
+        if (shares.shape[1], values.shape[1]) != self.usual.shape[:2]:
+            raise ValueError(
+                f"{shares.shape[1]} classes and {values.shape[1]} coordinates do not fit known "
+                f"images with {self.usual.shape[0]} and {self.usual.shape[1]}"
+            )
+        # Without a library for products of matrices: no answer depends on the batch.
+        usual = np.einsum("nk,kcs->ncs", shares, self.usual, optimize=False)
+        values = (values - usual[..., 0]) / usual[..., 1]
+        names = COORDINATES[: values.shape[1]]
+        return dict(zip(names, values.T.astype(np.float32), strict=True))
+
+    def _values(self, statistics: Mapping[str, np.ndarray], known: bool) -> np.ndarray:
+        """The coordinates before they are compared with what is usual, float64 ``(N, C)``."""
+        similarities = self._similarities(statistics[FEATURES])
         if known:
             np.fill_diagonal(similarities, -np.inf)
-        neighbour = min(NEIGHBOURS, len(self.vectors) - 1)
+        neighbour = min(NEIGHBOURS, len(self.directions) - 1)
         nearest = np.partition(similarities, -neighbour, axis=1)[:, -neighbour]
-        lengths = np.sqrt(np.square(features).sum(1))
-        distances: np.ndarray = (-lengths * nearest / SCALE**2).astype(np.float32)
-        return distances
+        energy = [statistics[FREE_ENERGY]] if FREE_ENERGY in statistics else []
+        return np.stack([-nearest / SCALE**2, *energy], axis=1).astype(np.float64)
 
     def nearest(self, features: np.ndarray, count: int) -> np.ndarray:
         """Rows of the nearest known images, the nearest first; int ``(N, count)``."""
@@ -91,22 +162,45 @@ class KnownImages:
 
     @cached_property
     def _columns(self) -> np.ndarray:
-        return np.ascontiguousarray(self.vectors.T.astype(np.float32))
+        return np.ascontiguousarray(self.directions.T.astype(np.float32))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name."""
-        return {"known_vectors": self.vectors, "known_weight": np.array(self.weight)}
+        return {
+            "known_directions": self.directions,
+            "known_usual": self.usual,
+            "known_weight": np.array(self.weight),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> KnownImages | None:
-        """Rebuild from :meth:`arrays`, with names after a prefix; ``None`` without such arrays."""
-        if f"{prefix}known_vectors" not in arrays:
+        """Rebuild from :meth:`arrays`, with names after a prefix; ``None`` without such arrays.
+
+        Raises:
+            ValueError: they are of a version that judged otherwise.
+        """
+        if f"{prefix}known_vectors" in arrays:
+            raise ValueError(
+                "its features are judged in a way that this version does not know; ade calibrate "
+                "makes another"
+            )
+        if f"{prefix}known_directions" not in arrays:
             return None
-        return cls(arrays[f"{prefix}known_vectors"], float(arrays[f"{prefix}known_weight"].item()))
+        return cls(
+            arrays[f"{prefix}known_directions"],
+            arrays[f"{prefix}known_usual"],
+            float(arrays[f"{prefix}known_weight"].item()),
+        )
+
+
+def _probabilities(statistics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """``(N, K)``; of a network without classes, that of a single one."""
+    alone = np.ones((len(statistics[FEATURES]), 1), np.float32)
+    return statistics.get(PROBABILITIES, alone)
 
 
 def free_energy(logits: np.ndarray) -> np.ndarray:
-    """``semantic_energy``, ``(N,)``, of ``(N, K)``."""
+    """Of logits ``(N, K)``, ``(N,)``, nats."""
     top = logits.max(1)
     energy: np.ndarray = -top - np.log(np.exp(logits - top[:, None]).sum(1))
     return energy

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from serving.images import lossless_bits
-from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, LOGITS, free_energy
+from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, semantic_statistics
 
 COSTS = ("distortion", "log_det", "latents")
 
@@ -66,8 +66,9 @@ def compute_statistics(
             ``features`` graph as well, if the bundle has one.
 
     Returns:
-        float32 ``(N,)`` by name, always in the same order. With a ``features`` graph, ``features``,
-        ``(N, F)``, are among them, from which a calibration computes ``semantic_distance``.
+        float32 ``(N,)`` by name, always in the same order. With a ``features`` graph, those of
+        :func:`serving.verdict.semantic.semantic_statistics` are among them, from which a
+        calibration computes the semantic coordinates.
     """
     parts = outputs["parts"].astype(np.float64)
     levels = parts.shape[1] - 2
@@ -88,10 +89,8 @@ def compute_statistics(
     found["map_low"] = np.quantile(bits.reshape(len(bits), -1), LOW, axis=1)
     found["map_follows_edges"] = _correlation(bits, _edges(images))
     found |= _of_map("log_det_map", cost[:, COSTS.index("log_det")])
-    if LOGITS in outputs:
-        found[ENERGY] = free_energy(outputs[LOGITS])
     if FEATURES in outputs:
-        found[FEATURES] = outputs[FEATURES]
+        found |= semantic_statistics(outputs)
     return {name: values.astype(np.float32) for name, values in found.items()}
 
 

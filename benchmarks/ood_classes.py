@@ -1,0 +1,119 @@
+"""Are images of classes noticed that neither the encoder nor the calibration has seen?
+
+Three times, an encoder is trained on the training images of seven classes of CIFAR-10, the density
+is fitted to held-out images of these, and images of the three other classes are OOD. So are
+corrupted images. The table has AUROCs of the served score, of its parts, and of a score that
+judges all classes alike. Distance and weight were chosen on these splits.
+
+Training is stopped by the clock: on a busy machine, look at the images seen.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.ood_classes pretrained/cifar10 --root CIFAR10
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.ood_encoder import Statistics, area, with_features
+from export.verdict.calibrate import statistics_of
+from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.detector import fit_calibration
+from serving.engine.engine import InferenceEngine
+from serving.verdict.semantic import COORDINATES, FREE_ENERGY, PROBABILITIES
+from training.data import ImageSet
+from training.datasets import load_dataset
+from training.encoder import TrainedEncoder, train_encoder
+
+SPLITS = ((2, 4, 6), (0, 3, 9), (1, 5, 8))  # birds, deer, frogs; planes, cats, trucks; cars, …
+FIT, CORRUPTED = 2000, 210
+TEST, OTHERS = "test", "classes"
+
+
+def areas(
+    sets: dict[str, tuple[np.ndarray, Statistics]], encoder: TrainedEncoder | None
+) -> dict[str, tuple[float, float, float]]:
+    """AUROCs by the score: against held-out classes, subtle corruptions and gross ones."""
+    found = {name: with_features(its, images, encoder) for name, (images, its) in sets.items()}
+    scores = _scores(found, "served" if encoder else "56 statistics")
+    if encoder is not None and encoder.classes:
+        network = (FREE_ENERGY, PROBABILITIES)
+        alike = {
+            name: {
+                **{key: values for key, values in its.items() if key not in network},
+                FREE_ENERGY: its[FREE_ENERGY],
+                PROBABILITIES: np.ones((len(its[FREE_ENERGY]), 1), np.float32),
+            }
+            for name, its in found.items()
+        }
+        scores |= _scores(alike, "all classes judged alike")
+
+    def mean(its: dict[str, np.ndarray], names: Iterable[str]) -> float:
+        return float(np.mean([area(its[TEST], its[name]) for name in names]))
+
+    return {
+        name: (mean(its, [OTHERS]), mean(its, SUBTLE), mean(its, CORRUPTIONS))
+        for name, its in scores.items()
+    }
+
+
+def _scores(found: dict[str, Statistics], name: str) -> dict[str, dict[str, np.ndarray]]:
+    """The OOD scores of a calibration fitted to ``fit``, and its coordinates, by set."""
+    made = fit_calibration(found["fit"], found[TEST])  # the calibration half changes no score
+    rows = {key: made.rows(its) for key, its in found.items()}
+    scores = {name: {key: made.surprise(made.normal(its)) for key, its in rows.items()}}
+    for coordinate in filter(made.names.__contains__, COORDINATES):
+        column = made.names.index(coordinate)
+        scores[f"{name}: `{coordinate}` alone"] = {k: its[:, column] for k, its in rows.items()}
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--root", required=True, help="folder of CIFAR-10")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument(
+        "--kinds", nargs="+", choices=("labels", "none"), default=["labels", "none"]
+    )
+    args = parser.parse_args()
+    parts = load_dataset("cifar10", args.root).parts
+    engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
+    held_out = [parts[part] for part in ("select", "calibrate")]
+    pixels = np.concatenate([np.asarray(part.images[:]) for part in held_out])
+    labels = np.concatenate([np.asarray(part.labels) for part in held_out])
+    statistics = statistics_of(engine, pixels, "held out")
+    train_labels = np.asarray(parts["train"].labels)
+    print("| held-out classes | encoder | images seen | score | classes | subtle | gross |")
+    print("|---|---|---|---|---|---|---|")
+    for split in SPLITS:
+        known = np.random.default_rng(0).permutation(np.flatnonzero(~np.isin(labels, split)))
+        rows = {"fit": known[:FIT], TEST: known[FIT:], OTHERS: np.isin(labels, split)}
+        sets = {
+            name: (pixels[its], {k: v[its] for k, v in statistics.items()})
+            for name, its in rows.items()
+        }
+        for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
+            changed = corrupt(sets[TEST][0][:CORRUPTED], np.random.default_rng(0))
+            sets[name] = (changed, statistics_of(engine, changed, name))
+        assert all(len(images) == len(its["bpd"]) for images, its in sets.values())
+        chosen = np.flatnonzero(~np.isin(train_labels, split))
+        for kind in ("", *args.kinds):
+            encoder = None
+            if kind:
+                its_labels = train_labels[chosen] if kind == "labels" else None
+                images = ImageSet(np.asarray(parts["train"].images[chosen]), its_labels)
+                encoder = train_encoder(images, args.minutes, torch.device("cpu"))
+            about = {"": "none", "labels": "with labels", "none": "without labels"}[kind]
+            for score, found in areas(sets, encoder).items():
+                seen = "" if encoder is None else f"{encoder.images_seen:,}"
+                figures = " | ".join(f"{value:.3f}" for value in found)
+                print(f"| {split} | {about} | {seen} | {score} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
