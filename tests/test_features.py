@@ -574,6 +574,20 @@ def test_named_calibrations_are_tied_to_the_features(
     assert f"without features.onnx: {DISTANCE}" in broken["night"]
 
 
+def test_a_calibration_that_judged_features_otherwise_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    made = Calibrations(fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200)))
+    path = tmp_path / "calibration.npz"
+    path.write_bytes(made.to_bytes())
+    assert Calibrations.load(path).exact is not None
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["known_vectors"] = arrays.pop("known_directions")
+    np.savez(path, **arrays)
+    with pytest.raises(CalibrationError, match="does not know; ade calibrate makes another"):
+        Calibrations.load(path)
+
+
 def test_damaged_features_of_known_images_are_noticed() -> None:
     rng = np.random.default_rng(0)
     good = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
