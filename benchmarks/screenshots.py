@@ -28,10 +28,16 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from benchmarks.traffic import running
-from serving.engine.bundle import FORMAT_VERSION, MANIFEST_NAME, WEIGHTS_NAME
+from serving.engine.bundle import (
+    CALIBRATION_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+)
 from serving.page.app import TABS
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.served import EXAMPLES
+from serving.verdict.calibration import CalibrationError, Calibrations
 
 BUNDLE = Path("pretrained") / "cifar10"
 WIDTHS = {1280: 900, 768: 1024, 390: 844}  # and heights of the windows
@@ -220,10 +226,10 @@ def contact_sheet(rows: list[list[Path]]) -> bytes:
 
 
 def model_before(bundle: Path, into: Path) -> Path | None:
-    """Unpack the model that the repository had before ``bundle``, under the name ``previous``.
+    """Unpack the newest earlier model that this version can serve, under the name ``previous``.
 
     Returns:
-        The folder; ``None`` if the history is missing or has none of this format.
+        The folder; ``None`` if the history is missing or has none.
     """
 
     def git(*command: str) -> bytes:
@@ -244,6 +250,10 @@ def model_before(bundle: Path, into: Path) -> Path | None:
             packed = io.BytesIO(git("archive", commit, bundle.as_posix()))
             with tarfile.open(fileobj=packed) as archive:
                 archive.extractall(into, filter="data")
+            try:
+                Calibrations.load(into / bundle / CALIBRATION_NAME)
+            except CalibrationError:
+                continue  # a version before made it
             manifest["name"] = "previous"
             (into / name).write_text(json.dumps(manifest))
             return into / bundle
