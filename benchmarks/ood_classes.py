@@ -24,7 +24,7 @@ from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
-from serving.verdict.semantic import COORDINATES, FREE_ENERGY, PROBABILITIES
+from serving.verdict.semantic import COORDINATES, PROBABILITIES
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.encoder import TrainedEncoder, train_encoder
@@ -41,13 +41,8 @@ def areas(
     found = {name: with_features(its, images, encoder) for name, (images, its) in sets.items()}
     scores = _scores(found, "served" if encoder else "56 statistics")
     if encoder is not None and encoder.classes:
-        network = (FREE_ENERGY, PROBABILITIES)
         alike = {
-            name: {
-                **{key: values for key, values in its.items() if key not in network},
-                FREE_ENERGY: its[FREE_ENERGY],
-                PROBABILITIES: np.ones((len(its[FREE_ENERGY]), 1), np.float32),
-            }
+            name: {key: values for key, values in its.items() if key != PROBABILITIES}
             for name, its in found.items()
         }
         scores |= _scores(alike, "all classes judged alike")

@@ -697,9 +697,10 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
             *(str(tmp_path), ServingOptions(device="cpu")),
         )
         pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
-        (place,), process = pool._workers, Answering()
+        (place,) = pool._workers
+        process: Any = Answering()
         place.is_ready = True
-        pool._tasks.append(asyncio.create_task(place.keep(process)))  # type: ignore[arg-type]
+        pool._tasks.append(asyncio.create_task(place.keep(process)))
         request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
         async with asyncio.timeout(5):
             found = await pool.answer(request)

@@ -189,7 +189,7 @@ class _Process:
         """Send a message and wait for the next.
 
         Raises:
-            WorkerError: there is none.
+            WorkerError: no valid message comes in time.
         """
         with _answering(seconds):
             self._writer.writelines(parts)
@@ -199,7 +199,7 @@ class _Process:
         """Wait for the next message.
 
         Raises:
-            WorkerError: there is none.
+            WorkerError: no valid message comes in time.
         """
         with _answering(seconds):
             async with asyncio.timeout(seconds):

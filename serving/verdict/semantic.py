@@ -10,8 +10,8 @@ number computed from them, higher for images unlike the known ones:
   et al., "Energy-based Out-of-distribution Detection", 2020).
 
 A classifier is surer of some classes than of others. So each coordinate is given in standard
-deviations from the mean of the known images of the same class, both averaged over the classes by
-their predicted probabilities.
+deviations from the mean of the known images of the same class. Mean and standard deviation are
+averaged over the classes, weighted by the image's predicted probabilities.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ COORDINATES = (DISTANCE, ENERGY)
 FEATURES = "features"  # the graph and its output
 LOGITS = "logits"
 FREE_ENERGY, PROBABILITIES = "free_energy", "class_probabilities"
-# Statistics from which the coordinates are computed; they are none by themselves.
+# Statistics from which the coordinates are computed. The verdict does not use them otherwise.
 OF_NETWORK = (FEATURES, FREE_ENERGY, PROBABILITIES)
 NEIGHBOURS = 10
 MAX_KNOWN = 4000
 # Unit vectors are stored as integers. Sums of their products stay below 2^24, so float32 holds them
 # exactly, and no answer depends on the batch.
 SCALE = 2048
-PRIOR_IMAGES = 10  # of all classes, that count as images of each class besides its own
+PRIOR_IMAGES = 10  # images with the overall distribution that are added to each class
 SMALLEST_SPREAD = 1e-12  # of any class
 
 
@@ -66,7 +66,7 @@ class KnownImages:
         directions: int16 ``(m, F)``, unit vectors times :data:`SCALE`.
         usual: float64 ``(K, C, 2)``, mean and standard deviation of each of ``C`` coordinates among
             the known images of each of ``K`` classes; ``K`` is 1 for a network without classes. A
-            coordinate that does not vary has infinite ones.
+            coordinate that does not vary has infinite standard deviations.
         weight: nats that one unit of the coordinates' summed normal scores adds to the OOD score.
     """
 
@@ -126,7 +126,7 @@ class KnownImages:
                 its own neighbour.
 
         Raises:
-            ValueError: they are of another network: it has classes or has none, or other ones.
+            ValueError: they come from a network with another number of classes, or without classes.
         """
         values, shares = self._values(statistics, known), _probabilities(statistics)
         if (shares.shape[1], values.shape[1]) != self.usual.shape[:2]:
@@ -134,7 +134,7 @@ class KnownImages:
                 f"{shares.shape[1]} classes and {values.shape[1]} coordinates do not fit known "
                 f"images with {self.usual.shape[0]} and {self.usual.shape[1]}"
             )
-        # Without a library for products of matrices: no answer depends on the batch.
+        # Not a matrix product, whose last digits depend on the size of the batch.
         usual = np.einsum("nk,kcs->ncs", shares, self.usual, optimize=False)
         values = (values - usual[..., 0]) / usual[..., 1]
         names = COORDINATES[: values.shape[1]]

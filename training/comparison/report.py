@@ -34,7 +34,7 @@ from training.runs import RunError, latest_checkpoint
 from training.weights import count_weights
 
 GRID = 8  # samples per side
-SAME_BUDGET = 0.01  # difference between numbers of images that counts as none
+SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as equal
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
 # Findings in the plural.
 SEVERAL = {"holds": "hold", "does not hold here": "do not hold here"}
