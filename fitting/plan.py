@@ -14,15 +14,15 @@ ADVERSARIAL_FROM_MINUTES = 20.0
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversarial stage
 LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
 SMALL_FROM_MINUTES = 360.0
-# An encoder pays with classes and time enough: what was measured is in docs/training.md. Without
-# classes no gain has been measured within such budgets.
+# An encoder pays with classes and enough time (docs/explanation/trials.md). Without classes no gain
+# has been measured within such budgets.
 ENCODER_SHARE = 0.2  # of the training time
 ENCODER_FROM_IMAGES = 2000
 ENCODER_FROM_MINUTES = 4.0
 ENCODER_MOST_MINUTES = 15.0
 # Scales, couplings and width of the flow, and width of the dequantiser if any, at each size: more
 # than the sizes' own, which are for comparing systems. In the same time the likelihood gets better:
-# docs/training.md. In the minutes of size tiny a dequantiser gains nothing.
+# docs/explanation/trials.md. In the minutes of size tiny a dequantiser gains nothing.
 FLOWS = {"tiny": (2, 6, 48), "small": (2, 8, 48, 32)}
 # Without these terms such a flow leaves the latents unused.
 LATENTS = {"free_bits": 8.0, "reconstruction_weight": 8.0}

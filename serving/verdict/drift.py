@@ -5,8 +5,8 @@ Each worker has one monitor per calibration.
 For images like the calibration images, ``Verdict.uniform`` is uniform on (0, 1), and ``z = Phi^-1(1
 - uniform)`` is standard normal. Two one-sided cumulative sums (Page, "Continuous inspection
 schemes", 1954) detect a shift of the mean within tens of images; the Kolmogorov-Smirnov distance
-over a window detects any other change. docs/ood.md has thresholds with the expected time until a
-false alarm.
+over a window detects any other change. docs/operations.md has thresholds with the expected time
+until a false alarm.
 """
 
 from __future__ import annotations
