@@ -30,7 +30,8 @@ from tests.helpers import ROOT
 from tests.test_docker import STEPS, USER
 
 DEPLOY = ROOT / "deploy"
-RULES = DEPLOY / "prometheus" / "service-rules.yml"
+RULES = [DEPLOY / "prometheus" / name for name in ("gate-rules.yml", "service-rules.yml")]
+RULE_TESTS = [ROOT / "tests" / "data" / f"{path.stem}-test.yml" for path in RULES]
 SCRAPED = {"job", "instance"}  # labels that Prometheus adds
 
 
@@ -59,24 +60,25 @@ def test_alarms_are_about_metrics_that_exist() -> None:
     known |= {m.name: set(m.labels) for m in (REFUSALS, RESPONSES)}
     known |= {m.name: {"model_name"} for m in (INFERENCES, LATENCY, QUEUE)}
     known["up"] = set()
-    rules = [rule for group in load(RULES)["groups"] for rule in group["rules"]]
+    rules = [rule for path in RULES for group in load(path)["groups"] for rule in group["rules"]]
     for rule in rules:
-        for name, labels in re.findall(r"\b((?:ade|ts)_\w+|up)\{([^}]*)\}", rule["expr"]):
+        names = re.findall(r"\b((?:ade|ts)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])
+        assert names, rule["alert"]
+        for name, labels in names:
             used = set(re.findall(r"(\w+)=", labels))
             assert used <= known[name] | SCRAPED, rule["alert"]
             for grouped in re.findall(r"by \(([^)]*)\)", rule["expr"]):
                 assert set(grouped.split(", ")) <= known[name] | SCRAPED, rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
-    assert len(rules) == 6
+    assert len(rules) == 9
 
 
 @pytest.mark.parametrize(
-    "command",
-    [("check", "rules", RULES), ("test", "rules", ROOT / "tests/data/service-rules-test.yml")],
+    "command", [("check", "rules", *RULES), *(("test", "rules", path) for path in RULE_TESTS)]
 )
 def test_promtool_accepts_the_alarms(command: tuple[Any, ...]) -> None:
-    """Among others, one restart of a worker is not an alarm."""
+    """Among others, neither one restart of a worker nor one high sum is an alarm."""
     done = subprocess.run([tool("promtool"), *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -177,11 +179,7 @@ def test_the_clusters_alarms_are_prometheuss() -> None:
     assert path.read_text() == made.stdout, "run deploy/kubernetes/prometheusrule.py"
     rule = load(path)
     assert rule["kind"] == "PrometheusRule"
-    assert rule["spec"]["groups"] == [
-        group
-        for name in ("gate-rules.yml", "service-rules.yml")
-        for group in load(RULES.parent / name)["groups"]
-    ]
+    assert rule["spec"]["groups"] == [group for path in RULES for group in load(path)["groups"]]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -284,7 +282,7 @@ def test_prometheus_reads_its_configuration() -> None:
     (job,) = found["scrape_configs"]
     assert job["job_name"] == "ade"
     assert job["static_configs"] == [{"targets": [f"127.0.0.1:{VARIABLES['metrics'][1]}"]}]
-    assert any(RULES.match(pattern) for pattern in found["rule_files"])
+    assert all(any(path.match(p) for p in found["rule_files"]) for path in RULES)
     command = [tool("promtool"), "check", "config", DEPLOY / "prometheus" / "prometheus.yml"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -297,7 +295,7 @@ def test_yamllint() -> None:
     pytest.importorskip("yamllint")
     from yamllint import config, linter
 
-    files = [*DEPLOY.rglob("*.y*ml"), ROOT / "tests/data/service-rules-test.yml"]
+    files = [*DEPLOY.rglob("*.y*ml"), *RULE_TESTS]
     style = config.YamlLintConfig(STYLE)
     problems = [f"{p.name}: {x}" for p in files for x in linter.run(p.read_text(), style)]
     assert len(files) > 12 and problems == []
