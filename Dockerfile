@@ -26,10 +26,10 @@ RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
 FROM python:${PYTHON}-slim
 ARG DEVICE
 ARG ENGINE=serve
-# KubeRay's probes call wget.
-RUN if [ "$ENGINE" = ray ]; then \
-      apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*; \
-    fi
+# tini reaps orphans: as zombies they would keep process groups alive, for whose end a stop waits. KubeRay's probes call wget.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends tini $(if [ "$ENGINE" = ray ]; then echo wget; fi) \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 ade
 COPY --from=build /opt/venv /opt/venv
 COPY pretrained /bundles
@@ -42,5 +42,5 @@ HEALTHCHECK --interval=30s --timeout=30s --start-period=120s --retries=3 \
   CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:7860/readyz', timeout=25)"]
 # In a container the service must listen on all addresses, so it requires a token: that of `docker run -e ADE_TOKEN=…`, or
 # else a random one, in the file whose path is printed at the start.
-ENTRYPOINT ["sh", "-c", "exec ade serve --host 0.0.0.0 --device \"$ADE_DEVICE\" \"$@\"", "ade"]
+ENTRYPOINT ["tini", "--", "sh", "-c", "exec ade serve --host 0.0.0.0 --device \"$ADE_DEVICE\" \"$@\"", "ade"]
 CMD ["/bundles/cifar10"]

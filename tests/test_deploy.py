@@ -20,6 +20,7 @@ from ade_cli.main import parse
 from handlers.front.exposition import REFUSALS
 from handlers.launch.environment import available_cores
 from handlers.launch.serve import TOKEN_VARIABLE, _allowed_hosts
+from handlers.launch.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
 from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
@@ -153,7 +154,10 @@ def test_ports_and_probes(pod: dict[str, Any], container: dict[str, Any]) -> Non
     # No alarm finds the metrics under another name of the job, which is the service's.
     assert [s["metadata"]["name"] for s in services] == ["ade", "ade-page"]
     (pause,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:]]
-    assert pod["terminationGracePeriodSeconds"] >= pause + DRAIN_TIMEOUT_S + 20
+    stopping = DRAIN_TIMEOUT_S + STOP_TIMEOUT_S + KILL_TIMEOUT_S
+    assert pod["terminationGracePeriodSeconds"] >= pause + stopping
+    grace = load(DEPLOY / "compose.yaml")["services"]["ade"]["stop_grace_period"]
+    assert int(grace.removesuffix("s")) >= stopping
 
 
 def test_secrets_are_those_that_are_read(container: dict[str, Any]) -> None:

@@ -132,8 +132,10 @@ def test_no_proxy_stands_between_the_service_and_its_own_checks(
 def test_the_entry_point_passes_arguments_on() -> None:
     entry = json.loads(next(arguments for kind, arguments in STEPS if kind == "ENTRYPOINT"))
     command = json.loads(next(arguments for kind, arguments in STEPS if kind == "CMD"))
+    assert entry[:2] == ["tini", "--"] and "install --yes --no-install-recommends tini" in TEXT
+    entry = [word.replace("exec ade", "echo ade") for word in entry[2:]]
     done = subprocess.run(
-        [*entry[:2], entry[2].replace("exec ade", "echo ade"), *entry[3:], *command],
+        [*entry, *command],
         capture_output=True,
         text=True,
         env={"ADE_DEVICE": "cpu", "PATH": "/usr/bin:/bin"},

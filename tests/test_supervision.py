@@ -90,6 +90,19 @@ def test_a_child_that_fails_while_the_service_starts(tmp_path: Path) -> None:
             until(lambda: supervisor.tend(restarts=False))
 
 
+def test_children_are_stopped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers get one grace period for all of them."""
+    monkeypatch.setattr("handlers.launch.supervision.STOP_TIMEOUT_S", 1.0)
+    stubborn = ["sh", "-c", "trap '' TERM; touch \"$0\"; exec sleep 1000"]
+    with Supervisor(tmp_path) as supervisor:
+        for name in ("one", "two", "three"):
+            supervisor.start(name, [*stubborn, f"{name}.deaf"], dict(os.environ))
+        assert until(lambda: len(list(tmp_path.glob("*.deaf"))) == 3)
+        pids, started = list(supervisor.pids.values()), time.monotonic()
+    assert 1.0 <= time.monotonic() - started < 3.0
+    assert not any(map(is_running, pids))
+
+
 def test_a_child_that_may_not_end(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
         supervisor.start("torchserve", ["sh", "-c", "echo the reason; exit 1"], dict(os.environ))
