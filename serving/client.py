@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 from PIL import Image, ImageOps
 
-from serving.api.errors import Problem
+from serving.api.errors import Error, Problem
 from serving.api.model import from_json, to_json
 from serving.api.operations.base import ImageParameters, Kind
 from serving.api.operations.encode import EncodeParameters, Latents
@@ -247,26 +247,35 @@ class AdeClient:
         answer = self._post("sample", parameters, format="png")
         return answer.content, int(answer.headers[SEED_HEADER])
 
-    def is_ready(self) -> bool:
-        """Whether all four operations answer.
+    def is_ready(self, timeout: float = 20.0) -> bool:
+        """Whether all four operations answer within ``timeout`` seconds together.
 
-        For an operation that the model lacks, the error ``not_available`` is such an answer.
+        The errors ``overloaded`` and, for an operation that the model lacks, ``not_available`` are
+        such answers. No request is repeated.
         """
-        try:
-            # Without the secret these requests count as traffic.
-            secret = os.environ.get(PROBE_VARIABLE)
-            probe = None if secret is None else {PROBE_HEADER: secret}
-            sample = SampleParameters(seed=0)
-            images = _npy(self._post("sample", sample, format="npy", headers=probe))
-            for operation in ("encode", "reconstruct", "score"):
-                try:
-                    self._post(operation, ImageParameters(), images, headers=probe)
-                except AdeError as error:
-                    if error.code != "not_available":
-                        raise
-            return True
-        except (AdeError, httpx.TransportError):
-            return False
+        # Without the secret these requests count as traffic.
+        secret = os.environ.get(PROBE_VARIABLE)
+        probe = None if secret is None else {PROBE_HEADER: secret}
+        blank, any_size = np.zeros((8, 8, 3), np.uint8), ImageParameters(resize=True)
+        requests = {
+            "sample": _values(SampleParameters(seed=0)),
+            **dict.fromkeys(("encode", "reconstruct", "score"), _values(any_size, blank)),
+        }
+        deadline = time.monotonic() + timeout
+        for operation, values in requests.items():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            try:
+                answer = self._send(operation, values, headers=probe, timeout=left)
+            except httpx.TransportError:
+                return False
+            if answer.status_code == 200 and "X-Ade-Model" in answer.headers:
+                continue
+            error = _problem(answer)  # none in the answer of another program
+            if error is None or error.code not in ("overloaded", "not_available"):
+                return False
+        return True
 
     def decode(self, z: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
         """Decode latents, one array ``(N, c, h, w)`` per level; returns uint8 ``(N, H, W, C)``."""
@@ -345,24 +354,18 @@ class AdeClient:
         parameters: SampleParameters | ImageParameters,
         images: Images | None = None,
         format: str | None = None,
-        headers: dict[str, str] | None = None,
     ) -> httpx.Response:
         """Send a request, and repeat it while the service asks for that; returns the answer.
 
         Raises:
             AdeError: the answer is an error.
         """
-        values = to_json(parameters)
-        if images is not None:
-            files = [base64.b64encode(image_file(image)).decode() for image in several(images)]
-            values = {"images": files, **values}
+        values = _values(parameters, images)
         if format is not None:
             values["format"] = format
         wait = 0.1
         for attempt in range(self._retries + 1):
-            answer = self._http.post(
-                f"/predictions/{self._prefix}{operation}", json=values, headers=headers
-            )
+            answer = self._send(operation, values)
             if answer.status_code not in RETRIED or attempt == self._retries:
                 break
             time.sleep(asked_to_wait(answer) or wait)
@@ -371,11 +374,25 @@ class AdeClient:
             raise _error(answer)
         return answer
 
+    def _send(self, operation: str, values: dict[str, Any], **options: Any) -> httpx.Response:
+        return self._http.post(f"/predictions/{self._prefix}{operation}", json=values, **options)
+
 
 def asked_to_wait(answer: httpx.Response) -> float | None:
     """Seconds until the next try; ``None`` if the answer does not say, or says a date."""
     asked = answer.headers.get("Retry-After", "")
     return min(float(asked), MAX_WAIT_S) if asked.isdecimal() else None
+
+
+def _values(
+    parameters: SampleParameters | ImageParameters, images: Images | None = None
+) -> dict[str, Any]:
+    """The JSON of a request."""
+    values: dict[str, Any] = to_json(parameters)
+    if images is None:
+        return values
+    files = [base64.b64encode(image_file(image)).decode() for image in several(images)]
+    return {"images": files, **values}
 
 
 def several(images: Images) -> Sequence[ImageLike] | np.ndarray:
@@ -441,12 +458,18 @@ def _entry(result: ResultT | Problem) -> ResultT | AdeError:
 
 def _error(answer: httpx.Response) -> AdeError:
     """The error of an answer, in the API's shape or in that of a proxy or gateway."""
-    status = answer.status_code
-    try:
-        error = from_json(Problem, answer.json()).error
+    status, error = answer.status_code, _problem(answer)
+    if error is not None:
         return AdeError(status, error.code, error.message, error.index)
+    code, message = FOREIGN_ERRORS.get(status, (SERVER_ERROR, f"the server answered {status}"))
+    if status in RETRIED:
+        code, message = "overloaded", "the server cannot take the request now: try again later"
+    return AdeError(status, code, message)
+
+
+def _problem(answer: httpx.Response) -> Error | None:
+    """The error in the API's shape, if the answer is one."""
+    try:
+        return None if answer.status_code == 200 else from_json(Problem, answer.json()).error
     except (ValueError, TypeError, AttributeError):
-        code, message = FOREIGN_ERRORS.get(status, (SERVER_ERROR, f"the server answered {status}"))
-        if status in RETRIED:
-            code, message = "overloaded", "the server cannot take the request now: try again later"
-        return AdeError(status, code, message)
+        return None

@@ -545,6 +545,42 @@ def test_answers_of_another_program_are_errors_of_the_client(status: int, body: 
     assert (caught.value.status, caught.value.code) == (status, "server_error")
 
 
+@pytest.mark.parametrize(
+    "status, body, is_ready",
+    [
+        (503, b'{"error": {"code": "overloaded", "message": "later"}}', True),
+        (422, b'{"error": {"code": "not_available", "message": "no score"}}', True),
+        (503, b'{"error": {"code": "unavailable", "message": "died"}}', False),
+        (503, b"<html>", False),  # a proxy's, which has no service
+        (200, b"", True),
+    ],
+)
+def test_an_overloaded_service_is_ready(status: int, body: bytes, is_ready: bool) -> None:
+    """Otherwise overload would take every replica out of service. No request is repeated."""
+    asked: list[str] = []
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status if len(asked) == 1 else 200)
+            self.send_header("X-Ade-Model", "x@1")
+            self.end_headers()
+            self.wfile.write(body)
+            time.sleep(0.1)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with AdeClient(f"http://127.0.0.1:{server.server_port}") as client:
+            assert client.is_ready() == is_ready
+            assert len(asked) == (4 if is_ready else 1)
+            assert not client.is_ready(timeout=0.25)  # for all four together
+        server.shutdown()
+
+
 def test_the_client_takes_a_single_image_too(client: AdeClient, real_images: np.ndarray) -> None:
     (expected,) = client.score(real_images[:1])
     content = write_png(real_images[0])

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ KINDS = [("clean", "mean"), ("with noise", "density")]
 KINDS_INFO = "Clean: smooth, best to look at. With noise: with the pixel noise of the model."
 RESIZE = "Resize other sizes to fit"
 RESIZE_INFO = "Images of other proportions are cropped to their centre."
-PROBE_TIMEOUT_S = 10.0  # for one answer to /readyz
+PROBE_TIMEOUT_S = 20.0  # for all answers to /readyz together
 NO_IMAGE = "There is no image yet: drop one, or choose an example."
 
 
@@ -56,11 +57,6 @@ class Served:
             bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
             for i, bundle in enumerate(bundles)
         }
-        # Not the tabs' clients, which wait for minutes and ask again.
-        self._probes = [
-            AdeClient(url, bundle.name if i else None, token, retries=0, timeout=PROBE_TIMEOUT_S)
-            for i, bundle in enumerate(bundles)
-        ]
         self._stores = {
             bundle.name: open_calibrations(bundle, bundle.folder / FOLDER) for bundle in bundles
         }
@@ -80,7 +76,8 @@ class Served:
 
     def is_ready(self) -> bool:
         """Whether all four operations of every model answer."""
-        return all(client.is_ready() for client in self._probes)
+        deadline = time.monotonic() + PROBE_TIMEOUT_S
+        return all(c.is_ready(deadline - time.monotonic()) for c in self.clients.values())
 
 
 @dataclass(frozen=True)
