@@ -131,7 +131,13 @@ def test_the_pod_has_no_rights(pod: dict[str, Any], container: dict[str, Any]) -
 def test_the_pods_arguments_are_those_of_the_command(container: dict[str, Any]) -> None:
     words = [word.replace("$(NAMESPACE)", "default") for word in container["args"]]
     args = parse(["serve", *words])
-    assert args.expose_metrics and "ade.default.svc" in _allowed_hosts(args.allowed_hosts)
+    assert args.expose_metrics
+    services = yaml.safe_load_all((KUBERNETES / "base" / "service.yaml").read_text())
+    assert set(_allowed_hosts(args.allowed_hosts)) == {
+        service["metadata"]["name"] + domain
+        for service in services
+        for domain in ("", ".default", ".default.svc", ".default.svc.cluster.local")
+    }
     assert ("COPY", "pretrained /bundles") in STEPS
     assert all((ROOT / "pretrained" / bundle.name).is_dir() for bundle in args.bundles)
     known = {"NAMESPACE", TOKEN_VARIABLE}
@@ -168,7 +174,7 @@ def test_secrets_are_those_that_are_read(container: dict[str, Any]) -> None:
     assert endpoint["authorization"] == {"type": "Bearer", "credentials": secret}
     assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
     command = (KUBERNETES / "base" / "kustomization.yaml").read_text()
-    assert f"secret generic ade-token --from-literal={TOKEN_VARIABLE}=" in command
+    assert f"secret generic ade-token --from-file={TOKEN_VARIABLE}=/dev/stdin" in command
 
 
 def test_the_clusters_alarms_are_prometheuss() -> None:
@@ -210,11 +216,17 @@ def test_an_overlay_renders_valid_objects(overlay: str) -> None:
         only["resources"]["requests"]
     )
     assert ("nvidia.com/gpu" in only["resources"]["limits"]) == (overlay == "gpu")
+    rolling = deployment["strategy"]["rollingUpdate"]
+    surge = 0 if overlay == "gpu" else 1  # there may be no spare GPU
+    assert rolling == {"maxSurge": surge, "maxUnavailable": 1 - surge}
     # A fixed number of replicas would work against the autoscaler.
     assert ("HorizontalPodAutoscaler" in objects) != ("replicas" in deployment)
     if scaler := objects.get("HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) == ("Deployment", "ade")
+        budget = objects["PodDisruptionBudget"]["spec"]
+        assert scaler["spec"]["minReplicas"] > budget["maxUnavailable"] == 1
+        assert budget["selector"] == deployment["selector"]
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,9 @@ def test_the_operator_can_start_the_cluster() -> None:
         assert not names & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert str(ports["metrics"]) == group["rayStartParams"]["metrics-export-port"]
+        (shm,) = [v for v in group["template"]["spec"]["volumes"] if v["name"] == "shm"]
+        assert shm["emptyDir"]["sizeLimit"] == "1Gi"
+        assert int(group["rayStartParams"]["object-store-memory"]) < 2**30
         assert ports["serve"] == http["port"]
         assert len(set(ports.values())) == len(ports)
         head = {"gcs-server": 6379, "dashboard": 8265} if group is groups[0] else {}
@@ -179,6 +182,7 @@ def test_only_the_operator_reaches_the_dashboard() -> None:
     (who,) = operator["from"]
     # The label is the same in the operator's Helm chart and in its kustomization.
     assert who["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
+    assert set(who["namespaceSelector"]["matchLabels"]) == {"kubernetes.io/metadata.name"}
 
 
 # Processes

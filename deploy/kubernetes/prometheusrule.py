@@ -14,6 +14,8 @@ apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
   name: ade
+  labels:
+    release: kube-prometheus-stack
 spec:
   groups:
 """
