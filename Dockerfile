@@ -30,7 +30,8 @@ ARG ENGINE=serve
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini $(if [ "$ENGINE" = ray ]; then echo wget; fi) \
     && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 10001 ade
+# A named volume takes the owner of the folder in its place.
+RUN useradd --create-home --uid 10001 ade && install --directory --owner ade --group ade --mode 0700 /home/ade/.cache
 COPY --from=build /opt/venv /opt/venv
 COPY pretrained /bundles
 ENV PATH=/opt/venv/bin:$PATH ADE_DEVICE=${DEVICE} PYTHONUNBUFFERED=1
