@@ -13,6 +13,10 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+# The dependencies first, with empty packages: this layer is kept until one of these three files changes.
+RUN mkdir -p $(python -c "import tomllib; \
+      print(*(name.replace('.', '/') for name in tomllib.load(open('pyproject.toml', 'rb'))['tool']['setuptools']['packages']))") \
+    && /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
 COPY ade_model ade_model
 COPY training training
 COPY export export
@@ -21,7 +25,7 @@ COPY fitting fitting
 COPY serving serving
 COPY handlers handlers
 COPY ade_cli ade_cli
-RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
+RUN /opt/venv/bin/pip install --no-deps --force-reinstall .
 
 FROM python:${PYTHON}-slim
 ARG DEVICE

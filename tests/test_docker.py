@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -47,6 +48,19 @@ def test_every_package_is_copied() -> None:
     ]
     copied = " ".join(arguments for kind, arguments in STEPS if kind == "COPY")
     assert all(package.split(".")[0] in copied.split() for package in packages)
+
+
+def test_dependencies_are_installed_before_the_sources(tmp_path: Path) -> None:
+    """Otherwise each change of a source would install them again. Only pip is replaced here."""
+    (before,) = [i for i, (_, step) in enumerate(STEPS) if '".[${DEVICE},${ENGINE}]"' in step]
+    assert before < STEPS.index(("COPY", "serving serving"))
+    for source in next(step for kind, step in STEPS if kind == "COPY").split()[:-1]:
+        shutil.copy(ROOT / source, tmp_path)
+    script = STEPS[before][1].replace("/opt/venv/bin/pip install", "echo")
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True)
+    assert {"ade_cli", "handlers/torchserve"} <= {
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")
+    }
 
 
 def test_it_runs_unprivileged_and_has_a_health_check() -> None:
