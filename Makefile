@@ -1,6 +1,6 @@
 # Every target sets up the virtual environment in .venv first, and updates it when pyproject.toml changes.
 PYTHON ?= python3
-# Processes that share the tests, a file each: most of a test's time is spent waiting for services and browsers.
+# Parallel test processes; each takes whole files. Most of a test's time is spent waiting for services and browsers.
 TEST_PROCESSES ?= 2
 VENV ?= .venv
 BUNDLE ?= pretrained/cifar10

@@ -305,6 +305,16 @@ def test_prometheus_reads_its_configuration() -> None:
 # Style
 
 
+def test_the_workflow_installs_the_tools_of_the_tests() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (tools,) = re.findall(
+        r"^for tool in (.*); do$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
+    )
+    packages = {"nginx-light" if name == "nginx" else name for name in tools.split()}
+    installed = [set(x.split()) for x in re.findall(r"apt-get install --yes (.*)", workflow)]
+    assert installed == [packages] * 2
+
+
 def test_yamllint() -> None:
     pytest.importorskip("yamllint")
     from yamllint import config, linter
