@@ -142,6 +142,11 @@ def test_health_and_contract_need_no_key(proxy: str) -> None:
     assert document["components"]["securitySchemes"][scheme] == {"type": "http", "scheme": "bearer"}
 
 
+def test_a_host_is_not_copied_into_the_contract_as_it_is(proxy: str) -> None:
+    answer = ask(proxy, "/v1/openapi.json", key=None, method="GET", headers={"Host": 'a","x":"b'})
+    assert answer.json()["servers"] == [{"url": "https://localhost"}]
+
+
 @pytest.mark.parametrize("key", [None, "wrong", KEY[:-1], KEY + "x", f"{KEY}' OR 1"])
 def test_keys(proxy: str, key: str | None) -> None:
     answer = ask(proxy, "/v1/sample", key=key, json={})
@@ -153,6 +158,7 @@ def test_keys(proxy: str, key: str | None) -> None:
     assert (
         answer.headers["x-request-id"]
         and answer.headers["strict-transport-security"]
+        and answer.headers["x-content-type-options"] == "nosniff"
         and "retry-after" not in (answer.headers)
     )
 
@@ -253,6 +259,13 @@ def test_tls_is_modern_and_plain_text_is_refused(proxy: str) -> None:
             httpx.get(f"{proxy}/healthz", verify=context)
     answer = httpx.get(proxy.replace("https", "http") + "/healthz")
     assert answer.status_code == 400 and code_of(answer) == "malformed_request"
+
+
+def test_an_address_has_a_rate_without_a_key(proxy: str) -> None:
+    with httpx.Client(verify=False, timeout=60) as client:
+        answers = [client.get(f"{proxy}/v1/openapi.json") for _ in range(100)]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert "rate_limited" in {code_of(a) for a in answers if a.status_code == 429}
 
 
 def test_a_key_has_a_rate(proxy: str) -> None:
