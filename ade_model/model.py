@@ -167,17 +167,16 @@ class ADEModel(nn.Module):
             [draw.prior.standardize(draw.z) for draw in draws],
         )
 
-    def expected_evidence(self, seen: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
+    def expected_evidence(
+        self, seen: Dequantized | Tensor, eps: list[Tensor]
+    ) -> tuple[Evidence, Tensor]:
         """As :meth:`score`, with ``kl`` in closed form where possible.
 
         Its variance is lower, which helps training.
-        """
-        return self.expected_evidence_and_features(seen, eps)[0]
 
-    def expected_evidence_and_features(
-        self, seen: Dequantized | Tensor, eps: list[Tensor]
-    ) -> tuple[Evidence, Tensor]:
-        """:meth:`expected_evidence`, and the mean of ``p(y | z)``, ``(N, C, H, W)``."""
+        Returns:
+            The terms, and the mean of ``p(y | z)``, ``(N, C, H, W)``.
+        """
         draws, p_y, y, log_det_map = self._infer_from(seen, eps)
         evidence = Evidence(
             p_y.log_prob(y),

@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -31,6 +32,7 @@ from ade_model.bijections import CheckerboardCoupling
 from ade_model.checkpoint import load_model, read_config
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
+from benchmarks.training import _compiled
 from serving.files import LOCK
 from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
 from tests.service import free_ports
@@ -347,14 +349,14 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     plain.model.load_state_dict(trained.model.state_dict())
     (batch,) = batches(small_images, 1, config)
     evidence: list[Evidence] = []
-    infer = trained.model.expected_evidence_and_features
+    infer = trained.model.expected_evidence
 
     def watched(x: torch.Tensor, eps: list[torch.Tensor]) -> tuple[Evidence, torch.Tensor]:
         found = infer(x, eps)
         evidence.append(found[0])
         return found
 
-    trained.model.expected_evidence_and_features = watched  # type: ignore[method-assign]
+    trained.model.expected_evidence = watched  # type: ignore[method-assign]
     losses = trained.run(batch)
     dims = config.model.num_dims * math.log(2)
     assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx(
@@ -368,6 +370,19 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     for step, weight in ((0, 0.0), (1, 0.5), (2, 1.0), (3, 1.0)):
         trained.step = step
         assert trained._kl_weight == weight
+
+
+def test_the_benchmark_compiles_the_methods_that_training_calls(
+    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: set[str] = set()
+
+    def watched(method: Any) -> Any:
+        return lambda *inputs: (called.add(method.__name__), method(*inputs))[1]
+
+    monkeypatch.setattr(torch, "compile", watched)
+    _compiled(trainer(SMALL)).run(*batches(small_images, 1))
+    assert called == {"expected_evidence", "sample"}
 
 
 def test_rates_fall_in_the_last_part_of_a_budget(

@@ -273,7 +273,7 @@ class Trainer:
             self.model.decoder.log_sigma.requires_grad_(True)
         return x_fake
 
-    def _reconstruction_error(self, features: Tensor, x: Tensor) -> Tensor:
+    def _reconstruction_error(self, y_mean: Tensor, x: Tensor) -> Tensor:
         """Mean squared error of mean reconstructions, in units of x.
 
         It trains the flow too. The likelihood judges the flow at features of images alone, and
@@ -281,7 +281,7 @@ class Trainer:
         the flow left out, gradients through the inverse grew a hundredfold within 300 steps.
         """
         with self.autocast():
-            made = self.model.flow.inverse(features)
+            made = self.model.flow.inverse(y_mean)
         return (made.float() - x).square().mean()
 
     def _pixels(self, images: Tensor, noise: _Noise) -> Tensor:
@@ -342,7 +342,7 @@ class Trainer:
             with self.autocast():
                 seen = self.model.dequantize(pixels, u)
                 x = seen.x.contiguous(memory_format=torch.channels_last)
-                evidence, features = self.model.expected_evidence_and_features(
+                evidence, y_mean = self.model.expected_evidence(
                     dataclasses.replace(seen, x=x), self._eps(len(x), noise)
                 )
             loss = coverage_loss(evidence, self.config.model.num_dims)
@@ -352,7 +352,7 @@ class Trainer:
                 for level, kl in enumerate(evidence.kl)
             }
             if self.config.reconstruction_weight:
-                error = self._reconstruction_error(features, x.detach())
+                error = self._reconstruction_error(y_mean, x.detach())
                 losses["reconstruction_error"] = error.item()
                 loss = loss + self.config.reconstruction_weight * error
             if self.config.free_bits or self._kl_weight < 1:
