@@ -21,7 +21,7 @@ from ade_model.iaf import InverseAutoregressiveStep
 from ade_model.layers import ResidualBlock, conv3x3
 
 MAX_LOG_SCALE = 4.0
-MAX_LOG_WIDENING = 1.0  # of a posterior, from its prior
+MAX_LOG_WIDENING = 1.0  # upper bound on a posterior's log-scale minus its prior's
 # Initial sigma of a model whose y is pixels: from 1, training would spend its budget on shrinking
 # sigma to the scale of pixels.
 PIXEL_LOG_SIGMA = -2.0
@@ -86,6 +86,7 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def forward(self, y: Tensor) -> list[Tensor]:
+        """Maps of ``y``, each ``(N, width, h, w)`` with the sizes of ``config.level_sizes``."""
         h = F.pixel_unshuffle(y, self.patch)
         maps = []
         for stage in self.stages:
@@ -95,34 +96,35 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the decoder, with prior and posterior of its latents if it has any."""
+    """One resolution of the decoder, with prior and posterior of its latents if it has any.
 
-    def __init__(
-        self,
-        width: int,
-        latent_channels: int,
-        blocks: int,
-        size: int,
-        above: int | None,
-        infers: bool,
-        iaf: bool,
-        is_bounded: bool,
-    ) -> None:
+    Args:
+        config: of the model.
+        index: of the resolution, from 0 for the coarsest one.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.is_bounded = is_bounded
-        self.above = None if above is None else conv3x3(above, width)
+        width, latent_channels = config.widths[index], config.latent_channels[index]
+        blocks, size = config.decoder_blocks[index], config.level_sizes[index]
+        self.is_bounded = config.posterior_bound
+        self.above = conv3x3(config.widths[index - 1], width) if index else None
         # The coarsest level starts from a learned map, so that its prior is that of every image.
-        if above is None:
+        if self.above is None:
             self.top = nn.Parameter(torch.randn(1, width, size, size) * 0.1)
         self.has_latents = latent_channels > 0
         if self.has_latents:
             self.prior_net = nn.Sequential(nn.ELU(), conv3x3(width, 2 * latent_channels))
             self.from_latents = nn.Conv2d(latent_channels, width, 1)
-        infers = infers and self.has_latents
+        infers = config.encoder and self.has_latents
         self.posterior_net = (
             nn.Sequential(nn.ELU(), conv3x3(2 * width, 2 * latent_channels)) if infers else None
         )
-        self.iaf = InverseAutoregressiveStep(latent_channels, 2 * width) if infers and iaf else None
+        self.iaf = (
+            InverseAutoregressiveStep(latent_channels, 2 * width)
+            if infers and config.posterior_iaf
+            else None
+        )
         self.blocks = (
             nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))) if blocks else nn.ELU()
         )
@@ -183,21 +185,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.patch = config.patch
-        above: list[int | None] = [None, *config.widths[:-1]]
-        self.levels = nn.ModuleList(
-            Level(
-                *(width, latents, blocks, size, up),
-                *(config.encoder, config.posterior_iaf, config.posterior_bound),
-            )
-            for width, latents, blocks, size, up in zip(
-                config.widths,
-                config.latent_channels,
-                config.decoder_blocks,
-                config.level_sizes,
-                above,
-                strict=True,
-            )
-        )
+        self.levels = nn.ModuleList(Level(config, i) for i in range(len(config.widths)))
         self.to_mean = nn.Sequential(
             nn.ELU(), conv3x3(config.widths[-1], config.patch**2 * config.channels)
         )
