@@ -39,7 +39,7 @@ class Bijection(nn.Module):
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The ``x`` that is mapped to ``y``."""
+        """The ``x`` that is mapped to ``y``; both have as many values, in the shapes above."""
         raise NotImplementedError
 
 
@@ -139,7 +139,7 @@ class _Coupling(Bijection):
     MAX_INPUT = 12.0
 
     def __init__(
-        self, seen: int, changed: int, width: int, blocks: int, max_log_scale: float
+        self, inputs: int, changed: int, width: int, blocks: int, max_log_scale: float
     ) -> None:
         super().__init__()
         self.max_log_scale = max_log_scale
@@ -147,13 +147,13 @@ class _Coupling(Bijection):
         output = conv3x3(width, 2 * changed)
         nn.init.zeros_(output.weight)  # the layer starts as the identity
         self.coupling_net = nn.Sequential(
-            conv3x3(seen, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output
+            conv3x3(inputs, width), *(ResidualBlock(width) for _ in range(blocks)), nn.ELU(), output
         )
 
     def log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """What the network computes from the values that are kept."""
-        seen = self.MAX_INPUT * torch.tanh(kept / self.MAX_INPUT)
-        raw, shift = self.coupling_net(seen).to(kept.dtype).chunk(2, dim=1)
+        bounded = self.MAX_INPUT * torch.tanh(kept / self.MAX_INPUT)
+        raw, shift = self.coupling_net(bounded).to(kept.dtype).chunk(2, dim=1)
         return self.log_gain + self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift
 
 

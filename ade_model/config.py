@@ -37,9 +37,10 @@ class ModelConfig:
         encoder: whether there is an inference network; without one, a model can only sample.
         posterior_iaf: whether an inverse autoregressive step follows the posterior's Gaussian at
             each level.
-        posterior_bound: whether posteriors are at most e times as wide as their priors, as in all
-            new models. Wider ones only cost bits: images unlike all training images could cost
-            tens of thousands of bits per dimension.
+        posterior_bound: whether the Gaussian of each posterior is at most e times as wide as the
+            prior, as in all new models; an autoregressive step after it is not bounded. Wider ones
+            only cost bits: images unlike all training images could cost tens of thousands of bits
+            per dimension.
         sigma: standard deviation of the decoder's Gaussian: ``scalar``, one trainable number, or
             ``pixel``, one for each of its dimensions.
         flow_scales: scales of the invertible head ``f``; 0 for a model without ``f`` and its logit.

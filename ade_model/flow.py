@@ -15,7 +15,7 @@ from ade_model.bijections import (
     Squeeze,
 )
 from ade_model.config import ModelConfig
-from ade_model.layers import spread
+from ade_model.layers import divide_among_pixels
 
 
 class Unsqueezed(Bijection):
@@ -28,7 +28,7 @@ class Unsqueezed(Bijection):
 
     def with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det_map = self.inner.with_map(self.squeeze.transform(x)[0])
-        return self.squeeze.inverse(y), spread(log_det_map, 2)
+        return self.squeeze.inverse(y), divide_among_pixels(log_det_map, 2)
 
     def inverse(self, y: Tensor) -> Tensor:
         return self.squeeze.inverse(self.inner.inverse(self.squeeze.transform(y)[0]))

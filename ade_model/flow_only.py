@@ -15,7 +15,14 @@ LOG_ZERO = -104.0  # its exponential is zero in float32: the posterior of a flow
 
 
 class PointMass:
-    """``p(y | z)`` where ``z`` is ``y``: a distribution without noise or cost."""
+    """``p(y | z)`` where ``z`` is ``y``: a distribution without noise or cost.
+
+    It has the methods of :class:`ade_model.distributions.DiagonalGaussian` that the model calls, of
+    the same shapes; its log-density counts as 0.
+
+    Args:
+        mean: ``y``, ``(N, C, H, W)``.
+    """
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean
@@ -34,10 +41,10 @@ class PointMass:
 
 
 class StandardNormal(nn.Module):
-    """The prior of a flow, with the methods of :class:`ade_model.vae.Decoder`."""
+    """The prior of a flow, with the methods of :class:`ade_model.vae.Decoder`.
 
-    def inference_modules(self) -> list[nn.Module]:
-        return []
+    Its only level of latents is ``y``, ``(N, C, H, W)``.
+    """
 
     def infer(self, encoded: Tensor, eps: list[Tensor]) -> tuple[list[Draw], PointMass]:
         """``encoded`` is ``y`` itself."""

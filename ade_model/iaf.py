@@ -35,8 +35,8 @@ class MaskedConv(nn.Conv2d):
         mask[:, :, 1, 0] = 1
         source = torch.arange(in_channels) // (in_channels // groups)
         target = torch.arange(out_channels) // (out_channels // groups)
-        seen = source[None] < target[:, None] if strict else source[None] <= target[:, None]
-        mask[:, :, 1, 1] = seen.float()
+        visible = source[None] < target[:, None] if strict else source[None] <= target[:, None]
+        mask[:, :, 1, 1] = visible.float()
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, h: Tensor) -> Tensor:

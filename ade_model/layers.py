@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def spread(values: Tensor, factor: int) -> Tensor:
+def divide_among_pixels(values: Tensor, factor: int) -> Tensor:
     """Divide the values of cells, ``(N, h, w)``, evenly among their ``factor x factor`` pixels."""
     pixels = F.interpolate(values[:, None], scale_factor=float(factor), mode="nearest")[:, 0]
     return pixels / factor**2

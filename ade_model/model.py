@@ -20,7 +20,7 @@ from ade_model.distributions import DiagonalGaussian, sum_channels, sum_dims
 from ade_model.errors import ConfigError, ShapeError
 from ade_model.flow import build_flow
 from ade_model.flow_only import PointMass, StandardNormal
-from ade_model.layers import spread
+from ade_model.layers import divide_among_pixels
 from ade_model.likelihood import Evidence
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder, Draw, Encoder
@@ -54,7 +54,7 @@ class Examination:
 
     Attributes:
         evidence: the terms of the log-weight.
-        cost: each pixel's share of ``-log_weight``, ``(N, 3, H, W)``, nats; the three maps are
+        cost_nats: each pixel's share of ``-log_weight``, ``(N, 3, H, W)``, nats; the three maps are
             those of distortion, log-determinant and latents. Values of cells of several pixels,
             which latents and squeezed features have, are divided evenly among the pixels.
         y: the flow's output, ``(N, C, H, W)``.
@@ -63,7 +63,7 @@ class Examination:
     """
 
     evidence: Evidence
-    cost: Tensor
+    cost_nats: Tensor
     y: Tensor
     residual: Tensor
     standardized_z: list[Tensor]
@@ -106,23 +106,68 @@ class ADEModel(nn.Module):
     def sample(
         self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0
     ) -> Tensor:
-        """Draw new images ``x``; ``temperature`` multiplies the prior's standard deviations."""
-        self._check_latents(eps, "eps")
+        """Draw new images.
+
+        Args:
+            eps: noise of the latents.
+            y_eps: noise of the decoder; ``None`` for mean samples.
+            temperature: multiplies the prior's standard deviations, above 0.
+
+        Returns:
+            ``x``, ``(N, C, H, W)``.
+
+        Raises:
+            ShapeError: noise has another shape.
+        """
+        self._check_latents("eps", eps, like=eps)
         _, p_y = self.decoder.generate(eps, temperature)
         return self._observe(p_y, y_eps)
 
     def decode(self, z: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
-        """Decode given latents to images ``x``."""
-        self._check_latents(z, "z")
+        """Decode latents to images.
+
+        Args:
+            z: the latents.
+            y_eps: noise of the decoder; ``None`` for mean samples.
+
+        Returns:
+            ``x``, ``(N, C, H, W)``.
+
+        Raises:
+            ShapeError: latents or noise have another shape.
+        """
+        self._check_latents("z", z, like=z)
         return self._observe(self.decoder(z), y_eps)
 
     def encode(self, x: Tensor, eps: list[Tensor]) -> Encoding:
-        """Encode images to latents."""
+        """Encode images to latents.
+
+        Args:
+            x: dequantised images.
+            eps: noise of the latents.
+
+        Raises:
+            ShapeError: images or noise have another shape.
+            ConfigError: the model has no inference network.
+        """
         draws, _, _, _ = self._infer(x, eps)
         return Encoding([draw.posterior for draw in draws], [draw.z for draw in draws])
 
     def reconstruct(self, x: Tensor, eps: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
-        """Encode images and decode their latents."""
+        """Encode images and decode their latents.
+
+        Args:
+            x: dequantised images.
+            eps: noise of the latents.
+            y_eps: noise of the decoder; ``None`` for mean reconstructions.
+
+        Returns:
+            ``x`` of the reconstructions, ``(N, C, H, W)``.
+
+        Raises:
+            ShapeError: images or noise have another shape.
+            ConfigError: the model has no inference network.
+        """
         _, p_y, _, _ = self._infer(x, eps)
         return self._observe(p_y, y_eps)
 
@@ -132,43 +177,55 @@ class ADEModel(nn.Module):
         Args:
             images: ``(N, C, H, W)``, integers from 0 to 255 in the model's dtype.
             u: the same shape, uniform in [0, 1).
+
+        Raises:
+            ShapeError: images or noise have another shape.
         """
+        self._check_images("images", images)
+        _check_shapes("u", [u], [tuple(images.shape)])
         if self.dequantizer is None:
             return Dequantized(dequantize(images, u))
         position, log_det_map = self.dequantizer(images, u)
         return Dequantized(dequantize(images, position), log_det_map)
 
-    def score(self, seen: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
+    def score(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
         """The terms of one draw's log-weight; ``kl`` is the log-ratio at the draw.
 
         Args:
-            seen: the result of :meth:`dequantize`, for which the log-weight is a bound on the
-                probability of the images; or ``x``, of which it bounds the density.
-            eps: noise.
-        """
-        return self.examine(seen, eps).evidence
+            dequantized: the result of :meth:`dequantize`, for which the log-weight is a bound on
+                the probability of the images; or ``x``, of which it bounds the density.
+            eps: noise of the latents.
 
-    def examine(self, seen: Dequantized | Tensor, eps: list[Tensor]) -> Examination:
+        Raises:
+            ShapeError: images or noise have another shape.
+            ConfigError: the model has no inference network.
+        """
+        draws, p_y, y, log_det_map = self._infer_from(dequantized, eps)
+        return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws])
+
+    def examine(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Examination:
         """The terms of :meth:`score`, each pixel's share of them, and the residuals."""
-        draws, p_y, y, log_det_map = self._infer_from(seen, eps)
+        draws, p_y, y, log_det_map = self._infer_from(dequantized, eps)
+        log_prob_terms = p_y.log_prob_terms(y)
         evidence = Evidence(
-            p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws]
+            sum_dims(log_prob_terms), sum_dims(log_det_map), [draw.log_ratio for draw in draws]
         )
         latents = torch.zeros_like(log_det_map)
         for draw in draws:
             cells = sum_channels(draw.log_ratio_terms)
-            latents = latents + spread(cells, self.config.image_size // cells.shape[-1])
-        cost = torch.stack([-sum_channels(p_y.log_prob_terms(y)), -log_det_map, latents], dim=1)
+            latents = latents + divide_among_pixels(
+                cells, self.config.image_size // cells.shape[-1]
+            )
         return Examination(
             evidence,
-            cost,
+            torch.stack([-sum_channels(log_prob_terms), -log_det_map, latents], dim=1),
             y,
             p_y.standardize(y),
             [draw.prior.standardize(draw.z) for draw in draws],
         )
 
     def expected_evidence(
-        self, seen: Dequantized | Tensor, eps: list[Tensor]
+        self, dequantized: Dequantized | Tensor, eps: list[Tensor]
     ) -> tuple[Evidence, Tensor]:
         """As :meth:`score`, with ``kl`` in closed form where possible.
 
@@ -177,7 +234,7 @@ class ADEModel(nn.Module):
         Returns:
             The terms, and the mean of ``p(y | z)``, ``(N, C, H, W)``.
         """
-        draws, p_y, y, log_det_map = self._infer_from(seen, eps)
+        draws, p_y, y, log_det_map = self._infer_from(dequantized, eps)
         evidence = Evidence(
             p_y.log_prob(y),
             sum_dims(log_det_map),
@@ -187,13 +244,13 @@ class ADEModel(nn.Module):
         return evidence, p_y.mean
 
     def _infer_from(
-        self, seen: Dequantized | Tensor, eps: list[Tensor]
+        self, dequantized: Dequantized | Tensor, eps: list[Tensor]
     ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
-        if isinstance(seen, Tensor):
-            return self._infer(seen, eps)
-        draws, p_y, y, log_det_map = self._infer(seen.x, eps)
-        if seen.log_det_map is not None:
-            log_det_map = log_det_map + seen.log_det_map
+        if isinstance(dequantized, Tensor):
+            return self._infer(dequantized, eps)
+        draws, p_y, y, log_det_map = self._infer(dequantized.x, eps)
+        if dequantized.log_det_map is not None:
+            log_det_map = log_det_map + dequantized.log_det_map
         return draws, p_y, y, log_det_map
 
     def _infer(
@@ -201,23 +258,31 @@ class ADEModel(nn.Module):
     ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
         if self.encoder is None:
             raise ConfigError("the model has no inference network, so it can only sample")
-        expected = (self.config.channels, self.config.image_size, self.config.image_size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ShapeError(
-                f"x must be (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
-            )
-        self._check_latents(eps, "eps")
+        self._check_images("x", x)
+        self._check_latents("eps", eps, like=[x])
         y, log_det_map = self.flow.with_map(x)
         draws, p_y = self.decoder.infer(self.encoder(y), eps)
         return draws, p_y, y, log_det_map
 
     def _observe(self, p_y: DiagonalGaussian | PointMass, y_eps: Tensor | None) -> Tensor:
-        return self.flow.inverse(p_y.mean if y_eps is None else p_y.sample(y_eps))
+        if y_eps is None:
+            return self.flow.inverse(p_y.mean)
+        _check_shapes("y_eps", [y_eps], [tuple(p_y.mean.shape)])
+        return self.flow.inverse(p_y.sample(y_eps))
 
-    def _check_latents(self, values: list[Tensor], name: str) -> None:
-        shapes = [tuple(v.shape[1:]) for v in values]
-        if shapes != self.config.latent_shapes:
-            raise ShapeError(
-                f"{name} must have one tensor per level, (N, ...) with the shapes "
-                f"{self.config.latent_shapes}, got {shapes}"
-            )
+    def _check_images(self, name: str, images: Tensor) -> None:
+        config = self.config
+        shape = (*images.shape[:1], config.channels, config.image_size, config.image_size)
+        _check_shapes(name, [images], [shape])
+
+    def _check_latents(self, name: str, values: list[Tensor], like: list[Tensor]) -> None:
+        """Check that there is one tensor per level, for as many images as ``like[0]`` has."""
+        batch = tuple(like[0].shape[:1]) if like else ()
+        _check_shapes(name, values, [(*batch, *shape) for shape in self.config.latent_shapes])
+
+
+def _check_shapes(name: str, values: list[Tensor], expected: list[tuple[int, ...]]) -> None:
+    found = [tuple(value.shape) for value in values]
+    if found != expected:
+        shapes, got = (", ".join(map(str, of)) or "none" for of in (expected, found))
+        raise ShapeError(f"{name} must have the shape {shapes}, got {got}")

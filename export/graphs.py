@@ -67,11 +67,8 @@ class Graphs(nn.Module):
 
     def encode(self, images: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
         encoding = self.model.encode(self._typical_x(images, eps[0]), list(eps))
-        # The coarsest prior, and so part of a posterior, may be one map for all images.
-        means = [q.mean.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)]
-        log_scales = [
-            q.log_scale.expand_as(z) for q, z in zip(encoding.posteriors, encoding.z, strict=True)
-        ]
+        means = [posterior.mean for posterior in encoding.posteriors]
+        log_scales = [posterior.log_scale for posterior in encoding.posteriors]
         return (*means, *log_scales, *encoding.z)
 
     def flow_forward(self, images: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,12 +84,13 @@ class Graphs(nn.Module):
         return _to_images(self.model.reconstruct(self._typical_x(images, y_eps), eps, y_eps))
 
     def score(self, images: Tensor, u: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
-        seen = self.model.dequantize(_to_planes(images, u), u.permute(0, 3, 1, 2))
-        found = self.model.examine(seen, list(eps))
+        dequantized = self.model.dequantize(_to_planes(images, u), u.permute(0, 3, 1, 2))
+        found = self.model.examine(dequantized, list(eps))
         evidence = found.evidence
         nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
         parts = nats / (self.model.config.num_dims * math.log(2.0))
-        return parts, found.cost / math.log(2.0), found.y, found.residual, *found.standardized_z
+        cost = found.cost_nats / math.log(2.0)
+        return parts, cost, found.y, found.residual, *found.standardized_z
 
     def _typical_x(self, images: Tensor, like: Tensor) -> Tensor:
         planes = _to_planes(images, like)

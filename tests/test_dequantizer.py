@@ -71,12 +71,14 @@ def test_the_bound_counts_its_density() -> None:
     model = make_model(LEARNED)
     images = torch.randint(0, 256, (2, 3, 8, 8)).float()
     eps = [torch.randn(2, *shape) for shape in TINY.latent_shapes]
-    seen = model.dequantize(images, torch.rand(images.shape))
-    assert seen.log_det_map is not None
-    difference = model.score(seen, eps).log_weight - model.score(seen.x, eps).log_weight
-    assert torch.allclose(difference, seen.log_det_map.sum((1, 2)), rtol=1e-4, atol=1e-3)
-    found = model.examine(seen, eps)
-    assert torch.allclose(found.cost.sum((1, 2, 3)), -found.evidence.log_weight, rtol=1e-4)
+    dequantized = model.dequantize(images, torch.rand(images.shape))
+    assert dequantized.log_det_map is not None
+    difference = (
+        model.score(dequantized, eps).log_weight - model.score(dequantized.x, eps).log_weight
+    )
+    assert torch.allclose(difference, dequantized.log_det_map.sum((1, 2)), rtol=1e-4, atol=1e-3)
+    found = model.examine(dequantized, eps)
+    assert torch.allclose(found.cost_nats.sum((1, 2, 3)), -found.evidence.log_weight, rtol=1e-4)
 
 
 def test_it_makes_the_bound_tighter() -> None:

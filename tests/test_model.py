@@ -189,12 +189,33 @@ def test_a_weight_beyond_half_precision_is_kept() -> None:
 
 def test_wrong_shapes_are_named() -> None:
     model = make_model()
-    with pytest.raises(ShapeError, match=r"x must be \(N, 3, 8, 8\), got \(2, 3, 9, 8\)"):
-        model.score(torch.rand(2, 3, 9, 8), noise(model))
-    with pytest.raises(ShapeError, match="eps must have one tensor per level"):
-        model.sample(noise(model)[:1])
-    with pytest.raises(ShapeError, match="z must have one tensor per level"):
+    x, eps, y_eps = torch.rand(2, 3, 8, 8), noise(model), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ShapeError, match=r"x must have .*\(2, 3, 8, 8\), got \(2, 3, 9, 8\)"):
+        model.score(torch.rand(2, 3, 9, 8), eps)
+    with pytest.raises(ShapeError, match=r"eps must have .*\), \(.*, got \(2, 3, 2, 2\)$"):
+        model.sample(eps[:1])
+    with pytest.raises(ShapeError, match="eps must have .*, got none"):
+        model.sample([])
+    with pytest.raises(ShapeError, match="z must have .*, got "):
         model.decode([torch.zeros(2, 1, 1, 1), torch.zeros(2, 2, 4, 4)])
+    # PyTorch would use the noise of one image for all.
+    for wrong in ([eps[0], eps[1][:1]], [eps[0][:1], eps[1]], [e[:1] for e in eps]):
+        with pytest.raises(ShapeError, match="eps must have"):
+            model.reconstruct(x, wrong)
+    for call in (
+        lambda noise: model.sample(eps, noise),
+        lambda noise: model.decode(eps, noise),
+        lambda noise: model.reconstruct(x, eps, noise),
+    ):
+        call(y_eps)
+        for wrong in (y_eps[:1], y_eps[:, :1], y_eps[0]):
+            with pytest.raises(ShapeError, match="y_eps must have"):
+                call(wrong)
+    for wrong in (y_eps[:1], y_eps[..., :1], y_eps[0]):
+        with pytest.raises(ShapeError, match="u must have"):
+            model.dequantize(x, wrong)
+    with pytest.raises(ShapeError, match="images must have"):
+        model.dequantize(x[0], x[0])
 
 
 def test_a_checkpoint_is_enough(tmp_path) -> None:
@@ -303,12 +324,14 @@ def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> Non
     eps = [torch.randn(3, *shape, dtype=torch.float64) for shape in config.latent_shapes]
     found = model.examine(x, eps)
     evidence = found.evidence
-    assert found.cost.shape == (3, 3, 8, 8)
+    assert found.cost_nats.shape == (3, 3, 8, 8)
     for part, whole in enumerate(
         (-evidence.log_prob_y, -evidence.log_det_jacobian, sum(evidence.kl))
     ):
-        assert torch.allclose(found.cost[:, part].sum((1, 2)), whole, rtol=1e-10, atol=1e-9)
-    assert torch.allclose(found.cost.sum((1, 2, 3)), -model.score(x, eps).log_weight, rtol=1e-12)
+        assert torch.allclose(found.cost_nats[:, part].sum((1, 2)), whole, rtol=1e-10, atol=1e-9)
+    assert torch.allclose(
+        found.cost_nats.sum((1, 2, 3)), -model.score(x, eps).log_weight, rtol=1e-12
+    )
 
 
 def test_what_is_left_unexplained() -> None:
