@@ -102,16 +102,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors.
+
+    Raises:
+        ConfigError: the file is not a safetensors file, or is damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{path} is not a safetensors file: {error}") from error
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The float32 state dict of a saved model."""
-    return {k: v.float() for k, v in safetensors.torch.load_file(folder / WEIGHTS_NAME).items()}
+    """The float32 state dict of a saved model.
+
+    Raises:
+        ConfigError: its file of weights is damaged.
+    """
+    return {k: v.float() for k, v in read_tensors(folder / WEIGHTS_NAME).items()}
 
 
 def load_model(folder: Path) -> ADEModel:
     """Rebuild a model that :func:`save_model` wrote, in evaluation mode on the CPU.
 
     Raises:
-        ConfigError: the folder holds no model, or its weights do not fit its configuration.
+        ConfigError: the folder holds no model, its weights are damaged, or they do not fit its
+            configuration.
     """
     model = ADEModel(ModelConfig.from_dict(read_config(folder)["model"]))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -159,6 +160,21 @@ def test_a_run_with_an_earlier_discriminator_is_not_resumed(tmp_path: Path) -> N
     with pytest.raises(RunError, match="its discriminator is that of an earlier version"):
         load_checkpoint(folder, after)
     assert all(torch.equal(v, kept[k]) for k, v in after.model.state_dict().items())
+
+
+def test_a_run_that_compares_images_resumes_with_as_many_processes(tmp_path: Path) -> None:
+    """Another number of them would give each comparison another number of images."""
+    folder = save_checkpoint(tmp_path, trainer(), Progress(), {"recipe": "av-ade-pd"})
+    load_checkpoint(folder, trainer())
+    after = trainer()
+    after.processes = 2
+    with pytest.raises(RunError, match="cannot be resumed by 2 processes: .* needs 1 as before"):
+        load_checkpoint(folder, after)
+    state = folder / "state.json"
+    earlier = json.loads(state.read_text())
+    del earlier["processes"], earlier["skipped"]
+    state.write_text(json.dumps(earlier))
+    load_checkpoint(folder, after)  # nobody knows
 
 
 def test_hinge_loss() -> None:

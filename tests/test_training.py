@@ -48,7 +48,14 @@ from training.losses import (
     quality_loss,
 )
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
-from training.runs import RunError, latest_checkpoint, start_from
+from training.runs import (
+    Progress,
+    RunError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    start_from,
+)
 from training.step import (
     LAST_RATE,
     MAX_RESCUES,
@@ -438,6 +445,19 @@ def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> No
         trained.run(batch)
 
 
+def test_a_gradient_that_is_not_finite_is_counted_and_has_no_norm(
+    small_images: np.ndarray,
+) -> None:
+    """JSON has no number for it, and metrics.jsonl would be invalid."""
+    trained = trainer(dataclasses.replace(SMALL, discriminator=None))
+    (batch,) = batches(small_images, 1, dataclasses.replace(SMALL, discriminator=None))
+    assert trained.run(batch)["skipped"] == 0
+    trained.average = lambda flat: torch.cat([flat[:3], flat[3:] * math.inf])
+    losses = trained.run(batch)
+    assert losses["skipped"] == 1 and "grad_norm" not in losses
+    assert json.loads(json.dumps(losses, allow_nan=False)) == losses
+
+
 def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
     small_images: np.ndarray,
 ) -> None:
@@ -448,15 +468,15 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
     shake(trained.model)
     before = [p.clone() for p in trained.model.parameters()]
     average = [p.clone() for p in trained.ema.parameters()]
-    for _ in range(MAX_SKIPPED_STEPS - 1):
-        trained.run(batch)
+    for i in range(MAX_SKIPPED_STEPS - 1):
+        assert trained.run(batch)["skipped"] == i + 1
     assert all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(average, trained.ema.parameters(), strict=True))
     trained.run(batch)
     assert all(torch.equal(a, b) for a, b in zip(average, trained.model.parameters(), strict=True))
     assert trained.rescued_at == [100 + MAX_SKIPPED_STEPS - 1]
     trained.usual_norm["model"] = 1e9
-    trained.run(batch)
+    assert trained.run(batch)["skipped"] == MAX_SKIPPED_STEPS
     assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(
         SMALL.learning_rate / SMALL.warmup_steps, rel=0.01
     )
@@ -970,6 +990,38 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     assert a.keys() == b.keys() and 20 in a
     for step in a:
         assert a[step] == pytest.approx(b[step], abs=1e-4)
+
+
+@pytest.mark.parametrize("name, value", [("device", "gpu"), ("precision", "bf16")])
+def test_misspelt_options_are_errors(name: str, value: str) -> None:
+    with pytest.raises(RunError, match=f"{name} must be one of auto, .*, got '{value}'"):
+        RunOptions(images=1, **{name: value})
+
+
+def test_a_report_shows_density_samples_only_of_a_sigma_that_was_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    dataset = load_dataset(str(folder), None, 8)
+    options = RunOptions(images=16, device="cpu", precision="float32", evaluate_steps=1)
+    for name, has_density in (("v-ade", True), ("gan", False), ("real-nvp", False)):
+        config = narrow(name, **({"inference_share": 0.0} if name == "gan" else {}))
+        train(config, dataset, tmp_path / name, options, resume=False)
+        report = (tmp_path / name / "report.md").read_text()
+        assert "![mean samples](pictures/samples-mean.png)" in report
+        assert ("density" in report) == has_density
+        assert (tmp_path / name / "pictures" / "samples-density.png").is_file() == has_density
+
+
+@pytest.mark.parametrize("name", ["model", "raw", "optimizer", "discriminator", "d_optimizer"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    folder = save_checkpoint(tmp_path, trainer(), Progress(), {"recipe": "av-ade"})
+    path = folder / f"{name}.safetensors"
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(ConfigError, match=f"{path} is not a safetensors file: "):
+        load_checkpoint(folder, trainer())
+    if name == "model":
+        with pytest.raises(ConfigError, match="is not a safetensors file"):
+            load_model(folder)
 
 
 def test_a_lost_process_is_an_error_of_the_run() -> None:

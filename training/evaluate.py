@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,8 @@ def bits_of(
         weights = []
         for _ in range(samples):
             u = torch.rand(pixels.shape, generator=generator, device=device)
-            seen = model.dequantize(pixels, u)
-            weights.append(model.score(seen, _noise(model, len(u), generator)).log_weight.double())
+            eps = _noise(model, len(u), generator)
+            weights.append(model.score(model.dequantize(pixels, u), eps).log_weight.double())
         out.append(
             bits_per_dim(importance_weighted_bound(torch.stack(weights)), model.config.num_dims)
         )
@@ -102,11 +102,22 @@ def evaluate(
     return result
 
 
+def sample_kinds(model: ADEModel, operations: Sequence[str]) -> tuple[str, ...]:
+    """Kinds of samples to show: ``mean``, and ``density`` if the model's sigma was trained.
+
+    Args:
+        model: a flow alone has no sigma.
+        operations: that the model supports, which may be fewer than its configuration's: a GAN's
+            sigma is trained with its inference network.
+    """
+    return ("mean", "density") if model.config.widths and "score" in operations else ("mean",)
+
+
 @torch.no_grad()
 def sample_images(
-    model: ADEModel, n: int, device: torch.device, kind: str, seed: int = 0
+    model: ADEModel, n: int, device: torch.device, with_noise: bool, seed: int = 0
 ) -> np.ndarray:
-    """Draw samples of the kind ``mean`` or ``density``, uint8 ``(n, H, W, C)``."""
+    """Draw mean samples, or density samples if ``with_noise``, uint8 ``(n, H, W, C)``."""
     generator = torch.Generator(device).manual_seed(seed)
     config = model.config
     out = []
@@ -114,7 +125,7 @@ def sample_images(
         count = min(BATCH, n - first)
         eps = _noise(model, count, generator)
         y_eps = None
-        if kind == "density":
+        if with_noise:
             y_eps = torch.randn(
                 count,
                 config.channels,
@@ -127,9 +138,9 @@ def sample_images(
     return np.concatenate(out)
 
 
-def sample_grid(model: ADEModel, n: int, device: torch.device, kind: str) -> np.ndarray:
+def sample_grid(model: ADEModel, n: int, device: torch.device, with_noise: bool) -> np.ndarray:
     """Tile samples to one picture, uint8 ``(H, W, C)``."""
-    return tile(sample_images(model, n, device, kind))
+    return tile(sample_images(model, n, device, with_noise))
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from ade_model.checkpoint import read_config
 from serving.files import write_text
 from training.data import Dataset
-from training.device import choose_device
-from training.evaluate import bits_of, reconstruction_grid, sample_grid
+from training.device import DEVICES, choose_device
+from training.evaluate import bits_of, reconstruction_grid, sample_grid, sample_kinds
 from training.recipes import TrainConfig
 from training.report import write_report
 from training.runs import (
@@ -40,6 +40,7 @@ from training.runs import (
 from training.step import Trainer
 
 logger = logging.getLogger(__name__)
+PRECISIONS = ("auto", "float32", "bfloat16")
 LOG_EVERY = 10
 SELECT_IMAGES = 500
 
@@ -52,9 +53,8 @@ class RunOptions:
         images: training images to see, over all processes.
         minutes: training time after which the run ends too; ``None`` for no limit.
         seed: of weights, order and noise.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        precision: of the networks, ``auto``, ``float32`` or ``bfloat16``; log-densities are always
-            float32.
+        device: one of :data:`training.device.DEVICES`.
+        precision: of the networks, one of :data:`PRECISIONS`; log-densities are always float32.
         checkpoint_minutes: minutes between checkpoints.
         checkpoint_steps: steps after which a checkpoint is written earlier.
         evaluate_steps: steps between evaluations of held-out images and samples.
@@ -79,6 +79,11 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RunError(f"{name} must be above 0 and finite, got {value:g}")
+        for name, known in (("device", DEVICES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise RunError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         if not 0 <= self.seed < 2**63:
             raise RunError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
@@ -127,7 +132,8 @@ def _with_others(fabric: Fabric) -> Iterator[None]:
         raise RunError(
             f"process {fabric.global_rank} of {fabric.world_size} has lost the others: one ended, "
             "perhaps with its machine, or the network failed. The checkpoints are complete: resume "
-            f"the run with as many processes as there are now ({reason})"
+            "the run with as many processes as there are now (with a projected discriminator, with "
+            f"as many as before) ({reason})"
         ) from error
 
 
@@ -437,8 +443,8 @@ class _Log:
                 progress.step,
                 dataformats="HWC",
             )
-        for kind in ("mean", "density"):
-            grid = sample_grid(trainer.ema, 64, trainer.device, kind)
+        for kind in sample_kinds(trainer.ema, trainer.operations):
+            grid = sample_grid(trainer.ema, 64, trainer.device, with_noise=kind == "density")
             self._board.add_image(f"samples/{kind}", grid, progress.step, dataformats="HWC")
 
     def close(self) -> None:

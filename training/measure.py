@@ -13,7 +13,7 @@ import torch
 from ade_model.model import ADEModel
 from serving.images import psnr
 from training.data import DataError, Dataset
-from training.evaluate import evaluate, reconstructions, sample_images
+from training.evaluate import evaluate, reconstructions, sample_images, sample_kinds
 from training.metrics.efficientnet import EfficientNetFeatures, efficientnet_weights
 from training.metrics.features import ResNet20, features_of
 from training.metrics.frechet import frechet_distance
@@ -169,12 +169,11 @@ class Measurer:
                 "images": len(made),
             }
         count = max((space.samples for space in self._spaces.values()), default=0)
-        has_density = model.config.widths and "score" in operations
-        for kind in ("mean", "density") if has_density else ("mean",):
-            if count:
-                self.report(f"{count} {kind} samples")
-                samples = sample_images(model, count, self.device, kind, options.seed)
-                self._samples(result, samples, kind)
+        for kind in sample_kinds(model, operations) if count else ():
+            self.report(f"{count} {kind} samples")
+            with_noise = kind == "density"
+            samples = sample_images(model, count, self.device, with_noise, options.seed)
+            self._samples(result, samples, kind)
         if saw_efficientnet(about) and EFFICIENTNET in self._spaces:
             result["distances"]["mean"][EFFICIENTNET]["independent"] = NOT_INDEPENDENT
         if options.inception is not None:
@@ -240,7 +239,9 @@ class Measurer:
         """
         assert self.options.inception is not None
         self.report("Inception: samples")
-        samples = sample_images(model, FID_COUNTS[-1], self.device, "mean", self.options.seed)
+        samples = sample_images(
+            model, FID_COUNTS[-1], self.device, with_noise=False, seed=self.options.seed
+        )
         generated, logits = inception_features(self.options.inception, samples, self.device)
         fid: dict[str, Any] = {}
         for count in FID_COUNTS:

@@ -165,6 +165,11 @@ class TrainConfig:
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
 
+    @property
+    def compares_images(self) -> bool:
+        """Whether the discriminator compares the images of each process's share of a batch."""
+        return self.discriminator is not None and self.discriminator.kind == "projected"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dataclasses.asdict(self)

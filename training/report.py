@@ -12,10 +12,14 @@ from ade_model.model import ADEModel
 from serving.files import write_text
 from serving.images import write_png
 from training.data import Dataset
-from training.evaluate import evaluate, reconstruction_grid, sample_grid
+from training.evaluate import evaluate, reconstruction_grid, sample_grid, sample_kinds
 
 REPORT_IMAGES = 2000
 REPORT_SAMPLES = 8
+HEADINGS = {
+    "mean": "Mean samples, f⁻¹(μ(z))",
+    "density": "Density samples, f⁻¹(μ(z) + σε)",
+}
 
 
 def write_report(
@@ -26,9 +30,10 @@ def write_report(
     state = json.loads((checkpoint / "state.json").read_text())
     pictures = run / "pictures"
     pictures.mkdir(exist_ok=True)
-    for kind in ("mean", "density"):
+    kinds = sample_kinds(model, about["operations"])
+    for kind in kinds:
         (pictures / f"samples-{kind}.png").write_bytes(
-            write_png(sample_grid(model, 100, device, kind))
+            write_png(sample_grid(model, 100, device, with_noise=kind == "density"))
         )
     images, seconds = state["images"], state["seconds"]
     lines = [
@@ -54,16 +59,8 @@ def write_report(
             "",
             "![reconstructions](pictures/reconstructions.png)",
         ]
-    lines += [
-        "",
-        "## Mean samples, f⁻¹(μ(z))",
-        "",
-        "![mean samples](pictures/samples-mean.png)",
-        "",
-        "## Density samples, f⁻¹(μ(z) + σε)",
-        "",
-        "![density samples](pictures/samples-density.png)",
-    ]
+    for kind in kinds:
+        lines += ["", f"## {HEADINGS[kind]}", "", f"![{kind} samples](pictures/samples-{kind}.png)"]
     if dataset.skipped:
         lines += [
             "",

@@ -22,7 +22,7 @@ import torch
 from filelock import Timeout
 from torch import Tensor
 
-from ade_model.checkpoint import WEIGHTS_NAME, read_config, read_weights, save_model
+from ade_model.checkpoint import WEIGHTS_NAME, read_config, read_tensors, read_weights, save_model
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked, new_folder, write_text
@@ -120,7 +120,9 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
                 "step": progress.step,
                 "images": progress.images,
                 "seconds": progress.seconds,
+                "processes": trainer.processes,
                 "skipped_in_a_row": trainer.skipped_in_a_row,
+                "skipped": trainer.skipped,
                 "usual_norm": trainer.usual_norm,
                 "inferring_since": trainer.inferring_since,
                 "rescued_at": trainer.rescued_at,
@@ -138,24 +140,34 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     """Load a checkpoint into a trainer that was built from the same configuration.
 
     Raises:
-        RunError: the checkpoint's discriminator is of an earlier version.
+        RunError: the checkpoint's discriminator is of an earlier version, or compares the images of
+            a process and had another number of them.
+        ConfigError: a file of tensors is damaged.
     """
+    state = json.loads((folder / STATE_NAME).read_text())
+    # Missing in checkpoints of earlier versions.
+    processes = state.get("processes", trainer.processes)
+    if trainer.config.compares_images and processes != trainer.processes:
+        raise RunError(
+            f"{folder} cannot be resumed by {trainer.processes} processes: its discriminator "
+            f"compares the images of each process, so the run needs {processes} as before"
+        )
     if trainer.discriminator is not None:
-        theirs = safetensors.torch.load_file(folder / DISCRIMINATOR_NAME)
+        theirs = read_tensors(folder / DISCRIMINATOR_NAME)
         if _shapes(theirs) != _shapes(trainer.discriminator.state_dict()):
             raise RunError(
                 f"{folder} cannot be resumed: its discriminator is that of an earlier version; "
                 "start a new run from its weights instead"
             )
         trainer.discriminator.load_state_dict(theirs)
-    trainer.ema.load_state_dict(safetensors.torch.load_file(folder / EMA_NAME))
-    trainer.model.load_state_dict(safetensors.torch.load_file(folder / RAW_NAME))
+    trainer.ema.load_state_dict(read_tensors(folder / EMA_NAME))
+    trainer.model.load_state_dict(read_tensors(folder / RAW_NAME))
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
     if trainer.d_optimizer is not None:
         _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
-    state = json.loads((folder / STATE_NAME).read_text())
     trainer.step = state["step"]
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
+    trainer.skipped = state.get("skipped", trainer.skipped)
     trainer.usual_norm = state["usual_norm"]
     trainer.rescued_at = state.get("rescued_at", [])
     trainer.inferring_since = state.get("inferring_since")
@@ -171,6 +183,7 @@ def start_from(folder: Path, trainer: Trainer) -> None:
 
     Raises:
         RunError: the weights belong to another architecture that cannot grow into this one.
+        ConfigError: a file of tensors is damaged.
     """
     folder = latest_checkpoint(folder)
     weights = read_weights(folder)
@@ -183,7 +196,7 @@ def start_from(folder: Path, trainer: Trainer) -> None:
         ) from error
     trainer.ema.load_state_dict(trainer.model.state_dict())
     if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
-        theirs = safetensors.torch.load_file(folder / DISCRIMINATOR_NAME)
+        theirs = read_tensors(folder / DISCRIMINATOR_NAME)
         ours = trainer.discriminator.state_dict()
         # Compared first, because loading copies what fits before it fails.
         if _shapes(theirs) == _shapes(ours):
@@ -220,7 +233,7 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in safetensors.torch.load_file(path).items():
+    for name, value in read_tensors(path).items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(

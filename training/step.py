@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # training restarts with a warm-up at RATE_AFTER_RESCUE of the rate, which recovers over
 # RECOVERY_STEPS. More than MAX_RESCUES rescues within the memory of the average mean divergence.
 SPIKE = 8.0
-GROWTH = 4.0  # times its running mean that a norm counts at most in that mean
+GROWTH = 4.0  # a norm enters its running mean as at most GROWTH times that mean
 MAX_SKIPPED_STEPS = 10
 MAX_RESCUES = 3
 RATE_AFTER_RESCUE = 0.5
@@ -60,7 +60,8 @@ class _Noise:
     """The random numbers of one step.
 
     Each process draws those of the whole batch and keeps its share, so that the result does not
-    depend on the number of processes.
+    depend on the number of processes. A projected discriminator's does: it compares the images of
+    one process's share with each other.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Trainer:
         self.step = 0
         self.spent = 0.0
         self.inferring_since: int | None = None
+        self.skipped = {"model": 0, "discriminator": 0}
         self.skipped_in_a_row = {"model": 0, "discriminator": 0}
         self.usual_norm = {"model": 0.0, "discriminator": 0.0}
         self.rescued_at: list[int] = []
@@ -228,7 +230,9 @@ class Trainer:
 
         Returns:
             Losses by name, averaged over processes; ``bpd`` is L_C and ``kl_0`` the KL of the
-            coarsest level, both in bits per dimension.
+            coarsest level, both in bits per dimension. Beside them the norms of gradients that are
+            finite, and the number of steps skipped so far: ``grad_norm``, ``skipped`` and the
+            same with ``d_`` for the discriminator.
 
         Raises:
             TrainingDiverged: a loss was not finite, or gradients stayed abnormal.
@@ -240,7 +244,7 @@ class Trainer:
         x_fake: Tensor | None = None
         if not self.inferring:
             for i, images in enumerate(d_batches):
-                x = self._spread(self._pixels(images, noise), noise)
+                x = self._dequantize_uniformly(self._pixels(images, noise), noise)
                 x_fake = self._generate(len(x), noise, with_graph=i == len(d_batches) - 1)
                 losses.update(
                     self._discriminator_step(
@@ -256,7 +260,7 @@ class Trainer:
     def _generate(self, n: int, noise: _Noise, with_graph: bool) -> Tensor:
         """Draw samples, some with the decoder's noise.
 
-        Their graph has no weights of the flow unless L_Q trains it, and never sigma.
+        Gradients reach the flow's weights only if ``flow_sees_quality``, and never reach sigma.
         """
         eps, y_eps = self._eps(n, noise), None
         model = self.config.model
@@ -291,15 +295,15 @@ class Trainer:
             pixels = torch.where(noise.uniform(len(pixels), 1, 1, 1) < 0.5, pixels.flip(3), pixels)
         return pixels
 
-    def _spread(self, pixels: Tensor, noise: _Noise) -> Tensor:
-        """Uniformly dequantised images: what the discriminator sees needs no likelihood."""
+    def _dequantize_uniformly(self, pixels: Tensor, noise: _Noise) -> Tensor:
+        """Images for the discriminator, which needs no likelihood of them."""
         x = dequantize(pixels, noise.uniform(*pixels.shape))
         return x.contiguous(memory_format=torch.channels_last)
 
     def _eps(self, n: int, noise: _Noise) -> list[Tensor]:
         return [noise.normal(n, *shape) for shape in self.config.model.latent_shapes]
 
-    def _seen(self, x: Tensor, noise: _Noise) -> Tensor:
+    def _augmented(self, x: Tensor, noise: _Noise) -> Tensor:
         """Images as the discriminator sees them, augmented if configured."""
         return augment(x, noise.uniform(len(x), NUMBERS)) if self.config.augment else x
 
@@ -312,8 +316,8 @@ class Trainer:
             and self.config.discriminator is not None
         )
         with self.autocast():  # apart, because a discriminator may compare images within a batch
-            logits_real = self.discriminator(self._seen(x, noise))
-            logits_fake = self.discriminator(self._seen(x_fake, noise))
+            logits_real = self.discriminator(self._augmented(x, noise))
+            logits_fake = self.discriminator(self._augmented(x_fake, noise))
         divergence = (
             hinge_discriminator_loss
             if self.config.discriminator.kind == "projected"
@@ -340,10 +344,10 @@ class Trainer:
         u = noise.uniform(*pixels.shape)
         if self.config.coverage or self.inferring:
             with self.autocast():
-                seen = self.model.dequantize(pixels, u)
-                x = seen.x.contiguous(memory_format=torch.channels_last)
+                dequantized = self.model.dequantize(pixels, u)
+                x = dequantized.x.contiguous(memory_format=torch.channels_last)
                 evidence, y_mean = self.model.expected_evidence(
-                    dataclasses.replace(seen, x=x), self._eps(len(x), noise)
+                    dataclasses.replace(dequantized, x=x), self._eps(len(x), noise)
                 )
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
@@ -368,7 +372,7 @@ class Trainer:
             # The samples of the discriminator's last step are reused: the model has not changed
             # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
-            shown = self._seen(x_fake, noise)
+            shown = self._augmented(x_fake, noise)
             with self.autocast():
                 logits_fake = self.discriminator(shown)
             loss = quality_loss(logits_fake)
@@ -387,7 +391,8 @@ class Trainer:
         """Average, check and clip the gradients, then step.
 
         Returns:
-            The losses, and the gradient's norm before clipping.
+            The losses, the number of steps skipped so far, and the gradient's norm before clipping,
+            which is left out if it is not finite.
         """
         gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
         local = torch.tensor(list(losses.values()), device=self.device)
@@ -421,10 +426,13 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * self._rate_share(name)
             optimizer.step()
-            seen = min(norm, GROWTH * usual) if usual else norm
-            self.usual_norm[name] = seen if usual == 0 else 0.95 * usual + 0.05 * seen
+            counted_norm = min(norm, GROWTH * usual) if usual else norm
+            self.usual_norm[name] = (
+                counted_norm if usual == 0 else 0.95 * usual + 0.05 * counted_norm
+            )
             self.skipped_in_a_row[name] = 0
         else:
+            self.skipped[name] += 1
             self.skipped_in_a_row[name] += 1
             if self.skipped_in_a_row[name] >= MAX_SKIPPED_STEPS:
                 self._rescue(
@@ -434,7 +442,11 @@ class Trainer:
                     f"mean {usual:.3g})",
                 )
         optimizer.zero_grad(set_to_none=True)
-        return losses | {"d_grad_norm" if module is self.discriminator else "grad_norm": norm}
+        prefix = "d_" if module is self.discriminator else ""
+        losses[f"{prefix}skipped"] = self.skipped[name]
+        if math.isfinite(norm):
+            losses[f"{prefix}grad_norm"] = norm
+        return losses
 
     def _rate_share(self, name: str) -> float:
         """Fraction of the highest rates: lower in warm-up and cooldown, and after a rescue."""

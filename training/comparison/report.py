@@ -533,7 +533,7 @@ def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: tor
     for row in rows:
         if row["run"] is not None and row["state"] is not None and row["measured"] is not None:
             model = load_model(latest_checkpoint(row["run"])).to(device)
-            grid = tile(sample_images(model, GRID**2, device, "mean"), GRID)
+            grid = tile(sample_images(model, GRID**2, device, with_noise=False), GRID)
             # Lossy WebP has a tenth of a PNG's size, for repositories that hold reports.
             Image.fromarray(grid).save(pictures / f"{row['config'].recipe}.webp", quality=90)
 
