@@ -155,7 +155,7 @@ def scan(file: IO[bytes], path: Path) -> Contents:
             is_intact = whole.digest() == digest and position == size
             return Contents(header, chunks, True, is_intact, end)
         expected = chunks[-1].first + chunks[-1].count if chunks else 0
-        fits = expected <= first and first + count <= header["images"] and count <= MAX_IMAGES
+        fits = expected <= first and first + count <= header["images"] and 0 < count <= MAX_IMAGES
         if not fits or length > MAX_PAYLOAD + 4 * MAX_FILE_BYTES:
             continue  # no encoder writes it
         if position + length > size:
@@ -214,7 +214,7 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
         raise CodingError(f"{path}: its header is not JSON") from error
     version = header.get("format_version") if isinstance(header, dict) else None
     if version != FORMAT_VERSION:
-        raise CodingError(f"{path}: format version {version!r:.20} is not {FORMAT_VERSION}")
+        raise CodingError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r:.20}")
     for name, kind in _FIELDS.items():
         if type(header.get(name)) is not kind:
             raise CodingError(f"{path}: its header has no valid field {name}")

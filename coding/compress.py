@@ -56,7 +56,8 @@ class Report:
         f = self.figures
         lines = [
             f"{f.images} images: {f.coded} by the model, {f.initial} without it as initial bits, "
-            f"{f.images - f.coded - f.initial} without it because that is smaller"
+            f"{f.images - f.coded - f.initial} stored without the model, which cannot code them or "
+            "needs more bytes"
         ]
         if f.coded:
             net = f.coded_bits / f.values

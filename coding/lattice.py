@@ -1,9 +1,9 @@
 """Bijections between integers, exact whatever they are given.
 
 Values of the flow are multiples of ``2**-grid_bits`` and are held as int64. A layer that keeps the
-volume maps integers to integers. A layer that stretches a value gives more integers than it takes:
-which of them is drawn from the stack, so that stretching *pops* the bits that the finer place is
-worth, and the inverse pushes them back. This is local bits-back coding (Ho et al., "Compression
+volume maps integers to integers. A layer that stretches a value gives more integers than it takes.
+Stretching chooses one of these integers with bits popped from the stack; the inverse pushes them
+back. This is local bits-back coding (Ho et al., "Compression
 with flows via local bits-back coding", 2019) with uniform noise, in the exact form of Zhang et al.,
 "iFlow: Numerically invertible flows for efficient lossless compression via a uniform coder", 2021,
 section 3.1: no value can be lost to rounding, and no Gaussian is needed.
@@ -80,7 +80,7 @@ class Rotation:
     exactly. So the result does not depend on the order in which a library adds.
 
     Attributes:
-        signs: ``(n,)``, 1 or -1; at most 384.
+        signs: ``(n,)``, 1 or -1; ``n`` is at most 384.
         steps: ``(steps, n, n)``, float64.
     """
 
@@ -134,7 +134,6 @@ def shrink(
 
 
 def _sizes(log_scales: np.ndarray) -> np.ndarray:
-    # fmin and fmax turn NaN into a number: no size is invalid.
-    sizes = np.rint(np.exp(np.fmin(log_scales, 30.0)) * 2**SCALE_BITS)
-    integers: np.ndarray = np.fmin(np.fmax(sizes, 2), MAX_SIZE).astype(np.int64)
+    sizes = np.rint(np.exp(np.minimum(log_scales, 30.0)) * 2**SCALE_BITS)
+    integers: np.ndarray = np.clip(sizes, 2, MAX_SIZE).astype(np.int64)
     return integers

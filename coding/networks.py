@@ -106,8 +106,7 @@ def check_codec(bundle: Bundle) -> None:
             "has no inference network, so it gives images no likelihood"
         )
     raise CodingError(
-        f"{bundle.folder} has no codec. ade export makes a copy of the bundle that has one, if it "
-        "is to add the codec"
+        f"{bundle.folder} has no codec: make a copy that has one, by ade export with the codec"
     )
 
 

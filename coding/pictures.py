@@ -46,8 +46,6 @@ class Picture:
         if self.pixels is None:
             return "f", self.data
         rgb = np.repeat(self.pixels, 3 // self.pixels.shape[2], axis=2)
-        if max(rgb.shape) > 16383 and not self.data:
-            raise ValueError("an image of an array may have 16383 pixels in height and width")
         out = io.BytesIO()
         if max(rgb.shape) <= 16383:  # the limit of WebP
             Image.fromarray(rgb).save(out, "WEBP", **_WEBP)

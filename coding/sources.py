@@ -95,7 +95,10 @@ class ArraySource:
                 f"{path} must have images with 1 or 3 channels, got the shape {array.shape}"
             )
         if max(array.shape[1:3]) > 4000:
-            raise CodingError(f"{path}: images may have 4000 pixels in height and width")
+            height, width = array.shape[1:3]
+            raise CodingError(
+                f"{path}: images may have at most 4,000 pixels per side, got {height} x {width}"
+            )
         self._array = array
         self.count = len(array)
         self.identity = hashlib.sha256(repr(array.shape).encode()).hexdigest()

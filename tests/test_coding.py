@@ -560,6 +560,23 @@ def test_an_archive_writes_nothing_outside_its_folder(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "evil.ade"]
 
 
+def test_a_chunk_of_no_images_is_none_of_ours(
+    bundle: Bundle, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    loaded = networks.Networks(bundle)
+    coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
+    path = tmp_path / "evil.ade"
+    with open(path, "w+b") as file:
+        archives.write_header(file, header(bundle, 1))
+        good, *_ = coder.encode(["good.png"], [Picture(small_images[0])])
+        archives.write_chunk(file, 0, 0, good)
+        archives.write_chunk(file, 0, 1, good)
+        archives.write_end(file, 1)
+    result = decompress.decompress(path, tmp_path / "back", bundle)
+    assert not result.lost
+    assert [p.name for p in (tmp_path / "back").iterdir()] == ["good.png"]
+
+
 def header(bundle: Bundle, images: int, kind: str = "files") -> dict[str, Any]:
     return {
         "format_version": 1,
@@ -656,7 +673,7 @@ def test_bundles_that_cannot_code_say_why() -> None:
     with pytest.raises(CodingError, match="recipe gan has no inference network"):
         networks.check_codec(sampler)
     bare = Bundle(PRETRAINED, {**manifest, "files": plain})
-    with pytest.raises(CodingError, match="has no codec. ade export"):
+    with pytest.raises(CodingError, match="has no codec: make a copy that has one"):
         networks.check_codec(bare)
 
 
