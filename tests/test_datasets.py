@@ -41,6 +41,27 @@ def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
             assert np.array_equal(images.images[:], other.parts[part].images[:])
 
 
+def test_the_cache_distinguishes_folders_with_the_same_files_and_its_own_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, grey in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(10):  # of equal size, and modified at the same time
+            path = tmp_path / name / f"{i}.bmp"
+            Image.new("RGB", (8, 8), (grey,) * 3).save(path)
+            os.utime(path, (0, 0))
+    cache = tmp_path / "cache"
+    for name, grey in (("a", 10), ("b", 200)):
+        dataset = load_dataset(str(tmp_path / name), None, 8, cache)
+        assert (dataset.parts["train"].images[:] == grey).all()
+    before = set(cache.iterdir())
+    load_dataset(str(tmp_path / "a"), None, 8, cache)
+    assert set(cache.iterdir()) == before
+    monkeypatch.setattr("training.datasets.files._PREPROCESSING", 99)
+    load_dataset(str(tmp_path / "a"), None, 8, cache)
+    assert set(cache.iterdir()) > before
+
+
 def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -> None:
     folder = tmp_path / "images"
     for i, image in enumerate(small_images[:30]):
@@ -326,12 +347,26 @@ def test_stl10_from_its_binary_files(tmp_path: Path, real_images: np.ndarray) ->
         "test"
     ].labels.tolist() == list(range(10))
     dataset = load_dataset("stl10", str(tmp_path))
+    assert whole.parts["train"].labels is None
     assert dataset.image_size == 48 and whole.splits["train"] == "unlabeled[0:18]"
     assert abs(dataset.parts["train"].images.mean() - large[:18].mean()) < 1
     (tmp_path / "stl10_binary").mkdir()
     (tmp_path / "stl10_binary" / "test_X.bin").write_bytes(b"short")
     with pytest.raises(DataError, match="test_X.bin must be a multiple of 27648 bytes, got 5"):
         load_dataset("stl10", str(tmp_path))
+
+
+def test_stl10_without_its_unlabelled_images_has_labels(
+    tmp_path: Path, real_images: np.ndarray
+) -> None:
+    large = real_images[:30].repeat(3, axis=1).repeat(3, axis=2).transpose(0, 3, 2, 1)
+    for name, rows in (("train", large[:20]), ("test", large[20:])):
+        (tmp_path / f"{name}_X.bin").write_bytes(rows.tobytes())
+        classes = np.arange(len(rows), dtype=np.uint8) % 10 + 1
+        (tmp_path / f"{name}_y.bin").write_bytes(classes.tobytes())
+    parts = load_dataset("stl10", str(tmp_path), 96).parts
+    assert parts["train"].labels.tolist() == [*range(10), *range(8)]
+    assert parts["calibrate"].labels.tolist() == [9]
 
 
 @pytest.mark.parametrize("kind", ["npz", "pickle"])
@@ -364,6 +399,8 @@ def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.
             and dataset.splits["test"] == "val[0:10]"
         )
         assert dataset.parts["test"].labels.tolist() == list(range(10))
+        labels = [dataset.parts[p].labels for p in ("train", "select", "calibrate")]
+        assert np.concatenate(labels).tolist() == 2 * list(range(20))
     (tmp_path / ("val_data.npz" if kind == "npz" else "val_data")).write_bytes(b"PK nothing")
     with pytest.raises(DataError, match="val_data"):
         load_dataset("imagenet64", str(tmp_path))

@@ -113,8 +113,15 @@ class Dataset:
         return int(self.parts["train"].images.shape[3])
 
 
-def split_tail(name: str, images: np.ndarray) -> tuple[dict[str, ImageSet], dict[str, str]]:
+def split_tail(
+    name: str, images: np.ndarray, labels: np.ndarray | None = None
+) -> tuple[dict[str, ImageSet], dict[str, str]]:
     """Split official training images: nine tenths to train, 4 % to select, 6 % to calibrate.
+
+    Args:
+        name: of the part in the official data set.
+        images: its images, ``(N, H, W, C)``.
+        labels: their classes, ``(N,)``, if known.
 
     Returns:
         The parts, and their descriptions as slices of ``name``.
@@ -122,6 +129,9 @@ def split_tail(name: str, images: np.ndarray) -> tuple[dict[str, ImageSet], dict
     first, second = round(0.9 * len(images)), round(0.94 * len(images))
     bounds = {"train": (0, first), "select": (first, second), "calibrate": (second, len(images))}
     return (
-        {part: ImageSet(images[a:b]) for part, (a, b) in bounds.items()},
+        {
+            part: ImageSet(images[a:b], None if labels is None else labels[a:b])
+            for part, (a, b) in bounds.items()
+        },
         {part: f"{name}[{a}:{b}]" for part, (a, b) in bounds.items()},
     )

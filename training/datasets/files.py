@@ -23,6 +23,7 @@ Report = Callable[[str], None]
 _BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
 _BY_NAME = "by hash of the file name"
 _CHUNK = 1000
+_PREPROCESSING = 1  # part of a cache's key: raise it when decoding or resizing gives other pixels
 Item = TypeVar("Item")
 
 
@@ -69,7 +70,7 @@ def cached_pixels(
         with tempfile.TemporaryFile() as file:
             pixels = preallocated(file, shape(), tempfile.gettempdir(), _no_room)
         return pixels, fill(pixels)
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{_PREPROCESSING} {identity}".encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
     if not done.is_file():
         # Several processes may write at once: the last to finish is kept, and all are the same.

@@ -36,7 +36,11 @@ def load_files(
     fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
     identity = json.dumps(
-        [size, [(name, *_version(path)) for name, path in zip(names, files, strict=True)]]
+        [
+            str(folder.resolve()),
+            size,
+            [(name, *_version(path)) for name, path in zip(names, files, strict=True)],
+        ]
     )
     pixels, skipped = cached_pixels(
         identity,

@@ -52,7 +52,8 @@ def _assemble(train: list[Path], test: Path, cache: Path | None, report: Report)
     images, _ = cached_pixels(
         identity, lambda: (sum(len(_labels(p)) for p in train), SIZE, SIZE, 3), cache, fill
     )
-    parts, splits = split_tail("train", images)
+    labels = np.concatenate([_labels(p) for p in train])
+    parts, splits = split_tail("train", images, labels)
     held_out = _images(test)
     return Dataset(
         "imagenet64",

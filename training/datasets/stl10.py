@@ -25,26 +25,31 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
     """
     size = image_size or DEFAULT_SIZE
     source = Source(root, FOLDERS, ARCHIVES)
-    name = "unlabeled"
+    name, labels = "unlabeled", None
     content = source.read("unlabeled_X.bin")
     if content is None:
         name, content = "train", source.read("train_X.bin")
+        labels = source.read("train_y.bin")
     test = source.read("test_X.bin")
     if content is None or test is None:
         raise DataError(
             f"{root} does not hold STL-10: unlabeled_X.bin or train_X.bin, and test_X.bin, "
             f"in it, in {FOLDERS[0]} or in {ARCHIVES[0]}"
         )
-    labels = source.read("test_y.bin")
+    test_labels = source.read("test_y.bin")
     report(f"resizing STL-10 to {size} pixels")
     images, test_images = _images(content, f"{name}_X.bin", size), _images(test, "test_X.bin", size)
-    classes = None if labels is None else np.frombuffer(labels, np.uint8).astype(np.int64) - 1
-    parts, splits = split_tail(name, images)
+    parts, splits = split_tail(name, images, _classes(labels))
     return Dataset(
         "stl10",
-        {**parts, "test": ImageSet(test_images, classes)},
+        {**parts, "test": ImageSet(test_images, _classes(test_labels))},
         {**splits, "test": f"test[0:{len(test_images)}]"},
     )
+
+
+def _classes(content: bytes | None) -> np.ndarray | None:
+    """Classes counted from 0; the files count them from 1."""
+    return None if content is None else np.frombuffer(content, np.uint8).astype(np.int64) - 1
 
 
 def _images(content: bytes, name: str, size: int) -> np.ndarray:
