@@ -134,7 +134,8 @@ def _preprocessing(
         raise FeaturesError(f"input {value.name} must have four dimensions, got {len(dims)}")
     if dims[0] not in (None, 1):
         raise FeaturesError(
-            f"input {value.name} has a fixed batch of {dims[0]}: export the network with any"
+            f"input {value.name} has a fixed batch of {dims[0]}: export it with a dynamic batch "
+            "dimension"
         )
     wanted = {image_shape[2], 3}
     layouts = {"nchw": dims[1], "nhwc": dims[3]}
@@ -282,6 +283,8 @@ def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, .
     if found.layout == "nhwc":
         then("Transpose", perm=[0, 2, 3, 1])
     if elem_type != (TensorProto.UINT8 if found.as_is and not resized else TensorProto.FLOAT):
+        if elem_type == TensorProto.UINT8:  # a cast truncates
+            then("Round")
         then("Cast", to=elem_type)
     nodes[-1].output[0] = name
     if len({n.op_type for n in nodes}) == 1 and found.layout == "nhwc":  # two transpositions cancel

@@ -152,6 +152,15 @@ def test_images_are_resized_to_what_the_network_takes(
         np.testing.assert_allclose(found, expected(small_images[:5]), atol=0.1)
 
 
+def test_resized_uint8_pixels_are_rounded(small_images: np.ndarray, tmp_path: Path) -> None:
+    """A cast alone would darken every pixel by half a grey level on average."""
+    path = network(tmp_path / "net.onnx", size=24, elem_type=TensorProto.UINT8)
+    found = run(feature_graph(FeatureSource(path), small_images).content, small_images[:9])
+    pixels = torch.from_numpy(small_images[:9]).permute(0, 3, 1, 2).float()
+    resized = nn.functional.interpolate(pixels, (24, 24), mode="bilinear")
+    np.testing.assert_allclose(found["features"], 2 * resized.round().mean((2, 3)), atol=0.02)
+
+
 def test_uint8_pixels_need_no_preprocessing(small_images: np.ndarray, tmp_path: Path) -> None:
     path = network(tmp_path / "net.onnx", "nhwc", elem_type=TensorProto.UINT8, ends="")
     made = feature_graph(FeatureSource(path), small_images)
