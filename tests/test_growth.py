@@ -11,7 +11,7 @@ import torch
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from ade_model.model import ADEModel
-from training.growth import grown_weights
+from training.growth import check_growth, grown_weights
 
 BEFORE = ModelConfig(
     image_size=8,
@@ -106,6 +106,13 @@ def test_what_was_added_learns(changes: dict[str, Any]) -> None:
         optimizer.step()
     unchanged = [n for n, p in large.named_parameters() if torch.equal(p, before[n])]
     assert not unchanged
+
+
+@pytest.mark.parametrize("name", ["latent_channels", "decoder_blocks"])
+def test_a_resolution_gets_no_first_latents_or_blocks(name: str) -> None:
+    before = dataclasses.replace(BEFORE, **{name: (2, 0)})
+    with pytest.raises(ConfigError, match=f"{name} .* cannot become positive .* is 0: .*2, 0"):
+        check_growth(before, dataclasses.replace(before, **{name: (2, 1)}))
 
 
 @pytest.mark.parametrize(

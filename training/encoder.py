@@ -1,9 +1,9 @@
 """A small encoder for the verdict: a residual classifier, or a contrastive network without labels.
 
-The generative model's statistics see colours, edges and textures; they hardly see which *thing* an
-image shows. Features that tell classes apart do. The network is small, because every score pays for
-it: about 45 million multiply-adds for 32x32 pixels. It is trained for a number of minutes, on the
-training images alone: the verdict's calibration needs images that it has not seen.
+The generative model's statistics describe colours, edges and textures; they hardly depend on the
+object in the image. Features that tell classes apart do. The network is small, because every score
+pays for it: about 45 million multiply-adds for 32x32 pixels. It is trained for a number of minutes,
+on the training images alone: the verdict's calibration needs images that it has not seen.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from training.data import DataError, Dataset, ImageSet
 
 WIDTHS = (32, 128, 256)
 STEM = 32
-MAX_SIZE = 32  # pixels per side that the network sees; larger images are averaged down
+MAX_SIZE = 32  # images of 64 pixels or more are averaged down; the network sees fewer than 64
 MIN_SIZE = 8
 BATCH = 128
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 WARM_UP = 0.2  # of the training time; then the rate falls to zero
-SHIFT = 8  # crops are moved by up to this fraction of half a side: 1/8
+SHIFT = 8  # images are shifted by up to 1/SHIFT of half their side
 TEMPERATURE = 0.3
 PROJECTION = 64
 ROTATIONS = 4
@@ -115,8 +115,8 @@ def class_folders(names: Sequence[str]) -> list[str] | None:
         names: of the images to train on, relative to the data set, with ``/``.
 
     Returns:
-        ``None`` if they are no classes: fewer than two, an image beside them, or so few images per
-        folder that the folders are something else.
+        ``None`` if there are fewer than two folders, if an image lies outside them, or if folders
+        have fewer than 20 images on average.
     """
     folders = sorted({name.split("/")[0] if "/" in name else "" for name in names})
     if "" in folders or len(folders) < 2 or len(names) < IMAGES_A_CLASS * len(folders):
@@ -154,13 +154,13 @@ def train_encoder(
         minutes: of training, by the clock; the learning rate follows it.
         device: where to train.
         seed: of weights, order and augmentation.
-        report: is told of progress.
+        report: called with each line of progress.
 
     Raises:
         DataError: images that are too small or too few.
     """
     if len(images) < 2 * ROTATIONS:
-        raise DataError(f"an encoder needs more than {2 * ROTATIONS} images, got {len(images)}")
+        raise DataError(f"an encoder needs at least {2 * ROTATIONS} images, got {len(images)}")
     labels = None if images.labels is None else np.unique(images.labels, return_inverse=True)[1]
     classes = 0 if labels is None else int(labels.max()) + 1
     if classes < 2:

@@ -28,8 +28,8 @@ GROWS = (
     "posterior_bound",
     "dequantizer_width",
 )
-# Rows of the posterior for new latent channels: small, so that their KL is small, but not zero, for
-# a channel that says nothing of the image gives its decoder nothing to learn from.
+# Rows of the posterior for new latent channels: small, so that their KL is small, but not zero,
+# because the decoder cannot learn to use a channel that carries no information.
 NEW_POSTERIOR_SCALE = 0.1
 
 
@@ -78,8 +78,12 @@ def check_growth(before: ModelConfig, after: ModelConfig) -> None:
     if fixed:
         raise ConfigError(_message(fixed[0], old, new, "must be equal"))
     for name in different:
-        if _less(new[name], old[name]):
+        pairs = list(zip(_entries(new[name]), _entries(old[name]), strict=True))
+        if any(n < o for n, o in pairs):
             raise ConfigError(_message(name, old, new, "may grow, not shrink"))
+        if isinstance(old[name], tuple) and any(n > o == 0 for n, o in pairs):
+            rule = "cannot become positive at a resolution where it is 0"
+            raise ConfigError(_message(name, old, new, rule))
 
 
 def _message(name: str, old: dict[str, Any], new: dict[str, Any], rule: str) -> str:
@@ -88,11 +92,8 @@ def _message(name: str, old: dict[str, Any], new: dict[str, Any], rule: str) -> 
     )
 
 
-def _less(new: Any, old: Any) -> bool:
-    """Whether a field or any entry of it shrinks, or a level gets its first latents."""
-    if not isinstance(old, tuple):
-        return bool(new < old)
-    return any(n < o or (n > 0 and o == 0) for n, o in zip(new, old, strict=True))
+def _entries(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _renumbered(name: str, before: ModelConfig, after: ModelConfig) -> str:

@@ -129,17 +129,21 @@ class EfficientNetFeatures:
 
         network = EfficientNetLite0(torch.load(efficientnet_weights(), weights_only=True))
         quiet = logging.getLogger("torch.onnx")
+        level = quiet.level
         quiet.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                network,
-                (torch.zeros(2, 3, SIZE, SIZE),),
-                dynamo=True,
-                verbose=False,
-                input_names=["x"],
-                dynamic_shapes=({0: torch.export.Dim("N")},),
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = torch.onnx.export(
+                    network,
+                    (torch.zeros(2, 3, SIZE, SIZE),),
+                    dynamo=True,
+                    verbose=False,
+                    input_names=["x"],
+                    dynamic_shapes=({0: torch.export.Dim("N")},),
+                )
+        finally:
+            quiet.setLevel(level)
         assert program is not None
         options = ort.SessionOptions()
         # The default is every core of the machine, even those that this process may not use.
