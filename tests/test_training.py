@@ -673,12 +673,20 @@ def test_configurations_of_earlier_runs_are_read() -> None:
     for row in rows:
         config = TrainConfig.from_dict(row["config"])
         assert TrainConfig.from_dict(config.to_dict()) == config
-        if "max_grad_norm" in row["config"]:
-            assert (
-                config.g_learning_rate == config.learning_rate
-                and config.g_beta2 == config.beta2
-                and not config.cooldown
-            )
+
+
+def test_configurations_that_are_not_ours_are_refused() -> None:
+    values = recipe("av-ade", 32, 3).to_dict()
+    with pytest.raises(ConfigError, match=r"unknown fields: \['max_grad_norm'\]"):
+        TrainConfig.from_dict({**values, "max_grad_norm": 1.0})
+    with pytest.raises(ConfigError, match=r"unknown fields: \['d_residual'\]"):
+        TrainConfig.from_dict(
+            {**values, "discriminator": {**values["discriminator"], "residual": True}}
+        )
+    with pytest.raises(ConfigError, match="d_kind cannot be changed: .* recipe av-ade"):
+        recipe("av-ade", 32, 3, d_kind="projected")
+    with pytest.raises(ConfigError, match="gp_weight must be 0 .* got 0.5 for av-ade-pd"):
+        recipe("av-ade-pd", 32, 3, gp_weight=0.5)
 
 
 def test_the_settings_of_the_refinements() -> None:

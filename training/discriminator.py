@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,17 +82,6 @@ class DiscriminatorConfig:
                 f"{self.patch * 2**self.halvings} for a discriminator with d_patch {self.patch} "
                 f"and {self.halvings} stages that halve the size, got {image_size}"
             )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DiscriminatorConfig:
-        """Rebuild from its fields as JSON stores them.
-
-        Before November 2026 a boolean ``residual`` stood in the place of ``kind``.
-        """
-        values = dict(values)
-        if "residual" in values:
-            values["kind"] = "residual" if values.pop("residual") else "plain"
-        return cls(**values)
 
 
 class _Stage(nn.Module):

@@ -70,7 +70,8 @@ def gradient_penalty(discriminator: nn.Module, points: Tensor, target: float) ->
     Generalization and Stability of Generative Adversarial Networks", 2019, eq. 8.
 
     Args:
-        discriminator: returns logits ``(N,)``.
+        discriminator: returns one logit per image, ``(N,)``; the slope of several would be that of
+            their sum.
         points: ``(N, C, H, W)`` in the discriminator's input range.
         target: slope per unit of the input.
     """

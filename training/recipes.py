@@ -48,8 +48,8 @@ class TrainConfig:
             x, beside L_C. A strong flow predicts pixels from their neighbours and leaves little to
             the latents; this makes them hold what an image looks like.
         noisy_share: share of the generated images that the discriminator sees with the decoder's
-            noise; the others are mean samples, as in the paper. Mean samples alone get contours and
-            textures to which the noise is too much.
+            noise; the others are mean samples, as in the paper. If the discriminator sees mean
+            samples only, density samples look too noisy.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
             without L_C, the weight of L_Q alone.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
@@ -164,6 +164,11 @@ class TrainConfig:
             )
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
+        if self.compares_images and self.gp_weight:
+            raise ConfigError(
+                "gp_weight must be 0 with a projected discriminator, which has several logits per "
+                f"image, got {self.gp_weight} for {self.recipe}"
+            )
 
     @property
     def compares_images(self) -> bool:
@@ -176,20 +181,21 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Rebuild from :meth:`to_dict`.
+        """Rebuild from :meth:`to_dict`; fields that were added later may be missing.
 
-        For a run from before November 2026, newer fields take the values that describe it.
+        Raises:
+            ConfigError: a field is unknown, as in a run of version 0.1, or invalid.
         """
-        values = dict(values)
-        # Before November 2026, all weights had the same rate, gradients a fixed bound, and runs no
-        # cooldown.
-        if "max_grad_norm" in values:
-            del values["max_grad_norm"]
-            values |= {"g_learning_rate": values["learning_rate"], "cooldown": 0.0}
-            values |= {f"{who}_{beta}": values[beta] for who in "gd" for beta in ("beta1", "beta2")}
-        values["model"] = ModelConfig.from_dict(values["model"])
-        if values["discriminator"] is not None:
-            values["discriminator"] = DiscriminatorConfig.from_dict(values["discriminator"])
+        discriminator = values["discriminator"]
+        unknown = sorted(
+            [*(values.keys() - _names(cls))]
+            + [f"d_{name}" for name in (discriminator or {}).keys() - _names(DiscriminatorConfig)]
+        )
+        if unknown:
+            raise ConfigError(f"a configuration of training has unknown fields: {unknown}")
+        values = {**values, "model": ModelConfig.from_dict(values["model"])}
+        if discriminator is not None:
+            values["discriminator"] = DiscriminatorConfig(**discriminator)
         return cls(**values)
 
 
@@ -353,10 +359,10 @@ def saw_efficientnet(about: Mapping[str, Any]) -> bool:
         about: the ``config.json`` of a checkpoint or bundle.
     """
     known = _SYSTEMS.get(about.get("recipe", ""))
-    before = about.get("started_from")
-    return (known is not None and known.adversary == "projected") or (
-        before is not None and saw_efficientnet(before)
-    )
+    if known is not None and known.adversary == "projected":
+        return True
+    ancestors = (about.get("started_from"), about.get("flow_from"))
+    return any(before is not None and saw_efficientnet(before) for before in ancestors)
 
 
 def recipe(
@@ -370,7 +376,7 @@ def recipe(
         channels: colour channels of the images.
         size: of the networks, one of :data:`SIZES`.
         changes: fields to change: those of :class:`TrainConfig` and :class:`ModelConfig`, and those
-            of :class:`DiscriminatorConfig` with the prefix ``d_``.
+            of :class:`DiscriminatorConfig` with the prefix ``d_``, except its kind.
 
     Raises:
         ValueError: there is no recipe or size of that name.
@@ -381,6 +387,8 @@ def recipe(
     if size not in _SIZES:
         raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
     system, sized = _SYSTEMS[name], _SIZES[size]
+    if "d_kind" in changes:  # reports tell by the recipe against which features a model was trained
+        raise ConfigError(f"d_kind cannot be changed: it is that of the recipe {name}")
     of_the_model = {name: changes.pop(name) for name in _names(ModelConfig) & changes.keys()}
     of_the_discriminator = {
         name: changes.pop(f"d_{name}")
