@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from serving.images import psnr
-from tests.helpers import large_data, needs_data
+from tests.helpers import large_data, make_model, needs_data
+from training.data import Dataset, ImageSet
+from training.measure import MeasureOptions, Measurer
 from training.metrics import inception
 from training.metrics.efficientnet import EfficientNetFeatures, _conv, _fold
 from training.metrics.features import FeatureError, ResNet20, features_of
-from training.metrics.frechet import frechet_distance
+from training.metrics.frechet import frechet_distance, is_rank_deficient
 from training.metrics.gan_train import gan_train_accuracy
 from training.metrics.inception_score import inception_score
 from training.metrics.kid import kernel_distance
@@ -65,6 +68,33 @@ def test_frechet_distance_is_the_librarys() -> None:
         False,
     )
     assert frechet_distance(a, b) == pytest.approx(library["frechet_inception_distance"], rel=1e-6)
+
+
+def test_too_few_images_make_covariances_singular() -> None:
+    rows = np.zeros((9, 4))
+    assert not is_rank_deficient(rows, rows[:5])
+    assert is_rank_deficient(rows, rows[:4]) and is_rank_deficient(rows[:4], rows)
+
+
+def test_the_fid_uses_as_many_held_out_images_as_requested(
+    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def features(weights: str, images: np.ndarray, device: torch.device) -> Any:
+        return images.reshape(len(images), -1)[:, :4].astype(float), np.zeros((len(images), 10))
+
+    monkeypatch.setattr("training.measure.verified_inception", lambda weights: None)
+    monkeypatch.setattr("training.measure.inception_features", features)
+    monkeypatch.setattr("training.measure.FID_COUNTS", (30, 60, 90))
+    parts = {name: ImageSet(small_images[:90]) for name in ("train", "test")}
+    dataset = Dataset("d", parts, {name: name for name in parts})
+    options = MeasureOptions(images=40, inception="weights")
+    measurer = Measurer(dataset, torch.device("cpu"), options)
+    found = measurer.measure(make_model(), {"operations": ["sample"]})["inception"]["fid"]
+    assert [figure["reference"] for figure in found.values()] == [
+        "30 images of test",
+        "40 images of test",
+        "90 images of train",
+    ]
 
 
 def test_inception_score_of_known_classes() -> None:

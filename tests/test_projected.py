@@ -246,11 +246,15 @@ def test_models_are_not_judged_by_the_features_that_trained_them(
     for name, marked in (("av-ade", False), ("av-ade-pd", True)):
         found = measurer.measure(heads.ema, {"recipe": name, "operations": ["sample", "score"]})
         assert ("independent" in found["distances"]["mean"][EFFICIENTNET]) == marked
+        # 30 samples have a singular covariance of 1280 features.
+        assert found["distances"]["mean"][EFFICIENTNET]["rank_deficient"] is True
 
 
 def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_path: Path) -> None:
     about = {"recipe": "av-ade-pd"}
     assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av-ade", "started_from": about})
+    assert saw_efficientnet({"recipe": "v-ade", "started_from": None, "flow_from": about})
+    assert saw_efficientnet({"recipe": "v-ade", "started_from": {"flow_from": about}})
     assert not saw_efficientnet(
         {"recipe": "av-ade", "started_from": {"recipe": "v-ade", "started_from": None}}
     )
@@ -285,12 +289,15 @@ def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_pat
     rows = [
         row("av-ade", {}),
         row("av-ade-pd", {"independent": NOT_INDEPENDENT}),
-        row("real-nvp", {}),
+        row("real-nvp", {"rank_deficient": True}),
     ]
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     marked = [line for line in page.splitlines() if "(not independent)" in line]
     assert len(marked) == 2 and all(line.startswith("| av-ade-pd |") for line in marked)
+    # The Fréchet distance, and the kernel distance, precision, recall, F₈ and F₁⸝₈.
+    assert [line.count("(not independent)") for line in marked] == [1, 5]
     assert "Not independent: the model was trained against these features." in page
     assert "it is not the published network" in page
+    assert "unreliable, of fewer images than features (real-nvp)" in page
     page = write_comparison(rows[:1], tmp_path, torch.device("cpu")).read_text()
     assert "ndependent" not in page and "published network" not in page

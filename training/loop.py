@@ -325,7 +325,8 @@ def check_budget(run: Path, inferring_since: int | None, batch_size: int, images
 def _lineage(init: Path) -> dict[str, Any]:
     """Recipe and images seen of the run that weights are taken from, and of its own ancestors."""
     source = read_config(latest_checkpoint(init))
-    return {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
+    found = {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
+    return found | {key: source[key] for key in ("flow_from",) if key in source}
 
 
 def _out_of_time(progress: Progress, minutes: float | None) -> bool:

@@ -16,7 +16,7 @@ from training.data import DataError, Dataset
 from training.evaluate import evaluate, reconstructions, sample_images, sample_kinds
 from training.metrics.efficientnet import EfficientNetFeatures, efficientnet_weights
 from training.metrics.features import ResNet20, features_of
-from training.metrics.frechet import frechet_distance
+from training.metrics.frechet import frechet_distance, is_rank_deficient
 from training.metrics.gan_train import GAN_TEST, gan_train_accuracy
 from training.metrics.inception import inception_features, verified_inception
 from training.metrics.inception_score import inception_score
@@ -193,6 +193,8 @@ class Measurer:
                 "reference": reference,
                 "frechet": frechet_distance(space.real, generated),
             }
+            if is_rank_deficient(space.real, generated):
+                values["rank_deficient"] = True
             if kind == "mean":
                 values |= {
                     "kernel": kernel_distance(generated, space.real),
@@ -235,7 +237,7 @@ class Measurer:
         """FID, KID and Inception score.
 
         The FID of 5,000 and of 10,000 samples is against the held-out part; that of 50,000 samples
-        is against the training images.
+        is against the training images. Of the held-out part at most ``options.images`` are used.
         """
         assert self.options.inception is not None
         self.report("Inception: samples")
@@ -247,7 +249,8 @@ class Measurer:
         for count in FID_COUNTS:
             part = "train" if count == FID_COUNTS[-1] else self.options.part
             if count not in self._fid_real:
-                images = np.asarray(self.dataset.parts[part].images[:count])
+                images = self.images if part != "train" else self.dataset.parts["train"].images
+                images = np.asarray(images[:count])
                 self._fid_real[count] = inception_features(
                     self.options.inception, images, self.device
                 )[0]
@@ -256,6 +259,8 @@ class Measurer:
                 "fid": frechet_distance(real, generated[:count]),
                 "reference": f"{len(real)} images of {self.dataset.splits[part]}",
             }
+            if is_rank_deficient(real, generated[:count]):
+                fid[str(count)]["rank_deficient"] = True
         real = self._fid_real[FID_COUNTS[1]]
         result["inception"] = {
             "fid": fid,

@@ -36,8 +36,7 @@ from training.weights import count_weights
 GRID = 8  # samples per side
 SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as equal
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
-# Findings in the plural.
-SEVERAL = {"holds": "hold", "does not hold here": "do not hold here"}
+PLURALS = {Finding.HOLDS: "hold", Finding.FAILS: "do not hold here"}
 SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
 CAPTIONS = {
     "bpd": "L_C, bits per dimension",
@@ -129,21 +128,18 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     """The head of the page: how many of the paper's claims these runs confirm."""
-    found = Counter(
-        line.removeprefix("- ").strip("*").partition(":")[0].strip("*")
-        for line in _claims(rows)
-        if line.startswith("- ")
-    )
+    found = Counter(finding for finding, _ in _judged(rows))
     total = sum(found.values())
     if not total:
         return verdict_card(
             "no_verdict", "Too few systems were measured.", heading="No verdict yet"
         )
     counts = ", ".join(
-        f"{count} {SEVERAL.get(finding, finding) if count > 1 else finding}"
+        f"{count} {PLURALS.get(finding, singular) if count > 1 else singular}"
         for finding, count in found.most_common()
+        for singular in [finding.value.strip("*")]
     )
-    holds = found[Finding.HOLDS.value.strip("*")]
+    holds = found[Finding.HOLDS]
     return verdict_card(
         "accept" if 2 * holds >= total else "no_verdict",
         f"Of {total} claims of the paper that these runs can test: {counts}.",
@@ -310,15 +306,24 @@ def _how(measured: dict[str, Any]) -> dict[str, str]:
     for space, value in measured.get("distances", {}).get("mean", {}).items():
         found[SPACES[space]] = (
             f"between {value['samples']:,} mean samples and {value['reference']}; it is not the FID"
+            + _unreliable(value)
         )
     fid = measured.get("inception", {}).get("fid", {}).get("50000")
     if fid:
-        found[SPACES[INCEPTION]] = f"between 50,000 mean samples and {fid['reference']}"
+        found[SPACES[INCEPTION]] = (
+            f"between 50,000 mean samples and {fid['reference']}{_unreliable(fid)}"
+        )
     return found
 
 
-def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = []
+def _unreliable(distance: dict[str, Any]) -> str:
+    """A remark on a Fréchet distance between singular covariances."""
+    return "; unreliable, of fewer images than features" if "rank_deficient" in distance else ""
+
+
+def _judged(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
+    """What these runs say about each claim that they can test, and the claim with its figures."""
+    found = []
     for claim in claims(tuple(_used_spaces(rows))):
         chosen = _comparable([_measured_runs(rows, name) for name in claim.systems])
         if chosen is None:
@@ -327,7 +332,7 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         if budget is None:
             *first, last = (f"{_learned(row):,}" for row in chosen)
             counts = f"{', '.join(first)} and {last}"
-            lines.append(f"- undecided: {claim.text} (after {counts} images)")
+            found.append((Finding.UNDECIDED, f"{claim.text} (after {counts} images)"))
             continue
         figures = [_figures(row) for row in chosen]
         shown = [
@@ -336,12 +341,17 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
             if all(f[name] is not None for f in figures)
         ]
         if shown:
-            finding = claim.judge(figures).value
-            lines.append(f"- {finding}: {claim.text} (after {budget}: {'; '.join(shown)})")
-    if not lines:
+            text = f"{claim.text} (after {budget}: {'; '.join(shown)})"
+            found.append((claim.judge(figures), text))
+    return found
+
+
+def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
+    judged = _judged(rows)
+    if not judged:
         return ["Too few systems were measured."]
     return [
-        *lines,
+        *(f"- {finding.value}: {text}" for finding, text in judged),
         "",
         f"A difference decides only if it exceeds the spread of seeds: {SEED_SPREAD_BPD} bits "
         f"per dimension, {SEED_SPREAD_DISTANCE:.0%} of a Fréchet distance (three seeds of av-ade, "
@@ -437,7 +447,7 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
             cells += [
                 _number(None if kernel is None else 1e3 * kernel) + _mark(row, space),
                 *(
-                    _number(found.get(group, {}).get(name))
+                    _number(found.get(group, {}).get(name)) + _mark(row, space)
                     for group, name in (
                         ("neighbours", "precision"),
                         ("neighbours", "recall"),

@@ -12,8 +12,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     network.
 
     Args:
-        a: ``(N, F)``, with more rows than columns.
-        b: ``(M, F)``, likewise.
+        a: ``(N, F)``; see :func:`is_rank_deficient`.
+        b: ``(M, F)``.
 
     Raises:
         ValueError: the shapes do not match, or a set has fewer than two rows.
@@ -30,3 +30,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance_b @ root), 0, None)).sum()
     shift = np.square(a.mean(0) - b.mean(0)).sum()
     return float(shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * cross)
+
+
+def is_rank_deficient(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether a covariance is singular, because a set has too few rows for its columns.
+
+    The distance then depends on the number of images more than on what they show.
+    """
+    return bool(min(len(a), len(b)) <= a.shape[1])

@@ -18,6 +18,9 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS) -> dict[str, float
         logits: ``(N, classes)`` of generated images.
         splits: number of parts of the set, each of which is scored.
 
+    Returns:
+        ``mean`` and ``std`` over the splits, from 1 to the number of classes, and ``splits``.
+
     Raises:
         ValueError: there are fewer rows than splits.
     """

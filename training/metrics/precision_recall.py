@@ -25,6 +25,9 @@ def improved_precision_recall(generated: np.ndarray, real: np.ndarray) -> dict[s
         generated: ``(N, F)``.
         real: ``(M, F)``; the larger set is cut to the size of the smaller one, since distances of
             neighbours depend on the density of a set.
+
+    Returns:
+        ``precision`` and ``recall``, from 0 to 1, and the numbers of ``neighbours`` and ``images``.
     """
     size = min(len(generated), len(real))
     generated, real = generated[:size], real[:size]
@@ -73,6 +76,9 @@ def prd_f_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
     Args:
         generated: features ``(N, F)``.
         real: features ``(M, F)``; the larger set is cut to the size of the smaller one.
+
+    Returns:
+        ``f8`` and ``f1_8``, from 0 to 1, and the numbers of ``clusters``, ``runs`` and ``images``.
     """
     size = min(len(generated), len(real))
     generated, real = generated[:size], real[:size]
