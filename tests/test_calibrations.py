@@ -318,6 +318,35 @@ def test_a_folder_that_vanishes_leaves_its_calibrations_in_use(
     assert gate.check(dark[:1])[0].calibration != before[0].calibration
 
 
+def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
+    bundle: Path, night_file: Path, dark: np.ndarray, tmp_path: Path
+) -> None:
+    """Its folder may have held ``default.npz``: the bundle's own would accept other images."""
+    add(bundle, night_file, "default")
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy", ignore=shutil.ignore_patterns(FOLDER)))
+    bundle.rename(bundle.with_name("elsewhere"))
+
+    def start() -> InferenceEngine:  # as a worker does, with a copy of the served bundle
+        return InferenceEngine(
+            copy, device="cpu", operations=["score"], calibrations=bundle / FOLDER
+        )
+
+    engine = start()
+    (score,) = engine.score(dark[:1])
+    assert isinstance(score, Score) and score.verdict is None
+    assert engine.store.broken == {"/": f"{bundle / FOLDER} is gone"}
+    bundle.with_name("elsewhere").rename(bundle)
+    expected = Calibrations.load(night_file).version
+    assert engine.store.get().version == expected and not engine.store.broken
+    # A bundle without named calibrations is judged by its own once it is back.
+    bundle.rename(bundle.with_name("elsewhere"))
+    engine = start()
+    assert engine.store.get().exact is None
+    shutil.rmtree(bundle.with_name("elsewhere") / FOLDER)
+    bundle.with_name("elsewhere").rename(bundle)
+    assert engine.store.get().exact is not None and not engine.store.broken
+
+
 def test_readers_see_a_whole_calibration_while_it_is_replaced(
     bundle: Path, night_file: Path
 ) -> None:

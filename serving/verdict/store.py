@@ -83,12 +83,14 @@ class CalibrationStore:
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
     stays in use; so it does if the folder vanishes. ``default.npz`` takes the place of the bundle's
     own calibration; if it cannot be used from the start, there is no verdict, because the bundle's
-    own would accept other images. A calibration that another version of libwebp helped to make is
+    own would accept other images. The same holds if the bundle's folder is gone at the start, since
+    it may have held that file. A calibration that another version of libwebp helped to make is
     used, with a warning in the log.
 
     Args:
         own: the bundle's own calibrations.
-        folder: folder of the named ones, which need not exist; ``None`` to use none.
+        folder: folder of the named ones, in the bundle's folder; it need not exist. ``None`` to use
+            none.
         model: :attr:`serving.engine.bundle.Bundle.networks`: a calibration of another model, or
             with other features, is not used.
         statistics: names of the statistics that are computed.
@@ -103,11 +105,13 @@ class CalibrationStore:
         self._statistics = statistics
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
-        # What a file that cannot be read leaves in use.
+        # In use for `default` until its file has been read: no verdict.
         self._current = {DEFAULT: own if folder is None else Calibrations()}
         self._broken: dict[str, str] = {}
         self._checked = -CHECK_S
-        self._was_read = False  # every file that was found, so that only changes matter
+        # Whether the last refresh read every file. If not, unchanged files are read again.
+        self._was_read = False
+        self._may_hold_files = False  # the folder, when it was last there
         self.refresh()
         if folder is not None and self._current[DEFAULT] is own:
             _warn_of_another_coder(own)
@@ -175,14 +179,17 @@ class CalibrationStore:
         try:
             found = _files(self._folder)
         except FileNotFoundError:
-            if self._seen or self._broken:  # moved or unmounted: its former content stays in use
+            # Moved or unmounted: its former content stays in use.
+            if self._may_hold_files or not os.path.isdir(self._folder.parent):
                 self._report({**self._broken, ALL: f"{self._folder} is gone"})
                 return
             found = {}
         except OSError as error:  # its former content stays in use
+            self._may_hold_files = True
             reason = f"{self._folder} cannot be read: {error.strerror}"
             self._report({**self._broken, ALL: reason})
             return
+        self._may_hold_files = bool(found)
         if self._was_read and found == self._seen and ALL not in self._broken:
             return
         current, broken = {DEFAULT: self._own}, {}
