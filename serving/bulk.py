@@ -153,17 +153,18 @@ class FileScorer:
         if isinstance(score, NotFinite):
             return _failed("not_finite", str(score))
         verdict = score.verdict
+        p_value = None if verdict is None else verdict.p_value
+        decision = decide(p_value, self.calibrations, image.resized, self._options.alpha)
         row = {"bpd": score.bpd, **score.parts}
         if verdict is not None:
             row |= {
                 "ood_score": verdict.ood_score,
                 "p_value": verdict.p_value,
-                "ood": verdict.p_value <= self._options.alpha,
+                "ood": decision.ood,
                 "calibration": f"{self.calibrations.name}@{self.calibrations.version}",
             }
         if image.notes:
             row["notes"] = "; ".join(image.notes)
-        decision = decide(row.get("p_value"), self.calibrations, image.resized, self._options.alpha)
         return {**row, "decision": decision.choice, "decision_reason": decision.reason}
 
 

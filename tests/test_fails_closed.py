@@ -37,7 +37,7 @@ from serving.page.score import REPLACED, Scored, explained, verdict
 from serving.page.served import Runs, Served
 from serving.verdict import store
 from serving.verdict.calibration import Calibrations
-from serving.verdict.decision import decide, fdr_note, images_needed
+from serving.verdict.decision import Ruling, decide, fdr_note, images_needed
 from serving.verdict.store import write_calibrations
 from tests.helpers import with_calibrations
 from tests.in_process import answered_here, page_function
@@ -112,6 +112,7 @@ def test_over_http_v2_in_files_and_on_the_page(
         [str(ood_paths[path])]
     )
     check(name, path, row["decision"], row["decision_reason"])
+    assert result["ood"] is row.get("ood") is (True if EXPECTED[name][path] == "reject" else None)
     status = main(
         [
             "score",
@@ -346,6 +347,9 @@ def test_what_is_not_finite(
     assert row["error"] == "not_finite" and row["decision"] == "no_verdict"
     assert decide(float("nan"), engine.calibrations, False, ALPHA).choice == "no_verdict"
     assert decide(None, engine.calibrations, False, ALPHA).choice == "no_verdict"
+    for alpha in (float("nan"), 0.0, -0.1, 1.1):  # 0.5 <= nan is false, as for an accepted image
+        with pytest.raises(ValueError, match="alpha must be above 0 and at most 1, got"):
+            decide(0.5, engine.calibrations, False, alpha)
 
 
 def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> None:
@@ -355,7 +359,8 @@ def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> 
         assert 1 / (needed + 1) <= alpha * (1 + 1e-12) and (needed == 0 or 1 / needed > alpha)
     few = Calibrations.load(bundles["few"] / "calibration.npz")
     assert (
-        decide(0.9, few, False, 1 / 21).choice == "accept"
+        decide(0.9, few, False, 1 / 21) == Ruling("accept")
+        and decide(0.9, few, False, 1 / 21).ood is False
         and decide(1 / 21, few, False, 1 / 21).choice == "reject"
     )
     assert decide(0.9, few, False, 0.047).reason == (

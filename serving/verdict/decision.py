@@ -29,6 +29,11 @@ class Ruling:
     choice: Choice
     reason: str | None = None
 
+    @property
+    def ood(self) -> bool | None:
+        """Whether the image is rejected; ``None`` without a verdict."""
+        return None if self.choice == "no_verdict" else self.choice == "reject"
+
 
 def decide(
     p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float
@@ -39,8 +44,13 @@ def decide(
         p_value: p-value of its verdict; ``None`` without one.
         calibrations: of the bundle.
         resized: whether the image was resized to the model's size.
-        alpha: false-alarm rate.
+        alpha: false-alarm rate, above 0 and at most 1.
+
+    Raises:
+        ValueError: alpha is out of range.
     """
+    if not 0 < alpha <= 1:  # not a number compares as false: it would accept every image
+        raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
     calibration = calibrations.of(resized)
     if calibration is None:
         if resized and calibrations.exact is not None:

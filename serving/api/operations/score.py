@@ -90,8 +90,8 @@ class Map:
 class ScoreResult:
     """One image's bits per dimension, the verdict (``None`` if there is none) and the decision.
 
-    Let an image through if it is :attr:`accepted`. Without a verdict, ``ood`` is ``None``, and the
-    image is not accepted.
+    Let an image through if it is :attr:`accepted`. If the decision is ``no_verdict``, ``ood`` is
+    ``None``, and the image is not accepted.
     """
 
     bpd: Annotated[float, "bits per dimension, an upper bound; lower is likelier"]
@@ -99,7 +99,9 @@ class ScoreResult:
     standard_error: Annotated[float | None, "of bpd over its draws; null for one draw"]
     ood_score: Annotated[float | None, "minus the log-density of the statistics, nats"]
     p_value: Annotated[float | None, Above(0, 1)]
-    ood: Annotated[bool | None, "whether p_value is at most alpha"]
+    ood: Annotated[
+        bool | None, "whether p_value is at most alpha; null if the decision is no_verdict"
+    ]
     discovery: Annotated[
         bool | None,
         JsonSchema({"type": ["boolean", "null"]}),
@@ -265,7 +267,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 standard_error=score.standard_error,
                 ood_score=None if verdict is None else verdict.ood_score,
                 p_value=p_value,
-                ood=None if p_value is None else p_value <= alpha,
+                ood=decision.ood,
                 discovery=discoveries.get(row),
                 explain=[
                     Unusual(u.statistic, round(u.value, DIGITS), round(u.p_value, DIGITS))
