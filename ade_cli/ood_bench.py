@@ -67,11 +67,12 @@ def run(args: argparse.Namespace) -> None:
         check_outside(args.out, data)
     bundle = open_bundle(args.bundle)
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    calibration = engine.calibrations.of(args.resize == "fit")
+    calibrations = engine.store.usable()
+    calibration = calibrations.of(args.resize == "fit")
     if calibration is None:
         raise CalibrationError(
             f"{args.bundle} is not calibrated"
-            + (" for resized images" if engine.calibration else "")
+            + (" for resized images" if calibrations.exact else "")
             + ": ade calibrate does that"
         )
     names = [path.stem for path in args.ood]
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             f"sets of OOD images need different names, got {', '.join((*names, *CORRUPTIONS))}"
         )
     own = bundle.manifest.get("calibration") or {}
-    id_name, id_images = _id_images(args, bundle, engine.calibrations.data or own.get("data"))
+    id_name, id_images = _id_images(args, bundle, calibrations.data or own.get("data"))
     sets = {path.stem: ImageSet(path, args.images) for path in args.ood}
     args.out.mkdir(parents=True, exist_ok=True)
     id_statistics = statistics_of(engine, id_images, id_name, args.resize, say)

@@ -32,6 +32,7 @@ from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
 from serving.images import coder_version, write_png
 from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.decision import decide
 from serving.verdict.store import (
     FOLDER,
     CalibrationStore,
@@ -259,7 +260,10 @@ def leads_nowhere(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [damage, leads_nowhere])
 def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
-    bundle: Path, small_images: np.ndarray, make: Callable[[Path], None]
+    bundle: Path,
+    small_images: np.ndarray,
+    make: Callable[[Path], None],
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """The bundle's own calibration would accept other images than the user's."""
     (bundle / "calibrations").mkdir()
@@ -269,8 +273,13 @@ def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
     assert engine.store.get().exact is None and "default" in engine.store.broken
     (score,) = engine.score(small_images[:1])
     assert isinstance(score, Score) and score.verdict is None
+    assert str(decide(None, score.calibrations, False, 0.1).reason).startswith("calibration_broken")
     with pytest.raises(CalibrationError):
         Gate(bundle)
+    words = ["ood-bench", str(bundle), "--id", "images.npy"]
+    assert main([*words, "--out", str(bundle.with_name("out"))]) == 2
+    # Not "is not calibrated".
+    assert "default.npz" in capsys.readouterr().err.splitlines()[-1]
     default.unlink()
     assert engine.store.get().exact is not None and not engine.store.broken
 

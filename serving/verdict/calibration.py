@@ -553,6 +553,7 @@ class Calibrations:
         data: describes the calibration images; empty in a bundle's own file.
         joined: SHA-256 of the image files that feedback added.
         webp: version of libwebp that computed the statistics; empty in files of versions before.
+        is_broken: whether there is a file, which cannot be used.
     """
 
     exact: Calibration | None = None
@@ -563,6 +564,7 @@ class Calibrations:
     data: str = ""
     joined: tuple[str, ...] = field(default=())
     webp: str = ""
+    is_broken: bool = False
 
     def of(self, resized: bool) -> Calibration | None:
         """The one for an image that was or was not resized."""

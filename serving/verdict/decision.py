@@ -53,6 +53,12 @@ def decide(
         raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
     calibration = calibrations.of(resized)
     if calibration is None:
+        if calibrations.is_broken:
+            return Ruling(
+                "no_verdict",
+                "calibration_broken: calibrations/default.npz cannot be used; the log has the "
+                "reason",
+            )
         if resized and calibrations.exact is not None:
             return Ruling(
                 "no_verdict",

@@ -106,7 +106,7 @@ class CalibrationStore:
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         # In use for `default` until its file has been read: no verdict.
-        self._current = {DEFAULT: own if folder is None else Calibrations()}
+        self._current = {DEFAULT: own if folder is None else Calibrations(is_broken=True)}
         self._broken: dict[str, str] = {}
         self._checked = -CHECK_S
         # Whether the last refresh read every file. If not, unchanged files are read again.
