@@ -81,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--reject", "image files, or folders of them, that the gate should reject"),
     ):
         task.add_argument(option, nargs="+", default=[], type=Path, metavar="FILE", help=text)
+    task.add_argument(
+        "--force",
+        action="store_true",
+        help="accept images even if so many are beyond all calibration images that images like "
+        "them can no longer be rejected",
+    )
 
 
 def _add_bundle(task: argparse.ArgumentParser) -> None:
@@ -109,7 +115,7 @@ def _feedback(args: argparse.Namespace) -> None:
     if not args.accept and not args.reject:
         raise FileError("give images with --accept, --reject or both")
     done = give_feedback(
-        args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say
+        args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say, args.force
     )
     print(
         f"{done.joined} images joined the calibration {args.calibration}, {done.known} were in it "

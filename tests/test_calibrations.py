@@ -598,6 +598,31 @@ def test_feedback_joins_once_and_can_be_taken_back(
     assert main(["gate", "feedback", str(bundle)]) == 2
 
 
+def test_feedback_that_would_disable_the_gate_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a wrong folder. A few images of any kind may join, but not a few after a few."""
+    rng = np.random.default_rng(0)
+    for i, pixels in enumerate(rng.integers(0, 2, (20, 8, 8, 3), np.uint8) * 255):
+        Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
+    files = sorted(tmp_path.glob("*.png"))
+    n = 150
+    words = ["gate", "feedback", str(bundle), "--accept"]
+    assert main([*words, *map(str, files)]) == 2
+    said = capsys.readouterr().err
+    assert "of 20 joining images, the present calibration rejects 20 at alpha 0.01" in said
+    assert "20 accepted images would be more unusual" in said and "option force" in said
+    assert not path_of(bundle, "default").exists()
+    assert not (bundle / FOLDER / "feedback.jsonl").exists()
+    assert give_feedback(bundle, "default", files[:9], []).joined == 9
+    with pytest.raises(CalibrationError, match="10 accepted images would be more unusual"):
+        give_feedback(bundle, "default", files[9:10], [])
+    assert main([*words, *map(str, files), "--force"]) == 0
+    read = Calibrations.load(path_of(bundle, "default"))
+    assert read.exact is not None and len(read.exact.scores) == n + 20
+    assert all(decision.accepted for decision in Gate(bundle).check(files))
+
+
 def test_feedback_is_taken_back_by_its_values(
     bundle: Path, dark: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,10 +24,19 @@ from serving.engine.bundle import verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.files import LOCK, locked, read_file
-from serving.verdict.calibration import Calibration, CalibrationError, Calibrations, version_of
+from serving.verdict.calibration import (
+    Calibration,
+    CalibrationError,
+    Calibrations,
+    conformal_p_values,
+    version_of,
+)
+from serving.verdict.false_alarms import flagging_rank
 from serving.verdict.store import FOLDER, check_name, write_calibrations
 
 AUDIT = "feedback.jsonl"
+ALPHA = 0.01  # at which joining images must leave something to reject
+FEW = 10  # fewer images beyond all others may always join
 Given = Literal["accept", "reject"]
 Report = Callable[[str], None]
 
@@ -73,6 +82,7 @@ def give_feedback(
     accepted: Sequence[Path],
     rejected: Sequence[Path],
     report: Report = lambda line: None,
+    force: bool = False,
 ) -> Feedback:
     """Let accepted images join a calibration, take rejected ones out of it, and write the audit.
 
@@ -85,12 +95,15 @@ def give_feedback(
         name: of the calibration; a bundle's own is copied to ``calibrations/default.npz`` first.
         accepted: files of in-distribution images.
         rejected: files of out-of-distribution images.
-        report: called with a line for each file that cannot be used.
+        report: called with a line for each file that cannot be used, and with how unusual the
+            joining images are under the present calibration.
+        force: let images join even if nothing like them could be rejected any more.
 
     Raises:
-        BundleError: the bundle is not whole.
-        CalibrationError: the calibration is missing or damaged, a file is given as both, or images
-            would join a calibration that was made with another version of libwebp.
+        BundleError: the bundle is not whole, or cannot score.
+        CalibrationError: the calibration is missing or damaged, a file is given as both, images
+            would join a calibration that was made with another version of libwebp, or so many
+            images beyond all calibration images would join that they disable the gate.
     """
     check_name(name)
     bundle = verify_bundle(folder)
@@ -114,6 +127,9 @@ def give_feedback(
         after = before
         if joining or leaving:
             after = _changed(before, joining, leaving, name, bundle.networks)
+        disabling = _report_unusual(before, after, joining, report)
+        if disabling is not None and not force:
+            raise CalibrationError(f"{disabling}, or give the option force")
         _append(folder / FOLDER / AUDIT, images, name, before.version, after.version)
         if joining or leaving:
             write_calibrations(folder, after)
@@ -145,6 +161,42 @@ def _changing(before: Calibrations, images: Sequence[_Image]) -> tuple[list[_Ima
         elif file is None and (calibration is None or image.pixels not in calibration.digests):
             joining.append(image)
     return joining, list(leaving.values())
+
+
+def _report_unusual(
+    before: Calibrations, after: Calibrations, joining: Sequence[_Image], report: Report
+) -> str | None:
+    """Report how unusual the joining images are; returns why they would disable the gate, if so.
+
+    They do if so many accepted images are more unusual than all images that ``ade calibrate``
+    calibrated with that no image like them can be rejected at :data:`ALPHA`.
+    """
+    disabling = None
+    for resized in sorted({image.resized for image in joining}):
+        calibration, larger = before.of(resized), after.of(resized)
+        assert calibration is not None and larger is not None
+        mine = [image for image in joining if image.resized == resized]
+        scores = calibration.scores_of(_statistics(mine))
+        rejected = int((conformal_p_values(calibration.scores, scores) <= ALPHA).sum())
+        former = calibration.scores
+        if calibration.joined is not None:
+            former = former[~np.isin(former, calibration.joined.scores)]
+        farthest = former.max(initial=-np.inf)
+        beyond = int((larger.scores > farthest).sum())
+        most = max(FEW, flagging_rank(len(larger.scores), ALPHA))
+        report(
+            f"of {len(mine)} joining images{' that are resized' if resized else ''}, the present "
+            f"calibration rejects {rejected} at alpha {ALPHA}; {beyond} accepted images would be "
+            "more unusual than all that ade calibrate calibrated with, and fewer than "
+            f"{most} may be"
+        )
+        if (scores > farthest).any() and beyond >= most:
+            disabling = (
+                f"{beyond} accepted images would be more unusual than all that ade calibrate "
+                f"calibrated with, so that images like them are no longer rejected at alpha "
+                f"{ALPHA}: check that these are the right images"
+            )
+    return disabling
 
 
 def _read(
