@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 
 from ade_cli.data_options import percent, say
-from ade_cli.image_files import FileError, check_parent, files_of
+from ade_cli.image_files import FileError, check_parent, files_of, load_engine
 from ade_cli.image_sets import ImageSet
 from export.verdict.feedback import AUDIT, give_feedback
 from export.verdict.what_if import Way, WhatIf, what_if
-from serving.engine.bundle import BundleError, open_bundle
-from serving.engine.engine import InferenceEngine
+from serving.engine.bundle import BundleError
 from serving.verdict.calibration import DEFAULT, CalibrationError
 from serving.verdict.store import FOLDER
 from training.data import DataError
@@ -139,7 +138,7 @@ def _what_if(args: argparse.Namespace) -> None:
         raise DataError(f"sets of OOD images need different names, got {', '.join(names)}")
     if args.report is not None:
         check_parent(args.report)
-    engine = InferenceEngine(open_bundle(args.bundle), device="cpu", operations=["score"])
+    engine = load_engine(args.bundle, "score", device="cpu")
     found = what_if(
         engine,
         engine.store.usable(args.calibration),

@@ -9,7 +9,7 @@ import numpy as np
 
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
-from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, read_file
 
@@ -33,18 +33,15 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_engine(folder: Path, operation: str) -> InferenceEngine:
+def load_engine(folder: Path, operation: str, device: str = "auto") -> InferenceEngine:
     """Load an engine with one operation.
 
     Raises:
         BundleError: the bundle does not have the operation.
     """
     bundle = open_bundle(folder)
-    if operation not in bundle.operations:
-        raise BundleError(
-            f"{bundle.name} cannot {operation}: it was trained without an inference network"
-        )
-    return InferenceEngine(bundle, operations=[operation])
+    bundle.check_has(operation)
+    return InferenceEngine(bundle, device=device, operations=[operation])
 
 
 def check_parent(out: Path) -> None:

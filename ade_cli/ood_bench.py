@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.data_options import check_outside, part_in, say, was_trained_on
+from ade_cli.image_files import load_engine
 from ade_cli.image_sets import ImageSet
 from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.ood_bench import write_report
 from serving.api.requests import InputImage, prepare_image
-from serving.engine.bundle import Bundle, BundleError, open_bundle
-from serving.engine.engine import InferenceEngine
+from serving.engine.bundle import Bundle, BundleError
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(f"--{name} must be at least 2, got {getattr(args, name)}")
     for data in (args.in_distribution, *map(str, args.ood)):
         check_outside(args.out, data)
-    bundle = open_bundle(args.bundle)
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    engine = load_engine(args.bundle, "score", device="cpu")
+    bundle = engine.bundle
     calibrations = engine.store.usable()
     calibration = calibrations.of(args.resize == "fit")
     if calibration is None:

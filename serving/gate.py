@@ -20,7 +20,7 @@ from PIL import Image
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_image
 from serving.client import ImageLike, image_file, several
-from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
 from serving.verdict.calibration import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
@@ -65,7 +65,7 @@ class Gate:
         alpha: false-alarm rate.
 
     Raises:
-        BundleError: the bundle is not whole, or has no ``score``.
+        BundleError: the bundle is not whole, or cannot score.
         CalibrationError: its calibration cannot be read.
         ValueError: alpha is not above 0 and below 1.
     """
@@ -74,8 +74,7 @@ class Gate:
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must be above 0 and below 1, got {alpha}")
         opened = open_bundle(Path(bundle))
-        if "score" not in opened.operations:
-            raise BundleError(f"{bundle} has no score: it was trained without an inference network")
+        opened.check_has("score")
         self.alpha = alpha
         self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
         self._engine.store.usable()

@@ -742,3 +742,20 @@ def test_feedback_needs_a_whole_calibration(bundle: Path, tmp_path: Path) -> Non
         give_feedback(bundle, "default", [], [])
     with pytest.raises(UnknownCalibration, match="there is no calibration 'x'"):
         give_feedback(bundle, "x", [], [])
+
+
+def test_a_bundle_that_cannot_score_is_reported_as_such(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not as one that ade calibrate could calibrate, and nothing is written into it."""
+    write_manifest(bundle, {**open_bundle(bundle).manifest, "operations": ["sample"]})
+    images = tmp_path / "images.npy"
+    np.save(images, np.zeros((3, 8, 8, 3), np.uint8))
+    for words in (
+        ["gate", "what-if", str(bundle), "--data", str(images), "--per-day", "10"],
+        ["gate", "feedback", str(bundle), "--accept", str(images)],
+        ["ood-bench", str(bundle), "--id", str(images), "--out", str(tmp_path / "out")],
+    ):
+        assert main(words) == 2
+        assert "cannot score: it was trained without an inference" in capsys.readouterr().err
+    assert not (bundle / FOLDER).exists()

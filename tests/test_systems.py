@@ -19,11 +19,11 @@ from export.verdict.calibrate import calibrate_bundle
 from export.write import export_bundle
 from serving.api.requests import RawRequest
 from serving.api.service import Service
+from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
 from serving.files import LOCK
 from serving.images import write_png
 from serving.reports import from_markdown
-from serving.verdict.calibration import CalibrationError
 from tests.helpers import held_by_another, make_folder, narrow
 from training.comparison.compare import FAILURE, MEASURED, Job, compare, read_rows
 from training.comparison.report import _table, write_comparison
@@ -114,7 +114,7 @@ def test_a_system_trains_resumes_exports_and_serves(
         )
         bundle = tmp_path / "calibrated"
     else:
-        with pytest.raises(CalibrationError, match="cannot score"):
+        with pytest.raises(BundleError, match="cannot score"):
             calibrate_bundle(
                 bundle,
                 tmp_path / "calibrated",

@@ -88,7 +88,7 @@ def calibrate_bundle(
             are left out too.
 
     Raises:
-        BundleError: the bundle is not whole, or was replaced meanwhile.
+        BundleError: the bundle is not whole, cannot score, or was replaced meanwhile.
         FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
             images, or scores that cannot be used.
@@ -138,7 +138,7 @@ def calibrate_into(
         trained: as for a new bundle.
 
     Raises:
-        BundleError: the bundle is not whole.
+        BundleError: the bundle is not whole, or cannot score.
         CalibrationError: the name is not valid, too few images, or scores that cannot be used.
     """
     check_name(name)
@@ -160,10 +160,7 @@ def _halves(
     trained: Iterable[bytes | np.ndarray],
     report: Report,
 ) -> Halves:
-    if "score" not in bundle.operations:
-        raise CalibrationError(
-            f"{bundle.name} cannot score: it was trained without an inference network"
-        )
+    bundle.check_has("score")
     seen = _digests(trained, bundle.image_shape)
     halves = (
         _new(_usable(fit, bundle.image_shape, "fitting", report), seen, "fitting", report),

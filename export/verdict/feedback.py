@@ -107,13 +107,13 @@ def give_feedback(
     """
     check_name(name)
     bundle = verify_bundle(folder)
-    if not (folder / FOLDER).is_dir():
-        (folder / FOLDER).mkdir()
+    bundle.check_has("score")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    if engine.store.usable(name).exact is None:
+        raise CalibrationError(f"{bundle.name} is not calibrated: ade calibrate does that")
+    (folder / FOLDER).mkdir(exist_ok=True)
     with locked(folder / FOLDER / LOCK, wait=True):
-        engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-        before = engine.store.usable(name)
-        if before.exact is None:
-            raise CalibrationError(f"{bundle.name} is not calibrated: ade calibrate does that")
+        before = engine.store.usable(name)  # another process may have changed it
         files: list[tuple[Path, Given]] = [
             *((path, "accept") for path in accepted),
             *((path, "reject") for path in rejected),

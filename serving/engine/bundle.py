@@ -67,6 +67,17 @@ class Bundle:
         """The verbs that this model supports."""
         return tuple(self.manifest.get("operations", OPERATIONS))
 
+    def check_has(self, operation: str) -> None:
+        """Check that this model supports an operation.
+
+        Raises:
+            BundleError: it does not.
+        """
+        if operation not in self.operations:
+            raise BundleError(
+                f"{self.name} cannot {operation}: it was trained without an inference network"
+            )
+
     def graphs(self, operations: Iterable[str]) -> list[str]:
         """Names of the graphs that the given operations need, without those the model lacks."""
         own = [
