@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from typing import Any, Literal
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
+from serving.api.errors import ApiError
+from serving.api.requests import MAX_IMAGES, pixels_to_resize
 from serving.gate import Decision, Gate
 from serving.messages import show
 from serving.verdict.store import UnknownCalibration
@@ -33,11 +36,11 @@ class GateMiddleware:
     """Checks the images of each request, and passes accepted requests on unchanged.
 
     The application finds the decisions in ``request.state.gate``. An image is the body
-    (``Content-Type: image/…``) or a file of a form. GET, HEAD and OPTIONS are passed on, and a body
-    that they carry is not. Other requests that carry no image, and web sockets, are refused, so
-    that nothing reaches the app unchecked. A
-    request whose image is an error (not an image, not scored) is refused whatever the options are;
-    so is everything while the gate fails or takes too long.
+    (``Content-Type: image/…``) or a file of a form; a request may have as many images and pixels as
+    one of the HTTP API. GET, HEAD and OPTIONS requests are passed on without their bodies. Other
+    requests that carry no image, and web sockets, are refused, so that nothing reaches the app
+    unchecked. A request whose image is an error (not an image, not scored) is refused whatever the
+    options are; so is everything while the gate fails or takes too long.
 
     Args:
         app: the classifier's application.
@@ -45,11 +48,11 @@ class GateMiddleware:
         on_reject: ``reject`` answers 422; ``flag`` passes the request on, and the app has to look
             at the decisions.
         on_no_verdict: the same for images without a verdict.
-        timeout_s: time for the decisions on one request, including waiting; after it the answer is
-            503.
+        timeout_s: time for the decisions on one request, including waiting, above 0; after it the
+            answer is 503.
         threads: number of threads that decide.
-        waiting: largest number of requests that wait or are decided on; further ones are answered
-            503 at once.
+        waiting: largest number of requests that wait or are decided on, at least 1; further ones
+            are answered 503 at once, before their bodies are read.
         calibration: returns the name of the calibration for a request, given its ASGI scope (path,
             headers). The default is the bundle's own. A name that the bundle lacks is answered 422.
         text_fields: names of the form fields that the app reads as text. Forms with others are
@@ -75,6 +78,12 @@ class GateMiddleware:
         for name, action in (("on_reject", on_reject), ("on_no_verdict", on_no_verdict)):
             if action not in ("reject", "flag"):
                 raise ValueError(f"{name} must be reject or flag, got {action!r}")
+        if not timeout_s > 0 or not math.isfinite(timeout_s):
+            raise ValueError(f"timeout_s must be above 0 and finite, got {timeout_s}")
+        if waiting < 1:
+            raise ValueError(f"waiting must be at least 1, got {waiting}")
+        if isinstance(text_fields, str):  # "in" would look for parts of it
+            raise ValueError(f"text_fields must be a list of names, got {text_fields!r}")
         self._app = app
         self._gate = gate
         self._flagged = {
@@ -89,7 +98,7 @@ class GateMiddleware:
         self._pool = ThreadPoolExecutor(threads, "gate")
         self._room = waiting
         self._calibration = calibration
-        self._text_fields = text_fields
+        self._text_fields = frozenset(text_fields)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -101,6 +110,8 @@ class GateMiddleware:
         if scope["method"] in SAFE_METHODS:
             await self._app(scope, _without_body(receive), send)
             return
+        if await self._is_full(send):
+            return
         try:
             body = await _read(Request(scope, receive))
             images = await _images(scope, body, self._text_fields)
@@ -109,10 +120,7 @@ class GateMiddleware:
         except _Refused as refused:
             await _answer(send, refused.status, refused.code, str(refused))
             return
-        if not self._room:
-            await _answer(
-                send, 503, "gate_busy", "too many requests wait for the gate: try again later"
-            )
+        if await self._is_full(send):  # others may have come while the body was read
             return
         try:
             decisions = await self._check(scope, images)
@@ -130,6 +138,15 @@ class GateMiddleware:
             return
         scope.setdefault("state", {})["gate"] = decisions
         await self._app(scope, _replay(body, receive), send)
+
+    async def _is_full(self, send: Send) -> bool:
+        """Answer 503 if no further request may wait."""
+        if self._room > 0:
+            return False
+        await _answer(
+            send, 503, "gate_busy", "too many requests wait for the gate: try again later"
+        )
+        return True
 
     async def _check(self, scope: MutableMapping[str, Any], images: list[bytes]) -> list[Decision]:
         """Ask the gate; a thread that takes too long is not replaced until it is done."""
@@ -168,7 +185,22 @@ async def _read(request: Request) -> bytes:
 async def _images(
     scope: MutableMapping[str, Any], body: bytes, text_fields: Collection[str]
 ) -> list[bytes]:
-    """The files that a request carries, at least one."""
+    """The files that a request carries: at least one, and no more than the gate takes."""
+    files = await _files(scope, body, text_fields)
+    if len(files) > MAX_IMAGES:
+        raise _Refused(
+            413, "too_many_images", f"at most {MAX_IMAGES} images per request, got {len(files)}"
+        )
+    try:
+        pixels_to_resize(files)
+    except ApiError as error:
+        raise _Refused(error.status, error.code, error.message) from None
+    return files
+
+
+async def _files(
+    scope: MutableMapping[str, Any], body: bytes, text_fields: Collection[str]
+) -> list[bytes]:
     request = Request(scope, _replay(body))
     types = request.headers.getlist("content-type")
     if len(types) > 1:  # the application might follow another one

@@ -248,8 +248,33 @@ def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> No
     assert client.post("/classify", content=write_png(NOISE), headers=PNG).status_code == 200
     assert client.post("/classify", content=larger, headers=PNG).status_code == 422
     assert reached[0][0].decision == "reject"
-    with pytest.raises(ValueError, match="on_no_verdict must be reject or flag, got 'accept'"):
-        GateMiddleware(FastAPI(), exact_only, on_no_verdict="accept")  # type: ignore[arg-type]
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"on_no_verdict": "accept"}, "on_no_verdict must be reject or flag, got 'accept'"),
+        ({"waiting": 0}, "waiting must be at least 1, got 0"),
+        ({"timeout_s": 0.0}, "timeout_s must be above 0 and finite, got 0.0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be above 0"),
+        ({"timeout_s": float("inf")}, "timeout_s must be above 0"),
+        ({"text_fields": "username"}, "text_fields must be a list of names, got 'username'"),
+    )
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            GateMiddleware(FastAPI(), exact_only, **options)
+
+
+def test_a_request_has_no_more_images_than_the_gate_takes(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, reached = app_behind(gate)
+    cat = CAT.read_bytes()
+    monkeypatch.setattr("serving.gate_asgi.MAX_IMAGES", 2)
+    files = [(f"f{i}", ("cat.png", cat)) for i in range(3)]
+    answer = client.post("/classify", files=files)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_images")
+    monkeypatch.setattr("serving.api.requests.MAX_REQUEST_PIXELS", 32 * 32)
+    answer = client.post("/classify", files=files[:2])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+    assert client.post("/classify", files=files[:1]).status_code == 200
+    assert len(reached) == 1
 
 
 def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
@@ -281,6 +306,8 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
             for _ in range(2)
         ]
         assert codes == ["gate_unavailable", "gate_busy"] and reached == []
+        large = client.post("/classify", content=b"0" * (MAX_BODY_BYTES + 1), headers=PNG)
+        assert large.json()["error"]["code"] == "gate_busy"  # its body is not read
         free.set()
         for _ in range(100):
             answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)

@@ -46,7 +46,12 @@ MAY_IMPORT = {
     },
     "serving.bulk": SERVED,
     "serving.gate": {"serving.client", *SERVED},
-    "serving.gate_asgi": {"serving.gate", "serving.verdict.store"},
+    "serving.gate_asgi": {
+        "serving.gate",
+        "serving.api.errors",
+        "serving.api.requests",
+        "serving.verdict.store",
+    },
     "serving.page": {"serving.client", *SERVED},
     "handlers": {"serving.bulk", "serving.client", *SERVED},
     "training": {"ade_model", *IMAGES},
