@@ -72,7 +72,8 @@ UNDECIDED = {
     "decision": "no_verdict",
     "decision_reason": "not_reported: the server is of a version that decides nothing",
 }
-ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes
+ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes | bytearray
+IMAGE_TYPES = (np.ndarray, Image.Image, str, os.PathLike, bytes, bytearray)
 Images = ImageLike | Sequence[ImageLike]  # an array has one image or several
 SERVER_ERROR = "server_error"  # code of an answer that is not of the service
 PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
@@ -396,12 +397,26 @@ def _values(
 
 
 def several(images: Images) -> Sequence[ImageLike] | np.ndarray:
-    """A sequence of images, also if a single one is given."""
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
-        return [images]
-    if isinstance(images, np.ndarray) and images.ndim == 3:
-        return images[None]
-    return images
+    """A sequence of images, also if a single one is given.
+
+    Raises:
+        TypeError: it is neither an image, nor a list, tuple or array of images.
+        ValueError: an array is not of three or four dimensions.
+    """
+    if isinstance(images, np.ndarray):
+        if images.ndim not in (3, 4):
+            raise ValueError(
+                f"images must be uint8 (H, W, C) or (N, H, W, C), got {images.dtype} {images.shape}"
+            )
+        return images[None] if images.ndim == 3 else images
+    found: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+    for image in found:
+        if not isinstance(image, IMAGE_TYPES):
+            raise TypeError(
+                "an image must be a path, the bytes of a file, a PIL image or an array; got "
+                f"{type(image).__name__}"
+            )
+    return found
 
 
 def image_file(image: ImageLike) -> bytes:
@@ -413,8 +428,8 @@ def image_file(image: ImageLike) -> bytes:
         OSError: a file cannot be read.
         ValueError: an array is not an image, or an image has no pixels.
     """
-    if isinstance(image, bytes):
-        return image
+    if isinstance(image, (bytes, bytearray)):
+        return bytes(image)
     if isinstance(image, (str, os.PathLike)):
         return Path(image).read_bytes()
     if isinstance(image, np.ndarray):

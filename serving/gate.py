@@ -1,10 +1,12 @@
 """The gate in the caller's own process: decisions on images, without a server or PyTorch.
 
-from serving.gate import Gate
+Example::
 
-gate = Gate("fits/images/bundle", alpha=0.01)
-if gate.check("some.png")[0].accepted:
-    ...
+    from serving.gate import Gate
+
+    gate = Gate("fits/images/bundle", alpha=0.01)
+    if gate.check("some.png")[0].accepted:
+        ...
 """
 
 from __future__ import annotations
@@ -85,12 +87,13 @@ class Gate:
         """Decide on each image; one that cannot be used gets ``no_verdict`` and is an error.
 
         Args:
-            images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a sequence
-                of these, or uint8 ``(N, H, W, C)``.
+            images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a list or
+                tuple of these, or uint8 ``(N, H, W, C)``.
             calibration: name of the calibration that decides. The default is the bundle's own.
 
         Raises:
             UnknownCalibration: the bundle has none of this name.
+            TypeError: something is none of these.
             ValueError: an array is not of uint8 or not of that shape.
         """
         judge = self._engine.store.get(calibration)
@@ -123,7 +126,7 @@ class Gate:
             return ApiError(413, "too_large", "there is no memory to decode it")
 
     def _prepare_file(
-        self, image: str | os.PathLike[str] | bytes | Image.Image
+        self, image: str | os.PathLike[str] | bytes | bytearray | Image.Image
     ) -> InputImage | ApiError:
         try:
             content = image_file(image)

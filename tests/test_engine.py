@@ -7,6 +7,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +225,26 @@ def test_images_of_another_type_or_shape_are_refused(
         ):
             with pytest.raises(ValueError, match=rf"\(N, 8, 8, 3\) with N at least 1, got {got}"):
                 getattr(engine, method)(wrong)
+
+
+def test_scores_take_one_value_per_image(tiny_bundle: Path, small_images: np.ndarray) -> None:
+    engine = InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
+    two = small_images[:2]
+    arguments: dict[str, Any] = {
+        "seeds": [0],
+        "samples": [1] * 3,
+        "maps": [True],
+        "resized": [],
+        "calibrations": [engine.calibrations],
+    }
+    for name, wrong in arguments.items():
+        with pytest.raises(ValueError, match=f"{name} must have one value for each of 2 images"):
+            engine.score(two, **{name: wrong})
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        engine.score(two, samples=[1, 0])
+    zeros = np.zeros(2, int)
+    found = engine.score(list(two), seeds=zeros, maps=zeros)  # type: ignore[arg-type]
+    assert found == engine.score(two)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -66,8 +66,17 @@ def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:
         [CAT],
         pixels[None],
         (pixels,),
+        bytearray(CAT.read_bytes()),
     ):
         assert gate.check(same) == expected
+    for wrong in (None, [None], io.BytesIO(CAT.read_bytes()), (path for path in [CAT])):
+        with pytest.raises(TypeError, match="an image must be a path, .*; got"):
+            gate.check(wrong)
+    for array in (pixels[:, :, 0], pixels[None, None]):
+        with pytest.raises(ValueError, match=r"must be uint8 \(H, W, C\)"):
+            gate.check(array)
+        with pytest.raises(ValueError, match=r"must be uint8 \(H, W, C\)"):
+            gate.check([array])
     larger = NOISE.repeat(3, 0).repeat(3, 1)
     found = gate.check([CAT, b"no image", NOISE, ROOT / "nowhere.png", larger])
     assert [d.decision for d in found] == ["accept", "no_verdict", "reject", "no_verdict", "reject"]

@@ -320,8 +320,8 @@ class InferenceEngine:
             images: uint8 ``(N, H, W, C)``.
             seeds: one per image. Default 0. The verdict always uses seed 0, as the calibration
                 does.
-            samples: number of draws K, one per image. Default 1. One draw gives the ELBO, more give
-                the importance-weighted bound.
+            samples: number of draws K, at least 1, one per image. Default 1. One draw gives the
+                ELBO, more give the importance-weighted bound.
             maps: whether to return the bits of each pixel, averaged over the draws. Default no.
             resized: whether the image was resized to the model's size. Resized images have a
                 calibration of their own. Default no.
@@ -329,12 +329,31 @@ class InferenceEngine:
 
         Returns:
             One result per image; the error itself where the likelihood is not finite.
+
+        Raises:
+            ValueError: the images are not such an array, another argument has not one value per
+                image, or a number of draws is below 1.
         """
+        images = np.asarray(images)
         self._check(images)
-        seeds = seeds or [0] * len(images)
-        samples = samples or [1] * len(images)
-        chosen = calibrations or [self.calibrations] * len(images)
-        ways = resized or [False] * len(images)
+        for name, given in (
+            ("seeds", seeds),
+            ("samples", samples),
+            ("maps", maps),
+            ("resized", resized),
+            ("calibrations", calibrations),
+        ):
+            if given is not None and len(given) != len(images):
+                raise ValueError(
+                    f"{name} must have one value for each of {len(images)} images, got {len(given)}"
+                )
+        if samples is not None and min(samples) < 1:
+            raise ValueError(f"samples must be at least 1, got {min(samples)}")
+        seeds = [0] * len(images) if seeds is None else seeds
+        samples = [1] * len(images) if samples is None else samples
+        maps = [False] * len(images) if maps is None else maps
+        chosen = [self.calibrations] * len(images) if calibrations is None else calibrations
+        ways = [False] * len(images) if resized is None else resized
         judges = [its.of(way) for its, way in zip(chosen, ways, strict=True)]
         digests = [image_digest(image) for image in images]
         # The verdict uses draw 0 of seed 0: one more draw if the image has another seed.
@@ -344,14 +363,14 @@ class InferenceEngine:
         parts: list[np.ndarray] = []
         bits: dict[int, np.ndarray] = {}
         verdicts: dict[int, Verdict] = {}
-        wanted = ["parts"] if not any(judges) and not (maps and any(maps)) else None
+        wanted = ["parts"] if not any(judges) and not any(maps) else None
         inputs = lambda row: self._draw(images, digests, draws[row])
         for first, outputs in self._batches("score", len(draws), inputs, wanted):
             rows = draws[first : first + len(outputs["parts"])]
             parts.append(outputs["parts"].astype(np.float64))
             verdicts |= self._verdicts(judges, images, digests, rows, outputs)
             for n, (i, _, _) in enumerate(rows):
-                if maps and maps[i] and first + n < len(plan):
+                if maps[i] and first + n < len(plan):
                     bits[i] = (
                         bits.get(i, 0.0) + outputs["cost"][n].astype(np.float64).sum(0) / samples[i]
                     )
