@@ -164,7 +164,7 @@ def test_normal_scores_are_normal_and_equal_values_share_theirs() -> None:
 @given(st.lists(st.floats(0.0005, 1), min_size=1, max_size=30), st.floats(0.01, 0.5))
 def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
     m, ordered = len(values), sorted(values)
-    passing = [i for i in range(1, m + 1) if ordered[i - 1] <= fdr * i / m]
+    passing = [i for i in range(1, m + 1) if ordered[i - 1] * m <= fdr * i * (1 + 1e-9)]
     count = max(passing, default=0)
     found = benjamini_hochberg(values, fdr)
     assert sum(found) == sum(v <= (ordered[count - 1] if count else -1) for v in values)
@@ -172,6 +172,11 @@ def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
     assert group == pytest.approx(min(1, *(m * p / i for i, p in enumerate(ordered, 1))))
     assert (group <= fdr) == any(found) or abs(group - fdr) < 1e-9
     assert min(values) <= group + 1e-12
+
+
+def test_rounding_hides_no_discoveries() -> None:
+    """All of 29 images have the smallest p-value of 99 calibration images, which is the rate."""
+    assert benjamini_hochberg([1 / 100] * 29, 0.01) == [True] * 29
 
 
 def test_the_band_of_false_alarms() -> None:

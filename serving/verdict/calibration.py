@@ -738,6 +738,8 @@ def benjamini_hochberg(p_values: Sequence[float], fdr: float) -> list[bool]:
     """
     values = np.asarray(p_values, np.float64)
     ordered = np.sort(values)
-    passing = np.flatnonzero(ordered <= fdr * np.arange(1, len(ordered) + 1) / len(ordered))
+    places = np.arange(1, len(ordered) + 1)
+    # Equality counts, which rounding must not hide.
+    passing = np.flatnonzero(ordered * len(ordered) <= fdr * places * (1 + 1e-9))
     threshold = ordered[passing[-1]] if len(passing) else -1.0
     return [bool(v) for v in values <= threshold]
