@@ -525,6 +525,18 @@ def test_a_request_without_usable_images_costs_its_neighbours_nothing(
     assert calls == [1, 1]
 
 
+def test_a_group_of_two_calibrations_has_a_note(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
+    plain, larger = file(real_images[0]), file(real_images[1].repeat(2, 0).repeat(2, 1))
+    mixed, alike = Service("score", engine).answer(
+        [as_json(images=[plain, image], resize="fit", fdr=0.5) for image in (larger, plain)]
+    )
+    (note,) = json.loads(mixed.body)["group"]["notes"]
+    assert note.startswith("two calibrations judged these images")
+    assert "notes" not in json.loads(alike.body)["group"]
+
+
 def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> None:
     smallest = engine.calibration.smallest_p_value
     noise = file(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))

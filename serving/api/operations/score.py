@@ -143,8 +143,8 @@ class Group:
     fdr: float | None = None
     discoveries: int | None = None
     rejected: Annotated[int | None, "how many images are rejected individually, at alpha"] = None
-    notes: Annotated[list[str], "discoveries that too few calibration images rule out"] = (
-        dataclasses.field(default_factory=list)
+    notes: Annotated[list[str], "what limits the group's figures"] = dataclasses.field(
+        default_factory=list
     )
 
 
@@ -285,7 +285,19 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         def group() -> Group | None:
             if len(judged) < 2:
                 return None
-            together = Group(images=len(judged), p_value=simes(p_values))
+            notes = []
+            usable = [image for image in request.images if isinstance(image, InputImage)]
+            judges = {
+                id(score.calibrations.of(image.resized))
+                for image, score in zip(usable, computed, strict=True)
+                if not isinstance(score, Exception) and score.verdict is not None
+            }
+            if len(judges) > 1:
+                notes.append(
+                    "two calibrations judged these images, one of them the resized ones: the "
+                    "figures of a group are proven for a single calibration"
+                )
+            together = Group(images=len(judged), p_value=simes(p_values), notes=notes)
             if fdr is None:
                 return together
             calibrated = min(verdict.calibrated for verdict in verdicts if verdict is not None)
@@ -295,7 +307,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 fdr=fdr,
                 discoveries=sum(found),
                 rejected=sum(p <= alpha for p in p_values),
-                notes=[] if note is None else [note],
+                notes=[*notes, *([] if note is None else [note])],
             )
 
         answer = ScoreAnswer(
