@@ -9,6 +9,7 @@ from pathlib import Path
 from ade_cli.data_options import percent, say
 from ade_cli.image_files import FileError, check_parent, files_of, load_engine
 from ade_cli.image_sets import ImageSet
+from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.feedback import AUDIT, give_feedback
 from export.verdict.what_if import Way, WhatIf, what_if
 from serving.engine.bundle import BundleError
@@ -133,7 +134,7 @@ def _what_if(args: argparse.Namespace) -> None:
         if value < 1 or most is not None and value > most:
             limit = "" if most is None else f" and at most {most:,}"
             raise DataError(f"--{name.replace('_', '-')} must be at least 1{limit}, got {value}")
-    names = [path.stem for path in args.ood]
+    names = [*(path.stem for path in args.ood), *CORRUPTIONS, *SUBTLE]
     if len(set(names)) < len(names):
         raise DataError(f"sets of OOD images need different names, got {', '.join(names)}")
     if args.report is not None:

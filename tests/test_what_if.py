@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +142,34 @@ def test_a_share_is_of_images_that_get_a_verdict(engine: InferenceEngine) -> Non
     assert rejected(engine, Calibrations(exact), both, [0.1]) == [None]
 
 
+def test_images_without_a_finite_likelihood_are_not_counted(
+    engine: InferenceEngine, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = {small_images[0].tobytes(), small_images[1].tobytes()}
+    gate = Gate(engine.bundle.folder, 0.1)
+    run = engine.backend.run
+
+    def lose(graph: str, inputs: dict[str, np.ndarray], wanted: Any = None) -> dict[str, Any]:
+        found = run(graph, inputs, wanted)
+        for row, image in enumerate(inputs["images"]):
+            if image.tobytes() in lost:
+                found["parts"][row] = np.nan
+        return found
+
+    monkeypatch.setattr(engine.backend, "run", lose)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    lines: list[str] = []
+    odd = [small_images[0], *noise]
+    found = what_if(
+        engine, engine.calibrations, small_images[:50], {"odd": odd}, 100, 5, report=lines.append
+    )
+    assert (found.images, found.unusable) == (48, 2) and found.ways[0].images == 48
+    assert "history: 2 images have no finite likelihood and are not counted" in lines
+    (share,) = found.caught["odd"][:1]
+    assert share == np.mean([d.decision == "reject" for d in gate.check(noise)])
+    assert lines[-1] == "1 of them have no finite likelihood and are not counted"
+
+
 def test_the_page_shows_both(engine: InferenceEngine) -> None:
     calibration = engine.calibrations.exact
     assert calibration is not None
@@ -177,6 +206,7 @@ def test_the_command(
     for wrong, message in (
         (["--per-day", "0"], "--per-day must be at least 1"),
         (["--ood", str(tmp_path / "flat.npy"), str(tmp_path / "flat.npy")], "different names"),
+        (["--ood", str(tmp_path / "constant.npy")], "different names"),  # as a corruption
         (["--data", str(tmp_path / "nowhere")], "there is no"),
         (["--calibration", "camera-9"], "there is no calibration 'camera-9'; there are default"),
     ):

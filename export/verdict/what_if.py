@@ -131,6 +131,15 @@ def what_if(
         raise CalibrationError(f"the history: none of {unusable} images can be used")
     report(f"history: {len(images)} images, {unusable} cannot be used")
     found = p_values(engine, calibrations, images)
+    judged = np.array([calibrations.of(image.resized) is not None for image in images])
+    lost = judged & np.isnan(found)
+    if lost.any():
+        report(f"history: {lost.sum()} images have no finite likelihood and are not counted")
+        images = [image for image, its in zip(images, lost, strict=True) if not its]
+        found = found[~lost]
+        unusable += int(lost.sum())
+    if not images:
+        raise CalibrationError("the history: no image has a finite likelihood")
     ways = []
     kinds = sorted({image.resized for image in images})
     level = 1 - FALSE_WARNINGS / (len(alphas) * len(kinds))  # Bonferroni
@@ -141,13 +150,13 @@ def what_if(
     caught = {}
     for name, its in corruptions_of(images[:corrupt]).items():
         report(f"{name}: {len(its)} images")
-        caught[name] = rejected(engine, calibrations, its, alphas)
+        caught[name] = rejected(engine, calibrations, its, alphas, report)
     for name, given in ood.items():
         its, bad = usable(engine, given)
         if not its:
             raise CalibrationError(f"{name}: none of {bad} images can be used")
         report(f"{name}: {len(its)} images, {bad} cannot be used")
-        caught[name] = rejected(engine, calibrations, its, alphas)
+        caught[name] = rejected(engine, calibrations, its, alphas, report)
     return WhatIf(
         engine.bundle.model_id,
         calibrations.label,
@@ -202,20 +211,28 @@ def rejected(
     calibrations: Calibrations,
     images: Sequence[InputImage],
     alphas: Sequence[float],
+    report: Report = lambda line: None,
 ) -> list[float | None]:
-    """The share of images that is rejected at each alpha.
+    """The share of images that is rejected at each alpha, of those with a finite likelihood.
 
     It is ``None`` where images of one kind, resized or not, have no verdict: they are not accepted
     either.
     """
-    found = p_values(engine, calibrations, images)
     judges = [calibrations.of(resized) for resized in {image.resized for image in images}]
     smallest = max(np.inf if its is None else its.smallest_p_value for its in judges)
-    return [_share(found, alpha) if alpha >= smallest else None for alpha in alphas]
+    if smallest > max(alphas):
+        return [None] * len(alphas)
+    found = p_values(engine, calibrations, images)
+    finite = found[np.isfinite(found)]
+    if len(finite) < len(found):
+        report(f"{len(found) - len(finite)} of them have no finite likelihood and are not counted")
+    return [
+        _share(finite, alpha) if alpha >= smallest and len(finite) else None for alpha in alphas
+    ]
 
 
 def _share(p_values: np.ndarray, alpha: float) -> float:
-    return float((p_values <= alpha).mean())  # without a verdict nothing is rejected
+    return float((p_values <= alpha).mean())
 
 
 def _way(
