@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ from ade_cli.data_options import readable
 from training.data import NOT_ARRAYS, DataError
 from training.datasets.files import shuffled
 from training.datasets.folder import image_files
+
+NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"  # first bytes of an .npy and of an .npz file
 
 
 class ImageSet:
@@ -41,20 +42,25 @@ class ImageSet:
 
 
 def _array(path: Path) -> np.ndarray:
-    """Read the images of an ``.npy``, or of an ``.npz`` that holds one array."""
+    """Read the images of an ``.npy``, or of an ``.npz`` that holds one array, whatever its name."""
     try:
-        with (
-            np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as arrays
-        ):
-            found = [np.load(path, allow_pickle=False)] if arrays is None else list(arrays.values())
+        with open(path, "rb") as file:
+            is_of_arrays = file.read(len(NPY)).startswith((NPY, ZIP))
+            file.seek(0)
+            loaded = np.load(file, allow_pickle=False) if is_of_arrays else {}
+            found = [loaded] if isinstance(loaded, np.ndarray) else list(loaded.values())
     except NOT_ARRAYS as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+    if not is_of_arrays:
+        raise DataError(f"{path} must be a folder of images, an .npy or an .npz file")
     images: list[np.ndarray] = [
-        array for array in found if array.dtype == np.uint8 and array.ndim == 4
+        array
+        for array in found
+        if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 4
     ]
     if len(images) != 1:
         raise DataError(
             f"{path} must hold one array of images, uint8 (N, H, W, C), got "
-            f"{', '.join(f'{a.dtype} {a.shape}' for a in found)}"
+            f"{', '.join(f'{a.dtype} {a.shape}' for a in map(np.asarray, found)) or 'none'}"
         )
     return images[0]

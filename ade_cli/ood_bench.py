@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> None:
     for name in ("images", "corrupted"):
         if getattr(args, name) is not None and getattr(args, name) < 2:
             raise DataError(f"--{name} must be at least 2, got {getattr(args, name)}")
-    for data in (args.in_distribution, *map(str, args.ood)):
-        check_outside(args.out, data)
+    check_outside(args.out, args.in_distribution)
+    for path in args.ood:
+        check_outside(args.out, str(path.resolve()))  # a folder, whatever its name
     engine = load_engine(args.bundle, "score", device="cpu")
     bundle = engine.bundle
     calibrations = engine.store.usable()

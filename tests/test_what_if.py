@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from scipy import stats
 
 from ade_cli.advice import advice
+from ade_cli.image_sets import ImageSet
 from ade_cli.main import main
 from export.verdict import calibrate
 from export.verdict import what_if as what_if_module
@@ -26,6 +29,7 @@ from serving.page import charts
 from serving.verdict.calibration import CalibrationError, Calibrations, conformal_p_values
 from tests.helpers import PRETRAINED, ROOT
 from tests.test_imports import TRAINING_PACKAGES, without
+from training.data import DataError
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +216,33 @@ def test_the_command(
     ):
         assert main([*words, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "arrays.npz", images=small_images[:3])
+    for name in ("arrays.NPZ", "arrays.npy", "arrays"):
+        shutil.copy(tmp_path / "arrays.npz", tmp_path / name)
+        assert len(list(ImageSet(tmp_path / name, None))) == 3
+    Image.fromarray(small_images[0]).save(tmp_path / "image.png")
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "arrays.npz").read_bytes()[:100])
+    with pytest.raises(DataError, match="image.png must be a folder of images, an .npy or an .npz"):
+        list(ImageSet(tmp_path / "image.png", None))
+    with ZipFile(tmp_path / "texts.zip", "w") as archive:
+        archive.writestr("a.txt", "a text")
+    with pytest.raises(DataError, match="texts.zip must hold one array of images"):
+        list(ImageSet(tmp_path / "texts.zip", None))
+    with pytest.raises(DataError, match="damaged.npz cannot be read"):
+        list(ImageSet(tmp_path / "damaged.npz", None))
+
+
+def test_a_report_does_not_lie_among_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even if their folder is called like a data set."""
+    monkeypatch.chdir(tmp_path)
+    words = ["ood-bench", str(PRETRAINED), "--id", "x.npy", "--ood", "cifar10"]
+    assert main([*words, "--out", "cifar10/out"]) == 2
+    assert "--out must lie outside of" in capsys.readouterr().err
 
 
 def test_advice_on_a_weak_gate() -> None:
