@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -80,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path("fits") / name
     check_outside(out, str(folder))
     budget = read_budget(args.budget)
-    stored = out / "plan.json"
-    before = Plan.from_dict(json.loads(stored.read_text())) if has_begun(out) else None
+    before = Plan.load(out / "plan.json") if has_begun(out) else None
     files = image_files(folder)
     if args.image_size is not None:
         side = args.image_size

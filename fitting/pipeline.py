@@ -134,7 +134,7 @@ def _keep_plan(plan: Plan, out: Path) -> None:
     path = out / "plan.json"
     if has_begun(out):
         try:
-            plan.check_resumes(Plan.from_dict(json.loads(path.read_text())))
+            plan.check_resumes(Plan.load(path))
         except PlanError as error:
             raise PlanError(f"{out}: {error}, or choose another output folder") from None
     write_json(path, plan.to_dict())
@@ -274,8 +274,13 @@ def _bundle(
         folder, left_out = Path(plan.folder), set(found.leaking)
 
         def files(part: str) -> Iterator[bytes]:
-            read = contents(folder / name for name in dataset.files[part] if name not in left_out)
-            return (content for content in read if isinstance(content, bytes))
+            names = [name for name in dataset.files[part] if name not in left_out]
+            read = contents(folder / name for name in names)
+            for name, content in zip(names, read, strict=True):
+                if isinstance(content, bytes):
+                    yield content
+                else:
+                    step(f"left out {name}: {content.strerror}")
 
         made = calibrate_bundle(
             exported,
@@ -283,7 +288,8 @@ def _bundle(
             files("select"),
             files("calibrate"),
             dataset.name,
-            features=encoder,
+            step,
+            encoder,
         )
         assert made.exact is not None
         step(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 REST_SHARE = 0.2  # of the budget, for reading, exporting, calibrating and the report
@@ -85,6 +87,21 @@ class Plan:
         """Rebuild from :meth:`to_dict`."""
         stages = tuple(Stage(**stage) for stage in values["stages"])
         return cls(**{**values, "stages": stages, "flow": tuple(values.get("flow", ()))})
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a file with :meth:`to_dict`.
+
+        Raises:
+            PlanError: it is damaged, or of another version.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (ValueError, TypeError, KeyError) as error:
+            raise PlanError(
+                f"{path} is damaged, or of another version of this program ({error}): finish the "
+                "fitting with the version that began it"
+            ) from error
 
     def changes(self, stage: Stage) -> dict[str, Any]:
         """Arguments of :func:`training.recipes.recipe`: what differs from the size's recipes."""

@@ -166,6 +166,11 @@ def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(old))
     with pytest.raises(PlanError, match="another version .* or choose another output folder"):
         fit_folder(plan, [], tmp_path, lambda line: None)
+    for damaged in ("", "{}", "[1]", json.dumps({**plan.to_dict(), "colour": "red"})):
+        (tmp_path / "plan.json").write_text(damaged)
+        with pytest.raises(PlanError, match="plan.json is damaged, or of another version"):
+            fit_folder(plan, [], tmp_path, lambda line: None)
+        assert main(["fit", str(tmp_path), "--out", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize(
@@ -479,6 +484,39 @@ def test_a_model_that_cannot_be_exported_is_given_up_for_the_stage_before(
     else:
         assert _bundle(*given) == tmp_path / "bundle"
     assert tried == runs
+
+
+def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_images: np.ndarray
+) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:2])
+    names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
+
+    def calibrate(
+        exported: Path,
+        bundle: Path,
+        fit: Any,
+        calibrate: Any,
+        name: str,
+        report: Any,
+        features: Any,
+    ) -> Any:
+        assert len(list(fit)) == len(names) and not list(calibrate)
+        report("fitting: left out 1 images: image 0: not an image")
+        exact = SimpleNamespace(scores=[0.0] * 99, smallest_p_value=0.01)
+        return SimpleNamespace(exact=exact)
+
+    monkeypatch.setattr("fitting.pipeline.calibrate_bundle", calibrate)
+    (tmp_path / "exported").mkdir()
+    plan = make_plan(str(folder), "images", 16, 60, False)
+    dataset = SimpleNamespace(name="images", files={"select": names, "calibrate": ["gone.png"]})
+    lines: list[str] = []
+    given: Any = (plan, SimpleNamespace(leaking=[]), dataset, [tmp_path], None, tmp_path)
+    _bundle(*given, lines.append)
+    assert lines[1:3] == [
+        "left out gone.png: No such file or directory",
+        "fitting: left out 1 images: image 0: not an image",
+    ]
 
 
 @pytest.mark.usefixtures("cpu_time")
