@@ -92,8 +92,9 @@ def extra(args: argparse.Namespace) -> str | None:
 def run(args: argparse.Namespace) -> int:
     if not 0 < args.alpha < 1:
         raise BulkError(f"--alpha must be between 0 and 1, got {args.alpha}")
-    if args.samples < 1 or args.workers < 1:
-        raise BulkError("--samples and --workers must be at least 1")
+    for name in ("samples", "workers"):
+        if getattr(args, name) < 1:
+            raise BulkError(f"--{name} must be at least 1, got {getattr(args, name)}")
     options = BulkOptions(args.alpha, args.samples, args.resize, args.calibration)
     bundle = open_bundle(args.bundle)
     scorer = FileScorer(bundle, Path(), options)

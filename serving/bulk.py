@@ -274,14 +274,19 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
     with open(part, "rb") as lines:
         for line in lines:
             if count < 0 and not first.encode().startswith(line):  # may be incomplete
+                begun, now = _differences(line, head)
                 raise BulkError(
-                    f"{part} was started with {_parsed(line)}, this call has {head}: "
+                    f"{part} was started with {begun}, this call has {now}: "
                     "remove the file to start again"
                 )
             if not line.endswith(b"\n"):
                 break
             if count >= 0:
-                found, expected = json.loads(line)["path"], next(paths, None)
+                found, expected = _path_of(line), next(paths, None)
+                if found is None:
+                    raise BulkError(
+                        f"{part}: line {count + 2} is damaged: remove the file to start again"
+                    )
                 if found != expected:
                     raise BulkError(
                         f"{folder} has changed since {part} was started: its file {count + 1} is "
@@ -295,11 +300,25 @@ def _begin(part: Path, head: dict[str, Any], folder: Path) -> int:
     return count
 
 
-def _parsed(line: bytes) -> Any:
+def _differences(line: bytes, head: dict[str, Any]) -> tuple[Any, Any]:
+    """The values of another first line that differ, and these values of this one."""
     try:
-        return json.loads(line)
+        begun = json.loads(line)
     except ValueError:
-        return "something else"
+        begun = None
+    if not isinstance(begun, dict):
+        return "something else", head
+    names = [name for name in {**begun, **head} if begun.get(name) != head.get(name)]
+    return {name: begun.get(name) for name in names}, {name: head.get(name) for name in names}
+
+
+def _path_of(line: bytes) -> str | None:
+    """The path of a row; ``None`` if the line is not one."""
+    try:
+        row = json.loads(line)
+        return str(row["path"]) if row["decision"] else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _chunks(paths: Iterator[str], done: int) -> Iterator[list[str]]:
@@ -348,7 +367,7 @@ def _start_worker(
     global _scorer
     try:
         _scorer = FileScorer(open_bundle(bundle), folder, options, version)
-    except (BulkError, BundleError, CalibrationError) as error:
+    except (BulkError, BundleError, CalibrationError, OSError) as error:
         _scorer = BulkError(str(error))  # raised by the first chunk, whose caller sees it
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

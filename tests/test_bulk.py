@@ -240,7 +240,8 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     part = tmp_path / "scores.jsonl.part"
     whole = part.read_bytes()
     part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
-    with pytest.raises(BulkError, match="was started with"):
+    options = r"started with \{'alpha': 0.01\}, this call has \{'alpha': 0.2\}:"
+    with pytest.raises(BulkError, match=options):
         score(tiny_bundle, folder, out, alpha=0.2)
     refused = pytest.raises(BulkError, match="is being written by another process")
     with held_by_another(tmp_path / ".scores.jsonl.ade-lock"), refused:
@@ -259,6 +260,11 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     out.unlink()
+    lines = whole.splitlines(keepends=True)
+    for damaged in (b"junk\n", b"5\n", lines[2][:20] + lines[3], b'{"path": "class0/0001.png"}\n'):
+        part.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
+        with pytest.raises(BulkError, match=r"part: line 3 is damaged: remove the file"):
+            score(tiny_bundle, folder, out)
     part.write_bytes(whole)
     # An earlier file is replaced by another: as many, and the last one is the same.
     paths = [*bulk.image_paths(folder)]
@@ -349,6 +355,19 @@ def test_the_cause_of_a_failing_worker_is_reported(
         score(tiny_bundle, folder, tmp_path / "scores.csv")
 
 
+def test_a_worker_that_cannot_read_is_reported(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bulk, "open_bundle", refuse)
+    monkeypatch.setattr(bulk, "_end_with", lambda parent: None)
+    bulk._start_worker(tiny_bundle, tmp_path, BulkOptions(), "1", 0)
+    with pytest.raises(BulkError, match="Permission denied: .*"):
+        bulk._score_chunk([])
+
+
 def test_files_one_by_one(
     tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -415,6 +434,10 @@ def test_files_one_by_one(
             "--out is for the scores of one folder",
         ),
         (["score", "EMPTY", "--bundle", "BUNDLE", "--out", "x.csv"], "holds no images"),
+        (
+            ["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.csv", "--workers", "0"],
+            "--workers must be at least 1, got 0",
+        ),
         (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
         (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
         (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
