@@ -117,6 +117,8 @@ def _feedback(args: argparse.Namespace) -> None:
     done = give_feedback(
         args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say, args.force
     )
+    if not done.joined + done.known + done.removed + done.rejected:
+        raise FileError(f"none of {done.unusable} images can be used")
     print(
         f"{done.joined} images joined the calibration {args.calibration}, {done.known} were in it "
         f"before; {done.removed} were removed, {done.rejected} rejected ones had not joined; "
@@ -139,6 +141,8 @@ def _what_if(args: argparse.Namespace) -> None:
         raise DataError(f"sets of OOD images need different names, got {', '.join(names)}")
     if args.report is not None:
         check_parent(args.report)
+        if args.report.is_dir():
+            raise FileError(f"--report must be a file, and {args.report} is a folder")
     engine = load_engine(args.bundle, "score", device="cpu")
     found = what_if(
         engine,

@@ -27,13 +27,19 @@ class PortError(ValueError):
 
 
 def check_host(host: str) -> None:
-    """Reject IPv6 hosts, which the service does not listen on.
+    """Reject IPv6 hosts, which the service does not listen on, and what cannot be a name.
 
     Raises:
         PortError: it is one.
     """
     if ":" in host:
         raise PortError(f"--host takes an IPv4 address or a name, got {host}")
+    try:
+        host.encode("idna")  # as sockets do
+    except UnicodeError as error:
+        raise PortError(
+            f"cannot listen on {host} ({error}): --host must be an address of this machine"
+        ) from None
 
 
 @dataclass(frozen=True)

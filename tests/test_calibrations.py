@@ -595,6 +595,8 @@ def test_feedback_joins_once_and_can_be_taken_back(
     said = capsys.readouterr()
     assert "1 images joined the calibration default" in said.out and "1 cannot be used" in said.out
     assert "junk.png: not an image" in said.err
+    assert main([*words[:4], words[-1]]) == 2
+    assert "none of 1 images can be used" in capsys.readouterr().err
     assert main(["gate", "feedback", str(bundle)]) == 2
 
 

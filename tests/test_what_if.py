@@ -75,7 +75,7 @@ def test_a_history_unlike_the_calibration_is_named(
     assert 0.1 not in like.ways[0].unlike and 0.1 in dark.ways[0].unlike
     with pytest.raises(CalibrationError, match="is not calibrated"):
         what_if(engine, Calibrations(), small_images[:2], {}, 100, 5)
-    with pytest.raises(CalibrationError, match="none of 1 images can be used"):
+    with pytest.raises(CalibrationError, match="none of 1 images can be used: the image is empty"):
         what_if(engine, engine.calibrations, [b""], {}, 100, 5)
 
 
@@ -211,6 +211,7 @@ def test_the_command(
         (["--per-day", "0"], "--per-day must be at least 1"),
         (["--ood", str(tmp_path / "flat.npy"), str(tmp_path / "flat.npy")], "different names"),
         (["--ood", str(tmp_path / "constant.npy")], "different names"),  # as a corruption
+        (["--report", str(tmp_path)], "--report must be a file, and"),
         (["--data", str(tmp_path / "nowhere")], "there is no"),
         (["--calibration", "camera-9"], "there is no calibration 'camera-9'; there are default"),
     ):

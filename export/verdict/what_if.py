@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.verdict.corruptions import corrupted
+from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine, Score
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
@@ -126,9 +127,10 @@ def what_if(
     """
     if calibrations.exact is None:
         raise CalibrationError(f"{engine.bundle.name} is not calibrated: ade calibrate does that")
-    images, unusable = usable(engine, history)
+    images, failed = usable(engine, history)
     if not images:
-        raise CalibrationError(f"the history: none of {unusable} images can be used")
+        raise _none_usable("the history", failed)
+    unusable = len(failed)
     report(f"history: {len(images)} images, {unusable} cannot be used")
     found = p_values(engine, calibrations, images)
     judged = np.array([calibrations.of(image.resized) is not None for image in images])
@@ -154,8 +156,8 @@ def what_if(
     for name, given in ood.items():
         its, bad = usable(engine, given)
         if not its:
-            raise CalibrationError(f"{name}: none of {bad} images can be used")
-        report(f"{name}: {len(its)} images, {bad} cannot be used")
+            raise _none_usable(name, bad)
+        report(f"{name}: {len(its)} images, {len(bad)} cannot be used")
         caught[name] = rejected(engine, calibrations, its, alphas, report)
     return WhatIf(
         engine.bundle.model_id,
@@ -168,11 +170,18 @@ def what_if(
     )
 
 
-def usable(engine: InferenceEngine, images: Images) -> tuple[list[InputImage], int]:
-    """Images at the model's size, and how many could not be brought to it."""
+def usable(engine: InferenceEngine, images: Images) -> tuple[list[InputImage], list[ApiError]]:
+    """Images at the model's size, and the errors of those that could not be brought to it."""
     found = [prepare_image(image, engine.image_shape, True, 0) for image in images]
-    kept = [image for image in found if isinstance(image, InputImage)]
-    return kept, len(found) - len(kept)
+    return (
+        [image for image in found if isinstance(image, InputImage)],
+        [image for image in found if isinstance(image, ApiError)],
+    )
+
+
+def _none_usable(name: str, failed: Sequence[ApiError]) -> CalibrationError:
+    reason = f": {failed[0].message}" if failed else ""
+    return CalibrationError(f"{name}: none of {len(failed)} images can be used{reason}")
 
 
 def p_values(
