@@ -22,7 +22,7 @@ import serving.verdict.store as store_module
 from ade_cli import calibrate as calibrate_command
 from ade_cli import ood_bench
 from ade_cli.main import main
-from export.verdict.calibrate import _halves, calibrate_bundle, calibrate_into
+from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.verdict.feedback import give_feedback
 from serving.api.requests import RawRequest
 from serving.api.service import Service
@@ -488,14 +488,14 @@ def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) ->
     files = [write_png(image) for image in small_images[20:60]]
     trained = [*small_images[100:110], b"junk"]
     opened = open_bundle(tiny_bundle)
-    halves = _halves(opened, fit, [*files, *small_images[50:60]], trained, told.append)
-    kept = [[image.pixels for image in half] for half in halves]
+    parts = _parts(opened, fit, [*files, *small_images[50:60]], trained, told.append)
+    kept = [[image.pixels for image in part] for part in parts]
     assert np.array_equal(kept[0], small_images[:30])
     assert np.array_equal(kept[1], small_images[30:60])
     assert "fitting: left out 2 images: copies of others" in told
     assert "calibration: left out 20 images: copies of others" in told
     with pytest.raises(CalibrationError, match="calibration: all of 30 images are copies"):
-        _halves(opened, fit, small_images[:30], (), told.append)
+        _parts(opened, fit, small_images[:30], (), told.append)
 
 
 @pytest.mark.parametrize("trained_on", [True, False])

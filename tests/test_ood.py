@@ -271,6 +271,12 @@ def test_file_round_trip(tmp_path: Path) -> None:
         Calibrations.load(path)
 
 
+def test_another_estimator_is_refused() -> None:
+    """Verdicts use the ELBO, with which the scores of another estimator cannot be compared."""
+    with pytest.raises(CalibrationError, match="estimator must be elbo, got 'iwae-8'"):
+        dataclasses.replace(calibration(), estimator="iwae-8").check_values()
+
+
 def test_a_file_of_earlier_versions(tmp_path: Path) -> None:
     """Older files have one calibration, with a flag whether it is for resized images too."""
     path = tmp_path / "calibration.npz"
@@ -285,8 +291,12 @@ def test_a_file_of_earlier_versions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fit, cal, message",
     [
-        (10, 200, "fitting needs at least 20 images, got 10"),
-        (200, 5, "calibration needs at least 20 images, got 5"),
+        (
+            10,
+            200,
+            "fitting the density needs at least 20 images, got 10 .ade calibrate takes two fifths",
+        ),
+        (200, 5, "setting the false-alarm rate needs at least 20 images, got 5"),
     ],
 )
 def test_too_few_images(fit: int, cal: int, message: str) -> None:

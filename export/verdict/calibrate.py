@@ -96,18 +96,18 @@ def calibrate_bundle(
     if out.exists():
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
     bundle = verify_bundle(folder)
-    halves = _halves(bundle, fit, calibrate, trained, report)
+    parts = _parts(bundle, fit, calibrate, trained, report)
     with new_folder(out, CalibrationError) as temporary:
         copy_bundle(bundle, temporary)
         # This file would take precedence over the new calibration.
         path_of(temporary, DEFAULT).unlink(missing_ok=True)
         fields = bundle.manifest
         if features is not None:
-            fields = {**fields, "features": _add_features(temporary, features, halves, report)}
+            fields = {**fields, "features": _add_features(temporary, features, parts, report)}
             write_manifest(temporary, fields)
             if open_bundle(temporary).networks != bundle.networks:
                 _leave_out_named(temporary, report)
-        calibrations, about = _calibrate(open_bundle(temporary), halves, report, unseen)
+        calibrations, about = _calibrate(open_bundle(temporary), parts, report, unseen)
         (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
         write_manifest(temporary, {**fields, "calibration": {**about, "data": data_name}})
     return calibrations
@@ -143,26 +143,26 @@ def calibrate_into(
     """
     check_name(name)
     bundle = verify_bundle(folder)
-    halves = _halves(bundle, fit, calibrate, trained, report)
-    calibrations, _ = _calibrate(bundle, halves, report, unseen)
+    parts = _parts(bundle, fit, calibrate, trained, report)
+    calibrations, _ = _calibrate(bundle, parts, report, unseen)
     named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
     with locked(folder / FOLDER / LOCK, wait=True):
         return write_calibrations(folder, named)
 
 
-Halves = tuple[list[InputImage], list[InputImage]]
+Parts = tuple[list[InputImage], list[InputImage]]
 
 
-def _halves(
+def _parts(
     bundle: Bundle,
     fit: Iterable[bytes | np.ndarray],
     calibrate: Iterable[bytes | np.ndarray],
     trained: Iterable[bytes | np.ndarray],
     report: Report,
-) -> Halves:
+) -> Parts:
     bundle.check_has("score")
     seen = _digests(trained, bundle.image_shape)
-    halves = (
+    parts = (
         _new(_usable(fit, bundle.image_shape, "fitting", report), seen, "fitting", report),
         _new(
             _usable(calibrate, bundle.image_shape, "calibration", report),
@@ -172,22 +172,22 @@ def _halves(
         ),
     )
     height, width, _ = bundle.image_shape
-    resized = sum(image.resized for half in halves for image in half)
+    resized = sum(image.resized for part in parts for image in part)
     report(
-        f"{sum(map(len, halves))} images: {len(halves[0])} fit the density of statistics, "
-        f"{len(halves[1])} set the false-alarm rate"
+        f"{sum(map(len, parts))} images: {len(parts[0])} fit the density of statistics, "
+        f"{len(parts[1])} set the false-alarm rate"
         + (f"; {resized} were resized to {width} x {height} pixels" if resized else "")
     )
-    return halves
+    return parts
 
 
 def _add_features(
-    folder: Path, features: FeatureSource, halves: Halves, report: Report
+    folder: Path, features: FeatureSource, parts: Parts, report: Report
 ) -> dict[str, Any]:
     """Write the features' network into a bundle; returns its entry in the manifest."""
     from export.features import feature_graph  # needs onnx, which calibration alone does not
 
-    graph = feature_graph(features, np.stack([image.pixels for image in halves[0][:CHECKED]]))
+    graph = feature_graph(features, np.stack([image.pixels for image in parts[0][:CHECKED]]))
     (folder / FEATURES_NAME).write_bytes(graph.content)
     about = graph.about
     classes = f", {about['classes']} classes" if about["classes"] else ""
@@ -211,7 +211,7 @@ def _leave_out_named(folder: Path, report: Report) -> None:
 
 
 def _calibrate(
-    bundle: Bundle, halves: Halves, report: Report, unseen: Iterable[bytes | np.ndarray]
+    bundle: Bundle, parts: Parts, report: Report, unseen: Iterable[bytes | np.ndarray]
 ) -> tuple[Calibrations, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
@@ -222,12 +222,12 @@ def _calibrate(
     }
     bare = Bundle(bundle.folder, {**bundle.manifest, "files": files})
     engine = InferenceEngine(bare, device="cpu", operations=["score"])
-    exact, about = _exact(engine, halves, report)
+    exact, about = _exact(engine, parts, report)
     _warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (
         (exact, about)
-        if all(image.resized for half in halves for image in half)
-        else _resized(engine, halves, report)
+        if all(image.resized for part in parts for image in part)
+        else _resized(engine, parts, report)
     )
     for calibration in (exact, resized):
         calibration.check_values()
@@ -332,33 +332,33 @@ def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) 
     return kept
 
 
-def _that_came(halves: Halves, resized: bool) -> Halves | None:
+def _of_kind(parts: Parts, resized: bool) -> Parts | None:
     """The images of one kind, resized or not, if they are enough and at least half of all."""
-    fit, calibrate = ([image for image in half if image.resized == resized] for half in halves)
+    fit, calibrate = ([image for image in part if image.resized == resized] for part in parts)
     many = (
-        2 * (len(fit) + len(calibrate)) >= sum(map(len, halves))
+        2 * (len(fit) + len(calibrate)) >= sum(map(len, parts))
         and min(len(fit), len(calibrate)) >= MIN_IMAGES
     )
     return (fit, calibrate) if many else None
 
 
 def _exact(
-    engine: InferenceEngine, halves: Halves, report: Report
+    engine: InferenceEngine, parts: Parts, report: Report
 ) -> tuple[Calibration, dict[str, Any]]:
-    chosen = _that_came(halves, resized=False)
-    pixels = [[image.pixels for image in half] for half in chosen or halves]
+    chosen = _of_kind(parts, resized=False)
+    pixels = [[image.pixels for image in part] for part in chosen or parts]
     return _calibrated(engine, pixels, "" if chosen else "fit", "", report)
 
 
 def _resized(
-    engine: InferenceEngine, halves: Halves, report: Report
+    engine: InferenceEngine, parts: Parts, report: Report
 ) -> tuple[Calibration, dict[str, Any]]:
-    chosen = _that_came(halves, resized=True) or halves
+    chosen = _of_kind(parts, resized=True) or parts
     pixels = [
-        [image.pixels if image.resized else resize_and_back(image.pixels) for image in half]
-        for half in chosen
+        [image.pixels if image.resized else resize_and_back(image.pixels) for image in part]
+        for part in chosen
     ]
-    simulated = sum(not image.resized for half in chosen for image in half)
+    simulated = sum(not image.resized for part in chosen for image in part)
     if simulated:
         report(
             f"resized images: {simulated} of them have the model's size and are enlarged first, "
@@ -378,8 +378,8 @@ def _calibrated(
 ) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and its entry in the manifest."""
     fitting, calibrating = (
-        statistics_of(engine, half, part + name, report=report)
-        for part, half in zip(("fitting", "calibration"), pixels, strict=True)
+        statistics_of(engine, images, part + name, report=report)
+        for part, images in zip(("fitting", "calibration"), pixels, strict=True)
     )
     calibration = fit_calibration(fitting, calibrating, resize=resize or None)
     report(f"corrupting {len(pixels[1][:CORRUPTED])} images{name}")

@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from serving.verdict.calibration import (
+    ESTIMATOR,
     FARTHEST,
     Calibration,
     CalibrationError,
@@ -38,7 +39,6 @@ SEMANTIC_WEIGHT = 2.0
 def fit_calibration(
     fit: Mapping[str, np.ndarray],
     calibrate: Mapping[str, np.ndarray],
-    estimator: str = "elbo",
     resize: str | None = None,
 ) -> Calibration:
     """Fit a density to the statistics of some images, and calibrate it on others.
@@ -47,16 +47,21 @@ def fit_calibration(
         fit: float32 ``(m,)`` by name, of images that are neither training images nor in the other
             set.
         calibrate: float32 ``(n,)`` by name.
-        estimator: of their bits per dimension.
         resize: ``fit`` if the images were resized so.
 
     Raises:
         CalibrationError: too few images, or statistics that are not finite or all alike.
     """
-    for name, values in (("fitting", fit), ("calibration", calibrate)):
+    for name, purpose, share, values in (
+        ("fitting", "fitting the density", "two fifths", fit),
+        ("calibration", "setting the false-alarm rate", "three fifths", calibrate),
+    ):
         count = len(values["bpd"])
         if count < MIN_IMAGES:
-            raise CalibrationError(f"{name} needs at least {MIN_IMAGES} images, got {count}")
+            raise CalibrationError(
+                f"{purpose} needs at least {MIN_IMAGES} images, got {count} (ade calibrate takes "
+                f"{share} of yours for that)"
+            )
         bad = ~finite_rows(values)
         if bad.any():
             raise CalibrationError(
@@ -82,7 +87,7 @@ def fit_calibration(
     pixels = [i for i, name in enumerate(names) if name.startswith(PIXEL_PREFIX)]
     reference = np.stack([calibrate[name] for name in names], axis=1)
     made = Calibration(
-        estimator,
+        ESTIMATOR,
         resize,
         names,
         normal,
@@ -112,8 +117,8 @@ def _semantic(
 def fit_mixture(scores: np.ndarray) -> Mixture:
     """Gaussians found by expectation maximisation, their covariances shrunk towards the common one.
 
-    A component has few images for its many covariances: shrinking them keeps the shape that all
-        share.
+    Each component has few images for its many covariances. Shrinking keeps the shape that all
+    components share.
     """
     scores = np.clip(scores, -FARTHEST, FARTHEST)
     count, dims = scores.shape

@@ -1,4 +1,7 @@
-"""Opens the calibrations of a bundle: its own, and the named ones that come and go beside it."""
+"""Opens the calibrations of a bundle.
+
+These are its own, and the named ones in its folder, which may change while it is served.
+"""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from serving.verdict.statistics import PIXEL_PREFIX
 LEVELS = 257  # of the quantiles that a normal score is read from
 RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
 CORRUPTED_PREFIX = "corrupted: "  # of the arrays of corrupted images' scores
+ESTIMATOR = "elbo"  # of the bits per dimension that verdicts use
 DEFAULT = "default"  # the name of a bundle's own calibration
 VERSION_DIGITS = 12  # of the file's SHA-256
 MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file
@@ -179,7 +180,7 @@ class Joined:
     digests: np.ndarray
 
     def and_more(self, more: Joined) -> Joined:
-        """These and more."""
+        """These images followed by others."""
         return Joined(
             (*self.files, *more.files),
             np.concatenate([self.rows, more.rows]),
@@ -193,7 +194,7 @@ class Joined:
         return self.files[places[0]] if len(places) else None
 
     def without(self, files: Sequence[str]) -> Joined | None:
-        """All but some; ``None`` if none is left."""
+        """The images that are not in ``files``; ``None`` if that leaves none."""
         kept = [place for place, file in enumerate(self.files) if file not in files]
         if not kept:
             return None
@@ -235,10 +236,10 @@ class Calibration:
     """The density of statistics, and the scores of the calibration images under it.
 
     Attributes:
-        estimator: estimator of the bits per dimension, such as ``elbo``, which verdicts use too.
+        estimator: estimator of the bits per dimension, :data:`ESTIMATOR`.
         resize: ``fit`` if calibration images went through that resizing.
         names: of the ``S`` statistics, those that vary; semantic ones come last.
-        normal: their normal scores.
+        normal: turns each statistic into a normal score.
         mixture: the density of all but the semantic ones.
         scores: float64 ``(n,)``, of the calibration images, sorted.
         reference: float32 ``(n, S)``, their statistics, each column sorted by itself.
@@ -297,6 +298,8 @@ class Calibration:
         Raises:
             CalibrationError: they do not; the error names the first such array.
         """
+        if self.estimator != ESTIMATOR:
+            raise CalibrationError(f"estimator must be {ESTIMATOR}, got {self.estimator!r}")
         size, pixels, n = len(self.names), len(self.pixel_columns), len(self.scores)
         semantic = [name.startswith(SEMANTIC_PREFIX) for name in self.names]
         if semantic != sorted(semantic) or (any(semantic) and self.known is None):

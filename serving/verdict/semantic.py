@@ -1,4 +1,6 @@
-"""Measures how familiar an image is to a classifier or another network that tells things apart.
+"""Measures how close an image is to known images, in the features of a network.
+
+The network is a classifier, or another one that separates kinds of objects.
 
 The generative model's statistics see colours, edges and textures. The features of a classifier, or
 of an encoder trained without labels, depend on what an image shows. Each coordinate here is one
