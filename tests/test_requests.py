@@ -544,3 +544,26 @@ def test_an_array_whose_shape_has_a_truth_value() -> None:
         "score", RawRequest("application/x-npy", data[: len(npy(PIXELS[None]))])
     ).sources
     assert np.array_equal(image, PIXELS)
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<f4"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, *[int("9" * 2500)] * 3),  # Python does not write the product in decimals
+        (10**2000, 8, 8, 3),
+        (1, 0, 10**30, 3),
+        (1, 10**30, 1, 1),
+        (1, -(10**30), 1, 1),
+        (10**30,) * 3,
+        (0, *[2**24] * 3),
+    ],
+    ids=range(7),
+)
+def test_arrays_of_impossible_shapes_are_refused(shape: tuple[int, ...], dtype: str) -> None:
+    out = io.BytesIO()
+    np.lib.format.write_array_header_2_0(
+        out, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    error = refused(parse_images, "score", body(out.getvalue()))
+    assert error.status in (400, 422) and len(error.message) < 200

@@ -337,6 +337,9 @@ def _split_npy(data: bytes) -> list[Any]:
         shape, fortran, dtype = read(stream)
     except Exception as error:  # the header is a Python literal: its parser raises many kinds
         raise malformed(f"the .npy file is damaged: {words_of(error)}") from None
+    # NumPy fails on such numbers, and so does writing their product into a message.
+    if any(abs(size) > MAX_BODY_BYTES for size in shape):
+        raise malformed("the .npy file is damaged: its shape is larger than any file")
     # The header is checked before any pixel is read: an array of objects would be a pickle.
     if dtype.hasobject:
         raise unusable("bad_array", "the array holds Python objects; expected uint8")
@@ -359,7 +362,10 @@ def _split_npy(data: bytes) -> list[Any]:
             f"{len(data) - stream.tell()} are there"
         )
     pixels = np.frombuffer(data, np.uint8, offset=stream.tell())  # no copy
-    return list(pixels.reshape(shape, order="F" if fortran else "C"))
+    try:
+        return list(pixels.reshape(shape, order="F" if fortran else "C"))
+    except ValueError:  # empty, and beside the 0 too large
+        raise malformed("the .npy file is damaged: no array can have its shape") from None
 
 
 def _nan_note(data: bytes, dtype: np.dtype) -> str:
