@@ -28,7 +28,7 @@ import psutil
 import pytest
 import tritonclient.http
 
-from handlers.asgi import worker
+from handlers.asgi import v2, worker
 from handlers.asgi.application import READY, ApplicationSettings
 from handlers.asgi.forms import raw_request
 from handlers.asgi.launcher import Asgi
@@ -43,6 +43,8 @@ from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
 from handlers.torchserve.status import read_status
 from serving.api.errors import ApiError
+from serving.api.journal import last_errors
+from serving.api.responses import Response
 from serving.engine.bundle import open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import Ports
@@ -416,6 +418,25 @@ def test_a_request_that_fails_unexpectedly_leaves_its_neighbours_their_answers(
     assert b"ZeroDivisionError" not in answers[1].body
 
 
+def test_requests_that_cannot_be_read_are_counted_and_logged(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    settings = WorkerSettings(
+        *(str(tiny_bundle), open_bundle(tiny_bundle).model_id, "sample", "tiny-sample", "1"),
+        *(str(tmp_path), ServingOptions(device="cpu")),
+    )
+    service = worker.load_service(settings)
+    about = {"probe": False, "content_type": "multipart/form-data"}
+    requests = [{**about, "id": "form", "v2": None}, {**about, "id": "tensors", "v2": 1}]
+    answers = worker.answer_batch(service, "sample", {"requests": requests}, [b"x", b"["])
+    assert [answer.status for answer in answers] == [400, 400]
+    assert isinstance(json.loads(answers[0].body)["error"], dict)
+    assert isinstance(json.loads(answers[1].body)["error"], str)
+    counted = {(name, labels.get("code")): n for name, labels, n in worker.measurements(service)}
+    assert counted["ade_requests_total", "malformed_request"] == 2
+    assert [entry["id"] for entry in last_errors(tmp_path)] == ["form", "tensors"]
+
+
 def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
     worker = app.worker("sample")
     worker.kill()
@@ -605,6 +626,11 @@ def test_v2_answers_are_those_of_the_api(
         ({"shape": "x"}, 400),
         ({"shape": [1] * 100, "data": [1]}, 400),
         ({"shape": [0, 2**40, 2**40, 2**40], "data": []}, 400),
+        ({"shape": [0] + [2**25] * 7, "data": []}, 400),
+        ({"shape": [2**63] * 300}, 400),
+        ({"shape": [2**63] * 4}, 400),
+        ({"name": "x" * 2**20, "shape": "x"}, 400),
+        ({"name": "x" * 2**20}, 422),
         ({"datatype": "FP16"}, 422),
         ({"datatype": "FP32"}, 422),
         ({"data": [0.5] * 3072}, 400),
@@ -625,7 +651,20 @@ def test_v2_errors(app: RunningApplication, change: dict[str, Any], status: int)
             (one if name in one else request)[name] = value
     answer = httpx.post(f"{app.url}/v2/models/score/infer", json=request)
     assert answer.status_code == status, answer.text
-    assert set(answer.json()) == {"error"} and isinstance(answer.json()["error"], str)
+    assert set(answer.json()) == {"error"} and len(answer.json()["error"]) < 300
+
+
+def test_v2_answers_in_json_are_bounded() -> None:
+    """A number takes several times the bytes that it has in a binary tensor."""
+    tensor = np.zeros((400, 20, 400), np.float32)
+    out = io.BytesIO()
+    np.savez(out, z_0=tensor[None])
+    response = Response(200, "application/x-npz", out.getvalue(), {"X-Ade-Model": "a@1"})
+    for is_binary, status in ((False, 422), (True, 200)):
+        call = v2.Call("encode", "encode", None, {}, is_binary)
+        answer = v2.respond(call, response)
+        assert answer.status == status and answer.headers["X-Ade-Model"] == "a@1"
+        assert is_binary or b"set binary_data_output" in answer.body
 
 
 def test_v2_requests_that_are_no_json(app: RunningApplication) -> None:

@@ -6,7 +6,9 @@ https://github.com/kserve/open-inference-protocol, with Triton's extension for b
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +17,17 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serving.api.errors import ApiError, malformed, unusable
-from serving.api.requests import MAX_IMAGES, MAX_JSON_VALUES, RawRequest
-from serving.api.responses import Response
+from handlers.limits import MAX_REQUEST_BYTES
+from serving.api.errors import ApiError, internal_error, malformed, unusable
+from serving.api.requests import JSON_BYTES_PER_NUMBER, MAX_IMAGES, MAX_JSON_VALUES, RawRequest
+from serving.api.responses import Response, check_size, error_response
 from serving.engine.bundle import Bundle
 from serving.messages import show
 
+logger = logging.getLogger(__name__)
 VERSION = "1"
+MAX_DIMS = 8  # of a tensor
+JSON_BYTES_PER_BYTE = 6  # of a UINT8 or a BOOL, with the comma
 LENGTH_HEADER = "Inference-Header-Content-Length"
 BINARY_TYPE = "application/octet-stream"
 DATATYPES = {
@@ -177,12 +183,17 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
         dtype = DATATYPES.get(str(one.get("datatype")))
         shape = one.get("shape")
         if dtype is None:
-            raise unusable("bad_array", f"{name}: datatype must be one of {', '.join(DATATYPES)}")
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise malformed(f"{name}: shape must be a list of numbers")
+            raise unusable(
+                "bad_array", f"{show(name)}: datatype must be one of {', '.join(DATATYPES)}"
+            )
+        if not _is_shape(shape):
+            raise malformed(
+                f"{show(name)}: shape must be a list of at most {MAX_DIMS} numbers from 0 to "
+                f"{MAX_REQUEST_BYTES}"
+            )
         size = (one.get("parameters") or {}).get("binary_data_size")
         if size is not None and "data" in one:
-            raise malformed(f"{name}: there are data and binary_data_size")
+            raise malformed(f"{show(name)}: there are data and binary_data_size")
         count = math.prod(shape)
         try:
             if size is None:
@@ -190,16 +201,26 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
             else:
                 flat, binary = np.frombuffer(binary[:size], dtype), binary[size:]
         except (ValueError, TypeError, OverflowError):
-            raise malformed(f"{name}: the data is not of the type {one['datatype']}") from None
+            raise malformed(
+                f"{show(name)}: the data is not of the type {one['datatype']}"
+            ) from None
         if flat.size != count:
-            raise malformed(f"{name}: shape {shape} has {count} values, got {flat.size}")
+            raise malformed(f"{show(name)}: shape {shape} has {count} values, got {flat.size}")
         try:
             found[name] = flat.reshape(shape)
-        except ValueError:  # too many dimensions, or beside a 0 too large ones
-            raise malformed(f"{name}: no array can have this shape") from None
+        except ValueError:  # empty, and beside the 0 too large
+            raise malformed(f"{show(name)}: no array can have this shape") from None
     if binary:
         raise malformed(f"the body has {len(binary)} bytes that belong to no input")
     return found
+
+
+def _is_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, list)
+        and len(shape) <= MAX_DIMS
+        and all(type(size) is int and 0 <= size <= MAX_REQUEST_BYTES for size in shape)
+    )
 
 
 def _exact(data: Any, dtype: np.dtype) -> np.ndarray:
@@ -232,21 +253,47 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
-def respond(call: Call, response: Response) -> Response:
-    """Translate the API's answer into the protocol."""
-    if response.error is not None:
-        body = orjson.dumps(ProtocolError.of(response.error).body())
-        return Response(response.status, "application/json", body, response.headers, response.error)
+def respond(call: Call | None, response: Response) -> Response:
+    """Translate the API's answer into the protocol.
+
+    Args:
+        call: of the request; ``None`` if it could not be parsed.
+        response: the answer.
+    """
+    error = response.error
+    if error is None:
+        assert call is not None
+        try:
+            return _tensor_response(call, response)
+        except ApiError as refusal:
+            error = refusal
+        except Exception:  # one answer must not take its batch along
+            logger.exception("an answer could not be translated")
+            error = internal_error()
+    translated = error_response(ProtocolError.of(error))
+    return dataclasses.replace(translated, headers=response.headers | translated.headers)
+
+
+def _tensor_response(call: Call, response: Response) -> Response:
+    """The requested tensors.
+
+    Raises:
+        ApiError: 422, there is no such output, or their JSON would be too long.
+    """
     tensors = _tensors(call.operation, response)
     unknown = [name for name in call.outputs if name not in tensors]
     if unknown:
-        error = unusable("bad_array", f"{call.operation} has no output {show(unknown[0])}")
-        return respond(call, Response(error.status, "", b"", response.headers, error))
+        raise unusable("bad_array", f"{call.operation} has no output {show(unknown[0])}")
+    wanted = {name: call.outputs.get(name, call.is_binary) for name in call.outputs or tensors}
+    check_size(
+        sum(_json_bytes(tensors[name]) for name, is_binary in wanted.items() if not is_binary),
+        "set binary_data_output",
+    )
     outputs, binary = [], []
-    for name in call.outputs or tensors:
+    for name, is_binary in wanted.items():
         tensor = np.ascontiguousarray(tensors[name])
         about = _tensor(name, _NAMES[tensor.dtype], tensor.shape)
-        if call.outputs.get(name, call.is_binary):
+        if is_binary:
             binary.append(tensor.tobytes())
             about["parameters"] = {"binary_data_size": tensor.nbytes}
         else:
@@ -258,6 +305,11 @@ def respond(call: Call, response: Response) -> Response:
         return Response(200, "application/json", text, response.headers)
     headers = {**response.headers, LENGTH_HEADER: str(len(text))}
     return Response(200, BINARY_TYPE, b"".join([text, *binary]), headers)
+
+
+def _json_bytes(tensor: np.ndarray) -> int:
+    """Upper bound of the length of a tensor's JSON."""
+    return tensor.size * (JSON_BYTES_PER_BYTE if tensor.itemsize == 1 else JSON_BYTES_PER_NUMBER)
 
 
 def _tensors(operation: str, response: Response) -> Tensors:

@@ -19,7 +19,8 @@ from handlers.asgi.forms import raw_request
 from handlers.launch.options import ServingOptions
 from serving.api.errors import ApiError, internal_error
 from serving.api.journal import Journal
-from serving.api.responses import Response, error_response
+from serving.api.requests import RawRequest
+from serving.api.responses import Response
 from serving.api.service import Service
 from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
@@ -106,37 +107,32 @@ def answer_batch(
     service: Service, model: str, head: dict[str, Any], bodies: list[bytes]
 ) -> list[Response]:
     """Answer requests, each as :mod:`handlers.asgi.wire` describes it in the head."""
-    requests, calls = [], []
-    answers: dict[int, Response] = {}
-    for i, (about, body) in enumerate(zip(head["requests"], bodies, strict=True)):
-        probe, id, length = about["probe"], about["id"], about["v2"]
-        try:
-            if length is None:
-                call, request = None, raw_request(about["content_type"], body, probe, id)
-            else:
-                bundle = service.engine.bundle
-                operation = service.operation.name
-                call, request = v2.parse(model, operation, bundle, body, length, probe, id)
-            requests.append(request)
-            calls.append(call)
-        except Exception as error:  # one request must not take its batch along
-            if not isinstance(error, ApiError):
-                logger.exception("request %s failed", id)
-                error = internal_error()
-            answers[i] = error_response(error if length is None else v2.ProtocolError.of(error))
-    computed = iter(
-        answer if call is None else _translated(call, answer)
-        for call, answer in zip(calls, service.answer(requests) if requests else (), strict=True)
-    )
-    return [answers[i] if i in answers else next(computed) for i in range(len(bodies))]
+    read = [
+        _read(service, model, about, body)
+        for about, body in zip(head["requests"], bodies, strict=True)
+    ]
+    answers = service.answer([request for _, request in read])
+    return [
+        answer if about["v2"] is None else v2.respond(call, answer)
+        for about, (call, _), answer in zip(head["requests"], read, answers, strict=True)
+    ]
 
 
-def _translated(call: v2.Call, answer: Response) -> Response:
+def _read(
+    service: Service, model: str, about: dict[str, Any], body: bytes
+) -> tuple[v2.Call | None, RawRequest]:
+    """A request, and what its answer depends on if it is of the Open Inference Protocol."""
+    probe, id, length = about["probe"], about["id"], about["v2"]
     try:
-        return v2.respond(call, answer)
-    except Exception:
-        logger.exception("an answer could not be translated")
-        return error_response(v2.ProtocolError.of(internal_error()))
+        if length is None:
+            return None, raw_request(about["content_type"], body, probe, id)
+        operation, bundle = service.operation.name, service.engine.bundle
+        return v2.parse(model, operation, bundle, body, length, probe, id)
+    except Exception as error:  # one request must not take its batch along
+        if not isinstance(error, ApiError):
+            logger.exception("request %s failed", id)
+            error = internal_error()
+        return None, RawRequest(about["content_type"], None, probe=probe, id=id, error=error)
 
 
 def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:

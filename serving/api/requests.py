@@ -48,6 +48,7 @@ class RawRequest:
         probe: whether this only checks that the service answers (header :data:`PROBE_HEADER`);
             metrics and logs leave it out.
         id: identifies the request in logs.
+        error: if the server could not read the request; it is then the answer.
     """
 
     content_type: str
@@ -55,6 +56,7 @@ class RawRequest:
     fields: Mapping[str, Any] = field(default_factory=dict)
     probe: bool = False
     id: str = ""
+    error: ApiError | None = None
 
 
 @dataclass(frozen=True)

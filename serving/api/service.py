@@ -182,6 +182,8 @@ class Service:
 
     def _parse(self, request: RawRequest) -> Any:
         """The request as the operation reads it, or its error."""
+        if request.error is not None:
+            return request.error
         try:
             check_available(self._name, self.engine.bundle)
             return self.operation.parse(request, self.engine.bundle)
