@@ -12,6 +12,8 @@ import re
 import selectors
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +31,8 @@ from handlers.torchserve.front import ServerSettings
 from serving.api.errors import ApiError
 from serving.api.requests import URLENCODED
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
-from tests.helpers import wait_for
+from tests.helpers import ROOT, wait_for
+from tests.service import free_ports
 from tests.test_observability import METRICS_TEXT
 
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
@@ -501,6 +504,13 @@ def test_torchserves_errors_get_the_shape(
     )
     assert (answer.headers.get("retry-after") == "1") == (status == 503)
     assert word == "413" or TORCHSERVE_ERRORS[word][2] not in answer.text
+
+
+def test_torchserves_errors_on_the_port_of_the_metrics(
+    front: RunningFront, upstream: Upstream
+) -> None:
+    answer = httpx.get(f"{front.metrics}/metrics", headers={"Content-Type": "test/fault"})
+    assert (answer.status_code, error_of(answer)) == (500, "internal_error")
 
 
 def test_our_handlers_errors_pass(front: RunningFront, upstream: Upstream) -> None:
@@ -996,6 +1006,58 @@ def test_a_stop_answers_what_was_accepted(tmp_path: Path) -> None:
         assert read_answer(connection)[0] == 200
     upstream.stop()
     assert made.log.read_text() == ""
+
+
+FAILING = """
+import asyncio, contextlib, sys
+from collections import Counter
+from handlers.front import listen
+from handlers.front.admission import Limits, Memory
+from handlers.front.front import Endpoint, Front
+
+async def fail(request):
+    raise ZeroDivisionError
+
+async def hang(request):
+    await asyncio.sleep(1000)
+
+@contextlib.asynccontextmanager
+async def build():
+    endpoints = {"/fail": Endpoint(fail), "/hang": Endpoint(hang)}
+    yield listen.Built(Front(endpoints.get, Limits(), Memory(Limits()), "", Counter()))
+
+sockets = [listen.open_socket("127.0.0.1", int(sys.argv[1]))]
+listen.run_on(sockets, Limits(), build, 1)
+"""
+
+
+def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
+    (port,) = free_ports(1)
+    command = [sys.executable, "-c", FAILING, str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+
+        def get(path: str) -> httpx.Response:
+            return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=60)
+
+        def listens() -> bool:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                return True
+            return False
+
+        wait_for(listens, 60)
+        answer = get("/fail")
+        assert (answer.status_code, error_of(answer)) == (500, "internal_error")
+        with ThreadPoolExecutor(1) as pool:
+            cut = pool.submit(get, "/hang")
+            time.sleep(0.5)
+            process.terminate()
+            answer = cut.result()
+        assert (answer.status_code, error_of(answer)) == (503, "stopping")
+        assert answer.headers["retry-after"] == "1"
+        assert process.stderr is not None
+        log = process.stderr.read()
+        assert log.count("Traceback") == 1 and "ZeroDivisionError" in log, log
 
 
 # Settings

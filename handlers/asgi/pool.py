@@ -22,7 +22,7 @@ from handlers.asgi.worker import WorkerSettings
 from handlers.front.front import Answer, Request
 from handlers.launch.environment import child_environment
 from handlers.limits import RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, stopping
 from serving.api.telemetry import Metric
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Pool:
         """Answer 503 to requests that wait for a worker and to all further ones."""
         self._is_stopping = True
         for job in self.waiting.clear():
-            job.fail(_stopping())
+            job.fail(stopping())
 
     async def answer(self, request: Request, v2: int | None = None) -> Answer:
         """The answer to a request.
@@ -136,7 +136,7 @@ class Pool:
             ApiError: 503, a worker died over it or it took too long.
         """
         if self._is_stopping:
-            raise _stopping()
+            raise stopping()
         loop = asyncio.get_running_loop()
         job = Job(request, str(uuid.uuid4()), v2, loop.time(), loop.create_future())
         self.waiting.put(job)
@@ -341,7 +341,7 @@ class _Worker:
             raise WorkerError(str(error)) from None
         except asyncio.CancelledError:  # the pool is stopped
             for job in batch:
-                job.fail(_stopping())
+                job.fail(stopping())
             raise
         if is_leaving:
             raise WorkerError("a request did not fit into memory")
@@ -354,7 +354,3 @@ class _Worker:
         own = {MODEL: self._settings.identity}
         for name, labels, value in head["measurements"]:
             self._pool.metrics.update(name, {**common, **labels, **own}, value)
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "stopping", "the service is being stopped")

@@ -5,8 +5,10 @@ Its process is the only TCP listener of the API. The engine computes the answers
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +23,12 @@ from handlers.front.admission import (
     read_body,
 )
 from handlers.front.forms import checked_type
-from serving.api.errors import ApiError, malformed
-from serving.api.guard import Receive, Scope, Send, error_answer, header_values, refuse
+from serving.api.errors import ApiError, internal_error, malformed, stopping
+from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
 from serving.messages import show
 
+logger = logging.getLogger(__name__)
 READING = ("GET", "HEAD")
 INFERRING = (
     *READING,
@@ -117,6 +120,28 @@ class Front:
         self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def begin(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._respond(scope, receive, begin)
+        except (Exception, asyncio.CancelledError) as failure:
+            if has_begun:  # the server closes the connection
+                raise
+            if isinstance(failure, asyncio.CancelledError):
+                error = stopping()
+            else:
+                logger.exception("a request to %s failed", scope["path"])
+                error = internal_error()
+                self._refusals[error.code] += 1
+            # The body may not have arrived.
+            await _send_answer(Answer.of_error(error, ("connection", "close")), send)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         try:
             endpoint = self._find(path)

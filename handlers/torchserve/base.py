@@ -15,7 +15,7 @@ from typing import Any
 from ts.metrics import caching_metric
 
 from handlers.torchserve.reporter import Reporter, worker_name
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, stopping
 from serving.api.journal import Journal
 from serving.api.requests import PROBE_HEADER, URLENCODED, RawRequest
 from serving.api.responses import error_response
@@ -62,10 +62,7 @@ class OperationHandler:
         """Answer a batch; each item has its own status, content type and headers."""
         with self._busy:
             if self._stop_folder.exists():
-                answers = [
-                    error_response(ApiError(503, "stopping", "the service is being stopped"))
-                    for _ in data
-                ]
+                answers = [error_response(stopping()) for _ in data]
             elif self._is_leaving:
                 answers = [
                     error_response(ApiError(503, "overloaded", "try again later")) for _ in data

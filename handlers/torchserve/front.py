@@ -120,7 +120,7 @@ class ModelServer:
         return _translated(await self._ask(server, request))
 
     async def _scrape(self, server: aiohttp.ClientSession, request: Request) -> Answer:
-        answer = await self._ask(server, request)
+        answer = _translated(await self._ask(server, request))
         if not dict(answer.headers).get("Content-Type", "").startswith("text/plain"):
             return answer
         text = by_convention(answer.body.decode(), self._refusals)

@@ -49,6 +49,11 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal_error", "the server failed on this request; its log says why")
 
 
+def stopping() -> ApiError:
+    """The answer to a request that is not computed any more, because the service stops."""
+    return ApiError(503, "stopping", "the service is being stopped")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Error:
     """An error as it is written in JSON."""
