@@ -375,6 +375,28 @@ def test_requests_that_wait_are_computed_together(app: RunningApplication) -> No
     assert {one.result().content for one in others} == {first.result().content}
 
 
+def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
+    app: RunningApplication,
+) -> None:
+    worker = app.worker("score")
+    worker.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(app.post, "score")
+        wait_for(lambda: app.in_flight("score") == 1)
+        time.sleep(SENT_S)
+        for path in ("/predictions/score", "/v2/models/score/infer"):
+            with socket.create_connection(("127.0.0.1", app.port)) as gone:
+                head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(IMAGE)}"
+                gone.sendall(f"{head}\r\n\r\n".encode() + IMAGE)
+                time.sleep(SENT_S)
+        wait_for(lambda: app.in_flight("score") == 1)
+        worker.resume()
+        assert first.result().status_code == 200
+    answered = [app.post("score").headers["x-request-id"], first.result().headers["x-request-id"]]
+    lines = (app.logs / "score-0.requests.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines[-2:]] == answered[::-1]
+
+
 def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningApplication) -> None:
     worker = app.worker("score")
     worker.suspend()

@@ -996,6 +996,41 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         runner.run(check())
 
 
+@pytest.mark.parametrize("num_steps", range(8))
+@pytest.mark.parametrize("leaves_first", [True, False])
+def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
+    num_steps: int, leaves_first: bool
+) -> None:
+    async def patient() -> dict[str, Any]:
+        return await asyncio.Future()
+
+    async def check() -> None:
+        lane = Lane(Limits(in_flight=(1, 1, 1)))
+
+        async def one() -> None:
+            async with lane.turn(patient):
+                pass
+
+        async with lane.turn(patient):
+            waiting = asyncio.create_task(one())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            if not leaves_first:
+                waiting.cancel()
+                for _ in range(num_steps):
+                    await asyncio.sleep(0)
+        if leaves_first:
+            for _ in range(num_steps):
+                await asyncio.sleep(0)
+            waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        async with asyncio.timeout(5):
+            await one()
+        assert lane._num_in_flight == 0
+
+    asyncio.run(check())
+
+
 def test_a_stop_answers_what_was_accepted(tmp_path: Path) -> None:
     made = RunningFront(tmp_path)
     upstream = Upstream(made.socket)

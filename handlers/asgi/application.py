@@ -115,12 +115,17 @@ class Application:
     def __init__(self, models: Sequence[Model], document: dict[str, Any], limits: Limits) -> None:
         self._models = models
         self._predictions = {
-            model.name: Endpoint(model.answer, INFERRING, Lane(limits), takes_forms=True)
+            model.name: Endpoint(
+                model.answer, INFERRING, Lane(limits), takes_forms=True, can_cancel=True
+            )
             for model in models
         }
         self._infer = {
             model.name: Endpoint(
-                functools.partial(_infer, model), ("POST",), self._predictions[model.name].lane
+                functools.partial(_infer, model),
+                ("POST",),
+                self._predictions[model.name].lane,
+                can_cancel=True,
             )
             for model in models
         }

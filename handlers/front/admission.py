@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from handlers.limits import MAX_BATCH, MAX_REQUEST_BYTES, QUEUE_SIZE, RESPONSE_TIMEOUT_S
 from serving.api.errors import ApiError
 from serving.api.guard import Receive, Scope, header_values
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,14 @@ class Lane:
             ClientGone: the client closed the connection meanwhile.
         """
         if self._waiting or self._num_in_flight >= self._bound:
-            await _unless_gone(self._wait(), receive)
+            turn = asyncio.ensure_future(self._wait())
+            try:
+                await unless_gone(turn, receive)
+            except BaseException:
+                # Cancelled just as the turn came; a turn that comes later is given back by _wait.
+                if turn.done() and not turn.cancelled() and turn.exception() is None:
+                    self._leave()
+                raise
         else:
             self._num_in_flight += 1
         num_sent, started = self._num_in_flight, asyncio.get_running_loop().time()
@@ -268,20 +277,20 @@ class Lane:
                 turn.set_result(None)
 
 
-async def _unless_gone(wait: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Wait for something unless the client closes the connection.
+async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
+    """Wait for something, and cancel it if the client closes the connection.
 
     Raises:
         ClientGone: it did.
     """
-    waiter, watcher = asyncio.create_task(wait), asyncio.create_task(hang_up(receive))
+    worker, watcher = asyncio.ensure_future(work), asyncio.create_task(hang_up(receive))
     try:
-        await asyncio.wait((waiter, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not waiter.done():
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
             raise ClientGone
-        waiter.result()
+        return worker.result()
     finally:
-        waiter.cancel()
+        worker.cancel()
         watcher.cancel()
 
 

@@ -21,6 +21,7 @@ from handlers.front.admission import (
     hang_up,
     overloaded,
     read_body,
+    unless_gone,
 )
 from handlers.front.forms import checked_type
 from serving.api.errors import ApiError, internal_error, malformed, stopping
@@ -84,6 +85,7 @@ class Endpoint:
         takes_forms: whether the body may be a form, which is checked before.
         route: returns the endpoint that answers a request, if that is not this one.
         hold: entered while the endpoint has a request.
+        can_cancel: whether cancelling ``answer`` spares work. It is cancelled if the client leaves.
     """
 
     answer: Callable[[Request], Awaitable[Answer]]
@@ -92,6 +94,7 @@ class Endpoint:
     takes_forms: bool = False
     route: Callable[[Request], Endpoint] | None = None
     hold: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    can_cancel: bool = False
 
 
 class Front:
@@ -186,6 +189,7 @@ class Front:
 
         Raises:
             ApiError: the engine did not answer, or cannot read the request.
+            ClientGone: the client closed the connection before the request was computed.
         """
         request = self._request(scope, body, endpoint.takes_forms)
         if endpoint.route is not None:
@@ -193,7 +197,8 @@ class Front:
         lane = endpoint.lane
         with endpoint.hold():
             async with lane.turn(receive) if lane else contextlib.nullcontext():
-                return await endpoint.answer(request)
+                answer = endpoint.answer(request)
+                return await (unless_gone(answer, receive) if endpoint.can_cancel else answer)
 
     def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
         """The request of an endpoint.
