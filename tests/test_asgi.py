@@ -41,6 +41,7 @@ from handlers.front.front import Request
 from handlers.front.releases import Release, Releases
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
+from handlers.limits import MAX_REQUEST_BYTES
 from handlers.torchserve.status import read_status
 from serving.api.errors import ApiError
 from serving.api.journal import last_errors
@@ -154,6 +155,12 @@ def error_of(answer: httpx.Response) -> str:
     return str(answer.json()["error"]["code"])
 
 
+def v2_error_of(answer: httpx.Response) -> str:
+    assert set(answer.json()) == {"error"} and answer.headers["content-type"] == "application/json"
+    assert isinstance(answer.json()["error"], str)
+    return str(answer.json()["error"])
+
+
 # Paths
 
 
@@ -213,8 +220,11 @@ def test_methods_that_are_refused(
     app: RunningApplication, method: str, path: str, allowed: str
 ) -> None:
     answer = httpx.request(method, app.url + path)
-    assert (answer.status_code, error_of(answer)) == (405, "not_allowed")
-    assert answer.headers["allow"] == allowed
+    assert answer.status_code == 405 and answer.headers["allow"] == allowed
+    if path.startswith("/v2/"):
+        assert v2_error_of(answer) == f"{path} takes {allowed}, not {method}"
+    else:
+        assert error_of(answer) == "not_allowed"
 
 
 @pytest.mark.parametrize(
@@ -697,7 +707,20 @@ def test_v2_requests_that_are_no_json(app: RunningApplication) -> None:
     assert httpx.post(url, content=b"[" * 1000).status_code == 400
     assert httpx.post(url, content=b"[" * 2**20).status_code == 413
     assert httpx.get(url).status_code == 405
-    assert isinstance(httpx.post(f"{app.url}/v2/models/x/infer").json()["error"], str)
+    assert "no such model" in v2_error_of(httpx.post(f"{app.url}/v2/models/x/infer"))
+
+
+def test_v2_errors_of_the_front_and_the_guard_have_its_shape(app: RunningApplication) -> None:
+    url = f"{app.url}/v2/models/score/infer"
+    for headers, body, status in (
+        ({"Host": "a.example"}, b"", 421),
+        ({"Origin": "http://a.example"}, b"", 403),
+        ({}, bytes(MAX_REQUEST_BYTES + 1), 413),
+    ):
+        answer = httpx.post(url, headers=headers, content=body)
+        assert answer.status_code == status and v2_error_of(answer)
+    assert "there is /predictions" in v2_error_of(httpx.get(f"{app.url}/v2/other"))
+    assert error_of(httpx.get(f"{app.url}/v20")) == "not_found"
 
 
 def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:

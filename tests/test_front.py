@@ -342,8 +342,10 @@ def test_nothing_else_is_reached(
     connection = http.client.HTTPConnection("127.0.0.1", front.port)  # sends paths as they are
     connection.request(method, path)
     answer = connection.getresponse()
-    assert answer.status == 404 and json.loads(answer.read())["error"]["code"] == "not_found"
-    assert upstream.seen == []
+    assert answer.status == 404 and upstream.seen == []
+    error = json.loads(answer.read())["error"]
+    # The other protocol's clients expect its shape, even where it is not served.
+    assert isinstance(error, str) if path.startswith("/v2/") else error["code"] == "not_found"
 
 
 @pytest.mark.parametrize("name", ["other", "score%2F..%2F..%2Fmodels", "Score", "score%00"])

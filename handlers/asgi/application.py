@@ -30,7 +30,7 @@ from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
 from handlers.launch.options import ServingOptions, served_name
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, malformed
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.signatures import OPERATIONS
@@ -170,7 +170,7 @@ class Application:
         match = _V2_MODEL.fullmatch(path)
         model = next((m for m in self._models if match and match["name"] == m.name), None)
         if match is None or model is None or match["version"] not in (None, v2.VERSION):
-            raise v2.ProtocolError(404, "unknown_model", "the service has no such model")
+            raise ApiError(404, "unknown_model", "the service has no such model")
         if match["what"] == "infer":
             return self._infer[model.name]
         if match["what"] == "ready":
@@ -219,13 +219,8 @@ async def _infer(model: Model, request: Request) -> Answer:
     """Answer a request of the Open Inference Protocol."""
     length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
     if not length.isdecimal() or len(length) > 12 or int(length) > len(request.body):
-        raise v2.ProtocolError(
-            400, "malformed_request", f"{v2.LENGTH_HEADER} must be at most the body's length"
-        )
-    try:
-        return await model.answer(request, int(length))
-    except ApiError as error:
-        raise v2.ProtocolError.of(error) from None
+        raise malformed(f"{v2.LENGTH_HEADER} must be at most the body's length")
+    return await model.answer(request, int(length))
 
 
 def _json(status: int, value: dict[str, Any]) -> Answer:

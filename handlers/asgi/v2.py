@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from handlers.limits import MAX_REQUEST_BYTES
-from serving.api.errors import ApiError, internal_error, malformed, unusable
+from serving.api.errors import ApiError, ProtocolError, internal_error, malformed, unusable
 from serving.api.requests import JSON_BYTES_PER_NUMBER, MAX_IMAGES, MAX_JSON_VALUES, RawRequest
 from serving.api.responses import Response, check_size, error_response
 from serving.engine.bundle import Bundle
@@ -44,17 +44,6 @@ IMAGES = "images"
 SAMPLE_INPUTS = ("n", "seed")
 FORMATS = {"sample": "npy", "encode": "npz", "reconstruct": "npy", "score": "json"}  # of the API
 Tensors = Mapping[str, np.ndarray]
-
-
-class ProtocolError(ApiError):
-    """An error in the protocol's own shape, ``{"error": MESSAGE}``."""
-
-    def body(self) -> dict[str, Any]:
-        return {"error": self.message}
-
-    @classmethod
-    def of(cls, error: ApiError) -> ProtocolError:
-        return cls(error.status, error.code, error.message)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from handlers.front.admission import (
     unless_gone,
 )
 from handlers.front.forms import checked_type
-from serving.api.errors import ApiError, internal_error, malformed, stopping
+from serving.api.errors import ApiError, internal_error, malformed, shaped, stopping
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
 from serving.messages import show
@@ -142,7 +142,8 @@ class Front:
                 error = internal_error()
                 self._refusals[error.code] += 1
             # The body may not have arrived.
-            await _send_answer(Answer.of_error(error, ("connection", "close")), send)
+            answer = Answer.of_error(shaped(error, scope["path"]), ("connection", "close"))
+            await _send_answer(answer, send)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
@@ -172,7 +173,7 @@ class Front:
                     )
             except ApiError as error:
                 self._refusals[error.code] += 1
-                answer = Answer.of_error(error)
+                answer = Answer.of_error(shaped(error, path))
                 share.hold(len(answer.body))
             del body
             try:

@@ -44,6 +44,22 @@ class ApiError(Exception):
         return {"error": error}
 
 
+class ProtocolError(ApiError):
+    """An error in the shape of the Open Inference Protocol, ``{"error": MESSAGE}``."""
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self.message}
+
+    @classmethod
+    def of(cls, error: ApiError) -> ProtocolError:
+        return cls(error.status, error.code, error.message)
+
+
+def shaped(error: ApiError, path: str) -> ApiError:
+    """The error in the shape that clients of a path expect: ``/v2`` has its own protocol."""
+    return ProtocolError.of(error) if path == "/v2" or path.startswith("/v2/") else error
+
+
 def internal_error() -> ApiError:
     """The answer to a request on which the server failed; nothing of the failure is in it."""
     return ApiError(500, "internal_error", "the server failed on this request; its log says why")

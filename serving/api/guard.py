@@ -17,7 +17,7 @@ import re
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, shaped
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -209,7 +209,7 @@ async def refuse(
     The body, if there is one, is discarded for a while first: many clients read no answer before
     they have sent their body, and lose the answer if the connection is closed earlier.
     """
-    fields, body = error_answer(error)
+    fields, body = error_answer(shaped(error, scope["path"]))
     fields.append(("content-length", str(len(body))))
     has_body = bool(header_values(scope, "transfer-encoding")) or header_values(
         scope, "content-length"
