@@ -28,7 +28,7 @@ import psutil
 import pytest
 import tritonclient.http
 
-from handlers.asgi import v2, worker
+from handlers.asgi import v2, wire, worker
 from handlers.asgi.application import READY, ApplicationSettings
 from handlers.asgi.forms import raw_request
 from handlers.asgi.launcher import Asgi
@@ -797,6 +797,53 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
         assert process.is_ended
 
     asyncio.run(answer())
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"\xff" * 4,
+        b"\0\0\0\x02[]",
+        b"\0\0\0\x0e" + b'{"sizes":[""]}',
+        b"\0\0\0\x0e" + b'{"sizes":[-1]}',
+        b"\0\0\0\x18" + b'{"sizes":[999999999999]}',
+    ],
+)
+def test_messages_that_no_worker_sends_are_refused_at_once(start: bytes) -> None:
+    async def receive() -> None:
+        stream = asyncio.StreamReader()
+        stream.feed_data(start)
+        async with asyncio.timeout(5):
+            await wire.receive(stream)
+
+    with pytest.raises(ValueError):
+        asyncio.run(receive())
+
+
+@pytest.mark.parametrize("head", [{}, {"measurements": [["ade_other", {}, 1.0]]}], ids=str)
+def test_a_worker_whose_first_message_is_invalid_did_not_start(
+    head: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "invalid_worker.py").write_text(
+        "import socket, time\nfrom handlers.asgi import wire\n"
+        f"socket.socket(fileno=0).sendall(b''.join(wire.pack({head!r})))\ntime.sleep(1000)"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr("handlers.asgi.pool.WORKER", "invalid_worker")
+
+    others = psutil.Process().children()
+
+    async def start() -> None:
+        settings = WorkerSettings(
+            *(str(tmp_path), "tiny@1", "score", "score", "1"),
+            *(str(tmp_path), ServingOptions(device="cpu")),
+        )
+        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        with pytest.raises(WorkerError, match="did not start: its measurements are invalid"):
+            await pool.start()
+        assert not pool.is_ready and psutil.Process().children() == others
+
+    asyncio.run(start())
 
 
 def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:

@@ -250,6 +250,7 @@ class _Worker:
             head, _ = await process.ask(first, STARTUP_TIMEOUT_S)
             if "error" in head:
                 raise WorkerError(head["error"])
+            self._measure(head)
         except BaseException as error:
             code = await process.end()
             if isinstance(error, WorkerError):
@@ -257,7 +258,6 @@ class _Worker:
                     f"worker {self._settings.name} did not start: {error} (exit code {code})"
                 ) from None
             raise
-        self._measure(head)
         self.is_ready = True
         return process
 
@@ -347,10 +347,18 @@ class _Worker:
             raise WorkerError("a request did not fit into memory")
 
     def _measure(self, head: dict[str, Any]) -> None:
+        """Add the measurements of a message.
+
+        Raises:
+            WorkerError: they are invalid.
+        """
         common = {
             "model_name": self._pool.name,
             "worker": self._settings.name.rpartition("-")[2],
         }
         own = {MODEL: self._settings.identity}
-        for name, labels, value in head["measurements"]:
-            self._pool.metrics.update(name, {**common, **labels, **own}, value)
+        try:
+            for name, labels, value in head["measurements"]:
+                self._pool.metrics.update(name, {**common, **labels, **own}, float(value))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WorkerError(f"its measurements are invalid: {error!r}") from None

@@ -14,6 +14,9 @@ from typing import Any, BinaryIO
 import orjson
 
 LENGTH = struct.Struct(">I")  # of the head
+# What the front takes from a worker, well above any batch.
+MAX_HEAD_BYTES = 2**24
+MAX_BODIES_BYTES = 2**29
 Body = bytes | bytearray
 Message = tuple[dict[str, Any], list[bytes]]
 
@@ -38,8 +41,15 @@ async def receive(stream: asyncio.StreamReader) -> Message:
 
     Raises:
         EOFError: the connection ended.
-        ValueError: it is not a message.
+        ValueError: it is not a message, or too large.
     """
     (length,) = LENGTH.unpack(await stream.readexactly(LENGTH.size))
+    if length > MAX_HEAD_BYTES:
+        raise ValueError(f"a head of {length} bytes")
     head = orjson.loads(await stream.readexactly(length))
-    return head, [await stream.readexactly(size) for size in head["sizes"]]
+    sizes = head.get("sizes") if isinstance(head, dict) else None
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError("a head without sizes")
+    if sum(sizes) > MAX_BODIES_BYTES:
+        raise ValueError(f"bodies of {sum(sizes)} bytes")
+    return head, [await stream.readexactly(size) for size in sizes]
