@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -339,6 +340,29 @@ def test_the_private_channel(tmp_path: Path) -> None:
     listener.close()
     with pytest.raises(ChannelError, match="refused"):
         ask(path, {"do": "it"})
+
+
+@pytest.mark.parametrize("line, message", [(b"", "within 0.2 s"), (b"{\n", "cannot be read")])
+def test_a_process_that_hangs_or_babbles_gives_no_answer(
+    line: bytes, message: str, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "control.sock"))
+        listening.listen()
+
+        def answer() -> None:
+            accepted, _ = listening.accept()
+            with accepted:
+                accepted.sendall(line)
+                is_asked.wait(10)
+
+        is_asked = threading.Event()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ChannelError, match=message):
+            ask(tmp_path / "control.sock", {"do": "describe"}, seconds=0.2)
+        is_asked.set()
+        thread.join()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

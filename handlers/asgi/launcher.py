@@ -10,7 +10,7 @@ from handlers.asgi.application import STOP_S, ApplicationSettings
 from handlers.asgi.control import CHANGE, DESCRIBE
 from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS
 from handlers.front.releases import Release
-from handlers.launch.channel import ChannelError, Say, ask
+from handlers.launch.channel import DESCRIBE_S, ChannelError, Say, ask
 from handlers.launch.engines import SWITCHED, Plan
 from handlers.launch.one_process import OneProcess
 from handlers.launch.run_folder import RunFolder
@@ -53,7 +53,7 @@ class Asgi(OneProcess):
 
     def releases(self) -> list[dict[str, Any]]:
         """See :meth:`handlers.launch.engines.UpgradableEngine.releases`."""
-        return list(ask(self._control, {"do": DESCRIBE})["releases"])
+        return list(ask(self._control, {"do": DESCRIBE}, seconds=DESCRIBE_S)["releases"])
 
 
 ENGINE = Asgi

@@ -21,6 +21,7 @@ from typing import Any
 
 MAX_LINE = 2**20  # bytes
 READ_S = 10.0  # for the line of a client
+DESCRIBE_S = 10.0  # for an answer that is there at once unless a process hangs
 _CREDENTIALS = struct.Struct("3i")  # process, user and group
 Say = Callable[[str], None]
 Handle = Callable[[dict[str, Any], Say], dict[str, Any]]
@@ -36,18 +37,25 @@ def peer_is_own_user(connection: socket.socket) -> bool:
     return bool(_CREDENTIALS.unpack(found)[1] == os.getuid())
 
 
-def ask(path: Path, message: dict[str, Any], say: Say = lambda text: None) -> dict[str, Any]:
-    """Send a message and wait for the result, however long it takes.
+def ask(
+    path: Path,
+    message: dict[str, Any],
+    say: Say = lambda text: None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Send a message and wait for the result.
 
     Args:
         path: the socket.
         message: what to do.
         say: gets the lines about progress.
+        seconds: for each line of the answer; no limit unless given.
 
     Raises:
         ChannelError: nobody answers, or the answer is an error.
     """
     with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(seconds)
         try:
             connection.connect(str(path))
             if not peer_is_own_user(connection):
@@ -62,8 +70,12 @@ def ask(path: Path, message: dict[str, Any], say: Say = lambda text: None) -> di
                         raise ChannelError(answer["error"])
                     else:
                         return dict(answer["result"])
+        except TimeoutError:
+            raise ChannelError(f"no answer at {path} within {seconds:g} s") from None
         except OSError as error:
             raise ChannelError(f"no answer at {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ChannelError(f"the answer at {path} cannot be read: {error}") from None
     raise ChannelError("the other process ended before it answered")
 
 

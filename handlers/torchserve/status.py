@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from handlers.launch.channel import ChannelError, ask
+from handlers.launch.channel import DESCRIBE_S, ChannelError, ask
 from handlers.launch.run_folder import RunFolder, find_service
 from handlers.launch.upgrades import DESCRIBE
 from handlers.torchserve.exposition import RESPONSES
@@ -104,7 +104,8 @@ def queued_requests(folder: RunFolder) -> int:
 def _releases(folder: RunFolder) -> dict[str, Any]:
     """What the service says of its releases; empty if it does not answer."""
     try:
-        return ask(folder.control_socket, {"do": DESCRIBE})
+        # The service may wait as long for its front, and then answers without it.
+        return ask(folder.control_socket, {"do": DESCRIBE}, seconds=2 * DESCRIBE_S)
     except ChannelError:  # it is starting or stopping
         return {}
 
