@@ -110,10 +110,49 @@ def test_a_child_that_may_not_end(tmp_path: Path) -> None:
             until(supervisor.tend)
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_signal_while_a_child_is_started_leaves_no_orphan(
+    restarts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    may_interrupt = not restarts
+    popen = subprocess.Popen
+
+    def interrupted(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        made = popen(command, **options)
+        if command == SLEEP:
+            started.append(made)
+            if may_interrupt:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
+            supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
+            may_interrupt = True
+            os.kill(started[0].pid, signal.SIGKILL)
+            until(supervisor.tend)
+        assert signal.getsignal(signal.SIGTERM) == stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(started) == 1 + restarts and not any(is_running(one.pid) for one in started)
+
+
 class QuickPages(Supervisor):
     """Starts pages that are ready at once and show nothing, or end at once."""
 
     are_broken = False
+
+    def stop(self, child: Child) -> None:
+        if not self.are_broken:
+            assert until(lambda: child.process.poll() is not None)
+            assert not self.tend(), "the page that is replaced was restarted"
+        super().stop(child)
 
     def start(
         self, name: str, command: list[str], environment: dict[str, str], **options: Any

@@ -72,6 +72,7 @@ class Page:
             was_opened, old, old_files = True, self._child, self._files
             child.on_trial = False
             self._child, self._files = child, files
+            self._supervisor.let_end(old)
             old.process.terminate()  # it accepts nothing from now on, and finishes what it has
             gate.unlink()
             self._stop(old, old_files)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class Child:
 
     Attributes:
         pass_fds: file descriptors that it inherits.
-        on_trial: whether its end concerns only whoever started it, not the service.
+        on_trial: if true, the supervisor ignores its exit; the caller handles it.
     """
 
     name: str
@@ -107,6 +108,27 @@ class Child:
                 time.sleep(0.05)
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the block, so that no child is started and then forgotten.
+
+    They are not blocked, because children inherit that. Python delivers them to the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    signs = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(sign, lambda number, frame: held.append(number)) for sign in signs]
+    try:
+        yield
+    finally:
+        for sign, handler in zip(signs, before, strict=True):
+            signal.signal(sign, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
 class Supervisor:
     """Manages the child processes of a service. Several threads may use it.
 
@@ -164,7 +186,7 @@ class Supervisor:
             LaunchError: the service is being stopped.
         """
         child = Child(name, command, environment, self._folder, restarts, pass_fds, on_trial)
-        with self._lock:
+        with self._lock, _signals_held():
             if self._is_closed:
                 raise LaunchError("the service is being stopped")
             child.start()
@@ -172,10 +194,14 @@ class Supervisor:
             self._announce(child)
         return child
 
+    def let_end(self, child: Child) -> None:
+        """Do not restart a child from now on."""
+        with self._lock:
+            child.on_trial = True
+
     def stop(self, child: Child) -> None:
         """Stop a child for good."""
-        with self._lock:
-            child.on_trial = True  # it may end
+        self.let_end(child)
         child.stop()
         with self._lock:
             self._children.remove(child)
@@ -213,7 +239,8 @@ class Supervisor:
             print(f"{child.name} ended with {status}: restarting it", file=sys.stderr, flush=True)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
-            child.start()
+            with _signals_held():
+                child.start()
             restarted = True
         if restarted or self._reaper.poll() is not None:
             self._renew_reaper()
