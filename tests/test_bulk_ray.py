@@ -75,6 +75,9 @@ def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.M
     table = pa.concat_tables([parquet.read_table(part) for part in parts])
     assert table["id"].to_pylist() == list(range(10)) and table["path"].to_pylist() == paths
     assert [row["path"] for row in manifest.read_manifest(str(parts[1]))] == paths[4:8]
+    # As if that listing had been interrupted, and files removed since.
+    assert manifest.write_parts(({"path": path} for path in paths[:4]), out) == 4
+    assert parquet.read_table(out)["path"].to_pylist() == paths[:4]
 
 
 def test_a_manifest_without_paths(tmp_path: Path) -> None:

@@ -73,18 +73,23 @@ def read_manifest(source: str) -> Iterator[dict[str, Any]]:
 
 
 def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
-    """Write rows into the folder ``out``, numbered; returns their number."""
+    """Write rows into the folder ``out``, numbered; returns their number.
+
+    Parts that an interrupted listing left there are removed.
+    """
     files, folder = fsspec.url_to_fs(out)
     files.makedirs(folder, exist_ok=True)
+    for part in files.glob(posixpath.join(folder, f"part-*{SUFFIX}")):
+        files.rm_file(part)
     rest, count = iter(rows), 0
-    while part := list(islice(rest, PART_ROWS)):
+    while chosen := list(islice(rest, PART_ROWS)):
         numbered = [
-            {**row, "id": count + i, "path": _text(row["path"])} for i, row in enumerate(part)
+            {**row, "id": count + i, "path": _text(row["path"])} for i, row in enumerate(chosen)
         ]
         path = posixpath.join(folder, f"part-{count // PART_ROWS:08d}{SUFFIX}")
         with files.open(path, "wb") as file:
             parquet.write_table(pa.Table.from_pylist(numbered, SCHEMA), file)
-        count += len(part)
+        count += len(chosen)
     return count
 
 
