@@ -18,8 +18,9 @@ import yaml
 
 from ade_cli.main import parse
 from handlers.front.exposition import REFUSALS
+from handlers.front.settings import TOKEN_VARIABLE
 from handlers.launch.environment import available_cores
-from handlers.launch.serve import TOKEN_VARIABLE, _allowed_hosts
+from handlers.launch.serve import _allowed_hosts
 from handlers.launch.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
 from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S

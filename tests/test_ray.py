@@ -70,6 +70,15 @@ def test_the_settings_of_a_cluster() -> None:
         ({"bundles": ["/b"], "replicas": {"score": [3, 2]}}, "replicas of score must be"),
         ({"bundles": ["/b"], "fronts": 0}, "fronts must be"),
         ({"bundles": ["/b"], "fronts": [True, True]}, "fronts must be"),
+        ({"bundles": ["/b"], "fronts": None}, "fronts must be"),
+        ({"bundles": "/b"}, "bundles must be a list of at least one folder, got '/b'"),
+        ({"bundles": ["/b"], "allowed_hosts": "a.example"}, "allowed_hosts must be a list"),
+        ({"bundles": ["/b"], "device": 0}, "device must be one of auto, cpu, cuda, got 0"),
+        ({"bundles": ["/b"], "backend": ["x"]}, "backend must be one of onnxruntime"),
+        ({"bundles": ["/b"], "cpus": "1"}, "cpus must be a number from 0, got '1'"),
+        ({"bundles": ["/b"], "gpus": -1}, "gpus must be a number from 0, got -1"),
+        ({"bundles": ["/b"], "exposes_metrics": 1}, "exposes_metrics must be true or false"),
+        ({"bundles": ["/b"], "logs": None}, "logs must be a folder, got None"),
     ],
 )
 def test_settings_that_cannot_be_used(args: dict[str, Any], message: str) -> None:
@@ -77,13 +86,18 @@ def test_settings_that_cannot_be_used(args: dict[str, Any], message: str) -> Non
         ServeSettings.of(args)
 
 
-@pytest.mark.parametrize("token", ["", "x" * 31])
-def test_a_cluster_without_a_token_does_not_serve(
+@pytest.mark.parametrize("token", ["", "x" * 31, "x" * 31 + " x", "é" * 32])
+def test_a_cluster_without_a_usable_token_does_not_serve(
     token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADE_TOKEN", token)
+    with pytest.raises(SettingsError, match="ADE_TOKEN must have at least 32 characters"):
+        Access.of_cluster()
+    monkeypatch.delenv("ADE_TOKEN")
     with pytest.raises(SettingsError, match="ADE_TOKEN must be set"):
         Access.of_cluster()
+    monkeypatch.setenv("ADE_TOKEN", "x" * 32)
+    assert Access.of_cluster().token == "x" * 32 and Access.of_cluster().url == "/"
 
 
 def on_kubernetes() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,23 @@ from typing import Any, Self
 from serving.ports import LOOPBACK
 
 ANY_ADDRESS = "0.0.0.0"
+TOKEN_VARIABLE = "ADE_TOKEN"
+MIN_TOKEN = 32
+
+
+def given_token() -> str | None:
+    """The token in ``ADE_TOKEN``, if it is set.
+
+    Raises:
+        ValueError: it is too short, or has characters that a header cannot carry.
+    """
+    given = os.environ.get(TOKEN_VARIABLE)
+    if given is not None and not re.fullmatch(rf"[\x21-\x7e]{{{MIN_TOKEN},}}", given):
+        raise ValueError(
+            f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII "
+            f"without spaces, got {len(given)} characters"
+        )
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)

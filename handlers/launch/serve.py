@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import secrets
 import shlex
@@ -18,6 +17,7 @@ from typing import NoReturn
 
 import httpx
 
+from handlers.front.settings import given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.environment import available_cores
@@ -38,8 +38,6 @@ UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)
 MAX_SCORE_WORKERS = 4
 PROFILE_S = 10.0
 WATCH_S = 0.5
-TOKEN_VARIABLE = "ADE_TOKEN"
-MIN_TOKEN = 32
 PACKAGES = {"onnxruntime": "onnxruntime", "torchscript": "torch"}  # required by each backend
 SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 
@@ -133,15 +131,10 @@ def _token(host: str) -> str | None:
     """The token that API and page require beyond loopback: ``ADE_TOKEN``, or 256 random bits."""
     if host in LOOPBACK:
         return None
-    given = os.environ.get(TOKEN_VARIABLE)
-    if given is None:
-        return secrets.token_urlsafe(32)
-    if not re.fullmatch(rf"[\x21-\x7e]{{{MIN_TOKEN},}}", given):
-        raise LaunchError(
-            f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII "
-            f"without spaces, got {len(given)} characters"
-        )
-    return given
+    try:
+        return given_token() or secrets.token_urlsafe(32)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
 
 
 def _allowed_hosts(text: str) -> list[str]:

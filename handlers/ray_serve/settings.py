@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from handlers.front.settings import ANY_ADDRESS
+from handlers.front.settings import TOKEN_VARIABLE, given_token
 from handlers.launch.options import ServingOptions
+from serving.engine.backends import BACKENDS, DEVICES
 from serving.engine.signatures import OPERATIONS
-
-TOKEN_VARIABLE = "ADE_TOKEN"
-MIN_TOKEN = 32
 
 
 class SettingsError(ValueError):
@@ -63,12 +62,13 @@ class ServeSettings:
                 f"the arguments are {', '.join(sorted(known))}, bundles required, got "
                 f"{', '.join(sorted(args)) or 'none'}"
             )
+        for name, (is_usable, expected) in _EXPECTED.items():
+            if name in args and not is_usable(args[name]):
+                raise SettingsError(f"{name} must be {expected}, got {args[name]!r}")
         given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in args.items()}
         if "replicas" in given:
             given["replicas"] = _ranges(given["replicas"])
         given["fronts"] = _range("fronts", given.get("fronts", (1, 1)))
-        if not given["bundles"]:
-            raise SettingsError("bundles must name at least one folder")
         return cls(**given)
 
     @property
@@ -95,14 +95,36 @@ class Access:
         """By the variable ``ADE_TOKEN``, without which the service does not start.
 
         Raises:
-            SettingsError: it is not set, or too short.
+            SettingsError: it is not set, or cannot be used.
         """
-        token = os.environ.get(TOKEN_VARIABLE, "")
-        if len(token) < MIN_TOKEN:
-            raise SettingsError(
-                f"{TOKEN_VARIABLE} must be set for the nodes, with at least {MIN_TOKEN} characters"
-            )
-        return cls(token=token, probe_secret=os.urandom(16).hex(), url=f"http://{ANY_ADDRESS}")
+        try:
+            token = given_token()
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        if token is None:
+            raise SettingsError(f"{TOKEN_VARIABLE} must be set for the nodes")
+        # Clients know the address; the nodes do not.
+        return cls(token=token, probe_secret=os.urandom(16).hex(), url="/")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bundles": (lambda value: _are_texts(value) and bool(value), "a list of at least one folder"),
+    "cpus": (_is_number, "a number from 0"),
+    "gpus": (_is_number, "a number from 0"),
+    "backend": (lambda value: value in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+    "device": (lambda value: value in DEVICES, f"one of {', '.join(DEVICES)}"),
+    "allowed_hosts": (_are_texts, "a list of names"),
+    "exposes_metrics": (lambda value: isinstance(value, bool), "true or false"),
+    "logs": (lambda value: isinstance(value, str), "a folder"),
+}
 
 
 def _ranges(given: Any) -> dict[str, tuple[int, int]]:
@@ -114,11 +136,13 @@ def _ranges(given: Any) -> dict[str, tuple[int, int]]:
 
 
 def _range(name: str, value: Any) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if (
         len(pair) != 2
         or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
         or not 1 <= pair[0] <= pair[1]
     ):
-        raise SettingsError(f"{name} must be a number from 1, or the least and the most: {value!r}")
+        raise SettingsError(
+            f"{name} must be a number from 1, or the least and the most, got {value!r}"
+        )
     return pair
