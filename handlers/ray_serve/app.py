@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from handlers.asgi.application import served_models
 from handlers.asgi.worker import WorkerSettings
+from handlers.front.admission import Limits
 from handlers.limits import MAX_BATCH, QUEUE_SIZE
 from handlers.ray_serve.ingress import Ingress
 from handlers.ray_serve.replica import Replica
@@ -24,7 +25,6 @@ BY_REQUESTS = AutoscalingPolicy(policy_function="handlers.ray_serve.scaling:by_r
 FRONT, METRICS = "front", "metrics"  # names of deployments, which no model has
 HEALTH_S = 5.0  # between two health checks
 STOP_S = 25.0  # that requests which were accepted may take once a replica is asked to stop
-FRONT_REQUESTS = 2 * QUEUE_SIZE * 4  # at a time; it refuses earlier, in the API's error shape
 UPSCALE_S, DOWNSCALE_S = 5.0, 60.0  # that a queue must be long, or short, for the number to change
 
 
@@ -79,7 +79,8 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
         serve.deployment(Ingress)
         .options(
             name=FRONT,
-            max_ongoing_requests=FRONT_REQUESTS,
+            # At a time; the front refuses earlier, in the API's error shape.
+            max_ongoing_requests=Limits.connections,
             ray_actor_options={"num_cpus": min(settings.cpus, 0.5)},
             **_lifetime(settings.fronts, target_ongoing_requests=QUEUE_SIZE // 4),
         )

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from handlers.limits import MAX_BATCH
 
-# That a request waits for others while an earlier call is under way. A client that is alone never
-# waits. Under load, the answers of one call come together, and so do their clients' next requests.
+# Seconds that a request waits for others to join its call, if another call is in progress. A client
+# that is alone never waits. Under load, the answers of one call come together, and so do their
+# clients' next requests.
 WAIT_S = 0.003
 MAX_BYTES = 2**20  # of the bodies in a call, unless a single one is larger
 
@@ -52,7 +53,9 @@ class Calls:
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def answer(self, asked: Asked) -> Answered:
-        """The answer to one request. Cancelling gives up only what no other request shares.
+        """The answer to one request.
+
+        Cancelling one request cancels the call only if no other request in it is still waiting.
 
         Raises:
             NotComputed: its batch failed.

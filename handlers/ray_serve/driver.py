@@ -31,7 +31,7 @@ CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 @dataclass(frozen=True, kw_only=True)
 class DriverSettings(FrontSettings):
-    """What the driver must know besides.
+    """Settings of the driver, in addition to those of a front.
 
     Attributes:
         bundles: their folders, the first served under the plain names.

@@ -39,7 +39,7 @@ class Replica:
     """Computes what the fronts send.
 
     Args:
-        settings: what to compute; the name is completed by the replica's own.
+        settings: what to compute; the name is completed by the replica's rank.
         metrics: handle of :class:`handlers.ray_serve.reporter.MetricsReplica`.
     """
 
@@ -49,7 +49,8 @@ class Replica:
         self._model = settings.model
         self._of_model = {"model_name": settings.model, MODEL: settings.identity}
         self._labels = {**self._of_model, "worker": str(context.rank.rank)}
-        name = f"{settings.name}-{context.replica_tag}"
+        # By the rank, which a successor takes over, or each replica would leave a journal.
+        name = f"{settings.name}-{context.rank.rank}"
         self._service = load_service(dataclasses.replace(settings, name=name))
         self._thread = ThreadPoolExecutor(1, "compute")
         self._waiting: BatchQueue[Job] = BatchQueue()
