@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +26,9 @@ import httpx
 import psutil
 import pytest
 
-from handlers.front.admission import Lane, Limits
+from handlers.front.admission import Lane, Limits, Memory
 from handlers.front.forms import checked_type
+from handlers.front.front import Endpoint, Front
 from handlers.torchserve.front import ServerSettings
 from serving.api.errors import ApiError
 from serving.api.requests import URLENCODED
@@ -1095,6 +1097,23 @@ def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
         assert process.stderr is not None
         log = process.stderr.read()
         assert log.count("Traceback") == 1 and "ZeroDivisionError" in log, log
+
+
+def test_a_websocket_is_closed() -> None:
+    def find(path: str) -> Endpoint:
+        raise AssertionError("looked for an endpoint")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    front = Front(find, Limits(), Memory(Limits()), "", Counter())
+    asyncio.run(front({"type": "websocket", "path": "/predictions/score"}, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
 # Settings

@@ -123,6 +123,9 @@ class Front:
         self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # only Ray's server accepts them
+            await send({"type": "websocket.close", "code": 1008})
+            return
         has_begun = False
 
         async def begin(message: Message) -> None:
