@@ -66,7 +66,12 @@ def _text(found: dict[str, Any]) -> str:
         f"backend     {answers.get('backend', 'no answer')}",
     ]
     if found["models"] is None:
-        lines.append("workers     unknown: no service of this user is on these ports")
+        reason = (
+            "this service does not report them"
+            if found["is_own"]
+            else "no service of this user is on these ports"
+        )
+        lines.append(f"workers     unknown: {reason}")
     for name, model in (found["models"] or {}).items():
         states = (
             ", ".join(

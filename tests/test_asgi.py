@@ -28,6 +28,7 @@ import psutil
 import pytest
 import tritonclient.http
 
+from ade_cli.status import _text
 from handlers.asgi import v2, wire, worker
 from handlers.asgi.application import READY, ApplicationSettings
 from handlers.asgi.forms import raw_request
@@ -533,6 +534,14 @@ def test_status_counts_requests(app: RunningApplication) -> None:
     wait_for(lambda: counts()["4xx"] == before["4xx"] + 1)
     # It asks for a sample itself each time, which is counted a moment after the answer.
     assert counts()["2xx"] >= before["2xx"] + 2
+
+
+def test_status_of_an_engine_that_reports_no_workers() -> None:
+    ports = Ports(*free_ports(3))
+    found = read_status(ports)
+    assert not found["is_own"] and "no service of this user" in _text(found)
+    own = {**found, "is_own": True, "last_errors": []}
+    assert "workers     unknown: this service does not report them\n" in _text(own)
 
 
 def test_metrics_add_up() -> None:

@@ -468,6 +468,7 @@ def test_status(service: RunningService, client: AdeClient) -> None:
     assert (
         away.returncode == 1 and "ready       no" in away.stdout and "Traceback" not in away.stderr
     )
+    assert "workers     unknown: no service of this user is on these ports\n" in away.stdout
     six = status("--host", "::1")
     assert six.returncode == 2 and "takes an IPv4 address or a name, got ::1" in six.stderr
 

@@ -32,7 +32,8 @@ PACKAGES = (
     "numpy",
 )
 TIMEOUT_S = 30.0
-RELEASES = ("current", "canary", "share", "previous")  # of what the service says of them
+# Keys of the service's description that are shown.
+RELEASES = ("current", "canary", "share", "previous")
 _NUMBER = r"([0-9.eE+]+)"
 
 
@@ -61,6 +62,7 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
     models = {name: _model(model) for name, model in described.items()}
     return {
         "ready": ready is not None and bool(ready.json().get("ready")),
+        "is_own": folder is not None,
         "answers": answers,
         "models": models or _workers(releases) or None,
         "releases": {key: releases[key] for key in RELEASES if key in releases} or None,
