@@ -1,4 +1,4 @@
-"""The queue before those who compute: it gives them what waits, a batch at a time."""
+"""A queue of requests, from which workers take batches."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class BatchQueue(Generic[Job]):
     """Requests that wait, taken in batches by whoever is free.
 
     A batch is collected when it can be computed, not before: so as many requests as possible share
-    one. It waits a moment for more only if there is company: a single client would wait in vain.
+    one. It waits up to ``MAX_BATCH_DELAY_S`` for more requests, but only if others are queued or
+    the last batch had several.
     """
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Job] = asyncio.Queue()
         self._collecting = asyncio.Lock()
-        self._has_company = False  # whether the last batch had several requests
+        self._last_was_shared = False  # whether the last batch had several requests
 
     def __len__(self) -> int:
         return self._queue.qsize()
@@ -50,12 +51,12 @@ class BatchQueue(Generic[Job]):
         try:
             async with self._collecting:
                 batch.append(await self._next())
-                if self._has_company or len(self):
+                if self._last_was_shared or len(self):
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(MAX_BATCH_DELAY_S):
                             while len(batch) < MAX_BATCH:
                                 batch.append(await self._next())
-                self._has_company = len(batch) > 1
+                self._last_was_shared = len(batch) > 1
         except BaseException:
             self.put(*batch)
             raise

@@ -16,6 +16,7 @@ from typing import Any
 
 from handlers.asgi import v2, wire
 from handlers.asgi.forms import raw_request
+from handlers.front.forms import quieten_parser
 from handlers.launch.options import ServingOptions
 from serving.api.errors import ApiError, internal_error
 from serving.api.journal import Journal
@@ -157,9 +158,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("python_multipart").setLevel(
-        logging.ERROR
-    )  # it logs a warning for each invalid form
+    quieten_parser()
     with socket.socket(fileno=sys.stdin.fileno()) as own_connection:
         try:
             sys.exit(serve(own_connection))

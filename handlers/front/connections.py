@@ -16,7 +16,8 @@ from serving.api.errors import ApiError
 from serving.api.guard import error_answer
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
-_DECLINED = b"\r\ndecline:"  # as long as that: a body keeps its place
+# The same length as `\r\nupgrade:`, so that the following bytes keep their offsets.
+_DECLINED = b"\r\ndecline:"
 _BLANK = b"\r\n\r\n"
 
 

@@ -6,6 +6,7 @@ files in one field, and mistake an image under a form's content type for a malfo
 
 from __future__ import annotations
 
+import logging
 from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
@@ -19,6 +20,11 @@ MULTIPART = "multipart/form-data"
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
 _FILE_START = 64  # every image format and .npy has a byte within these that no form has
 _TEXT = bytes(range(32, 127)) + b"\r\n\t"
+
+
+def quieten_parser() -> None:
+    """Keep the parser from logging a warning for each invalid form."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def checked_type(content_type: str, body: bytearray) -> str:

@@ -18,6 +18,7 @@ import uvloop
 
 from handlers.front.admission import Limits
 from handlers.front.connections import BoundedProtocol
+from handlers.front.forms import quieten_parser
 from handlers.front.front import Front
 from handlers.front.settings import FrontSettings
 from serving.api.guard import App, Guard, Receive, Scope, Send
@@ -99,9 +100,7 @@ def run_on(
 ) -> None:
     """The same on open sockets."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("python_multipart").setLevel(
-        logging.ERROR
-    )  # it logs a warning for each invalid form
+    quieten_parser()
     # uvicorn raises the signal again after it has stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

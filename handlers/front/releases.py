@@ -22,7 +22,8 @@ from handlers.front.admission import Limits
 from handlers.front.front import Endpoint, Request
 
 logger = logging.getLogger(__name__)
-SPARE_S = 5.0  # more for a removed release than the requests that it has accepted may take
+# Added to the longest time that accepted requests of a removed release may take.
+SPARE_S = 5.0
 
 
 class Backend(Protocol):
