@@ -56,7 +56,7 @@ def alpha_input() -> gr.Slider:
         value=ALPHA,
         step=0.001,
         label="False-alarm rate (alpha)",
-        info="Share of in-distribution images that are rejected.",
+        info="Share of images like the training images that are rejected by mistake.",
     )
 
 
@@ -113,13 +113,15 @@ def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[C
         return "no_verdict", f"{reason[:1].upper()}{reason[1:]}."
     count = len(calibration.scores)
     others = round(result.p_value * (count + 1)) - 1
-    how_many = f"{others:,} of {count:,} calibration images"
-    if others == 0:
-        how_many = f"none of {count:,} calibration images"
+    finding = "Nothing sets this image apart from the training images"
+    how_many = f"{others:,}"
+    if ruling.choice == "reject":
+        finding = "This image looks unlike the training images"
+        how_many = f"only {others:,}" if others else "none"
     verb = "is" if others in (0, 1) else "are"
     return ruling.choice, (
-        f"{WORDS[ruling.choice].capitalize()} at a false-alarm rate of {percent(alpha)}: "
-        f"{how_many} {verb} at least as unusual."
+        f"{finding}: {how_many} of {count:,} calibration images {verb} at least as unusual. "
+        f"False-alarm rate: {percent(alpha)}."
     )
 
 
