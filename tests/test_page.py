@@ -433,7 +433,7 @@ def test_score(page: Page, tmp_path: Path) -> None:
     panel = panel_of(page)
     drop(panel, EXAMPLE)
     expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
-    expect(panel.get_by_text("chance alone would make about 0.58 of them so")).to_be_visible()
+    expect(panel.get_by_text("For an ordinary image, about 0.6 would be")).to_be_visible()
     expect(panel.locator("svg[aria-label*='calibration images by how unusual']")).to_be_visible()
     heat = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='map.png']")))
     under = Image.open(

@@ -36,7 +36,7 @@ def rounded(number: float) -> str:
 
 
 def reasons(explain: Sequence[Unusual], alpha: float) -> str:
-    """The number of unusual statistics at a level, the number expected by chance, and their names.
+    """The number of unusual statistics at a level, the number expected by chance, and their kinds.
 
     Args:
         explain: every statistic of an image, the most unusual first.
@@ -49,8 +49,8 @@ def reasons(explain: Sequence[Unusual], alpha: float) -> str:
     count = len(explain)
     verb = "is" if len(unusual) == 1 else "are"
     head = (
-        f"<strong>{len(unusual)} of {count} statistics</strong> {verb} unusual at a level of "
-        f"{percent(alpha)}; chance alone would make about {count * alpha:.2g} of them so."
+        f"<strong>{len(unusual)} of {count} measurements</strong> of this image {verb} unusual. "
+        f"For an ordinary image, about {count * alpha:.1f} would be."
     )
     rows = sorted(families.items(), key=lambda item: (-len(item[1]), min(item[1])))[:FAMILIES]
     listed = "".join(f"<li><b>{len(found)}</b> on {escape(words)}</li>" for words, found in rows)

@@ -219,10 +219,10 @@ def add_tab(shared: Shared) -> None:
             place = html()
             with gr.Row():
                 with gr.Column(min_width=260):
-                    pair = image_pair("Image and bits per pixel")
+                    pair = image_pair("Image, and how unlikely each pixel is")
                     gr.Markdown(
-                        "Move the slider. Left: what the model sees. Right: the bits of each "
-                        "pixel; bright ones cost most.",
+                        "Left: the image at the model's size. Right: how unlikely each pixel is "
+                        "for the model. Brighter is less likely.",
                         elem_classes="ade-caption",
                     )
                 with gr.Column(min_width=260):

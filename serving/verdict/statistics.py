@@ -28,20 +28,20 @@ def part_names(levels: int) -> list[str]:
     return ["distortion", "log_det", *(f"kl_{i}" for i in range(levels))]
 
 
-# Descriptions of the families of statistics, by the beginnings of their names.
+# Descriptions of the families of statistics for people, by the beginnings of their names.
 MEANINGS = {
-    "log_det_map_": "how the flow's share of the bits lies in the image",
-    "map_": "how the bits lie in the image",
-    "residual_": "what the decoder leaves unexplained: white noise, if it fits",
-    "feature_": "the flow's output",
-    "latent_": "a level of latents against its prior",
-    "pixel_": "the pixels by themselves, without a model",
-    "kl_": "bits of a level of latents",
+    "log_det_map_": "where in the image the unlikely pixels are",
+    "map_": "where in the image the unlikely pixels are",
+    "residual_": "detail that the model cannot reproduce",
+    "feature_": "fine texture",
+    "latent_": "how unusual the overall structure is",
+    "pixel_": "colours, contrast and edges",
+    "kl_": "how unusual the overall structure is",
     "bpd": "bits per dimension",
-    "distortion": "bits that the decoder costs",
-    "log_det": "bits that the flow costs or saves",
-    "complexity": "length of a lossless code of the pixels",
-    "excess": "bits per dimension above a lossless code of the pixels",
+    "distortion": "detail that the model cannot reproduce",
+    "log_det": "fine texture",
+    "complexity": "size after lossless compression",
+    "excess": "bits per dimension compared with lossless compression",
     DISTANCE: "what the image shows: unlike anything seen if high",
     ENERGY: "what the image shows: like none of the classes if high",
 }
