@@ -53,7 +53,15 @@ from serving.page.explore import VARIATIONS
 from serving.page.many import _said
 from serving.page.reconstruct import in_words
 from serving.page.score import REASONS
-from serving.page.served import RESIZE, RESIZE_INFO, Runs, Served, is_outdated, latest_only
+from serving.page.served import (
+    NOT_AN_IMAGE,
+    RESIZE,
+    RESIZE_INFO,
+    Runs,
+    Served,
+    is_outdated,
+    latest_only,
+)
 from serving.page.sweep import sweep
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function
@@ -397,7 +405,7 @@ def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
     assert runs.failed == 0
     with pytest.raises(ValueError, match="fails"):
         numbered("fails", runs)
-    assert runs.failed == runs.latest
+    assert runs.failed == runs.latest and "fails" not in runs.error
 
 
 def decibels(panel: Locator) -> float:
@@ -465,9 +473,16 @@ def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
     expect(verdict).to_be_visible()
     (tmp_path / "broken.png").write_bytes(EXAMPLE.read_bytes()[:200])
     drop(panel, tmp_path / "broken.png")
-    expect(page.get_by_text("image is damaged")).to_have_count(1)
-    expect(waiting).to_be_visible()
+    expect(page.get_by_test_id("toast-text").get_by_text("image is damaged")).to_have_count(1)
+    expect(panel.get_by_text("image is damaged")).to_be_visible()
+    expect(waiting).to_have_count(0)
     expect(verdict).to_have_count(0)
+    # Nor is there anything to judge at another level.
+    alpha = panel.get_by_label("number input for False-alarm rate (alpha)")
+    for value in ("0.02", "0.01"):
+        alpha.fill(value)
+        page.wait_for_timeout(500)
+    expect(panel.get_by_text("image is damaged")).to_be_visible()
     expect(panel.locator("img[src*='map.png']").filter(visible=True)).to_have_count(0)
     expect(panel.locator(".error")).to_have_count(0)
 
@@ -713,7 +728,7 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     } == {"6.png", "7.png"}
     assert (
         found["broken.png"]["verdict"] == "not scored"
-        and "Not an image" in found["broken.png"]["notes"]
+        and found["broken.png"]["notes"] == NOT_AN_IMAGE
     )
     assert found["inside/0.png"]["bpd"] == found["0.png"]["bpd"]
     panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
@@ -806,7 +821,7 @@ def test_examples_of_both_kinds(browser: Browser, service: RunningService, tmp_p
         expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
         (tmp_path / "broken.png").write_bytes(b"nothing")
         drop(panel, tmp_path / "broken.png")
-        expect(page.get_by_text("Not an image")).to_be_visible()
+        expect(panel.get_by_text(NOT_AN_IMAGE)).to_be_visible()
     drawings = [Image.open(io.BytesIO(draw(name))) for name in DRAWINGS]
     assert all(picture.size != (32, 32) for picture in drawings)
 
@@ -954,6 +969,17 @@ def test_samples_are_of_the_chosen_model(
         assert [drew(path) for path in ends] == ["other", "other"]
 
 
+def test_what_is_no_longer_kept(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an hour: the page still shows a verdict and a set of samples."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
+    served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
+    assert page_function(served, "judge")("tiny", None, 0.01) == (gr.skip(),) * 3
+    with pytest.raises(gr.Error, match="Draw their seed again"):
+        page_function(served, "again")([], SimpleNamespace(index=0))
+
+
 def test_files_are_not_remembered_for_ever(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1085,7 +1111,9 @@ def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_pat
         expect(panel.get_by_text(RESIZE_INFO)).to_be_visible()
         panel.get_by_label(RESIZE).uncheck()
         drop(panel, large)
-        message = page.get_by_text("must be 32 x 32 pixels, got 100 x 80")
+        message = page.get_by_test_id("toast-text").get_by_text(
+            "must be 32 x 32 pixels, got 100 x 80"
+        )
         expect(message).to_have_count(1)
         go.click()
         expect(message).to_have_count(2)
@@ -1242,8 +1270,9 @@ def test_compare(browser: Browser, two_models: RunningService, tmp_path: Path) -
         expect(panel.get_by_text("must be 8 x 8 pixels, got 32 x 32")).to_be_visible()
         (tmp_path / "broken.png").write_bytes(b"nothing")
         drop(panel, tmp_path / "broken.png")
-        expect(page.get_by_text("Not an image")).to_have_count(1)
-        expect(panel.get_by_text("One verdict per model appears here")).to_be_visible()
+        expect(page.get_by_test_id("toast-text").get_by_text(NOT_AN_IMAGE)).to_have_count(1)
+        expect(panel.get_by_text(NOT_AN_IMAGE)).to_be_visible()
+        expect(panel.get_by_alt_text("Reconstruction by")).to_have_count(0)
         show(page, "Sample")
         page.get_by_label("Model").first.click()
         page.get_by_role("option", name="tiny").click()

@@ -519,7 +519,7 @@ def test_an_internal_error_reveals_nothing(
     with TestClient(make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)) as client:
         event = client.post("/gradio_api/call/about", json={"data": []}).json()["event_id"]
         answer = client.get(f"/gradio_api/call/about/{event}").text
-    assert "Something went wrong in the page" in answer
+    assert "Something went wrong on the page" in answer
     said = "".join(capfd.readouterr()) + caplog.text
     assert "RuntimeError at test_page_security.py" in said
     for text in (answer, said):

@@ -32,7 +32,7 @@ from serving.images import MAX_FILE_BYTES
 from serving.page import about, compare, explore, many, reconstruct, sample, score
 from serving.page.files import UPLOADS, inbox
 from serving.page.routes import UPLOAD, OpenRoutes, report
-from serving.page.served import Served, Shared, example_files, html, make_inbox
+from serving.page.served import UNEXPECTED, Served, Shared, example_files, html, make_inbox
 from serving.page.sweep import start_sweeping
 from serving.page.theme import HEAD, make_theme
 from serving.page.uploads import Quota, receive
@@ -74,9 +74,7 @@ class PageBlocks(gr.Blocks):
             raise
         except Exception as error:
             report("an event failed", error)
-            raise gr.Error(
-                "Something went wrong in the page. Its log says where.", print_exception=False
-            ) from None
+            raise gr.Error(UNEXPECTED, print_exception=False) from None
         finally:
             # Gradio remembers every file, in order to delete it; serving.page.sweep does that.
             for paths in self.temp_file_sets:

@@ -30,6 +30,11 @@ def empty(text: str) -> str:
     return f'<div class="ade-empty">{escape(text)}</div>'
 
 
+def problem(text: str) -> str:
+    """The reason why there is no result, in its place."""
+    return f'<div class="ade-empty ade-problem">{escape(text)}</div>'
+
+
 def rounded(number: float) -> str:
     """A number of at least 0 with two digits, or as a whole number."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

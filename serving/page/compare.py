@@ -64,6 +64,7 @@ def add_tab(shared: Shared) -> None:
         compare,
         [image, alpha, resize],
         {cards: charts.empty(EMPTY)},
+        cards,
         go,
         "compare",
     )

@@ -242,6 +242,7 @@ def add_tab(shared: Shared) -> None:
             walk: None,
             said: empty(EMPTY),
         },
+        said,
         go,
         "explore",
         others=[coarse, varied],

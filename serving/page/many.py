@@ -48,7 +48,7 @@ COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 TABLE = Path(__file__).with_name("results.js").read_text()
 EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder, and press Score all."
 NOT_SCORED = "not scored"
-UNACCEPTED = AdeError(415, "not_an_image", "this kind of file is not accepted")
+UNACCEPTED = AdeError(415, "not_an_image", "this type of file is not accepted")
 THUMBNAIL = 48  # pixels of the longer side at most
 
 
@@ -205,7 +205,9 @@ def add_tab(shared: Shared) -> None:
         return charts.empty(EMPTY), [], gr.DownloadButton(interactive=False)
 
     def clear_if_failed(runs: Runs) -> Any:
-        return clear(runs) if runs.failed == runs.latest else (gr.skip(),) * 3
+        if runs.failed != runs.latest:
+            return (gr.skip(),) * 3
+        return charts.problem(runs.error), [], gr.DownloadButton(interactive=False)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):

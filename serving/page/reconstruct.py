@@ -131,6 +131,7 @@ def add_tab(shared: Shared) -> None:
         reconstruct,
         [model, image, kind, levels, resize],
         {said: empty(EMPTY), pair: None, strip: None, difference: None, bits: ""},
+        said,
         go,
         "reconstruct",
     )

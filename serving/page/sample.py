@@ -140,6 +140,11 @@ def add_tab(shared: Shared) -> None:
         ]
 
     def again(history: list[Any], event: gr.SelectData) -> Any:
+        if event.index >= len(history):  # the page may still show what is no longer kept
+            raise gr.Error(
+                "These samples are no longer kept: the page keeps them for an hour. Draw their "
+                "seed again."
+            )
         return history[event.index][1]
 
     def pick(samples: list[Any], event: gr.SelectData) -> Any:
@@ -253,7 +258,7 @@ def add_tab(shared: Shared) -> None:
         trigger_mode="multiple",
         api_visibility="private",
     ).then(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
-    recalled = past.select(again, history, settings, api_visibility="private").then(
+    recalled = past.select(again, history, settings, api_visibility="private").success(
         sampled, [*settings, runs], shown, **private
     )
     changed = kind.input(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -173,10 +174,10 @@ def add_tab(shared: Shared) -> None:
         pair = over(seen.pixels, result.heat_map) if result.heat_map else None
         return card, pair, place, why, details, scored
 
-    def judge(model: str, scored: Scored | None, alpha: float) -> tuple[str, str, str]:
+    def judge(model: str, scored: Scored | None, alpha: float) -> tuple[Any, Any, Any]:
         """Decide again at another false-alarm rate; the p-value stays."""
-        if scored is None:
-            return charts.empty(EMPTY), "", ""
+        if scored is None:  # there is no result, or it is no longer kept
+            return gr.skip(), gr.skip(), gr.skip()
         return explained(served.calibrations_of(model), scored, alpha)
 
     def what_if_of(model: str, alpha: float, per_day: float | None, resized: bool) -> str:
@@ -237,6 +238,7 @@ def add_tab(shared: Shared) -> None:
         score,
         [shared.model, image, samples, alpha, resize],
         {card: charts.empty(EMPTY), pair: None, place: "", why: "", details: "", scored: None},
+        card,
         go,
         "score",
     )

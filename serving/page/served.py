@@ -25,6 +25,7 @@ from serving.client import AdeClient, AdeError
 from serving.engine.bundle import Bundle
 from serving.engine.calibrations import open_calibrations
 from serving.images import file_size
+from serving.page.charts import problem
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.verdict.calibration import Calibrations
@@ -37,6 +38,13 @@ RESIZE = "Resize other sizes to fit"
 RESIZE_INFO = "Images of other proportions are cropped to their centre."
 PROBE_TIMEOUT_S = 20.0  # for all answers to /readyz together
 NO_IMAGE = "There is no image yet: drop one, or choose an example."
+NOT_AN_IMAGE = (
+    "This file is not an image that the page can read. Use PNG, JPEG, WebP, BMP, GIF or TIFF."
+)
+UNEXPECTED = (
+    "Something went wrong on the page. Try again. If it happens again, tell the person who runs "
+    "this service."
+)
 
 
 class Served:
@@ -126,6 +134,8 @@ def ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 def sentence(error: AdeError | ApiError) -> str:
     """An error of the API in the page's words."""
+    if error.message.startswith("not an image:"):
+        return NOT_AN_IMAGE
     message = error.message.replace(
         '"resize": "fit" resizes them', f'tick "{RESIZE}" to resize them'
     )
@@ -308,6 +318,7 @@ class Runs:
     def __init__(self) -> None:
         self.latest = 0
         self.failed = 0
+        self.error = ""  # the message of the run that failed
         self.turn: tuple[str | None, ...] = ()  # the model, if any, and the images on the page
         self.is_due = False  # whether the turn's run has yet to start
 
@@ -338,9 +349,10 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
         _is_outdated.set(lambda: number != runs.latest)
         try:
             found = run(*given)
-        except Exception:
+        except Exception as error:
             if number == runs.latest:
                 runs.failed = number
+                runs.error = str(error.message) if isinstance(error, gr.Error) else UNEXPECTED
                 raise
         else:
             if number == runs.latest:
@@ -367,6 +379,7 @@ def run_on_new_image(
     run: Callable[..., Any],
     inputs: Sequence[Component],
     results: dict[Any, Any],
+    pane: gr.HTML,
     button: gr.Button,
     api_name: str,
     others: Sequence[Component] = (),
@@ -376,8 +389,8 @@ def run_on_new_image(
 
     A new image or model clears the results and starts a run; the button starts one with other
     settings, and is disabled while an image is missing. Results of earlier runs are not shown. An
-    error also clears the results and is shown once, as a message. A run that only a new model
-    causes waits until the tab is shown.
+    error also clears the results; it is shown once as a message, and stays in ``pane``. A run that
+    only a new model causes waits until the tab is shown.
 
     Args:
         shared: of the tab.
@@ -386,6 +399,7 @@ def run_on_new_image(
         run: takes the values of ``inputs`` and returns the values of the results.
         inputs: all inputs.
         results: components, each with its value while there is no result.
+        pane: the one of them that says what to do while there is no result.
         button: starts a run by hand.
         api_name: name of the function in Gradio's API.
         others: further components that a new image or model empties.
@@ -421,8 +435,9 @@ def run_on_new_image(
         return runs.latest if runs.is_due else gr.skip()
 
     def clear_if_failed(runs: Runs) -> Any:
-        is_latest = runs.failed == runs.latest
-        return one_or_all(blank if is_latest else (gr.skip(),) * len(blank))
+        if runs.failed != runs.latest:
+            return one_or_all((gr.skip(),) * len(blank))
+        return one_or_all(tuple({**results, pane: problem(runs.error)}.values()))
 
     @functools.wraps(run)
     def run_if_given(*values: Any) -> Any:
