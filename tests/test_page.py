@@ -702,7 +702,7 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     expect(panel.get_by_text("2 of 12 images are unusual enough for a list")).to_be_visible()
     table = panel.locator(".ade-results")
     rows = table.locator("tbody tr")
-    expect(table.locator("tbody img[src^='data:image/png']").first).to_be_visible()
+    expect(table.locator("tbody img[src^='data:image/webp']").first).to_be_visible()
     expect(rows).to_have_count(13)
     assert {rows.nth(i).locator("td").nth(1).inner_text() for i in range(2)} == {"6.png", "7.png"}
     expect(rows.nth(12).get_by_role("cell", name="broken.png")).to_be_visible()
@@ -988,11 +988,14 @@ def test_files_are_not_remembered_for_ever(
         page = build_page(Served(url, [open_bundle(tiny_bundle)], None))
         sample = next(fn for fn in page.fns.values() if fn.api_name == "sample")
         given = ["tiny", 4, 7, 1.0, "mean", None]
-        event = page.process_api(sample, given, SessionState(page))
+        state = SessionState(page)
+        event = page.process_api(sample, given, state)
         with ThreadPoolExecutor(1) as pool:  # Playwright runs a loop in this thread
             found = pool.submit(asyncio.run, event).result()
     assert len(found["data"][0]) == 4
     assert not any(page.temp_file_sets)
+    # Nor are the values of components.
+    assert not any("value" in config.get("props", {}) for config in state.config_values.values())
 
 
 def test_readiness_is_asked_once_for_all_who_wait(

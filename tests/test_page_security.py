@@ -38,7 +38,7 @@ from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.page.many import _csv, batches, contents
 from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
-from serving.page.served import made_here
+from serving.page.served import Runs, made_here
 from serving.page.uploads import Quota, UploadRefused, safe_name
 from serving.tables import safe_cell
 from tests.helpers import PRETRAINED, ROOT
@@ -538,7 +538,9 @@ def test_sessions_that_are_remembered_are_bounded(inbox: Path) -> None:
         for block in gradio_of(app).get_blocks().blocks.values()
         if isinstance(block, gr.State)
     ]
-    assert states and all(state.time_to_live == KEPT_S for state in states)
+    # A few numbers and names change in place, which Gradio does not count as use.
+    large = [state for state in states if not isinstance(state.value, Runs)]
+    assert large and all(state.time_to_live == KEPT_S for state in large)
 
 
 def test_answers_that_nobody_reads_do_not_pile_up(page: RunningPage) -> None:

@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
+from gradio.state_holder import SessionState
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
@@ -62,10 +63,17 @@ class PageBlocks(gr.Blocks):
     Clients learn nothing about the machine, and the log nothing about a request.
     """
 
-    async def process_api(self, *args: Any, **options: Any) -> Any:
+    async def process_api(
+        self,
+        block_fn: Any,
+        inputs: list[Any],
+        state: SessionState | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
         """Run an event: everything between a request and its answer, with the tabs' functions."""
         try:
-            return await super().process_api(*args, **options)
+            return await super().process_api(block_fn, inputs, state, *args, **options)
         except gr.Error as error:
             error.print_exception = False  # meant for the client
             error.message = escape(
@@ -79,6 +87,10 @@ class PageBlocks(gr.Blocks):
             # Gradio remembers every file, in order to delete it; serving.page.sweep does that.
             for paths in self.temp_file_sets:
                 paths.clear()
+            # It also keeps the last value of every component for deep links, which are closed: a
+            # table of 2,000 thumbnails for each session.
+            for config in state.config_values.values() if state else ():
+                config.get("props", {}).pop("value", None)
 
 
 def build_page(served: Served) -> gr.Blocks:

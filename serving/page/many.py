@@ -12,14 +12,13 @@ from typing import Any
 
 import gradio as gr
 import httpx
-import numpy as np
 from PIL import Image
 
 from serving.brand import percent, verdict_card
 from serving.client import AdeError
-from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image, write_png
+from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image
 from serving.page import charts
-from serving.page.files import KEPT_S, write_file
+from serving.page.files import write_file
 from serving.page.score import WORDS, alpha_input, notes_of
 from serving.page.served import (
     Runs,
@@ -241,7 +240,7 @@ def add_tab(shared: Shared) -> None:
             )
             download = gr.DownloadButton("Download CSV", interactive=False)
     results = [said, table, download]
-    runs = gr.State(Runs(), time_to_live=KEPT_S)
+    runs = gr.State(Runs())
     scored = go.click(
         latest_only(score_many, len(results)),
         [shared.model, files, folder, fdr, resize, alpha, runs],
@@ -358,8 +357,9 @@ def _thumbnail(data: bytes) -> str:
     except (ImageError, MemoryError):
         return ""
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    source = base64.b64encode(write_png(np.asarray(picture))).decode()
-    return f"data:image/png;base64,{source}"
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def _csv(rows: list[list[Any]]) -> bytes:

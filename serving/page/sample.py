@@ -235,7 +235,7 @@ def add_tab(shared: Shared) -> None:
     settings: list[Any] = [shared.model, n, seed, temperature, kind]
     shown = [gallery, png, npz]
     chosen: list[Any] = [picked, keep, *(button for button, _, _ in targets)]
-    runs = gr.State(Runs(), time_to_live=KEPT_S)
+    runs = gr.State(Runs())
     numbered = latest_only(sample, len(shown))
 
     @functools.wraps(numbered)  # whose names of arguments Gradio shows

@@ -414,7 +414,7 @@ def run_on_new_image(
     places = [list(inputs).index(image) for image in images]
 
     turn = gr.State(time_to_live=KEPT_S)  # a number, whose change starts a run, too
-    runs = gr.State(Runs(), time_to_live=KEPT_S)  # each session has a copy
+    runs = gr.State(Runs())  # each session has a copy
 
     def one_or_all(values: tuple[Any, ...]) -> Any:
         return values if len(values) > 1 else values[0]
