@@ -50,6 +50,7 @@ from serving.page.app import READY_FOR_S, build_page, make_app
 from serving.page.compare import _card
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.explore import VARIATIONS
+from serving.page.files import UPLOADS
 from serving.page.many import _said
 from serving.page.reconstruct import in_words
 from serving.page.score import REASONS
@@ -62,7 +63,7 @@ from serving.page.served import (
     is_outdated,
     latest_only,
 )
-from serving.page.sweep import sweep
+from serving.page.sweep import start_sweeping, sweep
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function
 from tests.service import RunningService
@@ -1074,6 +1075,25 @@ def test_the_oldest_files_go_when_all_take_too_much(tmp_path: Path) -> None:
         os.utime(tmp_path / f"{i}", (time.time() - 100 + i,) * 2)
     sweep(tmp_path, {"0"}, max_bytes=5 * 2**19)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "2", "3"}
+
+
+def test_sweeping_survives_an_error_and_spares_a_full_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It resumes when the folder of uploads is back, and counts the blocks of small files."""
+    monkeypatch.setattr("serving.page.sweep.EVERY_S", 0.05)
+    monkeypatch.setattr("serving.page.sweep.MAX_UPLOAD_BYTES", 2 * 4096 * 10)
+    start_sweeping(tmp_path)
+    time.sleep(0.2)  # there are no uploads yet
+    for i in range(10):
+        (tmp_path / UPLOADS / f"{i}").mkdir(parents=True)
+        (tmp_path / UPLOADS / f"{i}" / "picture.png").write_bytes(b"a picture")
+    (tmp_path / UPLOADS / "old").mkdir()
+    os.utime(tmp_path / UPLOADS / "old", (0, 0))
+    deadline = time.monotonic() + 10
+    while (tmp_path / UPLOADS / "old").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert {path.name for path in (tmp_path / UPLOADS).iterdir()} == {f"{i}" for i in range(10)}
 
 
 def test_every_function_has_a_stable_name(page: Page, service: RunningService) -> None:

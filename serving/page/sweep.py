@@ -10,8 +10,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from serving.page.files import KEPT_S, UPLOADS
+from serving.page.routes import report
+from serving.page.uploads import ALL_BYTES, ALL_FILES
 
 MAX_BYTES = 2**30  # of disk
+# A quota that is full must not make the sweep delete files of others. Each file takes up to a block
+# more than its bytes, and its folder takes another.
+MAX_UPLOAD_BYTES = ALL_BYTES + 2 * 4096 * ALL_FILES
 EVERY_S = 60.0
 
 
@@ -52,7 +57,10 @@ def start_sweeping(folder: Path) -> None:
     def run() -> None:
         while True:
             time.sleep(EVERY_S)
-            sweep(folder, kept)
-            sweep(folder / UPLOADS, ())
+            try:
+                sweep(folder, kept)
+                sweep(folder / UPLOADS, (), max_bytes=MAX_UPLOAD_BYTES)
+            except OSError as error:  # a later sweep may succeed
+                report("old files are not deleted", error)
 
     threading.Thread(target=run, name="sweep", daemon=True).start()
