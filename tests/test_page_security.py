@@ -39,7 +39,7 @@ from serving.page.many import _csv, batches, contents
 from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
 from serving.page.served import Runs, made_here
-from serving.page.uploads import Quota, UploadRefused, safe_name
+from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, safe_name
 from serving.tables import safe_cell
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService, free_ports
@@ -566,6 +566,11 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
         "/login",
     ):
         assert client.post(path, content=bytes(3 * 2**20)).status_code == 413, path
+    files = [{"path": f"{page.inbox}/{i}"} for i in range(CLIENT_FILES + 1)]
+    assert client.post("/gradio_api/call/about", json={"data": [files[1:]]}).status_code == 200
+    answer = client.post("/gradio_api/call/about", json={"data": [files]})
+    assert answer.status_code == 413
+    assert answer.json() == {"detail": "A request may name 4,000 files."}
     port = int(page.url.rpartition(":")[2])
     before = set((page.inbox / "uploads").iterdir())
     head = (

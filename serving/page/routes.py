@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -13,10 +14,12 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import orjson
-from fastapi.responses import PlainTextResponse
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.page.files import FileRefused, own_path
+from serving.page.uploads import CLIENT_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +168,13 @@ class OpenRoutes:
                     )
                 if not path.startswith("/login"):
                     value = orjson.loads(body)
-                    for named in paths_in(value):
-                        own_path(named)
+                    named = [*itertools.islice(paths_in(value), CLIENT_FILES + 1)]
+                    if len(named) > CLIENT_FILES:
+                        # As JSON, whose detail the page shows.
+                        refusal = f"A request may name {CLIENT_FILES:,} files."
+                        return await JSONResponse({"detail": refusal}, 413)(scope, receive, send)
+                    # Thousands take a part of a second, which other requests must not wait.
+                    await run_in_threadpool(lambda: [own_path(path) for path in named])
                     session = value.get("session_hash") if isinstance(value, dict) else None
                     if isinstance(session, str) and self.unread(session) >= MAX_UNREAD:
                         return await PlainTextResponse(
