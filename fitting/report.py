@@ -12,7 +12,7 @@ import numpy as np
 
 from fitting.plan import Plan, encoder_needs
 from fitting.survey import Survey
-from serving.brand import verdict_card
+from serving.brand import percent, verdict_card
 from serving.engine.bundle import Bundle
 from serving.files import write_text
 from serving.images import psnr, tile, write_png
@@ -171,11 +171,11 @@ def write_report(findings: Findings, path: Path) -> None:
     inexact = [ratio for ratio in ratios if ratio is not None]
     both = np.concatenate([findings.held_out, findings.rebuilt])
     page = render(
-        findings.plan.name,
+        f"Gate for {findings.plan.name}: report of ade fit",
         _verdict(findings),
         template=TEMPLATE,
         package="fitting",
-        filters={"number": "{:,}".format, "png": _png},
+        filters={"number": "{:,}".format, "percent": percent, "png": _png},
         **vars(findings),
         elbo=findings.bundle.manifest["evaluation"]["elbo"],
         psnr_db=np.mean(inexact) if inexact else None,
@@ -246,8 +246,8 @@ def weaknesses(findings: Findings) -> list[str]:
     ]
     column = ALPHAS.index(VERDICT_ALPHA)
     found += [
-        f"At alpha {VERDICT_ALPHA:g}, only {caught.rejected[column]:.0%} of corrupted images are "
-        f"rejected: {caught.corruption}."
+        f"At alpha {VERDICT_ALPHA:g}, only {percent(caught.rejected[column])} of corrupted images "
+        f"are rejected: {caught.corruption}."
         for caught in findings.caught
         if caught.gross and caught.rejected[column] < MIN_REJECTED
     ]

@@ -343,7 +343,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     assert (
         "seen each training image 0.0 times" in said and "150 images calibrated the verdict" in said
     )
-    assert "only 30% of corrupted images are rejected: nothing at all" in said
+    assert "only 30\u00a0% of corrupted images are rejected: nothing at all" in said
     evaluated = Bundle(
         bundle.folder,
         {**bundle.manifest, "evaluation": {"elbo": {"bpd": 3.0, "standard_error": 0.1}}},
@@ -375,13 +375,14 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     subtle = [*good.caught, Caught("blurred a little", False, (0.3, 0.12, 0.0))]
     write_report(dataclasses.replace(good, caught=subtle), tmp_path / "report.html")
     missed = (tmp_path / "report.html").read_text()
-    assert "misses much of blurred a little (12% caught)" in missed
+    assert "rejects only a part of these: blurred a little (12\u00a0%)" in missed
+    assert f"<h1>Gate for {good.plan.name}: report of ade fit</h1>" in page
     assert "but many subtle corruptions pass" in missed and "works on what it was" not in missed
     assert "The gate has no encoder" in page and "from 2,000 images in class folders" in page
     for encoder, words in (
         (
             EncoderFindings(9000, 3, True, 0.714, 0.4),
-            "folder of\n71 % of the test images;\n40 % of",
+            "folder of\n71.4\u00a0% of the test images;\n40\u00a0% of",
         ),
         (EncoderFindings(9000, 3, False), "the 3 folders no better than guessing"),
     ):

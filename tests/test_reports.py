@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from export.verdict.ood_bench import COMBINED, RAW_BPD, _histogram
 from export.verdict.what_if import ALPHAS, Alarms, Way, WhatIf
 from export.verdict.what_if_report import write_what_if
-from serving.brand import MARK, verdict_card
+from serving.brand import MARK, percent, verdict_card
 from serving.reports import from_markdown, markdown_table, render
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
@@ -59,11 +59,19 @@ def test_a_cell_holds_any_text(tmp_path: Path) -> None:
 
 
 def test_the_summary_says_what_is_caught_and_what_more_images_bring() -> None:
-    found = summarize({"noise": 1.0, "blur": 0.95, "JPEG": 0.34, "dark": None}, 500, 0.01)
+    found = summarize(
+        {"noise": 1.0, "blur, σ = 2": 0.95, "JPEG, quality 10": 0.34, "dark": None}, 500, 0.01
+    )
     assert found.choice == "reject" and found.heading == "Catches 2 of 3 kinds of images"
-    assert "catches noise and blur; it misses much of JPEG (34% caught)" in found.sentence
+    assert (
+        "rejects at least 90\u00a0% of the images of these kinds: noise; blur, σ = 2. It rejects "
+        "only a part of these: JPEG, quality 10 (34\u00a0%)."
+    ) in found.sentence
     low, high = false_alarm_band(1500, 0.01)
-    assert f"1,000 more images would narrow the band to {low:.2%} to {high:.2%}" in found.notes[0]
+    assert (
+        f"1,000 more images would narrow the band to {percent(low)} to {percent(high)}"
+        in found.notes[0]
+    )
     assert summarize({"noise": 1.0}, 500, 0.01).choice == "accept"
     assert summarize({}, 500, 0.01).choice == "no_verdict"
     few = summarize({"noise": None}, 50, 0.01)
@@ -81,7 +89,7 @@ def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
     )
     write_what_if(found, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert is_complete(page) and "catches noise" in page and "no verdict" in page
+    assert is_complete(page) and "of these kinds: noise" in page and "no verdict" in page
     assert "m@1, calibration default, version v" in page and "2 files could not be used" in page
     assert ("is not like the calibration images" in page) == bool(unlike)
     assert "There is no calibration for them" in page
@@ -101,7 +109,7 @@ def test_what_if_with_names_that_are_not_utf_8(tmp_path: Path) -> None:
     way = Way(False, 1, 1, 999, [], [])
     caught = {os.fsdecode(b"caf\xe9"): [1.0] * len(ALPHAS)}
     write_what_if(WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught), tmp_path / "page.html")
-    assert "catches caf\\udce9" in (tmp_path / "page.html").read_text()
+    assert "of these kinds: caf\\udce9" in (tmp_path / "page.html").read_text()
 
 
 def test_histograms_show_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +126,6 @@ def test_histograms_show_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "histogram.png").stat().st_size > 500
     for axes in figures[0].axes:
         assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-            "price_$5_and_$6",
-            "_hidden",
+            "ID: price_$5_and_$6",
+            "OOD: _hidden",
         ]

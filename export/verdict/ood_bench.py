@@ -161,6 +161,9 @@ def write_report(
         "",
         "## Histograms",
         "",
+        "Left: the combined score, higher is more unusual. Right: bits per dimension. The first "
+        "and last bars hold all values beyond the axis.",
+        "",
         *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(ood_sets)),
     ]
     path = out / "report.md"
@@ -288,6 +291,7 @@ def _histogram(
         axes.set_xlabel({COMBINED: "combined score, nats", RAW_BPD: "bits per dimension"}[score])
         axes.set_yticks([])
         legend = axes.legend(fontsize=7)
-        for text, label in zip(legend.get_texts(), (id_name, name), strict=True):
+        names = (f"ID: {id_name}", f"OOD: {name}")
+        for text, label in zip(legend.get_texts(), names, strict=True):
             text.set(text=label, parse_math=False)  # a name is not a formula, whatever its signs
     FigureCanvasAgg(figure).print_figure(path, dpi=80)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from serving.brand import percent
 from serving.verdict.decision import Choice, images_needed
 from serving.verdict.false_alarms import false_alarm_band
 
@@ -38,7 +39,7 @@ def summarize(shares: Mapping[str, float | None], calibrated: int, alpha: float)
         calibrated: number of calibration images.
         alpha: the false-alarm rate.
     """
-    rate = f"{100 * alpha:.3g}\u00a0%"
+    rate = percent(alpha)
     low, high = false_alarm_band(calibrated, alpha)
     if high == 0:
         return GateSummary(
@@ -50,24 +51,25 @@ def summarize(shares: Mapping[str, float | None], calibrated: int, alpha: float)
         )
     measured = {name: share for name, share in shares.items() if share is not None}
     caught = [name for name, share in measured.items() if share >= CAUGHT]
-    missed = [f"{name} ({share:.0%} caught)" for name, share in measured.items() if share < CAUGHT]
-    parts = [f"catches {_listed(caught)}"] if caught else []
-    parts += [f"misses much of {_listed(missed)}"] if missed else []
+    missed = [f"{name} ({percent(share)})" for name, share in measured.items() if share < CAUGHT]
+    # Names contain commas.
+    parts = []
+    if caught:
+        parts.append(
+            f"rejects at least {percent(CAUGHT)} of the images of these kinds: {'; '.join(caught)}"
+        )
+    if missed:
+        parts.append(f"rejects only a part of these: {'; '.join(missed)}")
     if not parts:
         parts = ["was tried on no out-of-distribution images"]
-    sentence = f"At a false-alarm rate of {rate}, this gate {'; it '.join(parts)}."
+    sentence = f"At a false-alarm rate of {rate}, this gate {'. It '.join(parts)}."
     narrow, wide = false_alarm_band(calibrated + MORE, alpha)
     notes = [
-        f"Its true false-alarm rate lies between {low:.2%} and {high:.2%} with a probability of "
-        f"95 %: {calibrated:,} images calibrated it. {MORE:,} more images would narrow the band to "
-        f"{narrow:.2%} to {wide:.2%}."
+        f"Its true false-alarm rate lies between {percent(low)} and {percent(high)} with a "
+        f"probability of 95 %: {calibrated:,} images calibrated it. {MORE:,} more images would "
+        f"narrow the band to {percent(narrow)} to {percent(wide)}."
     ]
     count = f"{len(caught)} of {len(measured)} kinds of images"
     choice: Choice = "accept" if caught and not missed else "reject" if missed else "no_verdict"
     heading = f"Catches {count}" if measured else "Not tried yet"
     return GateSummary(choice, heading, sentence, notes)
-
-
-def _listed(names: Sequence[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

@@ -114,7 +114,14 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         "",
     ]
     lines += _gallery(first)
-    lines += ["", "## Training curves", "", f"Running means over {SMOOTHING} logged steps.", ""]
+    lines += [
+        "",
+        "## Training curves",
+        "",
+        f"Running means over {SMOOTHING} logged steps. Vertical lines are rescues: training "
+        "diverged and resumed from an earlier state.",
+        "",
+    ]
     for file, caption in _curve_pictures(rows, pictures):
         lines += [f"![{caption}](pictures/{file})", ""]
     keep_rows(rows, out)
@@ -588,7 +595,7 @@ def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tupl
         axes.set_xlabel("images seen")
         axes.set_ylabel(caption)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
         FigureCanvasAgg(figure).print_figure(pictures / f"curve-{name}.png", dpi=110)
         written.append((f"curve-{name}.png", caption))
     return written
