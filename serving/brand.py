@@ -45,7 +45,7 @@ def verdict_card(
     shown = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
-        f'<section class="ade-verdict ade-{choice}" aria-live="polite">{icon}'
+        f'<section class="ade-verdict ade-{choice}">{icon}'
         f"<h2>{escape(heading or HEADINGS[choice])}</h2><p>{escape(sentence)}</p>"
         + (f'<ul class="ade-facts">{shown}</ul>' if facts else "")
         + (f'<ul class="ade-notes">{noted}</ul>' if notes else "")

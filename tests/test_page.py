@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -50,7 +51,7 @@ from serving.page.app import READY_FOR_S, build_page, make_app
 from serving.page.compare import _card
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.explore import VARIATIONS
-from serving.page.files import UPLOADS
+from serving.page.files import UPLOADS, write_file
 from serving.page.many import _said
 from serving.page.reconstruct import in_words
 from serving.page.score import REASONS
@@ -229,7 +230,7 @@ def test_new_samples_and_history(page: Page) -> None:
         seeds.append(seed.input_value())
         assert f"sample-{seeds[-1]}-0.png" in (first.get_attribute("src") or "")
     assert len({"7", *seeds}) == 3 and data() != before
-    page.get_by_text("Samples of this session").click()
+    unfold(panel, "Earlier samples of this session")
     past = panel.locator(".ade-grid").nth(1)
     expect(past.locator("img")).to_have_count(3)
     past.locator("button:has(img)").nth(2).click()
@@ -443,7 +444,9 @@ def test_score(page: Page, tmp_path: Path) -> None:
     drop(panel, EXAMPLE)
     expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
     expect(panel.get_by_text("For an ordinary image, about 0.6 would be")).to_be_visible()
-    expect(panel.locator("svg[aria-label*='calibration images by how unusual']")).to_be_visible()
+    place = panel.get_by_role("img", name="calibration images by how unusual they are")
+    expect(place).to_have_accessible_name(re.compile("; this image is within the level of rej"))
+    expect(panel.locator("[aria-live]").filter(has=page.locator(".ade-verdict"))).to_have_count(1)
     heat = Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='map.png']")))
     under = Image.open(
         io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='image.png']"))
@@ -458,6 +461,7 @@ def test_score(page: Page, tmp_path: Path) -> None:
     Image.fromarray(noise).save(tmp_path / "noise.png")
     drop(panel, tmp_path / "noise.png")
     expect(verdict_on(panel, "Rejected", "1 %")).to_be_visible()
+    expect(place).to_have_accessible_name(re.compile("; this image is beyond the level of rej"))
 
 
 def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
@@ -577,8 +581,8 @@ def test_what_if(page: Page) -> None:
     """Moves the level by keyboard alone; what it would mean for a day follows."""
     show(page, "Score")
     panel = panel_of(page)
-    unfold(panel, "What if: alarms per day, and what is caught")
-    outlook = panel.get_by_role("status").filter(visible=True)
+    unfold(panel, "What if: alarms per day")
+    outlook = panel.locator("[aria-live=polite]").filter(has_text="per day").filter(visible=True)
     panel.get_by_label("Images per day").fill("10000")
     level = panel.get_by_role("slider", name="False-alarm rate").first
     level.focus()
@@ -604,9 +608,10 @@ def test_explore(page: Page, tmp_path: Path) -> None:
         remove_image(panel)
     expect(panel.locator("img[src*='strip.png']")).to_have_count(0)
     expect(panel.get_by_text("The interpolation appears here")).to_be_visible()
-    for side in ("From", "To"):
+    unfold(panel, "Choose other images")
+    for i in range(2):
         expect(page.get_by_role("button", name="Explore", exact=True)).to_be_disabled()
-        panel.get_by_role("button", name=f"{side} a sample of this seed").click()
+        panel.get_by_role("button", name="Draw this seed").nth(i).click()
     expect(page.get_by_role("button", name="Explore", exact=True)).to_be_enabled()
     expect(panel.locator("img[src*='seed-']")).to_have_count(2)
     expect(panel.locator("img[src*='strip.png']")).to_be_visible()
@@ -717,6 +722,13 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     table.get_by_role("searchbox").fill("inside")
     expect(rows).to_have_count(4)
     expect(table.get_by_text("4 files found, of 13")).to_be_visible()
+    # On a phone the rows are cards, without the head of a table.
+    page.set_viewport_size({"width": 390, "height": 844})
+    expect(table.get_by_role("button", name="file")).to_have_count(0)
+    table.get_by_label("Sort by").select_option("file")
+    expect(table.get_by_role("row").first.get_by_role("cell").nth(1)).to_have_text("inside/0.png")
+    expect(table.get_by_role("table").get_by_role("row")).to_have_count(4)
+    page.set_viewport_size({"width": 1280, "height": 900})
     with page.expect_download() as download:
         panel.get_by_role("button", name="Download CSV").or_(
             panel.get_by_role("link", name="Download CSV")
@@ -888,6 +900,26 @@ def test_about(page: Page, service: RunningService) -> None:
     href = panel.get_by_role("link", name="OpenAPI document").get_attribute("href")
     assert href == "/openapi.json"
     assert page.request.get(f"{service.page}{href}").json()["openapi"] == "3.1.0"
+
+
+def test_only_the_last_look_at_levels_is_shown(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
+    bundle = open_bundle(tiny_bundle)
+    served = Served("http://127.0.0.1:1", [bundle], None)
+    looks, shape = Runs(), bundle.image_shape
+    served.clients["tiny"] = SimpleNamespace(  # type: ignore[assignment]
+        encode=lambda *_, **__: SimpleNamespace(
+            eps=[np.zeros((1, *one), np.float32) for one in bundle.latent_shapes]
+        ),
+        sample_with=lambda noise: np.zeros((len(noise[0]), *shape), np.uint8),
+    )
+    given = ("tiny", write_file(EXAMPLE.read_bytes(), "cat.png"), 0, 1, True)
+    levels = page_function(served, "levels")
+    assert all(Path(path).exists() for path in levels(*given, Runs(), looks))
+    monkeypatch.setattr("serving.page.explore.noise_of", lambda *_: looks.start() and 1 / 0)
+    assert levels(*given, Runs(), looks) == (gr.skip(),) * 2
 
 
 def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:

@@ -80,8 +80,7 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
     if rank == 0:
         note = calibration.too_small(alpha) or ""
         return (
-            '<div class="ade-part" role="status"><p><b>No image can be rejected:</b> '
-            f"{escape(note)}.</p></div>"
+            f'<div class="ade-part"><p><b>No image can be rejected:</b> {escape(note)}.</p></div>'
         )
     low, high = (round(share * per_day) for share in false_alarm_band(count, alpha, tested=per_day))
     shown = rounded(per_day * rank / (count + 1))
@@ -93,7 +92,7 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
     )
     if not caught:
         return (
-            f'<div class="ade-part" role="status">{said}<p><small>This calibration does not say '
+            f'<div class="ade-part">{said}<p><small>This calibration does not say '
             "what would be caught: <code>ade calibrate</code> measures it.</small></p></div>"
         )
     rows = "".join(
@@ -104,7 +103,7 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
     )
     tested = max(map(len, calibration.corrupted.values()))
     return (
-        f'<div class="ade-part" role="status">{said}<table class="ade-table ade-caught"><caption>'
+        f'<div class="ade-part">{said}<table class="ade-table ade-caught"><caption>'
         f"Caught of {tested:,} images corrupted in each of these ways</caption>"
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -234,9 +233,11 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
         f'<text x="{shown + (-8 if anchor == "end" else 8):.1f}" y="{top - 10}" '
         f'text-anchor="{anchor}" class="ade-mark-name">{text}{" →" if is_outside else ""}</text>'
     )
-    chart = _svg(
-        "".join(bars) + axis + mark, height, f"{count} calibration images by how unusual they are"
-    )
+    label = f"{count} calibration images by how unusual they are"
+    if level is not None:
+        label += f"; this image is {'beyond' if ood_score > level else 'within'} the level of "
+        label += "rejection"
+    chart = _svg("".join(bars) + axis + mark, height, label)
     return (
         '<div class="ade-part"><h3>Place among the calibration images</h3>'
         f"{chart}<p><small>{count:,} held-out images, by how unusual all their statistics are "

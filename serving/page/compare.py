@@ -20,7 +20,7 @@ from serving.page.served import (
     as_seen,
     ask,
     examples,
-    html,
+    live,
     read,
     resize_input,
     run_on_new_image,
@@ -47,14 +47,15 @@ def add_tab(shared: Shared) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
-            alpha = alpha_input()
+            alpha = alpha_input("Compare")
             resize = resize_input(served, ticked=True)
             go = gr.Button("Compare", variant="primary")
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
-            cards = html(charts.empty(EMPTY))
+            cards = live(charts.empty(EMPTY))
             gr.Markdown(
-                "Bits per dimension of models of different sizes describe different images: "
-                "compare the verdicts there.",
+                "All served models judge the image; the choice of model above has no effect here. "
+                "Models that take other sizes see other pixels: compare their verdicts, not their "
+                "bits per dimension.",
                 elem_classes="ade-caption",
             )
     run_on_new_image(

@@ -22,9 +22,10 @@ from serving.page.served import (
     Shared,
     ask,
     examples,
-    html,
     image_output,
     image_strip,
+    latest_only,
+    live,
     made_here,
     read,
     read_seed,
@@ -135,7 +136,7 @@ def add_tab(shared: Shared) -> None:
         )
 
     def levels(
-        model: str, first: str, level: int, seed: float | None, resize: bool, runs: Runs
+        model: str, first: str, level: int, seed: float | None, resize: bool, explored: Runs
     ) -> Any:
         """The first image from its coarsest levels alone, and with one level of other samples."""
         client, bundle = served.clients[model], served.bundles[model]
@@ -144,7 +145,7 @@ def add_tab(shared: Shared) -> None:
                 f"This model has no level {level}: it has {len(bundle.latent_shapes)} levels, and "
                 "0 is the coarsest."
             )
-        turn = runs.turn
+        turn = explored.turn
         own = noise_of(read(first), client, bundle, resize)
         kept = [coarsest(own, count + 1) for count in range(len(own))]
         coarse = ask(
@@ -155,7 +156,7 @@ def add_tab(shared: Shared) -> None:
             np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes
         ]
         varied = ask(client.sample_with, with_level(own, others, int(level)))
-        if runs.turn != turn:  # the page shows other images meanwhile
+        if explored.turn != turn:  # the page shows other images meanwhile
             return gr.skip(), gr.skip()
         return (
             write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),
@@ -170,24 +171,26 @@ def add_tab(shared: Shared) -> None:
         return tuple(None if end else draw(model, seed) for end, seed in ends)
 
     photographs = next(iter(shared.examples.values()))
+    ends = [shared.inbox.first, shared.inbox.last]
     steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            seeds = []
             with gr.Row():
-                for side, seed_value, image in (
-                    ("From", 1, shared.inbox.first),
-                    ("To", 2, shared.inbox.last),
-                ):
+                for image in ends:
+                    image.height = 190
+                    image.min_width = 130
+                    image.render()
+            go = gr.Button("Explore", variant="primary")
+            seeds = []
+            # Closed, so that the result is near the top of a phone.
+            with gr.Accordion("Choose other images", open=False), gr.Row():
+                for side, seed_value, image in zip(("From", "To"), (1, 2), ends, strict=True):
                     with gr.Column(min_width=130):
-                        image.height = 190
-                        image.render()
                         examples(image, {f"{side}, for example": photographs}, min_width=120)
                         seed = seed_input(seed_value, f"Seed ({side.lower()})", min_width=80)
-                        button = gr.Button(f"{side} a sample of this seed", size="sm")
+                        button = gr.Button("Draw this seed", size="sm")
                     button.click(draw, [model, seed], image, api_visibility="private")
                     seeds.append(seed)
-            go = gr.Button("Explore", variant="primary")
             with gr.Accordion("More settings", open=False):
                 steps.render()
                 resize = resize_input(shared.served)
@@ -206,7 +209,7 @@ def add_tab(shared: Shared) -> None:
                 "picture are reconstructions of the two images.",
                 elem_classes="ade-caption",
             )
-            said = html(empty(EMPTY))
+            said = live(empty(EMPTY))
     with gr.Accordion("What coarse and fine levels hold", open=False):
         gr.Markdown(
             "Each picture has the fine levels of the second image and more and more of the coarse "
@@ -224,7 +227,6 @@ def add_tab(shared: Shared) -> None:
         coarse = image_strip("From its coarsest level alone, from two, … from all")
         varied = image_strip("This level from other samples, all other levels its own")
     walk = gr.State(time_to_live=KEPT_S)
-    ends = [shared.inbox.first, shared.inbox.last]
     drawn = [image_output("", visible=False) for _ in ends]
     private: Any = {"api_visibility": "private", "show_progress": "hidden"}
     runs = run_on_new_image(
@@ -248,9 +250,10 @@ def add_tab(shared: Shared) -> None:
         others=[coarse, varied],
         progress=[said, strip],
     )
+    looks = gr.State(Runs())
     look.click(
-        levels,
-        [model, shared.inbox.first, level, variation, resize, runs],
+        latest_only(levels, 2),
+        [model, shared.inbox.first, level, variation, resize, runs, looks],
         [coarse, varied],
         api_name="levels",
         show_progress_on=coarse,

@@ -25,9 +25,9 @@ from serving.page.served import (
     Served,
     Shared,
     ask,
-    html,
     is_outdated,
     latest_only,
+    live,
     read,
     resize_input,
     sentence,
@@ -218,7 +218,7 @@ def add_tab(shared: Shared) -> None:
             )
             files.preprocess = _paths  # type: ignore[method-assign]
             folder = gr.File(label="Or a folder", file_count="directory", height=130)
-            alpha = alpha_input()
+            alpha = alpha_input("Score all")
             resize = resize_input(served)
             with gr.Accordion("More settings", open=False):
                 fdr = gr.Slider(
@@ -231,7 +231,7 @@ def add_tab(shared: Shared) -> None:
                 )
             go = gr.Button("Score all", variant="primary")
         with gr.Column(scale=5, min_width=280, elem_classes="ade-outcome"):
-            said = html(charts.empty(EMPTY))
+            said = live(charts.empty(EMPTY))
             table = gr.HTML(
                 [],
                 html_template='<div class="ade-results"></div>',

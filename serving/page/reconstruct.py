@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 from html import escape
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -25,6 +25,7 @@ from serving.page.served import (
     image_output,
     image_pair,
     image_strip,
+    live,
     read,
     resize_input,
     run_on_new_image,
@@ -92,10 +93,6 @@ def add_tab(shared: Shared) -> None:
             levels_chart(score.bpd_parts, bundle.latent_shapes, math.prod(bundle.image_shape)),
         )
 
-    def all_levels(name: str) -> Any:
-        count = len(served.bundles[name].latent_shapes)
-        return gr.Slider(maximum=max(2, count), value=max(2, count), visible=count > 1)
-
     examples(image, shared.examples)
     with gr.Row():
         with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
@@ -114,7 +111,7 @@ def add_tab(shared: Shared) -> None:
             )
             go = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
-            said = html(empty(EMPTY))
+            said = live(empty(EMPTY))
             pair = image_pair("Image and reconstruction")
             gr.Markdown(
                 "Move the slider. Left: what the model sees. Right: its reconstruction.",
@@ -135,7 +132,19 @@ def add_tab(shared: Shared) -> None:
         go,
         "reconstruct",
     )
-    model.change(all_levels, model, levels, api_visibility="private")
+    # In the browser, so that the run which a new model starts has the new number.
+    counts = {name: len(bundle.latent_shapes) for name, bundle in served.bundles.items()}
+    model.change(
+        None,
+        model,
+        levels,
+        js=f"""(model) => {{
+          const count = ({json.dumps(counts)})[model];
+          const most = Math.max(2, count);
+          return {{ __type__: "update", maximum: most, value: most, visible: count > 1 }};
+        }}""",
+        api_visibility="private",
+    )
 
 
 def _enlarged(pixels: np.ndarray) -> np.ndarray:

@@ -11,9 +11,10 @@ const COLUMNS = [
 const AT_ONCE = 50;
 const state = { column: null, isDown: false, only: "all", text: "", shown: AT_ONCE };
 
-const make = (tag, className, text) => {
+const make = (tag, className, text, role) => {
   const node = document.createElement(tag);
   if (className) node.className = className;
+  if (role) node.role = role;  // which the display of a list of cards would take from a table
   if (text !== undefined && text !== null) node.textContent = text;
   return node;
 };
@@ -36,15 +37,15 @@ function chosen() {
 }
 
 function rowOf(row) {
-  const line = make("tr");
-  const cell = (className, text) => line.appendChild(make("td", className, text));
+  const line = make("tr", "", null, "row");
+  const cell = (className, text) => line.appendChild(make("td", className, text, "cell"));
   const picture = cell("");
   if (row.picture) {
     const image = picture.appendChild(make("img"));
     image.src = row.picture;
     image.alt = "";
   }
-  cell("", row.file);
+  cell("ade-file", row.file);
   cell("").appendChild(make("span", `ade-badge ade-${row.choice}`, row.verdict));
   const numbers = [["p", row.p?.toPrecision(2)], ["bits per dim", row.bpd?.toFixed(3)]];
   for (const [name, text] of numbers) cell("ade-number", text ?? "").dataset.name = name;
@@ -56,18 +57,21 @@ const tools = make("div", "ade-tools");
 const only = make("select");
 const search = make("input");
 search.type = "search";
-for (const [label, node] of [["Show", only], ["File name contains", search]]) {
-  tools.appendChild(make("label", "", label)).appendChild(node);
+const order = make("select");
+order.append(new Option("most unusual first", ""));
+COLUMNS.forEach(({ name, of }, i) => { if (of) order.append(new Option(name, i)); });
+for (const [label, node] of [["Show", only], ["File name contains", search], ["Sort by", order]]) {
+  tools.appendChild(make("label", node === order ? "ade-sort" : "", label)).appendChild(node);
 }
 const count = tools.appendChild(make("span", "ade-count"));
 count.setAttribute("role", "status");
-const table = make("table");
-const head = table.appendChild(make("thead")).appendChild(make("tr"));
-const body = table.appendChild(make("tbody"));
+const table = make("table", "", null, "table");
+const head = table.appendChild(make("thead", "", null, "rowgroup")).appendChild(make("tr", "", null, "row"));
+const body = table.appendChild(make("tbody", "", null, "rowgroup"));
 const more = make("button", "ade-more", "Show more");
 
 COLUMNS.forEach((column, i) => {
-  const cell = head.appendChild(make("th", column.isNumber ? "ade-number" : ""));
+  const cell = head.appendChild(make("th", column.isNumber ? "ade-number" : "", null, "columnheader"));
   cell.scope = "col";
   if (!column.of) {
     cell.textContent = column.name;
@@ -84,10 +88,11 @@ function draw() {
   const found = chosen();
   [...head.children].forEach((cell, i) => {
     if (COLUMNS[i].of) {
-      const order = state.isDown ? "descending" : "ascending";
-      cell.setAttribute("aria-sort", state.column === i ? order : "none");
+      const direction = state.isDown ? "descending" : "ascending";
+      cell.setAttribute("aria-sort", state.column === i ? direction : "none");
     }
   });
+  order.value = state.column ?? "";
   body.replaceChildren(...found.slice(0, state.shown).map(rowOf));
   const [shown, all] = [Math.min(state.shown, found.length), rows().length];
   const files = `${found.length} file${found.length === 1 ? "" : "s"}`;
@@ -112,6 +117,10 @@ only.addEventListener("change", () => { state.only = only.value; state.shown = A
 search.addEventListener("input", () => {
   state.text = search.value.toLowerCase();
   state.shown = AT_ONCE;
+  draw();
+});
+order.addEventListener("change", () => {
+  Object.assign(state, { column: order.value === "" ? null : Number(order.value), isDown: false });
   draw();
 });
 more.addEventListener("click", () => { state.shown += 4 * AT_ONCE; draw(); });

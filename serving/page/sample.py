@@ -175,10 +175,10 @@ def add_tab(shared: Shared) -> None:
                     label="Temperature",
                     info="Below 1, samples are more alike and smoother; above 1, more varied.",
                 )
-            go = gr.Button("⚄ Draw new samples", variant="primary")
         with gr.Column(scale=6, min_width=280):
             handed: Any = {"size": "sm", "min_width": 130, "interactive": False}
             with gr.Row(elem_classes="ade-choice"):
+                go = gr.Button("⚄ Draw new samples", variant="primary", size="md", min_width=170)
                 gr.Markdown("Click a sample, then:", elem_classes="ade-caption")
                 score = gr.Button(
                     "Score it", variant="primary", size="md", min_width=120, interactive=False
@@ -216,10 +216,11 @@ def add_tab(shared: Shared) -> None:
                     show_progress="hidden",
                     api_visibility="private",
                 )
-    with gr.Accordion("Samples of this session: click a set to draw it again", open=False):
+    with gr.Accordion("Earlier samples of this session", open=False):
+        gr.Markdown("Click a set to draw it again.", elem_classes="ade-caption")
         history = gr.State([], time_to_live=KEPT_S)
         past = gr.Gallery(
-            label="Samples of this session",
+            label="Earlier samples of this session",
             show_label=False,
             type="filepath",
             format="png",

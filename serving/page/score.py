@@ -23,6 +23,7 @@ from serving.page.served import (
     examples,
     html,
     image_pair,
+    live,
     read,
     resize_input,
     run_on_new_image,
@@ -49,15 +50,20 @@ class Scored:
     resized: bool
 
 
-def alpha_input() -> gr.Slider:
-    """The input for the false-alarm rate."""
+def alpha_input(button: str | None = None) -> gr.Slider:
+    """The input for the false-alarm rate.
+
+    Args:
+        button: that applies a change; ``None`` if changes apply at once.
+    """
+    info = "Share of images like the training images that are rejected by mistake."
     return gr.Slider(
         0.001,
         0.2,
         value=ALPHA,
         step=0.001,
         label="False-alarm rate (alpha)",
-        info="Share of images like the training images that are rejected by mistake.",
+        info=info if button is None else f"{info} Press {button} to apply a change.",
     )
 
 
@@ -189,8 +195,7 @@ def add_tab(shared: Shared) -> None:
             image.render()
             alpha = alpha_input()
             resize = resize_input(served)
-            what = "What if: alarms per day, and what is caught"
-            with gr.Accordion(what, open=False) as outlooks:
+            with gr.Accordion("What if: alarms per day", open=False) as outlooks:
                 per_day = gr.Number(
                     PER_DAY,
                     precision=0,
@@ -204,7 +209,7 @@ def add_tab(shared: Shared) -> None:
                     value=False,
                     label="Images",
                 )
-                outlook = html(what_if(served, served.first, ALPHA, PER_DAY, False))
+                outlook = live(what_if(served, served.first, ALPHA, PER_DAY, False))
             with gr.Accordion("More settings", open=False):
                 samples = gr.Slider(
                     1,
@@ -216,11 +221,11 @@ def add_tab(shared: Shared) -> None:
                 )
             go = gr.Button("Score", variant="primary")
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
-            card = html(charts.empty(EMPTY))
+            card = live(charts.empty(EMPTY))
             place = html()
             with gr.Row():
                 with gr.Column(min_width=260):
-                    pair = image_pair("Image, and how unlikely each pixel is")
+                    pair = image_pair("Image and unlikely pixels")
                     gr.Markdown(
                         "Left: the image at the model's size. Right: how unlikely each pixel is "
                         "for the model. Brighter is less likely.",

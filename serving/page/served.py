@@ -270,6 +270,11 @@ def html(value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, js_on_load=None, **options)
 
 
+def live(value: str = "") -> gr.HTML:
+    """An element of HTML whose changes screen readers read out, see ``serving.page.theme``."""
+    return html(value, elem_classes="ade-live")
+
+
 def example_files(served: Served) -> dict[str, list[str]]:
     """Example images by kind, photographs and as many drawings, in files of the page."""
     is_known = all(

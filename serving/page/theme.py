@@ -10,14 +10,17 @@ from gradio.themes.utils.colors import Color
 from serving.brand import STYLE
 
 OWN = Path(__file__).with_name("page.css").read_text()
-# Says what Gradio does not: to screen readers names of examples and which accordions are open, to
-# everybody that an image cannot be shown.
+# Says what Gradio does not: to screen readers names of examples, which accordions are open, and
+# results that change; to everybody that an image cannot be shown.
 NAMES = """
 const name_parts = () => {
   for (const image of document.querySelectorAll('.ade-examples button img[alt=""]'))
     image.alt = "example " + image.src.split("/").pop().split(".")[0];
   for (const fold of document.querySelectorAll("button.label-wrap"))
     fold.setAttribute("aria-expanded", fold.nextElementSibling?.style.display !== "none");
+  // Not the results themselves: only what is there before them announces its changes. Nor the
+  // block around, which shows the time that a run takes.
+  for (const node of document.querySelectorAll(".ade-live:not(.block)")) node.ariaLive = "polite";
 };
 new MutationObserver(name_parts).observe(
   document.documentElement, { childList: true, subtree: true });
