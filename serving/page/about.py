@@ -14,6 +14,7 @@ from serving.api.openapi import openapi_document
 from serving.brand import NAME, percent
 from serving.client import AdeError
 from serving.engine.bundle import Bundle
+from serving.page import charts
 from serving.page.reference import reference
 from serving.page.served import Served, Shared, html
 from serving.verdict.calibration import Calibrations
@@ -59,7 +60,7 @@ def add_tab(shared: Shared) -> None:
         try:
             data, _ = served.clients[model].sample_png(SAMPLES, seed=SEED)
         except (AdeError, httpx.TransportError):
-            return ""  # a card without pictures is still a card
+            return charts.empty("The samples cannot be drawn at the moment.")
         source = base64.b64encode(data).decode()
         return (
             f'<figure class="ade-part ade-samples"><img src="data:image/png;base64,{source}" '
@@ -110,7 +111,7 @@ weights.</p>
 <ul>{"".join(f"<li>{use}</li>" for use in _uses(bundle, calibrations, name))}</ul>
 <h3>What it is not good for</h3>
 <ul>
-<li><strong>To recognise what an image shows.</strong> A verdict is about how an image looks:
+<li><strong>To recognise what an image shows.</strong> {_what_it_sees(bundle)}
 another kind of thing in an ordinary-looking image may be accepted.</li>
 <li><strong>To judge images of another source</strong>, unless it is calibrated with such
 images.</li>
@@ -144,6 +145,13 @@ def _part(part: str, what: str) -> str:
     span = PART.fullmatch(what)
     count = f"{int(span[2]) - int(span[1]):,} images " if span else ""
     return f"{count}{escape(PARTS.get(part, part))}: <code>{escape(what)}</code>"
+
+
+def _what_it_sees(bundle: Bundle) -> str:
+    """What a verdict depends on; completed by what may still be accepted."""
+    if bundle.manifest.get("features"):
+        return "An encoder compares it with known images, but"
+    return "A verdict is about how an image looks:"
 
 
 def _uses(bundle: Bundle, calibrations: Calibrations, data: str) -> list[str]:
@@ -205,7 +213,7 @@ def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
         add(
             f"{distances['mean']:.1f}",
             f"Fréchet distance of {distances['samples']:,} clean samples to held-out images, in "
-            "the features of a small network; 0 is equal",
+            "the features of a small network; 0 is equal; it is not the FID",
         )
     calibration = calibrations.exact
     if calibration is not None:

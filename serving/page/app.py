@@ -168,12 +168,11 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
 
     @app.post(UPLOAD)
     async def upload(request: Request) -> Response:
-        login = httpx.AsyncClient(
-            transport=httpx.ASGITransport(gradio), base_url="http://localhost"
-        )
-        answer = await login.get(
-            "/gradio_api/login_check", headers={"Cookie": request.headers.get("cookie", "")}
-        )
+        inside = httpx.ASGITransport(gradio)
+        async with httpx.AsyncClient(transport=inside, base_url="http://localhost") as login:
+            answer = await login.get(
+                "/gradio_api/login_check", headers={"Cookie": request.headers.get("cookie", "")}
+            )
         if answer.status_code != 200:
             return JSONResponse(answer.json(), answer.status_code)
         return await receive(request, quota)
@@ -228,13 +227,14 @@ def main() -> None:
         metavar="NAME",
         nargs="*",
         default=[],
-        help="names of the host in addresses",
+        help="host names that requests may use",
     )
     parser.add_argument("--socket", type=int, help="descriptor of a socket that listens already")
     parser.add_argument(
         "--gate",
         type=Path,
-        help="written into when the page is built, which answers once it is gone",
+        help="file that the launcher creates; the page writes 'built' into it and serves after it "
+        "is deleted",
     )
     args = parser.parse_args()
     os.umask(0o077)

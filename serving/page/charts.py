@@ -58,7 +58,7 @@ def reasons(explain: Sequence[Unusual], alpha: float) -> str:
         f"For an ordinary image, about {count * alpha:.1f} would be."
     )
     rows = sorted(families.items(), key=lambda item: (-len(item[1]), min(item[1])))[:FAMILIES]
-    listed = "".join(f"<li><b>{len(found)}</b> on {escape(words)}</li>" for words, found in rows)
+    listed = "".join(f"<li><b>{len(found)}</b> {escape(words)}</li>" for words, found in rows)
     rest = len(unusual) - sum(len(found) for _, found in rows)
     listed += f"<li><b>{rest}</b> others</li>" if rest else ""
     return (

@@ -176,9 +176,9 @@ def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
 
 
 def resize_input(served: Served, ticked: bool = False) -> gr.Checkbox:
-    """A checkbox, also ticked if a calibration for resized images shows that they are usual."""
-    usual = any(served.calibrations_of(model).resized is not None for model in served.bundles)
-    return gr.Checkbox(ticked or usual, label=RESIZE, info=RESIZE_INFO)
+    """A checkbox, also ticked if a model has a calibration for resized images."""
+    are_judged = any(served.calibrations_of(model).resized is not None for model in served.bundles)
+    return gr.Checkbox(ticked or are_judged, label=RESIZE, info=RESIZE_INFO)
 
 
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
@@ -461,9 +461,8 @@ def run_on_new_image(
     numbered = latest_only(run_if_given, count)
 
     def run_in_turn(*values: Any) -> Any:
-        # The browser sends the images that it shows by now. If they are others than those of this
-        # turn, their own turn follows; if it came first, their run was started. Two runs would
-        # report an error twice.
+        # The image changed again before this run began: skip it, because the newer image starts
+        # its own run. Running both would show the same error twice.
         runs = values[-1]
         if not runs.is_due or runs.turn[-len(places) :] != tuple(values[i] for i in places):
             return one_or_all((gr.skip(),) * count)
