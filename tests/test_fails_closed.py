@@ -267,7 +267,7 @@ def test_files_of_other_kinds_are_not_scored_among_others(
         said, rows, _ = score_many("both", paths, None, 0.1, False, 0.01, Runs())
     assert [row["file"] for row in rows[2:]] == ["photo.heic"]
     assert [row["choice"] for row in rows[2:]] == ["not_scored"]
-    assert rows[2]["notes"] == "This kind of file is not accepted."
+    assert rows[2]["notes"] == "This type of file is not accepted."
     assert all(row["bpd"] for row in rows[:2])
     assert "1 of 3 files got no verdict" in said and "ade-accept" not in said
 

@@ -89,7 +89,7 @@ def test_a_history_like_the_calibration_is_seldom_called_unlike(
     assert calibration is not None
     images, _ = usable(engine, [np.zeros((8 * 2**i, 8 * 2**i, 3), np.uint8) for i in range(kinds)])
     history = images * 500
-    monkeypatch.setattr(what_if_module, "usable", lambda *_: (history, 0))
+    monkeypatch.setattr(what_if_module, "usable", lambda *_: (history, []))
     monkeypatch.setattr(what_if_module, "corruptions_of", lambda _: {})
     resized = np.array([image.resized for image in history])
     warned = 0
