@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from training.comparison.paper import Claim, Finding, claims
 from training.comparison.report import _comparable
-from training.recipes import recipe_names
+from training.recipes import recipe, recipe_names
 
 HOLDS, FAILS, UNDECIDED = Finding.HOLDS, Finding.FAILS, Finding.UNDECIDED
 
@@ -60,9 +61,10 @@ def test_claims_are_of_systems_that_exist() -> None:
 
 
 def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> None:
-    def run(seed: int, images: int) -> dict[str, Any]:
+    def run(seed: int, images: int, cooldown: float = 0.2) -> dict[str, Any]:
         state = {"images": images, "inferring_since": None}
-        return {"seed": seed, "state": state, "budget": {"minutes": None}}
+        config = dataclasses.replace(recipe("av-ade", 32, 3, "tiny"), cooldown=cooldown)
+        return {"seed": seed, "state": state, "budget": {"minutes": None}, "config": config}
 
     plain = [run(0, 400_000), run(1, 80_000), run(3, 150_000)]
     residual = [run(0, 150_016), run(3, 150_016)]
@@ -73,3 +75,7 @@ def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> No
     assert _comparable([plain, plain]) == (plain[0], plain[0])
     assert _comparable([plain[:1], residual[:1]]) == (plain[0], residual[0])  # budgets differ
     assert _comparable([plain, []]) is None
+    # Another version of the program had no cooldown.
+    older = run(0, 150_000, cooldown=0.0)
+    assert _comparable([[older], plain]) is None
+    assert _comparable([[older], [*plain, run(1, 80_000, cooldown=0.0)]]) is not None

@@ -375,9 +375,9 @@ def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] 
     """Choose one run of each system: among runs with equal budgets, those that learned most.
 
     Of several it is runs with the same seed, which were trained together, and of those the first;
-    ``None`` if a system has no run.
+    ``None`` if there are no runs of all systems that one version of the program trained.
     """
-    candidates = list(itertools.product(*runs))
+    candidates = [rows for rows in itertools.product(*runs) if _are_alike(rows)]
     candidates = [rows for rows in candidates if _shared_budget(rows)] or candidates
     most = max((min(map(_learned, rows)) for rows in candidates), default=0)
 
@@ -386,6 +386,11 @@ def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] 
         return is_longest, len({row["seed"] for row in rows}) == 1
 
     return max(candidates, key=preference, default=None)
+
+
+def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the settings are equal that all recipes of a version have in common."""
+    return len({(row["config"].cooldown, row["config"].ema_decay) for row in rows}) == 1
 
 
 def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
