@@ -31,7 +31,7 @@ SCALE = 2
 REBUILT = 16
 ALPHA = 0.01
 CELL, EDGE, GAP = 140, 6, 10  # pixels of gate.png
-PAGE_SIZE = (1180, 1000)
+PAGE_SIZE = (1180, 1210)
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> Image.Image:
