@@ -992,10 +992,12 @@ def test_samples_are_of_the_chosen_model(
                 return str(picture.info["ade:model"]).partition("@")[0]
 
         assert drew(sample("tiny", *settings, runs)[1]) == "tiny"
-        assert draw_once("tiny", *settings, runs) == (gr.skip(),) * 3
+        assert draw_once([], "tiny", *settings, runs) == (gr.skip(),) * 3
         assert all(value == gr.skip() for value in clear("tiny", runs))
         assert clear("other", runs)[0] == []
-        assert drew(draw_once("other", *settings, runs)[1]) == "other"
+        # Samples that are shown stay, and with them a choice among them, also after an error.
+        assert draw_once([("sample.png", None)], "other", *settings, runs) == (gr.skip(),) * 3
+        assert drew(draw_once([], "other", *settings, runs)[1]) == "other"
         # The history may draw before it clears.
         assert all(value == gr.skip() for value in clear("other", runs))
         ends = page_function(served, "first_ends")("other", None, None, 1, 2)

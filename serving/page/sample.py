@@ -112,10 +112,12 @@ def add_tab(shared: Shared) -> None:
         empty = gr.DownloadButton(value=None, interactive=False)
         return [], empty, empty, *choose(None)
 
-    def draw_once(*values: Any) -> Any:
-        """Draw the first samples of a session when the tab is opened."""
+    def draw_once(samples: list[Any] | None, *values: Any) -> Any:
+        """Draw samples when the tab is opened, unless there are some or they are being drawn."""
         runs = values[-1]
-        return (gr.skip(),) * len(shown) if runs.latest > runs.failed else sampled(*values)
+        if samples or runs.latest > runs.failed:
+            return (gr.skip(),) * len(shown)
+        return sampled(*values)
 
     def remember(history: list[Any], grid: str | None) -> Any:
         """Add a grid to the session's grids, without duplicates; the latest comes first."""
@@ -250,7 +252,7 @@ def add_tab(shared: Shared) -> None:
         sampled, [*settings, runs], shown, api_name="sample", trigger_mode="multiple", **busy
     )
     entered = seed.submit(sampled, [*settings, runs], shown, **private)
-    opened = tab.select(draw_once, [*settings, runs], shown, **private)
+    opened = tab.select(draw_once, [gallery, *settings, runs], shown, **private)
     # Every click draws, also one while samples are drawn: they are of the seed that is shown.
     rolled = go.click(
         lambda: secrets.randbelow(2**31),
