@@ -3,10 +3,10 @@
 Values of the flow are multiples of ``2**-grid_bits`` and are held as int64. A layer that keeps the
 volume maps integers to integers. A layer that stretches a value gives more integers than it takes.
 Stretching chooses one of these integers with bits popped from the stack; the inverse pushes them
-back. This is local bits-back coding (Ho et al., "Compression
-with flows via local bits-back coding", 2019) with uniform noise, in the exact form of Zhang et al.,
-"iFlow: Numerically invertible flows for efficient lossless compression via a uniform coder", 2021,
-section 3.1: no value can be lost to rounding, and no Gaussian is needed.
+back. This is local bits-back coding (Ho et al., "Compression with flows via local bits-back
+coding", 2019) with uniform noise, in the exact form of Zhang et al., "iFlow: Numerically invertible
+flows for efficient lossless compression via a uniform coder", 2021, section 3.1: no value can be
+lost to rounding, and no Gaussian is needed.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Gate:
 
         Raises:
             UnknownCalibration: the bundle has none of this name.
-            TypeError: something is none of these.
+            TypeError: an image is of another type.
             ValueError: an array is not of uint8 or not of that shape.
         """
         judge = self._engine.store.get(calibration)

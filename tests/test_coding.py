@@ -560,7 +560,7 @@ def test_an_archive_writes_nothing_outside_its_folder(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "evil.ade"]
 
 
-def test_a_chunk_of_no_images_is_none_of_ours(
+def test_a_chunk_of_no_images_is_passed_over(
     bundle: Bundle, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     loaded = networks.Networks(bundle)

@@ -347,7 +347,7 @@ class InferenceEngine:
                 raise ValueError(
                     f"{name} must have one value for each of {len(images)} images, got {len(given)}"
                 )
-        if samples is not None and min(samples) < 1:
+        if samples and min(samples) < 1:
             raise ValueError(f"samples must be at least 1, got {min(samples)}")
         seeds = [0] * len(images) if seeds is None else seeds
         samples = [1] * len(images) if samples is None else samples

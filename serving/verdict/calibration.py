@@ -556,7 +556,7 @@ class Calibrations:
         data: describes the calibration images; empty in a bundle's own file.
         joined: SHA-256 of the image files that feedback added.
         webp: version of libwebp that computed the statistics; empty in files of versions before.
-        is_broken: whether there is a file, which cannot be used.
+        is_broken: whether their file exists but cannot be used, so that there is no verdict.
     """
 
     exact: Calibration | None = None

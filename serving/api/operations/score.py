@@ -294,8 +294,8 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
             }
             if len(judges) > 1:
                 notes.append(
-                    "two calibrations judged these images, one of them the resized ones: the "
-                    "figures of a group are proven for a single calibration"
+                    "two calibrations judged these images, one of them those that were resized: "
+                    "the guarantees for a group hold if a single calibration judges all its images"
                 )
             together = Group(images=len(judged), p_value=simes(p_values), notes=notes)
             if fdr is None:
