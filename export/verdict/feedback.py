@@ -187,8 +187,7 @@ def _report_unusual(
         report(
             f"of {len(mine)} joining images{' that are resized' if resized else ''}, the present "
             f"calibration rejects {rejected} at alpha {ALPHA}; {beyond} accepted images would be "
-            "more unusual than all that ade calibrate calibrated with, and fewer than "
-            f"{most} may be"
+            f"more unusual than all that ade calibrate calibrated with (refused from {most} on)"
         )
         if (scores > farthest).any() and beyond >= most:
             disabling = (
