@@ -96,3 +96,43 @@ def test_nothing_is_lost_if_whoever_collects_is_cancelled(has_some: bool) -> Non
         assert queue.clear() == [first] and len(queue) == 0
 
     asyncio.run(main())
+
+
+def test_whoever_became_free_last_gets_the_next_batch() -> None:
+    async def main() -> None:
+        queue: BatchQueue[Job] = BatchQueue()
+        served = []
+
+        async def work(name: str) -> None:
+            while True:
+                for job in await queue.next_batch():
+                    served.append(name)
+                    job.answer.set_result(None)
+
+        workers = [asyncio.create_task(work(name)) for name in ("first", "second")]
+        await asyncio.sleep(0)
+        for job in jobs(4):
+            queue.put(job)
+            await job.answer
+            await asyncio.sleep(0)
+        for worker in workers:
+            worker.cancel()
+        assert served == ["second"] * 4
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_caller_leaves_its_turn_to_another() -> None:
+    async def main() -> None:
+        queue: BatchQueue[Job] = BatchQueue()
+        callers = [asyncio.create_task(queue.next_batch()) for _ in range(3)]
+        await asyncio.sleep(0)
+        (job,) = jobs(1)
+        callers[2].cancel()  # before its turn
+        queue.put(job)
+        callers[1].cancel()  # just as its turn has come
+        assert numbers(await callers[0]) == [0]
+        await asyncio.gather(*callers, return_exceptions=True)
+        assert [caller.cancelled() for caller in callers] == [False, True, True]
+
+    asyncio.run(main())

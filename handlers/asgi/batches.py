@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S
@@ -25,12 +26,14 @@ class BatchQueue(Generic[Job]):
 
     A batch is collected when it can be computed, not before: so as many requests as possible share
     one. It waits up to ``MAX_BATCH_DELAY_S`` for more requests, but only if others are queued or
-    the last batch had several.
+    the last batch had several. Of several free workers, the one that became free last collects it,
+    because its weights are still in the processor's caches.
     """
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Job] = asyncio.Queue()
-        self._collecting = asyncio.Lock()
+        self._free: list[asyncio.Future[None]] = []  # those of free workers, the latest last
+        self._is_collecting = False
         self._last_was_shared = False  # whether the last batch had several requests
 
     def __len__(self) -> int:
@@ -40,6 +43,7 @@ class BatchQueue(Generic[Job]):
         """Append requests."""
         for job in jobs:
             self._queue.put_nowait(job)
+        self._call()
 
     def clear(self) -> list[Job]:
         """Remove all requests, and return them."""
@@ -49,7 +53,7 @@ class BatchQueue(Generic[Job]):
         """Wait for the next batch; one caller collects at a time. Cancelling loses no request."""
         batch: list[Job] = []
         try:
-            async with self._collecting:
+            async with self._turn():
                 batch.append(await self._next())
                 if self._last_was_shared or len(self):
                     with contextlib.suppress(TimeoutError):
@@ -61,6 +65,31 @@ class BatchQueue(Generic[Job]):
             self.put(*batch)
             raise
         return batch
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Be the one who collects for the length of the block, once a request waits."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._free.append(turn)
+        self._call()
+        try:
+            await turn
+            yield
+        finally:
+            if turn.cancelled():
+                with contextlib.suppress(ValueError):  # it was called just then
+                    self._free.remove(turn)
+            else:
+                self._is_collecting = False
+                self._call()
+
+    def _call(self) -> None:
+        """Let the worker that became free last collect, if there is something to collect."""
+        while self._free and len(self) and not self._is_collecting:
+            turn = self._free.pop()
+            if not turn.done():  # otherwise it was cancelled
+                self._is_collecting = True
+                turn.set_result(None)
 
     async def _next(self) -> Job:
         while True:
