@@ -1,0 +1,123 @@
+"""Scoring a folder on Ray: speed compared with bare engines, memory, and what kills cost.
+
+``python -m benchmarks.bulk_ray BUNDLE FOLDER``. The driver is killed three times, and the same
+command resumes. The engines are measured alone, whenever no Ray process is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+from pyarrow import dataset, parquet
+
+from benchmarks.bulk import Memory
+from benchmarks.serving import CORES, Outcome, engines
+from handlers.ray_serve.environment import MARK
+from serving.files import image_paths
+
+KILLED_AFTER = (0.1, 0.2, 0.3)  # fractions of the files
+ENGINES_S = 10.0
+
+
+def commits(out: Path) -> list[tuple[float, int]]:
+    """Time and number of rows of each file of committed rows, in order."""
+    return sorted(
+        (path.stat().st_mtime, parquet.read_metadata(path).num_rows)
+        for path in (out / "rows").glob("*.parquet")
+    )
+
+
+def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:
+    command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--bundle", str(bundle)]
+    command += ["--engine", "ray", "--workers", str(CORES), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    memory = Memory(process.pid)
+    memory.start()
+    return process, memory
+
+
+def ray_processes() -> int:
+    """Number of processes of any private Ray instance."""
+    found = 0
+    for process in psutil.process_iter():
+        try:
+            found += MARK in process.environ()
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for_rows(process: subprocess.Popen, out: Path, rows: float) -> None:
+    while sum(n for _, n in commits(out)) < rows:
+        if process.poll() is not None:
+            raise SystemExit(f"ade score ended with {process.returncode}")
+        time.sleep(1)
+
+
+def measure_alone(all_engines: Callable[[], Outcome]) -> float:
+    """Images per second of the engines, once Ray's processes have ended."""
+    while ray_processes():
+        time.sleep(0.5)
+    return all_engines().images_a_second
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("folder", type=Path, help="tens of thousands of image files")
+    args = parser.parse_args()
+    total = sum(1 for _ in image_paths(args.folder))
+    ceilings = []
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        engines(args.bundle.resolve(), ENGINES_S) as all_engines,
+    ):
+        out = Path(scratch) / "scores"
+        ceilings.append(measure_alone(all_engines))
+        for fraction in KILLED_AFTER:
+            process, _ = start(args.bundle, args.folder, out)
+            wait_for_rows(process, out, fraction * total)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            ceilings.append(measure_alone(all_engines))
+        kept = len(commits(out))
+        process, memory = start(args.bundle, args.folder, out)
+        if process.wait() != 0:
+            raise SystemExit(f"ade score ended with {process.returncode}")
+        ceilings.append(measure_alone(all_engines))
+        # The slope: rows are committed in blocks, so a difference of two times has a large error.
+        times, rows = np.array(commits(out)[kept:]).T
+        rate = np.polyfit(times - times[0], np.cumsum(rows), 1)[0]
+        ids = dataset.dataset(out / "rows").to_table(columns=["id"])["id"].to_pylist()
+    ceiling = statistics.median(ceilings)
+    print(
+        f"{total} files, {CORES} workers: {rate:.0f} images per second after the last kill, "
+        f"bare engines {ceiling:.0f} ({min(ceilings):.0f} to {max(ceilings):.0f}): "
+        f"{rate / ceiling:.2f}"
+    )
+    print(
+        f"killed {len(KILLED_AFTER)} times: {len(ids)} rows at the end, "
+        f"{len(set(ids))} different ids of {total}"
+    )
+    quarters = [
+        statistics.median(memory.seen[len(memory.seen) * i // 4 : len(memory.seen) * (i + 1) // 4])
+        for i in range(1, 4)
+    ]
+    print(
+        "memory after the last kill, MiB in the second, third and last quarter: "
+        + ", ".join(f"{size:.0f}" for size in quarters)
+    )
+
+
+if __name__ == "__main__":
+    main()
