@@ -67,7 +67,7 @@ def _text(found: dict[str, Any]) -> str:
     ]
     if found["models"] is None:
         reason = (
-            "this service does not report them"
+            "its engine does not answer, or does not report them"
             if found["is_own"]
             else "no service of this user is on these ports"
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 from pyarrow import dataset, parquet
 
 from benchmarks.bulk import Memory
@@ -31,10 +32,13 @@ ENGINES_S = 10.0
 
 def commits(out: Path) -> list[tuple[float, int]]:
     """Time and number of rows of each file of committed rows, in order."""
-    return sorted(
-        (path.stat().st_mtime, parquet.read_metadata(path).num_rows)
-        for path in (out / "rows").glob("*.parquet")
-    )
+    found = []
+    for path in (out / "rows").glob("*.parquet"):
+        try:
+            found.append((path.stat().st_mtime, parquet.read_metadata(path).num_rows))
+        except (OSError, pa.ArrowInvalid):  # being written, or cut off by a kill
+            continue
+    return sorted(found)
 
 
 def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:
@@ -90,13 +94,13 @@ def main() -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
             ceilings.append(measure_alone(all_engines))
-        kept = len(commits(out))
+        resumed = time.time()
         process, memory = start(args.bundle, args.folder, out)
         if process.wait() != 0:
             raise SystemExit(f"ade score ended with {process.returncode}")
         ceilings.append(measure_alone(all_engines))
         # The slope: rows are committed in blocks, so a difference of two times has a large error.
-        times, rows = np.array(commits(out)[kept:]).T
+        times, rows = np.array([one for one in commits(out) if one[0] > resumed]).T
         rate = np.polyfit(times - times[0], np.cumsum(rows), 1)[0]
         ids = dataset.dataset(out / "rows").to_table(columns=["id"])["id"].to_pylist()
     ceiling = statistics.median(ceilings)

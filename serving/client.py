@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import httpx
 import numpy as np
@@ -122,7 +122,7 @@ class GroupScore:
         p_value: of all images (Simes); ``None`` if fewer than two have a verdict.
         discoveries: how many images are reported at the false discovery rate.
         rejected: how many images have a p-value of at most 0.01, whether reported or not.
-        notes: discoveries that too few calibration images rule out.
+        notes: what limits the group's figures.
     """
 
     results: list[ScoreResult | AdeError]
@@ -271,6 +271,8 @@ class AdeClient:
                 answer = self._send(operation, values, headers=probe, timeout=left)
             except httpx.TransportError:
                 return False
+            if time.monotonic() > deadline:  # httpx bounds each wait, not their sum
+                return False
             if answer.status_code == 200 and "X-Ade-Model" in answer.headers:
                 continue
             error = _problem(answer)  # none in the answer of another program
@@ -400,7 +402,7 @@ def several(images: Images) -> Sequence[ImageLike] | np.ndarray:
     """A sequence of images, also if a single one is given.
 
     Raises:
-        TypeError: it is neither an image, nor a list, tuple or array of images.
+        TypeError: it is neither an image nor a sequence or array of images.
         ValueError: an array is not of three or four dimensions.
     """
     if isinstance(images, np.ndarray):
@@ -409,7 +411,8 @@ def several(images: Images) -> Sequence[ImageLike] | np.ndarray:
                 f"images must be uint8 (H, W, C) or (N, H, W, C), got {images.dtype} {images.shape}"
             )
         return images[None] if images.ndim == 3 else images
-    found: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+    are_several = isinstance(images, Sequence) and not isinstance(images, IMAGE_TYPES)
+    found = cast("Sequence[ImageLike]", images if are_several else [images])
     for image in found:
         if not isinstance(image, IMAGE_TYPES):
             raise TypeError(

@@ -541,7 +541,9 @@ def test_status_of_an_engine_that_reports_no_workers() -> None:
     found = read_status(ports)
     assert not found["is_own"] and "no service of this user" in _text(found)
     own = {**found, "is_own": True, "last_errors": []}
-    assert "workers     unknown: this service does not report them\n" in _text(own)
+    assert "workers     unknown: its engine does not answer, or does not report them\n" in _text(
+        own
+    )
 
 
 def test_metrics_add_up() -> None:

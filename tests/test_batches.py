@@ -76,6 +76,21 @@ def test_a_batch_leaves_out_those_whose_client_is_gone() -> None:
     asyncio.run(main())
 
 
+def test_a_client_that_leaves_takes_its_request_along() -> None:
+    """Although no worker is free: bodies that nobody bounds any more would fill the memory."""
+
+    async def main() -> None:
+        queue: BatchQueue[Job] = BatchQueue()
+        waiting = jobs(3)
+        queue.put(*waiting)
+        waiting[1].answer.cancel()
+        await asyncio.sleep(0)
+        assert len(queue) == 2
+        assert numbers(queue.clear()) == [0, 2] and len(queue) == 0
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("has_some", [False, True])
 def test_nothing_is_lost_if_whoever_collects_is_cancelled(has_some: bool) -> None:
     async def main() -> None:

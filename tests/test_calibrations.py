@@ -39,6 +39,7 @@ from serving.verdict.store import (
     UnknownCalibration,
     check_name,
     path_of,
+    write_calibrations,
 )
 from training.data import PARTS, Dataset, ImageSet
 
@@ -356,6 +357,23 @@ def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
     assert engine.store.get().exact is not None and not engine.store.broken
 
 
+def test_a_link_to_a_folder_that_is_not_mounted_gives_no_verdict(
+    bundle: Path, night_file: Path, dark: np.ndarray, tmp_path: Path
+) -> None:
+    add(bundle, night_file, "default")
+    target = tmp_path / "mounted"
+    (bundle / FOLDER).rename(target)
+    (bundle / FOLDER).symlink_to(target)
+    target.rename(tmp_path / "unmounted")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    (score,) = engine.score(dark[:1])
+    assert isinstance(score, Score) and score.verdict is None
+    with pytest.raises(UnknownCalibration, match="the file of the calibration 'night' cannot be"):
+        engine.store.get("night")
+    (tmp_path / "unmounted").rename(target)
+    assert engine.store.get().version == Calibrations.load(night_file).version
+
+
 def test_readers_see_a_whole_calibration_while_it_is_replaced(
     bundle: Path, night_file: Path
 ) -> None:
@@ -613,16 +631,44 @@ def test_feedback_that_would_disable_the_gate_is_refused(
     assert main([*words, *map(str, files)]) == 2
     said = capsys.readouterr().err
     assert "of 20 joining images, the present calibration rejects 20 at alpha 0.01" in said
-    assert "20 accepted images would be more unusual" in said and "option force" in said
+    assert "calibration rejects 20 of all accepted images" in said and "option force" in said
     assert not path_of(bundle, "default").exists()
     assert not (bundle / FOLDER / "feedback.jsonl").exists()
     assert give_feedback(bundle, "default", files[:9], []).joined == 9
-    with pytest.raises(CalibrationError, match="10 accepted images would be more unusual"):
+    lines: list[str] = []
+    with pytest.raises(CalibrationError, match="calibration rejects 10 of all accepted images"):
         give_feedback(bundle, "default", files[9:10], [])
+    assert give_feedback(bundle, "default", [], files[:9]).removed == 9
+    assert give_feedback(bundle, "default", files[:9], [], lines.append).joined == 9
+    assert lines[1:] == ["images like these 9 are no longer rejected at alpha 0.01"]
     assert main([*words, *map(str, files), "--force"]) == 0
     read = Calibrations.load(path_of(bundle, "default"))
     assert read.exact is not None and len(read.exact.scores) == n + 20
     assert all(decision.accepted for decision in Gate(bundle).check(files))
+
+
+def test_one_outlier_among_the_calibration_images_hides_no_wrong_folder(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """OOD images need not be more unusual than every calibration image: one may lie far beyond."""
+    own = InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations
+    assert own.exact is not None
+    larger = dataclasses.replace(  # 450 images, of which alpha 0.01 rejects four ranks
+        own.exact,
+        scores=np.append(np.repeat(own.exact.scores, 3)[:-1], 1e9),
+        reference=np.repeat(own.exact.reference, 3, axis=0),
+        digests=np.empty(0, np.uint64),
+    )
+    networks = verify_bundle(bundle).networks
+    write_calibrations(
+        bundle, dataclasses.replace(own, name="camera", model=networks, exact=larger)
+    )
+    rng = np.random.default_rng(0)
+    files = [tmp_path / f"{i}.png" for i in range(12)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 2, (8, 8, 3), np.uint8) * 255).save(file)
+    with pytest.raises(CalibrationError, match="calibration rejects 12 of all accepted images"):
+        give_feedback(bundle, "camera", files, [])
 
 
 def test_feedback_is_taken_back_by_its_values(

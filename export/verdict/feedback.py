@@ -36,7 +36,7 @@ from serving.verdict.store import FOLDER, check_name, write_calibrations
 
 AUDIT = "feedback.jsonl"
 ALPHA = 0.01  # at which joining images must leave something to reject
-FEW = 10  # fewer images beyond all others may always join
+FEW = 10  # fewer images that ade calibrate's calibration rejects may always join
 Given = Literal["accept", "reject"]
 Report = Callable[[str], None]
 
@@ -103,7 +103,7 @@ def give_feedback(
         BundleError: the bundle is not whole, or cannot score.
         CalibrationError: the calibration is missing or damaged, a file is given as both, images
             would join a calibration that was made with another version of libwebp, or so many
-            images beyond all calibration images would join that they disable the gate.
+            images that it rejects would join that they disable the gate.
     """
     check_name(name)
     bundle = verify_bundle(folder)
@@ -168,34 +168,41 @@ def _report_unusual(
 ) -> str | None:
     """Report how unusual the joining images are; returns why they would disable the gate, if so.
 
-    They do if so many accepted images are more unusual than all images that ``ade calibrate``
-    calibrated with that no image like them can be rejected at :data:`ALPHA`.
+    They do if the calibration that ``ade calibrate`` made rejects so many of all accepted images at
+    :data:`ALPHA` that, with them, no image like them can be rejected any more. The level counts,
+    not the most unusual calibration image, because one outlier can lie far beyond all others.
     """
     disabling = None
     for resized in sorted({image.resized for image in joining}):
         calibration, larger = before.of(resized), after.of(resized)
-        assert calibration is not None and larger is not None
+        assert calibration is not None and larger is not None and larger.joined is not None
         mine = [image for image in joining if image.resized == resized]
         scores = calibration.scores_of(_statistics(mine))
-        rejected = int((conformal_p_values(calibration.scores, scores) <= ALPHA).sum())
+        rejected = _num_rejected(calibration.scores, scores)
         former = calibration.scores
         if calibration.joined is not None:
             former = former[~np.isin(former, calibration.joined.scores)]
-        farthest = former.max(initial=-np.inf)
-        beyond = int((larger.scores > farthest).sum())
-        most = max(FEW, flagging_rank(len(larger.scores), ALPHA))
+        unusual = _num_rejected(former, larger.joined.scores)
+        rank = flagging_rank(len(larger.scores), ALPHA)
+        most = max(FEW, rank)
         report(
             f"of {len(mine)} joining images{' that are resized' if resized else ''}, the present "
-            f"calibration rejects {rejected} at alpha {ALPHA}; {beyond} accepted images would be "
-            f"more unusual than all that ade calibrate calibrated with (refused from {most} on)"
+            f"calibration rejects {rejected} at alpha {ALPHA}; that of ade calibrate rejects "
+            f"{unusual} of all accepted images (refused from {most} on)"
         )
-        if (scores > farthest).any() and beyond >= most:
+        if _num_rejected(former, scores) and unusual >= most:
             disabling = (
-                f"{beyond} accepted images would be more unusual than all that ade calibrate "
-                f"calibrated with, so that images like them are no longer rejected at alpha "
-                f"{ALPHA}: check that these are the right images"
+                f"ade calibrate's calibration rejects {unusual} of all accepted images, so that "
+                f"images like them are no longer rejected at alpha {ALPHA}: check that these are "
+                "the right images"
             )
+        elif unusual >= rank:
+            report(f"images like these {unusual} are no longer rejected at alpha {ALPHA}")
     return disabling
+
+
+def _num_rejected(calibrating: np.ndarray, scores: np.ndarray) -> int:
+    return int((conformal_p_values(calibrating, scores) <= ALPHA).sum())
 
 
 def _read(

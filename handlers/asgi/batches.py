@@ -31,23 +31,28 @@ class BatchQueue(Generic[Job]):
     """
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[Job] = asyncio.Queue()
+        self._queue: dict[asyncio.Future[Any], Job] = {}  # by the answer
+        self._arrived = asyncio.Event()
         self._free: list[asyncio.Future[None]] = []  # those of free workers, the latest last
         self._is_collecting = False
         self._last_was_shared = False  # whether the last batch had several requests
 
     def __len__(self) -> int:
-        return self._queue.qsize()
+        return len(self._queue)
 
     def put(self, *jobs: Job) -> None:
-        """Append requests."""
+        """Append requests. Each is removed, with its body, as soon as nobody waits for it."""
         for job in jobs:
-            self._queue.put_nowait(job)
+            self._queue[job.answer] = job
+            job.answer.add_done_callback(self._leave)
+        self._arrived.set()
         self._call()
 
     def clear(self) -> list[Job]:
         """Remove all requests, and return them."""
-        return [self._queue.get_nowait() for _ in range(len(self))]
+        jobs = list(self._queue.values())
+        self._queue.clear()
+        return jobs
 
     async def next_batch(self) -> list[Job]:
         """Wait for the next batch; one caller collects at a time. Cancelling loses no request."""
@@ -93,6 +98,12 @@ class BatchQueue(Generic[Job]):
 
     async def _next(self) -> Job:
         while True:
-            job = await self._queue.get()
-            if not job.answer.done():  # otherwise the client is gone
+            while not self._queue:
+                self._arrived.clear()
+                await self._arrived.wait()
+            job = self._queue.pop(next(iter(self._queue)))
+            if not job.answer.done():  # otherwise the client has just left
                 return job
+
+    def _leave(self, answer: asyncio.Future[Any]) -> None:
+        self._queue.pop(answer, None)

@@ -49,7 +49,9 @@ class Replica:
         self._model = settings.model
         self._of_model = {"model_name": settings.model, MODEL: settings.identity}
         self._labels = {**self._of_model, "worker": str(context.rank.rank)}
-        # By the rank, which a successor takes over, or each replica would leave a journal.
+        # By the rank, which a successor takes over, or each replica would leave a journal. After a
+        # downscale Serve may give a rank again that a living replica had when it started: then two
+        # share a journal, and the gauges of one hide those of the other.
         name = f"{settings.name}-{context.rank.rank}"
         self._service = load_service(dataclasses.replace(settings, name=name))
         self._thread = ThreadPoolExecutor(1, "compute")

@@ -23,7 +23,8 @@ BY_TYPE = {
 }
 WORKER_DIED = "Worker died"  # other failures share the type of this message
 FRONTS_KEY_REFUSED = "InvalidKeyException"  # about the front's key, not about a client's token
-OVERLOADED = (503, 507)
+NO_WORKER = 503  # nor a place in its queue, but the front never sends more than fit into that
+OVERLOADED = 507
 
 
 def translate(status: int, kind: str, message: str) -> ApiError:
@@ -39,7 +40,9 @@ def translate(status: int, kind: str, message: str) -> ApiError:
         return ApiError(*known)
     if WORKER_DIED in message:
         return ApiError(503, "unavailable", "the worker that had the request died: try again later")
-    if status in OVERLOADED:
+    if status == NO_WORKER:
+        return ApiError(503, "unavailable", "no worker can take the request: try again later")
+    if status == OVERLOADED:
         return ApiError(
             503, "overloaded", "the service cannot take the request now: try again later"
         )

@@ -56,8 +56,8 @@ def decide(
         if calibrations.is_broken:
             return Ruling(
                 "no_verdict",
-                "calibration_broken: calibrations/default.npz cannot be used; the log has the "
-                "reason",
+                "calibration_broken: the bundle's folder calibrations, or default.npz there, "
+                "cannot be used; the log has the reason",
             )
         if resized and calibrations.exact is not None:
             return Ruling(

@@ -83,9 +83,9 @@ class CalibrationStore:
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
     stays in use; so it does if the folder vanishes. ``default.npz`` takes the place of the bundle's
     own calibration; if it cannot be used from the start, there is no verdict, because the bundle's
-    own would accept other images. The same holds if the bundle's folder is gone at the start, since
-    it may have held that file. A calibration that another version of libwebp helped to make is
-    used, with a warning in the log.
+    own would accept other images. The same holds if the bundle's folder is gone at the start, or
+    the folder of the named ones is a link that leads nowhere, since it may have held that file. A
+    calibration that another version of libwebp helped to make is used, with a warning in the log.
 
     Args:
         own: the bundle's own calibrations.
@@ -142,7 +142,7 @@ class CalibrationStore:
             with self._lock:
                 self._refresh()
             found = self._current.get(name)
-        if found is None and name in self._broken:
+        if found is None and (name in self._broken or ALL in self._broken):
             raise UnknownCalibration(f"the file of the calibration {show(name)} cannot be used")
         if found is None:
             raise UnknownCalibration(
@@ -179,8 +179,12 @@ class CalibrationStore:
         try:
             found = _files(self._folder)
         except FileNotFoundError:
-            # Moved or unmounted: its former content stays in use.
-            if self._may_hold_files or not os.path.isdir(self._folder.parent):
+            # Moved, unmounted, or a link that leads nowhere: its former content stays in use.
+            if (
+                self._may_hold_files
+                or self._folder.is_symlink()
+                or not os.path.isdir(self._folder.parent)
+            ):
                 self._report({**self._broken, ALL: f"{self._folder} is gone"})
                 return
             found = {}
