@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from handlers.launch.environment import available_cores
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle
 from tests.helpers import PRETRAINED, ROOT, make_folder
@@ -127,7 +128,9 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
     )
     out = tmp_path / "out"
     arguments = ["score", str(folder), "--bundle", str(tiny_bundle), "--engine", "ray"]
-    command = [sys.executable, "-c", SCRIPT, *arguments, "--workers", "1", "--out", str(out)]
+    # As many workers as cores: with too few of Ray's CPUs beside them, resuming waited forever.
+    workers = str(available_cores())
+    command = [sys.executable, "-c", SCRIPT, *arguments, "--workers", workers, "--out", str(out)]
     options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     with open(tmp_path / "first.txt", "wb") as log:
         first = subprocess.Popen(command, stdout=log, stderr=log, **options)

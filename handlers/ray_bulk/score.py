@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import os
 import posixpath
 import threading
@@ -23,12 +24,13 @@ from pyarrow import dataset, fs, parquet
 
 from handlers.ray_bulk import manifest
 from handlers.ray_bulk.manifest import PART_ROWS
-from handlers.ray_serve.instance import ray_instance
+from handlers.ray_serve.instance import BESIDE, ray_instance
 from serving.bulk import CHUNK, BulkError, BulkOptions, FileScorer, Summary, columns, row_schema
 from serving.engine.bundle import Bundle, open_bundle
 from serving.files import read_file
 from serving.images import MAX_FILE_BYTES
 
+logger = logging.getLogger(__name__)
 LOOK_S = 2.0  # between two looks at what is committed
 ROW_BYTES = 64  # of the manifest in memory, at least
 THREADS = {"OMP_NUM_THREADS": "1"}
@@ -163,6 +165,17 @@ def _run(
         override_filesystem=files,
         delete_checkpoint_on_success=False,
     )
+    # One actor leaves out committed rows: up to ten, by default, could take the workers' places.
+    context.checkpoint_config.checkpoint_actor_pool_max_size = 1
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if cpus < workers + BESIDE:
+        logger.warning(
+            "%d workers need a Ray cluster with %d CPUs, this one has %g: with fewer it waits for "
+            "more nodes",
+            workers,
+            workers + BESIDE,
+            cpus,
+        )
     ray.data.read_parquet(
         posixpath.join(folder, "manifest"),
         filesystem=files,

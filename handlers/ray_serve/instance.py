@@ -22,6 +22,9 @@ from handlers.ray_serve.environment import of_every_node, of_own_instance
 SHORT = "/tmp"  # Unix sockets have short paths, and Ray's folders long names
 OBJECTS_BYTES = 256 * 2**20  # of shared memory, for bodies and answers on their way
 LOCAL = "127.0.0.1"
+# CPUs beside those of the workers: one for tasks that read or write, and, if scoring in bulk is
+# resumed, one for the actor that leaves out committed rows. Without either, Ray Data waits forever.
+BESIDE = 2
 START_S = 120.0  # after which it is not tried again
 
 
@@ -99,8 +102,9 @@ def _start(ray: Any, folder: Path, num_workers: int) -> None:
         try:
             ray.init(
                 address="local",
-                # Each worker finds a place: they share the cores as processes do.
-                num_cpus=max(available_cores(), num_workers) + 1,
+                # Each worker finds a place, and so does what Ray Data runs beside them: they share
+                # the cores as processes do.
+                num_cpus=max(available_cores(), num_workers) + BESIDE,
                 object_store_memory=OBJECTS_BYTES,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
