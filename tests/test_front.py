@@ -490,7 +490,7 @@ def test_a_token(tmp_path: Path) -> None:
         ("died", 503, "unavailable"),
         ("form", 400, "malformed_request"),
         ("boundary", 400, "malformed_request"),
-        ("full", 503, "overloaded"),
+        ("full", 503, "unavailable"),
         ("memory", 503, "overloaded"),
         ("fault", 500, "internal_error"),
         ("model", 404, "unknown_model"),
