@@ -15,10 +15,10 @@ serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
 
 test: $(VENV)/.test  ## every fast test, in under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/.test  ## the slow tests: training, resuming, all sizes, fuzzing
-	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile
 
 test-ray: $(VENV)/.test  ## the engine on Ray, installed first: its contract, what dies under load, bulk scoring
 	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),dev,ray]"

@@ -50,6 +50,12 @@ class Memory(threading.Thread):
                 return
             time.sleep(INTERVAL_S)
 
+    def quarters(self) -> str:
+        """The medians of the second, third and last quarter of the time."""
+        size = len(self.seen)
+        parts = [self.seen[size * i // 4 : size * (i + 1) // 4] for i in range(1, 4)]
+        return ", ".join(f"{statistics.median(part):.0f}" for part in parts)
+
 
 def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:
     command = [
@@ -124,15 +130,8 @@ def main() -> None:
         f"killed at {kept} rows, {left} processes left behind; {len(names)} rows at the end, "
         f"{len(set(names))} different: {'' if names == paths else 'NOT '}the files in order"
     )
-    for when, seen in (("before the kill", first.seen), ("after it", memory.seen)):
-        parts = [
-            statistics.median(seen[len(seen) * i // 4 : len(seen) * (i + 1) // 4])
-            for i in range(1, 4)
-        ]
-        print(
-            f"memory {when}, MiB in the second, third and last quarter: "
-            + ", ".join(f"{size:.0f}" for size in parts)
-        )
+    for when, seen in (("before the kill", first), ("after it", memory)):
+        print(f"memory {when}, MiB in the second, third and last quarter: {seen.quarters()}")
 
 
 if __name__ == "__main__":

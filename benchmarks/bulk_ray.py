@@ -113,13 +113,9 @@ def main() -> None:
         f"killed {len(KILLED_AFTER)} times: {len(ids)} rows at the end, "
         f"{len(set(ids))} different ids of {total}"
     )
-    quarters = [
-        statistics.median(memory.seen[len(memory.seen) * i // 4 : len(memory.seen) * (i + 1) // 4])
-        for i in range(1, 4)
-    ]
     print(
         "memory after the last kill, MiB in the second, third and last quarter: "
-        + ", ".join(f"{size:.0f}" for size in quarters)
+        f"{memory.quarters()}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import tempfile
@@ -25,26 +24,6 @@ from tests.helpers import DATA, PRETRAINED, make_model
 if TYPE_CHECKING:
     from serving.engine.engine import InferenceEngine
     from tests.service import RunningService
-
-# The files that take longest, which start first: at the end of a run no process waits for another.
-LONG = ("test_page.py", "test_coding.py", "test_asgi.py", "test_page_security.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the tests of :data:`LONG` to the front."""
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
-
-
-@pytest.fixture(scope="session")
-def few_registries() -> Iterator[None]:
-    """Make PyTorch's registry of ONNX functions once: half of what a small export takes."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    made = functools.cache(ONNXRegistry.from_torchlib)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(made))
-        yield
 
 
 @pytest.fixture
@@ -112,7 +91,6 @@ def tiny_bundle(
     tiny_checkpoint: Path,
     small_images: np.ndarray,
     few_corrupted_images: None,
-    few_registries: None,
     made_once: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:

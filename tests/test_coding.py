@@ -120,9 +120,7 @@ def make_bundle(folder: Path, name: str, images: np.ndarray, scores: bool) -> Bu
 
 
 @pytest.fixture(scope="module")
-def bundle(
-    tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray, few_registries: None
-) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Bundle:
     folder = tmp_path_factory.mktemp("bundles") / "av-ade"
     return make_bundle(folder, "av-ade", small_images, scores=True)
 

@@ -103,7 +103,7 @@ def give_feedback(
         BundleError: the bundle is not whole, or cannot score.
         CalibrationError: the calibration is missing or damaged, a file is given as both, images
             would join a calibration that was made with another version of libwebp, or so many
-            images that it rejects would join that they disable the gate.
+            unusual images would join that they disable the gate.
     """
     check_name(name)
     bundle = verify_bundle(folder)
@@ -196,7 +196,7 @@ def _report_unusual(
                 f"images like them are no longer rejected at alpha {ALPHA}: check that these are "
                 "the right images"
             )
-        elif unusual >= rank:
+        elif 0 < rank <= unusual:
             report(f"images like these {unusual} are no longer rejected at alpha {ALPHA}")
     return disabling
 

@@ -23,7 +23,7 @@ BY_TYPE = {
 }
 WORKER_DIED = "Worker died"  # other failures share the type of this message
 FRONTS_KEY_REFUSED = "InvalidKeyException"  # about the front's key, not about a client's token
-NO_WORKER = 503  # nor a place in its queue, but the front never sends more than fit into that
+NO_WORKER = 503  # a full queue has it too, but the front never sends more than fit there
 OVERLOADED = 507
 
 
