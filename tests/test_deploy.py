@@ -242,6 +242,58 @@ def test_a_containers_limit_bounds_the_cores(tmp_path: Path, text: str, cores: i
     assert available_cores(tmp_path / "missing") == most >= 1
 
 
+# KServe
+
+
+def test_kserve_runs_the_same_container(pod: dict[str, Any], container: dict[str, Any]) -> None:
+    """Its runtime and service make the Deployment's pod, but for the engine, probes and bundle."""
+    validator = pytest.importorskip("kubernetes_validate")
+    runtime, service = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
+    predictor = service["spec"]["predictor"]
+    own = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "model"}
+    (served,) = runtime["spec"]["containers"]
+    assert served["name"] == "kserve-container"
+    made = {key: value for key, value in predictor.items() if key not in own}
+    made |= {"containers": [served], "volumes": runtime["spec"]["volumes"]}
+    spec = {"metadata": {"name": "ade"}, "spec": made}
+    validator.validate({"apiVersion": "v1", "kind": "Pod"} | spec, "1.31", strict=True)
+    assert {key: made[key] for key in pod if key != "containers"} == {
+        key: value for key, value in pod.items() if key != "containers"
+    }
+    for key in ("lifecycle", "securityContext", "volumeMounts"):
+        assert served[key] == container[key], key
+    port = VARIABLES["inference"][1]
+    assert served["livenessProbe"] == container["livenessProbe"] | {"tcpSocket": {"port": port}}
+    assert served["env"] == [v for v in container["env"] if v["name"] == TOKEN_VARIABLE]
+    patch = load(KUBERNETES / "overlays" / "cpu" / "resources.yaml")
+    (cpu,) = patch["spec"]["template"]["spec"]["containers"]
+    assert served["resources"] == cpu["resources"]
+
+
+def test_kserve_finds_the_runtime_and_reaches_the_service() -> None:
+    runtime, service = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
+    (accepted,) = runtime["spec"]["supportedModelFormats"]
+    model = service["spec"]["predictor"]["model"]
+    assert model["modelFormat"] == {key: accepted[key] for key in ("name", "version")}
+    assert [model["protocolVersion"]] == runtime["spec"]["protocolVersions"] == ["v2"]
+    (served,) = runtime["spec"]["containers"]
+    meta = {"{{.Name}}": "ade", "{{.Namespace}}": "default"}
+    words = [re.sub(r"{{\.\w+}}", lambda m: meta[m[0]], word) for word in served["args"]]
+    args = parse(["serve", *words])
+    assert args.engine == "asgi" and [str(b) for b in args.bundles] == ["/mnt/models"]
+    inside = {f"ade-predictor{d}" for d in ("", ".default", ".default.svc")}
+    assert set(_allowed_hosts(args.allowed_hosts)) == {
+        *inside,
+        "ade-predictor.default.svc.cluster.local",
+        "ade-default.example.com",
+    }
+    for probe in ("startupProbe", "readinessProbe"):
+        assert served[probe]["httpGet"] == {
+            "path": "/v2/health/ready",
+            "port": VARIABLES["inference"][1],
+        }
+
+
 # docker compose
 
 
