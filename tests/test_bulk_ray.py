@@ -66,6 +66,40 @@ def test_a_manifest_of_another_file_system(tmp_path: Path) -> None:
     ]
 
 
+def test_a_folder_that_cannot_be_listed_ends_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    (tmp_path / "closed").mkdir()
+    for name in ("1.png", "closed/2.png"):
+        (tmp_path / name).write_bytes(b"x")
+    listed = LocalFileSystem.ls
+
+    def ls(self: LocalFileSystem, path: str, **options: object) -> object:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(self, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", ls)
+    with pytest.raises(BulkError, match=r"cannot be listed: .*Permission denied.*closed"):
+        list(manifest.list_files(str(tmp_path)))
+
+
+def test_a_file_whose_store_fails_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class ClientError(Exception):
+        pass
+
+    def fail(*args: object, **options: object) -> bytes:
+        raise ClientError("503")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+    with pytest.raises(OSError, match="ClientError: 503"):
+        score.read_any_file("memory://bucket/1.png")
+
+
 def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "PART_ROWS", 4)
     paths = [f"{i}.png" for i in range(10)]
@@ -87,6 +121,16 @@ def test_a_manifest_without_paths(tmp_path: Path) -> None:
         list(manifest.read_manifest(str(tmp_path / "x.parquet")))
     with pytest.raises(BulkError, match="cannot be read"):
         list(manifest.read_manifest(str(tmp_path / "y.parquet")))
+    parquet.write_table(pa.table({"path": ["x", None]}), tmp_path / "z.parquet")
+    with pytest.raises(BulkError, match="a path must be text, got None"):
+        list(manifest.read_manifest(str(tmp_path / "z.parquet")))
+
+
+def test_a_manifest_with_times_of_any_type(tmp_path: Path) -> None:
+    table = {"path": ["x"], "mtime": pa.array([1_700_000_000_000], pa.timestamp("ms", "UTC"))}
+    parquet.write_table(pa.table(table), tmp_path / "x.parquet")
+    rows = list(manifest.read_manifest(str(tmp_path / "x.parquet")))
+    assert rows == [{"path": "x", "size": None, "mtime": 1.7e9}]
 
 
 def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
@@ -104,7 +148,10 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     assert rows["bpd"].null_count == 0 and set(rows["decision"].to_pylist()) <= {"accept", "reject"}
     (tmp_path / "out" / "rows").mkdir()
     parquet.write_table(rows.slice(0, 6), f"{out}/rows/a.parquet")
-    with pytest.raises(BulkError, match="has 6 rows of 10 files"):
+    with pytest.raises(BulkError, match="has 6 rows about 6 of 10 files"):
+        score._count(out, total)
+    parquet.write_table(rows.slice(0, 4), f"{out}/rows/b.parquet")
+    with pytest.raises(BulkError, match="has 10 rows about 6 of 10 files"):
         score._count(out, total)
     parquet.write_table(rows.slice(6), f"{out}/rows/b.parquet")
     assert score._count(out, total).scored == 10

@@ -35,22 +35,39 @@ def list_files(source: str) -> Iterator[dict[str, Any]]:
 
     Args:
         source: a path, or a URL that fsspec reads.
+
+    Raises:
+        BulkError: a folder cannot be listed.
     """
     files, root = fsspec.url_to_fs(source)
-    for _, folders, names in files.walk(root, detail=True):
-        ordered = sorted(folders)
-        for name in ordered:  # the order of the dictionary is that of the walk
-            folders[name] = folders.pop(name)
-        for name in sorted(names):
-            if is_image_name(name):
-                about = names[name]
-                yield {
-                    "path": files.unstrip_protocol(about["name"])
-                    if "://" in source
-                    else about["name"],
-                    "size": about.get("size"),
-                    "mtime": _time(about),
-                }
+    try:
+        for about in _walk(files, root):
+            path = about["name"]
+            yield {
+                "path": files.unstrip_protocol(path) if "://" in source else path,
+                "size": about.get("size"),
+                "mtime": _time(about),
+            }
+    except OSError as error:
+        raise BulkError(f"{source} cannot be listed: {error}") from None
+
+
+def _walk(files: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """What the file system says about each image file below a folder.
+
+    fsspec's own walk leaves out folders that cannot be listed, so that images would be missing
+    without a word.
+    """
+    folders = []
+    for about in sorted(files.ls(folder, detail=True), key=lambda about: about["name"]):
+        name = about["name"].rstrip("/")
+        if about["type"] == "directory":
+            if name != folder.rstrip("/"):  # a store of objects may list the folder itself
+                folders.append(name)
+        elif is_image_name(name):
+            yield about
+    for name in folders:
+        yield from _walk(files, name)
 
 
 def read_manifest(source: str) -> Iterator[dict[str, Any]]:
@@ -67,7 +84,10 @@ def read_manifest(source: str) -> Iterator[dict[str, Any]]:
                 raise BulkError(f"{source} has no column path")
             kept = [name for name in ("path", "size", "mtime") if name in names]
             for batch in table.iter_batches(PART_ROWS, columns=kept):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    if not isinstance(row["path"], str):
+                        raise BulkError(f"{source}: a path must be text, got {row['path']!r}")
+                    yield {"path": row["path"], "size": row.get("size"), "mtime": _time(row)}
     except (OSError, pa.ArrowInvalid) as error:
         raise BulkError(f"{source} cannot be read: {error}") from None
 

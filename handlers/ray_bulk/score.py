@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 from pyarrow import dataset, fs, parquet
 
@@ -65,8 +66,13 @@ def read_any_file(path: str) -> bytes:
     """
     if "://" not in path:
         return read_file(Path(path))
-    files, name = fsspec.url_to_fs(path)
-    content: bytes = files.cat_file(name, start=0, end=MAX_FILE_BYTES + 1)
+    try:
+        files, name = fsspec.url_to_fs(path)
+        content: bytes = files.cat_file(name, start=0, end=MAX_FILE_BYTES + 1)
+    except OSError:
+        raise
+    except Exception as error:  # of the store's own client: one file must not end the run
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
     if len(content) > MAX_FILE_BYTES:
         raise OSError(errno.EFBIG, f"an image file may have {MAX_FILE_BYTES} bytes")
     return content
@@ -249,20 +255,23 @@ def _count(out: str, total: int) -> Summary:
     """Count the rows by decision.
 
     Raises:
-        BulkError: there are not as many as files, or one is there twice.
+        BulkError: a file has no row, or more than one.
     """
     rows = dataset.dataset(
         posixpath.join(_inside(out), "rows"), filesystem=_file_system(out), format="parquet"
     )
     counts: Counter[str] = Counter()
-    for batch in rows.to_batches(columns=["decision", "error"]):
+    found = np.zeros(total, bool)
+    for batch in rows.to_batches(columns=["id", "decision", "error"]):
+        ids = batch["id"].to_numpy()
+        found[ids[ids < total]] = True
         for decision, error in zip(
             batch["decision"].to_pylist(), batch["error"].to_pylist(), strict=True
         ):
             counts["error" if error is not None else decision] += 1
-    if counts.total() != total:
+    if counts.total() != total or not found.all():
         raise BulkError(
-            f"{out} has {counts.total()} rows of {total} files: run the command again, or choose "
-            "another folder if it has too many"
+            f"{out} has {counts.total()} rows about {found.sum()} of {total} files: run the "
+            "command again, or choose another folder if there are more rows than files"
         )
     return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
