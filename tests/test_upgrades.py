@@ -230,18 +230,28 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     ):
         with pytest.raises(UpgradeError, match=message):
             check_contract(old, new)
+    for path in PRETRAINED.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    new = Bundle(tmp_path, old.manifest)
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "night.npz").touch()
     with pytest.raises(UpgradeError, match="lacks the calibrations night"):
-        check_contract(Bundle(tmp_path, old.manifest), old)
+        check_contract(new, old)
     # A file that the new bundle could not use is no calibration: images would get no verdict.
     with pytest.raises(UpgradeError, match="the calibration night of "):
-        check_contract(old, Bundle(tmp_path, old.manifest))
+        check_contract(old, new)
     calibrations = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
-    for model, is_usable in ((old.networks, True), ("0" * 64, False)):
+    for model, is_usable in ((old.networks, True), ("0" * 64, False), (old.networks, True)):
         write_calibrations(tmp_path, dataclasses.replace(calibrations, name="night", model=model))
-        with nullcontext() if is_usable else pytest.raises(UpgradeError, match="another model"):
-            check_contract(old, Bundle(tmp_path, old.manifest))
+        with nullcontext() if is_usable else pytest.raises(UpgradeError, match="for a model with"):
+            check_contract(old, new)
+    # Nor is one of another version, which would take the place of the bundle's own.
+    exact = calibrations.exact
+    unknown = dataclasses.replace(exact, names=("unknown", *exact.names[1:]))
+    made = dataclasses.replace(calibrations, name="default", model=old.networks)
+    write_calibrations(tmp_path, dataclasses.replace(made, exact=unknown))
+    with pytest.raises(UpgradeError, match="the calibration default of .*unknown"):
+        check_contract(old, new)
 
 
 class SwitchingEngine(UpgradableEngine):

@@ -17,8 +17,9 @@ from handlers.front.releases import Release
 from handlers.launch.channel import ChannelError, Say
 from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, release_of
 from handlers.launch.parts import Page
-from serving.engine.bundle import CALIBRATION_NAME, Bundle, verify_bundle
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
+from serving.engine.calibrations import open_calibrations
+from serving.verdict.calibration import CalibrationError
 from serving.verdict.store import FOLDER
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
@@ -252,16 +253,15 @@ def check_contract(old: Bundle, new: Bundle) -> None:
             f"{new.model_id} lacks the calibrations {', '.join(lost)}: add them with "
             "ade calibrate --into, or remove those that nobody uses from the old bundle"
         )
-    for name, path in _calibrations(new).items():
-        try:
-            made_for = Calibrations.load(path, name).model
-        except CalibrationError as error:
-            raise UpgradeError(f"the calibration {name} of {new.model_id}: {error}") from error
-        if made_for != new.networks:
-            raise UpgradeError(
-                f"the calibration {name} of {new.model_id} was made for another model: make it "
-                "again with ade calibrate --into"
-            )
+    try:
+        store = open_calibrations(new, new.folder / FOLDER)
+    except (BundleError, CalibrationError) as error:
+        raise UpgradeError(f"the calibration of {new.model_id}: {error}") from error
+    for name, reason in store.broken.items():
+        raise UpgradeError(
+            f"the calibration {name} of {new.model_id}: {reason}: make it again with ade "
+            "calibrate --into, or remove it"
+        )
 
 
 def _calibrations(bundle: Bundle) -> dict[str, Path]:
