@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
+from handlers.front.settings import given_token
 from handlers.torchserve.status import read_status
 from serving.ports import VARIABLES, PortError, Ports, check_host
 
-ERRORS = (PortError,)
+ERRORS = (PortError, ValueError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_host(args.host)
-    found = read_status(Ports.from_environment(), os.environ.get("ADE_TOKEN"), args.host)
+    found = read_status(Ports.from_environment(), given_token(), args.host)
     print(json.dumps(found, indent=2) if args.json else _text(found))
     return 0 if found["ready"] else 1
 

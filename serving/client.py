@@ -12,11 +12,13 @@ import inspect
 import io
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from zipfile import BadZipFile
 
 import httpx
 import numpy as np
@@ -39,6 +41,7 @@ from serving.api.operations.sample import (
 )
 from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
 from serving.api.requests import PROBE_HEADER
+from serving.files import read_file
 from serving.ports import LOOPBACK, Ports
 from serving.verdict.calibration import DEFAULT
 from serving.verdict.decision import NOT_SCORED, Choice
@@ -76,7 +79,8 @@ ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes | bytearra
 IMAGE_TYPES = (np.ndarray, Image.Image, str, os.PathLike, bytes, bytearray)
 Images = ImageLike | Sequence[ImageLike]  # an array has one image or several
 SERVER_ERROR = "server_error"  # code of an answer that is not of the service
-PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+WITH_ALPHA = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # modes whose alpha RGB would drop
 P = ParamSpec("P")
 Model = TypeVar("Model")
 ResultT = TypeVar("ResultT")
@@ -238,15 +242,16 @@ class AdeClient:
     def sample(self, parameters: SampleParameters) -> Samples:
         """Draw new images; the result has the seed that was used."""
         answer = self._post("sample", parameters, format="npy")
-        return Samples(
-            _npy(answer), int(answer.headers[SEED_HEADER]), answer.headers["X-Ade-Model"]
-        )
+        with _reading():
+            seed, model = int(answer.headers[SEED_HEADER]), answer.headers["X-Ade-Model"]
+            return Samples(_npy(answer), seed, model)
 
     @_takes(SampleParameters)
     def sample_png(self, parameters: SampleParameters) -> tuple[bytes, int]:
         """Draw samples as one PNG file whose text reproduces them; also returns the seed."""
         answer = self._post("sample", parameters, format="png")
-        return answer.content, int(answer.headers[SEED_HEADER])
+        with _reading():
+            return answer.content, int(answer.headers[SEED_HEADER])
 
     def is_ready(self, timeout: float = 20.0) -> bool:
         """Whether all four operations answer within ``timeout`` seconds together.
@@ -299,7 +304,9 @@ class AdeClient:
     def _decode(self, images: list[list[GivenLevel]], seed: int, kind: Kind) -> np.ndarray:
         latents = [GivenLatents(levels=levels) for levels in images]
         parameters = SampleParameters(latents=latents, seed=seed, kind=kind)
-        return _npy(self._post("sample", parameters, format="npy"))
+        answer = self._post("sample", parameters, format="npy")
+        with _reading():
+            return _npy(answer)
 
     @_takes_images(EncodeParameters)
     def encode(self, images: Images, parameters: EncodeParameters) -> Latents:
@@ -307,15 +314,20 @@ class AdeClient:
 
         Raises the error of the first image that cannot be used.
         """
-        return Latents.load(self._post("encode", parameters, images, format="npz").content)
+        answer = self._post("encode", parameters, images, format="npz")
+        with _reading():
+            return Latents.load(answer.content)
 
     @_takes_images(ReconstructParameters)
     def reconstruct(
         self, images: Images, parameters: ReconstructParameters
     ) -> list[Reconstruction | AdeError]:
         """Reconstruct images: one reconstruction per image, or the error if it cannot be used."""
+        images = several(images)
         answer = self._post("reconstruct", parameters, images, format="json")
-        return [_entry(r) for r in from_json(ReconstructAnswer, _json(answer)).results]
+        with _reading():
+            results = from_json(ReconstructAnswer, answer.json()).results
+            return [_entry(r) for r in _one_of_each(images, results)]
 
     @_takes_images(ScoreParameters)
     def score(self, images: Images, parameters: ScoreParameters) -> list[ScoreResult | AdeError]:
@@ -347,9 +359,13 @@ class AdeClient:
         )
 
     def _score(self, images: Images, parameters: ScoreParameters) -> ScoreAnswer:
-        answer = _json(self._post("score", parameters, images))
-        answer["results"] = [r if "error" in r else {**UNDECIDED, **r} for r in answer["results"]]
-        return from_json(ScoreAnswer, answer)
+        images = several(images)
+        answer = self._post("score", parameters, images)
+        with _reading():
+            found = answer.json()
+            found["results"] = [r if "error" in r else {**UNDECIDED, **r} for r in found["results"]]
+            _one_of_each(images, found["results"])
+            return from_json(ScoreAnswer, found)
 
     def _post(
         self,
@@ -428,13 +444,14 @@ def image_file(image: ImageLike) -> bytes:
     Pixels of a mode that PNG lacks, such as CMYK, become RGB.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: an array is not an image, or an image has no pixels.
+        OSError: a file cannot be read, is not a regular one, or is larger than the service takes.
+        ValueError: an array is not an image, or an image has no pixels, or values of other than 8
+            or 16 bits.
     """
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
     if isinstance(image, (str, os.PathLike)):
-        return Path(image).read_bytes()
+        return read_file(Path(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3:
             raise ValueError(f"an image must be uint8 (H, W, C), got {image.dtype} {image.shape}")
@@ -443,27 +460,40 @@ def image_file(image: ImageLike) -> bytes:
         image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     if not all(image.size):
         raise ValueError(f"an image must have pixels, got {image.width} x {image.height}")
+    if image.mode in ("F", "I"):
+        raise ValueError(
+            f"an image must have 8 or 16 bits per value, got a PIL image of mode {image.mode}"
+        )
+    if image.mode in ("I;16B", "I;16L"):
+        image = image.convert("I").convert("I;16")
     image = ImageOps.exif_transpose(image)  # as the service turns the image's file
     if image.mode not in PNG_MODES:
-        image = image.convert("RGB")
+        image = image.convert(WITH_ALPHA.get(image.mode, "RGB"))
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
 
 
-def _json(answer: httpx.Response) -> Any:
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn what an answer that is not the service's raises into the client's error."""
     try:
-        return answer.json()
-    except ValueError as error:
-        raise AdeError(200, SERVER_ERROR, f"the answer is not JSON: {error}") from error
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+        about = f"{type(error).__name__}: {error}"
+        raise AdeError(200, SERVER_ERROR, f"the answer is not this API's: {about}") from error
 
 
 def _npy(answer: httpx.Response) -> np.ndarray:
-    try:
-        array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise AdeError(200, SERVER_ERROR, f"the answer is not an array: {error}") from error
+    array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
     return array
+
+
+def _one_of_each(images: Sequence[ImageLike] | np.ndarray, results: list[ResultT]) -> list[ResultT]:
+    """The results, if there are as many as images: callers pair them."""
+    if len(results) != len(images):
+        raise ValueError(f"it has {len(results)} results of {len(images)} images")
+    return results
 
 
 def _entry(result: ResultT | Problem) -> ResultT | AdeError:

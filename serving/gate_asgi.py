@@ -8,7 +8,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+import time
+from collections.abc import Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from serving.api.errors import ApiError
+from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, replay
 from serving.api.requests import MAX_IMAGES, pixels_to_resize
 from serving.gate import Decision, Gate
 from serving.messages import show
@@ -23,11 +25,6 @@ from serving.verdict.store import UnknownCalibration
 
 logger = logging.getLogger(__name__)
 Action = Literal["reject", "flag"]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # passed on without a body
 MAX_BODY_BYTES = 16 * 2**20
 _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
@@ -49,7 +46,7 @@ class GateMiddleware:
             at the decisions.
         on_no_verdict: the same for images without a verdict.
         timeout_s: time for the decisions on one request, including waiting, above 0; after it the
-            answer is 503.
+            answer is 503. A request that has waited for half of it is not decided on any more.
         threads: number of threads that decide.
         waiting: largest number of requests that wait or are decided on, at least 1; further ones
             are answered 503 at once, before their bodies are read.
@@ -127,8 +124,11 @@ class GateMiddleware:
         except UnknownCalibration as error:
             await _answer(send, 422, "unknown_calibration", str(error))
             return
-        except Exception:  # fails closed: whatever went wrong, the image was not accepted
-            logger.exception("the gate failed")
+        except Exception as error:  # fails closed: whatever went wrong, the image is not accepted
+            if isinstance(error, TimeoutError):
+                logger.warning("the gate took longer than %g s", self._timeout_s)
+            else:
+                logger.exception("the gate failed")
             await _answer(
                 send, 503, "gate_unavailable", "the gate could not decide: try again later"
             )
@@ -137,7 +137,7 @@ class GateMiddleware:
             await _answer(send, 422, "not_accepted", "the gate did not accept the image", decisions)
             return
         scope.setdefault("state", {})["gate"] = decisions
-        await self._app(scope, _replay(body, receive), send)
+        await self._app(scope, replay(body, receive), send)
 
     async def _is_full(self, send: Send) -> bool:
         """Answer 503 if no further request may wait."""
@@ -151,9 +151,16 @@ class GateMiddleware:
     async def _check(self, scope: MutableMapping[str, Any], images: list[bytes]) -> list[Decision]:
         """Ask the gate; a thread that takes too long is not replaced until it is done."""
         name = () if self._calibration is None else (self._calibration(scope),)
+        # Work that starts later would end too late to be used, and make those behind it late, too.
+        latest = time.monotonic() + self._timeout_s / 2
+
+        def check() -> list[Decision]:
+            if time.monotonic() > latest:
+                raise TimeoutError
+            return self._gate.check(images, *name)
+
         self._room -= 1
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._pool, self._gate.check, images, *name)
+        work = asyncio.get_running_loop().run_in_executor(self._pool, check)
         work.add_done_callback(self._done)
         decisions = await asyncio.wait_for(asyncio.shield(work), self._timeout_s)
         if len(decisions) != len(images):
@@ -201,7 +208,7 @@ async def _images(
 async def _files(
     scope: MutableMapping[str, Any], body: bytes, text_fields: Collection[str]
 ) -> list[bytes]:
-    request = Request(scope, _replay(body))
+    request = Request(scope, replay(body))
     types = request.headers.getlist("content-type")
     if len(types) > 1:  # the application might follow another one
         raise _Refused(
@@ -232,20 +239,6 @@ async def _files(
         "no_image",
         "send an image as the body (Content-Type: image/...) or as a file of a form",
     )
-
-
-def _replay(body: bytes, after: Receive | None = None) -> Receive:
-    """The body once more; then whatever comes after it, such as a disconnection."""
-    told = False
-
-    async def receive() -> Message:
-        nonlocal told
-        if told and after is not None:
-            return await after()
-        told = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive
 
 
 def _without_body(receive: Receive) -> Receive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from serving.client import image_file
 from serving.engine.bundle import BundleError
 from serving.gate import Decision, Gate
 from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
@@ -97,6 +99,38 @@ def test_pixels_that_png_cannot_hold(gate: Gate) -> None:
     found = gate.check([cmyk, Image.new("RGB", (0, 3)), NOISE[:0], noise])
     assert [d.is_error for d in found] == [False, True, True, False]
     assert "must have pixels, got 0 x 3" in str(found[1].reason)
+
+
+def test_paths_that_are_not_image_files(gate: Gate, tmp_path: Path) -> None:
+    """Neither waits for a writer nor reads more than an image file may have."""
+    os.mkfifo(pipe := tmp_path / "pipe.png")
+    with open(large := tmp_path / "large.png", "wb") as file:
+        file.truncate(2**40)
+    found = gate.check([pipe, large, tmp_path])
+    assert [d.decision for d in found] == ["no_verdict"] * 3
+    for decision, reason in zip(found, ("regular file", "may have", "regular file"), strict=True):
+        assert reason in str(decision.reason)
+
+
+@pytest.mark.parametrize("mode", ["I;16B", "PA", "La", "RGBa"])
+def test_an_opened_image_is_judged_as_its_file(gate: Gate, tmp_path: Path, mode: str) -> None:
+    """Values above 8 bits, and alpha, which Pillow's RGB drops."""
+    grey = np.asarray(Image.open(CAT).convert("L"))
+    if mode == "I;16B":
+        Image.frombytes(mode, grey.shape[::-1], (grey.astype(">u2") * 257).tobytes()).save(
+            file := tmp_path / "x.tif"
+        )
+        assert gate.check(Image.open(file)) == gate.check(file)
+        return
+    base = {"PA": "P", "La": "LA", "RGBa": "RGBA"}[mode]
+    image = Image.fromarray(grey).convert("RGBA" if mode == "RGBa" else "L").convert(base)
+    image = image.convert("PA") if mode == "PA" else image
+    image.putalpha(Image.new("L", image.size, 0))
+    white = np.full((32, 32, 3), 255, np.uint8)
+    assert gate.check(image.convert(mode)) == gate.check(white)
+    for dtype, mode in ((np.float32, "F"), (np.int32, "I")):
+        with pytest.raises(ValueError, match=f"8 or 16 bits per value, got .* mode {mode}"):
+            image_file(Image.fromarray(grey.astype(dtype)))
 
 
 def test_threads_that_decode_leave_the_warnings_of_others_alone(gate: Gate) -> None:
@@ -323,6 +357,26 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
             if answer.status_code == 200:
                 break
         assert reached[0][0].accepted
+
+
+def test_overload_leaves_some_requests_their_answers() -> None:
+    """Requests that wait too long are not decided on, so that those behind them are in time."""
+    running = threading.Event()
+
+    class Busy:
+        def check(self, images: list[bytes]) -> list[Decision]:
+            running.set()
+            time.sleep(0.4)
+            return [Decision("accept", 0.5, 3.0)] * len(images)
+
+    client, reached = app_behind(Busy(), timeout_s=1.0)
+    with client, ThreadPoolExecutor(8) as pool:
+        first = [pool.submit(client.post, "/classify", content=b"x", headers=PNG) for _ in range(7)]
+        running.wait()
+        time.sleep(1.1)  # all are late by now
+        last = client.post("/classify", content=b"x", headers=PNG)
+        codes = [answer.result().status_code for answer in first]
+    assert last.status_code == 200 and codes.count(200) == 2 == len(reached) - 1, codes
 
 
 def documented() -> list[str]:

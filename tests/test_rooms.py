@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "serving.verdict": IMAGES,
     "serving.engine": {"serving.verdict", *IMAGES},
     "serving.api": {"serving.engine", "serving.verdict", *IMAGES},
-    # Only models, names and constants: the client needs just NumPy, Pillow and httpx.
+    # Only models, names and constants: the client needs just NumPy, Pillow, httpx, filelock.
     "serving.client": {
         "serving.api.errors",
         "serving.api.model",
@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "serving.gate_asgi": {
         "serving.gate",
         "serving.api.errors",
+        "serving.api.guard",
         "serving.api.requests",
         "serving.verdict.store",
     },

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -29,9 +30,10 @@ from handlers.launch.profile import read_totals
 from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.torchserve.configuration import BROADCAST
 from handlers.torchserve.launcher import TorchServe
+from handlers.torchserve.status import read_status
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from serving.images import write_png
-from serving.ports import VARIABLES
+from serving.ports import VARIABLES, Ports
 from tests.helpers import (
     PRETRAINED,
     ROOT,
@@ -521,29 +523,63 @@ def test_the_client_waits_as_advised_within_reason(
     )
 
 
-@pytest.mark.parametrize(
-    "status, body", [(502, b'{"error": null}'), (502, b"<html>"), (200, b"<html>")]
-)
-def test_answers_of_another_program_are_errors_of_the_client(status: int, body: bytes) -> None:
+@contextmanager
+def other_program(status: int, body: bytes) -> Iterator[str]:
+    """The address of a server with one answer to everything."""
+
     class Other(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        do_GET = do_POST
 
         def log_message(self, *args: object) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with AdeClient(f"http://127.0.0.1:{server.server_port}", retries=0) as client:
-            assert not client.is_ready()
-            with pytest.raises(AdeError) as caught:
-                client.sample(1)
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "status, body", [(502, b'{"error": null}'), (502, b"<html>"), (200, b"<html>")]
+)
+def test_answers_of_another_program_are_errors_of_the_client(status: int, body: bytes) -> None:
+    with other_program(status, body) as url, AdeClient(url, retries=0) as client:
+        assert not client.is_ready()
+        with pytest.raises(AdeError) as caught:
+            client.sample(1)
     assert (caught.value.status, caught.value.code) == (status, "server_error")
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[]", b"null", b'{"results": []}', b"PK\3\4"])
+def test_answers_that_are_not_the_apis(body: bytes) -> None:
+    """In particular one with fewer results than images, which callers pair with their files."""
+    image = np.zeros((32, 32, 3), np.uint8)
+    with other_program(200, body) as url, AdeClient(url) as client:
+        for call in (
+            lambda: client.sample(1),
+            lambda: client.sample_png(n=1),
+            lambda: client.encode(image),
+            lambda: client.reconstruct(image),
+            lambda: client.score(image),
+            lambda: client.score_group(image[None]),
+        ):
+            with pytest.raises(AdeError, match="the answer is not this API's") as caught:
+                call()
+            assert (caught.value.status, caught.value.code) == (200, "server_error")
+
+
+def test_status_of_another_program() -> None:
+    with other_program(200, b"<html>") as url:
+        port = int(url.rpartition(":")[2])
+        found = read_status(Ports(inference=port, metrics=port, ui=port))
+    assert not found["ready"]
 
 
 @pytest.mark.parametrize(

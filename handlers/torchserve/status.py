@@ -61,7 +61,7 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
     described = {} if folder is None else describe_models(folder)
     models = {name: _model(model) for name, model in described.items()}
     return {
-        "ready": ready is not None and bool(ready.json().get("ready")),
+        "ready": ready is not None and _says_ready(ready),
         "is_own": folder is not None,
         "answers": answers,
         "models": models or _workers(releases) or None,
@@ -155,6 +155,13 @@ def _get(http: httpx.Client, url: str, statuses: set[int]) -> httpx.Response | N
     except httpx.TransportError:
         return None
     return answer if answer.status_code in statuses else None
+
+
+def _says_ready(answer: httpx.Response) -> bool:
+    try:
+        return bool(answer.json()["ready"])
+    except (ValueError, LookupError, TypeError):  # another program's answer
+        return False
 
 
 def _who_answers(http: httpx.Client, url: str) -> dict[str, str] | None:

@@ -229,6 +229,25 @@ async def refuse(
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def replay(body: bytes, after: Receive | None = None) -> Receive:
+    """A ``receive`` that gives a body that was read once more, then whatever comes after it.
+
+    Args:
+        body: in one message.
+        after: what follows, such as a disconnection; the same message again by default.
+    """
+    told = False
+
+    async def again() -> Message:
+        nonlocal told
+        if told and after is not None:
+            return await after()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
 async def _discard_body(receive: Receive) -> None:
     seen = 0
     try:

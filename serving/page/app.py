@@ -252,7 +252,9 @@ def main() -> None:
     os.chdir(inbox())
     start_sweeping(inbox())
     server = uvicorn.Server(
-        uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+        uvicorn.Config(
+            app, host=args.host, port=args.port, ws="none", log_level="warning", access_log=False
+        )
     )
     if args.gate is not None and args.gate.exists():
         args.gate.write_text("built")

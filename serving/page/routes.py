@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api.guard import replay
 from serving.page.files import FileRefused, own_path
 from serving.page.uploads import CLIENT_FILES
 
@@ -160,8 +161,13 @@ class OpenRoutes:
             if route == FILE:
                 own_path(path.removeprefix(FILE))
             if method == "POST" and path != UPLOAD:
-                async with asyncio.timeout(STALL_S):
-                    body = await _body(receive)
+                try:
+                    async with asyncio.timeout(STALL_S):
+                        body = await _body(receive)
+                except TimeoutError:
+                    return await PlainTextResponse(
+                        f"The body did not come within {STALL_S:.0f} s.", 408
+                    )(scope, receive, send)
                 if body is None:
                     return await PlainTextResponse(f"At most {MAX_BODY >> 20} MiB.", 413)(
                         scope, receive, send
@@ -180,16 +186,12 @@ class OpenRoutes:
                         return await PlainTextResponse(
                             f"{MAX_UNREAD} answers wait to be read.", 429
                         )(scope, receive, send)
-                receive = _replay(body, receive)
+                receive = replay(body, receive)
             await self.app(scope, receive, forward)
         except FileRefused as error:
             await PlainTextResponse(str(error), 403)(scope, receive, send)
         except orjson.JSONDecodeError:
             await PlainTextResponse("The body is not valid JSON.", 400)(scope, receive, send)
-        except TimeoutError:
-            await PlainTextResponse(f"The body did not come within {STALL_S:.0f} s.", 408)(
-                scope, receive, send
-            )
         except Exception as error:
             report(f"{method} {route}", error)
             if not started:
@@ -209,17 +211,3 @@ async def _body(receive: Receive) -> bytes | None:
         if len(body) > MAX_BODY or message["type"] == "http.disconnect":
             return None
     return bytes(body)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that gives the body in one message, then what follows it."""
-    is_first = True
-
-    async def again() -> Message:
-        nonlocal is_first
-        if is_first:
-            is_first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return again
