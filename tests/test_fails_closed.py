@@ -414,15 +414,18 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     assert "none of 100 images can be reported" in str(fdr_note(5, 100, 0.1))
     assert fdr_note(999, 100, 0.1) is None and fdr_note(998, 100, 0.1) is not None
     # Five images of one colour among a hundred, on the page.
-    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 5, 0, 0.01, 0.1, 169)
+    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 5, 0, 0.01, 0.1, [169])
     assert "5 of 100 images rejected" in said and "ade-reject" in said
     assert (
         "At a false discovery rate of 0.1, at least 6 of 100 images must have the smallest p-value"
         in said
     )
-    assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.01, 0.1, 3000)
+    assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.01, 0.1, [3000])
+    # Only the calibrations that judged the files count; two of them give no guarantee together.
+    assert "Two calibrations" not in said
+    assert "Two calibrations judged" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000, 20])
     # Files without a verdict keep the summary from looking like acceptance.
-    unjudged = _said(100, [0.5] * 99, 0, 0, 0.01, 0.1, 3000)
+    unjudged = _said(100, [0.5] * 99, 0, 0, 0.01, 0.1, [3000])
     assert "ade-no_verdict" in unjudged and "1 of 100 files got no verdict" in unjudged
 
 

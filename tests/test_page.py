@@ -932,8 +932,8 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
 
 
 def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:
-    assert "about 200 of 1000 would be" in _said(1000, [0.5] * 1000, 0, 0, 0.2, 0.1, 3000)
-    assert "No verdict on the file: its notes" in _said(1, [], 0, 0, 0.01, 0.1, 3000)
+    assert "about 200 of 1000 would be" in _said(1000, [0.5] * 1000, 0, 0, 0.2, 0.1, [3000])
+    assert "No verdict on the file: its notes" in _said(1, [], 0, 0, 0.01, 0.1, [3000])
     assert "off by 0.26 of 255" in in_words(60.0)
     shown = charts.histogram_chart(np.linspace(3, 5, 100), 4000.0)
     assert len(shown) < 10_000 and ">2000</text>" in shown

@@ -289,11 +289,13 @@ BAD_PARAMETERS = [
     ({"seed": 1.5}, "seed must be a whole number"),
     ({"seed": 2**63}, "seed must be from 0"),
     ({"index": -1}, "index must be from 0"),
-    ({"index": 2**63 - 1, "n": 2}, "index [+] n must be at most"),
+    ({"index": 2**63 - 1, "n": 2}, "index [+] n - 1 must be at most"),
     ({"temperature": 0}, "temperature must be above 0"),
     ({"temperature": float("nan")}, "temperature must be above 0"),
     ({"temperature": float("inf")}, "temperature"),
     ({"temperature": "hot"}, "temperature must be a number"),
+    ({"temperature": "0_0.5"}, "temperature must be a number"),
+    ({"temperature": "٠.٥"}, "temperature must be a number"),
     ({"temperature": 10**400}, "temperature must be above 0"),
     ({"kind": "best"}, "kind must be one of mean, density, got 'best'"),
     ({"kind": ["mean"]}, "kind must be one of"),
@@ -307,6 +309,13 @@ BAD_PARAMETERS = [
         r"z of level 0 must have shape \(3, 2, 2\)",
     ),
     ({"latents": [{"levels": [{"z": "a"}, {"z": [2]}]}]}, "z of level 0 must be numbers"),
+    *(
+        (
+            {"latents": [{"levels": [{"z": np.full((3, 2, 2), one).tolist()}, {"z": [2]}]}]},
+            "z of level 0 must be numbers",
+        )
+        for one in ("1.5", True)
+    ),
     (
         {"latents": [{"levels": [{"eps": [1]}, {"eps": [2]}]}]},
         r"eps of level 0 must have shape \(3, 2, 2\)",

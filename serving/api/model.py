@@ -255,10 +255,9 @@ def _integer(field: Field, value: Any) -> int:
     limits = field.mark(Between)
     assert limits is not None
     name, low, high = field.name, limits.low, limits.high
-    if isinstance(value, str):
-        is_plain = value.strip().lstrip("+-").isascii() and "_" not in value
+    if isinstance(value, str) and _is_decimal(value):
         with contextlib.suppress(ValueError):  # the text itself is reported below
-            value = int(value) if is_plain else value
+            value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise unusable(
             "bad_parameter",
@@ -273,7 +272,7 @@ def _number(field: Field, value: Any) -> float:
     limits = field.mark(Above)
     assert limits is not None
     name, low, high = field.name, limits.low, limits.high
-    if isinstance(value, str):
+    if isinstance(value, str) and _is_decimal(value):
         with contextlib.suppress(ValueError):  # the text itself is reported below
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -288,6 +287,11 @@ def _number(field: Field, value: Any) -> float:
             f"{name} must be above {low:g} and at most {high:g}, got {show(value)}",
         )
     return float(value)
+
+
+def _is_decimal(text: str) -> bool:
+    """Whether a number is written as others read it: without ``1_000`` and digits of any script."""
+    return text.isascii() and "_" not in text
 
 
 def to_json(value: Any, always: Collection[str] = ()) -> Any:

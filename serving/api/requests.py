@@ -33,6 +33,7 @@ MAX_SUFFIX = 4  # digits of a form's field such as image12
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 JSON_TYPE = "application/json"
 URLENCODED = "application/x-www-form-urlencoded"
+RESIZED = "resized from"  # how the note on a resized image begins
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 Parameters = TypeVar("Parameters")
 
@@ -428,7 +429,7 @@ def prepare_image(
             "wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}"
         ).at(index)
     notes.append(
-        f"resized from {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
+        f"{RESIZED} {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
         "this changes the likelihood"
     )
     return InputImage(resize_centre(pixels, height, width), notes, resized=True)

@@ -31,7 +31,7 @@ def open_calibrations(bundle: Bundle, folder: Path | None) -> CalibrationStore:
     if "score" in bundle.operations:
         names = statistic_names(bundle.image_shape, bundle.latent_shapes)
         if bundle.has(FEATURES_NAME):
-            has_classes = bundle.manifest.get("features", {}).get("classes")
+            has_classes = (bundle.manifest.get("features") or {}).get("classes")
             names += [DISTANCE, ENERGY] if has_classes else [DISTANCE]
     if bundle.has(CALIBRATION_NAME):
         own = Calibrations.load(bundle.file(CALIBRATION_NAME))

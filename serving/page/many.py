@@ -14,8 +14,9 @@ import gradio as gr
 import httpx
 from PIL import Image
 
+from serving.api.requests import RESIZED
 from serving.brand import percent, verdict_card
-from serving.client import AdeError
+from serving.client import AdeError, ScoreResult
 from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image
 from serving.page import charts
 from serving.page.files import write_file
@@ -35,7 +36,7 @@ from serving.page.served import (
 from serving.page.uploads import is_accepted
 from serving.tables import safe_cell
 from serving.verdict.calibration import benjamini_hochberg, simes
-from serving.verdict.decision import Choice, fdr_note
+from serving.verdict.decision import TWO_CALIBRATIONS, Choice, fdr_note
 
 AT_ONCE = 32  # files a request
 BATCH_BYTES = 16 * 2**20
@@ -178,14 +179,11 @@ def add_tab(shared: Shared) -> None:
         p_values = [result.p_value for result in judged]
         discoveries = sum(benjamini_hochberg(p_values, fdr)) if judged else 0
         calibrations = served.calibrations_of(model)
-        calibrated = [
-            len(judge.scores)
-            for judge in (calibrations.exact, calibrations.resized)
-            if judge is not None
-        ]
+        judges = [calibrations.of(_is_resized(result)) for result in judged]
+        calibrated = {id(one): len(one.scores) for one in judges if one is not None}
         rejected = sum(result.decision == "reject" for result in judged)
         said = _said(
-            len(results), p_values, rejected, discoveries, alpha, fdr, min(calibrated, default=0)
+            len(results), p_values, rejected, discoveries, alpha, fdr, list(calibrated.values())
         )
         order = sorted(range(len(results)), key=lambda i: _rank(results[i]))
         rows = [_row(names[i], results[i]) for i in order]
@@ -266,7 +264,7 @@ def _said(
     discoveries: int,
     alpha: float,
     fdr: float,
-    calibrated: int,
+    calibrated: list[int],
 ) -> str:
     """Summarise ``count`` files; HTML.
 
@@ -277,7 +275,7 @@ def _said(
         discoveries: number of files that are reported together.
         alpha: false-alarm rate.
         fdr: false discovery rate.
-        calibrated: number of calibration images.
+        calibrated: numbers of images of the calibrations that judged these files.
     """
     judged = len(p_values)
     if not judged:
@@ -294,9 +292,10 @@ def _said(
         f"enough for a list with at most {percent(fdr)} false alarms on average (false discovery "
         "rate, by the method of Benjamini and Hochberg)."
     ]
-    note = fdr_note(calibrated, judged, fdr)
-    if note is not None and not discoveries:
-        notes.append(f"{note[:1].upper()}{note[1:]}.")
+    limits = [TWO_CALIBRATIONS] if len(calibrated) > 1 else []
+    if not discoveries and (note := fdr_note(min(calibrated, default=0), judged, fdr)) is not None:
+        limits.append(note)
+    notes += [f"{note[:1].upper()}{note[1:]}." for note in limits]
     if judged < count:
         unjudged = f"{count - judged} of {count} files got no verdict: their notes say why."
         notes.insert(0, unjudged)
@@ -316,15 +315,19 @@ def _scores(
     except httpx.TransportError as error:
         ask(_raise, error)
     except AdeError as error:
-        if len(batch) == 1:
-            return [error]
         if error.status >= 500:
             ask(_raise, error)
+        if len(batch) == 1:
+            return [error]
     return [result for data in batch for result in _scores(served, model, [data], resize, alpha)]
 
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def _is_resized(result: ScoreResult) -> bool:
+    return any(note.startswith(RESIZED) for note in result.notes)
 
 
 def _rank(result: Any) -> tuple[float, float]:

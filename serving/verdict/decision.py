@@ -84,6 +84,12 @@ def images_needed(p_value: float) -> int:
     return max(0, math.ceil(1 / max(p_value, TINY) - 1e-9) - 1)
 
 
+TWO_CALIBRATIONS = (
+    "two calibrations judged these images, one of them those that were resized: the guarantees for "
+    "a group hold if a single calibration judges all its images"
+)
+
+
 def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
     """A note on discoveries that too few calibration images make impossible, or ``None``.
 

@@ -194,7 +194,8 @@ class Sample(Operation[SampleParameters, SampleRequest, Drawn]):
         if parameters.index + parameters.n - 1 > MAX_SEED:
             raise unusable(
                 "bad_parameter",
-                f"index + n must be at most {MAX_SEED}, got {parameters.index} + {parameters.n}",
+                f"index + n - 1 must be at most {MAX_SEED}, got index {parameters.index}, n "
+                f"{parameters.n}",
             )
         return SampleRequest(parameters, answer_format, latents, are)
 
@@ -338,9 +339,10 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
         for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
             try:
                 with np.errstate(over="ignore"):  # numbers that become infinite are refused below
-                    array = np.asarray(
-                        item.get(are) if isinstance(item, dict) else item, dtype=np.float32
-                    )
+                    numbers = np.asarray(item.get(are) if isinstance(item, dict) else item)
+                    if numbers.dtype.kind not in "iuf":  # text and booleans would be converted
+                        raise TypeError
+                    array = numbers.astype(np.float32)
             except (ValueError, TypeError, OverflowError):
                 raise unusable(
                     "bad_latents", f"{are} of level {level} must be numbers of shape {shape}"

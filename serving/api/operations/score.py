@@ -23,7 +23,7 @@ from serving.verdict.calibration import (
     benjamini_hochberg,
     simes,
 )
-from serving.verdict.decision import Choice, decide, fdr_note
+from serving.verdict.decision import TWO_CALIBRATIONS, Choice, decide, fdr_note
 from serving.verdict.statistics import part_names
 from serving.verdict.store import UnknownCalibration
 
@@ -293,10 +293,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 if not isinstance(score, Exception) and score.verdict is not None
             }
             if len(judges) > 1:
-                notes.append(
-                    "two calibrations judged these images, one of them those that were resized: "
-                    "the guarantees for a group hold if a single calibration judges all its images"
-                )
+                notes.append(TWO_CALIBRATIONS)
             together = Group(images=len(judged), p_value=simes(p_values), notes=notes)
             if fdr is None:
                 return together
