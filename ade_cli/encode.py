@@ -48,6 +48,11 @@ def run(args: argparse.Namespace) -> None:
         for i, level in enumerate(levels)
         for name in ("mean", "log_scale", "z")
     }
+    finite = np.logical_and.reduce(
+        [np.isfinite(a).reshape(len(files), -1).all(1) for a in arrays.values()]
+    )
+    if not finite.all():
+        raise FileError(f"{files[int(finite.argmin())]}: its latents are not finite numbers")
     with replacing(args.out) as file:
         np.savez(file, path=np.array([str(path) for path in files]), **arrays)
     shapes = ", ".join(f"z_{i} {level.z.shape}" for i, level in enumerate(levels))

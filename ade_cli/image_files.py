@@ -11,6 +11,7 @@ from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
+from serving.engine.noise import MAX_SEED
 from serving.files import image_paths, read_file
 
 
@@ -29,8 +30,14 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the latents' noise (default: %(default)s)"
+        "--seed", type=_seed, default=0, help="seed of the latents' noise (default: %(default)s)"
     )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {MAX_SEED}, got {text}")
+    return int(text)
 
 
 def load_engine(folder: Path, operation: str, device: str = "auto") -> InferenceEngine:

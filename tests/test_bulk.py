@@ -453,6 +453,7 @@ def test_files_one_by_one(
         ),
         (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "different names"),
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
+        (["serve", "BUNDLE", "--engine", "ray", "--cuda-graphs"], "cannot be used with --engine"),
     ],
 )
 def test_errors_name_the_cause(

@@ -30,8 +30,8 @@ from handlers.launch.upgrades import UpgradeError, Upgrades
 from serving.engine.backends import BackendError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
-from serving.images import coder_version
 from serving.ports import LOOPBACK, USER, PortError, Ports
+from serving.verdict.calibration import Calibrations
 
 ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
 UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
     if args.address is not None and args.engine not in ON_CLUSTERS:
         raise LaunchError(f"--address is for --engine {', '.join(ON_CLUSTERS)}")
+    if args.cuda_graphs and args.engine in ON_CLUSTERS:
+        raise LaunchError(f"--cuda-graphs cannot be used with --engine {args.engine}")
     # Report a missing package here, not in the log of a worker.
     if importlib.util.find_spec(PACKAGES[args.backend]) is None:
         raise ModuleNotFoundError(f"--backend {args.backend}", name=PACKAGES[args.backend])
@@ -171,17 +173,13 @@ def _watch(
         time.sleep(WATCH_S)
         if profiled is not None and time.monotonic() > next_profile:
             next_profile += PROFILE_S
+            address = f"http://127.0.0.1:{profiled.metrics}/metrics"
             try:
-                now = read_totals(
-                    httpx.get(
-                        f"http://127.0.0.1:{profiled.metrics}/metrics",
-                        timeout=PROFILE_S,
-                        trust_env=False,
-                    ).text,
-                    engine.timers,
-                )
-            except httpx.TransportError:  # the service is busy: try again later
+                answer = httpx.get(address, timeout=PROFILE_S, trust_env=False)
+                answer.raise_for_status()
+            except httpx.HTTPError:  # the service is busy: try again later
                 continue
+            now = read_totals(answer.text, engine.timers)
             table = profile_table(totals, now)
             totals = now
             if table:
@@ -190,14 +188,9 @@ def _watch(
 
 def _warn_of_another_coder(bundle: Bundle) -> None:
     calibration = bundle.manifest.get("calibration") or {}
-    coder = calibration.get("webp", coder_version())
-    if coder != coder_version():
-        print(
-            f"warning: {bundle.name} was calibrated with libwebp {coder}, but this is "
-            f"{coder_version()}: verdicts may be slightly off until you run ade calibrate again",
-            file=sys.stderr,
-            flush=True,
-        )
+    warning = Calibrations(name=bundle.name, webp=calibration.get("webp", "")).other_coder()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _stop(number: int, frame: object) -> None:

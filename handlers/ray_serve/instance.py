@@ -73,7 +73,7 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
         with open(os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         os.environ.update(of_own_instance(folder, token_file, mark))
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     import ray  # reads the environment
 
     try:
@@ -89,6 +89,7 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
         with contextlib.suppress(BrokenPipeError):
             own_guard.stdin.write(guard.DONE)
             own_guard.stdin.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(number: int, frame: object) -> None:
