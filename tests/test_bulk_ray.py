@@ -19,6 +19,7 @@ from handlers.launch.environment import available_cores
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle
 from tests.helpers import PRETRAINED, ROOT, make_folder
+from tests.ray_cluster import ray_cluster
 
 pytest.importorskip("fsspec")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -204,3 +205,39 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
     assert sum(json.loads((out / "summary.json").read_text()).values()) == files
     third = subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
     assert third.returncode == 2 and "is complete already" in third.stderr
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_that_dies_costs_no_row(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """One of three machines is gone while images are scored, and another comes in its place."""
+    folder = make_folder(tmp_path / "images", np.concatenate([small_images] * 3))
+    out = tmp_path / "out"
+    with ray_cluster() as cluster:
+        nodes = [cluster.add_worker(2) for _ in range(2)]
+        command = [
+            *(sys.executable, "-c", SCRIPT, "score", str(folder), "--bundle", str(tiny_bundle)),
+            *("--engine", "ray", "--address", cluster.address, "--workers", "2"),
+            *("--out", str(out)),
+        ]
+        log = tmp_path / "log.txt"
+        with open(log, "wb") as written:
+            run = subprocess.Popen(
+                command, cwd=ROOT, env=cluster.environment, stdout=written, stderr=written
+            )
+        try:
+            deadline = time.monotonic() + 300
+            while len(list((out / "rows").glob("*.parquet"))) < 3:
+                assert run.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            cluster.add_worker(2)
+            cluster.kill(nodes[0])
+            assert run.wait(300) == 0, log.read_text()
+        finally:
+            run.kill()
+    rows = pa.concat_tables([parquet.read_table(p) for p in (out / "rows").glob("*.parquet")])
+    files = sum(path.suffix in {".png", ".jpg"} for path in folder.rglob("*"))
+    assert sorted(rows["id"].to_pylist()) == list(range(files))
+    assert rows["error"].null_count >= 900

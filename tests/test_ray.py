@@ -27,13 +27,13 @@ import yaml
 
 from handlers.ray_serve.environment import (
     MARK,
-    free_ports,
     haproxy_on_loopback,
     of_every_node,
 )
 from handlers.ray_serve.guard import end_all, processes_of
 from handlers.ray_serve.settings import Access, ServeSettings, SettingsError
 from tests.helpers import PRETRAINED, ROOT
+from tests.ray_cluster import Cluster, ray_cluster
 from tests.service import RunningService
 
 CAT = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
@@ -395,69 +395,10 @@ def connections_of(process: psutil.Process) -> list[Any]:
 # Failures
 
 
-class Cluster:
-    """A head without CPUs and workers on this machine, as on several ones."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self.mark = secrets.token_hex(16)
-        self.environment = {
-            **os.environ,
-            **of_every_node(),
-            MARK: self.mark,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        }
-        # Several nodes of one machine have one address: one proxy, on the head, serves them all.
-        self.environment.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
-        (self.port,) = free_ports(1)
-        self.address = f"127.0.0.1:{self.port}"
-        self.head = self._start("--head", f"--port={self.port}", "--num-cpus=1")
-
-    def add_worker(self, cpus: int) -> subprocess.Popen[bytes]:
-        return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
-
-    def _start(self, *options: str) -> subprocess.Popen[bytes]:
-        listen, grpc, environments, export, client = free_ports(5)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
-        command += [
-            f"--dashboard-agent-listen-port={listen}",
-            f"--dashboard-agent-grpc-port={grpc}",
-            f"--runtime-env-agent-port={environments}",
-            f"--metrics-export-port={export}",
-            "--min-worker-port=0",
-            "--max-worker-port=0",
-            "--node-ip-address=127.0.0.1",
-            f"--object-store-memory={100 * 2**20}",
-        ]
-        if "--head" in options:
-            command += ["--include-dashboard=false", f"--ray-client-server-port={client}"]
-            command += [f"--temp-dir={self.folder}"]
-        with open(self.folder / f"node-{len(self._processes)}.txt", "wb") as out:
-            process = subprocess.Popen(
-                command, env=self.environment, stdout=out, stderr=out, start_new_session=True
-            )
-        self._processes.append(process)
-        return process
-
-    def stop(self) -> None:
-        end_all(self.mark, self.folder)
-        for process in self._processes:
-            process.wait(10)
-
-
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(
-        prefix="ade-", dir="/tmp", ignore_cleanup_errors=True
-    ) as short:
-        made = Cluster(Path(short))
+    with ray_cluster() as made:
         yield made
-        made.stop()
 
 
 class Load:
@@ -544,10 +485,7 @@ def test_a_replica_a_node_and_the_proxy_die_under_load(
 
     def kill_the_node() -> None:  # of all replicas; they need a place
         cluster.add_worker(5)
-        for process in psutil.Process(worker.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        worker.kill()
+        cluster.kill(worker)
 
     seconds = {}
     try:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class OperationHandler:
                 )
         bodies = []
         for i, answer in enumerate(answers):
-            context.set_response_status(answer.status, answer.phrase, idx=i)
+            context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, idx=i)
             context.set_response_content_type(i, answer.content_type)
             for name, value in answer.headers.items():
                 context.set_response_header(i, name, value)

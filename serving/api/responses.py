@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from serving.api.errors import PHRASES, ApiError, Problem, unusable
+from serving.api.errors import ApiError, Problem, unusable
 from serving.api.requests import JSON_TYPE, InputImage
 
 PNG_TYPE = "image/png"
@@ -32,10 +32,6 @@ class Response:
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
     error: ApiError | None = None
-
-    @property
-    def phrase(self) -> str:
-        return PHRASES.get(self.status, "OK")
 
 
 def json_response(value: Any, status: int = 200) -> Response:

@@ -1,0 +1,88 @@
+"""A Ray cluster of several nodes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from handlers.ray_serve.environment import MARK, of_every_node
+from handlers.ray_serve.guard import end_all
+from tests.service import free_ports
+
+
+class Cluster:
+    """A head without CPUs and workers on this machine, as on several ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.mark = secrets.token_hex(16)
+        self.environment = {
+            **os.environ,
+            **of_every_node(),
+            MARK: self.mark,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        }
+        # Several nodes of one machine have one address: one proxy, on the head, serves them all.
+        self.environment.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
+        (self.port,) = free_ports(1)
+        self.address = f"127.0.0.1:{self.port}"
+        self.head = self._start("--head", f"--port={self.port}", "--num-cpus=1")
+
+    def add_worker(self, cpus: int) -> subprocess.Popen[bytes]:
+        return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """End a node and everything that runs on it, as if its machine were gone."""
+        for process in psutil.Process(node.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.kill()
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        listen, grpc, environments, export, client = free_ports(5)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        command += [
+            f"--dashboard-agent-listen-port={listen}",
+            f"--dashboard-agent-grpc-port={grpc}",
+            f"--runtime-env-agent-port={environments}",
+            f"--metrics-export-port={export}",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--node-ip-address=127.0.0.1",
+            f"--object-store-memory={100 * 2**20}",
+        ]
+        if "--head" in options:
+            command += ["--include-dashboard=false", f"--ray-client-server-port={client}"]
+            command += [f"--temp-dir={self.folder}"]
+        with open(self.folder / f"node-{len(self._processes)}.txt", "wb") as out:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=out, stderr=out, start_new_session=True
+            )
+        self._processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        end_all(self.mark, self.folder)
+        for process in self._processes:
+            process.wait(10)
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(
+        prefix="ade-", dir="/tmp", ignore_cleanup_errors=True
+    ) as short:
+        made = Cluster(Path(short))
+        yield made
+        made.stop()
