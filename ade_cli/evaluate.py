@@ -13,7 +13,7 @@ from training.data import PARTS, DataError
 from training.device import DEVICES, choose_device
 from training.measure import MeasureOptions, Measurer
 from training.metrics.features import FeatureError
-from training.runs import RunError, latest_checkpoint, write_json
+from training.runs import RunError, latest_checkpoint, run_of, write_json
 
 ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
@@ -108,8 +108,16 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)
-    dataset = dataset_of(args, args.run, model.config.image_size, cached=folder != args.run)
+    run_folder = run_of(folder)
+    cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
+    dataset = dataset_of(args, run_folder, model.config.image_size, cached)
     result = Measurer(dataset, device, options, say).measure(model, read_config(folder))
     print(json.dumps(result, indent=2))
-    if folder != args.run:  # a run: `ade export` copies the figures to the manifest
-        write_json(folder / "evaluation.json", result)
+    if run_folder == folder:
+        return
+    path = folder / "evaluation.json"  # `ade export` copies the figures to the manifest
+    before = json.loads(path.read_text()).get("images", 0) if path.is_file() else 0
+    if result["images"] < before:
+        say(f"{path} is kept: its figures are of {before} images, these of {result['images']}")
+    else:
+        write_json(path, result)

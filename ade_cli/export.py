@@ -15,7 +15,7 @@ from export.parity import ParityError
 from export.write import ExportError, evaluation_of, export_bundle
 from serving.engine.bundle import MANIFEST_NAME, BundleError, plain_name
 from training.data import DataError
-from training.runs import RunError, latest_checkpoint
+from training.runs import RunError, latest_checkpoint, run_of
 
 ERRORS = (RunError, DataError, ConfigError, ExportError, ParityError, BundleError, CodecError)
 PARITY_IMAGES = 40
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         return
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
-    run_folder = folder.parent.parent if folder.parent.name == "checkpoints" else args.run
+    run_folder = run_of(folder)
     cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
     dataset = dataset_of(args, run_folder, config["model"]["image_size"], cached)
     # Training images serve as well where a small folder has too few held-out ones, since parity is

@@ -81,14 +81,15 @@ def run(args: argparse.Namespace) -> None:
     budget = read_budget(args.budget)
     before = Plan.load(out / "plan.json") if has_begun(out) else None
     files = image_files(folder)
+    sizes = picture_sizes(files)
     if args.image_size is not None:
         side = args.image_size
     else:
-        side = before.image_size if before else choose_image_size(picture_sizes(files))
+        side = before.image_size if before else choose_image_size(sizes)
     on_gpu = choose_device(args.device).type == "cuda"
     names = [path.relative_to(folder).as_posix() for path in files if part_of(path.name) == "train"]
     has_classes = class_folders(names) is not None
     plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence, len(files), has_classes)
-    fitted = fit_folder(plan, files, out, say)
+    fitted = fit_folder(plan, files, sizes, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # as the user typed it
     print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")

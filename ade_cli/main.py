@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -56,6 +57,7 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "status": "serve",
 }
 HELP = {"-h", "--help"}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def parse(given: list[str]) -> argparse.Namespace:
@@ -96,9 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
         _say_what_to_install(args.verb, error, extra)
         return 2
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in NO_ROOM:
             raise
-        print(f"ade {args.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"ade {args.verb}: {where}{error.strerror}", file=sys.stderr)
         return 2
 
 

@@ -12,15 +12,16 @@ from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, 
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
-from training.device import DEVICES
+from training.device import DEVICES, choose_device
 from training.discriminator import DiscriminatorConfig
-from training.loop import RunOptions, check_folder, train
+from training.loop import RunOptions, budget_of, check_folder, train
 from training.metrics.features import FeatureError
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
-from training.runs import RunError, alone_in
+from training.runs import RunError, alone_in, latest_checkpoint
 from training.step import TrainingDiverged
 
 ERRORS = (RunError, DataError, ConfigError, FeatureError, TrainingDiverged)
+IMAGES = 1_000_000
 # Fields without an option: they define a system, or follow from the data and from other options.
 RECIPES_OWN = ("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality")
 MODELS_OWN = ("image_size", "channels", "encoder")
@@ -49,12 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         type=int,
-        default=1_000_000,
         metavar="N",
-        help="training images to see, over all processes (default: %(default)s)",
+        help=f"training images to see, over all processes (default: {IMAGES:,}; with --resume, as "
+        "before)",
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="end after this training time too"
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="end after this training time too (default: no limit; with --resume, as before)",
     )
     parser.add_argument(
         "--seed",
@@ -119,9 +123,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    images, minutes = budget_of(args.out) if args.resume else (None, None)
     options = RunOptions(
-        images=args.images,
-        minutes=args.minutes,
+        images=(images or IMAGES) if args.images is None else args.images,
+        minutes=minutes if args.minutes is None else args.minutes,
         seed=args.seed,
         device=args.device,
         precision=args.precision,
@@ -134,6 +139,9 @@ def run(args: argparse.Namespace) -> None:
     check_outside(args.out, args.data)
     if not args.dry_run:
         check_folder(args.out, args.resume)
+        choose_device(args.device)
+        if args.init is not None and not args.resume:
+            latest_checkpoint(Path(args.init))
     with contextlib.nullcontext() if args.dry_run else alone_in(args.out):
         dataset = dataset_of(
             args,
@@ -146,5 +154,5 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(config.to_dict(), indent=2))
             return
         progress = train(config, dataset, args.out, options, args.resume, source_of(args))
-    minutes = progress.seconds / 60
-    say(f"{progress.images:,} images in {minutes:.1f} minutes: {args.out / 'report.md'}")
+    spent = progress.seconds / 60
+    say(f"{progress.images:,} images in {spent:.1f} minutes: {args.out / 'report.md'}")

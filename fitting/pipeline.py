@@ -24,7 +24,8 @@ from export.feature_source import FeatureSource
 from export.parity import ParityError
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.corruptions import CORRUPTIONS
+from export.verdict.what_if import corruptions_of, rejected
 from export.write import export_bundle
 from fitting.plan import Plan, PlanError
 from fitting.report import (
@@ -36,16 +37,17 @@ from fitting.report import (
     false_alarms,
     write_report,
 )
-from fitting.survey import Survey, as_dict, picture_sizes, summary_lines, survey
+from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
+from serving.api.requests import InputImage
 from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
-from serving.engine.engine import InferenceEngine, Score
+from serving.engine.engine import InferenceEngine
 from serving.images import file_size
 from serving.verdict.semantic import LOGITS
 from training.data import CHANNELS, DataError, Dataset, ImageSet
 from training.datasets.files import contents, shuffled
 from training.datasets.folder import load_files
-from training.encoder import class_labels, train_encoder
+from training.encoder import class_folders, class_labels, listed, train_encoder
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
 from training.recipes import recipe
@@ -80,13 +82,14 @@ class Fitted:
     report: Path
 
 
-def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
+def fit_folder(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) -> Fitted:
     """Do the steps of a plan that are not finished yet.
 
     Args:
         plan: as :func:`fitting.plan.make_plan` makes it.
         files: the images of the plan's folder, as :func:`training.datasets.folder.image_files`
             finds them.
+        sizes: of the files, as :func:`fitting.survey.picture_sizes` counts them.
         out: the output folder.
         say: called with each line of progress.
 
@@ -99,20 +102,24 @@ def fit_folder(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
     for stage in plan.stages:  # raises for a wrong image size before anything is written
         recipe(stage.recipe, plan.image_size, CHANNELS, plan.size, **plan.changes(stage))
     with alone_in(out):
-        return _fit(plan, files, out, say)
+        return _fit(plan, files, sizes, out, say)
 
 
-def _fit(plan: Plan, files: list[Path], out: Path, say: Report) -> Fitted:
+def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) -> Fitted:
     started = time.monotonic()
     _keep_plan(plan, out)
 
     def step(text: str) -> None:
         say(f"[{(time.monotonic() - started) / 60:5.1f} of {plan.budget:g} min] {text}")
 
+    def read(line: str) -> None:
+        if not line.startswith("skipped"):  # the survey lists these files
+            step(line)
+
     folder = Path(plan.folder)
     step(f"reading {folder}")
-    dataset = load_files(folder, files, plan.image_size, out / "cache", lambda line: None)
-    found = _survey(folder, files, dataset, out)
+    dataset = load_files(folder, files, plan.image_size, out / "cache", read)
+    found = _survey(folder, files, sizes, dataset, out)
     for line in summary_lines(found):
         step(line)
     runs = _train(plan, dataset, out, step)
@@ -140,8 +147,8 @@ def _keep_plan(plan: Plan, out: Path) -> None:
     write_json(path, plan.to_dict())
 
 
-def _survey(folder: Path, files: list[Path], dataset: Dataset, out: Path) -> Survey:
-    found = survey(picture_sizes(files), dataset)
+def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out: Path) -> Survey:
+    found = survey(sizes, dataset)
     for part, least in MIN_IMAGES.items():
         if found.parts[part] < least:
             names = len({file.name for file in files})
@@ -189,7 +196,9 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
                     train(config, dataset, run, options, resume=(run / "run.json").exists())
             except TrainingDiverged as error:
                 if not runs:
-                    raise
+                    raise TrainingDiverged(
+                        f"{error}; delete {run} to try again, perhaps with a larger budget"
+                    ) from error
                 step(f"{error}; the model of the stage before is used")
                 write_json(run / GIVEN_UP, {"error": str(error)})
                 break
@@ -212,7 +221,8 @@ def _encoder(
     if not about_path.exists():
         step(
             f"training an encoder for {len(np.unique(labels))} classes, "
-            f"{plan.encoder_minutes:.1f} minutes"
+            f"{plan.encoder_minutes:.1f} minutes: "
+            f"{listed(class_folders(dataset.files['train']) or [])}"
         )
         images = ImageSet(dataset.parts["train"].images, labels)
         trained = train_encoder(images, plan.encoder_minutes, torch.device(plan.device))
@@ -303,7 +313,7 @@ def _export(
     plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, exported: Path, step: Report
 ) -> None:
     step("measuring the likelihood of held-out images")
-    tested = _test_images(dataset, found)[:MEASURED_IMAGES]
+    tested = _test_images(dataset, found, MEASURED_IMAGES)
     evaluation = {
         "data": dataset.name,
         "part": "test",
@@ -332,9 +342,9 @@ def _rows(dataset: Dataset, found: Survey, part: str) -> list[int]:
     return shuffled([row for row, name in enumerate(dataset.files[part]) if name not in left_out])
 
 
-def _test_images(dataset: Dataset, found: Survey) -> np.ndarray:
-    """Test images that are not copies of others, shuffled: uint8 ``(N, H, W, C)``."""
-    return np.asarray(dataset.parts["test"].images[_rows(dataset, found, "test")])
+def _test_images(dataset: Dataset, found: Survey, most: int) -> np.ndarray:
+    """Some test images that are not copies of others: uint8 ``(N, H, W, C)``."""
+    return np.asarray(dataset.parts["test"].images[_rows(dataset, found, "test")[:most]])
 
 
 def _encoder_findings(
@@ -355,17 +365,15 @@ def _encoder_findings(
 
 def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
     """Shares of corrupted held-out images that the verdict rejects."""
-    found = []
-    for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
-        scores = engine.score(corrupt(pixels, np.random.default_rng(0)))
-        # A score that is not finite has no verdict: the image is neither accepted nor rejected.
-        p_values = [
-            score.verdict.p_value if isinstance(score, Score) and score.verdict else 1.0
-            for score in scores
-        ]
-        rejected = tuple(float(np.mean(np.array(p_values) <= alpha)) for alpha in ALPHAS)
-        found.append(Caught(name, name in CORRUPTIONS, rejected))
-    return found
+    images = [InputImage(its, []) for its in pixels]
+    return [
+        Caught(
+            name,
+            name in CORRUPTIONS,
+            tuple(rejected(engine, engine.store.usable(), its, ALPHAS)),
+        )
+        for name, its in corruptions_of(images).items()
+    ]
 
 
 def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path) -> None:
@@ -397,7 +405,7 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
     ]
     recipes = [stage.recipe for stage in plan.stages]  # the last ones may have been given up
     used = plan.stages[: recipes.index(opened.manifest["recipe"]) + 1]
-    pixels = _test_images(dataset, found)[:CORRUPTED_IMAGES]
+    pixels = _test_images(dataset, found, CORRUPTED_IMAGES)
     held_out = pixels[:RECONSTRUCTED]
     findings = Findings(
         dataclasses.replace(plan, stages=used),

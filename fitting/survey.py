@@ -17,6 +17,8 @@ from training.data import PARTS, Dataset
 SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
 STEP = 8  # networks halve the size three times
 FEW = 1000  # training images, below which little can be learned
+# Files by width and height, or None if unreadable.
+Sizes = Counter[tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ class Survey:
     warnings: list[str]
 
 
-def picture_sizes(files: Sequence[Path]) -> Counter[tuple[int, int] | None]:
+def picture_sizes(files: Sequence[Path]) -> Sizes:
     """Count image files by the width and height in their headers, or ``None`` if unreadable."""
     return Counter(file_size(path) if path.is_file() else None for path in files)
 
 
-def choose_image_size(sizes: Counter[tuple[int, int] | None]) -> int:
+def choose_image_size(sizes: Sizes) -> int:
     """Choose the side of the model's images: the median of the files' shorter sides, in limits."""
     sides = sorted(min(size) for size, count in sizes.items() if size for _ in range(count))
     if not sides:
@@ -57,7 +59,7 @@ def choose_image_size(sizes: Counter[tuple[int, int] | None]) -> int:
     return max(SMALLEST, min(LARGEST, median // STEP * STEP))
 
 
-def survey(sizes: Counter[tuple[int, int] | None], dataset: Dataset) -> Survey:
+def survey(sizes: Sizes, dataset: Dataset) -> Survey:
     """Survey a folder whose images were read.
 
     Args:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from serving.images import MAX_FILE_BYTES, is_image_name
 
 LOCK = ".lock"  # in a folder that one process at a time works in
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def image_paths(folder: Path) -> Iterator[str]:
@@ -110,6 +111,17 @@ def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in errors that lack a name: writing to an open file names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # otherwise a text would be lost
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
     """Write a new file that replaces ``path`` at the end of the block, or nothing if it fails.
 
@@ -125,9 +137,10 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with (
+            _naming(path),
             open(temporary, "x", encoding="utf-8", newline="")
             if text
-            else open(temporary, "x+b") as file
+            else open(temporary, "x+b") as file,
         ):
             yield file
             file.flush()
@@ -160,7 +173,8 @@ def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
+        with _naming(path):
+            yield temporary
         try:
             temporary.rename(path)
         except OSError as error:
@@ -196,7 +210,7 @@ def preallocated(
     try:
         os.posix_fallocate(file.fileno(), 0, first + size)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_ROOM:
             raise
         raise full(f"{where}: no room for {size / 2**30:.1f} GiB of images") from error
     return np.memmap(file, np.uint8, "r+", first, shape)

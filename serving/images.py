@@ -86,7 +86,8 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
             EXIF may swap width and height.
 
     Raises:
-        ImageError: the format is unknown, or the image is damaged, too large, or of another size.
+        ImageError: the format is unknown, or the image is damaged, too large, of another size, or
+            greyscale of other than 8 or 16 bits.
         MemoryError: there is not enough memory to decode it.
     """
     if not data:

@@ -10,7 +10,9 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from PIL import Image
 
 from ade_cli.data_options import dataset_of
 from fitting.survey import picture_sizes
+from serving.files import LOCK, read_file
 from tests.helpers import ROOT, encode, make_folder, make_traps
-from training.data import DataError
+from training.data import DataError, ImageSet
 from training.datasets import cifar10, files, load_dataset
 from training.datasets.files import part_of
 from training.datasets.folder import image_files
@@ -116,7 +119,75 @@ def test_an_incomplete_read_leaves_no_cache(
         patched.setattr(files, "resize_centre", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load_dataset(str(folder), None, 8, cache)
-    assert not list(cache.iterdir())
+    assert [path.name for path in cache.iterdir()] == [LOCK]
+
+
+def test_a_file_that_cannot_be_read_now_is_tried_again(
+    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
+
+    def fail(path: Path) -> bytes:
+        if path.name == "0007.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_file(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.datasets.folder.read_file", fail)
+        dataset = load_dataset(str(folder), None, 8, cache)
+    assert any("0007.png: Input/output error" in line for line in dataset.skipped)
+    again = load_dataset(str(folder), None, 8, cache)
+    assert len(dataset.skipped) == 3 and len(again.skipped) == 2
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe.png")
+    again = load_dataset(str(folder), None, 8, cache)
+    assert len(again.skipped) == 4
+    # What cannot change without another size or time is not tried again.
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    assert load_dataset(str(folder), None, 8, cache).skipped == again.skipped
+
+
+def test_processes_that_start_together_fill_a_cache_once(tmp_path: Path) -> None:
+    filled: list[int] = []
+    (tmp_path / "images.tmp").write_bytes(bytes(1000))  # of a process that was killed
+
+    def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
+        filled.append(len(pixels))
+        time.sleep(0.1)
+        pixels[:] = 7
+        return {1: "damaged"}, True
+
+    def load(_: int) -> tuple[np.ndarray, dict[int, str]]:
+        return files.cached_pixels("one", lambda: (2, 8, 8, 3), tmp_path, fill)
+
+    with ThreadPoolExecutor(3) as pool:
+        for pixels, skipped in pool.map(load, range(3)):
+            assert (pixels == 7).all() and skipped == {1: "damaged"}
+    assert filled == [2] and not (tmp_path / "images.tmp").exists()
+
+
+def test_conversions_of_files_are_reported_once(tmp_path: Path, small_images: np.ndarray) -> None:
+    for i, image in enumerate(small_images[:10]):
+        sixteen = image[:, :, 0].astype(np.uint16) << 8
+        Image.fromarray(sixteen if i < 3 else image).save(tmp_path / f"{i}.png")
+    Image.fromarray(np.zeros((8, 8), np.int32)).save(tmp_path / "dark.tiff")
+    said: list[str] = []
+    load_dataset(str(tmp_path), None, 8, report=said.append)
+    assert said[1] == "3 files: converted from 16-bit greyscale to 8 bits"
+    assert said[2].startswith("skipped dark.tiff: ") and "8 or 16 bits" in said[2]
+    assert len(said) == 3
+
+
+def test_labels_that_do_not_match_their_images_are_refused(
+    tmp_path: Path, real_images: np.ndarray
+) -> None:
+    with pytest.raises(DataError, match=r"got 5 images and labels of shape \(4,\)"):
+        ImageSet(real_images[:5], np.arange(4))
+    images = real_images[:10].repeat(2, axis=1).repeat(2, axis=2)
+    for name, labels in (("train_data_batch_1", 11), ("train_data_batch_2", 9), ("val_data", 10)):
+        np.savez(tmp_path / f"{name}.npz", data=planes(images), labels=np.arange(labels))
+    with pytest.raises(DataError, match=r"batch_1.npz holds 10 images and 11 labels"):
+        load_dataset("imagenet64", str(tmp_path))
 
 
 def test_parts_follow_the_file_name() -> None:
@@ -296,10 +367,12 @@ def test_damaged_cifar10_labels_are_named(tmp_path: Path) -> None:
     for arrays, message in (
         ({"test": [0, 1]}, "the array train"),
         ({"train": ["cat", "dog"]}, "the array train"),
-        ({"train": [0, 1, 2]}, r"2 labels of train, got \(3,\)"),
     ):
         np.savez(labels, **arrays)
         check(message)
+    np.savez(labels, train=[0, 1, 2])
+    with pytest.raises(DataError, match=r"got 2 images and labels of shape \(3,\)"):
+        load_dataset("cifar10", str(tmp_path))
 
 
 def test_root_alone_says_where_the_data_set_of_a_run_is_now(

@@ -131,7 +131,6 @@ def _files(real_images: np.ndarray) -> dict[str, bytes]:
         "LA": alpha.convert("LA"),
         "P": picture.quantize(16),
         "I;16": sixteen,
-        "F": sixteen.convert("F"),
         **{mode: picture.convert(mode) for mode in ("L", "1", "CMYK", "YCbCr")},
     }
     for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -13,15 +15,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ade_cli.main import main
 from export.verdict.calibrate import calibrate_bundle
 from export.write import ExportError, export_bundle
 from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.engine.bundle import open_bundle, verify_bundle
-from serving.files import image_paths, new_folder, preallocated, read_file, replacing
+from serving.files import (
+    image_paths,
+    new_folder,
+    preallocated,
+    read_file,
+    replacing,
+    write_text,
+)
 from serving.verdict.calibration import CalibrationError
 from tests.helpers import make_folder
+from training.runs import _save
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -177,6 +188,38 @@ def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path: Path) -
         with pytest.raises(OSError, match="not a regular file"):
             read_file(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files cannot become larger than 1,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_an_error_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OSError, match=r"File too large: '.*/whole'"):
+        write_text(tmp_path / "whole", "x" * 2000)
+    with (
+        pytest.raises(OSError, match=r"File too large: '.*/folder'"),
+        new_folder(tmp_path / "folder", ValueError) as folder,
+    ):
+        _save({"weights": torch.zeros(1000)}, folder / "raw.safetensors")
+    with pytest.raises(OSError, match="^no errno$"), replacing(tmp_path / "whole"):
+        raise OSError("no errno")
+    assert not list(tmp_path.iterdir())
+
+    def fail(args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ade_cli.recipes.run", fail)
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr().err == "ade recipes: No space left on device\n"
 
 
 def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:

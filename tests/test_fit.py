@@ -22,7 +22,7 @@ from PIL import Image
 from ade_cli.main import main
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from fitting.pipeline import _bundle, _caught, _encoder, _train, fit_folder
+from fitting.pipeline import _bundle, _caught, _encoder, _test_images, _train, fit_folder
 from fitting.plan import (
     ENCODER_MOST_MINUTES,
     FLOWS,
@@ -50,7 +50,7 @@ from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import ROOT, make_folder
 from training.data import Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
-from training.encoder import Encoder, TrainedEncoder
+from training.encoder import Encoder, TrainedEncoder, class_folders, class_labels
 from training.recipes import recipe
 from training.step import TrainingDiverged
 
@@ -165,11 +165,11 @@ def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "stage-0" / "run.json").write_text("{}")
     (tmp_path / "plan.json").write_text(json.dumps(old))
     with pytest.raises(PlanError, match="another version .* or choose another output folder"):
-        fit_folder(plan, [], tmp_path, lambda line: None)
+        fit_folder(plan, [], Counter(), tmp_path, lambda line: None)
     for damaged in ("", "{}", "[1]", json.dumps({**plan.to_dict(), "colour": "red"})):
         (tmp_path / "plan.json").write_text(damaged)
         with pytest.raises(PlanError, match="plan.json is damaged, or of another version"):
-            fit_folder(plan, [], tmp_path, lambda line: None)
+            fit_folder(plan, [], Counter(), tmp_path, lambda line: None)
         assert main(["fit", str(tmp_path), "--out", str(tmp_path)]) == 2
 
 
@@ -415,6 +415,62 @@ def test_false_alarms_are_those_of_each_calibration(tiny_bundle: Path) -> None:
     assert [row.is_expected for row in found] == [False, True, False, True, True, True]
 
 
+def test_no_more_test_images_are_read_than_are_used() -> None:
+    read: list[list[int]] = []
+
+    class Images:
+        def __getitem__(self, rows: list[int]) -> list[int]:
+            read.append(rows)
+            return rows
+
+    part: Any = SimpleNamespace(images=Images())
+    dataset = Dataset("d", {"test": part}, {}, [], {"test": [f"{i}.png" for i in range(50)]})
+    surveyed: Any = SimpleNamespace(leaking=["7.png"])
+    assert len(_test_images(dataset, surveyed, 10)) == 10 == len(read[0])
+    assert len(_test_images(dataset, surveyed, 100)) == 49
+
+
+def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(
+    tiny_bundle: Path, small_images: np.ndarray
+) -> None:
+    engine = InferenceEngine(open_bundle(tiny_bundle), device="cpu")
+
+    def score(images: np.ndarray, **options: Any) -> list[Any]:
+        return [None] * 10 + engine.score(images, **options)[10:]
+
+    some: Any = SimpleNamespace(score=score, store=engine.store)
+    by_name = {its.corruption: its.rejected for its in _caught(some, small_images[:20])}
+    assert by_name["uniform noise"][0] == 1
+    some.score = lambda images, **options: [None] * len(images)
+    assert _caught(some, small_images[:20])[0].rejected == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "paths, expected",
+    [
+        (["cat/1", "dog/1"], ["cat", "dog"]),
+        (["train/cat/1", "val/cat/1", "train/dog/1", "val/dog/1"], ["cat", "dog"]),
+        (["images/cat/1", "images/dog/1"], ["cat", "dog"]),
+        (["a/Train/b/cat/x/1", "a/test/b/dog/1"], ["cat", "dog"]),
+        (["train/1", "car/1"], ["car", "train"]),
+        (["train/1", "val/1"], None),
+        (["images/1"], None),
+        (["images/cat/1", "1"], None),
+        ([], None),
+    ],
+)
+def test_folders_above_the_classes_are_no_classes(
+    paths: list[str], expected: list[str] | None
+) -> None:
+    names = [f"{path}{i}.png" for path in paths for i in range(20)]
+    assert class_folders(names) == expected
+    if expected:
+        images = ImageSet(np.zeros((len(names), 8, 8, 3), np.uint8))
+        dataset = Dataset("d", {"train": images}, {}, [], {"train": names, "test": ["cat/1.png"]})
+        classes = class_labels(dataset)
+        assert classes is not None and set(classes) == {0, 1}
+
+
 def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) -> Path:
     for i, (image, second) in enumerate(zip(images, is_second, strict=True)):
         target = folder / ("dark" if second else "bright")
@@ -452,7 +508,7 @@ def test_a_stage_that_diverges_is_given_up_for_the_one_before(
     dataset = load_folder(tmp_path / "images", 8, None, lambda line: None)
     lines: list[str] = []
     if fails == 0:
-        with pytest.raises(TrainingDiverged):
+        with pytest.raises(TrainingDiverged, match=f"not finite; delete {tmp_path}/stage-0 to try"):
             _train(plan, dataset, tmp_path, lines.append)
         return
     for _ in range(2):  # the second time nothing is left to do
@@ -542,7 +598,7 @@ def test_an_encoder_is_used_if_it_recognises_classes(
     plan = dataclasses.replace(plan, encoder_minutes=0.08)
     source = _encoder(plan, found, dataset, tmp_path, lines.append)
     assert (source is not None) == learnable, lines
-    assert lines[0] == "training an encoder for 2 classes, 0.1 minutes"
+    assert lines[0] == "training an encoder for 2 classes, 0.1 minutes: bright, dark"
     assert lines[1:] == (
         []
         if learnable
@@ -596,7 +652,7 @@ def test_a_gate_with_its_own_encoder(tmp_path: Path, real_images: np.ndarray) ->
     plan = make_plan(str(folder), "images", 32, 1.2, False, None, len(files), True)
     plan = dataclasses.replace(plan, encoder_minutes=0.5)
     lines: list[str] = []
-    fitted = fit_folder(plan, files, tmp_path / "fit", lines.append)
+    fitted = fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     bundle = verify_bundle(fitted.bundle)
     assert bundle.manifest["features"]["classes"] == 2
     assert bundle.manifest["calibration"]["statistic"].endswith("2 semantic ones")
@@ -604,7 +660,7 @@ def test_a_gate_with_its_own_encoder(tmp_path: Path, real_images: np.ndarray) ->
     page = fitted.report.read_text()
     assert "with the 2 folders as classes. It recognises the folder of" in page
     lines.clear()
-    fit_folder(plan, files, tmp_path / "fit", lines.append)
+    fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     assert not any("training" in line for line in lines)
 
 

@@ -96,6 +96,15 @@ def test_sixteen_bits_keep_the_high_byte() -> None:
     assert decoded.pixels[0, :, 0].tolist() == [0, 0, 1, 255] and "16-bit" in decoded.notes[0]
 
 
+@pytest.mark.parametrize("kind, got", [(np.int32, "32"), (np.float32, "32-bit floating point")])
+def test_greyscale_of_other_ranges_is_refused(kind: type, got: str) -> None:
+    values = np.array([[0, 1, 128, 255]], kind)
+    with pytest.raises(ImageError, match=f"must have 8 or 16 bits per value, got {got}$"):
+        read_image(encode(Image.fromarray(values), "TIFF"))
+    sixteen = read_image(encode(Image.fromarray(values.astype(np.uint16) << 8), "TIFF"))
+    assert sixteen.pixels[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
 def test_damaged_exif_is_an_image_error_or_an_image(picture: Image.Image) -> None:
     data = encode(picture, "PNG", exif=b"Exif\0\0II*\0")
     try:

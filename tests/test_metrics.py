@@ -79,7 +79,10 @@ def test_too_few_images_make_covariances_singular() -> None:
 def test_the_fid_uses_as_many_held_out_images_as_requested(
     small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen: list[int] = []
+
     def features(weights: str, images: np.ndarray, device: torch.device) -> Any:
+        seen.append(len(images))
         return images.reshape(len(images), -1)[:, :4].astype(float), np.zeros((len(images), 10))
 
     monkeypatch.setattr("training.measure.verified_inception", lambda weights: None)
@@ -95,6 +98,7 @@ def test_the_fid_uses_as_many_held_out_images_as_requested(
         "40 images of test",
         "90 images of train",
     ]
+    assert seen == [90, 40, 90]  # samples, held-out images once, training images
 
 
 def test_inception_score_of_known_classes() -> None:

@@ -25,7 +25,14 @@ from serving.files import LOCK
 from serving.images import write_png
 from serving.reports import from_markdown
 from tests.helpers import held_by_another, make_folder, narrow
-from training.comparison.compare import FAILURE, MEASURED, Job, compare, read_rows
+from training.comparison.compare import (
+    FAILURE,
+    MEASURED,
+    Job,
+    _is_measured,
+    compare,
+    read_rows,
+)
 from training.comparison.report import _table, write_comparison
 from training.data import Dataset
 from training.datasets import load_dataset
@@ -186,6 +193,17 @@ def test_a_system_that_another_process_trains_is_left_to_it(
         assert (read_rows(tmp_path)[0]["measured"] is not None) == stands
     again = f"vae-seed0: diverged before; delete {run} to try again"
     assert compare_one(job, dataset, tmp_path) == [again]
+
+
+def test_a_path_spelt_otherwise_is_no_other_measurement(tmp_path: Path) -> None:
+    measured = {"checkpoint": "step-1", "how": {"draws": 8, "resnet20": "a.npz"}}
+    (tmp_path / MEASURED).write_text(json.dumps(measured))
+    for how, same in (
+        ({"draws": 8, "resnet20": "/b/a.npz"}, True),
+        ({"draws": 8, "resnet20": None}, False),
+        ({"draws": 9, "resnet20": "a.npz"}, False),
+    ):
+        assert _is_measured(tmp_path, tmp_path / "step-1", how) == same
 
 
 def test_a_kept_row_stands_until_its_run_is_measured_again(

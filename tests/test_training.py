@@ -55,6 +55,7 @@ from training.runs import (
     load_checkpoint,
     save_checkpoint,
     start_from,
+    write_json,
 )
 from training.step import (
     LAST_RATE,
@@ -587,7 +588,7 @@ def test_what_is_refused_leaves_a_run_as_it_was(
     dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
     options = RunOptions(images=16 * 2, device="cpu", precision="float32")
     wrong = dataclasses.replace(options, init=str(tmp_path / "nowhere"))
-    with pytest.raises(RunError, match="holds no finished checkpoint"):
+    with pytest.raises(RunError, match="there is no run, checkpoint or bundle"):
         train(narrow("vae"), dataset, run, wrong, resume=False, source={"data": "here"})
     assert not run.exists()
     train(narrow("vae"), dataset, run, options, resume=False, source={"data": "here"})
@@ -1258,6 +1259,82 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
         start_from(tiny_checkpoint, other)
 
 
+def test_a_resumed_run_keeps_its_budget(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[tuple[int, float | None]] = []
+
+    def note(config: Any, dataset: Any, run: Path, options: RunOptions, *rest: Any) -> Progress:
+        budgets.append((options.images, options.minutes))
+        run.mkdir(exist_ok=True)
+        write_json(run / "run.json", {"options": dataclasses.asdict(options)})
+        return Progress()
+
+    monkeypatch.setattr("ade_cli.train.train", note)
+    arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out"]
+    for out, *given in (
+        ("a",),
+        ("b", "--images", "64", "--minutes", "2"),
+        ("b", "--resume"),
+        ("b", "--resume", "--images", "128"),
+        ("b", "--resume", "--minutes", "3"),
+    ):
+        assert main([*arguments, str(tmp_path / out), *given]) == 0
+    assert budgets == [(1_000_000, None), (64, 2), (64, 2), (128, 2), (128, 3)]
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--init", "nope"], "there is no run, checkpoint or bundle nope"),
+        (["--device", "cuda"], "PyTorch finds no CUDA device"),
+    ],
+)
+def test_what_a_run_cannot_start_with_is_known_before_its_images_are_read(
+    option: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("ade_cli.train.dataset_of", None)
+    arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
+    assert main([*arguments, *option]) == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_too_small_for_an_encoder_are_not_decoded(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    arguments = ["encoder", str(tmp_path / "out.onnx"), "--data", str(folder)]
+    assert main([*arguments, "--image-size", "4"]) == 2
+    assert "needs images of 8 pixels or more, got 4" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    source = {"data": str(folder), "root": None}
+    train(narrow("vae"), dataset, run, options, resume=False, source=source)
+    checkpoint = latest_checkpoint(run)
+    for place, count, kept in ((checkpoint, 6, 6), (run, 4, 6), (checkpoint, 7, 7)):
+        given = ["--images", str(count), "--draws", "1", "--device", "cpu"]
+        assert main(["evaluate", str(place), *given]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["images"] == count
+        assert json.loads((checkpoint / "evaluation.json").read_text())["images"] == kept
+        assert ("evaluation.json is kept" in printed.err) == (count < kept)
+    assert (run / "cache").is_dir() and not (checkpoint / "cache").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -1335,8 +1412,9 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
             ["ood-bench", "OUT", "--id", "OUT", "--ood", "DATA", "--out", "DATA"],
             "--out must lie outside of",
         ),
-        (["evaluate", "OUT"], "holds no finished checkpoint"),
-        (["export", "OUT", "OUT2"], "holds no finished checkpoint"),
+        (["evaluate", "OUT"], "there is no run, checkpoint or bundle"),
+        (["export", "OUT", "OUT2"], "there is no run, checkpoint or bundle"),
+        (["export", "DATA", "OUT2"], "holds no finished checkpoint"),
         (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is not a bundle"),
         (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is not a bundle"),
         (["serve", "OUT"], "is not a bundle"),

@@ -53,13 +53,29 @@ class Rows:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, uint8 ``(N, H, W, C)``, and their classes, ``(N,)``, if known."""
+    """Images, uint8 ``(N, H, W, C)``, and their classes, ``(N,)``, if known.
+
+    Raises:
+        DataError: there is not one class for each image.
+    """
 
     images: np.ndarray | Rows
     labels: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.labels.shape != (len(self.images),):
+            raise DataError(
+                f"each image needs one label, got {len(self.images)} images and labels of shape "
+                f"{self.labels.shape}"
+            )
+
     def __len__(self) -> int:
         return len(self.images)
+
+    def slice(self, first: int, last: int) -> ImageSet:
+        """The images from ``first`` up to, but not including, ``last``."""
+        labels = None if self.labels is None else self.labels[first:last]
+        return ImageSet(self.images[first:last], labels)
 
     def batches(self, batch_size: int, seed: int, first_batch: int = 0) -> Iterator[np.ndarray]:
         """Yield batches without end.
@@ -113,15 +129,12 @@ class Dataset:
         return int(self.parts["train"].images.shape[3])
 
 
-def split_tail(
-    name: str, images: np.ndarray, labels: np.ndarray | None = None
-) -> tuple[dict[str, ImageSet], dict[str, str]]:
+def split_tail(name: str, images: ImageSet) -> tuple[dict[str, ImageSet], dict[str, str]]:
     """Split official training images: nine tenths to train, 4 % to select, 6 % to calibrate.
 
     Args:
         name: of the part in the official data set.
-        images: its images, ``(N, H, W, C)``.
-        labels: their classes, ``(N,)``, if known.
+        images: of that part.
 
     Returns:
         The parts, and their descriptions as slices of ``name``.
@@ -129,9 +142,6 @@ def split_tail(
     first, second = round(0.9 * len(images)), round(0.94 * len(images))
     bounds = {"train": (0, first), "select": (first, second), "calibrate": (second, len(images))}
     return (
-        {
-            part: ImageSet(images[a:b], None if labels is None else labels[a:b])
-            for part, (a, b) in bounds.items()
-        },
+        {part: images.slice(a, b) for part, (a, b) in bounds.items()},
         {part: f"{name}[{a}:{b}]" for part, (a, b) in bounds.items()},
     )

@@ -32,8 +32,20 @@ PROJECTION = 64
 ROTATIONS = 4
 REPORT_SECONDS = 30.0
 IMAGES_A_CLASS = 20
+SPLITS = {"train", "val", "valid", "validation", "test"}
+LISTED = 10  # names of classes
 
 Report = Callable[[str], None]
+
+
+def check_size(image_size: int) -> None:
+    """Check that images are large enough for an encoder.
+
+    Raises:
+        DataError: they are smaller.
+    """
+    if image_size < MIN_SIZE:
+        raise DataError(f"an encoder needs images of {MIN_SIZE} pixels or more, got {image_size}")
 
 
 class _Block(nn.Module):
@@ -61,10 +73,7 @@ class Encoder(nn.Module):
 
     def __init__(self, image_size: int, channels: int, classes: int = 0) -> None:
         super().__init__()
-        if image_size < MIN_SIZE:
-            raise DataError(
-                f"an encoder needs images of {MIN_SIZE} pixels or more, got {image_size}"
-            )
+        check_size(image_size)
         self.shrink = max(1, image_size // MAX_SIZE)
         self.stem = nn.Conv2d(channels, STEM, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(STEM)
@@ -109,7 +118,10 @@ class TrainedEncoder:
 
 
 def class_folders(names: Sequence[str]) -> list[str] | None:
-    """Names of the folders at the top of a data set, in order, if each is a class.
+    """Names of the folders of a data set, in order, if each is a class.
+
+    Folders above them may hold everything, such as ``images``, or be called ``train``, ``val``,
+    ``valid``, ``validation`` and ``test``.
 
     Args:
         names: of the images to train on, relative to the data set, with ``/``.
@@ -118,10 +130,34 @@ def class_folders(names: Sequence[str]) -> list[str] | None:
         ``None`` if there are fewer than two folders, if an image lies outside them, or if folders
         have fewer than 20 images on average.
     """
-    folders = sorted({name.split("/")[0] if "/" in name else "" for name in names})
+    depth = _class_depth(names)
+    folders = sorted({_folder(name, depth) for name in names})
     if "" in folders or len(folders) < 2 or len(names) < IMAGES_A_CLASS * len(folders):
         return None
     return folders
+
+
+def _class_depth(names: Sequence[str]) -> int:
+    """The number of folders above the class folders."""
+    depth = 0
+    while True:
+        folders = {_folder(name, depth) for name in names}
+        are_splits = {folder.lower() for folder in folders} <= SPLITS
+        if not folders or "" in folders or not (len(folders) == 1 or are_splits):
+            return depth
+        depth += 1
+
+
+def _folder(name: str, depth: int) -> str:
+    """The folder of a path at a depth, from 0; empty if the path has fewer."""
+    folders = name.split("/")[:-1]
+    return folders[depth] if depth < len(folders) else ""
+
+
+def listed(folders: Sequence[str]) -> str:
+    """The first names of class folders, for the user."""
+    more = len(folders) - LISTED
+    return ", ".join(folders[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def class_labels(dataset: Dataset, part: str = "train") -> np.ndarray | None:
@@ -133,11 +169,13 @@ def class_labels(dataset: Dataset, part: str = "train") -> np.ndarray | None:
     """
     if dataset.parts["train"].labels is not None:
         return dataset.parts[part].labels
-    folders = class_folders(dataset.files.get("train", []))
+    names = dataset.files.get("train", [])
+    folders = class_folders(names)
     if folders is None:
         return None
     number = {folder: i for i, folder in enumerate(folders)}
-    return np.array([number.get(name.split("/")[0], -1) for name in dataset.files[part]])
+    depth = _class_depth(names)
+    return np.array([number.get(_folder(name, depth), -1) for name in dataset.files[part]])
 
 
 def train_encoder(

@@ -179,11 +179,46 @@ def train(
         before = json.loads((run / "run.json").read_text())["options"]
         options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
     fabric = make_fabric(options.device, options.precision)
+    is_main = fabric.global_rank == 0
+    trainer, progress, lineage = _prepare(config, dataset, run, options, resume, fabric)
+    with _with_others(fabric):
+        fabric.barrier()
+    if is_main:  # all checks have passed: write to the folder from here on
+        open_run(run, config, dataset, options, source)
+    about = {
+        "recipe": config.recipe,
+        "started_from": lineage,
+        "data": dataset.name,
+        "splits": dataset.splits,
+        "seed": options.seed,
+        "training": config.to_dict(),
+    }
+    progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
+    if is_main:
+        folder = save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
+        write_report(run, folder, dataset, trainer.ema, fabric.device)
+    with _with_others(fabric):
+        fabric.barrier()
+    return progress
+
+
+def _prepare(
+    config: TrainConfig,
+    dataset: Dataset,
+    run: Path,
+    options: RunOptions,
+    resume: bool,
+    fabric: Fabric,
+) -> tuple[Trainer, Progress, dict[str, Any] | None]:
+    """Check everything, and make a trainer with the weights that the run begins or resumes with.
+
+    Returns:
+        The trainer, the progress of a resumed run, and what its weights were started from.
+    """
     if config.batch_size % fabric.world_size:
         raise RunError(
             f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes"
         )
-    is_main = fabric.global_rank == 0
     _check_run(run, config, dataset, resume)
 
     def average(flat: torch.Tensor) -> torch.Tensor:
@@ -213,18 +248,21 @@ def train(
         lineage = _lineage(Path(options.init))
     if not _out_of_time(progress, options.minutes):
         check_budget(run, trainer.inferring_since, config.batch_size, options.images)
-    with _with_others(fabric):
-        fabric.barrier()
-    if is_main:  # all checks have passed: write to the folder from here on
-        open_run(run, config, dataset, options, source)
-    about = {
-        "recipe": config.recipe,
-        "started_from": lineage,
-        "data": dataset.name,
-        "splits": dataset.splits,
-        "seed": options.seed,
-        "training": config.to_dict(),
-    }
+    return trainer, progress, lineage
+
+
+def _run_steps(
+    dataset: Dataset,
+    run: Path,
+    options: RunOptions,
+    fabric: Fabric,
+    trainer: Trainer,
+    progress: Progress,
+    about: dict[str, Any],
+) -> Progress:
+    """Train until the budget is spent, with logs and checkpoints; returns the progress then."""
+    config = trainer.config
+    is_main = fabric.global_rank == 0
     log = _Log(run, progress.step) if is_main else None
     batches_a_step = 1 + (config.d_steps if config.discriminator else 0)
     batches = dataset.parts["train"].batches(
@@ -294,11 +332,6 @@ def train(
         bar.close()
         if log is not None:
             log.close()
-    if is_main:
-        folder = save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
-        write_report(run, folder, dataset, trainer.ema, fabric.device)
-    with _with_others(fabric):
-        fabric.barrier()
     return progress
 
 
@@ -353,6 +386,13 @@ def check_folder(run: Path, resume: bool) -> None:
         raise RunError(f"{run} already holds a run: resume it, or choose another folder")
     if resume and not holds_run:
         raise RunError(f"{run} holds no run to resume")
+
+
+def budget_of(run: Path) -> tuple[int | None, float | None]:
+    """The images and minutes that a run was last started with; ``None`` for what it lacks."""
+    path = run / "run.json"
+    options = json.loads(path.read_text())["options"] if path.is_file() else {}
+    return options.get("images"), options.get("minutes")
 
 
 def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:

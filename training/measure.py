@@ -245,15 +245,16 @@ class Measurer:
             model, FID_COUNTS[-1], self.device, with_noise=False, seed=self.options.seed
         )
         generated, logits = inception_features(self.options.inception, samples, self.device)
+        if not self._fid_real:
+            few, more, most = FID_COUNTS
+            held_out, train = (
+                inception_features(self.options.inception, np.asarray(images), self.device)[0]
+                for images in (self.images[:more], self.dataset.parts["train"].images[:most])
+            )
+            self._fid_real = {few: held_out[:few], more: held_out, most: train}
         fid: dict[str, Any] = {}
         for count in FID_COUNTS:
             part = "train" if count == FID_COUNTS[-1] else self.options.part
-            if count not in self._fid_real:
-                images = self.images if part != "train" else self.dataset.parts["train"].images
-                images = np.asarray(images[:count])
-                self._fid_real[count] = inception_features(
-                    self.options.inception, images, self.device
-                )[0]
             real = self._fid_real[count]
             fid[str(count)] = {
                 "fid": frechet_distance(real, generated[:count]),

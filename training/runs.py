@@ -82,14 +82,22 @@ def latest_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run; the folder of a checkpoint or bundle is returned as it is.
 
     Raises:
-        RunError: the folder holds no finished checkpoint.
+        RunError: the folder does not exist, or holds no finished checkpoint.
     """
     if (run / WEIGHTS_NAME).is_file():
         return run
+    if not run.exists():
+        raise RunError(f"there is no run, checkpoint or bundle {run}")
     folders = checkpoint_folders(run)
     if not folders:
         raise RunError(f"{run} holds no finished checkpoint")
     return folders[-1]
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run of a checkpoint; another folder, such as a bundle's, is returned as it is."""
+    parent = checkpoint.absolute().parent
+    return parent.parent if parent.name == "checkpoints" else checkpoint
 
 
 def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
@@ -214,8 +222,9 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path
+    # save_file raises another error than OSError where the disk is full.
+    path.write_bytes(
+        safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     )
 
 

@@ -77,7 +77,10 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
                 f"the image is damaged: it has two sizes, {structure.width} x "
                 f"{structure.height} and {image.width} x {image.height}",
             )
-        if ";16" in str(getattr(image, "tile", [])[:1]) and not image.mode.startswith("I"):
+        stored = str(getattr(image, "tile", [])[:1])
+        if image.mode[0] in "IF":
+            _check_bits(image.mode, stored)
+        elif ";16" in stored:
             notes.append("converted from 16-bit colour to 8 bits")
         if getattr(image, "is_animated", False):  # n_frames would be slow
             notes.append("first of several frames taken")
@@ -96,6 +99,22 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
         raise
     except Exception as error:  # Pillow's parsers raise struct.error, SyntaxError, KeyError, …
         raise ImageError("not_an_image", f"the image is damaged: {words_of(error)}") from error
+
+
+def _check_bits(mode: str, stored: str) -> None:
+    """Reject greyscale values that are not 16-bit integers: their high bytes may all be black.
+
+    Args:
+        mode: of Pillow, for integers or floating-point numbers.
+        stored: Pillow's description of the values in the file.
+    """
+    if mode == "F" or ";16" not in stored:
+        bits = re.search(r"[FI];(\d+)", stored)
+        raise ImageError(
+            "not_an_image",
+            "a greyscale image must have 8 or 16 bits per value, got "
+            f"{bits[1] if bits else mode}{'-bit floating point' if mode == 'F' else ''}",
+        )
 
 
 def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
@@ -121,13 +140,9 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
-    if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I", "F"):
+    if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         notes.append("converted from 16-bit greyscale to 8 bits")
-        values = np.asarray(image)
-        if mode == "F":
-            eight = np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8)
-        else:
-            eight = np.clip(values >> 8, 0, 255).astype(np.uint8)
+        eight = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(eight).convert("RGB")
     if image.has_transparency_data:
         notes.append("alpha composited on white")

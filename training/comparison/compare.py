@@ -183,7 +183,9 @@ def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
     if not (run / MEASURED).is_file():
         return False
     before = json.loads((run / MEASURED).read_text())
-    return bool(before["checkpoint"] == folder.name and before["how"] == how)
+    return bool(
+        before["checkpoint"] == folder.name and _without_paths(before["how"]) == _without_paths(how)
+    )
 
 
 def _check_same(run: Path, job: Job, dataset: Dataset) -> None:

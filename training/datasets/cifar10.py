@@ -17,7 +17,6 @@ BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_bat
 COUNTS = {"train": 50000, "test": 10000}
 # The calibration of the shipped bundle depends on this split, which must not change.
 TRAIN, SELECT = 45000, 47000
-_Split = tuple[np.ndarray, np.ndarray | None]
 
 
 def load_cifar10(root: Path) -> Dataset:
@@ -28,7 +27,7 @@ def load_cifar10(root: Path) -> Dataset:
     """
     strips = root.is_dir() and any(root.glob("train_*.webp"))
     source = Source(root, FOLDERS, ARCHIVES)
-    (train, labels), (test, test_labels) = (
+    train, test = (
         _strips(root, s) if strips else _batches(source, root, s) for s in ("train", "test")
     )
     for name, images in (("train", train), ("test", test)):
@@ -37,33 +36,28 @@ def load_cifar10(root: Path) -> Dataset:
                 f"CIFAR-10 has {COUNTS[name]} {name} images, {root} holds {len(images)}"
             )
     bounds = {"train": (0, TRAIN), "select": (TRAIN, SELECT), "calibrate": (SELECT, len(train))}
-    parts = {
-        part: ImageSet(train[a:b], None if labels is None else labels[a:b])
-        for part, (a, b) in bounds.items()
-    }
+    parts = {part: train.slice(a, b) for part, (a, b) in bounds.items()}
     splits = {part: f"train[{a}:{b}]" for part, (a, b) in bounds.items()}
     return Dataset(
         "cifar10",
-        {**parts, "test": ImageSet(test, test_labels)},
+        {**parts, "test": test},
         {**splits, "test": f"test[0:{len(test)}]"},
     )
 
 
-def _strips(root: Path, split: str) -> _Split:
+def _strips(root: Path, split: str) -> ImageSet:
     """Read WebP files of vertically stacked images, 32 pixels wide, and ``labels.npz``."""
     strips = [_strip(f) for f in sorted(root.glob(f"{split}_*.webp")) if f.is_file()]
     images = np.concatenate(strips) if strips else np.empty((0, SIZE, SIZE, 3))
     path = root / "labels.npz"
     if not path.is_file():
-        return images, None
+        return ImageSet(images)
     try:
         with np.load(path, allow_pickle=False) as stored:
             labels = stored[split].astype(np.int64)
     except NOT_ARRAYS as error:
         raise DataError(f"{path} must hold the array {split}: {error}") from error
-    if labels.shape != images.shape[:1]:
-        raise DataError(f"{path} must hold {len(images)} labels of {split}, got {labels.shape}")
-    return images, labels
+    return ImageSet(images, labels)
 
 
 def _strip(path: Path) -> np.ndarray:
@@ -79,7 +73,7 @@ def _strip(path: Path) -> np.ndarray:
     return pixels.reshape(-1, SIZE, SIZE, 3)
 
 
-def _batches(source: Source, root: Path, split: str) -> _Split:
+def _batches(source: Source, root: Path, split: str) -> ImageSet:
     images, labels = [], []
     for name in BATCHES[split]:
         if (content := source.read(name)) is not None:
@@ -102,4 +96,4 @@ def _batches(source: Source, root: Path, split: str) -> _Split:
                 f"{root} does not hold CIFAR-10: it has neither train_*.webp strips nor "
                 f"{name} or {name}.bin, also not in {', '.join((*FOLDERS, *ARCHIVES))}"
             )
-    return np.concatenate(images), np.concatenate(labels)
+    return ImageSet(np.concatenate(images), np.concatenate(labels))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -14,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from serving.files import preallocated, read_file, replacing
+from serving.files import LOCK, locked, preallocated, read_file, write_text
 from serving.images import ImageError, read_image, resize_centre
 from training.data import PARTS, DataError, Dataset, ImageSet, Rows
 
@@ -24,6 +26,8 @@ _BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
 _BY_NAME = "by hash of the file name"
 _CHUNK = 1000
 _PREPROCESSING = 1  # part of a cache's key: raise it when decoding or resizing gives other pixels
+# Errors of read_file for what is no file or too large. The others may pass, as those of a network.
+_LASTING = (errno.EINVAL, errno.EFBIG)
 Item = TypeVar("Item")
 
 
@@ -50,15 +54,18 @@ def cached_pixels(
     identity: str,
     shape: Callable[[], tuple[int, int, int, int]],
     cache: Path | None,
-    fill: Callable[[np.ndarray], dict[int, str]],
+    fill: Callable[[np.ndarray], tuple[dict[int, str], bool]],
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Map an array of pixels, which is filled unless the cache has it.
+
+    Processes that start together fill it once: the others wait.
 
     Args:
         identity: of the content; the same identity is not filled again.
         shape: returns ``(N, H, W, C)``; called only if the array must be filled.
         cache: folder of the array's file; ``None`` for a temporary file.
-        fill: writes the pixels and returns the unusable rows, each with the reason.
+        fill: writes the pixels and returns the unusable rows, each with the reason, and whether to
+            keep the pixels in the cache.
 
     Returns:
         uint8 pixels, and the unusable rows, each with the reason.
@@ -69,16 +76,24 @@ def cached_pixels(
     if cache is None:
         with tempfile.TemporaryFile() as file:
             pixels = preallocated(file, shape(), tempfile.gettempdir(), _no_room)
-        return pixels, fill(pixels)
+        return pixels, fill(pixels)[0]
     key = hashlib.sha256(f"{_PREPROCESSING} {identity}".encode()).hexdigest()[:16]
     done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
     if not done.is_file():
-        # Several processes may write at once: the last to finish is kept, and all are the same.
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(stored) as file:
-            skipped = fill(preallocated(file, shape(), cache, _no_room))
-        with replacing(done, text=True) as file:
-            json.dump(skipped, file)
+        with locked(cache / LOCK, wait=True):
+            if not done.is_file():
+                partial = cache / "images.tmp"  # one name: what a killed process left is replaced
+                try:
+                    with open(partial, "w+b") as file:
+                        pixels = preallocated(file, shape(), cache, _no_room)
+                        skipped, is_kept = fill(pixels)
+                        if not is_kept:
+                            return pixels, skipped
+                        os.fsync(file.fileno())
+                    partial.replace(stored)
+                finally:
+                    partial.unlink(missing_ok=True)
+                write_text(done, json.dumps(skipped))
     unusable = json.loads(done.read_text())
     return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
 
@@ -93,7 +108,7 @@ def decode_into(
     files: Iterable[Item],
     read: Callable[[Item], bytes],
     report: Report,
-) -> dict[int, str]:
+) -> tuple[dict[int, str], set[int]]:
     """Decode image files into the rows of an array, on all cores.
 
     Args:
@@ -102,28 +117,39 @@ def decode_into(
         files: one per row.
         read: returns the content of a file; called by the thread that decodes it, so that memory
             holds no more files than there are threads.
-        report: called with each line of progress.
+        report: called with each line of progress, and of what was converted in how many files.
 
     Returns:
-        The unusable rows, each with the reason.
+        The unusable rows, each with the reason, and those of them that may be readable another
+        time.
     """
     skipped: dict[int, str] = {}
+    passing: set[int] = set()
 
-    def decode(row: int, file: Item) -> None:
+    def decode(row: int, file: Item) -> list[str]:
         try:
-            pixels[row] = resize_centre(read_image(read(file)).pixels, size, size)
+            image = read_image(read(file))
+            pixels[row] = resize_centre(image.pixels, size, size)
+            return image.notes
         except ImageError as error:
             skipped[row] = str(error)
         except OSError as error:
             skipped[row] = error.strerror or str(error)
+            if error.errno not in _LASTING:
+                passing.add(row)
+        return []
 
+    notes: Counter[str] = Counter()
     numbered = enumerate(files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(numbered, _CHUNK)):
-            list(pool.map(lambda item: decode(*item), chunk))
+            for its in pool.map(lambda item: decode(*item), chunk):
+                notes.update(its)
             if (chunk[-1][0] + 1) % (10 * _CHUNK) == 0 or len(chunk) < _CHUNK:
                 report(f"read {chunk[-1][0] + 1} of {len(pixels)} images")
-    return skipped
+    for note, count in notes.most_common():
+        report(f"{count} files: {note}")
+    return skipped, passing
 
 
 def split_by_name(

@@ -6,10 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from serving.files import image_paths, read_file
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image
 from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
+
+_MISSING = (0, 0)  # the version of a file that does not exist
 
 
 def load_folder(
@@ -35,19 +39,21 @@ def load_files(
     size = image_size or _first_size(files)
     fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
+    versions = [_version(path) for path in files]
     identity = json.dumps(
         [
             str(folder.resolve()),
             size,
-            [(name, *_version(path)) for name, path in zip(names, files, strict=True)],
+            [(name, *version) for name, version in zip(names, versions, strict=True)],
         ]
     )
-    pixels, skipped = cached_pixels(
-        identity,
-        lambda: (len(files), size, size, 3),
-        cache,
-        lambda out: decode_into(out, size, files, read_file, report),
-    )
+
+    def fill(out: np.ndarray) -> tuple[dict[int, str], bool]:
+        skipped, passing = decode_into(out, size, files, read_file, report)
+        # A file that was missing before has another version once it can be read.
+        return skipped, all(versions[row] == _MISSING for row in passing)
+
+    pixels, skipped = cached_pixels(identity, lambda: (len(files), size, size, 3), cache, fill)
     return split_by_name(folder.resolve().name, names, pixels, skipped, report)
 
 
@@ -64,11 +70,11 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """Size and time of modification; zeros for a file that does not exist, as by a broken link."""
+    """Size and time of modification, or :data:`_MISSING`, as for a broken link."""
     try:
         found = path.stat()
     except OSError:
-        return 0, 0
+        return _MISSING
     return found.st_size, found.st_mtime_ns
 
 

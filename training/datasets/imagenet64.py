@@ -40,20 +40,21 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
 def _assemble(train: list[Path], test: Path, cache: Path | None, report: Report) -> Dataset:
     identity = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in train])
 
-    def fill(pixels: np.ndarray) -> dict[int, str]:
+    labels = [_labels(path) for path in train]
+
+    def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
         first = 0
-        for path in train:
+        for path, its in zip(train, labels, strict=True):
             images = _images(path)
+            if len(images) != len(its):
+                raise DataError(f"{path} holds {len(images)} images and {len(its)} labels")
             pixels[first : first + len(images)] = images
             first += len(images)
             report(f"read {first} of {len(pixels)} images")
-        return {}
+        return {}, True
 
-    images, _ = cached_pixels(
-        identity, lambda: (sum(len(_labels(p)) for p in train), SIZE, SIZE, 3), cache, fill
-    )
-    labels = np.concatenate([_labels(p) for p in train])
-    parts, splits = split_tail("train", images, labels)
+    images, _ = cached_pixels(identity, lambda: (sum(map(len, labels)), SIZE, SIZE, 3), cache, fill)
+    parts, splits = split_tail("train", ImageSet(images, np.concatenate(labels)))
     held_out = _images(test)
     return Dataset(
         "imagenet64",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from pathlib import Path
+
+import numpy as np
 
 from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
@@ -50,14 +53,18 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
             with environment.begin() as transaction:
                 return bytes(transaction.get(key) or b"")
         except lmdb.Error as error:
-            raise OSError(f"the LMDB is damaged: {error}") from error
+            raise OSError(errno.EINVAL, f"the LMDB is damaged: {error}") from error
+
+    def fill(out: np.ndarray) -> tuple[dict[int, str], bool]:
+        skipped, passing = decode_into(out, size, keys, value, report)
+        return skipped, not passing
 
     stat = (root / "data.mdb").stat()
     pixels, skipped = cached_pixels(
         json.dumps([size, stat.st_size, stat.st_mtime_ns]),
         lambda: (len(keys), size, size, 3),
         cache,
-        lambda out: decode_into(out, size, keys, value, report),
+        fill,
     )
     environment.close()
     return split_by_name(

@@ -39,7 +39,7 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
     test_labels = source.read("test_y.bin")
     report(f"resizing STL-10 to {size} pixels")
     images, test_images = _images(content, f"{name}_X.bin", size), _images(test, "test_X.bin", size)
-    parts, splits = split_tail(name, images, _classes(labels))
+    parts, splits = split_tail(name, ImageSet(images, _classes(labels)))
     return Dataset(
         "stl10",
         {**parts, "test": ImageSet(test_images, _classes(test_labels))},
