@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,34 +11,21 @@ from typing import Any
 import numpy as np
 
 from ade_cli.advice import advice
-from ade_cli.data_options import (
-    add_data_arguments,
-    dataset_of,
-    part_in,
-    percent,
-    readable,
-    say,
-    was_trained_on,
-)
+from ade_cli.data_options import add_data_arguments, dataset_of, percent, readable, say
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
+from export.verdict.choice import choose_files, choose_rows, data_of_features
 from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
-from training.data import PARTS, DataError, Dataset
+from training.data import DataError
 from training.datasets import NAMES
-from training.datasets.files import shuffled
-from training.datasets.folder import image_files
 
 ERRORS = (BundleError, CalibrationError, DataError, FeaturesError)
-
-HELD_OUT = ("select", "calibrate", "test")  # to fit to, to calibrate on, and never used
 ALPHAS = (0.1, 0.05, 0.01)
-MAX_IMAGES = 20_000
-FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
 
-Images = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
+Reader = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,19 +88,20 @@ def run(args: argparse.Namespace) -> None:
         raise CalibrationError("--into BUNDLE and --name NAME go together")
     features = _features(args)
     bundle = open_bundle(args.bundle)
-    (fit, calibration, unseen, trained), name = _images(args, bundle)
+    target = args.out
+    if args.into is not None:
+        target, model = args.into, bundle.model_id
+        bundle = open_bundle(target)
+        if bundle.model_id != model:
+            raise CalibrationError(
+                f"--into must be a bundle of the model {model}, got {bundle.model_id}"
+            )
+    (fit, calibration, unseen, trained), name = _images(args, bundle, _data_of(features, bundle))
     if args.into is None:
         made = calibrate_bundle(
-            args.bundle, args.out, fit(), calibration(), name, say, features, unseen(), trained()
+            args.bundle, target, fit(), calibration(), name, say, features, unseen(), trained()
         )
-        target = args.out
     else:
-        target = args.into
-        if open_bundle(target).model_id != bundle.model_id:
-            raise CalibrationError(
-                f"--into must be a bundle of the model {bundle.model_id}, got "
-                f"{open_bundle(target).model_id}"
-            )
         made = calibrate_into(
             target, args.name, fit(), calibration(), name, say, unseen(), trained()
         )
@@ -138,63 +126,29 @@ def _features(args: argparse.Namespace) -> FeatureSource | None:
     return FeatureSource(args.features, args.features_output, args.features_preprocess)
 
 
-def _images(args: argparse.Namespace, bundle: Bundle) -> tuple[list[Images], str]:
-    """Images to fit to, to calibrate on, unseen ones and training images; the data's name.
+def _data_of(features: FeatureSource | None, bundle: Bundle) -> Mapping[str, Any] | None:
+    """The data set of the given network of features, or of the bundle's; ``None`` if unknown."""
+    if features is None:
+        return data_of_features(bundle)
+    from export.features import data_of  # needs onnx, which calibration alone does not
 
-    Training images are given for a folder alone: published data sets have hardly any copies.
-    """
+    return data_of(features.path)
+
+
+def _images(
+    args: argparse.Namespace, bundle: Bundle, features: Mapping[str, Any] | None
+) -> tuple[list[Reader], str]:
+    """Images to fit to, to calibrate on, unseen ones and training images; the data's name."""
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
-        trained_on = was_trained_on(bundle, dataset.name, dataset.splits)
-        return [*_rows(dataset, trained_on), lambda: iter(())], dataset.name
+        return [*choose_rows(dataset, bundle, features, say)], dataset.name
     if args.root is not None:
         raise DataError(
             f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder"
         )
     folder = Path(args.data)
-    files, name = image_files(folder), folder.resolve().name
-    trained_on = was_trained_on(bundle, name)
-    parts: dict[str, list[Path]] = {part: [] for part in PARTS}
-    for path in files:
-        parts[part_in(folder, path, trained_on)].append(path)
-    if trained_on:
-        say(
-            f"the model was trained on {name}: only its parts select and calibrate are used, and "
-            "no copies of training images"
-        )
-    elif parts["test"]:
-        say(f"{len(parts['test'])} of {len(files)} files are left out, for ade ood-bench")
-    chosen = _chosen({part: shuffled(paths) for part, paths in parts.items()}, trained_on)
-    used = [partial(readable, paths[:MAX_IMAGES]) for paths in chosen]
-    return [*used, partial(readable, parts["train"] if trained_on else [])], name
-
-
-def _rows(dataset: Dataset, trained_on: bool) -> list[Images]:
-    """Images of a data set to fit to, to calibrate on, and unseen ones."""
-    parts = {part: [(part, row) for row in range(len(dataset.parts[part]))] for part in PARTS}
-
-    def read(rows: list[tuple[str, int]]) -> Iterator[bytes | np.ndarray]:
-        return (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in rows)
-
-    return [partial(read, rows) for rows in _chosen(parts, trained_on)]
-
-
-def _chosen(parts: dict[str, list[Any]], trained_on: bool) -> list[list[Any]]:
-    """Items to fit to, to calibrate on, and unseen ones.
-
-    If the model was trained on the data, the first two are its parts ``select`` and ``calibrate``.
-    Otherwise all but the part ``test`` are divided between them. ``ade ood-bench`` measures false
-    alarms on the part ``test``, so it is not used in either case.
-    """
-    if trained_on:
-        return [parts[part] for part in HELD_OUT]
-    rest = [item for part in PARTS if part != "test" for item in parts[part]]
-    return [*_split(shuffled(rest)[:MAX_IMAGES]), parts["test"]]
-
-
-def _split(items: list[Any]) -> list[list[Any]]:
-    first = round(FIT_SHARE * len(items))
-    return [items[:first], items[first:]]
+    chosen = choose_files(folder, bundle, features, say)
+    return [partial(readable, paths) for paths in chosen], folder.resolve().name
 
 
 def _tell(calibrations: Calibrations) -> None:

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from serving.engine.bundle import Bundle
+from export.verdict.images import NamedFile
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
-from training.datasets.files import contents, is_split_by_name, part_of
+from training.datasets.files import contents
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -35,50 +35,13 @@ def percent(share: float | None) -> str:
     return "no verdict" if share is None else f"{share:.0%}"
 
 
-def was_trained_on(bundle: Bundle, name: str, splits: dict[str, str] | None = None) -> bool:
-    """Whether a data set is the one that a bundle's model was trained on.
-
-    Its held-out parts must be used then. A data set of the same name but another split gives a
-    warning.
-
-    Args:
-        bundle: its manifest names the data set and describes its splits.
-        name: of the data set, or of a folder.
-        splits: of a named data set; ``None`` for a folder. Splits by file names are equal even if
-            their numbers of files differ, since an added file moves no other.
-    """
-    data = bundle.manifest["data"]
-    if data.get("name") != name:
-        return False
-    by_name = is_split_by_name(data.get("splits", {})) and (
-        splits is None or is_split_by_name(splits)
-    )
-    same = by_name or data.get("splits") == splits
-    if not same:
-        say(
-            f"warning: {bundle.name} was trained on a data set of the same name, {name}, with "
-            "another split: check that these images were not trained on"
-        )
-    return same
-
-
-def part_in(folder: Path, path: Path, trained_on: bool) -> str:
-    """The part of a file of a folder.
-
-    If the model was trained on the folder, it follows from the file's name, as in training.
-    Otherwise it follows from the path inside the folder, because parts of files of one name would
-    lack what only the others show.
-    """
-    return part_of(path.name if trained_on else path.relative_to(folder).as_posix())
-
-
 def readable(paths: Sequence[Path]) -> Iterator[bytes]:
     """Read files one after another; prints and leaves out those that cannot be read."""
     for path, content in zip(paths, contents(paths), strict=True):
         if isinstance(content, OSError):
             say(f"left out {path}: {content.strerror}")
         else:
-            yield content
+            yield NamedFile.of(str(path), content)
 
 
 def source_of(args: argparse.Namespace) -> dict[str, str | None]:

@@ -12,8 +12,8 @@ from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.image_files import FileError, check_parent
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
-from training.device import choose_device
-from training.encoder import class_labels, train_encoder
+from training.device import DEVICES, choose_device
+from training.encoder import check_size, class_folders, class_labels, listed, train_encoder
 from training.runs import RunError
 
 ERRORS = (DataError, FileError, RunError)
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-labels", action="store_true", help="do not use the classes of the images"
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,11 +43,16 @@ def run(args: argparse.Namespace) -> None:
     if os.path.lexists(args.out):
         raise FileError(f"{args.out} exists: take another name")
     device = choose_device(args.device)
-    dataset = dataset_of(args, None, args.image_size)
+    dataset = dataset_of(args, None, args.image_size, fits=check_size)
     labels = None if args.without_labels else class_labels(dataset)
+    folders = class_folders(dataset.files.get("train", []))
+    if labels is not None and folders is not None:
+        say(f"classes: {listed(folders)}")
     images = ImageSet(dataset.parts["train"].images, labels)
     trained = train_encoder(images, args.minutes, device, report=say)
     example = np.asarray(images.images[:2])
-    export_encoder(trained.network, example, trained.outputs, args.out)
+    # `ade calibrate` keeps the network's training images out of the calibration.
+    data = {"name": dataset.name, "splits": dataset.splits}
+    export_encoder(trained.network, example, trained.outputs, args.out, data)
     kind = f"{trained.classes} classes" if trained.classes else "no labels"
     say(f"wrote {args.out}: {trained.images_seen} images seen, {kind}")

@@ -6,12 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
-from ade_cli.data_options import percent, say
+from ade_cli.data_options import say
 from ade_cli.image_files import FileError, check_parent, files_of, load_engine
 from ade_cli.image_sets import ImageSet
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.feedback import AUDIT, give_feedback
-from export.verdict.what_if import Way, WhatIf, what_if
+from export.verdict.what_if import what_if
+from export.verdict.what_if_report import gate_of, what_if_lines, write_what_if
 from serving.engine.bundle import BundleError
 from serving.verdict.calibration import DEFAULT, CalibrationError
 from serving.verdict.store import FOLDER
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of HISTORY's images that are corrupted in each way (default: %(default)s)",
     )
-    task.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    task.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     task.add_argument(
         "--report", type=Path, metavar="FILE", help="write an HTML page with the same figures too"
     )
@@ -71,9 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "feedback",
         help="let accepted images join a calibration",
         description="Tell the gate what a person decided on single images. Accepted images become "
-        "calibration images; nothing is trained on them. Rejected images are calibration images "
-        f"no longer. Each decision is appended to BUNDLE/{FOLDER}/{AUDIT}. A service that runs "
-        "with the bundle takes the calibration over within seconds.",
+        "calibration images; nothing is trained on them. Rejected images that had joined are "
+        "removed; others are only recorded. Each decision is appended to "
+        f"BUNDLE/{FOLDER}/{AUDIT}. A service that runs with the bundle takes the calibration over "
+        "within seconds.",
     )
     _add_bundle(task)
     for option, text in (
@@ -154,54 +156,9 @@ def _what_if(args: argparse.Namespace) -> None:
         report=say,
     )
     if args.report is not None:
-        from export.verdict.what_if_report import write_what_if  # its template needs Jinja2
-
         write_what_if(found, args.report)
-    text = json.dumps(found.to_dict(), indent=2) if args.json else _text(found)
+    if args.json:
+        text = json.dumps(found.to_dict(), indent=2)
+    else:
+        text = "\n".join([gate_of(found), "", *what_if_lines(found)]).rstrip()
     print(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
-
-
-def _text(found: WhatIf) -> str:
-    label = found.calibration or {}
-    lines = [
-        f"{found.model}, calibration {label.get('name')}, version {label.get('version')}: "
-        f"{found.images:,} images of the history, {found.unusable:,} cannot be used"
-    ]
-    for way in found.ways:
-        lines += ["", *_way(way)]
-    header = ["rejected at alpha", *(f"{alpha:g}" for alpha in found.alphas)]
-    body = [[name, *map(percent, shares)] for name, shares in found.caught.items()]
-    return "\n".join([*lines, "", *_table([header, *body])])
-
-
-def _way(way: Way) -> list[str]:
-    what = "resized images" if way.resized else "images of the model's size"
-    lines = [f"{what}: {way.images:,} of the history, {way.per_day:,} per day"]
-    if not way.calibrated:
-        return [*lines, "there is no calibration for them: no verdict, none is accepted"]
-    body = [["alpha", "false alarms per day", "95 % band", "rejected of the history"]]
-    for row in way.alarms:
-        if row.per_day is None:
-            body.append([f"{row.alpha:g}", "no verdict", "", ""])
-        else:
-            band = f"{row.low:,} to {row.high:,}"
-            body.append([f"{row.alpha:g}", f"{row.per_day:,.0f}", band, f"{row.rejected:.2%}"])
-    lines += [f"calibrated on {way.calibrated:,} images", *_table(body)]
-    if way.unlike:
-        lines.append(
-            "warning: the history is not like the calibration images, see alpha "
-            f"{', '.join(f'{alpha:g}' for alpha in way.unlike)}: calibrate on images like these"
-        )
-    return lines
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Format a table: the first column is aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

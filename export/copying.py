@@ -13,14 +13,15 @@ def copy_bundle(bundle: Bundle, target: Path) -> None:
     """Copy the files that a bundle's manifest lists, and its named calibrations.
 
     Whoever changes the copy writes a manifest with the hashes of all its files. So the copy holds
-    no other files, and is checked before that.
+    no other files, and is checked before that. Hidden files are locks and calibrations that are
+    being written.
 
     Args:
         bundle: as its manifest was read.
         target: an empty folder.
 
     Raises:
-        BundleError: the bundle is not whole, or was replaced meanwhile.
+        BundleError: the bundle is not whole, was replaced meanwhile, or a file cannot be copied.
     """
     shutil.copy(bundle.folder / MANIFEST_NAME, target)
     if open_bundle(target).manifest != bundle.manifest:
@@ -30,5 +31,11 @@ def copy_bundle(bundle: Bundle, target: Path) -> None:
             raise BundleError(f"{bundle.folder / name} is missing")
         shutil.copy(bundle.folder / name, target)
     if (bundle.folder / FOLDER).is_dir():
-        shutil.copytree(bundle.folder / FOLDER, target / FOLDER)
+        try:
+            shutil.copytree(
+                bundle.folder / FOLDER, target / FOLDER, ignore=shutil.ignore_patterns(".*")
+            )
+        except shutil.Error as error:
+            source, _, reason = error.args[0][0]
+            raise BundleError(f"{source} cannot be copied: {reason}") from error
     verify_bundle(target)

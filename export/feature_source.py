@@ -14,6 +14,7 @@ SCALES = {
     "raw": ((0.0,), (1 / 255,)),
 }
 CHECKED = 4  # real images that a graph is tried on
+DATA_KEY = "ade_data"  # of an ONNX file's metadata: what data the network was trained on
 
 
 class FeaturesError(ValueError):

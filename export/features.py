@@ -8,8 +8,10 @@ size, and gives ``features``, float32 ``(N, F)``, and of a classifier ``logits``
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,14 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.feature_source import CHECKED, FORMAT, SCALES, FeaturesError, FeatureSource
+from export.feature_source import (
+    CHECKED,
+    DATA_KEY,
+    FORMAT,
+    SCALES,
+    FeaturesError,
+    FeatureSource,
+)
 from serving.verdict.semantic import FEATURES, LOGITS
 
 LAYOUTS = ("nchw", "nhwc")
@@ -76,13 +85,9 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
         FeaturesError: the graph cannot be read or used; the error names what is missing.
     """
     path = source.path
-    try:
-        content = path.read_bytes()
-        model = onnx.load(str(path))
-        if _opset(model) < MIN_OPSET:
-            model = onnx.version_converter.convert_version(model, OPSET)
-    except (FeaturesError, DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
-        raise FeaturesError(f"{path} is not a usable ONNX graph: {error}") from error
+    content = path.read_bytes()
+    model = _read(path)
+    about_data = _data(model)
     _free_own_names(model.graph)
     found = _preprocessing(model.graph, images.shape[1:], source.preprocess)
     names = _outputs(model.graph, source.output)
@@ -98,8 +103,38 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
         "preprocessing": str(found),
         "features": int(features.shape[1]),
         "classes": int(result[LOGITS].shape[1]) if LOGITS in result else 0,
+        **({} if about_data is None else {"data": about_data}),
     }
     return FeatureGraph(model.SerializeToString(deterministic=True), about)
+
+
+def data_of(path: Path) -> dict[str, Any] | None:
+    """Name and splits of the data set that a network was trained on; ``None`` if unknown.
+
+    :func:`export.to_onnx.export_encoder` writes them.
+
+    Raises:
+        FeaturesError: the graph cannot be read.
+    """
+    return _data(_read(path))
+
+
+def _read(path: Path) -> ModelProto:
+    try:
+        model = onnx.load(str(path))
+        if _opset(model) < MIN_OPSET:
+            model = onnx.version_converter.convert_version(model, OPSET)
+    except (FeaturesError, DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
+        raise FeaturesError(f"{path} is not a usable ONNX graph: {error}") from error
+    return model
+
+
+def _data(model: ModelProto) -> dict[str, Any] | None:
+    for entry in model.metadata_props:
+        if entry.key == DATA_KEY:
+            found: dict[str, Any] = json.loads(entry.value)
+            return found
+    return None
 
 
 def _opset(model: ModelProto) -> int:

@@ -18,6 +18,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
+from export.feature_source import DATA_KEY
 from export.graphs import Graph, Graphs
 from serving.engine.bundle import WEIGHTS_NAME
 from serving.engine.signatures import inputs_of, outputs_of
@@ -57,7 +58,13 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
     return path
 
 
-def export_encoder(network: nn.Module, images: np.ndarray, outputs: list[str], path: Path) -> None:
+def export_encoder(
+    network: nn.Module,
+    images: np.ndarray,
+    outputs: list[str],
+    path: Path,
+    data: dict[str, Any] | None = None,
+) -> None:
     """Write an encoder as one file, for ``ade calibrate``.
 
     Args:
@@ -65,9 +72,13 @@ def export_encoder(network: nn.Module, images: np.ndarray, outputs: list[str], p
         images: of that shape, two or more; what they show does not matter.
         outputs: names of what it gives.
         path: of the file.
+        data: name and splits of the data set that it was trained on, as in a bundle's manifest, so
+            that ``ade calibrate`` keeps its training images out of the calibration.
     """
     example = {"images": torch.from_numpy(images)}
     model = traced(network, example, outputs, ({0: torch.export.Dim("N")},))
+    if data is not None:
+        helper.set_model_props(model, {DATA_KEY: json.dumps(data)})
     with replacing(path) as file:
         file.write(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))

@@ -399,6 +399,7 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
     (copy / "features.onnx").write_bytes(b"not listed")
     (copy / "calibrations").mkdir()
     (copy / "calibrations" / "night.npz").write_bytes(b"named")
+    (copy / "calibrations" / ".0123456789abcdef.tmp").write_bytes(b"being written")
 
     def copied(name: str) -> Path:
         (tmp_path / name).mkdir()
@@ -407,6 +408,10 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
 
     found = {str(path.relative_to(tmp_path / "a")) for path in copied("a").rglob("*.*")}
     assert found == {*bundle.manifest["files"], "manifest.json", "calibrations/night.npz"}
+    (copy / "calibrations" / "gone.npz").symlink_to("nowhere")
+    with pytest.raises(BundleError, match=r"/gone\.npz cannot be copied: .*No such file"):
+        copied("vanished")
+    (copy / "calibrations" / "gone.npz").unlink()
     whole = (copy / "config.json").read_bytes()
     (copy / "config.json").write_bytes(whole + b" ")
     with pytest.raises(BundleError, match=r"config\.json does not match the manifest"):
@@ -419,28 +424,28 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
         copied("d")
 
 
-def test_training_data_is_recognised_by_name_and_split(
-    tiny_bundle: Path, capsys: pytest.CaptureFixture
-) -> None:
-    from ade_cli.data_options import was_trained_on
+def test_training_data_is_recognised_by_name_and_split(tiny_bundle: Path) -> None:
+    from export.verdict.choice import trained_on
 
-    def bundle(**data: object) -> Bundle:
-        return Bundle(tiny_bundle, {**open_bundle(tiny_bundle).manifest, "data": data})
+    said: list[str] = []
+
+    def found(name: str, its: dict[str, str] | None, data: str, splits: dict[str, str]) -> str:
+        manifest = open_bundle(tiny_bundle).manifest
+        bundle = Bundle(tiny_bundle, {**manifest, "data": {"name": data, "splits": splits}})
+        return trained_on(bundle, name, its, {"name": "things", "splits": splits}, said.append)
 
     by_name = {"train": "Photos: 80 files by hash of the file name"}
     by_index = {"train": "train[0:45000]"}
-    assert was_trained_on(bundle(name="Photos", splits=by_name), "Photos")
-    assert was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10", by_index)
-    assert (
-        not was_trained_on(bundle(name="Photos", splits=by_name), "photos")
-        and not capsys.readouterr().err
-    )
+    assert found("Photos", None, "Photos", by_name) == "model"
+    assert found("cifar10", by_index, "cifar10", by_index) == "model"
+    assert found("things", None, "Photos", by_name) == "network of features"
+    assert found("photos", None, "Photos", by_name) == "" and not said
     # A folder of that name exists.
-    assert not was_trained_on(bundle(name="cifar10", splits=by_index), "cifar10")
-    assert "with another split" in capsys.readouterr().err
-    assert not was_trained_on(bundle(name="cifar10", splits=by_name), "cifar10", by_index)
+    assert found("cifar10", None, "cifar10", by_index) == ""
+    assert "with another split" in said[0]
+    assert found("cifar10", by_index, "cifar10", by_name) == ""
     more = {"train": "Photos: 81 files by hash of the file name"}
-    assert was_trained_on(bundle(name="lsun", splits=by_name), "lsun", more)
+    assert found("lsun", more, "lsun", by_name) == "model"
 
 
 def test_archives_leave_other_temporary_files_alone(

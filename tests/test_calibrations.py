@@ -23,6 +23,7 @@ from ade_cli import calibrate as calibrate_command
 from ade_cli import ood_bench
 from ade_cli.main import main
 from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
+from export.verdict.choice import choose_rows
 from export.verdict.feedback import give_feedback
 from serving.api.requests import RawRequest
 from serving.api.service import Service
@@ -42,6 +43,7 @@ from serving.verdict.store import (
     write_calibrations,
 )
 from training.data import PARTS, Dataset, ImageSet
+from training.datasets.files import part_of
 
 
 @pytest.fixture
@@ -453,9 +455,13 @@ def test_the_command_adds_a_calibration(
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
     data = ["--data", str(tmp_path / "photos")]
     into = ["calibrate", str(bundle), *data, "--into", str(bundle)]
+    (tmp_path / "photos" / "a2.png").write_bytes(b"junk")
     assert main([*into, "--name", "night"]) == 0
     version = InferenceEngine(bundle, operations=["score"]).store.get("night").version
-    assert f"added calibration night, version {version}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"added calibration night, version {version}" in said
+    assert f": left out 1 images: {tmp_path / 'photos' / 'a2.png'}: not an image" in said
+    (tmp_path / "photos" / "a2.png").unlink()
     for words, message in (
         (["calibrate", str(bundle), *data], "give either OUT"),
         (into, "--into BUNDLE and --name NAME go together"),
@@ -474,27 +480,40 @@ def test_the_command_adds_a_calibration(
     assert copy.store.names == ["default", "night"]
 
 
-@pytest.mark.parametrize("trained_on", [True, False])
+@pytest.mark.parametrize("trained_on", ["model", "network of features", ""])
 def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
-    bundle: Path, dark: np.ndarray, tmp_path: Path, trained_on: bool
+    bundle: Path,
+    dark: np.ndarray,
+    tmp_path: Path,
+    trained_on: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Images that a network was trained on calibrate nothing either."""
     photos = tmp_path / "photos"
     for i, image in enumerate(dark.copy()):
         image[0, 0, :2] = divmod(i, 256)  # no two are equal
         (photos / str(i % 7)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(photos / str(i % 7) / f"{i}.png")
     opened = open_bundle(bundle)
-    if trained_on:
-        splits = {"train": "photos: 240 files by hash of the file name"}
-        opened.manifest["data"] = {"name": "photos", "splits": splits}
+    data = {
+        "name": "photos",
+        "splits": {"train": "photos: 240 files by hash of the file name"},
+    }
+    if trained_on == "model":
+        opened.manifest["data"] = data
+    features = data if trained_on == "network of features" else None
+    opened.manifest["features"] = {"data": features}
     given = argparse.Namespace(data=str(photos), root=None)
-    (fit, calibration, unseen, trained), name = calibrate_command._images(given, opened)
+    (fit, calibration, unseen, trained), name = calibrate_command._images(given, opened, features)
+    said = f"the {trained_on} was trained on photos: only its parts select and calibrate are used"
+    assert (said in capsys.readouterr().err) == bool(trained_on)
     bench = argparse.Namespace(in_distribution=str(photos), images=None)
     _, its = ood_bench._id_images(bench, opened, name)
     used, tested = {*fit(), *calibration()}, set(its)
     assert tested and not tested & used and tested == set(unseen())
     assert len(used) + len(tested) + len(list(trained())) == len(dark)
-    assert not used & set(trained()) and trained_on == any(trained())
+    its = {path.read_bytes() for path in photos.rglob("*.png") if part_of(path.name) == "train"}
+    assert set(trained()) == (its if trained_on else set()) and not used & set(trained())
     _, its = ood_bench._id_images(bench, opened, "other")
     assert set(its) == tested if trained_on else set(its) > used
 
@@ -517,12 +536,18 @@ def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) ->
 
 
 @pytest.mark.parametrize("trained_on", [True, False])
-def test_the_test_part_of_a_data_set_calibrates_nothing(trained_on: bool) -> None:
+def test_the_test_part_of_a_data_set_calibrates_nothing(
+    tiny_bundle: Path, trained_on: bool
+) -> None:
     parts = {part: ImageSet(np.full((20, 8, 8, 3), i, np.uint8)) for i, part in enumerate(PARTS)}
-    found = calibrate_command._rows(Dataset("d", parts, {}), trained_on)
+    splits = {"train": "train[0:20]"}
+    opened = open_bundle(tiny_bundle)
+    opened.manifest["data"] = {"name": "d" if trained_on else "other", "splits": splits}
+    found = choose_rows(Dataset("d", parts, splits), opened, None, print)
     used = [{PARTS[image[0, 0, 0]] for image in images()} for images in found]
     rest = {"train", "select", "calibrate"}
-    assert used == ([{"select"}, {"calibrate"}, {"test"}] if trained_on else [rest, rest, {"test"}])
+    fit, calibrate = ({"select"}, {"calibrate"}) if trained_on else (rest, rest)
+    assert used == [fit, calibrate, {"test"}, set()]
 
 
 def test_bulk_scoring_by_name(
@@ -714,6 +739,10 @@ def test_an_image_that_calibrates_already_is_not_counted_twice(
     calibrating = tmp_path / "calibrating.png"
     Image.fromarray(small_images[200]).save(calibrating)
     assert give_feedback(bundle, "default", [calibrating], []).known == 1
+    fitted, lines = tmp_path / "fitted.png", []
+    Image.fromarray(small_images[0]).save(fitted)
+    assert give_feedback(bundle, "default", [fitted], [], lines.append).known == 1
+    assert lines == ["1 accepted images do not join: the density was fitted to them"]
     larger = tmp_path / "larger.png"
     Image.fromarray(dark[0].repeat(2, 0).repeat(2, 1)).save(larger)
     files = [tmp_path / "a.png", tmp_path / "a.webp", tmp_path / "a.bmp"]
@@ -735,9 +764,10 @@ def test_an_image_that_calibrates_already_is_not_counted_twice(
     wrong = dataclasses.replace(read.exact, digests=read.exact.digests.astype(float))
     with pytest.raises(CalibrationError, match="digests must be one uint64"):
         wrong.check_values()
-    former = dataclasses.replace(read.exact, digests=np.empty(0, np.uint64))
+    none = np.empty(0, np.uint64)
+    former = dataclasses.replace(read.exact, digests=none, fitted_digests=none)
     path.write_bytes(dataclasses.replace(read, exact=former).to_bytes())
-    assert give_feedback(bundle, "default", [calibrating], []).joined == 1
+    assert give_feedback(bundle, "default", [calibrating, fitted], []).joined == 2
     assert give_feedback(bundle, "default", [calibrating], []).known == 1
 
 
@@ -750,7 +780,7 @@ def test_another_lossless_coder_is_reported_and_joins_nothing(
 ) -> None:
     """A changed libwebp shifts a statistic, and with it the verdicts."""
     image = tmp_path / "image.png"
-    Image.fromarray(dark[0]).save(image)
+    Image.fromarray(dark[0, :, ::-1]).save(image)
     add(bundle, night_file, "night")
     assert give_feedback(bundle, "night", [image], []).joined == 1
     assert not caplog.records
@@ -764,7 +794,7 @@ def test_another_lossless_coder_is_reported_and_joins_nothing(
     assert [said in record.message for record in caplog.records] == [True]
     assert store.get("night").exact is not None and not store.broken
     other = tmp_path / "other.png"
-    Image.fromarray(dark[1]).save(other)
+    Image.fromarray(dark[1, :, ::-1]).save(other)
     with pytest.raises(CalibrationError, match="cannot join, because .* libwebp 0.1"):
         give_feedback(bundle, "night", [other], [])
     assert give_feedback(bundle, "night", [], [image]).removed == 1

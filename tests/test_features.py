@@ -21,9 +21,14 @@ from torch import nn
 
 from ade_cli.main import main
 from export.feature_source import FeaturesError, FeatureSource
-from export.features import feature_graph
+from export.features import data_of, feature_graph
 from export.to_onnx import export_encoder
-from export.verdict.calibrate import calibrate_bundle, calibrate_into, statistics_of
+from export.verdict.calibrate import (
+    Measured,
+    calibrate_bundle,
+    calibrate_into,
+    statistics_of,
+)
 from export.verdict.detector import fit_calibration, fit_mixture
 from export.verdict.feedback import give_feedback
 from export.verdict.ood_bench import COMBINED, NO_FEATURES, scores_of, write_report
@@ -463,7 +468,10 @@ def test_the_bench_tells_what_the_features_add(
     normal = engine.calibration.normal(engine.calibration.rows(typical))
     assert np.array_equal(scores[NO_FEATURES], engine.calibration.mixture.surprise(normal[:, :-2]))
     assert not np.array_equal(scores[NO_FEATURES], scores[COMBINED])
-    report = write_report(engine.calibration, "m", "corners", typical, {"noise": noise}, tmp_path)
+    exact = np.zeros(30, bool)
+    sets = {"noise": Measured(noise, exact)}
+    its = Measured(typical, exact)
+    report = write_report(engine.calibrations, "m", "corners", its, sets, tmp_path)
     rows = [line for line in report.read_text().splitlines() if NO_FEATURES in line]
     assert rows[0].startswith(f"|  | {NO_FEATURES} | 1.0000 ± ") and "features.onnx" in rows[1]
 
@@ -523,7 +531,7 @@ def test_feedback_with_features_joins_and_leaves(
     night_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(night_bundle, tmp_path / "bundle"))
-    dark = small_images[:5] // 8
+    dark = small_images[:5, :, ::-1] // 8
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, image in zip(files, dark, strict=True):
         Image.fromarray(image).save(file)
@@ -663,8 +671,11 @@ def test_an_encoder_learns_to_tell_things_apart(
     given = ImageSet(images[:500], kinds[:500] if labels else None)
     trained = train_encoder(given, 1, torch.device("cpu"))
     assert trained.classes == (2 if labels else 0) and trained.images_seen > 500
-    export_encoder(trained.network, images[:2], trained.outputs, tmp_path / "net.onnx")
+    data = {"name": os.fsdecode(b"caf\xe9"), "splits": {"train": "train[0:500]"}}
+    export_encoder(trained.network, images[:2], trained.outputs, tmp_path / "net.onnx", data)
+    assert data_of(tmp_path / "net.onnx") == data
     made = feature_graph(FeatureSource(tmp_path / "net.onnx"), images)
+    assert made.about["data"] == data
     found = run(made.content, images[500:])
     assert list(found) == trained.outputs
     with torch.inference_mode():
@@ -713,7 +724,8 @@ def test_the_command_line(
     out = tmp_path / "encoder.onnx"
     assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0.02"]) == 0
     assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0"]) == 2
-    given = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(folder)]
+    others = make_folder(tmp_path / "others", small_images[200:])
+    given = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(others)]
     assert main([*given, "--features", str(out)]) == 0
     assert "features of encoder.onnx: 256" in capsys.readouterr().err
     assert open_bundle(tmp_path / "out").manifest["features"]["source"] == "encoder.onnx"

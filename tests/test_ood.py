@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from export.verdict.calibrate import Measured
 from export.verdict.detector import MAX_COMPONENTS, fit_calibration
 from export.verdict.ood_bench import write_report
 from serving.verdict.calibration import (
@@ -234,10 +235,10 @@ def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
 def test_a_report_gives_no_shares_without_a_verdict(tmp_path: Path) -> None:
     """50 calibration images cannot reject one image in 100: that is no rate of 0."""
     rng = np.random.default_rng(1)
-    unusual = {name: values + 9 for name, values in draw(rng, 40).items()}
-    path = write_report(
-        calibration(n=50), "m", "ID", draw(rng, 100), {"unusual": unusual}, tmp_path
-    )
+    unusual = Measured({k: v + 9 for k, v in draw(rng, 40).items()}, np.zeros(40, bool))
+    usual = Measured(draw(rng, 100), np.zeros(100, bool))
+    judges = Calibrations(calibration(n=50))
+    path = write_report(judges, "m", "ID", usual, {"unusual": unusual}, tmp_path)
     lines = path.read_text().splitlines()
     assert "| 0.01 | no verdict |  |" in lines
     assert "| 100.0% | no verdict |" in next(line for line in lines if "unusual (40)" in line)

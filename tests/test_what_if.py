@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -20,14 +23,16 @@ from ade_cli.advice import advice
 from ade_cli.image_sets import ImageSet
 from ade_cli.main import main
 from export.verdict import calibrate
+from export.verdict import images as images_module
 from export.verdict import what_if as what_if_module
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from export.verdict.what_if import ALPHAS, corruptions_of, rejected, usable, what_if
+from export.verdict.images import NamedFile, usable
+from export.verdict.what_if import ALPHAS, corruptions_of, rejected, what_if
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
 from serving.page import charts
 from serving.verdict.calibration import CalibrationError, Calibrations, conformal_p_values
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.test_imports import TRAINING_PACKAGES, without
 from training.data import DataError
 
@@ -75,7 +80,9 @@ def test_a_history_unlike_the_calibration_is_named(
     assert 0.1 not in like.ways[0].unlike and 0.1 in dark.ways[0].unlike
     with pytest.raises(CalibrationError, match="is not calibrated"):
         what_if(engine, Calibrations(), small_images[:2], {}, 100, 5)
-    with pytest.raises(CalibrationError, match="none of 1 images can be used: the image is empty"):
+    with pytest.raises(
+        CalibrationError, match="none of 1 images could be used: image 0: the image is"
+    ):
         what_if(engine, engine.calibrations, [b""], {}, 100, 5)
 
 
@@ -87,7 +94,8 @@ def test_a_history_like_the_calibration_is_seldom_called_unlike(
     rng = np.random.default_rng(0)
     calibration = engine.calibrations.exact
     assert calibration is not None
-    images, _ = usable(engine, [np.zeros((8 * 2**i, 8 * 2**i, 3), np.uint8) for i in range(kinds)])
+    blank = [np.zeros((8 * 2**i, 8 * 2**i, 3), np.uint8) for i in range(kinds)]
+    images, _ = usable("blank", blank, engine.image_shape, print)
     history = images * 500
     monkeypatch.setattr(what_if_module, "usable", lambda *_: (history, []))
     monkeypatch.setattr(what_if_module, "corruptions_of", lambda _: {})
@@ -115,7 +123,8 @@ def test_a_calibration_says_what_it_catches(
     calibrations = engine.calibrations
     assert calibrations.exact is not None
     assert set(calibrations.exact.corrupted) == {*CORRUPTIONS, *SUBTLE}
-    images, _ = usable(engine, small_images[150 : 150 + calibrate.CORRUPTED])
+    calibrating = small_images[150 : 150 + calibrate.CORRUPTED]
+    images, _ = usable("calibrating", calibrating, engine.image_shape, print)
     for name, its in corruptions_of(images).items():
         (share,) = rejected(engine, calibrations, its, [0.1])
         assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
@@ -139,7 +148,8 @@ def test_a_share_is_of_images_that_get_a_verdict(engine: InferenceEngine) -> Non
     assert exact is not None
     fewer = dataclasses.replace(exact, scores=exact.scores[:50])
     small = np.zeros((8, 8, 3), np.uint8)
-    both, _ = usable(engine, [small, np.zeros((16, 16, 3), np.uint8)])
+    larger = np.zeros((16, 16, 3), np.uint8)
+    both, _ = usable("both", [small, larger], engine.image_shape, print)
     assert rejected(engine, Calibrations(exact, fewer), both[:1], [0.01]) != [None]
     assert rejected(engine, Calibrations(exact, fewer), both, [0.01]) == [None]
     assert rejected(engine, Calibrations(exact, fewer), both, [0.02]) != [None]
@@ -201,8 +211,8 @@ def test_the_command(
     words += ["--per-day", "100000", "--ood", str(tmp_path / "flat.npy"), "--corrupted", "5"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert "images of the model's size: 40 of the history, 100,000 per day" in text
-    assert "false alarms per day" in text and "no verdict" in text and "\nflat " in text
+    assert "### Images of the model's size: 40 of the history, 100,000 per day\n" in text
+    assert "false alarms per day" in text and "no verdict" in text and "\n| flat |" in text
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ways"][0]["alarms"][0]["per_day"] == pytest.approx(100_000 * 15 / 151)
@@ -217,6 +227,86 @@ def test_the_command(
     ):
         assert main([*words, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_bench_judges_images_by_their_kind(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As requests do; and without the images that made the calibration."""
+
+    def all_resized_are_rejected(of: Calibrations) -> Calibrations:
+        assert of.resized is not None
+        return dataclasses.replace(
+            of, resized=dataclasses.replace(of.resized, scores=of.resized.scores - 1e6)
+        )
+
+    bundle = with_calibrations(tiny_bundle, tmp_path / "bundle", all_resized_are_rejected)
+    fresh = np.ascontiguousarray(small_images[:60, :, ::-1] // 2)
+    np.save(tmp_path / "id.npy", np.concatenate([small_images[140:160], fresh]))
+    np.save(tmp_path / "larger.npy", fresh.repeat(2, 1).repeat(2, 2))
+    words = ["ood-bench", str(bundle), "--id", str(tmp_path / "id.npy"), "--corrupted", "20"]
+    words += ["--ood", str(tmp_path / "larger.npy"), "--resize", "fit"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "id.npy: left out 20 images that made the calibration" in capsys.readouterr().err
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "ID images: 60 of id.npy." in report and "| larger (60) | combined |" in report
+    share = np.mean([decision.decision == "reject" for decision in Gate(bundle, 0.1).check(fresh)])
+    assert f"| 0.1 | {share:.4f} |" in report and share < 1
+    with open(tmp_path / "out" / "figures.csv", newline="") as file:
+        rows = {row["ood_set"]: row for row in csv.DictReader(file) if row["score"] == "combined"}
+    assert rows["larger"]["flagged_0.1"] == "1.0"
+
+
+def test_a_set_without_any_finite_likelihood_is_an_error(
+    tiny_bundle: Path,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The bench and the calibration leave out corrupted images without any."""
+    statistics = InferenceEngine.statistics
+
+    def lose(self: InferenceEngine, images: np.ndarray) -> dict[str, np.ndarray]:
+        flat = (images == images[:, :1, :1]).all((1, 2, 3))
+        found = statistics(self, images)
+        return {**found, "bpd": np.where(flat, np.float32(np.nan), found["bpd"])}
+
+    monkeypatch.setattr(InferenceEngine, "statistics", lose)
+    engine = InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
+    flat = np.full((3, 8, 8, 3), 9, np.uint8)
+    with pytest.raises(CalibrationError, match="flat: none of 3 images could be used: image 0"):
+        calibrate.statistics_of(engine, flat, "flat")
+    np.save(tmp_path / "id.npy", small_images[:20] // 2)
+    words = ["ood-bench", str(tiny_bundle), "--id", str(tmp_path / "id.npy")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "left out constant: none of 20 images could be used" in capsys.readouterr().err
+    assert "| constant" not in (tmp_path / "out" / "report.md").read_text()
+    calibrating = (small_images[:60], small_images[60:120])
+    made = calibrate.calibrate_bundle(tiny_bundle, tmp_path / "new", *calibrating, "corners")
+    assert made.exact is not None
+    assert set(made.exact.corrupted) == {*CORRUPTIONS, *SUBTLE} - {"constant"}
+
+
+def test_images_are_decoded_on_several_cores_and_named(
+    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    both, prepare = threading.Barrier(2), images_module.prepare_image
+
+    def meet(*given: Any) -> Any:
+        both.wait(10)
+        return prepare(*given)
+
+    monkeypatch.setattr(images_module, "prepare_image", meet)
+    lines: list[str] = []
+    junk = [NamedFile.of(f"{i}.png", b"junk") for i in range(7)]
+    given = [*junk, small_images[0]]
+    found, errors = usable("photos", given, (8, 8, 3), lines.append)
+    assert len(found) == 1 and len(errors) == 7
+    (line,) = lines
+    assert line.startswith("photos: left out 7 images: 0.png: not an image")
+    assert "4.png" in line and "5.png" not in line and line.endswith("; …")
 
 
 def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,7 +21,17 @@ from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.verdict.corruptions import corrupted
 from export.verdict.detector import MIN_IMAGES, fit_calibration
-from serving.api.errors import ApiError, unusable
+from export.verdict.images import (
+    MAX_THREADS,
+    Images,
+    Prepared,
+    Report,
+    none_usable,
+    prepared,
+    report_left_out,
+    thread_pool,
+    usable,
+)
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.bundle import (
     CALIBRATION_NAME,
@@ -41,27 +50,30 @@ from serving.verdict.semantic import semantic_statistics
 from serving.verdict.statistics import finite_rows
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
 
-MAX_THREADS = 8  # each needs memory for a batch
 CHUNK = MAX_THREADS * MAX_BATCH
 MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
-MAX_SKIPPED_SHOWN = 5
 CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
-Report = Callable[[str], None]
+
+class Measured(NamedTuple):
+    """The statistics of images by name, each ``(N, …)``, and which were resized, bool ``(N,)``."""
+
+    statistics: dict[str, np.ndarray]
+    resized: np.ndarray
 
 
 def calibrate_bundle(
     folder: Path,
     out: Path,
-    fit: Iterable[bytes | np.ndarray],
-    calibrate: Iterable[bytes | np.ndarray],
+    fit: Images,
+    calibrate: Images,
     data_name: str,
     report: Report = lambda line: None,
     features: FeatureSource | None = None,
-    unseen: Iterable[bytes | np.ndarray] = (),
-    trained: Iterable[bytes | np.ndarray] = (),
+    unseen: Images = (),
+    trained: Images = (),
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -84,8 +96,8 @@ def calibrate_bundle(
             given. With another network the named calibrations are invalid and left out.
         unseen: images of the same kind on which neither the model nor that network was trained.
             They reveal whether the network was trained on the others.
-        trained: images that the model was trained on, of which the others may hold copies: these
-            are left out too.
+        trained: images that the model or that network was trained on, of which the others may hold
+            copies: these are left out too.
 
     Raises:
         BundleError: the bundle is not whole, cannot score, or was replaced meanwhile.
@@ -116,12 +128,12 @@ def calibrate_bundle(
 def calibrate_into(
     folder: Path,
     name: str,
-    fit: Iterable[bytes | np.ndarray],
-    calibrate: Iterable[bytes | np.ndarray],
+    fit: Images,
+    calibrate: Images,
     data_name: str,
     report: Report = lambda line: None,
-    unseen: Iterable[bytes | np.ndarray] = (),
-    trained: Iterable[bytes | np.ndarray] = (),
+    unseen: Images = (),
+    trained: Images = (),
 ) -> Calibrations:
     """Make a calibration as :func:`calibrate_bundle` does, and add it to a bundle under a name.
 
@@ -155,17 +167,17 @@ Parts = tuple[list[InputImage], list[InputImage]]
 
 def _parts(
     bundle: Bundle,
-    fit: Iterable[bytes | np.ndarray],
-    calibrate: Iterable[bytes | np.ndarray],
-    trained: Iterable[bytes | np.ndarray],
+    fit: Images,
+    calibrate: Images,
+    trained: Images,
     report: Report,
 ) -> Parts:
     bundle.check_has("score")
     seen = _digests(trained, bundle.image_shape)
     parts = (
-        _new(_usable(fit, bundle.image_shape, "fitting", report), seen, "fitting", report),
+        _new(usable("fitting", fit, bundle.image_shape, report)[0], seen, "fitting", report),
         _new(
-            _usable(calibrate, bundle.image_shape, "calibration", report),
+            usable("calibration", calibrate, bundle.image_shape, report)[0],
             seen,
             "calibration",
             report,
@@ -211,7 +223,7 @@ def _leave_out_named(folder: Path, report: Report) -> None:
 
 
 def _calibrate(
-    bundle: Bundle, parts: Parts, report: Report, unseen: Iterable[bytes | np.ndarray]
+    bundle: Bundle, parts: Parts, report: Report, unseen: Images
 ) -> tuple[Calibrations, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
@@ -241,7 +253,7 @@ def _calibrate(
 def _warn_if_seen(
     engine: InferenceEngine,
     calibration: Calibration,
-    unseen: Iterable[bytes | np.ndarray],
+    unseen: Images,
     report: Report,
 ) -> None:
     """Warn if the features' network was probably trained on the calibration images.
@@ -282,35 +294,13 @@ def _warn_if_seen(
             )
 
 
-def _usable(
-    images: Iterable[bytes | np.ndarray],
-    image_shape: tuple[int, int, int],
-    name: str,
-    report: Report,
-) -> list[InputImage]:
-    """The images at the model's size; those that a request could not use are left out."""
-    found = [prepare_image(source, image_shape, True, index) for index, source in enumerate(images)]
-    skipped = [image for image in found if isinstance(image, ApiError)]
-    _report_skipped(name, skipped, report)
-    usable = [image for image in found if isinstance(image, InputImage)]
-    if not usable:
-        raise _none_usable(name, skipped)
-    return usable
-
-
-def _digests(images: Iterable[bytes | np.ndarray], image_shape: tuple[int, int, int]) -> set[bytes]:
-    """The digests of images at the model's size, decoded on several cores."""
-
-    def digest(source: bytes | np.ndarray) -> bytes | None:
-        image = prepare_image(source, image_shape, True, 0)
-        return image_digest(image.pixels) if isinstance(image, InputImage) else None
-
-    found: set[bytes | None] = set()
-    rest = iter(images)
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as threads:
-        while few := list(islice(rest, MAX_BATCH)):  # memory holds no more files at once
-            found.update(threads.map(digest, few))
-    return {its for its in found if its is not None}
+def _digests(images: Images, image_shape: tuple[int, int, int]) -> set[bytes]:
+    """The digests of images at the model's size."""
+    return {
+        image_digest(image.pixels)
+        for _, image in prepared(images, image_shape, resize=True)
+        if isinstance(image, InputImage)
+    }
 
 
 def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) -> list[InputImage]:
@@ -383,12 +373,16 @@ def _calibrated(
     )
     calibration = fit_calibration(fitting, calibrating, resize=resize or None)
     report(f"corrupting {len(pixels[1][:CORRUPTED])} images{name}")
-    caught = {
-        way: np.sort(calibration.scores_of(statistics_of(engine, changed, way)))
-        for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items()
-    }
-    digests = np.array([short_digest(image) for image in pixels[1]], np.uint64)
-    calibration = dataclasses.replace(calibration, corrupted=caught, digests=digests)
+    caught = {}
+    for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items():
+        with suppress(CalibrationError):  # none has a finite likelihood: what is caught is unknown
+            caught[way] = np.sort(calibration.scores_of(statistics_of(engine, changed, way)))
+    fitted_digests, digests = (
+        np.array([short_digest(image) for image in images], np.uint64) for images in pixels
+    )
+    calibration = dataclasses.replace(
+        calibration, corrupted=caught, digests=digests, fitted_digests=fitted_digests
+    )
     return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
 
 
@@ -415,79 +409,69 @@ def resize_and_back(pixels: np.ndarray) -> np.ndarray:
 
 def statistics_of(
     engine: InferenceEngine,
-    images: Iterable[bytes | np.ndarray],
+    images: Images,
     name: str,
-    resize: str | None = None,
     report: Report = lambda line: None,
 ) -> dict[str, np.ndarray]:
-    """Compute the statistics of many images, by name, a chunk at a time.
+    """The statistics of images of the model's size, by name; see :func:`measured`."""
+    return measured(engine, prepared(images, engine.image_shape, False), name, report).statistics
+
+
+def measured(
+    engine: InferenceEngine, images: Iterable[Prepared], name: str, report: Report
+) -> Measured:
+    """Compute the statistics of many images, a chunk at a time.
 
     Images that a request could not use are left out. Each core computes batches of its own: a graph
     runs in a single thread, and no image depends on the others.
 
     Args:
         engine: with ``score``.
-        images: image files, or uint8 ``(H, W, C)``.
+        images: see :func:`export.verdict.images.prepared`.
         name: of the images, for progress and errors.
-        resize: ``fit`` resizes images of other sizes as requests do; ``None`` leaves them out.
         report: called with each line of progress.
 
     Raises:
         CalibrationError: no image could be used.
     """
     chunks: list[dict[str, np.ndarray]] = []
-    skipped: list[ApiError] = []
-    waiting: list[tuple[int, np.ndarray]] = []
+    resized: list[bool] = []
+    errors: list[str] = []
+    waiting: list[tuple[str, InputImage]] = []
     done = 0
 
     def flush() -> None:
         nonlocal done
         if waiting:
-            pixels = np.stack([pixels for _, pixels in waiting])
+            pixels = np.stack([image.pixels for _, image in waiting])
             batches = [pixels[i : i + MAX_BATCH] for i in range(0, len(pixels), MAX_BATCH)]
             found = _joined(list(threads.map(engine.statistics, batches)))
             finite = finite_rows(found)
-            skipped.extend(
-                unusable("not_finite", "its likelihood is not a finite number").at(waiting[row][0])
+            errors.extend(
+                f"{waiting[row][0]}: its likelihood is not a finite number"
                 for row in np.flatnonzero(~finite)
             )
-            chunks.append({key: values[finite] for key, values in found.items()})
+            if finite.any():
+                chunks.append({key: values[finite] for key, values in found.items()})
+                resized.extend(waiting[row][1].resized for row in np.flatnonzero(finite))
             done += len(waiting)
             waiting.clear()
             report(f"{name}: scored {done} images")
 
-    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS)) as threads:
-        for index, source in enumerate(images):
-            image = prepare_image(source, engine.image_shape, resize == "fit", index)
+    with thread_pool() as threads:
+        for its, image in images:
             if isinstance(image, InputImage):
-                waiting.append((index, image.pixels))
+                waiting.append((its, image))
             else:
-                skipped.append(image)
+                errors.append(f"{its}: {image.message}")
             if len(waiting) == CHUNK:
                 flush()
         flush()
-    _report_skipped(name, skipped, report)
+    report_left_out(name, errors, report)
     if not chunks:
-        raise _none_usable(name, skipped)
-    return _joined(chunks)
+        raise none_usable(name, errors)
+    return Measured(_joined(chunks), np.array(resized))
 
 
 def _joined(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-
-
-def _report_skipped(name: str, skipped: Sequence[ApiError], report: Report) -> None:
-    if skipped:
-        report(f"{name}: left out {len(skipped)} images: {_examples(skipped)}")
-
-
-def _none_usable(name: str, skipped: Sequence[ApiError]) -> CalibrationError:
-    return CalibrationError(
-        f"{name}: none of {len(skipped)} images could be used"
-        + (f": {_examples(skipped)}" if skipped else "")
-    )
-
-
-def _examples(errors: Sequence[ApiError]) -> str:
-    shown = "; ".join(f"image {e.index}: {e.message}" for e in errors[:MAX_SKIPPED_SHOWN])
-    return shown + ("; …" if len(errors) > MAX_SKIPPED_SHOWN else "")

@@ -47,7 +47,8 @@ class Feedback:
 
     Attributes:
         joined: images that are calibration images from now on.
-        known: accepted images that were calibration images already, by their file or pixels.
+        known: accepted images that were calibration images already, by their file or pixels, or
+            that the density was fitted to.
         removed: rejected images that had joined and were taken out again.
         rejected: rejected images that had not joined.
         unusable: images without usable statistics; they are not in the audit file.
@@ -87,8 +88,9 @@ def give_feedback(
     """Let accepted images join a calibration, take rejected ones out of it, and write the audit.
 
     An accepted image counts once, however often and in whatever file it is given. If it is one of
-    the images that ``ade calibrate`` calibrated with, it has been counted. Services that run with
-    the bundle take the calibration over.
+    the images that ``ade calibrate`` calibrated with, it has been counted. One that the density was
+    fitted to does not join: it would look more like the others than a new image does. Services that
+    run with the bundle take the calibration over.
 
     Args:
         folder: of the bundle.
@@ -119,7 +121,7 @@ def give_feedback(
             *((path, "reject") for path in rejected),
         ]
         images, unusable = _read(engine, files, report)
-        joining, leaving = _changing(before, images)
+        joining, leaving = _changing(before, images, report)
         if joining and before.other_coder() is not None:
             raise CalibrationError(
                 f"images cannot join, because their statistics may differ: {before.other_coder()}"
@@ -145,10 +147,13 @@ def give_feedback(
     )
 
 
-def _changing(before: Calibrations, images: Sequence[_Image]) -> tuple[list[_Image], list[_Image]]:
+def _changing(
+    before: Calibrations, images: Sequence[_Image], report: Report
+) -> tuple[list[_Image], list[_Image]]:
     """The images that join, and those that leave, with the digests of the files that joined."""
     joining: list[_Image] = []
     leaving: dict[str, _Image] = {}
+    fitted = 0
     for image in images:
         calibration = before.of(image.resized)
         joined = None if calibration is None else calibration.joined
@@ -158,8 +163,14 @@ def _changing(before: Calibrations, images: Sequence[_Image]) -> tuple[list[_Ima
         if image.given == "reject":
             if file is not None:
                 leaving[file] = dataclasses.replace(image, digest=file)
-        elif file is None and (calibration is None or image.pixels not in calibration.digests):
+        elif file is not None or (calibration and image.pixels in calibration.digests):
+            continue
+        elif calibration and image.pixels in calibration.fitted_digests:
+            fitted += 1
+        else:
             joining.append(image)
+    if fitted:
+        report(f"{fitted} accepted images do not join: the density was fitted to them")
     return joining, list(leaving.values())
 
 

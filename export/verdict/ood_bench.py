@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from export.verdict.calibrate import Measured, measured
+from export.verdict.corruptions import CORRUPTIONS
+from export.verdict.images import Images, Prepared, Report, digests_of, others, prepared
+from serving.api.requests import InputImage
 from serving.brand import verdict_card
+from serving.engine.engine import InferenceEngine
 from serving.files import write_text
 from serving.reports import from_markdown, markdown_table, render
 from serving.tables import safe_cell
-from serving.verdict.calibration import Calibration, conformal_p_values
-from serving.verdict.false_alarms import false_alarm_band
+from serving.verdict.calibration import (
+    Calibration,
+    CalibrationError,
+    Calibrations,
+    conformal_p_values,
+)
+from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 from serving.verdict.summary import summarize
 
 COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
@@ -49,6 +60,104 @@ class Figures:
     aupr: float
     fpr95: float
     flagged: tuple[float | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Images, each judged by the calibration for its kind: of the model's size, or resized.
+
+    Attributes:
+        scores: of :func:`scores_of`, those that all kinds of these images have.
+        p_values: float64 ``(N,)``.
+        resized: bool ``(N,)``.
+        calibrated: number of calibration images by kind.
+    """
+
+    scores: dict[str, np.ndarray]
+    p_values: np.ndarray
+    resized: np.ndarray
+    calibrated: dict[bool, int]
+
+    @classmethod
+    def of(cls, calibrations: Calibrations, images: Measured) -> Judged:
+        """Judge images; there must be a calibration for each of their kinds."""
+        found: dict[str, np.ndarray] = {}
+        p_values = np.empty(len(images.resized))
+        calibrated = {}
+        for kind in np.unique(images.resized).tolist():
+            calibration = calibrations.of(kind)
+            assert calibration is not None
+            rows = images.resized == kind
+            scores = scores_of(calibration, {k: v[rows] for k, v in images.statistics.items()})
+            for name, values in scores.items():
+                found.setdefault(name, np.full(len(rows), np.nan))[rows] = values
+            p_values[rows] = conformal_p_values(calibration.scores, scores[COMBINED])
+            calibrated[kind] = len(calibration.scores)
+        whole = {name: values for name, values in found.items() if not np.isnan(values).any()}
+        return cls(whole, p_values, images.resized, calibrated)
+
+    def flagged(self) -> tuple[float | None, ...]:
+        """The share that is flagged at each alpha; ``None`` if a kind gets no verdict."""
+        n = min(self.calibrated.values())
+        return tuple(
+            float((self.p_values <= alpha).mean()) if flagging_rank(n, alpha) else None
+            for alpha in ALPHAS
+        )
+
+
+def bench(
+    engine: InferenceEngine,
+    id_name: str,
+    id_images: Images,
+    ood_sets: Mapping[str, Images],
+    corrupt: int,
+    resize: bool,
+    out: Path,
+    report: Report,
+) -> Path:
+    """Measure how well the default calibration detects OOD images, as :func:`write_report` says.
+
+    Corrupted ID images are added to the sets; a kind of them without any finite likelihood is left
+    out.
+
+    Args:
+        engine: with ``score``.
+        id_name: describes the ID images.
+        id_images: those that made the calibration, and their copies, are left out.
+        ood_sets: sets of OOD images by name.
+        corrupt: number of ID images that are corrupted in each way.
+        resize: whether to resize images of other sizes, or to leave them out.
+        out: a folder.
+        report: called with each line of progress.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        CalibrationError: no image of a set can be used.
+    """
+    calibrations, shape = engine.store.usable(), engine.image_shape
+    known = digests_of(calibrations)
+
+    def unused(report: Report) -> Iterator[Prepared]:
+        return others(id_name, prepared(id_images, shape, resize), known, report)
+
+    id_set = measured(engine, unused(report), id_name, report)
+    sets = {
+        name: measured(engine, prepared(images, shape, resize), name, report)
+        for name, images in ood_sets.items()
+    }
+    found = (image for _, image in unused(lambda line: None) if isinstance(image, InputImage))
+    few = list(islice(found, corrupt))
+    pixels = np.stack([image.pixels for image in few])
+    for name, change in CORRUPTIONS.items():
+        changed = change(pixels, np.random.default_rng(0))
+        its = [("", replace(image, pixels=p)) for image, p in zip(few, changed, strict=True)]
+        try:
+            sets[name] = measured(engine, its, name, report)
+        except CalibrationError as error:
+            report(f"left out {error}")
+    return write_report(calibrations, engine.bundle.model_id, id_name, id_set, sets, out)
 
 
 def scores_of(
@@ -100,60 +209,59 @@ def _standard_error(auroc: float, num_id: int, num_ood: int) -> float:
 
 
 def write_report(
-    calibration: Calibration,
+    calibrations: Calibrations,
     model: str,
     id_name: str,
-    id_statistics: Mapping[str, np.ndarray],
-    ood_sets: Mapping[str, Mapping[str, np.ndarray]],
+    id_images: Measured,
+    ood_sets: Mapping[str, Measured],
     out: Path,
 ) -> Path:
     """Write ``OUT/report.md``, ``OUT/report.html``, ``OUT/figures.csv`` and histograms.
 
     Args:
-        calibration: of the bundle.
+        calibrations: of the bundle; each image is judged by the one for its kind.
         model: name of the bundle's model in answers.
         id_name: describes the ID images.
-        id_statistics: statistics of ID images that were not used for training or calibration.
-        ood_sets: statistics of each set of OOD images, by its name.
+        id_images: ID images that were not used for training or calibration.
+        ood_sets: sets of OOD images by name.
         out: a folder.
 
     Returns:
         The report's path.
     """
     out.mkdir(parents=True, exist_ok=True)
-    id_name, ood_sets = (
-        _printable(id_name),
-        {_printable(name): its for name, its in ood_sets.items()},
-    )
-    id_scores = scores_of(calibration, id_statistics)
+    id_name = _printable(id_name)
+    of_id = Judged.of(calibrations, id_images)
+    judged = {_printable(name): Judged.of(calibrations, its) for name, its in ood_sets.items()}
     table: dict[str, dict[str, Figures]] = {}
-    for number, (name, statistics) in enumerate(ood_sets.items()):
-        scores = scores_of(calibration, statistics)
-        table[name] = {score: compare_scores(id_scores[score], scores[score]) for score in scores}
-        table[name][COMBINED] = replace(
-            table[name][COMBINED], flagged=_flagged(calibration, scores[COMBINED])
-        )
-        _histogram(id_scores, scores, id_name, name, out / f"histogram-{number}.png")
+    for number, (name, its) in enumerate(judged.items()):
+        table[name] = {
+            score: compare_scores(of_id.scores[score], values)
+            for score, values in its.scores.items()
+            if score in of_id.scores
+        }
+        table[name][COMBINED] = replace(table[name][COMBINED], flagged=its.flagged())
+        _histogram(of_id.scores, its.scores, id_name, name, out / f"histogram-{number}.png")
+    has_features = any(NO_FEATURES in figures for figures in table.values())
     _write_csv(table, out / "figures.csv")
     lines = [
         f"# OOD detection by {model}",
         "",
-        f"ID images: {len(id_statistics['bpd']):,} of {id_name}. "
-        f"Calibrated on {len(calibration.scores):,} others.",
+        f"ID images: {len(of_id.resized):,} of {id_name}. Each image is judged by the calibration "
+        "for its kind: of the model's size, or resized.",
         "",
         "## False alarms",
         "",
-        *_false_alarms(calibration, id_scores[COMBINED]),
-        "",
+        *_false_alarms(of_id),
         "## OOD images",
         "",
-        *_summary(table, ood_sets),
+        *_summary(table, judged),
         "",
         "AUROC ± its standard error; AUPR with OOD images as positives; FPR: false alarms where "
         "95 % of the OOD images are found; then the share of OOD images that is flagged at each "
         "alpha. "
         f"*{NO_MODEL}*: the same kind of density on statistics of the pixels, without any model."
-        + (f" *{NO_FEATURES}*: without those of `features.onnx`." if calibration.known else ""),
+        + (f" *{NO_FEATURES}*: without those of `features.onnx`." if has_features else ""),
         "",
         "## Each statistic by itself, AUROC",
         "",
@@ -164,14 +272,14 @@ def write_report(
         "Left: the combined score, higher is more unusual. Right: bits per dimension. The first "
         "and last bars hold all values beyond the axis.",
         "",
-        *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(ood_sets)),
+        *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(judged)),
     ]
     path = out / "report.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")
     title, *rest = lines
     page = render(
         title.removeprefix("# "),
-        _verdict(table, len(calibration.scores)),
+        _verdict(table, min(of_id.calibrated.values())),
         content=from_markdown(rest, out),
     )
     write_text(out / "report.html", page)
@@ -188,31 +296,32 @@ def _verdict(table: Mapping[str, Mapping[str, Figures]], calibrated: int) -> str
     return verdict_card(summary.choice, summary.sentence, (), summary.notes, summary.heading)
 
 
-def _flagged(calibration: Calibration, scores: np.ndarray) -> tuple[float | None, ...]:
-    """The share of images that is flagged at each alpha; ``None`` where there is no verdict."""
-    p_values = conformal_p_values(calibration.scores, scores)
-    return tuple(
-        float((p_values <= alpha).mean()) if alpha >= calibration.smallest_p_value else None
-        for alpha in ALPHAS
-    )
+def _false_alarms(judged: Judged) -> list[str]:
+    """A table for each kind of images, because their bands differ."""
+    lines = []
+    for kind, n in judged.calibrated.items():
+        rows = judged.resized == kind
+        its = replace(judged, p_values=judged.p_values[rows], calibrated={kind: n})
+        body = []
+        for alpha, share in zip(ALPHAS, its.flagged(), strict=True):
+            if share is None:
+                body.append([f"{alpha}", "no verdict", ""])
+                continue
+            low, high = false_alarm_band(n, alpha, tested=int(rows.sum()))
+            body.append([f"{alpha}", f"{share:.4f}", f"{low:.4f} to {high:.4f}"])
+        what = "resized images" if kind else "images of the model's size"
+        lines += [
+            f"{rows.sum():,} {what}, calibrated on {n:,} others:",
+            "",
+            *markdown_table(
+                ["alpha", "flagged", "95 % band of calibrations and tests like these"], body
+            ),
+            "",
+        ]
+    return lines
 
 
-def _false_alarms(calibration: Calibration, scores: np.ndarray) -> list[str]:
-    body = []
-    for alpha, share in zip(ALPHAS, _flagged(calibration, scores), strict=True):
-        if share is None:
-            body.append([f"{alpha}", "no verdict", ""])
-            continue
-        low, high = false_alarm_band(len(calibration.scores), alpha, tested=len(scores))
-        body.append([f"{alpha}", f"{share:.4f}", f"{low:.4f} to {high:.4f}"])
-    return markdown_table(
-        ["alpha", "flagged", "95 % band of calibrations and tests like these"], body
-    )
-
-
-def _summary(
-    table: Mapping[str, Mapping[str, Figures]], ood_sets: Mapping[str, Mapping[str, np.ndarray]]
-) -> list[str]:
+def _summary(table: Mapping[str, Mapping[str, Figures]], judged: Mapping[str, Judged]) -> list[str]:
     body = []
     for name, figures in table.items():
         for score in (score for score in HEADLINES if score in figures):
@@ -222,7 +331,7 @@ def _summary(
             ] or [""] * len(ALPHAS)
             body.append(
                 [
-                    f"{name} ({len(ood_sets[name]['bpd']):,})" if score == COMBINED else "",
+                    f"{name} ({len(judged[name].resized):,})" if score == COMBINED else "",
                     score,
                     f"{f.auroc:.4f} ± {f.standard_error:.4f}",
                     f"{f.aupr:.3f}",
@@ -237,8 +346,11 @@ def _summary(
 
 def _singles(table: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     sets = list(table)
-    scores = list(next(iter(table.values()), {}))
-    body = [[score, *(f"{table[s][score].auroc:.3f}" for s in sets)] for score in scores]
+    scores = dict.fromkeys(score for figures in table.values() for score in figures)
+    body = [
+        [score, *(f"{table[s][score].auroc:.3f}" if score in table[s] else "" for s in sets)]
+        for score in scores
+    ]
     return markdown_table(["score", *sets], body)
 
 

@@ -6,14 +6,14 @@ Needs neither PyTorch nor scikit-learn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from export.verdict.corruptions import corrupted
-from serving.api.errors import ApiError
-from serving.api.requests import InputImage, prepare_image
+from export.verdict.images import Images, Report, usable
+from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine, Score
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
@@ -21,9 +21,6 @@ from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 ALPHAS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 CHUNK = 256
 FALSE_WARNINGS = 0.05  # probability that a history like the calibration images is called unlike
-
-Images = Iterable[bytes | np.ndarray]
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,6 @@ def what_if(
     ood: Mapping[str, Images],
     per_day: int,
     corrupt: int,
-    alphas: Sequence[float] = ALPHAS,
     report: Report = lambda line: None,
 ) -> WhatIf:
     """Alarms per day and detection at each alpha, by the engine that scores requests.
@@ -119,7 +115,6 @@ def what_if(
         ood: sets of OOD images by name.
         per_day: images per day.
         corrupt: number of images of the history that are corrupted in each way.
-        alphas: false-alarm rates.
         report: called with each line of progress.
 
     Raises:
@@ -127,11 +122,9 @@ def what_if(
     """
     if calibrations.exact is None:
         raise CalibrationError(f"{engine.bundle.name} is not calibrated: ade calibrate does that")
-    images, failed = usable(engine, history)
-    if not images:
-        raise _none_usable("the history", failed)
-    unusable = len(failed)
-    report(f"history: {len(images)} images, {unusable} cannot be used")
+    images, errors = usable("history", history, engine.image_shape, report)
+    unusable = len(errors)
+    report(f"history: {len(images)} images")
     found = p_values(engine, calibrations, images)
     judged = np.array([calibrations.of(image.resized) is not None for image in images])
     lost = judged & np.isnan(found)
@@ -141,47 +134,31 @@ def what_if(
         found = found[~lost]
         unusable += int(lost.sum())
     if not images:
-        raise CalibrationError("the history: no image has a finite likelihood")
+        raise CalibrationError("history: no image has a finite likelihood")
     ways = []
     kinds = sorted({image.resized for image in images})
-    level = 1 - FALSE_WARNINGS / (len(alphas) * len(kinds))  # Bonferroni
+    level = 1 - FALSE_WARNINGS / (len(ALPHAS) * len(kinds))  # Bonferroni
     for resized in kinds:
         mine = [image.resized == resized for image in images]
         count = round(per_day * sum(mine) / len(images))
-        ways.append(_way(resized, calibrations.of(resized), found[mine], count, alphas, level))
+        ways.append(_way(resized, calibrations.of(resized), found[mine], count, level))
     caught = {}
     for name, its in corruptions_of(images[:corrupt]).items():
         report(f"{name}: {len(its)} images")
-        caught[name] = rejected(engine, calibrations, its, alphas, report)
+        caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
     for name, given in ood.items():
-        its, bad = usable(engine, given)
-        if not its:
-            raise _none_usable(name, bad)
-        report(f"{name}: {len(its)} images, {len(bad)} cannot be used")
-        caught[name] = rejected(engine, calibrations, its, alphas, report)
+        its, _ = usable(name, given, engine.image_shape, report)
+        report(f"{name}: {len(its)} images")
+        caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
     return WhatIf(
         engine.bundle.model_id,
         calibrations.label,
         len(images),
         unusable,
-        list(alphas),
+        list(ALPHAS),
         ways,
         caught,
     )
-
-
-def usable(engine: InferenceEngine, images: Images) -> tuple[list[InputImage], list[ApiError]]:
-    """Images at the model's size, and the errors of those that could not be brought to it."""
-    found = [prepare_image(image, engine.image_shape, True, 0) for image in images]
-    return (
-        [image for image in found if isinstance(image, InputImage)],
-        [image for image in found if isinstance(image, ApiError)],
-    )
-
-
-def _none_usable(name: str, failed: Sequence[ApiError]) -> CalibrationError:
-    reason = f": {failed[0].message}" if failed else ""
-    return CalibrationError(f"{name}: none of {len(failed)} images can be used{reason}")
 
 
 def p_values(
@@ -249,12 +226,11 @@ def _way(
     calibration: Calibration | None,
     p_values: np.ndarray,
     per_day: int,
-    alphas: Sequence[float],
     level: float,
 ) -> Way:
     alarms, unlike = [], []
     n = 0 if calibration is None else len(calibration.scores)
-    for alpha in alphas:
+    for alpha in ALPHAS:
         k = flagging_rank(n, alpha)
         if k == 0:
             alarms.append(Alarms(alpha, None, None, None, None))

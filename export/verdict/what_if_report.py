@@ -1,4 +1,4 @@
-"""The answer to ``ade gate what-if`` as an HTML page."""
+"""The answer to ``ade gate what-if`` as Markdown, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -26,19 +26,25 @@ def write_what_if(found: WhatIf, path: Path) -> None:
     without = [f"{_kind(way)}: no verdict at this rate." for way in found.ways if way not in judged]
     shares = {name: its[column] for name, its in found.caught.items()}
     summary = summarize(shares, calibrated, VERDICT_ALPHA)
-    label = found.calibration or {}
     page = render(
         "What this gate would do in a day",
         verdict_card(
             summary.choice, summary.sentence, (), [*without, *summary.notes], summary.heading
         ),
-        subtitle=f"{found.model}, calibration {label.get('name')}, version {label.get('version')}",
-        content=from_markdown(_lines(found), path.parent),
+        subtitle=gate_of(found),
+        content=from_markdown(what_if_lines(found), path.parent),
     )
     write_text(path, page)
 
 
-def _lines(found: WhatIf) -> list[str]:
+def gate_of(found: WhatIf) -> str:
+    """The model and its calibration."""
+    label = found.calibration or {}
+    return f"{found.model}, calibration {label.get('name')}, version {label.get('version')}"
+
+
+def what_if_lines(found: WhatIf) -> list[str]:
+    """All tables as Markdown."""
     unusable = f" {found.unusable:,} files could not be used." if found.unusable else ""
     lines = ["## Alarms per day", "", f"The history has {found.images:,} images.{unusable}", ""]
     for way in found.ways:

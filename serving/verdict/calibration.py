@@ -253,6 +253,8 @@ class Calibration:
             that has not joined; empty in calibrations of versions before.
         joined: the images that feedback added; ``None`` if there are none, or a version before
             added them.
+        fitted_digests: uint64, the same as ``digests`` of the images that the density was fitted
+            to; empty in calibrations of versions before.
     """
 
     estimator: str
@@ -267,6 +269,7 @@ class Calibration:
     corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     joined: Joined | None = None
+    fitted_digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @property
     def bpd(self) -> np.ndarray:
@@ -326,7 +329,7 @@ class Calibration:
         for name, scores in self.corrupted.items():
             if scores.ndim != 1 or scores.dtype.kind != "f" or not np.isfinite(scores).all():
                 raise CalibrationError(f"the scores of {name!r} must be finite numbers")
-        digests = [(self.digests, (self.digests.size,))]
+        digests = [(its, (its.size,)) for its in (self.digests, self.fitted_digests)]
         if self.joined is not None:
             digests.append((self.joined.digests, (len(self.joined.files),)))
         if any(its.dtype != np.uint64 or its.shape != shape for its, shape in digests):
@@ -514,6 +517,7 @@ class Calibration:
             **({} if self.known is None else self.known.arrays()),
             **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
             **({"digests": self.digests} if self.digests.size else {}),
+            **({"fitted_digests": self.fitted_digests} if self.fitted_digests.size else {}),
             **({} if self.joined is None else self.joined.arrays()),
         }
 
@@ -523,6 +527,9 @@ class Calibration:
 
         def of(name: str) -> np.ndarray:
             return arrays[prefix + name]
+
+        def digests(name: str) -> np.ndarray:
+            return of(name) if prefix + name in arrays else np.empty(0, np.uint64)
 
         start = prefix + CORRUPTED_PREFIX
 
@@ -537,8 +544,9 @@ class Calibration:
             _mixture(f"{prefix}baseline", arrays),
             KnownImages.from_arrays(arrays, prefix),
             {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
-            of("digests") if f"{prefix}digests" in arrays else np.empty(0, np.uint64),
+            digests("digests"),
             Joined.from_arrays(arrays, prefix),
+            digests("fitted_digests"),
         )
 
 

@@ -1,0 +1,174 @@
+"""Which images of a folder or data set fit a gate's density, calibrate the gate and test it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from export.verdict.images import Report
+from serving.engine.bundle import Bundle
+from training.data import PARTS, Dataset
+from training.datasets.files import is_split_by_name, part_of, shuffled
+from training.datasets.folder import image_files
+
+MAX_IMAGES = 20_000
+FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
+
+
+class Choice(NamedTuple):
+    """Items to fit to, to calibrate on, unseen ones, and those that a network was trained on."""
+
+    fit: list[Any]
+    calibrate: list[Any]
+    unseen: list[Any]
+    trained: list[Any]
+
+
+def choose_files(
+    folder: Path, bundle: Bundle, features: Mapping[str, Any] | None, report: Report
+) -> Choice:
+    """Choose files of a folder, at most :data:`MAX_IMAGES` to fit to and to calibrate on.
+
+    Args:
+        folder: of images.
+        bundle: that is calibrated.
+        features: see :func:`trained_on`.
+        report: called with a line that says what is left out.
+
+    Raises:
+        DataError: the folder holds no images.
+    """
+    files, name = image_files(folder), folder.resolve().name
+    network = trained_on(bundle, name, None, features, report)
+    parts: dict[str, list[Path]] = {part: [] for part in PARTS}
+    for path in files:
+        parts[_part_in(folder, path, bool(network))].append(path)
+    if network:
+        report(
+            f"the {network} was trained on {name}: only its parts select and calibrate are used, "
+            "and no copies of training images"
+        )
+    elif parts["test"]:
+        report(f"{len(parts['test'])} of {len(files)} files are left out, for ade ood-bench")
+    chosen = _choose({part: shuffled(paths) for part, paths in parts.items()}, bool(network))
+    fit, calibrate, unseen = (items[:MAX_IMAGES] for items in chosen[:3])
+    return Choice(fit, calibrate, unseen, parts["train"] if network else [])
+
+
+def choose_rows(
+    dataset: Dataset, bundle: Bundle, features: Mapping[str, Any] | None, report: Report
+) -> list[Callable[[], Iterator[np.ndarray]]]:
+    """Choose images of a data set, as :class:`Choice`; they may be read more than once.
+
+    No training images are given: published data sets have hardly any copies.
+
+    Args:
+        dataset: with the images.
+        bundle: that is calibrated.
+        features: see :func:`trained_on`.
+        report: called with a line if a network was trained on the data set.
+    """
+    network = trained_on(bundle, dataset.name, dataset.splits, features, report)
+    if network:
+        report(
+            f"the {network} was trained on {dataset.name}: only its parts select and calibrate "
+            "are used"
+        )
+    parts = {part: [(part, row) for row in range(len(dataset.parts[part]))] for part in PARTS}
+
+    def read(rows: list[tuple[str, int]]) -> Iterator[np.ndarray]:
+        return (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in rows)
+
+    return [partial(read, rows) for rows in _choose(parts, bool(network))]
+
+
+def files_that_test(
+    folder: Path, bundle: Bundle, calibrated_on: str | None, report: Report
+) -> Callable[[Path], bool] | None:
+    """Which files of a folder test a gate; ``None`` if all do.
+
+    If a network of the bundle was trained on the folder, or the gate calibrated on it, only the
+    part ``test`` does.
+
+    Args:
+        folder: of images.
+        bundle: that is tested.
+        calibrated_on: name of the data that the gate was calibrated on.
+        report: called with a line if not all files do.
+    """
+    name = folder.resolve().name
+    network = trained_on(bundle, name, None, data_of_features(bundle), report)
+    if not network and name != calibrated_on:
+        return None
+    how = f"{network} was trained" if network else "gate was calibrated"
+    report(f"the {how} on {name}: only its part test is used")
+    return lambda file: _part_in(folder, file, bool(network)) == "test"
+
+
+def trained_on(
+    bundle: Bundle,
+    name: str,
+    splits: dict[str, str] | None,
+    features: Mapping[str, Any] | None,
+    report: Report,
+) -> str:
+    """Which network was trained on a data set, whose held-out parts must be used then.
+
+    Args:
+        bundle: its manifest names the model's data set and describes its splits.
+        name: of the data set, or of a folder.
+        splits: of a named data set; ``None`` for a folder. Splits by file names are equal even if
+            their numbers of files differ, since an added file moves no other.
+        features: name and splits of the data set of the network of features; ``None`` if unknown.
+        report: called with a warning of a data set of the same name but another split.
+
+    Returns:
+        ``model``, ``network of features``, or an empty string for neither.
+    """
+    for network, data in (("model", bundle.manifest["data"]), ("network of features", features)):
+        if data is None or data.get("name") != name:
+            continue
+        by_name = is_split_by_name(data.get("splits", {})) and (
+            splits is None or is_split_by_name(splits)
+        )
+        if by_name or data.get("splits") == splits:
+            return network
+        report(
+            f"warning: the {network} of {bundle.name} was trained on a data set of the same name, "
+            f"{name}, with another split: check that these images were not trained on"
+        )
+    return ""
+
+
+def data_of_features(bundle: Bundle) -> Mapping[str, Any] | None:
+    """Name and splits of the data set of a bundle's network of features; ``None`` if unknown."""
+    found: Mapping[str, Any] | None = (bundle.manifest.get("features") or {}).get("data")
+    return found
+
+
+def _part_in(folder: Path, path: Path, by_name: bool) -> str:
+    """The part of a file of a folder.
+
+    If a network was trained on the folder, it follows from the file's name, as in training.
+    Otherwise it follows from the path inside the folder, because parts of files of one name would
+    lack what only the others show.
+    """
+    return part_of(path.name if by_name else path.relative_to(folder).as_posix())
+
+
+def _choose(parts: dict[str, list[Any]], held_out: bool) -> Choice:
+    """Choose from the items of each part.
+
+    If a network was trained on the data (``held_out``), only images that it has not seen must be
+    used: the parts ``select`` and ``calibrate``. Otherwise all but the part ``test`` are divided.
+    ``ade ood-bench`` measures false alarms on the part ``test``, so it is not used in either case.
+    """
+    if held_out:
+        return Choice(parts["select"], parts["calibrate"], parts["test"], [])
+    rest = shuffled([item for part in PARTS if part != "test" for item in parts[part]])[:MAX_IMAGES]
+    first = round(FIT_SHARE * len(rest))
+    return Choice(rest[:first], rest[first:], parts["test"], [])

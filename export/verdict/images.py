@@ -1,0 +1,136 @@
+"""Images that calibrate or test a gate: decoded on several cores, and named in messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+
+from serving.api.errors import ApiError
+from serving.api.requests import InputImage, prepare_image
+from serving.engine.noise import short_digest
+from serving.verdict.calibration import CalibrationError, Calibrations
+
+MAX_THREADS = 8  # each needs memory for a batch
+AT_ONCE = 64  # files in memory
+MAX_SHOWN = 5
+
+Images = Iterable[bytes | np.ndarray]  # image files, or uint8 (H, W, C)
+Prepared = tuple[str, InputImage | ApiError]  # with the image's name
+Report = Callable[[str], None]
+
+
+class NamedFile(bytes):
+    """The content of an image file, with its name for messages."""
+
+    name: str
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> NamedFile:
+        made = cls(content)
+        made.name = name
+        return made
+
+
+def thread_pool() -> ThreadPoolExecutor:
+    """A thread for each core, up to :data:`MAX_THREADS`."""
+    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS))
+
+
+def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) -> Iterator[Prepared]:
+    """Bring images to the model's shape as requests do, in order, on several cores.
+
+    Args:
+        images: an image that is no :class:`NamedFile` is named by its number.
+        image_shape: ``(H, W, C)`` of the model.
+        resize: whether to resize images of other sizes, or to return an error for them.
+    """
+
+    def prepare(item: tuple[int, bytes | np.ndarray]) -> Prepared:
+        index, source = item
+        name = source.name if isinstance(source, NamedFile) else f"image {index}"
+        return name, prepare_image(source, image_shape, resize, index)
+
+    rest = enumerate(images)
+    with thread_pool() as threads:
+        while few := list(islice(rest, AT_ONCE)):
+            yield from threads.map(prepare, few)
+
+
+def usable(
+    name: str, images: Images, image_shape: tuple[int, int, int], report: Report
+) -> tuple[list[InputImage], list[str]]:
+    """Images at the model's size, and why others could not be brought to it; reports these.
+
+    Args:
+        name: of the images.
+        images: see :func:`prepared`.
+        image_shape: ``(H, W, C)`` of the model.
+        report: called with a line if images are left out.
+
+    Raises:
+        CalibrationError: no image can be used.
+    """
+    found: list[InputImage] = []
+    errors: list[str] = []
+    for its, image in prepared(images, image_shape, resize=True):
+        if isinstance(image, InputImage):
+            found.append(image)
+        else:
+            errors.append(f"{its}: {image.message}")
+    report_left_out(name, errors, report)
+    if not found:
+        raise none_usable(name, errors)
+    return found, errors
+
+
+def others(
+    name: str, images: Iterable[Prepared], known: set[int], report: Report
+) -> Iterator[Prepared]:
+    """The images without those that made a calibration, and without their copies.
+
+    Args:
+        name: of the images.
+        images: see :func:`prepared`.
+        known: of :func:`digests_of`.
+        report: called with a line at the end if images were left out.
+    """
+    copies = 0
+    for its, image in images:
+        if isinstance(image, InputImage) and short_digest(image.pixels) in known:
+            copies += 1
+        else:
+            yield its, image
+    if copies:
+        report(f"{name}: left out {copies} images that made the calibration, or copies of such")
+
+
+def digests_of(calibrations: Calibrations) -> set[int]:
+    """Short digests of the images that a calibration was made of, as far as its file has them."""
+    found: set[int] = set()
+    for calibration in filter(None, (calibrations.exact, calibrations.resized)):
+        found.update(calibration.digests.tolist(), calibration.fitted_digests.tolist())
+        if calibration.joined is not None:
+            found.update(calibration.joined.digests.tolist())
+    return found
+
+
+def report_left_out(name: str, errors: Sequence[str], report: Report) -> None:
+    """Report images that cannot be used, the first few by name."""
+    if errors:
+        report(f"{name}: left out {len(errors)} images: {_examples(errors)}")
+
+
+def none_usable(name: str, errors: Sequence[str]) -> CalibrationError:
+    """The error to raise if no image can be used."""
+    return CalibrationError(
+        f"{name}: none of {len(errors)} images could be used"
+        + (f": {_examples(errors)}" if errors else "")
+    )
+
+
+def _examples(errors: Sequence[str]) -> str:
+    return "; ".join(errors[:MAX_SHOWN]) + ("; …" if len(errors) > MAX_SHOWN else "")
