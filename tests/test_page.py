@@ -41,7 +41,7 @@ from playwright.sync_api import (
 )
 
 from serving.api.latents import with_level
-from serving.client import AdeClient, Reconstruction, ScoreResult
+from serving.client import AdeClient, AdeError, Reconstruction, ScoreResult
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.noise import NoiseStream, sample_key
 from serving.images import untile, write_png
@@ -52,7 +52,7 @@ from serving.page.compare import _card
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.explore import VARIATIONS
 from serving.page.files import UPLOADS, write_file
-from serving.page.many import _said
+from serving.page.many import _said, _scores
 from serving.page.reconstruct import in_words
 from serving.page.score import REASONS
 from serving.page.served import (
@@ -929,6 +929,24 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
     flat = dataclasses.replace(bundle, manifest={**bundle.manifest, **changes})
     for bundles in ([flat], [flat, bundle], [bundle, flat]):
         build_page(Served("http://127.0.0.1:1", bundles, None))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
+    """A file's own error becomes its row; the service's ends the run, also at the last file."""
+
+    class Failing:
+        def __init__(self, status: int) -> None:
+            self.error = AdeError(status, "x", "it failed")
+
+        def score(self, *args: object, **options: object) -> list[ScoreResult]:
+            raise self.error
+
+    own, services = (SimpleNamespace(clients={"model": Failing(status)}) for status in (422, 503))
+    files = [b""] * count
+    assert _scores(own, "model", files, False, 0.01) == [own.clients["model"].error] * count
+    with pytest.raises(gr.Error, match="It failed"):
+        _scores(services, "model", files, False, 0.01)
 
 
 def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:
