@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         metavar="M",
-        help="end after this training time too (default: no limit; with --resume, as before)",
+        help="end after this training time too (default: no limit; with --resume and without "
+        "--images, as before)",
     )
     parser.add_argument(
         "--seed",
@@ -126,7 +127,8 @@ def run(args: argparse.Namespace) -> None:
     images, minutes = budget_of(args.out) if args.resume else (None, None)
     options = RunOptions(
         images=(images or IMAGES) if args.images is None else args.images,
-        minutes=minutes if args.minutes is None else args.minutes,
+        # With a larger number of images, a time that is spent must not end the run at once.
+        minutes=minutes if args.images is None and args.minutes is None else args.minutes,
         seed=args.seed,
         device=args.device,
         precision=args.precision,

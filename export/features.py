@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,11 @@ def _read(path: Path) -> ModelProto:
 def _data(model: ModelProto) -> dict[str, Any] | None:
     for entry in model.metadata_props:
         if entry.key == DATA_KEY:
-            found: dict[str, Any] = json.loads(entry.value)
-            return found
-    return None
+            with suppress(ValueError):
+                found = json.loads(entry.value)
+                if isinstance(found, dict) and isinstance(found.get("splits", {}), dict):
+                    return found
+    return None  # or an entry of this name is another program's
 
 
 def _opset(model: ModelProto) -> int:

@@ -12,6 +12,7 @@ import inspect
 import io
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,19 @@ Images = ImageLike | Sequence[ImageLike]  # an array has one image or several
 SERVER_ERROR = "server_error"  # code of an answer that is not of the service
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 WITH_ALPHA = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # modes whose alpha RGB would drop
+# What reading an answer may raise that another program made.
+NOT_OURS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    BadZipFile,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    zlib.error,
+)
 P = ParamSpec("P")
 Model = TypeVar("Model")
 ResultT = TypeVar("ResultT")
@@ -244,7 +258,8 @@ class AdeClient:
         answer = self._post("sample", parameters, format="npy")
         with _reading():
             seed, model = int(answer.headers[SEED_HEADER]), answer.headers["X-Ade-Model"]
-            return Samples(_npy(answer), seed, model)
+            count = parameters.n if parameters.latents is None else len(parameters.latents)
+            return Samples(_npy(answer, count), seed, model)
 
     @_takes(SampleParameters)
     def sample_png(self, parameters: SampleParameters) -> tuple[bytes, int]:
@@ -306,7 +321,7 @@ class AdeClient:
         parameters = SampleParameters(latents=latents, seed=seed, kind=kind)
         answer = self._post("sample", parameters, format="npy")
         with _reading():
-            return _npy(answer)
+            return _npy(answer, len(latents))
 
     @_takes_images(EncodeParameters)
     def encode(self, images: Images, parameters: EncodeParameters) -> Latents:
@@ -314,9 +329,13 @@ class AdeClient:
 
         Raises the error of the first image that cannot be used.
         """
+        images = several(images)
         answer = self._post("encode", parameters, images, format="npz")
         with _reading():
-            return Latents.load(answer.content)
+            latents = Latents.load(answer.content)
+            for level in latents.z:
+                _check_count(len(level), len(images))
+            return latents
 
     @_takes_images(ReconstructParameters)
     def reconstruct(
@@ -327,7 +346,8 @@ class AdeClient:
         answer = self._post("reconstruct", parameters, images, format="json")
         with _reading():
             results = from_json(ReconstructAnswer, answer.json()).results
-            return [_entry(r) for r in _one_of_each(images, results)]
+            _check_count(len(results), len(images))
+            return [_entry(r) for r in results]
 
     @_takes_images(ScoreParameters)
     def score(self, images: Images, parameters: ScoreParameters) -> list[ScoreResult | AdeError]:
@@ -364,7 +384,7 @@ class AdeClient:
         with _reading():
             found = answer.json()
             found["results"] = [r if "error" in r else {**UNDECIDED, **r} for r in found["results"]]
-            _one_of_each(images, found["results"])
+            _check_count(len(found["results"]), len(images))
             return from_json(ScoreAnswer, found)
 
     def _post(
@@ -479,21 +499,21 @@ def _reading() -> Iterator[None]:
     """Turn what an answer that is not the service's raises into the client's error."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+    except NOT_OURS as error:
         about = f"{type(error).__name__}: {error}"
         raise AdeError(200, SERVER_ERROR, f"the answer is not this API's: {about}") from error
 
 
-def _npy(answer: httpx.Response) -> np.ndarray:
+def _npy(answer: httpx.Response, count: int) -> np.ndarray:
     array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    _check_count(len(array), count)
     return array
 
 
-def _one_of_each(images: Sequence[ImageLike] | np.ndarray, results: list[ResultT]) -> list[ResultT]:
-    """The results, if there are as many as images: callers pair them."""
-    if len(results) != len(images):
-        raise ValueError(f"it has {len(results)} results of {len(images)} images")
-    return results
+def _check_count(found: int, wanted: int) -> None:
+    """Check that there is a result for each image, because callers pair them."""
+    if found != wanted:
+        raise ValueError(f"it has {found} results of {wanted} images")
 
 
 def _entry(result: ResultT | Problem) -> ResultT | AdeError:

@@ -112,11 +112,11 @@ def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file in errors that lack a name: writing to an open file names none."""
+    """Name the file in the error of a full disk: writing to an open file names none."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # otherwise a text would be lost
+        if error.errno in NO_ROOM and error.filename is None:
             error.filename = str(path)
         raise
 

@@ -125,8 +125,8 @@ class GateMiddleware:
             await _answer(send, 422, "unknown_calibration", str(error))
             return
         except Exception as error:  # fails closed: whatever went wrong, the image is not accepted
-            if isinstance(error, TimeoutError):
-                logger.warning("the gate took longer than %g s", self._timeout_s)
+            if isinstance(error, _TooLate):
+                logger.warning("a request waited too long for the gate")
             else:
                 logger.exception("the gate failed")
             await _answer(
@@ -156,13 +156,18 @@ class GateMiddleware:
 
         def check() -> list[Decision]:
             if time.monotonic() > latest:
-                raise TimeoutError
+                raise _TooLate
             return self._gate.check(images, *name)
 
         self._room -= 1
         work = asyncio.get_running_loop().run_in_executor(self._pool, check)
         work.add_done_callback(self._done)
-        decisions = await asyncio.wait_for(asyncio.shield(work), self._timeout_s)
+        try:
+            decisions = await asyncio.wait_for(asyncio.shield(work), self._timeout_s)
+        except TimeoutError:
+            if work.done():  # the gate's own, such as that of a network's file system
+                raise
+            raise _TooLate from None
         if len(decisions) != len(images):
             raise RuntimeError(f"{len(images)} images, {len(decisions)} decisions")
         return decisions
@@ -171,6 +176,10 @@ class GateMiddleware:
         self._room += 1
         if not work.cancelled():
             work.exception()  # the request that waited has reported it
+
+
+class _TooLate(Exception):
+    """The request has waited so long that nobody would get its decisions in time."""
 
 
 class _Refused(Exception):

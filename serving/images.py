@@ -87,7 +87,7 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
 
     Raises:
         ImageError: the format is unknown, or the image is damaged, too large, of another size, or
-            greyscale of other than 8 or 16 bits.
+            greyscale of 12 or 32 bits or of floating-point numbers.
         MemoryError: there is not enough memory to decode it.
     """
     if not data:

@@ -19,7 +19,7 @@ from tests.service import free_ports
 
 
 class Cluster:
-    """A head without CPUs and workers on this machine, as on several ones."""
+    """A head and workers on this machine, as on several ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,5 +84,7 @@ def ray_cluster() -> Iterator[Cluster]:
         prefix="ade-", dir="/tmp", ignore_cleanup_errors=True
     ) as short:
         made = Cluster(Path(short))
-        yield made
-        made.stop()
+        try:
+            yield made
+        finally:
+            made.stop()

@@ -128,10 +128,16 @@ def test_a_manifest_without_paths(tmp_path: Path) -> None:
 
 
 def test_a_manifest_with_times_of_any_type(tmp_path: Path) -> None:
-    table = {"path": ["x"], "mtime": pa.array([1_700_000_000_000], pa.timestamp("ms", "UTC"))}
+    table = {"path": ["x"]}
+    for zone in ("UTC", None):  # without one it is UTC, wherever this machine is
+        table["mtime"] = pa.array([1_700_000_000_000], pa.timestamp("ms", zone))
+        parquet.write_table(pa.table(table), tmp_path / "x.parquet")
+        rows = list(manifest.read_manifest(str(tmp_path / "x.parquet")))
+        assert rows == [{"path": "x", "size": None, "mtime": 1.7e9}]
+    table["mtime"] = pa.array(["yesterday"])
     parquet.write_table(pa.table(table), tmp_path / "x.parquet")
-    rows = list(manifest.read_manifest(str(tmp_path / "x.parquet")))
-    assert rows == [{"path": "x", "size": None, "mtime": 1.7e9}]
+    with pytest.raises(BulkError, match="cannot be read: .*yesterday"):
+        list(manifest.read_manifest(str(tmp_path / "x.parquet")))
 
 
 def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:

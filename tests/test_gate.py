@@ -361,22 +361,25 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
 
 def test_overload_leaves_some_requests_their_answers() -> None:
     """Requests that wait too long are not decided on, so that those behind them are in time."""
-    running = threading.Event()
+    free, checked = threading.Event(), []
 
     class Busy:
         def check(self, images: list[bytes]) -> list[Decision]:
-            running.set()
-            time.sleep(0.4)
+            checked.append(images)
+            free.wait(60)
             return [Decision("accept", 0.5, 3.0)] * len(images)
 
-    client, reached = app_behind(Busy(), timeout_s=1.0)
+    client, reached = app_behind(Busy(), timeout_s=2.0)
+
+    def ask(number: int) -> int:
+        return client.post("/classify", content=b"%d" % number, headers=PNG).status_code
+
     with client, ThreadPoolExecutor(8) as pool:
-        first = [pool.submit(client.post, "/classify", content=b"x", headers=PNG) for _ in range(7)]
-        running.wait()
-        time.sleep(1.1)  # all are late by now
-        last = client.post("/classify", content=b"x", headers=PNG)
-        codes = [answer.result().status_code for answer in first]
-    assert last.status_code == 200 and codes.count(200) == 2 == len(reached) - 1, codes
+        statuses = [request.result() for request in [pool.submit(ask, i) for i in range(7)]]
+        assert statuses == [503] * 7 and len(checked) == 1  # the first one is still decided on
+        free.set()
+        assert ask(7) == 200
+    assert checked[1:] == [[b"7"]] and len(reached) == 1
 
 
 def documented() -> list[str]:

@@ -41,7 +41,7 @@ from playwright.sync_api import (
 )
 
 from serving.api.latents import with_level
-from serving.client import AdeClient, AdeError, Reconstruction, ScoreResult
+from serving.client import SERVER_ERROR, AdeClient, AdeError, Reconstruction, ScoreResult
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.noise import NoiseStream, sample_key
 from serving.images import untile, write_png
@@ -936,17 +936,19 @@ def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
     """A file's own error becomes its row; the service's ends the run, also at the last file."""
 
     class Failing:
-        def __init__(self, status: int) -> None:
-            self.error = AdeError(status, "x", "it failed")
+        def __init__(self, status: int, code: str) -> None:
+            self.error = AdeError(status, code, "it failed")
 
         def score(self, *args: object, **options: object) -> list[ScoreResult]:
             raise self.error
 
-    own, services = (SimpleNamespace(clients={"model": Failing(status)}) for status in (422, 503))
     files = [b""] * count
+    own = SimpleNamespace(clients={"model": Failing(422, "x")})
     assert _scores(own, "model", files, False, 0.01) == [own.clients["model"].error] * count
-    with pytest.raises(gr.Error, match="It failed"):
-        _scores(services, "model", files, False, 0.01)
+    for status, code in ((503, "x"), (200, SERVER_ERROR)):  # the latter of another program
+        services = SimpleNamespace(clients={"model": Failing(status, code)})
+        with pytest.raises(gr.Error, match="It failed"):
+            _scores(services, "model", files, False, 0.01)
 
 
 def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:

@@ -575,6 +575,24 @@ def test_answers_that_are_not_the_apis(body: bytes) -> None:
             assert (caught.value.status, caught.value.code) == (200, "server_error")
 
 
+def test_an_answer_has_a_row_for_each_image() -> None:
+    image, latents, samples = np.zeros((32, 32, 3), np.uint8), io.BytesIO(), io.BytesIO()
+    np.savez(
+        latents, **{f"{name}_0": np.zeros((1, 1, 2, 2)) for name in ("mean", "log_scale", "z")}
+    )
+    np.save(samples, image[None])
+    for body, call in (
+        (latents, lambda client: client.encode([image, image])),
+        (samples, lambda client: client.decode([np.zeros((2, 1, 2, 2), np.float32)])),
+    ):
+        with (
+            other_program(200, body.getvalue()) as url,
+            AdeClient(url) as client,
+            pytest.raises(AdeError, match="it has 1 results of 2 images"),
+        ):
+            call(client)
+
+
 def test_status_of_another_program() -> None:
     with other_program(200, b"<html>") as url:
         port = int(url.rpartition(":")[2])

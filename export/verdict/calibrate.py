@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -375,8 +374,12 @@ def _calibrated(
     report(f"corrupting {len(pixels[1][:CORRUPTED])} images{name}")
     caught = {}
     for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items():
-        with suppress(CalibrationError):  # none has a finite likelihood: what is caught is unknown
-            caught[way] = np.sort(calibration.scores_of(statistics_of(engine, changed, way)))
+        try:
+            found = statistics_of(engine, changed, way)
+        except CalibrationError as error:  # none has a finite likelihood
+            report(f"left out {error}")
+        else:
+            caught[way] = np.sort(calibration.scores_of(found))
     fitted_digests, digests = (
         np.array([short_digest(image) for image in images], np.uint64) for images in pixels
     )

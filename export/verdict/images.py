@@ -44,7 +44,7 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
     """Bring images to the model's shape as requests do, in order, on several cores.
 
     Args:
-        images: an image that is no :class:`NamedFile` is named by its number.
+        images: those that are not a :class:`NamedFile` are named by their number.
         image_shape: ``(H, W, C)`` of the model.
         resize: whether to resize images of other sizes, or to return an error for them.
     """

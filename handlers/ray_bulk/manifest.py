@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
@@ -48,15 +49,14 @@ def list_files(source: str) -> Iterator[dict[str, Any]]:
                 "size": about.get("size"),
                 "mtime": _time(about),
             }
-    except OSError as error:
-        raise BulkError(f"{source} cannot be listed: {error}") from None
+    except Exception as error:  # of the store's own client, or an OSError
+        raise BulkError(f"{source} cannot be listed: {error}") from error
 
 
 def _walk(files: Any, folder: str) -> Iterator[dict[str, Any]]:
     """What the file system says about each image file below a folder.
 
-    fsspec's own walk leaves out folders that cannot be listed, so that images would be missing
-    without a word.
+    fsspec's own walk leaves out folders that cannot be listed, and reports nothing.
     """
     folders = []
     for about in sorted(files.ls(folder, detail=True), key=lambda about: about["name"]):
@@ -88,7 +88,9 @@ def read_manifest(source: str) -> Iterator[dict[str, Any]]:
                     if not isinstance(row["path"], str):
                         raise BulkError(f"{source}: a path must be text, got {row['path']!r}")
                     yield {"path": row["path"], "size": row.get("size"), "mtime": _time(row)}
-    except (OSError, pa.ArrowInvalid) as error:
+    except BulkError:
+        raise
+    except (OSError, pa.ArrowInvalid, TypeError, ValueError) as error:
         raise BulkError(f"{source} cannot be read: {error}") from None
 
 
@@ -138,5 +140,7 @@ def _time(about: dict[str, Any]) -> float | None:
     for name in _TIMES:
         value = about.get(name)
         if value is not None:
-            return float(value.timestamp() if hasattr(value, "timestamp") else value)
+            if isinstance(value, datetime):
+                return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+            return float(value)
     return None

@@ -290,7 +290,7 @@ def _number(field: Field, value: Any) -> float:
 
 
 def _is_decimal(text: str) -> bool:
-    """Whether a number is written as others read it: without ``1_000`` and digits of any script."""
+    """Whether a number has none of what only Python reads: ``1_000``, digits of other scripts."""
     return text.isascii() and "_" not in text
 
 

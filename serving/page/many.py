@@ -16,7 +16,7 @@ from PIL import Image
 
 from serving.api.requests import RESIZED
 from serving.brand import percent, verdict_card
-from serving.client import AdeError, ScoreResult
+from serving.client import SERVER_ERROR, AdeError, ScoreResult
 from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image
 from serving.page import charts
 from serving.page.files import write_file
@@ -315,7 +315,7 @@ def _scores(
     except httpx.TransportError as error:
         ask(_raise, error)
     except AdeError as error:
-        if error.status >= 500:
+        if error.status >= 500 or error.code == SERVER_ERROR:
             ask(_raise, error)
         if len(batch) == 1:
             return [error]

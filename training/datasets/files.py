@@ -26,7 +26,8 @@ _BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
 _BY_NAME = "by hash of the file name"
 _CHUNK = 1000
 _PREPROCESSING = 1  # part of a cache's key: raise it when decoding or resizing gives other pixels
-# Errors of read_file for what is no file or too large. The others may pass, as those of a network.
+# Errors of read_file for pipes and the like, and for files that are too large. Others may pass,
+# such as those of a network.
 _LASTING = (errno.EINVAL, errno.EFBIG)
 Item = TypeVar("Item")
 

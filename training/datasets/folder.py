@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from serving.images import IMAGE_SUFFIXES, ImageError, read_image
 from training.data import DataError, Dataset
 from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
 
-_MISSING = (0, 0)  # the version of a file that does not exist
+_MISSING = (0, 0)  # the version of a file that does not exist or may not be read
 
 
 def load_folder(
@@ -50,7 +51,7 @@ def load_files(
 
     def fill(out: np.ndarray) -> tuple[dict[int, str], bool]:
         skipped, passing = decode_into(out, size, files, read_file, report)
-        # A file that was missing before has another version once it can be read.
+        # A file of this version has another one once it can be read.
         return skipped, all(versions[row] == _MISSING for row in passing)
 
     pixels, skipped = cached_pixels(identity, lambda: (len(files), size, size, 3), cache, fill)
@@ -70,12 +71,13 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """Size and time of modification, or :data:`_MISSING`, as for a broken link."""
+    """Size and time of modification; :data:`_MISSING` for a broken link or without permission."""
     try:
         found = path.stat()
     except OSError:
         return _MISSING
-    return found.st_size, found.st_mtime_ns
+    # A change of permissions leaves the time of modification.
+    return (found.st_size, found.st_mtime_ns) if os.access(path, os.R_OK) else _MISSING
 
 
 def _first_size(files: list[Path]) -> int:
