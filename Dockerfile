@@ -38,6 +38,8 @@ RUN apt-get update \
 RUN useradd --create-home --uid 10001 ade && install --directory --owner ade --group ade --mode 0700 /home/ade/.cache
 COPY --from=build /opt/venv /opt/venv
 COPY pretrained /bundles
+# Whatever the umask of the checkout was.
+RUN chmod -R a+rX /bundles
 ENV PATH=/opt/venv/bin:$PATH ADE_DEVICE=${DEVICE} PYTHONUNBUFFERED=1
 # By number: Kubernetes's runAsNonRoot cannot judge a name.
 USER 10001:10001

@@ -69,7 +69,7 @@ clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* *.egg-info
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # pip install --editable .[cpu,EXTRAS], or .[cuda,EXTRAS]. The files of the two ONNX Runtime wheels overlap: to replace
 # one by the other, both have to be removed first.

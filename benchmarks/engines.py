@@ -61,7 +61,7 @@ def main() -> None:
         services = []
         for name in args.engines:
             options = ("--engine", name, "--workers", str(WORKERS))
-            service = stack.enter_context(running(args.bundle.resolve(), *options))
+            service = stack.enter_context(running(args.bundle.resolve(), options=options))
             services.append(Server(name, service.process, service.url))
         all_engines = stack.enter_context(engines(args.bundle.resolve(), args.seconds))
         for round_ in range(args.rounds):

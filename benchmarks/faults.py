@@ -205,6 +205,8 @@ def main() -> None:
     chosen = [
         fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")
     ]
+    if not chosen:
+        parser.error(f"--only must name some of {', '.join(fault.__name__ for fault in FAULTS)}")
     bad = 0
     words: dict[str, str] = {}  # texts of errors, with the fault
     with running(args.bundle) as service:

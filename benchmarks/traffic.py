@@ -116,6 +116,8 @@ def running(*bundles: Path, options: tuple[str, ...] = ()) -> Iterator[Running]:
         for line in process.stdout:
             if line.startswith("Ctrl-C"):
                 break
+        else:
+            raise SystemExit(f"ade serve ended with the status {process.wait()}")
         yield Running(process, Ports(**numbers))
     finally:
         if process.poll() is None:

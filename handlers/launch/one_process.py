@@ -34,7 +34,10 @@ class OneProcess:
         settings.save(self._settings)
         command = [sys.executable, "-m", module, str(self._settings)]
         environment = child_environment(**variables)
-        self._child = self._supervisor.start("front", command, environment, restarts=True)
+        output = self._plan.logs / "front.out"  # with the tracebacks that clients never see
+        self._child = self._supervisor.start(
+            "front", command, environment, restarts=True, output=output
+        )
 
     def open(self) -> None:
         """Nothing is left to start."""

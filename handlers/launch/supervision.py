@@ -44,6 +44,7 @@ class Child:
     """A child process in its own session, with everything needed to restart it.
 
     Attributes:
+        output: the file of its output, which is appended to.
         pass_fds: file descriptors that it inherits.
         on_trial: if true, the supervisor ignores its exit; the caller handles it.
     """
@@ -52,15 +53,12 @@ class Child:
     command: list[str]
     environment: dict[str, str]
     folder: Path
+    output: Path
     restarts: bool
     pass_fds: tuple[int, ...] = ()
     on_trial: bool = False
     process: subprocess.Popen[bytes] = field(init=False)
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DEATHS))
-
-    @property
-    def output(self) -> Path:
-        return self.folder / f"{self.name}.out"
 
     def start(self) -> None:
         with open(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
@@ -172,8 +170,9 @@ class Supervisor:
         restarts: bool = False,
         pass_fds: tuple[int, ...] = (),
         on_trial: bool = False,
+        output: Path | None = None,
     ) -> Child:
-        """Start a command, its output in ``FOLDER/NAME.out``.
+        """Start a command.
 
         Args:
             name: used in messages.
@@ -181,11 +180,15 @@ class Supervisor:
             environment: the complete environment.
             restarts: whether the child is restarted when it ends. Otherwise the service ends too.
             pass_fds, on_trial: see :class:`Child`.
+            output: file of its output; ``NAME.out`` in the working folder by default.
 
         Raises:
             LaunchError: the service is being stopped.
         """
-        child = Child(name, command, environment, self._folder, restarts, pass_fds, on_trial)
+        output = output or self._folder / f"{name}.out"
+        child = Child(
+            name, command, environment, self._folder, output, restarts, pass_fds, on_trial
+        )
         with self._lock, _signals_held():
             if self._is_closed:
                 raise LaunchError("the service is being stopped")
