@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import json
 import os
@@ -57,7 +56,6 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "status": "serve",
 }
 HELP = {"-h", "--help"}
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def parse(given: list[str]) -> argparse.Namespace:
@@ -98,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         _say_what_to_install(args.verb, error, extra)
         return 2
     except OSError as error:
+        from serving.files import NO_ROOM  # here, because it needs NumPy, and most verbs end well
+
         if error.filename is None and error.errno not in NO_ROOM:
             raise
         where = "" if error.filename is None else f"{error.filename}: "

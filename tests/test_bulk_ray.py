@@ -168,6 +168,18 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     assert seen == [(10, 10), (10, 10)]
 
 
+def wait_for_parts(run: subprocess.Popen[bytes], out: Path, log: Path) -> None:
+    """Wait until some of a run's rows are written, and it still runs."""
+    deadline = time.monotonic() + 300
+    while len(list((out / "rows").glob("*.parquet"))) < 3:
+        assert run.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def rows_of(out: Path) -> pa.Table:
+    return pa.concat_tables([parquet.read_table(p) for p in (out / "rows").glob("*.parquet")])
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
@@ -188,16 +200,12 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
     options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     with open(tmp_path / "first.txt", "wb") as log:
         first = subprocess.Popen(command, stdout=log, stderr=log, **options)
-    deadline = time.monotonic() + 300
-    while len(list((out / "rows").glob("*.parquet"))) < 3:
-        assert first.poll() is None, (tmp_path / "first.txt").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_parts(first, out, tmp_path / "first.txt")
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
     assert second.returncode == 0, second.stderr
-    rows = pa.concat_tables([parquet.read_table(p) for p in (out / "rows").glob("*.parquet")])
+    rows = rows_of(out)
     files = sum(path.suffix in {".png", ".jpg"} for path in folder.rglob("*"))
     assert sorted(rows["id"].to_pylist()) == list(range(files))
     alone = parquet.read_table(expected)
@@ -234,16 +242,13 @@ def test_a_node_that_dies_costs_no_row(
                 command, cwd=ROOT, env=cluster.environment, stdout=written, stderr=written
             )
         try:
-            deadline = time.monotonic() + 300
-            while len(list((out / "rows").glob("*.parquet"))) < 3:
-                assert run.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
+            wait_for_parts(run, out, log)
             cluster.add_worker(2)
             cluster.kill(nodes[0])
             assert run.wait(300) == 0, log.read_text()
         finally:
             run.kill()
-    rows = pa.concat_tables([parquet.read_table(p) for p in (out / "rows").glob("*.parquet")])
+    rows = rows_of(out)
     files = sum(path.suffix in {".png", ".jpg"} for path in folder.rglob("*"))
     assert sorted(rows["id"].to_pylist()) == list(range(files))
     assert rows["error"].null_count >= 900

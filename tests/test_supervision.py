@@ -193,6 +193,22 @@ def test_a_page_that_is_replaced_leaves_no_files(tmp_path: Path) -> None:
         assert files() == ["page-files-3"]
 
 
+def test_output_may_be_kept_elsewhere(tmp_path: Path) -> None:
+    """Where it outlives the working folder; a folder that was removed is made again."""
+    (work := tmp_path / "work").mkdir()
+    kept = tmp_path / "logs" / "front.out"
+    with Supervisor(work) as supervisor:
+        child = supervisor.start(
+            "front", ["sh", "-c", "echo said; sleep 60"], dict(os.environ), True, output=kept
+        )
+        assert until(lambda: kept.read_text() == "said\n") and child.tail() == "said"
+        shutil.rmtree(kept.parent)
+        os.killpg(child.process.pid, signal.SIGKILL)
+        assert until(supervisor.tend)
+        assert until(lambda: kept.exists() and kept.read_text() == "said\n")
+    assert list(work.glob("*.out")) == []
+
+
 def test_output_is_bounded(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
         child = supervisor.start("page", ["sh", "-c", "yes 0123456789"], dict(os.environ))

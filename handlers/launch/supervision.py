@@ -61,6 +61,8 @@ class Child:
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DEATHS))
 
     def start(self) -> None:
+        # A folder of logs that was removed must not keep the child from starting again.
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
             self.process = subprocess.Popen(
                 self.command,
