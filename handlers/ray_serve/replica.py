@@ -109,12 +109,13 @@ class Replica:
             now - job.arrived for job in jobs if not job.asked.about["probe"]
         )
         try:
-            answers = answer_batch(
+            answers, report = answer_batch(
                 self._service,
                 self._model,
                 {"requests": [job.asked.about for job in jobs]},
                 [job.asked.body for job in jobs],
             )
+            report()
         finally:
             self._computing_since = None
         return [
