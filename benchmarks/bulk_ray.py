@@ -2,6 +2,9 @@
 
 ``python -m benchmarks.bulk_ray BUNDLE FOLDER``. The driver is killed three times, and the same
 command resumes. The engines are measured alone, whenever no Ray process is left.
+
+With ``--node``, the folder is scored on a cluster of two nodes instead, which are processes of this
+machine. One of them is killed with everything on it, and another one joins.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ import pyarrow as pa
 from pyarrow import dataset, parquet
 
 from benchmarks.bulk import Memory
+from benchmarks.ray_cluster import Cluster, ray_cluster
 from benchmarks.serving import CORES, Outcome, engines
 from handlers.ray_serve.environment import MARK
 from serving.files import image_paths
 
 KILLED_AFTER = (0.1, 0.2, 0.3)  # fractions of the files
+NODE_KILLED_AFTER = 0.3
 ENGINES_S = 10.0
 
 
@@ -41,10 +46,16 @@ def commits(out: Path) -> list[tuple[float, int]]:
     return sorted(found)
 
 
-def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:
+def start(
+    bundle: Path, folder: Path, out: Path, cluster: Cluster | None = None
+) -> tuple[subprocess.Popen[bytes], Memory]:
     command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--bundle", str(bundle)]
     command += ["--engine", "ray", "--workers", str(CORES), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    environment = None
+    if cluster is not None:
+        command += ["--address", cluster.address]
+        environment = cluster.environment
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     memory = Memory(process.pid)
     memory.start()
     return process, memory
@@ -61,7 +72,7 @@ def ray_processes() -> int:
     return found
 
 
-def wait_for_rows(process: subprocess.Popen, out: Path, rows: float) -> None:
+def wait_for_rows(process: subprocess.Popen[bytes], out: Path, rows: float) -> None:
     while sum(n for _, n in commits(out)) < rows:
         if process.poll() is not None:
             raise SystemExit(f"ade score ended with {process.returncode}")
@@ -75,12 +86,46 @@ def measure_alone(all_engines: Callable[[], Outcome]) -> float:
     return all_engines().images_a_second
 
 
+def ids_of(out: Path) -> list[int]:
+    """The ids of all committed rows."""
+    ids: list[int] = dataset.dataset(out / "rows").to_table(columns=["id"])["id"].to_pylist()
+    return ids
+
+
+def kill_a_node(bundle: Path, folder: Path, out: Path, total: int) -> None:
+    """Score a folder on two nodes, of which one is killed and replaced."""
+    with ray_cluster() as cluster:
+        nodes = [cluster.add_worker(1) for _ in range(CORES)]
+        process, _ = start(bundle, folder, out, cluster)
+        try:
+            wait_for_rows(process, out, NODE_KILLED_AFTER * total)
+            killed, before = time.time(), sum(n for _, n in commits(out))
+            cluster.kill(nodes[0])
+            cluster.add_worker(1)
+            if process.wait() != 0:
+                raise SystemExit(f"ade score ended with {process.returncode}")
+        finally:
+            process.kill()
+        times, rows = np.array([one for one in commits(out) if one[0] > killed]).T
+    ids = ids_of(out)
+    print(
+        f"{CORES} nodes, one killed after {before} rows and replaced: next rows after "
+        f"{times[0] - killed:.0f} s, all after {times[-1] - killed:.0f} s; {len(ids)} rows, "
+        f"{len(set(ids))} different ids of {total}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("folder", type=Path, help="tens of thousands of image files")
+    parser.add_argument("--node", action="store_true", help="kill a node instead of the driver")
     args = parser.parse_args()
     total = sum(1 for _ in image_paths(args.folder))
+    if args.node:
+        with tempfile.TemporaryDirectory() as scratch:
+            kill_a_node(args.bundle.resolve(), args.folder, Path(scratch) / "scores", total)
+        return
     ceilings = []
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -102,7 +147,7 @@ def main() -> None:
         # The slope: rows are committed in blocks, so a difference of two times has a large error.
         times, rows = np.array([one for one in commits(out) if one[0] > resumed]).T
         rate = np.polyfit(times - times[0], np.cumsum(rows), 1)[0]
-        ids = dataset.dataset(out / "rows").to_table(columns=["id"])["id"].to_pylist()
+        ids = ids_of(out)
     ceiling = statistics.median(ceilings)
     print(
         f"{total} files, {CORES} workers: {rate:.0f} images per second after the last kill, "

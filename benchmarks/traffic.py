@@ -6,7 +6,6 @@ import asyncio
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from handlers.launch.run_folder import find_service
 from handlers.torchserve.status import describe_models
 from serving.images import read_image, write_png
 from serving.page.served import EXAMPLES
-from serving.ports import VARIABLES, Ports
+from serving.ports import VARIABLES, Ports, free_ports
 
 OUTCOMES = ("right", "refused", "failed", "silent", "wrong")
 
@@ -91,12 +90,7 @@ class Running:
 @contextmanager
 def running(*bundles: Path, options: tuple[str, ...] = ()) -> Iterator[Running]:
     """Start a service and wait until it is ready."""
-    sockets = [socket.socket() for _ in VARIABLES]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    numbers = dict(zip(VARIABLES, (s.getsockname()[1] for s in sockets), strict=True))
-    for s in sockets:
-        s.close()
+    numbers = dict(zip(VARIABLES, free_ports(len(VARIABLES)), strict=True))
     environment = {
         **os.environ,
         **{VARIABLES[name][0]: str(port) for name, port in numbers.items()},

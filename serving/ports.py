@@ -1,10 +1,11 @@
-"""The three TCP ports of a service, each with its environment variable."""
+"""The three TCP ports of a service, each with its environment variable, and free ports."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 VARIABLES = {
@@ -20,6 +21,15 @@ USER = "ade"  # user name of the page if the service requires a token, which is 
 def local_address(host: str) -> str:
     """The address at which this machine reaches a server that listens on ``host``."""
     return "127.0.0.1" if host in ("0.0.0.0", "localhost") else host
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports that nothing listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 class PortError(ValueError):

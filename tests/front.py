@@ -15,8 +15,8 @@ from typing import Any
 from aiohttp import web
 
 from handlers.torchserve.front import ServerSettings
+from serving.ports import free_ports
 from tests.helpers import ROOT, wait_for
-from tests.service import free_ports
 
 SCRIPT = """
 import json, sys

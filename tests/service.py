@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from handlers.launch.run_folder import RunFolder, find_service
-from serving.ports import VARIABLES, Ports
+from serving.ports import VARIABLES, Ports, free_ports
 from tests.helpers import ROOT
 
 # In the environment of ``ade serve``; its child processes must not have them.
@@ -25,17 +24,6 @@ CANARIES = {
 }
 
 WORKERS = ("model_service_worker", "handlers.asgi.worker")  # of each engine, as in their commands
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 class RunningService:

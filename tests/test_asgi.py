@@ -49,9 +49,8 @@ from serving.api.journal import last_errors
 from serving.api.responses import Response
 from serving.engine.bundle import open_bundle
 from serving.engine.signatures import OPERATIONS
-from serving.ports import Ports
+from serving.ports import Ports, free_ports
 from tests.helpers import PRETRAINED, ROOT, npy, settled, wait_for
-from tests.service import free_ports
 
 SCRIPT = """
 import json, sys

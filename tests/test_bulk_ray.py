@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.ray_cluster import ray_cluster
 from handlers.launch.environment import available_cores
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle
 from tests.helpers import PRETRAINED, ROOT, make_folder
-from tests.ray_cluster import ray_cluster
 
 pytest.importorskip("fsspec")
 parquet = pytest.importorskip("pyarrow.parquet")

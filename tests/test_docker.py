@@ -17,9 +17,9 @@ import pytest
 from handlers.launch.parts import page_is_ready
 from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
-from serving.ports import Ports
+from serving.ports import Ports, free_ports
 from tests.helpers import PRETRAINED, ROOT
-from tests.service import RunningService, free_ports
+from tests.service import RunningService
 
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 STEPS = re.findall(r"^([A-Z]+) +(.*)$", TEXT, re.MULTILINE)

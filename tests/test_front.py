@@ -32,9 +32,9 @@ from handlers.front.front import Endpoint, Front
 from handlers.torchserve.front import ServerSettings
 from serving.api.errors import ApiError
 from serving.api.requests import URLENCODED
+from serving.ports import free_ports
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
 from tests.helpers import ROOT, wait_for
-from tests.service import free_ports
 from tests.test_observability import METRICS_TEXT
 
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"

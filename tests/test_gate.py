@@ -30,9 +30,9 @@ from serving.engine.bundle import BundleError
 from serving.gate import Decision, Gate
 from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
 from serving.images import read_image, write_png
+from serving.ports import free_ports
 from serving.verdict.calibration import Calibrations
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
-from tests.service import free_ports
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CAT = ROOT / "serving" / "examples" / "cat.png"

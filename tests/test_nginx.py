@@ -14,8 +14,9 @@ import httpx
 import numpy as np
 import pytest
 
+from serving.ports import free_ports
 from tests.helpers import ROOT, npy
-from tests.service import RunningService, free_ports
+from tests.service import RunningService
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 KEY = "0123456789abcdef0123456789abcdef"

@@ -40,9 +40,10 @@ from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
 from serving.page.served import Runs, made_here
 from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, safe_name
+from serving.ports import free_ports
 from serving.tables import safe_cell
 from tests.helpers import PRETRAINED, ROOT
-from tests.service import RunningService, free_ports
+from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SECRET = "what-nobody-may-read"

@@ -25,6 +25,7 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.ray_cluster import Cluster, ray_cluster
 from handlers.ray_serve.environment import (
     MARK,
     haproxy_on_loopback,
@@ -33,7 +34,6 @@ from handlers.ray_serve.environment import (
 from handlers.ray_serve.guard import end_all, processes_of
 from handlers.ray_serve.settings import Access, ServeSettings, SettingsError
 from tests.helpers import PRETRAINED, ROOT
-from tests.ray_cluster import Cluster, ray_cluster
 from tests.service import RunningService
 
 CAT = (ROOT / "serving" / "examples" / "cat.png").read_bytes()

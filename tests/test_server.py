@@ -33,7 +33,7 @@ from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.status import read_status
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from serving.images import write_png
-from serving.ports import VARIABLES, Ports
+from serving.ports import VARIABLES, Ports, free_ports
 from tests.helpers import (
     PRETRAINED,
     ROOT,
@@ -47,7 +47,7 @@ from tests.helpers import (
     settled,
     wait_for,
 )
-from tests.service import RunningService, free_ports
+from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 OPERATIONS = ("sample", "encode", "reconstruct", "score")

@@ -31,9 +31,9 @@ from handlers.launch.supervision import (
 )
 from serving.client import AdeClient
 from serving.files import LOCK
-from serving.ports import Ports
+from serving.ports import Ports, free_ports
 from tests.helpers import PRETRAINED, ROOT
-from tests.service import RunningService, free_ports
+from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SLEEP = ["sleep", "1000"]

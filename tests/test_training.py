@@ -34,8 +34,8 @@ from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from benchmarks.training import _compiled
 from serving.files import LOCK
+from serving.ports import free_ports
 from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
-from tests.service import free_ports
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig

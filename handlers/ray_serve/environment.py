@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import socket
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 from handlers.asgi.pool import VARIABLES
+from serving.ports import free_ports
 
 MARK = "ADE_RAY_INSTANCE"  # in the environment of every process of an instance
 DRAINING_S = 1  # that a front is still reachable after it is asked to stop
@@ -111,15 +110,6 @@ def haproxy_on_loopback(folder: Path, *ports: int) -> Path:
     )
     command.chmod(0o700)
     return command
-
-
-def free_ports(count: int) -> list[int]:
-    """Different TCP ports that nothing listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import psutil
 
 from handlers.ray_serve.environment import MARK, of_every_node
 from handlers.ray_serve.guard import end_all
-from tests.service import free_ports
+from serving.ports import free_ports
 
 
 class Cluster:
