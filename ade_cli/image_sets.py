@@ -52,7 +52,9 @@ def _array(path: Path) -> np.ndarray:
     except NOT_ARRAYS as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not is_of_arrays:
-        raise DataError(f"{path} must be a folder of images, an .npy or an .npz file")
+        raise DataError(
+            f"{path} must be a folder of images, an .npy or an .npz file; its content is neither"
+        )
     images: list[np.ndarray] = [
         array
         for array in found

@@ -230,6 +230,8 @@ class AdeClient:
         retries: int = 5,
         timeout: float = 120.0,
     ) -> None:
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, got {retries}")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.url = url or f"http://127.0.0.1:{Ports.from_environment().inference}"
         self._http = httpx.Client(
@@ -302,7 +304,7 @@ class AdeClient:
 
     def decode(self, z: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
         """Decode latents, one array ``(N, c, h, w)`` per level; returns uint8 ``(N, H, W, C)``."""
-        rows = range(len(z[0]))
+        rows = range(_count_rows(z))
         return self._decode([[GivenLevel(z=level[i]) for level in z] for i in rows], seed, kind)
 
     def sample_with(
@@ -313,7 +315,7 @@ class AdeClient:
         Zeros in a level give the mean that the coarser levels predict. Returns uint8 ``(N, H, W,
         C)``.
         """
-        rows = range(len(eps[0]))
+        rows = range(_count_rows(eps))
         return self._decode([[GivenLevel(eps=level[i]) for level in eps] for i in rows], seed, kind)
 
     def _decode(self, images: list[list[GivenLevel]], seed: int, kind: Kind) -> np.ndarray:
@@ -352,7 +354,9 @@ class AdeClient:
     @_takes_images(ScoreParameters)
     def score(self, images: Images, parameters: ScoreParameters) -> list[ScoreResult | AdeError]:
         """Score images: one result per image, or the error if it cannot be used."""
-        return [_entry(r) for r in self._score(images, parameters).results]
+        answer = self._score(images, parameters)
+        with _reading():
+            return [_entry(r) for r in answer.results]
 
     def score_group(
         self,
@@ -369,14 +373,15 @@ class AdeClient:
             images,
             ScoreParameters(fdr=fdr, resize=resize, explain=False, calibration=calibration),
         )
-        results = [_entry(r) for r in answer.results]
-        return GroupScore(
-            results,
-            None if answer.group is None else answer.group.p_value,
-            sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results),
-            sum(r.decision == "reject" for r in results),
-            [] if answer.group is None else answer.group.notes,
-        )
+        with _reading():
+            results = [_entry(r) for r in answer.results]
+            return GroupScore(
+                results,
+                None if answer.group is None else answer.group.p_value,
+                sum(isinstance(r, ScoreResult) and bool(r.discovery) for r in results),
+                sum(r.decision == "reject" for r in results),
+                [] if answer.group is None else answer.group.notes,
+            )
 
     def _score(self, images: Images, parameters: ScoreParameters) -> ScoreAnswer:
         images = several(images)
@@ -434,6 +439,19 @@ def _values(
     return {"images": files, **values}
 
 
+def _count_rows(levels: Sequence[np.ndarray]) -> int:
+    """The number of images of latents.
+
+    Raises:
+        ValueError: there is no level, or the levels are of different numbers of images.
+    """
+    counts = {len(level) for level in levels}
+    if len(counts) != 1:
+        found = ", ".join(str(len(level)) for level in levels)
+        raise ValueError(f"every level must have as many images, got {found or 'no level'}")
+    return counts.pop()
+
+
 def several(images: Images) -> Sequence[ImageLike] | np.ndarray:
     """A sequence of images, also if a single one is given.
 
@@ -484,7 +502,7 @@ def image_file(image: ImageLike) -> bytes:
         raise ValueError(
             f"an image must have 8 or 16 bits per value, got a PIL image of mode {image.mode}"
         )
-    if image.mode in ("I;16B", "I;16L"):
+    if image.mode in ("I;16B", "I;16L", "I;16N"):
         image = image.convert("I").convert("I;16")
     image = ImageOps.exif_transpose(image)  # as the service turns the image's file
     if image.mode not in PNG_MODES:
@@ -539,5 +557,5 @@ def _problem(answer: httpx.Response) -> Error | None:
     """The error in the API's shape, if the answer is one."""
     try:
         return None if answer.status_code == 200 else from_json(Problem, answer.json()).error
-    except (ValueError, TypeError, AttributeError):
+    except NOT_OURS:
         return None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
@@ -26,6 +27,9 @@ from serving.verdict.store import UnknownCalibration
 logger = logging.getLogger(__name__)
 Action = Literal["reject", "flag"]
 MAX_BODY_BYTES = 16 * 2**20
+MAX_BODY_S = 120.0  # for a body to arrive
+MAX_HELD_BYTES = 256 * 2**20  # of all bodies together, above which only small ones are read
+SMALL_BODY_BYTES = 2**20
 _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
 
@@ -94,6 +98,7 @@ class GateMiddleware:
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(threads, "gate")
         self._room = waiting
+        self._held = 0  # bytes of the bodies of all requests
         self._calibration = calibration
         self._text_fields = frozenset(text_fields)
 
@@ -109,8 +114,19 @@ class GateMiddleware:
             return
         if await self._is_full(send):
             return
+        received = bytearray()
         try:
-            body = await _read(Request(scope, receive))
+            await self._decide(scope, receive, send, received)
+        finally:
+            self._held -= len(received)
+
+    async def _decide(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send, received: bytearray
+    ) -> None:
+        """Read a request into ``received``, decide on it, and pass it on or refuse it."""
+        try:
+            await self._read(Request(scope, receive), received)
+            body = bytes(received)
             images = await _images(scope, body, self._text_fields)
         except ClientDisconnect:
             return
@@ -121,6 +137,9 @@ class GateMiddleware:
             return
         try:
             decisions = await self._check(scope, images)
+        except ApiError as error:
+            await _answer(send, error.status, error.code, error.message)
+            return
         except UnknownCalibration as error:
             await _answer(send, 422, "unknown_calibration", str(error))
             return
@@ -139,6 +158,31 @@ class GateMiddleware:
         scope.setdefault("state", {})["gate"] = decisions
         await self._app(scope, replay(body, receive), send)
 
+    async def _read(self, request: Request, received: bytearray) -> None:
+        """Read a body.
+
+        Raises:
+            ClientDisconnect: the client closed the connection.
+            _Refused: the body is too large or too slow, or all bodies together are too large.
+        """
+        try:
+            async with asyncio.timeout(MAX_BODY_S):
+                async for chunk in request.stream():
+                    received += chunk
+                    self._held += len(chunk)
+                    if len(received) > MAX_BODY_BYTES:
+                        raise _Refused(
+                            413, "request_too_large", f"a request may have {MAX_BODY_BYTES} bytes"
+                        )
+                    if len(received) > SMALL_BODY_BYTES and self._held > MAX_HELD_BYTES:
+                        raise _Refused(
+                            503, "gate_busy", "the bodies of all requests are too large together"
+                        )
+        except TimeoutError:
+            raise _Refused(
+                408, "request_timeout", f"the body took longer than {MAX_BODY_S:g} s"
+            ) from None
+
     async def _is_full(self, send: Send) -> bool:
         """Answer 503 if no further request may wait."""
         if self._room > 0:
@@ -149,7 +193,11 @@ class GateMiddleware:
         return True
 
     async def _check(self, scope: MutableMapping[str, Any], images: list[bytes]) -> list[Decision]:
-        """Ask the gate; a thread that takes too long is not replaced until it is done."""
+        """Ask the gate; a thread that takes too long is not replaced until it is done.
+
+        Raises:
+            ApiError: 413, the images have too many pixels.
+        """
         name = () if self._calibration is None else (self._calibration(scope),)
         # Work that starts later would end too late to be used, and make those behind it late, too.
         latest = time.monotonic() + self._timeout_s / 2
@@ -157,6 +205,7 @@ class GateMiddleware:
         def check() -> list[Decision]:
             if time.monotonic() > latest:
                 raise _TooLate
+            pixels_to_resize(images)  # here, because the headers of some files take long to read
             return self._gate.check(images, *name)
 
         self._room -= 1
@@ -189,34 +238,10 @@ class _Refused(Exception):
         self.code = code
 
 
-async def _read(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise _Refused(413, "request_too_large", f"a request may have {MAX_BODY_BYTES} bytes")
-    return bytes(body)
-
-
 async def _images(
     scope: MutableMapping[str, Any], body: bytes, text_fields: Collection[str]
 ) -> list[bytes]:
     """The files that a request carries: at least one, and no more than the gate takes."""
-    files = await _files(scope, body, text_fields)
-    if len(files) > MAX_IMAGES:
-        raise _Refused(
-            413, "too_many_images", f"at most {MAX_IMAGES} images per request, got {len(files)}"
-        )
-    try:
-        pixels_to_resize(files)
-    except ApiError as error:
-        raise _Refused(error.status, error.code, error.message) from None
-    return files
-
-
-async def _files(
-    scope: MutableMapping[str, Any], body: bytes, text_fields: Collection[str]
-) -> list[bytes]:
     request = Request(scope, replay(body))
     types = request.headers.getlist("content-type")
     if len(types) > 1:  # the application might follow another one
@@ -227,12 +252,21 @@ async def _files(
     if _IMAGE_TYPE.fullmatch(kind):
         return [body]
     if kind == "multipart/form-data":
+        if not _is_whole(types[0], body):
+            raise _Refused(400, "malformed_request", "the form does not end with its boundary")
         try:
-            async with request.form() as form:
+            async with request.form(max_files=MAX_IMAGES) as form:
                 fields = form.multi_items()
                 files = [await file.read() for _, file in fields if isinstance(file, UploadFile)]
         except Exception as error:  # Starlette raises errors of its own and of the parser
-            raise _Refused(400, "malformed_request", "the form cannot be parsed") from error
+            reason = str(getattr(error, "detail", None) or getattr(error, "message", ""))
+            if reason.startswith("Too many files"):
+                raise _Refused(
+                    413, "too_many_images", f"at most {MAX_IMAGES} images per request"
+                ) from error
+            raise _Refused(
+                400, "malformed_request", f"the form cannot be parsed: {reason}".rstrip(": ")
+            ) from error
         for name, value in fields:
             if not isinstance(value, UploadFile) and name not in text_fields:
                 raise _Refused(
@@ -248,6 +282,14 @@ async def _files(
         "no_image",
         "send an image as the body (Content-Type: image/...) or as a file of a form",
     )
+
+
+def _is_whole(content_type: str, body: bytes) -> bool:
+    """Whether a form ends where its boundary says, so that every parser finds the same parts."""
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    end = b"--" + boundary + b"--"
+    _, found, after = (b"\r\n" + body).partition(b"\r\n" + end)
+    return bool(boundary and found) and not after.strip()
 
 
 def _without_body(receive: Receive) -> Receive:

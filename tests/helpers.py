@@ -148,7 +148,7 @@ def make_traps(folder: Path) -> dict[str, str]:
         "pipe.png": "not a regular file",
         "endless.png": "not a regular file",
         "gone.png": "No such file or directory",
-        "huge.png": "an image file may have 16777216 bytes, this one has 1099511627776",
+        "huge.png": "a file may have 16777216 bytes, this one has 1099511627776",
     }
 
 

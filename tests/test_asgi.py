@@ -119,13 +119,21 @@ class RunningApplication:
         """The only worker process of a model."""
         for line in self.output.read_text().splitlines():
             assert "Traceback" not in line, self.output.read_text()
-        journal = str(self.logs / f"{name}-0.requests.jsonl")
+        journal = str(self._journal(name))
         (found,) = (
             process
             for process in psutil.Process(self.process.pid).children()
             if journal in {file.path for file in process.open_files()}
         )
         return found
+
+    def logged(self, name: str) -> list[str]:
+        """The ids in a model's journal, which a worker adds to after it has answered."""
+        lines = self._journal(name).read_text().splitlines()
+        return [json.loads(line)["id"] for line in lines]
+
+    def _journal(self, name: str) -> Path:
+        return self.logs / f"{name}-0.requests.jsonl"
 
     def post(self, name: str, content: bytes = IMAGE, **headers: str) -> httpx.Response:
         return httpx.post(
@@ -170,11 +178,8 @@ def test_both_paths_of_an_operation(app: RunningApplication) -> None:
     )
     assert first.status_code == second.status_code == 200 and first.content == second.content
     assert first.headers["x-request-id"] != second.headers["x-request-id"]
-    lines = (app.logs / "score-0.requests.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines[-2:]] == [
-        first.headers["x-request-id"],
-        second.headers["x-request-id"],
-    ]
+    expected = [answer.headers["x-request-id"] for answer in (first, second)]
+    wait_for(lambda: app.logged("score")[-2:] == expected)
 
 
 def test_what_can_be_read(app: RunningApplication) -> None:
@@ -403,8 +408,7 @@ def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
         worker.resume()
         assert first.result().status_code == 200
     answered = [app.post("score").headers["x-request-id"], first.result().headers["x-request-id"]]
-    lines = (app.logs / "score-0.requests.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines[-2:]] == answered[::-1]
+    wait_for(lambda: app.logged("score")[-2:] == answered[::-1])
 
 
 def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningApplication) -> None:

@@ -221,7 +221,7 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     (bundle / "calibrations" / "a b.npz").write_bytes(whole)
     engine.store.refresh()
     assert set(engine.store.names) == {"default", "night"}
-    assert set(engine.store.broken) == {"pipe", "a b"}
+    assert set(engine.store.broken) == {"pipe", "a?b"}
 
 
 def test_a_file_that_could_not_be_opened_is_read_once_it_can(

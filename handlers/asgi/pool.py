@@ -31,6 +31,8 @@ PAUSE_S = 0.1  # before a process is replaced; doubled each time until one is re
 MAX_PAUSE_S = 10.0
 # One thread per process: several would compete for the cores and change the order of sums.
 VARIABLES = {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+# After which an idle worker gets an empty batch, and reports changes of its calibrations.
+IDLE_S = 5.0
 BUFFER_BYTES = 2**20
 WORKER = "handlers.asgi.worker"
 
@@ -288,14 +290,16 @@ class _Worker:
             await process.end()
 
     async def _next_batch(self, process: _Process) -> list[Job]:
-        """The next batch for the process.
+        """The next batch for the process; empty if no request came for a while.
 
         Raises:
             WorkerError: the process ended meanwhile; no waiting request is lost.
         """
         waiting = asyncio.create_task(self._pool.waiting.next_batch())
         try:
-            await asyncio.wait((waiting, process.gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (waiting, process.gone), timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED
+            )
             if process.gone.done():
                 raise WorkerError("its process ended")
         except BaseException:
@@ -303,7 +307,10 @@ class _Worker:
                 self._pool.waiting.put(*waiting.result())
             waiting.cancel()
             raise
-        return waiting.result()
+        if waiting.done():
+            return waiting.result()
+        waiting.cancel()
+        return []
 
     async def _compute(self, process: _Process, batch: list[Job]) -> None:
         self._pool.begin(batch)

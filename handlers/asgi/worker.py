@@ -146,6 +146,7 @@ def _read(
 def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
     """The measurements since the last call: name, labels and value of each."""
     store = service.engine.store
+    store.get()  # takes changed files over, even if no request comes
     service.telemetry.observe_calibrations(store.names, store.broken)
     return [
         (m.metric.name, dict(zip(m.metric.labels, m.labels, strict=True)), m.value)

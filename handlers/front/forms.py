@@ -18,6 +18,7 @@ from serving.messages import show
 
 MULTIPART = "multipart/form-data"
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
+MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header
 _FILE_START = 64  # every image format and .npy has a byte within these that no form has
 _TEXT = bytes(range(32, 127)) + b"\r\n\t"
 
@@ -62,7 +63,9 @@ def _check_names(names: list[bytes]) -> None:
 def _urlencoded_names(body: bytearray) -> list[bytes]:
     if body.count(b"&") >= MAX_FIELDS:
         raise _too_many()
-    names = (pair.partition(b"=")[0] for pair in bytes(body).split(b"&"))
+    names = [pair.partition(b"=")[0] for pair in bytes(body).split(b"&")]
+    if max(map(len, names)) > MAX_NAME_BYTES:  # it would take long to unquote
+        raise _too_long()
     return [unquote_to_bytes(name.replace(b"+", b" ")) for name in names if name]
 
 
@@ -81,6 +84,8 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
 
     def end_header() -> None:
         nonlocal is_named
+        if max(len(header), len(value)) > MAX_NAME_BYTES:
+            raise _too_long()
         kind = header.lower()
         if kind == b"content-disposition":
             name = parse_options_header(bytes(value))[1].get(b"name")
@@ -129,6 +134,10 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
 
 def not_a_form() -> ApiError:
     return malformed("the form cannot be parsed")
+
+
+def _too_long() -> ApiError:
+    return malformed(f"the name of a field may have {MAX_NAME_BYTES} bytes")
 
 
 def _too_many() -> ApiError:

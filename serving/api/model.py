@@ -300,6 +300,9 @@ def to_json(value: Any, always: Collection[str] = ()) -> Any:
     Args:
         value: a model, or what a field may hold.
         always: attributes that are written even if they have their default.
+
+    Raises:
+        TypeError: a flag is neither true nor false.
     """
     if type(value) in _LEAVES:
         return value
@@ -307,7 +310,7 @@ def to_json(value: Any, always: Collection[str] = ()) -> Any:
         return [
             vars(item).copy() if _is_plain(type(item)) else to_json(item, always) for item in value
         ]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
@@ -319,6 +322,8 @@ def to_json(value: Any, always: Collection[str] = ()) -> Any:
         if _is_default(field, item) and field.attribute not in always:
             continue
         if field.flag is not None:
+            if not isinstance(item, (bool, np.bool_)):
+                raise TypeError(f"{field.attribute} must be true or false, got {show(item)}")
             item = field.flag.word
         elif field.null is not None and item == field.null.value:
             item = None

@@ -336,7 +336,9 @@ def _split_npy(data: bytes) -> list[Any]:
         read = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
+        }.get(version)
+        if read is None:
+            raise ValueError(f"its version must be 1.0 or 2.0, got {'.'.join(map(str, version))}")
         shape, fortran, dtype = read(stream)
     except Exception as error:  # the header is a Python literal: its parser raises many kinds
         raise malformed(f"the .npy file is damaged: {words_of(error)}") from None

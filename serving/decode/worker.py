@@ -78,6 +78,7 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
                 f"{structure.height} and {image.width} x {image.height}",
             )
         stored = str(getattr(image, "tile", [])[:1])
+        _scale_key(image, stored)
         if image.mode[0] in "IF":
             _check_bits(image.mode, stored)
         elif ";16" in stored:
@@ -85,6 +86,8 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
         if getattr(image, "is_animated", False):  # n_frames would be slow
             notes.append("first of several frames taken")
             image.seek(0)
+        # Pillow turns a TIFF as it is loaded.
+        is_turned = structure.format == "TIFF" and image.getexif().get(0x0112, 1) != 1
         image.load()
         # Pillow also finds EXIF in the text chunks of a PNG.
         if "exif" not in image.info and "Raw profile type exif" in image.info:
@@ -92,7 +95,7 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
         orientation = image.getexif().get(0x0112, 1)
         if orientation in _TRANSPOSITIONS:
             image = image.transpose(_TRANSPOSITIONS[orientation])
-        if orientation != 1:
+        if orientation != 1 or is_turned:
             notes.append("EXIF orientation applied")
         return DecodedImage(_rgb(image, notes), notes)
     except (ImageError, MemoryError):
@@ -114,6 +117,26 @@ def _check_bits(mode: str, stored: str) -> None:
             "not_an_image",
             "a greyscale image must have 8 or 16 bits per value, got "
             f"{bits[1] if bits else mode}{'-bit floating point' if mode == 'F' else ''}",
+        )
+
+
+def _scale_key(image: Image.Image, stored: str) -> None:
+    """Give the transparent colour of a PNG in the values that Pillow gives its pixels.
+
+    Args:
+        image: that is opened; it is changed.
+        stored: Pillow's description of the values in the file.
+
+    Raises:
+        ImageError: pixels of 16-bit colour keep their high bytes alone, so they cannot be compared.
+    """
+    key = image.info.get("transparency")
+    bits = re.search(r"'L;([24])'", stored)
+    if isinstance(key, int) and bits is not None:
+        image.info["transparency"] = key * 255 // (2 ** int(bits[1]) - 1)
+    if isinstance(key, tuple) and ";16" in stored:
+        raise ImageError(
+            "not_an_image", "a transparent colour needs 8 bits per value, this image has 16"
         )
 
 
@@ -142,7 +165,11 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
         return image
     if mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         notes.append("converted from 16-bit greyscale to 8 bits")
-        eight = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+        values = np.asarray(image)
+        eight = np.clip(values >> 8, 0, 255).astype(np.uint8)
+        if isinstance(key := image.info.get("transparency"), int):
+            notes.append("alpha composited on white")
+            eight[values == key] = 255
         return Image.fromarray(eight).convert("RGB")
     if image.has_transparency_data:
         notes.append("alpha composited on white")

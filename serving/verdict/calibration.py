@@ -36,6 +36,7 @@ CORRUPTED_PREFIX = "corrupted: "  # of the arrays of corrupted images' scores
 ESTIMATOR = "elbo"  # of the bits per dimension that verdicts use
 DEFAULT = "default"  # the name of a bundle's own calibration
 VERSION_DIGITS = 12  # of the file's SHA-256
+ZIP = b"PK\x03\x04"  # the beginning of an .npz file
 MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file
 FARTHEST = 6.0  # limit of a normal score: one extreme statistic must not hide the others
 
@@ -646,6 +647,8 @@ class Calibrations:
         """
         try:
             content = read_file(path, MAX_CALIBRATION_BYTES)
+            if not content.startswith(ZIP):  # NumPy would take it for a pickle
+                raise ValueError(f"expected an .npz file, got {len(content)} bytes of another kind")
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 exact = Calibration.from_arrays(arrays)
                 if f"{RESIZED_PREFIX}scores" in arrays:

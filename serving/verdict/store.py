@@ -204,7 +204,7 @@ class CalibrationStore:
             except (
                 Exception
             ) as error:  # a damaged file can make NumPy raise anything, and must stop no request
-                broken[name] = str(error)
+                broken[_printable(name)] = str(error)
                 if isinstance(error.__cause__, OSError):  # it may pass: try again next time
                     unread.add(name)
                 if name in self._current:
@@ -216,11 +216,11 @@ class CalibrationStore:
         self._report(broken)
 
     def _read(self, folder: Path, name: str, seen: _Seen) -> Calibrations:
+        check_name(name)
         if self._seen.get(name) == seen:
             if name in self._broken:
                 raise CalibrationError(self._broken[name])
             return self._current[name]
-        check_name(name)
         read = Calibrations.load(folder / f"{name}{SUFFIX}", name)
         if read.model != self._model:
             raise CalibrationError(
@@ -251,17 +251,23 @@ def _short(model: str) -> str:
     )
 
 
+def _printable(name: str) -> str:
+    """A name that a calibration cannot have, for metrics and logs; others are left as they are."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "?", name)[:64]
+
+
 def _files(folder: Path) -> dict[str, _Seen]:
     """Files by the names of their calibrations, without hidden ones, which are being written."""
     found: dict[str, _Seen] = {}
     for entry in list(os.scandir(folder)):
         if entry.name.endswith(SUFFIX) and not entry.name.startswith("."):
             try:
-                status = entry.stat()
-            except FileNotFoundError:
-                if not entry.is_symlink():  # removed meanwhile
-                    continue
-                status = entry.stat(follow_symlinks=False)  # leads nowhere: cannot be read
+                try:
+                    status = entry.stat()
+                except OSError:  # a link that leads nowhere or in circles: reading it will fail
+                    status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # removed meanwhile
+                continue
             found[entry.name.removesuffix(SUFFIX)] = (
                 status.st_ino,
                 status.st_mtime_ns,
