@@ -217,11 +217,13 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     add(bundle, night_file, "night")
     assert engine.store.get("night").version == before.version and not engine.store.broken
     os.mkfifo(bundle / "calibrations" / "pipe.npz")  # another thread is reading: do not wait
+    leads_in_circles(bundle / "calibrations" / "circle.npz")
+    Path(os.fsdecode(os.fsencode(bundle / "calibrations") + b"/\xff.npz")).touch()
     add(bundle, night_file, "night")
     (bundle / "calibrations" / "a b.npz").write_bytes(whole)
     engine.store.refresh()
     assert set(engine.store.names) == {"default", "night"}
-    assert set(engine.store.broken) == {"pipe", "a?b"}
+    assert set(engine.store.broken) == {"pipe", "a?b", "circle", "?"}
 
 
 def test_a_file_that_could_not_be_opened_is_read_once_it_can(
@@ -261,7 +263,11 @@ def leads_nowhere(path: Path) -> None:
     path.symlink_to("gone.npz")
 
 
-@pytest.mark.parametrize("make", [damage, leads_nowhere])
+def leads_in_circles(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [damage, leads_nowhere, leads_in_circles])
 def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
     bundle: Path,
     small_images: np.ndarray,

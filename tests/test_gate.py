@@ -262,6 +262,15 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
         ).status_code
         == 415
     )
+    # A parser that forgives the missing end may find a second file, which was not checked.
+    cut = form[form.index(b"--b") :].replace(noise, cat)[: -len(b"--b--\r\n")]
+    for content in (cut, cut[: -len(b"\r\n")], cut + b"--b\r\n" + cut[3:-50]):
+        answer = client.post("/classify", content=content, headers={"Content-Type": other})
+        assert answer.status_code == 400 and "does not end with its boundary" in answer.text
+    assert client.post(
+        "/classify", content=cut + b"--b--", headers=[("Content-Type", other)]
+    ).is_success
+    reached.clear()
     mixed = client.post("/classify", files=[("a", ("a.png", cat)), ("b", ("b.png", noise))])
     assert mixed.status_code == 422 and [
         d["decision"] for d in mixed.json()["error"]["decisions"]
@@ -310,6 +319,7 @@ def test_a_request_has_no_more_images_than_the_gate_takes(
     client, reached = app_behind(gate)
     cat = CAT.read_bytes()
     monkeypatch.setattr("serving.gate_asgi.MAX_IMAGES", 2)
+    monkeypatch.setattr("serving.gate_asgi.MAX_HELD_BYTES", 0)  # which small bodies may exceed
     files = [(f"f{i}", ("cat.png", cat)) for i in range(3)]
     answer = client.post("/classify", files=files)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_images")
@@ -318,6 +328,60 @@ def test_a_request_has_no_more_images_than_the_gate_takes(
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
     assert client.post("/classify", files=files[:1]).status_code == 200
     assert len(reached) == 1
+
+
+def test_bodies_are_bounded_together_and_in_time(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = GateMiddleware(FastAPI(), gate)
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
+    monkeypatch.setattr("serving.gate_asgi.MAX_HELD_BYTES", 3000)
+    monkeypatch.setattr("serving.gate_asgi.SMALL_BODY_BYTES", 1000)
+
+    async def ask(*sizes: int) -> int:
+        """The status for a body that arrives in parts and never ends."""
+        parts = [b"0" * size for size in sizes]
+        statuses: list[int] = []
+
+        async def receive() -> dict[str, Any]:
+            if not parts:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": parts.pop(0), "more_body": True}
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", 0))
+
+        await app(dict(scope), receive, send)
+        return statuses[0]
+
+    async def main() -> None:
+        first = asyncio.create_task(ask(2500))
+        await asyncio.sleep(0)
+        small = asyncio.create_task(ask(900))
+        assert await ask(900, 200) == 503  # the others hold too much
+        assert not first.done() and not small.done()
+        first.cancel()
+        small.cancel()
+        await asyncio.gather(first, small, return_exceptions=True)
+        monkeypatch.setattr("serving.gate_asgi.MAX_BODY_S", 0.05)
+        assert await ask(2500) == 408  # nothing is held any more
+
+    asyncio.run(main())
+
+
+def test_reading_the_headers_of_files_blocks_no_other_request(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def pixels(files: list[bytes]) -> int:
+        threads.append(threading.current_thread())
+        return 0
+
+    monkeypatch.setattr("serving.gate_asgi.pixels_to_resize", pixels)
+    client, _ = app_behind(gate)
+    assert client.post("/classify", content=CAT.read_bytes(), headers=PNG).status_code == 200
+    assert [thread.name for thread in threads] == ["gate_0"]
 
 
 def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:

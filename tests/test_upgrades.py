@@ -471,12 +471,12 @@ def test_upgrade_canary_and_rollback(
         again = ade("upgrade", str(second))
         assert again.status == 2 and "is a canary" in again.err
         finished = ade("upgrade", "--finish")
-        assert finished.status == 0 and f"{b} answers all requests" in finished.out
+        assert finished.status == 0 and f"({b}) answers all requests" in finished.out
         assert model_of(served.url) == b and served.pids["page"] != page
         assert httpx.get(f"{served.page}/readyz", timeout=120).status_code == 200
 
         back = ade("rollback")
-        assert back.status == 0 and f"{a} answers all requests" in back.out, back
+        assert back.status == 0 and f"({a}) answers all requests" in back.out, back
         assert model_of(served.url) == a
     load.check(a, b)
     assert len(served.workers()) == 4

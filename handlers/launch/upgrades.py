@@ -270,4 +270,7 @@ def _calibrations(bundle: Bundle) -> dict[str, Path]:
 
 
 def _names(release: Release) -> str:
-    return ", ".join(release.models)
+    """Folders and models: bundles that differ in their calibration alone have one model."""
+    return ", ".join(
+        f"{folder} ({model})" for folder, model in zip(release.bundles, release.models, strict=True)
+    )
