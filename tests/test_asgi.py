@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -490,6 +491,21 @@ def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
     assert starts == [
         f'ade_worker_starts_total{{model_name="sample",worker="0",bundle="{model}"}} 2.0'
     ]
+
+
+def test_an_idle_worker_reports_a_calibration_that_cannot_be_used(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    app = RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(bundle)),))
+    try:
+        app.wait()
+        (bundle / "calibrations").mkdir(exist_ok=True)
+        (bundle / "calibrations" / "night.npz").write_bytes(b"damaged")
+        wait_for(lambda: re.search(r'broken\{[^}]*"night"[^}]*\} 1', httpx.get(app.metrics).text))
+    finally:
+        app.process.terminate()
+        assert app.process.wait(30) == 0
 
 
 def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningApplication) -> None:

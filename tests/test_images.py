@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,8 @@ def test_exif_orientation_is_applied(picture: Image.Image) -> None:
     decoded = read_image(encode(picture, "PNG", exif=exif))
     assert np.array_equal(decoded.pixels, np.asarray(picture.transpose(Image.Transpose.ROTATE_270)))
     assert decoded.notes == ["EXIF orientation applied"]
+    turned = read_image(encode(picture, "TIFF", tiffinfo={0x0112: 6}))
+    assert np.array_equal(turned.pixels, decoded.pixels) and turned.notes == decoded.notes
 
 
 def test_alpha_goes_on_white(picture: Image.Image) -> None:
@@ -94,6 +98,36 @@ def test_sixteen_bits_keep_the_high_byte() -> None:
     values = np.array([[0, 255, 256, 65535]], np.uint16)
     decoded = read_image(encode(Image.fromarray(values), "PNG"))
     assert decoded.pixels[0, :, 0].tolist() == [0, 0, 1, 255] and "16-bit" in decoded.notes[0]
+
+
+@pytest.mark.parametrize(
+    "bits, data, key",
+    [(1, b"\xf0", 1), (2, b"\x55", 1), (4, b"\x33\x33", 3), (16, b"\2\3" * 4, 515)],
+)
+def test_the_transparent_grey_of_a_png(bits: int, data: bytes, key: int) -> None:
+    """Pillow spreads the values of fewer bits over 0 to 255, but not the transparent one."""
+    grey = with_transparency(bits, 0, data, struct.pack(">H", key))
+    assert (read_image(grey).pixels == 255).all()
+    assert "alpha composited on white" in read_image(grey).notes
+    opaque = with_transparency(bits, 0, data, struct.pack(">H", 0))
+    assert len(np.unique(read_image(opaque).pixels)) == 1
+    assert bits == 1 or not (read_image(opaque).pixels == 255).any()
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
+    data = struct.pack(">12H", *[0x101, 0x202, 0x303] * 4)
+    with pytest.raises(ImageError, match="needs 8 bits per value, this image has 16"):
+        read_image(with_transparency(16, 2, data, struct.pack(">3H", 1, 2, 3)))
+
+
+def with_transparency(bits: int, colour: int, row: bytes, key: bytes) -> bytes:
+    """A PNG of 4 x 1 pixels with a tRNS chunk."""
+    header = struct.pack(">IIBBBBB", 4, 1, bits, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + row))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(its)) + kind + its + struct.pack(">I", zlib.crc32(kind + its))
+        for kind, its in [*chunks, (b"IEND", b"")]
+    )
 
 
 @pytest.mark.parametrize("kind, got", [(np.int32, "32"), (np.float32, "32-bit floating point")])

@@ -85,6 +85,23 @@ def test_the_client_takes_the_parameters_of_the_operation(name: str) -> None:
         getattr(AdeClient("http://127.0.0.1:1"), name)(*([] for _ in first[1:]), sede=1)
 
 
+def test_arguments_of_the_client_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="retries must be at least 0, got -1"):
+        AdeClient(retries=-1)
+    client = AdeClient("http://127.0.0.1:1", retries=0)
+    for levels, counts in (
+        ([], "no level"),
+        ([np.zeros((1, 2, 4, 4)), np.zeros((2, 2, 8, 8))], "1, 2"),
+    ):
+        for decode in (client.decode, client.sample_with):
+            with pytest.raises(ValueError, match=f"as many images, got {counts}"):
+                decode(levels)
+    with pytest.raises(TypeError, match="resize must be true or false, got 'no'"):
+        client.score(np.zeros((8, 8, 3), np.uint8), resize="no")
+    written = to_json(ScoreParameters(alpha=np.float32(0.5), samples=np.int64(2)))
+    assert json.loads(json.dumps(written)) == {"alpha": 0.5, "samples": 2}
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_parameters_are_read_as_they_were_written(name: str) -> None:
     operation = OPERATIONS[name]
