@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
 from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from training.data import PARTS, DataError
@@ -21,7 +22,13 @@ ERRORS = (RunError, DataError, ConfigError, FeatureError)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN_OR_BUNDLE")
     add_data_arguments(parser, required=False)
-    parser.add_argument("--part", choices=PARTS, default="test", help="default: %(default)s")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        default="test",
+        help="default: %(default)s; figures of other parts, or of other data than the run's own, "
+        "are printed but not stored for `ade export`",
+    )
     parser.add_argument("--images", type=int, metavar="N", help="use the part's first N images")
     add_measure_arguments(parser)
     parser.add_argument(
@@ -116,8 +123,33 @@ def run(args: argparse.Namespace) -> None:
     if run_folder == folder:
         return
     path = folder / "evaluation.json"  # `ade export` copies the figures to the manifest
-    before = json.loads(path.read_text()).get("images", 0) if path.is_file() else 0
-    if result["images"] < before:
-        say(f"{path} is kept: its figures are of {before} images, these of {result['images']}")
+    if args.part != "test" or not _is_own(args, run_folder):
+        say(f"{path} is left as it is: it is for the part test of the run's own data set")
     else:
-        write_json(path, result)
+        _store(result, path)
+
+
+def _is_own(args: argparse.Namespace, run: Path) -> bool:
+    """Whether the options name the data set that a run was trained on."""
+    if args.data is None:
+        return True
+    source = run / "data.json"
+    return source.is_file() and json.loads(source.read_text())["data"] == source_of(args)["data"]
+
+
+def _store(result: dict[str, Any], path: Path) -> None:
+    """Write figures, beside those that were measured before on the same images.
+
+    Figures of more images are kept instead.
+    """
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if any(before.get(key) != result[key] for key in ("data", "part")):
+        before = {}
+    if result["images"] < before.get("images", 0):
+        say(f"{path} is kept: its figures are of {before['images']} images, not {result['images']}")
+        return
+    if all(before.get(key) == result[key] for key in ("split", "images", "seed")):
+        kinds, found = before.get("distances", {}), result.get("distances", {})
+        distances = {k: {**kinds.get(k, {}), **found.get(k, {})} for k in kinds | found}
+        result = {**before, **result, **({"distances": distances} if distances else {})}
+    write_json(path, result)

@@ -122,6 +122,8 @@ def replaced(value: Any, path: tuple, new: Any) -> Any:
 def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
     manifest["parity"] = manifest["parity"][:2]
+    marked = {"frechet": 1.0, "independent": "no", "rank_deficient": True}
+    manifest["evaluation"]["distances"] = {"mean": {"resnet20-cifar10": marked}}
     may_be_null = (
         "licence",
         "evaluation",
@@ -135,6 +137,7 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
         "evaluation.iwae-4",
         "evaluation.frechet_resnet20",
         "evaluation.psnr",
+        "evaluation.distances",
     )
     tried = 0
     for path, wrong in with_wrong_types(manifest):

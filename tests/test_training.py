@@ -33,6 +33,7 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from benchmarks.training import _compiled
+from serving.engine.bundle import open_bundle
 from serving.files import LOCK
 from serving.ports import free_ports
 from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
@@ -47,6 +48,7 @@ from training.losses import (
     latent_surcharge,
     quality_loss,
 )
+from training.measure import EFFICIENTNET
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.runs import (
     Progress,
@@ -1333,6 +1335,36 @@ def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
         assert json.loads((checkpoint / "evaluation.json").read_text())["images"] == kept
         assert ("evaluation.json is kept" in printed.err) == (count < kept)
     assert (run / "cache").is_dir() and not (checkpoint / "cache").exists()
+
+
+def test_stored_figures_are_of_the_test_part_and_are_not_lost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    source = {"data": str(folder), "root": None}
+    train(narrow("vae"), dataset, run, options, resume=False, source=source)
+    path = latest_checkpoint(run) / "evaluation.json"
+    given = ["evaluate", str(run), "--device", "cpu", "--draws"]
+    assert main([*given, "2", "--data", str(folder)]) == 0
+    stored = json.loads(path.read_text())
+    stored["distances"] = {"mean": {EFFICIENTNET: {"frechet": 1.0, "rank_deficient": True}}}
+    path.write_text(json.dumps(stored))
+    assert main([*given, "1"]) == 0  # fewer figures of the same images
+    assert json.loads(path.read_text()) == stored
+    other = shutil.copytree(folder, tmp_path / "other")
+    capsys.readouterr()
+    for elsewhere in (["--part", "train"], ["--data", str(other)]):
+        assert main([*given, "1", *elsewhere]) == 0
+        assert "it is for the part test of the run's own data set" in capsys.readouterr().err
+        assert json.loads(path.read_text()) == stored
+    path.write_text(json.dumps({**stored, "part": "train", "images": 1000}))  # by version 0.1
+    assert main([*given, "1"]) == 0
+    assert json.loads(path.read_text())["part"] == "test"
+    # `ade export` takes what `ade evaluate` stores.
+    path.write_text(json.dumps(stored))
+    assert main(["export", str(run), str(tmp_path / "bundle")]) == 0
+    assert open_bundle(tmp_path / "bundle").manifest["evaluation"] == stored
 
 
 @pytest.mark.parametrize(

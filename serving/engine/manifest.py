@@ -15,6 +15,7 @@ _NAMES = {
     str: "a string",
     int: "an integer",
     float: "a number",
+    bool: "true or false",
     list: "a list",
     dict: "an object",
     type(None): "null",
@@ -36,8 +37,13 @@ _SHAPE = (int, int, int)
 _STARTED_FROM: dict[str, Expected] = {"recipe": str, "images_seen": int, "taken": str}
 _STARTED_FROM["started_from"] = _or_null(_STARTED_FROM)
 _STARTED_FROM["flow_from"] = _or_null(_STARTED_FROM)  # if the flow is that of another model
-# What ade evaluate reports: numbers, and these two texts.
-_FIGURES: dict[str | EllipsisType, Expected] = {"reference": str, "gan_test": str}
+# What ade evaluate reports: numbers, and these.
+_FIGURES: dict[str | EllipsisType, Expected] = {
+    "reference": str,
+    "gan_test": str,
+    "independent": str,
+    "rank_deficient": bool,
+}
 _FIGURES[...] = Either((float, _FIGURES, None))
 _CALIBRATION: dict[str, Expected] = {
     "statistic": str,
@@ -142,5 +148,5 @@ def _type_of(expected: Expected) -> type:
 
 def _fits(value: Any, kind: type) -> bool:
     if isinstance(value, bool):  # a bool is an int in Python
-        return False
+        return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
