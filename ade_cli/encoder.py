@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.minutes > 0:
-        raise DataError(f"--minutes must be above 0, got {args.minutes:g}")
+    if not 0 < args.minutes < math.inf:
+        raise DataError(f"--minutes must be above 0 and finite, got {args.minutes:g}")
     check_parent(args.out)
     if os.path.lexists(args.out):
         raise FileError(f"{args.out} exists: take another name")

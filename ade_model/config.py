@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ade_model.errors import ConfigError
@@ -108,8 +109,9 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         bound = self.flow_max_log_scale
-        if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not bound > 0:
-            raise ConfigError(f"flow_max_log_scale must be positive, got {self.flow_max_log_scale}")
+        is_number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
+        if not is_number or not 0 < bound < math.inf:
+            raise ConfigError(f"flow_max_log_scale must be positive and finite, got {bound}")
         if self.widths and not self.latent_channels[0]:
             raise ConfigError(
                 "latent_channels must be above 0 at the coarsest level, its first, "

@@ -28,6 +28,7 @@ from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_
 from serving.page.about import card
 from serving.page.served import Served
 from tests.helpers import PRETRAINED, ROOT
+from training.measure import EFFICIENTNET, RESNET20
 
 GRAPH_NAMES = graphs_of(OPERATIONS)
 
@@ -494,6 +495,29 @@ def test_the_card_of_a_model_whose_reconstructions_are_exact() -> None:
     shown = card(Served("http://127.0.0.1:1", [exact], None), exact.name)
     assert "all 2,000 reconstructions of held-out images equal them" in shown
     assert "PSNR" not in shown
+
+
+@pytest.mark.parametrize(
+    "marked, value",
+    [
+        ({}, "<b>7.9</b>"),
+        ({"rank_deficient": True}, "<b>57.0</b>"),
+        ({"independent": "not independent: the model was trained against it"}, "<b>57.0</b>"),
+    ],
+)
+def test_the_card_shows_a_distance_that_is_reliable(marked: dict[str, Any], value: str) -> None:
+    bundle = open_bundle(PRETRAINED)
+    spaces = {
+        EFFICIENTNET: {"frechet": 57.0, "samples": 5000},
+        RESNET20: {"frechet": 7.9, "samples": 10000, **marked},
+    }
+    evaluation = {"part": "test", "distances": {"mean": spaces}}
+    changed = {**bundle.manifest, "recipe": "flow-gan-h", "evaluation": evaluation}
+    served = Served("http://127.0.0.1:1", [Bundle(bundle.folder, changed)], None)
+    shown = card(served, bundle.name)
+    assert value in shown and "trained by likelihood and by an adversarial loss" in shown
+    evaluation["part"] = "train"  # not held out
+    assert "Fréchet" not in card(served, bundle.name)
 
 
 def test_export_refuses_an_existing_folder(

@@ -723,7 +723,9 @@ def test_the_command_line(
     folder = make_folder(tmp_path / "pictures", small_images[:200])
     out = tmp_path / "encoder.onnx"
     assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0.02"]) == 0
-    assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0"]) == 2
+    for minutes in ("0", "inf", "nan"):
+        assert main(["encoder", str(out), "--data", str(folder), "--minutes", minutes]) == 2
+        assert "--minutes must be above 0 and finite" in capsys.readouterr().err
     others = make_folder(tmp_path / "others", small_images[200:])
     given = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(others)]
     assert main([*given, "--features", str(out)]) == 0

@@ -461,10 +461,11 @@ def test_a_gradient_that_is_not_finite_is_counted_and_has_no_norm(
     assert json.loads(json.dumps(losses, allow_nan=False)) == losses
 
 
+@pytest.mark.parametrize("decay", [SMALL.ema_decay, 0.9])
 def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
-    small_images: np.ndarray,
+    small_images: np.ndarray, decay: float
 ) -> None:
-    trained = trainer(dataclasses.replace(SMALL, discriminator=None))
+    trained = trainer(dataclasses.replace(SMALL, discriminator=None, ema_decay=decay))
     (batch,) = batches(small_images, 1, dataclasses.replace(SMALL, discriminator=None))
     trained.step = 100
     trained.usual_norm["model"] = 1e-9
@@ -850,6 +851,7 @@ def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: n
         ("av-ade", {"d_patch": 3}, "multiple of 3"),
         ("av-ade", {"widths": (8, 8)}, "latent_channels must have one number"),
         ("av-ade", {"flow_mask": "stripes"}, "flow_mask must be one of"),
+        ("av-ade", {"flow_max_log_scale": math.inf}, "must be positive and finite, got inf"),
     ],
 )
 def test_impossible_networks_are_refused(name: str, change: dict, message: str) -> None:

@@ -33,11 +33,13 @@ logger = logging.getLogger(__name__)
 # images, clipped or not, ruined a model within ten steps. After MAX_SKIPPED_STEPS skipped steps in
 # a row the model itself is considered broken and is rescued: the averaged weights replace it, and
 # training restarts with a warm-up at RATE_AFTER_RESCUE of the rate, which recovers over
-# RECOVERY_STEPS. More than MAX_RESCUES rescues within the memory of the average mean divergence.
+# RECOVERY_STEPS. More than MAX_RESCUES rescues within RESCUES_WITHIN steps, or within the memory of
+# the average if that is longer, mean divergence.
 SPIKE = 8.0
 GROWTH = 4.0  # a norm enters its running mean as at most GROWTH times that mean
 MAX_SKIPPED_STEPS = 10
 MAX_RESCUES = 3
+RESCUES_WITHIN = 2000
 RATE_AFTER_RESCUE = 0.5
 RECOVERY_STEPS = 5000
 SPIKE_AFTER_STEPS = 50
@@ -465,7 +467,7 @@ class Trainer:
 
     def _rescue(self, name: str, why: str) -> None:
         """Return to the averaged weights, with a new optimiser state and half the rate."""
-        memory = round(1 / (1 - self.config.ema_decay))
+        memory = max(round(1 / (1 - self.config.ema_decay)), RESCUES_WITHIN)
         self.rescued_at.append(self.step)
         if (
             name != "model"

@@ -29,8 +29,14 @@ RECIPES = {
     "av-gde": "a variational autoencoder, trained by likelihood and by an adversarial loss",
     "vae": "a variational autoencoder, trained by likelihood",
     "real-nvp": "a Real-NVP flow, trained by likelihood",
+    "flow-gan-h": "a Real-NVP flow, trained by likelihood and by an adversarial loss",
     "flow-gan": "a Real-NVP flow, trained by an adversarial loss",
     "gan": "a generator, trained by an adversarial loss",
+}
+# The networks whose features `ade evaluate` compares, for people; the first one measured is shown.
+NETWORKS = {
+    "resnet20-cifar10": "a small network",
+    "efficientnet-lite0": "a network trained on ImageNet",
 }
 PAPER = "https://arxiv.org/abs/1901.01091"
 SAMPLES = 16
@@ -191,6 +197,8 @@ def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
         figures.append(f'<div class="ade-figure"><b>{value}</b><span>{meaning}</span></div>')
 
     evaluation = manifest.get("evaluation") or {}
+    if evaluation.get("part") == "train":  # as version 0.1 could store
+        evaluation = {}
     if "elbo" in evaluation:
         elbo = evaluation["elbo"]
         add(
@@ -208,12 +216,13 @@ def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
                 f"PSNR of reconstructions of {images} held-out images, on average; higher is "
                 "better",
             )
-    distances = next((v for k, v in evaluation.items() if k.startswith("frechet")), None)
-    if distances and "mean" in distances:
+    distance = _distance(evaluation)
+    if distance is not None:
+        value, samples, network = distance
         add(
-            f"{distances['mean']:.1f}",
-            f"Fréchet distance of {distances['samples']:,} clean samples to held-out images, in "
-            "the features of a small network; 0 is equal; it is not the FID",
+            f"{value:.1f}",
+            f"Fréchet distance of {samples:,} clean samples to held-out images, in the features of "
+            f"{network}; 0 is equal; it is not the FID",
         )
     calibration = calibrations.exact
     if calibration is not None:
@@ -226,6 +235,21 @@ def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
     else:
         add("No verdict", "the bundle is not calibrated")
     return figures
+
+
+def _distance(evaluation: dict[str, Any]) -> tuple[float, int, str] | None:
+    """The Fréchet distance to show, its number of samples, and the network of its features.
+
+    ``None`` if none was measured that is independent and reliable.
+    """
+    measured = (evaluation.get("distances") or {}).get("mean") or {}
+    for space, network in NETWORKS.items():
+        found = measured.get(space) or {}
+        if "frechet" in found and not (found.get("independent") or found.get("rank_deficient")):
+            return found["frechet"], found["samples"], network
+    # Bundles of version 0.1.
+    older = next((v for k, v in evaluation.items() if k.startswith("frechet")), None) or {}
+    return (older["mean"], older["samples"], "a small network") if "mean" in older else None
 
 
 def _exports(manifest: dict[str, Any]) -> str:
