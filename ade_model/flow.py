@@ -71,7 +71,7 @@ def _channel_scale(config: ModelConfig, channels: int, size: int, remaining: int
 
 
 def _checkerboard_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
-    """A scale as published.
+    """A scale as published, but for the rotations before channel couplings.
 
     The last scale has checkerboard couplings only. Each scale before it has one coupling fewer,
     then a squeeze and the same number of channel couplings, whose networks are twice as wide.

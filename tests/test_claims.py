@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from training.comparison.paper import Claim, Finding, claims
-from training.comparison.report import _comparable
+from training.comparison.report import _comparable, _deciding
+from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe, recipe_names
 
 HOLDS, FAILS, UNDECIDED = Finding.HOLDS, Finding.FAILS, Finding.UNDECIDED
@@ -31,6 +32,13 @@ def test_bits_are_judged_by_the_spread_of_seeds(
 ) -> None:
     claim = Claim("", ("a", "b"), ("bpd",), lead)
     assert claim.judge([{"bpd": better}, {"bpd": worse}]) is finding
+
+
+def test_bits_must_differ_by_more_than_two_standard_errors() -> None:
+    claim = Claim("", ("a", "b"), ("bpd",))
+    better, worse = {"bpd": 3.90, "bpd_error": 0.03}, {"bpd": 3.98, "bpd_error": 0.04}
+    assert claim.judge([better, worse]) is UNDECIDED
+    assert claim.judge([better, {**worse, "bpd": 4.01}]) is HOLDS
 
 
 @pytest.mark.parametrize(
@@ -61,10 +69,14 @@ def test_claims_are_of_systems_that_exist() -> None:
 
 
 def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> None:
-    def run(seed: int, images: int, cooldown: float = 0.2) -> dict[str, Any]:
+    def run(seed: int, images: int, cooldown: float = 0.2, **other: Any) -> dict[str, Any]:
         state = {"images": images, "inferring_since": None}
-        config = dataclasses.replace(recipe("av-ade", 32, 3, "tiny"), cooldown=cooldown)
-        return {"seed": seed, "state": state, "budget": {"minutes": None}, "config": config}
+        size, pixels = other.pop("size", "tiny"), other.pop("pixels", 32)
+        config = dataclasses.replace(recipe("av-ade", pixels, 3, size), cooldown=cooldown)
+        counts = {"samples": other.pop("samples", 10), "efficientnet_samples": 5}
+        measured = {"split": "test[0:9]", "images": other.pop("measured", 9), "how": counts}
+        row = {"seed": seed, "state": state, "budget": {"minutes": None}, "config": config}
+        return {**row, "data": "cifar10", "measured": measured, **other}
 
     plain = [run(0, 400_000), run(1, 80_000), run(3, 150_000)]
     residual = [run(0, 150_016), run(3, 150_016)]
@@ -79,3 +91,22 @@ def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> No
     older = run(0, 150_000, cooldown=0.0)
     assert _comparable([[older], plain]) is None
     assert _comparable([[older], [*plain, run(1, 80_000, cooldown=0.0)]]) is not None
+    for other in (
+        {"data": "stl10"},
+        {"size": "small"},
+        {"pixels": 64},
+        {"samples": 20},
+        {"measured": 8},
+    ):
+        assert _comparable([[run(0, 80_000, **other)], plain]) is None
+
+
+def test_unreliable_distances_decide_nothing() -> None:
+    far = {"frechet": 9.0, "rank_deficient": True}
+    measured = {
+        "elbo": {"bpd": 4.0, "standard_error": 0.1},
+        "distances": {"mean": {RESNET20: {"frechet": 8.0}, EFFICIENTNET: far}},
+        "inception": {"fid": {"50000": {"fid": 7.0, "rank_deficient": True}}},
+    }
+    found = {"bpd": 4.0, "bpd_error": 0.1, RESNET20: 8.0, EFFICIENTNET: None, INCEPTION: None}
+    assert _deciding({"measured": measured}) == found

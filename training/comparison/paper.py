@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -81,14 +82,15 @@ CITED = [
     CitedRow("ImageNet, 64×64", "adversarial", "MMD-GAN", inception_score=10.9, fid=36.6),
 ]
 
-BPD = "bpd"
+BPD, BPD_ERROR = "bpd", "bpd_error"
 # How far runs lie apart that differ only in their seed: three of av-ade, size
 # tiny, after 80,000 images, of which the Fréchet distances in ResNet-20's features are 16 on
 # average and differ by 1. A difference between two systems must be larger to mean anything.
 SEED_SPREAD_BPD = 0.016
 SEED_SPREAD_DISTANCE = 0.06  # of the larger distance
 
-Figures = Mapping[str, float | None]  # of one system: bpd, and Fréchet distances by their space
+# Of one system: bpd and its standard error, and Fréchet distances by their space.
+Figures = Mapping[str, float | None]
 
 
 class Finding(Enum):
@@ -118,10 +120,11 @@ class Claim:
     def judge(self, figures: Sequence[Figures]) -> Finding:
         """Judge the claim by the figures of its systems, in order; smaller figures are better.
 
-        Pairs and figures must agree. A difference within the spread of seeds decides nothing.
+        Pairs and figures must agree. A difference within the spread of seeds decides nothing, nor
+        does one of bits per dimension within two of its standard errors.
         """
         findings = {
-            _judge_pair(name, better[name], worse[name], self.lead)
+            _judge_pair(name, better, worse, self.lead)
             for better, worse in zip(figures, figures[1:], strict=False)
             for name in self.figures
             if better[name] is not None and worse[name] is not None
@@ -129,10 +132,15 @@ class Claim:
         return findings.pop() if len(findings) == 1 else Finding.UNDECIDED
 
 
-def _judge_pair(name: str, better: float | None, worse: float | None, lead: float) -> Finding:
-    assert better is not None and worse is not None
-    spread = SEED_SPREAD_BPD if name == BPD else SEED_SPREAD_DISTANCE * max(better, worse)
-    difference = worse - better - lead
+def _judge_pair(name: str, better: Figures, worse: Figures, lead: float) -> Finding:
+    a, b = better[name], worse[name]
+    assert a is not None and b is not None
+    if name == BPD:
+        error = math.hypot(better.get(BPD_ERROR) or 0.0, worse.get(BPD_ERROR) or 0.0)
+        spread = max(SEED_SPREAD_BPD, 2 * error)
+    else:
+        spread = SEED_SPREAD_DISTANCE * max(a, b)
+    difference = b - a - lead
     if abs(difference) <= spread:
         return Finding.UNDECIDED
     return Finding.HOLDS if difference > 0 else Finding.FAILS
