@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,18 @@ def load_engine(folder: Path, operation: str, device: str = "auto") -> Inference
 
 
 def check_parent(out: Path) -> None:
-    """Check that the folder of an output file exists, before the work is done.
+    """Check that an output file can be made in its folder, before the work is done.
 
     Raises:
-        FileError: it does not exist.
+        FileError: the folder does not exist, or no file can be made there.
     """
     if not out.parent.is_dir():
         raise FileError(f"{out} cannot be written: there is no folder {out.parent}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix="."):
+            pass
+    except OSError as error:
+        raise FileError(f"{out} cannot be written: {error.strerror}") from None
 
 
 def files_of(paths: list[Path]) -> list[Path]:

@@ -108,15 +108,19 @@ def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
     except Timeout:
         raise taken(f"{out} is being written by another process") from None
+    except OSError as error:
+        if error.filename == str(lock):
+            error.filename = str(out)
+        raise
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in the error of a full disk: writing to an open file names none."""
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Name ``path`` in errors that name its temporary file or folder, or none as a full disk's."""
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM and error.filename is None:
+        if error.errno in NO_ROOM and error.filename is None or error.filename == str(temporary):
             error.filename = str(path)
         raise
 
@@ -136,16 +140,16 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with (
-            _naming(path),
-            open(temporary, "x", encoding="utf-8", newline="")
-            if text
-            else open(temporary, "x+b") as file,
-        ):
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _naming(path, temporary):
+            with (
+                open(temporary, "x", encoding="utf-8", newline="")
+                if text
+                else open(temporary, "x+b") as file
+            ):
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -171,9 +175,10 @@ def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
         raise taken(f"{path} exists: take a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    temporary.mkdir()
+    with _naming(path, temporary):
+        temporary.mkdir()
     try:
-        with _naming(path):
+        with _naming(path, temporary):
             yield temporary
         try:
             temporary.rename(path)

@@ -25,6 +25,7 @@ from serving.engine.bundle import open_bundle, verify_bundle
 from serving.files import (
     image_paths,
     new_folder,
+    only_writer,
     preallocated,
     read_file,
     replacing,
@@ -220,6 +221,28 @@ def test_a_full_disk_is_an_error_that_names_the_file(
     monkeypatch.setattr("ade_cli.recipes.run", fail)
     assert main(["recipes"]) == 2
     assert capsys.readouterr().err == "ade recipes: No space left on device\n"
+
+
+def test_errors_name_the_file_that_was_given_and_come_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file can be made in /proc, not even by root."""
+    out = Path("/proc/out.png")
+    for write in (replacing(out), new_folder(out, ValueError)):
+        with pytest.raises(OSError, match="No such file") as raised, write:
+            raise AssertionError
+        assert raised.value.filename == str(out)
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("serving.files.FileLock.acquire", refuse)
+    with pytest.raises(OSError, match="Read-only") as raised, only_writer(out, ValueError):
+        raise AssertionError
+    assert raised.value.filename == str(out)
+    assert main(["sample", "--bundle", "none", "--out", str(out)]) == 2
+    error = "ade sample: /proc/out.png cannot be written: No such file or directory\n"
+    assert capsys.readouterr().err == error
 
 
 def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:
