@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +41,13 @@ VERBS = {
     "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }
-RESUMED = ("fit", "score", "compare", "compress")
+RESUMED = {
+    **dict.fromkeys(
+        ("fit", "score", "compare", "compress"), ": the same command resumes from here"
+    ),
+    "train": "; --resume continues from the last checkpoint",
+}
+TERMINATED = 143  # exit status after SIGTERM
 EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "fit": "fit",
     "recipes": "train",
@@ -75,6 +85,28 @@ def parse(given: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
+    with _sigterm_raises(args.verb):
+        return _run(args)
+
+
+@contextlib.contextmanager
+def _sigterm_raises(verb: str) -> Iterator[None]:
+    """Turn SIGTERM into :class:`SystemExit`, so that unfinished outputs are removed.
+
+    ``ade serve`` has handlers of its own, and ``torchrun`` stops its processes at once.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if verb == "serve" or "LOCAL_RANK" in os.environ or not is_main:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: argparse.Namespace) -> int:
     module = _module(args.verb)
     try:
         return int(module.run(args) or 0)
@@ -82,11 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ade {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"ade {args.verb}: interrupted"
-            + (": the same command resumes from here" if args.verb in RESUMED else ""),
-            file=sys.stderr,
-        )
+        print(f"ade {args.verb}: interrupted{RESUMED.get(args.verb, '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

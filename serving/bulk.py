@@ -341,12 +341,16 @@ def _in_order(
         workers, context, _start_worker, (bundle.folder, folder, options, version, os.getpid())
     ) as pool:
         waiting: deque[Future[list[dict[str, Any]]]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_score_chunk, chunk))
-            if len(waiting) >= AHEAD * workers:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_score_chunk, chunk))
+                if len(waiting) >= AHEAD * workers:
+                    yield _result(waiting.popleft())
+            while waiting:
                 yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
+        finally:
+            for future in waiting:  # after an error or interruption
+                future.cancel()
 
 
 def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -243,6 +244,36 @@ def test_errors_name_the_file_that_was_given_and_come_before_the_work(
     assert main(["sample", "--bundle", "none", "--out", str(out)]) == 2
     error = "ade sample: /proc/out.png cannot be written: No such file or directory\n"
     assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize(
+    "sign, status, said",
+    [
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGINT, 130, "interrupted; --resume continues from the last checkpoint"),
+    ],
+)
+def test_nothing_unfinished_is_left_by_a_signal(
+    sign: signal.Signals,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(args: object) -> None:
+        with new_folder(tmp_path / "out", ValueError):
+            signal.raise_signal(sign)
+
+    monkeypatch.setattr("ade_cli.train.run", run)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        ended = main(["train", "vae", "--data", "x", "--out", "x"])
+    except SystemExit as end:
+        ended = end.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == status and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:

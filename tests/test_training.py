@@ -439,6 +439,32 @@ def test_rates_fall_in_the_last_part_of_a_budget(
     assert shares == 2 * ([1.0] * 7 + [0.755, 0.51, 0.265])  # each phase has its own
 
 
+def test_an_interruption_waits_for_its_step_and_saves_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
+    options = RunOptions(images=16 * 10, device="cpu", precision="float32")
+    whole_step, fails = Trainer.run, False
+
+    def interrupted(self: Trainer, *given: Any) -> dict[str, float]:
+        if fails or self.step % 3 == 2:
+            signal.raise_signal(signal.SIGINT)
+        losses = whole_step(self, *given)
+        if fails:
+            raise RuntimeError
+        return losses
+
+    monkeypatch.setattr(Trainer, "run", interrupted)
+    for resume, step in ((False, 3), (True, 6)):
+        with pytest.raises(KeyboardInterrupt):
+            train(narrow("vae"), dataset, run, options, resume)
+        assert latest_checkpoint(run).name == f"step-{step:09d}"
+    fails = True  # what it leaves is not saved
+    with pytest.raises(KeyboardInterrupt):
+        train(narrow("vae"), dataset, run, options, resume=True)
+    assert latest_checkpoint(run).name == "step-000000006"
+
+
 def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> None:
     trained = trainer()
     (batch,) = batches(small_images, 1)
@@ -951,7 +977,7 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     refused = ade(*arguments, "--out", str(cut))
-    assert refused.returncode == 2 and "already holds a run: resume it" in refused.stderr
+    assert refused.returncode == 2 and "resume it with --resume" in refused.stderr
     other = ade(*arguments, "--out", str(cut), "--resume", "--quality-weight", "3")
     assert other.returncode == 2 and "started with another quality_weight" in other.stderr
     resumed = ade(*arguments, "--out", str(cut), "--resume")

@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,6 +139,27 @@ def _with_others(fabric: Fabric) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the block, so that no exception interrupts a step.
+
+    A signal without a Python handler, such as ``torchrun``'s SIGTERM, still ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: set[int] = set()
+    signs = [s for s in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(s))]
+    before = [signal.signal(sign, lambda number, frame: held.add(number)) for sign in signs]
+    try:
+        yield
+    finally:
+        for sign, handler in zip(signs, before, strict=True):
+            signal.signal(sign, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
 def _bfloat16_is_faster(accelerator: str) -> bool:
     if accelerator == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -260,7 +283,10 @@ def _run_steps(
     progress: Progress,
     about: dict[str, Any],
 ) -> Progress:
-    """Train until the budget is spent, with logs and checkpoints; returns the progress then."""
+    """Train until the budget is spent, with logs and checkpoints; returns the progress then.
+
+    An interruption (Ctrl-C, or a SIGTERM that raises) is raised after a checkpoint.
+    """
     config = trainer.config
     is_main = fabric.global_rank == 0
     log = _Log(run, progress.step) if is_main else None
@@ -271,6 +297,7 @@ def _run_steps(
     share = config.batch_size // fabric.world_size
     mine = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
 
+    is_intact = True  # whether the trainer is between two steps
     recent: dict[str, float] = {}
     started = time.monotonic() - progress.seconds
     last_saved = time.monotonic()
@@ -290,20 +317,23 @@ def _run_steps(
     try:
         while progress.images < total and not _out_of_time(progress, minutes):
             spent = _spent(progress, options)
-            if config.inference_share and spent >= 1:
-                trainer.begin_inference()
-                spent = (spent - 1) / config.inference_share
             drawn = [
                 torch.from_numpy(np.ascontiguousarray(next(batches)[mine]))
                 for _ in range(batches_a_step)
             ]
-            losses = trainer.run(drawn, spent)
-            seconds = time.monotonic() - started
-            # All processes must use the same rate and stop at the same step.
-            if fabric.world_size > 1 and minutes is not None:
-                with _with_others(fabric):
-                    seconds = float(fabric.broadcast(seconds))
-            progress = Progress(trainer.step, progress.images + config.batch_size, seconds)
+            with _signals_held():
+                is_intact = False
+                if config.inference_share and spent >= 1:
+                    trainer.begin_inference()
+                    spent = (spent - 1) / config.inference_share
+                losses = trainer.run(drawn, spent)
+                seconds = time.monotonic() - started
+                # All processes must use the same rate and stop at the same step.
+                if fabric.world_size > 1 and minutes is not None:
+                    with _with_others(fabric):
+                        seconds = float(fabric.broadcast(seconds))
+                progress = Progress(trainer.step, progress.images + config.batch_size, seconds)
+                is_intact = True
             if log is None:
                 continue
             bar.update(config.batch_size)
@@ -328,6 +358,10 @@ def _run_steps(
             ):
                 save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
                 last_saved = time.monotonic()
+    except (KeyboardInterrupt, SystemExit):
+        if is_main and is_intact and progress.step:
+            save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
+        raise
     finally:
         bar.close()
         if log is not None:
@@ -383,7 +417,9 @@ def check_folder(run: Path, resume: bool) -> None:
     """
     holds_run = (run / "run.json").is_file()
     if holds_run and not resume:
-        raise RunError(f"{run} already holds a run: resume it, or choose another folder")
+        raise RunError(
+            f"{run} already holds a run: resume it with --resume, or choose another folder"
+        )
     if resume and not holds_run:
         raise RunError(f"{run} holds no run to resume")
 
