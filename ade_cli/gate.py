@@ -155,10 +155,10 @@ def _what_if(args: argparse.Namespace) -> None:
         args.corrupted,
         report=say,
     )
-    if args.report is not None:
-        write_what_if(found, args.report)
     if args.json:
         text = json.dumps(found.to_dict(), indent=2)
     else:
         text = "\n".join([gate_of(found), "", *what_if_lines(found)]).rstrip()
     print(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
+    if args.report is not None:  # the last step: if it fails, the figures have been printed
+        write_what_if(found, args.report)

@@ -8,7 +8,7 @@ from typing import Any
 
 from handlers.front.settings import given_token
 from handlers.torchserve.status import read_status
-from serving.ports import VARIABLES, PortError, Ports, check_host
+from serving.ports import PortError, Ports, check_host
 
 ERRORS = (PortError, ValueError)
 
@@ -55,13 +55,14 @@ def _releases(found: dict[str, Any]) -> list[str]:
 
 def _text(found: dict[str, Any]) -> str:
     answers = found["answers"] or {}
-    ports = ", ".join(
-        f"{VARIABLES[name][0]}={port}"
-        for name, port in vars(Ports.from_environment()).items()
-        if name in ("inference", "ui")
-    )
+    if found["ready"]:
+        ready = "yes, all operations answer"
+    elif found["silent"]:
+        ready = "no: " + "; ".join(f"{part} does not answer" for part in found["silent"])
+    else:
+        ready = "no: not all operations answer"
     lines = [
-        f"ready       {'yes, all operations answer' if found['ready'] else f'no, not at {ports}'}",
+        f"ready       {ready}",
         f"model       {answers.get('model', 'no answer')}",
         f"backend     {answers.get('backend', 'no answer')}",
     ]

@@ -71,7 +71,7 @@ def decompress(
     with open(archive, "rb") as file:
         contents = scan(file, archive)
         _check_target(contents, out)
-        networks = Networks(bundle)
+        networks = Networks(bundle, for_archive=True)
         _check_bundle(contents, bundle, archive)
         for line in _differences(contents.header["fingerprint"]):
             warn(line)

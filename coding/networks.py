@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import platform
+import shlex
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ class Networks:
 
     Args:
         bundle: its files are verified before they are loaded.
+        for_archive: see :func:`check_codec`.
 
     Raises:
         BundleError: a file does not match the manifest.
         CodingError: the bundle has no codec, or one of another version.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        check_codec(bundle)
+    def __init__(self, bundle: Bundle, for_archive: bool = False) -> None:
+        check_codec(bundle, for_archive)
         program = json.loads(bundle.file(CODEC_NAME).read_text())
         if program["format_version"] != FORMAT_VERSION:
             raise CodingError(
@@ -92,8 +94,12 @@ class Networks:
         return results
 
 
-def check_codec(bundle: Bundle) -> None:
+def check_codec(bundle: Bundle, for_archive: bool = False) -> None:
     """Check that a bundle has a codec.
+
+    Args:
+        bundle: any bundle.
+        for_archive: whether an archive is to be read, which needs the bundle that made it.
 
     Raises:
         CodingError: it has none; the message says why, or how to make it.
@@ -105,8 +111,11 @@ def check_codec(bundle: Bundle) -> None:
             f"{bundle.name} cannot code images: a model of the recipe {bundle.manifest['recipe']} "
             "has no inference network, so it gives images no likelihood"
         )
+    if for_archive:
+        raise CodingError(f"{bundle.folder} has no codec: give the bundle that made the archive")
     raise CodingError(
-        f"{bundle.folder} has no codec: make a copy that has one, by ade export with the codec"
+        f"{bundle.folder} has no codec. Make a copy with one: ade export --with-codec "
+        f"{shlex.quote(str(bundle.folder))} OUT"
     )
 
 

@@ -558,8 +558,12 @@ def test_status_counts_requests(app: RunningApplication) -> None:
 
 def test_status_of_an_engine_that_reports_no_workers() -> None:
     ports = Ports(*free_ports(3))
-    found = read_status(ports)
+    found = read_status(ports, host="127.0.0.2")
     assert not found["is_own"] and "no service of this user" in _text(found)
+    page = f"http://127.0.0.2:{ports.ui} (ADE_UI_PORT)"
+    assert found["silent"] == [f"http://127.0.0.2:{ports.inference} (ADE_INFERENCE_PORT)", page]
+    assert f"ready       no: {page} does not answer\n" in _text({**found, "silent": [page]})
+    assert "ready       no: not all operations answer\n" in _text({**found, "silent": []})
     own = {**found, "is_own": True, "last_errors": []}
     assert "workers     unknown: its engine does not answer, or does not report them\n" in _text(
         own

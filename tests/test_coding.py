@@ -673,8 +673,11 @@ def test_bundles_that_cannot_code_say_why() -> None:
     with pytest.raises(CodingError, match="recipe gan has no inference network"):
         networks.check_codec(sampler)
     bare = Bundle(PRETRAINED, {**manifest, "files": plain})
-    with pytest.raises(CodingError, match="has no codec: make a copy that has one"):
+    copy = f"has no codec. Make a copy with one: ade export --with-codec {PRETRAINED} OUT"
+    with pytest.raises(CodingError, match=copy):
         networks.check_codec(bare)
+    with pytest.raises(CodingError, match="has no codec: give the bundle that made the archive"):
+        networks.Networks(bare, for_archive=True)
 
 
 def test_a_codec_of_another_version_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -203,7 +203,11 @@ def test_the_page_shows_both(engine: InferenceEngine) -> None:
 
 
 def test_the_command(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     np.save(tmp_path / "history.npy", small_images[:40])
     np.save(tmp_path / "flat.npy", np.full((5, 8, 8, 3), 9, np.uint8))
@@ -217,6 +221,17 @@ def test_the_command(
     found = json.loads(capsys.readouterr().out)
     assert found["ways"][0]["alarms"][0]["per_day"] == pytest.approx(100_000 * 15 / 151)
     assert found["caught"]["flat"][0] == 1.0
+    np.save(tmp_path / "empty.npy", np.empty((0, 8, 8, 3), np.uint8))
+    assert main([*words, "--ood", str(tmp_path / "empty.npy")]) == 2
+    said = capsys.readouterr().err
+    assert "empty: none of 0 images" in said and "JPEG" not in said  # before the work
+
+    def fail(*args: object) -> None:
+        raise DataError("no report")
+
+    monkeypatch.setattr("ade_cli.gate.write_what_if", fail)
+    assert main([*words, "--report", str(tmp_path / "report.html")]) == 2
+    assert "false alarms per day" in capsys.readouterr().out
     for wrong, message in (
         (["--per-day", "0"], "--per-day must be at least 1"),
         (["--ood", str(tmp_path / "flat.npy"), str(tmp_path / "flat.npy")], "different names"),

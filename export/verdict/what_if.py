@@ -125,6 +125,7 @@ def what_if(
     images, errors = usable("history", history, engine.image_shape, report)
     unusable = len(errors)
     report(f"history: {len(images)} images")
+    unlike = {name: usable(name, its, engine.image_shape, report)[0] for name, its in ood.items()}
     found = p_values(engine, calibrations, images)
     judged = np.array([calibrations.of(image.resized) is not None for image in images])
     lost = judged & np.isnan(found)
@@ -146,8 +147,7 @@ def what_if(
     for name, its in corruptions_of(images[:corrupt]).items():
         report(f"{name}: {len(its)} images")
         caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
-    for name, given in ood.items():
-        its, _ = usable(name, given, engine.image_shape, report)
+    for name, its in unlike.items():
         report(f"{name}: {len(its)} images")
         caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
     return WhatIf(

@@ -19,7 +19,7 @@ from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
 from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS, SECONDS
-from serving.ports import Ports, local_address
+from serving.ports import VARIABLES, Ports, local_address
 
 PACKAGES = (
     "av-ade",
@@ -57,13 +57,19 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
         ready = _get(http, f"http://{address}:{ports.ui}/readyz", {200, 503})
         metrics = _get(http, f"http://127.0.0.1:{ports.metrics}/metrics", {200})
         answers = _who_answers(http, f"http://{address}:{ports.inference}")
+    silent = [
+        f"http://{address}:{getattr(ports, name)} ({VARIABLES[name][0]})"
+        for name, answer in (("inference", answers), ("ui", ready))
+        if answer is None
+    ]
     releases = {} if folder is None else _releases(folder)
     described = {} if folder is None else describe_models(folder)
     models = {name: _model(model) for name, model in described.items()}
     return {
         "ready": ready is not None and _says_ready(ready),
         "is_own": folder is not None,
-        "answers": answers,
+        "silent": silent,
+        "answers": answers or None,
         "models": models or _workers(releases) or None,
         "releases": {key: releases[key] for key in RELEASES if key in releases} or None,
         "requests": _requests(metrics.text) if metrics else None,
@@ -165,12 +171,13 @@ def _says_ready(answer: httpx.Response) -> bool:
 
 
 def _who_answers(http: httpx.Client, url: str) -> dict[str, str] | None:
+    """Model and backend, as far as the answer names them; ``None`` without an answer."""
     try:
         answer = http.post(f"{url}/predictions/sample", json={"seed": 0})
     except httpx.TransportError:
         return None
     found = {name: answer.headers.get(f"X-Ade-{name}") for name in ("Model", "Backend")}
-    return {name.lower(): value for name, value in found.items() if value} or None
+    return {name.lower(): value for name, value in found.items() if value}
 
 
 def _model(described: dict[str, Any]) -> dict[str, Any]:
