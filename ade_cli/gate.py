@@ -121,11 +121,14 @@ def _feedback(args: argparse.Namespace) -> None:
     )
     if not done.joined + done.known + done.removed + done.rejected:
         raise FileError(f"none of {done.unusable} images can be used")
-    print(
-        f"{done.joined} images joined the calibration {args.calibration}, {done.known} were in it "
-        f"before; {done.removed} were removed, {done.rejected} rejected ones had not joined; "
-        f"{done.unusable} cannot be used"
-    )
+    others = {
+        "Already in it": done.known,
+        "Removed from it": done.removed,
+        "Rejected, and not in it": done.rejected,
+        "Not usable": done.unusable,
+    }
+    counts = "".join(f" {what}: {count}." for what, count in others.items() if count)
+    print(f"Added to the calibration {args.calibration}: {done.joined}.{counts}")
     if done.before == done.after:
         print(f"the version is still {done.after}")
     else:

@@ -642,7 +642,8 @@ def test_feedback_joins_once_and_can_be_taken_back(
     words = ["gate", "feedback", str(bundle), "--accept", str(files[3]), str(tmp_path / "junk.png")]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert "1 images joined the calibration default" in said.out and "1 cannot be used" in said.out
+    assert said.out.startswith("Added to the calibration default: 1. Not usable: 1.\n")
+    assert "The gate rejects 0 of the 1 image to be added (alpha 0.01). Of all" in said.err
     assert "junk.png: not an image" in said.err
     assert main([*words[:4], words[-1]]) == 2
     assert "none of 1 images can be used" in capsys.readouterr().err
@@ -661,7 +662,7 @@ def test_feedback_that_would_disable_the_gate_is_refused(
     words = ["gate", "feedback", str(bundle), "--accept"]
     assert main([*words, *map(str, files)]) == 2
     said = capsys.readouterr().err
-    assert "of 20 joining images, the present calibration rejects 20 at alpha 0.01" in said
+    assert "The gate rejects 20 of the 20 images to be added (alpha 0.01)." in said
     assert "calibration rejects 20 of all accepted images" in said and "option force" in said
     assert not path_of(bundle, "default").exists()
     assert not (bundle / FOLDER / "feedback.jsonl").exists()

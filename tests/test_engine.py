@@ -452,6 +452,10 @@ def test_each_path_has_its_own_verdict(
         CalibrationError, match="fitting: none of 2 images could be used: image 0: not an image"
     ):
         calibrate_bundle(tiny_bundle, tmp_path / "other", [b"junk", b""], larger, "junk")
+    few, told = (small_images[:4], small_images[4:10]), []
+    with pytest.raises(CalibrationError, match=r"needs at least 50 usable images .* got 10"):
+        calibrate_bundle(tiny_bundle, tmp_path / "other", *few, "few", told.append)
+    assert not any("scored" in line for line in told)
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".other*"))
 
 

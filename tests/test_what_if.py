@@ -292,6 +292,11 @@ def test_a_set_without_any_finite_likelihood_is_an_error(
     flat = np.full((3, 8, 8, 3), 9, np.uint8)
     with pytest.raises(CalibrationError, match="flat: none of 3 images could be used: image 0"):
         calibrate.statistics_of(engine, flat, "flat")
+    np.save(tmp_path / "id.npy", small_images[:20].repeat(2, 1))
+    words = ["ood-bench", str(tiny_bundle), "--id", str(tmp_path / "id.npy")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    reason = "image 0: images must be 8 x 8 pixels, got 8 x 16; --resize fit resizes them"
+    assert capsys.readouterr().err.endswith(f"could be used: {reason} (as for 19 others)\n")
     np.save(tmp_path / "id.npy", small_images[:20] // 2)
     words = ["ood-bench", str(tiny_bundle), "--id", str(tmp_path / "id.npy")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0

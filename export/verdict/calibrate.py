@@ -50,6 +50,7 @@ from serving.verdict.statistics import finite_rows
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
 
 CHUNK = MAX_THREADS * MAX_BATCH
+ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
 MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
 CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
@@ -189,6 +190,11 @@ def _parts(
         f"{len(parts[1])} set the false-alarm rate"
         + (f"; {resized} were resized to {width} x {height} pixels" if resized else "")
     )
+    if min(map(len, parts)) < MIN_IMAGES and sum(map(len, parts)) < ENOUGH:
+        raise CalibrationError(
+            f"ade calibrate needs at least {ENOUGH} usable images (two fifths of them, at least "
+            f"{MIN_IMAGES}, fit the density), got {sum(map(len, parts))}"
+        )
     return parts
 
 
@@ -439,7 +445,7 @@ def measured(
     """
     chunks: list[dict[str, np.ndarray]] = []
     resized: list[bool] = []
-    errors: list[str] = []
+    errors: list[tuple[str, str]] = []
     waiting: list[tuple[str, InputImage]] = []
     done = 0
 
@@ -451,7 +457,7 @@ def measured(
             found = _joined(list(threads.map(engine.statistics, batches)))
             finite = finite_rows(found)
             errors.extend(
-                f"{waiting[row][0]}: its likelihood is not a finite number"
+                (waiting[row][0], "its likelihood is not a finite number")
                 for row in np.flatnonzero(~finite)
             )
             if finite.any():
@@ -466,7 +472,7 @@ def measured(
             if isinstance(image, InputImage):
                 waiting.append((its, image))
             else:
-                errors.append(f"{its}: {image.message}")
+                errors.append((its, image.message.replace('"resize": "fit"', "--resize fit")))
             if len(waiting) == CHUNK:
                 flush()
         flush()

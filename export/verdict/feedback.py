@@ -197,9 +197,10 @@ def _report_unusual(
         rank = flagging_rank(len(larger.scores), ALPHA)
         most = max(FEW, rank)
         report(
-            f"of {len(mine)} joining images{' that are resized' if resized else ''}, the present "
-            f"calibration rejects {rejected} at alpha {ALPHA}; that of ade calibrate rejects "
-            f"{unusual} of all accepted images (refused from {most} on)"
+            f"The gate rejects {rejected} of the {len(mine)} "
+            f"{'resized ' if resized else ''}image{'s' if len(mine) > 1 else ''} to be added "
+            f"(alpha {ALPHA}). Of all images accepted so far, the original calibration (made by "
+            f"ade calibrate) rejects {unusual}; from {most} on, further ones are refused."
         )
         if _num_rejected(former, scores) and unusual >= most:
             disabling = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -62,8 +63,8 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
 
 def usable(
     name: str, images: Images, image_shape: tuple[int, int, int], report: Report
-) -> tuple[list[InputImage], list[str]]:
-    """Images at the model's size, and why others could not be brought to it; reports these.
+) -> tuple[list[InputImage], list[tuple[str, str]]]:
+    """Images at the model's size, and why others could not be (by name); reports these.
 
     Args:
         name: of the images.
@@ -75,12 +76,12 @@ def usable(
         CalibrationError: no image can be used.
     """
     found: list[InputImage] = []
-    errors: list[str] = []
+    errors: list[tuple[str, str]] = []
     for its, image in prepared(images, image_shape, resize=True):
         if isinstance(image, InputImage):
             found.append(image)
         else:
-            errors.append(f"{its}: {image.message}")
+            errors.append((its, image.message))
     report_left_out(name, errors, report)
     if not found:
         raise none_usable(name, errors)
@@ -118,19 +119,19 @@ def digests_of(calibrations: Calibrations) -> set[int]:
     return found
 
 
-def report_left_out(name: str, errors: Sequence[str], report: Report) -> None:
-    """Report images that cannot be used, the first few by name."""
+def report_left_out(name: str, errors: Sequence[tuple[str, str]], report: Report) -> None:
+    """Report images that cannot be used, with the reasons; the first few by name."""
     if errors:
-        report(f"{name}: left out {len(errors)} images: {_examples(errors)}")
+        shown = "; ".join(f"{its}: {reason}" for its, reason in errors[:MAX_SHOWN])
+        more = "; …" if len(errors) > MAX_SHOWN else ""
+        report(f"{name}: left out {len(errors)} images: {shown}{more}")
 
 
-def none_usable(name: str, errors: Sequence[str]) -> CalibrationError:
-    """The error to raise if no image can be used."""
-    return CalibrationError(
-        f"{name}: none of {len(errors)} images could be used"
-        + (f": {_examples(errors)}" if errors else "")
-    )
-
-
-def _examples(errors: Sequence[str]) -> str:
-    return "; ".join(errors[:MAX_SHOWN]) + ("; …" if len(errors) > MAX_SHOWN else "")
+def none_usable(name: str, errors: Sequence[tuple[str, str]]) -> CalibrationError:
+    """The error to raise if no image can be used; it has the commonest reason."""
+    text = f"{name}: none of {len(errors)} images could be used"
+    if errors:
+        ((reason, count),) = Counter(reason for _, reason in errors).most_common(1)
+        first = next(its for its, why in errors if why == reason)
+        text += f": {first}: {reason}" + (f" (as for {count - 1} others)" if count > 1 else "")
+    return CalibrationError(text)
