@@ -33,10 +33,15 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() in IMAGE_SUFFIXES:
         raise FileError(f"--out must be a folder, got {args.out}")
     files = files_of(args.images)
-    names = [path.stem for path in files]
-    if len(set(names)) < len(names):
-        raise FileError("images must have different names, since their reconstructions share them")
-    outputs = [args.out / f"{name}.png" for name in names]
+    first: dict[str, Path] = {}
+    for path in files:
+        if path.stem in first:
+            raise FileError(
+                f"images must have different names, since their reconstructions share them, got "
+                f"{first[path.stem]} and {path}"
+            )
+        first[path.stem] = path
+    outputs = [args.out / f"{name}.png" for name in first]
     overwritten = {path.resolve() for path in outputs} & {path.resolve() for path in files}
     if overwritten:
         raise FileError(f"{overwritten.pop()} would be overwritten: choose another --out")

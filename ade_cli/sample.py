@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "service returns the same samples."
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="an existing file is replaced"
+    )
     parser.add_argument(
         "--n", type=int, default=16, help="number of samples, at most 256 (default: %(default)s)"
     )

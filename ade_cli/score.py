@@ -11,7 +11,15 @@ from pathlib import Path
 
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.progress import progress_bar
-from serving.bulk import FORMATS, BulkError, BulkOptions, FileScorer, Summary, score_folder
+from serving.bulk import (
+    FORMATS,
+    BulkError,
+    BulkOptions,
+    FileScorer,
+    Summary,
+    check_out,
+    score_folder,
+)
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.verdict.calibration import DEFAULT, CalibrationError
 
@@ -90,11 +98,14 @@ def extra(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not 0 < args.alpha < 1:
-        raise BulkError(f"--alpha must be between 0 and 1, got {args.alpha}")
+    if not 0 < args.alpha <= 1:
+        raise BulkError(f"--alpha must be above 0 and at most 1, got {args.alpha}")
     for name in ("samples", "workers"):
         if getattr(args, name) < 1:
             raise BulkError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.out is not None and args.engine != "ray":  # before anything is read
+        check_parent(Path(args.out))
+        check_out(Path(args.out))
     options = BulkOptions(args.alpha, args.samples, args.resize, args.calibration)
     bundle = open_bundle(args.bundle)
     scorer = FileScorer(bundle, Path(), options)
@@ -131,7 +142,6 @@ def run(args: argparse.Namespace) -> int:
             f"--out is for the scores of one folder, got {', '.join(map(str, args.images))}: "
             "without it, scores of files are printed as JSON lines"
         )
-    check_parent(out)
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise BulkError(
             "a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl"

@@ -143,7 +143,7 @@ def _keep_plan(plan: Plan, out: Path) -> None:
         try:
             plan.check_resumes(Plan.load(path))
         except PlanError as error:
-            raise PlanError(f"{out}: {error}, or choose another output folder") from None
+            raise PlanError(f"{out}: {error}, or choose another output folder with --out") from None
     write_json(path, plan.to_dict())
 
 
@@ -154,8 +154,12 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
             names = len({file.name for file in files})
             raise DataError(
                 f"{folder}: about {ENOUGH} different images are needed, got {found.files}; "
-                f"the part {part} needs at least {least} of them and gets {found.parts[part]}. "
-                f"Files of one name are in one part: these have {names} names"
+                f"the part {part} needs at least {least} of them and gets {found.parts[part]}"
+                + (
+                    f". Files of one name are in one part: these have {names} names"
+                    if names < len(files)
+                    else ""
+                )
             )
     path = out / "survey.json"
     if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):

@@ -122,7 +122,8 @@ class Plan:
         if different:
             raise PlanError(
                 f"the fitting was begun with {', '.join(str(before[name]) for name in different)}; "
-                f"it cannot be resumed with {', '.join(str(now[name]) for name in different)}"
+                f"it cannot be resumed with {', '.join(str(now[name]) for name in different)}; "
+                f"use the same {' and '.join(name.replace('_', ' ') for name in different)}"
             )
         if begun != self:
             raise PlanError(

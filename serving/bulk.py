@@ -199,6 +199,18 @@ def columns(bundle: Bundle, samples: int) -> list[str]:
     ]
 
 
+def check_out(out: Path) -> None:
+    """Check the file for a folder's scores.
+
+    Raises:
+        BulkError: its name has another ending than the formats, or it exists.
+    """
+    if out.suffix not in FORMATS:
+        raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
+    if out.exists():
+        raise BulkError(f"{out} exists already")
+
+
 def score_folder(
     bundle: Bundle,
     folder: Path,
@@ -221,10 +233,7 @@ def score_folder(
         BulkError: the model cannot score, there are no images, ``out`` exists or cannot be written,
             or an unfinished ``OUT.part`` belongs to other options or files.
     """
-    if out.suffix not in FORMATS:
-        raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
-    if out.exists():
-        raise BulkError(f"{out} exists already")
+    check_out(out)
     # Report errors of the bundle here, not in a process.
     version = FileScorer(bundle, folder, options).calibrations.version
     total = sum(1 for _ in image_paths(folder))

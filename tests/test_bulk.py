@@ -427,8 +427,9 @@ def test_files_one_by_one(
         (["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.txt"], "the name must end with"),
         (
             ["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.csv", "--alpha", "2"],
-            "--alpha must be between 0 and 1",
+            "--alpha must be above 0 and at most 1, got 2.0",
         ),
+        (["score", "FOLDER", "--bundle", "EMPTY", "--out", "x.txt"], "the name must end with"),
         (
             ["score", "FILE", "--bundle", "BUNDLE", "--out", "x.csv"],
             "--out is for the scores of one folder",
@@ -451,7 +452,7 @@ def test_files_one_by_one(
             ["reconstruct", "MISSING", "--bundle", "BUNDLE", "--out", "x"],
             "missing.png: No such file",
         ),
-        (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "different names"),
+        (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "0000.png and "),
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
         (["serve", "BUNDLE", "--engine", "ray", "--cuda-graphs"], "cannot be used with --engine"),
     ],
@@ -491,6 +492,14 @@ def test_originals_are_never_overwritten(
         main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
     )
     assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
+
+
+def test_any_alpha_that_requests_may_have(
+    tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    image = str(folder / "class0" / "0000.png")
+    assert main(["score", image, "--bundle", str(tiny_bundle), "--alpha", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["decision"] == "reject"
 
 
 def test_file_names_that_are_not_utf8(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
