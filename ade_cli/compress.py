@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ade_cli.image_files import FileError, check_parent
@@ -10,7 +11,7 @@ from ade_cli.progress import progress_bar
 from coding.compress import compress
 from coding.errors import CodingError
 from coding.sources import open_source
-from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.bundle import CODEC_NAME, BundleError, open_bundle
 
 ERRORS = (BundleError, CodingError, FileError)
 
@@ -47,6 +48,9 @@ def run(args: argparse.Namespace) -> None:
         raise FileError(f"{args.images}: there is no such file or folder")
     check_parent(args.out)
     bundle = open_bundle(args.bundle)
+    if "score" in bundle.operations and not bundle.has(CODEC_NAME):
+        copy = f"ade export --with-codec {shlex.quote(str(args.bundle))} OUT"
+        raise FileError(f"{args.bundle} has no codec. Make a copy with one: {copy}")
     source = open_source(args.images, args.keep_metadata)
     with progress_bar() as progress:
         report = compress(source, args.out, bundle, not args.no_verify, progress)

@@ -84,7 +84,20 @@ def run(args: argparse.Namespace) -> None:
     id_name, id_images = _id_images(args, bundle, calibrations.data or own.get("data"))
     sets = {path.stem: ImageSet(path, args.images) for path in args.ood}
     args.out.mkdir(parents=True, exist_ok=True)  # before the images are scored
-    say(f"{bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, say)}")
+    try:
+        made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say)
+    except CalibrationError as error:
+        raise CalibrationError(_as_option(str(error))) from None
+    say(f"{made}")
+
+
+def _say(line: str) -> None:
+    say(_as_option(line))
+
+
+def _as_option(text: str) -> str:
+    """A text that names the API's field for resizing, with the option instead."""
+    return text.replace('"resize": "fit"', "--resize fit")
 
 
 def _id_images(

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import platform
-import shlex
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -114,8 +113,7 @@ def check_codec(bundle: Bundle, for_archive: bool = False) -> None:
     if for_archive:
         raise CodingError(f"{bundle.folder} has no codec: give the bundle that made the archive")
     raise CodingError(
-        f"{bundle.folder} has no codec. Make a copy with one: ade export --with-codec "
-        f"{shlex.quote(str(bundle.folder))} OUT"
+        f"{bundle.folder} has no codec: make a copy that has one, by ade export with the codec"
     )
 
 

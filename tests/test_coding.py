@@ -664,7 +664,9 @@ def test_a_gan_without_an_inference_network_says_why_it_cannot_code(name: str) -
         check_codable(about)
 
 
-def test_bundles_that_cannot_code_say_why() -> None:
+def test_bundles_that_cannot_code_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = open_bundle(PRETRAINED).manifest
     plain = {name: value for name, value in manifest["files"].items() if "codec" not in name}
     sampler = Bundle(
@@ -673,11 +675,14 @@ def test_bundles_that_cannot_code_say_why() -> None:
     with pytest.raises(CodingError, match="recipe gan has no inference network"):
         networks.check_codec(sampler)
     bare = Bundle(PRETRAINED, {**manifest, "files": plain})
-    copy = f"has no codec. Make a copy with one: ade export --with-codec {PRETRAINED} OUT"
-    with pytest.raises(CodingError, match=copy):
+    with pytest.raises(CodingError, match="has no codec: make a copy that has one"):
         networks.check_codec(bare)
     with pytest.raises(CodingError, match="has no codec: give the bundle that made the archive"):
         networks.Networks(bare, for_archive=True)
+    monkeypatch.setattr("ade_cli.compress.open_bundle", lambda folder: bare)
+    assert main(["compress", str(tmp_path), str(tmp_path / "out"), "--bundle", "mine"]) == 2
+    copy = "mine has no codec. Make a copy with one: ade export --with-codec mine OUT\n"
+    assert capsys.readouterr().err == f"ade compress: {copy}"
 
 
 def test_a_codec_of_another_version_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -472,7 +472,7 @@ def measured(
             if isinstance(image, InputImage):
                 waiting.append((its, image))
             else:
-                errors.append((its, image.message.replace('"resize": "fit"', "--resize fit")))
+                errors.append((its, image.message))
             if len(waiting) == CHUNK:
                 flush()
         flush()
