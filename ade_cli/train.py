@@ -140,6 +140,10 @@ def run(args: argparse.Namespace) -> None:
     changes = given(args, args.settable)
     check_outside(args.out, args.data)
     if not args.dry_run:
+        if (args.out / "run.json").is_file() and not args.resume:
+            raise RunError(
+                f"{args.out} holds a run: continue it with --resume, or choose another folder"
+            )
         check_folder(args.out, args.resume)
         choose_device(args.device)
         if args.init is not None and not args.resume:

@@ -143,9 +143,7 @@ def _keep_plan(plan: Plan, out: Path) -> None:
         try:
             plan.check_resumes(Plan.load(path))
         except PlanError as error:
-            raise PlanError(
-                f"{out}: {error}, or choose another output folder with the option out"
-            ) from None
+            raise PlanError(f"{out}: {error}, or choose another output folder") from None
     write_json(path, plan.to_dict())
 
 

@@ -69,12 +69,12 @@ class Gate:
     Raises:
         BundleError: the bundle is not whole, or cannot score.
         CalibrationError: its calibration cannot be read.
-        ValueError: alpha is not above 0 and below 1.
+        ValueError: alpha is not above 0 and at most 1.
     """
 
     def __init__(self, bundle: Path | str, alpha: float = 0.01) -> None:
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha must be above 0 and below 1, got {alpha}")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
         opened = open_bundle(Path(bundle))
         opened.check_has("score")
         self.alpha = alpha

@@ -977,7 +977,7 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     refused = ade(*arguments, "--out", str(cut))
-    assert refused.returncode == 2 and "resume it with the option resume" in refused.stderr
+    assert refused.returncode == 2 and "with --resume" in refused.stderr
     other = ade(*arguments, "--out", str(cut), "--resume", "--quality-weight", "3")
     assert other.returncode == 2 and "started with another quality_weight" in other.stderr
     resumed = ade(*arguments, "--out", str(cut), "--resume")

@@ -456,14 +456,14 @@ def test_upgrade_canary_and_rollback(
             (("upgrade", str(tmp_path / "none")), "is not a bundle"),
             (("upgrade", "--finish"), "there is no canary"),
             (("rollback",), "nothing to go back to"),
-            (("upgrade", str(damaged), "--canary", "5%"), f"{a} stays: worker"),
+            (("upgrade", str(damaged), "--canary", "5%"), f"({a}) stays: worker"),
         ):
             refused = ade(*words)
             assert refused.status == 2 and message in refused.err, refused
         assert set(load.answers) == {a} and served.pids["page"] == page
 
         canary = ade("upgrade", str(second), "--canary", "30%")
-        assert canary.status == 0 and f"{b} answers 0.3 of the requests" in canary.out, canary
+        assert canary.status == 0 and f"({b}) answers 0.3 of the requests" in canary.out, canary
         wait_for(lambda: b in load.answers, 120)
         status = ade("status")
         assert f"canary      {b}, 0.3 of the requests" in status.out, status

@@ -417,9 +417,7 @@ def check_folder(run: Path, resume: bool) -> None:
     """
     holds_run = (run / "run.json").is_file()
     if holds_run and not resume:
-        raise RunError(
-            f"{run} already holds a run: resume it with the option resume, or choose another folder"
-        )
+        raise RunError(f"{run} already holds a run: resume it, or choose another folder")
     if resume and not holds_run:
         raise RunError(f"{run} holds no run to resume")
 
