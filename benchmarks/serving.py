@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import http.client
 import io
 import multiprocessing
 import os
@@ -26,7 +25,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import httpx
@@ -146,33 +144,6 @@ async def _drive(url: str, load: Load) -> tuple[list[float], int, float]:
         return latencies, failures, time.perf_counter() - started
 
 
-def _drive_one(url: str, load: Load) -> tuple[list[float], int, float]:
-    """The same for one client that sends as fast as it can, at less cost to itself.
-
-    aiohttp takes about a millisecond for a request, which a latency would include.
-    """
-    where = urlsplit(url)
-    connection = http.client.HTTPConnection(where.netloc, timeout=300)
-    latencies: list[float] = []
-    failures = 0
-    started = time.perf_counter()
-    while (begun := time.perf_counter()) - started < load.seconds:
-        try:
-            connection.request("POST", where.path, load.body, {"Content-Type": load.content_type})
-            answer = connection.getresponse()
-            answer.read()
-            is_right = answer.status == 200
-        except (http.client.HTTPException, OSError):
-            connection.close()  # the next request connects again
-            is_right = False
-        if is_right:
-            latencies.append(time.perf_counter() - begun)
-        else:
-            failures += 1
-    connection.close()
-    return latencies, failures, time.perf_counter() - started
-
-
 def _cpu(processes: list[psutil.Process]) -> float:
     total = 0.0
     for process in processes:
@@ -197,11 +168,7 @@ def _memory(server: Server) -> float:
 def measure(server: Server, load: Load) -> Outcome:
     family = _family(server)
     before, mine = _cpu(family), time.process_time()
-    url = f"{server.url}/{load.operation}"
-    if load.clients == 1 and load.rate is None:
-        latencies, failures, seconds = _drive_one(url, load)
-    else:
-        latencies, failures, seconds = asyncio.run(_drive(url, load))
+    latencies, failures, seconds = asyncio.run(_drive(f"{server.url}/{load.operation}", load))
     return Outcome(
         load.images * len(latencies) / seconds,
         latencies or [float("nan")],
