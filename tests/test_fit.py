@@ -165,9 +165,7 @@ def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "stage-0").mkdir()
     (tmp_path / "stage-0" / "run.json").write_text("{}")
     (tmp_path / "plan.json").write_text(json.dumps(old))
-    with pytest.raises(
-        PlanError, match="another version .*, or choose another output folder"
-    ):
+    with pytest.raises(PlanError, match="another version .*, or choose another output folder"):
         fit_folder(plan, [], Counter(), tmp_path, lambda line: None)
     for damaged in ("", "{}", "[1]", json.dumps({**plan.to_dict(), "colour": "red"})):
         (tmp_path / "plan.json").write_text(damaged)
