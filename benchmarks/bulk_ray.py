@@ -95,13 +95,14 @@ def ids_of(out: Path) -> list[int]:
 def kill_a_node(bundle: Path, folder: Path, out: Path, total: int) -> None:
     """Score a folder on two nodes, of which one is killed and replaced."""
     with ray_cluster() as cluster:
-        nodes = [cluster.add_worker(1) for _ in range(CORES)]
+        # With one processor for each engine, nothing is left that reads the manifest.
+        nodes = [cluster.add_worker(2) for _ in range(CORES)]
         process, _ = start(bundle, folder, out, cluster)
         try:
             wait_for_rows(process, out, NODE_KILLED_AFTER * total)
             killed, before = time.time(), sum(n for _, n in commits(out))
             cluster.kill(nodes[0])
-            cluster.add_worker(1)
+            cluster.add_worker(2)
             if process.wait() != 0:
                 raise SystemExit(f"ade score ended with {process.returncode}")
         finally:
