@@ -114,19 +114,20 @@ class GateMiddleware:
             return
         if await self._is_full(send):
             return
-        received = bytearray()
+        parts: list[bytes] = []
         try:
-            await self._decide(scope, receive, send, received)
+            await self._decide(scope, receive, send, parts)
         finally:
-            self._held -= len(received)
+            self._held -= sum(map(len, parts))
 
     async def _decide(
-        self, scope: MutableMapping[str, Any], receive: Receive, send: Send, received: bytearray
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send, parts: list[bytes]
     ) -> None:
-        """Read a request into ``received``, decide on it, and pass it on or refuse it."""
+        """Read a body into ``parts``, decide on its images, and pass the request on or refuse it."""
         try:
-            await self._read(Request(scope, receive), received)
-            body = bytes(received)
+            await self._read(Request(scope, receive), parts)
+            body = b"".join(parts)
+            parts[:] = [body]  # it is held once
             images = await _images(scope, body, self._text_fields)
         except ClientDisconnect:
             return
@@ -158,23 +159,25 @@ class GateMiddleware:
         scope.setdefault("state", {})["gate"] = decisions
         await self._app(scope, replay(body, receive), send)
 
-    async def _read(self, request: Request, received: bytearray) -> None:
+    async def _read(self, request: Request, parts: list[bytes]) -> None:
         """Read a body.
 
         Raises:
             ClientDisconnect: the client closed the connection.
             _Refused: the body is too large or too slow, or all bodies together are too large.
         """
+        size = 0
         try:
             async with asyncio.timeout(MAX_BODY_S):
-                async for chunk in request.stream():
-                    received += chunk
-                    self._held += len(chunk)
-                    if len(received) > MAX_BODY_BYTES:
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    self._held += len(part)
+                    if size > MAX_BODY_BYTES:
                         raise _Refused(
                             413, "request_too_large", f"a request may have {MAX_BODY_BYTES} bytes"
                         )
-                    if len(received) > SMALL_BODY_BYTES and self._held > MAX_HELD_BYTES:
+                    if size > SMALL_BODY_BYTES and self._held > MAX_HELD_BYTES:
                         raise _Refused(
                             503, "gate_busy", "the bodies of all requests are too large together"
                         )

@@ -137,7 +137,7 @@ def not_a_form() -> ApiError:
 
 
 def _too_long() -> ApiError:
-    return malformed(f"the name of a field may have {MAX_NAME_BYTES} bytes")
+    return malformed(f"a field's name, with its file's name, may have {MAX_NAME_BYTES} bytes")
 
 
 def _too_many() -> ApiError:
