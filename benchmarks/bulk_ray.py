@@ -95,7 +95,7 @@ def ids_of(out: Path) -> list[int]:
 def kill_a_node(bundle: Path, folder: Path, out: Path, total: int) -> None:
     """Score a folder on two nodes, of which one is killed and replaced."""
     with ray_cluster() as cluster:
-        # With one processor for each engine, nothing is left that reads the manifest.
+        # With the head's, two processors more than engines, as Ray needs to read and to write.
         nodes = [cluster.add_worker(2) for _ in range(CORES)]
         process, _ = start(bundle, folder, out, cluster)
         try:

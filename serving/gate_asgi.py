@@ -123,7 +123,7 @@ class GateMiddleware:
     async def _decide(
         self, scope: MutableMapping[str, Any], receive: Receive, send: Send, parts: list[bytes]
     ) -> None:
-        """Read a body into ``parts``, decide on its images, and pass the request on or refuse it."""
+        """Read a body into ``parts``, decide on its images, and pass it on or refuse it."""
         try:
             await self._read(Request(scope, receive), parts)
             body = b"".join(parts)

@@ -129,7 +129,7 @@ class RunningApplication:
         return found
 
     def logged(self, name: str) -> list[str]:
-        """The ids in a model's journal, which a worker adds to after it has answered."""
+        """The ids in a model's journal."""
         lines = self._journal(name).read_text().splitlines()
         return [json.loads(line)["id"] for line in lines]
 
@@ -445,7 +445,7 @@ def test_a_request_that_fails_unexpectedly_leaves_its_neighbours_their_answers(
     monkeypatch.setattr(worker, "raw_request", fail_on_junk)
     about = {"id": "1", "probe": False, "v2": None, "content_type": "application/json"}
     good = b'{"n": 1, "seed": 1}'
-    answers, _ = worker.answer_batch(
+    answers = worker.answer_batch(
         worker.load_service(settings),
         "tiny-sample",
         {"requests": [about] * 3},
@@ -465,8 +465,7 @@ def test_requests_that_cannot_be_read_are_counted_and_logged(
     service = worker.load_service(settings)
     about = {"probe": False, "content_type": "multipart/form-data"}
     requests = [{**about, "id": "form", "v2": None}, {**about, "id": "tensors", "v2": 1}]
-    answers, report = worker.answer_batch(service, "sample", {"requests": requests}, [b"x", b"["])
-    report()
+    answers = worker.answer_batch(service, "sample", {"requests": requests}, [b"x", b"["])
     assert [answer.status for answer in answers] == [400, 400]
     assert isinstance(json.loads(answers[0].body)["error"], dict)
     assert isinstance(json.loads(answers[1].body)["error"], str)

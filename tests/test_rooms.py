@@ -68,6 +68,7 @@ SHARED = {
     "serving.messages",
     "serving.ports",
     "serving.reports",
+    "serving.signals",
     "serving.tables",
 }
 LIBRARIES = ("ade_model", "training", "export", "fitting", "coding")

@@ -1353,13 +1353,19 @@ def test_images_too_small_for_an_encoder_are_not_decoded(
     assert "needs images of 8 pixels or more, got 4" in capsys.readouterr().err
 
 
+def trained_on(folder: Path, run: Path) -> Path:
+    """A short run that names its data set, as ``ade train`` makes them."""
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    source = {"data": str(folder), "root": None}
+    dataset = load_dataset(str(folder), None, 8)
+    train(narrow("vae"), dataset, run, options, resume=False, source=source)
+    return run
+
+
 def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
-    options = RunOptions(images=16, device="cpu", precision="float32")
-    source = {"data": str(folder), "root": None}
-    train(narrow("vae"), dataset, run, options, resume=False, source=source)
+    run = trained_on(folder, tmp_path / "run")
     checkpoint = latest_checkpoint(run)
     for place, count, kept in ((checkpoint, 6, 6), (run, 4, 6), (checkpoint, 7, 7)):
         given = ["--images", str(count), "--draws", "1", "--device", "cpu"]
@@ -1374,10 +1380,7 @@ def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
 def test_stored_figures_are_of_the_test_part_and_are_not_lost(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
-    options = RunOptions(images=16, device="cpu", precision="float32")
-    source = {"data": str(folder), "root": None}
-    train(narrow("vae"), dataset, run, options, resume=False, source=source)
+    run = trained_on(folder, tmp_path / "run")
     path = latest_checkpoint(run) / "evaluation.json"
     given = ["evaluate", str(run), "--device", "cpu", "--draws"]
     assert main([*given, "2", "--data", str(folder)]) == 0

@@ -8,8 +8,6 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from ade_model.checkpoint import read_config
 from serving.files import write_text
+from serving.signals import signals_held
 from training.data import Dataset
 from training.device import DEVICES, choose_device
 from training.evaluate import bits_of, reconstruction_grid, sample_grid, sample_kinds
@@ -137,27 +136,6 @@ def _with_others(fabric: Fabric) -> Iterator[None]:
             "the run with as many processes as there are now (with a projected discriminator, with "
             f"as many as before) ({reason})"
         ) from error
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM after the block, so that no exception interrupts a step.
-
-    A signal without a Python handler, such as ``torchrun``'s SIGTERM, still ends the process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: set[int] = set()
-    signs = [s for s in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(s))]
-    before = [signal.signal(sign, lambda number, frame: held.add(number)) for sign in signs]
-    try:
-        yield
-    finally:
-        for sign, handler in zip(signs, before, strict=True):
-            signal.signal(sign, handler)
-        for number in held:
-            signal.raise_signal(number)
 
 
 def _bfloat16_is_faster(accelerator: str) -> bool:
@@ -321,7 +299,7 @@ def _run_steps(
                 torch.from_numpy(np.ascontiguousarray(next(batches)[mine]))
                 for _ in range(batches_a_step)
             ]
-            with _signals_held():
+            with signals_held():
                 is_intact = False
                 if config.inference_share and spent >= 1:
                     trainer.begin_inference()

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,13 @@ def serve(connection: socket.socket) -> int:
         raise
     _send(connection, {"measurements": measurements(service)})
     while message := wire.read(stream):
-        answers, report = answer_batch(service, settings.model, *message)
+        answers = answer_batch(service, settings.model, *message)
         heads = [
             {"status": a.status, "content_type": a.content_type, "headers": a.headers}
             for a in answers
         ]
         _send(connection, {"answers": heads}, [answer.body for answer in answers])
-        # The client does not wait for journal and metrics.
-        report()
+        # The client does not wait for what is collected for the metrics.
         rest = {"measurements": measurements(service), "leaving": service.is_exhausted}
         _send(connection, rest)
         if service.is_exhausted:
@@ -107,23 +106,17 @@ def load_service(settings: WorkerSettings) -> Service:
 
 def answer_batch(
     service: Service, model: str, head: dict[str, Any], bodies: list[bytes]
-) -> tuple[list[Response], Callable[[], None]]:
-    """Answer requests, each as :mod:`handlers.asgi.wire` describes it in the head.
-
-    Returns:
-        The answers, and a function that adds them to journal and metrics, to be called after they
-        are sent.
-    """
+) -> list[Response]:
+    """Answer requests, each as :mod:`handlers.asgi.wire` describes it in the head."""
     read = [
         _read(service, model, about, body)
         for about, body in zip(head["requests"], bodies, strict=True)
     ]
-    answers, report = service.answer_first([request for _, request in read])
-    responses = [
+    answers = service.answer([request for _, request in read])
+    return [
         answer if about["v2"] is None else v2.respond(call, answer)
         for about, (call, _), answer in zip(head["requests"], read, answers, strict=True)
     ]
-    return responses, report
 
 
 def _read(

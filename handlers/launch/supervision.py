@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+
+from serving.signals import signals_held
 
 STOP_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 5.0
@@ -108,27 +109,6 @@ class Child:
                 time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM after the block, so that no child is started and then forgotten.
-
-    They are not blocked, because children inherit that. Python delivers them to the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    signs = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(sign, lambda number, frame: held.append(number)) for sign in signs]
-    try:
-        yield
-    finally:
-        for sign, handler in zip(signs, before, strict=True):
-            signal.signal(sign, handler)
-        for number in held:
-            signal.raise_signal(number)
-
-
 class Supervisor:
     """Manages the child processes of a service. Several threads may use it.
 
@@ -191,7 +171,7 @@ class Supervisor:
         child = Child(
             name, command, environment, self._folder, output, restarts, pass_fds, on_trial
         )
-        with self._lock, _signals_held():
+        with self._lock, signals_held():
             if self._is_closed:
                 raise LaunchError("the service is being stopped")
             child.start()
@@ -244,7 +224,7 @@ class Supervisor:
             print(f"{child.name} ended with {status}: restarting it", file=sys.stderr, flush=True)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
-            with _signals_held():
+            with signals_held():
                 child.start()
             restarted = True
         if restarted or self._reaper.poll() is not None:

@@ -109,13 +109,12 @@ class Replica:
             now - job.arrived for job in jobs if not job.asked.about["probe"]
         )
         try:
-            answers, report = answer_batch(
+            answers = answer_batch(
                 self._service,
                 self._model,
                 {"requests": [job.asked.about for job in jobs]},
                 [job.asked.body for job in jobs],
             )
-            report()
         finally:
             self._computing_since = None
         return [

@@ -6,10 +6,9 @@ their normal answers.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -67,18 +66,6 @@ class Service:
 
     def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
         """Answer each request, in order. Never raises, whatever a client sent."""
-        answers, report = self.answer_first(requests)
-        report()
-        return answers
-
-    def answer_first(
-        self, requests: Sequence[RawRequest]
-    ) -> tuple[list[Response], Callable[[], None]]:
-        """Answer each request, and leave metrics and journal for after the answers are sent.
-
-        Returns:
-            The answers, as of :meth:`answer`, and a function that adds them to metrics and journal.
-        """
         watch = Stopwatch()
         deadline = time.monotonic() + MAX_BATCH_S
         with watch("parse"):
@@ -98,7 +85,8 @@ class Service:
                     "Server-Timing": stages,
                 }
             )
-        return answers, functools.partial(self._report, requests, answers, count, watch)
+        self._report(requests, answers, count, watch)
+        return answers
 
     def _in_passes(
         self, parsed: list[Any], deadline: float, watch: Stopwatch
