@@ -14,6 +14,7 @@ from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import MAX_SEED
 from serving.files import image_paths, read_file
+from serving.images import in_options
 
 
 class FileError(ValueError):
@@ -95,6 +96,6 @@ def read_pixels(paths: list[Path], engine: InferenceEngine, resize: str | None) 
         except OSError as error:
             raise FileError(f"{path}: {error.strerror}") from None
         if isinstance(image, ApiError):
-            raise FileError(f"{path}: {image.message}".replace('"resize": "fit"', "--resize fit"))
+            raise FileError(f"{path}: {in_options(image.message)}")
         pixels.append(image.pixels)
     return np.stack(pixels)

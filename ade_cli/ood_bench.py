@@ -15,6 +15,7 @@ from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.images import Images
 from export.verdict.ood_bench import bench
 from serving.engine.bundle import Bundle, BundleError
+from serving.images import in_options
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
@@ -87,17 +88,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say)
     except CalibrationError as error:
-        raise CalibrationError(_as_option(str(error))) from None
+        raise CalibrationError(in_options(str(error))) from None
     say(f"{made}")
 
 
 def _say(line: str) -> None:
-    say(_as_option(line))
-
-
-def _as_option(text: str) -> str:
-    """A text that names the API's field for resizing, with the option instead."""
-    return text.replace('"resize": "fit"', "--resize fit")
+    say(in_options(line))
 
 
 def _id_images(

@@ -30,7 +30,7 @@ from serving.api.requests import InputImage, prepare_image
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, only_writer, read_file, replacing
-from serving.images import IMAGE_SUFFIXES
+from serving.images import IMAGE_SUFFIXES, in_options
 from serving.tables import safe_cell
 from serving.verdict.calibration import DEFAULT, CalibrationError
 from serving.verdict.decision import NOT_SCORED, decide
@@ -149,7 +149,7 @@ class FileScorer:
 
     def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):
-            return _failed(image.code, image.message.replace('"resize": "fit"', "--resize fit"))
+            return _failed(image.code, in_options(image.message))
         if isinstance(score, NotFinite):
             return _failed("not_finite", str(score))
         verdict = score.verdict

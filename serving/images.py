@@ -18,10 +18,12 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_FILE_BYTES",
     "MAX_PIXELS",
+    "RESIZING",
     "DecodedImage",
     "ImageError",
     "coder_version",
     "file_size",
+    "in_options",
     "is_image_name",
     "header_pixels",
     "lossless_bits",
@@ -36,6 +38,7 @@ __all__ = [
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 16_000_000  # 48 MB decoded
 MAX_FILE_BYTES = 16 * 2**20
+RESIZING = '"resize": "fit"'  # what a request says to have images resized
 
 
 def is_image_name(name: str) -> bool:
@@ -69,6 +72,11 @@ def header_pixels(data: bytes) -> int:
     """Pixel count from the header, or 0 if unreadable."""
     width, height = file_size(data) or (0, 0)
     return width * height
+
+
+def in_options(message: str) -> str:
+    """An error about an image in the words of the command line."""
+    return message.replace(RESIZING, "--resize fit")
 
 
 def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage:
@@ -106,7 +114,7 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
         raise ImageError(
             "wrong_size",
             f"images must be {size[0]} x {size[1]} pixels, got {width} x {height}; "
-            '"resize": "fit" resizes them',
+            f"{RESIZING} resizes them",
         )
     return (decode if structure.is_plain else decode_apart)(data, structure)
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from serving.api.errors import ApiError, malformed, unusable
-from serving.images import ImageError, header_pixels, read_image, resize_centre
+from serving.images import RESIZING, ImageError, header_pixels, read_image, resize_centre
 from serving.messages import show, words_of
 
 PROBE_HEADER = "X-Ade-Probe"
@@ -424,7 +424,7 @@ def prepare_image(
         return unusable(
             "wrong_size",
             f"images must be {width} x {height} pixels, got {pixels.shape[1]} x "
-            f'{pixels.shape[0]}; "resize": "fit" resizes them',
+            f"{pixels.shape[0]}; {RESIZING} resizes them",
         ).at(index)
     if 0 in pixels.shape:
         return unusable(

@@ -24,7 +24,7 @@ from serving.api.requests import InputImage, prepare_image
 from serving.client import AdeClient, AdeError
 from serving.engine.bundle import Bundle
 from serving.engine.calibrations import open_calibrations
-from serving.images import file_size
+from serving.images import RESIZING, file_size
 from serving.page.charts import problem
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
@@ -136,9 +136,7 @@ def sentence(error: AdeError | ApiError) -> str:
     """An error of the API in the page's words."""
     if error.message.startswith("not an image:"):
         return NOT_AN_IMAGE
-    message = error.message.replace(
-        '"resize": "fit" resizes them', f'tick "{RESIZE}" to resize them'
-    )
+    message = error.message.replace(f"{RESIZING} resizes them", f'tick "{RESIZE}" to resize them')
     return message[:1].upper() + message[1:] + "."
 
 

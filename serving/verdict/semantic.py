@@ -152,11 +152,6 @@ class KnownImages:
         energy = [statistics[FREE_ENERGY]] if FREE_ENERGY in statistics else []
         return np.stack([-nearest / SCALE**2, *energy], axis=1).astype(np.float64)
 
-    def nearest(self, features: np.ndarray, count: int) -> np.ndarray:
-        """Rows of the nearest known images, the nearest first; int ``(N, count)``."""
-        order: np.ndarray = np.argsort(-self._similarities(features), axis=1, kind="stable")
-        return order[:, :count]
-
     def _similarities(self, features: np.ndarray) -> np.ndarray:
         """Cosines times ``SCALE**2``, float32 ``(N, m)``."""
         similarities: np.ndarray = _directions(features) @ self._columns
