@@ -81,8 +81,14 @@ class GateMiddleware:
                 raise ValueError(f"{name} must be reject or flag, got {action!r}")
         if not timeout_s > 0 or not math.isfinite(timeout_s):
             raise ValueError(f"timeout_s must be above 0 and finite, got {timeout_s}")
-        if waiting < 1:
-            raise ValueError(f"waiting must be at least 1, got {waiting}")
+        for option, number in (("threads", threads), ("waiting", waiting)):
+            if number < 1:
+                raise ValueError(f"{option} must be at least 1, got {number}")
+        if calibration is not None and not callable(calibration):
+            raise ValueError(
+                "calibration must be a function that names a request's calibration, got "
+                f"{calibration!r}"
+            )
         if isinstance(text_fields, str):  # "in" would look for parts of it
             raise ValueError(f"text_fields must be a list of names, got {text_fields!r}")
         self._app = app

@@ -432,8 +432,8 @@ def test_a_request_that_fails_unexpectedly_leaves_its_neighbours_their_answers(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = WorkerSettings(
-        *(str(tiny_bundle), open_bundle(tiny_bundle).model_id, "sample", "tiny-sample", "1"),
-        *(str(tmp_path), ServingOptions(device="cpu")),
+        *(str(tiny_bundle), "tiny@1", open_bundle(tiny_bundle).digest, "sample", "tiny-sample"),
+        *("1", str(tmp_path), ServingOptions(device="cpu")),
     )
     real = worker.raw_request
 
@@ -459,8 +459,8 @@ def test_requests_that_cannot_be_read_are_counted_and_logged(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
     settings = WorkerSettings(
-        *(str(tiny_bundle), open_bundle(tiny_bundle).model_id, "sample", "tiny-sample", "1"),
-        *(str(tmp_path), ServingOptions(device="cpu")),
+        *(str(tiny_bundle), "tiny@1", open_bundle(tiny_bundle).digest, "sample", "tiny-sample"),
+        *("1", str(tmp_path), ServingOptions(device="cpu")),
     )
     service = worker.load_service(settings)
     about = {"probe": False, "content_type": "multipart/form-data"}
@@ -775,7 +775,8 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
         (ask([image], b"\t"), 400, "has 1 bytes that belong to no input"),
         (ask([{**image, **in_bytes}], b"\t" * 3072), 400, "data and binary_data_size"),
         (ask([image], parameters={"format": "npy"}), 422, "no parameter format"),
-        (ask([image], parameters={"image": "x"}), 400, "image is a parameter and an input"),
+        (ask([image], parameters={"image1": "x"}), 422, "image1 is no parameter: images are"),
+        (ask([image], parameters={"image": "x"}), 422, "image is no parameter: images are inputs"),
     ):
         assert answer.status_code == status and message in answer.json()["error"], answer.text
     assert ask([in_bytes], b"\t" * 3072).json()["outputs"] == ask([image]).json()["outputs"]
@@ -811,7 +812,7 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
 
     async def answer() -> None:
         settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "score", "score", "1"),
+            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
             *(str(tmp_path), ServingOptions(device="cpu")),
         )
         pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
@@ -869,7 +870,7 @@ def test_a_worker_whose_first_message_is_invalid_did_not_start(
 
     async def start() -> None:
         settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "score", "score", "1"),
+            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
             *(str(tmp_path), ServingOptions(device="cpu")),
         )
         pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
@@ -899,7 +900,7 @@ def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
 
     async def stop_busy() -> list[Any]:
         settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "score", "score", "1"),
+            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
             *(str(tmp_path), ServingOptions(device="cpu")),
         )
         pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})

@@ -303,6 +303,8 @@ def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> No
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"on_no_verdict": "accept"}, "on_no_verdict must be reject or flag, got 'accept'"),
         ({"waiting": 0}, "waiting must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"calibration": "night"}, "calibration must be a function .* got 'night'"),
         ({"timeout_s": 0.0}, "timeout_s must be above 0 and finite, got 0.0"),
         ({"timeout_s": float("nan")}, "timeout_s must be above 0"),
         ({"timeout_s": float("inf")}, "timeout_s must be above 0"),

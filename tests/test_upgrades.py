@@ -66,6 +66,14 @@ def disturb(folder: Path) -> None:
     save_file({name: value * 1.001 for name, value in weights.items()}, folder / WEIGHTS_NAME)
 
 
+def calibrate_otherwise(folder: Path) -> None:
+    """The same model with another calibration: its verdicts differ."""
+    made = Calibrations.load(folder / CALIBRATION_NAME)
+    stricter = dataclasses.replace(made.exact, scores=made.exact.scores - 1)
+    content = dataclasses.replace(made, exact=stricter).to_bytes()
+    (folder / CALIBRATION_NAME).write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return changed_copy(tmp_path_factory.mktemp("second") / "bundle", disturb)
@@ -197,17 +205,21 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
     }
 
 
-def test_a_worker_does_not_take_what_was_put_into_its_folder(tmp_path: Path, second: Path) -> None:
-    """A release is of one model, also when a worker is replaced."""
+@pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
+def test_a_worker_does_not_take_what_was_put_into_its_folder(
+    tmp_path: Path, changed: Callable[[Path], None]
+) -> None:
+    """A release is of one model and one calibration, also when a worker is replaced."""
     folder = Path(shutil.copytree(PRETRAINED, tmp_path / "bundle"))
+    other = changed_copy(tmp_path / "other", changed)
     app = RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(folder)),))
     try:
         app.wait()
         model = model_of(app.url)
         shutil.rmtree(folder)
-        shutil.copytree(second, folder)
+        shutil.copytree(other, folder)
         app.worker("sample").kill()
-        wait_for(lambda: "has become" in app.output.read_text(), 60)
+        wait_for(lambda: "has become another bundle" in app.output.read_text(), 60)
         assert model_of(app.url) == model
     finally:
         app.process.kill()
@@ -237,6 +249,10 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "night.npz").touch()
     with pytest.raises(UpgradeError, match="lacks the calibrations night"):
         check_contract(new, old)
+    # What feedback made of the old bundle's own calibration has a successor: the new one's own.
+    (tmp_path / FOLDER / "night.npz").rename(tmp_path / FOLDER / "default.npz")
+    check_contract(new, old)
+    (tmp_path / FOLDER / "default.npz").rename(tmp_path / FOLDER / "night.npz")
     # A file that the new bundle could not use is no calibration: images would get no verdict.
     with pytest.raises(UpgradeError, match="the calibration night of "):
         check_contract(old, new)

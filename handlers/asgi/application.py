@@ -260,6 +260,7 @@ def make_pools(
             WorkerSettings(
                 str(bundle.folder),
                 identities[str(bundle.folder)],
+                bundle.digest,
                 operation,
                 name,
                 f"{journal}-{number}",

@@ -19,7 +19,13 @@ import orjson
 
 from handlers.limits import MAX_REQUEST_BYTES
 from serving.api.errors import ApiError, ProtocolError, internal_error, malformed, unusable
-from serving.api.requests import JSON_BYTES_PER_NUMBER, MAX_IMAGES, MAX_JSON_VALUES, RawRequest
+from serving.api.requests import (
+    JSON_BYTES_PER_NUMBER,
+    MAX_IMAGES,
+    MAX_JSON_VALUES,
+    RawRequest,
+    is_image_field,
+)
 from serving.api.responses import Response, check_size, error_response
 from serving.engine.bundle import Bundle
 from serving.messages import show
@@ -130,6 +136,8 @@ def parse(
         raise ApiError(
             422, "unknown_parameter", "there is no parameter format: the protocol has its own"
         )
+    for name in filter(is_image_field, parameters):  # they would be taken for files of a form
+        raise ApiError(422, "unknown_parameter", f"{show(name)} is no parameter: images are inputs")
     fields: dict[str, Any] = {**parameters, "format": FORMATS[operation]}
     known = SAMPLE_INPUTS if operation == "sample" else (IMAGES,)
     for name, tensor in inputs.items():

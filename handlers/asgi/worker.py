@@ -38,6 +38,7 @@ class WorkerSettings:
     Attributes:
         bundle: folder of the bundle.
         identity: identity of the model in it, ``NAME@HASH``.
+        digest: of the bundle, :attr:`serving.engine.bundle.Bundle.digest`.
         operation: one of the four operations.
         model: served name of the model.
         name: name of the worker in metrics and logs.
@@ -47,6 +48,7 @@ class WorkerSettings:
 
     bundle: str
     identity: str
+    digest: str
     operation: str
     model: str
     name: str
@@ -95,9 +97,10 @@ def load_service(settings: WorkerSettings) -> Service:
         cuda_graphs=options.cuda_graphs,
     )
     # A worker that is replaced must not answer by what has been put into the folder since.
-    if engine.bundle.model_id != settings.identity:
+    if engine.bundle.digest != settings.digest:
         raise BundleError(
-            f"{settings.bundle} has become {engine.bundle.model_id}, expected {settings.identity}"
+            f"{settings.bundle} has become another bundle ({engine.bundle.model_id}) since "
+            f"{settings.identity} was started from it: put the former one back, or start again"
         )
     engine.warm_up()
     journal = Journal(Path(settings.logs), settings.name)

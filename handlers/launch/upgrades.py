@@ -19,7 +19,7 @@ from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, re
 from handlers.launch.parts import Page
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
 from serving.engine.calibrations import open_calibrations
-from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration import DEFAULT, CalibrationError
 from serving.verdict.store import FOLDER
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
@@ -247,7 +247,9 @@ def check_contract(old: Bundle, new: Bundle) -> None:
         raise UpgradeError(
             f"{new.model_id} is not calibrated, and would accept no image: run ade calibrate first"
         )
-    lost = sorted(_calibrations(old).keys() - _calibrations(new).keys())
+    # What feedback made of the old bundle's own calibration is replaced by the new bundle's own.
+    own = {DEFAULT} if new.has(CALIBRATION_NAME) else set()
+    lost = sorted(_calibrations(old).keys() - _calibrations(new).keys() - own)
     if lost:
         raise UpgradeError(
             f"{new.model_id} lacks the calibrations {', '.join(lost)}: add them with "

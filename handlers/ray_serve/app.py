@@ -57,6 +57,7 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
         worker = WorkerSettings(
             str(bundle.folder),
             bundle.model_id,
+            bundle.digest,
             operation,
             name,
             name,

@@ -273,18 +273,24 @@ def _check_size(count: int) -> None:
         )
 
 
+def is_image_field(name: str) -> bool:
+    """Whether a form's field holds an image, or several: ``image``, ``image1`` …"""
+    suffix = name.removeprefix("image")
+    return name.startswith("image") and (
+        not suffix or suffix.isdecimal() and len(suffix) <= MAX_SUFFIX
+    )
+
+
 def _form(request: RawRequest) -> tuple[list[Any], dict[str, Any]]:
     sources: list[Any] = []
     given: dict[str, Any] = {}
     size = 0
     files = {}
     for name, value in request.fields.items():
-        suffix = name.removeprefix("image")
-        if name.startswith("image") and (
-            not suffix or suffix.isdecimal() and len(suffix) <= MAX_SUFFIX
-        ):
-            files[int(suffix or 0), name] = _bytes(value)
-            size += len(files[int(suffix or 0), name])
+        if is_image_field(name):
+            place = int(name.removeprefix("image") or 0), name
+            files[place] = _bytes(value)
+            size += len(files[place])
         else:
             given[name] = form_text(name, value)
     _check_size(size)

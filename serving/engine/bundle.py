@@ -99,6 +99,11 @@ class Bundle:
         return f"{self.name}@{self.manifest['files'][WEIGHTS_NAME][:12]}"
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and thereby of every file that it lists."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @property
     def networks(self) -> str:
         """The identity of the networks, to which named calibrations are tied.
 
