@@ -26,17 +26,38 @@ from training.comparison.report import write_comparison
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
-ALL_PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
-    *sorted((ROOT / "docs" / "explanation").glob("*.md")),
-]
+ALL_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING_PAGES = [*ALL_PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def without_code(page: Path) -> str:
+    """A page's text without its blocks and spans of code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", text, re.MULTILINE):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", shown).replace(" ", "-")
+        found[slug] = found.get(slug, 0) + 1
+    return {
+        slug if not number else f"{slug}-{number}"
+        for slug, count in found.items()
+        for number in range(count)
+    }
 
 
 def ade_commands(page: Path) -> list[list[str]]:
@@ -52,17 +73,36 @@ def test_pages_have_commands() -> None:
     assert sum(len(ade_commands(page)) for page in ALL_PAGES) >= 12
 
 
-@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_every_command_parses(page: Path) -> None:
     """The commands are only parsed here; other tests run them."""
     for words in ade_commands(page):
         assert parse(words).verb == words[0]
 
 
-@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING_PAGES, ids=name_of)
 def test_links_have_targets(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target, fragment in re.findall(r"\]\(([^()#\s]*)(?:#([^)\s]*))?\)", without_code(page)):
+        if target.startswith("http"):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not fragment or fragment in anchors(path), f"{target}#{fragment}"
+
+
+def test_anchors_are_those_of_github(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Version 0.2's `ade fit`\n\n```bash\n# a comment\n```\n\n## [A link](page.md), and more\n"
+        "## Twice\n## Twice\n## Über_alles – again\n"
+    )
+    assert anchors(page) == {
+        "version-02s-ade-fit",
+        "a-link-and-more",
+        "twice",
+        "twice-1",
+        "über_alles--again",
+    }
 
 
 def test_the_contract_names_every_error() -> None:
