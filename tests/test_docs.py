@@ -200,6 +200,12 @@ def test_python(
     assert printed and (page.name != "README.md" or "(16, 32, 32, 3)" in printed)
 
 
+def run_curl(block: str, service: RunningService, folder: Path) -> None:
+    """Run a block of commands in a folder, with the service's address instead of the default."""
+    command = block.replace("curl ", "curl --fail -sS ").replace(DEFAULT_URL, service.url)
+    subprocess.run(["bash", "-euc", command], cwd=folder, check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
     (tmp_path / "serving").symlink_to(ROOT / "serving")
@@ -207,21 +213,37 @@ def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
     commands = [block for block in blocks(page, "bash") if "curl " in block]
     assert all(f"/{operation}" in "".join(commands) for operation in OPERATIONS)
     for block in commands:
-        subprocess.run(
-            [
-                "bash",
-                "-euc",
-                block.replace("curl ", "curl --fail -sS ").replace(DEFAULT_URL, service.url),
-            ],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-        )
+        run_curl(block, service, tmp_path)
     with Image.open(tmp_path / "reconstruction.png") as reconstruction:
         assert reconstruction.size == (32, 32)
     if page.name == "README.md":
         with Image.open(tmp_path / "samples.png") as samples:
             assert samples.text["ade:seed"] == "7"
+
+
+def test_the_page_on_generating_images(
+    service: RunningService,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    page = ROOT / "docs" / "how-to" / "generate-images.md"
+    monkeypatch.chdir(tmp_path)
+    for folder in ("serving", "pretrained"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for block in blocks(page, "bash"):
+        if "curl " in block:
+            run_curl(block, service, tmp_path)
+    for words in ade_commands(page):
+        assert main(words) == 0
+    grids = {name: np.asarray(Image.open(f"{name}.png")) for name in ("samples", "fourth", "mixed")}
+    assert (grids["samples"][:32, 96:128] == grids["fourth"]).all()
+    assert grids["mixed"].shape == grids["fourth"].shape
+    assert np.load("density.npy").shape == (16, 32, 32, 3)
+    (block,) = blocks(page, "python")
+    code = block.replace("AdeClient()", f'AdeClient("{service.url}")')
+    exec(compile(code, str(page), "exec"), {})
+    assert "(8, 32, 32, 3)" in capsys.readouterr().out
 
 
 def test_javascript(service: RunningService) -> None:
