@@ -1,6 +1,6 @@
 """What would make a weak gate better, with what was measured of it.
 
-The figures are from docs/ood.md, which names the commands that measure them.
+The figures are from docs/ood.md and docs/ood/measurements.md, which name the commands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
             "calibrate on 1,000 images or more. With four times the images the bands above are "
             "half as wide; and of subtly corrupted images of CIFAR-10, a gate calibrated on 200 "
             "images finds 73 % at alpha 0.05, one calibrated on 500 finds 86 % "
-            "(docs/ood.md#few-images)"
+            "(docs/ood/measurements.md#few-images)"
         )
     missed = [name for name in CORRUPTIONS if (rejected.get(name) or 0.0) < MIN_GROSS]
     subtle = [rejected.get(name) or 0.0 for name in SUBTLE]

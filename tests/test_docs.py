@@ -90,6 +90,17 @@ def test_links_have_targets(page: Path) -> None:
         assert not fragment or fragment in anchors(path), f"{target}#{fragment}"
 
 
+def test_messages_name_pages_that_exist() -> None:
+    named = set()
+    for folder in ("ade_cli", "benchmarks", "export", "fitting", "handlers", "serving", "training"):
+        for source in (ROOT / folder).rglob("*.py"):
+            named |= set(re.findall(r"\b(docs/[\w/-]+\.md)(?:#([\w-]+))?", source.read_text()))
+    assert ("docs/ood/measurements.md", "few-images") in named
+    for page, fragment in named:
+        assert (ROOT / page).exists(), page
+        assert not fragment or fragment in anchors(ROOT / page), f"{page}#{fragment}"
+
+
 def test_anchors_are_those_of_github(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
