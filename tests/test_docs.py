@@ -17,6 +17,9 @@ import torch
 from PIL import Image
 
 from ade_cli.main import main, parse
+from handlers.front.settings import TOKEN_VARIABLE
+from handlers.launch import run_folder
+from serving import ports
 from serving.engine.bundle import verify_bundle
 from serving.engine.signatures import OPERATIONS
 from tests.helpers import ROOT, make_folder
@@ -99,6 +102,13 @@ def test_messages_name_pages_that_exist() -> None:
     for page, fragment in named:
         assert (ROOT / page).exists(), page
         assert not fragment or fragment in anchors(ROOT / page), f"{page}#{fragment}"
+
+
+def test_operations_lists_every_variable() -> None:
+    table = (ROOT / "docs" / "operations.md").read_text()
+    variables = [variable for variable, _ in ports.VARIABLES.values()]
+    for variable in (*variables, TOKEN_VARIABLE, run_folder.VARIABLE, "XDG_CACHE_HOME"):
+        assert f"\n| `{variable}` |" in table, variable
 
 
 def test_anchors_are_those_of_github(tmp_path: Path) -> None:
