@@ -683,6 +683,21 @@ def test_an_encoder_learns_to_tell_things_apart(
     assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
 
 
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_an_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
+    is_faster: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.encoder.bfloat16_is_faster", lambda device: is_faster)
+
+    def forward(self: Encoder, images: torch.Tensor) -> None:
+        raise RuntimeError(f"in bfloat16: {torch.is_autocast_enabled('cpu')}")
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    images = ImageSet(small_images[:16], np.arange(16) % 2)
+    with pytest.raises(RuntimeError, match=f"in bfloat16: {is_faster}"):
+        train_encoder(images, 1, torch.device("cpu"))
+
+
 def test_an_encoder_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is refused before the images are read, also in the place of a link that leads nowhere."""
     (tmp_path / "file.onnx").touch()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import DataError, Dataset, ImageSet
+from training.device import bfloat16_is_faster
 
 WIDTHS = (32, 128, 256)
 STEM = 32
@@ -225,6 +226,7 @@ def train_encoder(
         parameters, LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )
     draws = torch.Generator().manual_seed(seed)
+    in_bfloat16 = bfloat16_is_faster(device.type)
     network.train()
     seen, started, told = 0, time.monotonic(), 0.0
     for rows in _batches(len(images), seed):
@@ -235,7 +237,7 @@ def train_encoder(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(done / WARM_UP, (1 - done) / (1 - WARM_UP)) + 1e-5
         pixels = torch.from_numpy(np.asarray(images.images[rows])).float()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
             if labels is None:
                 loss = _loss_without_labels(network, head, pixels, device, draws)
             else:

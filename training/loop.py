@@ -24,7 +24,7 @@ from ade_model.checkpoint import read_config
 from serving.files import write_text
 from serving.signals import signals_held
 from training.data import Dataset
-from training.device import DEVICES, choose_device
+from training.device import DEVICES, bfloat16_is_faster, choose_device
 from training.evaluate import bits_of, reconstruction_grid, sample_grid, sample_kinds
 from training.recipes import TrainConfig
 from training.report import write_report
@@ -103,7 +103,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
     """
     accelerator = choose_device(device).type
     if precision == "auto":
-        precision = "bfloat16" if _bfloat16_is_faster(accelerator) else "float32"
+        precision = "bfloat16" if bfloat16_is_faster(accelerator) else "float32"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     fabric = Fabric(
@@ -136,16 +136,6 @@ def _with_others(fabric: Fabric) -> Iterator[None]:
             "the run with as many processes as there are now (with a projected discriminator, with "
             f"as many as before) ({reason})"
         ) from error
-
-
-def _bfloat16_is_faster(accelerator: str) -> bool:
-    if accelerator == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and torch.cpu._is_avx512_bf16_supported()
-    )
 
 
 def train(
