@@ -106,19 +106,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of tensors.
 
     Raises:
-        ConfigError: the file is not a safetensors file, or is damaged.
+        ConfigError: the file is not a safetensors file, or is damaged or missing.
     """
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"{path} is not a safetensors file: {error}") from error
+    except OSError as error:  # of safetensors, which sets neither errno nor filename
+        reason = str(error).removesuffix(f": {path}")
+        raise ConfigError(f"{path} cannot be read: {reason}") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The float32 state dict of a saved model.
 
     Raises:
-        ConfigError: its file of weights is damaged.
+        ConfigError: its file of weights is damaged or missing.
     """
     return {k: v.float() for k, v in read_tensors(folder / WEIGHTS_NAME).items()}
 
@@ -127,8 +130,8 @@ def load_model(folder: Path) -> ADEModel:
     """Rebuild a model that :func:`save_model` wrote, in evaluation mode on the CPU.
 
     Raises:
-        ConfigError: the folder holds no model, its weights are damaged, or they do not fit its
-            configuration.
+        ConfigError: the folder holds no model, its weights are damaged or missing, or they do not
+            fit its configuration.
     """
     model = ADEModel(ModelConfig.from_dict(read_config(folder)["model"]))
     try:

@@ -1058,7 +1058,7 @@ def test_a_report_shows_density_samples_only_of_a_sigma_that_was_trained(
 
 
 @pytest.mark.parametrize("name", ["model", "raw", "optimizer", "discriminator", "d_optimizer"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     folder = save_checkpoint(tmp_path, trainer(), Progress(), {"recipe": "av-ade"})
     path = folder / f"{name}.safetensors"
     path.write_bytes(path.read_bytes()[:10])
@@ -1067,6 +1067,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     if name == "model":
         with pytest.raises(ConfigError, match="is not a safetensors file"):
             load_model(folder)
+    path.unlink()
+    with pytest.raises(ConfigError, match=f"{path} cannot be read: No such file or directory$"):
+        load_checkpoint(folder, trainer())
 
 
 def test_a_lost_process_is_an_error_of_the_run() -> None:

@@ -150,7 +150,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     Raises:
         RunError: the checkpoint's discriminator is of an earlier version, or compares the images of
             a process and had another number of them.
-        ConfigError: a file of tensors is damaged.
+        ConfigError: a file of tensors is damaged or missing.
     """
     state = json.loads((folder / STATE_NAME).read_text())
     # Missing in checkpoints of earlier versions.
@@ -191,7 +191,7 @@ def start_from(folder: Path, trainer: Trainer) -> None:
 
     Raises:
         RunError: the weights belong to another architecture that cannot grow into this one.
-        ConfigError: a file of tensors is damaged.
+        ConfigError: a file of tensors is damaged or missing.
     """
     folder = latest_checkpoint(folder)
     weights = read_weights(folder)
