@@ -140,7 +140,7 @@ def _is_own(args: argparse.Namespace, run: Path) -> bool:
 def _store(result: dict[str, Any], path: Path) -> None:
     """Write figures, beside those that were measured before on the same images.
 
-    Figures of more images are kept instead.
+    Figures of more images, or of the same images with another seed, are kept instead.
     """
     before = json.loads(path.read_text()) if path.is_file() else {}
     if any(before.get(key) != result[key] for key in ("data", "part")):
@@ -148,7 +148,11 @@ def _store(result: dict[str, Any], path: Path) -> None:
     if result["images"] < before.get("images", 0):
         say(f"{path} is kept: its figures are of {before['images']} images, not {result['images']}")
         return
-    if all(before.get(key) == result[key] for key in ("split", "images", "seed")):
+    is_same = all(before.get(key) == result[key] for key in ("split", "images"))
+    if is_same and before.get("seed", result["seed"]) != result["seed"]:
+        say(f"{path} is kept: its figures are of seed {before['seed']}, not {result['seed']}")
+        return
+    if is_same and "seed" in before:
         kinds, found = before.get("distances", {}), result.get("distances", {})
         distances = {k: {**kinds.get(k, {}), **found.get(k, {})} for k in kinds | found}
         result = {**before, **result, **({"distances": distances} if distances else {})}

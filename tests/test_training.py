@@ -1392,8 +1392,10 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
     path.write_text(json.dumps(stored))
     assert main([*given, "1"]) == 0  # fewer figures of the same images
     assert json.loads(path.read_text()) == stored
+    assert main([*given, "1", "--seed", "1"]) == 0
+    assert f"{path} is kept: its figures are of seed 0, not 1" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == stored
     other = shutil.copytree(folder, tmp_path / "other")
-    capsys.readouterr()
     for elsewhere in (["--part", "train"], ["--data", str(other)]):
         assert main([*given, "1", *elsewhere]) == 0
         assert "it is for the part test of the run's own data set" in capsys.readouterr().err
