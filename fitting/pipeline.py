@@ -27,7 +27,7 @@ from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.what_if import corruptions_of, rejected
 from export.write import export_bundle
-from fitting.plan import Plan, PlanError
+from fitting.plan import REST_MINUTES, Plan, PlanError
 from fitting.report import (
     ALPHAS,
     Caught,
@@ -116,6 +116,11 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
         if not line.startswith("skipped"):  # the survey lists these files
             step(line)
 
+    if plan.rest < REST_MINUTES and not has_begun(out):
+        step(
+            "the steps after training take about 2 minutes: this budget leaves "
+            f"{_minutes(plan.rest)} and will be exceeded"
+        )
     folder = Path(plan.folder)
     step(f"reading {folder}")
     dataset = load_files(folder, files, plan.image_size, out / "cache", read)
@@ -130,6 +135,11 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
         _report(plan, found, dataset, bundle, out)
     step("done")
     return Fitted(bundle, out / "report.html")
+
+
+def _minutes(value: float) -> str:
+    """Minutes for the user: two significant digits, or a whole number."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def has_begun(out: Path) -> bool:
@@ -180,7 +190,7 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
         if (run / GIVEN_UP).exists():
             break
         if not (run / "report.md").exists():
-            step(f"training {stage.recipe}, {stage.minutes:.0f} minutes")
+            step(f"training {stage.recipe}, {_minutes(stage.minutes)} minutes")
             config = recipe(
                 stage.recipe,
                 dataset.image_size,
@@ -225,7 +235,7 @@ def _encoder(
     if not about_path.exists():
         step(
             f"training an encoder for {len(np.unique(labels))} classes, "
-            f"{plan.encoder_minutes:.1f} minutes: "
+            f"{_minutes(plan.encoder_minutes)} minutes: "
             f"{listed(class_folders(dataset.files['train']) or [])}"
         )
         images = ImageSet(dataset.parts["train"].images, labels)

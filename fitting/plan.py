@@ -11,6 +11,8 @@ from typing import Any
 
 REST_SHARE = 0.2  # of the budget, for reading, exporting, calibrating and the report
 MIN_REST_MINUTES = 0.5
+# On two cores these steps take about 2 minutes. Smaller budgets are exceeded, but not refused.
+REST_MINUTES = 1.5
 # With less there is no time for an adversary.
 ADVERSARIAL_FROM_MINUTES = 20.0
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversarial stage
@@ -77,6 +79,11 @@ class Plan:
     has_classes: bool = False
     encoder_minutes: float = 0.0
     flow: tuple[int, ...] = ()
+
+    @property
+    def rest(self) -> float:
+        """Minutes for the steps before and after training."""
+        return self.budget - sum(stage.minutes for stage in self.stages) - self.encoder_minutes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

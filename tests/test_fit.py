@@ -22,7 +22,15 @@ from PIL import Image
 from ade_cli.main import main
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from fitting.pipeline import _bundle, _caught, _encoder, _test_images, _train, fit_folder
+from fitting.pipeline import (
+    _bundle,
+    _caught,
+    _encoder,
+    _minutes,
+    _test_images,
+    _train,
+    fit_folder,
+)
 from fitting.plan import (
     ENCODER_MOST_MINUTES,
     FLOWS,
@@ -101,6 +109,10 @@ def test_plans_fit_their_budget() -> None:
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(PlanError, match="too small"):
         make_plan("/images", "images", 32, 0.4, False)
+
+
+def test_minutes_are_never_rounded_to_none() -> None:
+    assert [_minutes(value) for value in (0.46, 6.4, 16.8, 230.4)] == ["0.46", "6.4", "17", "230"]
 
 
 def test_an_encoder_is_planned_where_it_pays() -> None:
@@ -262,6 +274,7 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         (["NOWHERE"], "is not a folder"),
         (["FEW", "--budget", "soon"], "a budget must be a time"),
         (["FEW", "--budget", "5m"], "the part select needs at least 20 of them"),
+        (["FEW", "--budget", "1m"], "this budget leaves 0.5 and will be exceeded"),
         (["EMPTY"], "holds no images"),
         (["FEW", "--image-size", "20"], "image_size"),
         (["FEW", "--image-size", "0"], "image_size must be an integer of at least 2, got 0"),
