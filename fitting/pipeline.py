@@ -162,9 +162,11 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
     for part, least in MIN_IMAGES.items():
         if found.parts[part] < least:
             names = len({file.name for file in files})
+            copies = sum(len(group) - 1 for group in found.twice)
             raise DataError(
-                f"{folder}: about {ENOUGH} different images are needed, got {found.files}; "
-                f"the part {part} needs at least {least} of them and gets {found.parts[part]}"
+                f"{folder}: about {ENOUGH} different images are needed, got {found.files} files "
+                f"(unusable: {len(found.broken)}, copies: {copies}); "
+                f"the part {part} needs at least {least} images and gets {found.parts[part]}"
                 + (
                     f". Files of one name are in one part: these have {names} names"
                     if names < len(files)

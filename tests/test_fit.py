@@ -273,7 +273,11 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
     [
         (["NOWHERE"], "is not a folder"),
         (["FEW", "--budget", "soon"], "a budget must be a time"),
-        (["FEW", "--budget", "5m"], "the part select needs at least 20 of them"),
+        (
+            ["FEW", "--budget", "5m"],
+            "got 64 files (unusable: 2, copies: 1); the part select needs at least 20 images and "
+            "gets 1",
+        ),
         (["FEW", "--budget", "1m"], "this budget leaves 0.5 and will be exceeded"),
         (["EMPTY"], "holds no images"),
         (["FEW", "--image-size", "20"], "image_size"),
@@ -288,7 +292,10 @@ def test_folders_that_cannot_be_fitted(
     small_images: np.ndarray,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    make_folder(tmp_path / "few", small_images[:60])
+    shutil.copy(
+        make_folder(tmp_path / "few", small_images[:60]) / "class0" / "0000.png",
+        tmp_path / "few" / "copy.png",
+    )
     (tmp_path / "empty").mkdir()
     places = {
         "NOWHERE": tmp_path / "nowhere",
