@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="default: the size that suits most of the images, at most 64",
+        help="at most 64 (default: the size that suits most of the images)",
     )
     parser.add_argument(
         "--licence",

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fitting.survey import LARGEST
+
 REST_SHARE = 0.2  # of the budget, for reading, exporting, calibrating and the report
 MIN_REST_MINUTES = 0.5
 # On two cores these steps take about 2 minutes. Smaller budgets are exceeded, but not refused.
@@ -212,8 +214,10 @@ def make_plan(
         has_classes: whether they lie in class folders, by which an encoder can be trained.
 
     Raises:
-        PlanError: the budget is too small.
+        PlanError: the budget is too small, or the images are too large.
     """
+    if image_size > LARGEST:
+        raise PlanError(f"image_size must be at most {LARGEST} pixels, got {image_size}")
     training = budget - max(MIN_REST_MINUTES, REST_SHARE * budget)
     if training <= 0:
         raise PlanError(

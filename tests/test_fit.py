@@ -281,6 +281,7 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         (["FEW", "--budget", "1m"], "this budget leaves 0.5 and will be exceeded"),
         (["EMPTY"], "holds no images"),
         (["FEW", "--image-size", "20"], "image_size"),
+        (["FEW", "--image-size", "128"], "image_size must be at most 64 pixels, got 128"),
         (["FEW", "--image-size", "0"], "image_size must be an integer of at least 2, got 0"),
         (["TMP"], "--out must lie outside"),
     ],
