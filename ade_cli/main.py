@@ -41,12 +41,10 @@ VERBS = {
     "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }
-RESUMED = {
-    **dict.fromkeys(
-        ("fit", "score", "compare", "compress"), ": the same command resumes from here"
-    ),
-    "train": "; --resume continues from the last checkpoint",
-}
+RESUMED = dict.fromkeys(
+    ("fit", "score", "compare", "compress"), ": the same command resumes from here"
+)
+INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # exit status after SIGTERM
 EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "fit": "fit",
@@ -84,7 +82,12 @@ def parse(given: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    args = parse(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        args = parse(given)
+    except KeyboardInterrupt:  # imports of a verb can take seconds
+        print(" ".join(["ade", *given[:1]]) + ": interrupted", file=sys.stderr)
+        return INTERRUPTED
     with _sigterm_raises(args.verb):
         return _run(args)
 
@@ -114,8 +117,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"ade {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"ade {args.verb}: interrupted{RESUMED.get(args.verb, '')}", file=sys.stderr)
-        return 130
+        how = module.resumed(args) if hasattr(module, "resumed") else RESUMED.get(args.verb, "")
+        print(f"ade {args.verb}: interrupted{how}", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -17,7 +17,7 @@ from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, budget_of, check_folder, train
 from training.metrics.features import FeatureError
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
-from training.runs import RunError, alone_in, latest_checkpoint
+from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint
 from training.step import TrainingDiverged
 
 ERRORS = (RunError, DataError, ConfigError, FeatureError, TrainingDiverged)
@@ -121,6 +121,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ]
     parser.set_defaults(settable=settable)
+
+
+def resumed(args: argparse.Namespace) -> str:
+    """How an interrupted run is continued, for the user."""
+    if args.dry_run:
+        return ""
+    if checkpoint_folders(args.out):
+        return "; --resume continues from the last checkpoint"
+    if (args.out / "run.json").is_file():
+        return "; there is no checkpoint yet: --resume starts from the beginning"
+    return ": the same command starts again"
 
 
 def run(args: argparse.Namespace) -> None:

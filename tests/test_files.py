@@ -250,7 +250,7 @@ def test_errors_name_the_file_that_was_given_and_come_before_the_work(
     "sign, status, said",
     [
         (signal.SIGTERM, 143, ""),
-        (signal.SIGINT, 130, "interrupted; --resume continues from the last checkpoint"),
+        (signal.SIGINT, 130, "ade train: interrupted"),
     ],
 )
 def test_nothing_unfinished_is_left_by_a_signal(
@@ -274,6 +274,27 @@ def test_nothing_unfinished_is_left_by_a_signal(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended == status and said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_interruption_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ade_cli.train.run", interrupt)
+    for made, said in (
+        (None, ": the same command starts again"),
+        ("run.json", "; there is no checkpoint yet: --resume starts from the beginning"),
+        ("checkpoints/step-1/state.json", "; --resume continues from the last checkpoint"),
+    ):
+        if made:
+            (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / made).touch()
+        assert main(["train", "vae", "--data", "x", "--out", str(tmp_path)]) == 130
+        assert capsys.readouterr().err == f"ade train: interrupted{said}\n"
+    monkeypatch.setattr("ade_cli.main._module", interrupt)  # while packages are imported
+    assert main(["train"]) == 130 and capsys.readouterr().err == "ade train: interrupted\n"
 
 
 def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:
