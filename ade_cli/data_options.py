@@ -88,8 +88,11 @@ def dataset_of(
         source = run / "data.json" if run else None
         if source is None or not source.is_file():
             raise DataError(f"--data is required: {run} has no record of what it was trained on")
-        stored = json.loads(source.read_text())
-        data, root = stored["data"], root or stored["root"]
+        try:
+            stored = json.loads(source.read_text())
+            data, root = stored["data"], root or stored["root"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{source} is damaged: {error!r}") from error
     return load_dataset(
         data,
         root,

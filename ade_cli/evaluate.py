@@ -14,7 +14,7 @@ from training.data import PARTS, DataError
 from training.device import DEVICES, choose_device
 from training.measure import MeasureOptions, Measurer
 from training.metrics.features import FeatureError
-from training.runs import RunError, latest_checkpoint, run_of, write_json
+from training.runs import RunError, latest_checkpoint, read_json, run_of, write_json
 
 ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
@@ -134,7 +134,7 @@ def _is_own(args: argparse.Namespace, run: Path) -> bool:
     if args.data is None:
         return True
     source = run / "data.json"
-    return source.is_file() and json.loads(source.read_text())["data"] == source_of(args)["data"]
+    return source.is_file() and read_json(source, "data")["data"] == source_of(args)["data"]
 
 
 def _store(result: dict[str, Any], path: Path) -> None:
@@ -142,7 +142,7 @@ def _store(result: dict[str, Any], path: Path) -> None:
 
     Figures of more images, or of the same images with another seed, are kept instead.
     """
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json(path) if path.is_file() else {}
     if any(before.get(key) != result[key] for key in ("data", "part")):
         before = {}
     if result["images"] < before.get("images", 0):

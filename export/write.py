@@ -131,10 +131,18 @@ def evaluation_of(folder: Path) -> dict[str, Any] | None:
     """The figures that ``ade evaluate`` wrote beside a checkpoint, or those of a bundle's manifest.
 
     Bundles of any format version are read.
+
+    Raises:
+        ExportError: the file is damaged.
     """
     for name, key in ((MANIFEST_NAME, "evaluation"), ("evaluation.json", None)):
         if (folder / name).is_file():
-            values = json.loads((folder / name).read_text())
+            try:
+                values = json.loads((folder / name).read_text())
+            except (ValueError, RecursionError) as error:
+                raise ExportError(f"{folder / name} is damaged: {error}") from error
+            if not isinstance(values, dict):
+                raise ExportError(f"{folder / name} is damaged: it is not a JSON object")
             found: dict[str, Any] | None = values if key is None else values.get(key)
             return found
     return None

@@ -9,7 +9,6 @@ verdict's encoder if it gets one (``encoder.onnx``), the bundle before and after
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ from training.encoder import class_folders, class_labels, listed, train_encoder
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
 from training.recipes import recipe
-from training.runs import alone_in, latest_checkpoint, write_json
+from training.runs import alone_in, latest_checkpoint, read_json, write_json
 from training.step import TrainingDiverged
 
 PARITY_IMAGES = 40
@@ -174,7 +173,7 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
                 )
             )
     path = out / "survey.json"
-    if path.exists() and has_begun(out) and json.loads(path.read_text()) != as_dict(found):
+    if path.exists() and has_begun(out) and read_json(path) != as_dict(found):
         raise PlanError(f"{folder} has changed since {out} was begun: choose another output folder")
     write_json(path, as_dict(found))
     return found
@@ -256,7 +255,7 @@ def _encoder(
             "is_used": bool(p_value < MAX_GUESSING),
         }
         write_json(about_path, about)
-    if json.loads(about_path.read_text())["is_used"]:
+    if read_json(about_path, "is_used")["is_used"]:
         return FeatureSource(path)
     step("the encoder recognises the classes no better than guessing, and is not used")
     return None
@@ -370,7 +369,7 @@ def _encoder_findings(
     trained = class_labels(dataset)
     if trained is None or not (out / ENCODER_ABOUT).exists():
         return None
-    about = json.loads((out / ENCODER_ABOUT).read_text())
+    about = read_json(out / ENCODER_ABOUT, "is_used")
     if not about["is_used"]:
         return EncoderFindings(**about)
     rows = _rows(dataset, found, "test")[:TEST_IMAGES]

@@ -25,6 +25,8 @@ import psutil
 import pytest
 import torch
 
+from ade_cli.data_options import dataset_of
+from ade_cli.evaluate import _store
 from ade_cli.main import VERBS, main
 from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
 from ade_model import ADEModel, ConfigError, ModelConfig
@@ -33,14 +35,15 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from benchmarks.training import _compiled
+from export.write import ExportError, evaluation_of
 from serving.engine.bundle import open_bundle
 from serving.files import LOCK
 from serving.ports import free_ports
 from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
-from training.data import ImageSet
+from training.data import DataError, ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
-from training.loop import RunOptions, _with_others, train
+from training.loop import RunOptions, _with_others, budget_of, read_started, train
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -55,6 +58,7 @@ from training.runs import (
     RunError,
     latest_checkpoint,
     load_checkpoint,
+    read_state,
     save_checkpoint,
     start_from,
     write_json,
@@ -1070,6 +1074,25 @@ def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path: Path, name: str) 
     path.unlink()
     with pytest.raises(ConfigError, match=f"{path} cannot be read: No such file or directory$"):
         load_checkpoint(folder, trainer())
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    nothing = argparse.Namespace(data=None, root=None)
+    for name, error, read in (
+        ("run.json", RunError, budget_of),
+        ("run.json", RunError, read_started),
+        ("state.json", RunError, read_state),
+        ("evaluation.json", RunError, lambda run: _store({}, run / "evaluation.json")),
+        ("evaluation.json", ExportError, evaluation_of),
+        ("data.json", DataError, lambda run: dataset_of(nothing, run)),
+    ):
+        for content in ('{"data', "[1]", ""):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(error, match=f"{tmp_path / name} is damaged: "):
+                read(tmp_path)
+    (tmp_path / "state.json").write_text('{"step": 1, "images": 2, "seconds": 3.0}')
+    with pytest.raises(RunError, match="it lacks skipped_in_a_row, usual_norm"):
+        read_state(tmp_path)
 
 
 def test_a_lost_process_is_an_error_of_the_run() -> None:

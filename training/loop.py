@@ -34,6 +34,7 @@ from training.runs import (
     checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
+    read_json,
     save_checkpoint,
     start_from,
     write_json,
@@ -167,7 +168,7 @@ def train(
         TrainingDiverged: losses were not finite; the last good checkpoint is kept.
     """
     if resume and (run / "run.json").is_file():  # seed and init shaped the weights already
-        before = json.loads((run / "run.json").read_text())["options"]
+        before = read_started(run)["options"]
         options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
     fabric = make_fabric(options.device, options.precision)
     is_main = fabric.global_rank == 0
@@ -391,9 +392,13 @@ def check_folder(run: Path, resume: bool) -> None:
 
 
 def budget_of(run: Path) -> tuple[int | None, float | None]:
-    """The images and minutes that a run was last started with; ``None`` for what it lacks."""
+    """The images and minutes that a run was last started with; ``None`` for what it lacks.
+
+    Raises:
+        RunError: ``run.json`` is damaged.
+    """
     path = run / "run.json"
-    options = json.loads(path.read_text())["options"] if path.is_file() else {}
+    options = read_json(path, "options")["options"] if path.is_file() else {}
     return options.get("images"), options.get("minutes")
 
 
@@ -401,7 +406,7 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -
     check_folder(run, resume)
     if not resume:
         return
-    before = json.loads((run / "run.json").read_text())
+    before = read_started(run)
     different = different_fields(before, config, dataset)
     if different:
         raise RunError(
@@ -438,6 +443,16 @@ def open_run(
             "torch": torch.__version__,
         },
     )
+
+
+def read_started(run: Path) -> dict[str, Any]:
+    """The ``run.json`` of a run: what it was started with.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    started: dict[str, Any] = read_json(run / "run.json", "config", "data", "splits", "options")
+    return started
 
 
 def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Dataset) -> list[str]:

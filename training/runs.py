@@ -55,6 +55,29 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: Path, *fields: str, kind: type[dict[str, Any]] | type[list[Any]] = dict) -> Any:
+    """Read a JSON file that :func:`write_json` wrote.
+
+    Args:
+        path: the file.
+        fields: that an object must have.
+        kind: ``dict`` or ``list``.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, kind):
+        raise RunError(f"{path} is damaged: it holds a {type(values).__name__}")
+    missing = [name for name in fields if name not in values]
+    if missing:
+        raise RunError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return values
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other programs out of a folder; the processes that ``torchrun`` started count as one.
@@ -149,10 +172,10 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
 
     Raises:
         RunError: the checkpoint's discriminator is of an earlier version, or compares the images of
-            a process and had another number of them.
+            a process and had another number of them; or ``state.json`` is damaged.
         ConfigError: a file of tensors is damaged or missing.
     """
-    state = json.loads((folder / STATE_NAME).read_text())
+    state = read_state(folder)
     # Missing in checkpoints of earlier versions.
     processes = state.get("processes", trainer.processes)
     if trainer.config.compares_images and processes != trainer.processes:
@@ -182,6 +205,18 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     if trainer.inferring:
         trainer.begin_inference()
     return Progress(state["step"], state["images"], state["seconds"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The progress of a checkpoint, and what else its tensors do not hold.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    state: dict[str, Any] = read_json(
+        folder / STATE_NAME, "step", "images", "seconds", "skipped_in_a_row", "usual_norm"
+    )
+    return state
 
 
 def start_from(folder: Path, trainer: Trainer) -> None:

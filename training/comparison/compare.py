@@ -27,10 +27,24 @@ from filelock import Timeout
 from ade_model.checkpoint import load_model, read_config
 from serving.files import LOCK, locked
 from training.data import Dataset
-from training.loop import RunOptions, check_budget, different_fields, open_run, train
+from training.loop import (
+    RunOptions,
+    check_budget,
+    different_fields,
+    open_run,
+    read_started,
+    train,
+)
 from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig
-from training.runs import STATE_NAME, RunError, checkpoint_folders, latest_checkpoint, write_json
+from training.runs import (
+    RunError,
+    checkpoint_folders,
+    latest_checkpoint,
+    read_json,
+    read_state,
+    write_json,
+)
 from training.step import TrainingDiverged
 
 MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
@@ -72,7 +86,8 @@ def compare(
         report: called with each line of progress.
 
     Raises:
-        RunError: the folder holds a run of the same name with another configuration.
+        RunError: the folder holds a run of the same name with another configuration, or one of its
+            files is damaged.
     """
     ready = functools.cache(measurer)  # its networks are loaded once
     how = json.loads(json.dumps(dataclasses.asdict(options), default=str))
@@ -136,7 +151,7 @@ def _finish(
 
 def _diverged(run: Path) -> bool:
     path = run / FAILURE
-    return path.is_file() and json.loads(path.read_text())["kind"] == TrainingDiverged.__name__
+    return path.is_file() and read_json(path, "kind")["kind"] == TrainingDiverged.__name__
 
 
 def _is_valid(kept: dict[str, Any], run: Path) -> bool:
@@ -148,7 +163,7 @@ def _is_trained(run: Path, job: Job) -> bool:
     folders = checkpoint_folders(run)
     if not folders:
         return False
-    return _is_enough(json.loads((folders[-1] / STATE_NAME).read_text()), job)
+    return _is_enough(read_state(folders[-1]), job)
 
 
 def _is_enough(state: dict[str, Any], job: Job) -> bool:
@@ -182,7 +197,7 @@ def _without_paths(how: dict[str, Any]) -> dict[str, Any]:
 def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
     if not (run / MEASURED).is_file():
         return False
-    before = json.loads((run / MEASURED).read_text())
+    before = read_json(run / MEASURED, "checkpoint", "how")
     return bool(
         before["checkpoint"] == folder.name and _without_paths(before["how"]) == _without_paths(how)
     )
@@ -191,7 +206,7 @@ def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
 def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     if not (run / "run.json").is_file():
         return
-    started = json.loads((run / "run.json").read_text())
+    started = read_started(run)
     different = different_fields(started, job.config, dataset)
     if different:
         raise RunError(
@@ -201,7 +216,7 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     folders = checkpoint_folders(run)
     if not folders:
         return
-    state = json.loads((folders[-1] / STATE_NAME).read_text())
+    state = read_state(folders[-1])
     if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
         check_budget(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
 
@@ -219,7 +234,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         run = path.parent
         if run.name in kept and _is_valid(kept[run.name], run):
             continue
-        started = json.loads(path.read_text())
+        started = read_started(run)
         row: dict[str, Any] = {
             "name": run.name,
             "run": run,
@@ -233,10 +248,10 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         }
         folders = checkpoint_folders(run)
         if folders:
-            row["state"] = json.loads((folders[-1] / STATE_NAME).read_text())
+            row["state"] = read_state(folders[-1])
         for key, file in (("measured", MEASURED), ("failure", FAILURE)):
             if (run / file).is_file():
-                row[key] = json.loads((run / file).read_text())
+                row[key] = read_json(run / file)
         stale = row["measured"] and folders and row["measured"]["checkpoint"] != folders[-1].name
         if stale or _diverged(run):
             row["measured"] = None
@@ -262,7 +277,7 @@ def _kept_rows(out: Path) -> list[dict[str, Any]]:
         return []
     return [
         {**row, "run": None, "config": TrainConfig.from_dict(row["config"])}
-        for row in json.loads((out / ROWS).read_text())
+        for row in read_json(out / ROWS, kind=list)
     ]
 
 
