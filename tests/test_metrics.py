@@ -101,6 +101,23 @@ def test_the_fid_uses_as_many_held_out_images_as_requested(
     assert seen == [90, 40, 90]  # samples, held-out images once, training images
 
 
+def test_no_density_samples_are_drawn_for_efficientnet_alone(
+    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def features(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1)[:, :4].astype(float)
+
+    monkeypatch.setattr("training.measure.efficientnet_weights", lambda: None)
+    monkeypatch.setattr("training.measure.EfficientNetFeatures", lambda: features)
+    dataset = Dataset("d", {"test": ImageSet(small_images[:30])}, {"test": "test"})
+    options = MeasureOptions(draws=1, efficientnet=True, efficientnet_samples=30)
+    said: list[str] = []
+    measurer = Measurer(dataset, torch.device("cpu"), options, said.append)
+    found = measurer.measure(make_model(), {"operations": ["sample", "score"]})
+    assert found["distances"].keys() == {"mean"}
+    assert "30 mean samples" in said and "30 density samples" not in said
+
+
 def test_inception_score_of_known_classes() -> None:
     sure = np.eye(10)[np.arange(1000) % 10] * 100
     assert inception_score(sure, splits=1)["mean"] == pytest.approx(10)  # ten classes, each certain

@@ -168,23 +168,25 @@ class Measurer:
                 "exact": len(made) - len(inexact),
                 "images": len(made),
             }
-        count = max((space.samples for space in self._spaces.values()), default=0)
-        for kind in sample_kinds(model, operations) if count else ():
-            self.report(f"{count} {kind} samples")
-            with_noise = kind == "density"
-            samples = sample_images(model, count, self.device, with_noise, options.seed)
-            self._samples(result, samples, kind)
+        for kind in sample_kinds(model, operations) if self._spaces else ():
+            self._samples(result, model, kind)
         if saw_efficientnet(about) and EFFICIENTNET in self._spaces:
             result["distances"]["mean"][EFFICIENTNET]["independent"] = NOT_INDEPENDENT
         if options.inception is not None:
             self._inception(result, model)
         return result
 
-    def _samples(self, result: dict[str, Any], samples: np.ndarray, kind: str) -> None:
+    def _samples(self, result: dict[str, Any], model: ADEModel, kind: str) -> None:
+        """Distances of samples in each space; EfficientNet's is for mean samples alone."""
+        with_noise = kind == "density"
+        spaces = {k: v for k, v in self._spaces.items() if not (with_noise and k == EFFICIENTNET)}
+        if not spaces:
+            return
+        count = max(space.samples for space in spaces.values())
+        self.report(f"{count} {kind} samples")
+        samples = sample_images(model, count, self.device, with_noise, self.options.seed)
         found: dict[str, Any] = {}
-        for name, space in self._spaces.items():
-            if kind == "density" and name == EFFICIENTNET:
-                continue
+        for name, space in spaces.items():
             self.report(f"{name}: {kind} samples")
             generated = space.features(samples[: space.samples])
             reference = f"{len(space.real)} images of {self.dataset.splits[self.options.part]}"
