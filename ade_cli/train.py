@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, 
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
+from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
 from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, budget_of, check_folder, train
@@ -150,26 +150,27 @@ def run(args: argparse.Namespace) -> None:
     )
     changes = given(args, args.settable)
     check_outside(args.out, args.data)
-    if not args.dry_run:
-        if (args.out / "run.json").is_file() and not args.resume:
-            raise RunError(
-                f"{args.out} holds a run: continue it with --resume, or choose another folder"
-            )
-        check_folder(args.out, args.resume)
-        choose_device(args.device)
-        if args.init is not None and not args.resume:
-            latest_checkpoint(Path(args.init))
-    with contextlib.nullcontext() if args.dry_run else alone_in(args.out):
+    if args.dry_run:
+        side = image_size_of(args.data, args.root, args.image_size)
+        config = recipe(args.recipe, side, CHANNELS, args.size, **changes)
+        print(json.dumps(config.to_dict(), indent=2))
+        return
+    if (args.out / "run.json").is_file() and not args.resume:
+        raise RunError(
+            f"{args.out} holds a run: continue it with --resume, or choose another folder"
+        )
+    check_folder(args.out, args.resume)
+    choose_device(args.device)
+    if args.init is not None and not args.resume:
+        latest_checkpoint(Path(args.init))
+    with alone_in(args.out):
         dataset = dataset_of(
             args,
-            None if args.dry_run else args.out,
+            args.out,
             args.image_size,
             fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes),
         )
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
-        if args.dry_run:
-            print(json.dumps(config.to_dict(), indent=2))
-            return
         progress = train(config, dataset, args.out, options, args.resume, source_of(args))
     spent = progress.seconds / 60
     say(f"{progress.images:,} images in {spent:.1f} minutes: {args.out / 'report.md'}")

@@ -24,7 +24,7 @@ from fitting.survey import picture_sizes
 from serving.files import LOCK, read_file
 from tests.helpers import ROOT, encode, make_folder, make_traps
 from training.data import DataError, ImageSet
-from training.datasets import cifar10, files, load_dataset
+from training.datasets import NAMES, cifar10, files, image_size_of, load_dataset
 from training.datasets.files import part_of
 from training.datasets.folder import image_files
 
@@ -534,6 +534,22 @@ def test_lsun_from_its_lmdb(tmp_path: Path, real_images: np.ndarray) -> None:
     assert load_dataset("lsun", str(root)).image_size == 64
     with pytest.raises(DataError, match="holds no data.mdb"):
         load_dataset("lsun", str(tmp_path))
+
+
+def test_the_size_is_known_before_a_data_set_is_loaded(
+    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what it is loaded with."""
+    folder = str(make_folder(tmp_path / "images", small_images[:120]))
+    assert image_size_of(folder, None) == load_dataset(folder, None).image_size == 8
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    assert image_size_of(folder, None, 16) == 16
+    sizes = {name: image_size_of(name, str(tmp_path)) for name in NAMES}
+    assert sizes == {"cifar10": 32, "stl10": 48, "imagenet64": 64, "lsun": 64}
+    with pytest.raises(DataError, match="none of 1 image files can be read"):
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "a.png").touch()
+        image_size_of(str(tmp_path / "broken"), None)
 
 
 @pytest.mark.parametrize("data, size", [("cifar10", 64), ("imagenet64", 32)])

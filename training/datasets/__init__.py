@@ -6,15 +6,38 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training.data import DataError, Dataset
+from training.datasets import lsun, stl10
 from training.datasets.cifar10 import load_cifar10
 from training.datasets.files import Report
-from training.datasets.folder import load_folder
+from training.datasets.folder import first_size, image_files, load_folder
 from training.datasets.imagenet64 import load_imagenet64
 from training.datasets.lsun import load_lsun
 from training.datasets.stl10 import load_stl10
 
 # Names of data sets, with the size of their images where it is fixed.
 NAMES = {"cifar10": 32, "stl10": None, "imagenet64": 64, "lsun": None}
+_DEFAULT_SIZES = {"stl10": stl10.DEFAULT_SIZE, "lsun": lsun.DEFAULT_SIZE}
+
+
+def image_size_of(data: str, root: str | None, image_size: int | None = None) -> int:
+    """Image size with which :func:`load_dataset` would load a data set, without loading it.
+
+    Args:
+        data: as for :func:`load_dataset`.
+        root: as for :func:`load_dataset`.
+        image_size: as for :func:`load_dataset`.
+
+    Returns:
+        Height and width, pixels.
+
+    Raises:
+        DataError: the data set does not exist or cannot be used.
+    """
+    _check(data, root, image_size)
+    if data not in NAMES:
+        files = image_files(Path(data))
+        return image_size or first_size(files)
+    return image_size or NAMES[data] or _DEFAULT_SIZES[data]
 
 
 def load_dataset(
@@ -40,6 +63,26 @@ def load_dataset(
     Raises:
         DataError: the data set does not exist or cannot be used.
     """
+    path = _check(data, root, image_size)
+    if data not in NAMES:
+        return load_folder(path, image_size, cache, report, fits)
+    if image_size is not None:
+        fits(image_size)
+    if data == "cifar10":
+        return load_cifar10(path)
+    if data == "stl10":
+        return load_stl10(path, image_size, report)
+    if data == "imagenet64":
+        return load_imagenet64(path, cache, report)
+    return load_lsun(path, image_size, cache, report)
+
+
+def _check(data: str, root: str | None, image_size: int | None) -> Path:
+    """Check what names a data set; returns the folder of its files.
+
+    Raises:
+        DataError: the data set does not exist, or has another image size.
+    """
     if image_size is not None and image_size < 2:
         raise DataError(f"the image size must be at least 2 pixels, got {image_size}")
     if data not in NAMES:
@@ -52,7 +95,7 @@ def load_dataset(
                 f"data must be a folder or one of {', '.join(NAMES)}, got {data!r}, "
                 "which is neither"
             )
-        return load_folder(Path(data), image_size, cache, report, fits)
+        return Path(data)
     if root is None:
         raise DataError(f"the data set {data} needs root, the folder that holds it")
     if image_size is not None and NAMES[data] not in (None, image_size):
@@ -62,12 +105,4 @@ def load_dataset(
     path = Path(root)
     if not path.exists():
         raise DataError(f"root does not exist: {path}")
-    if image_size is not None:
-        fits(image_size)
-    if data == "cifar10":
-        return load_cifar10(path)
-    if data == "stl10":
-        return load_stl10(path, image_size, report)
-    if data == "imagenet64":
-        return load_imagenet64(path, cache, report)
-    return load_lsun(path, image_size, cache, report)
+    return path

@@ -37,7 +37,7 @@ def load_files(
     fits: Callable[[int], object] = lambda side: None,
 ) -> Dataset:
     """Load those image files of a folder that :func:`image_files` found."""
-    size = image_size or _first_size(files)
+    size = image_size or first_size(files)
     fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
     versions = [_version(path) for path in files]
@@ -80,7 +80,12 @@ def _version(path: Path) -> tuple[int, int]:
     return (found.st_size, found.st_mtime_ns) if os.access(path, os.R_OK) else _MISSING
 
 
-def _first_size(files: list[Path]) -> int:
+def first_size(files: list[Path]) -> int:
+    """The shorter side of the first image that can be read, pixels.
+
+    Raises:
+        DataError: none can be read.
+    """
     for path in files:
         try:
             height, width, _ = read_image(read_file(path)).pixels.shape
