@@ -89,8 +89,15 @@ class ArraySource:
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise CodingError(f"{path} is not an array: {error}") from error
         if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
-            raise CodingError(f"{path} must be an array of uint8 (N, H, W, C)")
-        if array.shape[3] not in (1, 3) or not array.size:
+            got = (
+                f"{array.dtype} {array.shape}"
+                if isinstance(array, np.ndarray)
+                else "several arrays"
+            )
+            raise CodingError(f"{path} must be an array of uint8 (N, H, W, C), got {got}")
+        if not array.size:
+            raise CodingError(f"{path} holds no images: its shape is {array.shape}")
+        if array.shape[3] not in (1, 3):
             raise CodingError(
                 f"{path} must have images with 1 or 3 channels, got the shape {array.shape}"
             )

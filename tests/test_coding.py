@@ -698,10 +698,10 @@ def test_a_codec_of_another_version_is_refused(bundle: Bundle, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((2, 8, 8, 3), np.float32), "must be an array of uint8"),
-        (np.zeros((2, 8, 8), np.uint8), "must be an array of uint8"),
+        (np.zeros((2, 8, 8, 3), np.float32), r"an array of uint8 .*, got float32 \(2, 8, 8, 3\)"),
+        (np.zeros((2, 8, 8), np.uint8), r"an array of uint8 .*, got uint8 \(2, 8, 8\)"),
         (np.zeros((2, 8, 8, 4), np.uint8), "1 or 3 channels"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "1 or 3 channels"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "in.npy holds no images"),
     ],
 )
 def test_arrays_that_are_no_images(array: np.ndarray, message: str, tmp_path: Path) -> None:
@@ -720,6 +720,10 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "a.npy").write_bytes(content)
         with pytest.raises(CodingError, match="a.npy is not an array"):
             open_source(tmp_path / "a.npy")
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.savez(file, images=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(CodingError, match="an array of uint8 .*, got several arrays"):
+        open_source(tmp_path / "a.npy")
 
 
 def test_what_an_archive_cannot_hold_is_refused_before_the_work(
