@@ -62,7 +62,26 @@ def test_the_cache_distinguishes_folders_with_the_same_files_and_its_own_version
     assert set(cache.iterdir()) == before
     monkeypatch.setattr("training.datasets.files._PREPROCESSING", 99)
     load_dataset(str(tmp_path / "a"), None, 8, cache)
-    assert set(cache.iterdir()) > before
+    after = set(cache.iterdir())
+    assert after != before and len(after) == len(before)
+
+
+def test_a_changed_folder_replaces_its_own_copy_alone(tmp_path: Path) -> None:
+    def load(source: str, version: str) -> np.ndarray:
+        def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
+            pixels[:] = int(version)
+            return {}, True
+
+        return files.cached_pixels(source, version, lambda: (2, 8, 8, 3), tmp_path, fill)[0]
+
+    first, other = load("folder, 8 pixels", "1"), load("folder, 16 pixels", "1")
+    before = set(tmp_path.iterdir())
+    assert (load("folder, 8 pixels", "2") == 2).all() and (first == 1).all() and (other == 1).all()
+    after = set(tmp_path.iterdir())
+    assert len(before - after) == len(after - before) == 2
+    (gone,) = (path for path in after - before if path.suffix == ".npy")
+    gone.unlink()  # as by another process that found the folder changed
+    assert (load("folder, 8 pixels", "2") == 2).all()
 
 
 def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -> None:
@@ -158,7 +177,7 @@ def test_processes_that_start_together_fill_a_cache_once(tmp_path: Path) -> None
         return {1: "damaged"}, True
 
     def load(_: int) -> tuple[np.ndarray, dict[int, str]]:
-        return files.cached_pixels("one", lambda: (2, 8, 8, 3), tmp_path, fill)
+        return files.cached_pixels("one", "first", lambda: (2, 8, 8, 3), tmp_path, fill)
 
     with ThreadPoolExecutor(3) as pool:
         for pixels, skipped in pool.map(load, range(3)):

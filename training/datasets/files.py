@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -52,17 +53,20 @@ def shuffled(items: Sequence[Item]) -> list[Item]:
 
 
 def cached_pixels(
-    identity: str,
+    source: str,
+    version: str,
     shape: Callable[[], tuple[int, int, int, int]],
     cache: Path | None,
     fill: Callable[[np.ndarray], tuple[dict[int, str], bool]],
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Map an array of pixels, which is filled unless the cache has it.
 
-    Processes that start together fill it once: the others wait.
+    Processes that start together fill it once: the others wait. Once it is filled, arrays of other
+    versions of the same source are removed; processes that have mapped them can still read them.
 
     Args:
-        identity: of the content; the same identity is not filled again.
+        source: what the pixels are of, and their size.
+        version: of its content; the same version is not filled again.
         shape: returns ``(N, H, W, C)``; called only if the array must be filled.
         cache: folder of the array's file; ``None`` for a temporary file.
         fill: writes the pixels and returns the unusable rows, each with the reason, and whether to
@@ -78,25 +82,35 @@ def cached_pixels(
         with tempfile.TemporaryFile() as file:
             pixels = preallocated(file, shape(), tempfile.gettempdir(), _no_room)
         return pixels, fill(pixels)[0]
-    key = hashlib.sha256(f"{_PREPROCESSING} {identity}".encode()).hexdigest()[:16]
-    done, stored = cache / f"images-{key}.json", cache / f"images-{key}.npy"
-    if not done.is_file():
+    all_versions = f"images-{_short_hash(source)}-"
+    name = all_versions + _short_hash(f"{_PREPROCESSING} {version}")
+    done, stored = cache / f"{name}.json", cache / f"{name}.npy"
+    while True:
+        with suppress(FileNotFoundError):  # not filled yet, or removed for another version
+            unusable = json.loads(done.read_text())
+            return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
         with locked(cache / LOCK, wait=True):
-            if not done.is_file():
-                partial = cache / "images.tmp"  # one name: what a killed process left is replaced
-                try:
-                    with open(partial, "w+b") as file:
-                        pixels = preallocated(file, shape(), cache, _no_room)
-                        skipped, is_kept = fill(pixels)
-                        if not is_kept:
-                            return pixels, skipped
-                        os.fsync(file.fileno())
-                    partial.replace(stored)
-                finally:
-                    partial.unlink(missing_ok=True)
-                write_text(done, json.dumps(skipped))
-    unusable = json.loads(done.read_text())
-    return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
+            if done.is_file() and stored.is_file():
+                continue
+            partial = cache / "images.tmp"  # one name: what a killed process left is replaced
+            try:
+                with open(partial, "w+b") as file:
+                    pixels = preallocated(file, shape(), cache, _no_room)
+                    skipped, is_kept = fill(pixels)
+                    if not is_kept:
+                        return pixels, skipped
+                    os.fsync(file.fileno())
+                partial.replace(stored)
+            finally:
+                partial.unlink(missing_ok=True)
+            write_text(done, json.dumps(skipped))
+            for old in cache.glob(f"{all_versions}*"):
+                if old not in (done, stored):
+                    old.unlink()
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _no_room(message: str) -> DataError:

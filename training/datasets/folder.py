@@ -41,20 +41,16 @@ def load_files(
     fits(size)
     names = [p.relative_to(folder).as_posix() for p in files]
     versions = [_version(path) for path in files]
-    identity = json.dumps(
-        [
-            str(folder.resolve()),
-            size,
-            [(name, *version) for name, version in zip(names, versions, strict=True)],
-        ]
-    )
+    source = json.dumps([str(folder.resolve()), size])
+    version = json.dumps([(name, *its) for name, its in zip(names, versions, strict=True)])
 
     def fill(out: np.ndarray) -> tuple[dict[int, str], bool]:
         skipped, passing = decode_into(out, size, files, read_file, report)
         # A file of this version has another one once it can be read.
         return skipped, all(versions[row] == _MISSING for row in passing)
 
-    pixels, skipped = cached_pixels(identity, lambda: (len(files), size, size, 3), cache, fill)
+    shape = (len(files), size, size, 3)
+    pixels, skipped = cached_pixels(source, version, lambda: shape, cache, fill)
     return split_by_name(folder.resolve().name, names, pixels, skipped, report)
 
 

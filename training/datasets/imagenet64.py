@@ -38,7 +38,7 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
 
 
 def _assemble(train: list[Path], test: Path, cache: Path | None, report: Report) -> Dataset:
-    identity = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in train])
+    version = json.dumps([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in train])
 
     labels = [_labels(path) for path in train]
 
@@ -53,7 +53,9 @@ def _assemble(train: list[Path], test: Path, cache: Path | None, report: Report)
             report(f"read {first} of {len(pixels)} images")
         return {}, True
 
-    images, _ = cached_pixels(identity, lambda: (sum(map(len, labels)), SIZE, SIZE, 3), cache, fill)
+    images, _ = cached_pixels(
+        "imagenet64", version, lambda: (sum(map(len, labels)), SIZE, SIZE, 3), cache, fill
+    )
     parts, splits = split_tail("train", ImageSet(images, np.concatenate(labels)))
     held_out = _images(test)
     return Dataset(

@@ -61,7 +61,8 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
 
     stat = (root / "data.mdb").stat()
     pixels, skipped = cached_pixels(
-        json.dumps([size, stat.st_size, stat.st_mtime_ns]),
+        json.dumps(["lsun", root.name, size]),
+        json.dumps([stat.st_size, stat.st_mtime_ns]),
         lambda: (len(keys), size, size, 3),
         cache,
         fill,
