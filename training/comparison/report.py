@@ -119,8 +119,8 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         "",
         "## Training curves",
         "",
-        f"Running means over {SMOOTHING} logged steps. Vertical lines are rescues: training "
-        "diverged and resumed from an earlier state.",
+        f"Running means over {SMOOTHING} logged steps. Sudden high peaks are of steps before a "
+        "rescue: training diverged, and resumed with the averaged weights.",
         "",
     ]
     for file, caption in _curve_pictures(rows, pictures):
