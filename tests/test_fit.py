@@ -665,15 +665,16 @@ def test_an_encoder_sees_held_out_images_in_parts(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_time")
-def test_a_gate_with_its_own_encoder(tmp_path: Path, real_images: np.ndarray) -> None:
+def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -> None:
     """The bundle has the encoder, its calibration uses it, and the report says what it is worth."""
-    images = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:200]])
+    images = np.concatenate([small_images, small_images[:, :, ::-1], 255 - small_images[:200]])
     is_dark = np.arange(len(images)) % 2 == 0
     images[is_dark] //= 3
     folder = class_folders_of(tmp_path / "images", images, is_dark)
     files = image_files(folder)
-    plan = make_plan(str(folder), "images", 32, 1.2, False, None, len(files), True)
-    plan = dataclasses.replace(plan, encoder_minutes=0.5)
+    plan = make_plan(str(folder), "images", 8, 1.2, False, None, len(files), True)
+    stages = tuple(dataclasses.replace(stage, minutes=0.1) for stage in plan.stages)
+    plan = dataclasses.replace(plan, encoder_minutes=0.08, stages=stages)
     lines: list[str] = []
     fitted = fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     bundle = verify_bundle(fitted.bundle)
@@ -692,7 +693,7 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     tmp_path: Path, real_images: np.ndarray
 ) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])
-    folder = make_folder(tmp_path / "My images", both)
+    folder = make_folder(tmp_path / "My images", both[:, ::2, ::2])
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken too")
     out = tmp_path / "fit"
     command = [
@@ -719,11 +720,11 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
         "704 image files" in done.stderr and f"serve it: ade serve {out / 'bundle'}" in done.stdout
     )
     bundle = verify_bundle(out / "bundle")
-    assert bundle.name == "my-images" and bundle.image_shape == (32, 32, 3)
+    assert bundle.name == "my-images" and bundle.image_shape == (16, 16, 3)
     calibration = bundle.manifest["calibration"]
     assert calibration["images"] > 40 and calibration["resized"]["resized_and_back"] > 60
     assert bundle.manifest["evaluation"]["elbo"]["bpd"] < 20
-    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
     scores = InferenceEngine(bundle, device="cpu").score(noise)
     assert np.mean([score.verdict.p_value for score in scores]) < 0.1
     page = (out / "report.html").read_text()
@@ -743,10 +744,10 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "training" not in again.stderr
     other = subprocess.run(
-        [*command, "--image-size", "16"], cwd=ROOT, capture_output=True, text=True
+        [*command, "--image-size", "8"], cwd=ROOT, capture_output=True, text=True
     )
-    assert other.returncode == 2 and "begun with images of 32 pixels" in other.stderr
-    Image.new("RGB", (32, 32)).save(folder / "another.png")
+    assert other.returncode == 2 and "begun with images of 16 pixels" in other.stderr
+    Image.new("RGB", (16, 16)).save(folder / "another.png")
     changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert changed.returncode == 2
     assert re.search("begun with 704 image files.*; .* with 705 image files", changed.stderr)
