@@ -1,10 +1,12 @@
-"""``ade compare RECIPE [RECIPE …] --data … --out OUT``."""
+"""``ade compare RECIPE [RECIPE …] --data … --out OUT`` and ``ade compare --out OUT``."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+
+import torch
 
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, measure_options
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="systems to train and measure; if none is given, only the report is written",
     )
-    add_data_arguments(parser, required=True)
+    add_data_arguments(parser, required=False, otherwise="required if a RECIPE is given")
     parser.add_argument(
         "--out",
         required=True,
@@ -85,13 +87,27 @@ def run(args: argparse.Namespace) -> None:
             "ade compare trains each system in one process: instead of torchrun, start it several "
             "times with the same --out"
         )
-    if not args.recipes and not args.out.is_dir():
+    device = choose_device(args.device)
+    if args.recipes:
+        _train(args, device)
+    elif not args.out.is_dir():
         raise RunError(f"{args.out}: there is no such folder to report on")
+    with locked(args.out / LOCK, wait=True):
+        rows = read_rows(args.out)
+        if args.recipes and not rows:
+            say("nothing to report yet: other processes are still training or measuring")
+        else:
+            say(f"{write_comparison(rows, args.out, device)}")
+
+
+def _train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train and measure the systems that are not finished."""
+    if args.data is None:
+        raise DataError("--data is required: it names the images to train on")
     budgets = [
         RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device)
         for seed in args.seeds
     ]
-    device = choose_device(args.device)
     options = measure_options(args)
     check_outside(args.out, args.data)
     dataset = dataset_of(
@@ -115,9 +131,3 @@ def run(args: argparse.Namespace) -> None:
         lambda: Measurer(dataset, device, options, say),
         say,
     )
-    with locked(args.out / LOCK, wait=True):
-        rows = read_rows(args.out)
-        if jobs and not rows:
-            say("nothing to report yet: other processes are still training or measuring")
-        else:
-            say(f"{write_comparison(rows, args.out, device)}")

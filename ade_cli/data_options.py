@@ -14,13 +14,18 @@ from training.datasets import NAMES, load_dataset
 from training.datasets.files import contents
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_data_arguments(
+    parser: argparse.ArgumentParser,
+    required: bool,
+    otherwise: str = "default: what the run was trained on",
+) -> None:
+    """Add the options that name a data set; ``otherwise`` is the help where none is required."""
     parser.add_argument(
         "--data",
         required=required,
         metavar="NAME_OR_DIR",
         help=f"{', '.join(NAMES)}, or a folder of images (searched recursively)"
-        + ("" if required else "; default: what the run was trained on"),
+        + ("" if required else f"; {otherwise}"),
     )
     parser.add_argument("--root", metavar="DIR", help="the folder that holds a named data set")
 

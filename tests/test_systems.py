@@ -24,7 +24,7 @@ from serving.engine.engine import InferenceEngine
 from serving.files import LOCK
 from serving.images import write_png
 from serving.reports import from_markdown
-from tests.helpers import held_by_another, make_folder, narrow
+from tests.helpers import ROOT, held_by_another, make_folder, narrow
 from training.comparison.compare import (
     FAILURE,
     MEASURED,
@@ -254,6 +254,21 @@ def test_processes_of_torchrun_do_not_share_a_comparison(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]) == 2
     assert "start it several times" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_report_alone_needs_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    committed = ROOT / "docs" / "comparison"
+    shutil.copy(committed / "rows.json", tmp_path)
+    monkeypatch.delattr("ade_cli.compare.dataset_of")
+    absent = ["--data", "cifar10", "--root", str(tmp_path / "absent")]
+    for data in ([], absent):
+        (tmp_path / "report.md").unlink(missing_ok=True)
+        assert main(["compare", *data, "--out", str(tmp_path), "--device", "cpu"]) == 0
+        assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
+    assert main(["compare", "vae", "--out", str(tmp_path / "out")]) == 2
+    assert "--data is required" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_long_failure_stays_in_its_row() -> None:
