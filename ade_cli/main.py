@@ -22,7 +22,7 @@ PROJECT = "av-ade"
 VERBS = {
     "fit": "turn a folder of images into a bundle that can be served, in one command",
     "recipes": "list the systems that can be trained",
-    "train": "train a model on CIFAR-10 or on a folder of images",
+    "train": "train a model on a data set or a folder of images",
     "evaluate": "measure a run or a bundle: likelihood, reconstructions, samples",
     "compare": "train several systems under one budget, measure them alike, and write one report",
     "encoder": "train a small network that tells things apart, for ade calibrate --features",
@@ -69,7 +69,9 @@ HELP = {"-h", "--help"}
 def parse(given: list[str]) -> argparse.Namespace:
     """Parse a command line; ``verb`` is the verb's name."""
     parser = argparse.ArgumentParser(
-        prog="ade", description="Train, export and serve AV-ADE image models."
+        prog="ade",
+        description="Train, export, calibrate and serve AV-ADE image models and their gate, which "
+        "accepts or rejects images.",
     )
     parser.add_argument("--version", action="version", version=f"ade {metadata.version(PROJECT)}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
