@@ -12,6 +12,7 @@ import numpy as np
 
 from ade_cli.advice import advice
 from ade_cli.data_options import add_data_arguments, dataset_of, percent, readable, say
+from ade_cli.help_texts import BUNDLE
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.choice import choose_files, choose_rows, data_of_features
@@ -38,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "calibration in a bundle (--into, --name). Prints the false-alarm rates to expect and the "
         "share of corrupted images that is rejected."
     )
-    parser.add_argument(
-        "bundle", type=Path, metavar="BUNDLE", help="folder of a bundle, such as pretrained/cifar10"
-    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=BUNDLE)
     parser.add_argument(
         "out", type=Path, nargs="?", metavar="OUT", help="folder of the new bundle; must not exist"
     )

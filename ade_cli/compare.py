@@ -10,6 +10,7 @@ import torch
 
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, measure_options
+from ade_cli.help_texts import DEVICE
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked
 from training.comparison.compare import Job, compare, read_rows
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="train each system with each of these seeds (default: 0)",
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
     add_measure_arguments(parser)
 
 

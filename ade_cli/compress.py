@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", type=Path, metavar="OUT.ade", help="the archive; must not exist")
     parser.add_argument(
-        "--bundle", type=Path, required=True, help="with a codec: ade export ... --with-codec"
+        "--bundle",
+        type=Path,
+        required=True,
+        help="folder of a bundle with a codec, which ade export --with-codec adds",
     )
     parser.add_argument(
         "--no-verify",

@@ -23,14 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Restore the images of an archive that ade compress wrote with the same bundle. Exit "
         f"status: 0; 2 for an error; {LOST} where only a part of the images came back."
     )
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE.ade")
+    parser.add_argument(
+        "archive", type=Path, metavar="ARCHIVE.ade", help="an archive of ade compress"
+    )
     parser.add_argument(
         "out",
         type=Path,
         metavar="OUT",
         help="a new folder, or a new FILE.npy if an array was compressed",
     )
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help="the bundle that compressed it")
 
 
 def run(args: argparse.Namespace) -> int:

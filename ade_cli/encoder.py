@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.help_texts import DEVICE
 from ade_cli.image_files import FileError, check_parent
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-labels", action="store_true", help="do not use the classes of the images"
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
+from ade_cli.help_texts import DEVICE, RUN_OR_BUNDLE
 from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from training.data import PARTS, DataError
@@ -20,7 +21,7 @@ ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN_OR_BUNDLE")
+    parser.add_argument("run", type=Path, metavar="RUN_OR_BUNDLE", help=RUN_OR_BUNDLE)
     add_data_arguments(parser, required=False)
     parser.add_argument(
         "--part",
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the noise (default: %(default)s)"
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
 
 
 def add_measure_arguments(parser: argparse.ArgumentParser) -> None:

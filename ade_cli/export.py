@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.help_texts import RUN_OR_BUNDLE
 from ade_model.checkpoint import read_config
 from ade_model.errors import ConfigError
 from export.codec import CodecError, add_codec
@@ -22,9 +23,7 @@ PARITY_IMAGES = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run, one of its checkpoints, or a bundle"
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help=RUN_OR_BUNDLE)
     parser.add_argument("out", type=Path, metavar="OUT", help="the bundle's folder; must not exist")
     parser.add_argument("--name", help="name of the model in answers (default: DATA-RECIPE)")
     parser.add_argument(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ade_cli.data_options import check_outside, say
+from ade_cli.help_texts import DEVICE
 from ade_model.errors import ConfigError
 from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="licence of the weights, for the bundle (default: none)",
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
 
 
 def run(args: argparse.Namespace) -> None:

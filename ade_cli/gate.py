@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ade_cli.data_options import say
+from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent, files_of, load_engine
 from ade_cli.image_sets import ImageSet
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bundle(task: argparse.ArgumentParser) -> None:
-    task.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a bundle")
+    task.add_argument("bundle", type=Path, metavar="BUNDLE", help=BUNDLE)
     task.add_argument(
         "--calibration",
         default=DEFAULT,

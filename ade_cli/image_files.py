@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ade_cli.help_texts import BUNDLE
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
 from serving.engine.bundle import open_bundle
@@ -29,7 +30,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="image files, or folders of them (searched recursively)",
     )
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help=BUNDLE)
     parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
     parser.add_argument(
         "--seed", type=_seed, default=0, help="seed of the latents' noise (default: %(default)s)"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.data_options import check_outside, say
+from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import load_engine
 from ade_cli.image_sets import ImageSet
 from export.verdict.choice import files_that_test
@@ -24,7 +25,7 @@ ERRORS = (BundleError, CalibrationError, DataError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=BUNDLE)
     parser.add_argument(
         "--id",
         required=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ade_cli.help_texts import KIND
 from ade_cli.image_files import FileError, add_image_arguments, files_of, load_engine, read_pixels
 from serving.engine.backends import BackendError
 from serving.engine.bundle import BundleError
@@ -17,9 +18,7 @@ ERRORS = (BundleError, BackendError, CalibrationError, FileError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
-    parser.add_argument(
-        "--kind", choices=["mean", "density"], default="mean", help="default: %(default)s"
-    )
+    parser.add_argument("--kind", choices=["mean", "density"], default="mean", help=KIND)
     parser.add_argument(
         "--out",
         type=Path,

@@ -6,6 +6,7 @@ import argparse
 import secrets
 from pathlib import Path
 
+from ade_cli.help_texts import BUNDLE, KIND
 from ade_cli.image_files import FileError, check_parent, load_engine
 from serving.api.errors import ApiError
 from serving.api.operations.sample import MAX_DRAWN_SEED
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw samples into a picture (.png, with text that reproduces it) or an array (.npy). The "
         "service returns the same samples."
     )
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help=BUNDLE)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="an existing file is replaced"
     )
@@ -37,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--index", type=int, default=0, help="index of the first sample (default: %(default)s)"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument(
-        "--kind", choices=["mean", "density"], default="mean", help="default: %(default)s"
-    )
+    parser.add_argument("--kind", choices=["mean", "density"], default="mean", help=KIND)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.progress import progress_bar
 from serving.bulk import (
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, or one folder (searched recursively); with --engine ray a folder or a Parquet "
         "file with a column path, also as a URL such as s3://…",
     )
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help=BUNDLE)
     parser.add_argument(
         "--out",
         metavar="FILE",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ade_cli.help_texts import DEVICE
 from handlers.launch.engines import DEFAULT, ENGINES
 from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S, run
 from serving.engine.backends import BACKENDS, DEVICES
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="serve the metrics on HOST too, with the token, for a Prometheus on another machine "
         "(default: on loopback alone)",
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
     parser.add_argument(
         "--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s"
     )

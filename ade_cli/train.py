@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ade_cli.config_options import add_config_options, given
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
+from ade_cli.help_texts import DEVICE
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "channels, couplings, blocks, flow scales or flow width) begins where that one ended",
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import re
 import shlex
 import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ade_cli.main import main, parse
+from ade_cli.main import VERBS, main, parse
 from handlers.front.settings import TOKEN_VARIABLE
 from handlers.launch import run_folder
 from serving import ports
@@ -81,6 +83,19 @@ def test_every_command_parses(page: Path) -> None:
     """The commands are only parsed here; other tests run them."""
     for words in ade_commands(page):
         assert parse(words).verb == words[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_argument_has_a_help_text(verb: str) -> None:
+    parser = argparse.ArgumentParser()
+    import_module(f"ade_cli.{verb.replace('-', '_')}").add_arguments(parser)
+    parsers = [parser]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            else:
+                assert action.help, action
 
 
 @pytest.mark.parametrize("page", LINKING_PAGES, ids=name_of)
