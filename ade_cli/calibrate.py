@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Calibrate a bundle's gate on your images: afterwards it accepts images like them. No "
         "network is trained. Two fifths of the images fit the density of statistics, the others "
         "set the false-alarm rate; 1,000 or more are advisable. About 8 of 100 files of a folder, "
-        "and the part test of a named data set, are left out for ade ood-bench. Images of another "
-        "size than the model's are resized. The result is a new bundle (OUT), or a further "
+        "and the part test of a named data set, are left out for ade ood-bench. Images whose size "
+        "differs from the model's are resized. The result is a new bundle (OUT), or a further "
         "calibration in a bundle (--into, --name). Prints the false-alarm rates to expect and the "
         "share of corrupted images that is rejected."
     )
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--name",
         metavar="NAME",
-        help='with --into: requests ask for it with "calibration": "NAME"; one of this name is '
+        help='with --into: requests select it with "calibration": "NAME"; one of this name is '
         f"replaced; {DEFAULT!r} judges the requests that name none",
     )
     add_data_arguments(parser, required=True)

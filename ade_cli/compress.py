@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the model was trained on is as small as their likelihood promises. Only the same bundle "
         "restores them, on a processor of the same kind. Images of another size, and those that "
         "the model codes worse, are stored as lossless WebP or as the files they are. The same "
-        "command resumes where it was ended."
+        "command resumes where it stopped."
     )
     parser.add_argument(
         "images", type=Path, metavar="IMAGES", help="a folder (searched recursively), or FILE.npy"

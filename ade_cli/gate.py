@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="alarms per day and detection at each alpha",
         description="Show for each alpha how many false alarms per day to expect, with the exact "
         "95 % band, how much of HISTORY would be rejected, and which share of corrupted and OOD "
-        "images. Images of another size than the model's are resized.",
+        "images. Images whose size differs from the model's are resized.",
     )
     _add_bundle(task)
     task.add_argument(

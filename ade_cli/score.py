@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
         warnings = [judge.too_small(args.alpha)]
         if judge.resize == "fit" and args.resize is None:
             warnings.append(
-                "this bundle was calibrated on images of any size: without --resize fit, images of "
-                "another size than the model's get an error"
+                "this bundle was calibrated on images of any size: without --resize fit, images "
+                "whose size differs from the model's get an error"
             )
         for warning in filter(None, warnings):
             print(f"warning: {warning}", file=sys.stderr)

@@ -48,7 +48,7 @@ class FalseAlarms:
         rejected: share of the images that is rejected.
         low: lower end of the band in which it should lie.
         high: its upper end.
-        resized: whether the images have another size than the model's.
+        resized: whether the images' size differs from the model's.
         tested: their number.
     """
 

@@ -59,7 +59,7 @@ class Decision:
 class Gate:
     """Decides on images by a bundle; may be used by several threads at once.
 
-    Images of another size than the model's are resized, and judged by the calibration for that.
+    Images whose size differs from the model's are resized, and judged by the calibration for that.
     Named calibrations of the bundle may be added, changed and removed meanwhile.
 
     Args:

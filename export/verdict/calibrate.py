@@ -357,10 +357,10 @@ def _resized(
     if simulated:
         report(
             f"resized images: {simulated} of them have the model's size and are enlarged first, "
-            "because there are too few larger ones; more of the images that requests resize may be "
-            "rejected"
+            "because too few are larger. More than a share of alpha of resized requests may be "
+            "rejected."
         )
-    calibration, about = _calibrated(engine, pixels, "fit", " of resized images", report)
+    calibration, about = _calibrated(engine, pixels, "fit", "resized ", report)
     return calibration, {**about, "resized_and_back": simulated}
 
 
@@ -368,16 +368,16 @@ def _calibrated(
     engine: InferenceEngine,
     pixels: Sequence[Sequence[np.ndarray]],
     resize: str,
-    name: str,
+    kind: str,
     report: Report,
 ) -> tuple[Calibration, dict[str, Any]]:
-    """A calibration, and its entry in the manifest."""
+    """A calibration, and its entry in the manifest; ``kind`` is ``"resized "`` or empty."""
     fitting, calibrating = (
-        statistics_of(engine, images, part + name, report=report)
+        statistics_of(engine, images, f"{part} of {kind}images" if kind else part, report=report)
         for part, images in zip(("fitting", "calibration"), pixels, strict=True)
     )
     calibration = fit_calibration(fitting, calibrating, resize=resize or None)
-    report(f"corrupting {len(pixels[1][:CORRUPTED])} images{name}")
+    report(f"corrupting {len(pixels[1][:CORRUPTED])} {kind}images")
     caught = {}
     for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items():
         try:

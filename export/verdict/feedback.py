@@ -286,8 +286,8 @@ def _moved(
         return calibration
     if calibration is None:
         raise CalibrationError(
-            "images of another size than the model's cannot join: there is no calibration for "
-            "resized images"
+            "images whose size differs from the model's cannot join: there is no calibration "
+            "for resized images"
         )
     if joining:
         calibration = calibration.joined_by(

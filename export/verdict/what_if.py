@@ -47,7 +47,7 @@ class Way:
     """The history's images of one kind: resized or not. Each kind has its own calibration.
 
     Attributes:
-        resized: whether they have another size than the model's images.
+        resized: whether their size differs from the model's.
         images: their number in the history.
         per_day: their number per day, if the history is typical.
         calibrated: number of calibration images of this kind; 0 without a calibration.

@@ -140,7 +140,7 @@ def what_if(served: Served, model: str, alpha: float, per_day: float | None, res
         model: one of them.
         alpha: the level.
         per_day: images per day.
-        resized: whether they have another size than the model's images.
+        resized: whether their size differs from the model's.
     """
     calibration = served.calibrations_of(model).of(resized)
     if calibration is None:
