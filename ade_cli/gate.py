@@ -120,10 +120,11 @@ def _feedback(args: argparse.Namespace) -> None:
     done = give_feedback(
         args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say, args.force
     )
-    if not done.joined + done.known + done.removed + done.rejected:
+    if not done.joined + done.known + done.fitted + done.removed + done.rejected:
         raise FileError(f"none of {done.unusable} images can be used")
     others = {
         "Already in it": done.known,
+        "Not added, because the density was fitted to them": done.fitted,
         "Removed from it": done.removed,
         "Rejected, and not in it": done.rejected,
         "Not usable": done.unusable,

@@ -741,15 +741,23 @@ def test_feedback_is_taken_back_by_its_values(
 
 
 def test_an_image_that_calibrates_already_is_not_counted_twice(
-    bundle: Path, small_images: np.ndarray, dark: np.ndarray, tmp_path: Path
+    bundle: Path,
+    small_images: np.ndarray,
+    dark: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calibrating = tmp_path / "calibrating.png"
     Image.fromarray(small_images[200]).save(calibrating)
     assert give_feedback(bundle, "default", [calibrating], []).known == 1
-    fitted, lines = tmp_path / "fitted.png", []
+    fitted = tmp_path / "fitted.png"
     Image.fromarray(small_images[0]).save(fitted)
-    assert give_feedback(bundle, "default", [fitted], [], lines.append).known == 1
-    assert lines == ["1 accepted images do not join: the density was fitted to them"]
+    done = give_feedback(bundle, "default", [fitted, calibrating], [])
+    assert (done.joined, done.known, done.fitted) == (0, 1, 1)
+    accepted = ["--accept", str(fitted), str(calibrating)]
+    assert main(["gate", "feedback", str(bundle), *accepted]) == 0
+    said = "Already in it: 1. Not added, because the density was fitted to them: 1."
+    assert said in capsys.readouterr().out
     larger = tmp_path / "larger.png"
     Image.fromarray(dark[0].repeat(2, 0).repeat(2, 1)).save(larger)
     files = [tmp_path / "a.png", tmp_path / "a.webp", tmp_path / "a.bmp"]

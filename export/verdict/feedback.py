@@ -47,8 +47,8 @@ class Feedback:
 
     Attributes:
         joined: images that are calibration images from now on.
-        known: accepted images that were calibration images already, by their file or pixels, or
-            that the density was fitted to.
+        known: accepted images that were calibration images already, by their file or pixels.
+        fitted: accepted images that the density was fitted to, which do not join.
         removed: rejected images that had joined and were taken out again.
         rejected: rejected images that had not joined.
         unusable: images without usable statistics; they are not in the audit file.
@@ -58,6 +58,7 @@ class Feedback:
 
     joined: int
     known: int
+    fitted: int
     removed: int
     rejected: int
     unusable: int
@@ -121,7 +122,7 @@ def give_feedback(
             *((path, "reject") for path in rejected),
         ]
         images, unusable = _read(engine, files, report)
-        joining, leaving = _changing(before, images, report)
+        joining, leaving, fitted = _changing(before, images)
         if joining and before.other_coder() is not None:
             raise CalibrationError(
                 f"images cannot join, because their statistics may differ: {before.other_coder()}"
@@ -138,7 +139,8 @@ def give_feedback(
     given = [image.given for image in images]
     return Feedback(
         len(joining),
-        given.count("accept") - len(joining),
+        given.count("accept") - len(joining) - fitted,
+        fitted,
         len(leaving),
         given.count("reject") - len(leaving),
         unusable,
@@ -148,9 +150,12 @@ def give_feedback(
 
 
 def _changing(
-    before: Calibrations, images: Sequence[_Image], report: Report
-) -> tuple[list[_Image], list[_Image]]:
-    """The images that join, and those that leave, with the digests of the files that joined."""
+    before: Calibrations, images: Sequence[_Image]
+) -> tuple[list[_Image], list[_Image], int]:
+    """The images that join, those that leave, and how many the density was fitted to.
+
+    Those that leave have the digests of the files that joined.
+    """
     joining: list[_Image] = []
     leaving: dict[str, _Image] = {}
     fitted = 0
@@ -169,9 +174,7 @@ def _changing(
             fitted += 1
         else:
             joining.append(image)
-    if fitted:
-        report(f"{fitted} accepted images do not join: the density was fitted to them")
-    return joining, list(leaving.values())
+    return joining, list(leaving.values()), fitted
 
 
 def _report_unusual(
