@@ -37,7 +37,7 @@ def say(line: str) -> None:
 
 def percent(share: float | None) -> str:
     """The share of images that is rejected; ``None`` is no verdict."""
-    return "no verdict" if share is None else f"{share:.0%}"
+    return "no verdict" if share is None else f"{100 * share:.0f} %"
 
 
 def readable(paths: Sequence[Path]) -> Iterator[bytes]:

@@ -24,6 +24,6 @@ def run(args: argparse.Namespace) -> None:
                 counts = count_weights(recipe(name, 32, 3, size))
                 print(
                     f"{'':14s}   {size:6s} {counts.model:>11,} weights, "
-                    f"{counts.flow_share:5.1%} of them in the flow; "
+                    f"{100 * counts.flow_share:5.1f} % of them in the flow; "
                     f"discriminator {counts.discriminator:,}"
                 )

@@ -138,8 +138,10 @@ def measure_model(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], s
             megabytes / decode,
         ),
         Row("bound of `ade score` for the images that the model codes", bound, None, None),
-        Row(f"their net rate ({net / bound - 1:+.2%})", net, None, None),
-        Row(f"with initial bits and headers ({whole / bound - 1:+.2%})", whole, None, None),
+        Row(f"their net rate ({100 * (net / bound - 1):+.2f} %)", net, None, None),
+        Row(
+            f"with initial bits and headers ({100 * (whole / bound - 1):+.2f} %)", whole, None, None
+        ),
     ]
     about = (
         f"{len(images)} images, bundle `{bundle.model_id}`; {f.coded} coded by the model, "
@@ -200,7 +202,9 @@ def timed() -> Iterator[dict[str, float]]:
 def shares(seconds: dict[str, float], total: float, count: int) -> str:
     """How much of the time each part takes."""
     listed = ", ".join(
-        f"{part} {share / total:.0%}" for part, share in seconds.items() if share > 0.01 * total
+        f"{part} {100 * share / total:.0f} %"
+        for part, share in seconds.items()
+        if share > 0.01 * total
     )
     return f"{1e3 * total / count:.0f} ms of processor time: {listed}"
 

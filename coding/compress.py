@@ -64,7 +64,7 @@ class Report:
             line = f"net rate of the model's images: {net:.4f} bits per dimension"
             if f.bound_bits:
                 bound = f.bound_bits / f.values
-                line += f"; bound of ade score: {bound:.4f} ({net / bound - 1:+.2%})"
+                line += f"; bound of ade score: {bound:.4f} ({100 * (net / bound - 1):+.2f} %)"
             lines.append(line)
             all_bits = 8 * (f.initial_bytes + f.table_bytes) + f.coded_bits
             if not f.initial_files:  # their number of pixels is not known

@@ -241,7 +241,7 @@ def test_a_report_gives_no_shares_without_a_verdict(tmp_path: Path) -> None:
     path = write_report(judges, "m", "ID", usual, {"unusual": unusual}, tmp_path)
     lines = path.read_text().splitlines()
     assert "| 0.01 | no verdict |  |" in lines
-    assert "| 100.0% | no verdict |" in next(line for line in lines if "unusual (40)" in line)
+    assert "| 100.0 % | no verdict |" in next(line for line in lines if "unusual (40)" in line)
     assert any(line.startswith("| 0.1 | 0.") and " to 0." in line for line in lines)
     with open(tmp_path / "figures.csv", newline="") as file:
         first = next(csv.DictReader(file))

@@ -249,7 +249,7 @@ def train_encoder(
         seen += len(rows)
         if elapsed - told > REPORT_SECONDS:
             told = elapsed
-            report(f"encoder: {done:.0%}, {seen} images, loss {loss.item():.3f}")
+            report(f"encoder: {100 * done:.0f} %, {seen} images, loss {loss.item():.3f}")
     return TrainedEncoder(network.cpu().float().eval().requires_grad_(False), seen, classes)
 
 

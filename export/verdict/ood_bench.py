@@ -327,7 +327,8 @@ def _summary(table: Mapping[str, Mapping[str, Figures]], judged: Mapping[str, Ju
         for score in (score for score in HEADLINES if score in figures):
             f = figures[score]
             flagged = [
-                "no verdict" if share is None else f"{share:.1%}" for share in f.flagged or ()
+                "no verdict" if share is None else f"{100 * share:.1f} %"
+                for share in f.flagged or ()
             ] or [""] * len(ALPHAS)
             body.append(
                 [
@@ -335,7 +336,7 @@ def _summary(table: Mapping[str, Mapping[str, Figures]], judged: Mapping[str, Ju
                     score,
                     f"{f.auroc:.4f} ± {f.standard_error:.4f}",
                     f"{f.aupr:.3f}",
-                    f"{f.fpr95:.1%}",
+                    f"{100 * f.fpr95:.1f} %",
                     *flagged,
                 ]
             )

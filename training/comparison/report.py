@@ -378,10 +378,10 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         *(f"- {finding.value}: {text}" for finding, text in judged),
         "",
         f"A difference decides only if it exceeds the spread of seeds: {SEED_SPREAD_BPD} bits "
-        f"per dimension, {SEED_SPREAD_DISTANCE:.0%} of a Fréchet distance (three seeds of av-ade, "
-        "size tiny, after 80,000 images), and in bits per dimension two of its standard errors. "
-        "Otherwise, where the feature spaces disagree, and after different budgets, a claim is "
-        "undecided. Unreliable distances decide nothing.",
+        f"per dimension, {100 * SEED_SPREAD_DISTANCE:.0f} % of a Fréchet distance (three seeds of "
+        "av-ade, size tiny, after 80,000 images), and in bits per dimension two of its standard "
+        "errors. Otherwise, where the feature spaces disagree, and after different budgets, a "
+        "claim is undecided. Unreliable distances decide nothing.",
     ]
 
 
@@ -560,7 +560,7 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{seconds / 60:.1f}",
                 f"{images / seconds:.0f}" if seconds else "–",
                 f"{counts.model:,}",
-                f"{counts.flow_share:.1%}",
+                _percent(counts.flow_share),
                 f"{counts.discriminator:,}",
                 str(len(state.get("rescued_at", []))),
             ]
