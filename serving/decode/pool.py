@@ -153,9 +153,14 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
             code = decoder.end(END_SECONDS if closed else 0)
             if code == 0 and decoder.is_used:  # its idle time ended just as the file was sent
                 continue
-            if code == -signal.SIGPROF or isinstance(died.__cause__, TimeoutError):
+            if code == -signal.SIGPROF:
                 raise ImageError(
                     "too_large", f"the image takes more than {CPU_SECONDS:g} seconds to decode"
+                ) from None
+            # Not a code to try again after: each time, the file would keep a process busy.
+            if isinstance(died.__cause__, TimeoutError):
+                raise ImageError(
+                    "too_large", f"the image was not decoded within {WALL_SECONDS:g} seconds"
                 ) from None
             raise ImageError(
                 "not_an_image", f"the image is damaged: its decoder ended (exit code {code})"
