@@ -486,6 +486,29 @@ def test_the_command_adds_a_calibration(
     assert copy.store.names == ["default", "night"]
 
 
+@pytest.mark.parametrize("part, count", [("train", 1), ("test", 0)])
+def test_a_folder_of_one_image_is_refused_with_the_number_that_is_needed(
+    bundle: Path,
+    dark: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    count: int,
+) -> None:
+    """Two fifths of one image are none, and the part test of a folder calibrates nothing."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    name = next(name for i in range(1000) if part_of(name := f"{i}.png") == part)
+    Image.fromarray(dark[0]).save(photos / name)
+    assert main(["calibrate", str(bundle), str(tmp_path / "out"), "--data", str(photos)]) == 2
+    said = capsys.readouterr().err
+    assert "ade calibrate needs at least 50 usable images" in said and f", got {count}\n" in said
+    (photos / name).write_bytes(b"junk")
+    assert main(["calibrate", str(bundle), str(tmp_path / "out"), "--data", str(photos)]) == 2
+    junk = f"calibration: none of 1 images could be used: {photos / name}: not an image"
+    assert (junk in capsys.readouterr().err) == (part == "train")
+
+
 @pytest.mark.parametrize("trained_on", ["model", "network of features", ""])
 def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     bundle: Path,

@@ -84,6 +84,8 @@ def test_a_history_unlike_the_calibration_is_named(
         CalibrationError, match="none of 1 images could be used: image 0: the image is"
     ):
         what_if(engine, engine.calibrations, [b""], {}, 100, 5)
+    with pytest.raises(CalibrationError, match="none of 0 images could be used"):
+        what_if(engine, engine.calibrations, [], {}, 100, 5)
 
 
 @pytest.mark.parametrize("kinds", [1, 2])

@@ -174,15 +174,12 @@ def _parts(
 ) -> Parts:
     bundle.check_has("score")
     seen = _digests(trained, bundle.image_shape)
-    parts = (
-        _new(usable("fitting", fit, bundle.image_shape, report)[0], seen, "fitting", report),
-        _new(
-            usable("calibration", calibrate, bundle.image_shape, report)[0],
-            seen,
-            "calibration",
-            report,
-        ),
-    )
+
+    def read(name: str, images: Images) -> list[InputImage]:
+        found, _ = usable(name, images, bundle.image_shape, report, may_be_empty=True)
+        return _new(found, seen, name, report)
+
+    parts = read("fitting", fit), read("calibration", calibrate)
     height, width, _ = bundle.image_shape
     resized = sum(image.resized for part in parts for image in part)
     report(
@@ -195,6 +192,9 @@ def _parts(
             f"ade calibrate needs at least {ENOUGH} usable images (two fifths of them, at least "
             f"{MIN_IMAGES}, fit the density), got {sum(map(len, parts))}"
         )
+    for name, images in zip(("fitting", "calibration"), parts, strict=True):
+        if not images:
+            raise none_usable(name, [])
     return parts
 
 
@@ -312,7 +312,7 @@ def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) 
     """The images whose pixels were not seen before; adds their digests to ``seen``.
 
     Raises:
-        CalibrationError: there are none.
+        CalibrationError: all of them were.
     """
     kept = []
     for image in images:
@@ -322,7 +322,7 @@ def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) 
             kept.append(image)
     if len(kept) < len(images):
         report(f"{name}: left out {len(images) - len(kept)} images: copies of others")
-    if not kept:
+    if images and not kept:
         raise CalibrationError(f"{name}: all of {len(images)} images are copies of others")
     return kept
 

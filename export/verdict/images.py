@@ -62,7 +62,11 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
 
 
 def usable(
-    name: str, images: Images, image_shape: tuple[int, int, int], report: Report
+    name: str,
+    images: Images,
+    image_shape: tuple[int, int, int],
+    report: Report,
+    may_be_empty: bool = False,
 ) -> tuple[list[InputImage], list[tuple[str, str]]]:
     """Images at the model's size, and why others could not be (by name); reports these.
 
@@ -71,6 +75,7 @@ def usable(
         images: see :func:`prepared`.
         image_shape: ``(H, W, C)`` of the model.
         report: called with a line if images are left out.
+        may_be_empty: whether there may be no images.
 
     Raises:
         CalibrationError: no image can be used.
@@ -83,7 +88,7 @@ def usable(
         else:
             errors.append((its, image.message))
     report_left_out(name, errors, report)
-    if not found:
+    if not found and (errors or not may_be_empty):
         raise none_usable(name, errors)
     return found, errors
 
