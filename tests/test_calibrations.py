@@ -851,6 +851,21 @@ def test_another_lossless_coder_is_reported_and_joins_nothing(
     ]
 
 
+def test_feedback_that_fails_leaves_the_bundle_as_it_was(
+    bundle: Path, dark: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, image = tmp_path / "nope.png", tmp_path / "image.png"
+    Image.fromarray(dark[0]).save(image)
+    before = sorted(bundle.rglob("*"))
+    for words, message in (
+        (["--accept", str(missing)], "none of 1 images can be used"),
+        (["--accept", str(image), "--reject", str(image)], "is given to accept and to reject"),
+    ):
+        assert main(["gate", "feedback", str(bundle), *words]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(bundle.rglob("*")) == before
+
+
 def test_feedback_needs_a_whole_calibration(bundle: Path, tmp_path: Path) -> None:
     (bundle / "calibrations").mkdir()
     (bundle / "calibrations" / "default.npz").write_bytes(b"junk")

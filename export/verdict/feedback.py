@@ -112,16 +112,18 @@ def give_feedback(
     bundle = verify_bundle(folder)
     bundle.check_has("score")
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    if engine.store.usable(name).exact is None:
+    before = engine.store.usable(name)
+    if before.exact is None:
         raise CalibrationError(f"{bundle.name} is not calibrated: ade calibrate does that")
-    (folder / FOLDER).mkdir(exist_ok=True)
+    files: list[tuple[Path, Given]] = [
+        *((path, "accept") for path in accepted),
+        *((path, "reject") for path in rejected),
+    ]
+    images, unusable = _read(engine, files, report)
+    if not images:  # nothing is written, not even a lock file
+        return Feedback(0, 0, 0, 0, 0, unusable, before.version, before.version)
     with locked(folder / FOLDER / LOCK, wait=True):
         before = engine.store.usable(name)  # another process may have changed it
-        files: list[tuple[Path, Given]] = [
-            *((path, "accept") for path in accepted),
-            *((path, "reject") for path in rejected),
-        ]
-        images, unusable = _read(engine, files, report)
         joining, leaving, fitted = _changing(before, images)
         if joining and before.other_coder() is not None:
             raise CalibrationError(
