@@ -809,6 +809,25 @@ def test_an_image_that_calibrates_already_is_not_counted_twice(
     assert give_feedback(bundle, "default", [calibrating], []).known == 1
 
 
+def test_a_picture_of_two_sizes_counts_once_where_one_calibration_judges_both(
+    bundle: Path, dark: np.ndarray, tmp_path: Path
+) -> None:
+    own = InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations
+    assert own.resized is not None
+    networks = verify_bundle(bundle).networks
+    write_calibrations(bundle, dataclasses.replace(own, exact=own.resized, model=networks))
+    assert (read := Calibrations.load(path_of(bundle, "default"))).exact is read.resized
+    flat = np.full((8, 8, 3), 9, np.uint8)  # has the same pixels at each size
+    files = [tmp_path / f"{scale}.png" for scale in (1, 2)]
+    for scale, file in enumerate(files, 1):
+        Image.fromarray(flat.repeat(scale, 0).repeat(scale, 1)).save(file)
+    with pytest.raises(CalibrationError, match="is given to accept and to reject"):
+        give_feedback(bundle, "default", files[:1], files[1:])
+    assert give_feedback(bundle, "default", files, []).joined == 1
+    assert give_feedback(bundle, "default", files[1:], []).known == 1
+    assert give_feedback(bundle, "default", [], files).removed == 1
+
+
 def test_another_lossless_coder_is_reported_and_joins_nothing(
     bundle: Path,
     night_file: Path,

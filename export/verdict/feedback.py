@@ -88,7 +88,8 @@ def give_feedback(
 ) -> Feedback:
     """Let accepted images join a calibration, take rejected ones out of it, and write the audit.
 
-    An accepted image counts once, however often and in whatever file it is given. If it is one of
+    An accepted image counts once, however often and in whatever file it is given, and once for each
+    of two calibrations: for images of the model's size, and for resized images. If it is one of
     the images that ``ade calibrate`` calibrated with, it has been counted. One that the density was
     fitted to does not join: it would look more like the others than a new image does. Services that
     run with the bundle take the calibration over.
@@ -119,7 +120,8 @@ def give_feedback(
         *((path, "accept") for path in accepted),
         *((path, "reject") for path in rejected),
     ]
-    images, unusable = _read(engine, files, report)
+    has_both = before.exact is not before.resized
+    images, unusable = _read(engine, files, has_both, report)
     if not images:  # nothing is written, not even a lock file
         return Feedback(0, 0, 0, 0, 0, unusable, before.version, before.version)
     with locked(folder / FOLDER / LOCK, wait=True):
@@ -223,9 +225,16 @@ def _num_rejected(calibrating: np.ndarray, scores: np.ndarray) -> int:
 
 
 def _read(
-    engine: InferenceEngine, files: Sequence[tuple[Path, Given]], report: Report
+    engine: InferenceEngine,
+    files: Sequence[tuple[Path, Given]],
+    has_both: bool,
+    report: Report,
 ) -> tuple[list[_Image], int]:
-    """The usable images, each once, and how many are not usable."""
+    """The usable images, each once, and how many are not usable.
+
+    With a calibration for each kind (``has_both``), a picture counts once as an image of the
+    model's size and once as a resized one.
+    """
     found: dict[tuple[bool, int], _Image] = {}
     unusable = 0
     for path, given in files:
@@ -239,16 +248,15 @@ def _read(
         reason = image.message if isinstance(image, ApiError) else None
         if not isinstance(image, ApiError):
             pixels = short_digest(image.pixels)
-            if (image.resized, pixels) in found:
-                if found[image.resized, pixels].given != given:
+            key = (image.resized and has_both, pixels)
+            if key in found:
+                if found[key].given != given:
                     raise CalibrationError(f"{path} is given to accept and to reject")
                 continue
             statistics = engine.statistics(image.pixels[None])
             if all(np.isfinite(values).all() for values in statistics.values()):
                 digest = hashlib.sha256(content).hexdigest()
-                found[image.resized, pixels] = _Image(
-                    path, digest, pixels, given, image.resized, statistics
-                )
+                found[key] = _Image(path, digest, pixels, given, image.resized, statistics)
                 continue
             reason = "its likelihood is not a finite number"
         report(f"left out {path}: {reason}")
