@@ -23,7 +23,7 @@ from handlers.asgi.worker import WorkerSettings
 from handlers.front.front import Answer, Request
 from handlers.launch.environment import child_environment
 from handlers.limits import RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
-from serving.api.errors import ApiError, stopping
+from serving.api.errors import ApiError, no_answer, stopping, worker_died
 from serving.api.telemetry import Metric
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class Pool:
             async with asyncio.timeout(self._timeout_s):
                 return await job.answer
         except TimeoutError:
-            raise ApiError(503, "unavailable", "no worker answered in time") from None
+            raise no_answer() from None
         finally:
             if not request.is_probe:
                 self._count(ANSWER_SECONDS, time.perf_counter() - job.arrived)
@@ -339,13 +339,7 @@ class _Worker:
             is_leaving = rest["leaving"]
         except (WorkerError, KeyError, ValueError, TypeError, AttributeError) as error:
             for job in batch:
-                job.fail(
-                    ApiError(
-                        503,
-                        "unavailable",
-                        "the worker that had the request died: try again later",
-                    )
-                )
+                job.fail(worker_died())
             raise WorkerError(str(error)) from None
         except asyncio.CancelledError:  # the pool is stopped
             for job in batch:

@@ -25,7 +25,7 @@ from handlers.front.front import Answer, Endpoint, Front, Request
 from handlers.ray_serve.calls import Asked, Calls
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.settings import Access, ServeSettings
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, no_answer, stopping, worker_died
 from serving.api.guard import App, Guard, Message, Receive, Scope, Send
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import open_bundle
@@ -81,7 +81,7 @@ class RemoteModel:
             ApiError: 503, a replica died over it, too many wait, or it took too long.
         """
         if self._is_stopping:
-            raise ApiError(503, "stopping", "the service is being stopped")
+            raise stopping()
         about = {
             # Ray's proxy adds this header to the answer by itself.
             "id": request.headers.get(REQUEST_ID, "")[:MAX_ID] or str(uuid.uuid4()),
@@ -95,16 +95,14 @@ class RemoteModel:
             async with asyncio.timeout(self._timeout_s):
                 return Answer(*await self._calls.answer(Asked(about, bytes(request.body))))
         except TimeoutError:
-            raise ApiError(503, "unavailable", "no worker answered in time") from None
+            raise no_answer() from None
         except BackPressureError:
             raise ApiError(
                 503, "overloaded", "too many requests are waiting: try again later"
             ) from None
         except Exception as error:  # Ray's, which depend on how the replica ended
             logger.error("%s: no answer: %s", self.name, error)
-            raise ApiError(
-                503, "unavailable", "the worker that had the request died: try again later"
-            ) from None
+            raise worker_died() from None
         finally:
             if not request.is_probe:
                 self.seconds += loop.time() - arrived

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from serving.api.errors import ApiError, internal_error
+from serving.api.errors import ApiError, internal_error, worker_died
 
 logger = logging.getLogger(__name__)
 _UNREADABLE_FORM = (400, "malformed_request", "the form cannot be parsed")
@@ -39,7 +39,7 @@ def translate(status: int, kind: str, message: str) -> ApiError:
     if known is not None:
         return ApiError(*known)
     if WORKER_DIED in message:
-        return ApiError(503, "unavailable", "the worker that had the request died: try again later")
+        return worker_died()
     if status == NO_WORKER:
         return ApiError(503, "unavailable", "no worker can take the request: try again later")
     if status == OVERLOADED:

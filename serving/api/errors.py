@@ -61,6 +61,16 @@ def stopping() -> ApiError:
     return ApiError(503, "stopping", "the service is being stopped")
 
 
+def worker_died() -> ApiError:
+    """The answer to a request whose worker ended before it answered."""
+    return ApiError(503, "unavailable", "the worker that had the request died: try again later")
+
+
+def no_answer() -> ApiError:
+    """The answer to a request that took too long, the queue included."""
+    return ApiError(503, "unavailable", "no worker answered in time")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Error:
     """An error as it is written in JSON."""
