@@ -48,7 +48,8 @@ def load(path: Path) -> Any:
 
 
 def tool(name: str) -> str:
-    found = shutil.which(name)
+    # Beside this Python first: make does not activate the environment.
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found

@@ -621,7 +621,7 @@ def test_an_encoder_is_used_if_it_recognises_classes(
     plan = dataclasses.replace(plan, encoder_minutes=0.08)
     source = _encoder(plan, found, dataset, tmp_path, lines.append)
     assert (source is not None) == learnable, lines
-    assert lines[0] == "training an encoder for 2 classes, 0.1 minutes: bright, dark"
+    assert lines[0] == "training an encoder for 2 classes, 0.08 minutes: bright, dark"
     assert lines[1:] == (
         []
         if learnable
