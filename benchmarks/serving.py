@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import functools
 import io
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ from serving.ports import VARIABLES
 CORES = len(os.sched_getaffinity(0))
 WORKERS = min(CORES, 4)
 SECONDS = 4.0
+OURS = "ade serve"
 # The smallest possible model, so that nearly all time is spent by the server.
 EMPTY = ModelConfig(
     image_size=8,
@@ -278,38 +280,32 @@ def _started(
 def start_servers(
     stack: ExitStack, bundle: Path, first_port: int, operations: tuple[str, ...]
 ) -> list[Server]:
-    """Start the service and its three peers on ports from ``first_port``; the service is first."""
-    ports = dict(
-        zip(
-            (v for v, _ in VARIABLES.values()),
-            range(first_port, first_port + len(VARIABLES)),
-            strict=True,
-        )
-    )
-    page = ports[VARIABLES["ui"][0]]
+    """Start the service with both of its engines, and three peers, on ports from ``first_port``.
+
+    The service with its usual engine is first.
+    """
     python = [sys.executable, "-m"]
-    servers = [
-        stack.enter_context(
-            _started(
-                "ade serve",
-                [
-                    *python,
-                    "ade_cli.main",
-                    "serve",
-                    str(bundle),
-                    "--device",
-                    "cpu",
-                    "--workers",
-                    str(WORKERS),
-                ]
-                if operations == ("score",)
-                else [*python, "ade_cli.main", "serve", str(bundle), "--device", "cpu"],
-                {name: str(port) for name, port in ports.items()},
-                f"http://127.0.0.1:{first_port}/predictions",
-                lambda: _answers(f"http://127.0.0.1:{page}/readyz", None),
+    command = [*python, "ade_cli.main", "serve", str(bundle), "--device", "cpu"]
+    if operations == ("score",):
+        command += ["--workers", str(WORKERS)]
+    servers = []
+    for name in (OURS, f"{OURS} --engine asgi"):
+        ports = {
+            variable: str(first_port + i) for i, (variable, _) in enumerate(VARIABLES.values())
+        }
+        page = f"http://127.0.0.1:{ports[VARIABLES['ui'][0]]}/readyz"
+        servers.append(
+            stack.enter_context(
+                _started(
+                    name,
+                    [*command, *name.removeprefix(OURS).split()],
+                    ports,
+                    f"http://127.0.0.1:{first_port}/predictions",
+                    functools.partial(_answers, page, None),
+                )
             )
         )
-    ]
+        first_port += len(VARIABLES)
     picture = _png(bundle)
     as_json = {"images": [base64.b64encode(picture).decode()]}
     bento = ["bentoml", "serve", "benchmarks.peers.bento:Score", "--host", "127.0.0.1", "--port"]
@@ -319,7 +315,7 @@ def start_servers(
         "BentoML": ([*python, *bento], True),
     }
     for i, (name, (command, wants_json)) in enumerate(peers.items()):
-        port = first_port + len(VARIABLES) + i
+        port = first_port + i
         url = f"http://127.0.0.1:{port}"
         changes = {
             "PEER_PORT": str(port),
