@@ -100,7 +100,8 @@ def load_service(settings: WorkerSettings) -> Service:
     if engine.bundle.digest != settings.digest:
         raise BundleError(
             f"{settings.bundle} has become another bundle ({engine.bundle.model_id}) since "
-            f"{settings.identity} was started from it: put the former one back, or start again"
+            f"{settings.identity} was started from it: put the former one back, or start the "
+            "service again"
         )
     engine.warm_up()
     journal = Journal(Path(settings.logs), settings.name)
