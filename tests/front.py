@@ -144,7 +144,7 @@ class RunningFront:
                 "inference_socket": str(self.socket),
                 "metrics_socket": str(self.socket),
                 "server_key": "key-of-torchserve",
-                "models": ("score", "sample", "tiny-score"),
+                "models": {"score": 1, "sample": 1, "tiny-score": 1},
                 "token": None,
                 "allowed_hosts": ("ade.example.org",),
                 "probe_secret": "secret-of-probes",

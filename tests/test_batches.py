@@ -9,18 +9,19 @@ import pytest
 
 from handlers.asgi import batches
 from handlers.asgi.batches import BatchQueue
-from handlers.limits import MAX_BATCH
+from handlers.limits import LARGE_BYTES, MAX_BATCH
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
     number: int
     answer: asyncio.Future[None]
+    num_bytes: int = 1
 
 
-def jobs(count: int) -> list[Job]:
+def jobs(count: int, num_bytes: int = 1) -> list[Job]:
     loop = asyncio.get_running_loop()
-    return [Job(number, loop.create_future()) for number in range(count)]
+    return [Job(number, loop.create_future(), num_bytes) for number in range(count)]
 
 
 def numbers(batch: list[Job]) -> list[int]:
@@ -40,6 +41,18 @@ def test_a_batch_has_all_that_waits_when_it_can_be_computed() -> None:
         assert numbers(await queue.next_batch()) == list(range(MAX_BATCH))
         assert numbers(await queue.next_batch()) == list(range(MAX_BATCH, MAX_BATCH + 3))
         assert len(queue) == 0
+
+    asyncio.run(main())
+
+
+def test_a_large_request_ends_its_batch() -> None:
+    async def main() -> None:
+        queue: BatchQueue[Job] = BatchQueue()
+        small, large, rest = jobs(2), jobs(2, LARGE_BYTES), jobs(MAX_BATCH)
+        queue.put(*small, *large, *rest)
+        assert await queue.next_batch() == [*small, large[0]]
+        assert await queue.next_batch() == [large[1]]
+        assert await queue.next_batch() == rest
 
     asyncio.run(main())
 

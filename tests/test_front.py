@@ -29,6 +29,7 @@ import pytest
 from handlers.front.admission import Lane, Limits, Memory
 from handlers.front.forms import checked_type
 from handlers.front.front import Endpoint, Front
+from handlers.limits import LARGE_BYTES
 from handlers.torchserve.front import ServerSettings
 from serving.api.errors import ApiError
 from serving.api.requests import URLENCODED
@@ -936,6 +937,22 @@ def test_a_client_that_leaves_in_flight_keeps_its_turn(
         assert patient.result().status_code == 200
 
 
+def test_each_worker_gets_two_large_requests_at_most(
+    front: RunningFront, upstream: Upstream
+) -> None:
+    """One worker would take all that wait as one batch."""
+    large = b"x" * LARGE_BYTES
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(post, front, "wait", large) for _ in range(3)]
+        wait_for(lambda: upstream.num_waiting == 2)
+        assert post(front).status_code == 200  # a small one passes
+        assert upstream.num_waiting == 2
+        upstream.release()
+        wait_for(lambda: upstream.num_waiting == 1)
+        upstream.release()
+        assert [answer.result().status_code for answer in answers] == [200] * 3
+
+
 def test_an_upstream_that_hangs(short: RunningFront, upstream: Upstream) -> None:
     """Both a request in flight and a waiting one get an answer when their time is over."""
     with ThreadPoolExecutor(3) as pool:
@@ -1129,7 +1146,7 @@ def settings() -> ServerSettings:
         inference_socket="/i",
         metrics_socket="/m",
         server_key="the-key",
-        models=("score", "a-score"),
+        models={"score": 2, "a-score": 2},
         token="the-token",
         allowed_hosts=("host",),
         probe_secret="the-secret",

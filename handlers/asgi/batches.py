@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S
+from handlers.limits import LARGE_BYTES, MAX_BATCH, MAX_BATCH_DELAY_S
 
 
 class Waiting(Protocol):
@@ -16,6 +16,10 @@ class Waiting(Protocol):
     @property
     def answer(self) -> asyncio.Future[Any]:
         """Done early if nobody waits for it any more."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its body."""
 
 
 Job = TypeVar("Job", bound=Waiting)
@@ -26,8 +30,10 @@ class BatchQueue(Generic[Job]):
 
     A batch is collected when it can be computed, not before: so as many requests as possible share
     one. It waits up to ``MAX_BATCH_DELAY_S`` for more requests, but only if others are queued or
-    the last batch had several. Of several free workers, the one that became free last collects it,
-    because its weights are still in the processor's caches.
+    the last batch had several. It ends with the request whose body makes it large, since a worker
+    with many large requests would keep them all waiting while other workers are free. Of several
+    free workers, the one that became free last collects it, because its weights are still in the
+    processor's caches.
     """
 
     def __init__(self) -> None:
@@ -63,7 +69,7 @@ class BatchQueue(Generic[Job]):
                 if self._last_was_shared or len(self):
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(MAX_BATCH_DELAY_S):
-                            while len(batch) < MAX_BATCH:
+                            while not _is_full(batch):
                                 batch.append(await self._next())
                 self._last_was_shared = len(batch) > 1
         except BaseException:
@@ -107,3 +113,7 @@ class BatchQueue(Generic[Job]):
 
     def _leave(self, answer: asyncio.Future[Any]) -> None:
         self._queue.pop(answer, None)
+
+
+def _is_full(batch: Sequence[Waiting]) -> bool:
+    return len(batch) >= MAX_BATCH or sum(job.num_bytes for job in batch) >= LARGE_BYTES

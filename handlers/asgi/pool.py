@@ -51,6 +51,11 @@ class Job:
     arrived: float
     answer: asyncio.Future[Answer]
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of its body."""
+        return len(self.request.body)
+
     def fail(self, error: ApiError) -> None:
         """Answer an error if the client still waits."""
         if not self.answer.done():

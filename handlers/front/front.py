@@ -24,6 +24,7 @@ from handlers.front.admission import (
     unless_gone,
 )
 from handlers.front.forms import checked_type
+from handlers.limits import LARGE_BYTES
 from serving.api.errors import ApiError, internal_error, malformed, shaped, stopping
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
@@ -82,6 +83,7 @@ class Endpoint:
         answer: computes the answer; may raise :class:`ApiError`.
         methods: allowed methods.
         lane: bounds the number of its requests, if given.
+        large_lane: bounds, before that, the number of those with a large body, if given.
         takes_forms: whether the body may be a form, which is checked before.
         route: returns the endpoint that answers a request, if that is not this one.
         hold: entered while the endpoint has a request.
@@ -91,6 +93,7 @@ class Endpoint:
     answer: Callable[[Request], Awaitable[Answer]]
     methods: tuple[str, ...] = READING
     lane: Lane | None = None
+    large_lane: Lane | None = None
     takes_forms: bool = False
     route: Callable[[Request], Endpoint] | None = None
     hold: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -198,11 +201,14 @@ class Front:
         request = self._request(scope, body, endpoint.takes_forms)
         if endpoint.route is not None:
             endpoint = endpoint.route(request)
-        lane = endpoint.lane
-        with endpoint.hold():
-            async with lane.turn(receive) if lane else contextlib.nullcontext():
-                answer = endpoint.answer(request)
-                return await (unless_gone(answer, receive) if endpoint.can_cancel else answer)
+        is_large = len(body) >= LARGE_BYTES
+        lanes = [endpoint.large_lane if is_large else None, endpoint.lane]
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(endpoint.hold())
+            for lane in filter(None, lanes):
+                await stack.enter_async_context(lane.turn(receive))
+            answer = endpoint.answer(request)
+            return await (unless_gone(answer, receive) if endpoint.can_cancel else answer)
 
     def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
         """The request of an endpoint.

@@ -30,6 +30,11 @@ class Job(NamedTuple):
     arrived: float
     answer: asyncio.Future[Answered]
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of its body."""
+        return len(self.asked.body)
+
 
 class Unhealthy(RuntimeError):
     """The replica should be replaced."""

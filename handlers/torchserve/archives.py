@@ -47,7 +47,7 @@ def write_archives(
     options: ServingOptions,
     workers: dict[str, int],
     prefix: str | None = None,
-) -> list[str]:
+) -> dict[str, int]:
     """Write the four ``.mar`` files of a bundle.
 
     Operations that the model lacks are served too: their handler answers with an error.
@@ -60,9 +60,9 @@ def write_archives(
         prefix: prefix of the served names, for all bundles but the first.
 
     Returns:
-        The names under which TorchServe serves the operations.
+        The names under which TorchServe serves the operations, and the workers of each.
     """
-    names = []
+    served = {}
     for operation in OPERATIONS:
         graphs = bundle.graphs([operation])
         if options.backend == "torchscript":
@@ -105,5 +105,5 @@ def write_archives(
                 )
             )
         config_file.unlink()
-        names.append(name)
-    return names
+        served[name] = workers[operation]
+    return served

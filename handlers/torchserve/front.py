@@ -54,20 +54,20 @@ class ServerSettings(FrontSettings):
     Attributes:
         inference_socket, metrics_socket: TorchServe's Unix domain sockets.
         server_key: TorchServe's inference key.
-        models: served names.
+        models: number of workers by served name.
     """
 
     inference_socket: str
     metrics_socket: str
     server_key: str = field(repr=False)
-    models: tuple[str, ...]
+    models: dict[str, int]
 
 
 class ModelServer:
     """The endpoints that TorchServe answers.
 
     Args:
-        models: served names.
+        models: number of workers by served name.
         limits: limits on the requests that it has at a time.
         inference: a client of TorchServe's inference address.
         metrics: a client of its metrics address.
@@ -76,7 +76,7 @@ class ModelServer:
 
     def __init__(
         self,
-        models: tuple[str, ...],
+        models: dict[str, int],
         limits: Limits,
         inference: aiohttp.ClientSession,
         metrics: aiohttp.ClientSession,
@@ -86,7 +86,10 @@ class ModelServer:
         self._ping = Endpoint(infer)
         self._metrics = Endpoint(functools.partial(self._scrape, metrics))
         self._predictions = {
-            name: Endpoint(infer, INFERRING, Lane(limits), takes_forms=True) for name in models
+            name: Endpoint(
+                infer, INFERRING, Lane(limits), _large_lane(limits, workers), takes_forms=True
+            )
+            for name, workers in models.items()
         }
         self._refusals = refusals
         self._was_reached = True
@@ -151,6 +154,14 @@ class ModelServer:
             ) from None
         self._was_reached = True
         return answer
+
+
+def _large_lane(limits: Limits, workers: int) -> Lane:
+    """Lets each worker have one large request and another one wait.
+
+    A worker of TorchServe takes all that waits as one batch.
+    """
+    return Lane(dataclasses.replace(limits, in_flight=(2 * workers,) * 3))
 
 
 def _passing_headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:

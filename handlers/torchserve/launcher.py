@@ -28,7 +28,7 @@ class TorchServe:
         self._plan = plan
         self._folder = folder
         self._supervisor = supervisor
-        self._models: list[str] = []
+        self._models: dict[str, int] = {}
         self._server: Child
 
     def start(self) -> None:
@@ -36,11 +36,11 @@ class TorchServe:
         plan, folder = self._plan, self._folder
         folder.store.mkdir()
         for i, bundle in enumerate(plan.bundles):
-            self._models += write_archives(
+            self._models |= write_archives(
                 bundle, folder.store, plan.options, plan.workers, bundle.name if i else None
             )
         self._server = self._supervisor.start(
-            "torchserve", *write_configuration(folder, self._models, plan.options, plan.logs)
+            "torchserve", *write_configuration(folder, list(self._models), plan.options, plan.logs)
         )
 
     def open(self) -> None:
@@ -53,7 +53,7 @@ class TorchServe:
             inference_socket=str(folder.inference_socket),
             metrics_socket=str(folder.metrics_socket),
             server_key=folder.server_key("inference") or "",
-            models=tuple(self._models),
+            models=self._models,
         ).save(settings)
         command = [sys.executable, "-m", "handlers.torchserve.front", str(settings)]
         self._supervisor.start("front", command, child_environment(), restarts=True)
