@@ -201,14 +201,11 @@ class Front:
         request = self._request(scope, body, endpoint.takes_forms)
         if endpoint.route is not None:
             endpoint = endpoint.route(request)
-        is_large = len(body) >= LARGE_BYTES
-        lanes = [endpoint.large_lane if is_large else None, endpoint.lane]
-        async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(endpoint.hold())
-            for lane in filter(None, lanes):
-                await stack.enter_async_context(lane.turn(receive))
-            answer = endpoint.answer(request)
-            return await (unless_gone(answer, receive) if endpoint.can_cancel else answer)
+        large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
+        with endpoint.hold():
+            async with _turn(large_lane, receive), _turn(endpoint.lane, receive):
+                answer = endpoint.answer(request)
+                return await (unless_gone(answer, receive) if endpoint.can_cancel else answer)
 
     def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
         """The request of an endpoint.
@@ -235,6 +232,10 @@ class Front:
                 )
             content_type = checked_type(content_type, body)
         return Request(method, scope["path"], headers, content_type, body, is_probe)
+
+
+def _turn(lane: Lane | None, receive: Receive) -> contextlib.AbstractAsyncContextManager[None]:
+    return lane.turn(receive) if lane else contextlib.nullcontext()
 
 
 async def _send_answer(answer: Answer, send: Send) -> None:
