@@ -137,6 +137,15 @@ def test_statistics_do_not_depend_on_the_batch(
     )
 
 
+def test_statistics_do_not_depend_on_the_order_of_memory() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    expected = compute_statistics(images, outputs(3))
+    for same in (planes, np.asfortranarray(images)):
+        found = compute_statistics(same, outputs(3))
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
 def test_every_statistic_has_a_meaning(pretrained_engine: InferenceEngine) -> None:
     engine = pretrained_engine
     assert engine.calibration is not None

@@ -8,7 +8,8 @@ likelihood-based generative models", 2020); whether what the model leaves unexpl
 noise; where in the image the bits lie; and plain statistics of pixels, which need no model.
 :mod:`serving.verdict.calibration` makes one score of them.
 
-Everything is computed row by row from one image's own values: no number depends on the batch.
+Everything is computed row by row from one image's own values: no number depends on the batch, or
+on the order of the array's axes in memory.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def compute_statistics(
         :func:`serving.verdict.semantic.semantic_statistics` are among them, from which a
         calibration computes the semantic coordinates.
     """
+    images = np.ascontiguousarray(images)  # NumPy adds in the order of memory
     parts = outputs["parts"].astype(np.float64)
     levels = parts.shape[1] - 2
     found = {"bpd": 8.0 + parts.sum(1)}
