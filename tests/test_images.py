@@ -78,6 +78,10 @@ def test_exif_orientation_is_applied(picture: Image.Image) -> None:
     assert decoded.notes == ["EXIF orientation applied"]
     turned = read_image(encode(picture, "TIFF", tiffinfo={0x0112: 6}))
     assert np.array_equal(turned.pixels, decoded.pixels) and turned.notes == decoded.notes
+    exif[0x0112] = 0  # some cameras write it
+    for unturned in (encode(picture, "PNG", exif=exif), encode(picture, "TIFF", tiffinfo=exif)):
+        decoded = read_image(unturned)
+        assert np.array_equal(decoded.pixels, np.asarray(picture)) and not decoded.notes
 
 
 def test_alpha_goes_on_white(picture: Image.Image) -> None:

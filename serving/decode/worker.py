@@ -87,15 +87,15 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
             notes.append("first of several frames taken")
             image.seek(0)
         # Pillow turns a TIFF as it is loaded.
-        is_turned = structure.format == "TIFF" and image.getexif().get(0x0112, 1) != 1
+        is_turned = structure.format == "TIFF" and image.getexif().get(0x0112) in _TRANSPOSITIONS
         image.load()
         # Pillow also finds EXIF in the text chunks of a PNG.
         if "exif" not in image.info and "Raw profile type exif" in image.info:
             check_exif(bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:])))
-        orientation = image.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(0x0112)
         if orientation in _TRANSPOSITIONS:
             image = image.transpose(_TRANSPOSITIONS[orientation])
-        if orientation != 1 or is_turned:
+        if orientation in _TRANSPOSITIONS or is_turned:
             notes.append("EXIF orientation applied")
         return DecodedImage(_rgb(image, notes), notes)
     except (ImageError, MemoryError):
