@@ -95,7 +95,8 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
 
     Raises:
         ImageError: the format is unknown, or the image is damaged, too large, of another size, or
-            greyscale of 12 or 32 bits or of floating-point numbers.
+            greyscale of 12 or 32 bits, of signed or floating-point numbers, or of 16 bits with
+            white at 0.
         MemoryError: there is not enough memory to decode it.
     """
     if not data:

@@ -143,6 +143,25 @@ def test_greyscale_of_other_ranges_is_refused(kind: type, got: str) -> None:
     assert sixteen.pixels[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_signed_greyscale_is_refused(kind: type) -> None:
+    grey = Image.fromarray(np.array([[0, 1, 254, 255]], kind))
+    with pytest.raises(ImageError, match="must have unsigned values"):
+        read_image(encode(grey, "TIFF", tiffinfo={339: 2}))
+
+
+def test_greyscale_with_white_at_0() -> None:
+    """Pillow inverts 8 bits, but not 16."""
+    black, white = (struct.pack("<HHII", 262, 3, 1, at) for at in (1, 0))
+    eight, sixteen = (
+        encode(Image.fromarray(np.zeros((1, 4), kind)), "TIFF").replace(black, white)
+        for kind in (np.uint8, np.uint16)
+    )
+    assert (read_image(eight).pixels == 255).all()
+    with pytest.raises(ImageError, match="0 must be black"):
+        read_image(sixteen)
+
+
 def test_damaged_exif_is_an_image_error_or_an_image(picture: Image.Image) -> None:
     data = encode(picture, "PNG", exif=b"Exif\0\0II*\0")
     try:

@@ -20,7 +20,9 @@ import socket
 import struct
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -83,6 +85,7 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
             _check_bits(image.mode, stored)
         elif ";16" in stored:
             notes.append("converted from 16-bit colour to 8 bits")
+        _check_tiff(image.mode, getattr(image, "tag_v2", {}))
         if getattr(image, "is_animated", False):  # n_frames would be slow
             notes.append("first of several frames taken")
             image.seek(0)
@@ -117,6 +120,21 @@ def _check_bits(mode: str, stored: str) -> None:
             "not_an_image",
             "a greyscale image must have 8 or 16 bits per value, got "
             f"{bits[1] if bits else mode}{'-bit floating point' if mode == 'F' else ''}",
+        )
+
+
+def _check_tiff(mode: str, tags: Mapping[int, Any]) -> None:
+    """Reject greyscale whose numbers Pillow takes for others.
+
+    Args:
+        mode: of Pillow.
+        tags: of a TIFF; empty for other formats.
+    """
+    if 2 in tags.get(339, ()):
+        raise ImageError("not_an_image", "a TIFF must have unsigned values, this one has signed")
+    if mode.startswith("I;16") and tags.get(262) == 0:
+        raise ImageError(
+            "not_an_image", "in a 16-bit greyscale TIFF, 0 must be black: in this one it is white"
         )
 
 
