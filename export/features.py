@@ -302,9 +302,10 @@ def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, .
     if found.order == "bgr":
         then("Gather", np.arange(found.channels)[::-1].copy(), axis=1)
     if resized:
-        scales = np.array(
-            [1, 1, found.size[0] / image_shape[0], found.size[1] / image_shape[1]], np.float32
-        )
+        factors = np.array([1, 1, *np.divide(found.size, image_shape[:2])])
+        scales = factors.astype(np.float32)
+        # Resize rounds sizes down: a scale that is too small by a digit would lose a pixel.
+        scales = np.where(scales < factors, np.nextafter(scales, np.float32(np.inf)), scales)
         then(
             "Resize",
             scales,

@@ -157,6 +157,19 @@ def test_images_are_resized_to_what_the_network_takes(
         np.testing.assert_allclose(found, expected(small_images[:5]), atol=0.1)
 
 
+def test_resized_images_have_every_pixel(tmp_path: Path) -> None:
+    """227 / 28 is larger than its float32, with which ONNX Runtime makes 226 pixels."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 3), dtype=np.uint8)
+    path = network(tmp_path / "net.onnx", size=227)
+    made = onnx.load_from_string(
+        feature_graph(FeatureSource(path, preprocess=SCALE), images).content
+    )
+    (resize,) = (node for node in made.graph.node if node.op_type == "Resize")
+    made.graph.output.append(helper.make_empty_tensor_value_info(resize.output[0]))
+    found = run(made.SerializeToString(), images)
+    assert found[resize.output[0]].shape == (4, 3, 227, 227)
+
+
 def test_resized_uint8_pixels_are_rounded(small_images: np.ndarray, tmp_path: Path) -> None:
     """A cast alone would darken every pixel by half a grey level on average."""
     path = network(tmp_path / "net.onnx", size=24, elem_type=TensorProto.UINT8)
