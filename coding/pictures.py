@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from coding.errors import CodingError, Damaged
+from serving.decode.structure import read_structure
 from serving.images import MAX_FILE_BYTES, ImageError, read_image
 
 # Formats whose pixels are coded and which are written again from them. Files of other formats, and
@@ -62,13 +63,13 @@ class Picture:
 
 def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
     """An image file; one that cannot be decoded is a file like any other."""
-    suffix = PurePosixPath(name).suffix.lower()
-    if suffix not in WRITTEN:
-        return Picture(None, data)
-    has_metadata = suffix == ".png" and _has_metadata(data)
-    if has_metadata and keep_metadata:
+    format = WRITTEN.get(PurePosixPath(name).suffix.lower())
+    has_metadata = format == "PNG" and _has_metadata(data)
+    if format is None or has_metadata and keep_metadata:
         return Picture(None, data)
     try:
+        if read_structure(data).format != format:  # such as a JPEG that is called .png
+            return Picture(None, data)
         image = read_image(data)
     except (ImageError, MemoryError):
         return Picture(None, data)

@@ -33,7 +33,7 @@ from coding.chunks import Figures
 from coding.compress import Report, compress
 from coding.errors import CodingError, Damaged, NotCoded
 from coding.image_coder import ImageCoder
-from coding.pictures import Picture
+from coding.pictures import Picture, read_picture
 from coding.sources import ArraySource, open_source
 from coding.stack import Stack
 from export.codec import CodecError, add_codec, check_codable, write_codec
@@ -352,6 +352,13 @@ def test_metadata_is_kept_on_request(bundle: Bundle, tmp_path: Path) -> None:
             tmp_path / str(keep) / "a.png"
         ).read_bytes()
         assert same == keep and report.without_metadata == (not keep)
+
+
+@pytest.mark.parametrize("name, format", [("a.png", "JPEG"), ("a.png", "BMP"), ("a.bmp", "PNG")])
+def test_a_file_with_the_name_of_another_format_is_kept(name: str, format: str) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, format)
+    assert read_picture(name, out.getvalue(), False) == Picture(None, out.getvalue())
 
 
 def save_array(path: Path, images: np.ndarray) -> ArraySource:
