@@ -29,6 +29,7 @@ MAGIC = b"\x89ADE\r\n\x1a\n"
 FORMAT_VERSION = 1
 _HEADER = struct.Struct("<I32s")
 _MAX_HEADER = 2**20
+_MAX_IMAGES = 2**32  # times the bytes of the largest image, below 2**63: the size of a file
 _RECORD = struct.Struct("<4sQIQ32s")
 _CRC = struct.Struct("<I")
 _RECORD_BYTES = _RECORD.size + _CRC.size
@@ -218,7 +219,7 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
     for name, kind in _FIELDS.items():
         if type(header.get(name)) is not kind:
             raise CodingError(f"{path}: its header has no valid field {name}")
-    if header["kind"] not in ("files", "array") or not 0 < header["images"] < 2**40:
+    if header["kind"] not in ("files", "array") or not 0 < header["images"] < _MAX_IMAGES:
         raise CodingError(f"{path}: its header has no valid field kind or images")
     return header, file.tell()
 

@@ -354,6 +354,13 @@ def test_metadata_is_kept_on_request(bundle: Bundle, tmp_path: Path) -> None:
         assert same == keep and report.without_metadata == (not keep)
 
 
+def test_a_header_with_more_images_than_any_file_is_refused() -> None:
+    fields = {name: kind() for name, kind in archives._FIELDS.items()}
+    header = {**fields, "format_version": 1, "kind": "array", "images": 2**40 - 1}
+    with pytest.raises(CodingError, match="no valid field kind or images"):
+        archives.scan(io.BytesIO(archives.header_bytes(header)), Path("a.ade"))
+
+
 @pytest.mark.parametrize("name, format", [("a.png", "JPEG"), ("a.png", "BMP"), ("a.bmp", "PNG")])
 def test_a_file_with_the_name_of_another_format_is_kept(name: str, format: str) -> None:
     out = io.BytesIO()
