@@ -43,6 +43,7 @@ from serving.api.operations.sample import (
 from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
 from serving.api.requests import PROBE_HEADER
 from serving.files import read_file
+from serving.messages import words_of
 from serving.ports import LOOPBACK, Ports
 from serving.verdict.calibration import DEFAULT
 from serving.verdict.decision import NOT_SCORED, Choice
@@ -483,8 +484,8 @@ def image_file(image: ImageLike) -> bytes:
 
     Raises:
         OSError: a file cannot be read, is not a regular one, or is larger than the service takes.
-        ValueError: an array is not an image, or an image has no pixels, or values of other than 8
-            or 16 bits.
+        ValueError: an array is not an image, or an image is damaged, or has no pixels, or values of
+            other than 8 or 16 bits.
     """
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
@@ -502,6 +503,15 @@ def image_file(image: ImageLike) -> bytes:
         raise ValueError(
             f"an image must have 8 or 16 bits per value, got a PIL image of mode {image.mode}"
         )
+    try:
+        return _png(image)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's parsers raise SyntaxError, TypeError, …
+        raise ValueError(f"the image is damaged: {words_of(error)}") from error
+
+
+def _png(image: Image.Image) -> bytes:
     if image.mode in ("I;16B", "I;16L", "I;16N"):
         image = image.convert("I").convert("I;16")
     image = ImageOps.exif_transpose(image)  # as the service turns the image's file

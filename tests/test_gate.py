@@ -101,6 +101,17 @@ def test_pixels_that_png_cannot_hold(gate: Gate) -> None:
     assert "must have pixels, got 0 x 3" in str(found[1].reason)
 
 
+def test_an_opened_image_that_is_damaged(gate: Gate) -> None:
+    """Pillow reads the pixels of an opened image late, and raises SyntaxError for some."""
+    out = io.BytesIO()
+    Image.fromarray(NOISE).save(out, "PNG")
+    data = bytearray(out.getvalue())
+    data[data.index(b"IDAT") - 2] -= 1  # the chunk's length: the next one begins too early
+    found = gate.check([Image.open(io.BytesIO(data)), CAT])
+    assert [d.decision for d in found] == ["no_verdict", "accept"]
+    assert "damaged: broken PNG file" in str(found[0].reason)
+
+
 def test_paths_that_are_not_image_files(gate: Gate, tmp_path: Path) -> None:
     """Neither waits for a writer nor reads more than an image file may have."""
     os.mkfifo(pipe := tmp_path / "pipe.png")
