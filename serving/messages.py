@@ -15,5 +15,8 @@ def show(value: Any) -> str:
 
 
 def words_of(error: Exception) -> str:
-    """Return a library's error message without memory addresses, which could help an attacker."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(error))[:200]
+    """Return a library's error message without memory addresses, which could help an attacker.
+
+    An error without a message is named by its class.
+    """
+    return re.sub(r" at 0x[0-9a-f]+", "", str(error) or type(error).__name__)[:200]

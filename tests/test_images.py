@@ -227,6 +227,13 @@ def test_files_that_are_not_images(data: bytes, code: str) -> None:
     assert error.value.code == code and str(error.value)
 
 
+def test_a_palette_image_without_a_palette() -> None:
+    """Pillow's error has no message."""
+    empty = bytes(4) + b"tRNS" + struct.pack(">I", zlib.crc32(b"tRNS"))
+    with pytest.raises(ImageError, match="damaged: [A-Z]"):
+        read_image(with_transparency(8, 3, b"\0\1\2\3", b"").replace(empty, b""))
+
+
 def test_every_truncation_is_an_image_error(picture: Image.Image) -> None:
     for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
         data = encode(picture, format)
