@@ -13,12 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from xml.etree import ElementTree
 
 import httpx
 import numpy as np
@@ -26,9 +28,11 @@ import pytest
 from PIL import Image
 
 from ade_model.checkpoint import save_model
+from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
+from handlers.launch.run_folder import RunFolder
 from handlers.launch.serve import MAX_SCORE_WORKERS
-from handlers.torchserve.configuration import BROADCAST
+from handlers.torchserve.configuration import BROADCAST, write_configuration
 from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.status import read_status
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
@@ -51,6 +55,25 @@ from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 OPERATIONS = ("sample", "encode", "reconstruct", "score")
+
+
+def test_java_reads_folders_of_any_name(tmp_path: Path) -> None:
+    """Java reads properties as Latin-1, and log4j2 its file as XML, at an address that is a URI."""
+    folder = RunFolder(tmp_path / "José & #1")
+    folder.path.mkdir()
+    command, environment = write_configuration(
+        folder, ["score"], ServingOptions(), tmp_path / "R&D"
+    )
+    text = (folder.path / "config.properties").read_bytes().decode("latin-1")
+    properties = dict(line.split("=", 1) for line in text.splitlines())
+    assert json.loads(f'"{properties["model_store"]}"') == str(folder.store)
+    assert properties["allowed_urls"] == "(?!)" and properties["enable_model_api"] == "false"
+    (log,) = [word for word in command if word.startswith("-Dlog4j")]
+    found = Path(urllib.parse.unquote(urllib.parse.urlsplit(log.partition("=")[2]).path))
+    assert found.parent == folder.path
+    (file,) = ElementTree.parse(found).iter("RollingFile")
+    assert file.attrib["fileName"] == "${env:LOG_LOCATION}/torchserve.log"
+    assert environment["LOG_LOCATION"] == str(tmp_path / "R&D")
 
 
 @pytest.fixture(scope="module")

