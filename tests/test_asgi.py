@@ -41,6 +41,7 @@ from handlers.front.admission import Limits
 from handlers.front.forms import MAX_FIELDS
 from handlers.front.front import Request
 from handlers.front.releases import Release, Releases
+from handlers.launch import engines
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
 from handlers.limits import MAX_REQUEST_BYTES
@@ -67,8 +68,7 @@ SENT_S = 1.0  # within which a request that the front has taken is on its way to
 
 
 def release_of(*folders: Path, number: int = 1, share: float = 0.0) -> Release:
-    models = tuple(open_bundle(folder).model_id for folder in folders)
-    return Release(number, tuple(map(str, folders)), models, share)
+    return engines.release_of(number, [open_bundle(folder) for folder in folders], share)
 
 
 class RunningApplication:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -27,7 +28,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ade_cli.main import main
+from handlers.asgi.application import build_release
 from handlers.asgi.control import CHANGE, DESCRIBE
+from handlers.front.admission import Limits
 from handlers.front.releases import Release
 from handlers.launch.channel import ChannelError, Listener, ask
 from handlers.launch.engines import SWITCHED, UpgradableEngine
@@ -224,6 +227,23 @@ def test_a_worker_does_not_take_what_was_put_into_its_folder(
     finally:
         app.process.kill()
         app.process.wait()
+
+
+@pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
+def test_a_front_does_not_take_it_either(tmp_path: Path, changed: Callable[[Path], None]) -> None:
+    """It reads the folders again when it is restarted, and would serve it under the old name."""
+    folder = Path(shutil.copytree(PRETRAINED, tmp_path / "bundle"))
+    release = release_of(folder)
+    shutil.rmtree(folder)
+    changed_copy(folder, changed)
+    unused: Any = None
+
+    async def start() -> None:
+        async with build_release(unused, unused, Limits(), release):
+            pytest.fail("it was served")
+
+    with pytest.raises(BundleError, match=f"another bundle .* since {release.models[0]}"):
+        asyncio.run(start())
 
 
 def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:

@@ -22,7 +22,7 @@ import orjson
 from handlers.asgi import control, v2
 from handlers.asgi.metrics import Metrics
 from handlers.asgi.pool import Pool
-from handlers.asgi.worker import WorkerSettings
+from handlers.asgi.worker import WorkerSettings, check_same
 from handlers.front import listen
 from handlers.front.admission import Lane, Limits, Memory
 from handlers.front.exposition import CONTENT_TYPE
@@ -281,10 +281,12 @@ async def build_release(
     """What answers for a release, with its workers.
 
     Raises:
-        BundleError: a bundle cannot be read.
+        BundleError: a bundle cannot be read, or is another one by now.
         WorkerError: a worker cannot be started.
     """
     bundles = [open_bundle(Path(folder)) for folder in release.bundles]
+    for bundle, model, digest in zip(bundles, release.models, release.digests, strict=True):
+        check_same(bundle, model, digest)
     url = f"http://{local_address(settings.host)}:{settings.port}"
     document = openapi_document(url, bundles, settings.token is not None)
     pools = make_pools(settings, release, bundles, metrics, limits)

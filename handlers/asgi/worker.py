@@ -23,7 +23,7 @@ from serving.api.journal import Journal
 from serving.api.requests import RawRequest
 from serving.api.responses import Response
 from serving.api.service import Service
-from serving.engine.bundle import BundleError
+from serving.engine.bundle import Bundle, BundleError
 from serving.engine.engine import InferenceEngine
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,21 @@ def serve(connection: socket.socket) -> int:
     return 0
 
 
+def check_same(bundle: Bundle, identity: str, digest: str) -> None:
+    """Check that nothing else was put into a bundle's folder since the service was started from it.
+
+    A process that is replaced must not answer by that.
+
+    Raises:
+        BundleError: something was.
+    """
+    if bundle.digest != digest:
+        raise BundleError(
+            f"{bundle.folder} has become another bundle ({bundle.model_id}) since {identity} was "
+            "started from it: put the former one back, or start the service again"
+        )
+
+
 def load_service(settings: WorkerSettings) -> Service:
     """What computes, warmed up."""
     options = settings.options
@@ -96,13 +111,7 @@ def load_service(settings: WorkerSettings) -> Service:
         [settings.operation],
         cuda_graphs=options.cuda_graphs,
     )
-    # A worker that is replaced must not answer by what has been put into the folder since.
-    if engine.bundle.digest != settings.digest:
-        raise BundleError(
-            f"{settings.bundle} has become another bundle ({engine.bundle.model_id}) since "
-            f"{settings.identity} was started from it: put the former one back, or start the "
-            "service again"
-        )
+    check_same(engine.bundle, settings.identity, settings.digest)
     engine.warm_up()
     journal = Journal(Path(settings.logs), settings.name)
     return Service(settings.operation, engine, options.threads, journal)

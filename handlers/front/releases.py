@@ -48,6 +48,7 @@ class Release:
         number: counts the releases of a service.
         bundles: their folders, the first served under the plain names.
         models: the identity of each bundle, ``NAME@HASH``.
+        digests: of each bundle, :attr:`serving.engine.bundle.Bundle.digest`.
         share: of the requests, above 0 and below 1, for a release beside the first of a list. The
             first gets all others, whatever its share.
     """
@@ -55,6 +56,7 @@ class Release:
     number: int
     bundles: tuple[str, ...]
     models: tuple[str, ...]
+    digests: tuple[str, ...]
     share: float = 0.0
 
     @classmethod
@@ -64,6 +66,7 @@ class Release:
             int(values["number"]),
             tuple(values["bundles"]),
             tuple(values["models"]),
+            tuple(values["digests"]),
             float(values["share"]),
         )
 

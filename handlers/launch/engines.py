@@ -88,6 +88,7 @@ def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Re
         number,
         tuple(str(bundle.folder) for bundle in bundles),
         tuple(bundle.model_id for bundle in bundles),
+        tuple(bundle.digest for bundle in bundles),
         share,
     )
 
