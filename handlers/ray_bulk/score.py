@@ -124,6 +124,7 @@ def score_on_ray(
 
 
 def _absolute(path: str) -> str:
+    """The path as other nodes understand it: their processes have other working directories."""
     return path if "://" in path else os.path.abspath(path)
 
 
@@ -189,7 +190,7 @@ def _run(
         override_num_blocks=-(-total // PART_ROWS),
     ).map_batches(
         Scorer,
-        fn_constructor_args=(str(bundle.folder), options, version),
+        fn_constructor_args=(_absolute(str(bundle.folder)), options, version),
         batch_format="pyarrow",
         batch_size=CHUNK,
         compute=ActorPoolStrategy(size=workers),
