@@ -46,7 +46,7 @@ USER 10001:10001
 WORKDIR /home/ade
 EXPOSE 8080 8082 7860
 HEALTHCHECK --interval=30s --timeout=30s --start-period=120s --retries=3 \
-  CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:7860/readyz', timeout=25)"]
+  CMD ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:%s/readyz' % os.environ.get('ADE_UI_PORT', 7860), timeout=25)"]
 # In a container the service must listen on all addresses, so it requires a token: that of `docker run -e ADE_TOKEN=…`, or
 # else a random one, in the file whose path is printed at the start.
 ENTRYPOINT ["tini", "--", "sh", "-c", "exec ade serve --host 0.0.0.0 --device \"$ADE_DEVICE\" \"$@\"", "ade"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from handlers.launch.parts import page_is_ready
 from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
-from serving.ports import Ports, free_ports
+from serving.ports import VARIABLES, Ports, free_ports
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -100,8 +101,8 @@ def test_the_wheel_alone_serves(tmp_path: Path) -> None:
         folder=tmp_path,
     )
     try:
-        code = HEALTH[2].replace("7860", str(running.ports["ui"]))
-        subprocess.run([python, *HEALTH[1:2], code], check=True)
+        port = {VARIABLES["ui"][0]: str(running.ports["ui"])}
+        subprocess.run([python, *HEALTH[1:]], check=True, env=os.environ | port)
     finally:
         assert running.stop() == []
 
@@ -137,8 +138,8 @@ def test_no_proxy_stands_between_the_service_and_its_own_checks(
                     pytest.raises(AdeError),  # it got that answer, which is not the API's
                 ):
                     client.sample()
-            code = HEALTH[2].replace("7860", str(server.server_port))
-            subprocess.run([sys.executable, HEALTH[1], code], check=True)
+            monkeypatch.setenv(VARIABLES["ui"][0], str(server.server_port))
+            subprocess.run([sys.executable, *HEALTH[1:]], check=True)
         finally:
             server.shutdown()
 
