@@ -42,6 +42,7 @@ from serving.api.operations.sample import (
 )
 from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
 from serving.api.requests import PROBE_HEADER
+from serving.decode.worker import check_tiff
 from serving.files import read_file
 from serving.messages import words_of
 from serving.ports import LOOPBACK, Ports
@@ -505,13 +506,14 @@ def image_file(image: ImageLike) -> bytes:
         )
     try:
         return _png(image)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ValueError):
         raise
     except Exception as error:  # Pillow's parsers raise SyntaxError, TypeError, …
         raise ValueError(f"the image is damaged: {words_of(error)}") from error
 
 
 def _png(image: Image.Image) -> bytes:
+    check_tiff(image)
     if image.mode in ("I;16B", "I;16L", "I;16N"):
         image = image.convert("I").convert("I;16")
     image = ImageOps.exif_transpose(image)  # as the service turns the image's file

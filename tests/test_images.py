@@ -146,8 +146,11 @@ def test_greyscale_of_other_ranges_is_refused(kind: type, got: str) -> None:
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 def test_signed_greyscale_is_refused(kind: type) -> None:
     grey = Image.fromarray(np.array([[0, 1, 254, 255]], kind))
+    data = encode(grey, "TIFF", tiffinfo={339: 2})
     with pytest.raises(ImageError, match="must have unsigned values"):
-        read_image(encode(grey, "TIFF", tiffinfo={339: 2}))
+        read_image(data)
+    with pytest.raises(ValueError, match="must have"):
+        image_file(Image.open(io.BytesIO(data)))
 
 
 def test_greyscale_with_white_at_0() -> None:
@@ -158,8 +161,9 @@ def test_greyscale_with_white_at_0() -> None:
         for kind in (np.uint8, np.uint16)
     )
     assert (read_image(eight).pixels == 255).all()
-    with pytest.raises(ImageError, match="0 must be black"):
-        read_image(sixteen)
+    for read in (read_image, lambda data: image_file(Image.open(io.BytesIO(data)))):
+        with pytest.raises(ImageError, match="0 must be black"):
+            read(sixteen)
 
 
 def test_damaged_exif_is_an_image_error_or_an_image(picture: Image.Image) -> None:

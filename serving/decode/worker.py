@@ -20,9 +20,7 @@ import socket
 import struct
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,7 +83,7 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
             _check_bits(image.mode, stored)
         elif ";16" in stored:
             notes.append("converted from 16-bit colour to 8 bits")
-        _check_tiff(image.mode, getattr(image, "tag_v2", {}))
+        check_tiff(image)
         if getattr(image, "is_animated", False):  # n_frames would be slow
             notes.append("first of several frames taken")
             image.seek(0)
@@ -123,16 +121,19 @@ def _check_bits(mode: str, stored: str) -> None:
         )
 
 
-def _check_tiff(mode: str, tags: Mapping[int, Any]) -> None:
+def check_tiff(image: Image.Image) -> None:
     """Reject greyscale whose numbers Pillow takes for others.
 
     Args:
-        mode: of Pillow.
-        tags: of a TIFF; empty for other formats.
+        image: that is opened, of any format.
+
+    Raises:
+        ImageError: a TIFF has signed values, or 16 bits and white at 0.
     """
+    tags = getattr(image, "tag_v2", {})
     if 2 in tags.get(339, ()):
         raise ImageError("not_an_image", "a TIFF must have unsigned values, this one has signed")
-    if mode.startswith("I;16") and tags.get(262) == 0:
+    if image.mode.startswith("I;16") and tags.get(262) == 0:
         raise ImageError(
             "not_an_image", "in a 16-bit greyscale TIFF, 0 must be black: in this one it is white"
         )
