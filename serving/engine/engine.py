@@ -1,9 +1,9 @@
 """The four verbs on NumPy arrays.
 
-This module knows bundles and graphs, but not HTTP. Each result depends only on its own image and
-seed, never on the rest of the batch: all noise comes from :mod:`serving.engine.noise`. With ONNX
-Runtime on the CPU its bytes do not depend on the size of the batch either; with other backends the
-last digits may.
+This module knows bundles and graphs, but not HTTP. Each result depends only on its own image or
+latents, its seed and, for samples, its index, never on the rest of the batch: all noise comes from
+:mod:`serving.engine.noise`. With ONNX Runtime on the CPU its bytes do not depend on the size of the
+batch either; with other backends the last digits may.
 """
 
 from __future__ import annotations
