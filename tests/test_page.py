@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -1070,6 +1071,32 @@ def test_readiness_is_asked_once_for_all_who_wait(
     assert len(asked) == 1
     time.sleep(READY_FOR_S)
     assert client.get("/readyz").json() == {"ready": True} and len(asked) == 2
+
+
+def test_readiness_under_load_is_what_it_was(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second caller does not find a service unready because its answers take some seconds."""
+    monkeypatch.setattr("serving.page.app.READY_FOR_S", 0.0)
+    monkeypatch.setattr("serving.page.app.READY_WAIT_S", 0.0)
+    asked, answered = threading.Semaphore(0), threading.Event()
+    answered.set()
+
+    def is_ready(served: Served) -> bool:
+        asked.release()
+        return answered.wait(60)
+
+    monkeypatch.setattr(Served, "is_ready", is_ready)
+    client = TestClient(make_app("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None))
+    assert client.get("/readyz").status_code == 200 and asked.acquire(timeout=60)
+    answered.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.get, "/readyz")
+        assert asked.acquire(timeout=60)
+        second = client.get("/readyz")
+        answered.set()
+        assert second.json() == first.result().json() == {"ready": True}
+    assert second.status_code == 200
 
 
 def test_readiness_of_a_service_that_hangs(
