@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from export.copying import copy_bundle
 from export.parity import ParityError, check_parity
 from export.write import ExportError, export_bundle
 from serving.engine.backends import load_backend
-from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundle, write_manifest
+from serving.engine.bundle import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    BundleError,
+    open_bundle,
+    verify_bundle,
+    write_manifest,
+)
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.page.about import card
@@ -472,6 +481,20 @@ def test_archives_leave_other_temporary_files_alone(
         f"{name}.mar" for name in names
     )
     assert mine.read_text() == "mine" and list((tmp_path / "temporary").iterdir()) == [mine.parent]
+
+
+def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    from handlers.launch.options import ServingOptions
+    from handlers.torchserve.archives import write_archives
+
+    bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "photos, 2026 [*]")))
+    (tmp_path / "store").mkdir()
+    write_archives(bundle, tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1))
+    for operation in OPERATIONS:
+        with zipfile.ZipFile(tmp_path / "store" / f"{operation}.mar") as archive:
+            found = {Path(name).name for name in archive.namelist()}
+        expected = {MANIFEST_NAME, WEIGHTS_NAME, *(f"{g}.onnx" for g in bundle.graphs([operation]))}
+        assert expected < found
 
 
 @pytest.mark.usefixtures("traced_before")

@@ -27,7 +27,7 @@ from serving.verdict.store import FOLDER
 
 
 @contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
+def _temporary_files_in(folder: Path) -> Iterator[Path]:
     """Let the archiver use a temporary folder of its own.
 
     It empties ``TEMP/MODEL_NAME``, which could belong to another program.
@@ -36,7 +36,7 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         tempfile.tempdir = temporary
         try:
-            yield
+            yield Path(temporary)
         finally:
             tempfile.tempdir = before
 
@@ -88,15 +88,18 @@ def write_archives(
         }
         config_file = store / f"{name}.yaml"
         config_file.write_text(yaml.safe_dump(config))
-        with _temporary_files_in(store):
+        with _temporary_files_in(store) as temporary:
+            # Linked, because the archiver splits paths at commas and expands wildcards in them.
+            links = temporary / "files"
+            links.mkdir()
+            for file in (bundle.folder / MANIFEST_NAME, *map(bundle.file, files)):
+                (links / file.name).symlink_to(file.resolve())
             generate_model_archive(
                 ModelArchiverConfig(
                     model_name=name,
                     handler=str(Path(__file__).with_name(f"{operation}.py")),
                     version="1.0",
-                    extra_files=",".join(
-                        str(p) for p in [bundle.folder / MANIFEST_NAME, *map(bundle.file, files)]
-                    ),
+                    extra_files=str(links),
                     export_path=str(store),
                     force=True,
                     runtime="python",
