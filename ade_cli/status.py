@@ -15,7 +15,7 @@ ERRORS = (PortError, ValueError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address, as for `ade serve` (default: %(default)s)"
+        "--host", help="address, as for `ade serve` (default: that of this user's service)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.description = (
@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_host(args.host)
+    if args.host is not None:
+        check_host(args.host)
     found = read_status(Ports.from_environment(), given_token(), args.host)
     print(json.dumps(found, indent=2) if args.json else _text(found))
     return 0 if found["ready"] else 1

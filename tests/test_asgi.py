@@ -44,6 +44,7 @@ from handlers.front.releases import Release, Releases
 from handlers.launch import engines
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
+from handlers.launch.run_folder import run_folder
 from handlers.limits import MAX_REQUEST_BYTES
 from handlers.torchserve.status import read_status
 from serving.api.errors import ApiError
@@ -567,6 +568,17 @@ def test_status_of_an_engine_that_reports_no_workers() -> None:
     assert "workers     unknown: its engine does not answer, or does not report them\n" in _text(
         own
     )
+
+
+def test_status_asks_the_users_service_at_its_host(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
+    ports = Ports(*free_ports(3))
+    with run_folder() as folder:
+        folder.describe(ports, "127.0.0.2", short_path, {})
+        assert read_status(ports)["silent"][0].startswith(f"http://127.0.0.2:{ports.inference} ")
+        assert read_status(ports, host="127.0.0.3")["silent"][0].startswith("http://127.0.0.3:")
 
 
 def test_metrics_add_up() -> None:

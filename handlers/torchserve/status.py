@@ -19,7 +19,7 @@ from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
 from serving.api.requests import PROBE_HEADER
 from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS, SECONDS
-from serving.ports import VARIABLES, Ports, local_address
+from serving.ports import LOOPBACK, VARIABLES, Ports, local_address
 
 PACKAGES = (
     "av-ade",
@@ -37,7 +37,7 @@ RELEASES = ("current", "canary", "share", "previous")
 _NUMBER = r"([0-9.eE+]+)"
 
 
-def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1") -> dict[str, Any]:
+def read_status(ports: Ports, token: str | None = None, host: str | None = None) -> dict[str, Any]:
     """Query all parts of a service on this machine; values without an answer are ``None``.
 
     Only the user who runs the service can read its workers, queues and errors.
@@ -45,10 +45,12 @@ def read_status(ports: Ports, token: str | None = None, host: str = "127.0.0.1")
     Args:
         ports: ports of the service.
         token: required only if another user runs the service with a token.
-        host: address on which its API and page listen.
+        host: address on which its API and page listen; by default that of this user's service, or
+            else loopback.
     """
-    address = local_address(host)
     folder = find_service(ports)
+    own = (folder and folder.read_description()) or {}
+    address = local_address(host or own.get("host", LOOPBACK[0]))
     probe = None
     if folder is not None:
         probe, token = folder.read(folder.probe_file), token or folder.read(folder.token_file)
