@@ -399,6 +399,8 @@ def test_the_page_and_the_front_come_back(service: RunningService) -> None:
         "page ended with -9: restarting it" in text and "front ended with -9: restarting it" in text
     )
     assert service.process.poll() is None and service.pids["torchserve"] == java
+    logs = Path(str((service.folder.read_description() or {})["logs"]))
+    assert (logs / "front.out").exists() and (logs / "torchserve.log").exists()
 
 
 @pytest.fixture

@@ -56,7 +56,9 @@ class TorchServe:
             models=self._models,
         ).save(settings)
         command = [sys.executable, "-m", "handlers.torchserve.front", str(settings)]
-        self._supervisor.start("front", command, child_environment(), restarts=True)
+        self._supervisor.start(
+            "front", command, child_environment(), restarts=True, output=plan.logs / "front.out"
+        )
 
     def drain(self) -> None:
         """Let the workers finish the accepted requests.
