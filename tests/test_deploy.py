@@ -74,7 +74,7 @@ def test_alarms_are_about_metrics_that_exist() -> None:
                 assert set(grouped.split(", ")) <= known[name] | SCRAPED, rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
-    assert len(rules) == 9
+    assert len(rules) == 10
 
 
 @pytest.mark.parametrize(
