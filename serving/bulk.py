@@ -12,14 +12,16 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,7 @@ from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES, in_options
+from serving.signals import signals_held
 from serving.tables import safe_cell
 from serving.verdict.calibration import DEFAULT, CalibrationError
 from serving.verdict.decision import NOT_SCORED, decide
@@ -258,11 +261,12 @@ def score_folder(
         done = _begin(part, head, folder)
         progress(done, total)
         chunks = _chunks(image_paths(folder), done)
-        for made in _in_order(bundle, folder, options, version, workers, chunks):
-            rows.write("".join(json.dumps(row) + "\n" for row in made))
-            rows.flush()
-            done += len(made)
-            progress(done, total)
+        with closing(_in_order(bundle, folder, options, version, workers, chunks)) as scored:
+            for made in scored:
+                rows.write("".join(json.dumps(row) + "\n" for row in made))
+                rows.flush()
+                done += len(made)
+                progress(done, total)
         summary = _finish(part, out, columns(bundle, options.samples))
         part.unlink()
     return summary
@@ -343,23 +347,35 @@ def _in_order(
     version: str,
     workers: int,
     chunks: Iterator[list[str]],
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]]]:
     """Score the chunks in several processes; yields their rows in order."""
     context = multiprocessing.get_context("spawn")  # forking a process with threads is unsafe
-    with ProcessPoolExecutor(
-        workers, context, _start_worker, (bundle.folder, folder, options, version, os.getpid())
-    ) as pool:
-        waiting: deque[Future[list[dict[str, Any]]]] = deque()
+    for_workers, ours = context.Pipe(duplex=False)  # a worker ends where the other end is closed
+    options_of = (bundle.folder, folder, options, version, for_workers)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, options_of)
+    waiting: deque[Future[list[dict[str, Any]]]] = deque()
+    with for_workers:
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_score_chunk, chunk))
+                waiting.append(_submit(pool, chunk))
                 if len(waiting) >= AHEAD * workers:
                     yield _result(waiting.popleft())
             while waiting:
                 yield _result(waiting.popleft())
         finally:
-            for future in waiting:  # after an error or interruption
-                future.cancel()
+            # An exception in here would leave processes that the program's exit waits for.
+            with signals_held():
+                ours.close()  # after an error or interruption, nobody needs the rest
+                pool.shutdown()
+
+
+def _submit(pool: ProcessPoolExecutor, chunk: list[str]) -> Future[list[dict[str, Any]]]:
+    """Submit a chunk. A worker that this starts inherits the mask: Ctrl-C is for its parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_score_chunk, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -375,20 +391,19 @@ _scorer: FileScorer | BulkError
 
 
 def _start_worker(
-    bundle: Path, folder: Path, options: BulkOptions, version: str, parent: int
+    bundle: Path, folder: Path, options: BulkOptions, version: str, parent: Connection
 ) -> None:
     global _scorer
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         _scorer = FileScorer(open_bundle(bundle), folder, options, version)
     except (BulkError, BundleError, CalibrationError, OSError) as error:
         _scorer = BulkError(str(error))  # raised by the first chunk, whose caller sees it
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End with the parent: a worker whose parent was killed would wait forever."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with(parent: Connection) -> None:
+    """End when the parent closes its end of a pipe, or is killed."""
+    parent.poll(None)
     os._exit(1)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,6 +274,30 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     monkeypatch.setattr(bulk, "image_paths", lambda folder: iter([*paths[:9], "x", *paths[10:]]))
     with pytest.raises(BulkError, match="has changed since .* its file 10 is x"):
         score(tiny_bundle, folder, out)
+
+
+def test_ctrl_c_reaches_the_program_alone_and_leaves_no_process(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            (worker,) = multiprocessing.active_children()
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            (blocked,) = (line for line in status.splitlines() if line.startswith("SigBlk"))
+            assert int(blocked.split()[1], 16) & 1 << (signal.SIGINT - 1)
+            raise KeyboardInterrupt
+
+    def again(pool: ProcessPoolExecutor, *args: Any, **options: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        shutdown(pool, *args, **options)
+
+    shutdown = ProcessPoolExecutor.shutdown
+    monkeypatch.setattr(ProcessPoolExecutor, "shutdown", again)
+    with pytest.raises(KeyboardInterrupt):
+        score_folder(
+            open_bundle(tiny_bundle), folder, tmp_path / "s.csv", BulkOptions(), 1, interrupt
+        )
+    assert not multiprocessing.active_children()
 
 
 def test_other_files_with_names_like_its_own_are_kept(
