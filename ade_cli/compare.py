@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds",
         type=int,
+        action="extend",
         nargs="+",
-        default=[0],
         metavar="S",
         help="train each system with each of these seeds (default: 0)",
     )
@@ -107,7 +107,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         raise DataError("--data is required: it names the images to train on")
     budgets = [
         RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device)
-        for seed in args.seeds
+        for seed in args.seeds or [0]
     ]
     options = measure_options(args)
     check_outside(args.out, args.data)

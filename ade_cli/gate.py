@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     task.add_argument(
         "--ood",
+        action="extend",
         nargs="*",
         default=[],
         type=Path,
@@ -83,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--accept", "image files, or folders of them, that the gate should accept"),
         ("--reject", "image files, or folders of them, that the gate should reject"),
     ):
-        task.add_argument(option, nargs="+", default=[], type=Path, metavar="FILE", help=text)
+        task.add_argument(
+            option, action="extend", nargs="+", default=[], type=Path, metavar="FILE", help=text
+        )
     task.add_argument(
         "--force",
         action="store_true",

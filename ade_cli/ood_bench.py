@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", help="folder of a named data set")
     parser.add_argument(
         "--ood",
+        action="extend",
         nargs="*",
         default=[],
         type=Path,

@@ -21,7 +21,7 @@ from scipy import stats
 
 from ade_cli.advice import advice
 from ade_cli.image_sets import ImageSet
-from ade_cli.main import main
+from ade_cli.main import main, parse
 from export.verdict import calibrate
 from export.verdict import images as images_module
 from export.verdict import what_if as what_if_module
@@ -346,6 +346,18 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
         list(ImageSet(tmp_path / "texts.zip", None))
     with pytest.raises(DataError, match="damaged.npz cannot be read"):
         list(ImageSet(tmp_path / "damaged.npz", None))
+
+
+def test_options_given_twice_add_up() -> None:
+    for option, words in (
+        ("--accept", ["gate", "feedback", "B"]),
+        ("--reject", ["gate", "feedback", "B"]),
+        ("--ood", ["gate", "what-if", "B", "--data", "D", "--per-day", "1"]),
+        ("--ood", ["ood-bench", "B", "--id", "D", "--out", "O"]),
+    ):
+        args = parse([*words, option, "a", "b", option, "c"])
+        assert vars(args)[option[2:]] == [Path("a"), Path("b"), Path("c")]
+    assert parse(["compare", "--out", "O", "--seeds", "1", "--seeds", "2"]).seeds == [1, 2]
 
 
 def test_a_report_does_not_lie_among_its_images(
