@@ -16,6 +16,7 @@ from coding.errors import CodingError, NotCoded
 from coding.lattice import Bins, Rotation
 from coding.positions import LearnedBins
 from serving.engine.bundle import CODEC_ARRAYS_NAME, CODEC_NAME, WEIGHTS_NAME, Bundle
+from serving.onnx_runtime import onnx_runtime
 
 FORMAT_VERSION = 2
 _FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16")
@@ -139,13 +140,11 @@ def fingerprint() -> dict[str, str]:
             flags = " ".join(sorted(f for f in value.split() if f.startswith(_FLAGS)))
             break
     versions = {name: metadata.version(name) for name in ("numpy", "constriction")}
-    import onnxruntime
-
     return {
         "machine": platform.machine(),
         "cpu": model,
         "instructions": flags,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": onnx_runtime().__version__,
         **versions,
     }
 
@@ -157,7 +156,7 @@ def _codec_files(bundle: Bundle) -> list[str]:
 
 
 def _load(bundle: Bundle) -> dict[str, tuple[Any, set[str]]]:
-    import onnxruntime as ort
+    ort = onnx_runtime()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

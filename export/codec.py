@@ -49,6 +49,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.files import new_folder
+from serving.onnx_runtime import onnx_runtime
 
 FORMAT_VERSION = 2  # 1 had rotations as Givens rotations of pairs of channels
 GRID_BITS = 16  # of the flow's values: finer steps cost initial bits, coarser ones likelihood
@@ -332,7 +333,7 @@ class _Writer:
         path = self.folder / f"{name}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(path))
-        import onnxruntime as ort
+        ort = onnx_runtime()
 
         with torch.inference_mode():
             expected = list(module(*example.values()))

@@ -28,6 +28,7 @@ from export.feature_source import (
     FeaturesError,
     FeatureSource,
 )
+from serving.onnx_runtime import onnx_runtime
 from serving.verdict.semantic import FEATURES, LOGITS
 
 LAYOUTS = ("nchw", "nhwc")
@@ -387,7 +388,7 @@ def _append(graph: GraphProto, names: dict[str, str], ranks: dict[str, int]) -> 
 
 def _run(model: ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
     """Values of the graph for some images, whether they are its outputs or not."""
-    import onnxruntime as ort
+    ort = onnx_runtime()
 
     trial = ModelProto()
     trial.CopyFrom(model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +160,18 @@ def test_importing_the_engine_loads_no_torch() -> None:
         "assert not {'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_onnx_runtime_is_imported_without_its_telemetry(tmp_path: Path) -> None:
+    """Its telemetry stores a device's id in the home folder once the package is imported."""
+    script = "from serving.onnx_runtime import onnx_runtime; onnx_runtime()"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)
+    assert not list(tmp_path.iterdir())
+    others = {
+        str(path.relative_to(ROOT))
+        for package in ("ade_cli", "coding", "export", "fitting", "handlers", "serving", "training")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"^\s*(import|from) onnxruntime\b", path.read_text(), re.MULTILINE)
+    }
+    assert others == {"serving/onnx_runtime.py"}

@@ -66,6 +66,7 @@ MAY_IMPORT = {
 SHARED = {
     "serving.brand",
     "serving.messages",
+    "serving.onnx_runtime",
     "serving.ports",
     "serving.reports",
     "serving.signals",

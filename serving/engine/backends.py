@@ -11,6 +11,7 @@ import numpy as np
 from serving.engine.bundle import TORCHSCRIPT_NAME, WEIGHTS_NAME, Bundle
 from serving.engine.cuda import BoundGraph
 from serving.engine.signatures import inputs_of, outputs_of
+from serving.onnx_runtime import onnx_runtime
 
 BACKENDS = ("onnxruntime", "torchscript")
 DEVICES = ("auto", "cpu", "cuda")
@@ -89,7 +90,7 @@ class OnnxRuntimeBackend:
         gpu: int,
         cuda_graphs: bool = False,
     ) -> None:
-        import onnxruntime as ort
+        ort = onnx_runtime()
 
         provider = "CPUExecutionProvider"
         if (

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from serving.onnx_runtime import onnx_runtime
+
 NO_CAPTURE = -1  # the graph id with which ONNX Runtime does not record a run
 
 
@@ -53,7 +55,7 @@ class BoundGraph:
 
     def _allocate(self, inputs: Mapping[str, np.ndarray]) -> _Buffers:
         """Run once with outputs that ONNX Runtime allocates, and keep those as the buffers."""
-        import onnxruntime as ort
+        ort = onnx_runtime()
 
         binding = self._session.io_binding()
         # Copy, because on the CPU ONNX Runtime would use the caller's arrays as its buffers.
@@ -75,7 +77,7 @@ class BoundGraph:
         return _Buffers(binding, places, outputs)
 
     def _options(self, number: int) -> Any:
-        import onnxruntime as ort
+        ort = onnx_runtime()
 
         options = ort.RunOptions()
         if self._capture:

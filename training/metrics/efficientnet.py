@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from serving.onnx_runtime import onnx_runtime
 from training.metrics.features import FeatureError
 
 SIZE = 224
@@ -125,7 +126,7 @@ class EfficientNetFeatures:
     """
 
     def __init__(self) -> None:
-        import onnxruntime as ort
+        ort = onnx_runtime()
 
         network = EfficientNetLite0(torch.load(efficientnet_weights(), weights_only=True))
         quiet = logging.getLogger("torch.onnx")
