@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     _tell(made)
     _tell_caught(open_bundle(target), made.exact)
     if args.into is None:
-        say(f"wrote {target}; serve it: ade serve {target}")
+        say(f"wrote {target}; serve it: ade serve {shlex.quote(str(target))}")
     else:
         say(f"added calibration {made.name}, version {made.version}, to {target}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    out = shlex.quote(str(args.out))
     if args.with_codec and (args.run / MANIFEST_NAME).is_file():
         if args.name or args.licence or args.data:
             raise ExportError(
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
                 "and --data"
             )
         add_codec(args.run, args.out, ExportError)
-        say(f"wrote {args.out}; next: ade compress IMAGES OUT.ade --bundle {args.out}")
+        say(f"wrote {args.out}; next: ade compress IMAGES OUT.ade --bundle {out}")
         return
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
@@ -74,4 +76,4 @@ def run(args: argparse.Namespace) -> None:
         licence=args.licence,
         with_codec=args.with_codec,
     )
-    say(f"wrote {args.out}; next: ade calibrate {args.out} OUT --data ...")
+    say(f"wrote {args.out}; next: ade calibrate {out} OUT --data ...")

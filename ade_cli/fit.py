@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -93,4 +94,5 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence, len(files), has_classes)
     fitted = fit_folder(plan, files, sizes, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # as the user typed it
-    print(f"report: {fitted.report}\nserve it: {command} serve {fitted.bundle}")
+    bundle = shlex.quote(str(fitted.bundle))
+    print(f"report: {fitted.report}\nserve it: {command} serve {bundle}")

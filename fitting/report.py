@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,7 @@ def write_report(findings: Findings, path: Path) -> None:
         package="fitting",
         filters={"number": "{:,}".format, "percent": percent, "png": _png},
         **vars(findings),
+        folder=shlex.quote(str(findings.bundle.folder)),
         elbo=findings.bundle.manifest["evaluation"]["elbo"],
         psnr_db=np.mean(inexact) if inexact else None,
         encoder_needs=encoder_needs(),

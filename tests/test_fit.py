@@ -367,8 +367,10 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         "seen each training image 0.0 times" in said and "150 images calibrated the verdict" in said
     )
     assert "only 30\u00a0% of corrupted images are rejected: nothing at all" in said
+    folder = tmp_path / "my fits"
+    folder.symlink_to(bundle.folder)
     evaluated = Bundle(
-        bundle.folder,
+        folder,
         {**bundle.manifest, "evaluation": {"elbo": {"bpd": 3.0, "standard_error": 0.1}}},
     )
     write_report(dataclasses.replace(findings, bundle=evaluated), tmp_path / "report.html")
@@ -378,6 +380,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         < page.index("uniform noise")
         < page.index("<h2>Use it")
     )
+    assert f"<pre>ade serve &#39;{folder}&#39;\n" in page
     assert "1,000 more images would narrow the band" in page
     assert "holds" not in page and "as expected" in page
     resized = {**bundle.manifest["calibration"]["resized"], "images": 1200}
