@@ -66,6 +66,7 @@ PROBE_VARIABLE = "ADE_PROBE_SECRET"  # of the service to its page
 # A proxy that the environment names cannot reach this machine's own services.
 WITHOUT_PROXY = dict.fromkeys(f"all://{host}" for host in LOOPBACK)
 MAX_WAIT_S = 30.0  # between two tries, however long a gateway advises
+_POWERS_OF_TEN = 10.0 ** np.arange(23)  # all that float64 holds exactly
 # Codes for the statuses of answers that a proxy or gateway gives in a shape of its own.
 FOREIGN_ERRORS = {
     401: ("bad_token", "the server requires a valid token"),
@@ -306,7 +307,7 @@ class AdeClient:
 
     def decode(self, z: Sequence[np.ndarray], seed: int = 0, kind: Kind = "mean") -> np.ndarray:
         """Decode latents, one array ``(N, c, h, w)`` per level; returns uint8 ``(N, H, W, C)``."""
-        rows = range(_count_rows(z))
+        rows, z = range(_count_rows(z)), list(map(_shortest, z))
         return self._decode([[GivenLevel(z=level[i]) for level in z] for i in rows], seed, kind)
 
     def sample_with(
@@ -317,7 +318,7 @@ class AdeClient:
         Zeros in a level give the mean that the coarser levels predict. Returns uint8 ``(N, H, W,
         C)``.
         """
-        rows = range(_count_rows(eps))
+        rows, eps = range(_count_rows(eps)), list(map(_shortest, eps))
         return self._decode([[GivenLevel(eps=level[i]) for level in eps] for i in rows], seed, kind)
 
     def _decode(self, images: list[list[GivenLevel]], seed: int, kind: Kind) -> np.ndarray:
@@ -452,6 +453,21 @@ def _count_rows(levels: Sequence[np.ndarray]) -> int:
         found = ", ".join(str(len(level)) for level in levels)
         raise ValueError(f"every level must have as many images, got {found or 'no level'}")
     return counts.pop()
+
+
+def _shortest(values: np.ndarray) -> np.ndarray:
+    """The same float32 values, as float64 with few decimal digits: in JSON they are half as long.
+
+    Nine significant digits name every float32. Without this, the latents of 256 images do not fit
+    into a request.
+    """
+    single = np.asarray(values, np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exact = single.astype(np.float64)
+        num_decimals = 8 - np.floor(np.log10(np.abs(exact)))
+        scale = _POWERS_OF_TEN[np.clip(np.nan_to_num(num_decimals), 0, 22).astype(int)]
+        short = np.round(exact * scale) / scale
+    return np.where(short.astype(np.float32) == single, short, exact)
 
 
 def several(images: Images) -> Sequence[ImageLike] | np.ndarray:

@@ -7,11 +7,13 @@ import inspect
 import json
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
+import httpx
 import numpy as np
 import pytest
 
+from handlers.limits import MAX_REQUEST_BYTES
 from serving.api.errors import ApiError, Problem
 from serving.api.model import Above, Between, Excludes, fields_of, from_json, read, to_json
 from serving.api.operations.base import ImageParameters, Kind
@@ -20,9 +22,9 @@ from serving.api.operations.reconstruct import Reconstruction
 from serving.api.operations.registry import OPERATIONS
 from serving.api.operations.sample import GivenLatents, GivenLevel, SampleParameters
 from serving.api.operations.score import Map, Score, ScoreAnswer, ScoreParameters, ScoreResult
-from serving.api.requests import RawRequest
+from serving.api.requests import MAX_IMAGES, RawRequest
 from serving.api.schema import Schemas
-from serving.client import AdeClient
+from serving.client import AdeClient, AdeError
 from serving.engine.bundle import open_bundle
 from serving.verdict.calibration import Unusual
 from tests.helpers import PRETRAINED, b64
@@ -184,3 +186,28 @@ def test_a_kind_of_parameter_for_each_type() -> None:
     }
     with pytest.raises(ApiError, match="a and b exclude each other: of two"):
         read("x", fields, {"a": 1, "b": 2})
+
+
+def test_latents_of_as_many_images_as_allowed_fit_into_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    z = [
+        rng.standard_normal((MAX_IMAGES // 16, *shape), np.float32)
+        for shape in open_bundle(PRETRAINED).manifest["latent_shapes"]
+    ]
+    z[0].flat[:5] = [0, -1e-30, 1e-45, 123456.789, 3.4e38]
+    sent: list[dict[str, Any]] = []
+
+    def send(self: AdeClient, operation: str, values: dict[str, Any]) -> httpx.Response:
+        sent.append(values)
+        return httpx.Response(400)
+
+    monkeypatch.setattr(AdeClient, "_send", send)
+    with AdeClient() as client, pytest.raises(AdeError):
+        client.decode(z)
+    text = json.dumps(sent[0], separators=(",", ":"))
+    assert 16 * len(text) < MAX_REQUEST_BYTES
+    for level, expected in enumerate(z):
+        found = [image["levels"][level]["z"] for image in json.loads(text)["latents"]]
+        assert np.array_equal(np.array(found, np.float32), expected)
