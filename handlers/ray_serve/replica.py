@@ -50,7 +50,8 @@ class Replica:
 
     def __init__(self, settings: WorkerSettings, metrics: Any) -> None:
         context = serve.get_replica_context()
-        Path(settings.logs).mkdir(parents=True, exist_ok=True)
+        logs = Path(settings.logs).expanduser()
+        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._model = settings.model
         self._of_model = {"model_name": settings.model, MODEL: settings.identity}
         self._labels = {**self._of_model, "worker": str(context.rank.rank)}
@@ -58,7 +59,7 @@ class Replica:
         # downscale Serve may give a rank again that a living replica had when it started: then two
         # share a journal, and the gauges of one hide those of the other.
         name = f"{settings.name}-{context.rank.rank}"
-        self._service = load_service(dataclasses.replace(settings, name=name))
+        self._service = load_service(dataclasses.replace(settings, name=name, logs=str(logs)))
         self._thread = ThreadPoolExecutor(1, "compute")
         self._waiting: BatchQueue[Job] = BatchQueue()
         self._requests = 0

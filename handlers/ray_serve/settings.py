@@ -33,7 +33,7 @@ class ServeSettings:
         backend, device: as for ``ade serve``.
         allowed_hosts: names by which clients may address the service, besides IP addresses.
         exposes_metrics: whether the front answers ``/metrics`` too.
-        logs: a folder of each node, created if it is missing.
+        logs: a folder of each node, created if it is missing; ``~`` is the home of Ray's user.
     """
 
     bundles: tuple[str, ...]
@@ -47,7 +47,7 @@ class ServeSettings:
     device: str = "cpu"
     allowed_hosts: tuple[str, ...] = ()
     exposes_metrics: bool = False
-    logs: str = "/tmp/ade-logs"
+    logs: str = "~/.cache/ade/logs"  # not in /tmp, where other users could prepare links
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> ServeSettings:
