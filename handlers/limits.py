@@ -4,8 +4,8 @@ from __future__ import annotations
 
 MAX_BATCH = 32  # requests that are computed together
 MAX_BATCH_DELAY_S = 0.001  # that the first request of a batch waits for others
-# A body that may have as many images as a full batch of small requests. It shares its batch with no
-# other, because all answers of a batch wait for its last image.
+# A body that may have as many images as a full batch of small requests. No request is added to a
+# batch after it, because all answers of a batch wait for its last image.
 LARGE_BYTES = 512 * 2**10
 QUEUE_SIZE = 256  # of a model; further requests are answered 503
 RESPONSE_TIMEOUT_S = 120  # for a batch; then its worker is replaced
