@@ -190,6 +190,9 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     assert read.exact is not None
     wild = dataclasses.replace(read.exact, scores=read.exact.scores * np.nan)
     unsorted = dataclasses.replace(read.exact, scores=read.exact.scores[::-1])
+    normal = read.exact.normal
+    upside_down = dataclasses.replace(normal, grid=normal.grid[::-1])
+    falling = dataclasses.replace(read.exact, normal=upside_down)
     other = dataclasses.replace(read, model="0" * 64)
     fewer = dataclasses.replace(read.exact, names=("bpd", *read.exact.names[2:], "new"))
     for damaged, reason in (
@@ -197,7 +200,8 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
         (whole[:-1000], "is not a calibration"),
         (whole[:5000] + bytes(5000) + whole[10000:], "is not a calibration"),
         (dataclasses.replace(read, exact=wild).to_bytes(), "scores must be finite"),
-        (dataclasses.replace(read, exact=unsorted).to_bytes(), "must be sorted"),
+        (dataclasses.replace(read, exact=unsorted).to_bytes(), "scores must be sorted"),
+        (dataclasses.replace(read, exact=falling).to_bytes(), "grid must be sorted"),
         (dataclasses.replace(read, exact=fewer).to_bytes(), "does not compute: new"),
         (other.to_bytes(), "the weights 000000000000, these are"),
     ):

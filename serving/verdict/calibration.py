@@ -337,8 +337,13 @@ class Calibration:
             raise CalibrationError("digests must be one uint64 for each image")
         if not n or "bpd" not in self.names or not (self.normal.spread > 0).all():
             raise CalibrationError("it has no scores, no bpd, or a spread that is not positive")
-        if (np.diff(self.scores) < 0).any() or (np.diff(self.reference, axis=0) < 0).any():
-            raise CalibrationError("scores and reference must be sorted")
+        for name, array in (
+            ("grid", self.normal.grid),
+            ("scores", self.scores),
+            ("reference", self.reference),
+        ):
+            if (np.diff(array, axis=0) < 0).any():
+                raise CalibrationError(f"{name} must be sorted")
 
     def joined_by(
         self, statistics: Mapping[str, np.ndarray], files: Sequence[str], digests: Sequence[int]
