@@ -129,7 +129,8 @@ def _feedback(args: argparse.Namespace) -> None:
         "Already in it": done.known,
         "Not added, because the density was fitted to them": done.fitted,
         "Removed from it": done.removed,
-        "Rejected, and not in it": done.rejected,
+        "Rejected, but ade calibrate used them, so they stay": done.calibrating,
+        "Rejected, and not added before": done.rejected - done.calibrating,
         "Not usable": done.unusable,
     }
     counts = "".join(f" {what}: {count}." for what, count in others.items() if count)

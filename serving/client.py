@@ -42,7 +42,7 @@ from serving.api.operations.sample import (
 )
 from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
 from serving.api.requests import PROBE_HEADER
-from serving.decode.worker import check_tiff
+from serving.decode.worker import check_tiff, scaled_key
 from serving.files import read_file
 from serving.messages import words_of
 from serving.ports import LOOPBACK, Ports
@@ -530,6 +530,7 @@ def image_file(image: ImageLike) -> bytes:
 
 def _png(image: Image.Image) -> bytes:
     check_tiff(image)
+    image = scaled_key(image)
     if image.mode in ("I;16B", "I;16L", "I;16N"):
         image = image.convert("I").convert("I;16")
     image = ImageOps.exif_transpose(image)  # as the service turns the image's file

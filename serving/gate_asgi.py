@@ -112,9 +112,11 @@ class GateMiddleware:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope["type"] != "http":  # of a protocol whose messages are not checked
+            raise RuntimeError(f"the gate does not check connections of the type {scope['type']}")
         if scope["method"] in SAFE_METHODS:
             await self._app(scope, _without_body(receive), send)
             return

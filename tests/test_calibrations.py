@@ -913,3 +913,102 @@ def test_a_bundle_that_cannot_score_is_reported_as_such(
         assert main(words) == 2
         assert "cannot score: it was trained without an inference" in capsys.readouterr().err
     assert not (bundle / FOLDER).exists()
+
+
+def test_a_wrong_folder_does_not_disable_a_small_calibration(bundle: Path, tmp_path: Path) -> None:
+    """At alpha 0.01 it rejects nothing, so that its user has chosen a larger alpha."""
+    own = InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations
+    assert own.exact is not None
+    few = dataclasses.replace(
+        own.exact,
+        scores=own.exact.scores[::5],
+        reference=own.exact.reference[::5],
+        digests=np.empty(0, np.uint64),
+    )
+    assert len(few.scores) == 30
+    networks = verify_bundle(bundle).networks
+    write_calibrations(bundle, dataclasses.replace(own, name="few", model=networks, exact=few))
+    rng = np.random.default_rng(0)
+    files = [tmp_path / f"{i}.png" for i in range(40)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 2, (8, 8, 3), np.uint8) * 255).save(file)
+    lines: list[str] = []
+    with pytest.raises(CalibrationError, match=r"no longer rejected at alpha 0\.032"):
+        give_feedback(bundle, "few", files, [], lines.append)
+    assert lines[0].startswith("The gate rejects 40 of the 40 images to be added (alpha 0.032).")
+    gate = Gate(bundle, alpha=0.05)
+    assert {decision.decision for decision in gate.check(files, "few")} == {"reject"}
+
+
+def test_feedback_counts_and_records_what_it_was_given(
+    bundle: Path,
+    small_images: np.ndarray,
+    dark: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Images that calibrate stay, copies have lines of their own, a cut line spoils no other."""
+    calibrating, fitted, new = (
+        tmp_path / f"{name}.png" for name in ("calibrating", "fitted", "new")
+    )
+    copy = tmp_path / "copy.bmp"
+    for file, pixels in (
+        (calibrating, small_images[200]),
+        (fitted, small_images[0]),
+        (new, dark[0]),
+        (copy, dark[0]),
+    ):
+        Image.fromarray(pixels).save(file)
+    words = ["gate", "feedback", str(bundle), "--reject", *map(str, (calibrating, fitted, new))]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "ade calibrate used them, so they stay: 2. Rejected, and not added before: 1." in said
+    audit = bundle / FOLDER / "feedback.jsonl"
+    audit.write_text(audit.read_text() + '{"time": "2026')  # the disk was full
+    assert give_feedback(bundle, "default", [new, copy, new], []).joined == 1
+    lines = audit.read_text().splitlines()
+    assert lines[3] == '{"time": "2026'
+    assert [json.loads(line)["file"] for line in lines[4:]] == [str(new), str(copy)]
+
+
+def test_a_new_calibration_says_that_feedback_is_left_out(
+    bundle: Path, small_images: np.ndarray, dark: np.ndarray, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.png"
+    Image.fromarray(dark[0]).save(file)
+    lines: list[str] = []
+    for feedback in (False, True):
+        if feedback:
+            give_feedback(bundle, "default", [file], [])
+        out = tmp_path / f"out{feedback}"
+        fit, others = small_images[:40], small_images[150:200]
+        calibrate_bundle(bundle, out, fit, others, "x", lines.append)
+        assert any("the images that feedback added" in line for line in lines) is feedback
+        assert not path_of(out, "default").exists()
+
+
+def test_null_names_no_calibration(bundle: Path) -> None:
+    """As of a tenant who was looked up and not found."""
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    image = base64.b64encode(write_png(np.zeros((8, 8, 3), np.uint8))).decode()
+    body = json.dumps({"images": [image], "calibration": None})
+    (answer,) = Service("score", engine).answer([RawRequest("application/json", body)])
+    assert answer.status == 422 and answer.error is not None
+    assert answer.error.code == "bad_parameter"
+
+
+def test_a_damaged_name_of_an_array_hides_no_calibration(bundle: Path) -> None:
+    """Without the second one, the first would judge resized images."""
+    own = InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations
+    assert own.exact is not None and own.resized is not None
+    any_size = dataclasses.replace(own.exact, resize="fit")
+    content = bytearray(dataclasses.replace(own, exact=any_size).to_bytes())
+    path = bundle / "x.npz"
+    path.write_bytes(content)
+    assert Calibrations.load(path).resized is not Calibrations.load(path).exact
+    for name in (b"resized_scores.npy", b"webp.npy", b"digests.npy"):
+        damaged = content.copy()
+        damaged[content.rfind(b"PK\x01\x02", 0, content.rfind(name)) + 46] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CalibrationError, match="damaged"):
+            Calibrations.load(path)

@@ -8,11 +8,13 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -629,3 +631,37 @@ def test_the_body_of_a_request_without_images_is_not_passed_on(method: str) -> N
     asyncio.run(GateMiddleware(app, Never())(scope, receive, send))  # type: ignore[arg-type]
     empty = {"type": "http.request", "body": b"", "more_body": False}
     assert seen == [(empty, {"type": "http.disconnect"})]
+
+
+def _png_with_key(bits: int, colour: int, rows: list[bytes], key: bytes) -> bytes:
+    """A PNG file of 32 x 32 pixels whose transparent colour is in the chunk tRNS."""
+    head = struct.pack(">IIBBBBB", 32, 32, bits, colour, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = ((b"IHDR", head), (b"tRNS", key), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(its)) + kind + its + struct.pack(">I", zlib.crc32(kind + its))
+        for kind, its in chunks
+    )
+
+
+def test_a_transparent_colour_of_other_than_8_bits_is_judged_as_in_the_file(gate: Gate) -> None:
+    grey = np.asarray(Image.open(CAT).convert("L")) >> 4
+    nibbles = [bytes(row[::2] << 4 | row[1::2]) for row in grey]
+    file = _png_with_key(4, 0, nibbles, struct.pack(">H", int(np.bincount(grey.ravel()).argmax())))
+    opened = Image.open(io.BytesIO(file))
+    assert gate.check(opened) == gate.check(file)
+    colours = np.asarray(Image.open(CAT).convert("RGB")).astype(">u2") * 257
+    deep = _png_with_key(16, 2, [row.tobytes() for row in colours], colours[0, 0].tobytes())
+    loaded = Image.open(io.BytesIO(deep))
+    loaded.load()
+    for image in (deep, Image.open(io.BytesIO(deep)), loaded):
+        (found,) = gate.check(image)
+        assert found.is_error and "a transparent colour needs 8 bits" in str(found.reason)
+
+
+def test_connections_that_are_not_checked_are_refused(gate: Gate) -> None:
+    async def app(*_: object) -> None:
+        raise AssertionError("it was reached")
+
+    with pytest.raises(RuntimeError, match="does not check connections of the type webtransport"):
+        asyncio.run(GateMiddleware(app, gate)({"type": "webtransport"}, None, None))  # type: ignore[arg-type]

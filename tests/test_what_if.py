@@ -28,6 +28,7 @@ from export.verdict import what_if as what_if_module
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.images import NamedFile, usable
 from export.verdict.what_if import ALPHAS, corruptions_of, rejected, what_if
+from export.verdict.what_if_report import what_if_lines, write_what_if
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
 from serving.page import charts
@@ -410,3 +411,27 @@ def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -
     assert "  alpha 0.1: " in said and "  constant: " in said and "no verdict" in said
     assert "next step: calibrate on 1,000 images or more" in said
     assert (tmp_path / "mine" / "manifest.json").is_file()
+
+
+def test_images_that_made_the_calibration_do_not_call_it_unlike_the_history(
+    engine: InferenceEngine, small_images: np.ndarray
+) -> None:
+    """The gate hardly rejects those that the density was fitted to."""
+    fitted = what_if(engine, engine.calibrations, small_images[:150], {}, 100, 5)
+    (way,) = fitted.ways
+    assert (way.images, way.known, way.unlike) == (150, 150, [])
+    text = "\n".join(what_if_lines(fitted))
+    assert "150 images of the history made the calibration" in text and "is not like" not in text
+    both = [*small_images[:50], *small_images[:100] // 8]
+    (way,) = what_if(engine, engine.calibrations, both, {}, 100, 5).ways
+    assert way.known == 50 and 0.1 in way.unlike
+
+
+def test_the_head_of_the_page_names_sets_without_a_verdict(
+    engine: InferenceEngine, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    exact = dataclasses.replace(engine.calibrations, resized=None)
+    larger = small_images[:5].repeat(2, 1).repeat(2, 2)
+    found = what_if(engine, exact, small_images[:20] // 8, {"night": larger}, 100, 5)
+    write_what_if(found, tmp_path / "page.html")
+    assert "No verdict on these at this rate: night." in (tmp_path / "page.html").read_text()

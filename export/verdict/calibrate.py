@@ -111,8 +111,13 @@ def calibrate_bundle(
     parts = _parts(bundle, fit, calibrate, trained, report)
     with new_folder(out, CalibrationError) as temporary:
         copy_bundle(bundle, temporary)
-        # This file would take precedence over the new calibration.
-        path_of(temporary, DEFAULT).unlink(missing_ok=True)
+        former = path_of(temporary, DEFAULT)
+        if former.exists():  # it would take precedence over the new calibration
+            former.unlink()
+            report(
+                f"left out {FOLDER}/{former.name}, and with it the images that feedback added to "
+                "it: the new calibration takes its place; ade gate feedback adds images again"
+            )
         fields = bundle.manifest
         if features is not None:
             fields = {**fields, "features": _add_features(temporary, features, parts, report)}

@@ -51,6 +51,7 @@ class Feedback:
         fitted: accepted images that the density was fitted to, which do not join.
         removed: rejected images that had joined and were taken out again.
         rejected: rejected images that had not joined.
+        calibrating: those of them with which ``ade calibrate`` made the calibration: they stay.
         unusable: images without usable statistics; they are not in the audit file.
         before: version of the calibration.
         after: version of the calibration; the same if nothing joined or was removed.
@@ -64,11 +65,16 @@ class Feedback:
     unusable: int
     before: str
     after: str
+    calibrating: int = 0
 
 
 @dataclass(frozen=True)
 class _Image:
-    """One image file with its statistics; ``pixels`` is the short digest of its pixels."""
+    """One image file with its statistics.
+
+    ``pixels`` is the short digest of its pixels, and ``copies`` has the paths of other files with
+    the same pixels by their digests.
+    """
 
     path: Path
     digest: str
@@ -76,6 +82,7 @@ class _Image:
     given: Given
     resized: bool
     statistics: dict[str, np.ndarray]
+    copies: dict[str, Path] = dataclasses.field(default_factory=dict)
 
 
 def give_feedback(
@@ -126,7 +133,7 @@ def give_feedback(
         return Feedback(0, 0, 0, 0, 0, unusable, before.version, before.version)
     with locked(folder / FOLDER / LOCK, wait=True):
         before = engine.store.usable(name)  # another process may have changed it
-        joining, leaving, fitted = _changing(before, images)
+        joining, leaving, fitted, calibrating = _changing(before, images)
         if joining and before.other_coder() is not None:
             raise CalibrationError(
                 f"images cannot join, because their statistics may differ: {before.other_coder()}"
@@ -150,19 +157,21 @@ def give_feedback(
         unusable,
         before.version,
         after.version,
+        calibrating,
     )
 
 
 def _changing(
     before: Calibrations, images: Sequence[_Image]
-) -> tuple[list[_Image], list[_Image], int]:
+) -> tuple[list[_Image], list[_Image], int, int]:
     """The images that join, those that leave, and how many the density was fitted to.
 
-    Those that leave have the digests of the files that joined.
+    Those that leave have the digests of the files that joined. The last number is that of rejected
+    images with which ``ade calibrate`` made the calibration.
     """
     joining: list[_Image] = []
     leaving: dict[str, _Image] = {}
-    fitted = 0
+    fitted = calibrating = 0
     for image in images:
         calibration = before.of(image.resized)
         joined = None if calibration is None else calibration.joined
@@ -172,13 +181,17 @@ def _changing(
         if image.given == "reject":
             if file is not None:
                 leaving[file] = dataclasses.replace(image, digest=file)
+            elif calibration and (
+                image.pixels in calibration.digests or image.pixels in calibration.fitted_digests
+            ):
+                calibrating += 1
         elif file is not None or (calibration and image.pixels in calibration.digests):
             continue
         elif calibration and image.pixels in calibration.fitted_digests:
             fitted += 1
         else:
             joining.append(image)
-    return joining, list(leaving.values()), fitted
+    return joining, list(leaving.values()), fitted, calibrating
 
 
 def _report_unusual(
@@ -188,7 +201,9 @@ def _report_unusual(
 
     They do if the calibration that ``ade calibrate`` made rejects so many of all accepted images at
     :data:`ALPHA` that, with them, no image like them can be rejected any more. The level counts,
-    not the most unusual calibration image, because one outlier can lie far beyond all others.
+    not the most unusual calibration image, because one outlier can lie far beyond all others. A
+    calibration that is too small to reject anything at :data:`ALPHA` is used at a larger alpha: the
+    smallest one at which it rejects anything is the level then.
     """
     disabling = None
     for resized in sorted({image.resized for image in joining}):
@@ -196,32 +211,33 @@ def _report_unusual(
         assert calibration is not None and larger is not None and larger.joined is not None
         mine = [image for image in joining if image.resized == resized]
         scores = calibration.scores_of(_statistics(mine))
-        rejected = _num_rejected(calibration.scores, scores)
         former = calibration.scores
         if calibration.joined is not None:
             former = former[~np.isin(former, calibration.joined.scores)]
-        unusual = _num_rejected(former, larger.joined.scores)
-        rank = flagging_rank(len(larger.scores), ALPHA)
+        level = max(ALPHA, 1 / (len(former) + 1))
+        rejected = _num_rejected(calibration.scores, scores, level)
+        unusual = _num_rejected(former, larger.joined.scores, level)
+        rank = flagging_rank(len(larger.scores), level)
         most = max(FEW, rank)
         report(
             f"The gate rejects {rejected} of the {len(mine)} "
             f"{'resized ' if resized else ''}image{'s' if len(mine) > 1 else ''} to be added "
-            f"(alpha {ALPHA}). Of all images accepted so far, the original calibration (made by "
-            f"ade calibrate) rejects {unusual}; from {most} on, further ones are refused."
+            f"(alpha {level:.2g}). Of all images accepted so far, the original calibration (made "
+            f"by ade calibrate) rejects {unusual}; from {most} on, further ones are refused."
         )
-        if _num_rejected(former, scores) and unusual >= most:
+        if _num_rejected(former, scores, level) and unusual >= most:
             disabling = (
                 f"ade calibrate's calibration rejects {unusual} of all accepted images, so that "
-                f"images like them are no longer rejected at alpha {ALPHA}: check that these are "
-                "the right images"
+                f"images like them are no longer rejected at alpha {level:.2g}: check that these "
+                "are the right images"
             )
         elif 0 < rank <= unusual:
-            report(f"images like these {unusual} are no longer rejected at alpha {ALPHA}")
+            report(f"images like these {unusual} are no longer rejected at alpha {level:.2g}")
     return disabling
 
 
-def _num_rejected(calibrating: np.ndarray, scores: np.ndarray) -> int:
-    return int((conformal_p_values(calibrating, scores) <= ALPHA).sum())
+def _num_rejected(calibrating: np.ndarray, scores: np.ndarray, alpha: float) -> int:
+    return int((conformal_p_values(calibrating, scores) <= alpha).sum())
 
 
 def _read(
@@ -247,15 +263,16 @@ def _read(
         image = prepare_image(content, engine.image_shape, True, 0)
         reason = image.message if isinstance(image, ApiError) else None
         if not isinstance(image, ApiError):
-            pixels = short_digest(image.pixels)
+            pixels, digest = short_digest(image.pixels), hashlib.sha256(content).hexdigest()
             key = (image.resized and has_both, pixels)
             if key in found:
                 if found[key].given != given:
                     raise CalibrationError(f"{path} is given to accept and to reject")
+                if digest != found[key].digest:
+                    found[key].copies.setdefault(digest, path)
                 continue
             statistics = engine.statistics(image.pixels[None])
             if all(np.isfinite(values).all() for values in statistics.values()):
-                digest = hashlib.sha256(content).hexdigest()
                 found[key] = _Image(path, digest, pixels, given, image.resized, statistics)
                 continue
             reason = "its likelihood is not a finite number"
@@ -326,8 +343,8 @@ def _append(path: Path, images: Sequence[_Image], name: str, before: str, after:
         json.dumps(
             {
                 "time": time,
-                "file": str(image.path),
-                "sha256": image.digest,
+                "file": str(file),
+                "sha256": digest,
                 "decision": image.given,
                 "calibration": name,
                 "version_before": before,
@@ -335,9 +352,14 @@ def _append(path: Path, images: Sequence[_Image], name: str, before: str, after:
             }
         )
         for image in images
+        for digest, file in {image.digest: image.path, **image.copies}.items()
     ]
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o644), "a", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o644), "a+b") as audit:
+        # A full disk may have cut the last line off: without its end, this one would be lost too.
+        size = audit.seek(0, os.SEEK_END)
+        if size and os.pread(audit.fileno(), 1, size - 1) != b"\n":
+            audit.write(b"\n")
+        audit.write("".join(f"{line}\n" for line in lines).encode())
+        audit.flush()
+        os.fsync(audit.fileno())

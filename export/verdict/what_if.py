@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.verdict.corruptions import corrupted
-from export.verdict.images import Images, Report, usable
+from export.verdict.images import Images, Report, digests_of, usable
 from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine, Score
+from serving.engine.noise import short_digest
 from serving.verdict.calibration import Calibration, CalibrationError, Calibrations
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 
@@ -55,7 +56,10 @@ class Way:
         unlike: the alphas at which the rejected share of the history lies outside a band for its
             number of images, which shows that the history is unlike the calibration images. The
             bands are so wide that all of them, at all alphas and for both kinds, hold the shares of
-            95 of 100 histories that are like the calibration images.
+            95 of 100 histories that are like the calibration images. Images that made the
+            calibration do not count here.
+        known: number of the history's images that made the calibration, or copies of such.
+        joined: number of its calibration images that came by feedback.
     """
 
     resized: bool
@@ -64,6 +68,8 @@ class Way:
     calibrated: int
     alarms: list[Alarms]
     unlike: list[float]
+    known: int = 0
+    joined: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,10 +145,13 @@ def what_if(
     ways = []
     kinds = sorted({image.resized for image in images})
     level = 1 - FALSE_WARNINGS / (len(ALPHAS) * len(kinds))  # Bonferroni
+    made = digests_of(calibrations)
+    known = np.array([short_digest(image.pixels) in made for image in images])
     for resized in kinds:
-        mine = [image.resized == resized for image in images]
-        count = round(per_day * sum(mine) / len(images))
-        ways.append(_way(resized, calibrations.of(resized), found[mine], count, level))
+        mine = np.array([image.resized == resized for image in images])
+        count = round(per_day * int(mine.sum()) / len(images))
+        judge = calibrations.of(resized)
+        ways.append(_way(resized, judge, found[mine], known[mine], count, level))
     caught = {}
     for name, its in corruptions_of(images[:corrupt]).items():
         report(f"{name}: {len(its)} images")
@@ -225,10 +234,11 @@ def _way(
     resized: bool,
     calibration: Calibration | None,
     p_values: np.ndarray,
+    known: np.ndarray,
     per_day: int,
     level: float,
 ) -> Way:
-    alarms, unlike = [], []
+    alarms, unlike, new = [], [], p_values[~known]
     n = 0 if calibration is None else len(calibration.scores)
     for alpha in ALPHAS:
         k = flagging_rank(n, alpha)
@@ -238,10 +248,15 @@ def _way(
         low, high = (round(share * per_day) for share in _band(n, alpha, per_day))
         share = _share(p_values, alpha)
         alarms.append(Alarms(alpha, per_day * k / (n + 1), low, high, share))
-        least, most = false_alarm_band(n, alpha, level, len(p_values))
-        if not least <= share <= most:
+        if not len(new):
+            continue
+        least, most = false_alarm_band(n, alpha, level, len(new))
+        if not least <= _share(new, alpha) <= most:
             unlike.append(alpha)
-    return Way(resized, len(p_values), per_day, n, alarms, unlike)
+    joined = (
+        0 if calibration is None or calibration.joined is None else calibration.joined.scores.size
+    )
+    return Way(resized, len(p_values), per_day, n, alarms, unlike, int(known.sum()), joined)
 
 
 def _band(n: int, alpha: float, per_day: int) -> tuple[float, float]:

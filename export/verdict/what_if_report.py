@@ -25,6 +25,9 @@ def write_what_if(found: WhatIf, path: Path) -> None:
     calibrated = min((way.calibrated for way in judged or found.ways), default=0)
     without = [f"{_kind(way)}: no verdict at this rate." for way in found.ways if way not in judged]
     shares = {name: its[column] for name, its in found.caught.items()}
+    unjudged = [name for name, share in shares.items() if share is None]
+    if unjudged and judged:
+        without.append(f"No verdict on these at this rate: {'; '.join(unjudged)}.")
     summary = summarize(shares, calibrated, VERDICT_ALPHA)
     page = render(
         "What this gate would do in a day",
@@ -75,6 +78,19 @@ def _way(way: Way) -> list[str]:
         for row in way.alarms
     ]
     lines += [f"Calibrated on {way.calibrated:,} images.", "", *markdown_table(header, body), ""]
+    if way.joined:
+        lines += [
+            f"{way.joined:,} of the calibration images came by feedback: the numbers of false "
+            "alarms hold if these were given as they came, not if rejected images were chosen.",
+            "",
+        ]
+    if way.known:
+        lines += [
+            f"{way.known:,} images of the history made the calibration, or are copies of such "
+            "images. The gate rejects these less often than new ones, and they do not tell whether "
+            "the history is like the calibration images.",
+            "",
+        ]
     if way.unlike:
         alphas = ", ".join(f"{alpha:g}" for alpha in way.unlike)
         lines += [

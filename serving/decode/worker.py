@@ -159,6 +159,26 @@ def _scale_key(image: Image.Image, stored: str) -> None:
         )
 
 
+def scaled_key(image: Image.Image) -> Image.Image:
+    """The image with its transparent colour as :func:`_scale_key` gives it; the given one stays.
+
+    Args:
+        image: that somebody opened. Once its pixels are loaded, a key of 2 or 4 bits is like one of
+            8 bits.
+
+    Raises:
+        ImageError: the transparent colour is one of 16 bits per value.
+    """
+    key, stored = image.info.get("transparency"), str(getattr(image, "tile", [])[:1])
+    if key is None:
+        return image
+    if isinstance(key, tuple) and max(key) > 255:  # of a loaded image
+        stored = ";16"
+    changed = image.copy()  # which loads it
+    _scale_key(changed, stored)
+    return changed
+
+
 def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
     """Convert to RGB block by block: some modes need several copies of the pixels."""
     columns = min(image.width, _BLOCK_PIXELS)

@@ -655,6 +655,10 @@ class Calibrations:
             if not content.startswith(ZIP):  # NumPy would take it for a pickle
                 raise ValueError(f"expected an .npz file, got {len(content)} bytes of another kind")
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                # An array whose name is damaged would not be missed where it need not be there.
+                damaged = arrays.zip.testzip()
+                if damaged is not None:
+                    raise ValueError(f"{damaged} is damaged")
                 exact = Calibration.from_arrays(arrays)
                 if f"{RESIZED_PREFIX}scores" in arrays:
                     resized: Calibration | None = Calibration.from_arrays(arrays, RESIZED_PREFIX)

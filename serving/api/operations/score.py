@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,6 +167,13 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
     summary = "Bits per dimension of images, and a calibrated verdict on whether they are unusual"
     parameters = ScoreParameters
     formats = {"json": Format(JSON_TYPE, ScoreAnswer)}
+
+    def read(self, given: Mapping[str, Any]) -> tuple[ScoreParameters, str | None]:
+        # Elsewhere null means "not given". A name that was looked up and not found must not have
+        # another calibration decide.
+        if "calibration" in given and given["calibration"] is None:
+            raise unusable("bad_parameter", "calibration must be a string, got null")
+        return super().read(given)
 
     def check_count(self, count: int, parameters: ScoreParameters) -> None:
         if count * parameters.samples > MAX_DRAWS:
