@@ -16,9 +16,10 @@ from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
 from training.device import DEVICES, choose_device
 from training.encoder import check_size, class_folders, class_labels, listed, train_encoder
+from training.metrics.features import FeatureError
 from training.runs import RunError
 
-ERRORS = (DataError, FileError, RunError)
+ERRORS = (DataError, FeatureError, FileError, RunError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,7 +46,13 @@ from serving.verdict.semantic import LOGITS
 from training.data import CHANNELS, DataError, Dataset, ImageSet
 from training.datasets.files import contents, shuffled
 from training.datasets.folder import load_files
-from training.encoder import class_folders, class_labels, listed, train_encoder
+from training.encoder import (
+    TrainedEncoder,
+    class_folders,
+    class_labels,
+    listed,
+    train_encoder,
+)
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
 from training.recipes import recipe
@@ -68,7 +74,7 @@ ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
 GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
 ENCODER_NAME, ENCODER_ABOUT = "encoder.onnx", "encoder.json"
-MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
+MAX_GUESSING = 0.01  # probability that classes are used which an encoder only guesses
 
 Report = Callable[[str], None]
 
@@ -226,39 +232,40 @@ def _encoder(
 ) -> FeatureSource | None:
     """Train the verdict's encoder on the training images, if the plan has one.
 
-    It restarts if it was interrupted. An encoder that recognises the classes of held-out images no
-    better than guessing is not used.
+    It restarts if it was interrupted. Classes of held-out images that it recognises no better than
+    guessing are not used.
     """
-    labels = class_labels(dataset)
-    if not plan.encoder_minutes or labels is None:
+    if not plan.encoder_minutes:
         return None
     path, about_path = out / ENCODER_NAME, out / ENCODER_ABOUT
     if not about_path.exists():
+        labels = class_labels(dataset)
+        folders = class_folders(dataset.files["train"]) or []
+        classes = f" for {len(folders)} classes" if folders else ""
         step(
-            f"training an encoder for {len(np.unique(labels))} classes, "
-            f"{_minutes(plan.encoder_minutes)} minutes: "
-            f"{listed(class_folders(dataset.files['train']) or [])}"
+            f"training an encoder{classes}, {_minutes(plan.encoder_minutes)} minutes"
+            + (f": {listed(folders)}" if folders else "")
         )
         images = ImageSet(dataset.parts["train"].images, labels)
         trained = train_encoder(images, plan.encoder_minutes, torch.device(plan.device))
+        if trained.classes and not _recognises_classes(trained, dataset, found):
+            step("the encoder recognises the classes no better than guessing: they are not used")
+            trained = trained.without_classes()
         export_encoder(trained.network, np.asarray(images.images[:2]), trained.outputs, path)
-        rows = _rows(dataset, found, "select")
-        its = torch.from_numpy(np.asarray(dataset.parts["select"].images[rows]))
-        logits = torch.cat([trained.network(few)[1] for few in its.split(AT_A_TIME)]).numpy()
-        recognised, guessed = _recognised(logits, labels, class_labels(dataset, "select"), rows)
-        p_value = stats.binomtest(
-            round(recognised * len(rows)), len(rows), guessed, alternative="greater"
-        ).pvalue
-        about = {
-            "images_seen": trained.images_seen,
-            "classes": trained.classes,
-            "is_used": bool(p_value < MAX_GUESSING),
-        }
+        about = {"images_seen": trained.images_seen, "classes": trained.classes}
         write_json(about_path, about)
-    if read_json(about_path, "is_used")["is_used"]:
-        return FeatureSource(path)
-    step("the encoder recognises the classes no better than guessing, and is not used")
-    return None
+    return FeatureSource(path)
+
+
+def _recognises_classes(trained: TrainedEncoder, dataset: Dataset, found: Survey) -> bool:
+    """Whether an encoder recognises the classes of held-out images better than by guessing."""
+    rows, labels = _rows(dataset, found, "select"), class_labels(dataset)
+    assert labels is not None
+    its = torch.from_numpy(np.asarray(dataset.parts["select"].images[rows]))
+    logits = torch.cat([trained.network(few)[1] for few in its.split(AT_A_TIME)]).numpy()
+    recognised, guessed = _recognised(logits, labels, class_labels(dataset, "select"), rows)
+    test = stats.binomtest(round(recognised * len(rows)), len(rows), guessed, alternative="greater")
+    return bool(test.pvalue < MAX_GUESSING)
 
 
 def _recognised(
@@ -365,12 +372,12 @@ def _test_images(dataset: Dataset, found: Survey, most: int) -> np.ndarray:
 def _encoder_findings(
     engine: InferenceEngine, dataset: Dataset, found: Survey, out: Path
 ) -> EncoderFindings | None:
-    """What became of the encoder, and how well it recognises the classes of test images."""
-    trained = class_labels(dataset)
-    if trained is None or not (out / ENCODER_ABOUT).exists():
+    """What the encoder has learnt, and how well it recognises the classes of test images."""
+    if not (out / ENCODER_ABOUT).exists():
         return None
-    about = read_json(out / ENCODER_ABOUT, "is_used")
-    if not about["is_used"]:
+    about = read_json(out / ENCODER_ABOUT, "classes")
+    trained = class_labels(dataset)
+    if not about["classes"] or trained is None:
         return EncoderFindings(**about)
     rows = _rows(dataset, found, "test")[:TEST_IMAGES]
     logits = engine.features(np.asarray(dataset.parts["test"].images[rows]))[LOGITS]

@@ -20,8 +20,7 @@ ADVERSARIAL_FROM_MINUTES = 20.0
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversarial stage
 LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
 SMALL_FROM_MINUTES = 360.0
-# An encoder pays with classes and enough time (docs/explanation/trials.md). Without classes no gain
-# has been measured within such budgets.
+# An encoder pays with enough images and time (docs/explanation/trials.md).
 ENCODER_SHARE = 0.2  # of the training time
 ENCODER_FROM_IMAGES = 2000
 ENCODER_FROM_MINUTES = 4.0
@@ -183,8 +182,8 @@ def encoder_needs() -> str:
     """What it takes for a plan to have an encoder, a sentence for the user."""
     budget = math.ceil(ENCODER_FROM_MINUTES / ENCODER_SHARE / (1 - REST_SHARE))
     return (
-        f"A fitting trains one from {ENCODER_FROM_IMAGES:,} images in class folders and a budget "
-        f"of {budget} minutes on."
+        f"A fitting trains one from {ENCODER_FROM_IMAGES:,} images and a budget of {budget} "
+        "minutes on."
     )
 
 
@@ -201,7 +200,7 @@ def make_plan(
     """Decide what to train.
 
     A gate needs the likelihood; good samples need an adversarial stage as well, and time. To tell
-    which things images show, it needs an encoder, and that needs classes and enough images.
+    which things images show, it needs an encoder, and that needs enough images.
 
     Args:
         folder: absolute path of the images' folder.
@@ -211,7 +210,7 @@ def make_plan(
         on_gpu: whether it is trained on a GPU.
         licence: of the weights, for the bundle.
         images: number of image files.
-        has_classes: whether they lie in class folders, by which an encoder can be trained.
+        has_classes: whether they lie in class folders, which an encoder learns as well.
 
     Raises:
         PlanError: the budget is too small, or the images are too large.
@@ -224,7 +223,7 @@ def make_plan(
             f"a budget must be above {MIN_REST_MINUTES:g} minutes, got {budget:g}: it is too small"
         )
     encoder = min(ENCODER_SHARE * training, ENCODER_MOST_MINUTES)
-    if not has_classes or images < ENCODER_FROM_IMAGES or encoder < ENCODER_FROM_MINUTES:
+    if images < ENCODER_FROM_IMAGES or encoder < ENCODER_FROM_MINUTES:
         encoder = 0.0
     training -= encoder
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)

@@ -56,7 +56,9 @@ from serving.verdict.store import path_of
 from tests.helpers import PRETRAINED, make_folder, with_calibrations
 from tests.test_ood import draw
 from training.data import Dataset, ImageSet
+from training.distillation import Distillation
 from training.encoder import Encoder, class_labels, train_encoder
+from training.metrics import efficientnet
 
 MEAN, STD = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.25, 0.3])
 STEPS = 15  # of the encoder
@@ -696,11 +698,51 @@ def test_an_encoder_learns_to_tell_things_apart(
     assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
 
 
+class MeanColours:
+    """A teacher that needs no weights."""
+
+    def __init__(self, size: int) -> None:
+        assert size == 160
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        colours = images.mean((1, 2))
+        return np.tile(colours, (1, 1 + efficientnet.FEATURES // 3))[
+            :, : efficientnet.FEATURES
+        ].astype(np.float64)
+
+
+def test_an_encoder_learns_from_the_images_that_its_teacher_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The teacher stops when its time is over; other images have no distance from its features."""
+    monkeypatch.setattr("training.distillation.EfficientNetFeatures", MeanColours)
+    images = np.random.default_rng(0).integers(0, 256, (130, 8, 8, 3), np.uint8)
+    everything = Distillation(images, 4, 60.0, 0)
+    assert everything.rows.tolist() == list(range(130))
+    colours = images.mean((1, 2))
+    wanted = colours - colours.mean(0)
+    tiled = np.tile(wanted, efficientnet.FEATURES)[:, : efficientnet.FEATURES]
+    wanted /= np.linalg.norm(tiled, axis=1, keepdims=True)
+    found = everything.targets[everything.places].float().numpy()
+    np.testing.assert_allclose(found[:, :3], wanted, atol=1e-3)
+
+    hurried = Distillation(images, 4, 0.0, 0)
+    assert len(hurried.rows) == efficientnet.BATCH and hurried.rows.tolist() == sorted(
+        set(hurried.rows)
+    )
+    others = torch.from_numpy(np.setdiff1d(np.arange(130), hurried.rows))
+    features = torch.randn(len(others), 4)
+    assert hurried(features, others).item() == 0
+    rows = torch.from_numpy(hurried.rows)
+    assert 0 < hurried(torch.randn(len(rows), 4), rows).item() < 2
+
+
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_an_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
     is_faster: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.encoder.bfloat16_is_faster", lambda device: is_faster)
+    monkeypatch.setattr("training.distillation.EfficientNetFeatures", MeanColours)
 
     def forward(self: Encoder, images: torch.Tensor) -> None:
         raise RuntimeError(f"in bfloat16: {torch.is_autocast_enabled('cpu')}")

@@ -1,16 +1,17 @@
-"""A small encoder for the verdict: a residual classifier, or a contrastive network without labels.
+"""A small encoder for the verdict: a residual classifier, or without labels a network of features.
 
 The generative model's statistics describe colours, edges and textures; they hardly depend on the
 object in the image. Features that tell classes apart do. The network is small, because every score
 pays for it: about 45 million multiply-adds for 32x32 pixels. It is trained for a number of minutes,
 on the training images alone: the verdict's calibration needs images that it has not seen.
+Beside their labels, it learns to predict a larger network's features of the same images.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from training.data import DataError, Dataset, ImageSet
 from training.device import bfloat16_is_faster
+from training.distillation import Distillation
 
 WIDTHS = (32, 128, 256)
 STEM = 32
@@ -26,11 +28,11 @@ MAX_SIZE = 32  # images of 64 pixels or more are averaged down; the network sees
 MIN_SIZE = 8
 BATCH = 128
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
-WARM_UP = 0.2  # of the training time; then the rate falls to zero
+WARM_UP = 0.2  # of the steps' time; then the rate falls to zero
+TEACHER_SHARE = 0.25  # of the training time that the teacher has at most
 SHIFT = 8  # images are shifted by up to 1/SHIFT of half their side
-TEMPERATURE = 0.3
-PROJECTION = 64
-ROTATIONS = 4
+DISTILLATION_WEIGHT = 10.0  # of a cosine distance, beside a cross-entropy
+MIN_IMAGES = 8
 REPORT_SECONDS = 30.0
 IMAGES_A_CLASS = 20
 SPLITS = {"train", "val", "valid", "validation", "test"}
@@ -117,6 +119,11 @@ class TrainedEncoder:
         """Names of what the network gives, those of a bundle's ``features`` graph."""
         return ["features", "logits"][: 2 if self.classes else 1]
 
+    def without_classes(self) -> TrainedEncoder:
+        """The same features alone."""
+        self.network.classifier = None
+        return replace(self, classes=0)
+
 
 def class_folders(names: Sequence[str]) -> list[str] | None:
     """Names of the folders of a data set, in order, if each is a class.
@@ -197,52 +204,51 @@ def train_encoder(
 
     Raises:
         DataError: images that are too small or too few.
+        FeatureError: the package with the larger network's weights is not installed.
     """
-    if len(images) < 2 * ROTATIONS:
-        raise DataError(f"an encoder needs at least {2 * ROTATIONS} images, got {len(images)}")
+    if len(images) < MIN_IMAGES:
+        raise DataError(f"an encoder needs at least {MIN_IMAGES} images, got {len(images)}")
+    size, channels = images.images.shape[1], images.images.shape[3]
+    check_size(size)
     labels = None if images.labels is None else np.unique(images.labels, return_inverse=True)[1]
     classes = 0 if labels is None else int(labels.max()) + 1
     if classes < 2:
         labels, classes = None, 0
-    size, channels = images.images.shape[1], images.images.shape[3]
+    started = time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = Encoder(size, channels, classes)
-        head: nn.Module = nn.Identity()
-        if labels is None:
-            width = WIDTHS[-1]
-            head = nn.ModuleDict(
-                {
-                    "project": nn.Sequential(
-                        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION)
-                    ),
-                    "rotation": nn.Linear(width, ROTATIONS),
-                }
-            )
+        distillation = Distillation(images.images, WIDTHS[-1], 60 * TEACHER_SHARE * minutes, seed)
+    seen_by_teacher = len(distillation.rows)
+    report(f"encoder: the larger network has seen {seen_by_teacher} of {len(images)} images")
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head.to(device)
-    parameters = [*network.parameters(), *head.parameters()]
+    distillation.to(device)
     optimizer = torch.optim.SGD(
-        parameters, LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+        [*network.parameters(), *distillation.parameters()],
+        LEARNING_RATE,
+        MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        nesterov=True,
     )
     draws = torch.Generator().manual_seed(seed)
     in_bfloat16 = bfloat16_is_faster(device.type)
     network.train()
+    seconds = 60 * minutes - min(time.monotonic() - started, 60 * TEACHER_SHARE * minutes)
     seen, started, told = 0, time.monotonic(), 0.0
-    for rows in _batches(len(images), seed):
+    chosen = distillation.rows if labels is None else np.arange(len(images))
+    for rows in (chosen[batch] for batch in _batches(len(chosen), seed)):
         elapsed = time.monotonic() - started
-        done = elapsed / (60 * minutes)
+        done = elapsed / seconds
         if done >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(done / WARM_UP, (1 - done) / (1 - WARM_UP)) + 1e-5
-        pixels = torch.from_numpy(np.asarray(images.images[rows])).float()
+        pixels = _varied(torch.from_numpy(np.asarray(images.images[rows])).float(), draws)
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
-            if labels is None:
-                loss = _loss_without_labels(network, head, pixels, device, draws)
-            else:
-                logits = network(_varied(pixels, draws).to(device))[1]
-                loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]).to(device))
+            features, *logits = network(pixels.to(device))
+            loss = DISTILLATION_WEIGHT * distillation(features, torch.from_numpy(rows).to(device))
+            if labels is not None:
+                loss += F.cross_entropy(logits[0], torch.from_numpy(labels[rows]).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -253,50 +259,15 @@ def train_encoder(
     return TrainedEncoder(network.cpu().float().eval().requires_grad_(False), seen, classes)
 
 
-def _loss_without_labels(
-    network: Encoder, head: nn.Module, pixels: Tensor, device: torch.device, draws: torch.Generator
-) -> Tensor:
-    """Loss of two views of an image that should be alike, and unlike all other images.
-
-    A rotated image counts as another one, and its angle is predicted.
-
-    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with
-    the rotations of Tack et al., "CSI: Novelty Detection via Contrastive Learning on
-    Distributionally Shifted Instances", 2020.
-    """
-    assert isinstance(head, nn.ModuleDict)
-    turns = torch.randint(ROTATIONS, (len(pixels),), generator=draws)
-    turned = torch.stack(
-        [image.rot90(int(turn), (0, 1)) for image, turn in zip(pixels, turns, strict=True)]
-    )
-    views = torch.cat([_varied(turned, draws, colours=True) for _ in range(2)]).to(device)
-    features = network.features(views)
-    rotation = F.cross_entropy(head["rotation"](features), turns.repeat(2).to(device))
-    projected = F.normalize(head["project"](features).float(), dim=1)
-    alike = projected @ projected.t() / TEMPERATURE
-    alike.fill_diagonal_(-torch.inf)
-    partners = torch.arange(len(views), device=device).roll(len(pixels))
-    return F.cross_entropy(alike, partners) + rotation
-
-
-def _varied(pixels: Tensor, draws: torch.Generator, colours: bool = False) -> Tensor:
-    """Flip and shift at random, ``(N, H, W, C)``; with ``colours`` crop and recolour as well."""
+def _varied(pixels: Tensor, draws: torch.Generator) -> Tensor:
+    """Flip and shift at random, ``(N, H, W, C)``."""
     count, height, width, channels = pixels.shape
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=draws) * (high - low) + low
-
-    scale = uniform(0.5, 1.0) if colours else torch.ones(count)
-    room = 1 - scale if colours else torch.full((count,), 1 / SHIFT)
     mirror = torch.where(torch.rand(count, generator=draws) < 0.5, -1.0, 1.0)
+    across, down = (torch.rand(2, count, generator=draws) * 2 - 1) / SHIFT
     zeros = torch.zeros(count)
     grid = F.affine_grid(
         torch.stack(
-            [
-                torch.stack([scale * mirror, zeros, room * uniform(-1, 1)], 1),
-                torch.stack([zeros, scale, room * uniform(-1, 1)], 1),
-            ],
-            1,
+            [torch.stack([mirror, zeros, across], 1), torch.stack([zeros, zeros + 1, down], 1)], 1
         ),
         [count, channels, height, width],
         align_corners=False,
@@ -304,18 +275,11 @@ def _varied(pixels: Tensor, draws: torch.Generator, colours: bool = False) -> Te
     moved = F.grid_sample(
         pixels.permute(0, 3, 1, 2),
         grid,
-        mode="bilinear" if colours else "nearest",
+        mode="nearest",
         padding_mode="reflection",
         align_corners=False,
-    ).permute(0, 2, 3, 1)
-    if not colours:
-        return moved
-    mean = moved.mean((1, 2, 3), keepdim=True)
-    moved = (moved - mean) * uniform(0.6, 1.4, 1, 1, 1) + mean * uniform(0.6, 1.4, 1, 1, 1)
-    grey = moved.mean(3, keepdim=True)
-    saturation = uniform(0.0, 1.6, 1, 1, 1)
-    tint = uniform(0.85, 1.15, 1, 1, channels)
-    return ((grey + (moved - grey) * saturation) * tint).clamp(0, 255)
+    )
+    return moved.permute(0, 2, 3, 1)
 
 
 def _batches(count: int, seed: int) -> Iterator[np.ndarray]:

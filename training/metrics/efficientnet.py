@@ -123,11 +123,18 @@ class EfficientNetFeatures:
     """The pooled features by ONNX Runtime.
 
     On a CPU its depthwise convolutions are six times as fast as PyTorch's.
+
+    Args:
+        size: pixels per side to which images are resized.
+
+    Raises:
+        FeatureError: the package with the weights is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         ort = onnx_runtime()
 
+        self._size = size
         network = EfficientNetLite0(torch.load(efficientnet_weights(), weights_only=True))
         quiet = logging.getLogger("torch.onnx")
         level = quiet.level
@@ -137,7 +144,7 @@ class EfficientNetFeatures:
                 warnings.simplefilter("ignore")
                 program = torch.onnx.export(
                     network,
-                    (torch.zeros(2, 3, SIZE, SIZE),),
+                    (torch.zeros(2, 3, size, size),),
                     dynamo=True,
                     verbose=False,
                     input_names=["x"],
@@ -154,7 +161,7 @@ class EfficientNetFeatures:
         )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features, float64 ``(N, 1280)``, of uint8 ``(N, H, W, 3)`` resized to 224 x 224."""
+        """Features, float64 ``(N, 1280)``, of uint8 ``(N, H, W, 3)``."""
         out = []
         for first in range(0, len(images), BATCH):
             x = (
@@ -163,6 +170,7 @@ class EfficientNetFeatures:
                 .float()
                 / 255
             )
-            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
+            size = (self._size, self._size)
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
             out.append(self._session.run(None, {"x": x.numpy()})[0].astype(np.float64))
         return np.concatenate(out)
