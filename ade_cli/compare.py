@@ -11,9 +11,10 @@ import torch
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
+from ade_cli.run_checks import check_same_data
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked
-from training.comparison.compare import Job, compare, read_rows
+from training.comparison.compare import Job, compare, read_rows, recorded_data
 from training.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
@@ -111,6 +112,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     ]
     options = measure_options(args)
     check_outside(args.out, args.data)
+    check_same_data(recorded_data(args.out), args)
     dataset = dataset_of(
         args,
         args.out,

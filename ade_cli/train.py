@@ -9,6 +9,7 @@ from pathlib import Path
 from ade_cli.config_options import add_config_options, given
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.help_texts import DEVICE
+from ade_cli.run_checks import check_same_data
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
@@ -18,7 +19,7 @@ from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, budget_of, check_folder, train
 from training.metrics.features import FeatureError
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
-from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint
+from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
 from training.step import TrainingDiverged
 
 ERRORS = (RunError, DataError, ConfigError, FeatureError, TrainingDiverged)
@@ -161,6 +162,9 @@ def run(args: argparse.Namespace) -> None:
             f"{args.out} holds a run: continue it with --resume, or choose another folder"
         )
     check_folder(args.out, args.resume)
+    if args.resume and (args.out / "data.json").is_file():
+        recorded = read_json(args.out / "data.json", "data")["data"]
+        check_same_data({args.out: recorded}, args)
     choose_device(args.device)
     if args.init is not None and not args.resume:
         latest_checkpoint(Path(args.init))

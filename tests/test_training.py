@@ -40,6 +40,7 @@ from serving.engine.bundle import open_bundle
 from serving.files import LOCK
 from serving.ports import free_ports
 from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
+from training.comparison.compare import keep_rows, read_rows, recorded_data
 from training.data import DataError, ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
@@ -1386,6 +1387,58 @@ def trained_on(folder: Path, run: Path) -> Path:
     dataset = load_dataset(str(folder), None, 8)
     train(narrow("vae"), dataset, run, options, resume=False, source=source)
     return run
+
+
+def test_a_run_does_not_resume_on_another_folder_of_the_same_name(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mine = shutil.copytree(folder, tmp_path / "a" / "photos")
+    other = shutil.copytree(folder, tmp_path / "b" / "photos")
+    run = trained_on(mine, tmp_path / "run")
+    recorded = (run / "data.json").read_text()
+    resumed: list[str] = []
+    monkeypatch.setattr("ade_cli.train.dataset_of", lambda *_, **__: resumed.append("x") or dataset)
+    monkeypatch.setattr("ade_cli.train.train", lambda *_: Progress())
+    dataset = load_dataset(str(other), None, 8)
+    given = ["train", "vae", *TRAIN, "--resume", "--out", str(run), "--data"]
+    for data in (str(other), str(folder), "cifar10"):
+        assert main([*given, data]) == 2
+        said = capsys.readouterr().err
+        assert f"{run} was trained on {mine}, not on {data}: give the same --data, or" in said
+    assert not resumed and (run / "data.json").read_text() == recorded
+    (tmp_path / "link").symlink_to(mine)
+    for data in (mine, tmp_path / "link"):
+        assert main([*given, str(data)]) == 0 and "warning" not in capsys.readouterr().err
+    # A folder that was moved.
+    mine.rename(tmp_path / "moved")
+    assert main([*given, str(tmp_path / "moved")]) == 2
+    capsys.readouterr()
+    assert main([*given, str(other)]) == 0 and len(resumed) == 3
+    assert f"warning: {mine}, on which {run} was trained, no longer" in capsys.readouterr().err
+
+
+def test_a_comparison_is_of_one_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even if another has the same name, and even if the runs' folders are gone."""
+    mine = shutil.copytree(folder, tmp_path / "a" / "photos")
+    other = shutil.copytree(folder, tmp_path / "b" / "photos")
+    out = tmp_path / "out"
+    run = trained_on(mine, out / "runs" / "vae-seed0")
+    given = ["compare", "v-ade", "--image-size", "8", "--out", str(out), "--data"]
+    keep_rows(read_rows(out), out)
+    for _ in range(2):
+        assert main([*given, str(other)]) == 2
+        said = capsys.readouterr().err
+        assert f"{run} was trained on {mine}, not on {other}: give the same --data" in said
+        assert not (out / "cache").exists() and not (out / "runs" / "v-ade-seed0").exists()
+        shutil.rmtree(out / "runs", ignore_errors=True)
+    assert recorded_data(out) == {run: str(mine)}
+    write_json(out / "rows.json", [{"name": "vae-seed0"}])  # of an earlier version
+    assert recorded_data(out) == {}
 
 
 def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(

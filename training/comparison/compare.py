@@ -240,6 +240,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
             "run": run,
             "config": TrainConfig.from_dict(started["config"]),
             "data": started["data"],
+            "source": _source_of(run),
             "seed": started["options"]["seed"],
             "budget": started["options"],
             "state": None,
@@ -259,6 +260,22 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         rows.append(row)
     present = {row["name"] for row in rows}
     return rows + [row for name, row in kept.items() if name not in present]
+
+
+def recorded_data(out: Path) -> dict[Path, str]:
+    """What each run was trained on, a name or a folder, as far as that is recorded.
+
+    Runs whose folders are gone are included.
+    """
+    rows = read_json(out / ROWS, kind=list) if (out / ROWS).is_file() else []
+    found = {out / "runs" / row["name"]: row.get("source") for row in rows}
+    found |= {path.parent: _source_of(path.parent) for path in (out / "runs").glob("*/data.json")}
+    return {run: source for run, source in found.items() if source is not None}
+
+
+def _source_of(run: Path) -> str | None:
+    path = run / "data.json"
+    return str(read_json(path, "data")["data"]) if path.is_file() else None
 
 
 def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:

@@ -1,0 +1,46 @@
+"""Checks of the data with which ``ade train`` and ``ade compare`` begin or resume runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from ade_cli.data_options import say, source_of
+from training.datasets import NAMES
+from training.runs import RunError
+
+
+def check_same_data(recorded: Mapping[Path, str], args: argparse.Namespace) -> None:
+    """Check that runs were trained on the data that the options name.
+
+    A folder that no longer exists may have been moved: if the new one has the same name, this
+    prints a warning.
+
+    Args:
+        recorded: for each run, ``data`` of its ``data.json``.
+        args: with ``data``, ``root`` and ``out``.
+
+    Raises:
+        RunError: a run was trained on other data.
+    """
+    now = str(source_of(args)["data"])
+    gone = set()
+    for run, before in recorded.items():
+        if before == now:
+            continue
+        old, new = Path(before), Path(now)
+        are_folders = before not in NAMES and now not in NAMES
+        if are_folders and old.is_dir() and new.is_dir() and old.samefile(new):
+            continue
+        if not are_folders or old.exists() or old.name != new.name:
+            raise RunError(
+                f"{run} was trained on {before}, not on {now}: give the same --data, or another "
+                "--out"
+            )
+        gone.add(before)
+    for before in sorted(gone):
+        say(
+            f"warning: {before}, on which {args.out} was trained, no longer exists: it is assumed "
+            f"that {now} has the same images"
+        )
