@@ -11,7 +11,7 @@ import torch
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
-from ade_cli.run_checks import check_same_data
+from ade_cli.run_checks import check_same_data, size_checked
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked
 from training.comparison.compare import Job, compare, read_rows, recorded_data
@@ -117,7 +117,9 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         args,
         args.out,
         args.image_size,
-        fits=lambda side: [recipe(name, side, CHANNELS, args.size) for name in args.recipes],
+        fits=size_checked(
+            args, lambda side: [recipe(name, side, CHANNELS, args.size) for name in args.recipes]
+        ),
     )
     check_options(dataset, options)
     jobs = [

@@ -79,6 +79,7 @@ def parse(given: list[str]) -> argparse.Namespace:
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in given[:1]:  # only this verb is imported: serving needs no training packages
             _module(name, for_help=not HELP.isdisjoint(given)).add_arguments(verb)
+            verb.set_defaults(usage=verb.format_usage())
     return parser.parse_args(given)
 
 
@@ -116,7 +117,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return int(module.run(args) or 0)
     except module.ERRORS as error:
-        print(f"ade {args.verb}: {error}", file=sys.stderr)
+        print(f"ade {args.verb}: {_as_typed(str(error), args.usage)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         how = module.resumed(args) if hasattr(module, "resumed") else RESUMED.get(args.verb, "")
@@ -137,6 +138,17 @@ def _run(args: argparse.Namespace) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"ade {args.verb}: {where}{error.strerror}", file=sys.stderr)
         return 2
+
+
+def _as_typed(message: str, usage: str) -> str:
+    """Spell the option that a message begins with as the user types it.
+
+    Libraries name their arguments: ``batch_size must be at least 1``.
+    """
+    name, must, rest = message.partition(" must ")
+    option = "--" + name.replace("_", "-")
+    options = {word.strip("[]") for word in usage.split()}
+    return option + must + rest if must and option in options else message
 
 
 def _module(verb: str, for_help: bool = False) -> ModuleType:

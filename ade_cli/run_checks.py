@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from ade_cli.data_options import say, source_of
+from ade_model.errors import ConfigError
 from training.datasets import NAMES
 from training.runs import RunError
+
+Config = TypeVar("Config")
+ADVISED = 64  # pixels: image size for folders of photographs
 
 
 def check_same_data(recorded: Mapping[Path, str], args: argparse.Namespace) -> None:
@@ -44,3 +49,27 @@ def check_same_data(recorded: Mapping[Path, str], args: argparse.Namespace) -> N
             f"warning: {before}, on which {args.out} was trained, no longer exists: it is assumed "
             f"that {now} has the same images"
         )
+
+
+def size_checked(
+    args: argparse.Namespace, make: Callable[[int], Config]
+) -> Callable[[int], Config]:
+    """Let errors of an image size that the user did not give name its origin.
+
+    Args:
+        args: with ``data`` and ``image_size``.
+        make: called with the image size; raises :class:`ConfigError` if it is unsuitable.
+    """
+
+    def checked(side: int) -> Config:
+        try:
+            return make(side)
+        except ConfigError as error:
+            if args.image_size is not None or args.data in NAMES:
+                raise
+            make(ADVISED)  # raises another error if the size is not what is wrong
+            raise ConfigError(
+                f"{error}, the size of the first image in {args.data}: give --image-size {ADVISED}"
+            ) from None
+
+    return checked

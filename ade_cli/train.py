@@ -9,7 +9,7 @@ from pathlib import Path
 from ade_cli.config_options import add_config_options, given
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.help_texts import DEVICE
-from ade_cli.run_checks import check_same_data
+from ade_cli.run_checks import check_same_data, size_checked
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from training.data import CHANNELS, DataError
@@ -152,9 +152,11 @@ def run(args: argparse.Namespace) -> None:
     )
     changes = given(args, args.settable)
     check_outside(args.out, args.data)
+    make = size_checked(
+        args, lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes)
+    )
     if args.dry_run:
-        side = image_size_of(args.data, args.root, args.image_size)
-        config = recipe(args.recipe, side, CHANNELS, args.size, **changes)
+        config = make(image_size_of(args.data, args.root, args.image_size))
         print(json.dumps(config.to_dict(), indent=2))
         return
     if (args.out / "run.json").is_file() and not args.resume:
@@ -169,12 +171,7 @@ def run(args: argparse.Namespace) -> None:
     if args.init is not None and not args.resume:
         latest_checkpoint(Path(args.init))
     with alone_in(args.out):
-        dataset = dataset_of(
-            args,
-            args.out,
-            args.image_size,
-            fits=lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes),
-        )
+        dataset = dataset_of(args, args.out, args.image_size, fits=make)
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
         progress = train(config, dataset, args.out, options, args.resume, source_of(args))
     spent = progress.seconds / 60

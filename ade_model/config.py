@@ -131,7 +131,8 @@ class ModelConfig:
             fitting = [str(s) for s in (32, 48, 64) if s % self.size_multiple == 0]
             raise ConfigError(
                 f"image_size must be a multiple of {self.size_multiple} "
-                f"({len(self.widths)} latent resolutions, {self.flow_scales} flow scales), "
+                f"({_counted(len(self.widths), 'latent resolution')}, "
+                f"{_counted(self.flow_scales, 'flow scale')}), "
                 f"such as {', '.join(fitting) or self.size_multiple}; got {self.image_size}"
             )
 
@@ -183,3 +184,7 @@ class ModelConfig:
                 f"a model configuration has the fields {sorted(known)}; unknown or missing: {wrong}"
             )
         return cls(**values)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -280,9 +280,9 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         ),
         (["FEW", "--budget", "1m"], "this budget leaves 0.5 and will be exceeded"),
         (["EMPTY"], "holds no images"),
-        (["FEW", "--image-size", "20"], "image_size"),
-        (["FEW", "--image-size", "128"], "image_size must be at most 64 pixels, got 128"),
-        (["FEW", "--image-size", "0"], "image_size must be an integer of at least 2, got 0"),
+        (["FEW", "--image-size", "20"], "--image-size must be a multiple of 8"),
+        (["FEW", "--image-size", "128"], "--image-size must be at most 64 pixels, got 128"),
+        (["FEW", "--image-size", "0"], "--image-size must be an integer of at least 2, got 0"),
         (["TMP"], "--out must lie outside"),
     ],
 )
@@ -591,7 +591,7 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
         features: Any,
     ) -> Any:
         assert len(list(fit)) == len(names) and not list(calibrate)
-        report("fitting: left out 1 images: image 0: not an image")
+        report("fitting: left out 1 image: image 0: not an image")
         exact = SimpleNamespace(scores=[0.0] * 99, smallest_p_value=0.01)
         return SimpleNamespace(exact=exact)
 
@@ -604,7 +604,7 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     _bundle(*given, lines.append)
     assert lines[1:3] == [
         "left out gone.png: No such file or directory",
-        "fitting: left out 1 images: image 0: not an image",
+        "fitting: left out 1 image: image 0: not an image",
     ]
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from ade_cli.data_options import dataset_of
 from ade_cli.evaluate import _store
@@ -1441,6 +1442,25 @@ def test_a_comparison_is_of_one_folder(
     assert recorded_data(out) == {}
 
 
+def test_an_image_size_that_the_user_did_not_give_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (500, 333)).save(photos / "a.png")
+    given = ["--data", str(photos), "--out", str(tmp_path / "out")]
+    for words in (["train", "av-ade", "--dry-run"], ["train", "av-ade"], ["compare", "av-ade"]):
+        assert main([*words, *given]) == 2
+        said = capsys.readouterr().err
+        assert "--image-size must be a multiple of 8 (3 latent resolutions, 1 flow scale)" in said
+        assert f"got 333, the size of the first image in {photos}: give --image-size 64" in said
+        assert main([*words, *given, "--image-size", "50"]) == 2
+        assert capsys.readouterr().err.endswith("got 50\n")
+    # Of another fault the size says nothing.
+    assert main(["train", "av-ade", *given, "--widths", "8"]) == 2
+    assert "first image" not in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1490,7 +1510,7 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
     [
         (
             ["train", "av-ade", "--data", "DATA", "--image-size", "50", "--out", "OUT"],
-            "image_size must be a multiple of 8",
+            "--image-size must be a multiple of 8 (3 latent resolutions, 1 flow scale), such as 32",
         ),
         (
             ["train", "av-ade", "--data", "nowhere", "--out", "OUT"],
@@ -1498,7 +1518,15 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--images", "0", "--out", "OUT"],
-            "images must be at least 1",
+            "ade train: --images must be at least 1",
+        ),
+        (
+            ["train", "av-ade", "--data", "DATA", "--batch-size", "0", "--out", "OUT"],
+            "ade train: --batch-size must be at least 1",
+        ),
+        (
+            ["train", "av-ade", "--data", "DATA", "--d-widths", "0", "--out", "OUT"],
+            "ade train: --d-widths must be one or more integers",
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--seed", "-1", "--out", "OUT"],
@@ -1506,7 +1534,7 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--minutes", "0", "--out", "OUT"],
-            "minutes must be above 0",
+            "ade train: --minutes must be above 0",
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--image-size", "-4", "--out", "OUT"],

@@ -86,14 +86,14 @@ def _check(data: str, root: str | None, image_size: int | None) -> Path:
     if image_size is not None and image_size < 2:
         raise DataError(f"the image size must be at least 2 pixels, got {image_size}")
     if data not in NAMES:
-        if root is not None:
-            raise DataError(
-                f"root goes with a named data set ({', '.join(NAMES)}), and {data!r} is a folder"
-            )
         if not Path(data).is_dir():
             raise DataError(
                 f"data must be a folder or one of {', '.join(NAMES)}, got {data!r}, "
                 "which is neither"
+            )
+        if root is not None:
+            raise DataError(
+                f"root goes with a named data set ({', '.join(NAMES)}), and {data!r} is a folder"
             )
         return Path(data)
     if root is None:

@@ -88,4 +88,6 @@ def first_size(files: list[Path]) -> int:
         except (ImageError, OSError):
             continue
         return int(min(height, width))
+    if len(files) == 1:
+        raise DataError(f"the only image file cannot be read: {files[0]}")
     raise DataError(f"none of {len(files)} image files can be read; the first is {files[0]}")
