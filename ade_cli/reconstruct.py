@@ -31,6 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() in IMAGE_SUFFIXES:
         raise FileError(f"--out must be a folder, got {args.out}")
+    if args.out.exists() and not args.out.is_dir():
+        raise FileError(f"--out must be a folder, and {args.out} is a file")
+    for folder in filter(Path.is_dir, args.images):
+        if args.out.resolve().is_relative_to(folder.resolve()):
+            raise FileError(
+                f"--out must lie outside of {folder}: its pictures would be read as images of the "
+                "data"
+            )
     files = files_of(args.images)
     first: dict[str, Path] = {}
     for path in files:

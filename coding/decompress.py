@@ -83,6 +83,7 @@ def decompress(
         done = 0
         target = _folder if contents.header["kind"] == "files" else _array
         with target(out, total) as images:
+            progress(0, total)
             for chunk in contents.chunks:
                 if not _restore(file, chunk, coder, images):
                     result.lost.append(range(chunk.first, chunk.first + chunk.count))

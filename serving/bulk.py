@@ -49,6 +49,10 @@ class BulkError(ValueError):
     """Scoring cannot be started or resumed."""
 
 
+class NothingScored(BulkError):
+    """Every file had an error."""
+
+
 @dataclass(frozen=True)
 class BulkOptions:
     """How files are scored. Scoring is resumed only with the same options.
@@ -211,7 +215,7 @@ def check_out(out: Path) -> None:
     if out.suffix not in FORMATS:
         raise BulkError(f"{out}: the name must end with {', '.join(FORMATS)}")
     if out.exists():
-        raise BulkError(f"{out} exists already")
+        raise BulkError(f"{out} exists already: delete it, or choose another file")
 
 
 def score_folder(
@@ -235,6 +239,7 @@ def score_folder(
     Raises:
         BulkError: the model cannot score, there are no images, ``out`` exists or cannot be written,
             or an unfinished ``OUT.part`` belongs to other options or files.
+        NothingScored: every file had an error; there is no table then.
     """
     check_out(out)
     # Report errors of the bundle here, not in a process.
@@ -257,7 +262,7 @@ def score_folder(
         if out.exists():  # another process has finished meanwhile
             if not os.fstat(rows.fileno()).st_size:  # opening made it
                 part.unlink(missing_ok=True)
-            raise BulkError(f"{out} exists already")
+            raise BulkError(f"{out} exists already: delete it, or choose another file")
         done = _begin(part, head, folder)
         progress(done, total)
         chunks = _chunks(image_paths(folder), done)
@@ -267,7 +272,11 @@ def score_folder(
                 rows.flush()
                 done += len(made)
                 progress(done, total)
-        summary = _finish(part, out, columns(bundle, options.samples))
+        try:
+            summary = _finish(part, out, columns(bundle, options.samples))
+        except NothingScored:  # rows of errors alone are not worth resuming
+            part.unlink()
+            raise
         part.unlink()
     return summary
 
@@ -414,8 +423,13 @@ def _score_chunk(paths: list[str]) -> list[dict[str, Any]]:
 
 
 def _finish(part: Path, out: Path, names: list[str]) -> Summary:
-    """Write the rows in the format of ``out`` and count them."""
+    """Write the rows in the format of ``out`` and count them.
+
+    Raises:
+        NothingScored: every row has an error; ``out`` is not written.
+    """
     counts: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
 
     def rows() -> Iterator[dict[str, Any]]:
         with open(part, encoding="utf-8") as lines:
@@ -423,6 +437,8 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
             for line in lines:
                 row = json.loads(line)
                 counts["error" if "error" in row else row["decision"]] += 1
+                if "error" in row:
+                    notes[row["notes"]] += 1
                 # File names need not be valid UTF-8.
                 row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()
                 yield {name: row.get(name) for name in names}
@@ -443,7 +459,14 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
             table.writerows(cells())
         else:
             file.writelines(json.dumps(row) + "\n" for row in rows())
-    return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
+        summary = Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
+        if not summary.scored:  # raised in here, so that the file does not appear
+            ((note, count),) = notes.most_common(1)
+            raise NothingScored(
+                f"no image could be scored. The most frequent reason, of {count} of "
+                f"{summary.errors} files: {note}"
+            )
+    return summary
 
 
 def row_schema(names: list[str]) -> Any:

@@ -466,7 +466,10 @@ def test_files_one_by_one(
             ["score", "FOLDER", "--bundle", "BUNDLE", "--out", "x.csv", "--workers", "0"],
             "--workers must be at least 1, got 0",
         ),
-        (["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"], "n must be from 1 to 256"),
+        (
+            ["sample", "--bundle", "BUNDLE", "--n", "0", "--out", "x.png"],
+            "--n must be from 1 to 256",
+        ),
         (["sample", "--bundle", "BUNDLE", "--out", "x.jpg"], "must end with .png or .npy"),
         (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
         (["score", "MISSING", "WIDE", "--bundle", "BUNDLE"], "no image could be scored"),
@@ -480,6 +483,10 @@ def test_files_one_by_one(
             "missing.png: No such file",
         ),
         (["reconstruct", "FILE", "FILE", "--bundle", "BUNDLE", "--out", "x"], "0000.png and "),
+        (["reconstruct", "FOLDER", "--bundle", "BUNDLE", "--out", "INSIDE"], "must lie outside of"),
+        (["reconstruct", "FILE", "--bundle", "EMPTY", "--out", "TEXT"], "readme.txt is a file"),
+        (["score", "FOLDER", "--bundle", "EMPTY", "--out", "TABLE"], "exists already: delete it"),
+        (["score", "FILE", "--bundle", "MANIFEST"], "manifest.json is not a bundle but a file"),
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
         (["serve", "BUNDLE", "--engine", "ray", "--cuda-graphs"], "cannot be used with --engine"),
     ],
@@ -503,10 +510,37 @@ def test_errors_name_the_cause(
         "WIDE": folder / "wide.png",
         "MISSING": folder / "missing.png",
         "FILE": folder / "class0" / next(image_paths(folder / "class0")),
+        "INSIDE": folder / "out",
+        "TEXT": tmp_path / "readme.txt",
+        "TABLE": tmp_path / "table.csv",
+        "MANIFEST": tiny_bundle / "manifest.json",
     }
+    names["TEXT"].touch()
+    names["TABLE"].touch()
     assert main([str(names.get(argument, argument)) for argument in arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("x*"))
+    said = capsys.readouterr().err
+    assert message in said and "img/s" not in said
+    assert not list(tmp_path.glob("x*")) and not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", bulk.FORMATS)
+def test_no_table_is_left_if_nothing_could_be_scored(
+    suffix: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """So that the corrected command can write it."""
+    photos, out = tmp_path / "photos", tmp_path / f"scores{suffix}"
+    photos.mkdir()
+    for name in "ab":
+        Image.new("RGB", (16, 12)).save(photos / f"{name}.png")
+    (photos / "c.png").write_bytes(b"junk")
+    given = ["score", str(photos), "--bundle", str(tiny_bundle), "--out", str(out)]
+    given += ["--workers", "1"]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert "no image could be scored" in said and "of 2 of 3 files: images must be 8 x 8" in said
+    assert "--resize fit" in said and not list(tmp_path.glob("scores*"))
+    main([*given, "--resize", "fit"])
+    assert len(read(out)) == 3 and "img/s" in capsys.readouterr().err
 
 
 def test_originals_are_never_overwritten(

@@ -168,6 +168,8 @@ def open_bundle(folder: Path) -> Bundle:
         BundleError: the manifest is missing, has another version, or has missing or invalid fields.
     """
     path = folder / MANIFEST_NAME
+    if folder.is_file():
+        raise BundleError(f"{folder} is not a bundle but a file: give its folder, {folder.parent}")
     if not path.is_file():
         raise BundleError(
             f"{folder} is not a bundle: "
