@@ -37,7 +37,7 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
         found.append(
             f"this model misses too many corrupted images ({'; '.join(worst)}): train one on your "
             "images. ade fit DIR --budget 20m did so for street scenes: AUROC 0.996 against "
-            "CIFAR-10 (docs/training.md)"
+            "CIFAR-10 (docs/training.md). It needs at least 800 images"
         )
     if not has_features:
         found.append(

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="OUT",
-        help="output folder (default: fits/DIR)",
+        help="output folder (default: fits/NAME, where NAME is that of DIR in lower case, with - "
+        "for everything but Latin letters and digits)",
     )
     parser.add_argument(
         "--budget",

@@ -124,7 +124,8 @@ def _feedback(args: argparse.Namespace) -> None:
         args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say, args.force
     )
     if not done.joined + done.known + done.fitted + done.removed + done.rejected:
-        raise FileError(f"none of {done.unusable} images can be used")
+        which = "the image cannot" if done.unusable == 1 else f"none of {done.unusable} images can"
+        raise FileError(f"{which} be used")
     others = {
         "Already in it": done.known,
         "Not added, because the density was fitted to them": done.fitted,

@@ -6,14 +6,24 @@ import argparse
 from pathlib import Path
 
 from ade_cli.help_texts import DEVICE
+from handlers.front.settings import MIN_TOKEN, TOKEN_VARIABLE
 from handlers.launch.engines import DEFAULT, ENGINES
 from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S, run
 from serving.engine.backends import BACKENDS, DEVICES
+from serving.ports import LOOPBACK, VARIABLES
 
 __all__ = ["ERRORS", "add_arguments", "extra", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    ports = {name: f"{variable} (default: {port})" for name, (variable, port) in VARIABLES.items()}
+    parser.description = (
+        "Serve a bundle over HTTP, with a web page. Environment variables choose the ports: "
+        f"{ports['inference']} of the API, {ports['ui']} of the page, {ports['metrics']} of the "
+        f"metrics. With a HOST other than {' and '.join(LOOPBACK)}, clients need the token in "
+        f"{TOKEN_VARIABLE}, of at least {MIN_TOKEN} characters; without it each start makes a new "
+        "one, in a file that the start message names."
+    )
     parser.add_argument(
         "bundles",
         type=Path,

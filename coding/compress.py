@@ -29,6 +29,7 @@ from coding.sources import Source
 from serving.engine.bundle import Bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import only_writer
+from serving.messages import counted
 
 
 @dataclass
@@ -55,9 +56,9 @@ class Report:
         """The report as text."""
         f = self.figures
         lines = [
-            f"{f.images} images: {f.coded} by the model, {f.initial} without it as initial bits, "
-            f"{f.images - f.coded - f.initial} stored without the model, which cannot code them or "
-            "needs more bytes"
+            f"{counted(f.images, 'image')}: {f.coded} coded by the model, {f.initial} stored to "
+            f"start the coder (initial bits), {f.images - f.coded - f.initial} stored because the "
+            "model cannot code them or would need more bytes"
         ]
         if f.coded:
             net = f.coded_bits / f.values
@@ -75,14 +76,16 @@ class Report:
         if f.stored_bytes:
             lines.append(f"stored without the model: {f.stored_bytes} bytes")
         if self.resumed:
-            lines.append(f"resumed: {self.resumed} images were compressed before")
+            lines.append(f"resumed: {counted(self.resumed, 'image')} compressed before")
         if self.not_reproduced:
             lines.append(
-                f"warning: the model did not reproduce {self.not_reproduced} chunks, which are "
-                "stored without it"
+                f"warning: {counted(self.not_reproduced, 'chunk')} stored without the model, which "
+                "did not reproduce the images"
             )
         if self.without_metadata:
-            lines.append(f"the metadata of {self.without_metadata} files is not in the archive")
+            lines.append(
+                f"the metadata of {counted(self.without_metadata, 'file')} is not in the archive"
+            )
         lines.append(f"archive: {self.archive_bytes} bytes")
         return lines
 

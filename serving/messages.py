@@ -14,6 +14,11 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun: ``1 image``, ``2 images``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def words_of(error: Exception) -> str:
     """Return a library's error message without memory addresses, which could help an attacker.
 

@@ -470,7 +470,7 @@ def test_the_command_adds_a_calibration(
     version = InferenceEngine(bundle, operations=["score"]).store.get("night").version
     said = capsys.readouterr().err
     assert f"added calibration night, version {version}" in said
-    assert f": left out 1 images: {tmp_path / 'photos' / 'a2.png'}: not an image" in said
+    assert f": left out 1 image: {tmp_path / 'photos' / 'a2.png'}: not an image" in said
     (tmp_path / "photos" / "a2.png").unlink()
     for words, message in (
         (["calibrate", str(bundle), *data], "give either OUT"),
@@ -509,7 +509,7 @@ def test_a_folder_of_one_image_is_refused_with_the_number_that_is_needed(
     assert "ade calibrate needs at least 50 usable images" in said and f", got {count}\n" in said
     (photos / name).write_bytes(b"junk")
     assert main(["calibrate", str(bundle), str(tmp_path / "out"), "--data", str(photos)]) == 2
-    junk = f"calibration: none of 1 images could be used: {photos / name}: not an image"
+    junk = f"calibration: its only image could not be used: {photos / name}: not an image"
     assert (junk in capsys.readouterr().err) == (part == "train")
 
 
@@ -673,7 +673,7 @@ def test_feedback_joins_once_and_can_be_taken_back(
     assert "The gate rejects 0 of the 1 image to be added (alpha 0.01). Of all" in said.err
     assert "junk.png: not an image" in said.err
     assert main([*words[:4], words[-1]]) == 2
-    assert "none of 1 images can be used" in capsys.readouterr().err
+    assert "the image cannot be used" in capsys.readouterr().err
     assert main(["gate", "feedback", str(bundle)]) == 2
 
 
@@ -881,7 +881,7 @@ def test_feedback_that_fails_leaves_the_bundle_as_it_was(
     Image.fromarray(dark[0]).save(image)
     before = sorted(bundle.rglob("*"))
     for words, message in (
-        (["--accept", str(missing)], "none of 1 images can be used"),
+        (["--accept", str(missing)], "the image cannot be used"),
         (["--accept", str(image), "--reject", str(image)], "is given to accept and to reject"),
     ):
         assert main(["gate", "feedback", str(bundle), *words]) == 2

@@ -330,10 +330,12 @@ def test_a_folder_comes_back(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out.ade"]
     assert main(["decompress", str(out), str(back), "--bundle", str(bundle.folder)]) == 0
     assert contents(back) == contents(folder)
+    capsys.readouterr()
     # Nothing is overwritten.
     for words in (["compress", folder, out], ["decompress", out, back]):
         assert main([*map(str, words), "--bundle", str(bundle.folder)]) == 2
-        assert "exists" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "exists" in said and "img/s" not in said
     assert (
         main(["decompress", str(out), str(tmp_path / "x.npy"), "--bundle", str(bundle.folder)]) == 2
     )
@@ -766,6 +768,13 @@ def test_the_rate_with_initial_bits_is_of_the_images_that_pay_them() -> None:
         figures = dataclasses.replace(known, initial_values=initial_values, initial_files=file)
         lines = [line for line in Report(figures).lines() if line.startswith("with initial bits")]
         assert len(lines) == 1 - file and said in "".join(lines)
+
+
+def test_the_summary_counts_each_way_of_storing() -> None:
+    first, *_ = Report(Figures(images=20, coded=8, initial=10, values=100)).lines()
+    assert first.startswith("20 images: 8 coded by the model, 10 stored to start the coder")
+    assert "2 stored because the model cannot code them" in first
+    assert Report(Figures(images=1)).lines()[0].startswith("1 image: 0 coded")
 
 
 def test_other_sizes_are_no_larger_than_webp(bundle: Bundle, tmp_path: Path) -> None:

@@ -119,6 +119,14 @@ def test_messages_name_pages_that_exist() -> None:
         assert not fragment or fragment in anchors(ROOT / page), f"{page}#{fragment}"
 
 
+def test_the_help_of_serve_has_the_ports_and_the_token() -> None:
+    parser = argparse.ArgumentParser()
+    import_module("ade_cli.serve").add_arguments(parser)
+    for variable, default in ports.VARIABLES.values():
+        assert f"{variable} (default: {default})" in str(parser.description)
+    assert TOKEN_VARIABLE in str(parser.description)
+
+
 def test_operations_lists_every_variable() -> None:
     table = (ROOT / "docs" / "operations.md").read_text()
     variables = [variable for variable, _ in ports.VARIABLES.values()]

@@ -433,7 +433,7 @@ def test_each_path_has_its_own_verdict(
         and about["resized"]["images"] == 170
         and about["resized"]["resized_and_back"] == 160
     )
-    assert any("left out 1 images: image 90: not an image" in line for line in told)
+    assert any("left out 1 image: image 90: not an image" in line for line in told)
     engine = InferenceEngine(tmp_path / "out", device="cpu", operations=["score"])
     images = np.stack([small_images[0]] * 3)
     exact, resized, again = engine.score(images, seeds=[0, 5, 0], resized=[False, True, False])
@@ -452,10 +452,11 @@ def test_each_path_has_its_own_verdict(
         CalibrationError, match="fitting: none of 2 images could be used: image 0: not an image"
     ):
         calibrate_bundle(tiny_bundle, tmp_path / "other", [b"junk", b""], larger, "junk")
-    few, told = (small_images[:4], small_images[4:10]), []
+    few, told = ([*small_images[:3], larger[0]], small_images[4:10]), []
     with pytest.raises(CalibrationError, match=r"needs at least 50 usable images .* got 10"):
         calibrate_bundle(tiny_bundle, tmp_path / "other", *few, "few", told.append)
     assert not any("scored" in line for line in told)
+    assert told[0].endswith("; 1 was resized to 8 x 8 pixels")
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".other*"))
 
 

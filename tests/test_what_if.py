@@ -29,6 +29,7 @@ from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.images import NamedFile, usable
 from export.verdict.what_if import ALPHAS, corruptions_of, rejected, what_if
 from export.verdict.what_if_report import what_if_lines, write_what_if
+from fitting.pipeline import ENOUGH
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
 from serving.page import charts
@@ -82,7 +83,7 @@ def test_a_history_unlike_the_calibration_is_named(
     with pytest.raises(CalibrationError, match="is not calibrated"):
         what_if(engine, Calibrations(), small_images[:2], {}, 100, 5)
     with pytest.raises(
-        CalibrationError, match="none of 1 images could be used: image 0: the image is"
+        CalibrationError, match="its only image could not be used: image 0: the image is"
     ):
         what_if(engine, engine.calibrations, [b""], {}, 100, 5)
     with pytest.raises(CalibrationError, match="none of 0 images could be used"):
@@ -385,6 +386,7 @@ def test_advice_on_a_weak_gate() -> None:
     ):
         (line,) = advice(600, True, weak)
         assert named in line and "ade fit DIR" in line
+        assert f"at least {ENOUGH} images" in line
 
 
 def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -> None:

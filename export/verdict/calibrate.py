@@ -44,6 +44,7 @@ from serving.engine.engine import MAX_BATCH, InferenceEngine
 from serving.engine.noise import image_digest, short_digest
 from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
+from serving.messages import counted
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.semantic import semantic_statistics
 from serving.verdict.statistics import finite_rows
@@ -190,7 +191,11 @@ def _parts(
     report(
         f"{sum(map(len, parts))} images: {len(parts[0])} fit the density of statistics, "
         f"{len(parts[1])} set the false-alarm rate"
-        + (f"; {resized} were resized to {width} x {height} pixels" if resized else "")
+        + (
+            f"; {resized} {'was' if resized == 1 else 'were'} resized to {width} x {height} pixels"
+            if resized
+            else ""
+        )
     )
     if min(map(len, parts)) < MIN_IMAGES and sum(map(len, parts)) < ENOUGH:
         raise CalibrationError(
@@ -326,7 +331,8 @@ def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) 
             seen.add(digest)
             kept.append(image)
     if len(kept) < len(images):
-        report(f"{name}: left out {len(images) - len(kept)} images: copies of others")
+        left_out = counted(len(images) - len(kept), "image")
+        report(f"{name}: left out {left_out}: copies of others")
     if images and not kept:
         raise CalibrationError(f"{name}: all of {len(images)} images are copies of others")
     return kept

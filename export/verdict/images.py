@@ -13,6 +13,7 @@ import numpy as np
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.noise import short_digest
+from serving.messages import counted
 from serving.verdict.calibration import CalibrationError, Calibrations
 
 MAX_THREADS = 8  # each needs memory for a batch
@@ -111,7 +112,8 @@ def others(
         else:
             yield its, image
     if copies:
-        report(f"{name}: left out {copies} images that made the calibration, or copies of such")
+        left_out = counted(copies, "image")
+        report(f"{name}: left out {left_out} that made the calibration, or copies of such")
 
 
 def digests_of(calibrations: Calibrations) -> set[int]:
@@ -129,12 +131,15 @@ def report_left_out(name: str, errors: Sequence[tuple[str, str]], report: Report
     if errors:
         shown = "; ".join(f"{its}: {reason}" for its, reason in errors[:MAX_SHOWN])
         more = "; …" if len(errors) > MAX_SHOWN else ""
-        report(f"{name}: left out {len(errors)} images: {shown}{more}")
+        report(f"{name}: left out {counted(len(errors), 'image')}: {shown}{more}")
 
 
 def none_usable(name: str, errors: Sequence[tuple[str, str]]) -> CalibrationError:
     """The error to raise if no image can be used; it has the commonest reason."""
-    text = f"{name}: none of {len(errors)} images could be used"
+    which = (
+        "its only image could not" if len(errors) == 1 else f"none of {len(errors)} images could"
+    )
+    text = f"{name}: {which} be used"
     if errors:
         ((reason, count),) = Counter(reason for _, reason in errors).most_common(1)
         first = next(its for its, why in errors if why == reason)
