@@ -23,7 +23,7 @@ from ade_cli import calibrate as calibrate_command
 from ade_cli import ood_bench
 from ade_cli.main import main
 from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
-from export.verdict.choice import choose_rows
+from export.verdict.choice import choose_files, choose_rows
 from export.verdict.feedback import give_feedback
 from serving.api.requests import RawRequest
 from serving.api.service import Service
@@ -42,7 +42,7 @@ from serving.verdict.store import (
     path_of,
     write_calibrations,
 )
-from training.data import PARTS, Dataset, ImageSet
+from training.data import PARTS, DataError, Dataset, ImageSet
 from training.datasets.files import part_of
 
 
@@ -513,6 +513,28 @@ def test_a_folder_of_one_image_is_refused_with_the_number_that_is_needed(
     assert (junk in capsys.readouterr().err) == (part == "train")
 
 
+def test_too_few_held_out_files_of_a_training_folder_are_refused_with_the_reason(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """100 files suffice for a calibration, but not the 12 of 100 that trained nothing."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(100):
+        (photos / f"{i}.png").touch()
+    opened = open_bundle(bundle)
+    splits = {"train": "photos: 80 files by hash of the file name"}
+    opened.manifest["data"] = {"name": "photos", "splits": splits}
+    few = [sum(part_of(f"{i}.png") == part for i in range(100)) for part in PARTS[1:3]]
+    with pytest.raises(DataError) as raised:
+        choose_files(photos, opened, None, print)
+    assert f"trained on photos, of which only {sum(few)} of 100 files can be" in str(raised.value)
+    assert f"{few[0]} to fit" in str(raised.value) and f"{few[1]} to set" in str(raised.value)
+    assert "give other images, or a folder of about 500 files or more" in str(raised.value)
+    opened.manifest["data"]["name"] = "others"
+    chosen = choose_files(photos, opened, None, print)
+    assert len(chosen.fit) + len(chosen.calibrate) > 80
+
+
 @pytest.mark.parametrize("trained_on", ["model", "network of features", ""])
 def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     bundle: Path,
@@ -520,8 +542,10 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     tmp_path: Path,
     trained_on: str,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Images that a network was trained on calibrate nothing either."""
+    monkeypatch.setattr("export.verdict.choice.MIN_IMAGES", 1)
     photos = tmp_path / "photos"
     for i, image in enumerate(dark.copy()):
         image[0, 0, :2] = divmod(i, 256)  # no two are equal

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from export.verdict.detector import MIN_IMAGES
 from export.verdict.images import Report
 from serving.engine.bundle import Bundle
-from training.data import PARTS, Dataset
+from training.data import PARTS, DataError, Dataset
 from training.datasets.files import is_split_by_name, part_of, shuffled
 from training.datasets.folder import image_files
 
 MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
+ENOUGH_FILES = 500  # of a folder that trained a network: a twenty-fifth of them fit the density
 
 
 class Choice(NamedTuple):
@@ -40,7 +42,7 @@ def choose_files(
         report: called with a line that says what is left out.
 
     Raises:
-        DataError: the folder holds no images.
+        DataError: the folder holds no images, or trained a network and has too few others.
     """
     files, name = image_files(folder), folder.resolve().name
     network = trained_on(bundle, name, None, features, report)
@@ -48,9 +50,18 @@ def choose_files(
     for path in files:
         parts[_part_in(folder, path, bool(network))].append(path)
     if network:
+        few = len(parts["select"]), len(parts["calibrate"])
+        used = f"{sum(few)} of {len(files)} files"
+        if min(few) < MIN_IMAGES:
+            raise DataError(
+                f"the {network} was trained on {name}, of which only {used} can be used: {few[0]} "
+                f"to fit the density of statistics and {few[1]} to set the false-alarm rate. Each "
+                f"needs at least {MIN_IMAGES}: give other images, or a folder of about "
+                f"{ENOUGH_FILES} files or more"
+            )
         report(
             f"the {network} was trained on {name}: only its parts select and calibrate are used, "
-            "and no copies of training images"
+            f"{used}, and no copies of training images"
         )
     elif parts["test"]:
         report(f"{len(parts['test'])} of {len(files)} files are left out, for ade ood-bench")
