@@ -12,6 +12,7 @@ import numpy as np
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import DEVICE
 from ade_cli.image_files import FileError, check_parent
+from export.sketch import record_of
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
 from training.device import DEVICES, choose_device
@@ -55,7 +56,6 @@ def run(args: argparse.Namespace) -> None:
     trained = train_encoder(images, args.minutes, device, report=say)
     example = np.asarray(images.images[:2])
     # `ade calibrate` keeps the network's training images out of the calibration.
-    data = {"name": dataset.name, "splits": dataset.splits}
-    export_encoder(trained.network, example, trained.outputs, args.out, data)
+    export_encoder(trained.network, example, trained.outputs, args.out, record_of(dataset))
     kind = f"{trained.classes} classes" if trained.classes else "no labels"
     say(f"wrote {args.out}: {trained.images_seen} images seen, {kind}")

@@ -75,5 +75,6 @@ def run(args: argparse.Namespace) -> None:
         report=say,
         licence=args.licence,
         with_codec=args.with_codec,
+        dataset=dataset,
     )
     say(f"wrote {args.out}; next: ade calibrate {out} OUT --data ...")

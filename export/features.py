@@ -28,6 +28,8 @@ from export.feature_source import (
     FeaturesError,
     FeatureSource,
 )
+from export.sketch import KEY, sketch_in
+from serving.engine.manifest import DATA, check_types
 from serving.onnx_runtime import onnx_runtime
 from serving.verdict.semantic import FEATURES, LOGITS
 
@@ -111,9 +113,9 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
 
 
 def data_of(path: Path) -> dict[str, Any] | None:
-    """Name and splits of the data set that a network was trained on; ``None`` if unknown.
+    """What a network was trained on, see :func:`export.sketch.record_of`; ``None`` if unknown.
 
-    :func:`export.to_onnx.export_encoder` writes them.
+    :func:`export.to_onnx.export_encoder` writes it.
 
     Raises:
         FeaturesError: the graph cannot be read.
@@ -134,10 +136,12 @@ def _read(path: Path) -> ModelProto:
 def _data(model: ModelProto) -> dict[str, Any] | None:
     for entry in model.metadata_props:
         if entry.key == DATA_KEY:
-            with suppress(ValueError):
-                found = json.loads(entry.value)
-                if isinstance(found, dict) and isinstance(found.get("splits", {}), dict):
-                    return found
+            with suppress(ValueError, TypeError, RecursionError):
+                found: dict[str, Any] = json.loads(entry.value)
+                if isinstance(found, dict) and sketch_in(found) is None:
+                    found.pop(KEY, None)  # it is damaged: the name remains
+                check_types(found, DATA, DATA_KEY)
+                return found
     return None  # or an entry of this name is another program's
 
 

@@ -72,7 +72,7 @@ def export_encoder(
         images: of that shape, two or more; what they show does not matter.
         outputs: names of what it gives.
         path: of the file.
-        data: name and splits of the data set that it was trained on, as in a bundle's manifest, so
+        data: that it was trained on, as :func:`export.sketch.record_of` describes it, so
             that ``ade calibrate`` keeps its training images out of the calibration.
     """
     example = {"images": torch.from_numpy(images)}

@@ -13,6 +13,7 @@ from ade_model.checkpoint import load_model, read_config, round_to_half, save_mo
 from export.codec import check_codable, write_codec
 from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
+from export.sketch import record_of
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.engine.backends import BACKENDS, load_backend
@@ -25,6 +26,7 @@ from serving.engine.bundle import (
 )
 from serving.engine.signatures import graphs_of, inputs_of
 from serving.files import new_folder
+from training.data import Dataset
 
 
 class ExportError(ValueError):
@@ -40,6 +42,7 @@ def export_bundle(
     report: Callable[[str], None] = lambda line: None,
     licence: str | None = None,
     with_codec: bool = False,
+    dataset: Dataset | None = None,
 ) -> Path:
     """Export a checkpoint; a bundle is only written if its graphs pass the parity test.
 
@@ -54,6 +57,8 @@ def export_bundle(
         report: called with each line of progress.
         licence: of the weights, for the manifest.
         with_codec: add what lossless coding needs.
+        dataset: that the checkpoint was trained on, if at hand: the manifest gets a sketch of its
+            files. One of another name or other splits is not used.
 
     Returns:
         The bundle's folder.
@@ -81,6 +86,15 @@ def export_bundle(
         raise ExportError(f"the configuration of {checkpoint} lacks {', '.join(sorted(missing))}")
     if with_codec:
         check_codable(about)
+    data = {"name": about["data"], "splits": about["splits"]}
+    if dataset is not None:
+        if data == {"name": dataset.name, "splits": dataset.splits}:
+            data = record_of(dataset)
+        elif dataset.folder is not None:
+            report(
+                f"no sketch of the training files: {dataset.folder} is not, or no longer, what the "
+                f"model was trained on ({about['splits'].get('train')})"
+            )
     graphs = Graphs(model)
     operations = about.get("operations", config.operations)
     names = graphs_of(operations)
@@ -106,7 +120,7 @@ def export_bundle(
             "image_shape": list(shape),
             "latent_shapes": [list(shape) for shape in config.latent_shapes],
             "operations": list(operations),
-            "data": {"name": about["data"], "splits": about["splits"]},
+            "data": data,
             "training": {
                 "images_seen": about["images_seen"],
                 "started_from": about.get("started_from"),

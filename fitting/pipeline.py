@@ -21,6 +21,7 @@ from scipy import stats
 from ade_model.checkpoint import load_model
 from export.feature_source import FeatureSource
 from export.parity import ParityError
+from export.sketch import record_of
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS
@@ -251,7 +252,8 @@ def _encoder(
         if trained.classes and not _recognises_classes(trained, dataset, found):
             step("the encoder recognises the classes no better than guessing: they are not used")
             trained = trained.without_classes()
-        export_encoder(trained.network, np.asarray(images.images[:2]), trained.outputs, path)
+        example = np.asarray(images.images[:2])
+        export_encoder(trained.network, example, trained.outputs, path, record_of(dataset))
         about = {"images_seen": trained.images_seen, "classes": trained.classes}
         write_json(about_path, about)
     return FeatureSource(path)
@@ -355,6 +357,7 @@ def _export(
         images[:PARITY_IMAGES],
         evaluation,
         licence=plan.licence,
+        dataset=dataset,
     )
 
 

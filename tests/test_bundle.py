@@ -88,6 +88,11 @@ def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
         ({"name": "../x"}, "a model's name must start with"),
         ({"name": "my cat"}, "got 'my"),
         ({"files": {"../../etc/passwd": "0"}}, "is not a plain file name"),
+        ({"data": {"name": "x", "sketch": ["0", 1]}}, r"data\.sketch\[1\] must be a string, got 1"),
+        (
+            {"features": {"data": {"sketch": "0"}}},
+            r"features\.data\.sketch must be a list, got '0'",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:
@@ -437,7 +442,7 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
         copied("d")
 
 
-def test_training_data_is_recognised_by_name_and_split(tiny_bundle: Path) -> None:
+def test_training_data_without_a_sketch_is_recognised_by_name_and_split(tiny_bundle: Path) -> None:
     from export.verdict.choice import trained_on
 
     said: list[str] = []
@@ -449,16 +454,18 @@ def test_training_data_is_recognised_by_name_and_split(tiny_bundle: Path) -> Non
 
     by_name = {"train": "Photos: 80 files by hash of the file name"}
     by_index = {"train": "train[0:45000]"}
-    assert found("Photos", None, "Photos", by_name) == "model"
-    assert found("cifar10", by_index, "cifar10", by_index) == "model"
-    assert found("things", None, "Photos", by_name) == "network of features"
+    by_its_name = "was trained on {} (recognised by its name)"
+    assert found("Photos", None, "Photos", by_name) == f"model {by_its_name.format('Photos')}"
+    assert found("cifar10", by_index, "cifar10", by_index) == "model was trained on cifar10"
+    network = "network of features"
+    assert found("things", None, "Photos", by_name) == f"{network} {by_its_name.format('things')}"
     assert found("photos", None, "Photos", by_name) == "" and not said
     # A folder of that name exists.
     assert found("cifar10", None, "cifar10", by_index) == ""
     assert "with another split" in said[0]
     assert found("cifar10", by_index, "cifar10", by_name) == ""
     more = {"train": "Photos: 81 files by hash of the file name"}
-    assert found("lsun", more, "lsun", by_name) == "model"
+    assert found("lsun", more, "lsun", by_name) == "model was trained on lsun"
 
 
 def test_archives_leave_other_temporary_files_alone(

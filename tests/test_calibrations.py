@@ -527,7 +527,7 @@ def test_too_few_held_out_files_of_a_training_folder_are_refused_with_the_reason
     few = [sum(part_of(f"{i}.png") == part for i in range(100)) for part in PARTS[1:3]]
     with pytest.raises(DataError) as raised:
         choose_files(photos, opened, None, print)
-    assert f"trained on photos, of which only {sum(few)} of 100 files can be" in str(raised.value)
+    assert f"(recognised by its name), so only {sum(few)} of 100 files can" in str(raised.value)
     assert f"{few[0]} to fit" in str(raised.value) and f"{few[1]} to set" in str(raised.value)
     assert "give other images, or a folder of about 500 files or more" in str(raised.value)
     opened.manifest["data"]["name"] = "others"
@@ -562,7 +562,7 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     opened.manifest["features"] = {"data": features}
     given = argparse.Namespace(data=str(photos), root=None)
     (fit, calibration, unseen, trained), name = calibrate_command._images(given, opened, features)
-    said = f"the {trained_on} was trained on photos: only its parts select and calibrate are used"
+    said = f"the {trained_on} was trained on photos (recognised by its name): only its parts select"
     assert (said in capsys.readouterr().err) == bool(trained_on)
     bench = argparse.Namespace(in_distribution=str(photos), images=None)
     _, its = ood_bench._id_images(bench, opened, name)

@@ -22,6 +22,7 @@ from torch import nn
 from ade_cli.main import main
 from export.feature_source import FeaturesError, FeatureSource
 from export.features import data_of, feature_graph
+from export.sketch import record_of
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import (
     Measured,
@@ -56,6 +57,7 @@ from serving.verdict.store import path_of
 from tests.helpers import PRETRAINED, make_folder, with_calibrations
 from tests.test_ood import draw
 from training.data import Dataset, ImageSet
+from training.datasets.folder import load_folder
 from training.distillation import Distillation
 from training.encoder import Encoder, class_labels, train_encoder
 from training.metrics import efficientnet
@@ -793,7 +795,9 @@ def test_the_command_line(
     for minutes in ("0", "inf", "nan"):
         assert main(["encoder", str(out), "--data", str(folder), "--minutes", minutes]) == 2
         assert "--minutes must be above 0 and finite" in capsys.readouterr().err
+    assert data_of(out) == record_of(load_folder(folder, None, None, lambda line: None))
     others = make_folder(tmp_path / "others", small_images[200:])
+    (others / "wide.png").unlink()  # a training file, too
     given = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(others)]
     assert main([*given, "--features", str(out)]) == 0
     assert "features of encoder.onnx: 256" in capsys.readouterr().err

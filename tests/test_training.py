@@ -1189,7 +1189,7 @@ def rank_of(process: psutil.Process) -> str | None:
 
 
 @pytest.mark.slow
-def test_images_to_bundle_and_back(folder: Path, tmp_path: Path) -> None:
+def test_images_to_bundle_and_back(folder: Path, tmp_path: Path, small_images: np.ndarray) -> None:
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     done = ade(
         "train",
@@ -1216,9 +1216,16 @@ def test_images_to_bundle_and_back(folder: Path, tmp_path: Path) -> None:
     )
     named = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
     shutil.copytree(folder, named)
+    words = ("calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(named))
+    copied = ade(*words)
+    assert copied.returncode == 2, copied.stderr
+    assert "the model was trained on files of caf" in copied.stderr, copied.stderr
+    shutil.rmtree(named)
+    make_folder(named, small_images[:, ::-1])
+    (named / "wide.png").unlink()  # the folder of the training has the same file
     noise_file = tmp_path / "noise.npy"
     np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
-    calibrated = ade("calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(named))
+    calibrated = ade(*words)
     assert calibrated.returncode == 0 and re.search(
         r"with 1[67]\d calibration images", calibrated.stderr
     ), calibrated.stderr

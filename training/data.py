@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,7 @@ class Dataset:
         splits: description of each part, for manifests and reports.
         skipped: files that were left out, each with the reason.
         files: for a folder, the file behind each row of each part, relative to the folder.
+        folder: of these files; ``None`` if the data set is not a folder of image files.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Dataset:
     splits: dict[str, str]
     skipped: list[str] = field(default_factory=list)
     files: dict[str, list[str]] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def image_size(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from export.sketch import file_hashes, sketch_in
 from export.verdict.detector import MIN_IMAGES
 from export.verdict.images import Report
 from serving.engine.bundle import Bundle
@@ -42,32 +44,33 @@ def choose_files(
         report: called with a line that says what is left out.
 
     Raises:
-        DataError: the folder holds no images, or trained a network and has too few others.
+        DataError: the folder holds no images, or a network was trained on it and too few files are
+            held out, or on files that were renamed since, see :func:`trained_on`.
     """
-    files, name = image_files(folder), folder.resolve().name
-    network = trained_on(bundle, name, None, features, report)
+    files = image_files(folder)
+    trained = trained_on(bundle, folder.resolve().name, None, features, report, files)
     parts: dict[str, list[Path]] = {part: [] for part in PARTS}
     for path in files:
-        parts[_part_in(folder, path, bool(network))].append(path)
-    if network:
+        parts[_part_in(folder, path, bool(trained))].append(path)
+    if trained:
         few = len(parts["select"]), len(parts["calibrate"])
         used = f"{sum(few)} of {len(files)} files"
         if min(few) < MIN_IMAGES:
             raise DataError(
-                f"the {network} was trained on {name}, of which only {used} can be used: {few[0]} "
-                f"to fit the density of statistics and {few[1]} to set the false-alarm rate. Each "
-                f"needs at least {MIN_IMAGES}: give other images, or a folder of about "
-                f"{ENOUGH_FILES} files or more"
+                f"the {trained}, so only {used} can be used: {few[0]} to fit the density of "
+                f"statistics and {few[1]} to set the false-alarm rate. Each needs at least "
+                f"{MIN_IMAGES}: give other images, or a folder of about {ENOUGH_FILES} files or "
+                "more"
             )
         report(
-            f"the {network} was trained on {name}: only its parts select and calibrate are used, "
-            f"{used}, and no copies of training images"
+            f"the {trained}: only its parts select and calibrate are used, {used}, and no copies "
+            "of training images"
         )
     elif parts["test"]:
         report(f"{len(parts['test'])} of {len(files)} files are left out, for ade ood-bench")
-    chosen = _choose({part: shuffled(paths) for part, paths in parts.items()}, bool(network))
+    chosen = _choose({part: shuffled(paths) for part, paths in parts.items()}, bool(trained))
     fit, calibrate, unseen = (items[:MAX_IMAGES] for items in chosen[:3])
-    return Choice(fit, calibrate, unseen, parts["train"] if network else [])
+    return Choice(fit, calibrate, unseen, parts["train"] if trained else [])
 
 
 def choose_rows(
@@ -83,18 +86,15 @@ def choose_rows(
         features: see :func:`trained_on`.
         report: called with a line if a network was trained on the data set.
     """
-    network = trained_on(bundle, dataset.name, dataset.splits, features, report)
-    if network:
-        report(
-            f"the {network} was trained on {dataset.name}: only its parts select and calibrate "
-            "are used"
-        )
+    trained = trained_on(bundle, dataset.name, dataset.splits, features, report)
+    if trained:
+        report(f"the {trained}: only its parts select and calibrate are used")
     parts = {part: [(part, row) for row in range(len(dataset.parts[part]))] for part in PARTS}
 
     def read(rows: list[tuple[str, int]]) -> Iterator[np.ndarray]:
         return (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in rows)
 
-    return [partial(read, rows) for rows in _choose(parts, bool(network))]
+    return [partial(read, rows) for rows in _choose(parts, bool(trained))]
 
 
 def files_that_test(
@@ -110,14 +110,17 @@ def files_that_test(
         bundle: that is tested.
         calibrated_on: name of the data that the gate was calibrated on.
         report: called with a line if not all files do.
+
+    Raises:
+        DataError: the folder holds no images, or a network was trained on files of it that were
+            renamed since, see :func:`trained_on`.
     """
-    name = folder.resolve().name
-    network = trained_on(bundle, name, None, data_of_features(bundle), report)
-    if not network and name != calibrated_on:
+    name, files = folder.resolve().name, image_files(folder)
+    trained = trained_on(bundle, name, None, data_of_features(bundle), report, files)
+    if not trained and name != calibrated_on:
         return None
-    how = f"{network} was trained" if network else "gate was calibrated"
-    report(f"the {how} on {name}: only its part test is used")
-    return lambda file: _part_in(folder, file, bool(network)) == "test"
+    report(f"the {trained or f'gate was calibrated on {name}'}: only its part test is used")
+    return lambda file: _part_in(folder, file, bool(trained)) == "test"
 
 
 def trained_on(
@@ -126,37 +129,88 @@ def trained_on(
     splits: dict[str, str] | None,
     features: Mapping[str, Any] | None,
     report: Report,
+    files: Sequence[Path] = (),
 ) -> str:
-    """Which network was trained on a data set, whose held-out parts must be used then.
+    """Whether a network was trained on a data set, whose held-out parts must be used then.
+
+    A folder is recognised by its files, whatever its name is, if the bundle has a sketch of the
+    training files (:mod:`export.sketch`), and by its name otherwise.
 
     Args:
-        bundle: its manifest names the model's data set and describes its splits.
+        bundle: its manifest describes the model's data set.
         name: of the data set, or of a folder.
         splits: of a named data set; ``None`` for a folder. Splits by file names are equal even if
             their numbers of files differ, since an added file moves no other.
-        features: name and splits of the data set of the network of features; ``None`` if unknown.
-        report: called with a warning of a data set of the same name but another split.
+        features: describes the data set of the network of features; ``None`` if unknown.
+        report: called with a warning of another data set of the same name.
+        files: of a folder.
 
     Returns:
-        ``model``, ``network of features``, or an empty string for neither.
+        Which network and how it is known, such as ``model was trained on photos (recognised by its
+        name)``; an empty string for none.
+
+    Raises:
+        DataError: the names of training files put them into held-out parts: they were renamed.
     """
+    found = []
+    by_hash: dict[str, list[Path]] = defaultdict(list)
     for network, data in (("model", bundle.manifest["data"]), ("network of features", features)):
-        if data is None or data.get("name") != name:
+        sketch = sketch_in(data) if data and files else None
+        if sketch:
+            if not by_hash:
+                report(f"comparing {len(files)} files with those that networks were trained on")
+                for path, file_hash in file_hashes(files):
+                    by_hash[file_hash].append(path)
+            copies = [by_hash[file_hash] for file_hash in sketch if file_hash in by_hash]
+            if copies:
+                _check_names(network, copies)
+                found.append(
+                    f"{network} was trained on files of {name} (recognised by the content of "
+                    f"{len(copies)} files, such as {copies[0][0]})"
+                )
+                continue
+        if not data or data.get("name") != name:
             continue
-        by_name = is_split_by_name(data.get("splits", {})) and (
-            splits is None or is_split_by_name(splits)
-        )
-        if by_name or data.get("splits") == splits:
-            return network
+        if sketch:
+            why = f"but none of {len(sketch)} of its files is among these"
+        elif data.get("splits") == splits or (
+            is_split_by_name(data.get("splits", {}))
+            and (splits is None or is_split_by_name(splits))
+        ):
+            how = "" if splits else " (recognised by its name)"
+            found.append(f"{network} was trained on {name}{how}")
+            continue
+        else:
+            why = "with another split"
         report(
             f"warning: the {network} of {bundle.name} was trained on a data set of the same name, "
-            f"{name}, with another split: check that these images were not trained on"
+            f"{name}, {why}: check that these images were not trained on"
         )
-    return ""
+    return found[0] if found else ""
+
+
+def _check_names(network: str, copies: Sequence[Sequence[Path]]) -> None:
+    """Check that training files have names of the part ``train``, since parts follow from names.
+
+    Args:
+        network: that was trained on them.
+        copies: the files of each content; one name of the part ``train`` suffices.
+
+    Raises:
+        DataError: some have not.
+    """
+    wrong = [paths[0] for paths in copies if all(part_of(p.name) != "train" for p in paths)]
+    if wrong:
+        raise DataError(
+            f"the {network} was trained on {wrong[0]}"
+            + (f" and at least {len(wrong) - 1} other files" if len(wrong) > 1 else "")
+            + " under another name. Names tell which files it has not seen, and these files were "
+            f"renamed or copied since: give images that the {network} was not trained on"
+        )
 
 
 def data_of_features(bundle: Bundle) -> Mapping[str, Any] | None:
-    """Name and splits of the data set of a bundle's network of features; ``None`` if unknown."""
+    """Describes the data set of a bundle's network of features; ``None`` if unknown."""
     found: Mapping[str, Any] | None = (bundle.manifest.get("features") or {}).get("data")
     return found
 

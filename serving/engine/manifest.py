@@ -58,6 +58,8 @@ _CALIBRATION: dict[str, Expected] = {
     "webp": str,
 }
 _CALIBRATION["resized"] = _or_null({**_CALIBRATION, "resized_and_back": int})
+# What a network was trained on; export/sketch.py explains the sketch.
+DATA: dict[str, Expected] = {"name": str, "splits": {...: str}, "sketch": [str]}
 MANIFEST: dict[str, Expected] = {
     "format_version": int,
     "name": str,
@@ -67,7 +69,7 @@ MANIFEST: dict[str, Expected] = {
     "latent_shapes": [_SHAPE],
     "operations": [str],
     "files": {...: str},
-    "data": {"name": str, "splits": {...: str}},
+    "data": DATA,
     "training": {
         "images_seen": int,
         "started_from": _or_null(_STARTED_FROM),
@@ -94,6 +96,7 @@ MANIFEST: dict[str, Expected] = {
             "preprocessing": str,
             "features": int,
             "classes": int,
+            "data": DATA,
         }
     ),
     "parity": [

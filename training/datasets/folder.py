@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def load_files(
 
     shape = (len(files), size, size, 3)
     pixels, skipped = cached_pixels(source, version, lambda: shape, cache, fill)
-    return split_by_name(folder.resolve().name, names, pixels, skipped, report)
+    dataset = split_by_name(folder.resolve().name, names, pixels, skipped, report)
+    return replace(dataset, folder=folder)
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -1,0 +1,233 @@
+"""Training files are recognised by their content, whatever their folder is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from export.feature_source import DATA_KEY
+from export.features import data_of
+from export.sketch import SIZE, record_of
+from export.to_onnx import export_encoder
+from export.verdict.choice import choose_files, files_that_test
+from export.write import export_bundle
+from serving.engine.bundle import Bundle, open_bundle
+from serving.images import write_png
+from training.data import DataError, Dataset
+from training.datasets.files import part_of
+from training.datasets.folder import load_folder
+
+COUNT = 400
+
+
+def write_images(folder: Path, seed: int, count: int = COUNT) -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        image = rng.integers(0, 256, (2, 2, 3), np.uint8)
+        (folder / f"{i}.png").write_bytes(write_png(image))
+    return folder
+
+
+def loaded(folder: Path) -> Dataset:
+    return load_folder(folder, None, None, lambda line: None)
+
+
+@pytest.fixture(autouse=True)
+def a_few_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.verdict.choice.MIN_IMAGES", 1)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "photos", 0)
+
+
+@pytest.fixture
+def record(photos: Path) -> dict[str, Any]:
+    return record_of(loaded(photos))
+
+
+def bundle_of(record: dict[str, Any]) -> Bundle:
+    return Bundle(Path(), {"name": "it", "data": record})
+
+
+def names_of(files: list[Path]) -> set[str]:
+    return {path.name for path in files}
+
+
+def names_in(part: str, count: int = COUNT) -> set[str]:
+    return {name for i in range(count) if part_of(name := f"{i}.png") == part}
+
+
+def hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def test_a_sketch_holds_the_smallest_hashes_and_no_paths(
+    photos: Path, record: dict[str, Any]
+) -> None:
+    trained = [path for path in photos.iterdir() if part_of(path.name) == "train"]
+    hashes = sorted(map(hash_of, trained))
+    assert len(trained) > SIZE and record["sketch"] == hashes[:SIZE]
+    assert set(record) == {"name", "splits", "sketch"} and str(photos) not in json.dumps(record)
+    for path in trained[:300]:
+        path.unlink()
+    assert record_of(loaded(photos))["sketch"] == sorted(map(hash_of, trained[300:]))
+    lmdb = dataclasses.replace(loaded(photos), folder=None)
+    assert record_of(lmdb) == {"name": "photos", "splits": lmdb.splits}
+
+
+@pytest.mark.parametrize("where", ["copy", "parent", "subfolder", "with the same name"])
+@pytest.mark.parametrize("network", ["model", "network of features"])
+def test_training_files_are_recognised_in_any_folder(
+    tmp_path: Path, photos: Path, record: dict[str, Any], where: str, network: str
+) -> None:
+    """Then only held-out files calibrate and test, as of the folder itself."""
+    if where == "parent":
+        write_images(tmp_path / "new" / "more", 1)
+        shutil.move(photos, tmp_path / "new")
+    elif where == "subfolder":
+        (tmp_path / "new").mkdir()
+        for path in sorted(photos.iterdir())[:100]:
+            path.rename(tmp_path / "new" / path.name)
+    else:
+        shutil.copytree(photos, tmp_path / "new")
+    folder = tmp_path / "new"
+    if where == "with the same name":
+        folder = folder.rename(tmp_path / "elsewhere")
+    elsewhere = {"name": "other", "splits": {}}
+    bundle = bundle_of(record if network == "model" else elsewhere)
+    features = record if network != "model" else None
+    said: list[str] = []
+    chosen = choose_files(folder, bundle, features, said.append)
+    assert f"the {network} was trained on files of {folder.name} (recog" in said[-1]
+    assert "only its parts select and calibrate are used" in said[-1]
+    assert names_of(chosen.fit) <= names_in("select")
+    assert names_of(chosen.calibrate) <= names_in("calibrate") and chosen.calibrate
+    assert names_of(chosen.trained) <= names_in("train") and chosen.trained
+    bundle.manifest["features"] = {"data": features}
+    tests = files_that_test(folder, bundle, None, said.append)
+    assert tests is not None and "only its part test is used" in said[-1]
+    its = {path.name for path in folder.rglob("*.png") if tests(path)}
+    assert its == names_of(chosen.unseen) and its <= names_in("test")
+
+
+def test_a_few_training_files_among_others_are_recognised(
+    tmp_path: Path, photos: Path, record: dict[str, Any]
+) -> None:
+    """A share of the training files that is unlikely to miss all of the sketched ones."""
+    mixed = write_images(tmp_path / "mixed", 1)
+    trained = sorted(names_in("train"))[:20]
+    for name in trained:
+        shutil.copy(photos / name, mixed / name)
+    chosen = choose_files(mixed, bundle_of(record), None, print)
+    assert not names_of([*chosen.fit, *chosen.calibrate, *chosen.unseen]) & set(trained)
+
+
+def test_another_folder_of_the_same_name_counts_as_new(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    other = write_images(tmp_path / "elsewhere" / "photos", 1)
+    said: list[str] = []
+    chosen = choose_files(other, bundle_of(record), None, said.append)
+    assert len(chosen.fit) + len(chosen.calibrate) + len(chosen.unseen) == COUNT
+    assert not chosen.trained
+    assert any("of the same name, photos, but none of 256 of its files is" in s for s in said)
+    assert files_that_test(other, bundle_of(record), None, said.append) is None
+
+
+def test_held_out_files_alone_can_all_be_used(photos: Path, record: dict[str, Any]) -> None:
+    for name in names_in("train"):
+        (photos / name).unlink()
+    chosen = choose_files(photos, bundle_of(record), None, print)
+    used = [*chosen.fit, *chosen.calibrate, *chosen.unseen]
+    assert names_of(used) == names_in("select") | names_in("calibrate") | names_in("test")
+
+
+def test_renamed_training_files_are_refused(photos: Path, record: dict[str, Any]) -> None:
+    """Their names no longer tell which of them were held out; copies under both names do."""
+    trained = next(p for p in photos.iterdir() if hash_of(p) in record["sketch"])
+    held_out = next(
+        name for i in range(1000) if part_of(name := f"copy-{i}.png") in ("calibrate", "test")
+    )
+    shutil.copy(trained, photos / held_out)
+    assert choose_files(photos, bundle_of(record), None, print).trained
+    trained.unlink()
+    message = f"the model was trained on .*{held_out} under another name.*give images that"
+    with pytest.raises(DataError, match=message):
+        choose_files(photos, bundle_of(record), None, print)
+    for path in sorted(photos.iterdir()):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    with pytest.raises(DataError, match=r"and at least \d+ other files under another name"):
+        files_that_test(photos, bundle_of(record), None, print)
+
+
+@pytest.mark.parametrize("sketch", [None, "0" * 16, [], ["x"], [7], {"0" * 16: 1}, ["0" * 15]])
+def test_without_a_usable_sketch_the_name_decides(
+    tmp_path: Path, photos: Path, record: dict[str, Any], sketch: object
+) -> None:
+    """Bundles of older versions have none; a damaged one would match no file."""
+    record = {**record, "sketch": sketch}
+    if sketch is None:
+        del record["sketch"]
+    said: list[str] = []
+    chosen = choose_files(photos, bundle_of(record), None, said.append)
+    assert chosen.trained and "trained on photos (recognised by its name): only" in said[-1]
+    photos.rename(tmp_path / "renamed")
+    assert not choose_files(tmp_path / "renamed", bundle_of(record), None, print).trained
+
+
+class Means(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((1, 2))
+
+
+def test_an_encoder_file_has_the_sketch(photos: Path, record: dict[str, Any]) -> None:
+    path = photos.parent / "net.onnx"
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    export_encoder(Means(), images, ["features"], path, record)
+    assert data_of(path) == record
+    model = onnx.load(str(path))
+    for value, expected in [
+        (json.dumps({**record, "sketch": ["x"]}), {k: record[k] for k in ("name", "splits")}),
+        (json.dumps({**record, "name": 7}), None),
+        ('["sketch"]', None),
+        ("[" * 100_000, None),
+        ("{", None),
+    ]:
+        onnx.helper.set_model_props(model, {DATA_KEY: value})
+        onnx.save(model, str(path))
+        assert data_of(path) == expected
+
+
+@pytest.mark.usefixtures("traced_before")
+def test_a_bundle_has_the_sketch_of_the_data_that_it_was_trained_on(
+    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, photos: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    dataset = loaded(photos)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config.update(data="photos", splits=dataset.splits)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    for name in ("same", "other"):
+        if name == "other":
+            (photos / "0.png").unlink()
+            dataset = loaded(photos)
+        out = tmp_path / name
+        export_bundle(checkpoint, out, "it", small_images[:40], None, said.append, dataset=dataset)
+        found = open_bundle(out).manifest["data"]
+        assert found["name"] == "photos" and ("sketch" in found) == (name == "same")
+    assert any("no sketch of the training files" in line for line in said)
