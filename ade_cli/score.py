@@ -183,8 +183,8 @@ def _report(args: argparse.Namespace, summary: Summary) -> int:
     judged = summary.rejected + summary.accepted
     if judged:
         print(
-            f"of {judged} images like the calibration images, about {args.alpha * judged:.0f} "
-            "would be rejected"
+            f"of {judged} images like the calibration images, at most about "
+            f"{args.alpha * judged:.0f} would be rejected"
         )
     return _status({None} if judged else {f"see the column decision_reason of {args.out}"})
 
