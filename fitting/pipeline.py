@@ -75,7 +75,7 @@ ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
 GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
 ENCODER_NAME, ENCODER_ABOUT = "encoder.onnx", "encoder.json"
-MAX_GUESSING = 0.01  # probability that classes are used which an encoder only guesses
+MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
 
 Report = Callable[[str], None]
 
@@ -233,8 +233,8 @@ def _encoder(
 ) -> FeatureSource | None:
     """Train the verdict's encoder on the training images, if the plan has one.
 
-    It restarts if it was interrupted. Classes of held-out images that it recognises no better than
-    guessing are not used.
+    It restarts if it was interrupted. An encoder that recognises the classes of held-out images no
+    better than guessing is not used.
     """
     if not plan.encoder_minutes:
         return None
@@ -249,14 +249,18 @@ def _encoder(
         )
         images = ImageSet(dataset.parts["train"].images, labels)
         trained = train_encoder(images, plan.encoder_minutes, torch.device(plan.device))
-        if trained.classes and not _recognises_classes(trained, dataset, found):
-            step("the encoder recognises the classes no better than guessing: they are not used")
-            trained = trained.without_classes()
         example = np.asarray(images.images[:2])
         export_encoder(trained.network, example, trained.outputs, path, record_of(dataset))
-        about = {"images_seen": trained.images_seen, "classes": trained.classes}
+        about = {
+            "images_seen": trained.images_seen,
+            "classes": trained.classes,
+            "is_used": not trained.classes or _recognises_classes(trained, dataset, found),
+        }
         write_json(about_path, about)
-    return FeatureSource(path)
+    if read_json(about_path, "is_used")["is_used"]:
+        return FeatureSource(path)
+    step("the encoder recognises the classes no better than guessing, and is not used")
+    return None
 
 
 def _recognises_classes(trained: TrainedEncoder, dataset: Dataset, found: Survey) -> bool:
@@ -375,12 +379,12 @@ def _test_images(dataset: Dataset, found: Survey, most: int) -> np.ndarray:
 def _encoder_findings(
     engine: InferenceEngine, dataset: Dataset, found: Survey, out: Path
 ) -> EncoderFindings | None:
-    """What the encoder has learnt, and how well it recognises the classes of test images."""
+    """What became of the encoder, and how well it recognises the classes of test images."""
     if not (out / ENCODER_ABOUT).exists():
         return None
-    about = read_json(out / ENCODER_ABOUT, "classes")
+    about = read_json(out / ENCODER_ABOUT, "is_used")
     trained = class_labels(dataset)
-    if not about["classes"] or trained is None:
+    if not about["is_used"] or not about["classes"] or trained is None:
         return EncoderFindings(**about)
     rows = _rows(dataset, found, "test")[:TEST_IMAGES]
     logits = engine.features(np.asarray(dataset.parts["test"].images[rows]))[LOGITS]

@@ -22,7 +22,8 @@ LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
 SMALL_FROM_MINUTES = 360.0
 # An encoder pays with enough images and time (docs/explanation/trials.md).
 ENCODER_SHARE = 0.2  # of the training time
-ENCODER_FROM_IMAGES = 2000
+ENCODER_FROM_IMAGES = 2000  # in class folders
+ENCODER_FROM_IMAGES_WITHOUT_CLASSES = 40_000
 ENCODER_FROM_MINUTES = 4.0
 ENCODER_MOST_MINUTES = 15.0
 # Scales, couplings and width of the flow, and width of the dequantiser if any, at each size: more
@@ -182,8 +183,8 @@ def encoder_needs() -> str:
     """What it takes for a plan to have an encoder, a sentence for the user."""
     budget = math.ceil(ENCODER_FROM_MINUTES / ENCODER_SHARE / (1 - REST_SHARE))
     return (
-        f"A fitting trains one from {ENCODER_FROM_IMAGES:,} images and a budget of {budget} "
-        "minutes on."
+        f"A fitting trains one from {ENCODER_FROM_IMAGES:,} images in class folders on, or "
+        f"{ENCODER_FROM_IMAGES_WITHOUT_CLASSES:,} others, and a budget of {budget} minutes."
     )
 
 
@@ -223,7 +224,8 @@ def make_plan(
             f"a budget must be above {MIN_REST_MINUTES:g} minutes, got {budget:g}: it is too small"
         )
     encoder = min(ENCODER_SHARE * training, ENCODER_MOST_MINUTES)
-    if images < ENCODER_FROM_IMAGES or encoder < ENCODER_FROM_MINUTES:
+    enough = ENCODER_FROM_IMAGES if has_classes else ENCODER_FROM_IMAGES_WITHOUT_CLASSES
+    if images < enough or encoder < ENCODER_FROM_MINUTES:
         encoder = 0.0
     training -= encoder
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)

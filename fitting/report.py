@@ -85,17 +85,19 @@ class Caught:
 
 @dataclass(frozen=True)
 class EncoderFindings:
-    """What the verdict's encoder has learnt.
+    """What became of the verdict's encoder.
 
     Attributes:
         images_seen: in its training, with repetition.
-        classes: that it recognises better than guessing does; 0 without any.
+        classes: that it was trained with; 0 without any.
+        is_used: whether it is part of the gate: it recognises classes better than guessing does.
         recognised: share of the test images whose class it recognises.
         guessed: share of the test images in the largest class: what guessing would reach.
     """
 
     images_seen: int
     classes: int
+    is_used: bool
     recognised: float = 0.0
     guessed: float = 0.0
 

@@ -117,20 +117,21 @@ def test_minutes_are_never_rounded_to_none() -> None:
 
 
 def test_an_encoder_is_planned_where_it_pays() -> None:
-    """It takes images and minutes, and is part of the budget."""
-    for budget, images, planned in (
-        (25, 2000, True),
-        (25, 1999, False),
-        (24, 5000, False),
-        (1440, 50_000, True),
+    """It takes images and minutes, fewer in class folders, and is part of the budget."""
+    for budget, images, has_classes, planned in (
+        (25, 2000, True, True),
+        (25, 1999, True, False),
+        (24, 5000, True, False),
+        (1440, 39_999, False, False),
+        (25, 40_000, False, True),
     ):
-        plan = make_plan("/images", "images", 32, budget, False, None, images)
-        assert (plan.encoder_minutes > 0) == planned, (budget, images)
+        plan = make_plan("/images", "images", 32, budget, False, None, images, has_classes)
+        assert (plan.encoder_minutes > 0) == planned, (budget, images, has_classes)
         assert plan.encoder_minutes <= ENCODER_MOST_MINUTES
         without = make_plan("/images", "images", 32, budget, False)
         minutes = sum(stage.minutes for stage in plan.stages) + plan.encoder_minutes
         assert minutes == pytest.approx(sum(stage.minutes for stage in without.stages))
-    assert "from 2,000 images and a budget of 25 minutes" in encoder_needs()
+    assert "from 2,000 images in class folders on, or 40,000 others" in encoder_needs()
 
 
 def test_a_fitting_does_not_resume_with_other_images() -> None:
@@ -404,20 +405,17 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     assert "rejects only a part of these: blurred a little (12\u00a0%)" in missed
     assert f"<h1>Gate for {good.plan.name}: report of ade fit</h1>" in page
     assert "but many subtle corruptions pass" in missed and "works on what it was" not in missed
-    assert "The gate has no encoder" in page and "from 2,000 images and a budget" in page
-    in_folders = dataclasses.replace(good.plan, has_classes=True)
-    for plan, encoder, words in (
+    assert "The gate has no encoder" in page and "from 2,000 images in class folders" in page
+    for encoder, words in (
         (
-            in_folders,
-            EncoderFindings(9000, 3, 0.714, 0.4),
+            EncoderFindings(9000, 3, True, 0.714, 0.4),
             "classifier, and with the 3 folders as classes. It recognises the folder of\n"
             "71.4\u00a0% of the test images;\n40\u00a0% of them are in the largest.</p>",
         ),
-        (in_folders, EncoderFindings(9000, 0), "the folders no better than guessing"),
-        (good.plan, EncoderFindings(9000, 0), "features of an ImageNet classifier.</p>"),
+        (EncoderFindings(9000, 3, False), "the 3 folders no better than guessing"),
+        (EncoderFindings(9000, 0, True), "features of an ImageNet classifier.</p>"),
     ):
-        findings = dataclasses.replace(good, plan=plan, encoder=encoder)
-        write_report(findings, tmp_path / "report.html")
+        write_report(dataclasses.replace(good, encoder=encoder), tmp_path / "report.html")
         assert words in (tmp_path / "report.html").read_text()
     hostile = '<script>alert("x")</script>.png'  # anybody may have chosen a file's name
     outlier = Outlier(hostile, 0.01, 9.0, held_out[0])
@@ -610,10 +608,10 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
 
 @pytest.mark.usefixtures("cpu_time")
 @pytest.mark.parametrize("learnable", [True, False])
-def test_classes_are_used_if_the_encoder_recognises_them(
+def test_an_encoder_is_used_if_it_recognises_classes(
     learnable: bool, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """It never sees held-out images, and is trained once; guessed classes are left out."""
+    """It never sees held-out images, is trained once, and is left out if it only guesses."""
     rng = np.random.default_rng(0)
     images = np.concatenate([small_images, small_images[:, ::-1]])
     is_dark = rng.random(600) < 0.5
@@ -629,17 +627,30 @@ def test_classes_are_used_if_the_encoder_recognises_them(
     assert _encoder(plan, found, dataset, tmp_path, lines.append) is None and not lines
     plan = dataclasses.replace(plan, encoder_minutes=0.08)
     source = _encoder(plan, found, dataset, tmp_path, lines.append)
-    assert source is not None
-    graph = onnx.load(source.path).graph
-    assert [output.name for output in graph.output] == ["features", "logits"][: 1 + learnable]
+    assert (source is not None) == learnable, lines
     assert lines[0] == "training an encoder for 2 classes, 0.08 minutes: bright, dark"
     assert lines[1:] == (
         []
         if learnable
-        else ["the encoder recognises the classes no better than guessing: they are not used"]
+        else ["the encoder recognises the classes no better than guessing, and is not used"]
     )
     assert _encoder(plan, found, dataset, tmp_path, lines.append) == source
     assert sum(line.startswith("training") for line in lines) == 1
+
+
+@pytest.mark.usefixtures("cpu_time")
+def test_an_encoder_without_classes_is_used(small_images: np.ndarray, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:200])
+    files = image_files(folder)
+    dataset = load_files(folder, files, 8, None, lambda line: None)
+    found = survey(picture_sizes(files), dataset)
+    plan = make_plan(str(folder), "images", 8, 20, False, None, 200)
+    plan = dataclasses.replace(plan, encoder_minutes=0.02)
+    lines: list[str] = []
+    source = _encoder(plan, found, dataset, tmp_path, lines.append)
+    assert source is not None and lines == ["training an encoder, 0.02 minutes"]
+    graph = onnx.load(source.path).graph
+    assert [output.name for output in graph.output] == ["features"]
 
 
 def test_an_encoder_sees_held_out_images_in_parts(

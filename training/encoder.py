@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -118,11 +118,6 @@ class TrainedEncoder:
     def outputs(self) -> list[str]:
         """Names of what the network gives, those of a bundle's ``features`` graph."""
         return ["features", "logits"][: 2 if self.classes else 1]
-
-    def without_classes(self) -> TrainedEncoder:
-        """The same features alone."""
-        self.network.classifier = None
-        return replace(self, classes=0)
 
 
 def class_folders(names: Sequence[str]) -> list[str] | None:
