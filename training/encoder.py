@@ -4,7 +4,7 @@ The generative model's statistics describe colours, edges and textures; they har
 object in the image. Features that tell classes apart do. The network is small, because every score
 pays for it: about 45 million multiply-adds for 32x32 pixels. It is trained for a number of minutes,
 on the training images alone: the verdict's calibration needs images that it has not seen.
-Beside their labels, it learns to predict a larger network's features of the same images.
+Beside the images' labels, it learns to predict what a larger network sees in the same images.
 """
 
 from __future__ import annotations
