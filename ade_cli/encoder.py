@@ -16,7 +16,8 @@ from export.sketch import record_of
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
 from training.device import DEVICES, choose_device
-from training.encoder import check_size, class_folders, class_labels, listed, train_encoder
+from training.encoder import class_folders, class_labels, listed, train_encoder
+from training.encoder_network import check_size
 from training.metrics.features import FeatureError
 from training.runs import RunError
 

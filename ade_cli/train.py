@@ -18,7 +18,7 @@ from training.device import DEVICES, choose_device
 from training.discriminator import DiscriminatorConfig
 from training.loop import RunOptions, budget_of, check_folder, train
 from training.metrics.features import FeatureError
-from training.recipes import SIZES, TrainConfig, recipe, recipe_names
+from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
 from training.step import TrainingDiverged
 
@@ -74,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_BUNDLE",
         help="start from the weights of another run or a bundle; a larger model (more latent "
         "channels, couplings, blocks, flow scales or flow width) begins where that one ended",
+    )
+    parser.add_argument(
+        "--guide",
+        type=Path,
+        metavar="ENCODER.onnx",
+        help="an encoder that ade encoder trained on the same images: the features of samples get "
+        f"the means and covariances of real images' (sets --guide-weight {GUIDE_WEIGHT:g})",
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")
     parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
@@ -149,8 +156,11 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_steps=args.checkpoint_steps,
         evaluate_steps=args.evaluate_steps,
         init=args.init,
+        guide=args.guide and str(args.guide),
     )
     changes = given(args, args.settable)
+    if args.guide is not None:
+        changes = {"guide_weight": GUIDE_WEIGHT, **changes}
     check_outside(args.out, args.data)
     make = size_checked(
         args, lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes)

@@ -59,7 +59,8 @@ from tests.test_ood import draw
 from training.data import Dataset, ImageSet
 from training.datasets.folder import load_folder
 from training.distillation import Distillation
-from training.encoder import Encoder, class_labels, train_encoder
+from training.encoder import class_labels, train_encoder
+from training.encoder_network import Encoder
 from training.metrics import efficientnet
 
 MEAN, STD = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.25, 0.3])

@@ -59,7 +59,8 @@ from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import ROOT, make_folder
 from training.data import Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
-from training.encoder import Encoder, TrainedEncoder, class_folders, class_labels
+from training.encoder import TrainedEncoder, class_folders, class_labels
+from training.encoder_network import Encoder
 from training.recipes import recipe
 from training.step import TrainingDiverged
 

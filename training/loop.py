@@ -21,11 +21,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ade_model.checkpoint import read_config
-from serving.files import write_text
+from serving.files import replacing, write_text
 from serving.signals import signals_held
 from training.data import Dataset
 from training.device import DEVICES, bfloat16_is_faster, choose_device
 from training.evaluate import bits_of, reconstruction_grid, sample_grid, sample_kinds
+from training.guide import NAME as GUIDE_NAME
+from training.guide import load_guide
 from training.recipes import TrainConfig
 from training.report import write_report
 from training.runs import (
@@ -61,6 +63,8 @@ class RunOptions:
         checkpoint_steps: steps after which a checkpoint is written earlier.
         evaluate_steps: steps between evaluations of held-out images and samples.
         init: run or bundle to take initial weights from.
+        guide: what :func:`training.guide.load_guide` reads, if the configuration has a
+            ``guide_weight``; a run keeps a copy, with which it is resumed.
     """
 
     images: int
@@ -72,6 +76,7 @@ class RunOptions:
     checkpoint_steps: int = 1000
     evaluate_steps: int = 500
     init: str | None = None
+    guide: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):
@@ -170,6 +175,8 @@ def train(
     if resume and (run / "run.json").is_file():  # seed and init shaped the weights already
         before = read_started(run)["options"]
         options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
+        if (run / GUIDE_NAME).is_file():
+            options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
     fabric = make_fabric(options.device, options.precision)
     is_main = fabric.global_rank == 0
     trainer, progress, lineage = _prepare(config, dataset, run, options, resume, fabric)
@@ -185,6 +192,8 @@ def train(
         "seed": options.seed,
         "training": config.to_dict(),
     }
+    if trainer.guide is not None:
+        about["guided"] = True
     progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
     if is_main:
         folder = save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
@@ -212,6 +221,14 @@ def _prepare(
             f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes"
         )
     _check_run(run, config, dataset, resume)
+    if (options.guide is not None) != bool(config.guide_weight):
+        raise RunError(
+            f"a guide and a guide_weight go together, got {options.guide} and "
+            f"{config.guide_weight:g}"
+        )
+    guide = None
+    if options.guide is not None:
+        guide = load_guide(Path(options.guide), dataset.image_size, dataset.channels)
 
     def average(flat: torch.Tensor) -> torch.Tensor:
         if fabric.world_size == 1:
@@ -229,6 +246,7 @@ def _prepare(
         options.seed,
         fabric.global_rank,
         fabric.world_size,
+        guide,
     )
     progress = Progress()
     lineage: dict[str, Any] | None = None
@@ -362,7 +380,7 @@ def _lineage(init: Path) -> dict[str, Any]:
     """Recipe and images seen of the run that weights are taken from, and of its own ancestors."""
     source = read_config(latest_checkpoint(init))
     found = {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
-    return found | {key: source[key] for key in ("flow_from",) if key in source}
+    return found | {key: source[key] for key in ("flow_from", "guided") if key in source}
 
 
 def _out_of_time(progress: Progress, minutes: float | None) -> bool:
@@ -430,6 +448,9 @@ def open_run(
 ) -> None:
     """Write ``run.json``, with which a run begins, and ``data.json`` if a source is given."""
     run.mkdir(parents=True, exist_ok=True)
+    if options.guide is not None and not (run / GUIDE_NAME).is_file():
+        with replacing(run / GUIDE_NAME) as file:
+            file.write(Path(options.guide).read_bytes())
     if source is not None:
         write_json(run / "data.json", source)
     write_json(

@@ -52,6 +52,9 @@ class TrainConfig:
             samples only, density samples look too noisy.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
             without L_C, the weight of L_Q alone.
+        guide_weight: weight of the mean squared distance between the features of generated images,
+            as the guide sees them, and those that they should have for the means and covariances of
+            real images; ``GUIDE_WEIGHT`` if there is a guide.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
         inference_share: additional fraction of the budget in which an inference network and sigma
             are trained with the generator frozen, for the likelihood of a GAN.
@@ -94,6 +97,7 @@ class TrainConfig:
     reconstruction_weight: float = 0.0
     noisy_share: float = 0.0
     quality_weight: float = 0.05
+    guide_weight: float = 0.0
     flow_sees_quality: bool = False
     inference_share: float = 0.0
     d_steps: int = 1
@@ -116,6 +120,7 @@ class TrainConfig:
             "reconstruction_weight": 0,
             "kl_warmup": 0,
             "quality_weight": 0,
+            "guide_weight": 0,
             "gp_weight": 0,
             "gp_target": 0,
         }
@@ -157,11 +162,12 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
                 )
-        if self.noisy_share and self.discriminator is None:
-            raise ConfigError(
-                f"noisy_share must be 0 without a discriminator, got {self.noisy_share} "
-                f"for {self.recipe}"
-            )
+        for name in ("noisy_share", "guide_weight"):
+            if getattr(self, name) and self.discriminator is None:
+                raise ConfigError(
+                    f"{name} must be 0 without a discriminator, got {getattr(self, name)} "
+                    f"for {self.recipe}"
+                )
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
         if self.compares_images and self.gp_weight:
@@ -263,6 +269,7 @@ _SIZES = {
 }
 # The same for all sizes, since the frozen features take most of its operations.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
+GUIDE_WEIGHT = 0.1  # if there is a guide
 PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)
 
 
@@ -360,6 +367,8 @@ def saw_efficientnet(about: Mapping[str, Any]) -> bool:
     """
     known = _SYSTEMS.get(about.get("recipe", ""))
     if known is not None and known.adversary == "projected":
+        return True
+    if about.get("guided"):  # an encoder learns to predict these features
         return True
     ancestors = (about.get("started_from"), about.get("flow_from"))
     return any(before is not None and saw_efficientnet(before) for before in ancestors)

@@ -18,6 +18,7 @@ from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
 from training.augment import NUMBERS, augment
 from training.discriminator import make_discriminator
+from training.guide import Guide
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -26,6 +27,7 @@ from training.losses import (
     latent_surcharge,
     quality_loss,
 )
+from training.moments import MomentMatching
 from training.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class Trainer:
         seed: of weights and of noise.
         rank: of this process.
         processes: number of processes.
+        guide: the network whose features samples match, if ``config.guide_weight`` is not 0.
     """
 
     def __init__(
@@ -114,7 +117,9 @@ class Trainer:
         seed: int,
         rank: int = 0,
         processes: int = 1,
+        guide: Guide | None = None,
     ) -> None:
+        assert (guide is not None) == bool(config.guide_weight)
         self.config = config
         self.device = device
         self.autocast = autocast
@@ -137,6 +142,11 @@ class Trainer:
             self.d_optimizer = self._optimizer(
                 [self._group("d_", list(self.discriminator.parameters()))]
             )
+        self.guide: Guide | None = None
+        self.moments: MomentMatching | None = None
+        if guide is not None:
+            self.guide = _to_device(guide, device)
+            self.moments = MomentMatching(guide.dims, average).to(device)
         self.step = 0
         self.spent = 0.0
         self.inferring_since: int | None = None
@@ -243,6 +253,7 @@ class Trainer:
         self.spent = spent
         *d_batches, model_batch = batches
         losses: dict[str, float] = {}
+        x: Tensor | None = None
         x_fake: Tensor | None = None
         if not self.inferring:
             for i, images in enumerate(d_batches):
@@ -253,7 +264,7 @@ class Trainer:
                         x, x_fake.detach(), noise, self.step * self.config.d_steps + i
                     )
                 )
-        losses.update(self._model_step(self._pixels(model_batch, noise), x_fake, noise))
+        losses.update(self._model_step(self._pixels(model_batch, noise), x, x_fake, noise))
         if not self.skipped_in_a_row["model"]:
             self._update_ema()
         self.step += 1
@@ -341,15 +352,27 @@ class Trainer:
         loss.backward()
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _model_step(self, pixels: Tensor, x_fake: Tensor | None, noise: _Noise) -> dict[str, float]:
+    def _moment_loss(self, x: Tensor, x_fake: Tensor) -> Tensor:
+        """How far the guide's features of generated images are from where they should be."""
+        assert self.guide is not None and self.moments is not None
+        with self.autocast():
+            generated = self.guide(x_fake)
+            real = self.guide(x) if self.moments.needs_real else None
+        self.moments.update(generated, real, self.config.batch_size)
+        return self.moments.loss(generated)
+
+    def _model_step(
+        self, pixels: Tensor, x: Tensor | None, x_fake: Tensor | None, noise: _Noise
+    ) -> dict[str, float]:
+        """One step of the model: towards images, ``pixels``, and samples towards others, ``x``."""
         losses: dict[str, float] = {}
         u = noise.uniform(*pixels.shape)
         if self.config.coverage or self.inferring:
             with self.autocast():
                 dequantized = self.model.dequantize(pixels, u)
-                x = dequantized.x.contiguous(memory_format=torch.channels_last)
+                inside = dequantized.x.contiguous(memory_format=torch.channels_last)
                 evidence, y_mean = self.model.expected_evidence(
-                    dataclasses.replace(dequantized, x=x), self._eps(len(x), noise)
+                    dataclasses.replace(dequantized, x=inside), self._eps(len(inside), noise)
                 )
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
@@ -358,7 +381,7 @@ class Trainer:
                 for level, kl in enumerate(evidence.kl)
             }
             if self.config.reconstruction_weight:
-                error = self._reconstruction_error(y_mean, x.detach())
+                error = self._reconstruction_error(y_mean, inside.detach())
                 losses["reconstruction_error"] = error.item()
                 loss = loss + self.config.reconstruction_weight * error
             if self.config.free_bits or self._kl_weight < 1:
@@ -370,7 +393,7 @@ class Trainer:
                     self.average,
                 )
             loss.backward()
-        if self.discriminator is not None and x_fake is not None:
+        if self.discriminator is not None and x is not None and x_fake is not None:
             # The samples of the discriminator's last step are reused: the model has not changed
             # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
@@ -379,7 +402,12 @@ class Trainer:
                 logits_fake = self.discriminator(shown)
             loss = quality_loss(logits_fake)
             losses["quality_loss"] = loss.item()
-            (self.config.quality_weight * loss).backward()
+            loss = self.config.quality_weight * loss
+            if self.guide is not None:
+                distance = self._moment_loss(x, x_fake)
+                losses["moment_loss"] = distance.item()
+                loss = loss + self.config.guide_weight * distance
+            loss.backward()
             self.discriminator.requires_grad_(True)
         return self._apply("model", self.model, self.optimizer, losses)
 

@@ -1,0 +1,204 @@
+"""The guide: an encoder whose features samples match, read from its ONNX file."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from ade_cli.main import main
+from export.to_onnx import export_encoder
+from tests.helpers import make_folder, narrow
+from training import moments
+from training.datasets import load_dataset
+from training.encoder_network import Encoder
+from training.guide import Guide, load_guide
+from training.loop import RunOptions, train
+from training.metrics.features import FeatureError
+from training.metrics.frechet import frechet_distance
+from training.moments import MomentMatching
+from training.recipes import TrainConfig, saw_efficientnet
+from training.runs import RunError, latest_checkpoint
+from training.step import Trainer
+
+
+def encoder_file(path: Path, size: int, classes: int = 0, seed: int = 0) -> Path:
+    """An encoder with random weights, whose normalisations are not the identity."""
+    torch.manual_seed(seed)
+    network = Encoder(size, 3, classes).eval().requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.running_mean, module.weight, module.bias):
+                assert values is not None
+                values.normal_()
+            assert module.running_var is not None
+            module.running_var.uniform_(0.5, 2)
+    outputs = ["features", "logits"][: 2 if classes else 1]
+    export_encoder(network, np.zeros((2, size, size, 3), np.uint8), outputs, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder_file(tmp_path_factory.mktemp("guide") / "encoder.onnx", 8)
+
+
+@pytest.mark.parametrize("size, classes", [(8, 0), (32, 10), (64, 2)])
+def test_a_guide_gives_the_features_of_its_file(tmp_path: Path, size: int, classes: int) -> None:
+    """Of images in the model's range; beyond it, of the nearest ones."""
+    path = encoder_file(tmp_path / "encoder.onnx", size, classes)
+    guide = load_guide(path, size, 3)
+    images = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8)
+    x = ((images.permute(0, 3, 1, 2).float() + 0.5) / 256).requires_grad_(True)
+    features = guide(x)
+    torch.manual_seed(0)
+    assert features.shape == (3, guide.dims) and not list(guide.parameters())[0].requires_grad
+    ours = guide._encoder.features(images)
+    assert torch.allclose(features[:, -ours.shape[1] :], ours, atol=1e-4)
+    (slope,) = torch.autograd.grad(features.square().sum(), x)
+    assert slope.abs().sum() > 0
+    white = torch.ones(1, 3, size, size)
+    assert torch.equal(guide(7 * white), guide(white))
+
+
+def test_a_file_that_is_no_guide_is_refused(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FeatureError, match="must be for images of 16x16 pixels, got"):
+        load_guide(encoder, 16, 3)
+    with pytest.raises(FeatureError, match="for images of 1 channels"):
+        load_guide(encoder, 8, 1)
+    (tmp_path / "text.onnx").write_text("no network")
+    for path in (tmp_path / "text.onnx", tmp_path / "missing.onnx"):
+        with pytest.raises(FeatureError, match="is not a readable ONNX file"):
+            load_guide(path, 8, 3)
+    model = onnx.load(encoder)
+    model.graph.initializer[0].name = "another.weight"
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(FeatureError, match="is not an encoder of `ade encoder`"):
+        load_guide(tmp_path / "other.onnx", 8, 3)
+    # The same weights in another graph.
+    model = onnx.load(encoder_file(tmp_path / "other.onnx", 16))
+    (node,) = [node for node in model.graph.node if node.op_type == "ReduceMean"]
+    node.op_type = "ReduceMax"
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(FeatureError, match="it gives other features"):
+        load_guide(tmp_path / "other.onnx", 16, 3)
+
+
+def test_matching_moves_features_to_the_real_distribution() -> None:
+    """Points that follow the loss's gradient get the mean and the covariance of the real ones."""
+    torch.manual_seed(0)
+    mix, dims = torch.randn(6, 6), 6
+    matching = MomentMatching(dims, lambda flat: flat)
+
+    def real(n: int) -> torch.Tensor:
+        return torch.randn(n, dims) @ mix + torch.arange(dims)
+
+    shift, turn = torch.nn.Parameter(torch.zeros(dims)), torch.nn.Parameter(torch.eye(dims))
+    optimizer = torch.optim.Adam([shift, turn], 0.02)
+    held = real(4000)
+
+    def distance() -> float:
+        made = (torch.randn(4000, dims) @ turn + shift).detach()
+        return frechet_distance(held.numpy().astype(float), made.numpy().astype(float))
+
+    before, losses = distance(), []
+    for _ in range(1200):
+        made = torch.randn(48, dims) @ turn + shift
+        matching.update(made.detach(), real(48) if matching.needs_real else None, 48)
+        loss = matching.loss(made)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+            optimizer.step()
+    first = moments.SCALING_STEPS + moments.MAPPING_STEPS
+    assert not any(losses[: first - 1]) and all(losses[first:])
+    assert distance() < 0.1 * before
+
+
+def guided(**changes: Any) -> TrainConfig:
+    return dataclasses.replace(
+        narrow("av-ade"), guide_weight=0.5, cooldown=0.0, warmup_steps=1, **changes
+    )
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map is known after two steps, and the loss has its weight."""
+    for name in ("SCALING_STEPS", "MAPPING_STEPS", "GROWING_STEPS", "MAP_EVERY"):
+        monkeypatch.setattr(moments, name, 1)
+    monkeypatch.setattr(moments, "REAL_STEPS", 3)
+
+
+def test_the_guide_trains_the_generator_alone(
+    encoder: Path, small_images: np.ndarray, at_once: None
+) -> None:
+    guide = load_guide(encoder, 8, 3)
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    config = guided(coverage=False, quality_weight=0.0)
+    trainer = Trainer(config, torch.device("cpu"), nullcontext, lambda flat: flat, 0, guide=guide)
+    model = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    batch = torch.from_numpy(small_images[:16])
+    seen = [trainer.run([batch, batch])["moment_loss"] for _ in range(4)]
+    assert seen[0] == 0 and all(value > 0 for value in seen[1:])
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, model[n])}
+    assert moved and not any(name.startswith(("flow.", "encoder.")) for name in moved)
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
+
+
+def test_a_guided_run_resumes_with_its_own_guide(
+    encoder: Path, small_images: np.ndarray, tmp_path: Path, at_once: None
+) -> None:
+    dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
+    given = tmp_path / "encoder.onnx"
+    given.write_bytes(encoder.read_bytes())
+    options = RunOptions(images=16 * 6, device="cpu", precision="float32", guide=str(given))
+    run, whole = tmp_path / "cut", tmp_path / "whole"
+    train(guided(), dataset, whole, options, resume=False)
+    train(guided(), dataset, run, dataclasses.replace(options, images=16 * 3), resume=False)
+    encoder_file(given, 8, seed=1)  # another one by now
+    train(guided(), dataset, run, options, resume=True)
+    for name in ("model.safetensors", "moments.safetensors", "discriminator.safetensors"):
+        a, b = (latest_checkpoint(folder) / name for folder in (run, whole))
+        assert a.read_bytes() == b.read_bytes()
+    assert (run / "guide.onnx").read_bytes() == encoder.read_bytes()
+
+
+@pytest.mark.parametrize("weight, has_guide", [(0.0, True), (0.5, False)])
+def test_a_guide_and_its_weight_go_together(
+    encoder: Path, small_images: np.ndarray, tmp_path: Path, weight: float, has_guide: bool
+) -> None:
+    dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
+    config = dataclasses.replace(guided(), guide_weight=weight)
+    options = RunOptions(images=16, device="cpu", guide=str(encoder) if has_guide else None)
+    with pytest.raises(RunError, match="a guide and a guide_weight go together"):
+        train(config, dataset, tmp_path / "run", options, resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_takes_a_guide(
+    encoder: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "images", small_images)
+    common = ["--data", str(folder), "--image-size", "8", "--size", "tiny", "--batch-size", "16"]
+    common += ["--images", "32", "--device", "cpu", "--guide", str(encoder), "--out"]
+    widths = ["--widths", "8,8", "--latent-channels", "3,3", "--decoder-blocks", "1,1"]
+    widths += ["--d-widths", "8,8", "--flow-width", "8"]
+    run = tmp_path / "run"
+    assert main(["train", "av-ade", *common, str(run), *widths]) == 0
+    from ade_model.checkpoint import read_config
+
+    about = read_config(latest_checkpoint(run))
+    assert about["guided"] is True and about["training"]["guide_weight"] == 0.1
+    assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av", "started_from": about})
+    assert not saw_efficientnet({"recipe": "av-ade"})
+    capsys.readouterr()
+    assert main(["train", "vae", *common, str(tmp_path / "vae")]) == 2
+    assert "--guide-weight must be 0 without a discriminator, got 0.1" in capsys.readouterr().err
+    assert isinstance(load_guide(run / "guide.onnx", 8, 3), Guide)

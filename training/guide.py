@@ -1,0 +1,116 @@
+"""The guide: an encoder of ``ade encoder``, frozen, whose features generated images should match.
+
+The discriminator of ``av-ade-pd`` sees images through a network that was trained on other images.
+An encoder that was trained on the same ones knows what tells them apart, and costs little.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ade_model.quantization import NUM_LEVELS
+from training.encoder_network import MIN_SIZE, WIDTHS, Encoder
+from training.metrics.features import FeatureError
+
+NAME = "guide.onnx"  # in a run's folder
+_NORM_EPS = 1e-5  # PyTorch's, of batch normalisation
+_TOLERANCE = 1e-3
+
+
+class Guide(nn.Module):
+    """From ``x``, ``(N, C, H, W)`` in [0, 1], to the features of all levels, ``(N, dims)``.
+
+    Args:
+        encoder: in evaluation mode; its weights become constants.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self._encoder = encoder.requires_grad_(False)
+        self.dims = sum(WIDTHS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Beyond [0, 1] nothing is an image, and features say nothing there.
+        pixels = x.float().clamp(0, 1) * NUM_LEVELS - 0.5
+        levels = self._encoder.levels(pixels.permute(0, 2, 3, 1))
+        return torch.cat([level.float() for level in levels], 1)
+
+
+def load_guide(path: Path, image_size: int, channels: int) -> Guide:
+    """Read what ``ade encoder`` wrote, or the ``features.onnx`` of a bundle with such an encoder.
+
+    Args:
+        path: of the ONNX file.
+        image_size: height and width of the images to generate, pixels.
+        channels: of these.
+
+    Raises:
+        FeatureError: the file cannot be read, is another network, or is for other images.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ModuleNotFoundError as error:
+        raise FeatureError("a guide needs onnx: pip install 'av-ade[fit]'") from error
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:  # onnx and protobuf have no error of their own in common
+        raise FeatureError(f"{path} is not a readable ONNX file: {error}") from error
+    sizes = [[dim.dim_value for dim in one.type.tensor_type.shape.dim] for one in graph.input]
+    found = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
+    try:
+        classes = len(found["classifier.bias"]) if "classifier.bias" in found else 0
+        encoder = Encoder(max(image_size, MIN_SIZE), channels, classes).eval()
+        encoder.load_state_dict(_unfolded(found, encoder))
+    except (KeyError, RuntimeError) as error:
+        raise FeatureError(
+            f"{path} is not an encoder of `ade encoder` for images of {channels} channels"
+        ) from error
+    if [size[1:3] for size in sizes] != [[image_size, image_size]]:
+        raise FeatureError(
+            f"the encoder {path} must be for images of {image_size}x{image_size} pixels, "
+            f"got {sizes}"
+        )
+    _check(path, encoder, image_size, channels)
+    return Guide(encoder)
+
+
+def _unfolded(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """The state dict of an encoder, from what the exporter made of it.
+
+    It folds a batch normalisation into the convolution before it, which thereby gets a bias. Here
+    the normalisation adds the bias, and does nothing else.
+    """
+    state = {}
+    for name, value in encoder.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        folded_into = "stem" if module == "norm" else module.removesuffix("_norm")
+        bias = found.get(f"{folded_into}.weight_bias") if module.endswith("norm") else None
+        if name in found:
+            state[name] = found[name]
+        elif kind == "num_batches_tracked":
+            state[name] = value
+        elif bias is not None:
+            identity = {"running_mean": 0.0, "running_var": 1 - _NORM_EPS, "weight": 1.0}
+            state[name] = bias if kind == "bias" else torch.full_like(value, identity[kind])
+        else:
+            raise KeyError(name)
+    return state
+
+
+def _check(path: Path, encoder: Encoder, image_size: int, channels: int) -> None:
+    """Compare the network with the file's own results, on noise."""
+    from serving.onnx_runtime import onnx_runtime
+
+    images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, channels))
+    ort = onnx_runtime()
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (wanted,) = session.run(["features"], {"images": images.astype(np.uint8)})
+    with torch.no_grad():
+        found = encoder.features(torch.from_numpy(images)).numpy()
+    if wanted.shape != found.shape or np.abs(found - wanted).max() > _TOLERANCE * wanted.std():
+        raise FeatureError(f"{path} is not an encoder of `ade encoder`: it gives other features")
