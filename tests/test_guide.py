@@ -195,10 +195,10 @@ def test_train_takes_a_guide(
     from ade_model.checkpoint import read_config
 
     about = read_config(latest_checkpoint(run))
-    assert about["guided"] is True and about["training"]["guide_weight"] == 0.1
+    assert about["guided"] is True and about["training"]["guide_weight"] == 0.2
     assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av", "started_from": about})
     assert not saw_efficientnet({"recipe": "av-ade"})
     capsys.readouterr()
     assert main(["train", "vae", *common, str(tmp_path / "vae")]) == 2
-    assert "--guide-weight must be 0 without a discriminator, got 0.1" in capsys.readouterr().err
+    assert "--guide-weight must be 0 without a discriminator, got 0.2" in capsys.readouterr().err
     assert isinstance(load_guide(run / "guide.onnx", 8, 3), Guide)

@@ -269,7 +269,7 @@ _SIZES = {
 }
 # The same for all sizes, since the frozen features take most of its operations.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
-GUIDE_WEIGHT = 0.1  # if there is a guide
+GUIDE_WEIGHT = 0.2  # if there is a guide
 PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)
 
 

@@ -279,9 +279,9 @@ class Trainer:
         model = self.config.model
         self.model.flow.requires_grad_(self.config.flow_sees_quality)
         if self.config.noisy_share:
-            is_noisy = noise.uniform(n, 1, 1, 1) < self.config.noisy_share
             side = model.image_size
-            y_eps = noise.normal(n, model.channels, side, side) * is_noisy
+            y_eps = noise.normal(n, model.channels, side, side)
+            y_eps[self._noisy(n) :] = 0
             self.model.decoder.log_sigma.requires_grad_(False)
         with torch.set_grad_enabled(with_graph), self.autocast():
             x_fake = self.model.sample(eps, y_eps)
@@ -289,6 +289,10 @@ class Trainer:
         if y_eps is not None:
             self.model.decoder.log_sigma.requires_grad_(True)
         return x_fake
+
+    def _noisy(self, n: int) -> int:
+        """How many of n samples have the decoder's noise: the first ones."""
+        return round(n * self.config.noisy_share)
 
     def _reconstruction_error(self, y_mean: Tensor, x: Tensor) -> Tensor:
         """Mean squared error of mean reconstructions, in units of x.
@@ -353,12 +357,16 @@ class Trainer:
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
     def _moment_loss(self, x: Tensor, x_fake: Tensor) -> Tensor:
-        """How far the guide's features of generated images are from where they should be."""
+        """How far the guide's features of mean samples are from where they should be.
+
+        The features of noisy samples have other moments, so they are left out, if not all are.
+        """
         assert self.guide is not None and self.moments is not None
+        shown = x_fake[self._noisy(len(x_fake)) % len(x_fake) :]
         with self.autocast():
-            generated = self.guide(x_fake)
+            generated = self.guide(shown)
             real = self.guide(x) if self.moments.needs_real else None
-        self.moments.update(generated, real, self.config.batch_size)
+        self.moments.update(generated, real, len(shown) * self.processes)
         return self.moments.loss(generated)
 
     def _model_step(
