@@ -150,7 +150,8 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
     # Numbers, or objects of numbers, or null.
     figures = (
         "evaluation.iwae-4",
-        "evaluation.frechet_resnet20",
+        "evaluation.elbo.images",
+        "evaluation.gan_train",
         "evaluation.psnr",
         "evaluation.distances",
     )

@@ -34,7 +34,12 @@ def _or_null(expected: Expected) -> Either:
 
 
 _SHAPE = (int, int, int)
-_STARTED_FROM: dict[str, Expected] = {"recipe": str, "images_seen": int, "taken": str}
+_STARTED_FROM: dict[str, Expected] = {
+    "recipe": str,
+    "images_seen": int,
+    "taken": str,
+    "guided": bool,
+}
 _STARTED_FROM["started_from"] = _or_null(_STARTED_FROM)
 _STARTED_FROM["flow_from"] = _or_null(_STARTED_FROM)  # if the flow is that of another model
 # What ade evaluate reports: numbers, and these.
