@@ -202,3 +202,7 @@ def test_train_takes_a_guide(
     assert main(["train", "vae", *common, str(tmp_path / "vae")]) == 2
     assert "--guide-weight must be 0 without a discriminator, got 0.2" in capsys.readouterr().err
     assert isinstance(load_guide(run / "guide.onnx", 8, 3), Guide)
+    common[common.index("--guide") + 1] = str(tmp_path / "missing.onnx")
+    assert main(["train", "av-ade", *common, str(tmp_path / "new")]) == 2
+    assert "--guide must be a file, got" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
