@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from ade_cli.main import main
-from export.to_onnx import export_encoder
-from tests.helpers import make_folder, narrow
+from tests.helpers import encoder_file, make_folder, narrow
 from training import moments
 from training.datasets import load_dataset
-from training.encoder_network import Encoder
 from training.guide import Guide, load_guide
 from training.loop import RunOptions, train
 from training.metrics.features import FeatureError
@@ -26,22 +24,6 @@ from training.moments import MomentMatching
 from training.recipes import TrainConfig, saw_efficientnet
 from training.runs import RunError, latest_checkpoint
 from training.step import Trainer
-
-
-def encoder_file(path: Path, size: int, classes: int = 0, seed: int = 0) -> Path:
-    """An encoder with random weights, whose normalisations are not the identity."""
-    torch.manual_seed(seed)
-    network = Encoder(size, 3, classes).eval().requires_grad_(False)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for values in (module.running_mean, module.weight, module.bias):
-                assert values is not None
-                values.normal_()
-            assert module.running_var is not None
-            module.running_var.uniform_(0.5, 2)
-    outputs = ["features", "logits"][: 2 if classes else 1]
-    export_encoder(network, np.zeros((2, size, size, 3), np.uint8), outputs, path)
-    return path
 
 
 @pytest.fixture(scope="module")

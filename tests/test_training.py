@@ -40,7 +40,15 @@ from export.write import ExportError, evaluation_of
 from serving.engine.bundle import open_bundle
 from serving.files import LOCK
 from serving.ports import free_ports
-from tests.helpers import ROOT, TINY, held_by_another, make_folder, narrow, shake
+from tests.helpers import (
+    ROOT,
+    TINY,
+    encoder_file,
+    held_by_another,
+    make_folder,
+    narrow,
+    shake,
+)
 from training.comparison.compare import keep_rows, read_rows, recorded_data
 from training.data import DataError, ImageSet
 from training.datasets import load_dataset
@@ -960,7 +968,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -
 def losses_of(run: Path) -> dict[int, tuple]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        row["step"]: (row["bpd"], row.get("d_loss"), row.get("quality_loss"))
+        row["step"]: tuple(
+            row.get(name) for name in ("bpd", "d_loss", "quality_loss", "moment_loss")
+        )
         for row in rows
         if "bpd" in row
     }
@@ -1002,7 +1012,8 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("guided, steps", [(False, 20), (True, 100)])
+def test_two_processes_train_as_one(folder: Path, tmp_path: Path, guided: bool, steps: int) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = [
         "train",
@@ -1013,10 +1024,12 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
         str(folder),
         *TRAIN,
         "--images",
-        str(16 * 20),
+        str(16 * steps),
         "--device",
         "cpu",
     ]
+    if guided:
+        arguments += ["--guide", str(encoder_file(tmp_path / "encoder.onnx", 8))]
     assert ade(*arguments, "--out", str(one)).returncode == 0
     done = subprocess.run(
         [
@@ -1039,7 +1052,7 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     a, b = losses_of(one), losses_of(two)
-    assert a.keys() == b.keys() and 20 in a
+    assert a.keys() == b.keys() and steps in a and bool(a[steps][-1]) == guided
     for step in a:
         assert a[step] == pytest.approx(b[step], abs=1e-4)
 
