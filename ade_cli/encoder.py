@@ -26,7 +26,10 @@ ERRORS = (DataError, FeatureError, FileError, RunError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "out", type=Path, metavar="OUT", help="an ONNX file for ade calibrate --features"
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="an ONNX file for ade calibrate --features and ade train --guide",
     )
     add_data_arguments(parser, required=True)
     parser.add_argument(
