@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_model.quantization import NUM_LEVELS
+from serving.onnx_runtime import onnx_runtime
 from training.encoder_network import MIN_SIZE, WIDTHS, Encoder
 from training.metrics.features import FeatureError
 
@@ -68,7 +69,7 @@ def load_guide(path: Path, image_size: int, channels: int) -> Guide:
         encoder.load_state_dict(_unfolded(found, encoder))
     except (KeyError, RuntimeError) as error:
         raise FeatureError(
-            f"{path} is not an encoder of `ade encoder` for images of {channels} channels"
+            f"{path} is not an encoder of `ade encoder` for images with {channels} channels"
         ) from error
     if [size[1:3] for size in sizes] != [[image_size, image_size]]:
         raise FeatureError(
@@ -104,8 +105,6 @@ def _unfolded(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
 
 def _check(path: Path, encoder: Encoder, image_size: int, channels: int) -> None:
     """Compare the network with the file's own results, on noise."""
-    from serving.onnx_runtime import onnx_runtime
-
     images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, channels))
     ort = onnx_runtime()
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])

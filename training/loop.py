@@ -221,13 +221,12 @@ def _prepare(
             f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes"
         )
     _check_run(run, config, dataset, resume)
-    if (options.guide is not None) != bool(config.guide_weight):
-        raise RunError(
-            f"a guide and a guide_weight go together, got {options.guide} and "
-            f"{config.guide_weight:g}"
-        )
     guide = None
+    if options.guide is None and config.guide_weight:
+        raise RunError(f"guide_weight must be 0 without a guide, got {config.guide_weight:g}")
     if options.guide is not None:
+        if not config.guide_weight:
+            raise RunError("guide_weight must be above 0 with a guide, got 0")
         guide = load_guide(Path(options.guide), dataset.image_size, dataset.channels)
 
     def average(flat: torch.Tensor) -> torch.Tensor:
@@ -448,7 +447,7 @@ def open_run(
 ) -> None:
     """Write ``run.json``, with which a run begins, and ``data.json`` if a source is given."""
     run.mkdir(parents=True, exist_ok=True)
-    if options.guide is not None and not (run / GUIDE_NAME).is_file():
+    if options.guide is not None and Path(options.guide) != run / GUIDE_NAME:
         with replacing(run / GUIDE_NAME) as file:
             file.write(Path(options.guide).read_bytes())
     if source is not None:

@@ -52,9 +52,9 @@ class TrainConfig:
             samples only, density samples look too noisy.
         quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
             without L_C, the weight of L_Q alone.
-        guide_weight: weight of the mean squared distance between the features of generated images,
-            as the guide sees them, and those that they should have for the means and covariances of
-            real images; ``GUIDE_WEIGHT`` if there is a guide.
+        guide_weight: weight of the guide's loss: the mean squared distance of each generated
+            image's features from those that it needs, so that all of them together have the mean
+            and the covariance of real images' features; 0 without a guide.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
         inference_share: additional fraction of the budget in which an inference network and sigma
             are trained with the generator frozen, for the likelihood of a GAN.

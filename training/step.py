@@ -253,18 +253,18 @@ class Trainer:
         self.spent = spent
         *d_batches, model_batch = batches
         losses: dict[str, float] = {}
-        x: Tensor | None = None
+        x_real: Tensor | None = None
         x_fake: Tensor | None = None
         if not self.inferring:
             for i, images in enumerate(d_batches):
-                x = self._dequantize_uniformly(self._pixels(images, noise), noise)
-                x_fake = self._generate(len(x), noise, with_graph=i == len(d_batches) - 1)
+                x_real = self._dequantize_uniformly(self._pixels(images, noise), noise)
+                x_fake = self._generate(len(x_real), noise, with_graph=i == len(d_batches) - 1)
                 losses.update(
                     self._discriminator_step(
-                        x, x_fake.detach(), noise, self.step * self.config.d_steps + i
+                        x_real, x_fake.detach(), noise, self.step * self.config.d_steps + i
                     )
                 )
-        losses.update(self._model_step(self._pixels(model_batch, noise), x, x_fake, noise))
+        losses.update(self._model_step(self._pixels(model_batch, noise), x_real, x_fake, noise))
         if not self.skipped_in_a_row["model"]:
             self._update_ema()
         self.step += 1
@@ -281,7 +281,7 @@ class Trainer:
         if self.config.noisy_share:
             side = model.image_size
             y_eps = noise.normal(n, model.channels, side, side)
-            y_eps[self._noisy(n) :] = 0
+            y_eps[self._noisy_count(n) :] = 0
             self.model.decoder.log_sigma.requires_grad_(False)
         with torch.set_grad_enabled(with_graph), self.autocast():
             x_fake = self.model.sample(eps, y_eps)
@@ -290,7 +290,7 @@ class Trainer:
             self.model.decoder.log_sigma.requires_grad_(True)
         return x_fake
 
-    def _noisy(self, n: int) -> int:
+    def _noisy_count(self, n: int) -> int:
         """How many of n samples have the decoder's noise: the first ones."""
         return round(n * self.config.noisy_share)
 
@@ -356,31 +356,36 @@ class Trainer:
         loss.backward()
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _moment_loss(self, x: Tensor, x_fake: Tensor) -> Tensor:
+    def _moment_loss(self, x_real: Tensor, x_fake: Tensor) -> Tensor:
         """How far the guide's features of mean samples are from where they should be.
 
-        The features of noisy samples have other moments, so they are left out, if not all are.
+        Noisy samples are left out, because their features have other moments. Without mean samples,
+        it is about the noisy ones.
         """
         assert self.guide is not None and self.moments is not None
-        shown = x_fake[self._noisy(len(x_fake)) % len(x_fake) :]
+        noisy = self._noisy_count(len(x_fake))
+        shown = x_fake[noisy:] if noisy < len(x_fake) else x_fake
         with self.autocast():
             generated = self.guide(shown)
-            real = self.guide(x) if self.moments.needs_real else None
+            real = self.guide(x_real) if self.moments.needs_real else None
         self.moments.update(generated, real, len(shown) * self.processes)
         return self.moments.loss(generated)
 
     def _model_step(
-        self, pixels: Tensor, x: Tensor | None, x_fake: Tensor | None, noise: _Noise
+        self, pixels: Tensor, x_real: Tensor | None, x_fake: Tensor | None, noise: _Noise
     ) -> dict[str, float]:
-        """One step of the model: towards images, ``pixels``, and samples towards others, ``x``."""
+        """One joint step: the likelihood of ``pixels``, and the quality of ``x_fake``.
+
+        ``x_real`` are the images that the discriminator saw beside ``x_fake``.
+        """
         losses: dict[str, float] = {}
         u = noise.uniform(*pixels.shape)
         if self.config.coverage or self.inferring:
             with self.autocast():
                 dequantized = self.model.dequantize(pixels, u)
-                inside = dequantized.x.contiguous(memory_format=torch.channels_last)
+                x = dequantized.x.contiguous(memory_format=torch.channels_last)
                 evidence, y_mean = self.model.expected_evidence(
-                    dataclasses.replace(dequantized, x=inside), self._eps(len(inside), noise)
+                    dataclasses.replace(dequantized, x=x), self._eps(len(x), noise)
                 )
             loss = coverage_loss(evidence, self.config.model.num_dims)
             losses["bpd"] = loss.item()
@@ -389,7 +394,7 @@ class Trainer:
                 for level, kl in enumerate(evidence.kl)
             }
             if self.config.reconstruction_weight:
-                error = self._reconstruction_error(y_mean, inside.detach())
+                error = self._reconstruction_error(y_mean, x.detach())
                 losses["reconstruction_error"] = error.item()
                 loss = loss + self.config.reconstruction_weight * error
             if self.config.free_bits or self._kl_weight < 1:
@@ -401,7 +406,7 @@ class Trainer:
                     self.average,
                 )
             loss.backward()
-        if self.discriminator is not None and x is not None and x_fake is not None:
+        if self.discriminator is not None and x_real is not None and x_fake is not None:
             # The samples of the discriminator's last step are reused: the model has not changed
             # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
@@ -412,7 +417,7 @@ class Trainer:
             losses["quality_loss"] = loss.item()
             loss = self.config.quality_weight * loss
             if self.guide is not None:
-                distance = self._moment_loss(x, x_fake)
+                distance = self._moment_loss(x_real, x_fake)
                 losses["moment_loss"] = distance.item()
                 loss = loss + self.config.guide_weight * distance
             loss.backward()
