@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from ade_cli.image_files import FileError, check_parent
+from ade_cli.paths import given_path
 from ade_cli.progress import progress_bar
 from coding.compress import compress
 from coding.errors import CodingError
@@ -25,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "command resumes where it stopped."
     )
     parser.add_argument(
-        "images", type=Path, metavar="IMAGES", help="a folder (searched recursively), or FILE.npy"
+        "images",
+        type=given_path,
+        metavar="IMAGES",
+        help="a folder (searched recursively), or FILE.npy",
     )
     parser.add_argument("out", type=Path, metavar="OUT.ade", help="the archive; must not exist")
     parser.add_argument(

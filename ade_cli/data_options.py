@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ade_cli.paths import given
 from export.verdict.images import NamedFile
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
@@ -23,6 +24,7 @@ def add_data_arguments(
     parser.add_argument(
         "--data",
         required=required,
+        type=given,
         metavar="NAME_OR_DIR",
         help=f"{', '.join(NAMES)}, or a folder of images (searched recursively)"
         + ("" if required else f"; {otherwise}"),

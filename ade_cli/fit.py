@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import DEVICE
+from ade_cli.paths import given_path
 from ade_model.errors import ConfigError
 from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "resumes an interrupted fitting."
     )
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder of images, searched recursively"
+        "folder", type=given_path, metavar="DIR", help="folder of images, searched recursively"
     )
     parser.add_argument(
         "--out",

@@ -10,6 +10,7 @@ from ade_cli.data_options import say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent, files_of, load_engine
 from ade_cli.image_sets import ImageSet
+from ade_cli.paths import given_path
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.feedback import AUDIT, give_feedback
 from export.verdict.what_if import what_if
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--data",
         required=True,
-        type=Path,
+        type=given_path,
         metavar="HISTORY",
         help="images that the gate got in the past: a folder, or an .npy or .npz file",
     )
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         nargs="*",
         default=[],
-        type=Path,
+        type=given_path,
         metavar="IMAGES",
         help="sets of OOD images that you expect: folders, .npy or .npz files",
     )
@@ -85,7 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--reject", "image files, or folders of them, that the gate should reject"),
     ):
         task.add_argument(
-            option, action="extend", nargs="+", default=[], type=Path, metavar="FILE", help=text
+            option,
+            action="extend",
+            nargs="+",
+            default=[],
+            type=given_path,
+            metavar="FILE",
+            help=text,
         )
     task.add_argument(
         "--force",

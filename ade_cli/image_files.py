@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.help_texts import BUNDLE
+from ade_cli.paths import given_path
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_image
 from serving.engine.bundle import open_bundle
@@ -25,7 +26,7 @@ class FileError(ValueError):
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images",
-        type=Path,
+        type=given_path,
         nargs="+",
         metavar="IMAGE",
         help="image files, or folders of them (searched recursively)",

@@ -11,6 +11,7 @@ from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import load_engine
 from ade_cli.image_sets import ImageSet
+from ade_cli.paths import given, given_path
 from export.verdict.choice import files_that_test
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.images import Images
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--id",
         required=True,
+        type=given,
         dest="in_distribution",
         metavar="IMAGES",
         help="in-distribution (ID) images that were not used for training or calibration: "
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         nargs="*",
         default=[],
-        type=Path,
+        type=given_path,
         metavar="IMAGES",
         help="sets of OOD images: folders, .npy or .npz files; corrupted images are always added: "
         f"{', '.join(CORRUPTIONS)}",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
+from ade_cli.paths import given
 from ade_cli.progress import progress_bar
 from serving.bulk import (
     FORMATS,
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images",
         nargs="+",
+        type=given,
         metavar="IMAGES",
         help="files, or one folder (searched recursively); with --engine ray a folder or a Parquet "
         "file with a column path, also as a URL such as s3://…",

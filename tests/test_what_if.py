@@ -362,6 +362,25 @@ def test_options_given_twice_add_up() -> None:
     assert parse(["compare", "--out", "O", "--seeds", "1", "--seeds", "2"]).seeds == [1, 2]
 
 
+def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a variable gives it that is not set: images of that folder would join a calibration."""
+    for words in (
+        ["gate", "feedback", "B", "--accept", ""],
+        ["gate", "feedback", "B", "--reject", "a.png", ""],
+        ["gate", "what-if", "B", "--per-day", "1", "--data", ""],
+        ["gate", "what-if", "B", "--per-day", "1", "--data", "D", "--ood", ""],
+        ["ood-bench", "B", "--out", "O", "--id", ""],
+        ["calibrate", "B", "O", "--data", ""],
+        ["score", "--bundle", "B", "--out", "t.csv", ""],
+        ["encode", "--bundle", "B", "--out", "z.npz", ""],
+        ["compress", "--bundle", "B", "", "O.ade"],
+        ["fit", ""],
+    ):
+        with pytest.raises(SystemExit) as raised:
+            parse(words)
+        assert raised.value.code == 2 and "must not be empty" in capsys.readouterr().err, words
+
+
 def test_a_report_does_not_lie_among_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
