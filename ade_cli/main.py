@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import shlex
@@ -86,6 +87,7 @@ def parse(given: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
+    _escape_what_cannot_be_printed()
     try:
         args = parse(given)
     except KeyboardInterrupt:  # imports of a verb can take seconds
@@ -93,6 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     with _sigterm_raises(args.verb):
         return _run(args)
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Escape what the encoding of standard output lacks, instead of failing after the work.
+
+    Results have names of files, which need not be UTF-8, and letters such as σ.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

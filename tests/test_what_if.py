@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -246,6 +247,18 @@ def test_the_command(
     ):
         assert main([*words, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_letters_gets_the_result(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "history.npy", small_images[:2])
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    words = ["gate", "what-if", str(tiny_bundle), "--data", str(tmp_path / "history.npy")]
+    assert main([*words, "--per-day", "10"]) == 0
+    out.seek(0)
+    assert "| blurred, \\u03c3 = 2 |" in out.read()
 
 
 def test_the_bench_judges_images_by_their_kind(
