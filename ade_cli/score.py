@@ -13,6 +13,7 @@ from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given
 from ade_cli.progress import progress_bar
+from serving.brand import rounded
 from serving.bulk import (
     FORMATS,
     BulkError,
@@ -186,7 +187,7 @@ def _report(args: argparse.Namespace, summary: Summary) -> int:
     if judged:
         print(
             f"of {judged} images like the calibration images, at most about "
-            f"{args.alpha * judged:.0f} would be rejected"
+            f"{rounded(args.alpha * judged)} would be rejected"
         )
     return _status({None} if judged else {f"see the column decision_reason of {args.out}"})
 

@@ -29,6 +29,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}\u00a0%"
 
 
+def rounded(number: float) -> str:
+    """A number of at least 0 with two digits, or as a whole number."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def verdict_card(
     choice: str,
     sentence: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ from PIL import Image
 
 from ade_cli.data_options import readable
 from ade_cli.main import main
-from ade_cli.score import NO_VERDICT
+from ade_cli.score import NO_VERDICT, _report
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.ood_bench import Figures, _write_csv
 from serving import bulk
@@ -147,6 +148,12 @@ def test_only_regular_files_are_read(
     assert list(readable(sorted(folder.iterdir()))) == [(folder / "good.png").read_bytes()]
     said = capsys.readouterr().err
     assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
+
+
+def test_few_expected_false_alarms_are_not_none(capsys: pytest.CaptureFixture) -> None:
+    for accepted, expected in ((8, "0.08"), (400, "4"), (123_456, "1,235")):
+        _report(argparse.Namespace(out="t.csv", alpha=0.01), bulk.Summary(0, 0, accepted, 0))
+        assert f"at most about {expected} would be rejected" in capsys.readouterr().out
 
 
 def test_resized_images_without_their_calibration_have_no_verdict(

@@ -73,6 +73,8 @@ def test_alarms_and_detection_are_those_of_the_gate(
     assert floor.per_day is floor.low is floor.rejected is None
     assert found.caught["noise"][ALPHAS.index(0.005)] is None
     assert {"constant", "JPEG, quality 10", "noise"} <= set(found.caught)
+    few = what_if(engine, engine.calibrations, small_images[:2], {}, 3, 1)
+    assert any(line.startswith("| 0.1 | 0.3 |") for line in what_if_lines(few))
 
 
 def test_a_history_unlike_the_calibration_is_named(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from export.verdict.what_if import Way, WhatIf
-from serving.brand import percent, verdict_card
+from serving.brand import percent, rounded, verdict_card
 from serving.files import write_text
 from serving.reports import from_markdown, markdown_table, render
 from serving.verdict.summary import summarize
@@ -71,7 +71,7 @@ def _way(way: Way) -> list[str]:
         if row.per_day is None
         else [
             f"{row.alpha:g}",
-            f"{row.per_day:,.0f}",
+            rounded(row.per_day),
             f"{row.low:,} to {row.high:,}",
             _share(row.rejected),
         ]

@@ -12,7 +12,7 @@ from html import escape
 
 import numpy as np
 
-from serving.brand import percent
+from serving.brand import percent, rounded
 from serving.verdict.calibration import Calibration, Unusual
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 from serving.verdict.statistics import meaning
@@ -33,11 +33,6 @@ def empty(text: str) -> str:
 def problem(text: str) -> str:
     """The reason why there is no result, in its place."""
     return f'<div class="ade-empty ade-problem">{escape(text)}</div>'
-
-
-def rounded(number: float) -> str:
-    """A number of at least 0 with two digits, or as a whole number."""
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def reasons(explain: Sequence[Unusual], alpha: float) -> str:

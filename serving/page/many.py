@@ -15,7 +15,7 @@ import httpx
 from PIL import Image
 
 from serving.api.requests import RESIZED
-from serving.brand import percent, verdict_card
+from serving.brand import percent, rounded, verdict_card
 from serving.client import SERVER_ERROR, AdeError, ScoreResult
 from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image
 from serving.page import charts
@@ -285,7 +285,7 @@ def _said(
         return verdict_card("no_verdict", whole)
     sentence = (
         f"Rejected at a false-alarm rate of {percent(alpha)}; if all were in-distribution, "
-        f"about {charts.rounded(alpha * judged)} of {judged} would be."
+        f"about {rounded(alpha * judged)} of {judged} would be."
     )
     notes = [
         f"{discoveries or 'None'} of {judged} images {'are' if discoveries > 1 else 'is'} unusual "

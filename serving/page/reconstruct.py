@@ -10,8 +10,9 @@ import gradio as gr
 import numpy as np
 
 from serving.api.latents import coarsest
+from serving.brand import rounded
 from serving.images import psnr, tile, write_png
-from serving.page.charts import empty, levels_chart, rounded
+from serving.page.charts import empty, levels_chart
 from serving.page.files import write_file
 from serving.page.score import notes_of
 from serving.page.served import (
