@@ -449,6 +449,17 @@ def test_a_file_of_any_name_disables_no_other(bundle: Path) -> None:
         store.get("night")
 
 
+def test_a_file_with_too_long_a_name_disables_no_other(bundle: Path) -> None:
+    """Not even the one whose name is the beginning of its own."""
+    folder = bundle / FOLDER
+    folder.mkdir(exist_ok=True)
+    for length in (64, 65):
+        (folder / f"{'x' * length}.npz").write_bytes(b"nothing")
+    store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
+    assert "at most 64 letters" not in store.broken["x" * 64]
+    assert "at most 64 letters" in store.broken["x" * 63 + "?"]
+
+
 def test_names() -> None:
     for name in ("camera-3", "a", "Tenant_1.eu", "x" * 64):
         check_name(name)

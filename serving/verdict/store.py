@@ -253,7 +253,8 @@ def _short(model: str) -> str:
 
 def _printable(name: str) -> str:
     """A name that a calibration cannot have, for metrics and logs; others are left as they are."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "?", name)[:64]
+    shown = re.sub(r"[^A-Za-z0-9_.-]", "?", name)
+    return shown if len(shown) <= 64 else f"{shown[:63]}?"  # not the name of another calibration
 
 
 def _files(folder: Path) -> dict[str, _Seen]:
