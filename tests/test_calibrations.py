@@ -230,19 +230,30 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     assert set(engine.store.broken) == {"pipe", "a?b", "circle", "?"}
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [  # as of a disk or a network that failed once, and of a machine that was full
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
 def test_a_file_that_could_not_be_opened_is_read_once_it_can(
-    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    night_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
 ) -> None:
     store = InferenceEngine(bundle, device="cpu", operations=["score"]).store
     add(bundle, night_file, "night")
     with monkeypatch.context() as patch:
 
-        def refuse(path: Path, limit: int) -> bytes:  # as of a disk or a network that failed once
-            raise OSError(errno.EIO, "Input/output error")
+        def refuse(path: Path, limit: int) -> bytes:
+            raise error
 
         patch.setattr(calibration_module, "read_file", refuse)
         store.refresh()
-        assert "Input/output error" in store.broken["night"]
+        assert reason in store.broken["night"]
     assert store.get("night").exact is not None and not store.broken
 
 

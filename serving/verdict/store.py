@@ -204,8 +204,9 @@ class CalibrationStore:
             except (
                 Exception
             ) as error:  # a damaged file can make NumPy raise anything, and must stop no request
-                broken[_printable(name)] = str(error)
-                if isinstance(error.__cause__, OSError):  # it may pass: try again next time
+                broken[_printable(name)] = str(error) or type(error).__name__
+                # These may pass: try again next time.
+                if isinstance(error, MemoryError) or isinstance(error.__cause__, OSError):
                     unread.add(name)
                 if name in self._current:
                     current[name] = self._current[name]
