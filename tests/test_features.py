@@ -401,6 +401,17 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
 
 
+def test_a_score_that_is_not_finite_is_never_accepted() -> None:
+    rng = np.random.default_rng(0)
+    fitted = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
+    assert fitted.known is not None
+    huge = dataclasses.replace(fitted, known=dataclasses.replace(fitted.known, weight=1e308))
+    with np.errstate(over="ignore"):
+        found = huge.verdicts(semantic_draw(rng, 50), np.full(50, 0.5))
+    overflowed = [v.p_value for v in found if not np.isfinite(v.ood_score)]
+    assert len(overflowed) > 5 and set(overflowed) == {huge.smallest_p_value}
+
+
 def test_without_features_the_score_is_the_density_s() -> None:
     rng = np.random.default_rng(0)
     fitted = fit_calibration(draw(rng, 500), draw(rng, 500))

@@ -59,7 +59,7 @@ class Verdict:
     """How unusual one image is.
 
     Attributes:
-        ood_score: minus the log-density of the statistics, nats; a higher score is more unusual.
+        ood_score: of :meth:`Calibration.surprise`, nats; a higher score is more unusual.
         p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
         uniform: the same with ties broken at random: uniform on (0, 1) for images like the
             calibration images.
@@ -428,7 +428,8 @@ class Calibration:
         width = self.mixture.means.shape[1]
         semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
         weight = 0.0 if self.known is None else self.known.weight
-        return self.mixture.surprise(normal[:, :width]) + weight * semantic
+        scores = self.mixture.surprise(normal[:, :width]) + weight * semantic
+        return np.where(np.isfinite(scores), scores, np.inf)  # minus infinity would be accepted
 
     def verdicts(
         self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]
