@@ -97,7 +97,11 @@ class ScoreResult:
     bpd: Annotated[float, "bits per dimension, an upper bound; lower is likelier"]
     bpd_parts: Annotated[dict[str, float], OfBundle(_parts), "they sum to bpd"]
     standard_error: Annotated[float | None, "of bpd over its draws; null for one draw"]
-    ood_score: Annotated[float | None, "minus the log-density of the statistics, nats"]
+    ood_score: Annotated[
+        float | None,
+        "higher is more unusual: minus the log-density of the statistics in nats, and what the "
+        "bundle's encoder adds if there is one",
+    ]
     p_value: Annotated[float | None, Above(0, 1)]
     ood: Annotated[
         bool | None, "whether p_value is at most alpha; null if the decision is no_verdict"
