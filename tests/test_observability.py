@@ -92,6 +92,15 @@ def test_a_stopwatch_adds_up_and_survives_errors() -> None:
     assert watch.seconds["decode"] > 0 and watch.seconds["compute"] == 0
 
 
+def test_a_folder_of_logs_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """By the worker that takes the place of one that ended."""
+    folder = tmp_path / "kept" / "logs"
+    Journal(folder, "score-0")
+    shutil.rmtree(folder.parent)
+    Journal(folder, "score-0").write([{"status": 500, "code": "internal_error"}])
+    assert [entry["status"] for entry in last_errors(folder)] == [500]
+
+
 def test_journals_keep_errors_findable(tmp_path: Path) -> None:
     first, second = Journal(tmp_path, "score-9001"), Journal(tmp_path, "score-9002")
     for i in range(4):

@@ -24,6 +24,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
+        # A folder of logs that was removed must not keep a worker from being replaced.
+        folder.mkdir(parents=True, exist_ok=True)
         self._handler = RotatingFileHandler(
             folder / f"{name}{SUFFIX}", maxBytes=MAX_BYTES, backupCount=OLD_FILES, encoding="utf-8"
         )
