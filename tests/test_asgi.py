@@ -31,15 +31,15 @@ import tritonclient.http
 
 from ade_cli.status import _text
 from handlers.asgi import v2, wire, worker
-from handlers.asgi.application import READY, ApplicationSettings
+from handlers.asgi.application import READY, Application, ApplicationSettings
 from handlers.asgi.forms import raw_request
 from handlers.asgi.launcher import Asgi
 from handlers.asgi.metrics import Metrics
 from handlers.asgi.pool import Pool, WorkerError
 from handlers.asgi.worker import WorkerSettings
-from handlers.front.admission import Limits
+from handlers.front.admission import Limits, Memory
 from handlers.front.forms import MAX_FIELDS
-from handlers.front.front import Request
+from handlers.front.front import Front, Request
 from handlers.front.releases import Release, Releases
 from handlers.launch import engines
 from handlers.launch.options import ServingOptions
@@ -538,6 +538,58 @@ def test_metrics(app: RunningApplication) -> None:
         assert (kind == "counter") == name.endswith("_total")
     totals = read_totals(answer.text, Asgi.timers)["score"]
     assert totals["whole"] > totals["queue"] > 0 and totals["compute"] > 0
+
+
+def test_time_in_the_queue_counts_from_the_arrival_of_a_request() -> None:
+    """A request waits for its turn before a pool has it."""
+
+    class Slow:
+        """In the place of a worker's process."""
+
+        def __init__(self) -> None:
+            self.gone = asyncio.get_running_loop().create_future()
+
+        async def ask(self, parts: Any, seconds: float) -> Any:
+            await asyncio.sleep(0.2)
+            return {"answers": [{"status": 200, "content_type": "a/b", "headers": {}}]}, [b"x"]
+
+        async def next(self, seconds: float) -> Any:
+            return {"measurements": [], "leaving": False}, []
+
+        async def end(self) -> int:
+            return 0
+
+    async def text() -> str:
+        settings = WorkerSettings(
+            *("folder", "tiny@1", "", "score", "score", "1"),
+            *("logs", ServingOptions(device="cpu")),
+        )
+        metrics, limits = Metrics(Counter()), Limits(in_flight=(1, 1, 1))
+        pool = Pool("score", [settings], metrics, 60.0, {})
+        process: Any = Slow()
+        pool._tasks.append(asyncio.create_task(pool._workers[0].keep(process)))
+        front = Front(Application([pool], {}, limits).api, limits, Memory(limits), "", Counter())
+
+        async def post() -> None:
+            messages = [{"type": "http.request", "body": IMAGE}]
+
+            async def receive() -> Any:
+                return messages.pop() if messages else await asyncio.sleep(60)
+
+            async def send(message: Any) -> None:
+                assert message.get("status", 200) == 200
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": []}
+            await front(scope, receive, send)
+
+        await asyncio.gather(post(), post(), post())
+        await pool.stop()
+        return metrics.text()
+
+    pattern = r"^ade_(queue|answer)_seconds_total\{.*\} (\S+)$"
+    seconds = dict(re.findall(pattern, asyncio.run(text()), re.MULTILINE))
+    # The three wait for 0, 0.2 and 0.4 s.
+    assert float(seconds["queue"]) > 0.5 and float(seconds["answer"]) > 1.1
 
 
 def test_status_counts_requests(app: RunningApplication) -> None:

@@ -43,12 +43,11 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A request with its time of arrival and the future of its answer; ``v2`` as in the pool."""
+    """A request with the future of its answer; ``v2`` as in the pool."""
 
     request: Request
     id: str
     v2: int | None
-    arrived: float
     answer: asyncio.Future[Answer]
 
     @property
@@ -146,7 +145,7 @@ class Pool:
         if self._is_stopping:
             raise stopping()
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        job = Job(request, str(uuid.uuid4()), v2, time.perf_counter(), answered)
+        job = Job(request, str(uuid.uuid4()), v2, answered)
         self.waiting.put(job)
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -155,14 +154,14 @@ class Pool:
             raise no_answer() from None
         finally:
             if not request.is_probe:
-                self._count(ANSWER_SECONDS, time.perf_counter() - job.arrived)
+                self._count(ANSWER_SECONDS, time.perf_counter() - request.arrived)
 
     def begin(self, batch: list[Job]) -> None:
         """Mark a batch as being computed."""
         now = time.perf_counter()  # uvloop's own clock counts milliseconds
         for job in batch:
             if not job.request.is_probe:
-                self._count(QUEUE_SECONDS, now - job.arrived)
+                self._count(QUEUE_SECONDS, now - job.request.arrived)
 
     def _count(self, metric: Metric, seconds: float) -> None:
         self.metrics.update(metric.name, {"model_name": self.name, MODEL: self._identity}, seconds)

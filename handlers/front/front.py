@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from handlers.front.admission import (
     ClientGone,
@@ -51,6 +52,7 @@ class Request:
         content_type: of the body; empty if there is none, or it is not the body's.
         body: the complete body.
         is_probe: whether it is a health check, which is not counted as traffic.
+        arrived: when it was complete, by ``time.perf_counter``; it may then wait for its turn.
     """
 
     method: str
@@ -59,6 +61,7 @@ class Request:
     content_type: str
     body: bytearray
     is_probe: bool
+    arrived: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from ray.serve.exceptions import BackPressureError
 
 from handlers.asgi import v2
 from handlers.asgi.application import OPEN, Application, served_models
-from handlers.asgi.metrics import ANSWER_SECONDS, MODEL
+from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS
 from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import CONTENT_TYPE
 from handlers.front.front import Answer, Endpoint, Front, Request
@@ -60,7 +61,8 @@ class RemoteModel:
         self.identity = identity
         self.metadata = metadata
         self.is_ready = False
-        self.seconds = 0.0  # that requests took, since they were last reported
+        # That requests took, and waited for their turn, since both were last reported.
+        self.seconds = self.waited = 0.0
         self._handle = handle
         self._calls = Calls(handle)
         self._timeout_s = timeout_s
@@ -89,8 +91,8 @@ class RemoteModel:
             "probe": request.is_probe,
             "v2": v2,
         }
-        loop = asyncio.get_running_loop()
-        arrived = loop.time()
+        if not request.is_probe:
+            self.waited += time.perf_counter() - request.arrived
         try:
             async with asyncio.timeout(self._timeout_s):
                 return Answer(*await self._calls.answer(Asked(about, bytes(request.body))))
@@ -105,7 +107,7 @@ class RemoteModel:
             raise worker_died() from None
         finally:
             if not request.is_probe:
-                self.seconds += loop.time() - arrived
+                self.seconds += time.perf_counter() - request.arrived
 
     async def look(self) -> None:
         """Find out whether a replica can compute."""
@@ -223,5 +225,7 @@ class Ingress:
             if model.seconds:
                 labels = {"model_name": model.name, MODEL: model.identity}
                 measured.append((ANSWER_SECONDS.name, labels, model.seconds))
-                model.seconds = 0.0
+                # To which the replicas add.
+                measured.append((QUEUE_SECONDS.name, labels, model.waited))
+                model.seconds = model.waited = 0.0
         return measured, refusals
