@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from handlers.launch.parts import Page
-from handlers.launch.run_folder import PREFIX, RunFolderError, find_service, run_folder
+from handlers.launch.run_folder import PREFIX, RunFolder, RunFolderError, find_service, run_folder
 from handlers.launch.supervision import (
     MAX_DEATHS,
     MAX_OUTPUT_BYTES,
@@ -284,6 +284,19 @@ def test_the_folder_is_locked_found_and_gone(
         folder.description.write_text("{")
         assert find_service(ports) is None
     assert not folder.path.exists()
+
+
+def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "service.new").mkdir()  # as a full disk would, it keeps the file from being written
+    with pytest.raises(OSError):
+        folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {"page": 1})
+    (tmp_path / "service.new").rmdir()
+    folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {"page": 1})
+    before = folder.read_description()
+    (tmp_path / "service.new").mkdir()
+    folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {"page": 2})
+    assert before is not None and folder.read_description() == before
 
 
 def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(

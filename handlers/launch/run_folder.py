@@ -108,11 +108,18 @@ class RunFolder:
             return None
 
     def describe(self, ports: Ports, host: str, logs: Path, pids: dict[str, int]) -> None:
-        """Write the description that :func:`find_service` reads."""
-        self.write(
-            self.description,
-            json.dumps({"host": host, "ports": vars(ports), "logs": str(logs), "pids": pids}),
-        )
+        """Write the description that :func:`find_service` reads.
+
+        Raises:
+            OSError: there is none yet, and it cannot be written. A running service keeps an
+                older one, for example when the disk is full: only process ids may differ.
+        """
+        text = json.dumps({"host": host, "ports": vars(ports), "logs": str(logs), "pids": pids})
+        try:
+            self.write(self.description, text)
+        except OSError:
+            if not self.description.exists():
+                raise
 
     def read_description(self) -> dict[str, Any] | None:
         try:
