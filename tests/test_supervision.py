@@ -69,6 +69,21 @@ def test_a_killed_child_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert not is_running(supervisor.pids["page"])
 
 
+def test_a_killed_child_is_restarted_even_if_nobody_can_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error may be a file on a full disk."""
+    with open("/dev/full", "w") as full, Supervisor(tmp_path) as supervisor:
+        monkeypatch.setattr(sys, "stderr", full)
+        child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
+        first = child.process.pid
+        child.process.kill()
+        assert until(supervisor.tend) and child.process.pid != first
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
 def test_a_child_that_keeps_dying_ends_the_service(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
         supervisor.start(

@@ -25,7 +25,7 @@ from handlers.launch.options import ServingOptions
 from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.profile import Totals, profile_table, read_totals
 from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
-from handlers.launch.supervision import LaunchError, Supervisor
+from handlers.launch.supervision import LaunchError, Supervisor, tell
 from handlers.launch.upgrades import UpgradeError, Upgrades
 from serving.engine.backends import BackendError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
             _watch(supervisor, folder, engine, describe, ports if args.profile else None)
         except (KeyboardInterrupt, SystemExit):
             _ignore_signals()
-            print("stopping", file=sys.stderr, flush=True)
+            tell("stopping")
             if is_serving:
                 engine.drain()
         finally:

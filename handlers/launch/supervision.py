@@ -40,6 +40,12 @@ class LaunchError(RuntimeError):
     """The service did not start, or cannot be kept running."""
 
 
+def tell(text: str) -> None:
+    """Print on standard error if it can be written: its disk may be full, or its reader gone."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 @dataclass
 class Child:
     """A child process in its own session, with everything needed to restart it.
@@ -221,7 +227,7 @@ class Supervisor:
                     f"{child.name} ended {MAX_DEATHS} times within {DEATHS_WITHIN_S:.0f} s, "
                     f"at last with {status}:\n{child.tail()}"
                 )
-            print(f"{child.name} ended with {status}: restarting it", file=sys.stderr, flush=True)
+            tell(f"{child.name} ended with {status}: restarting it")
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
             with signals_held():
