@@ -723,6 +723,27 @@ def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -
     assert time.monotonic() - started < 4
 
 
+def test_a_head_that_cannot_be_read_yet_ends_no_earlier_request(
+    short: RunningFront, upstream: Upstream
+) -> None:
+    """The front reads a third pipelined request only when the first is answered."""
+    waiting = HEAD + b"Content-Type: test/wait\r\nContent-Length: 0\r\n\r\n"
+    other = HEAD + b"Content-Length: 3\r\n\r\nabc"
+    with short.connect() as connection:
+        connection.sendall(waiting + other + other[:20])
+        wait_for(lambda: upstream.num_waiting == 1)
+        time.sleep(1.5)  # longer than a head may take
+        connection.sendall(other[20:])
+        upstream.release()
+        stream = connection.makefile("rb")
+        for body in ("", "abc", "abc"):
+            length = 0
+            while line := stream.readline().strip().lower():
+                name, _, value = line.partition(b": ")
+                length = int(value) if name == b"content-length" else length
+            assert length and json.loads(stream.read(length))["body"] == body
+
+
 def test_stalled_bodies_do_not_block_others(short: RunningFront, upstream: Upstream) -> None:
     stalled = [short.connect() for _ in range(50)]
     for connection in stalled:

@@ -118,6 +118,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_pending = 0
         super().on_body(body)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._head_timer is not None:  # the rest of a head may be read only now
+            self._end_head_timer()
+            self._await_head()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._write_timer = self.loop.call_later(self._limits.write_s, self.transport.abort)
@@ -134,7 +140,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._limits.head_s, self.transport.abort)
+            self._head_timer = self.loop.call_later(self._limits.head_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._is_idle():
+            self.transport.abort()
+        else:  # reading pauses while an earlier request is unanswered
+            self._await_head()
 
     def _end_head_timer(self) -> None:
         if self._head_timer is not None:
