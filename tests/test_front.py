@@ -644,6 +644,22 @@ def test_a_body_stays_as_it_is_however_the_end_of_the_head_arrives(
             assert status == 200 and json.loads(answer)["body"] == body.decode()
 
 
+def test_an_upgrade_is_declined_however_it_arrives(front: RunningFront, upstream: Upstream) -> None:
+    head = HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\n"
+    first = head.index(b"\r\nUpgrade:")
+    with front.connect() as connection:
+        for place in range(first, first + 12):
+            connection.sendall(head[:place])
+            time.sleep(0.1)
+            connection.sendall(head[place:] + b"abc")
+            status, body = read_answer(connection)
+            assert status == 200 and json.loads(body)["body"] == "abc"
+        for byte in head + b"abc":
+            connection.sendall(bytes([byte]))
+            time.sleep(0.005)
+        assert read_answer(connection)[0] == 200
+
+
 def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream) -> None:
     request = (
         HEAD + b"Transfer-Encoding: chunked\r\nX-Ade-Probe: no\r\nConnection: close\r\n\r\n"

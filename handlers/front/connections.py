@@ -15,7 +15,8 @@ from handlers.front.admission import Limits
 from serving.api.errors import ApiError
 from serving.api.guard import error_answer
 
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_OFFERED = b"\r\nupgrade:"
+_UPGRADE = re.compile(_OFFERED, re.IGNORECASE)
 # The same length as `\r\nupgrade:`, so that the following bytes keep their offsets.
 _DECLINED = b"\r\ndecline:"
 _BLANK = b"\r\n\r\n"
@@ -46,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
         self._last = b""  # of what was read before, which may begin the end of a head
+        self._held = b""  # read, but not parsed before more of the head is there
         self._num_pending = 0  # bytes since the last complete head or part of a body
         self._cycles: list[RequestResponseCycle] = []  # requests without an answer, oldest first
 
@@ -72,9 +74,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._await_head()  # here, because the parser skips blank lines before a head
         # Java's HTTP client offers an upgrade to HTTP/2, which makes the parser skip the body.
         if self._head_timer is not None:
+            data = self._held + data
             end = (self._last + data).find(_BLANK)
             size = len(data) if end < 0 else end + len(_BLANK) - len(self._last)
             data = _UPGRADE.sub(_DECLINED, data[:size]) + data[size:]
+            whole = len(data) if end >= 0 else len(data) - _begun(data)
+            data, self._held = data[:whole], data[whole:]
         kept = len(_BLANK) - 1
         self._last = (self._last + data[-kept:])[-kept:]
         self._num_pending += len(data)
@@ -178,3 +183,9 @@ class BoundedProtocol(HttpToolsProtocol):
         ]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
+
+
+def _begun(data: bytes) -> int:
+    """Number of bytes at the end that may be the beginning of an offered upgrade."""
+    most = len(_OFFERED) - 1
+    return next((n for n in range(most, 0, -1) if data[-n:].lower() == _OFFERED[:n]), 0)
