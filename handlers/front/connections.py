@@ -77,6 +77,9 @@ class BoundedProtocol(HttpToolsProtocol):
             data = self._held + data
             end = (self._last + data).find(_BLANK)
             size = len(data) if end < 0 else end + len(_BLANK) - len(self._last)
+            if self._num_pending + size > self._limits.head_bytes:  # it may arrive at once
+                self._refuse_head()
+                return
             data = _UPGRADE.sub(_DECLINED, data[:size]) + data[size:]
             whole = len(data) if end >= 0 else len(data) - _begun(data)
             data, self._held = data[:whole], data[whole:]
@@ -85,11 +88,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_pending += len(data)
         super().data_received(data)
         if self._num_pending > self._limits.head_bytes:  # a long head, or trailers after a body
-            self._refuse(
-                ApiError(
-                    431, "headers_too_large", f"headers may have {self._limits.head_bytes} bytes"
-                )
-            )
+            self._refuse_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -163,6 +162,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+    def _refuse_head(self) -> None:
+        most = self._limits.head_bytes
+        self._refuse(ApiError(431, "headers_too_large", f"headers may have {most} bytes"))
 
     def _refuse(self, error: ApiError) -> None:
         is_bad_body = (
