@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -386,6 +387,22 @@ def test_the_private_channel(tmp_path: Path) -> None:
     listener.close()
     with pytest.raises(ChannelError, match="refused"):
         ask(path, {"do": "it"})
+
+
+def test_a_process_without_free_file_descriptors_answers_later(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    listener = Listener(path, lambda message, say: {}, ())
+    with socket.socket(socket.AF_UNIX) as early, socket.socket(socket.AF_UNIX):
+        # Sockets get the lowest free numbers: none is left below the limit.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (early.fileno() + 2, most))
+        try:
+            early.connect(str(path))
+            time.sleep(0.2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+        assert ask(path, {"do": "it"}, seconds=5) == {}
+    listener.close()
 
 
 @pytest.mark.parametrize("line, message", [(b"", "within 0.2 s"), (b"{\n", "cannot be read")])

@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 MAX_LINE = 2**20  # bytes
 READ_S = 10.0  # for the line of a client
+RETRY_S = 0.5  # after a client that could not be accepted
 DESCRIBE_S = 10.0  # for an answer that is there at once unless a process hangs
 _CREDENTIALS = struct.Struct("3i")  # process, user and group
 Say = Callable[[str], None]
@@ -96,6 +98,7 @@ class Listener:
     def __init__(self, path: Path, handle: Handle, expected: tuple[type[Exception], ...]) -> None:
         self._handle = handle
         self._expected = expected
+        self._is_closed = False
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(path))
         path.chmod(0o600)
@@ -104,6 +107,7 @@ class Listener:
 
     def close(self) -> None:
         """Accept no further clients."""
+        self._is_closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._socket.close()
@@ -112,8 +116,11 @@ class Listener:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # closed
-                return
+            except OSError:
+                if self._is_closed:
+                    return
+                time.sleep(RETRY_S)  # there are too many open files for a moment
+                continue
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
