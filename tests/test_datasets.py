@@ -572,6 +572,19 @@ def test_the_size_is_known_before_a_data_set_is_loaded(
         image_size_of(str(tmp_path / "broken"), None)
 
 
+@pytest.mark.parametrize("data, size", [("cifar10", 32), ("stl10", 48), ("imagenet64", 64)])
+def test_a_size_that_does_not_suit_is_refused_before_a_named_data_set_is_read(
+    data: str, size: int, tmp_path: Path
+) -> None:
+    """Although nobody gave it: an empty folder would be refused as well, but later."""
+
+    def refuse(side: int) -> None:
+        raise DataError(f"not {side}")
+
+    with pytest.raises(DataError, match=f"^not {size}$"):
+        load_dataset(data, str(tmp_path), fits=refuse)
+
+
 @pytest.mark.parametrize("data, size", [("cifar10", 64), ("imagenet64", 32)])
 def test_sizes_that_a_data_set_does_not_have(data: str, size: int, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"images of {data} have .. pixels per side"):

@@ -37,7 +37,7 @@ def image_size_of(data: str, root: str | None, image_size: int | None = None) ->
     if data not in NAMES:
         files = image_files(Path(data))
         return image_size or first_size(files)
-    return image_size or NAMES[data] or _DEFAULT_SIZES[data]
+    return _named_size(data, image_size)
 
 
 def load_dataset(
@@ -66,8 +66,7 @@ def load_dataset(
     path = _check(data, root, image_size)
     if data not in NAMES:
         return load_folder(path, image_size, cache, report, fits)
-    if image_size is not None:
-        fits(image_size)
+    fits(_named_size(data, image_size))
     if data == "cifar10":
         return load_cifar10(path)
     if data == "stl10":
@@ -75,6 +74,10 @@ def load_dataset(
     if data == "imagenet64":
         return load_imagenet64(path, cache, report)
     return load_lsun(path, image_size, cache, report)
+
+
+def _named_size(data: str, image_size: int | None) -> int:
+    return image_size or NAMES[data] or _DEFAULT_SIZES[data]
 
 
 def _check(data: str, root: str | None, image_size: int | None) -> Path:
