@@ -16,7 +16,7 @@ from training.data import CHANNELS, DataError
 from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
 from training.discriminator import DiscriminatorConfig
-from training.loop import RunOptions, budget_of, check_folder, train
+from training.loop import RunOptions, budget_of, check_folder, check_start, train
 from training.metrics.features import FeatureError
 from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
@@ -181,10 +181,14 @@ def run(args: argparse.Namespace) -> None:
     choose_device(args.device)
     if args.init is not None and not args.resume:
         latest_checkpoint(Path(args.init))
+
+    def fits(side: int) -> None:
+        check_start(make(side), args.out, options, args.resume)
+
     if args.guide is not None and not args.resume and not args.guide.is_file():
         raise RunError(f"--guide must be a file, got {args.guide}")
     with alone_in(args.out):
-        dataset = dataset_of(args, args.out, args.image_size, fits=make)
+        dataset = dataset_of(args, args.out, args.image_size, fits=fits)
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
         progress = train(config, dataset, args.out, options, args.resume, source_of(args))
     spent = progress.seconds / 60

@@ -53,7 +53,7 @@ from training.comparison.compare import keep_rows, read_rows, recorded_data
 from training.data import DataError, ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
-from training.loop import RunOptions, _with_others, budget_of, read_started, train
+from training.loop import RunOptions, _with_others, budget_of, open_run, read_started, train
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -1350,8 +1350,7 @@ def test_a_resumed_run_keeps_its_budget(
 
     def note(config: Any, dataset: Any, run: Path, options: RunOptions, *rest: Any) -> Progress:
         budgets.append((options.images, options.minutes))
-        run.mkdir(exist_ok=True)
-        write_json(run / "run.json", {"options": dataclasses.asdict(options)})
+        open_run(run, config, dataset, options, None)
         return Progress()
 
     monkeypatch.setattr("ade_cli.train.train", note)
@@ -1387,6 +1386,38 @@ def test_what_a_run_cannot_start_with_is_known_before_its_images_are_read(
     arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
     assert main([*arguments, *option]) == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "run, option, message",
+    [
+        ("new", ["--guide-weight", "0.5"], "--guide-weight must be 0 without a guide"),
+        (
+            "new",
+            ["--guide", "encoder.onnx", "--guide-weight", "0"],
+            "--guide-weight must be above 0 with a guide",
+        ),
+        ("new", ["--guide", "encoder.onnx"], "for images of 8x8 pixels, got [[0, 16, 16, 3]]"),
+        ("new", ["--init", "old"], "widths of a model and of the one that it starts from"),
+        ("old", ["--resume"], "it was started with another batch_size,"),
+    ],
+)
+def test_images_are_not_decoded_for_a_run_that_cannot_start(
+    run: str,
+    option: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained_on(folder, Path("old"))
+    encoder_file(Path("encoder.onnx"), 16)
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    arguments = ["train", "av-ade", "--data", str(folder), "--image-size", "8", "--size", "tiny"]
+    assert main([*arguments, "--device", "cpu", "--out", run, *option]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_images_too_small_for_an_encoder_are_not_decoded(

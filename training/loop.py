@@ -27,12 +27,13 @@ from training.data import Dataset
 from training.device import DEVICES, bfloat16_is_faster, choose_device
 from training.evaluate import bits_of, reconstruction_grid, sample_grid, sample_kinds
 from training.guide import NAME as GUIDE_NAME
-from training.guide import load_guide
+from training.guide import Guide, load_guide
 from training.recipes import TrainConfig
 from training.report import write_report
 from training.runs import (
     Progress,
     RunError,
+    check_growth_from,
     checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
@@ -172,11 +173,7 @@ def train(
             folder is left unchanged. Or another process of the run ended.
         TrainingDiverged: losses were not finite; the last good checkpoint is kept.
     """
-    if resume and (run / "run.json").is_file():  # seed and init shaped the weights already
-        before = read_started(run)["options"]
-        options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
-        if (run / GUIDE_NAME).is_file():
-            options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
+    options = _with_its_own(run, options, resume)
     fabric = make_fabric(options.device, options.precision)
     is_main = fabric.global_rank == 0
     trainer, progress, lineage = _prepare(config, dataset, run, options, resume, fabric)
@@ -221,13 +218,7 @@ def _prepare(
             f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes"
         )
     _check_run(run, config, dataset, resume)
-    guide = None
-    if options.guide is None and config.guide_weight:
-        raise RunError(f"guide_weight must be 0 without a guide, got {config.guide_weight:g}")
-    if options.guide is not None:
-        if not config.guide_weight:
-            raise RunError("guide_weight must be above 0 with a guide, got 0")
-        guide = load_guide(Path(options.guide), dataset.image_size, dataset.channels)
+    guide = _guide_of(config, options)
 
     def average(flat: torch.Tensor) -> torch.Tensor:
         if fabric.world_size == 1:
@@ -258,6 +249,50 @@ def _prepare(
     if not _out_of_time(progress, options.minutes):
         check_budget(run, trainer.inferring_since, config.batch_size, options.images)
     return trainer, progress, lineage
+
+
+def _with_its_own(run: Path, options: RunOptions, resume: bool) -> RunOptions:
+    """Options with what shaped the weights of a resumed run already: seed, init and guide."""
+    if not (resume and (run / "run.json").is_file()):
+        return options
+    before = read_started(run)["options"]
+    options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
+    if (run / GUIDE_NAME).is_file():
+        options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
+    return options
+
+
+def _guide_of(config: TrainConfig, options: RunOptions) -> Guide | None:
+    if options.guide is None:
+        if config.guide_weight:
+            raise RunError(f"guide_weight must be 0 without a guide, got {config.guide_weight:g}")
+        return None
+    if not config.guide_weight:
+        raise RunError("guide_weight must be above 0 with a guide, got 0")
+    return load_guide(Path(options.guide), config.model.image_size, config.model.channels)
+
+
+def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
+    """Check what :func:`train` needs beside the images, which may take long to read.
+
+    Args:
+        config: as for :func:`train`.
+        run: as for :func:`train`.
+        options: as for :func:`train`.
+        resume: as for :func:`train`.
+
+    Raises:
+        RunError: the folder does not suit ``resume``, the run was started with another
+            configuration, or the weights to start from or the guide do not suit the configuration.
+        FeatureError: the guide cannot be read.
+    """
+    check_folder(run, resume)
+    options = _with_its_own(run, options, resume)
+    if resume:
+        _check_unchanged(run, config, read_started(run)["data"])
+    _guide_of(config, options)
+    if options.init is not None and not (resume and checkpoint_folders(run)):
+        check_growth_from(Path(options.init), config.model)
 
 
 def _run_steps(
@@ -423,18 +458,22 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -
     check_folder(run, resume)
     if not resume:
         return
+    _check_unchanged(run, config, dataset.name)
     before = read_started(run)
-    different = different_fields(before, config, dataset)
-    if different:
-        raise RunError(
-            f"{run} cannot be resumed: it was started with another {', '.join(different)}"
-        )
     if before["splits"] != dataset.splits:
         logger.warning(
             "%s was started on %s and resumes with %s",
             run,
             before["splits"]["train"],
             dataset.splits["train"],
+        )
+
+
+def _check_unchanged(run: Path, config: TrainConfig, data: str) -> None:
+    different = different_fields(read_started(run), config, data)
+    if different:
+        raise RunError(
+            f"{run} cannot be resumed: it was started with another {', '.join(different)}"
         )
 
 
@@ -475,10 +514,16 @@ def read_started(run: Path) -> dict[str, Any]:
     return started
 
 
-def different_fields(started: dict[str, Any], config: TrainConfig, dataset: Dataset) -> list[str]:
-    """Names of the fields in which a run's ``run.json`` differs from a configuration."""
+def different_fields(started: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
+    """Names of the fields in which a run's ``run.json`` differs from a configuration.
+
+    Args:
+        started: the ``run.json``.
+        config: the configuration.
+        data: name of the data set.
+    """
     before = {**TrainConfig.from_dict(started["config"]).to_dict(), "data set": started["data"]}
-    wanted = {**config.to_dict(), "data set": dataset.name}
+    wanted = {**config.to_dict(), "data set": data}
     return sorted(
         key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key)
     )

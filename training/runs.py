@@ -26,7 +26,7 @@ from ade_model.checkpoint import WEIGHTS_NAME, read_config, read_tensors, read_w
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked, new_folder, write_text
-from training.growth import grown_weights
+from training.growth import check_growth, grown_weights
 from training.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -224,6 +224,26 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def check_growth_from(folder: Path, model: ModelConfig) -> ModelConfig:
+    """Check that a model can start from the weights of another run or a bundle.
+
+    Returns:
+        The configuration of these weights.
+
+    Raises:
+        RunError: there are none, or they belong to another architecture.
+    """
+    folder = latest_checkpoint(folder)
+    try:
+        before = ModelConfig.from_dict(read_config(folder)["model"])
+        check_growth(before, model)
+    except ConfigError as error:
+        raise RunError(
+            f"the weights of {folder} belong to another architecture than this recipe's: {error}"
+        ) from error
+    return before
+
+
 def start_from(folder: Path, trainer: Trainer) -> None:
     """Take weights, but not the optimiser's state, from another run or a bundle.
 
@@ -233,15 +253,9 @@ def start_from(folder: Path, trainer: Trainer) -> None:
         RunError: the weights belong to another architecture that cannot grow into this one.
         ConfigError: a file of tensors is damaged or missing.
     """
+    before = check_growth_from(folder, trainer.config.model)
     folder = latest_checkpoint(folder)
-    weights = read_weights(folder)
-    try:
-        before = ModelConfig.from_dict(read_config(folder)["model"])
-        grown_weights(weights, before, trainer.model)
-    except ConfigError as error:
-        raise RunError(
-            f"the weights of {folder} belong to another architecture than this recipe's: {error}"
-        ) from error
+    grown_weights(read_weights(folder), before, trainer.model)
     trainer.ema.load_state_dict(trainer.model.state_dict())
     if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
         theirs = read_tensors(folder / DISCRIMINATOR_NAME)

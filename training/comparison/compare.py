@@ -207,7 +207,7 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     if not (run / "run.json").is_file():
         return
     started = read_started(run)
-    different = different_fields(started, job.config, dataset)
+    different = different_fields(started, job.config, dataset.name)
     if different:
         raise RunError(
             f"{run} was trained with another {', '.join(different)}: "
