@@ -19,7 +19,7 @@ from training.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
 from training.loop import RunOptions
-from training.measure import Measurer, check_options
+from training.measure import Measurer, check_networks, check_options
 from training.metrics.features import FeatureError
 from training.recipes import SIZES, recipe, recipe_names
 from training.runs import RunError
@@ -111,6 +111,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         for seed in args.seeds or [0]
     ]
     options = measure_options(args)
+    check_networks(options)
     check_outside(args.out, args.data)
     check_same_data(recorded_data(args.out), args)
     dataset = dataset_of(

@@ -13,7 +13,7 @@ from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from training.data import PARTS, DataError
 from training.device import DEVICES, choose_device
-from training.measure import MeasureOptions, Measurer
+from training.measure import MeasureOptions, Measurer, check_networks
 from training.metrics.features import FeatureError
 from training.runs import RunError, latest_checkpoint, read_json, run_of, write_json
 
@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(f"--images must be at least 2, got {args.images}")
     options = measure_options(args, args.part, args.images, args.seed)
     device = choose_device(args.device)
+    check_networks(options)
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)
     run_folder = run_of(folder)

@@ -1420,6 +1420,33 @@ def test_images_are_not_decoded_for_a_run_that_cannot_start(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "compare"])
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--resnet20", "nowhere.npz"], "nowhere.npz does not hold a ResNet-20"),
+        (["--inception", "nowhere.pth"], "there is no file nowhere.pth"),
+    ],
+)
+def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
+    verb: str,
+    option: list[str],
+    message: str,
+    folder: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    arguments = {
+        "evaluate": [str(tiny_checkpoint)],
+        "compare": ["vae", "--out", str(tmp_path / "out"), "--image-size", "8"],
+    }
+    assert main([verb, *arguments[verb], "--data", str(folder), *option]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_images_too_small_for_an_encoder_are_not_decoded(
     folder: Path,
     tmp_path: Path,

@@ -73,6 +73,15 @@ def check_options(dataset: Dataset, options: MeasureOptions) -> None:
             f"the part {options.part} of {dataset.name} has {found} images; "
             f"these measurements need at least {least}"
         )
+    check_networks(options)
+
+
+def check_networks(options: MeasureOptions) -> None:
+    """Check the networks that measure, for which no images need to be read.
+
+    Raises:
+        FeatureError: the weights of a network are missing or wrong.
+    """
     if options.resnet20 is not None:
         ResNet20(options.resnet20)
     if options.efficientnet:
