@@ -12,10 +12,10 @@ from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import RUN_OR_BUNDLE
 from ade_model.checkpoint import read_config
 from ade_model.errors import ConfigError
-from export.codec import CodecError, add_codec
+from export.codec import CodecError, add_codec, check_codable
 from export.parity import ParityError
 from export.write import ExportError, evaluation_of, export_bundle
-from serving.engine.bundle import MANIFEST_NAME, BundleError, plain_name
+from serving.engine.bundle import MANIFEST_NAME, BundleError, check_name, plain_name
 from training.data import DataError
 from training.runs import RunError, latest_checkpoint, run_of
 
@@ -54,6 +54,13 @@ def run(args: argparse.Namespace) -> None:
         return
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
+    # Checked here too, because reading the images may take long.
+    if args.out.exists():
+        raise ExportError(f"{args.out} exists: export to a new folder")
+    if args.name:
+        check_name(args.name)
+    if args.with_codec:
+        check_codable(config)
     run_folder = run_of(folder)
     cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
     dataset = dataset_of(args, run_folder, config["model"]["image_size"], cached)

@@ -32,7 +32,7 @@ from ade_cli.main import VERBS, main
 from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
 from ade_model import ADEModel, ConfigError, ModelConfig
 from ade_model.bijections import CheckerboardCoupling
-from ade_model.checkpoint import load_model, read_config
+from ade_model.checkpoint import load_model, read_config, save_model
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from benchmarks.training import _compiled
@@ -1444,6 +1444,32 @@ def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
         "compare": ["vae", "--out", str(tmp_path / "out"), "--image-size", "8"],
     }
     assert main([verb, *arguments[verb], "--data", str(folder), *option]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "recipe_name, out, option, message",
+    [
+        ("vae", ".", [], "exists: export to a new folder"),
+        ("vae", "out", ["--name", "a name"], "a model's name must start with a letter"),
+        ("av-ade-iaf-rd", "out", ["--with-codec"], "its posteriors are autoregressive"),
+    ],
+)
+def test_images_are_not_decoded_for_a_bundle_that_cannot_be_written(
+    recipe_name: str,
+    out: str,
+    option: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = narrow(recipe_name)
+    save_model(ADEModel(config.model), tmp_path, {"recipe": config.recipe})
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    arguments = ["export", str(tmp_path), str(tmp_path / out), "--data", str(folder)]
+    assert main([*arguments, *option]) == 2
     assert message in capsys.readouterr().err
 
 
