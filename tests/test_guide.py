@@ -151,6 +151,18 @@ def test_a_guided_run_resumes_with_its_own_guide(
     assert (run / "guide.onnx").read_bytes() == encoder.read_bytes()
 
 
+def test_a_run_without_a_guide_does_not_resume_with_one(
+    encoder: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """Although an encoder lies where its guide would be."""
+    dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    run = tmp_path / "run"
+    train(narrow("av-ade"), dataset, run, options, resume=False)
+    (run / "guide.onnx").write_bytes(encoder.read_bytes())
+    assert train(narrow("av-ade"), dataset, run, options, resume=True).images == 16
+
+
 @pytest.mark.parametrize(
     "weight, has_guide, message",
     [(0.0, True, "must be above 0 with a guide"), (0.5, False, "must be 0 without a guide")],

@@ -257,7 +257,8 @@ def _with_its_own(run: Path, options: RunOptions, resume: bool) -> RunOptions:
         return options
     before = read_started(run)["options"]
     options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
-    if (run / GUIDE_NAME).is_file():
+    # A run without a guide may have such a file as well, if an encoder was written there.
+    if before.get("guide") is not None and (run / GUIDE_NAME).is_file():
         options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
     return options
 
