@@ -1420,6 +1420,19 @@ def test_images_are_not_decoded_for_a_run_that_cannot_start(
     assert message in capsys.readouterr().err
 
 
+def test_images_are_not_decoded_for_processes_that_cannot_share_a_batch(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu"]) == 2
+    assert "--batch-size must be a multiple of 3, the number of pro" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "compare"])
 @pytest.mark.parametrize(
     "option, message",

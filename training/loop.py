@@ -213,10 +213,7 @@ def _prepare(
     Returns:
         The trainer, the progress of a resumed run, and what its weights were started from.
     """
-    if config.batch_size % fabric.world_size:
-        raise RunError(
-            f"batch_size {config.batch_size} is not a multiple of {fabric.world_size} processes"
-        )
+    _check_shares(config, fabric.world_size)
     _check_run(run, config, dataset, resume)
     guide = _guide_of(config, options)
 
@@ -273,6 +270,14 @@ def _guide_of(config: TrainConfig, options: RunOptions) -> Guide | None:
     return load_guide(Path(options.guide), config.model.image_size, config.model.channels)
 
 
+def _check_shares(config: TrainConfig, processes: int) -> None:
+    if config.batch_size % processes:
+        raise RunError(
+            f"batch_size must be a multiple of {processes}, the number of processes, "
+            f"got {config.batch_size}"
+        )
+
+
 def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
     """Check what :func:`train` needs beside the images, which may take long to read.
 
@@ -284,10 +289,12 @@ def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: boo
 
     Raises:
         RunError: the folder does not suit ``resume``, the run was started with another
-            configuration, or the weights to start from or the guide do not suit the configuration.
+            configuration, the processes that ``torchrun`` started cannot share a batch, or the
+            weights to start from or the guide do not suit the configuration.
         FeatureError: the guide cannot be read.
     """
     check_folder(run, resume)
+    _check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
     options = _with_its_own(run, options, resume)
     if resume:
         _check_unchanged(run, config, read_started(run)["data"])
