@@ -648,7 +648,11 @@ def test_what_is_refused_leaves_a_run_as_it_was(
     assert not caplog.records
     more = load_dataset(str(make_folder(tmp_path / "images", small_images[:200])), None, 8)
     train(narrow("vae"), more, run, options, resume=True)
-    assert "files by hash" in caplog.text and "and resumes with" in caplog.text
+    assert "files by hash" in caplog.text and "(part train)" in caplog.text
+    caplog.clear()
+    splits = {**more.splits, "select": "9 files"}
+    train(narrow("vae"), dataclasses.replace(more, splits=splits), run, options, resume=True)
+    assert "and resumes with 9 files (part select)" in caplog.text
 
 
 def test_a_run_has_one_process(folder: Path, tmp_path: Path) -> None:

@@ -468,13 +468,13 @@ def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -
         return
     _check_unchanged(run, config, dataset.name)
     before = read_started(run)
-    if before["splits"] != dataset.splits:
-        logger.warning(
-            "%s was started on %s and resumes with %s",
-            run,
-            before["splits"]["train"],
-            dataset.splits["train"],
-        )
+    # The first part suffices: it is that of the training images if these have changed.
+    for part, now in dataset.splits.items():
+        if (then := before["splits"].get(part)) != now:
+            logger.warning(
+                "%s was started on %s and resumes with %s (part %s)", run, then, now, part
+            )
+            break
 
 
 def _check_unchanged(run: Path, config: TrainConfig, data: str) -> None:
