@@ -114,7 +114,7 @@ def export_bundle(
         if with_codec:
             report("exporting the codec")
             write_codec(model, folder)
-        fields = {
+        fields: dict[str, Any] = {
             "name": name,
             "recipe": about["recipe"],
             "image_shape": list(shape),
@@ -127,6 +127,7 @@ def export_bundle(
                 "seed": about["seed"],
                 "weights": sum(p.numel() for p in model.parameters()),
                 "flow_weights": sum(p.numel() for p in model.flow.parameters()),
+                **{key: about[key] for key in ("flow_from", "guided") if key in about},
             },
             "evaluation": evaluation,
             "calibration": None,

@@ -56,7 +56,7 @@ from training.encoder import (
 )
 from training.evaluate import evaluate
 from training.loop import RunOptions, train
-from training.recipes import recipe
+from training.recipes import GUIDE_WEIGHT, recipe
 from training.runs import alone_in, latest_checkpoint, read_json, write_json
 from training.step import TrainingDiverged
 
@@ -133,8 +133,8 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     found = _survey(folder, files, sizes, dataset, out)
     for line in summary_lines(found):
         step(line)
-    runs = _train(plan, dataset, out, step)
     encoder = _encoder(plan, found, dataset, out, step)
+    runs = _train(plan, dataset, encoder, out, step)
     bundle = _bundle(plan, found, dataset, runs, encoder, out, step)
     if not (out / "report.html").exists():
         step("looking for outliers among the images")
@@ -149,8 +149,9 @@ def _minutes(value: float) -> str:
 
 
 def has_begun(out: Path) -> bool:
-    """Whether training was begun: from then on neither the plan nor the images may change."""
-    return (out / "plan.json").exists() and (out / "stage-0" / "run.json").exists()
+    """Whether anything was trained: from then on neither the plan nor the images may change."""
+    trained = (out / "stage-0" / "run.json", out / ENCODER_ABOUT)
+    return (out / "plan.json").exists() and any(path.exists() for path in trained)
 
 
 def _keep_plan(plan: Plan, out: Path) -> None:
@@ -186,7 +187,9 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
     return found
 
 
-def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
+def _train(
+    plan: Plan, dataset: Dataset, encoder: FeatureSource | None, out: Path, step: Report
+) -> list[Path]:
     """Train all stages; returns their runs, the last one first.
 
     A later stage that diverges is given up: the model of the one before it is used.
@@ -195,16 +198,19 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
     for number, stage in enumerate(plan.stages):
         run = out / f"stage-{number}"
         before = runs[0] if runs else None
+        guide = encoder if before is not None and plan.is_guided else None
         if (run / GIVEN_UP).exists():
             break
         if not (run / "report.md").exists():
-            step(f"training {stage.recipe}, {_minutes(stage.minutes)} minutes")
+            guided = "" if guide is None else " with the encoder as its guide"
+            step(f"training {stage.recipe}{guided}, {_minutes(stage.minutes)} minutes")
             config = recipe(
                 stage.recipe,
                 dataset.image_size,
                 dataset.channels,
                 plan.size,
                 **plan.changes(stage),
+                guide_weight=0.0 if guide is None else GUIDE_WEIGHT,
             )
             options = RunOptions(
                 images=NO_LIMIT,
@@ -212,6 +218,7 @@ def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
                 device=plan.device,
                 checkpoint_minutes=2.0,
                 init=None if before is None else str(before),
+                guide=None if guide is None else str(guide.path),
             )
             try:
                 with alone_in(run):

@@ -65,6 +65,8 @@ class Plan:
         images: number of image files; ``None`` in plans of older versions.
         has_classes: whether they lie in class folders.
         encoder_minutes: of training the verdict's encoder; 0 if there is to be none.
+        is_guided: whether that encoder is also the guide of the adversarial stage
+            (:mod:`training.guide`).
         flow: scales, couplings and width of the flow, and width of the dequantiser if there is one;
             empty in plans of older versions, which had the size's own flow.
     """
@@ -81,6 +83,7 @@ class Plan:
     has_classes: bool = False
     encoder_minutes: float = 0.0
     flow: tuple[int, ...] = ()
+    is_guided: bool = False
 
     @property
     def rest(self) -> float:
@@ -157,7 +160,7 @@ class Plan:
         stages = " then ".join(f"{stage.recipe} ({stage.minutes:.3g} min)" for stage in self.stages)
         encoder = (
             f", and an encoder ({self.encoder_minutes:.3g} min)" if self.encoder_minutes else ""
-        )
+        ) + (", which is the guide" if self.is_guided else "")
         flow = f" with a flow of {' x '.join(map(str, self.flow[:3]))}" if self.flow else ""
         if len(self.flow) > 3:
             flow += f" and a dequantiser of width {self.flow[3]}"
@@ -249,4 +252,6 @@ def make_plan(
         has_classes,
         encoder,
         FLOWS[size],
+        # Guides that learnt no classes were not tried.
+        has_classes and encoder > 0 and len(stages) > 1,
     )

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from ade_cli.main import main
+from export.feature_source import FeatureSource
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from fitting.pipeline import (
@@ -61,7 +62,7 @@ from training.data import Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
 from training.encoder import TrainedEncoder, class_folders, class_labels
 from training.encoder_network import Encoder
-from training.recipes import recipe
+from training.recipes import GUIDE_WEIGHT, recipe
 from training.step import TrainingDiverged
 
 
@@ -128,6 +129,7 @@ def test_an_encoder_is_planned_where_it_pays() -> None:
     ):
         plan = make_plan("/images", "images", 32, budget, False, None, images, has_classes)
         assert (plan.encoder_minutes > 0) == planned, (budget, images, has_classes)
+        assert plan.is_guided == (planned and has_classes)
         assert plan.encoder_minutes <= ENCODER_MOST_MINUTES
         without = make_plan("/images", "images", 32, budget, False)
         minutes = sum(stage.minutes for stage in plan.stages) + plan.encoder_minutes
@@ -142,12 +144,13 @@ def test_a_fitting_does_not_resume_with_other_images() -> None:
     ):
         make_plan("/images", "images", 32, 60, False, None, 705, True).check_resumes(begun)
     values = begun.to_dict()
-    newer = ("images", "has_classes", "encoder_minutes", "flow")  # than plans of older versions
-    for name in newer:
+    # Newer than plans of older versions.
+    for name in ("images", "has_classes", "encoder_minutes", "flow", "is_guided"):
         del values[name]
     old = Plan.from_dict(values)
-    with pytest.raises(PlanError, match=r"another version .*, and an encoder \(9.6 min\): finish"):
-        dataclasses.replace(begun, encoder_minutes=9.6).check_resumes(old)
+    planned = dataclasses.replace(begun, encoder_minutes=9.6, is_guided=True)
+    with pytest.raises(PlanError, match=r"encoder \(9.6 min\), which is the guide: finish"):
+        planned.check_resumes(old)
 
 
 def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
@@ -540,13 +543,34 @@ def test_a_stage_that_diverges_is_given_up_for_the_one_before(
     lines: list[str] = []
     if fails == 0:
         with pytest.raises(TrainingDiverged, match=f"not finite; delete {tmp_path}/stage-0 to try"):
-            _train(plan, dataset, tmp_path, lines.append)
+            _train(plan, dataset, None, tmp_path, lines.append)
         return
     for _ in range(2):  # the second time nothing is left to do
-        runs = _train(plan, dataset, tmp_path, lines.append)
+        runs = _train(plan, dataset, None, tmp_path, lines.append)
         assert [run.name for run in runs] == ["stage-1", "stage-0"][fails or 0 :]
     assert trained == [("stage-0", None), ("stage-1", str(tmp_path / "stage-0"))]
     assert any("the stage before is used" in line for line in lines) == (fails is not None)
+
+
+def test_an_encoder_guides_the_adversarial_stage_if_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained: list[tuple[str, float, str | None]] = []
+
+    def train(config: Any, dataset: Any, run: Path, options: Any, resume: bool) -> None:
+        trained.append((config.recipe, config.guide_weight, options.guide))
+
+    monkeypatch.setattr("fitting.pipeline.train", train)
+    dataset: Any = SimpleNamespace(image_size=8, channels=3)
+    lines: list[str] = []
+    plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
+    source = FeatureSource(tmp_path / "encoder.onnx")
+    for number, encoder in enumerate((source, None)):  # None: it recognises nothing
+        _train(plan, dataset, encoder, tmp_path / str(number), lines.append)
+    assert trained[1] == ("av-ade-pd", GUIDE_WEIGHT, str(source.path))
+    assert trained[0] == trained[2] == ("v-ade", 0, None)
+    assert trained[3] == ("av-ade-pd", 0, None)
+    assert ["guide" in line for line in lines] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("unfit", [1, 2])
@@ -689,23 +713,31 @@ def test_an_encoder_sees_held_out_images_in_parts(
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_time")
 def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -> None:
-    """The bundle has the encoder, its calibration uses it, and the report says what it is worth."""
+    """The bundle has the encoder, its calibration uses it, and the report says what it is worth.
+
+    The generator had it as its guide.
+    """
     images = np.concatenate([small_images, small_images[:, :, ::-1], 255 - small_images[:200]])
     is_dark = np.arange(len(images)) % 2 == 0
     images[is_dark] //= 3
     folder = class_folders_of(tmp_path / "images", images, is_dark)
     files = image_files(folder)
-    plan = make_plan(str(folder), "images", 8, 1.2, False, None, len(files), True)
+    plan = make_plan(str(folder), "images", 8, 20, False, None, len(files), True)
     stages = tuple(dataclasses.replace(stage, minutes=0.1) for stage in plan.stages)
-    plan = dataclasses.replace(plan, encoder_minutes=0.08, stages=stages)
+    assert len(stages) == 2
+    plan = dataclasses.replace(
+        plan, budget=1.2, encoder_minutes=0.08, is_guided=True, stages=stages
+    )
     lines: list[str] = []
     fitted = fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     bundle = verify_bundle(fitted.bundle)
     assert bundle.manifest["features"]["classes"] == 2
+    assert bundle.manifest["training"]["guided"]
     assert bundle.manifest["calibration"]["statistic"].endswith("2 semantic ones")
     assert bundle.manifest["calibration"]["images"] < 0.12 * len(files)  # those held out alone
     page = fitted.report.read_text()
     assert "with the 2 folders as classes. It recognises the folder of" in page
+    assert "It was also the guide of the generator" in page
     lines.clear()
     fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     assert not any("training" in line for line in lines)

@@ -81,6 +81,8 @@ MANIFEST: dict[str, Expected] = {
         "seed": int,
         "weights": int,
         "flow_weights": int,
+        "flow_from": _or_null(_STARTED_FROM),
+        "guided": bool,
     },
     "evaluation": _or_null(
         {
