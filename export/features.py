@@ -332,7 +332,8 @@ def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, .
         then("Cast", to=elem_type)
     nodes[-1].output[0] = name
     if len({n.op_type for n in nodes}) == 1 and found.layout == "nhwc":  # two transpositions cancel
-        nodes = [helper.make_node("Identity", ["images"], [name])]
+        nodes = []
+        _rename(graph, name, "images")
     graph.input.remove(value)
     graph.input.insert(
         0, helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", *image_shape])
