@@ -181,12 +181,12 @@ def run(args: argparse.Namespace) -> None:
     choose_device(args.device)
     if args.init is not None and not args.resume:
         latest_checkpoint(Path(args.init))
+    if args.guide is not None and not args.resume and not args.guide.is_file():
+        raise RunError(f"--guide must be a file, got {args.guide}")
 
     def fits(side: int) -> None:
         check_start(make(side), args.out, options, args.resume)
 
-    if args.guide is not None and not args.resume and not args.guide.is_file():
-        raise RunError(f"--guide must be a file, got {args.guide}")
     with alone_in(args.out):
         dataset = dataset_of(args, args.out, args.image_size, fits=fits)
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)

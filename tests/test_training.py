@@ -1392,6 +1392,12 @@ def test_what_a_run_cannot_start_with_is_known_before_its_images_are_read(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if an image of a folder is decoded."""
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+
+
 @pytest.mark.parametrize(
     "run, option, message",
     [
@@ -1424,6 +1430,7 @@ def test_images_are_not_decoded_for_a_run_that_cannot_start(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_decoding")
 def test_images_are_not_decoded_for_processes_that_cannot_share_a_batch(
     folder: Path,
     tmp_path: Path,
@@ -1431,7 +1438,6 @@ def test_images_are_not_decoded_for_processes_that_cannot_share_a_batch(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr("training.datasets.folder.decode_into", None)
     arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
     assert main([*arguments, "--device", "cpu"]) == 2
     assert "--batch-size must be a multiple of 3, the number of pro" in capsys.readouterr().err
@@ -1445,6 +1451,7 @@ def test_images_are_not_decoded_for_processes_that_cannot_share_a_batch(
         (["--inception", "nowhere.pth"], "there is no file nowhere.pth"),
     ],
 )
+@pytest.mark.usefixtures("no_decoding")
 def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
     verb: str,
     option: list[str],
@@ -1452,10 +1459,8 @@ def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
     folder: Path,
     tiny_checkpoint: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("training.datasets.folder.decode_into", None)
     arguments = {
         "evaluate": [str(tiny_checkpoint)],
         "compare": ["vae", "--out", str(tmp_path / "out"), "--image-size", "8"],
@@ -1472,6 +1477,7 @@ def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
         ("av-ade-iaf-rd", "out", ["--with-codec"], "its posteriors are autoregressive"),
     ],
 )
+@pytest.mark.usefixtures("no_decoding")
 def test_images_are_not_decoded_for_a_bundle_that_cannot_be_written(
     recipe_name: str,
     out: str,
@@ -1479,24 +1485,21 @@ def test_images_are_not_decoded_for_a_bundle_that_cannot_be_written(
     message: str,
     folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = narrow(recipe_name)
     save_model(ADEModel(config.model), tmp_path, {"recipe": config.recipe})
-    monkeypatch.setattr("training.datasets.folder.decode_into", None)
     arguments = ["export", str(tmp_path), str(tmp_path / out), "--data", str(folder)]
     assert main([*arguments, *option]) == 2
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_decoding")
 def test_images_too_small_for_an_encoder_are_not_decoded(
     folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("training.datasets.folder.decode_into", None)
     arguments = ["encoder", str(tmp_path / "out.onnx"), "--data", str(folder)]
     assert main([*arguments, "--image-size", "4"]) == 2
     assert "needs images of 8 pixels or more, got 4" in capsys.readouterr().err

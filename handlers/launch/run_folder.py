@@ -111,8 +111,8 @@ class RunFolder:
         """Write the description that :func:`find_service` reads.
 
         Raises:
-            OSError: there is none yet, and it cannot be written. A running service keeps an
-                older one, for example when the disk is full: only process ids may differ.
+            OSError: the first description cannot be written. If a later one cannot, for example
+                because the disk is full, the older one stays: only its process ids are out of date.
         """
         text = json.dumps({"host": host, "ports": vars(ports), "logs": str(logs), "pids": pids})
         try:
