@@ -63,19 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="MODEL.onnx",
         help="a network whose features tell things apart, such as your classifier, not trained on "
-        "any of the images: they join the verdict's statistics, and the network becomes part of "
-        "the bundle (default: what the bundle has)",
+        "any of the images. Its features join the verdict's statistics, and it becomes part of "
+        "the bundle (default: the network that the bundle has)",
     )
     parser.add_argument(
         "--features-output",
         metavar="NAME",
-        help="the value of that graph that has the features (default: what its last linear layer "
-        "takes)",
+        help="the value of that graph that holds the features (default: the input of its last "
+        "linear layer)",
     )
     parser.add_argument(
         "--features-preprocess",
         metavar="HOW",
-        help=f"{FORMAT}: what the graph does not say; SCALE is one of {', '.join(SCALES)}, or "
+        help=f"{FORMAT}: what the graph does not specify; SCALE is one of {', '.join(SCALES)}, or "
         "mean and standard deviation of values between 0 and 1, such as "
         "'0.5 0.5 0.5/0.25 0.25 0.25'",
     )

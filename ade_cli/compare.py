@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="default: the data set's own, or that of a folder's first image",
+        help="pixels per side (default: the data set's own, or those of a folder's first image)",
     )
     parser.add_argument(
         "--images",

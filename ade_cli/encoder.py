@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=int, metavar="N", help="pixels per side (default: the data's)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=15.0, help="of training (default: %(default)g)"
+        "--minutes", type=float, default=15.0, help="minutes of training (default: %(default)g)"
     )
     parser.add_argument(
         "--without-labels", action="store_true", help="do not use the classes of the images"

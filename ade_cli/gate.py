@@ -97,8 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--force",
         action="store_true",
-        help="accept images even if so many are beyond all calibration images that images like "
-        "them can no longer be rejected",
+        help="accept the images even if, from then on, images like them can no longer be rejected",
     )
 
 
@@ -108,7 +107,7 @@ def _add_bundle(task: argparse.ArgumentParser) -> None:
         "--calibration",
         default=DEFAULT,
         metavar="NAME",
-        help="of the bundle's calibrations (default: the bundle's own)",
+        help="which of the bundle's calibrations to use (default: the bundle's own)",
     )
 
 

@@ -28,16 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bundle", type=Path, required=True, help=BUNDLE)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="an existing file is replaced"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write; an existing one is replaced",
     )
     parser.add_argument(
         "--n", type=int, default=16, help="number of samples, at most 256 (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
+    parser.add_argument(
+        "--seed", type=int, help="seed of the samples (default: a random one, which is printed)"
+    )
     parser.add_argument(
         "--index", type=int, default=0, help="index of the first sample (default: %(default)s)"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="multiplies the prior's standard deviations: below 1 samples vary less "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--kind", choices=["mean", "density"], default="mean", help=KIND)
 
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help=f"of a folder's scores: {', '.join(FORMATS)}; with --engine ray, a folder",
+        help=f"file for the scores of a folder: {', '.join(FORMATS)}; with --engine ray, a folder",
     )
     parser.add_argument(
         "--alpha",
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="draws of the bound (default: %(default)s)",
+        help="draws for the bound on the likelihood; more tighten it (default: %(default)s)",
     )
     parser.add_argument(
         "--resize",
@@ -74,14 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         default=DEFAULT,
         metavar="NAME",
-        help="of the bundle's calibrations, the one that decides (default: the bundle's own)",
+        help="which of the bundle's calibrations decides (default: the bundle's own)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: one per core)",
+        help="number of processes (default: one per core)",
     )
     parser.add_argument(
         "--engine",

@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
     parser.add_argument(
-        "--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s"
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="runtime that computes the bundle's graphs (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",

@@ -303,9 +303,9 @@ def _warn_if_seen(
         if p_value < SEEN_P_VALUE:
             report(
                 f"WARNING: the network has probably seen the calibration images: in {name}, "
-                f"{100 * beyond / len(others):.1f} % of {len(others)} others lie beyond "
-                f"{100 * (1 - tail / (count + 1)):.0f} % of them. More images than alpha allows "
-                "will be rejected. Calibrate on images that the network has not seen"
+                f"{100 * beyond / len(others):.1f} % of {len(others)} other images are more "
+                f"unusual than {100 * (1 - tail / (count + 1)):.0f} % of them. More images than "
+                "alpha allows will be rejected. Calibrate on images that the network has not seen"
             )
 
 
