@@ -60,7 +60,9 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         content = file.read(limit + 1) if found.st_size <= limit else b""  # the file may grow
         size = max(found.st_size, len(content))
         if size > limit:
-            raise OSError(errno.EFBIG, f"a file may have {limit} bytes, this one has {size}")
+            raise OSError(
+                errno.EFBIG, f"a file may have at most {limit} bytes, this one has {size}"
+            )
         return content
 
 

@@ -183,7 +183,9 @@ class GateMiddleware:
                     self._held += len(part)
                     if size > MAX_BODY_BYTES:
                         raise _Refused(
-                            413, "request_too_large", f"a request may have {MAX_BODY_BYTES} bytes"
+                            413,
+                            "request_too_large",
+                            f"a request may have at most {MAX_BODY_BYTES} bytes",
                         )
                     if size > SMALL_BODY_BYTES and self._held > MAX_HELD_BYTES:
                         raise _Refused(

@@ -103,13 +103,15 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
         raise ImageError("not_an_image", "the image is empty: 0 bytes came")
     if len(data) > MAX_FILE_BYTES:
         raise ImageError(
-            "too_large", f"an image file may have {MAX_FILE_BYTES} bytes, this one has {len(data)}"
+            "too_large",
+            f"an image file may have at most {MAX_FILE_BYTES} bytes, this one has {len(data)}",
         )
     structure = read_structure(data)
     width, height = structure.width, structure.height
     if width * height > MAX_PIXELS:
         raise ImageError(
-            "too_large", f"an image may have {MAX_PIXELS} pixels, this one has {width} x {height}"
+            "too_large",
+            f"an image may have at most {MAX_PIXELS} pixels, this one has {width} x {height}",
         )
     if size is not None and (width, height) not in (size, size[::-1]):
         raise ImageError(

@@ -167,7 +167,7 @@ def make_traps(folder: Path) -> dict[str, str]:
         "pipe.png": "not a regular file",
         "endless.png": "not a regular file",
         "gone.png": "No such file or directory",
-        "huge.png": "a file may have 16777216 bytes, this one has 1099511627776",
+        "huge.png": "a file may have at most 16777216 bytes, this one has 1099511627776",
     }
 
 

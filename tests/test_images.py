@@ -248,7 +248,7 @@ def test_every_truncation_is_an_image_error(picture: Image.Image) -> None:
 
 def test_file_size_is_limited(monkeypatch: pytest.MonkeyPatch, picture: Image.Image) -> None:
     monkeypatch.setattr(serving.images, "MAX_FILE_BYTES", 100)
-    with pytest.raises(ImageError, match="may have 100 bytes"):
+    with pytest.raises(ImageError, match="may have at most 100 bytes"):
         read_image(encode(picture, "PNG"))
 
 

@@ -162,7 +162,7 @@ BAD_IMAGE_REQUESTS = {
     "many draws": (
         as_json(images=[b64(png())] * 17, samples=64),
         413,
-        "images x samples may be 1024, got 17 x 64",
+        "images x samples may be at most 1024, got 17 x 64",
     ),
     "objects": (
         body(npy(np.array([[None]], object), allow_pickle=True)),
@@ -228,7 +228,7 @@ BAD_IMAGE_REQUESTS = {
         400,
         "must be text or a file, got int",
     ),
-    "large body": (body(b"x" * (16 * 2**20 + 1)), 413, "may have 16777216 bytes"),
+    "large body": (body(b"x" * (16 * 2**20 + 1)), 413, "may have at most 16777216 bytes"),
 }
 
 
@@ -470,7 +470,9 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(
     assert isinstance(
         read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage
     )
-    with pytest.raises(ApiError, match="may have 2000 pixels together, these have 3200") as caught:
+    with pytest.raises(
+        ApiError, match="may have at most 2000 pixels together, these have 3200"
+    ) as caught:
         read_images("score", as_json(images=[one, one], resize="fit"), SHAPE)
     assert caught.value.status == 413
     parsed = read_images("score", as_json(images=[one, one, b64(b"junk")]), SHAPE)
@@ -480,7 +482,7 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(
 def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
     with pytest.raises(
-        ApiError, match="JSON may have 1000 bytes here, the body has 2000"
+        ApiError, match="JSON may have at most 1000 bytes here, the body has 2000"
     ) as caught:
         read_images("score", RawRequest("application/json", b"[" * 2000), SHAPE)
     assert caught.value.status == 413

@@ -258,7 +258,7 @@ BAD = {
     ),
     "1x1": ((encode(PICTURE.resize((1, 1)), "PNG"), "image/png"), 422, "got 1 x 1"),
     "truncated": ((encode(PICTURE, "PNG")[:300], "image/png"), 415, "damaged"),
-    "bomb": ((png_header(60000, 60000), "image/png"), 413, "may have 16000000 pixels"),
+    "bomb": ((png_header(60000, 60000), "image/png"), 413, "may have at most 16000000 pixels"),
     "text": ((b"hello", "text/plain"), 415, "not an image"),
     "empty": ((b"", "image/png"), 400, "the request is empty"),
     "NaN": (
@@ -303,7 +303,7 @@ BAD = {
         422,
         "samples must be from 1 to 64",
     ),
-    "17 MiB": ((b"\0" * (17 * 2**20), "image/png"), 413, "may have 16777216 bytes"),
+    "17 MiB": ((b"\0" * (17 * 2**20), "image/png"), 413, "may have at most 16777216 bytes"),
 }
 
 

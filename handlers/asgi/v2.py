@@ -134,10 +134,14 @@ def parse(
     )
     if "format" in parameters:
         raise ApiError(
-            422, "unknown_parameter", "there is no parameter format: the protocol has its own"
+            422,
+            "unknown_parameter",
+            "format is not a parameter: the protocol has formats of its own",
         )
     for name in filter(is_image_field, parameters):  # they would be taken for files of a form
-        raise ApiError(422, "unknown_parameter", f"{show(name)} is no parameter: images are inputs")
+        raise ApiError(
+            422, "unknown_parameter", f"{show(name)} is not a parameter: images are inputs"
+        )
     fields: dict[str, Any] = {**parameters, "format": FORMATS[operation]}
     known = SAMPLE_INPUTS if operation == "sample" else (IMAGES,)
     for name, tensor in inputs.items():
@@ -145,7 +149,7 @@ def parse(
             raise unusable("bad_array", f"{operation} has no input {show(name)}")
         field = name if operation == "sample" else "image"
         if field in fields:
-            raise malformed(f"{field} is a parameter and an input")
+            raise malformed(f"{field} is given as a parameter and as an input")
         if operation == "sample":
             if tensor.size != 1:
                 raise unusable("bad_array", f"{name} must have one value, got {tensor.size}")
@@ -161,7 +165,7 @@ def _head(text: bytes, bundle: Bundle) -> dict[str, Any]:
     """Parse a request's JSON after counting its values, which take more memory than text."""
     most = MAX_JSON_VALUES + MAX_IMAGES * math.prod(bundle.image_shape)
     if text.count(b",") + text.count(b"[") > most or text.count(b"{") > MAX_JSON_VALUES:
-        raise ApiError(413, "request_too_large", f"JSON may have {most} values here")
+        raise ApiError(413, "request_too_large", f"JSON may have at most {most} values here")
     try:
         head = orjson.loads(text)
     except ValueError as error:
@@ -190,7 +194,7 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
             )
         size = (one.get("parameters") or {}).get("binary_data_size")
         if size is not None and "data" in one:
-            raise malformed(f"{show(name)}: there are data and binary_data_size")
+            raise malformed(f"{show(name)}: give data or binary_data_size, not both")
         count = math.prod(shape)
         try:
             if size is None:

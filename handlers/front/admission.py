@@ -195,7 +195,9 @@ async def _fill(body: bytearray, receive: Receive, share: Share, limits: Limits)
 
 
 def _too_large(limits: Limits) -> ApiError:
-    return ApiError(413, "request_too_large", f"a request may have {limits.body_bytes} bytes")
+    return ApiError(
+        413, "request_too_large", f"a request may have at most {limits.body_bytes} bytes"
+    )
 
 
 class Lane:

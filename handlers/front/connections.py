@@ -165,7 +165,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse_head(self) -> None:
         most = self._limits.head_bytes
-        self._refuse(ApiError(431, "headers_too_large", f"headers may have {most} bytes"))
+        self._refuse(ApiError(431, "headers_too_large", f"headers may have at most {most} bytes"))
 
     def _refuse(self, error: ApiError) -> None:
         is_bad_body = (

@@ -137,8 +137,10 @@ def not_a_form() -> ApiError:
 
 
 def _too_long() -> ApiError:
-    return malformed(f"a field's name, with its file's name, may have {MAX_NAME_BYTES} bytes")
+    return malformed(
+        f"a field's name, with its file's name, may have at most {MAX_NAME_BYTES} bytes"
+    )
 
 
 def _too_many() -> ApiError:
-    return ApiError(413, "too_many_images", f"a form may have {MAX_FIELDS} fields")
+    return ApiError(413, "too_many_images", f"a form may have at most {MAX_FIELDS} fields")

@@ -74,7 +74,7 @@ def read_any_file(path: str) -> bytes:
     except Exception as error:  # of the store's own client: one file must not end the run
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
     if len(content) > MAX_FILE_BYTES:
-        raise OSError(errno.EFBIG, f"an image file may have {MAX_FILE_BYTES} bytes")
+        raise OSError(errno.EFBIG, f"an image file may have at most {MAX_FILE_BYTES} bytes")
     return content
 
 

@@ -149,7 +149,7 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
         raise ApiError(
             413,
             "request_too_large",
-            f"JSON may have {limits.bytes} bytes here, {name} has {len(text)}",
+            f"JSON may have at most {limits.bytes} bytes here, {name} has {len(text)}",
         )
     data = _bytes(text)
     for what, most, count in (
@@ -158,7 +158,9 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
     ):
         if count > most:
             raise ApiError(
-                413, "request_too_large", f"JSON may have {most} {what} here, {name} has {count}"
+                413,
+                "request_too_large",
+                f"JSON may have at most {most} {what} here, {name} has {count}",
             )
     try:
         return json.loads(data)
@@ -229,7 +231,7 @@ def pixels_to_resize(sources: Sequence[Any]) -> int:
         raise ApiError(
             413,
             "too_large",
-            f"the pictures of a request may have {MAX_REQUEST_PIXELS} pixels together, "
+            f"the images of a request may have at most {MAX_REQUEST_PIXELS} pixels together, "
             f"these have {pixels}",
         )
     return pixels
@@ -269,7 +271,7 @@ def _check_size(count: int) -> None:
         raise ApiError(
             413,
             "request_too_large",
-            f"a request may have {MAX_BODY_BYTES} bytes, this one has {count}",
+            f"a request may have at most {MAX_BODY_BYTES} bytes, this one has {count}",
         )
 
 

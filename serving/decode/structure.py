@@ -141,7 +141,7 @@ def check_exif(data: bytes) -> None:
 
 def _too_large(what: str, count: int, limit: int) -> ImageError:
     return ImageError(
-        "too_large", f"an image file may have {limit} {what}, this one has {count} or more"
+        "too_large", f"an image file may have at most {limit} {what}, this one has {count} or more"
     )
 
 
@@ -464,8 +464,8 @@ def _directory(data: bytes, order: str, offset: int, strict: bool = False) -> di
         if total > len(data):
             raise ImageError(
                 "too_large",
-                f"the tags of a directory may have {len(data)} bytes, as their file, these have "
-                f"{total} or more",
+                f"the tags of a directory may have at most {len(data)} bytes, as their file, "
+                f"these have {total} or more",
             )
     return found
 

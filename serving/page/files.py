@@ -74,7 +74,7 @@ def read_file(path: str) -> bytes:
     with open(os.open(own_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE_BYTES:
-            raise FileRefused(f"A file may have {MAX_FILE_BYTES >> 20} MiB.")
+            raise FileRefused(f"A file may have at most {MAX_FILE_BYTES >> 20} MiB.")
         return file.read(MAX_FILE_BYTES)
 
 

@@ -106,8 +106,8 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
                 # The declared size may be too small.
                 if max(info.file_size, len(data)) > MAX_FILE_BYTES:
                     raise gr.Error(
-                        f"{entry} is too large: an image file may have {MAX_FILE_BYTES >> 20} MiB "
-                        "unpacked."
+                        f"{entry} is too large: an image file may have at most "
+                        f"{MAX_FILE_BYTES >> 20} MiB unpacked."
                     )
                 yield info.filename, data
     except (gr.Error, MemoryError):

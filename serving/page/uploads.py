@@ -158,7 +158,9 @@ class _Receiver:
     def _count(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > HEADER_BYTES:
-            raise UploadRefused(400, f"The headers of a part may have {HEADER_BYTES} bytes.")
+            raise UploadRefused(
+                400, f"The headers of a part may have at most {HEADER_BYTES} bytes."
+            )
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._count(end - start)
@@ -193,7 +195,7 @@ class _Receiver:
     def _write(self, data: bytes, start: int, end: int) -> None:
         self._left -= end - start
         if self._left < 0:
-            raise UploadRefused(413, f"A file may have {MAX_FILE_BYTES >> 20} MiB.")
+            raise UploadRefused(413, f"A file may have at most {MAX_FILE_BYTES >> 20} MiB.")
         if self._file is not None:
             self._file.write(data[start:end])
 

@@ -184,7 +184,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
             raise ApiError(
                 413,
                 "too_many_draws",
-                f"images x samples may be {MAX_DRAWS}, got {count} x {parameters.samples}",
+                f"images x samples may be at most {MAX_DRAWS}, got {count} x {parameters.samples}",
             )
 
     def rows(self, request: ImagesRequest[ScoreParameters]) -> int:
