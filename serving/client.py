@@ -77,7 +77,7 @@ RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a
 # For answers of servers too old to report a decision: nothing is accepted.
 UNDECIDED = {
     "decision": "no_verdict",
-    "decision_reason": "not_reported: the server is of a version that decides nothing",
+    "decision_reason": "not_reported: the server is of a version that makes no decisions",
 }
 ImageLike = np.ndarray | Image.Image | str | os.PathLike[str] | bytes | bytearray
 IMAGE_TYPES = (np.ndarray, Image.Image, str, os.PathLike, bytes, bytearray)

@@ -71,7 +71,7 @@ def add_tab(shared: Shared) -> None:
         return (
             f'<figure class="ade-part ade-samples"><img src="data:image/png;base64,{source}" '
             f'alt="{SAMPLES} samples of {escape(model)}"><figcaption class="ade-caption">'
-            f"{SAMPLES} samples of seed {SEED}, not chosen.</figcaption></figure>"
+            f"{SAMPLES} samples of seed {SEED}, not hand-picked.</figcaption></figure>"
         )
 
     def pictures_if_shown(model: str, shown: str) -> Any:

@@ -54,7 +54,7 @@ TABS = {
     "Compare": compare,
     "About": about,
 }
-TAGLINE = "Is this image like those that the model was trained on?"
+TAGLINE = "Is this image like those that the gate was calibrated on?"
 
 
 class PageBlocks(gr.Blocks):

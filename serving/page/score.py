@@ -1,4 +1,4 @@
-"""The tab *Score*: how likely an image is, and whether it looks like the training images."""
+"""The tab *Score*: how likely an image is, and whether it looks like the known images."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def alpha_input(button: str | None = None) -> gr.Slider:
     Args:
         button: that applies a change; ``None`` if changes apply at once.
     """
-    info = "Share of images like the training images that are rejected by mistake."
+    info = "Share of images like the known ones that are rejected by mistake."
     return gr.Slider(
         0.001,
         0.2,
@@ -120,10 +120,10 @@ def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[C
         return "no_verdict", f"{reason[:1].upper()}{reason[1:]}."
     count = len(calibration.scores)
     others = round(result.p_value * (count + 1)) - 1
-    finding = "Nothing sets this image apart from the training images"
+    finding = "Nothing sets this image apart from the known images"
     how_many = f"{others:,}"
     if ruling.choice == "reject":
-        finding = "This image looks unlike the training images"
+        finding = "This image looks unlike the known images"
         how_many = f"only {others:,}" if others else "none"
     verb = "is" if others in (0, 1) else "are"
     return ruling.choice, (
