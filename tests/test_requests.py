@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -528,6 +529,20 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
         "request_too_large",
     ) and what in raised.value.message
     assert time.process_time() - started < 1
+
+
+def test_text_among_numbers_takes_no_memory() -> None:
+    """NumPy makes each value as long as the longest text: here 400 MB of 700 kB."""
+    values = ["a" * 1000, *range(100_000)]
+    levels = [{"z": [[values]]}, {"z": np.zeros(LATENTS[1]).tolist()}]
+    raw = body(json.dumps({"latents": [{"levels": levels}]}).encode(), "application/json")
+    tracemalloc.start()
+    try:
+        error = refused(parse_sample, raw, LATENTS)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert error.code == "bad_latents" and peak < 50e6
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from serving.api.requests import (
     MAX_IMAGES,
     MAX_JSON_VALUES,
     RawRequest,
+    array_of,
     is_image_field,
 )
 from serving.api.responses import Response, check_size, error_response
@@ -230,7 +231,7 @@ def _exact(data: Any, dtype: np.dtype) -> np.ndarray:
     Raises:
         ValueError: the type cannot hold them.
     """
-    given = np.asarray(data).reshape(-1)
+    given = array_of(data).reshape(-1)
     flat = given.astype(dtype)
     if dtype.kind != "f" and not np.array_equal(flat, given):
         raise ValueError("values would change")

@@ -168,6 +168,27 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
         raise malformed(f"{name} is not JSON: {error}") from None
 
 
+def array_of(value: Any) -> np.ndarray:
+    """The array of a number, or of nested lists of numbers, from JSON.
+
+    If one of the values is text, NumPy makes text of all, each as long as the longest: gigabytes of
+    a few megabytes of JSON.
+
+    Raises:
+        TypeError: one of the values is text.
+        ValueError: the lists do not have the lengths of an array.
+    """
+    lists = [[value]]
+    while lists:
+        items = lists.pop()
+        kinds = set(map(type, items))
+        if str in kinds:
+            raise TypeError("there is text among the numbers")
+        if list in kinds:
+            lists += [item for item in items if isinstance(item, list)]
+    return np.asarray(value)
+
+
 def json_object(request: RawRequest, limits: JsonLimits) -> dict[str, Any]:
     """The JSON object of a request, whether the server has parsed it or not."""
     body = request.body

@@ -22,6 +22,7 @@ from serving.api.requests import (
     URLENCODED,
     JsonLimits,
     RawRequest,
+    array_of,
     form_text,
     is_type,
     json_object,
@@ -339,8 +340,8 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
         for level, (item, shape) in enumerate(zip(given, shapes, strict=True)):
             try:
                 with np.errstate(over="ignore"):  # numbers that become infinite are refused below
-                    numbers = np.asarray(item.get(are) if isinstance(item, dict) else item)
-                    if numbers.dtype.kind not in "iuf":  # text and booleans would be converted
+                    numbers = array_of(item.get(are) if isinstance(item, dict) else item)
+                    if numbers.dtype.kind not in "iuf":  # booleans would be converted
                         raise TypeError
                     array = numbers.astype(np.float32)
             except (ValueError, TypeError, OverflowError):
