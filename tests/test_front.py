@@ -256,8 +256,17 @@ def test_parameters_in_the_query_string_are_refused(
         (b"--B\r\n\r\n\r\n" * 2**21, 400),
         (b"--B\r\n%s; name=a\r\n\r\n" % PART + b"\r\n--" * 2**22 + b"\r\n--B--", 200),
         (b"--B\r\n" + b"x" * 2**24, 400),
+        (b"--B\r\n%s\r\n\r\n" % (b'%s; name=a; b="%s\r\n' % (PART, b";" * 4000) * 8) * 99, 400),
+        (b'--B\r\n%s; name="a%s"\r\n\r\n\r\n--B--' % (PART, b"&#23383;" * 30), 200),
     ],
-    ids=["many parts", "empty parts", "what resembles a boundary", "a long header"],
+    ids=[
+        "many parts",
+        "empty parts",
+        "what resembles a boundary",
+        "a long header",
+        "quotations of many parameters",
+        "a name that a browser escaped",
+    ],
 )
 def test_forms_are_read_in_bounded_time(body: bytes, status: int) -> None:
     """The front does nothing else meanwhile."""

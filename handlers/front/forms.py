@@ -19,6 +19,7 @@ from serving.messages import show
 MULTIPART = "multipart/form-data"
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
 MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header
+MAX_SEMICOLONS = 32  # of a part's header: the time to parse it grows with their square
 _FILE_START = 64  # every image format and .npy has a byte within these that no form has
 _TEXT = bytes(range(32, 127)) + b"\r\n\t"
 
@@ -88,6 +89,8 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
             raise _too_long()
         kind = header.lower()
         if kind == b"content-disposition":
+            if value.count(b";") > MAX_SEMICOLONS:
+                raise malformed(f"a header of a field may have {MAX_SEMICOLONS} semicolons")
             name = parse_options_header(bytes(value))[1].get(b"name")
             is_named = name is not None
             names.append(name or b"")
