@@ -17,17 +17,21 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus, unquote_to_bytes
 
 import httpx
 import numpy as np
 import psutil
 import pytest
 import tritonclient.http
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ade_cli.status import _text
 from handlers.asgi import v2, wire, worker
@@ -314,6 +318,25 @@ def test_forms_are_taken_apart() -> None:
     assert made.fields == {"n": b"4", "kind": b"a& b", "c": b""}
     made = raw_request("image/png", b"--b", False, "")
     assert made.body == b"--b" and made.fields == {}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.binary(max_size=3).map(quote_plus) | st.sampled_from("=+ \r\n\t._"), max_size=9))
+def test_values_are_unquoted(pieces: list[str]) -> None:
+    value = "".join(pieces).encode()
+    made = raw_request("application/x-www-form-urlencoded", b"n=" + value, False, "")
+    assert made.fields == {"n": unquote_to_bytes(value.replace(b"+", b" "))}
+
+
+def test_a_value_of_escapes_takes_little_memory() -> None:
+    body = b"n=" + b"%89" * 2**20
+    tracemalloc.start()
+    try:
+        made = raw_request("application/x-www-form-urlencoded", body, False, "")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert made.fields == {"n": b"\x89" * 2**20} and peak < 5 * len(body)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import binascii
 import re
 from collections.abc import Iterable
-from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -58,7 +58,12 @@ def _urlencoded(body: bytes) -> Iterable[tuple[bytes, bytes]]:
 
 
 def _unquoted(text: bytes) -> bytes:
-    return unquote_to_bytes(text.replace(b"+", b" "))
+    """Decode a name or a value, whose escapes are valid.
+
+    As quoted-printable text, in which an escape begins with ``=``: ``urllib`` makes two objects of
+    each escape, which takes a hundred times the memory.
+    """
+    return binascii.a2b_qp(text.replace(b"+", b" ").replace(b"=", b"=3D").replace(b"%", b"="))
 
 
 def _multipart(content_type: str, body: bytes) -> list[tuple[bytes, bytes]]:
