@@ -770,6 +770,7 @@ def test_v2_answers_are_those_of_the_api(
     [
         ({"inputs": None}, 400),
         ({"parameters": [1]}, 400),
+        ({"parameters": {"alpha": json.loads("[" * 300 + "]" * 300)}}, 400),
         ({"parameters": {"sede": 1}}, 422),
         ({"parameters": {"samples": 0}}, 422),
         ({"outputs": [{"name": "other"}]}, 422),
@@ -789,6 +790,7 @@ def test_v2_answers_are_those_of_the_api(
         ({"data": [0.5] * 3072}, 400),
         ({"data": [256] * 3072}, 400),
         ({"data": ["x"] * 3072}, 400),
+        ({"datatype": "FP32", "data": ["9"] * 3072}, 400),
         ({"name": "image"}, 422),
         ({"parameters of the input": {"binary_data_size": 5}}, 400),
     ],

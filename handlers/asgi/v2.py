@@ -251,8 +251,15 @@ def _is_binary(output: dict[str, Any], default: bool) -> bool:
 
 
 def _text(value: Any) -> str:
-    """The text of a parameter, as in a form."""
-    return value if isinstance(value, str) else orjson.dumps(value).decode()
+    """The text of a parameter, as in a form.
+
+    Raises:
+        ApiError: 400, it has more lists in each other than orjson writes, which reads more.
+    """
+    try:
+        return value if isinstance(value, str) else orjson.dumps(value).decode()
+    except TypeError:
+        raise malformed("a parameter holds too many lists in each other") from None
 
 
 def respond(call: Call | None, response: Response) -> Response:
