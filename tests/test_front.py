@@ -571,6 +571,21 @@ def test_pipelined_requests_are_answered_in_order(front: RunningFront, upstream:
     assert len(set(ids)) == len(names)
 
 
+def test_thousands_of_pipelined_requests_end_their_connection(
+    front: RunningFront, upstream: Upstream
+) -> None:
+    """The front would do nothing else while it reads their heads."""
+    with front.connect() as connection:
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /ping HTTP/1.1\r\n\r\n" * 20_000)
+        assert httpx.get(f"{front.url}/ping", timeout=60).status_code == 200
+        assert time.monotonic() - started < 5
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(2**16):
+                pass
+
+
 def test_http_1_0_and_close(front: RunningFront, upstream: Upstream) -> None:
     for head in (
         b"GET /ping HTTP/1.0\r\nHost: localhost\r\n\r\n",

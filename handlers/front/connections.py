@@ -15,6 +15,7 @@ from handlers.front.admission import Limits
 from serving.api.errors import ApiError
 from serving.api.guard import error_answer
 
+MAX_AHEAD = 128  # requests that wait for an earlier one's answer; a read may bring thousands
 _OFFERED = b"\r\nupgrade:"
 _UPGRADE = re.compile(_OFFERED, re.IGNORECASE)
 # The same length as `\r\nupgrade:`, so that the following bytes keep their offsets.
@@ -91,6 +92,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse_head()
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_AHEAD:
+            raise ConnectionAbortedError("too many requests ahead of their answers")
         super().on_message_begin()
         # The front aborts the connection if the client does not read the answer.
         self.scope["extensions"] = {"ade.abort": {"connection": self.transport.abort}}
