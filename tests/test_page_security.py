@@ -594,6 +594,18 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
     assert set((page.inbox / "uploads").iterdir()) == before, "what its sender gave up is gone"
 
 
+def test_requests_ahead_of_answers_end_their_connection(page: RunningPage) -> None:
+    """uvicorn keeps each of them, with a hundred times the memory of its text."""
+    port, answers = int(page.url.rpartition(":")[2]), 0
+    sender = socket.create_connection(("127.0.0.1", port))
+    with sender, contextlib.suppress(ConnectionError):
+        sender.sendall(b"GET / HTTP/1.1\r\n\r\n" * 20_000)
+        while part := sender.recv(2**16):
+            answers += part.count(b"HTTP/1.1 421")
+    assert answers < 1000
+    assert page.client().get("/").status_code == 200
+
+
 def test_a_client_does_not_fill_the_log(page: RunningPage) -> None:
     client = page.client()
     before = len(page.output.read_text().splitlines())

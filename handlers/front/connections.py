@@ -8,14 +8,14 @@ import re
 from typing import Any, cast
 
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from handlers.front.admission import Limits
 from serving.api.errors import ApiError
 from serving.api.guard import error_answer
+from serving.api.pipelining import PipeliningProtocol
 
-MAX_AHEAD = 128  # requests that wait for an earlier one's answer; a read may bring thousands
 _OFFERED = b"\r\nupgrade:"
 _UPGRADE = re.compile(_OFFERED, re.IGNORECASE)
 # The same length as `\r\nupgrade:`, so that the following bytes keep their offsets.
@@ -23,7 +23,7 @@ _DECLINED = b"\r\ndecline:"
 _BLANK = b"\r\n\r\n"
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(PipeliningProtocol):
     """uvicorn's protocol with limits.
 
     Without them it would wait forever for the head of a request, or for a client that does not
@@ -92,8 +92,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse_head()
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_AHEAD:
-            raise ConnectionAbortedError("too many requests ahead of their answers")
         super().on_message_begin()
         # The front aborts the connection if the client does not read the answer.
         self.scope["extensions"] = {"ade.abort": {"connection": self.transport.abort}}

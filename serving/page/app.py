@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 
 from serving.api.guard import Guard
 from serving.api.openapi import openapi_document
+from serving.api.pipelining import PipeliningProtocol
 from serving.brand import MARK, MARK_FILE, NAME
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import MAX_FILE_BYTES
@@ -256,7 +257,13 @@ def main() -> None:
     start_sweeping(inbox())
     server = uvicorn.Server(
         uvicorn.Config(
-            app, host=args.host, port=args.port, ws="none", log_level="warning", access_log=False
+            app,
+            host=args.host,
+            port=args.port,
+            http=PipeliningProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
         )
     )
     if args.gate is not None and args.gate.exists():
