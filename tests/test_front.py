@@ -586,6 +586,19 @@ def test_thousands_of_pipelined_requests_end_their_connection(
                 pass
 
 
+def test_large_requests_ahead_of_answers_end_their_connection(
+    front: RunningFront, upstream: Upstream
+) -> None:
+    """Each answer lets more of them in, which the front would hold beside those that it counts."""
+    waiting = HEAD + b"Content-Type: test/wait\r\nContent-Length: 0\r\n\r\n"
+    large = HEAD + b"Content-Length: 250000\r\n\r\n" + bytes(250_000)
+    with front.connect() as connection, pytest.raises(ConnectionError):
+        connection.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 60 + waiting)
+        for _ in range(60):
+            connection.sendall(large)
+    upstream.release()
+
+
 def test_http_1_0_and_close(front: RunningFront, upstream: Upstream) -> None:
     for head in (
         b"GET /ping HTTP/1.0\r\nHost: localhost\r\n\r\n",

@@ -9,12 +9,23 @@ from __future__ import annotations
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_AHEAD = 128  # of a connection; a single read may bring thousands
+MAX_AHEAD_BYTES = 2**20  # of their bodies, and of that of the last one alone
 
 
 class PipeliningProtocol(HttpToolsProtocol):
     """Ends a connection with too many requests that wait for the answer to an earlier one."""
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_AHEAD:
-            raise ConnectionAbortedError("too many requests ahead of answers")  # ends the parsing
+        bodies = sum(len(cycle.body) for cycle, _ in self.pipeline)
+        if len(self.pipeline) >= MAX_AHEAD or bodies > MAX_AHEAD_BYTES:
+            raise _TooMuchAhead
         super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
+            raise _TooMuchAhead
+
+
+class _TooMuchAhead(Exception):
+    """Ends the parsing of what was read, and then the connection."""
