@@ -572,6 +572,8 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
     answer = client.post("/gradio_api/call/about", json={"data": [files]})
     assert answer.status_code == 413
     assert answer.json() == {"detail": "A request may name 4,000 files."}
+    lists = b"[" + b"[]," * 20_000 + b"[]]"
+    assert client.post("/gradio_api/queue/join", content=lists).status_code == 413
     port = int(page.url.rpartition(":")[2])
     before = set((page.inbox / "uploads").iterdir())
     head = (

@@ -68,6 +68,8 @@ MAX_UNREAD = 64  # as many as may wait for computation
 MAX_BODY = (
     2 * 2**20
 )  # of all but uploads: enough to name 2,000 files; 4 MiB of empty objects took 208 MB
+# Lists and objects in a body. 4,000 files have two each; empty ones take 25 times their text.
+MAX_LISTS = 20_000
 
 
 def route_of(method: str, path: str) -> str | None:
@@ -173,6 +175,10 @@ class OpenRoutes:
                         scope, receive, send
                     )
                 if not path.startswith("/login"):
+                    if body.count(b"[") + body.count(b"{") > MAX_LISTS:
+                        return await PlainTextResponse(
+                            f"At most {MAX_LISTS:,} lists and objects.", 413
+                        )(scope, receive, send)
                     value = orjson.loads(body)
                     named = [*itertools.islice(paths_in(value), CLIENT_FILES + 1)]
                     if len(named) > CLIENT_FILES:
