@@ -9,7 +9,6 @@ The densities are fitted to CIFAR-10's training images 45,000-45,999. The in-dis
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from sklearn.mixture import GaussianMixture
 
 from export.verdict import detector
 from export.verdict.calibrate import statistics_of
-from export.verdict.corruptions import CORRUPTIONS, blur, posterize
+from export.verdict.corruptions import CORRUPTIONS, add_noise, blur, jpeg, posterize
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import FARTHEST, NormalScores
 from serving.verdict.statistics import statistic_names
@@ -42,22 +41,6 @@ FAMILIES = {  # by prefixes of names; the first that matches
 
 def _clipped(values: np.ndarray) -> np.ndarray:
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
-
-
-def _noise(sigma: float) -> Corruption:
-    return lambda images, rng: _clipped(images + rng.normal(0, sigma, images.shape))
-
-
-def _jpeg(quality: int) -> Corruption:
-    def corrupt(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        made = []
-        for image in images:
-            out = io.BytesIO()
-            Image.fromarray(image).save(out, "JPEG", quality=quality)
-            made.append(np.asarray(Image.open(out)))
-        return np.stack(made)
-
-    return corrupt
 
 
 def _shuffled_patches(size: int) -> Corruption:
@@ -152,12 +135,12 @@ def _shapes(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 OOD_IMAGES: dict[str, Corruption] = {
     **CORRUPTIONS,
-    "noise 5": _noise(5),
-    "noise 15": _noise(15),
+    "noise 5": lambda x, rng: add_noise(x, rng, 5.0),
+    "noise 15": lambda x, rng: add_noise(x, rng, 15.0),
     "blurred 0.5": lambda x, rng: blur(x, 0.5),
     "blurred 1": lambda x, rng: blur(x, 1.0),
-    "JPEG 20": _jpeg(20),
-    "JPEG 60": _jpeg(60),
+    "JPEG 20": lambda x, rng: jpeg(x, 20),
+    "JPEG 60": lambda x, rng: jpeg(x, 60),
     "blue for red": lambda x, rng: x[..., ::-1].copy(),
     "colours turned": lambda x, rng: x[..., [1, 2, 0]],
     "posterised to 4 bits": lambda x, rng: posterize(x, 4),
@@ -189,12 +172,9 @@ def _ledoit_wolf(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return found.mahalanobis
 
 
-def _gaussians(components: int) -> Callable[[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
-    def fit(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        found = GaussianMixture(components, reg_covar=0.1, random_state=0).fit(scores)
-        return lambda z: -found.score_samples(z)
-
-    return fit
+def _four_gaussians(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    found = GaussianMixture(4, reg_covar=0.1, random_state=0).fit(scores)
+    return lambda z: -found.score_samples(z)
 
 
 def _copod(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -226,7 +206,7 @@ def _ours(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 DENSITIES = {
     "shrunk mixture (served)": _ours,
     "one Gaussian, Ledoit-Wolf": _ledoit_wolf,
-    "4 Gaussians": _gaussians(4),
+    "4 Gaussians": _four_gaussians,
     "COPOD": _copod,
 }
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.ood_encoder import Statistics, area, with_features
 from export.verdict.calibrate import statistics_of
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.corruptions import CORRUPTIONS, SUBTLE, corrupted
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import COORDINATES, PROBABILITIES
@@ -92,8 +92,7 @@ def main() -> None:
             name: (pixels[its], {k: v[its] for k, v in statistics.items()})
             for name, its in rows.items()
         }
-        for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
-            changed = corrupt(sets[TEST][0][:CORRUPTED], np.random.default_rng(0))
+        for name, changed in corrupted(sets[TEST][0][:CORRUPTED]).items():
             sets[name] = (changed, statistics_of(engine, changed, name))
         assert all(len(images) == len(its["bpd"]) for images, its in sets.values())
         chosen = np.flatnonzero(~np.isin(train_labels, split))

@@ -18,7 +18,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from export.verdict.calibrate import statistics_of
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.corruptions import corrupted
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import FEATURES, LOGITS, OF_NETWORK, semantic_statistics
@@ -61,7 +61,7 @@ def areas(
     found = {name: with_features(its, images, encoder) for name, (images, its) in sets.items()}
     first = {name: values[:fit] for name, values in found["fit"].items()}
     made = fit_calibration(first, found["calibrate"])
-    scores = {name: made.surprise(made.normal(made.rows(its))) for name, its in found.items()}
+    scores = {name: made.scores_of(its) for name, its in found.items()}
     areas = {
         name: area(scores["test"], its)
         for name, its in scores.items()
@@ -89,8 +89,7 @@ def main() -> None:
     others = np.flatnonzero(np.isin(labels, HELD_OUT_CLASSES))[:TEST]
     chosen = {"fit": fit, "calibrate": calibrate, "test": test, "classes": others}
     pixels = {name: np.asarray(parts["test"].images[rows]) for name, rows in chosen.items()}
-    for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
-        pixels[name] = corrupt(pixels["test"][:CORRUPTED], np.random.default_rng(0))
+    pixels |= corrupted(pixels["test"][:CORRUPTED])
     sets = {name: (its, statistics_of(engine, its, name)) for name, its in pixels.items()}
     train_labels = np.asarray(parts["train"].labels)
     rows = np.flatnonzero(~np.isin(train_labels, HELD_OUT_CLASSES))

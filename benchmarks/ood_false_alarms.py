@@ -10,16 +10,15 @@ distribution.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from export.verdict.calibrate import statistics_of
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import conformal_p_values
+from serving.verdict.false_alarms import false_alarm_band
 from training.datasets import load_dataset
 
 ALPHAS = (0.1, 0.05, 0.01)
@@ -50,20 +49,13 @@ def main() -> None:
             {k: v[order[:FIT]] for k, v in held_out.items()},
             {k: v[order[FIT:]] for k, v in held_out.items()},
         )
-        p_values = conformal_p_values(
-            fitted.scores, fitted.surprise(fitted.normal(fitted.rows(test)))
-        )
-        n = count - FIT
+        p_values = conformal_p_values(fitted.scores, fitted.scores_of(test))
         for alpha in ALPHAS:
-            k = math.floor(alpha * (n + 1))
-            low, high = stats.betabinom.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], m, k, n + 1 - k)
-            rejected = int((p_values <= alpha).sum())
+            low, high = false_alarm_band(count - FIT, alpha, LEVEL, m)
+            rejected = float((p_values <= alpha).mean())
             name = f"random {split}" if split else "as shipped"
             place = "inside" if low <= rejected <= high else "OUTSIDE"
-            print(
-                f"| {name} | {alpha} | {rejected / m:.4f} | {low / m:.4f} to {high / m:.4f} "
-                f"| {place} |"
-            )
+            print(f"| {name} | {alpha} | {rejected:.4f} | {low:.4f} to {high:.4f} | {place} |")
 
 
 if __name__ == "__main__":

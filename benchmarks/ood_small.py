@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from export.verdict.calibrate import statistics_of
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.verdict.corruptions import CORRUPTIONS, corrupted
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import conformal_p_values
@@ -48,10 +48,7 @@ def split(
     """p-values of each set of images."""
     first = round(share * len(order))
     made = fit_calibration(part(folder, order[:first]), part(folder, order[first:]))
-    return [
-        conformal_p_values(made.scores, made.surprise(made.normal(made.rows(its))))
-        for its in judged
-    ]
+    return [conformal_p_values(made.scores, made.scores_of(its)) for its in judged]
 
 
 def crossed(folder: Statistics, judged: list[Statistics], order: np.ndarray) -> list[np.ndarray]:
@@ -62,8 +59,7 @@ def crossed(folder: Statistics, judged: list[Statistics], order: np.ndarray) -> 
         rest = np.concatenate(folds[:k] + folds[k + 1 :])
         made = fit_calibration(part(folder, rest), part(folder, fold))
         for counts, its in zip(above, judged, strict=True):
-            scores = made.surprise(made.normal(made.rows(its)))
-            counts += len(fold) - np.searchsorted(made.scores, scores, "left")
+            counts += len(fold) - np.searchsorted(made.scores, made.scores_of(its), "left")
     return [(1 + counts) / (len(order) + 1) for counts in above]
 
 
@@ -77,8 +73,7 @@ def main() -> None:
     pool = statistics_of(engine, images[:POOL], "pool")
     judged = [statistics_of(engine, images[POOL:], "test")]
     gross = len(CORRUPTIONS)
-    for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items():
-        changed = corrupt(images[-CORRUPTED:], np.random.default_rng(0))
+    for name, changed in corrupted(images[-CORRUPTED:]).items():
         judged.append(statistics_of(engine, changed, name))
     methods: dict[str, Callable[[Statistics, list[Statistics], np.ndarray], list[np.ndarray]]] = {
         f"split, {share:.0%} fit": lambda folder, its, order, share=share: split(  # type: ignore[misc]

@@ -70,7 +70,7 @@ def shares_of(
         for part in (slice(FIT), slice(FIT, FIT + CALIBRATE), slice(FIT + CALIBRATE, None))
     )
     calibration = fit_calibration(fit, calibrate)
-    scores = calibration.surprise(calibration.normal(calibration.rows(test)))
+    scores = calibration.scores_of(test)
     p_values = conformal_p_values(calibration.scores, scores)
     shares = [float((p_values <= alpha).mean()) for alpha in ALPHAS]
     return f"classes {' '.join(map(str, classes))}, {name}", shares
