@@ -200,12 +200,12 @@ class ADEModel(nn.Module):
             ShapeError: images or noise have another shape.
             ConfigError: the model has no inference network.
         """
-        draws, p_y, y, log_det_map = self._infer_from(dequantized, eps)
+        draws, p_y, y, log_det_map = self._infer(dequantized, eps)
         return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws])
 
     def examine(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Examination:
         """The terms of :meth:`score`, each pixel's share of them, and the residuals."""
-        draws, p_y, y, log_det_map = self._infer_from(dequantized, eps)
+        draws, p_y, y, log_det_map = self._infer(dequantized, eps)
         log_prob_terms = p_y.log_prob_terms(y)
         evidence = Evidence(
             sum_dims(log_prob_terms), sum_dims(log_det_map), [draw.log_ratio for draw in draws]
@@ -234,7 +234,7 @@ class ADEModel(nn.Module):
         Returns:
             The terms, and the mean of ``p(y | z)``, ``(N, C, H, W)``.
         """
-        draws, p_y, y, log_det_map = self._infer_from(dequantized, eps)
+        draws, p_y, y, log_det_map = self._infer(dequantized, eps)
         evidence = Evidence(
             p_y.log_prob(y),
             sum_dims(log_det_map),
@@ -243,25 +243,21 @@ class ADEModel(nn.Module):
         )
         return evidence, p_y.mean
 
-    def _infer_from(
-        self, dequantized: Dequantized | Tensor, eps: list[Tensor]
-    ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
-        if isinstance(dequantized, Tensor):
-            return self._infer(dequantized, eps)
-        draws, p_y, y, log_det_map = self._infer(dequantized.x, eps)
-        if dequantized.log_det_map is not None:
-            log_det_map = log_det_map + dequantized.log_det_map
-        return draws, p_y, y, log_det_map
-
     def _infer(
-        self, x: Tensor, eps: list[Tensor]
+        self, given: Dequantized | Tensor, eps: list[Tensor]
     ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
+        """The draws of the latents, ``p(y | z)``, ``y`` and the map of the log-determinant."""
         if self.encoder is None:
             raise ConfigError("the model has no inference network, so it can only sample")
+        x, of_positions = (
+            (given, None) if isinstance(given, Tensor) else (given.x, given.log_det_map)
+        )
         self._check_images("x", x)
         self._check_latents("eps", eps, like=[x])
         y, log_det_map = self.flow.with_map(x)
         draws, p_y = self.decoder.infer(self.encoder(y), eps)
+        if of_positions is not None:
+            log_det_map = log_det_map + of_positions
         return draws, p_y, y, log_det_map
 
     def _observe(self, p_y: DiagonalGaussian | PointMass, y_eps: Tensor | None) -> Tensor:
