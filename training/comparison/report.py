@@ -35,6 +35,7 @@ from training.runs import RunError, latest_checkpoint
 from training.weights import count_weights
 
 GRID = 8  # samples per side
+COLUMNS = 3  # of grids of samples
 SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as equal
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
 PLURALS = {Finding.HOLDS: "hold", Finding.FAILS: "do not hold here"}
@@ -595,11 +596,11 @@ def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: tor
             Image.fromarray(grid).save(pictures / f"{row['config'].recipe}.webp", quality=90)
 
 
-def _gallery(rows: Sequence[dict[str, Any]], columns: int = 3) -> list[str]:
+def _gallery(rows: Sequence[dict[str, Any]]) -> list[str]:
     shown = [row["config"].recipe for row in rows if row["measured"] is not None]
     lines = []
-    for first in range(0, len(shown), columns):
-        names = shown[first : first + columns]
+    for first in range(0, len(shown), COLUMNS):
+        names = shown[first : first + COLUMNS]
         table = markdown_table(names, [[f"![samples of {n}](pictures/{n}.webp)" for n in names]])
         lines += [*table, ""]
     return lines

@@ -47,23 +47,22 @@ def improved_precision_recall(generated: np.ndarray, real: np.ndarray) -> dict[s
     }
 
 
-def prd_curve(
-    generated: np.ndarray, real: np.ndarray, angles: int = ANGLES
-) -> tuple[np.ndarray, np.ndarray]:
+def prd_curve(generated: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall between two histograms at every trade-off.
+
+    The curve is evaluated at :data:`ANGLES` slopes between 0 and 90 degrees.
 
     Sajjadi et al., "Assessing Generative Models via Precision and Recall", 2018, eq. 6 and 7.
 
     Args:
         generated: ``(bins,)``, sums to 1.
         real: likewise.
-        angles: number of slopes between 0 and 90 degrees at which the curve is evaluated.
 
     Returns:
-        Precision and recall, each ``(angles,)``.
+        Precision and recall, each ``(ANGLES,)``.
     """
     margin = 1e-6
-    slopes = np.tan(np.linspace(margin, np.pi / 2 - margin, angles))
+    slopes = np.tan(np.linspace(margin, np.pi / 2 - margin, ANGLES))
     precision = np.minimum(slopes[:, None] * real, generated).sum(1)
     return np.clip(precision, 0, 1), np.clip(precision / slopes, 0, 1)
 
