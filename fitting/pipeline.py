@@ -272,20 +272,20 @@ def _encoder(
 
 def _recognises_classes(trained: TrainedEncoder, dataset: Dataset, found: Survey) -> bool:
     """Whether an encoder recognises the classes of held-out images better than by guessing."""
-    rows, labels = _rows(dataset, found, "select"), class_labels(dataset)
-    assert labels is not None
+    rows = _rows(dataset, found, "select")
     its = torch.from_numpy(np.asarray(dataset.parts["select"].images[rows]))
     logits = torch.cat([trained.network(few)[1] for few in its.split(AT_A_TIME)]).numpy()
-    recognised, guessed = _recognised(logits, labels, class_labels(dataset, "select"), rows)
+    recognised, guessed = _recognised(logits, dataset, "select", rows)
     test = stats.binomtest(round(recognised * len(rows)), len(rows), guessed, alternative="greater")
     return bool(test.pvalue < MAX_GUESSING)
 
 
 def _recognised(
-    logits: np.ndarray, trained: np.ndarray, labels: np.ndarray | None, rows: list[int]
+    logits: np.ndarray, dataset: Dataset, part: str, rows: list[int]
 ) -> tuple[float, float]:
     """Share of held-out images whose class is recognised, and that in the largest class."""
-    assert labels is not None
+    trained, labels = class_labels(dataset), class_labels(dataset, part)
+    assert trained is not None and labels is not None
     held_out = labels[rows]
     largest = np.bincount(trained).argmax()
     return float(np.mean(logits.argmax(1) == held_out)), float(np.mean(held_out == largest))
@@ -390,12 +390,11 @@ def _encoder_findings(
     if not (out / ENCODER_ABOUT).exists():
         return None
     about = read_json(out / ENCODER_ABOUT, "is_used")
-    trained = class_labels(dataset)
-    if not about["is_used"] or not about["classes"] or trained is None:
+    if not about["is_used"] or not about["classes"]:
         return EncoderFindings(**about)
     rows = _rows(dataset, found, "test")[:TEST_IMAGES]
     logits = engine.features(np.asarray(dataset.parts["test"].images[rows]))[LOGITS]
-    recognised, guessed = _recognised(logits, trained, class_labels(dataset, "test"), rows)
+    recognised, guessed = _recognised(logits, dataset, "test", rows)
     return EncoderFindings(**about, recognised=recognised, guessed=guessed)
 
 
@@ -416,10 +415,7 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
     opened = open_bundle(bundle)
     engine = InferenceEngine(opened, device="cpu")
     scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize="fit"))
-    left_out = set(found.leaking)
-    tested = shuffled([name for name in dataset.files["test"] if name not in left_out])[
-        :TEST_IMAGES
-    ]
+    tested = [dataset.files["test"][row] for row in _rows(dataset, found, "test")[:TEST_IMAGES]]
     p_values: dict[bool, list[float]] = {False: [], True: []}
     height, width, _ = opened.image_shape
     for row in scorer(tested):
