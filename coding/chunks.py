@@ -12,7 +12,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class ChunkCoder:
 
     coder: ImageCoder
     image_shape: tuple[int, int, int]
-    need: int = field(default=0)
+    need: int = 0
 
     def encode(
         self, names: Sequence[str] | None, pictures: Sequence[Picture], use_model: bool = True

@@ -46,7 +46,7 @@ class FolderSource:
 
     kind = "files"
 
-    def __init__(self, folder: Path, keep_metadata: bool = False) -> None:
+    def __init__(self, folder: Path, keep_metadata: bool) -> None:
         self._folder = folder
         self._keep_metadata = keep_metadata
         self._names = list(image_paths(folder))
