@@ -32,13 +32,6 @@ class Lifting:
     signs: np.ndarray
     steps: np.ndarray
 
-    def apply(self, x: np.ndarray) -> np.ndarray:
-        """The steps without rounding, of ``(n, ...)``."""
-        y: np.ndarray = x * self.signs[:, None]
-        for step in self.steps / 2.0**COEFFICIENT_BITS:
-            y = y + step @ y
-        return y
-
 
 def factorize(matrix: np.ndarray) -> Lifting:
     """Factorise an orthogonal ``(n, n)``.

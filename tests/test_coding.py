@@ -161,8 +161,11 @@ def test_lifting_steps_are_the_rotation_and_exact(n: int) -> None:
     generator = np.random.default_rng(n)
     matrix = np.linalg.qr(generator.normal(size=(n, n)))[0]
     lifting = factorize(matrix)
-    np.testing.assert_allclose(lifting.apply(np.eye(n)), matrix, atol=1e-5)
     rotation = lattice.Rotation(lifting.signs, lifting.steps / 2.0**COEFFICIENT_BITS)
+    product = np.diag(rotation.signs).astype(float)
+    for step in rotation.steps:
+        product += step @ product
+    np.testing.assert_allclose(product, matrix, atol=1e-5)
     x = generator.integers(-(2**18), 2**18, (n, 4, 4))
     y = rotation.forward(x)
     assert np.abs(y.reshape(n, -1) - matrix @ x.reshape(n, -1)).max() < 10
