@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,19 +46,9 @@ class Difference:
     graph: str
     output: str
     backend: str
-    value: float
+    difference: float
     limit: float
     unit: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "graph": self.graph,
-            "output": self.output,
-            "backend": self.backend,
-            "difference": self.value,
-            "limit": self.limit,
-            "unit": self.unit,
-        }
 
 
 def probe_images(real: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -166,12 +155,12 @@ def check_parity(
                             *key, share, MAX_PIXELS_OFF, "of the values one level apart"
                         )
                         continue
-                    difference = _difference(
+                    row = _difference(
                         graph, name, label, expected[name], found[name], config.num_dims
                     )
-                    _raise_if_above(difference)  # here, because NaN would never be the largest
-                    if key not in worst or difference.value > worst[key].value:
-                        worst[key] = difference
+                    _raise_if_above(row)  # here, because NaN would never be the largest
+                    if key not in worst or row.difference > worst[key].difference:
+                        worst[key] = row
     for label, backend in backends.items():
         worst["round trip", "x", label] = _round_trip(backend, label, images, config.latent_shapes)
     table = list(worst.values())
@@ -186,10 +175,10 @@ def _num_further_batches(batches: list[np.ndarray], images: np.ndarray) -> int:
 
 
 def _raise_if_above(row: Difference) -> None:
-    if not row.value <= row.limit:
+    if not row.difference <= row.limit:
         raise ParityError(
             f"{row.backend}: output {row.output} of {row.graph} differs from eager float64 by "
-            f"{row.value:.3g} {row.unit}; at most {row.limit:g} is allowed"
+            f"{row.difference:.3g} {row.unit}; at most {row.limit:g} is allowed"
         )
 
 

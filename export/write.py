@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def export_bundle(
         bundle = open_bundle(folder)
         backends = {b: load_backend(bundle, names, b, "cpu") for b in BACKENDS}
         table = check_parity(model, backends, images, operations)
-        write_manifest(folder, {**fields, "parity": [row.to_dict() for row in table]})
+        write_manifest(folder, {**fields, "parity": list(map(asdict, table))})
     return out
 
 

@@ -382,7 +382,7 @@ def test_parity_allows_one_value_of_ten_thousand_in_small_models_too(
     assert num_values >= 100_000 and len(noise) >= 100_000 / 192 - 8
     if passes:
         (row,) = (row for row in rows if (row.graph, row.output) == ("sample", "images"))
-        assert row.limit == 1e-4 and row.value >= num_wrong / num_values
+        assert row.limit == 1e-4 and row.difference >= num_wrong / num_values
 
 
 def test_a_verdict_of_another_version_is_replaced(
