@@ -193,7 +193,7 @@ def train(
         about["guided"] = True
     progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
     if is_main:
-        folder = save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
+        folder = save_checkpoint(run, trainer, progress, about)
         write_report(run, folder, dataset, trainer.ema, fabric.device)
     with _with_others(fabric):
         fabric.barrier()
@@ -385,11 +385,11 @@ def _run_steps(
                 progress.step % options.checkpoint_steps == 0
                 or time.monotonic() - last_saved > 60 * options.checkpoint_minutes
             ):
-                save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
+                save_checkpoint(run, trainer, progress, about)
                 last_saved = time.monotonic()
     except (KeyboardInterrupt, SystemExit):
         if is_main and is_intact and progress.step:
-            save_checkpoint(run, trainer, progress, about | {"images_seen": progress.images})
+            save_checkpoint(run, trainer, progress, about)
         raise
     finally:
         bar.close()

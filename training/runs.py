@@ -129,6 +129,12 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
 
     A checkpoint of the same step is kept as it is, since it holds the same weights.
 
+    Args:
+        run: the run's folder.
+        trainer: with the weights.
+        progress: of the run so far.
+        about: further fields for ``config.json``, beside the images seen and the operations.
+
     Returns:
         The checkpoint's folder.
     """
@@ -140,7 +146,8 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
     for unfinished in (target, *parent.glob(".step-*.tmp")):
         shutil.rmtree(unfinished, ignore_errors=True)
     with new_folder(target, RunError) as folder:
-        save_model(trainer.ema, folder, {**about, "operations": list(trainer.operations)})
+        found = {"images_seen": progress.images, "operations": list(trainer.operations)}
+        save_model(trainer.ema, folder, {**about, **found})
         _save(trainer.model.state_dict(), folder / RAW_NAME)
         _save_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
         if trainer.discriminator is not None and trainer.d_optimizer is not None:
