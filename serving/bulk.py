@@ -8,7 +8,6 @@ one. At the end ``OUT.part`` is converted to ``OUT``.
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from serving.api.errors import ApiError
-from serving.api.requests import InputImage, prepare_image
+from serving.api.requests import InputImage, prepare_source
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, only_writer, read_file, replacing
@@ -145,14 +144,8 @@ class FileScorer:
         ]
 
     def _read(self, path: str) -> InputImage | ApiError:
-        try:
-            data = self._read_file(path)
-            return prepare_image(data, self._engine.image_shape, self._options.resize == "fit", 0)
-        except OSError as error:
-            code = "too_large" if error.errno == errno.EFBIG else "unreadable"
-            return ApiError(404, code, error.strerror or str(error))
-        except MemoryError:
-            return ApiError(413, "too_large", "there is no memory to decode it")
+        fit = self._options.resize == "fit"
+        return prepare_source(lambda: self._read_file(path), self._engine.image_shape, fit)
 
     def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):

@@ -20,6 +20,8 @@ import torch
 
 from ade_cli.main import main
 from export.verdict.calibrate import calibrate_bundle
+from export.verdict.feedback import give_feedback
+from export.verdict.images import usable
 from export.write import ExportError, export_bundle
 from serving.bulk import BulkError, BulkOptions, score_folder
 from serving.engine.bundle import open_bundle, verify_bundle
@@ -32,8 +34,10 @@ from serving.files import (
     replacing,
     write_text,
 )
+from serving.images import DecodedImage, read_image
 from serving.verdict.calibration import CalibrationError
-from tests.helpers import make_folder
+from tests.helpers import ROOT, make_folder
+from training.datasets.files import decode_into
 from training.runs import _save
 
 
@@ -306,3 +310,31 @@ def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:
     with open(tmp_path / "b.npy", "x+b") as file:
         preallocated(file, (2, 3), tmp_path, ValueError)[1] = 7
     assert np.load(tmp_path / "b.npy").tolist() == [[0, 0, 0], [7, 7, 7]]
+
+
+def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
+    tiny_bundle: Path,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    examples = ROOT / "serving" / "examples"
+    good, huge = (Path(shutil.copy(examples / name, tmp_path)) for name in ("cat.png", "dog.png"))
+
+    def read(data: bytes, size: object = None) -> DecodedImage:
+        if data == huge.read_bytes():
+            raise MemoryError
+        return read_image(data, size=None)
+
+    monkeypatch.setattr("serving.api.requests.read_image", read)
+    monkeypatch.setattr("training.datasets.files.read_image", read)
+    lines: list[str] = []
+    found, errors = usable("photos", [huge.read_bytes(), small_images[0]], (8, 8, 3), lines.append)
+    assert len(found) == 1 and errors == [("image 0", "there is no memory to decode it")]
+    given = give_feedback(bundle, "default", [huge, good], [], lines.append)
+    assert (given.joined, given.unusable) == (1, 1)
+    assert lines[1] == f"left out {huge}: there is no memory to decode it"
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    skipped = decode_into(pixels, 8, [huge, good], Path.read_bytes, lines.append)
+    assert skipped == ({0: "there is no memory to decode it"}, {0}) and pixels[1].any()

@@ -331,13 +331,13 @@ def test_images_are_decoded_on_several_cores_and_named(
     small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    both, prepare = threading.Barrier(2), images_module.prepare_image
+    both, prepare = threading.Barrier(2), images_module.prepare_source
 
     def meet(*given: Any) -> Any:
         both.wait(10)
         return prepare(*given)
 
-    monkeypatch.setattr(images_module, "prepare_image", meet)
+    monkeypatch.setattr(images_module, "prepare_source", meet)
     lines: list[str] = []
     junk = [NamedFile.of(f"{i}.png", b"junk") for i in range(7)]
     given = [*junk, small_images[0]]

@@ -282,12 +282,10 @@ def _warn_if_seen(
         "note: features.onnx, the network that sees what images show, must not have been trained "
         "on any of these images; otherwise more than a share of alpha will be rejected"
     )
+    resize = calibration.resize == "fit"
     others = [
         image.pixels
-        for image in (
-            prepare_image(source, engine.image_shape, calibration.resize == "fit", 0)
-            for source in islice(unseen, MAX_UNSEEN)
-        )
+        for _, image in prepared(islice(unseen, MAX_UNSEEN), engine.image_shape, resize)
         if isinstance(image, InputImage)
     ]
     count = len(calibration.scores)

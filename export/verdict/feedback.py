@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from serving.api.errors import ApiError
-from serving.api.requests import prepare_image
+from serving.api.requests import prepare_source
 from serving.engine.bundle import verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
@@ -254,13 +254,14 @@ def _read(
     found: dict[tuple[bool, int], _Image] = {}
     unusable = 0
     for path, given in files:
-        try:
+        content = b""
+
+        def read(path: Path = path) -> bytes:
+            nonlocal content
             content = read_file(path)
-        except OSError as error:
-            report(f"left out {path}: {error.strerror}")
-            unusable += 1
-            continue
-        image = prepare_image(content, engine.image_shape, True, 0)
+            return content
+
+        image = prepare_source(read, engine.image_shape, True)
         reason = image.message if isinstance(image, ApiError) else None
         if not isinstance(image, ApiError):
             pixels, digest = short_digest(image.pixels), hashlib.sha256(content).hexdigest()

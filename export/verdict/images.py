@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from serving.api.errors import ApiError
-from serving.api.requests import InputImage, prepare_image
+from serving.api.requests import InputImage, prepare_source
 from serving.engine.noise import short_digest
 from serving.messages import counted
 from serving.verdict.calibration import CalibrationError, Calibrations
@@ -54,7 +54,7 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
     def prepare(item: tuple[int, bytes | np.ndarray]) -> Prepared:
         index, source = item
         name = source.name if isinstance(source, NamedFile) else f"image {index}"
-        return name, prepare_image(source, image_shape, resize, index)
+        return name, prepare_source(lambda: source, image_shape, resize, index)
 
     rest = enumerate(images)
     with thread_pool() as threads:

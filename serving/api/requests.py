@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import io
 import json
 import math
@@ -464,3 +465,29 @@ def prepare_image(
         "this changes the likelihood"
     )
     return InputImage(resize_centre(pixels, height, width), notes, resized=True)
+
+
+def prepare_source(
+    read: Callable[[], bytes | np.ndarray],
+    image_shape: tuple[int, int, int],
+    fit: bool,
+    index: int = 0,
+) -> InputImage | ApiError:
+    """Read an image and bring it to the model's shape, or return the error that prevents it.
+
+    For work on many images, which none of them ends: also a file that cannot be read, and an image
+    for which memory does not suffice, is an error of this image alone.
+
+    Args:
+        read: returns a file or uint8 ``(H, W, C)``.
+        image_shape: ``(H, W, C)`` of the model.
+        fit: whether to resize images of another size.
+        index: of the image, for errors.
+    """
+    try:
+        return prepare_image(read(), image_shape, fit, index)
+    except OSError as error:
+        code = "too_large" if error.errno == errno.EFBIG else "unreadable"
+        return ApiError(404, code, error.strerror or str(error), index)
+    except MemoryError:
+        return ApiError(413, "too_large", "there is no memory to decode it", index)

@@ -152,6 +152,9 @@ def decode_into(
             skipped[row] = error.strerror or str(error)
             if error.errno not in _LASTING:
                 passing.add(row)
+        except MemoryError:
+            skipped[row] = "there is no memory to decode it"
+            passing.add(row)
         return []
 
     notes: Counter[str] = Counter()
