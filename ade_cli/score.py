@@ -23,7 +23,7 @@ from serving.bulk import (
     check_out,
     score_folder,
 )
-from serving.engine.bundle import Bundle, BundleError, open_bundle
+from serving.engine.bundle import BundleError, open_bundle
 from serving.verdict.calibration import DEFAULT, CalibrationError
 
 NO_VERDICT = 3  # exit status
@@ -111,8 +111,7 @@ def run(args: argparse.Namespace) -> int:
         check_parent(Path(args.out))
         check_out(Path(args.out))
     options = BulkOptions(args.alpha, args.samples, args.resize, args.calibration)
-    bundle = open_bundle(args.bundle)
-    scorer = FileScorer(bundle, Path(), options)
+    scorer = FileScorer(open_bundle(args.bundle), Path(), options)
     judge = scorer.calibrations.of(args.resize == "fit") or scorer.calibrations.exact
     if judge is not None:
         warnings = [judge.too_small(args.alpha)]
@@ -124,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         for warning in filter(None, warnings):
             print(f"warning: {warning}", file=sys.stderr)
     if args.engine == "ray":
-        return _score_on_ray(args, bundle, options)
+        return _score_on_ray(args, scorer)
     if args.address is not None:
         raise BulkError("--address is for --engine ray")
     images = [Path(image) for image in args.images]
@@ -151,11 +150,11 @@ def run(args: argparse.Namespace) -> int:
             "a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl"
         )
     with progress_bar() as progress:
-        summary = score_folder(bundle, images[0], out, options, args.workers, progress)
+        summary = score_folder(scorer, images[0], out, args.workers, progress)
     return _report(args, summary)
 
 
-def _score_on_ray(args: argparse.Namespace, bundle: Bundle, options: BulkOptions) -> int:
+def _score_on_ray(args: argparse.Namespace, scorer: FileScorer) -> int:
     if len(args.images) != 1 or args.out is None:
         raise BulkError("--engine ray scores one folder or manifest, and needs --out DIR")
     try:
@@ -166,7 +165,7 @@ def _score_on_ray(args: argparse.Namespace, bundle: Bundle, options: BulkOptions
     try:
         with progress_bar() as progress:
             summary = score_on_ray(
-                bundle, args.images[0], args.out, options, args.workers, args.address, progress
+                scorer, args.images[0], args.out, args.workers, args.address, progress
             )
     except ClusterError as error:
         raise BulkError(str(error)) from None

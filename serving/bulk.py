@@ -94,6 +94,8 @@ class FileScorer:
         read: reads a file by its path, or raises :class:`OSError`.
 
     Attributes:
+        bundle: as given.
+        options: as given.
         calibrations: the calibrations that decide; they stay the same even if their file changes.
 
     Raises:
@@ -119,7 +121,7 @@ class FileScorer:
         if version not in (None, self.calibrations.version):
             raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
         self._read_file = read or (lambda path: read_file((folder or Path()) / path))
-        self._options = options
+        self.bundle, self.options = bundle, options
 
     def __call__(self, paths: list[str]) -> list[dict[str, Any]]:
         """Return one row per path, with the columns of :func:`columns`."""
@@ -128,7 +130,7 @@ class FileScorer:
         scores = iter(
             self._engine.score(
                 np.stack([image.pixels for image in usable]),
-                samples=[self._options.samples] * len(usable),
+                samples=[self.options.samples] * len(usable),
                 resized=[image.resized for image in usable],
                 calibrations=[self.calibrations] * len(usable),
             )
@@ -144,7 +146,7 @@ class FileScorer:
         ]
 
     def _read(self, path: str) -> InputImage | ApiError:
-        fit = self._options.resize == "fit"
+        fit = self.options.resize == "fit"
         return prepare_source(lambda: self._read_file(path), self._engine.image_shape, fit)
 
     def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class FileScorer:
             return _failed("not_finite", str(score))
         verdict = score.verdict
         p_value = None if verdict is None else verdict.p_value
-        decision = decide(p_value, self.calibrations, image.resized, self._options.alpha)
+        decision = decide(p_value, self.calibrations, image.resized, self.options.alpha)
         row = {"bpd": score.bpd, **score.parts}
         if verdict is not None:
             row |= {
@@ -212,31 +214,28 @@ def check_out(out: Path) -> None:
 
 
 def score_folder(
-    bundle: Bundle,
+    scorer: FileScorer,
     folder: Path,
     out: Path,
-    options: BulkOptions,
     workers: int,
     progress: Callable[[int, int], None],
 ) -> Summary:
     """Score every image file below a folder into a file.
 
     Args:
-        bundle: a bundle with ``score``.
+        scorer: of this process; those of the others have its bundle, options and calibrations.
         folder: searched recursively.
         out: a ``.csv``, ``.jsonl`` or ``.parquet`` file that does not exist yet.
-        options: how to score.
         workers: number of processes, each with one thread.
         progress: called with the number of scored files and of all files.
 
     Raises:
-        BulkError: the model cannot score, there are no images, ``out`` exists or cannot be written,
-            or an unfinished ``OUT.part`` belongs to other options or files.
+        BulkError: there are no images, ``out`` exists or cannot be written, or an unfinished
+            ``OUT.part`` belongs to other options or files.
         NothingScored: every file had an error; there is no table then.
     """
     check_out(out)
-    # Report errors of the bundle here, not in a process.
-    version = FileScorer(bundle, folder, options).calibrations.version
+    bundle, options, version = scorer.bundle, scorer.options, scorer.calibrations.version
     total = sum(1 for _ in image_paths(folder))
     if not total:
         raise BulkError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")

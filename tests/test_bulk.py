@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -11,9 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ade_cli.score import NO_VERDICT, _report
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.ood_bench import Figures, _write_csv
 from serving import bulk
-from serving.bulk import BulkError, BulkOptions, score_folder
+from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, only_writer
@@ -42,10 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -
     return make_folder(tmp_path_factory.mktemp("images"), small_images)
 
 
+def scorer(bundle: Path, **options) -> FileScorer:
+    return FileScorer(open_bundle(bundle), None, BulkOptions(**options))
+
+
 def score(bundle: Path, folder: Path, out: Path, **options) -> bulk.Summary:
-    return score_folder(
-        open_bundle(bundle), folder, out, BulkOptions(**options), 1, lambda done, total: None
-    )
+    return score_folder(scorer(bundle, **options), folder, out, 1, lambda done, total: None)
 
 
 def read(path: Path) -> list[dict]:
@@ -246,7 +249,7 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
             raise RuntimeError("the power went out")
 
     with pytest.raises(RuntimeError):
-        score_folder(open_bundle(tiny_bundle), folder, out, BulkOptions(), 1, stop)
+        score_folder(scorer(tiny_bundle), folder, out, 1, stop)
     part = tmp_path / "scores.jsonl.part"
     whole = part.read_bytes()
     part.write_bytes(whole + b'{"path": "cla')  # a line that was being written
@@ -257,14 +260,7 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
     with held_by_another(tmp_path / ".scores.jsonl.ade-lock"), refused:
         score(tiny_bundle, folder, out)
     seen = []
-    score_folder(
-        open_bundle(tiny_bundle),
-        folder,
-        out,
-        BulkOptions(),
-        1,
-        lambda done, total: seen.append(done),
-    )
+    score_folder(scorer(tiny_bundle), folder, out, 1, lambda done, total: seen.append(done))
     assert seen[0] == 128 and seen[-1] == 303
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not part.exists()
     with pytest.raises(BulkError, match="exists already"):
@@ -301,9 +297,7 @@ def test_ctrl_c_reaches_the_program_alone_and_leaves_no_process(
     shutdown = ProcessPoolExecutor.shutdown
     monkeypatch.setattr(ProcessPoolExecutor, "shutdown", again)
     with pytest.raises(KeyboardInterrupt):
-        score_folder(
-            open_bundle(tiny_bundle), folder, tmp_path / "s.csv", BulkOptions(), 1, interrupt
-        )
+        score_folder(scorer(tiny_bundle), folder, tmp_path / "s.csv", 1, interrupt)
     assert not multiprocessing.active_children()
 
 
@@ -369,11 +363,11 @@ def test_a_table_that_another_process_finished_is_kept(
 ) -> None:
     out = tmp_path / "scores.csv"
 
-    def opened(*options: object) -> SimpleNamespace:
+    def paths(folder: Path) -> Iterator[str]:
         out.write_text("theirs")
-        return SimpleNamespace(calibrations=SimpleNamespace(version="1"))
+        return image_paths(folder)
 
-    monkeypatch.setattr("serving.bulk.FileScorer", opened)
+    monkeypatch.setattr("serving.bulk.image_paths", paths)
     with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
@@ -383,10 +377,10 @@ def test_the_cause_of_a_failing_worker_is_reported(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A calibration that was changed before the workers opened it is not a lack of memory."""
-    before = SimpleNamespace(calibrations=SimpleNamespace(version="1"))
-    monkeypatch.setattr("serving.bulk.FileScorer", lambda *options: before)  # not in the workers
+    before = scorer(tiny_bundle)
+    before.calibrations = dataclasses.replace(before.calibrations, version="1")
     with pytest.raises(BulkError, match="^the calibration default was changed meanwhile$"):
-        score(tiny_bundle, folder, tmp_path / "scores.csv")
+        score_folder(before, folder, tmp_path / "scores.csv", 1, lambda done, total: None)
 
 
 def test_a_worker_that_cannot_read_is_reported(

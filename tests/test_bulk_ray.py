@@ -189,9 +189,8 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
     (folder / "broken.png").write_bytes(b"junk")
     Image.new("RGB", (20, 20)).save(folder / "large.png")
     expected = tmp_path / "expected.parquet"
-    score_folder(
-        open_bundle(tiny_bundle), folder, expected, BulkOptions(), 1, lambda done, total: None
-    )
+    scorer = FileScorer(open_bundle(tiny_bundle), None, BulkOptions())
+    score_folder(scorer, folder, expected, 1, lambda done, total: None)
     out = tmp_path / "out"
     arguments = ["score", str(folder), "--bundle", str(tiny_bundle), "--engine", "ray"]
     # As many workers as cores: with too few of Ray's CPUs beside them, resuming waited forever.

@@ -23,7 +23,7 @@ from export.verdict.calibrate import calibrate_bundle
 from export.verdict.feedback import give_feedback
 from export.verdict.images import usable
 from export.write import ExportError, export_bundle
-from serving.bulk import BulkError, BulkOptions, score_folder
+from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle, verify_bundle
 from serving.files import (
     image_paths,
@@ -72,14 +72,8 @@ def test_a_link_is_replaced_and_not_followed(
         assert not (tmp_path / name).is_symlink() and np.load(tmp_path / name) is not None
     (tmp_path / "scores.csv.part").symlink_to(theirs)
     with pytest.raises(BulkError, match=r"scores.csv.part: Too many levels of symbolic links"):
-        score_folder(
-            open_bundle(tiny_bundle),
-            folder,
-            tmp_path / "scores.csv",
-            BulkOptions(),
-            1,
-            lambda done, total: None,
-        )
+        scorer = FileScorer(open_bundle(tiny_bundle), None, BulkOptions())
+        score_folder(scorer, folder, tmp_path / "scores.csv", 1, lambda done, total: None)
     assert theirs.read_text() == "precious"
 
 

@@ -79,10 +79,9 @@ def read_any_file(path: str) -> bytes:
 
 
 def score_on_ray(
-    bundle: Bundle,
+    scorer: FileScorer,
     source: str,
     out: str,
-    options: BulkOptions,
     workers: int,
     address: str | None,
     progress: Callable[[int, int], None],
@@ -90,21 +89,20 @@ def score_on_ray(
     """Score every image file of a source, each once.
 
     Args:
-        bundle: a bundle with ``score``; the nodes have it at the same path.
+        scorer: of this process; those of the workers have its bundle, options and calibrations. The
+            nodes have the bundle at the same path.
         source: a folder or the manifest of one (``.parquet``): a path or a URL.
         out: a folder: a new one, or that of an earlier call with the same arguments, which is
             resumed.
-        options: how to score.
         workers: actors, each with one engine and one thread.
         address: of a Ray cluster; this machine if there is none.
         progress: called with the number of committed files and of all files.
 
     Raises:
-        BulkError: the model cannot score, there are no images, ``out`` is finished or belongs to
-            another call.
+        BulkError: there are no images, or ``out`` is finished or belongs to another call.
         ClusterError: Ray cannot be used.
     """
-    version = FileScorer(bundle, None, options, read=read_any_file).calibrations.version
+    bundle, options, version = scorer.bundle, scorer.options, scorer.calibrations.version
     source, out = _absolute(source), _absolute(out)
     plan = {
         "model": bundle.model_id,
