@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
 from ade_cli.image_files import (
+    NONE_USABLE,
     FileError,
     add_image_arguments,
     check_parent,
     files_of,
+    left_out,
     load_engine,
     read_pixels,
 )
@@ -38,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".npz":
         raise FileError(f"--out must end with .npz, got {args.out}")
+    if args.out.is_dir():
+        raise FileError(f"--out must be a file, and {args.out} is a folder")
     check_parent(args.out)
     files = files_of(args.images)
     engine = load_engine(args.bundle, "encode")
-    pixels = read_pixels(files, engine, args.resize)
+    files, pixels = read_pixels(files, engine, args.resize)
     levels = engine.encode(pixels, [args.seed] * len(pixels))
     arrays = {
         f"{name}_{i}": getattr(level, name)
@@ -51,9 +56,12 @@ def run(args: argparse.Namespace) -> None:
     finite = np.logical_and.reduce(
         [np.isfinite(a).reshape(len(files), -1).all(1) for a in arrays.values()]
     )
-    if not finite.all():
-        raise FileError(f"{files[int(finite.argmin())]}: its latents are not finite numbers")
+    for path in compress(files, ~finite):
+        left_out(path, "its latents are not finite numbers")
+    if not finite.any():
+        raise FileError(NONE_USABLE)
+    arrays = {name: array[finite] for name, array in arrays.items()}
     with replacing(args.out) as file:
-        np.savez(file, path=np.array([str(path) for path in files]), **arrays)
-    shapes = ", ".join(f"z_{i} {level.z.shape}" for i, level in enumerate(levels))
+        np.savez(file, path=np.array([str(path) for path in compress(files, finite)]), **arrays)
+    shapes = ", ".join(f"z_{i} {arrays[f'z_{i}'].shape}" for i in range(len(levels)))
     print(f"{args.out}: {shapes}")

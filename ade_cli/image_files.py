@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,14 @@ import numpy as np
 from ade_cli.help_texts import BUNDLE
 from ade_cli.paths import given_path
 from serving.api.errors import ApiError
-from serving.api.requests import prepare_image
+from serving.api.requests import prepare_source
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import MAX_SEED
 from serving.files import image_paths, read_file
 from serving.images import in_options
+
+NONE_USABLE = "no image could be used"
 
 
 class FileError(ValueError):
@@ -24,6 +29,10 @@ class FileError(ValueError):
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"{parser.description} Files that cannot be used are left out and named on standard error. "
+        "Exit status: 0; 2 for an error, or if no file could be used."
+    )
     parser.add_argument(
         "images",
         type=given_path,
@@ -63,8 +72,22 @@ def check_parent(out: Path) -> None:
     """
     if not out.parent.is_dir():
         raise FileError(f"{out} cannot be written: there is no folder {out.parent}")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Check that a file can be made, or a folder and files in it, before the work is done.
+
+    Args:
+        out: the folders above it need not exist.
+
+    Raises:
+        FileError: it cannot.
+    """
+    above = out.absolute().parents
+    folder = out if out.is_dir() else next(path for path in above if os.path.lexists(path))
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix="."):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="."):
             pass
     except OSError as error:
         raise FileError(f"{out} cannot be written: {error.strerror}") from None
@@ -85,19 +108,31 @@ def files_of(paths: list[Path]) -> list[Path]:
     return files
 
 
-def read_pixels(paths: list[Path], engine: InferenceEngine, resize: str | None) -> np.ndarray:
-    """Read images of the model's shape, uint8 ``(N, H, W, C)``.
+def left_out(path: Path, reason: str) -> None:
+    """Print that a file is not used."""
+    print(f"left out {path}: {reason}", file=sys.stderr)
+
+
+def read_pixels(
+    paths: list[Path], engine: InferenceEngine, resize: str | None
+) -> tuple[list[Path], np.ndarray]:
+    """Read images of the model's shape; prints and leaves out those that cannot be used.
+
+    Returns:
+        The files that can be used, and their pixels, uint8 ``(N, H, W, C)``.
 
     Raises:
-        FileError: a file cannot be used; the message names the first one.
+        FileError: no file can be used.
     """
-    pixels = []
+    files, pixels = [], []
     for path in paths:
-        try:
-            image = prepare_image(read_file(path), engine.image_shape, resize == "fit", 0)
-        except OSError as error:
-            raise FileError(f"{path}: {error.strerror}") from None
+        read = partial(read_file, path)
+        image = prepare_source(read, engine.image_shape, resize == "fit")
         if isinstance(image, ApiError):
-            raise FileError(f"{path}: {in_options(image.message)}")
-        pixels.append(image.pixels)
-    return np.stack(pixels)
+            left_out(path, in_options(image.message))
+        else:
+            files.append(path)
+            pixels.append(image.pixels)
+    if not files:
+        raise FileError(NONE_USABLE)
+    return files, np.stack(pixels)

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 
 from ade_cli.help_texts import KIND
-from ade_cli.image_files import FileError, add_image_arguments, files_of, load_engine, read_pixels
+from ade_cli.image_files import (
+    FileError,
+    add_image_arguments,
+    check_writable,
+    files_of,
+    load_engine,
+    read_pixels,
+)
 from serving.engine.backends import BackendError
 from serving.engine.bundle import BundleError
 from serving.files import replacing
@@ -33,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         raise FileError(f"--out must be a folder, got {args.out}")
     if args.out.exists() and not args.out.is_dir():
         raise FileError(f"--out must be a folder, and {args.out} is a file")
+    check_writable(args.out)
     for folder in filter(Path.is_dir, args.images):
         if args.out.resolve().is_relative_to(folder.resolve()):
             raise FileError(
@@ -48,16 +56,17 @@ def run(args: argparse.Namespace) -> None:
                 f"{first[path.stem]} and {path}"
             )
         first[path.stem] = path
-    outputs = [args.out / f"{name}.png" for name in first]
-    overwritten = {path.resolve() for path in outputs} & {path.resolve() for path in files}
+    outputs = {path: args.out / f"{name}.png" for name, path in first.items()}
+    overwritten = {path.resolve() for path in outputs.values()} & {path.resolve() for path in files}
     if overwritten:
         raise FileError(f"{overwritten.pop()} would be overwritten: choose another --out")
     engine = load_engine(args.bundle, "reconstruct")
-    pixels = read_pixels(files, engine, args.resize)
+    files, pixels = read_pixels(files, engine, args.resize)
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))
     args.out.mkdir(parents=True, exist_ok=True)
-    for path, before, after in zip(outputs, pixels, made, strict=True):
-        with replacing(path) as file:
-            file.write(write_png(after))
+    for file, before, after in zip(files, pixels, made, strict=True):
+        path = outputs[file]
+        with replacing(path) as picture:
+            picture.write(write_png(after))
         decibels = psnr(before, after)
         print(f"{path}: {'exact' if decibels is None else f'{decibels:.2f} dB'}")

@@ -448,6 +448,48 @@ def test_files_one_by_one(
     assert "dB" in capsys.readouterr().out
 
 
+def test_files_that_cannot_be_used_are_named_and_left_out(
+    tiny_bundle: Path,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:4])
+    reasons = {**make_traps(folder), "wide.png": "images must be 8 x 8 pixels, got 40 x 20; "}
+    words = [str(folder), "--bundle", str(tiny_bundle), "--out"]
+    good = sorted(str(path) for path in folder.glob("class*/*"))
+    assert main(["encode", *words, str(tmp_path / "all.npz")]) == 0
+    captured = capsys.readouterr()
+    assert all(f"left out {folder / name}: {why}" in captured.err for name, why in reasons.items())
+    assert captured.err.count("left out") == len(reasons) + 2 and "--resize fit" in captured.err
+    with np.load(tmp_path / "all.npz") as arrays:
+        assert arrays["path"].tolist() == good and len(arrays["z_0"]) == 4
+        assert f"z_0 {arrays['z_0'].shape}" in captured.out
+    assert main(["reconstruct", *words, str(tmp_path / "made")]) == 0
+    captured = capsys.readouterr()
+    assert all(f"left out {folder / name}: {why}" in captured.err for name, why in reasons.items())
+    made = sorted(path.stem for path in (tmp_path / "made").iterdir())
+    assert made == sorted(Path(path).stem for path in good)
+
+    encode = InferenceEngine.encode
+
+    def without_first(self: InferenceEngine, images: np.ndarray, seeds: list[int]) -> list:
+        levels = encode(self, images, seeds)
+        levels[0].z[0] = np.nan
+        return levels
+
+    monkeypatch.setattr(InferenceEngine, "encode", without_first)
+    assert main(["encode", *words, str(tmp_path / "finite.npz")]) == 0
+    said = capsys.readouterr().err
+    assert f"left out {good[0]}: its latents are not finite numbers" in said
+    with np.load(tmp_path / "finite.npz") as arrays:
+        assert arrays["path"].tolist() == good[1:] and np.isfinite(arrays["z_0"]).all()
+    assert main(["encode", good[0], *words[1:], str(tmp_path / "none.npz")]) == 2
+    assert "no image could be used" in capsys.readouterr().err
+    assert not (tmp_path / "none.npz").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -475,6 +517,8 @@ def test_files_one_by_one(
         (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
         (["score", "MISSING", "WIDE", "--bundle", "BUNDLE"], "no image could be scored"),
         (["encode", "EMPTY", "--bundle", "BUNDLE", "--out", "x.npz"], "empty holds no images"),
+        (["encode", "FILE", "--bundle", "BUNDLE", "--out", "folder.npz"], "folder.npz is a folder"),
+        (["reconstruct", "FILE", "--bundle", "EMPTY", "--out", "/proc/x"], "/proc/x cannot be wri"),
         (
             ["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"],
             "wide.png: images must be 8 x 8 pixels",
@@ -504,6 +548,7 @@ def test_errors_name_the_cause(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.npz").mkdir()
     names = {
         "FOLDER": folder,
         "BUNDLE": tiny_bundle,
