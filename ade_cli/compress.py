@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
-from ade_cli.image_files import FileError, check_parent
+from ade_cli.image_files import FileError, check_parent, left_out
 from ade_cli.paths import given_path
 from ade_cli.progress import progress_bar
 from coding.compress import compress
 from coding.errors import CodingError
 from coding.sources import open_source
 from serving.engine.bundle import CODEC_NAME, BundleError, open_bundle
+from serving.messages import counted
 
+INCOMPLETE = 3  # exit status
 ERRORS = (BundleError, CodingError, FileError)
 
 
@@ -23,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the model was trained on is as small as their likelihood promises. Only the same bundle "
         "restores them, on a processor of the same kind. Images of another size, and those that "
         "the model codes worse, are stored as lossless WebP or as the files they are. The same "
-        "command resumes where it stopped."
+        "command resumes where it stopped. Files that cannot be read are left out and named on "
+        f"standard error. Exit status: 0; 2 for an error; {INCOMPLETE} if files were left out."
     )
     parser.add_argument(
         "images",
@@ -50,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     if not args.images.exists():
         raise FileError(f"{args.images}: there is no such file or folder")
     check_parent(args.out)
@@ -59,9 +63,16 @@ def run(args: argparse.Namespace) -> None:
         copy = f"ade export --with-codec {shlex.quote(str(args.bundle))} OUT"
         raise FileError(f"{args.bundle} has no codec. Make a copy with one: {copy}")
     source = open_source(args.images, args.keep_metadata)
+    for path, reason in source.left_out:
+        left_out(path, reason)
     with progress_bar() as progress:
         report = compress(source, args.out, bundle, not args.no_verify, progress)
     for line in report.lines():
         print(line)
     if args.no_verify:
         print("not verified: ade decompress shows whether the images come back")
+    if not source.left_out:
+        return 0
+    missing = counted(len(source.left_out), "file")
+    print(f"warning: {missing} could not be read: not in {args.out}", file=sys.stderr)
+    return INCOMPLETE

@@ -11,7 +11,7 @@ import numpy as np
 
 from coding.errors import CodingError
 from coding.pictures import Picture, read_picture
-from serving.files import image_paths, read_file
+from serving.files import check_readable, image_paths, read_file
 from serving.images import IMAGE_SUFFIXES
 
 
@@ -22,11 +22,13 @@ class Source(Protocol):
         kind: ``files`` or ``array``.
         count: number of images.
         identity: differs for other files or another array, but does not cover their content.
+        left_out: files that cannot be read, which are not among the images, and why.
     """
 
     kind: str
     count: int
     identity: str
+    left_out: list[tuple[Path, str]]
 
     def name(self, index: int) -> str | None:
         """A file's path relative to the folder; ``None`` for images of an array."""
@@ -40,8 +42,10 @@ class Source(Protocol):
 class FolderSource:
     """The image files below a folder, in the order of their paths.
 
+    Files that cannot be read are found at once, and left out.
+
     Raises:
-        CodingError: there are none.
+        CodingError: there are none, or none can be read.
     """
 
     kind = "files"
@@ -49,8 +53,18 @@ class FolderSource:
     def __init__(self, folder: Path, keep_metadata: bool) -> None:
         self._folder = folder
         self._keep_metadata = keep_metadata
-        self._names = list(image_paths(folder))
+        self._names: list[str] = []
+        self.left_out: list[tuple[Path, str]] = []
+        for name in image_paths(folder):
+            try:
+                check_readable(folder / name)
+                self._names.append(name)
+            except OSError as error:
+                self.left_out.append((folder / name, error.strerror or str(error)))
         self.count = len(self._names)
+        if not self.count and self.left_out:
+            path, reason = self.left_out[0]
+            raise CodingError(f"{folder}: no image can be read; {path}: {reason}")
         if not self.count:
             raise CodingError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for name in self._names:
@@ -108,6 +122,7 @@ class ArraySource:
             )
         self._array = array
         self.count = len(array)
+        self.left_out: list[tuple[Path, str]] = []
         self.identity = hashlib.sha256(repr(array.shape).encode()).hexdigest()
 
     def name(self, index: int) -> str | None:

@@ -50,20 +50,40 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         OSError: it cannot be read. ``EINVAL``: it is a pipe, a device or the like. ``EFBIG``: it
             has more than ``limit`` bytes.
     """
-    # Without O_NONBLOCK, opening a pipe would wait for a writer.
-    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    found = os.fstat(opened)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(opened)
-        raise OSError(errno.EINVAL, "not a regular file")
-    with open(opened, "rb") as file:
-        content = file.read(limit + 1) if found.st_size <= limit else b""  # the file may grow
-        size = max(found.st_size, len(content))
-        if size > limit:
-            raise OSError(
-                errno.EFBIG, f"a file may have at most {limit} bytes, this one has {size}"
-            )
+    with _opened(path, limit) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        content = file.read(limit + 1)  # the file may grow
+        _check_size(path, len(content), limit)
         return content
+
+
+def check_readable(path: Path, limit: int = MAX_FILE_BYTES) -> None:
+    """Open a file as :func:`read_file` does, without reading its content.
+
+    Raises:
+        OSError: as :func:`read_file`.
+    """
+    with _opened(path, limit):
+        pass
+
+
+@contextmanager
+def _opened(path: Path, limit: int) -> Iterator[int]:
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        _check_size(path, found.st_size, limit)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(path: Path, size: int, limit: int) -> None:
+    if size > limit:
+        reason = f"a file may have at most {limit} bytes, this one has {size}"
+        raise OSError(errno.EFBIG, reason, str(path))
 
 
 @contextmanager

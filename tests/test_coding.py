@@ -43,7 +43,7 @@ from export.parity import make_inputs
 from export.to_onnx import export_onnx
 from serving.engine.bundle import Bundle, open_bundle, write_manifest
 from serving.engine.signatures import inputs_of
-from tests.helpers import PRETRAINED, ROOT, make_model, narrow
+from tests.helpers import PRETRAINED, ROOT, make_model, make_traps, narrow
 from training.recipes import recipe_names
 
 BLOCKS = {"widths": (8, 8), "latent_channels": (3, 2), "decoder_blocks": (1, 1)}
@@ -343,6 +343,28 @@ def test_a_folder_comes_back(
         main(["decompress", str(out), str(tmp_path / "x.npy"), "--bundle", str(bundle.folder)]) == 2
     )
     assert "holds files" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out(
+    folder: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An archive is often kept instead of its files: its exit status says that some lack."""
+    expected = contents(folder)
+    reasons = make_traps(folder)
+    out, back = tmp_path / "out.ade", tmp_path / "back"
+    words = ["--bundle", str(bundle.folder)]
+    assert main(["compress", str(folder), str(out), *words]) == 3
+    said = capsys.readouterr().err
+    assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
+    assert f"warning: 4 files could not be read: not in {out}" in said
+    assert main(["decompress", str(out), str(back), *words]) == 0
+    assert contents(back) == expected
+    only = tmp_path / "only"
+    only.mkdir()
+    make_traps(only)
+    assert main(["compress", str(only), str(tmp_path / "none.ade"), *words]) == 2
+    assert "only: no image can be read; " in capsys.readouterr().err
+    assert not list(tmp_path.glob("none*"))
 
 
 def test_metadata_is_kept_on_request(bundle: Bundle, tmp_path: Path) -> None:
