@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser, required=True)
     parser.add_argument(
+    parser.add_argument(
+        "--discard-feedback",
+        action="store_true",
+        help="with --into: replace the calibration even if ade gate feedback has added images to "
+        "it, which are lost (default: refuse)",
+    )
         "--features",
         type=Path,
         metavar="MODEL.onnx",
@@ -88,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
         raise CalibrationError("--into BUNDLE and --name NAME go together")
     features = _features(args)
     bundle = open_bundle(args.bundle)
+    if args.into is None and args.discard_feedback:
+        raise CalibrationError("--discard-feedback goes with --into")
     target = args.out
     if args.into is not None:
         target, model = args.into, bundle.model_id
@@ -103,7 +111,15 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         made = calibrate_into(
-            target, args.name, fit(), calibration(), name, say, unseen(), trained()
+            target,
+            args.name,
+            fit(),
+            calibration(),
+            name,
+            say,
+            unseen(),
+            trained(),
+            args.discard_feedback,
         )
     assert made.exact is not None
     _tell(made)

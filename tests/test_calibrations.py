@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -1031,6 +1031,43 @@ def test_a_new_calibration_says_that_feedback_is_left_out(
         calibrate_bundle(bundle, out, fit, others, "x", lines.append)
         assert any("the images that feedback added" in line for line in lines) is feedback
         assert not path_of(out, "default").exists()
+
+
+def test_a_calibration_with_feedback_is_not_replaced_unawares(
+    bundle: Path, dark: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(dark[:60]):
+        Image.fromarray(image).save(photos / f"{i}.png")
+    into = ["calibrate", str(bundle), "--data", str(photos), "--into", str(bundle), "--name"]
+    assert main([*into, "night"]) == 0
+    assert main([*into, "night"]) == 0  # without feedback, as before
+    Image.fromarray(dark[200]).save(tmp_path / "a.png")
+    assert give_feedback(bundle, "night", [tmp_path / "a.png"], []).joined == 1
+    before = path_of(bundle, "night").read_bytes()
+    capsys.readouterr()
+    assert main([*into, "night"]) == 2
+    said = capsys.readouterr().err
+    assert f"{path_of(bundle, 'night')} has 1 image that ade gate feedback added" in said
+    assert "give another name, or the option discard-feedback" in said
+    assert path_of(bundle, "night").read_bytes() == before
+
+    def fitting() -> Iterator[np.ndarray]:  # feedback comes while the images are read
+        assert give_feedback(bundle, "day", [tmp_path / "a.png"], []).joined == 1
+        yield from dark[:30]
+
+    assert main([*into, "day"]) == 0
+    with pytest.raises(CalibrationError, match="day.npz has 1 image that ade gate feedback added"):
+        calibrate_into(bundle, "day", fitting(), dark[30:60], "dark")
+    assert main([*into, "night", "--discard-feedback"]) == 0
+    assert "discarded 1 image that feedback had added to night" in capsys.readouterr().err
+    assert not Calibrations.load(path_of(bundle, "night")).joined
+    path_of(bundle, "night").write_bytes(b"damaged")
+    assert main([*into, "night"]) == 0
+    out = ["calibrate", str(bundle), str(tmp_path / "out"), "--data", str(photos)]
+    assert main([*out, "--discard-feedback"]) == 2
+    assert "--discard-feedback goes with --into" in capsys.readouterr().err
 
 
 def test_null_names_no_calibration(bundle: Path) -> None:

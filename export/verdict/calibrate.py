@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -106,8 +107,7 @@ def calibrate_bundle(
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
             images, or scores that cannot be used.
     """
-    if out.exists():
-        raise CalibrationError(f"{out} exists: calibrate into a new folder")
+    check_out(out)
     bundle = verify_bundle(folder)
     parts = _parts(bundle, fit, calibrate, trained, report)
     with new_folder(out, CalibrationError) as temporary:
@@ -131,6 +131,16 @@ def calibrate_bundle(
     return calibrations
 
 
+def check_out(out: Path) -> None:
+    """Check that the folder for a new bundle does not exist.
+
+    Raises:
+        CalibrationError: it does.
+    """
+    if os.path.lexists(out):
+        raise CalibrationError(f"{out} exists: calibrate into a new folder")
+
+
 def calibrate_into(
     folder: Path,
     name: str,
@@ -140,10 +150,12 @@ def calibrate_into(
     report: Report = lambda line: None,
     unseen: Images = (),
     trained: Images = (),
+    discard_feedback: bool = False,
 ) -> Calibrations:
     """Make a calibration as :func:`calibrate_bundle` does, and add it to a bundle under a name.
 
-    A calibration of that name is replaced. Services that run with the bundle take it over.
+    A calibration of that name is replaced, unless it has images that feedback added. Services that
+    run with the bundle take the new one over.
 
     Args:
         folder: of the bundle; nothing that its manifest lists is changed.
@@ -154,18 +166,64 @@ def calibrate_into(
         report: called with each line of progress.
         unseen: as for a new bundle.
         trained: as for a new bundle.
+        discard_feedback: replace a calibration even if it has images that feedback added.
 
     Raises:
         BundleError: the bundle is not whole, or cannot score.
-        CalibrationError: the name is not valid, too few images, or scores that cannot be used.
+        CalibrationError: the name is not valid, the calibration has images that feedback added, too
+            few images, or scores that cannot be used.
     """
-    check_name(name)
-    bundle = verify_bundle(folder)
+    bundle = check_into(folder, name, discard_feedback)
     parts = _parts(bundle, fit, calibrate, trained, report)
     calibrations, _ = _calibrate(bundle, parts, report, unseen)
     named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
     with locked(folder / FOLDER / LOCK, wait=True):
-        return write_calibrations(folder, named)
+        given = _given(folder, name, discard_feedback)  # feedback may have come meanwhile
+        written = write_calibrations(folder, named)
+    if given:
+        report(f"discarded {counted(given, 'image')} that feedback had added to {name}")
+    return written
+
+
+def check_into(folder: Path, name: str, discard_feedback: bool = False) -> Bundle:
+    """Check a bundle to which a calibration is to be added; takes no time, unlike reading images.
+
+    Args:
+        folder: as for :func:`calibrate_into`.
+        name: as for :func:`calibrate_into`.
+        discard_feedback: as for :func:`calibrate_into`.
+
+    Raises:
+        BundleError: as :func:`calibrate_into`.
+        CalibrationError: the name is not valid, or the calibration has images that feedback added.
+    """
+    check_name(name)
+    bundle = verify_bundle(folder)
+    bundle.check_has("score")
+    _given(folder, name, discard_feedback)
+    return bundle
+
+
+def _given(folder: Path, name: str, discard: bool) -> int:
+    """The number of images that feedback added to a calibration, which may not exist.
+
+    Raises:
+        CalibrationError: there are some, unless they are to be discarded; or the file cannot be
+            opened. A damaged one has nothing that could be kept.
+    """
+    path = path_of(folder, name)
+    try:
+        count = len(Calibrations.load(path, name).joined) if os.path.lexists(path) else 0
+    except CalibrationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return 0
+    if count and not discard:
+        raise CalibrationError(
+            f"{path} has {counted(count, 'image')} that ade gate feedback added, which would be "
+            "lost: give another name, or the option discard-feedback to replace it all the same"
+        )
+    return count
 
 
 Parts = tuple[list[InputImage], list[InputImage]]
