@@ -14,17 +14,19 @@ import numpy as np
 from ade_cli.advice import advice
 from ade_cli.data_options import add_data_arguments, dataset_of, percent, readable, say
 from ade_cli.help_texts import BUNDLE
+from ade_cli.image_files import FileError, check_writable
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
-from export.verdict.calibrate import calibrate_bundle, calibrate_into
+from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
 from export.verdict.choice import choose_files, choose_rows, data_of_features
-from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle
+from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle, verify_bundle
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
+from serving.verdict.store import path_of
 from training.data import DataError
 from training.datasets import NAMES
 
-ERRORS = (BundleError, CalibrationError, DataError, FeaturesError)
+ERRORS = (BundleError, CalibrationError, DataError, FeaturesError, FileError)
 ALPHAS = (0.1, 0.05, 0.01)
 
 Reader = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
@@ -57,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='with --into: requests select it with "calibration": "NAME"; one of this name is '
         f"replaced; {DEFAULT!r} judges the requests that name none",
     )
-    add_data_arguments(parser, required=True)
-    parser.add_argument(
     parser.add_argument(
         "--discard-feedback",
         action="store_true",
         help="with --into: replace the calibration even if ade gate feedback has added images to "
         "it, which are lost (default: refuse)",
     )
+    add_data_arguments(parser, required=True)
+    parser.add_argument(
         "--features",
         type=Path,
         metavar="MODEL.onnx",
@@ -92,18 +94,25 @@ def run(args: argparse.Namespace) -> None:
         raise CalibrationError("give either OUT, a new bundle, or --into BUNDLE")
     if (args.into is None) != (args.name is None):
         raise CalibrationError("--into BUNDLE and --name NAME go together")
-    features = _features(args)
-    bundle = open_bundle(args.bundle)
     if args.into is None and args.discard_feedback:
         raise CalibrationError("--discard-feedback goes with --into")
+    features = _features(args)
+    bundle = open_bundle(args.bundle)
     target = args.out
-    if args.into is not None:
+    # Before the images are read, which may take long.
+    if args.into is None:
+        check_out(target)
+        check_writable(target)
+        verify_bundle(args.bundle).check_has("score")
+    else:
         target, model = args.into, bundle.model_id
         bundle = open_bundle(target)
         if bundle.model_id != model:
             raise CalibrationError(
                 f"--into must be a bundle of the model {model}, got {bundle.model_id}"
             )
+        check_into(target, args.name, args.discard_feedback)
+        check_writable(path_of(target, args.name))
     (fit, calibration, unseen, trained), name = _images(args, bundle, _data_of(features, bundle))
     if args.into is None:
         made = calibrate_bundle(

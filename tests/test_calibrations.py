@@ -1070,6 +1070,34 @@ def test_a_calibration_with_feedback_is_not_replaced_unawares(
     assert "--discard-feedback goes with --into" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_is_refused_before_images_are_read(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("ade_cli.calibrate._images", None)
+    taken = shutil.copytree(bundle, tmp_path / "taken")
+    shutil.rmtree(taken / FOLDER, ignore_errors=True)
+    (taken / FOLDER).write_text("a file in place of the folder")
+    ill = shutil.copytree(bundle, tmp_path / "ill")
+    (ill / "score.onnx").write_bytes(b"")
+    into = ["--name", "night", "--into"]
+    for words, message in (
+        ([bundle, *into, taken], f"{taken / FOLDER / 'night.npz'} cannot be written: Not a dir"),
+        ([bundle, *into, ill], "score.onnx"),
+        ([bundle, *into, tmp_path], "is not a bundle: it has no manifest.json"),
+        ([bundle, *into, tmp_path / "gone"], "is not a bundle: the folder does not exist"),
+        ([bundle, "/proc/out"], "/proc/out cannot be written: No such file or directory"),
+        ([bundle, "/proc/no/out"], "/proc/no/out cannot be written: No such file or directory"),
+        ([bundle, ill], "ill exists: calibrate into a new folder"),
+        ([ill, tmp_path / "out"], "score.onnx"),
+    ):
+        assert main(["calibrate", *map(str, words), "--data", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+    assert not path_of(bundle, "night").exists() and not (tmp_path / "out").exists()
+
+
 def test_null_names_no_calibration(bundle: Path) -> None:
     """As of a tenant who was looked up and not found."""
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
