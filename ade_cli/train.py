@@ -16,7 +16,7 @@ from training.data import CHANNELS, DataError
 from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
 from training.discriminator import DiscriminatorConfig
-from training.loop import RunOptions, budget_of, check_folder, check_start, train
+from training.loop import RunOptions, budget_of, check_folder, check_start, check_weights, train
 from training.metrics.features import FeatureError
 from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
@@ -115,7 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the configuration and write nothing",
+        help="check the options and the files that they name, print the configuration and write "
+        "nothing",
     )
     settable = [
         *add_config_options(parser, "training (default: the recipe's)", TrainConfig, RECIPES_OWN),
@@ -166,8 +167,11 @@ def run(args: argparse.Namespace) -> None:
     make = size_checked(
         args, lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes)
     )
+    if args.guide is not None and not args.resume and not args.guide.is_file():
+        raise RunError(f"--guide must be a file, got {args.guide}")
     if args.dry_run:
         config = make(image_size_of(args.data, args.root, args.image_size))
+        check_weights(config, args.out, options, args.resume)
         print(json.dumps(config.to_dict(), indent=2))
         return
     if (args.out / "run.json").is_file() and not args.resume:
@@ -181,8 +185,6 @@ def run(args: argparse.Namespace) -> None:
     choose_device(args.device)
     if args.init is not None and not args.resume:
         latest_checkpoint(Path(args.init))
-    if args.guide is not None and not args.resume and not args.guide.is_file():
-        raise RunError(f"--guide must be a file, got {args.guide}")
 
     def fits(side: int) -> None:
         check_start(make(side), args.out, options, args.resume)

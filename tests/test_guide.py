@@ -203,7 +203,16 @@ def test_train_takes_a_guide(
     assert main(["train", "vae", *common, str(tmp_path / "vae")]) == 2
     assert "--guide-weight must be 0 without a discriminator, got 0.2" in capsys.readouterr().err
     assert isinstance(load_guide(run / "guide.onnx", 8, 3), Guide)
-    common[common.index("--guide") + 1] = str(tmp_path / "missing.onnx")
-    assert main(["train", "av-ade", *common, str(tmp_path / "new")]) == 2
-    assert "--guide must be a file, got" in capsys.readouterr().err
+    new = [*common, str(tmp_path / "new")]
+    assert main(["train", "av-ade", *new, *widths, "--dry-run"]) == 0
+    (tmp_path / "junk.onnx").write_bytes(b"junk")
+    for more, message in (
+        (["--init", str(tmp_path / "nowhere")], "nowhere"),
+        (["--guide", str(tmp_path / "junk.onnx")], "junk.onnx is not a readable ONNX file"),
+        (["--guide", str(tmp_path / "missing.onnx")], "--guide must be a file, got"),
+    ):
+        assert main(["train", "av-ade", *new, *widths, *more, "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["train", "av-ade", *new, *widths, *more]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

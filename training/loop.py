@@ -295,9 +295,25 @@ def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: boo
     """
     check_folder(run, resume)
     _check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
-    options = _with_its_own(run, options, resume)
     if resume:
         _check_unchanged(run, config, read_started(run)["data"])
+    check_weights(config, run, options, resume)
+
+
+def check_weights(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
+    """Check the guide and the weights to start from, if there are any.
+
+    Args:
+        config: as for :func:`train`.
+        run: as for :func:`train`.
+        options: as for :func:`train`.
+        resume: as for :func:`train`.
+
+    Raises:
+        RunError: they do not suit the configuration.
+        FeatureError: the guide cannot be read.
+    """
+    options = _with_its_own(run, options, resume)
     _guide_of(config, options)
     if options.init is not None and not (resume and checkpoint_folders(run)):
         check_growth_from(Path(options.init), config.model)
