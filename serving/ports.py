@@ -91,20 +91,34 @@ class Ports:
             PortError: a port is in use; the error names the variable that sets it.
         """
         check_host(host)
-        for name, (variable, _) in VARIABLES.items():
-            port = getattr(self, name)
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    is_local = name == "metrics" and not exposes_metrics
-                    probe.bind(("127.0.0.1" if is_local else host, port))
-                except OSError as error:
-                    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                        raise PortError(
-                            f"cannot listen on {host} ({error.strerror}): --host must be an "
-                            "address of this machine"
-                        ) from None
-                    raise PortError(
-                        f"cannot listen on port {port} ({error.strerror}): free it, or set "
-                        f"{variable} to another port"
-                    ) from None
+        for name in VARIABLES:
+            is_local = name == "metrics" and not exposes_metrics
+            self.bound(name, "127.0.0.1" if is_local else host).close()
+
+    def bound(self, name: str, host: str) -> socket.socket:
+        """A socket that is bound to one of the ports and does not listen yet.
+
+        Args:
+            name: of the port, of :data:`VARIABLES`.
+            host: to listen on.
+
+        Raises:
+            PortError: the port is in use; the error names the variable that sets it.
+        """
+        variable, port = VARIABLES[name][0], getattr(self, name)
+        bound = socket.socket()
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((host, port))
+        except OSError as error:
+            bound.close()
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise PortError(
+                    f"cannot listen on {host} ({error.strerror}): --host must be an address of "
+                    "this machine"
+                ) from None
+            raise PortError(
+                f"cannot listen on port {port} ({error.strerror}): free it, or set {variable} to "
+                "another port"
+            ) from None
+        return bound

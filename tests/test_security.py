@@ -11,12 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from handlers.launch.environment import child_environment
+from handlers.launch.parts import Page
+from handlers.launch.serve import ERRORS
 from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
 from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
@@ -286,6 +290,19 @@ def test_a_host_that_is_not_of_this_machine_is_refused() -> None:
     for host in ("a..b", "ü..b", "ü" * 80):
         with pytest.raises(PortError, match=rf"{host} \(.*--host must be an address of this"):
             Ports.from_environment().check_free(host)
+
+
+def test_a_page_port_that_is_taken_after_the_check_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        plan: Any = SimpleNamespace(host="127.0.0.1", ports=Ports(1, 2, port))
+        parts: Any = SimpleNamespace(path=Path())
+        taken = rf"cannot listen on port {port} \(.*\): free it, or set ADE_UI_PORT to another port"
+        with pytest.raises(PortError, match=taken):
+            Page(plan, parts, parts)
+    assert PortError in ERRORS
 
 
 def as_nobody(attack: Callable[[], object]) -> object:

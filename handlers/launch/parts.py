@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +30,16 @@ class Page:
         plan: of the service.
         folder: where the page keeps its files.
         supervisor: runs its process.
+
+    Raises:
+        PortError: the port was taken since it was checked.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:
         self._plan = plan
         self._folder = folder.path
         self._supervisor = supervisor
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind((plan.host, plan.ports.ui))  # the first page listens when it is built
+        self._socket = plan.ports.bound("ui", plan.host)  # the first page listens when it is built
         self._child: Child
         self._files: Path  # of the child: uploads and results
         self._num_started = 0
