@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -1106,6 +1107,40 @@ def test_null_names_no_calibration(bundle: Path) -> None:
     (answer,) = Service("score", engine).answer([RawRequest("application/json", body)])
     assert answer.status == 422 and answer.error is not None
     assert answer.error.code == "bad_parameter"
+
+
+def test_errors_of_a_calibration_made_by_hand_name_the_file(bundle: Path, tmp_path: Path) -> None:
+    own = bundle / CALIBRATION_NAME
+    with np.load(own) as arrays:
+        whole = dict(arrays)
+    for name, array, reason in (
+        ("scores", None, "'scores is not a file in the archive'"),
+        (
+            "scores",
+            np.array(1.0),
+            r"scores must be finite numbers of shape \(1,\), got \w+ \(\)",
+        ),
+        ("scores", np.array([None]), "Object arrays cannot be loaded"),
+        ("grid", np.array(["a"]), "grid must be finite numbers of shape .*, got <U1"),
+        ("mixture_log_weights", np.array(1.0), "mixture_log_weights must be finite numbers"),
+        ("names", np.array("bpd"), "iteration over a 0-d array"),
+        ("resize", np.array("no"), "resize must be empty or fit, got 'no'"),
+        ("digests", np.array(1.0), "digests must be one uint64"),
+    ):
+        made = {key: value for key, value in whole.items() if key != name}
+        np.savez(tmp_path / "made.npz", **made, **({} if array is None else {name: array}))
+        with pytest.raises(CalibrationError, match=f"made.npz is not a calibration: {reason}"):
+            Calibrations.load(tmp_path / "made.npz")
+    np.savez(tmp_path / "made.npz", **{k: v for k, v in whole.items() if k != "scores"})
+    with ZipFile(tmp_path / "made.npz", "a") as archive:
+        archive.writestr("scores", "no array")
+    with pytest.raises(CalibrationError, match="made.npz is not a calibration"):
+        Calibrations.load(tmp_path / "made.npz")
+    fields = open_bundle(bundle).manifest
+    np.savez(own, **{**whole, "scores": np.array(1.0)})
+    write_manifest(bundle, fields)
+    with pytest.raises(CalibrationError, match=f"{own} is not a calibration: scores must be"):
+        InferenceEngine(bundle, device="cpu", operations=["score"])
 
 
 def test_a_damaged_name_of_an_array_hides_no_calibration(bundle: Path) -> None:

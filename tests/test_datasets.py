@@ -27,6 +27,7 @@ from training.data import DataError, ImageSet
 from training.datasets import NAMES, cifar10, files, image_size_of, load_dataset
 from training.datasets.files import part_of
 from training.datasets.folder import image_files
+from training.datasets.source import classes
 
 
 def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
@@ -367,6 +368,31 @@ def test_damaged_cifar10_strips_are_named(content: bytes, message: str, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")  # NumPy leaves it to the garbage collector
+def test_labels_that_are_not_one_number_for_each_image_are_named(
+    tmp_path: Path, real_images: np.ndarray
+) -> None:
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    strips = real_images[:2].reshape(-1, 32, 3)
+    for split in ("train", "test"):
+        Image.fromarray(strips).save(tmp_path / f"{split}_0.webp", lossless=True)
+    for labels, got in (
+        (np.array(1), r"got int64 \(\)"),
+        (np.array([0.5, 1.5]), r"got float64 \(2,\)"),
+        (np.array(["cat", "dog"]), r"got <U3 \(2,\)"),
+    ):
+        for name in ("train_data_batch_1", "val_data"):
+            np.savez(tmp_path / f"{name}.npz", data=planes(images), labels=labels)
+        whole = rf"the labels must be whole numbers \(N,\), {got}"
+        with pytest.raises(DataError, match=f"train_data_batch_1.npz: {whole}"):
+            load_dataset("imagenet64", str(tmp_path))
+        np.savez(tmp_path / "labels.npz", train=labels, test=labels)
+        with pytest.raises(DataError, match=f"labels.npz must hold .* train: {whole}"):
+            load_dataset("cifar10", str(tmp_path))
+    for batch in ([None, 1], [[1], [1, 2]]):
+        with pytest.raises(DataError, match="data_batch_1: the labels"):
+            classes(batch, "data_batch_1")
+
+
 def test_damaged_cifar10_labels_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (32, 64)).save(tmp_path / "train_000.webp")
     labels = tmp_path / "labels.npz"

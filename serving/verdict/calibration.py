@@ -304,7 +304,9 @@ class Calibration:
         """
         if self.estimator != ESTIMATOR:
             raise CalibrationError(f"estimator must be {ESTIMATOR}, got {self.estimator!r}")
-        size, pixels, n = len(self.names), len(self.pixel_columns), len(self.scores)
+        if self.resize not in (None, "fit"):
+            raise CalibrationError(f"resize must be empty or fit, got {self.resize!r}")
+        size, pixels, n = len(self.names), len(self.pixel_columns), self.scores.size
         semantic = [name.startswith(SEMANTIC_PREFIX) for name in self.names]
         if semantic != sorted(semantic) or (any(semantic) and self.known is None):
             raise CalibrationError("semantic statistics must come last, with known images")
@@ -594,7 +596,7 @@ class Calibrations:
         return None if self.exact is None else {"name": self.name, "version": self.version}
 
     def check(self, statistics: Sequence[str]) -> None:
-        """Check that verdicts can be computed with it.
+        """Check that verdicts can be computed with calibrations that were read from a file.
 
         Args:
             statistics: names of the statistics that are computed.
@@ -604,7 +606,6 @@ class Calibrations:
         """
         for calibration in filter(None, (self.exact, self.resized)):
             calibration.check_statistics(statistics)
-            calibration.check_values()
 
     def other_coder(self) -> str | None:
         """A warning if the statistics were computed with another version of libwebp than here."""
@@ -649,7 +650,7 @@ class Calibrations:
             name: the name that requests give.
 
         Raises:
-            CalibrationError: the file is not a calibration.
+            CalibrationError: the file is not a calibration, or its arrays do not fit together.
         """
         try:
             content = read_file(path, MAX_CALIBRATION_BYTES)
@@ -665,6 +666,8 @@ class Calibrations:
                     resized: Calibration | None = Calibration.from_arrays(arrays, RESIZED_PREFIX)
                 else:
                     resized = exact if exact.resize == "fit" else None
+                for calibration in filter(None, (exact, resized)):
+                    calibration.check_values()
                 return cls(
                     exact,
                     resized,
@@ -679,6 +682,8 @@ class Calibrations:
             ValueError,
             TypeError,
             KeyError,
+            AttributeError,
+            RuntimeError,
             OSError,
             EOFError,
             BadZipFile,
@@ -694,7 +699,7 @@ def version_of(content: bytes) -> str:
 
 def _shapes(name: str, mixture: Mixture, dims: int) -> list[tuple[str, np.ndarray, Any]]:
     """The arrays of a mixture with the shapes that they must have."""
-    k = len(mixture.log_weights)
+    k = mixture.log_weights.size
     return [
         (f"{name}_log_weights", mixture.log_weights, (k,)),
         (f"{name}_means", mixture.means, (k, dims)),

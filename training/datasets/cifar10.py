@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet
-from training.datasets.source import Source, planar, unpickle_arrays
+from training.datasets.source import Source, classes, planar, unpickle_arrays
 
 SIZE = 32
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
@@ -54,7 +54,7 @@ def _strips(root: Path, split: str) -> ImageSet:
         return ImageSet(images)
     try:
         with np.load(path, allow_pickle=False) as stored:
-            labels = stored[split].astype(np.int64)
+            labels = classes(stored[split], split)
     except NOT_ARRAYS as error:
         raise DataError(f"{path} must hold the array {split}: {error}") from error
     return ImageSet(images, labels)
@@ -81,7 +81,7 @@ def _batches(source: Source, root: Path, split: str) -> ImageSet:
             if missing := {"data", "labels"} - set(batch):
                 raise DataError(f"{name} holds no {' and no '.join(sorted(missing))}")
             images.append(planar(np.asarray(batch["data"]), SIZE, name))
-            labels.append(np.asarray(batch["labels"], np.int64))
+            labels.append(classes(batch["labels"], name))
         elif (content := source.read(f"{name}.bin")) is not None:
             if len(content) % (1 + 3 * SIZE * SIZE):
                 raise DataError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet, split_tail
 from training.datasets.files import Report, cached_pixels
-from training.datasets.source import planar, unpickle_arrays
+from training.datasets.source import classes, planar, unpickle_arrays
 
 SIZE = 64
 
@@ -81,4 +81,4 @@ def _images(path: Path) -> np.ndarray:
 
 def _labels(path: Path) -> np.ndarray:
     """Classes counted from 0; the files count them from 1."""
-    return _read(path, "labels").astype(np.int64) - 1
+    return classes(_read(path, "labels"), path.name) - 1

@@ -90,6 +90,27 @@ def unpickle_arrays(content: bytes, name: str) -> dict[str, Any]:
     }
 
 
+def classes(values: Any, name: str) -> np.ndarray:
+    """Check the classes of images, and return them as int64 ``(N,)``.
+
+    Args:
+        values: an array or a list.
+        name: of the file, for errors.
+
+    Raises:
+        DataError: they are not one whole number for each image.
+    """
+    try:
+        labels = np.asarray(values)
+    except ValueError as error:  # a list of lists of different lengths
+        raise DataError(f"{name}: the labels are not an array: {error}") from error
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{name}: the labels must be whole numbers (N,), got {labels.dtype} {labels.shape}"
+        )
+    return labels.astype(np.int64)
+
+
 def planar(values: np.ndarray, size: int, name: str) -> np.ndarray:
     """Convert rows of planes, ``(N, 3 * size * size)``, to images, ``(N, size, size, 3)``."""
     if values.dtype != np.uint8 or values.ndim != 2 or values.shape[1] != 3 * size * size:
