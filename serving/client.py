@@ -218,6 +218,8 @@ class AdeClient:
     Raises (every method):
         AdeError: the service answered an error.
         httpx.TransportError: there was no answer.
+        OSError: one of the image files cannot be read; ``filename`` is its path. All files are read
+            first, so that nothing has been sent then.
 
     Example::
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 import tracemalloc
 from pathlib import Path
@@ -27,6 +28,7 @@ from serving.api.requests import (
     decode_images,
 )
 from serving.api.responses import error_response
+from serving.client import AdeClient
 from serving.engine.bundle import Bundle
 from tests.helpers import b64, npy
 
@@ -268,6 +270,21 @@ def test_channels_must_agree() -> None:
     assert isinstance(image, ApiError) and "must have 3 channels, got 1" in image.message
     (grey,) = read_images("score", body(png()), (8, 8, 1)).images
     assert isinstance(grey, InputImage) and grey.pixels.shape == (8, 8, 1)
+
+
+def test_the_client_names_a_file_that_cannot_be_read_and_sends_nothing(tmp_path: Path) -> None:
+    """Nothing listens on port 1: an attempt to send would be another error."""
+    good, large = tmp_path / "good.png", tmp_path / "large.png"
+    good.write_bytes(png())
+    os.mkfifo(tmp_path / "pipe.png")
+    with open(large, "wb") as file:
+        file.truncate(2**40)
+    with AdeClient("http://127.0.0.1:1") as client:
+        for name in ("gone.png", "pipe.png", "large.png"):
+            for call in (client.score, client.score_group, client.encode, client.reconstruct):
+                with pytest.raises(OSError, match=name) as raised:
+                    call([good, tmp_path / name])
+                assert raised.value.filename == str(tmp_path / name)
 
 
 def test_images_are_resized_only_on_request_and_with_a_note() -> None:
