@@ -24,7 +24,7 @@ class ImageSet:
         keep: of a folder, which files to use.
 
     Raises:
-        DataError: there is no such path.
+        DataError: there is no such path, or it holds no images.
     """
 
     def __init__(
@@ -33,6 +33,11 @@ class ImageSet:
         if not path.exists():
             raise DataError(f"there is no {path}")
         self._path, self._limit, self._keep = path, limit, keep
+        # Read here too: the images of other sets may take long before these are needed.
+        if path.is_dir():
+            image_files(path)
+        else:
+            _array(path)
 
     def __iter__(self) -> Iterator[bytes | np.ndarray]:
         if self._path.is_dir():

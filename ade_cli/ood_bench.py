@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
             f"sets of OOD images need different names, got {', '.join((*names, *CORRUPTIONS))}"
         )
     own = bundle.manifest.get("calibration") or {}
-    id_name, id_images = _id_images(args, bundle, calibrations.data or own.get("data"))
     sets = {path.stem: ImageSet(path, args.images) for path in args.ood}
+    id_name, id_images = _id_images(args, bundle, calibrations.data or own.get("data"))
     args.out.mkdir(parents=True, exist_ok=True)  # before the images are scored
     try:
         made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say)

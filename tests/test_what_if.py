@@ -355,14 +355,18 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
         assert len(list(ImageSet(tmp_path / name, None))) == 3
     Image.fromarray(small_images[0]).save(tmp_path / "image.png")
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "arrays.npz").read_bytes()[:100])
+    # When a set is made, because the images of others may be scored before it is read.
     with pytest.raises(DataError, match="image.png must be a folder of images, an .npy or an .npz"):
-        list(ImageSet(tmp_path / "image.png", None))
+        ImageSet(tmp_path / "image.png", None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no images"):
+        ImageSet(tmp_path / "empty", None)
     with ZipFile(tmp_path / "texts.zip", "w") as archive:
         archive.writestr("a.txt", "a text")
     with pytest.raises(DataError, match="texts.zip must hold one array of images"):
-        list(ImageSet(tmp_path / "texts.zip", None))
+        ImageSet(tmp_path / "texts.zip", None)
     with pytest.raises(DataError, match="damaged.npz cannot be read"):
-        list(ImageSet(tmp_path / "damaged.npz", None))
+        ImageSet(tmp_path / "damaged.npz", None)
 
 
 def test_options_given_twice_add_up() -> None:
