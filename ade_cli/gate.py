@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ade_cli.data_options import say
 from ade_cli.help_texts import BUNDLE
-from ade_cli.image_files import FileError, check_parent, files_of, load_engine
+from ade_cli.image_files import FileError, check_parent, check_writable, files_of, load_engine
 from ade_cli.image_sets import ImageSet
 from ade_cli.paths import given_path
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
@@ -17,7 +17,7 @@ from export.verdict.what_if import what_if
 from export.verdict.what_if_report import gate_of, what_if_lines, write_what_if
 from serving.engine.bundle import BundleError
 from serving.verdict.calibration import DEFAULT, CalibrationError
-from serving.verdict.store import FOLDER
+from serving.verdict.store import FOLDER, path_of
 from training.data import DataError
 
 ERRORS = (BundleError, CalibrationError, DataError, FileError)
@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
 def _feedback(args: argparse.Namespace) -> None:
     if not args.accept and not args.reject:
         raise FileError("give images with --accept, --reject or both")
+    check_writable(path_of(args.bundle, args.calibration))
     done = give_feedback(
         args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say, args.force
     )

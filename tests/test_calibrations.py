@@ -1097,6 +1097,10 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
         assert main(["calibrate", *map(str, words), "--data", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
     assert not path_of(bundle, "night").exists() and not (tmp_path / "out").exists()
+    monkeypatch.setattr("ade_cli.gate.give_feedback", None)
+    assert main(["gate", "feedback", str(taken), "--accept", str(tmp_path / "a.png")]) == 2
+    message = f"{taken / FOLDER / 'default.npz'} cannot be written: Not a directory"
+    assert message in capsys.readouterr().err
 
 
 def test_null_names_no_calibration(bundle: Path) -> None:
