@@ -38,6 +38,7 @@ from serving.images import DecodedImage, read_image
 from serving.verdict.calibration import CalibrationError
 from tests.helpers import ROOT, make_folder
 from training.datasets.files import decode_into
+from training.datasets.folder import first_size
 from training.runs import _save
 
 
@@ -323,6 +324,8 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
 
     monkeypatch.setattr("serving.api.requests.read_image", read)
     monkeypatch.setattr("training.datasets.files.read_image", read)
+    monkeypatch.setattr("training.datasets.folder.read_image", read)
+    assert first_size([huge, good]) == 32
     lines: list[str] = []
     found, errors = usable("photos", [huge.read_bytes(), small_images[0]], (8, 8, 3), lines.append)
     assert len(found) == 1 and errors == [("image 0", "there is no memory to decode it")]

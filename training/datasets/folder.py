@@ -87,7 +87,7 @@ def first_size(files: list[Path]) -> int:
     for path in files:
         try:
             height, width, _ = read_image(read_file(path)).pixels.shape
-        except (ImageError, OSError):
+        except (ImageError, OSError, MemoryError):
             continue
         return int(min(height, width))
     if len(files) == 1:
