@@ -183,10 +183,8 @@ class InferenceEngine:
 
         def noise(i: int) -> dict[str, np.ndarray]:
             stream = NoiseStream(sample_key(seeds[i], indices[i]))
-            eps = {
-                name: stream.normal(shape) * np.float32(temperatures[i])
-                for name, shape in self._eps()
-            }
+            temperature = np.float32(temperatures[i])
+            eps = {name: noise * temperature for name, noise in self._eps(stream).items()}
             return {**eps, "y_eps": self._y_eps(stream, kinds[i])}
 
         return self._run("sample", len(seeds), noise)["images"]
@@ -263,10 +261,7 @@ class InferenceEngine:
 
         def inputs(i: int) -> dict[str, np.ndarray]:
             stream = NoiseStream(image_key(seeds[i], image_digest(images[i])))
-            return {
-                "images": images[i],
-                **{name: stream.normal(shape) for name, shape in self._eps()},
-            }
+            return {"images": images[i], **self._eps(stream)}
 
         out = self._run("encode", len(images), inputs)
         levels = [
@@ -300,8 +295,8 @@ class InferenceEngine:
 
         def inputs(i: int) -> dict[str, np.ndarray]:
             stream = NoiseStream(image_key(seeds[i], image_digest(images[i])))
-            eps = {name: stream.normal(shape) for name, shape in self._eps()}
-            return {"images": images[i], **eps, "y_eps": self._y_eps(stream, kinds[i])}
+            eps, y_eps = self._eps(stream), self._y_eps(stream, kinds[i])
+            return {"images": images[i], **eps, "y_eps": y_eps}
 
         return self._run("reconstruct", len(images), inputs)["reconstruction"]
 
@@ -442,7 +437,7 @@ class InferenceEngine:
         """Return the inputs of ``score`` for one draw ``(image, seed, number)``."""
         i, seed, number = draw
         stream = NoiseStream(image_key(seed, digests[i], number))
-        eps = {name: stream.normal(shape) for name, shape in self._eps()}
+        eps = self._eps(stream)  # before u: the order of the draws is part of every score
         return {"images": images[i], "u": stream.uniform(self.image_shape), **eps}
 
     def _verdicts(
@@ -557,8 +552,9 @@ class InferenceEngine:
     def _shape(self, name: str) -> tuple[int, int, int]:
         return input_shape(name, self.image_shape, self.latent_shapes)
 
-    def _eps(self) -> list[tuple[str, tuple[int, int, int]]]:
-        return [(f"eps_{i}", shape) for i, shape in enumerate(self.latent_shapes)]
+    def _eps(self, stream: NoiseStream) -> dict[str, np.ndarray]:
+        """Draw the noise of the latents of one image, coarsest level first."""
+        return {f"eps_{i}": stream.normal(shape) for i, shape in enumerate(self.latent_shapes)}
 
     def _y_eps(self, stream: NoiseStream, kind: str) -> np.ndarray:
         shape = self._shape("y_eps")
