@@ -134,15 +134,11 @@ def parse(
         is_binary,
     )
     if "format" in parameters:
-        raise ApiError(
-            422,
-            "unknown_parameter",
-            "format is not a parameter: the protocol has formats of its own",
+        raise unusable(
+            "unknown_parameter", "format is not a parameter: the protocol has formats of its own"
         )
     for name in filter(is_image_field, parameters):  # they would be taken for files of a form
-        raise ApiError(
-            422, "unknown_parameter", f"{show(name)} is not a parameter: images are inputs"
-        )
+        raise unusable("unknown_parameter", f"{show(name)} is not a parameter: images are inputs")
     fields: dict[str, Any] = {**parameters, "format": FORMATS[operation]}
     known = SAMPLE_INPUTS if operation == "sample" else (IMAGES,)
     for name, tensor in inputs.items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from handlers.limits import MAX_BATCH, MAX_REQUEST_BYTES, QUEUE_SIZE, RESPONSE_TIMEOUT_S
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, overloaded
 from serving.api.guard import Receive, Scope, header_values
 
 T = TypeVar("T")
@@ -59,11 +59,6 @@ class Limits:
 
 class ClientGone(Exception):
     """The client closed the connection."""
-
-
-def overloaded(message: str) -> ApiError:
-    """Return the 503 error that a full queue of the engine also gives."""
-    return ApiError(503, "overloaded", f"{message}: try again later")
 
 
 class Memory:

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from handlers.front.admission import Limits
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, malformed, overloaded
 from serving.api.guard import error_answer
 from serving.api.pipelining import PipeliningProtocol
 
@@ -56,7 +56,7 @@ class BoundedProtocol(PipeliningProtocol):
         super().connection_made(cast(asyncio.Transport, transport))
         self.transport.set_write_buffer_limits(high=0)  # the write timer covers every unsent byte
         if len(self.connections) > self._limits.connections:
-            self._refuse(ApiError(503, "overloaded", "too many connections: try again later"))
+            self._refuse(overloaded("too many connections"))
         else:
             self._await_head()
 
@@ -138,7 +138,7 @@ class BoundedProtocol(PipeliningProtocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, "malformed_request", "the request is not valid HTTP"))
+        self._refuse(malformed("the request is not valid HTTP"))
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

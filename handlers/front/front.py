@@ -20,13 +20,12 @@ from handlers.front.admission import (
     Limits,
     Memory,
     hang_up,
-    overloaded,
     read_body,
     unless_gone,
 )
 from handlers.front.forms import checked_type
 from handlers.limits import LARGE_BYTES
-from serving.api.errors import ApiError, internal_error, malformed, shaped, stopping
+from serving.api.errors import ApiError, internal_error, malformed, overloaded, shaped, stopping
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.api.requests import PROBE_HEADER
 from serving.messages import show

@@ -26,7 +26,7 @@ from handlers.front.front import Answer, Endpoint, Front, Request
 from handlers.ray_serve.calls import Asked, Calls
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.settings import Access, ServeSettings
-from serving.api.errors import ApiError, no_answer, stopping, worker_died
+from serving.api.errors import no_answer, overloaded, stopping, worker_died
 from serving.api.guard import App, Guard, Message, Receive, Scope, Send
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import open_bundle
@@ -99,9 +99,7 @@ class RemoteModel:
         except TimeoutError:
             raise no_answer() from None
         except BackPressureError:
-            raise ApiError(
-                503, "overloaded", "too many requests are waiting: try again later"
-            ) from None
+            raise overloaded("too many requests are waiting") from None
         except Exception as error:  # Ray's, which depend on how the replica ended
             logger.error("%s: no answer: %s", self.name, error)
             raise worker_died() from None

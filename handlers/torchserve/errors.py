@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from serving.api.errors import ApiError, internal_error, worker_died
+from serving.api.errors import ApiError, internal_error, malformed, overloaded, worker_died
 
 logger = logging.getLogger(__name__)
 _UNREADABLE_FORM = (400, "malformed_request", "the form cannot be parsed")
@@ -43,11 +43,9 @@ def translate(status: int, kind: str, message: str) -> ApiError:
     if status == NO_WORKER:
         return ApiError(503, "unavailable", "no worker can take the request: try again later")
     if status == OVERLOADED:
-        return ApiError(
-            503, "overloaded", "the service cannot take the request now: try again later"
-        )
+        return overloaded("the service cannot take the request now")
     if kind == FRONTS_KEY_REFUSED:
         logger.error("the model server refuses the front's key")
     elif status < 500:
-        return ApiError(400, "malformed_request", "the server cannot read the request")
+        return malformed("the server cannot read the request")
     return internal_error()

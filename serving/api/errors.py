@@ -71,6 +71,11 @@ def no_answer() -> ApiError:
     return ApiError(503, "unavailable", "no worker answered in time")
 
 
+def overloaded(message: str) -> ApiError:
+    """The answer to a request that there is no room or no memory for at the moment."""
+    return ApiError(503, "overloaded", f"{message}: try again later")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Error:
     """An error as it is written in JSON."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from serving.api.errors import ApiError, internal_error, is_out_of_memory
+from serving.api.errors import ApiError, internal_error, is_out_of_memory, overloaded
 from serving.api.journal import Journal
 from serving.api.operations.base import check_available
 from serving.api.operations.registry import OPERATIONS
@@ -115,7 +115,7 @@ class Service:
                 else []
             )
             if not chosen:
-                answers |= {i: error_response(_overloaded()) for i in waiting}
+                answers |= {i: error_response(_busy()) for i in waiting}
                 break
             requests = [waiting.pop(i) for i in chosen]
             for i, answer in zip(chosen, self._together(requests, watch), strict=True):
@@ -223,9 +223,7 @@ class Service:
         logger.error("%s: a request failed", self._name, exc_info=error)
         if is_out_of_memory(error):
             self.is_exhausted = True
-            return ApiError(
-                503, "overloaded", "the server has no memory left for this: try again later"
-            )
+            return overloaded("the server has no memory left for this")
         return internal_error()
 
     def _compute(self, requests: list[Any], watch: Stopwatch) -> list[Response]:
@@ -249,10 +247,10 @@ def _within(room: int, parsed: list[Any]) -> list[Any]:
     kept = []
     for request in parsed:
         taken = request.pixels if isinstance(request, FilesRequest) else 0
-        kept.append(request if taken <= room else _overloaded())
+        kept.append(request if taken <= room else _busy())
         room -= taken if taken <= room else 0
     return kept
 
 
-def _overloaded() -> ApiError:
-    return ApiError(503, "overloaded", "other requests keep the server busy: try again later")
+def _busy() -> ApiError:
+    return overloaded("other requests keep the server busy")
