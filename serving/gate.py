@@ -118,7 +118,7 @@ class Gate:
         try:
             if isinstance(image, np.ndarray):
                 is_like_its = image.dtype == np.uint8 and image.shape[2:] == shape[2:]
-                return prepare_image(image if is_like_its else image_file(image), shape, True, 0)
+                return prepare_image(image if is_like_its else image_file(image), shape, True)
             return self._prepare_file(image)
         except OSError as error:
             return ApiError(404, "unreadable", error.strerror or str(error))
@@ -132,7 +132,7 @@ class Gate:
             content = image_file(image)
         except ValueError as error:  # an image of Pillow without pixels
             return unusable("not_an_image", str(error))
-        return prepare_image(content, self._engine.image_shape, True, 0)
+        return prepare_image(content, self._engine.image_shape, True)
 
     def _decide(
         self,

@@ -28,7 +28,7 @@ def test_training_and_serving_crop_alike(shape: tuple[int, int, int], tmp_path: 
 
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     data = write_png(image)
-    served = prepare_image(data, (32, 32, 3), True, 0)
+    served = prepare_image(data, (32, 32, 3), True)
     assert isinstance(served, InputImage) and served.resized
     for i in range(40):  # enough for every part
         (tmp_path / f"{i}.png").write_bytes(data)
@@ -65,7 +65,7 @@ def test_the_centre_is_resized() -> None:
 
 
 def prepare(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    prepared = prepare_image(write_png(pixels), shape, True, 0)
+    prepared = prepare_image(write_png(pixels), shape, True)
     assert isinstance(prepared, InputImage)
     return prepared.pixels
 

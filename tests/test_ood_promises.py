@@ -54,7 +54,7 @@ def test_resized_images_have_a_verdict_of_their_own(
             np.asarray(Image.fromarray(image).resize((75, 75), Image.Resampling.HAMMING))
             for image in images
         )
-        made = [prepare_image(image, (32, 32, 3), True, 0) for image in larger]
+        made = [prepare_image(image, (32, 32, 3), True) for image in larger]
         return np.stack([image.pixels for image in made if isinstance(image, InputImage)])
 
     typical = engine.score(resized(real_images[:150]), resized=[True] * 150)

@@ -478,7 +478,7 @@ def resize_and_back(pixels: np.ndarray) -> np.ndarray:
         np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, kind))
         for plane in pixels.transpose(2, 0, 1)
     ]
-    image = prepare_image(np.stack(planes, axis=2), pixels.shape, True, 0)
+    image = prepare_image(np.stack(planes, axis=2), pixels.shape, True)
     assert isinstance(image, InputImage)
     return image.pixels
 

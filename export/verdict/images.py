@@ -54,7 +54,7 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
     def prepare(item: tuple[int, bytes | np.ndarray]) -> Prepared:
         index, source = item
         name = source.name if isinstance(source, NamedFile) else f"image {index}"
-        return name, prepare_source(lambda: source, image_shape, resize, index)
+        return name, prepare_source(lambda: source, image_shape, resize)
 
     rest = enumerate(images)
     with thread_pool() as threads:

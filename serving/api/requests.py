@@ -271,12 +271,16 @@ def decode_images(
         image_shape: ``(H, W, C)`` of the model.
         each: works like ``map``, for example the ``map`` of a thread pool.
     """
+
+    def prepare(task: tuple[int, bytes | np.ndarray | ApiError, bool]) -> InputImage | ApiError:
+        index, source, fit = task
+        made = source if isinstance(source, ApiError) else prepare_image(source, image_shape, fit)
+        return made.at(index) if isinstance(made, ApiError) else made
+
     tasks = [
-        (source, image_shape, request.fit, i)
-        for request in requests
-        for i, source in enumerate(request.sources)
+        (i, source, request.fit) for request in requests for i, source in enumerate(request.sources)
     ]
-    made = each(lambda task: prepare_image(*task), tasks)
+    made = each(prepare, tasks)
     return [
         ImagesRequest(
             list(islice(made, len(request.sources))),
@@ -336,10 +340,10 @@ def _json_images(given: dict[str, Any]) -> list[Any]:
         )
     sources: list[Any] = []
     size = 0
-    for i, text in enumerate(images):
+    for text in images:
         if not isinstance(text, str):
             sources.append(
-                malformed(f"an image must be a base64 string, got {type(text).__name__}").at(i)
+                malformed(f"an image must be a base64 string, got {type(text).__name__}")
             )
             continue
         try:
@@ -348,7 +352,7 @@ def _json_images(given: dict[str, Any]) -> list[Any]:
                 validate=True,
             )
         except (binascii.Error, ValueError) as error:
-            sources.append(malformed(f"the image is not base64: {error}").at(i))
+            sources.append(malformed(f"the image is not base64: {error}"))
             continue
         size += len(data)
         sources.append(data)
@@ -416,38 +420,35 @@ def _nan_note(data: bytes, dtype: np.dtype) -> str:
 
 
 def prepare_image(
-    source: bytes | np.ndarray | ApiError, image_shape: tuple[int, int, int], fit: bool, index: int
+    source: bytes | np.ndarray, image_shape: tuple[int, int, int], fit: bool
 ) -> InputImage | ApiError:
     """Bring one image to the model's shape, or return the error that prevents it.
 
     Args:
-        source: a file, uint8 ``(H, W, C)``, or an error, which is returned.
+        source: a file, or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
         fit: whether to resize images of another size.
-        index: of the image, for errors.
     """
-    if isinstance(source, ApiError):
-        return source
     height, width, channels = image_shape
     if isinstance(source, np.ndarray):
         pixels, notes = source, []
         if pixels.shape[2] != channels:
             return unusable(
                 "wrong_shape", f"images must have {channels} channels, got {pixels.shape[2]}"
-            ).at(index)
+            )
     else:
         try:
             decoded = read_image(source, None if fit else (width, height))
         except ImageError as error:
             status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
-            return ApiError(status, error.code, str(error), index)
+            return ApiError(status, error.code, str(error))
         pixels, notes = decoded.pixels, list(decoded.notes)
         if channels == 1:
             pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
         elif channels != 3:
             return unusable(
                 "wrong_shape", f"this model's images have {channels} channels: send an .npy array"
-            ).at(index)
+            )
     if pixels.shape[:2] == (height, width):
         return InputImage(np.ascontiguousarray(pixels), notes)
     if not fit:
@@ -455,11 +456,9 @@ def prepare_image(
             "wrong_size",
             f"images must be {width} x {height} pixels, got {pixels.shape[1]} x "
             f"{pixels.shape[0]}; {RESIZING} resizes them",
-        ).at(index)
+        )
     if 0 in pixels.shape:
-        return unusable(
-            "wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}"
-        ).at(index)
+        return unusable("wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}")
     notes.append(
         f"{RESIZED} {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
         "this changes the likelihood"
@@ -471,7 +470,6 @@ def prepare_source(
     read: Callable[[], bytes | np.ndarray],
     image_shape: tuple[int, int, int],
     fit: bool,
-    index: int = 0,
 ) -> InputImage | ApiError:
     """Read an image and bring it to the model's shape, or return the error that prevents it.
 
@@ -482,12 +480,11 @@ def prepare_source(
         read: returns a file or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
         fit: whether to resize images of another size.
-        index: of the image, for errors.
     """
     try:
-        return prepare_image(read(), image_shape, fit, index)
+        return prepare_image(read(), image_shape, fit)
     except OSError as error:
         code = "too_large" if error.errno == errno.EFBIG else "unreadable"
-        return ApiError(404, code, error.strerror or str(error), index)
+        return ApiError(404, code, error.strerror or str(error))
     except MemoryError:
-        return ApiError(413, "too_large", "there is no memory to decode it", index)
+        return ApiError(413, "too_large", "there is no memory to decode it")

@@ -181,7 +181,7 @@ def resize_input(served: Served, ticked: bool = False) -> gr.Checkbox:
 
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
     """The image as a model sees it."""
-    image = prepare_image(data, bundle.image_shape, resize, 0)
+    image = prepare_image(data, bundle.image_shape, resize)
     if isinstance(image, ApiError):
         raise gr.Error(sentence(image))
     return image
