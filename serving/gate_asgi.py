@@ -17,7 +17,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, malformed, unusable
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, replay
 from serving.api.requests import MAX_IMAGES, pixels_to_resize
 from serving.gate import Decision, Gate
@@ -139,30 +139,30 @@ class GateMiddleware:
             images = await _images(scope, body, self._text_fields)
         except ClientDisconnect:
             return
-        except _Refused as refused:
-            await _answer(send, refused.status, refused.code, str(refused))
+        except ApiError as error:
+            await _answer(send, error)
             return
         if await self._is_full(send):  # others may have come while the body was read
             return
         try:
             decisions = await self._check(scope, images)
         except ApiError as error:
-            await _answer(send, error.status, error.code, error.message)
+            await _answer(send, error)
             return
         except UnknownCalibration as error:
-            await _answer(send, 422, "unknown_calibration", str(error))
+            await _answer(send, unusable("unknown_calibration", str(error)))
             return
         except Exception as error:  # fails closed: whatever went wrong, the image is not accepted
             if isinstance(error, _TooLate):
                 logger.warning("a request waited too long for the gate")
             else:
                 logger.exception("the gate failed")
-            await _answer(
-                send, 503, "gate_unavailable", "the gate could not decide: try again later"
-            )
+            failed = ApiError(503, "gate_unavailable", "the gate could not decide: try again later")
+            await _answer(send, failed)
             return
         if any(d.is_error or d.decision not in self._flagged for d in decisions):
-            await _answer(send, 422, "not_accepted", "the gate did not accept the image", decisions)
+            refused = unusable("not_accepted", "the gate did not accept the image")
+            await _answer(send, refused, decisions)
             return
         scope.setdefault("state", {})["gate"] = decisions
         await self._app(scope, replay(body, receive), send)
@@ -172,7 +172,7 @@ class GateMiddleware:
 
         Raises:
             ClientDisconnect: the client closed the connection.
-            _Refused: the body is too large or too slow, or all bodies together are too large.
+            ApiError: the body is too large or too slow, or all bodies together are too large.
         """
         size = 0
         try:
@@ -182,17 +182,17 @@ class GateMiddleware:
                     size += len(part)
                     self._held += len(part)
                     if size > MAX_BODY_BYTES:
-                        raise _Refused(
+                        raise ApiError(
                             413,
                             "request_too_large",
                             f"a request may have at most {MAX_BODY_BYTES} bytes",
                         )
                     if size > SMALL_BODY_BYTES and self._held > MAX_HELD_BYTES:
-                        raise _Refused(
+                        raise ApiError(
                             503, "gate_busy", "the bodies of all requests are too large together"
                         )
         except TimeoutError:
-            raise _Refused(
+            raise ApiError(
                 408, "request_timeout", f"the body took longer than {MAX_BODY_S:g} s"
             ) from None
 
@@ -200,9 +200,8 @@ class GateMiddleware:
         """Answer 503 if no further request may wait."""
         if self._room > 0:
             return False
-        await _answer(
-            send, 503, "gate_busy", "too many requests wait for the gate: try again later"
-        )
+        full = ApiError(503, "gate_busy", "too many requests wait for the gate: try again later")
+        await _answer(send, full)
         return True
 
     async def _check(self, scope: MutableMapping[str, Any], images: list[bytes]) -> list[Decision]:
@@ -244,29 +243,24 @@ class _TooLate(Exception):
     """The request has waited so long that nobody would get its decisions in time."""
 
 
-class _Refused(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-
-
 async def _images(
     scope: MutableMapping[str, Any], body: bytes, text_fields: Collection[str]
 ) -> list[bytes]:
-    """The files that a request carries: at least one, and no more than the gate takes."""
+    """The files that a request carries: at least one, and no more than the gate takes.
+
+    Raises:
+        ApiError: it carries none, too many, or something that is not checked.
+    """
     request = Request(scope, replay(body))
     types = request.headers.getlist("content-type")
     if len(types) > 1:  # the application might follow another one
-        raise _Refused(
-            400, "malformed_request", f"a request has one Content-Type, this one has {len(types)}"
-        )
+        raise malformed(f"a request has one Content-Type, this one has {len(types)}")
     kind = "".join(types).split(";")[0].strip().lower()
     if _IMAGE_TYPE.fullmatch(kind):
         return [body]
     if kind == "multipart/form-data":
         if not _is_whole(types[0], body):
-            raise _Refused(400, "malformed_request", "the form does not end with its boundary")
+            raise malformed("the form does not end with its boundary")
         try:
             async with request.form(max_files=MAX_IMAGES) as form:
                 fields = form.multi_items()
@@ -274,15 +268,13 @@ async def _images(
         except Exception as error:  # Starlette raises errors of its own and of the parser
             reason = str(getattr(error, "detail", None) or getattr(error, "message", ""))
             if reason.startswith("Too many files"):
-                raise _Refused(
+                raise ApiError(
                     413, "too_many_images", f"at most {MAX_IMAGES} images per request"
                 ) from error
-            raise _Refused(
-                400, "malformed_request", f"the form cannot be parsed: {reason}".rstrip(": ")
-            ) from error
+            raise malformed(f"the form cannot be parsed: {reason}".rstrip(": ")) from error
         for name, value in fields:
             if not isinstance(value, UploadFile) and name not in text_fields:
-                raise _Refused(
+                raise ApiError(
                     400,
                     "unchecked_field",
                     f"the form's field {show(name)} is text, which is not checked: images must be "
@@ -290,7 +282,7 @@ async def _images(
                 )
         if files:
             return files
-    raise _Refused(
+    raise ApiError(
         415,
         "no_image",
         "send an image as the body (Content-Type: image/...) or as a file of a form",
@@ -321,15 +313,13 @@ def _without_body(receive: Receive) -> Receive:
     return receive_nothing
 
 
-async def _answer(
-    send: Send, status: int, code: str, message: str, decisions: list[Decision] | None = None
-) -> None:
-    error: dict[str, Any] = {"code": code, "message": message}
+async def _answer(send: Send, error: ApiError, decisions: list[Decision] | None = None) -> None:
+    body = error.body()
     if decisions is not None:
-        error["decisions"] = [dataclasses.asdict(decision) for decision in decisions]
+        body["error"]["decisions"] = [dataclasses.asdict(decision) for decision in decisions]
     headers = [
         (b"content-type", b"application/json"),
-        *([(b"retry-after", b"1")] if status == 503 else []),
+        *([(b"retry-after", b"1")] if error.status == 503 else []),
     ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
