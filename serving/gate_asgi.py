@@ -19,14 +19,13 @@ from starlette.requests import ClientDisconnect, Request
 
 from serving.api.errors import ApiError, malformed, unusable
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, replay
-from serving.api.requests import MAX_IMAGES, pixels_to_resize
+from serving.api.requests import MAX_BODY_BYTES, MAX_IMAGES, pixels_to_resize
 from serving.gate import Decision, Gate
 from serving.messages import show
 from serving.verdict.store import UnknownCalibration
 
 logger = logging.getLogger(__name__)
 Action = Literal["reject", "flag"]
-MAX_BODY_BYTES = 16 * 2**20
 MAX_BODY_S = 120.0  # for a body to arrive
 MAX_HELD_BYTES = 256 * 2**20  # of all bodies together, above which only small ones are read
 SMALL_BODY_BYTES = 2**20
@@ -299,18 +298,13 @@ def _is_whole(content_type: str, body: bytes) -> bool:
 
 def _without_body(receive: Receive) -> Receive:
     """An empty body in place of the request's; then whatever comes after it."""
-    told = False
 
-    async def receive_nothing() -> Message:
-        nonlocal told
-        if not told:
-            told = True
-            return {"type": "http.request", "body": b"", "more_body": False}
+    async def after_body() -> Message:
         while (message := await receive())["type"] == "http.request":
             pass
         return message
 
-    return receive_nothing
+    return replay(b"", after_body)
 
 
 async def _answer(send: Send, error: ApiError, decisions: list[Decision] | None = None) -> None:

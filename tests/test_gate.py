@@ -27,10 +27,11 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from serving.api.requests import MAX_BODY_BYTES
 from serving.client import image_file
 from serving.engine.bundle import BundleError
 from serving.gate import Decision, Gate
-from serving.gate_asgi import MAX_BODY_BYTES, GateMiddleware
+from serving.gate_asgi import GateMiddleware
 from serving.images import read_image, write_png
 from serving.ports import free_ports
 from serving.verdict.calibration import Calibrations
