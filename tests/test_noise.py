@@ -26,13 +26,15 @@ def test_the_streams_are_those_of_version_1() -> None:
 @settings(max_examples=50)
 @given(st.integers(0, MAX_SEED), st.integers(0, MAX_SEED), st.integers(0, 63))
 def test_every_part_of_the_key_counts(seed: int, index: int, draw: int) -> None:
-    keys = {
-        sample_key(seed, index, draw),
-        sample_key(seed ^ 1, index, draw),
-        sample_key(seed, index ^ 1, draw),
-        sample_key(seed, index, draw + 1),
+    of_samples = {sample_key(seed, index), sample_key(seed ^ 1, index), sample_key(seed, index ^ 1)}
+    one, other = (image_digest(np.full((2, 2, 3), value, np.uint8)) for value in (0, 1))
+    of_images = {
+        image_key(seed, one, draw),
+        image_key(seed ^ 1, one, draw),
+        image_key(seed, other, draw),
+        image_key(seed, one, draw + 1),
     }
-    assert len(keys) == 4
+    assert len(of_samples | of_images) == 3 + 4
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4))
