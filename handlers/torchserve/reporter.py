@@ -32,11 +32,7 @@ class Reporter(threading.Thread):
     """
 
     def __init__(
-        self,
-        telemetry: Telemetry,
-        cache: Any,
-        model_name: str,
-        also: Callable[[], None] = lambda: None,
+        self, telemetry: Telemetry, cache: Any, model_name: str, also: Callable[[], None]
     ) -> None:
         super().__init__(name="telemetry", daemon=True)
         self._telemetry = telemetry

@@ -46,8 +46,8 @@ class Backend(Protocol):
 def load_backend(
     bundle: Bundle,
     graphs: Sequence[str],
-    backend: str = "onnxruntime",
-    device: str = "auto",
+    backend: str,
+    device: str,
     gpu: int = 0,
     cuda_graphs: bool = False,
 ) -> Backend:
@@ -88,7 +88,7 @@ class OnnxRuntimeBackend:
         graphs: Sequence[str],
         device: str,
         gpu: int,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool,
     ) -> None:
         ort = onnx_runtime()
 
