@@ -23,6 +23,7 @@ from serving.signals import signals_held
 STOP_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 5.0
 MAX_OUTPUT_BYTES = 2**20  # of the file with a child's output; one older file is kept
+TAIL_LINES = 15  # of that output, in errors
 MAX_DEATHS = 5
 DEATHS_WITHIN_S = 60.0
 # Reads the ids of process groups until the service ends, which closes its standard input. Then it
@@ -81,9 +82,10 @@ class Child:
                 pass_fds=self.pass_fds,
             )
 
-    def tail(self, lines: int = 15) -> str:
+    def tail(self) -> str:
+        """The last lines of its output; empty if it cannot be read."""
         with contextlib.suppress(OSError):
-            return "\n".join(self.output.read_text(errors="replace").splitlines()[-lines:])
+            return "\n".join(self.output.read_text(errors="replace").splitlines()[-TAIL_LINES:])
         return ""
 
     def trim(self) -> None:

@@ -20,10 +20,8 @@ MAX_UPLOAD_BYTES = ALL_BYTES + 2 * 4096 * ALL_FILES
 EVERY_S = 60.0
 
 
-def sweep(
-    folder: Path, kept: Collection[str], max_age: float = KEPT_S, max_bytes: int = MAX_BYTES
-) -> None:
-    """Delete entries of a folder that are older than ``max_age`` seconds, but not ``kept`` ones.
+def sweep(folder: Path, kept: Collection[str], max_bytes: int = MAX_BYTES) -> None:
+    """Delete entries of a folder that are older than :data:`KEPT_S`, but not ``kept`` ones.
 
     If the rest takes more than ``max_bytes``, the oldest are deleted too.
     """
@@ -35,7 +33,7 @@ def sweep(
     size = 0
     for changed, taken, path in sorted(found, reverse=True):
         size += taken
-        if time.time() - changed < max_age and size <= max_bytes:
+        if time.time() - changed < KEPT_S and size <= max_bytes:
             continue
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
