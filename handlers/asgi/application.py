@@ -25,7 +25,7 @@ from handlers.asgi.pool import Pool
 from handlers.asgi.worker import WorkerSettings, check_same
 from handlers.front import listen
 from handlers.front.admission import Lane, Limits, Memory
-from handlers.front.exposition import CONTENT_TYPE
+from handlers.front.exposition import metrics_answer, only_metrics
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
@@ -202,19 +202,6 @@ class Application:
         )
 
 
-def _find_metrics(metrics: Metrics, path: str) -> Endpoint:
-    """``/metrics``.
-
-    Raises:
-        ApiError: 404.
-    """
-    if path != "/metrics":
-        raise ApiError(404, "not_found", "there is /metrics")
-    return Endpoint(
-        _reading(lambda: Answer(200, [("content-type", CONTENT_TYPE)], metrics.text().encode()))
-    )
-
-
 async def _infer(model: Model, request: Request) -> Answer:
     """Answer a request of the Open Inference Protocol."""
     length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
@@ -325,10 +312,11 @@ async def build_app(
         if file is not None:
             replace(settings, releases=tuple(map(asdict, releases))).replace(file)
 
+    scrape = Endpoint(_reading(lambda: metrics_answer(metrics.text())))
     releases = Releases(functools.partial(build_release, settings, metrics, limits), save, limits)
     api, reading = (
         Front(find, limits, memory, settings.probe_secret, refusals)
-        for find in (releases.api, functools.partial(_find_metrics, metrics))
+        for find in (releases.api, functools.partial(only_metrics, scrape))
     )
 
     def refuse_later() -> None:

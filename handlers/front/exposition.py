@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from handlers.front.front import Answer, Endpoint
+from serving.api.errors import ApiError
 from serving.api.telemetry import HistogramMetric, Metric
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Family = Metric | HistogramMetric
 REFUSALS = Metric(
     "ade_front_refusals_total",
@@ -32,3 +33,20 @@ def exposition(samples: Mapping[Family, Iterable[str]], refusals: Mapping[str, i
         for family, lines in {**samples, REFUSALS: counted}.items()
         if lines
     )
+
+
+def metrics_answer(text: str) -> Answer:
+    """The answer to a scrape."""
+    headers = [("content-type", "text/plain; version=0.0.4; charset=utf-8")]
+    return Answer(200, headers, text.encode())
+
+
+def only_metrics(endpoint: Endpoint, path: str) -> Endpoint:
+    """Find the one endpoint of the port of the metrics, ``/metrics``.
+
+    Raises:
+        ApiError: 404, it is another path.
+    """
+    if path != "/metrics":
+        raise ApiError(404, "not_found", "there is /metrics")
+    return endpoint

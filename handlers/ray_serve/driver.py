@@ -6,6 +6,7 @@ It starts a Ray instance on this machine, or joins a cluster, and stops all that
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
 import sys
@@ -17,12 +18,11 @@ from typing import Any
 
 from handlers.front import listen
 from handlers.front.admission import Limits, Memory
-from handlers.front.exposition import CONTENT_TYPE
+from handlers.front.exposition import metrics_answer, only_metrics
 from handlers.front.front import Answer, Endpoint, Front, Request
 from handlers.front.settings import FrontSettings
 from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
 from handlers.ray_serve.settings import Access, ServeSettings
-from serving.api.errors import ApiError
 from serving.ports import LOOPBACK, local_address
 
 APP = "ade"
@@ -126,16 +126,11 @@ def _serve_metrics(serve: Any, settings: DriverSettings) -> None:
     handle, limits = serve.get_deployment_handle(METRICS, APP), Limits()
 
     async def text(request: Request) -> Answer:
-        body = await handle.text.remote()
-        return Answer(200, [("content-type", CONTENT_TYPE)], body.encode())
-
-    def find(path: str) -> Endpoint:
-        if path == "/metrics":
-            return Endpoint(text)
-        raise ApiError(404, "not_found", "there is /metrics")
+        return metrics_answer(await handle.text.remote())
 
     @contextlib.asynccontextmanager
     async def build() -> AsyncIterator[listen.Built]:
+        find = functools.partial(only_metrics, Endpoint(text))
         front = Front(find, limits, Memory(limits), settings.probe_secret, Counter())
         yield listen.Built(listen.guarded(settings, front, front))
 

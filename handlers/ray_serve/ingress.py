@@ -21,7 +21,7 @@ from handlers.asgi import v2
 from handlers.asgi.application import OPEN, Application, served_models
 from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS
 from handlers.front.admission import Limits, Memory
-from handlers.front.exposition import CONTENT_TYPE
+from handlers.front.exposition import metrics_answer
 from handlers.front.front import Answer, Endpoint, Front, Request
 from handlers.ray_serve.calls import Asked, Calls
 from handlers.ray_serve.reporter import Measured, Reporter
@@ -206,8 +206,7 @@ class Ingress:
         return self._find(path)
 
     async def _metrics_text(self, request: Request) -> Answer:
-        text = await self._metrics.text.remote()
-        return Answer(200, [("content-type", CONTENT_TYPE)], text.encode())
+        return metrics_answer(await self._metrics.text.remote())
 
     async def _look(self) -> None:
         """Keep track of which models have a replica that can compute."""

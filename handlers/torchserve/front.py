@@ -21,6 +21,7 @@ import aiohttp
 
 from handlers.front import listen
 from handlers.front.admission import Lane, Limits, Memory
+from handlers.front.exposition import only_metrics
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.settings import FrontSettings
 from handlers.torchserve.errors import translate
@@ -72,6 +73,9 @@ class ModelServer:
         inference: a client of TorchServe's inference address.
         metrics: a client of its metrics address.
         refusals: requests that the front refused, by the error's code.
+
+    Attributes:
+        metrics: the endpoint of its metrics.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class ModelServer:
     ) -> None:
         infer = functools.partial(self._infer, inference)
         self._ping = Endpoint(infer)
-        self._metrics = Endpoint(functools.partial(self._scrape, metrics))
+        self.metrics = Endpoint(functools.partial(self._scrape, metrics))
         self._predictions = {
             name: Endpoint(
                 infer, INFERRING, Lane(limits), _large_lane(limits, workers), takes_forms=True
@@ -108,16 +112,6 @@ class ModelServer:
         if path == PREDICTIONS + name and name and "/" not in name:
             raise ApiError(404, "unknown_model", "the service has no model of this name")
         raise ApiError(404, "not_found", "there is /predictions/{operation} and /ping")
-
-    def metrics(self, path: str) -> Endpoint:
-        """``/metrics``.
-
-        Raises:
-            ApiError: 404.
-        """
-        if path == "/metrics":
-            return self._metrics
-        raise ApiError(404, "not_found", "there is /metrics")
 
     async def _infer(self, server: aiohttp.ClientSession, request: Request) -> Answer:
         return _translated(await self._ask(server, request))
@@ -209,7 +203,7 @@ async def build_app(settings: ServerSettings, limits: Limits) -> AsyncIterator[l
         server = ModelServer(settings.models, limits, inference, metrics, refusals)
         api, reading = (
             Front(find, limits, memory, settings.probe_secret, refusals)
-            for find in (server.api, server.metrics)
+            for find in (server.api, functools.partial(only_metrics, server.metrics))
         )
         yield listen.Built(listen.guarded(settings, api, reading))
 
