@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from serving.api.errors import ApiError, malformed, unusable
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, replay
-from serving.api.requests import MAX_BODY_BYTES, MAX_IMAGES, pixels_to_resize
+from serving.api.requests import MAX_BODY_BYTES, MAX_IMAGES, MULTIPART, pixels_to_resize
 from serving.gate import Decision, Gate
 from serving.messages import show
 from serving.verdict.store import UnknownCalibration
@@ -257,7 +257,7 @@ async def _images(
     kind = "".join(types).split(";")[0].strip().lower()
     if _IMAGE_TYPE.fullmatch(kind):
         return [body]
-    if kind == "multipart/form-data":
+    if kind == MULTIPART:
         if not _is_whole(types[0], body):
             raise malformed("the form does not end with its boundary")
         try:

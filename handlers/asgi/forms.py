@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from handlers.front.forms import MULTIPART, not_a_form
+from handlers.front.forms import not_a_form
 from serving.api.errors import malformed
-from serving.api.requests import URLENCODED, RawRequest
+from serving.api.requests import MULTIPART, URLENCODED, RawRequest, is_type
 
 _BAD_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")
 
@@ -27,10 +27,9 @@ def raw_request(content_type: str, body: bytes, probe: bool, id: str) -> RawRequ
     Raises:
         ApiError: 400, a form cannot be parsed.
     """
-    kind = content_type.split(";")[0].strip().lower()
-    if kind == URLENCODED:
+    if is_type(content_type, URLENCODED):
         return RawRequest(content_type, None, _collect(_urlencoded(body)), probe, id)
-    if kind == MULTIPART:
+    if is_type(content_type, MULTIPART):
         return RawRequest(content_type, None, _collect(_multipart(content_type, body)), probe, id)
     return RawRequest(content_type, body, probe=probe, id=id)
 

@@ -23,6 +23,7 @@ from serving.api.requests import (
     JSON_BYTES_PER_NUMBER,
     MAX_IMAGES,
     MAX_JSON_VALUES,
+    MULTIPART,
     RawRequest,
     array_of,
     is_image_field,
@@ -155,7 +156,7 @@ def parse(
             out = io.BytesIO()
             np.save(out, tensor, allow_pickle=False)
             fields[field] = out.getvalue()
-    return call, RawRequest("multipart/form-data", None, fields, probe, id)
+    return call, RawRequest(MULTIPART, None, fields, probe, id)
 
 
 def _head(text: bytes, bundle: Bundle) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serving.api.errors import ApiError, malformed
-from serving.api.requests import MAX_IMAGES, URLENCODED
+from serving.api.requests import MAX_IMAGES, MULTIPART, URLENCODED, is_type
 from serving.messages import show
 
-MULTIPART = "multipart/form-data"
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
 MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header
 MAX_SEMICOLONS = 32  # of a part's header: the time to parse it grows with their square
@@ -39,12 +38,11 @@ def checked_type(content_type: str, body: bytearray) -> str:
         ApiError: 400, a field is repeated or the form cannot be parsed; 413, it has too many
             fields.
     """
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind == URLENCODED:
+    if is_type(content_type, URLENCODED):
         if body[:_FILE_START].translate(None, _TEXT):
             return ""
         _check_names(_urlencoded_names(body))
-    elif kind == MULTIPART:
+    elif is_type(content_type, MULTIPART):
         _check_names(_multipart_names(content_type, body))
     return content_type
 

@@ -18,7 +18,7 @@ from ts.metrics import caching_metric
 from handlers.torchserve.reporter import Reporter, worker_name
 from serving.api.errors import ApiError, stopping
 from serving.api.journal import Journal
-from serving.api.requests import PROBE_HEADER, URLENCODED, RawRequest
+from serving.api.requests import MULTIPART, PROBE_HEADER, URLENCODED, RawRequest, is_type
 from serving.api.responses import error_response
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
@@ -120,8 +120,7 @@ def _raw_request(row: dict[str, Any], headers: dict[str, Any], request_id: str) 
     # of the request.
     named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
-    kind = content_type.split(";")[0].strip().lower()
-    if kind in ("multipart/form-data", URLENCODED):
+    if is_type(content_type, MULTIPART, URLENCODED):
         return RawRequest(content_type, None, row, probe, request_id)
     body = row.get("body", row.get("data", b""))
     return RawRequest(content_type, body if body is not None else b"", probe=probe, id=request_id)

@@ -8,11 +8,10 @@ from typing import Any
 from serving.api.errors import Problem
 from serving.api.operations.base import Operation
 from serving.api.operations.registry import OPERATIONS
-from serving.api.requests import JSON_TYPE
+from serving.api.requests import JSON_TYPE, MULTIPART
 from serving.api.schema import BINARY, Schemas, obj
 from serving.engine.bundle import Bundle
 
-FORM_TYPE = "multipart/form-data"
 _TEXT = {"type": "string"}
 _RETRY = {
     "Retry-After": {
@@ -126,7 +125,7 @@ def _bodies(operation: Operation[Any, Any, Any], schemas: Schemas) -> dict[str, 
         form["patternProperties"] = dict(operation.form_patterns)
     return {
         JSON_TYPE: {"schema": obj({**in_json, **parameters}, in_json)},
-        FORM_TYPE: {"schema": form},
+        MULTIPART: {"schema": form},
         **{media_type: {"schema": BINARY} for media_type in operation.binary_bodies},
     }
 

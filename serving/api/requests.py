@@ -34,6 +34,7 @@ MAX_SUFFIX = 4  # digits of a form's field such as image12
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 JSON_TYPE = "application/json"
 URLENCODED = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data"
 RESIZED = "resized from"  # how the note on a resized image begins
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 Parameters = TypeVar("Parameters")
