@@ -293,6 +293,18 @@ def decode_images(
     ]
 
 
+def check_count(count: int) -> None:
+    """Refuse a request with too many images.
+
+    Raises:
+        ApiError: 413.
+    """
+    if count > MAX_IMAGES:
+        raise ApiError(
+            413, "too_many_images", f"at most {MAX_IMAGES} images per request, got {count}"
+        )
+
+
 def _check_size(count: int) -> None:
     if count > MAX_BODY_BYTES:
         raise ApiError(
@@ -335,10 +347,7 @@ def _json_images(given: dict[str, Any]) -> list[Any]:
             "images must be a list of base64 files"
             + ("" if images is None else f", got {type(images).__name__}")
         )
-    if len(images) > MAX_IMAGES:
-        raise ApiError(
-            413, "too_many_images", f"at most {MAX_IMAGES} images per request, got {len(images)}"
-        )
+    check_count(len(images))
     sources: list[Any] = []
     size = 0
     for text in images:
@@ -391,10 +400,7 @@ def _split_npy(data: bytes) -> list[Any]:
         raise unusable("bad_array", f"the array must be (N, H, W, C), got shape {tuple(shape)}")
     if min(shape) < 0:
         raise malformed(f"the .npy file is damaged: shape {tuple(shape)}")
-    if shape[0] > MAX_IMAGES:
-        raise ApiError(
-            413, "too_many_images", f"at most {MAX_IMAGES} images per request, got {shape[0]}"
-        )
+    check_count(shape[0])
     shape = tuple(map(int, shape))  # NumPy accepts True as 1 here, and refuses it later
     if math.prod(shape) != len(data) - stream.tell():
         raise malformed(

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from serving.api.errors import ApiError, malformed, unusable
+from serving.api.errors import malformed, unusable
 from serving.api.model import Between, Field, Flag, OfBundle, fields_of, read
 from serving.api.requests import (
     MAX_IMAGES,
@@ -24,6 +24,7 @@ from serving.api.requests import (
     ImagesRequest,
     InputImage,
     RawRequest,
+    check_count,
     image_sources,
     pixels_to_resize,
 )
@@ -191,20 +192,15 @@ class ImageOperation(Operation[ImageParametersT, ImagesRequest[ImageParametersT]
         parameters, answer_format = self.read(given)
         if not sources:
             raise malformed("the request holds no image")
-        if len(sources) > MAX_IMAGES:
-            raise ApiError(
-                413,
-                "too_many_images",
-                f"at most {MAX_IMAGES} images per request, got {len(sources)}",
-            )
-        self.check_count(len(sources), parameters)
+        check_count(len(sources))
+        self.check_work(len(sources), parameters)
         # Without resizing, images of other sizes are refused by their headers.
         pixels = pixels_to_resize(sources) if parameters.resize else 0
         return FilesRequest(
             sources, parameters, answer_format, parameters.resize, request.probe, pixels
         )
 
-    def check_count(self, count: int, parameters: ImageParametersT) -> None:
+    def check_work(self, count: int, parameters: ImageParametersT) -> None:
         """Refuse too many images for these parameters.
 
         Raises:

@@ -179,7 +179,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
             raise unusable("bad_parameter", "calibration must be a string, got null")
         return super().read(given)
 
-    def check_count(self, count: int, parameters: ScoreParameters) -> None:
+    def check_work(self, count: int, parameters: ScoreParameters) -> None:
         if count * parameters.samples > MAX_DRAWS:
             raise ApiError(
                 413,
