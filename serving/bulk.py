@@ -99,8 +99,8 @@ class FileScorer:
         calibrations: the calibrations that decide; they stay the same even if their file changes.
 
     Raises:
-        BulkError: the model cannot score, or the calibration has another version.
-        BundleError: the bundle is incomplete or damaged.
+        BulkError: the calibration has another version.
+        BundleError: the bundle is incomplete or damaged, or cannot score.
         UnknownCalibration: the bundle has no such calibration.
     """
 
@@ -112,10 +112,7 @@ class FileScorer:
         version: str | None = None,
         read: Callable[[str], bytes] | None = None,
     ) -> None:
-        if "score" not in bundle.operations:
-            raise BulkError(
-                f"{bundle.name} cannot score: it was trained without an inference network"
-            )
+        bundle.check_has("score")
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
         self.calibrations = self._engine.store.usable(options.calibration)
         if version not in (None, self.calibrations.version):
