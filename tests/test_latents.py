@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api.latents import between, coarsest, exchanged, with_level
+from serving.api.latents import between, coarsest, exchanged, from_coarsest, with_level
 
 SHAPES = [(4, 2, 2), (3, 4, 4), (2, 8, 8)]
 
@@ -56,3 +56,9 @@ def test_coarsest() -> None:
     for kept in range(4):
         for level, made in enumerate(coarsest(noise(1), kept)):
             assert np.array_equal(made, noise(1)[level]) if level < kept else not made.any()
+
+
+def test_from_coarsest() -> None:
+    for level, made in enumerate(from_coarsest(noise(1))):
+        assert [row.any() for row in made] == [kept > level for kept in (1, 2, 3)]
+        assert all(np.array_equal(row, noise(1)[level][0]) for row in made if row.any())

@@ -16,6 +16,19 @@ def coarsest(eps: list[np.ndarray], kept: int) -> list[np.ndarray]:
     return [noise if level < kept else np.zeros_like(noise) for level, noise in enumerate(eps)]
 
 
+def from_coarsest(eps: list[np.ndarray]) -> list[np.ndarray]:
+    """Keep the noise of one, two, … or all of the coarsest levels.
+
+    Args:
+        eps: each level ``(1, c, h, w)``.
+
+    Returns:
+        One array ``(levels, c, h, w)`` per level.
+    """
+    kept = [coarsest(eps, count + 1) for count in range(len(eps))]
+    return [np.concatenate(noise) for noise in zip(*kept, strict=True)]
+
+
 def between(a: list[np.ndarray], b: list[np.ndarray], steps: int) -> list[np.ndarray]:
     """Interpolate noise from ``a`` to ``b``, each a list of ``(1, c, h, w)``.
 

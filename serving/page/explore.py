@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serving.api.latents import between, coarsest, exchanged, with_level
+from serving.api.latents import between, exchanged, from_coarsest, with_level
 from serving.api.operations.sample import MAX_TEMPERATURE
 from serving.client import AdeClient
 from serving.engine.bundle import Bundle
@@ -147,10 +147,7 @@ def add_tab(shared: Shared) -> None:
             )
         turn = explored.turn
         own = noise_of(read(first), client, bundle, resize)
-        kept = [coarsest(own, count + 1) for count in range(len(own))]
-        coarse = ask(
-            client.sample_with, [np.concatenate(noise) for noise in zip(*kept, strict=True)]
-        )
+        coarse = ask(client.sample_with, from_coarsest(own))
         streams = [NoiseStream(sample_key(read_seed(seed), i)) for i in range(VARIATIONS)]
         others = [
             np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes

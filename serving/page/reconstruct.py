@@ -9,7 +9,7 @@ from html import escape
 import gradio as gr
 import numpy as np
 
-from serving.api.latents import coarsest
+from serving.api.latents import coarsest, from_coarsest
 from serving.brand import rounded
 from serving.images import psnr, tile, write_png
 from serving.page.charts import empty, levels_chart
@@ -69,10 +69,7 @@ def add_tab(shared: Shared) -> None:
         seen = as_seen(data, bundle, resize).pixels
         eps = ask(client.encode, [data], resize=resize, eps=True).eps
         count = len(bundle.latent_shapes)
-        kept = [coarsest(eps, i + 1) for i in range(count)]
-        strip = ask(
-            client.sample_with, [np.concatenate(noise) for noise in zip(*kept, strict=True)]
-        )
+        strip = ask(client.sample_with, from_coarsest(eps))
         if levels < count:
             made = ask(client.sample_with, coarsest(eps, int(levels)), kind=kind)[0]
         else:
