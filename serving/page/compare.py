@@ -10,7 +10,6 @@ import gradio as gr
 import numpy as np
 
 from serving.brand import verdict_card
-from serving.client import AdeError
 from serving.images import write_png
 from serving.page import charts
 from serving.page.score import Scored, alpha_input, notes_of, verdict
@@ -24,7 +23,7 @@ from serving.page.served import (
     read,
     resize_input,
     run_on_new_image,
-    sentence,
+    usable,
 )
 
 EMPTY = "One verdict per model appears here: choose an example, or drop an image."
@@ -84,11 +83,8 @@ def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -
     bundle, client = served.bundles[model], served.clients[model]
     try:
         seen = as_seen(data, bundle, resize)
-        score = ask(client.score, [data], alpha=alpha, explain=False, resize=resize)[0]
-        made = ask(client.reconstruct, [data], resize=resize)[0]
-        for result in (score, made):
-            if isinstance(result, AdeError):
-                raise gr.Error(sentence(result))
+        score = usable(ask(client.score, [data], alpha=alpha, explain=False, resize=resize)[0])
+        made = usable(ask(client.reconstruct, [data], resize=resize)[0])
     except gr.Error as error:
         return error
     choice, why = verdict(served.calibrations_of(model), Scored(score, seen.resized), alpha)

@@ -25,10 +25,10 @@ from serving.page.served import (
     Runs,
     Served,
     Shared,
-    ask,
     is_outdated,
     latest_only,
     live,
+    page_error,
     read,
     resize_input,
     sentence,
@@ -313,17 +313,13 @@ def _scores(
     try:
         return client.score(batch, alpha=alpha, explain=False, resize=resize)
     except httpx.TransportError as error:
-        ask(_raise, error)
+        raise page_error(error) from None
     except AdeError as error:
         if error.status >= 500 or error.code == SERVER_ERROR:
-            ask(_raise, error)
+            raise page_error(error) from None
         if len(batch) == 1:
             return [error]
     return [result for data in batch for result in _scores(served, model, [data], resize, alpha)]
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _is_resized(result: ScoreResult) -> bool:

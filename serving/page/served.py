@@ -121,15 +121,18 @@ def make_inbox() -> Inbox:
 
 
 def ask(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call the client; an error of the API is shown as a sentence."""
+    """Call the client; raises :func:`page_error` of its errors."""
     try:
         return call(*args, **options)
-    except AdeError as error:
-        raise gr.Error(sentence(error)) from None
-    except httpx.TransportError:
-        raise gr.Error(
-            "The service does not answer. It may be starting or stopping: try again."
-        ) from None
+    except (AdeError, httpx.TransportError) as error:
+        raise page_error(error) from None
+
+
+def page_error(error: AdeError | httpx.TransportError) -> gr.Error:
+    """An error of the client as the page shows it."""
+    if isinstance(error, AdeError):
+        return gr.Error(sentence(error))
+    return gr.Error("The service does not answer. It may be starting or stopping: try again.")
 
 
 def sentence(error: AdeError | ApiError) -> str:
@@ -143,7 +146,7 @@ def sentence(error: AdeError | ApiError) -> str:
 def usable(result: Any) -> Any:
     """Return the result of one image, or raise its error on the page."""
     if isinstance(result, AdeError):
-        raise gr.Error(sentence(result))
+        raise page_error(result)
     return result
 
 
