@@ -23,6 +23,7 @@ from serving.page.served import (
     Shared,
     ask,
     latest_only,
+    png_text,
     read,
     read_seed,
     seed_input,
@@ -43,11 +44,7 @@ def cells(grid: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[di
         uint8 ``(n, H, W, C)``, and one dictionary per sample.
     """
     with Image.open(io.BytesIO(grid)) as picture:
-        text = {
-            str(key): str(value)
-            for key, value in picture.info.items()
-            if str(key).startswith("ade:")
-        }
+        text = png_text(picture)
         images = untile(np.asarray(picture), int(text["ade:n"]), shape)
     first = int(text["ade:index"])
     return images, [{**text, "ade:index": str(first + i), "ade:n": "1"} for i in range(len(images))]
@@ -124,7 +121,7 @@ def add_tab(shared: Shared) -> None:
         if grid is None:  # while the first samples are drawn
             return gr.skip(), gr.skip()
         with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
-            text = {str(key): str(value) for key, value in picture.info.items()}
+            text = png_text(picture)
         settings = (
             text["ade:model"].split("@")[0],
             int(text["ade:n"]),

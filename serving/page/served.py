@@ -200,14 +200,16 @@ def open_png(data: bytes) -> tuple[np.ndarray, dict[str, str]] | None:
             if picture.size != file_size(data):  # Pillow takes the last of several headers
                 return None
             picture.load()
-            text = {
-                str(key): str(value)
-                for key, value in picture.info.items()
-                if str(key).startswith("ade:")
-            }
-            return np.asarray(picture), text
+            return np.asarray(picture), png_text(picture)
     except Exception:  # Pillow raises many types
         return None
+
+
+def png_text(picture: Image.Image) -> dict[str, str]:
+    """The text of a PNG that says how it was made here."""
+    return {
+        str(key): str(value) for key, value in picture.info.items() if str(key).startswith("ade:")
+    }
 
 
 def made_here(data: bytes, shape: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, str]] | None:
