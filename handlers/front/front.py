@@ -32,11 +32,8 @@ from serving.messages import show
 
 logger = logging.getLogger(__name__)
 READING = ("GET", "HEAD")
-INFERRING = (
-    *READING,
-    "POST",
-    "PUT",
-)  # GET and HEAD get the engine's error that says what is missing
+# GET and HEAD get the engine's error that says what is missing.
+INFERRING = (*READING, "POST", "PUT")
 SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
 
 

@@ -26,10 +26,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-FOREIGN_SITES = (
-    "cross-site",
-    "same-site",
-)  # of Sec-Fetch-Site; same-site is another port or a neighbouring name
+# Of Sec-Fetch-Site; same-site is another port or a neighbouring name.
+FOREIGN_SITES = ("cross-site", "same-site")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 LINGER_S = 5.0
 LINGER_BYTES = 64 * 2**20

@@ -77,9 +77,8 @@ class PageBlocks(gr.Blocks):
             return await super().process_api(block_fn, inputs, state, *args, **options)
         except gr.Error as error:
             error.print_exception = False  # meant for the client
-            error.message = escape(
-                str(error.message), quote=False
-            )  # the page shows it as HTML; it may quote a file
+            # The page shows it as HTML; it may quote a file.
+            error.message = escape(str(error.message), quote=False)
             raise
         except Exception as error:
             report("an event failed", error)
@@ -242,9 +241,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     os.umask(0o077)
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = (
-        "100"  # Gradio builds a table of them after each error
-    )
+    # Gradio builds a table of them after each error.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
     # Gradio requires files that it shows to be in the temporary or the current folder.
     tempfile.tempdir = str(inbox())
     app = make_server(

@@ -19,9 +19,8 @@ from serving.verdict.statistics import meaning
 
 WIDTH = 520
 BINS = 52
-BEYOND = (
-    1.35  # how far the axis may extend for an image outside the range of the calibration images
-)
+# How far the axis may extend for an image outside the range of the calibration images.
+BEYOND = 1.35
 FAMILIES = 4  # number of statistics that are named as reasons
 
 

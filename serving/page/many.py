@@ -112,9 +112,7 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
                 yield info.filename, data
     except (gr.Error, MemoryError):
         raise
-    except (
-        Exception
-    ):  # zipfile raises struct.error, zlib.error, UnicodeDecodeError, RuntimeError, …
+    except Exception:  # zipfile raises struct.error, zlib.error, RuntimeError, …
         raise gr.Error(
             f"{shown} cannot be unpacked: it is damaged, encrypted or not a zip file."
         ) from None

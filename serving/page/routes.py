@@ -65,9 +65,8 @@ POST = (
 ALLOWED = {"GET": GET, "HEAD": GET, "POST": POST}
 STALL_S = 30.0
 MAX_UNREAD = 64  # as many as may wait for computation
-MAX_BODY = (
-    2 * 2**20
-)  # of all but uploads: enough to name 2,000 files; 4 MiB of empty objects took 208 MB
+# Of all but uploads: enough to name 2,000 files; 4 MiB of empty objects took 208 MB.
+MAX_BODY = 2 * 2**20
 # Lists and objects in a body. 4,000 files have two each; empty ones take 25 times their text.
 MAX_LISTS = 20_000
 
@@ -147,9 +146,8 @@ class OpenRoutes:
         async def forward(message: Message) -> None:
             nonlocal started
             started = True
-            if (
-                message["type"] == "http.response.start"
-            ):  # Gradio would let pages of any port of localhost read its answers
+            # Gradio would let pages of any port of localhost read its answers.
+            if message["type"] == "http.response.start":
                 message["headers"] = [
                     (name, value)
                     for name, value in message["headers"]

@@ -367,9 +367,8 @@ def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
                 return found
         return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
 
-    own = [
-        *inspect.signature(run).parameters.values()
-    ]  # Gradio takes the names of arguments in the API from it
+    # Gradio takes the names of arguments in the API from it.
+    own = list(inspect.signature(run).parameters.values())
     after_default = own[-1].default is not inspect.Parameter.empty
     runs = inspect.Parameter(
         "runs",

@@ -201,9 +201,8 @@ class CalibrationStore:
         for name, seen in found.items():
             try:
                 current[name] = self._read(self._folder, name, seen)
-            except (
-                Exception
-            ) as error:  # a damaged file can make NumPy raise anything, and must stop no request
+            # A damaged file can make NumPy raise anything, and must stop no request.
+            except Exception as error:
                 broken[_printable(name)] = str(error) or type(error).__name__
                 # These may pass: try again next time.
                 if isinstance(error, MemoryError) or isinstance(error.__cause__, OSError):
