@@ -146,7 +146,7 @@ class RunningApplication:
             f"{self.url}/predictions/{name}", content=content, headers=headers, timeout=60
         )
 
-    def in_flight(self, name: str) -> float:
+    def in_flight(self) -> int:
         """Number of requests that the front has taken and not answered."""
         return sum(
             c.status == psutil.CONN_ESTABLISHED and c.laddr.port == self.port
@@ -389,7 +389,7 @@ def test_a_refused_form_leaves_its_neighbours_their_answers(app: RunningApplicat
             pool.submit(app.post, "score", IMAGE if i % 2 else refused, **kind)
             for i, kind in enumerate([form, {}] * 2)
         ]
-        wait_for(lambda: app.in_flight("score") == 4)
+        wait_for(lambda: app.in_flight() == 4)
         worker.resume()
         answers = [one.result() for one in made]
     assert [answer.status_code for answer in answers] == [400, 200, 400, 200]
@@ -404,10 +404,10 @@ def test_requests_that_wait_are_computed_together(app: RunningApplication) -> No
     worker.suspend()
     with ThreadPoolExecutor(7) as pool:
         first = pool.submit(app.post, "score")
-        wait_for(lambda: app.in_flight("score") == 1)
+        wait_for(lambda: app.in_flight() == 1)
         time.sleep(SENT_S)
         others = [pool.submit(app.post, "score") for _ in range(6)]
-        wait_for(lambda: app.in_flight("score") == 7)
+        wait_for(lambda: app.in_flight() == 7)
         time.sleep(SENT_S)
         worker.resume()
         assert first.result().headers["x-ade-batch"] == "1"
@@ -422,14 +422,14 @@ def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
     worker.suspend()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(app.post, "score")
-        wait_for(lambda: app.in_flight("score") == 1)
+        wait_for(lambda: app.in_flight() == 1)
         time.sleep(SENT_S)
         for path in ("/predictions/score", "/v2/models/score/infer"):
             with socket.create_connection(("127.0.0.1", app.port)) as gone:
                 head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(IMAGE)}"
                 gone.sendall(f"{head}\r\n\r\n".encode() + IMAGE)
                 time.sleep(SENT_S)
-        wait_for(lambda: app.in_flight("score") == 1)
+        wait_for(lambda: app.in_flight() == 1)
         worker.resume()
         assert first.result().status_code == 200
     answered = [app.post("score").headers["x-request-id"], first.result().headers["x-request-id"]]
@@ -441,7 +441,7 @@ def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningAppli
     worker.suspend()
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(app.post, "score")
-        wait_for(lambda: app.in_flight("score") == 1)
+        wait_for(lambda: app.in_flight() == 1)
         time.sleep(SENT_S)
         assert app.post("encode").status_code == 200
         worker.kill()
@@ -706,9 +706,7 @@ def tensor(array: np.ndarray, name: str, datatype: str, binary: bool) -> Any:
     return made
 
 
-def test_v2_health_and_metadata(
-    app: RunningApplication, triton: tritonclient.http.InferenceServerClient
-) -> None:
+def test_v2_health_and_metadata(triton: tritonclient.http.InferenceServerClient) -> None:
     assert triton.is_server_live() and triton.is_server_ready()
     assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data"]
     for operation in OPERATIONS:
@@ -1032,7 +1030,7 @@ def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
     room = LIMITS["in_flight"][1] + LIMITS["waiting"]
     with ThreadPoolExecutor(room + 1) as pool:
         taken = [pool.submit(app.post, "reconstruct") for _ in range(room)]
-        wait_for(lambda: app.in_flight("reconstruct") == room, 30)
+        wait_for(lambda: app.in_flight() == room, 30)
         refused = app.post("reconstruct")
         assert (refused.status_code, error_of(refused)) == (503, "overloaded")
         assert refused.headers["retry-after"] == "1"
@@ -1054,7 +1052,7 @@ def test_a_token_and_a_stop(tmp_path: Path) -> None:
     worker.suspend()
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(lambda: made.post("score", **bearer))
-        wait_for(lambda: made.in_flight("score") == 1)
+        wait_for(lambda: made.in_flight() == 1)
         time.sleep(SENT_S)
         made.process.terminate()
         for one in family:

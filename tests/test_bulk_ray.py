@@ -54,7 +54,7 @@ def test_a_manifest_lists_every_image_once(tmp_path: Path) -> None:
     assert all(row["size"] == 3 and row["mtime"] > 1e9 for row in rows)
 
 
-def test_a_manifest_of_another_file_system(tmp_path: Path) -> None:
+def test_a_manifest_of_another_file_system() -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")

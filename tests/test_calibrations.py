@@ -87,7 +87,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_calibration_judges_its_own_images(
-    bundle: Path, night_file: Path, dark: np.ndarray, small_images: np.ndarray
+    bundle: Path, night_file: Path, dark: np.ndarray
 ) -> None:
     add(bundle, night_file, "night")
     gate = Gate(bundle, alpha=0.05)
@@ -178,10 +178,7 @@ def test_the_first_request_for_a_new_name_finds_it(
 
 
 def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
-    bundle: Path,
-    night_file: Path,
-    dark: np.ndarray,
-    caplog: pytest.LogCaptureFixture,
+    bundle: Path, night_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     add(bundle, night_file, "night")
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
@@ -434,7 +431,7 @@ def test_readers_see_a_whole_calibration_while_it_is_replaced(
 
 
 def test_the_folder_is_looked_at_once_a_second(
-    tiny_bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+    night_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "CHECK_S", 1.0)
     looks = []
@@ -861,7 +858,7 @@ def test_an_image_that_calibrates_already_is_not_counted_twice(
 
 
 def test_a_picture_of_two_sizes_counts_once_where_one_calibration_judges_both(
-    bundle: Path, dark: np.ndarray, tmp_path: Path
+    bundle: Path, tmp_path: Path
 ) -> None:
     own = InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations
     assert own.resized is not None
@@ -936,7 +933,7 @@ def test_feedback_that_fails_leaves_the_bundle_as_it_was(
         assert sorted(bundle.rglob("*")) == before
 
 
-def test_feedback_needs_a_whole_calibration(bundle: Path, tmp_path: Path) -> None:
+def test_feedback_needs_a_whole_calibration(bundle: Path) -> None:
     (bundle / "calibrations").mkdir()
     (bundle / "calibrations" / "default.npz").write_bytes(b"junk")
     with pytest.raises(CalibrationError, match="is not a calibration"):

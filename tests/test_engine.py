@@ -472,7 +472,7 @@ def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
     assert resize_and_back(real_images[0][:, :, :1]).shape == (32, 32, 1)
 
 
-def test_the_explanation_of_a_verdict(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_the_explanation_of_a_verdict(engine: InferenceEngine) -> None:
     service = Service("score", engine)
     grey = np.full((32, 32, 3), 128, np.uint8)
     with_reasons, without = service.answer(

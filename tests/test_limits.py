@@ -59,7 +59,7 @@ def expected_bytes(operation: str, raw: RawRequest, engine: InferenceEngine) -> 
 
 @pytest.mark.parametrize("operation, parameters", CASES)
 def test_answers_are_no_longer_than_expected(
-    operation: str, parameters: dict, engine: InferenceEngine, real_images: np.ndarray
+    operation: str, parameters: dict, engine: InferenceEngine
 ) -> None:
     # Random pixels, which PNG cannot compress.
     noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)

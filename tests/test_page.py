@@ -600,7 +600,7 @@ def test_what_if(page: Page) -> None:
     expect(outlook).to_contain_text("About 10 false alarms per day among 1,000")
 
 
-def test_explore(page: Page, tmp_path: Path) -> None:
+def test_explore(page: Page) -> None:
     show(page, "Explore")
     panel = panel_of(page)
     expect(panel.locator("img[src*='seed-']")).to_have_count(2)
@@ -1184,7 +1184,7 @@ def test_sweeping_survives_an_error_and_spares_a_full_quota(
     assert {path.name for path in (tmp_path / UPLOADS).iterdir()} == {f"{i}" for i in range(10)}
 
 
-def test_every_function_has_a_stable_name(page: Page, service: RunningService) -> None:
+def test_every_function_has_a_stable_name(service: RunningService) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 

@@ -464,7 +464,7 @@ def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
     assert "access-token" not in client.get("/config").text
 
 
-def test_errors_reveal_nothing(page: RunningPage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_reveal_nothing(page: RunningPage) -> None:
     """Neither answer nor log of an unexpected error has the request or the page's path."""
     client, mark = page.client(), "a-mark-of-the-payload"
     function, data = score_of(client)
@@ -751,7 +751,7 @@ def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_zip_is_unpacked_within_bounds(inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zip_is_unpacked_within_bounds(inbox: Path) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(gr.Error) as error:
             list(contents([str(path)]))
