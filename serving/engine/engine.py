@@ -347,9 +347,9 @@ class InferenceEngine:
         seeds = [0] * len(images) if seeds is None else seeds
         samples = [1] * len(images) if samples is None else samples
         maps = [False] * len(images) if maps is None else maps
-        chosen = [self.calibrations] * len(images) if calibrations is None else calibrations
-        ways = [False] * len(images) if resized is None else resized
-        judges = [its.of(way) for its, way in zip(chosen, ways, strict=True)]
+        resized = [False] * len(images) if resized is None else resized
+        calibrations = [self.calibrations] * len(images) if calibrations is None else calibrations
+        judges = [its.of(way) for its, way in zip(calibrations, resized, strict=True)]
         digests = [image_digest(image) for image in images]
         # The verdict uses draw 0 of seed 0: one more draw if the image has another seed.
         plan = [(i, seeds[i], k) for i in range(len(images)) for k in range(samples[i])]
@@ -380,15 +380,13 @@ class InferenceEngine:
                     NotFinite("the model's likelihood of this image is not a finite number")
                 )
                 continue
-            score = dataclasses.replace(
-                self._summarize(mine, verdicts.get(i)), calibrations=chosen[i]
-            )
+            bpd, named, error = self._summarize(mine)
             if i in bits:
                 # The part not attributable to single pixels (the constant of dequantisation, the
                 # gap of the bound, rounding) is spread evenly.
-                rest = score.bpd * math.prod(self.image_shape) - bits[i].sum()
-                score = dataclasses.replace(score, bits=bits[i] + rest / bits[i].size)
-            results.append(score)
+                rest = bpd * math.prod(self.image_shape) - bits[i].sum()
+                bits[i] = bits[i] + rest / bits[i].size
+            results.append(Score(bpd, named, error, verdicts.get(i), bits.get(i), calibrations[i]))
         return results
 
     def statistics(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -478,8 +476,12 @@ class InferenceEngine:
                 )
         return verdicts
 
-    def _summarize(self, parts: np.ndarray, verdict: Verdict | None) -> Score:
-        """Combine the parts of ``K`` draws, ``(K, P)``, into one score."""
+    def _summarize(self, parts: np.ndarray) -> tuple[float, dict[str, float], float | None]:
+        """Combine the parts of ``K`` draws, ``(K, P)``.
+
+        Returns:
+            Bits per dimension, their parts by name, and their standard error, see :class:`Score`.
+        """
         named = {"dequantization": 8.0}
         named |= {
             name: float(value)
@@ -487,7 +489,7 @@ class InferenceEngine:
         }
         draws = 8.0 + parts.sum(1)
         if len(draws) == 1:
-            return Score(float(draws[0]), named, None, verdict)
+            return float(draws[0]), named, None
         nats_per_bit = math.log(2.0) * math.prod(self.image_shape)
         log_weights = -draws * nats_per_bit
         top = log_weights.max()
@@ -496,7 +498,7 @@ class InferenceEngine:
         named["iwae_gap"] = float(bpd - draws.mean())
         # Delta method: the error of log(mean(w)) is the error of mean(w) divided by mean(w).
         error = weights.std(ddof=1) / (weights.mean() * math.sqrt(len(draws))) / nats_per_bit
-        return Score(float(bpd), named, float(error), verdict)
+        return float(bpd), named, float(error)
 
     def _run(
         self,
