@@ -8,6 +8,7 @@ import io
 import math
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -52,6 +54,19 @@ with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+def address_beyond_loopback() -> str:
+    """An IPv4 address of this machine; skips the test if there is none."""
+    found = [
+        its.address
+        for of_one in psutil.net_if_addrs().values()
+        for its in of_one
+        if its.family == socket.AF_INET and not its.address.startswith("127.")
+    ]
+    if not found:
+        pytest.skip("this machine has no address but loopback")
+    return str(found[0])
 
 
 def large_data(name: str) -> Path:

@@ -57,7 +57,7 @@ from serving.api.responses import Response
 from serving.engine.bundle import open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import Ports, free_ports
-from tests.helpers import PRETRAINED, ROOT, npy, settled, wait_for
+from tests.helpers import PRETRAINED, ROOT, address_beyond_loopback, npy, settled, wait_for
 
 SCRIPT = """
 import json, sys
@@ -675,13 +675,10 @@ def test_metrics_add_up() -> None:
 
 
 def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
-    addresses = [a.address for all in psutil.net_if_addrs().values() for a in all]
-    others = [a for a in addresses if re.fullmatch(r"[\d.]+", a) and not a.startswith("127.")]
-    if not others:
-        pytest.skip("this machine has no address but loopback")
+    address = address_beyond_loopback()
     made = RunningApplication(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
     made.wait()
-    url = f"http://{others[0]}:{made.metrics_port}/metrics"
+    url = f"http://{address}:{made.metrics_port}/metrics"
     assert httpx.get(made.metrics).status_code == 200
     refused = httpx.get(url)
     assert (refused.status_code, error_of(refused)) == (401, "bad_token")

@@ -35,7 +35,7 @@ from serving.api.errors import ApiError
 from serving.api.requests import URLENCODED
 from serving.ports import free_ports
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
-from tests.helpers import ROOT, wait_for
+from tests.helpers import ROOT, address_beyond_loopback, wait_for
 from tests.test_observability import METRICS_TEXT
 
 HEAD = b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
@@ -421,13 +421,10 @@ def test_refusals_of_the_front_are_counted(front: RunningFront, upstream: Upstre
 
 
 def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
-    addresses = [a.address for all in psutil.net_if_addrs().values() for a in all]
-    others = [a for a in addresses if re.fullmatch(r"[\d.]+", a) and not a.startswith("127.")]
-    if not others:
-        pytest.skip("this machine has no address but loopback")
+    address = address_beyond_loopback()
     made = RunningFront(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
     upstream = Upstream(made.socket)
-    url = f"http://{others[0]}:{made.metrics_port}/metrics"
+    url = f"http://{address}:{made.metrics_port}/metrics"
     try:
         assert httpx.get(f"{made.metrics}/metrics").status_code == 200
         refused = httpx.get(url)
