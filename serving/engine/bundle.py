@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.engine.manifest import MANIFEST, REQUIRED, check_types
-from serving.engine.signatures import OPERATIONS
+from serving.engine.signatures import OPERATIONS, needed_by
 from serving.files import replacing
 
 FORMAT_VERSION = 2  # the score graph of version 1 lacked the outputs that verdicts need
@@ -80,13 +80,7 @@ class Bundle:
 
     def graphs(self, operations: Iterable[str]) -> list[str]:
         """Names of the graphs that the given operations need, without those the model lacks."""
-        own = [
-            graph
-            for operation in operations
-            if operation in self.operations
-            for graph in OPERATIONS[operation]
-        ]
-        return list(dict.fromkeys(own))
+        return needed_by(operation for operation in operations if operation in self.operations)
 
     @property
     def kinds(self) -> tuple[str, ...]:

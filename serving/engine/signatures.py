@@ -27,10 +27,14 @@ OPERATIONS = {
 }
 
 
+def needed_by(operations: Iterable[str]) -> list[str]:
+    """Names of the graphs that operations need, each once."""
+    return list(dict.fromkeys(graph for operation in operations for graph in OPERATIONS[operation]))
+
+
 def graphs_of(operations: Iterable[str]) -> list[str]:
     """Names of the graphs in a bundle with these operations: theirs, and both flow directions."""
-    own = [graph for operation in operations for graph in OPERATIONS[operation]]
-    return [*dict.fromkeys(own), "flow_forward", "flow_inverse"]
+    return [*needed_by(operations), "flow_forward", "flow_inverse"]
 
 
 def inputs_of(graph: str, levels: int) -> list[str]:
