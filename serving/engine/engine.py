@@ -9,6 +9,7 @@ batch either; with other backends the last digits may.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -145,18 +146,15 @@ class InferenceEngine:
 
     def warm_up(self) -> None:
         """Run every loaded graph once at each batch size, so that no request pays for set-up."""
-        for graph in self._graphs:
-            for bucket in BUCKETS if self.backend.fixed_sizes else (1, MAX_BATCH):
-                self.backend.run(
-                    graph,
-                    {
-                        name: np.zeros(
-                            (bucket, *self._shape(name)),
-                            np.uint8 if name == "images" else np.float32,
-                        )
-                        for name in inputs_of(graph, self._levels)
-                    },
+        sizes = BUCKETS if self.backend.fixed_sizes else (1, MAX_BATCH)
+        for graph, size in itertools.product(self._graphs, sizes):
+            inputs = {
+                name: np.zeros(
+                    (size, *self._shape(name)), np.uint8 if name == "images" else np.float32
                 )
+                for name in inputs_of(graph, self._levels)
+            }
+            self.backend.run(graph, inputs)
         for size in BUCKETS if self._features is not None and self._features.fixed_sizes else (1,):
             self.features(np.zeros((size, *self.image_shape), np.uint8))
 
@@ -423,8 +421,8 @@ class InferenceEngine:
         found = []
         for first in range(0, len(images), step):
             batch = images[first : first + step]
-            size = next(b for b in BUCKETS if b >= len(batch))
-            padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+            spare = _bucket(len(batch)) - len(batch)
+            padded = np.concatenate([batch, np.repeat(batch[-1:], spare, axis=0)])
             outputs = self._features.run(FEATURES, {"images": padded})
             found.append({name: values[: len(batch)] for name, values in outputs.items()})
         return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
@@ -524,23 +522,14 @@ class InferenceEngine:
         """
         for first in range(0, count, MAX_BATCH):
             rows = [inputs(i) for i in range(first, min(first + MAX_BATCH, count))]
-            size = (
-                next(b for b in BUCKETS if b >= len(rows))
-                if self.backend.fixed_sizes
-                else len(rows)
-            )
-            padded = rows + [rows[-1]] * (size - len(rows))
+            spare = _bucket(len(rows)) - len(rows) if self.backend.fixed_sizes else 0
+            padded = rows + [rows[-1]] * spare
             batch = {
                 name: np.stack([row[name] for row in padded])
                 for name in inputs_of(graph, self._levels)
             }
-            yield (
-                first,
-                {
-                    name: value[: len(rows)]
-                    for name, value in self.backend.run(graph, batch, wanted).items()
-                },
-            )
+            outputs = self.backend.run(graph, batch, wanted)
+            yield first, {name: value[: len(rows)] for name, value in outputs.items()}
 
     def _check(self, images: np.ndarray) -> None:
         """Check what every graph takes; TorchScript would compute with other types, too."""
@@ -561,3 +550,8 @@ class InferenceEngine:
     def _y_eps(self, stream: NoiseStream, kind: str) -> np.ndarray:
         shape = self._shape("y_eps")
         return stream.normal(shape) if kind == "density" else np.zeros(shape, np.float32)
+
+
+def _bucket(count: int) -> int:
+    """The smallest of the fixed batch sizes that holds ``count`` rows."""
+    return next(size for size in BUCKETS if size >= count)
