@@ -178,8 +178,8 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
     """A histogram of the calibration images' scores, with the level and the mark of an image."""
     reference = calibration.scores
     count = len(reference)
-    rejected = int(alpha * (count + 1) + 1e-9) - 1  # calibration images beyond the level
-    level = float(reference[count - 1 - rejected]) if rejected >= 0 else None
+    rank = flagging_rank(count, alpha)
+    level = float(reference[count - rank]) if rank else None
     low = float(reference[0])
     high = float(reference[-1]) if level is None else max(float(reference[-1]), level)
     most = low + BEYOND * (high - low)
