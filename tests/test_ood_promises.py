@@ -93,9 +93,7 @@ def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) 
             {k: v[order[:2000]] for k, v in held_out.items()},
             {k: v[order[2000:]] for k, v in held_out.items()},
         )
-        p_values = conformal_p_values(
-            fitted.scores, fitted.surprise(fitted.normal(fitted.rows(test)))
-        )
+        p_values = conformal_p_values(fitted.scores, fitted.scores_of(test))
         for alpha in ALPHAS:
             k = math.floor(alpha * 3001)
             low, high = stats.betabinom.ppf([(1 - level) / 2, (1 + level) / 2], 10_000, k, 3001 - k)
