@@ -222,10 +222,10 @@ def _requests(metrics: str) -> dict[str, float]:
     Without TorchServe the workers' own counts are used.
     """
     of_server = re.findall(
-        rf'^{RESPONSES.name}\{{class="(\w+)"[^}}]*\}} ([0-9.eE+]+)$', metrics, re.MULTILINE
+        rf'^{RESPONSES.name}\{{class="(\w+)"[^}}]*\}} {_NUMBER}$', metrics, re.MULTILINE
     )
     of_workers = re.findall(
-        rf'^{REQUESTS.name}\{{.*?status="(\d)\d\d".*\}} ([0-9.eE+]+)$', metrics, re.MULTILINE
+        rf'^{REQUESTS.name}\{{.*?status="(\d)\d\d".*\}} {_NUMBER}$', metrics, re.MULTILINE
     )
     found: dict[str, float] = {}
     for kind, value in of_server or ((f"{digit}xx", value) for digit, value in of_workers):
