@@ -857,8 +857,8 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
         (ask([image, image]), 400, "several inputs 'images'"),
         (ask([in_bytes], b"\t" * 3073), 400, "has 1 bytes that belong to no input"),
         (ask([image], b"\t"), 400, "has 1 bytes that belong to no input"),
-        (ask([{**image, **in_bytes}], b"\t" * 3072), 400, "data and binary_data_size"),
-        (ask([image], parameters={"format": "npy"}), 422, "no parameter format"),
+        (ask([{**image, **in_bytes}], b"\t" * 3072), 400, "data or binary_data_size"),
+        (ask([image], parameters={"format": "npy"}), 422, "format is not a parameter"),
         (ask([image], parameters={"image1": "x"}), 422, "'image1' is not a parameter: images are"),
         (ask([image], parameters={"image": "x"}), 422, "'image' is not a parameter: images are"),
     ):

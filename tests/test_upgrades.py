@@ -284,7 +284,7 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
             check_contract(old, new)
     # Nor is one of another version, which would take the place of the bundle's own.
     exact = calibrations.exact
-    unknown = dataclasses.replace(exact, names=("unknown", *exact.names[1:]))
+    unknown = dataclasses.replace(exact, names=(exact.names[0], "unknown", *exact.names[2:]))
     made = dataclasses.replace(calibrations, name="default", model=old.networks)
     write_calibrations(tmp_path, dataclasses.replace(made, exact=unknown))
     with pytest.raises(UpgradeError, match="the calibration default of .*unknown"):
