@@ -49,13 +49,12 @@ expect.set_options(timeout=WAIT_MS)
 TILES = {1280: (1.0, 340), 768: (1.0, 340), 390: (2.4, 510)}  # height by width; height in the sheet
 
 
-def panel_of(page: Page) -> Locator:
-    return page.locator("[role=tabpanel]:visible")
-
-
 def show(page: Page, tab: str) -> Locator:
-    page.get_by_role("tab", name=tab, exact=True).click()
-    return panel_of(page)
+    button = page.get_by_role("tab", name=tab, exact=True)
+    button.click()
+    # Until then, the visible panel may be that of the tab before.
+    expect(button).to_have_attribute("aria-selected", "true")
+    return page.locator("[role=tabpanel]:visible")
 
 
 def _drop_broken(panel: Locator) -> None:
