@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 VARIABLES = {
@@ -15,6 +16,7 @@ VARIABLES = {
 }
 
 LOOPBACK = ("127.0.0.1", "localhost")
+UNASSIGNED = range(20_000, 32_768)  # below the ports that Linux and macOS choose from
 USER = "ade"  # user name of the page if the service requires a token, which is the password
 
 
@@ -24,12 +26,26 @@ def local_address(host: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports that nothing listens on."""
+    """Different TCP ports that nothing listens on.
+
+    They are not among those from which systems choose by themselves, such as for a connection:
+    another program could get one of these before it is used.
+
+    Raises:
+        OSError: there are not as many.
+    """
+    found: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for port in random.SystemRandom().sample(UNASSIGNED, len(UNASSIGNED)):
+            one = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise OSError(
+        errno.EADDRINUSE, f"only {len(found)} ports of {UNASSIGNED} are free, not {count}"
+    )
 
 
 class PortError(ValueError):
