@@ -57,7 +57,7 @@ with locked(Path(sys.argv[1])):
 
 
 def address_beyond_loopback() -> str:
-    """An IPv4 address of this machine; skips the test if there is none."""
+    """An IPv4 address of this machine beside loopback; a machine without one skips the test."""
     found = [
         its.address
         for of_one in psutil.net_if_addrs().values()

@@ -303,11 +303,7 @@ def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: boo
 def check_weights(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
     """Check the guide and the weights to start from, if there are any.
 
-    Args:
-        config: as for :func:`train`.
-        run: as for :func:`train`.
-        options: as for :func:`train`.
-        resume: as for :func:`train`.
+    The arguments are those of :func:`check_start`.
 
     Raises:
         RunError: they do not suit the configuration.
