@@ -251,12 +251,12 @@ def _text(value: Any) -> str:
     """The text of a parameter, as in a form.
 
     Raises:
-        ApiError: 400, it has more lists in each other than orjson writes, which reads more.
+        ApiError: 400, its lists are nested more deeply than orjson writes, though it reads them.
     """
     try:
         return value if isinstance(value, str) else orjson.dumps(value).decode()
     except TypeError:
-        raise malformed("a parameter holds too many lists in each other") from None
+        raise malformed("a parameter holds too deeply nested lists") from None
 
 
 def respond(call: Call | None, response: Response) -> Response:

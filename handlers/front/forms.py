@@ -88,7 +88,7 @@ def _multipart_names(content_type: str, body: bytearray) -> list[bytes]:
         kind = header.lower()
         if kind == b"content-disposition":
             if value.count(b";") > MAX_SEMICOLONS:
-                raise malformed(f"a header of a field may have {MAX_SEMICOLONS} semicolons")
+                raise malformed(f"a header of a field may have at most {MAX_SEMICOLONS} semicolons")
             name = parse_options_header(bytes(value))[1].get(b"name")
             is_named = name is not None
             names.append(name or b"")
