@@ -96,7 +96,6 @@ def test_accepted_hosts(host: str) -> None:
         "evil.example:8080",
         "127.0.0.1.evil.example",
         "localhost.evil.example",
-        "x" * 256,
         "x.localhost",
         "localhost.",
         "ade.example.org.",
@@ -104,10 +103,21 @@ def test_accepted_hosts(host: str) -> None:
         "0x7f.1",
         "127.1",
         "2130706433",
+        "[127.0.0.1]",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_rejected_hosts(host: str, method: str) -> None:
+    assert outcome(("Host", host), method=method) == (421, "host_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "x" * 256,
         "::1",
         "[::1",
         "[ade.example.org]",
-        "[127.0.0.1]",
         "",
         " ",
         "127.0.0.1:",
@@ -120,13 +130,13 @@ def test_accepted_hosts(host: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_rejected_hosts(host: str, method: str) -> None:
-    assert outcome(("Host", host), method=method) == (421, "host_not_allowed")
+def test_invalid_hosts(host: str, method: str) -> None:
+    assert outcome(("Host", host), method=method) == (400, "malformed_request")
 
 
 def test_exactly_one_host() -> None:
-    assert outcome() == (421, "host_not_allowed")
-    assert outcome(("Host", "127.0.0.1"), ("Host", "127.0.0.1")) == (421, "host_not_allowed")
+    assert outcome() == (400, "malformed_request")
+    assert outcome(("Host", "127.0.0.1"), ("Host", "127.0.0.1")) == (400, "malformed_request")
 
 
 def test_a_refused_name_is_told_how_to_be_allowed() -> None:

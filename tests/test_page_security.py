@@ -601,7 +601,7 @@ def test_requests_ahead_of_answers_end_their_connection(page: RunningPage) -> No
     port, answers = int(page.url.rpartition(":")[2]), 0
     sender = socket.create_connection(("127.0.0.1", port))
     with sender, contextlib.suppress(ConnectionError):
-        sender.sendall(b"GET / HTTP/1.1\r\n\r\n" * 20_000)
+        sender.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 20_000)
         while part := sender.recv(2**16):
             answers += part.count(b"HTTP/1.1 421")
     assert answers < 1000

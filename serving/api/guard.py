@@ -17,7 +17,7 @@ import re
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from serving.api.errors import ApiError, shaped
+from serving.api.errors import ApiError, malformed, shaped
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -108,15 +108,14 @@ def check_host(values: list[str], allowed_hosts: Collection[str]) -> None:
         allowed_hosts: further names, in lower case.
 
     Raises:
-        ApiError: 421 ``host_not_allowed``.
+        ApiError: 400 ``malformed_request`` unless there is exactly one valid value (RFC 9112,
+            section 3.2); 421 ``host_not_allowed``.
     """
     try:
         (value,) = values
         host, _ = split_authority(value)
     except ValueError:
-        raise ApiError(
-            421, "host_not_allowed", "the request must have exactly one valid Host header"
-        ) from None
+        raise malformed("the request must have exactly one valid Host header") from None
     if host != "localhost" and host not in allowed_hosts and not is_address(host):
         raise ApiError(
             421,
