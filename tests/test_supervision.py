@@ -20,6 +20,8 @@ import httpx
 import psutil
 import pytest
 
+from handlers.launch import hangs
+from handlers.launch.hangs import MAX_UNANSWERED, end_if_it_hangs
 from handlers.launch.parts import Page
 from handlers.launch.run_folder import PREFIX, RunFolder, RunFolderError, find_service, run_folder
 from handlers.launch.supervision import (
@@ -156,6 +158,61 @@ def test_a_signal_while_a_child_is_started_leaves_no_orphan(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(started) == 1 + restarts and not any(is_running(one.pid) for one in started)
+
+
+# Listens, and answers only some seconds later.
+SLOW_FRONT = """
+import sys, time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+server = HTTPServer(("127.0.0.1", int(sys.argv[1])), SimpleHTTPRequestHandler)
+time.sleep(float(sys.argv[2]))
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Supervisor, Child]]:
+    """A front that takes longer to start than it may hang, and is checked often."""
+    monkeypatch.setattr(hangs, "CHECK_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(hangs, "PAUSE_S", 0.1)
+    (port,) = free_ports(1)
+    start_s = 0.4 * (MAX_UNANSWERED + 2)
+    command = [sys.executable, "-c", SLOW_FRONT, str(port), str(start_s)]
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("front", command, dict(os.environ), restarts=True)
+        end_if_it_hangs(child, port, supervisor)
+        assert until(lambda: '"GET / HTTP/1.1" 200' in child.output.read_text(), 30)
+        time.sleep(1)  # the first answers are to checks that waited in vain
+        assert not supervisor.tend(), "it was killed while it started"
+        yield supervisor, child
+
+
+def test_a_front_that_hangs_is_replaced(
+    front: tuple[Supervisor, Child], capfd: pytest.CaptureFixture[str]
+) -> None:
+    supervisor, child = front
+    first = child.process.pid
+    os.kill(first, signal.SIGSTOP)
+    assert until(supervisor.tend, 30)
+    assert child.process.pid != first and is_running(child.process.pid)
+    text = capfd.readouterr().err
+    assert text.count("front hangs, it left 6 checks in a row unanswered for 0.4 s each") == 1
+    assert text.endswith("killing it\nfront ended with -9: restarting it\n")
+
+
+def test_a_front_that_is_stopped_for_a_moment_stays(
+    front: tuple[Supervisor, Child], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Twice for most of the permitted time: what was missed before an answer does not count."""
+    supervisor, child = front
+    for _ in range(2):
+        answered = child.output.read_text().count("200")
+        os.kill(child.process.pid, signal.SIGSTOP)
+        time.sleep(0.4 * (MAX_UNANSWERED - 2))
+        os.kill(child.process.pid, signal.SIGCONT)
+        assert until(lambda n=answered: child.output.read_text().count("200") > n)
+        time.sleep(1)
+    assert not supervisor.tend() and capfd.readouterr().err == ""
 
 
 class QuickPages(Supervisor):
@@ -445,6 +502,49 @@ def running() -> Iterator[RunningService]:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torchserve", "asgi"])
+def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) -> None:
+    """A stopped front still accepts connections, so that nothing but a check finds it."""
+    impatient = tmp_path / "python"  # checks for 5 s instead of 20
+    impatient.write_text(
+        f"#!{sys.executable}\nimport runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from handlers.launch import hangs\nhangs.CHECK_TIMEOUT_S = 5.0\n"
+        "del sys.argv[:2]\nrunpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+    )
+    impatient.chmod(0o700)
+    options = ("--workers", "1", "--engine", engine)
+    running = RunningService(PRETRAINED, options=options, python=str(impatient))
+    try:
+        with AdeClient(running.url, retries=0) as client:
+            expected = client.sample(seed=1).images
+        first = running.pids["front"]
+        address = ("127.0.0.1", running.ports["inference"])
+        with socket.create_connection(address) as before:
+            os.kill(first, signal.SIGSTOP)
+            with socket.create_connection(address) as during:
+                during.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert until(lambda: running.pids["front"] != first, 60)
+                for connection in (before, during):
+                    connection.settimeout(10)
+                    with contextlib.suppress(ConnectionResetError):
+                        assert connection.recv(1) == b""
+
+        def answers() -> bool:
+            with contextlib.suppress(httpx.TransportError), AdeClient(running.url) as other:
+                return bool((other.sample(seed=1).images == expected).all())
+            return False
+
+        assert until(answers, 60) and httpx.get(f"{running.metrics}/metrics").status_code == 200
+        assert httpx.get(f"{running.page}/readyz", timeout=30).status_code == 200
+        assert (
+            "front hangs, it left 6 checks in a row unanswered for 5 s each: killing it\n"
+            "front ended with -9: restarting it\n"
+        ) in "".join(running.output)
+    finally:
+        assert running.stop() == []
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS
 from handlers.front.releases import Release
 from handlers.launch.channel import DESCRIBE_S, ChannelError, Say, ask
 from handlers.launch.engines import SWITCHED, Plan
+from handlers.launch.hangs import end_if_it_hangs
 from handlers.launch.one_process import OneProcess
 from handlers.launch.run_folder import RunFolder
 from handlers.launch.supervision import Supervisor
@@ -39,6 +40,7 @@ class Asgi(OneProcess):
             control=str(self._control),
         )
         self._start("handlers.asgi.application", settings)
+        end_if_it_hangs(self._child, plan.ports.metrics, self._supervisor)
 
     def change(self, releases: Sequence[Release], say: Say) -> None:
         """See :meth:`handlers.launch.engines.UpgradableEngine.change`."""

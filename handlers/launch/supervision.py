@@ -143,6 +143,11 @@ class Supervisor:
         self._stop_reaper()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the service is being stopped."""
+        return self._is_closed
+
+    @property
     def pids(self) -> dict[str, int]:
         return {child.name: child.process.pid for child in self._children if not child.on_trial}
 

@@ -7,6 +7,7 @@ import time
 
 from handlers.launch.engines import Plan
 from handlers.launch.environment import child_environment
+from handlers.launch.hangs import end_if_it_hangs
 from handlers.launch.parts import wait_until
 from handlers.launch.run_folder import RunFolder
 from handlers.launch.supervision import Child, Supervisor
@@ -56,9 +57,10 @@ class TorchServe:
             models=self._models,
         ).save(settings)
         command = [sys.executable, "-m", "handlers.torchserve.front", str(settings)]
-        self._supervisor.start(
+        front = self._supervisor.start(
             "front", command, child_environment(), restarts=True, output=plan.logs / "front.out"
         )
+        end_if_it_hangs(front, plan.ports.metrics, self._supervisor)
 
     def drain(self) -> None:
         """Let the workers finish the accepted requests.
