@@ -516,6 +516,31 @@ def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
     ]
 
 
+def test_starts_that_fail_are_counted(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Waiting clients may leave before they are answered, so that nothing else would count."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    app = RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(bundle)),))
+
+    def starts() -> float:
+        pattern = r'ade_worker_starts_total\{model_name="score",worker="0",bundle=.*\} (\S+)'
+        (found,) = re.findall(pattern, httpx.get(app.metrics).text)
+        return float(found)
+
+    try:
+        app.wait()
+        assert starts() == 1
+        (bundle / "score.onnx").rename(tmp_path / "score.onnx")
+        app.worker("score").kill()
+        wait_for(lambda: starts() >= 3, 60)
+        assert not app.is_ready() and "score.onnx is missing" in app.output.read_text()
+        (tmp_path / "score.onnx").rename(bundle / "score.onnx")
+        wait_for(app.is_ready, 60)
+        assert starts() >= 4
+    finally:
+        app.process.terminate()
+        app.process.wait(30)
+
+
 def test_an_idle_worker_reports_a_calibration_that_cannot_be_used(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from handlers.front.front import Answer, Request
 from handlers.launch.environment import child_environment
 from handlers.limits import RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
 from serving.api.errors import ApiError, no_answer, stopping, worker_died
-from serving.api.telemetry import Metric
+from serving.api.telemetry import STARTS, Metric
 
 logger = logging.getLogger(__name__)
 PAUSE_S = 0.1  # before a process is replaced; doubled each time until one is ready
@@ -290,6 +290,7 @@ class _Worker:
                         process = await self.start()
                     except (WorkerError, OSError) as error:
                         logger.error("%s", error)
+                        self._update(STARTS.name, {}, 1.0)  # which no worker reports
         finally:
             await process.end()
 
@@ -358,13 +359,16 @@ class _Worker:
         Raises:
             WorkerError: they are invalid.
         """
+        try:
+            for name, labels, value in head["measurements"]:
+                self._update(name, labels, float(value))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WorkerError(f"its measurements are invalid: {error!r}") from None
+
+    def _update(self, name: str, labels: dict[str, str], value: float) -> None:
         common = {
             "model_name": self._pool.name,
             "worker": self._settings.name.rpartition("-")[2],
         }
         own = {MODEL: self._settings.identity}
-        try:
-            for name, labels, value in head["measurements"]:
-                self._pool.metrics.update(name, {**common, **labels, **own}, float(value))
-        except (KeyError, TypeError, ValueError) as error:
-            raise WorkerError(f"its measurements are invalid: {error!r}") from None
+        self._pool.metrics.update(name, {**common, **labels, **own}, value)
