@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import yaml
 
 from ade_model import ModelConfig
 from ade_model.checkpoint import load_model, read_config
@@ -501,6 +502,8 @@ def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_pat
     for operation in OPERATIONS:
         with zipfile.ZipFile(tmp_path / "store" / f"{operation}.mar") as archive:
             found = {Path(name).name for name in archive.namelist()}
+            (text,) = (archive.read(n) for n in archive.namelist() if n.endswith(".yaml"))
+        assert 300 < yaml.safe_load(text)["maxRetryTimeoutInSec"] < 2**31 / 1000
         expected = {MANIFEST_NAME, WEIGHTS_NAME, *(f"{g}.onnx" for g in bundle.graphs([operation]))}
         assert expected < found
 

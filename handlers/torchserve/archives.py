@@ -25,6 +25,10 @@ from serving.engine.bundle import (
 from serving.engine.signatures import OPERATIONS
 from serving.verdict.store import FOLDER
 
+# TorchServe starts a worker again for this long, ever more rarely; after its own default of 300 s
+# an operation would have no worker for good. It computes the milliseconds in 32 bits.
+RETRY_S = 20 * 24 * 3600
+
 
 @contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[Path]:
@@ -80,6 +84,7 @@ def write_archives(
             "maxBatchDelay": round(1000 * MAX_BATCH_DELAY_S),
             "responseTimeout": RESPONSE_TIMEOUT_S,
             "startupTimeout": STARTUP_TIMEOUT_S,
+            "maxRetryTimeoutInSec": RETRY_S,
             # Of the bundle, not of the archive: these files may change while the service runs.
             "ade": {
                 **dataclasses.asdict(options),
