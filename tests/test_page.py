@@ -305,24 +305,29 @@ def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
         remove_image(panel)
 
 
+def hold_first_run(page: Page) -> list[Route]:
+    """Hold back the next run that the page requests; returns a list that its route joins."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+        if len(held) > 1:
+            route.continue_()
+
+    page.route("**/queue/join*", hold)
+    return held
+
+
 def test_a_sample_that_comes_while_explore_fills_itself_stays(
     browser: Browser, service: RunningService
 ) -> None:
     """Images that the tab draws when it is opened replace no other image."""
-    joins = "**/queue/join*"
     with opened(browser, service.page) as page:
         show(page, "Sample")
         chosen = panel_of(page).locator(".ade-grid button:has(img)").nth(5)
         chosen.click()
         expect(panel_of(page).get_by_role("button", name="Score it")).to_be_enabled()
-        held: list[Route] = []
-
-        def hold_first(route: Route) -> None:
-            held.append(route)
-            if len(held) > 1:
-                route.continue_()
-
-        page.route(joins, hold_first)
+        held = hold_first_run(page)
         show(page, "Explore")
         wait_for(page, lambda: bool(held))
         show(page, "Sample")
@@ -656,8 +661,6 @@ def test_the_upload_icon_opens_a_dialog(browser: Browser, service: RunningServic
 def test_levels(page: Page, service: RunningService) -> None:
     show(page, "Explore")
     panel = panel_of(page)
-    # Until the first exploration is shown, it replaces what is asked for.
-    expect(panel.get_by_alt_text("Interpolation, step by step")).to_be_visible()
     unfold(panel, "The first image, level by level")
     panel.get_by_role("radio", name="2", exact=True).check()
     page.get_by_role("button", name="Show its levels").click()
@@ -687,6 +690,26 @@ def test_levels(page: Page, service: RunningService) -> None:
         expected = client.sample_with(with_level(own, noise(1, VARIATIONS), 2))
     assert np.array_equal(pieces, coarser)
     assert np.array_equal(varied.reshape(32, VARIATIONS, 32, 3).swapaxes(0, 1), expected)
+
+
+def test_levels_are_shown_only_of_images_that_were_explored(
+    browser: Browser, service: RunningService
+) -> None:
+    """Before, there is no first image, or the first exploration would empty its levels."""
+    with opened(browser, service.page) as page:
+        held = hold_first_run(page)
+        show(page, "Explore")
+        wait_for(page, lambda: bool(held))
+        panel = panel_of(page)
+        unfold(panel, "The first image, level by level")
+        look = page.get_by_role("button", name="Show its levels")
+        expect(look).to_be_disabled()
+        held[0].continue_()
+        look.click()  # as soon as it is enabled
+        expect(panel.locator("img[src*='strip.png']")).to_be_visible()
+        expect(panel.locator("img[src*='varied.png']")).to_be_visible()
+        remove_image(panel)
+        expect(look).to_be_disabled()
 
 
 def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None:

@@ -220,7 +220,7 @@ def add_tab(shared: Shared) -> None:
                 list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest"
             )
             variation = seed_input(1, "Seed of the other samples", min_width=80)
-            look = gr.Button("Show its levels")
+            look = gr.Button("Show its levels", interactive=False)
         coarse = image_strip("From its coarsest level alone, from two, … from all")
         varied = image_strip("This level from other samples, all other levels its own")
     walk = gr.State(time_to_live=KEPT_S)
@@ -246,6 +246,14 @@ def add_tab(shared: Shared) -> None:
         "explore",
         others=[coarse, varied],
         progress=[said, strip],
+    )
+    # Before, there may be no first image, or the exploration to come would empty its levels.
+    strip.change(
+        None,
+        strip,
+        look,
+        js="(strip) => ({ __type__: 'update', interactive: strip !== null })",
+        api_visibility="private",
     )
     looks = gr.State(Runs())
     look.click(
