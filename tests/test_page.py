@@ -341,6 +341,27 @@ def test_a_sample_that_comes_while_explore_fills_itself_stays(
         expect(panel.locator("img[src*='sample-7-5']")).to_be_visible()
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_file_that_is_chosen_while_explore_fills_itself_is_uploaded(
+    browser: Browser, service: RunningService, side: int
+) -> None:
+    """The dialog was opened from an input that the samples have replaced."""
+    with opened(browser, service.page) as page:
+        held = hold_first_run(page)
+        show(page, "Explore")
+        wait_for(page, lambda: bool(held))
+        panel = panel_of(page)
+        with page.expect_file_chooser() as dialog:
+            panel.get_by_text("Click to Upload").nth(side).click()
+        held[0].continue_()
+        drawn = panel.locator("img[src*='seed-']")
+        expect(drawn).to_have_count(2)
+        dialog.value.set_files(EXAMPLE)
+        expect(drawn).to_have_count(1)
+        chosen = panel.get_by_alt_text("the chosen image").nth(side)
+        expect(chosen).to_have_attribute("src", re.compile(r"/cat\.png$"))
+
+
 def test_what_is_done_with_a_sample_is_in_view(browser: Browser, service: RunningService) -> None:
     """It is possible only while a sample is chosen."""
     with opened(browser, service.page) as page:

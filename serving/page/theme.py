@@ -43,8 +43,21 @@ document.addEventListener("click", (event) => {
   } else setTimeout(open);  // Gradio leaves the webcam or the clipboard first
 }, { capture: true });
 """
+# When an image arrives, Gradio replaces the file input, and would lose what a dialog chooses then.
+DIALOG = """
+document.addEventListener("click", ({ target: input }) => {
+  if (input.type !== "file") return;
+  const place = input.parentElement;
+  input.onchange = () => {
+    const present = place.querySelector("input[type=file]");
+    if (input.isConnected || !present) return;
+    present.files = input.files;
+    present.dispatchEvent(new Event("change"));
+  };
+}, { capture: true });
+"""
 # In the page's head, because Gradio rewrites what it gets as `css`.
-HEAD = f"<style>{STYLE}\n{OWN}</style><script>{NAMES}{UPLOAD_ICON}</script>"
+HEAD = f"<style>{STYLE}\n{OWN}</style><script>{NAMES}{UPLOAD_ICON}{DIALOG}</script>"
 BLUE = Color(
     *("#eef3fb", "#dbe6f6", "#b9cdec", "#8fadd9", "#6588bf", "#4769a5", "#2b4a7f"),
     *("#24406f", "#1c335a", "#162846", "#0f1c33"),
