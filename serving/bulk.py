@@ -7,7 +7,6 @@ one. At the end ``OUT.part`` is converted to ``OUT``.
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
@@ -27,16 +26,17 @@ from typing import IO, Any
 import numpy as np
 
 from serving.api.errors import ApiError
+from serving.api.operations.score import CalibrationLabel, ScoreResult
 from serving.api.requests import InputImage, prepare_source
+from serving.api.score_table import columns, failed_row, scored_row
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES, in_options
 from serving.signals import signals_held
-from serving.tables import safe_cell
+from serving.tables import write_csv
 from serving.verdict.calibration import DEFAULT, CalibrationError
-from serving.verdict.decision import NOT_SCORED, decide
-from serving.verdict.statistics import part_names
+from serving.verdict.decision import decide
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK = 64  # files per task
@@ -121,7 +121,7 @@ class FileScorer:
         self.bundle, self.options = bundle, options
 
     def __call__(self, paths: list[str]) -> list[dict[str, Any]]:
-        """Return one row per path, with the columns of :func:`columns`."""
+        """Return one row per path, as :mod:`serving.api.score_table` makes them."""
         images = [self._read(path) for path in paths]
         usable = [image for image in images if isinstance(image, InputImage)]
         scores = iter(
@@ -135,10 +135,7 @@ class FileScorer:
             else []
         )
         return [
-            {
-                "path": path,
-                **self._row(image, next(scores) if isinstance(image, InputImage) else None),
-            }
+            self._row(path, image, next(scores) if isinstance(image, InputImage) else None)
             for path, image in zip(paths, images, strict=True)
         ]
 
@@ -146,56 +143,28 @@ class FileScorer:
         fit = self.options.resize == "fit"
         return prepare_source(lambda: self._read_file(path), self._engine.image_shape, fit)
 
-    def _row(self, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
+    def _row(self, path: str, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):
-            return _failed(image.code, in_options(image.message))
+            return failed_row(path, image.code, in_options(image.message))
         if isinstance(score, NotFinite):
-            return _failed("not_finite", str(score))
+            return failed_row(path, "not_finite", str(score))
         verdict = score.verdict
         p_value = None if verdict is None else verdict.p_value
         decision = decide(p_value, self.calibrations, image.resized, self.options.alpha)
-        row = {"bpd": score.bpd, **score.parts}
-        if verdict is not None:
-            row |= {
-                "ood_score": verdict.ood_score,
-                "p_value": verdict.p_value,
-                "ood": decision.ood,
-                "calibration": f"{self.calibrations.name}@{self.calibrations.version}",
-            }
-        if image.notes:
-            row["notes"] = "; ".join(image.notes)
-        return {**row, "decision": decision.choice, "decision_reason": decision.reason}
-
-
-def _failed(code: str, message: str) -> dict[str, Any]:
-    return {
-        "error": code,
-        "notes": message,
-        "decision": "no_verdict",
-        "decision_reason": f"{NOT_SCORED}: {code}",
-    }
-
-
-def columns(bundle: Bundle, samples: int) -> list[str]:
-    """Names of the columns; a value that a row lacks is empty."""
-    parts = [
-        "dequantization",
-        *part_names(len(bundle.latent_shapes)),
-        *(["iwae_gap"] if samples > 1 else []),
-    ]
-    return [
-        "path",
-        "bpd",
-        *parts,
-        "ood_score",
-        "p_value",
-        "ood",
-        "error",
-        "notes",
-        "decision",
-        "decision_reason",
-        "calibration",
-    ]
+        label = CalibrationLabel(name=self.calibrations.name, version=self.calibrations.version)
+        result = ScoreResult(
+            bpd=score.bpd,
+            bpd_parts=score.parts,
+            standard_error=score.standard_error,
+            ood_score=None if verdict is None else verdict.ood_score,
+            p_value=p_value,
+            ood=decision.ood,
+            notes=list(image.notes),
+            decision=decision.choice,
+            decision_reason=decision.reason,
+            calibration=None if verdict is None else label,
+        )
+        return scored_row(path, result)
 
 
 def check_out(out: Path) -> None:
@@ -432,20 +401,11 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
                 row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()
                 yield {name: row.get(name) for name in names}
 
-    def cells() -> Iterator[dict[str, Any]]:
-        for row in rows():
-            yield {
-                name: safe_cell(value) if isinstance(value, str) else value
-                for name, value in row.items()
-            }
-
     with replacing(out, text=out.suffix != ".parquet") as file:
         if out.suffix == ".parquet":
             _write_parquet(file, names, rows())
         elif out.suffix == ".csv":
-            table = csv.DictWriter(file, names)
-            table.writeheader()
-            table.writerows(cells())
+            write_csv(file, names, rows())
         else:
             file.writelines(json.dumps(row) + "\n" for row in rows())
         summary = Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])

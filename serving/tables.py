@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
+
 # From OWASP's page on CSV injection; Japanese and Chinese keyboards type the full-width forms.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -23,3 +27,22 @@ def safe_cell(text: str) -> str:
         if text.startswith(FORMULA_STARTS) or text.lstrip().startswith(FORMULA_STARTS)
         else text
     )
+
+
+def write_csv(file: IO[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the columns' names and a line per row, with safe cells.
+
+    Args:
+        file: opened with unchanged line ends.
+        columns: names of all values, in their order.
+        rows: values by column; a missing one is empty.
+    """
+    table = csv.DictWriter(file, columns)
+    table.writeheader()
+    for row in rows:
+        table.writerow(
+            {
+                name: safe_cell(value) if isinstance(value, str) else value
+                for name, value in row.items()
+            }
+        )

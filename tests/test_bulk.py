@@ -27,14 +27,17 @@ from ade_cli.score import NO_VERDICT, _report
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.ood_bench import Figures, _write_csv
 from serving import bulk
+from serving.api.score_table import columns
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, only_writer
 from serving.page.app import build_page
-from serving.page.served import Served
+from serving.page.files import write_file
+from serving.page.served import Runs, Served
 from serving.verdict.calibration import Calibrations
 from tests.helpers import ROOT, held_by_another, make_folder, make_traps, with_calibrations
+from tests.in_process import answered_here, page_function
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,32 @@ def test_every_file_has_its_row_in_every_format(
     ]
 
 
+def test_the_page_writes_the_same_table(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only notes on errors differ, which name the page's own options; the order differs, too."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
+    names = ["broken.png", "wide.png", *(name for name in image_paths(folder) if "/" in name)][:12]
+    images, given = tmp_path / "images", []
+    images.mkdir()
+    for i, name in enumerate(names):
+        path = images / f"={i}.png"
+        path.write_bytes((folder / name).read_bytes())
+        given.append(write_file(path.read_bytes(), path.name))
+    score(tiny_bundle, images, tmp_path / "scores.csv", alpha=0.1)
+    with answered_here({"tiny": tiny_bundle}) as url:
+        score_many = page_function(Served(url, [open_bundle(tiny_bundle)], None), "score_many")
+        *_, download = score_many("tiny", given, None, 0.1, False, 0.1, Runs())
+    theirs, own = read(tmp_path / "scores.csv"), read(Path(download.value["path"]))
+    assert list(own[0]) == list(theirs[0]) == columns(open_bundle(tiny_bundle), samples=1)
+    for table in (theirs, own):
+        for row in table:
+            assert bool(row.pop("notes")) is (row["decision"] == "no_verdict")
+        table.sort(key=lambda row: row["path"])
+    assert own == theirs and {row["error"] for row in own} == {"", "not_an_image", "wrong_size"}
+    assert {row["decision"] for row in own} >= {"accept", "no_verdict"}
+
+
 def test_a_spreadsheet_runs_no_file_name(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
@@ -114,7 +143,7 @@ def test_a_spreadsheet_runs_no_file_name(
         assert any(
             float(row[part]) < 0
             for row in rows
-            for part in bulk.columns(open_bundle(tiny_bundle), 1)[2:8]
+            for part in columns(open_bundle(tiny_bundle), samples=1)[2:8]
         )
 
 

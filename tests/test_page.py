@@ -787,12 +787,12 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
         ).first.click()
     download.value.save_as(tmp_path / "scores.csv")
     with open(tmp_path / "scores.csv", newline="") as file:
-        found = {row["file"]: row for row in csv.DictReader(file)}
+        found = {row["path"]: row for row in csv.DictReader(file)}
     assert len(found) == 13 and {
-        name for name, row in found.items() if row["verdict"] == "rejected"
+        name for name, row in found.items() if row["decision"] == "reject"
     } == {"6.png", "7.png"}
     assert (
-        found["broken.png"]["verdict"] == "not scored"
+        found["broken.png"]["error"] == "not_an_image"
         and found["broken.png"]["notes"] == NOT_AN_IMAGE
     )
     assert found["inside/0.png"]["bpd"] == found["0.png"]["bpd"]

@@ -35,13 +35,13 @@ from serving.page import app as page_app
 from serving.page import many, uploads
 from serving.page.app import MAX_SESSIONS, gradio_of, make_app
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
-from serving.page.many import _csv, batches, contents
+from serving.page.many import batches, contents
 from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
 from serving.page.served import Runs, made_here
 from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, safe_name
 from serving.ports import free_ports
-from serving.tables import safe_cell
+from serving.tables import safe_cell, write_csv
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -863,10 +863,10 @@ def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
 )
 def test_spreadsheets_run_no_cell(name: str) -> None:
     assert safe_cell(name) == f"'{name}"
-    rows = list(
-        csv.reader(io.StringIO(_csv([[name, -1.25, 0.5, "usual", "=note"]]).decode(), newline=""))
-    )
-    assert rows[1] == [f"'{name}", "-1.25", "0.5", "usual", "'=note"], "numbers stay numbers"
+    table = io.StringIO(newline="")
+    write_csv(table, ["path", "bpd", "notes"], [{"path": name, "bpd": -1.25, "notes": "=note"}])
+    (row,) = csv.DictReader(io.StringIO(table.getvalue(), newline=""))
+    assert row == {"path": f"'{name}", "bpd": "-1.25", "notes": "'=note"}, "numbers stay numbers"
 
 
 @pytest.mark.parametrize("name", ["cat.png", "", "a=1", "folder/-1.png", "'quoted"])

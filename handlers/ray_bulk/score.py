@@ -26,7 +26,8 @@ from pyarrow import dataset, fs, parquet
 from handlers.ray_bulk import manifest
 from handlers.ray_bulk.manifest import PART_ROWS
 from handlers.ray_serve.instance import BESIDE, ray_instance
-from serving.bulk import CHUNK, BulkError, BulkOptions, FileScorer, Summary, columns, row_schema
+from serving.api.score_table import columns
+from serving.bulk import CHUNK, BulkError, BulkOptions, FileScorer, Summary, row_schema
 from serving.engine.bundle import Bundle, open_bundle
 from serving.files import read_file
 from serving.images import MAX_FILE_BYTES

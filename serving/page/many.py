@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
+import dataclasses
 import io
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +15,7 @@ import httpx
 from PIL import Image
 
 from serving.api.requests import RESIZED
+from serving.api.score_table import columns, failed_row, scored_row
 from serving.brand import percent, rounded, verdict_card
 from serving.client import SERVER_ERROR, AdeError, ScoreResult
 from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image
@@ -34,7 +35,7 @@ from serving.page.served import (
     sentence,
 )
 from serving.page.uploads import is_accepted
-from serving.tables import safe_cell
+from serving.tables import write_csv
 from serving.verdict.calibration import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, Choice, fdr_note
 
@@ -44,10 +45,8 @@ MOST = 2000
 MOST_ENTRIES = 10_000  # in a zip, including files that are not images
 ENTRY_MARK = b"PK\x01\x02"  # signature of an entry in a zip's directory
 MOST_BYTES = 256 * 2**20  # unpacked
-COLUMNS = ["file", "bpd", "p-value", "verdict", "notes"]
 TABLE = Path(__file__).with_name("results.js").read_text()
 EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder, and press Score all."
-NOT_SCORED = "not scored"
 UNACCEPTED = AdeError(415, "not_an_image", "this type of file is not accepted")
 THUMBNAIL = 48  # pixels of the longer side at most
 
@@ -184,16 +183,15 @@ def add_tab(shared: Shared) -> None:
             len(results), p_values, rejected, discoveries, alpha, fdr, list(calibrated.values())
         )
         order = sorted(range(len(results)), key=lambda i: _rank(results[i]))
-        rows = [_row(names[i], results[i]) for i in order]
-        shown = [
-            {"picture": pictures[i], **_shown(row, results[i])}
-            for i, row in zip(order, rows, strict=True)
-        ]
-        return (
-            said,
-            shown,
-            gr.DownloadButton(value=write_file(_csv(rows), "scores.csv"), interactive=True),
+        shown = [{"picture": pictures[i], **_shown(names[i], results[i])} for i in order]
+        table = io.StringIO(newline="")
+        write_csv(
+            table,
+            columns(served.bundles[model], samples=1),
+            (_row(names[i], results[i]) for i in order),
         )
+        download = write_file(table.getvalue().encode(), "scores.csv")
+        return said, shown, gr.DownloadButton(value=download, interactive=True)
 
     def clear(runs: Runs) -> tuple[str, list[Any], Any]:
         runs.start()  # what still runs is of other files
@@ -331,20 +329,31 @@ def _rank(result: Any) -> tuple[float, float]:
     return (result.p_value, -(result.ood_score or 0.0))
 
 
-def _row(name: str, result: Any) -> list[Any]:
-    """The values of :data:`COLUMNS`."""
+def _row(name: str, result: Any) -> dict[str, Any]:
+    """A row of the CSV file."""
     if isinstance(result, AdeError):
-        return [name, None, None, NOT_SCORED, sentence(result)]
-    p_value = result.p_value and round(result.p_value, 6)
-    reason = (result.decision_reason or "").partition(": ")[2]
-    notes = "; ".join([*([reason] if reason else []), *notes_of(result)])
-    return [name, round(result.bpd, 4), p_value, WORDS[result.decision], notes]
+        return failed_row(name, result.code, sentence(result))
+    return scored_row(name, dataclasses.replace(result, notes=notes_of(result)))
 
 
-def _shown(row: list[Any], result: Any) -> dict[str, Any]:
+def _shown(name: str, result: Any) -> dict[str, Any]:
     """A row for ``results.js``."""
-    choice = "not_scored" if isinstance(result, AdeError) else result.decision
-    return dict(zip(("file", "bpd", "p", "verdict", "notes"), row, strict=True), choice=choice)
+    if isinstance(result, AdeError):
+        bpd = p_value = None
+        choice, verdict, notes = "not_scored", "not scored", sentence(result)
+    else:
+        bpd, p_value = round(result.bpd, 4), result.p_value and round(result.p_value, 6)
+        choice, verdict = result.decision, WORDS[result.decision]
+        reason = (result.decision_reason or "").partition(": ")[2]
+        notes = "; ".join([*([reason] if reason else []), *notes_of(result)])
+    return {
+        "file": name,
+        "bpd": bpd,
+        "p": p_value,
+        "verdict": verdict,
+        "notes": notes,
+        "choice": choice,
+    }
 
 
 def _thumbnail(data: bytes) -> str:
@@ -357,13 +366,3 @@ def _thumbnail(data: bytes) -> str:
     out = io.BytesIO()
     picture.save(out, "WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def _csv(rows: list[list[Any]]) -> bytes:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
-    writer.writerow(COLUMNS)
-    writer.writerows(
-        [safe_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
-    )
-    return out.getvalue().encode()
