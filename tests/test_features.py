@@ -41,6 +41,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.engine.engine import InferenceEngine, Score
+from serving.gate import Gate
 from serving.verdict.calibration import CalibrationError, Calibrations
 from serving.verdict.semantic import (
     DISTANCE,
@@ -340,13 +341,16 @@ def test_a_network_with_other_classes_is_noticed() -> None:
     both = {FEATURES: features(0, 50), FREE_ENERGY: features(1, 50)[:, 0]}
     both[PROBABILITIES] = np.full((50, 4), 0.25)
     known, bare = KnownImages.of(both), KnownImages.of({FEATURES: both[FEATURES]})
-    for its, statistics in (
-        (known, {FEATURES: both[FEATURES]}),
-        (bare, both),
-        (known, {**both, PROBABILITIES: np.full((50, 5), 0.2)}),
+    for statistics in (
+        {FEATURES: both[FEATURES]},
+        {**both, PROBABILITIES: np.full((50, 5), 0.2)},
     ):
         with pytest.raises(ValueError, match="do not fit known images"):
-            its.coordinates(statistics)
+            known.coordinates(statistics)
+    # Known images without classes are judged without any.
+    alone = bare.coordinates({FEATURES: both[FEATURES]})
+    assert list(alone) == list(bare.coordinates(both)) == [DISTANCE]
+    np.testing.assert_array_equal(alone[DISTANCE], bare.coordinates(both)[DISTANCE])
 
 
 @pytest.mark.parametrize("constant", [DISTANCE, ENERGY])
@@ -512,6 +516,30 @@ def test_calibrating_again_keeps_the_features(
     assert made.exact is not None and before.exact is not None and made.resized is not None
     assert (made.exact.scores == before.exact.scores).all() and made.resized.known is not None
     assert open_bundle(tmp_path / "again").manifest["features"]["source"] == "net.onnx"
+
+
+def test_classes_that_the_network_does_not_know_are_left_out(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """If it is much less sure of the images than of those of the bundle's own calibration."""
+    dark = (small_images // 3).astype(np.uint8)
+    source = FeatureSource(network(tmp_path / "net.onnx"), preprocess="scale=signed")
+    noted = []
+    for name, own, others in (("a", dark, 255 - dark), ("b", 255 - dark, dark)):
+        first, second = tmp_path / f"{name}1", tmp_path / f"{name}2"
+        calibrate_bundle(tiny_bundle, first, own[:150], own[150:], "c", features=source)
+        lines: list[str] = []
+        made = calibrate_bundle(first, second, others[:150], others[150:], "c", lines.append)
+        noted.append(any("does not know what these images show" in line for line in lines))
+        for calibration in (made.exact, made.resized):
+            assert calibration is not None
+            assert (ENERGY in calibration.names) != noted[-1] and DISTANCE in calibration.names
+        if noted[-1]:
+            found = Gate(second, alpha=0.1).check(others[150:])
+            assert sum(decision.accepted for decision in found) > 120
+            again = calibrate_bundle(second, tmp_path / "again", others[:150], own[150:], "c")
+            assert again.exact is not None and ENERGY not in again.exact.names
+    assert sorted(noted) == [False, True], "it is surer of one kind than of the other"
 
 
 def test_a_calibration_whose_network_is_missing_is_refused(

@@ -47,13 +47,16 @@ from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
 from serving.messages import counted
 from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
-from serving.verdict.semantic import semantic_statistics
+from serving.verdict.semantic import ENERGY, semantic_statistics, without_classes
 from serving.verdict.statistics import finite_rows
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
 
 CHUNK = MAX_THREADS * MAX_BATCH
 ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
 MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
+# Mean energy of images, in standard deviations of the bundle's own calibration, from which on their
+# kinds are unknown to the network. Of a part of its classes it is 0.1, of other photographs 1.5.
+UNKNOWN_ENERGY, TRIED = 1.0, 500
 CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
@@ -125,7 +128,8 @@ def calibrate_bundle(
             write_manifest(temporary, fields)
             if open_bundle(temporary).networks != bundle.networks:
                 _leave_out_named(temporary, report)
-        calibrations, about = _calibrate(open_bundle(temporary), parts, report, unseen)
+        own = _own_calibration(bundle) if features is None else None
+        calibrations, about = _calibrate(open_bundle(temporary), parts, own, report, unseen)
         (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
         write_manifest(temporary, {**fields, "calibration": {**about, "data": data_name}})
     return calibrations
@@ -175,7 +179,7 @@ def calibrate_into(
     """
     bundle = check_into(folder, name, discard_feedback)
     parts = _parts(bundle, fit, calibrate, trained, report)
-    calibrations, _ = _calibrate(bundle, parts, report, unseen)
+    calibrations, _ = _calibrate(bundle, parts, _own_calibration(bundle), report, unseen)
     named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
     with locked(folder / FOLDER / LOCK, wait=True):
         given = _given(folder, name, discard_feedback)  # feedback may have come meanwhile
@@ -296,7 +300,7 @@ def _leave_out_named(folder: Path, report: Report) -> None:
 
 
 def _calibrate(
-    bundle: Bundle, parts: Parts, report: Report, unseen: Images
+    bundle: Bundle, parts: Parts, own: Calibration | None, report: Report, unseen: Images
 ) -> tuple[Calibrations, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
@@ -307,12 +311,13 @@ def _calibrate(
     }
     bare = Bundle(bundle.folder, {**bundle.manifest, "files": files})
     engine = InferenceEngine(bare, device="cpu", operations=["score"])
-    exact, about = _exact(engine, parts, report)
+    has_classes = _knows_classes(own, engine, parts, report)
+    exact, about = _exact(engine, parts, has_classes, report)
     _warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (
         (exact, about)
         if all(image.resized for part in parts for image in part)
-        else _resized(engine, parts, report)
+        else _resized(engine, parts, has_classes, report)
     )
     for calibration in (exact, resized):
         calibration.check_values()
@@ -321,6 +326,42 @@ def _calibrate(
         "webp": coder_version(),
         "resized": about_resized,
     }
+
+
+def _own_calibration(bundle: Bundle) -> Calibration | None:
+    try:
+        return Calibrations.load(bundle.folder / CALIBRATION_NAME).exact
+    except CalibrationError:  # there is none, or it has an older format
+        return None
+
+
+def _knows_classes(
+    own: Calibration | None, engine: InferenceEngine, parts: Parts, report: Report
+) -> bool:
+    """Whether the features' network is about as sure of the images as of those it was meant for.
+
+    Args:
+        own: a calibration with that network for images that it was meant for; without one, nothing
+            can be said against the network.
+        engine: of the bundle.
+        parts: the images.
+        report: called with what the user should know.
+    """
+    if own is None or own.known is None:
+        return True
+    if ENERGY not in own.names:  # it has no classes, or does not know those of its own images
+        return False
+    found = engine.features(np.stack([image.pixels for image in parts[0][:TRIED]]))
+    energy = own.known.coordinates(semantic_statistics(found))[ENERGY].mean()
+    if energy <= UNKNOWN_ENERGY:
+        return True
+    report(
+        "note: features.onnx does not know what these images show: on average it is "
+        f"{energy:.1f} standard deviations less sure of its classes than in the bundle's own "
+        "calibration. So its classes are left out, and its features alone are used. An encoder of "
+        "ade encoder, or your classifier, may see more"
+    )
+    return False
 
 
 def _warn_if_seen(
@@ -405,15 +446,15 @@ def _of_kind(parts: Parts, resized: bool) -> Parts | None:
 
 
 def _exact(
-    engine: InferenceEngine, parts: Parts, report: Report
+    engine: InferenceEngine, parts: Parts, has_classes: bool, report: Report
 ) -> tuple[Calibration, dict[str, Any]]:
     chosen = _of_kind(parts, resized=False)
     pixels = [[image.pixels for image in part] for part in chosen or parts]
-    return _calibrated(engine, pixels, "" if chosen else "fit", "", report)
+    return _calibrated(engine, pixels, "" if chosen else "fit", "", has_classes, report)
 
 
 def _resized(
-    engine: InferenceEngine, parts: Parts, report: Report
+    engine: InferenceEngine, parts: Parts, has_classes: bool, report: Report
 ) -> tuple[Calibration, dict[str, Any]]:
     chosen = _of_kind(parts, resized=True) or parts
     pixels = [
@@ -427,7 +468,7 @@ def _resized(
             "because too few are larger. More than a share of alpha of resized requests may be "
             "rejected."
         )
-    calibration, about = _calibrated(engine, pixels, "fit", "resized ", report)
+    calibration, about = _calibrated(engine, pixels, "fit", "resized ", has_classes, report)
     return calibration, {**about, "resized_and_back": simulated}
 
 
@@ -436,6 +477,7 @@ def _calibrated(
     pixels: Sequence[Sequence[np.ndarray]],
     resize: str,
     kind: str,
+    has_classes: bool,
     report: Report,
 ) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and its entry in the manifest; ``kind`` is ``"resized "`` or empty."""
@@ -443,7 +485,8 @@ def _calibrated(
         statistics_of(engine, images, f"{part} of {kind}images" if kind else part, report=report)
         for part, images in zip(("fitting", "calibration"), pixels, strict=True)
     )
-    calibration = fit_calibration(fitting, calibrating, resize=resize or None)
+    known = fitting if has_classes else without_classes(fitting)
+    calibration = fit_calibration(known, calibrating, resize=resize or None)
     report(f"corrupting {len(pixels[1][:CORRUPTED])} {kind}images")
     caught = {}
     for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items():

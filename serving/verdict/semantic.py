@@ -14,6 +14,10 @@ number computed from them, higher for images unlike the known ones:
 A classifier is surer of some classes than of others. So each coordinate is given in standard
 deviations from the mean of the known images of the same class. Mean and standard deviation are
 averaged over the classes, weighted by the image's predicted probabilities.
+
+The known images may be of kinds that a classifier does not know. Then it can be surer of unusual
+ones than of them, so they are judged by the distance alone, as in a network without
+classes.
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ class KnownImages:
     Attributes:
         directions: int16 ``(m, F)``, unit vectors times :data:`SCALE`.
         usual: float64 ``(K, C, 2)``, mean and standard deviation of each of ``C`` coordinates among
-            the known images of each of ``K`` classes; ``K`` is 1 for a network without classes. A
+            the known images of each of ``K`` classes; ``K`` and ``C`` are 1 without classes. A
             coordinate that does not vary has infinite standard deviations.
         weight: nats that one unit of the coordinates' summed normal scores adds to the OOD score.
     """
@@ -130,6 +134,8 @@ class KnownImages:
         Raises:
             ValueError: they come from a network with another number of classes, or without classes.
         """
+        if self.usual.shape[1] < len(COORDINATES):
+            statistics = without_classes(statistics)
         values, shares = self._values(statistics, known), _probabilities(statistics)
         if (shares.shape[1], values.shape[1]) != self.usual.shape[:2]:
             raise ValueError(
@@ -188,6 +194,15 @@ class KnownImages:
             arrays[f"{prefix}known_usual"],
             float(arrays[f"{prefix}known_weight"].item()),
         )
+
+
+def without_classes(statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Statistics by name, without those that come from a classifier's logits."""
+    return {
+        name: values
+        for name, values in statistics.items()
+        if name not in (FREE_ENERGY, PROBABILITIES)
+    }
 
 
 def _probabilities(statistics: Mapping[str, np.ndarray]) -> np.ndarray:
