@@ -21,6 +21,7 @@ from training.encoder_network import check_size
 from training.metrics.features import FeatureError
 from training.runs import RunError
 
+MINUTES = 15.0
 ERRORS = (DataError, FeatureError, FileError, RunError)
 
 
@@ -36,17 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=int, metavar="N", help="pixels per side (default: the data's)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=15.0, help="minutes of training (default: %(default)g)"
+        "--minutes",
+        type=float,
+        metavar="M",
+        help=f"minutes of training, if the images have classes (default: {MINUTES:g})",
     )
     parser.add_argument(
-        "--without-labels", action="store_true", help="do not use the classes of the images"
+        "--without-labels",
+        action="store_true",
+        help="ignore the classes of the images, and train nothing: the encoder is a network that "
+        "was trained on ImageNet, as for images without classes",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
 
 
 def run(args: argparse.Namespace) -> None:
-    if not 0 < args.minutes < math.inf:
-        raise DataError(f"--minutes must be above 0 and finite, got {args.minutes:g}")
+    minutes = MINUTES if args.minutes is None else args.minutes
+    if not 0 < minutes < math.inf:
+        raise DataError(f"--minutes must be above 0 and finite, got {minutes:g}")
     check_parent(args.out)
     if os.path.lexists(args.out):
         raise FileError(f"{args.out} exists: take another name")
@@ -56,10 +64,17 @@ def run(args: argparse.Namespace) -> None:
     folders = class_folders(dataset.files.get("train", []))
     if labels is not None and folders is not None:
         say(f"classes: {listed(folders)}")
+    if labels is None and args.minutes is not None:
+        raise DataError("--minutes is for images with classes: without them nothing is trained")
     images = ImageSet(dataset.parts["train"].images, labels)
-    trained = train_encoder(images, args.minutes, device, report=say)
+    trained = train_encoder(images, minutes, device, report=say)
     example = np.asarray(images.images[:2])
     # `ade calibrate` keeps the network's training images out of the calibration.
-    export_encoder(trained.network, example, trained.outputs, args.out, record_of(dataset))
-    kind = f"{trained.classes} classes" if trained.classes else "no labels"
-    say(f"wrote {args.out}: {trained.images_seen} images seen, {kind}")
+    record = record_of(dataset) if trained.classes else None
+    export_encoder(trained.network, example, trained.outputs, args.out, record)
+    about = (
+        f"trained on {trained.images_seen} images, {trained.classes} classes"
+        if trained.classes
+        else "EfficientNet-Lite0, trained on ImageNet"
+    )
+    say(f"wrote {args.out}: {about}")

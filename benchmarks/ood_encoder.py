@@ -28,6 +28,7 @@ from training.encoder import TrainedEncoder, train_encoder
 
 HELD_OUT_CLASSES = (2, 4, 6)  # birds, deer and frogs, as in docs/ood.md
 FIT, CALIBRATE, TEST, CORRUPTED = 400, 20, 600, 100
+AT_A_TIME = 50  # images that an encoder sees at a time
 SHARE = 20  # training images for each image that the density is fitted to
 
 Statistics = dict[str, np.ndarray]
@@ -41,9 +42,10 @@ def with_features(
     if encoder is None:
         return kept
     with torch.inference_mode():
-        outputs = [
-            values.numpy() for values in encoder.network(torch.from_numpy(np.asarray(images)))
+        parts = [
+            encoder.network(few) for few in torch.from_numpy(np.asarray(images)).split(AT_A_TIME)
         ]
+    outputs = [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
     kept |= semantic_statistics(dict(zip((FEATURES, LOGITS), outputs, strict=False)))
     return kept
 

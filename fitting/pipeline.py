@@ -2,7 +2,7 @@
 
 A finished step is not repeated when a fitting is resumed. The output folder holds the plan
 (``plan.json``), the survey of the images (``survey.json``), the training runs (``stage-N``), the
-verdict's encoder if it gets one (``encoder.onnx``), the bundle before and after its calibration
+verdict's encoder (``encoder.onnx``), the bundle before and after its calibration
 (``exported`` and ``bundle``) and the report (``report.html``).
 """
 
@@ -134,7 +134,9 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     for line in summary_lines(found):
         step(line)
     encoder = _encoder(plan, found, dataset, out, step)
-    runs = _train(plan, dataset, encoder, out, step)
+    has_learnt = read_json(out / ENCODER_ABOUT, "classes")["classes"] > 0
+    guide = encoder if plan.is_guided and has_learnt else None
+    runs = _train(plan, dataset, guide, out, step)
     bundle = _bundle(plan, found, dataset, runs, encoder, out, step)
     if not (out / "report.html").exists():
         step("looking for outliers among the images")
@@ -188,9 +190,9 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
 
 
 def _train(
-    plan: Plan, dataset: Dataset, encoder: FeatureSource | None, out: Path, step: Report
+    plan: Plan, dataset: Dataset, guide: FeatureSource | None, out: Path, step: Report
 ) -> list[Path]:
-    """Train all stages; returns their runs, the last one first.
+    """Train all stages, from the second on with the guide; returns their runs, the last first.
 
     A later stage that diverges is given up: the model of the one before it is used.
     """
@@ -198,11 +200,11 @@ def _train(
     for number, stage in enumerate(plan.stages):
         run = out / f"stage-{number}"
         before = runs[0] if runs else None
-        guide = encoder if before is not None and plan.is_guided else None
+        its_guide = None if before is None else guide
         if (run / GIVEN_UP).exists():
             break
         if not (run / "report.md").exists():
-            guided = "" if guide is None else " with the encoder as its guide"
+            guided = "" if its_guide is None else " with the encoder as its guide"
             step(f"training {stage.recipe}{guided}, {_minutes(stage.minutes)} minutes")
             config = recipe(
                 stage.recipe,
@@ -210,7 +212,7 @@ def _train(
                 dataset.channels,
                 plan.size,
                 **plan.changes(stage),
-                guide_weight=0.0 if guide is None else GUIDE_WEIGHT,
+                guide_weight=0.0 if its_guide is None else GUIDE_WEIGHT,
             )
             options = RunOptions(
                 images=NO_LIMIT,
@@ -218,7 +220,7 @@ def _train(
                 device=plan.device,
                 checkpoint_minutes=2.0,
                 init=None if before is None else str(before),
-                guide=None if guide is None else str(guide.path),
+                guide=None if its_guide is None else str(its_guide.path),
             )
             try:
                 with alone_in(run):
@@ -235,39 +237,40 @@ def _train(
     return runs
 
 
-def _encoder(
-    plan: Plan, found: Survey, dataset: Dataset, out: Path, step: Report
-) -> FeatureSource | None:
-    """Train the verdict's encoder on the training images, if the plan has one.
+def _encoder(plan: Plan, found: Survey, dataset: Dataset, out: Path, step: Report) -> FeatureSource:
+    """Make the verdict's encoder: train it on the training images, if the plan has minutes for it.
 
-    It restarts if it was interrupted. An encoder that recognises the classes of held-out images no
-    better than guessing is not used.
+    It restarts if it was interrupted. If it recognises the classes of held-out images no better
+    than guessing, the encoder is the one for images without classes.
     """
-    if not plan.encoder_minutes:
-        return None
     path, about_path = out / ENCODER_NAME, out / ENCODER_ABOUT
-    if not about_path.exists():
-        labels = class_labels(dataset)
-        folders = class_folders(dataset.files["train"]) or []
-        classes = f" for {len(folders)} classes" if folders else ""
-        step(
-            f"training an encoder{classes}, {_minutes(plan.encoder_minutes)} minutes"
-            + (f": {listed(folders)}" if folders else "")
-        )
-        images = ImageSet(dataset.parts["train"].images, labels)
-        trained = train_encoder(images, plan.encoder_minutes, torch.device(plan.device))
-        example = np.asarray(images.images[:2])
-        export_encoder(trained.network, example, trained.outputs, path, record_of(dataset))
-        about = {
-            "images_seen": trained.images_seen,
-            "classes": trained.classes,
-            "is_used": not trained.classes or _recognises_classes(trained, dataset, found),
-        }
-        write_json(about_path, about)
-    if read_json(about_path, "is_used")["is_used"]:
+    if about_path.exists():
         return FeatureSource(path)
-    step("the encoder recognises the classes no better than guessing, and is not used")
-    return None
+    images, device = dataset.parts["train"].images, torch.device(plan.device)
+    labels = class_labels(dataset) if plan.encoder_minutes else None
+    is_given_up = False
+    if labels is not None:
+        folders = class_folders(dataset.files["train"]) or []
+        step(
+            f"training an encoder for {len(folders)} classes, "
+            f"{_minutes(plan.encoder_minutes)} minutes: {listed(folders)}"
+        )
+        made = train_encoder(ImageSet(images, labels), plan.encoder_minutes, device)
+        is_given_up = not _recognises_classes(made, dataset, found)
+        if is_given_up:
+            step("the encoder recognises the classes no better than guessing, and is not used")
+    if labels is None or is_given_up:
+        step("taking a network trained on ImageNet as the encoder")
+        made = train_encoder(ImageSet(images), 0, device)
+    record = record_of(dataset) if made.classes else None
+    export_encoder(made.network, np.asarray(images[:2]), made.outputs, path, record)
+    about = {
+        "images_seen": made.images_seen,
+        "classes": made.classes,
+        "is_given_up": is_given_up,
+    }
+    write_json(about_path, about)
+    return FeatureSource(path)
 
 
 def _recognises_classes(trained: TrainedEncoder, dataset: Dataset, found: Survey) -> bool:
@@ -296,7 +299,7 @@ def _bundle(
     found: Survey,
     dataset: Dataset,
     runs: list[Path],
-    encoder: FeatureSource | None,
+    encoder: FeatureSource,
     out: Path,
     step: Report,
 ) -> Path:
@@ -385,12 +388,10 @@ def _test_images(dataset: Dataset, found: Survey, most: int) -> np.ndarray:
 
 def _encoder_findings(
     engine: InferenceEngine, dataset: Dataset, found: Survey, out: Path
-) -> EncoderFindings | None:
+) -> EncoderFindings:
     """What became of the encoder, and how well it recognises the classes of test images."""
-    if not (out / ENCODER_ABOUT).exists():
-        return None
-    about = read_json(out / ENCODER_ABOUT, "is_used")
-    if not about["is_used"] or not about["classes"]:
+    about = read_json(out / ENCODER_ABOUT, "classes")
+    if not about["classes"]:
         return EncoderFindings(**about)
     rows = _rows(dataset, found, "test")[:TEST_IMAGES]
     logits = engine.features(np.asarray(dataset.parts["test"].images[rows]))[LOGITS]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ ADVERSARIAL_FROM_MINUTES = 20.0
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversarial stage
 LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
 SMALL_FROM_MINUTES = 360.0
-# An encoder pays with enough images and time (docs/explanation/trials.md).
+# Training an encoder pays in class folders, with enough images and time
+# (docs/explanation/trials.md).
 ENCODER_SHARE = 0.2  # of the training time
-ENCODER_FROM_IMAGES = 2000  # in class folders
-ENCODER_FROM_IMAGES_WITHOUT_CLASSES = 40_000
+ENCODER_FROM_IMAGES = 2000
 ENCODER_FROM_MINUTES = 4.0
 ENCODER_MOST_MINUTES = 15.0
 # Scales, couplings and width of the flow, and width of the dequantiser if any, at each size: more
@@ -64,7 +63,8 @@ class Plan:
         licence: of the weights, for the bundle; plans that differ in it alone are equal.
         images: number of image files; ``None`` in plans of older versions.
         has_classes: whether they lie in class folders.
-        encoder_minutes: of training the verdict's encoder; 0 if there is to be none.
+        encoder_minutes: of training the verdict's encoder; 0 if it is to be a network that was
+            trained already (:mod:`training.imagenet_encoder`).
         is_guided: whether that encoder is also the guide of the adversarial stage
             (:mod:`training.guide`).
         flow: scales, couplings and width of the flow, and width of the dequantiser if there is one;
@@ -182,15 +182,6 @@ def read_budget(text: str) -> float:
     return float(found[1]) * _MINUTES[found[2]]
 
 
-def encoder_needs() -> str:
-    """What it takes for a plan to have an encoder, a sentence for the user."""
-    budget = math.ceil(ENCODER_FROM_MINUTES / ENCODER_SHARE / (1 - REST_SHARE))
-    return (
-        f"A fitting trains one from {ENCODER_FROM_IMAGES:,} images in class folders on, or "
-        f"{ENCODER_FROM_IMAGES_WITHOUT_CLASSES:,} others, and a budget of {budget} minutes."
-    )
-
-
 def make_plan(
     folder: str,
     name: str,
@@ -203,8 +194,8 @@ def make_plan(
 ) -> Plan:
     """Decide what to train.
 
-    A gate needs the likelihood; good samples need an adversarial stage as well, and time. To tell
-    which things images show, it needs an encoder, and that needs enough images.
+    A gate needs the likelihood; good samples need an adversarial stage as well, and time. Class
+    folders with enough images also train an encoder, for the gate and as the generator's guide.
 
     Args:
         folder: absolute path of the images' folder.
@@ -214,7 +205,7 @@ def make_plan(
         on_gpu: whether it is trained on a GPU.
         licence: of the weights, for the bundle.
         images: number of image files.
-        has_classes: whether they lie in class folders, which an encoder learns as well.
+        has_classes: whether they lie in class folders.
 
     Raises:
         PlanError: the budget is too small, or the images are too large.
@@ -227,8 +218,7 @@ def make_plan(
             f"a budget must be above {MIN_REST_MINUTES:g} minutes, got {budget:g}: it is too small"
         )
     encoder = min(ENCODER_SHARE * training, ENCODER_MOST_MINUTES)
-    enough = ENCODER_FROM_IMAGES if has_classes else ENCODER_FROM_IMAGES_WITHOUT_CLASSES
-    if images < enough or encoder < ENCODER_FROM_MINUTES:
+    if not has_classes or images < ENCODER_FROM_IMAGES or encoder < ENCODER_FROM_MINUTES:
         encoder = 0.0
     training -= encoder
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)
@@ -252,6 +242,5 @@ def make_plan(
         has_classes,
         encoder,
         FLOWS[size],
-        # Guides that learnt no classes were not tried.
-        has_classes and encoder > 0 and len(stages) > 1,
+        encoder > 0 and len(stages) > 1,
     )

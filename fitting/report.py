@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fitting.plan import Plan, encoder_needs
+from fitting.plan import Plan
 from fitting.survey import Survey
 from serving.brand import percent, verdict_card
 from serving.engine.bundle import Bundle
@@ -89,15 +89,16 @@ class EncoderFindings:
 
     Attributes:
         images_seen: in its training, with repetition.
-        classes: that it was trained with; 0 without any.
-        is_used: whether it is part of the gate: it recognises classes better than guessing does.
+        classes: that it was trained with; 0 for a network that was trained already.
+        is_given_up: whether that network took the place of an encoder that recognises classes no
+            better than guessing does.
         recognised: share of the test images whose class it recognises.
         guessed: share of the test images in the largest class: what guessing would reach.
     """
 
     images_seen: int
     classes: int
-    is_used: bool
+    is_given_up: bool
     recognised: float = 0.0
     guessed: float = 0.0
 
@@ -118,7 +119,7 @@ class Findings:
         outliers: those among them with the highest OOD scores.
         corrupted: number of held-out images that were corrupted.
         caught: shares of them that were rejected.
-        encoder: of the verdict; ``None`` without one.
+        encoder: of the verdict.
     """
 
     plan: Plan
@@ -132,7 +133,7 @@ class Findings:
     outliers: list[Outlier]
     corrupted: int
     caught: list[Caught]
-    encoder: EncoderFindings | None = None
+    encoder: EncoderFindings
 
     @property
     def calibrated(self) -> int:
@@ -182,7 +183,6 @@ def write_report(findings: Findings, path: Path) -> None:
         folder=shlex.quote(str(findings.bundle.folder)),
         elbo=findings.bundle.manifest["evaluation"]["elbo"],
         psnr_db=np.mean(inexact) if inexact else None,
-        encoder_needs=encoder_needs(),
         alphas=ALPHAS,
         shown=SHOWN,
         sample_grid=tile(findings.samples, 16),

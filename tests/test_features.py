@@ -705,9 +705,8 @@ def test_images_that_the_network_has_seen_are_noticed(
         assert any("WARNING: the network has probably seen" in line for line in lines) == warns
 
 
-@pytest.mark.parametrize("labels", [True, False])
 def test_an_encoder_learns_to_tell_things_apart(
-    labels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few steps suffice for stripes and checks; the exported graph agrees with the network."""
     # A clock that ticks once per step, so that the number of steps does not depend on the machine.
@@ -722,9 +721,8 @@ def test_an_encoder_learns_to_tell_things_apart(
     images = (
         (60 + 100 * patterns + rng.normal(0, 25, (600, 16, 16, 3))).clip(0, 255).astype(np.uint8)
     )
-    given = ImageSet(images[:500], kinds[:500] if labels else None)
-    trained = train_encoder(given, 1, torch.device("cpu"))
-    assert trained.classes == (2 if labels else 0) and trained.images_seen > 500
+    trained = train_encoder(ImageSet(images[:500], kinds[:500]), 1, torch.device("cpu"))
+    assert trained.classes == 2 and trained.images_seen > 500
     data = {"name": os.fsdecode(b"caf\xe9"), "splits": {"train": "train[0:500]"}}
     export_encoder(trained.network, images[:2], trained.outputs, tmp_path / "net.onnx", data)
     assert data_of(tmp_path / "net.onnx") == data
@@ -739,6 +737,28 @@ def test_an_encoder_learns_to_tell_things_apart(
     known /= np.linalg.norm(known, axis=1, keepdims=True)
     nearest = (found["features"] @ known.T).argmax(1)
     assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
+
+
+def test_without_labels_a_network_trained_on_imagenet_is_the_encoder(
+    real_images: np.ndarray, tmp_path: Path
+) -> None:
+    """Its features vary about equally, and are the same alone, in a batch and in PyTorch."""
+    images = real_images[:40].copy()
+    for labels in (None, np.zeros(len(images), int)):
+        made = train_encoder(ImageSet(images, labels), 1, torch.device("cpu"))
+        assert (made.classes, made.outputs, made.images_seen) == (0, ["features"], len(images))
+    path = tmp_path / "net.onnx"
+    export_encoder(made.network, images[:2], made.outputs, path)
+    graph = feature_graph(FeatureSource(path), images)
+    found = run(graph.content, images)["features"]
+    assert found.shape == (len(images), efficientnet.FEATURES)
+    spread = efficientnet.EfficientNetFeatures(160)(images).std(0)
+    np.testing.assert_allclose(found.std(0), spread / (spread + 0.05), rtol=0.01, atol=1e-3)
+    alone = [run(graph.content, images[i : i + 1])["features"] for i in range(4)]
+    np.testing.assert_array_equal(np.concatenate(alone), found[:4])
+    with torch.inference_mode():
+        eager = made.network(torch.from_numpy(images[:4]))[0].numpy()
+    np.testing.assert_allclose(found[:4], eager, rtol=1e-3, atol=1e-3)
 
 
 class MeanColours:
@@ -831,12 +851,19 @@ def test_the_command_line(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_folder(tmp_path / "pictures", small_images[:200])
+    (folder / "wide.png").unlink()  # in no class folder
     out = tmp_path / "encoder.onnx"
     assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0.02"]) == 0
     for minutes in ("0", "inf", "nan"):
         assert main(["encoder", str(out), "--data", str(folder), "--minutes", minutes]) == 2
         assert "--minutes must be above 0 and finite" in capsys.readouterr().err
     assert data_of(out) == record_of(load_folder(folder, None, None, lambda line: None))
+    untrained = ["encoder", str(tmp_path / "b.onnx"), "--data", str(folder), "--without-labels"]
+    assert main([*untrained, "--minutes", "1"]) == 2
+    assert "without them nothing is trained" in capsys.readouterr().err
+    assert main(untrained) == 0
+    assert "EfficientNet-Lite0, trained on ImageNet" in capsys.readouterr().err
+    assert data_of(tmp_path / "b.onnx") is None, "all images may calibrate"
     others = make_folder(tmp_path / "others", small_images[200:])
     (others / "wide.png").unlink()  # a training file, too
     given = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(others)]

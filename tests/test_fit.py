@@ -22,6 +22,7 @@ from PIL import Image
 
 from ade_cli.main import main
 from export.feature_source import FeatureSource
+from export.features import data_of
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from fitting.pipeline import (
@@ -39,7 +40,6 @@ from fitting.plan import (
     Plan,
     PlanError,
     Stage,
-    encoder_needs,
     make_plan,
     read_budget,
 )
@@ -118,23 +118,21 @@ def test_minutes_are_never_rounded_to_none() -> None:
     assert [_minutes(value) for value in (0.46, 6.4, 16.8, 230.4)] == ["0.46", "6.4", "17", "230"]
 
 
-def test_an_encoder_is_planned_where_it_pays() -> None:
-    """It takes images and minutes, fewer in class folders, and is part of the budget."""
-    for budget, images, has_classes, planned in (
+def test_an_encoder_is_trained_where_it_pays() -> None:
+    """It takes class folders, images and minutes, is part of the budget, and guides."""
+    for budget, images, has_classes, is_trained in (
         (25, 2000, True, True),
         (25, 1999, True, False),
         (24, 5000, True, False),
-        (1440, 39_999, False, False),
-        (25, 40_000, False, True),
+        (1440, 100_000, False, False),
     ):
         plan = make_plan("/images", "images", 32, budget, False, None, images, has_classes)
-        assert (plan.encoder_minutes > 0) == planned, (budget, images, has_classes)
-        assert plan.is_guided == (planned and has_classes)
+        assert (plan.encoder_minutes > 0) == is_trained, (budget, images, has_classes)
+        assert plan.is_guided == is_trained
         assert plan.encoder_minutes <= ENCODER_MOST_MINUTES
         without = make_plan("/images", "images", 32, budget, False)
         minutes = sum(stage.minutes for stage in plan.stages) + plan.encoder_minutes
         assert minutes == pytest.approx(sum(stage.minutes for stage in without.stages))
-    assert "from 2,000 images in class folders on, or 40,000 others" in encoder_needs()
 
 
 def test_a_fitting_does_not_resume_with_other_images() -> None:
@@ -366,6 +364,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         [],
         40,
         [*caught, Caught("nothing at all", True, (0.4, 0.3, 0.0))],
+        EncoderFindings(1000, 0, False),
     )
     said = " ".join(weaknesses(findings))
     assert (
@@ -409,15 +408,23 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     assert "rejects only a part of these: blurred a little (12\u00a0%)" in missed
     assert f"<h1>Gate for {good.plan.name}: report of ade fit</h1>" in page
     assert "but many subtle corruptions pass" in missed and "works on what it was" not in missed
-    assert "The gate has no encoder" in page and "from 2,000 images in class folders" in page
+    from_imagenet = (
+        "is EfficientNet-Lite0, which was trained on ImageNet's photographs, and has not learnt "
+        "from your images."
+    )
+    assert from_imagenet + "</p>" in page
     for encoder, words in (
         (
-            EncoderFindings(9000, 3, True, 0.714, 0.4),
-            "classifier, and with the 3 folders as classes. It recognises the folder of\n"
-            "71.4\u00a0% of the test images;\n40\u00a0% of them are in the largest.</p>",
+            EncoderFindings(9000, 3, False, 0.714, 0.4),
+            "training images alone, with the 3 folders as classes, and to predict the features of "
+            "an ImageNet\nclassifier. It recognises the folder of 71.4\u00a0% of the test images;\n"
+            "40\u00a0% of them are in the largest.</p>",
         ),
-        (EncoderFindings(9000, 3, False), "the 3 folders no better than guessing"),
-        (EncoderFindings(9000, 0, True), "features of an ImageNet classifier.</p>"),
+        (
+            EncoderFindings(2000, 0, True),
+            f"{from_imagenet} One that was trained on your images recognised their folders no "
+            "better than guessing.</p>",
+        ),
     ):
         write_report(dataclasses.replace(good, encoder=encoder), tmp_path / "report.html")
         assert words in (tmp_path / "report.html").read_text()
@@ -565,8 +572,8 @@ def test_an_encoder_guides_the_adversarial_stage_if_it_is_used(
     lines: list[str] = []
     plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
     source = FeatureSource(tmp_path / "encoder.onnx")
-    for number, encoder in enumerate((source, None)):  # None: it recognises nothing
-        _train(plan, dataset, encoder, tmp_path / str(number), lines.append)
+    for number, guide in enumerate((source, None)):
+        _train(plan, dataset, guide, tmp_path / str(number), lines.append)
     assert trained[1] == ("av-ade-pd", GUIDE_WEIGHT, str(source.path))
     assert trained[0] == trained[2] == ("v-ade", 0, None)
     assert trained[3] == ("av-ade-pd", 0, None)
@@ -636,7 +643,7 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
 def test_an_encoder_is_used_if_it_recognises_classes(
     learnable: bool, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """It never sees held-out images, is trained once, and is left out if it only guesses."""
+    """It is trained once, and an ImageNet network takes its place if it only guesses."""
     rng = np.random.default_rng(0)
     images = np.concatenate([small_images, small_images[:, ::-1]])
     is_dark = rng.random(600) < 0.5
@@ -648,34 +655,39 @@ def test_an_encoder_is_used_if_it_recognises_classes(
     dataset = load_files(folder, files, 8, None, lambda line: None)
     found = survey(picture_sizes(files), dataset)
     plan = make_plan(str(folder), "images", 8, 20, False, None, 600, True)
-    lines: list[str] = []
-    assert _encoder(plan, found, dataset, tmp_path, lines.append) is None and not lines
     plan = dataclasses.replace(plan, encoder_minutes=0.08)
+    lines: list[str] = []
     source = _encoder(plan, found, dataset, tmp_path, lines.append)
-    assert (source is not None) == learnable, lines
     assert lines[0] == "training an encoder for 2 classes, 0.08 minutes: bright, dark"
     assert lines[1:] == (
         []
         if learnable
-        else ["the encoder recognises the classes no better than guessing, and is not used"]
+        else [
+            "the encoder recognises the classes no better than guessing, and is not used",
+            "taking a network trained on ImageNet as the encoder",
+        ]
     )
-    assert _encoder(plan, found, dataset, tmp_path, lines.append) == source
-    assert sum(line.startswith("training") for line in lines) == 1
+    outputs = [output.name for output in onnx.load(source.path).graph.output]
+    assert outputs == ["features", "logits"][: 1 + learnable]
+    assert (data_of(source.path) is not None) == learnable, "what it was trained on"
+    lines.clear()
+    assert _encoder(plan, found, dataset, tmp_path, lines.append) == source and not lines
 
 
-@pytest.mark.usefixtures("cpu_time")
-def test_an_encoder_without_classes_is_used(small_images: np.ndarray, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "images", small_images[:200])
+def test_images_without_classes_get_an_encoder_that_is_trained_already(
+    small_images: np.ndarray, tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:50])
     files = image_files(folder)
     dataset = load_files(folder, files, 8, None, lambda line: None)
     found = survey(picture_sizes(files), dataset)
-    plan = make_plan(str(folder), "images", 8, 20, False, None, 200)
-    plan = dataclasses.replace(plan, encoder_minutes=0.02)
+    plan = make_plan(str(folder), "images", 8, 20, False, None, 50)
     lines: list[str] = []
     source = _encoder(plan, found, dataset, tmp_path, lines.append)
-    assert source is not None and lines == ["training an encoder, 0.02 minutes"]
+    assert lines == ["taking a network trained on ImageNet as the encoder"]
     graph = onnx.load(source.path).graph
     assert [output.name for output in graph.output] == ["features"]
+    assert data_of(source.path) is None
 
 
 def test_an_encoder_sees_held_out_images_in_parts(

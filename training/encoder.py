@@ -1,9 +1,10 @@
-"""A small encoder for the verdict: a residual classifier, or without labels a network of features.
+"""An encoder for the verdict: a small residual classifier, or without labels a larger network.
 
 The generative model's statistics describe colours, edges and textures; they hardly depend on the
-object in the image. Features that tell classes apart do. The encoder is trained for a number of
+object in the image. Features that tell classes apart do. The classifier is trained for a number of
 minutes, on the training images alone: the verdict's calibration needs images that it has not seen.
-Beside the images' labels, it learns to predict what a larger network sees in the same images.
+Beside the images' labels, it learns to predict what the larger network sees in the same images.
+Without labels that network itself is the encoder (:mod:`training.imagenet_encoder`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import DataError, Dataset, ImageSet
 from training.device import bfloat16_is_faster
 from training.distillation import Distillation
 from training.encoder_network import WIDTHS, Encoder, check_size
+from training.imagenet_encoder import imagenet_encoder
 
 BATCH = 128
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
@@ -43,11 +45,11 @@ class TrainedEncoder:
 
     Attributes:
         network: on the CPU.
-        images_seen: with repetition.
+        images_seen: in training, with repetition; without labels, those that gave the spread.
         classes: 0 without labels.
     """
 
-    network: Encoder
+    network: nn.Module
     images_seen: int
     classes: int
 
@@ -125,11 +127,12 @@ def train_encoder(
     seed: int = 0,
     report: Report = lambda line: None,
 ) -> TrainedEncoder:
-    """Train an encoder: with the images' labels if they have any of two kinds or more.
+    """Train an encoder with the images' labels, if they have any of two kinds or more.
 
     Args:
         images: the part ``train``; nothing that the verdict is fitted to or calibrated on.
-        minutes: of training, by the clock; the learning rate follows it.
+        minutes: of training, by the clock; the learning rate follows it. Without labels nothing is
+            trained.
         device: where to train.
         seed: of weights, order and augmentation.
         report: called with each line of progress.
@@ -142,10 +145,11 @@ def train_encoder(
         raise DataError(f"an encoder needs at least {MIN_IMAGES} images, got {len(images)}")
     size, channels = images.images.shape[1], images.images.shape[3]
     check_size(size)
-    labels = None if images.labels is None else np.unique(images.labels, return_inverse=True)[1]
-    classes = 0 if labels is None else int(labels.max()) + 1
-    if classes < 2:
-        labels, classes = None, 0
+    if images.labels is None or len(np.unique(images.labels)) < 2:
+        whole, seen = imagenet_encoder(images.images, seed)
+        return TrainedEncoder(whole, seen, 0)
+    kinds, numbers = np.unique(images.labels, return_inverse=True)
+    labels, classes = torch.from_numpy(numbers), len(kinds)
     started = time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -167,8 +171,7 @@ def train_encoder(
     network.train()
     seconds = 60 * minutes - min(time.monotonic() - started, 60 * TEACHER_SHARE * minutes)
     seen, started, told = 0, time.monotonic(), 0.0
-    chosen = distillation.rows if labels is None else np.arange(len(images))
-    for rows in (chosen[batch] for batch in _batches(len(chosen), seed)):
+    for rows in _batches(len(images), seed):
         elapsed = time.monotonic() - started
         done = elapsed / seconds
         if done >= 1:
@@ -177,10 +180,9 @@ def train_encoder(
             group["lr"] = LEARNING_RATE * min(done / WARM_UP, (1 - done) / (1 - WARM_UP)) + 1e-5
         pixels = _varied(torch.from_numpy(np.asarray(images.images[rows])).float(), draws)
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
-            features, *logits = network(pixels.to(device))
+            features, logits = network(pixels.to(device))
             loss = DISTILLATION_WEIGHT * distillation(features, torch.from_numpy(rows).to(device))
-            if labels is not None:
-                loss += F.cross_entropy(logits[0], torch.from_numpy(labels[rows]).to(device))
+            loss += F.cross_entropy(logits, labels[rows].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

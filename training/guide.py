@@ -69,7 +69,8 @@ def load_guide(path: Path, image_size: int, channels: int) -> Guide:
         encoder.load_state_dict(_unfolded(found, encoder))
     except (KeyError, RuntimeError) as error:
         raise FeatureError(
-            f"{path} is not an encoder of `ade encoder` for images with {channels} channels"
+            f"{path} is not an encoder that `ade encoder` trained on classes of images with "
+            f"{channels} channels"
         ) from error
     if [size[1:3] for size in sizes] != [[image_size, image_size]]:
         raise FeatureError(

