@@ -79,8 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guide",
         type=Path,
         metavar="ENCODER.onnx",
-        help="an encoder that ade encoder trained on the same images: the generator learns to give "
-        "samples features with the mean and the covariance that real images' features have "
+        help="an encoder that ade encoder trained on the same images and their classes: the "
+        "generator learns to give samples features with the mean and the covariance that real "
+        "images' features have "
         f"(--guide-weight is then {GUIDE_WEIGHT:g} by default)",
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")

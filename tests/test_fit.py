@@ -748,7 +748,8 @@ def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -
     assert bundle.manifest["calibration"]["statistic"].endswith("2 semantic ones")
     assert bundle.manifest["calibration"]["images"] < 0.12 * len(files)  # those held out alone
     page = fitted.report.read_text()
-    assert "with the 2 folders as classes. It recognises the folder of" in page
+    assert "with the 2 folders as classes, and to predict" in page
+    assert "It recognises the folder of" in page
     assert "It was also the guide of the generator" in page
     lines.clear()
     fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
