@@ -90,7 +90,8 @@ def compare(
             files is damaged.
     """
     ready = functools.cache(measurer)  # its networks are loaded once
-    how = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    # Names of files alone: an archive should not tell where it was made.
+    how = json.loads(json.dumps(dataclasses.asdict(options), default=lambda path: path.name))
     for job in jobs:
         _check_same(out / "runs" / job.name, job, dataset)
     kept = {row["name"]: row for row in _kept_rows(out)}
