@@ -22,6 +22,7 @@ from training.metrics.features import FeatureError
 from training.runs import RunError
 
 MINUTES = 15.0
+NOT_TRAINED = "--minutes is for images with classes: without them nothing is trained"
 ERRORS = (DataError, FeatureError, FileError, RunError)
 
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     minutes = MINUTES if args.minutes is None else args.minutes
     if not 0 < minutes < math.inf:
         raise DataError(f"--minutes must be above 0 and finite, got {minutes:g}")
+    if args.without_labels and args.minutes is not None:
+        raise DataError(NOT_TRAINED)
     check_parent(args.out)
     if os.path.lexists(args.out):
         raise FileError(f"{args.out} exists: take another name")
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if labels is not None and folders is not None:
         say(f"classes: {listed(folders)}")
     if labels is None and args.minutes is not None:
-        raise DataError("--minutes is for images with classes: without them nothing is trained")
+        raise DataError(NOT_TRAINED)
     images = ImageSet(dataset.parts["train"].images, labels)
     trained = train_encoder(images, minutes, device, report=say)
     example = np.asarray(images.images[:2])

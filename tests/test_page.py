@@ -586,14 +586,7 @@ def test_an_alpha_that_is_moved_while_an_image_is_scored(
         panel = panel_of(page)
         drop(panel, ROOT / "serving" / "examples" / "frog.png")
         expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
-        held: list[Route] = []
-
-        def hold_first(route: Route) -> None:
-            held.append(route)
-            if len(held) > 1:
-                route.continue_()
-
-        page.route("**/queue/join*", hold_first)
+        held = hold_first_run(page)
         page.get_by_role("button", name="Score", exact=True).click()
         wait_for(page, lambda: bool(held))
         panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.1")

@@ -331,7 +331,7 @@ def _calibrate(
 def _own_calibration(bundle: Bundle) -> Calibration | None:
     try:
         return Calibrations.load(bundle.folder / CALIBRATION_NAME).exact
-    except CalibrationError:  # there is none, or it has an older format
+    except CalibrationError:  # the bundle has none, or it is of an earlier version
         return None
 
 

@@ -16,8 +16,7 @@ deviations from the mean of the known images of the same class. Mean and standar
 averaged over the classes, weighted by the image's predicted probabilities.
 
 The known images may be of kinds that a classifier does not know. Then it can be surer of unusual
-ones than of them, so they are judged by the distance alone, as in a network without
-classes.
+ones than of them, so they are judged by the distance alone, as with a network that has no classes.
 """
 
 from __future__ import annotations

@@ -122,6 +122,9 @@ def efficientnet_weights() -> str:
 def load_efficientnet(device: torch.device | None = None) -> EfficientNetLite0:
     """The network with the package's weights.
 
+    Args:
+        device: where to load them; the default is PyTorch's.
+
     Raises:
         FeatureError: the package is not installed.
     """
