@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -526,7 +527,7 @@ def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) 
             os.kill(first, signal.SIGSTOP)
             with socket.create_connection(address) as during:
                 during.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                assert until(lambda: running.pids["front"] != first, 60)
+                assert until(lambda: running.pids["front"] != first, 200)
                 for connection in (before, during):
                     connection.settimeout(10)
                     with contextlib.suppress(ConnectionResetError):
@@ -539,10 +540,11 @@ def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) 
 
         assert until(answers, 60) and httpx.get(f"{running.metrics}/metrics").status_code == 200
         assert httpx.get(f"{running.page}/readyz", timeout=30).status_code == 200
-        assert (
-            "front hangs, it left 6 checks in a row unanswered for 5 s each: killing it\n"
-            "front ended with -9: restarting it\n"
-        ) in "".join(running.output)
+        assert re.search(  # 30 checks if it was stopped before it answered one
+            "front hangs, it left (6|30) checks in a row unanswered for 5 s each: killing it\n"
+            "front ended with -9: restarting it\n",
+            "".join(running.output),
+        )
     finally:
         assert running.stop() == []
 

@@ -10,7 +10,8 @@ from handlers.launch.supervision import Child, Supervisor, tell
 from serving.ports import LOOPBACK
 
 CHECK_TIMEOUT_S = 20.0
-PAUSE_S = 5.0  # after a check that found no hang
+PAUSE_S = 5.0  # after an answer
+PAUSE_AT_START_S = 0.5  # after a refusal: short, so that the first answer is seen soon
 # Checks in a row without an answer. A service that is suspended as a whole fails one of them.
 MAX_UNANSWERED = 6
 MAX_UNANSWERED_AT_START = 30  # before the first answer: a front may listen before its workers start
@@ -38,9 +39,12 @@ def _watch(front: Child, port: int, supervisor: Supervisor) -> None:
         answers = _answers(port)
         if answers is False:
             unanswered += 1
-        else:
-            unanswered, limit = 0, MAX_UNANSWERED if answers else limit
+        elif answers:
+            unanswered, limit = 0, MAX_UNANSWERED
             time.sleep(PAUSE_S)
+        else:
+            unanswered = 0
+            time.sleep(PAUSE_AT_START_S)
         if unanswered == limit:
             tell(
                 f"{front.name} hangs, it left {limit} checks in a row unanswered for "
