@@ -24,11 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from serving.api.requests import RawRequest
+from serving.api.service import Service
 from serving.decode import pool as decoders
 from serving.decode.pool import decode_apart
 from serving.decode.structure import read_structure
 from serving.decode.worker import decode
-from serving.images import ImageError, file_size, read_image
+from serving.engine.engine import InferenceEngine
+from serving.images import ImageError, file_size, read_image, write_png
 from tests.bombs import BOMBS, HARMLESS
 from tests.helpers import ROOT, encode
 from tests.service import RunningService
@@ -269,6 +272,19 @@ def test_a_process_that_does_not_start_is_not_an_image_error(
     monkeypatch.setattr(decoders, "PROGRAM", "tests.no_such_module")
     with pytest.raises(RuntimeError, match="did not start"):
         read_image(gif)
+
+
+def test_no_room_for_a_process_fails_its_requests_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    real_images: np.ndarray,
+    pretrained_engine: InferenceEngine,
+) -> None:
+    monkeypatch.setattr(decoders, "PROGRAM", "tests.no_such_module")
+    service = Service("score", pretrained_engine)
+    files = [encode(Image.new("RGB", (32, 32), "red"), "GIF"), write_png(real_images[0])]
+    refused, scored = service.answer([RawRequest("application/octet-stream", its) for its in files])
+    assert (refused.status, scored.status) == (503, 200) and not service.is_exhausted
+    assert json.loads(refused.body)["error"]["message"].startswith("the images cannot be decoded")
 
 
 def test_idle_processes_end(monkeypatch: pytest.MonkeyPatch, gif: bytes) -> None:

@@ -26,6 +26,7 @@ from serving.api.requests import (
 )
 from serving.api.responses import MAX_ANSWER_BYTES, Response, error_response
 from serving.api.telemetry import Stopwatch, Telemetry
+from serving.decode.pool import DecoderError
 from serving.engine.engine import InferenceEngine
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,8 @@ class Service:
         if is_out_of_memory(error):
             self.is_exhausted = True
             return overloaded("the server has no memory left for this")
+        if isinstance(error, DecoderError):  # the machine has no room for another process
+            return overloaded("the images cannot be decoded at the moment")
         return internal_error()
 
     def _compute(self, requests: list[Any], watch: Stopwatch) -> list[Response]:

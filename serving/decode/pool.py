@@ -32,6 +32,10 @@ _VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME")
 _idle: list[_Decoder] = []
 
 
+class DecoderError(RuntimeError):
+    """No process that decodes can be started: a fault of the machine, not of the file."""
+
+
 class _Died(Exception):
     """The process ended, hangs, or gave an invalid answer."""
 
@@ -66,7 +70,7 @@ class _Decoder:
                 )
             except OSError as error:  # callers would mistake it for an error of their file
                 ours.close()
-                raise RuntimeError(
+                raise DecoderError(
                     f"the process that decodes images cannot be started: {error}"
                 ) from error
         self._connection = ours
@@ -78,7 +82,7 @@ class _Decoder:
         except (OSError, EOFError):
             is_ready = False
         if not is_ready:
-            raise RuntimeError(
+            raise DecoderError(
                 f"the process that decodes images did not start (exit code {self.end()})"
             )
 
@@ -139,7 +143,7 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
 
     Raises:
         ImageError: the file is damaged, or exceeds a limit.
-        RuntimeError: the process cannot be started.
+        DecoderError: the process cannot be started.
     """
     while True:
         decoder = _take()
