@@ -423,15 +423,17 @@ class Calibration:
     def surprise(self, normal: np.ndarray) -> np.ndarray:
         """The OOD score, ``(N,)``, nats, of normal scores ``(N, S)``.
 
-        This is minus the log-density of the statistics of the generative model and the pixels, plus
-        the weighted sum of the semantic normal scores. Inside the density, one or two semantic
-        statistics among dozens would hardly count.
+        This is minus the log-density of the statistics of the generative model and the pixels. With
+        semantic statistics it is at least the known images' floor, and the weighted sum of their
+        normal scores is added. Inside the density, one or two among dozens would hardly count.
         """
         width = self.mixture.means.shape[1]
-        semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
-        weight = 0.0 if self.known is None else self.known.weight
-        scores = self.mixture.surprise(normal[:, :width]) + weight * semantic
-        return np.where(np.isfinite(scores), scores, np.inf)  # minus infinity would be accepted
+        scores = density = self.mixture.surprise(normal[:, :width])
+        if self.known is not None:
+            semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
+            scores = np.maximum(density, self.known.floor) + self.known.weight * semantic
+        # Minus infinity would be accepted.
+        return np.where(np.isfinite(density) & np.isfinite(scores), scores, np.inf)
 
     def verdicts(
         self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]

@@ -73,11 +73,14 @@ class KnownImages:
             the known images of each of ``K`` classes; ``K`` and ``C`` are 1 without classes. A
             coordinate that does not vary has infinite standard deviations.
         weight: nats that one unit of the coordinates' summed normal scores adds to the OOD score.
+        floor: nats that the density's score counts at least: differences among usual images would
+            only blur what the coordinates find.
     """
 
     directions: np.ndarray
     usual: np.ndarray
     weight: float = 0.0
+    floor: float = -math.inf
 
     @classmethod
     def of(cls, statistics: Mapping[str, np.ndarray]) -> KnownImages:
@@ -118,6 +121,8 @@ class KnownImages:
             return "known_usual must be finite means and positive standard deviations"
         if not 0 <= self.weight < math.inf:
             return f"known_weight must be a finite number of at least 0, got {self.weight}"
+        if not self.floor < math.inf:
+            return f"known_floor must be a number below infinity, got {self.floor}"
         return None
 
     def coordinates(
@@ -172,6 +177,7 @@ class KnownImages:
             "known_directions": self.directions,
             "known_usual": self.usual,
             "known_weight": np.array(self.weight),
+            "known_floor": np.array(self.floor),
         }
 
     @classmethod
@@ -192,6 +198,8 @@ class KnownImages:
             arrays[f"{prefix}known_directions"],
             arrays[f"{prefix}known_usual"],
             float(arrays[f"{prefix}known_weight"].item()),
+            # Calibrations of versions before have no floor.
+            float(arrays.get(f"{prefix}known_floor", np.array(-math.inf)).item()),
         )
 
 
