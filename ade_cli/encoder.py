@@ -16,13 +16,14 @@ from export.sketch import record_of
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
 from training.device import DEVICES, choose_device
-from training.encoder import class_folders, class_labels, listed, train_encoder
+from training.encoder import make_encoder
 from training.encoder_network import check_size
+from training.labels import class_folders, class_labels, listed
 from training.metrics.features import FeatureError
 from training.runs import RunError
+from training.small_encoder import train_small_encoder
 
 MINUTES = 15.0
-NOT_TRAINED = "--minutes is for images with classes: without them nothing is trained"
 ERRORS = (DataError, FeatureError, FileError, RunError)
 
 
@@ -31,33 +32,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out",
         type=Path,
         metavar="OUT",
-        help="an ONNX file for ade calibrate --features and ade train --guide",
+        help="an ONNX file for ade calibrate --features, or with --small also ade train --guide",
     )
     add_data_arguments(parser, required=True)
     parser.add_argument(
         "--image-size", type=int, metavar="N", help="pixels per side (default: the data's)"
     )
     parser.add_argument(
+        "--without-labels",
+        action="store_true",
+        help="ignore class folders, so that the same images can calibrate",
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="train a small network on images with classes: each score costs less with it, and "
+        "ade train --guide takes it",
+    )
+    parser.add_argument(
         "--minutes",
         type=float,
         metavar="M",
-        help=f"minutes of training, if the images have classes (default: {MINUTES:g})",
+        help=f"minutes of training, with --small (default: {MINUTES:g})",
     )
-    parser.add_argument(
-        "--without-labels",
-        action="store_true",
-        help="ignore the classes of the images, and train nothing: the encoder is a network that "
-        "was trained on ImageNet, as for images without classes",
-    )
-    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=f"with --small: {DEVICE}")
 
 
 def run(args: argparse.Namespace) -> None:
     minutes = MINUTES if args.minutes is None else args.minutes
     if not 0 < minutes < math.inf:
         raise DataError(f"--minutes must be above 0 and finite, got {minutes:g}")
-    if args.without_labels and args.minutes is not None:
-        raise DataError(NOT_TRAINED)
+    if args.minutes is not None and not args.small:
+        raise DataError("--minutes goes with --small: the other encoder needs no training time")
+    if args.small and args.without_labels:
+        raise DataError("--small needs the classes of the images, so not --without-labels")
     check_parent(args.out)
     if os.path.lexists(args.out):
         raise FileError(f"{args.out} exists: take another name")
@@ -67,17 +75,15 @@ def run(args: argparse.Namespace) -> None:
     folders = class_folders(dataset.files.get("train", []))
     if labels is not None and folders is not None:
         say(f"classes: {listed(folders)}")
-    if labels is None and args.minutes is not None:
-        raise DataError(NOT_TRAINED)
     images = ImageSet(dataset.parts["train"].images, labels)
-    trained = train_encoder(images, minutes, device, report=say)
+    if args.small:
+        made = train_small_encoder(images, minutes, device, report=say)
+        about = f"trained on {made.images_seen} images"
+    else:
+        made = make_encoder(images)
+        about = "EfficientNet-Lite0, trained on ImageNet"
     example = np.asarray(images.images[:2])
-    # `ade calibrate` keeps the network's training images out of the calibration.
-    record = record_of(dataset) if trained.classes else None
-    export_encoder(trained.network, example, trained.outputs, args.out, record)
-    about = (
-        f"trained on {trained.images_seen} images, {trained.classes} classes"
-        if trained.classes
-        else "EfficientNet-Lite0, trained on ImageNet"
-    )
-    say(f"wrote {args.out}: {about}")
+    # `ade calibrate` keeps images whose classes were learnt out of the calibration.
+    record = record_of(dataset) if made.classes else None
+    export_encoder(made.network, example, made.outputs, args.out, record)
+    say(f"wrote {args.out}: {about}, {made.classes or 'no'} classes")

@@ -21,7 +21,7 @@ from training.data import DataError
 from training.datasets.files import part_of
 from training.datasets.folder import image_files
 from training.device import DEVICES, choose_device
-from training.encoder import class_folders
+from training.labels import class_folders
 from training.metrics.features import FeatureError
 from training.runs import RunError
 from training.step import TrainingDiverged

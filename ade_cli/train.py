@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guide",
         type=Path,
         metavar="ENCODER.onnx",
-        help="an encoder that ade encoder trained on the same images and their classes: the "
+        help="an encoder that ade encoder --small trained on the same images: the "
         "generator learns to give samples features with the mean and the covariance that real "
         "images' features have "
         f"(--guide-weight is then {GUIDE_WEIGHT:g} by default)",

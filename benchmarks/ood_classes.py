@@ -1,11 +1,11 @@
 """Are images of classes noticed that neither the encoder nor the calibration has seen?
 
-Three times, an encoder is trained on the training images of seven classes of CIFAR-10, the density
-is fitted to held-out images of these, and images of the three other classes are OOD. So are
+Three times, an encoder is made for the training images of seven classes of CIFAR-10, the density is
+fitted to held-out images of these, and images of the three other classes are OOD. So are
 corrupted images. The table has AUROCs of the served score, of its parts, and of a score that
 judges all classes alike. Distance and weight were chosen on these splits.
 
-Training is stopped by the clock: on a busy machine, look at the images seen.
+A small encoder's training is stopped by the clock: on a busy machine, look at the images seen.
 
     OMP_NUM_THREADS=1 python -m benchmarks.ood_classes pretrained/cifar10 --root CIFAR10
 """
@@ -17,17 +17,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from benchmarks.ood_encoder import Statistics, area, with_features
+from benchmarks.ood_encoder import KINDS, Statistics, area, encoder_of, with_features
 from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE, corrupted
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import COORDINATES, PROBABILITIES
-from training.data import ImageSet
 from training.datasets import load_dataset
-from training.encoder import TrainedEncoder, train_encoder
+from training.encoder import TrainedEncoder
 
 SPLITS = ((2, 4, 6), (0, 3, 9), (1, 5, 8))  # birds, deer, frogs; planes, cats, trucks; cars, …
 FIT, CORRUPTED = 2000, 210
@@ -71,10 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument(
-        "--kinds", nargs="+", choices=("labels", "none"), default=["labels", "none"]
-    )
+    parser.add_argument("--minutes", type=float, default=5, help="to train small encoders")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     parts = load_dataset("cifar10", args.root).parts
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
@@ -99,10 +95,9 @@ def main() -> None:
         for kind in ("", *args.kinds):
             encoder = None
             if kind:
-                its_labels = train_labels[chosen] if kind == "labels" else None
-                images = ImageSet(np.asarray(parts["train"].images[chosen]), its_labels)
-                encoder = train_encoder(images, args.minutes, torch.device("cpu"))
-            about = {"": "none", "labels": "with labels", "none": "without labels"}[kind]
+                images = np.asarray(parts["train"].images[chosen])
+                encoder = encoder_of(images, train_labels[chosen], kind, args.minutes)
+            about = KINDS.get(kind, "none")
             for score, found in areas(sets, encoder).items():
                 seen = "" if encoder is None else f"{encoder.images_seen:,}"
                 figures = " | ".join(f"{value:.3f}" for value in found)

@@ -1,9 +1,9 @@
-"""From how many images and minutes on does an encoder pay?
+"""From how many images on does an encoder pay?
 
-An encoder is trained on images of seven classes of CIFAR-10; those of the other three are OOD, and
-so are corrupted images. As ``ade fit`` does, the encoder is trained on the images to train on, and
-the density is fitted to one held-out image for every twenty of them. Training is stopped by the
-clock: on a busy machine, look at the images seen.
+An encoder is made for images of seven classes of CIFAR-10; those of the other three are OOD, and so
+are corrupted images. As ``ade fit`` does, the encoder is made with the images to train on, and the
+density is fitted to one held-out image for every twenty of them. A small encoder's training is
+stopped by the clock: on a busy machine, look at the images seen.
 
     OMP_NUM_THREADS=1 python -m benchmarks.ood_encoder pretrained/cifar10 --root CIFAR10
 """
@@ -24,11 +24,13 @@ from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import FEATURES, LOGITS, OF_NETWORK, semantic_statistics
 from training.data import ImageSet
 from training.datasets import load_dataset
-from training.encoder import TrainedEncoder, train_encoder
+from training.encoder import TrainedEncoder, make_encoder
+from training.small_encoder import train_small_encoder
 
 HELD_OUT_CLASSES = (2, 4, 6)  # birds, deer and frogs, as in docs/ood.md
 FIT, CALIBRATE, TEST, CORRUPTED = 400, 20, 600, 100
 AT_A_TIME = 50  # images that an encoder sees at a time
+KINDS = {"labels": "with labels", "none": "without labels", "small": "small, with labels"}
 SHARE = 20  # training images for each image that the density is fitted to
 
 Statistics = dict[str, np.ndarray]
@@ -48,6 +50,13 @@ def with_features(
     outputs = [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
     kept |= semantic_statistics(dict(zip((FEATURES, LOGITS), outputs, strict=False)))
     return kept
+
+
+def encoder_of(images: np.ndarray, labels: np.ndarray, kind: str, minutes: float) -> TrainedEncoder:
+    """One of :data:`KINDS`, for these images."""
+    if kind == "small":
+        return train_small_encoder(ImageSet(images, labels), minutes, torch.device("cpu"))
+    return make_encoder(ImageSet(images, labels if kind == "labels" else None))
 
 
 def area(usual: np.ndarray, unusual: np.ndarray) -> float:
@@ -78,10 +87,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     parser.add_argument("--images", type=int, nargs="+", default=[700, 2000, 8000])
-    parser.add_argument("--minutes", type=float, nargs="+", default=[0.5, 2.0])
-    parser.add_argument(
-        "--kinds", nargs="+", choices=("labels", "none"), default=["labels", "none"]
-    )
+    parser.add_argument("--minutes", type=float, default=2.0, help="to train small encoders")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     parts = load_dataset("cifar10", args.root).parts
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
@@ -103,13 +110,10 @@ def main() -> None:
         print(f"| {count} | none | | {' | '.join(f'{a:.3f}' for a in areas(sets, None, amount))} |")
         chosen_rows = np.sort(rows[:count])
         for kind in args.kinds:
-            its = train_labels[chosen_rows] if kind == "labels" else None
-            images = ImageSet(np.asarray(parts["train"].images[chosen_rows]), its)
-            for minutes in args.minutes:
-                encoder = train_encoder(images, minutes, torch.device("cpu"))
-                found = " | ".join(f"{a:.3f}" for a in areas(sets, encoder, amount))
-                with_labels = "with labels" if kind == "labels" else "without labels"
-                print(f"| {count} | {with_labels} | {encoder.images_seen} | {found} |", flush=True)
+            images = np.asarray(parts["train"].images[chosen_rows])
+            encoder = encoder_of(images, train_labels[chosen_rows], kind, args.minutes)
+            found = " | ".join(f"{a:.3f}" for a in areas(sets, encoder, amount))
+            print(f"| {count} | {KINDS[kind]} | {encoder.images_seen} | {found} |", flush=True)
 
 
 if __name__ == "__main__":

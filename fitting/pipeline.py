@@ -43,21 +43,18 @@ from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.images import file_size
+from serving.onnx_runtime import onnx_runtime
 from serving.verdict.semantic import LOGITS
 from training.data import CHANNELS, DataError, Dataset, ImageSet
 from training.datasets.files import contents, shuffled
 from training.datasets.folder import load_files
-from training.encoder import (
-    TrainedEncoder,
-    class_folders,
-    class_labels,
-    listed,
-    train_encoder,
-)
+from training.encoder import TrainedEncoder, make_encoder
 from training.evaluate import evaluate
+from training.labels import class_folders, class_labels, listed
 from training.loop import RunOptions, train
 from training.recipes import GUIDE_WEIGHT, recipe
 from training.runs import alone_in, latest_checkpoint, read_json, write_json
+from training.small_encoder import train_small_encoder
 from training.step import TrainingDiverged
 
 PARITY_IMAGES = 40
@@ -74,7 +71,7 @@ MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
 GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
-ENCODER_NAME, ENCODER_ABOUT = "encoder.onnx", "encoder.json"
+ENCODER_NAME, ENCODER_ABOUT, GUIDE_NAME = "encoder.onnx", "encoder.json", "guide.onnx"
 MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
 
 Report = Callable[[str], None]
@@ -134,8 +131,7 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     for line in summary_lines(found):
         step(line)
     encoder = _encoder(plan, found, dataset, out, step)
-    has_learnt = read_json(out / ENCODER_ABOUT, "classes")["classes"] > 0
-    guide = encoder if plan.is_guided and has_learnt else None
+    guide = _guide(plan, dataset, out, step)
     runs = _train(plan, dataset, guide, out, step)
     bundle = _bundle(plan, found, dataset, runs, encoder, out, step)
     if not (out / "report.html").exists():
@@ -189,9 +185,7 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
     return found
 
 
-def _train(
-    plan: Plan, dataset: Dataset, guide: FeatureSource | None, out: Path, step: Report
-) -> list[Path]:
+def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Report) -> list[Path]:
     """Train all stages, from the second on with the guide; returns their runs, the last first.
 
     A later stage that diverges is given up: the model of the one before it is used.
@@ -204,7 +198,7 @@ def _train(
         if (run / GIVEN_UP).exists():
             break
         if not (run / "report.md").exists():
-            guided = "" if its_guide is None else " with the encoder as its guide"
+            guided = "" if its_guide is None else " with the guide"
             step(f"training {stage.recipe}{guided}, {_minutes(stage.minutes)} minutes")
             config = recipe(
                 stage.recipe,
@@ -220,7 +214,7 @@ def _train(
                 device=plan.device,
                 checkpoint_minutes=2.0,
                 init=None if before is None else str(before),
-                guide=None if its_guide is None else str(its_guide.path),
+                guide=None if its_guide is None else str(its_guide),
             )
             try:
                 with alone_in(run):
@@ -238,32 +232,32 @@ def _train(
 
 
 def _encoder(plan: Plan, found: Survey, dataset: Dataset, out: Path, step: Report) -> FeatureSource:
-    """Make the verdict's encoder: train it on the training images, if the plan has minutes for it.
+    """Make the verdict's encoder, with a classifier if the images lie in class folders.
 
-    It restarts if it was interrupted. If it recognises the classes of held-out images no better
-    than guessing, the encoder is the one for images without classes.
+    If it recognises the classes of held-out images no better than guessing, it does without them.
     """
     path, about_path = out / ENCODER_NAME, out / ENCODER_ABOUT
     if about_path.exists():
         return FeatureSource(path)
-    images, device = dataset.parts["train"].images, torch.device(plan.device)
-    labels = class_labels(dataset) if plan.encoder_minutes else None
-    is_given_up = False
-    if labels is not None:
+    images = dataset.parts["train"].images
+
+    def write(labels: np.ndarray | None) -> TrainedEncoder:
+        made = make_encoder(ImageSet(images, labels))
+        record = record_of(dataset) if made.classes else None
+        export_encoder(made.network, np.asarray(images[:2]), made.outputs, path, record)
+        return made
+
+    labels = class_labels(dataset) if plan.has_classes else None
+    if labels is None:
+        step("making an encoder")
+    else:
         folders = class_folders(dataset.files["train"]) or []
-        step(
-            f"training an encoder for {len(folders)} classes, "
-            f"{_minutes(plan.encoder_minutes)} minutes: {listed(folders)}"
-        )
-        made = train_encoder(ImageSet(images, labels), plan.encoder_minutes, device)
-        is_given_up = not _recognises_classes(made, dataset, found)
-        if is_given_up:
-            step("the encoder recognises the classes no better than guessing, and is not used")
-    if labels is None or is_given_up:
-        step("taking a network trained on ImageNet as the encoder")
-        made = train_encoder(ImageSet(images), 0, device)
-    record = record_of(dataset) if made.classes else None
-    export_encoder(made.network, np.asarray(images[:2]), made.outputs, path, record)
+        step(f"making an encoder for {len(folders)} classes: {listed(folders)}")
+    made = write(labels)
+    is_given_up = made.classes > 0 and not _recognises_classes(path, dataset, found)
+    if is_given_up:
+        step("the encoder recognises the classes no better than guessing: it does without them")
+        made = write(None)
     about = {
         "images_seen": made.images_seen,
         "classes": made.classes,
@@ -273,11 +267,33 @@ def _encoder(plan: Plan, found: Survey, dataset: Dataset, out: Path, step: Repor
     return FeatureSource(path)
 
 
-def _recognises_classes(trained: TrainedEncoder, dataset: Dataset, found: Survey) -> bool:
+def _guide(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path | None:
+    """Train the generator's guide, if the plan has minutes for it and its classes can be learnt.
+
+    It restarts if it was interrupted.
+    """
+    path = out / GUIDE_NAME
+    if not plan.guide_minutes or not read_json(out / ENCODER_ABOUT, "classes")["classes"]:
+        return None
+    if not path.exists():
+        step(f"training a guide, {_minutes(plan.guide_minutes)} minutes")
+        images = ImageSet(dataset.parts["train"].images, class_labels(dataset))
+        made = train_small_encoder(images, plan.guide_minutes, torch.device(plan.device))
+        export_encoder(made.network, np.asarray(images.images[:2]), made.outputs, path)
+    return path
+
+
+def _recognises_classes(path: Path, dataset: Dataset, found: Survey) -> bool:
     """Whether an encoder recognises the classes of held-out images better than by guessing."""
     rows = _rows(dataset, found, "select")
-    its = torch.from_numpy(np.asarray(dataset.parts["select"].images[rows]))
-    logits = torch.cat([trained.network(few)[1] for few in its.split(AT_A_TIME)]).numpy()
+    images, ort = dataset.parts["select"].images, onnx_runtime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    parts = [rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)]
+    logits = np.concatenate(
+        [session.run([LOGITS], {"images": np.asarray(images[few])})[0] for few in parts]
+    )
     recognised, guessed = _recognised(logits, dataset, "select", rows)
     test = stats.binomtest(round(recognised * len(rows)), len(rows), guessed, alternative="greater")
     return bool(test.pvalue < MAX_GUESSING)

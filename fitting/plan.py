@@ -19,12 +19,11 @@ ADVERSARIAL_FROM_MINUTES = 20.0
 LIKELIHOOD_SHARE = 0.35  # of the training time, before the adversarial stage
 LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
 SMALL_FROM_MINUTES = 360.0
-# Training an encoder pays in class folders, with enough images and time
-# (docs/explanation/trials.md).
-ENCODER_SHARE = 0.2  # of the training time
-ENCODER_FROM_IMAGES = 2000
-ENCODER_FROM_MINUTES = 4.0
-ENCODER_MOST_MINUTES = 15.0
+# A guide needs class folders with enough images, and time (docs/explanation/trials.md).
+GUIDE_SHARE = 0.2  # of the training time
+GUIDE_FROM_IMAGES = 2000
+GUIDE_FROM_MINUTES = 4.0
+GUIDE_MOST_MINUTES = 15.0
 # Scales, couplings and width of the flow, and width of the dequantiser if any, at each size: more
 # than the sizes' own, which are for comparing systems. In the same time the likelihood gets better:
 # docs/explanation/trials.md. In the minutes of size tiny a dequantiser gains nothing.
@@ -63,10 +62,8 @@ class Plan:
         licence: of the weights, for the bundle; plans that differ in it alone are equal.
         images: number of image files; ``None`` in plans of older versions.
         has_classes: whether they lie in class folders.
-        encoder_minutes: of training the verdict's encoder; 0 if it is to be a network that was
-            trained already (:mod:`training.imagenet_encoder`).
-        is_guided: whether that encoder is also the guide of the adversarial stage
-            (:mod:`training.guide`).
+        guide_minutes: of training the guide of the adversarial stage (:mod:`training.guide`), a
+            small encoder; 0 without one.
         flow: scales, couplings and width of the flow, and width of the dequantiser if there is one;
             empty in plans of older versions, which had the size's own flow.
     """
@@ -81,14 +78,13 @@ class Plan:
     licence: str | None = field(default=None, compare=False)
     images: int | None = None
     has_classes: bool = False
-    encoder_minutes: float = 0.0
+    guide_minutes: float = 0.0
     flow: tuple[int, ...] = ()
-    is_guided: bool = False
 
     @property
     def rest(self) -> float:
         """Minutes for the steps before and after training."""
-        return self.budget - sum(stage.minutes for stage in self.stages) - self.encoder_minutes
+        return self.budget - sum(stage.minutes for stage in self.stages) - self.guide_minutes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -158,13 +154,11 @@ class Plan:
     def _training(self) -> str:
         """The stages and the size of their networks, in words."""
         stages = " then ".join(f"{stage.recipe} ({stage.minutes:.3g} min)" for stage in self.stages)
-        encoder = (
-            f", and an encoder ({self.encoder_minutes:.3g} min)" if self.encoder_minutes else ""
-        ) + (", which is the guide" if self.is_guided else "")
+        guide = f", and a guide ({self.guide_minutes:.3g} min)" if self.guide_minutes else ""
         flow = f" with a flow of {' x '.join(map(str, self.flow[:3]))}" if self.flow else ""
         if len(self.flow) > 3:
             flow += f" and a dequantiser of width {self.flow[3]}"
-        return f"{stages} at size {self.size}{flow}{encoder}"
+        return f"{stages} at size {self.size}{flow}{guide}"
 
 
 def read_budget(text: str) -> float:
@@ -195,7 +189,7 @@ def make_plan(
     """Decide what to train.
 
     A gate needs the likelihood; good samples need an adversarial stage as well, and time. Class
-    folders with enough images also train an encoder, for the gate and as the generator's guide.
+    folders with enough images then also train the generator's guide.
 
     Args:
         folder: absolute path of the images' folder.
@@ -217,12 +211,13 @@ def make_plan(
         raise PlanError(
             f"a budget must be above {MIN_REST_MINUTES:g} minutes, got {budget:g}: it is too small"
         )
-    encoder = min(ENCODER_SHARE * training, ENCODER_MOST_MINUTES)
-    if not has_classes or images < ENCODER_FROM_IMAGES or encoder < ENCODER_FROM_MINUTES:
-        encoder = 0.0
-    training -= encoder
+    guide = 0.0
     stages: tuple[Stage, ...] = (Stage("v-ade", training),)
     if budget >= ADVERSARIAL_FROM_MINUTES or on_gpu:
+        guide = min(GUIDE_SHARE * training, GUIDE_MOST_MINUTES)
+        if not has_classes or images < GUIDE_FROM_IMAGES or guide < GUIDE_FROM_MINUTES:
+            guide = 0.0
+        training -= guide
         likelihood = LIKELIHOOD_SHARE * training
         if not on_gpu:
             likelihood = max(likelihood, LEAST_LIKELIHOOD_MINUTES)
@@ -240,7 +235,6 @@ def make_plan(
         licence,
         images,
         has_classes,
-        encoder,
+        guide,
         FLOWS[size],
-        encoder > 0 and len(stages) > 1,
     )

@@ -88,10 +88,10 @@ class EncoderFindings:
     """What became of the verdict's encoder.
 
     Attributes:
-        images_seen: in its training, with repetition.
-        classes: that it was trained with; 0 for a network that was trained already.
-        is_given_up: whether that network took the place of an encoder that recognises classes no
-            better than guessing does.
+        images_seen: that gave the spread of its features, and its classes.
+        classes: that it has learnt; 0 for images without classes.
+        is_given_up: whether it does without classes, because it recognised them no better than
+            guessing does.
         recognised: share of the test images whose class it recognises.
         guessed: share of the test images in the largest class: what guessing would reach.
     """

@@ -60,9 +60,11 @@ from tests.test_ood import draw
 from training.data import Dataset, ImageSet
 from training.datasets.folder import load_folder
 from training.distillation import Distillation
-from training.encoder import class_labels, train_encoder
+from training.encoder import make_encoder
 from training.encoder_network import Encoder
+from training.labels import class_labels
 from training.metrics import efficientnet
+from training.small_encoder import train_small_encoder
 
 MEAN, STD = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.25, 0.3])
 STEPS = 15  # of the encoder
@@ -406,10 +408,45 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
 
 
+def test_usual_values_of_the_density_do_not_count_beside_the_coordinates() -> None:
+    """Only unusual ones do. In a calibration of a version before, all of them did."""
+    rng = np.random.default_rng(0)
+    fitted = fit_calibration(semantic_draw(rng, 500), semantic_draw(rng, 500))
+    normal = fitted.normal(fitted.rows(semantic_draw(rng, 500)))
+    normal[:, -2:] = 0.5
+    density = fitted.mixture.surprise(normal[:, :-2])
+    order = np.argsort(density)
+    scores = fitted.surprise(normal)[order]
+    usual = np.sum(scores == scores[0])
+    assert 150 < usual < 350 and (np.diff(scores[usual:]) > 0).all()
+    assert np.ptp(scores) == pytest.approx(density[order[-1]] - density[order[usual - 1]], rel=0.1)
+
+    arrays = fitted.arrays()
+    del arrays["known_floor"]
+    before = dataclasses.replace(fitted, known=KnownImages.from_arrays(arrays, ""))
+    assert (np.argsort(before.surprise(normal)) == order).all()
+
+
+def test_coordinates_count_with_few_images_too() -> None:
+    """The density is surer of the few images that it was fitted to than of any others."""
+    rng = np.random.default_rng(0)
+    wide = [
+        {**semantic_draw(rng, n), **{f"pixel_{i}": rng.normal(size=n) for i in range(20)}}
+        for n in (30, 300, 300)
+    ]
+    wide[2][FREE_ENERGY] += 4
+    fitted = fit_calibration(wide[0], wide[1])
+    usual, unusual = (
+        [v.ood_score for v in fitted.verdicts(its, np.full(300, 0.5))] for its in wide[1:]
+    )
+    assert np.mean(np.array(unusual) > np.quantile(usual, 0.9)) > 0.5
+
+
 def test_a_score_that_is_not_finite_is_never_accepted() -> None:
     rng = np.random.default_rng(0)
     fitted = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
     assert fitted.known is not None
+    assert np.isposinf(fitted.surprise(np.full((1, len(fitted.names)), np.nan))).all()
     huge = dataclasses.replace(fitted, known=dataclasses.replace(fitted.known, weight=1e308))
     with np.errstate(over="ignore"):
         found = huge.verdicts(semantic_draw(rng, 50), np.full(50, 0.5))
@@ -678,6 +715,8 @@ def test_damaged_features_of_known_images_are_noticed() -> None:
         (KnownImages(vectors, usual + np.inf, 1.0), "known_usual must be finite means"),
         (KnownImages(vectors, usual, float("nan")), "known_weight must be a finite number"),
         (KnownImages(vectors, usual, -1.0), "known_weight must be a finite number"),
+        (KnownImages(vectors, usual, 1.0, float("nan")), "known_floor must be a number below"),
+        (KnownImages(vectors, usual, 1.0, np.inf), "known_floor must be a number below"),
         (None, "must come last, with known images"),
     ):
         with pytest.raises(CalibrationError, match=message):
@@ -705,14 +744,14 @@ def test_images_that_the_network_has_seen_are_noticed(
         assert any("WARNING: the network has probably seen" in line for line in lines) == warns
 
 
-def test_an_encoder_learns_to_tell_things_apart(
+def test_a_small_encoder_learns_to_tell_things_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few steps suffice for stripes and checks; the exported graph agrees with the network."""
     # A clock that ticks once per step, so that the number of steps does not depend on the machine.
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: 60 * next(ticks) / STEPS)
-    monkeypatch.setattr("training.encoder.time", clock)
+    monkeypatch.setattr("training.small_encoder.time", clock)
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 2, 600)
     grid = np.indices((16, 16)).sum(0) % 4 < 2
@@ -721,7 +760,7 @@ def test_an_encoder_learns_to_tell_things_apart(
     images = (
         (60 + 100 * patterns + rng.normal(0, 25, (600, 16, 16, 3))).clip(0, 255).astype(np.uint8)
     )
-    trained = train_encoder(ImageSet(images[:500], kinds[:500]), 1, torch.device("cpu"))
+    trained = train_small_encoder(ImageSet(images[:500], kinds[:500]), 1, torch.device("cpu"))
     assert trained.classes == 2 and trained.images_seen > 500
     data = {"name": os.fsdecode(b"caf\xe9"), "splits": {"train": "train[0:500]"}}
     export_encoder(trained.network, images[:2], trained.outputs, tmp_path / "net.onnx", data)
@@ -739,13 +778,13 @@ def test_an_encoder_learns_to_tell_things_apart(
     assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
 
 
-def test_without_labels_a_network_trained_on_imagenet_is_the_encoder(
+def test_a_network_trained_on_imagenet_is_the_encoder(
     real_images: np.ndarray, tmp_path: Path
 ) -> None:
     """Its features vary about equally, and are the same alone, in a batch and in PyTorch."""
     images = real_images[:40].copy()
     for labels in (None, np.zeros(len(images), int)):
-        made = train_encoder(ImageSet(images, labels), 1, torch.device("cpu"))
+        made = make_encoder(ImageSet(images, labels))
         assert (made.classes, made.outputs, made.images_seen) == (0, ["features"], len(images))
     path = tmp_path / "net.onnx"
     export_encoder(made.network, images[:2], made.outputs, path)
@@ -761,6 +800,23 @@ def test_without_labels_a_network_trained_on_imagenet_is_the_encoder(
     np.testing.assert_allclose(found[:4], eager, rtol=1e-3, atol=1e-3)
 
 
+def test_the_encoder_learns_classes(real_images: np.ndarray, tmp_path: Path) -> None:
+    """Of images that its network has never seen; the exported graph gives the same logits."""
+    images = real_images
+    upright = np.arange(len(images)) % 2 == 0
+    images = np.where(upright[:, None, None, None], images, images[:, ::-1])
+    made = make_encoder(ImageSet(images[:240], np.where(upright[:240], 7, 3)))
+    assert (made.classes, made.outputs, made.images_seen) == (2, ["features", "logits"], 240)
+    path = tmp_path / "net.onnx"
+    export_encoder(made.network, images[:2], made.outputs, path)
+    found = run(feature_graph(FeatureSource(path), images).content, images)
+    with torch.inference_mode():
+        eager = made.network(torch.from_numpy(images[:4]))[1].numpy()
+    np.testing.assert_allclose(found["logits"][:4], eager, rtol=1e-3, atol=1e-3)
+    is_right = (found["logits"].argmax(1) == 1) == upright
+    assert is_right[:240].all() and is_right[240:].mean() > 0.7
+
+
 class MeanColours:
     """A teacher that needs no weights."""
 
@@ -774,7 +830,7 @@ class MeanColours:
         ].astype(np.float64)
 
 
-def test_an_encoder_learns_from_the_images_that_its_teacher_saw(
+def test_a_small_encoder_learns_from_the_images_that_its_teacher_saw(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The teacher stops when its time is over; other images have no distance from its features."""
@@ -801,10 +857,10 @@ def test_an_encoder_learns_from_the_images_that_its_teacher_saw(
 
 
 @pytest.mark.parametrize("is_faster", [True, False])
-def test_an_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
+def test_a_small_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
     is_faster: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.encoder.bfloat16_is_faster", lambda device: is_faster)
+    monkeypatch.setattr("training.small_encoder.bfloat16_is_faster", lambda device: is_faster)
     monkeypatch.setattr("training.distillation.EfficientNetFeatures", MeanColours)
 
     def forward(self: Encoder, images: torch.Tensor) -> None:
@@ -813,7 +869,7 @@ def test_an_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
     monkeypatch.setattr(Encoder, "forward", forward)
     images = ImageSet(small_images[:16], np.arange(16) % 2)
     with pytest.raises(RuntimeError, match=f"in bfloat16: {is_faster}"):
-        train_encoder(images, 1, torch.device("cpu"))
+        train_small_encoder(images, 1, torch.device("cpu"))
 
 
 def test_an_encoder_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -853,17 +909,23 @@ def test_the_command_line(
     folder = make_folder(tmp_path / "pictures", small_images[:200])
     (folder / "wide.png").unlink()  # in no class folder
     out = tmp_path / "encoder.onnx"
-    assert main(["encoder", str(out), "--data", str(folder), "--minutes", "0.02"]) == 0
+    small = ["encoder", str(out), "--data", str(folder), "--small"]
+    assert main([*small, "--minutes", "0.02"]) == 0
     for minutes in ("0", "inf", "nan"):
-        assert main(["encoder", str(out), "--data", str(folder), "--minutes", minutes]) == 2
+        assert main([*small, "--minutes", minutes]) == 2
         assert "--minutes must be above 0 and finite" in capsys.readouterr().err
     assert data_of(out) == record_of(load_folder(folder, None, None, lambda line: None))
-    untrained = ["encoder", str(tmp_path / "b.onnx"), "--data", str(folder), "--without-labels"]
-    assert main([*untrained, "--minutes", "1"]) == 2
-    assert "without them nothing is trained" in capsys.readouterr().err
-    assert main(untrained) == 0
-    assert "EfficientNet-Lite0, trained on ImageNet" in capsys.readouterr().err
-    assert data_of(tmp_path / "b.onnx") is None, "all images may calibrate"
+    large = ["encoder", str(tmp_path / "b.onnx"), "--data", str(folder)]
+    assert main([*large, "--minutes", "1"]) == 2
+    assert "--minutes goes with --small" in capsys.readouterr().err
+    assert main([*large, "--without-labels", "--small"]) == 2
+    assert "--small needs the classes" in capsys.readouterr().err
+    assert main(large) == 0
+    assert "trained on ImageNet, 3 classes" in capsys.readouterr().err
+    assert data_of(tmp_path / "b.onnx") == data_of(out)
+    assert main(["encoder", str(tmp_path / "c.onnx"), *large[2:], "--without-labels"]) == 0
+    assert "trained on ImageNet, no classes" in capsys.readouterr().err
+    assert data_of(tmp_path / "c.onnx") is None, "all images may calibrate"
     others = make_folder(tmp_path / "others", small_images[200:])
     (others / "wide.png").unlink()  # a training file, too
     given = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(others)]

@@ -21,7 +21,6 @@ import pytest
 from PIL import Image
 
 from ade_cli.main import main
-from export.feature_source import FeatureSource
 from export.features import data_of
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
@@ -29,14 +28,15 @@ from fitting.pipeline import (
     _bundle,
     _caught,
     _encoder,
+    _guide,
     _minutes,
     _test_images,
     _train,
     fit_folder,
 )
 from fitting.plan import (
-    ENCODER_MOST_MINUTES,
     FLOWS,
+    GUIDE_MOST_MINUTES,
     Plan,
     PlanError,
     Stage,
@@ -60,8 +60,8 @@ from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import ROOT, make_folder
 from training.data import Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
-from training.encoder import TrainedEncoder, class_folders, class_labels
-from training.encoder_network import Encoder
+from training.guide import load_guide
+from training.labels import class_folders, class_labels
 from training.recipes import GUIDE_WEIGHT, recipe
 from training.step import TrainingDiverged
 
@@ -118,8 +118,8 @@ def test_minutes_are_never_rounded_to_none() -> None:
     assert [_minutes(value) for value in (0.46, 6.4, 16.8, 230.4)] == ["0.46", "6.4", "17", "230"]
 
 
-def test_an_encoder_is_trained_where_it_pays() -> None:
-    """It takes class folders, images and minutes, is part of the budget, and guides."""
+def test_a_guide_is_trained_where_it_pays() -> None:
+    """It takes class folders, images and minutes, and is part of the budget."""
     for budget, images, has_classes, is_trained in (
         (25, 2000, True, True),
         (25, 1999, True, False),
@@ -127,11 +127,10 @@ def test_an_encoder_is_trained_where_it_pays() -> None:
         (1440, 100_000, False, False),
     ):
         plan = make_plan("/images", "images", 32, budget, False, None, images, has_classes)
-        assert (plan.encoder_minutes > 0) == is_trained, (budget, images, has_classes)
-        assert plan.is_guided == is_trained
-        assert plan.encoder_minutes <= ENCODER_MOST_MINUTES
+        assert (plan.guide_minutes > 0) == is_trained, (budget, images, has_classes)
+        assert plan.guide_minutes <= GUIDE_MOST_MINUTES
         without = make_plan("/images", "images", 32, budget, False)
-        minutes = sum(stage.minutes for stage in plan.stages) + plan.encoder_minutes
+        minutes = sum(stage.minutes for stage in plan.stages) + plan.guide_minutes
         assert minutes == pytest.approx(sum(stage.minutes for stage in without.stages))
 
 
@@ -143,11 +142,11 @@ def test_a_fitting_does_not_resume_with_other_images() -> None:
         make_plan("/images", "images", 32, 60, False, None, 705, True).check_resumes(begun)
     values = begun.to_dict()
     # Newer than plans of older versions.
-    for name in ("images", "has_classes", "encoder_minutes", "flow", "is_guided"):
+    for name in ("images", "has_classes", "guide_minutes", "flow"):
         del values[name]
     old = Plan.from_dict(values)
-    planned = dataclasses.replace(begun, encoder_minutes=9.6, is_guided=True)
-    with pytest.raises(PlanError, match=r"encoder \(9.6 min\), which is the guide: finish"):
+    planned = dataclasses.replace(begun, guide_minutes=9.6)
+    with pytest.raises(PlanError, match=r"and a guide \(9.6 min\): finish"):
         planned.check_resumes(old)
 
 
@@ -408,22 +407,19 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     assert "rejects only a part of these: blurred a little (12\u00a0%)" in missed
     assert f"<h1>Gate for {good.plan.name}: report of ade fit</h1>" in page
     assert "but many subtle corruptions pass" in missed and "works on what it was" not in missed
-    from_imagenet = (
-        "is EfficientNet-Lite0, which was trained on ImageNet's photographs, and has not learnt "
-        "from your images."
-    )
+    from_imagenet = "EfficientNet-Lite0, which was trained on ImageNet's\nphotographs."
     assert from_imagenet + "</p>" in page
     for encoder, words in (
         (
             EncoderFindings(9000, 3, False, 0.714, 0.4),
-            "training images alone, with the 3 folders as classes, and to predict the features of "
-            "an ImageNet\nclassifier. It recognises the folder of 71.4\u00a0% of the test images;\n"
+            f"{from_imagenet} From 9,000 training images it has learnt the\n3 folders as classes. "
+            "It recognises the folder of 71.4\u00a0% of the test images;\n"
             "40\u00a0% of them are in the largest.</p>",
         ),
         (
             EncoderFindings(2000, 0, True),
-            f"{from_imagenet} One that was trained on your images recognised their folders no "
-            "better than guessing.</p>",
+            f"{from_imagenet} It has not learnt your folders as classes, because it recognised "
+            "them no better than\nguessing.</p>",
         ),
     ):
         write_report(dataclasses.replace(good, encoder=encoder), tmp_path / "report.html")
@@ -523,7 +519,7 @@ def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) ->
 def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train encoders for minutes of CPU time: they learn on a busy machine, too."""
     clock = SimpleNamespace(monotonic=time.process_time)
-    for module in ("encoder", "distillation"):
+    for module in ("small_encoder", "distillation"):
         monkeypatch.setattr(f"training.{module}.time", clock)
 
 
@@ -559,7 +555,7 @@ def test_a_stage_that_diverges_is_given_up_for_the_one_before(
     assert any("the stage before is used" in line for line in lines) == (fails is not None)
 
 
-def test_an_encoder_guides_the_adversarial_stage_if_it_is_used(
+def test_a_guide_joins_the_adversarial_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trained: list[tuple[str, float, str | None]] = []
@@ -571,10 +567,10 @@ def test_an_encoder_guides_the_adversarial_stage_if_it_is_used(
     dataset: Any = SimpleNamespace(image_size=8, channels=3)
     lines: list[str] = []
     plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
-    source = FeatureSource(tmp_path / "encoder.onnx")
-    for number, guide in enumerate((source, None)):
+    path = tmp_path / "guide.onnx"
+    for number, guide in enumerate((path, None)):
         _train(plan, dataset, guide, tmp_path / str(number), lines.append)
-    assert trained[1] == ("av-ade-pd", GUIDE_WEIGHT, str(source.path))
+    assert trained[1] == ("av-ade-pd", GUIDE_WEIGHT, str(path))
     assert trained[0] == trained[2] == ("v-ade", 0, None)
     assert trained[3] == ("av-ade-pd", 0, None)
     assert ["guide" in line for line in lines] == [False, True, False, False]
@@ -638,12 +634,12 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     ]
 
 
-@pytest.mark.usefixtures("cpu_time")
 @pytest.mark.parametrize("learnable", [True, False])
-def test_an_encoder_is_used_if_it_recognises_classes(
-    learnable: bool, small_images: np.ndarray, tmp_path: Path
+def test_an_encoder_uses_classes_that_it_recognises(
+    learnable: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is trained once, and an ImageNet network takes its place if it only guesses."""
+    """It is made once. Held-out images are recognised in parts: all would need tens of GiB."""
+    monkeypatch.setattr("fitting.pipeline.AT_A_TIME", 7)
     rng = np.random.default_rng(0)
     images = np.concatenate([small_images, small_images[:, ::-1]])
     is_dark = rng.random(600) < 0.5
@@ -655,28 +651,30 @@ def test_an_encoder_is_used_if_it_recognises_classes(
     dataset = load_files(folder, files, 8, None, lambda line: None)
     found = survey(picture_sizes(files), dataset)
     plan = make_plan(str(folder), "images", 8, 20, False, None, 600, True)
-    plan = dataclasses.replace(plan, encoder_minutes=0.08)
     lines: list[str] = []
     source = _encoder(plan, found, dataset, tmp_path, lines.append)
-    assert lines[0] == "training an encoder for 2 classes, 0.08 minutes: bright, dark"
-    assert lines[1:] == (
-        []
-        if learnable
-        else [
-            "the encoder recognises the classes no better than guessing, and is not used",
-            "taking a network trained on ImageNet as the encoder",
-        ]
-    )
+    guesses = "the encoder recognises the classes no better than guessing: it does without them"
+    assert lines == [
+        "making an encoder for 2 classes: bright, dark",
+        *([] if learnable else [guesses]),
+    ]
     outputs = [output.name for output in onnx.load(source.path).graph.output]
     assert outputs == ["features", "logits"][: 1 + learnable]
     assert (data_of(source.path) is not None) == learnable, "what it was trained on"
     lines.clear()
     assert _encoder(plan, found, dataset, tmp_path, lines.append) == source and not lines
+    plan = dataclasses.replace(plan, guide_minutes=0.05)
+    guide = _guide(plan, dataset, tmp_path, lines.append)
+    assert lines == ["training a guide, 0.05 minutes"][:learnable]
+    if learnable:
+        assert guide is not None and load_guide(guide, 8, 3).dims
+        assert _guide(plan, dataset, tmp_path, lines.append) == guide and len(lines) == 1
+        assert _guide(dataclasses.replace(plan, guide_minutes=0), dataset, tmp_path, print) is None
+    else:
+        assert guide is None
 
 
-def test_images_without_classes_get_an_encoder_that_is_trained_already(
-    small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_images_without_classes_get_an_encoder(small_images: np.ndarray, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", small_images[:50])
     files = image_files(folder)
     dataset = load_files(folder, files, 8, None, lambda line: None)
@@ -684,42 +682,10 @@ def test_images_without_classes_get_an_encoder_that_is_trained_already(
     plan = make_plan(str(folder), "images", 8, 20, False, None, 50)
     lines: list[str] = []
     source = _encoder(plan, found, dataset, tmp_path, lines.append)
-    assert lines == ["taking a network trained on ImageNet as the encoder"]
+    assert lines == ["making an encoder"]
     graph = onnx.load(source.path).graph
     assert [output.name for output in graph.output] == ["features"]
     assert data_of(source.path) is None
-
-
-def test_an_encoder_sees_held_out_images_in_parts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_images: np.ndarray
-) -> None:
-    """Those of a huge folder would need tens of GiB at once. The logits are the same."""
-    network = Encoder(8, 3, 2).eval().requires_grad_(False)
-    sizes: list[int] = []
-    network.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-    trained = TrainedEncoder(network, 100, 2)
-    monkeypatch.setattr("fitting.pipeline.train_encoder", lambda *given: trained)
-    monkeypatch.setattr("fitting.pipeline.export_encoder", lambda *given: None)
-    found: list[np.ndarray] = []
-
-    def recognised(logits: np.ndarray, *given: object) -> tuple[float, float]:
-        found.append(logits)
-        return 0.9, 0.5
-
-    monkeypatch.setattr("fitting.pipeline._recognised", recognised)
-    parts = ("train", "select")
-    names = [f"{'dark' if i % 2 else 'bright'}/{i}.png" for i in range(100)]
-    images = dict.fromkeys(parts, ImageSet(small_images[:100]))
-    dataset = Dataset("images", images, {}, [], dict.fromkeys(parts, names))
-    plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
-    surveyed: Any = SimpleNamespace(leaking=[])
-    for count in (100, 7):
-        monkeypatch.setattr("fitting.pipeline.AT_A_TIME", count)
-        out = tmp_path / str(count)
-        out.mkdir()
-        _encoder(plan, surveyed, dataset, out, lambda line: None)
-    assert sizes == [100, *[7] * 14, 2]
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -727,7 +693,7 @@ def test_an_encoder_sees_held_out_images_in_parts(
 def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -> None:
     """The bundle has the encoder, its calibration uses it, and the report says what it is worth.
 
-    The generator had it as its guide.
+    The generator had a guide.
     """
     images = np.concatenate([small_images, small_images[:, :, ::-1], 255 - small_images[:200]])
     is_dark = np.arange(len(images)) % 2 == 0
@@ -737,9 +703,7 @@ def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -
     plan = make_plan(str(folder), "images", 8, 20, False, None, len(files), True)
     stages = tuple(dataclasses.replace(stage, minutes=0.1) for stage in plan.stages)
     assert len(stages) == 2
-    plan = dataclasses.replace(
-        plan, budget=1.2, encoder_minutes=0.08, is_guided=True, stages=stages
-    )
+    plan = dataclasses.replace(plan, budget=1.2, guide_minutes=0.08, stages=stages)
     lines: list[str] = []
     fitted = fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     bundle = verify_bundle(fitted.bundle)
@@ -748,9 +712,8 @@ def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -
     assert bundle.manifest["calibration"]["statistic"].endswith("2 semantic ones")
     assert bundle.manifest["calibration"]["images"] < 0.12 * len(files)  # those held out alone
     page = fitted.report.read_text()
-    assert "with the 2 folders as classes, and to predict" in page
-    assert "It recognises the folder of" in page
-    assert "It was also the guide of the generator" in page
+    assert "it has learnt the\n2 folders as classes. It recognises the folder of" in page
+    assert "v-ade, then av-ade-pd with a guide," in page
     lines.clear()
     fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     assert not any("training" in line for line in lines)

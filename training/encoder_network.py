@@ -1,4 +1,4 @@
-"""The encoder's network, which is small, because every score pays for it.
+"""The small encoder's network, which every score or training step pays for.
 
 It takes about 45 million multiply-adds for 32x32 pixels.
 """

@@ -1,4 +1,4 @@
-"""The guide: an encoder of ``ade encoder``, frozen, whose features generated images should match.
+"""The guide: a small encoder, frozen, whose features generated images should match.
 
 The discriminator of ``av-ade-pd`` sees images through a network that was trained on other images.
 An encoder that was trained on the same ones knows what tells them apart, and costs little.
@@ -42,7 +42,7 @@ class Guide(nn.Module):
 
 
 def load_guide(path: Path, image_size: int, channels: int) -> Guide:
-    """Read what ``ade encoder`` wrote, or the ``features.onnx`` of a bundle with such an encoder.
+    """Read a small encoder (:mod:`training.small_encoder`), or a ``features.onnx`` that is one.
 
     Args:
         path: of the ONNX file.
@@ -69,8 +69,7 @@ def load_guide(path: Path, image_size: int, channels: int) -> Guide:
         encoder.load_state_dict(_unfolded(found, encoder))
     except (KeyError, RuntimeError) as error:
         raise FeatureError(
-            f"{path} is not an encoder that `ade encoder` trained on classes of images with "
-            f"{channels} channels"
+            f"{path} is not a small encoder of images with {channels} channels"
         ) from error
     if [size[1:3] for size in sizes] != [[image_size, image_size]]:
         raise FeatureError(
@@ -113,4 +112,4 @@ def _check(path: Path, encoder: Encoder, image_size: int, channels: int) -> None
     with torch.no_grad():
         found = encoder.features(torch.from_numpy(images)).numpy()
     if wanted.shape != found.shape or np.abs(found - wanted).max() > _TOLERANCE * wanted.std():
-        raise FeatureError(f"{path} is not an encoder of `ade encoder`: it gives other features")
+        raise FeatureError(f"{path} is not a small encoder: it gives other features")
