@@ -60,7 +60,7 @@ def test_a_file_that_is_no_guide_is_refused(encoder: Path, tmp_path: Path) -> No
     model = onnx.load(encoder)
     model.graph.initializer[0].name = "another.weight"
     onnx.save(model, tmp_path / "other.onnx")
-    with pytest.raises(FeatureError, match="is not a small encoder"):
+    with pytest.raises(FeatureError, match="a guide must be a small encoder"):
         load_guide(tmp_path / "other.onnx", 8, 3)
     # The same weights in another graph.
     model = onnx.load(encoder_file(tmp_path / "other.onnx", 16))

@@ -69,7 +69,7 @@ def load_guide(path: Path, image_size: int, channels: int) -> Guide:
         encoder.load_state_dict(_unfolded(found, encoder))
     except (KeyError, RuntimeError) as error:
         raise FeatureError(
-            f"{path} is not a small encoder of images with {channels} channels"
+            f"a guide must be a small encoder of images with {channels} channels; {path} is not"
         ) from error
     if [size[1:3] for size in sizes] != [[image_size, image_size]]:
         raise FeatureError(
