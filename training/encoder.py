@@ -1,9 +1,9 @@
-"""The verdict's encoder: EfficientNet-Lite0, which ImageNet has trained, of enlarged images.
+"""The verdict's encoder: EfficientNet-Lite0, trained on ImageNet, which sees enlarged images.
 
 The generative model's statistics describe colours, edges and textures; they hardly depend on the
 object in the image. The features of a network that tells a thousand kinds of things apart do. If
-the images have classes, a linear classifier of these learns them in a second. Everything else is
-used as it is, so few images suffice; each score pays for it (docs/ood.md).
+the images have classes, a linear classifier of the features learns them in a second. Nothing else
+is trained, so few images suffice. Each score takes longer for it (docs/ood.md).
 """
 
 from __future__ import annotations

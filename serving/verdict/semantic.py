@@ -73,8 +73,8 @@ class KnownImages:
             the known images of each of ``K`` classes; ``K`` and ``C`` are 1 without classes. A
             coordinate that does not vary has infinite standard deviations.
         weight: nats that one unit of the coordinates' summed normal scores adds to the OOD score.
-        floor: nats that the density's score counts at least: differences among usual images would
-            only blur what the coordinates find.
+        floor: nats. A lower score of the density counts as this one, because differences among
+            usual images would only blur what the coordinates find.
     """
 
     directions: np.ndarray
