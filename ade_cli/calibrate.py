@@ -19,7 +19,8 @@ from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
 from export.verdict.choice import choose_files, choose_rows, data_of_features
 from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle, verify_bundle
-from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
+from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.store import path_of

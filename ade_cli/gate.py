@@ -16,7 +16,8 @@ from export.verdict.feedback import AUDIT, give_feedback
 from export.verdict.what_if import what_if
 from export.verdict.what_if_report import gate_of, what_if_lines, write_what_if
 from serving.engine.bundle import BundleError
-from serving.verdict.calibration import DEFAULT, CalibrationError
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.store import FOLDER, path_of
 from training.data import DataError
 

@@ -24,7 +24,8 @@ from serving.bulk import (
     score_folder,
 )
 from serving.engine.bundle import BundleError, open_bundle
-from serving.verdict.calibration import DEFAULT, CalibrationError
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import DEFAULT
 
 NO_VERDICT = 3  # exit status
 ENGINES = ("local", "ray")

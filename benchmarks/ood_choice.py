@@ -22,7 +22,7 @@ from export.verdict import detector
 from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, add_noise, blur, jpeg, posterize
 from serving.engine.engine import InferenceEngine
-from serving.verdict.calibration import FARTHEST, NormalScores
+from serving.verdict.density import FARTHEST, NormalScores
 from serving.verdict.statistics import statistic_names
 from training.datasets import load_dataset
 

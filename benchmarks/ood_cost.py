@@ -17,7 +17,7 @@ import numpy as np
 from serving.engine.engine import InferenceEngine
 from serving.images import lossless_bits, read_image
 from serving.page.served import EXAMPLES
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import CalibrationStore
 
 TURNS = 7

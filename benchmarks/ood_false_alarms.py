@@ -17,7 +17,7 @@ import numpy as np
 from export.verdict.calibrate import statistics_of
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
-from serving.verdict.calibration import conformal_p_values
+from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import false_alarm_band
 from training.datasets import load_dataset
 

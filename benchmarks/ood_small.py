@@ -25,7 +25,7 @@ from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, corrupted
 from export.verdict.detector import fit_calibration
 from serving.engine.engine import InferenceEngine
-from serving.verdict.calibration import conformal_p_values
+from serving.verdict.conformal import conformal_p_values
 from training.datasets import load_dataset
 
 FOLDERS = (200, 500, 1000)

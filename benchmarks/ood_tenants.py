@@ -22,7 +22,7 @@ from export.verdict.corruptions import blur, jpeg
 from export.verdict.detector import fit_calibration
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
-from serving.verdict.calibration import conformal_p_values
+from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import false_alarm_band
 from training.datasets import load_dataset
 

@@ -37,7 +37,8 @@ from serving.engine.bundle import (
 from serving.page.app import TABS
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.served import EXAMPLES
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import Calibrations
 
 BUNDLE = Path("pretrained") / "cifar10"
 WIDTHS = {1280: 900, 768: 1024, 390: 844}  # and heights of the windows

@@ -35,7 +35,8 @@ from serving.files import image_paths, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES, in_options
 from serving.signals import signals_held
 from serving.tables import write_csv
-from serving.verdict.calibration import DEFAULT, CalibrationError
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.decision import decide
 
 FORMATS = (".csv", ".jsonl", ".parquet")

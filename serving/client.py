@@ -45,7 +45,7 @@ from serving.decode.worker import check_tiff, scaled_key
 from serving.files import read_file
 from serving.messages import words_of
 from serving.ports import LOOPBACK, Ports
-from serving.verdict.calibration import DEFAULT
+from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.decision import NOT_SCORED, Choice
 
 __all__ = [

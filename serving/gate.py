@@ -24,7 +24,7 @@ from serving.api.requests import InputImage, prepare_image
 from serving.client import ImageLike, image_file, several
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
-from serving.verdict.calibration import DEFAULT, Calibrations
+from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from ade_model import ADEModel, ModelConfig
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle, write_manifest
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 
 if TYPE_CHECKING:
     from training.recipes import TrainConfig

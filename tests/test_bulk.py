@@ -35,7 +35,7 @@ from serving.files import image_paths, only_writer
 from serving.page.app import build_page
 from serving.page.files import write_file
 from serving.page.served import Runs, Served
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from tests.helpers import ROOT, held_by_another, make_folder, make_traps, with_calibrations
 from tests.in_process import answered_here, page_function
 

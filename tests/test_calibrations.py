@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import serving.verdict.calibration as calibration_module
+import serving.verdict.calibration_file as file_module
 import serving.verdict.store as store_module
 from ade_cli import calibrate as calibrate_command
 from ade_cli import ood_bench
@@ -33,7 +33,8 @@ from serving.engine.bundle import CALIBRATION_NAME, open_bundle, verify_bundle, 
 from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
 from serving.images import coder_version, write_png
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import decide
 from serving.verdict.store import (
     FOLDER,
@@ -249,7 +250,7 @@ def test_a_file_that_could_not_be_opened_is_read_once_it_can(
         def refuse(path: Path, limit: int) -> bytes:
             raise error
 
-        patch.setattr(calibration_module, "read_file", refuse)
+        patch.setattr(file_module, "read_file", refuse)
         store.refresh()
         assert reason in store.broken["night"]
     assert store.get("night").exact is not None and not store.broken

@@ -19,7 +19,8 @@ from serving.engine.backends import BACKENDS, BackendError
 from serving.engine.cuda import BoundGraph
 from serving.engine.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
 from serving.engine.noise import NoiseStream, sample_key
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import Calibrations
 from tests.helpers import PRETRAINED, with_calibrations
 
 

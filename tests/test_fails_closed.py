@@ -36,7 +36,7 @@ from serving.page.many import _said
 from serving.page.score import REPLACED, Scored, explained, verdict
 from serving.page.served import Runs, Served
 from serving.verdict import store
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import Ruling, decide, fdr_note, images_needed
 from serving.verdict.store import write_calibrations
 from tests.helpers import with_calibrations

@@ -42,7 +42,8 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import (
     DISTANCE,
     ENERGY,

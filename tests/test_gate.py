@@ -34,7 +34,7 @@ from serving.gate import Decision, Gate
 from serving.gate_asgi import GateMiddleware
 from serving.images import read_image, write_png
 from serving.ports import free_ports
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)

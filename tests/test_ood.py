@@ -15,16 +15,10 @@ from scipy import stats
 from export.verdict.calibrate import Measured
 from export.verdict.detector import MAX_COMPONENTS, fit_calibration
 from export.verdict.ood_bench import write_report
-from serving.verdict.calibration import (
-    FARTHEST,
-    Calibration,
-    CalibrationError,
-    Calibrations,
-    NormalScores,
-    benjamini_hochberg,
-    conformal_p_values,
-    simes,
-)
+from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration_file import Calibrations
+from serving.verdict.conformal import benjamini_hochberg, conformal_p_values, simes
+from serving.verdict.density import FARTHEST, NormalScores
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 
 NAMES = ("bpd", "complexity", "pixel_mean_0", "residual_rows")

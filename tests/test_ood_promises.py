@@ -16,7 +16,7 @@ from export.verdict.detector import fit_calibration
 from export.verdict.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine
-from serving.verdict.calibration import conformal_p_values
+from serving.verdict.conformal import conformal_p_values
 from tests.helpers import ROOT, large_data, needs_data
 
 ALPHAS = (0.1, 0.05, 0.01)

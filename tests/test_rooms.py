@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "serving.api.model",
         "serving.api.operations",
         "serving.api.requests",
-        "serving.verdict.calibration",
+        "serving.verdict.calibration_file",
         "serving.verdict.decision",
         *IMAGES,
     },

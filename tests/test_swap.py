@@ -23,7 +23,7 @@ from serving.client import AdeClient, AdeError
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.gate import Gate
 from serving.ports import VARIABLES
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import FOLDER, path_of
 from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService

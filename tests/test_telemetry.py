@@ -23,7 +23,8 @@ from serving.api.telemetry import (
     Telemetry,
 )
 from serving.engine.engine import Score
-from serving.verdict.calibration import Calibrations, Verdict
+from serving.verdict.calibration import Verdict
+from serving.verdict.calibration_file import Calibrations
 
 
 def score(

@@ -44,7 +44,7 @@ from serving.engine.bundle import (
     open_bundle,
     write_manifest,
 )
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import FOLDER, write_calibrations
 from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService

@@ -34,7 +34,9 @@ from fitting.pipeline import ENOUGH
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
 from serving.page import charts
-from serving.verdict.calibration import CalibrationError, Calibrations, conformal_p_values
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import Calibrations
+from serving.verdict.conformal import conformal_p_values
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.test_imports import TRAINING_PACKAGES, without
 from training.data import DataError

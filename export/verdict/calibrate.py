@@ -46,7 +46,8 @@ from serving.engine.noise import image_digest, short_digest
 from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
 from serving.messages import counted
-from serving.verdict.calibration import DEFAULT, Calibration, CalibrationError, Calibrations
+from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.semantic import ENERGY, semantic_statistics, without_classes
 from serving.verdict.statistics import finite_rows
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations

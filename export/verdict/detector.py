@@ -14,14 +14,8 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from serving.verdict.calibration import (
-    ESTIMATOR,
-    FARTHEST,
-    Calibration,
-    CalibrationError,
-    Mixture,
-    NormalScores,
-)
+from serving.verdict.calibration import ESTIMATOR, Calibration, CalibrationError
+from serving.verdict.density import FARTHEST, Mixture, NormalScores
 from serving.verdict.semantic import FEATURES, OF_NETWORK, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX, finite_rows
 

@@ -24,13 +24,9 @@ from serving.engine.bundle import verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.files import LOCK, locked, read_file
-from serving.verdict.calibration import (
-    Calibration,
-    CalibrationError,
-    Calibrations,
-    conformal_p_values,
-    version_of,
-)
+from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration_file import Calibrations, version_of
+from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import flagging_rank
 from serving.verdict.store import FOLDER, check_name, write_calibrations
 

@@ -14,7 +14,8 @@ from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_source
 from serving.engine.noise import short_digest
 from serving.messages import counted
-from serving.verdict.calibration import CalibrationError, Calibrations
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import Calibrations
 
 MAX_THREADS = 8  # each needs memory for a batch
 AT_ONCE = 64  # files in memory

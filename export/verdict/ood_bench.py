@@ -25,12 +25,9 @@ from serving.engine.engine import InferenceEngine
 from serving.files import write_text
 from serving.reports import from_markdown, markdown_table, render
 from serving.tables import safe_cell
-from serving.verdict.calibration import (
-    Calibration,
-    CalibrationError,
-    Calibrations,
-    conformal_p_values,
-)
+from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration_file import Calibrations
+from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 from serving.verdict.summary import summarize
 

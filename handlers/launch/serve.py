@@ -31,7 +31,7 @@ from serving.engine.backends import BackendError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import LOOPBACK, USER, PortError, Ports
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 
 ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
 UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)

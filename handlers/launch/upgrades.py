@@ -19,7 +19,8 @@ from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, re
 from handlers.launch.parts import Page
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
 from serving.engine.calibrations import open_calibrations
-from serving.verdict.calibration import DEFAULT, CalibrationError
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.store import FOLDER
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"

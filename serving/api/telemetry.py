@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from serving.engine.engine import Score
-from serving.verdict.calibration import Calibrations, Verdict
+from serving.verdict.calibration import Verdict
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.drift import DriftMonitor
 from serving.verdict.false_alarms import flagging_rank
 

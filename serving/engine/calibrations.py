@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from serving.engine.bundle import CALIBRATION_NAME, FEATURES_NAME, Bundle
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import statistic_names
 from serving.verdict.store import CalibrationStore

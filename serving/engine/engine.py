@@ -22,7 +22,8 @@ from serving.engine.bundle import FEATURES_NAME, Bundle, open_bundle
 from serving.engine.calibrations import open_calibrations
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
-from serving.verdict.calibration import Calibration, Calibrations, Verdict
+from serving.verdict.calibration import Calibration, Verdict
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import FEATURES
 from serving.verdict.statistics import (
     compute_statistics,

@@ -17,7 +17,7 @@ from serving.engine.bundle import Bundle
 from serving.page import charts
 from serving.page.reference import reference
 from serving.page.served import Served, Shared, html
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 
 UNITS = {"relative": "of a latent's size"}  # of differences, for people
 # What a recipe trains, by the beginning of its name.

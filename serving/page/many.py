@@ -36,7 +36,7 @@ from serving.page.served import (
 )
 from serving.page.uploads import is_accepted
 from serving.tables import write_csv
-from serving.verdict.calibration import benjamini_hochberg, simes
+from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, Choice, fdr_note
 
 AT_ONCE = 32  # files a request

@@ -29,7 +29,8 @@ from serving.page.served import (
     run_on_new_image,
     usable,
 )
-from serving.verdict.calibration import Calibration, Calibrations
+from serving.verdict.calibration import Calibration
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import Choice, decide
 
 ALPHA = 0.01

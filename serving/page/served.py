@@ -28,7 +28,7 @@ from serving.images import RESIZING, file_size
 from serving.page.charts import problem
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import FOLDER
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))

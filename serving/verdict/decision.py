@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from serving.verdict.calibration import Calibrations
+from serving.verdict.calibration_file import Calibrations
 
 Choice = Literal["accept", "reject", "no_verdict"]
 NOT_SCORED = "not_scored"

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from serving.files import replacing
 from serving.messages import show
-from serving.verdict.calibration import DEFAULT, CalibrationError, Calibrations, version_of
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import DEFAULT, Calibrations, version_of
 
 logger = logging.getLogger(__name__)
 FOLDER = "calibrations"  # of a bundle

@@ -16,13 +16,9 @@ from serving.api.operations.base import Format, ImageOperation, ImageParameters,
 from serving.api.requests import JSON_TYPE, ImagesRequest, InputImage
 from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
 from serving.images import write_png
-from serving.verdict.calibration import (
-    DEFAULT,
-    Calibrations,
-    Unusual,
-    benjamini_hochberg,
-    simes,
-)
+from serving.verdict.calibration import Unusual
+from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, Choice, decide, fdr_note
 from serving.verdict.statistics import part_names
 from serving.verdict.store import UnknownCalibration

@@ -1,0 +1,162 @@
+"""The file of a calibration: one for images of the model's size and one for resized images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from serving.files import read_file
+from serving.images import coder_version
+from serving.verdict.calibration import Calibration, CalibrationError
+
+DEFAULT = "default"  # the name of a bundle's own calibration
+RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
+VERSION_DIGITS = 12  # of the file's SHA-256
+ZIP = b"PK\x03\x04"  # the beginning of an .npz file
+MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """Calibrations for images of the model's size and for resized ones; ``None`` means no verdict.
+
+    Attributes:
+        exact: for images of the model's size.
+        resized: for images that a request resized; may be the same object.
+        name: the name that requests give.
+        version: the first digits of its file's SHA-256; empty if it was not read from a file.
+        model: :attr:`serving.engine.bundle.Bundle.networks` of the bundle; empty in a bundle's own
+            file, which the manifest ties to them.
+        data: describes the calibration images; empty in a bundle's own file.
+        joined: SHA-256 of the image files that feedback added.
+        webp: version of libwebp that computed the statistics; empty in files of versions before.
+        is_broken: whether their file exists but cannot be used, so that there is no verdict.
+    """
+
+    exact: Calibration | None = None
+    resized: Calibration | None = None
+    name: str = DEFAULT
+    version: str = ""
+    model: str = ""
+    data: str = ""
+    joined: tuple[str, ...] = field(default=())
+    webp: str = ""
+    is_broken: bool = False
+
+    def of(self, resized: bool) -> Calibration | None:
+        """The one for an image that was or was not resized."""
+        return self.resized if resized else self.exact
+
+    @property
+    def label(self) -> dict[str, str] | None:
+        """Its name and version in answers; ``None`` without any calibration."""
+        return None if self.exact is None else {"name": self.name, "version": self.version}
+
+    def check(self, statistics: Sequence[str]) -> None:
+        """Check that verdicts can be computed with calibrations that were read from a file.
+
+        Args:
+            statistics: names of the statistics that are computed.
+
+        Raises:
+            CalibrationError: they cannot.
+        """
+        for calibration in filter(None, (self.exact, self.resized)):
+            calibration.check_statistics(statistics)
+
+    def other_coder(self) -> str | None:
+        """A warning if the statistics were computed with another version of libwebp than here."""
+        if self.webp in ("", coder_version()):
+            return None
+        return (
+            f"{self.name} was calibrated with libwebp {self.webp}, but this is {coder_version()}: "
+            "verdicts may be slightly off until you run ade calibrate again"
+        )
+
+    def to_bytes(self) -> bytes:
+        """An ``.npz`` file. One calibration for both paths is stored once, with ``resize`` set.
+
+        Raises:
+            CalibrationError: the file has no calibration for images of the model's size.
+        """
+        if self.exact is None:
+            raise CalibrationError(
+                "a calibration of resized images goes with one of images of the model's size"
+            )
+        second = {} if self.resized is None or self.resized is self.exact else self.resized.arrays()
+        out = io.BytesIO()
+        arrays: dict[str, Any] = {
+            **self.exact.arrays(),
+            **{RESIZED_PREFIX + name: its for name, its in second.items()},
+        }
+        if self.model:
+            arrays |= {"model": np.array(self.model), "data": np.array(self.data)}
+        if self.webp:
+            arrays["webp"] = np.array(self.webp)
+        if self.joined:
+            arrays["joined"] = np.array(self.joined)
+        np.savez_compressed(out, **arrays)
+        return out.getvalue()
+
+    @classmethod
+    def load(cls, path: Path, name: str = DEFAULT) -> Calibrations:
+        """Read what :meth:`to_bytes` made, or the single calibration of an older file.
+
+        Args:
+            path: a regular file. It is read once, so that the version fits the content.
+            name: the name that requests give.
+
+        Raises:
+            CalibrationError: the file is not a calibration, or its arrays do not fit together.
+        """
+        try:
+            content = read_file(path, MAX_CALIBRATION_BYTES)
+            if not content.startswith(ZIP):  # NumPy would take it for a pickle
+                raise ValueError(f"expected an .npz file, got {len(content)} bytes of another kind")
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                # An array whose name is damaged would not be missed where it need not be there.
+                damaged = arrays.zip.testzip()
+                if damaged is not None:
+                    raise ValueError(f"{damaged} is damaged")
+                exact = Calibration.from_arrays(arrays)
+                if f"{RESIZED_PREFIX}scores" in arrays:
+                    resized: Calibration | None = Calibration.from_arrays(arrays, RESIZED_PREFIX)
+                else:
+                    resized = exact if exact.resize == "fit" else None
+                for calibration in filter(None, (exact, resized)):
+                    calibration.check_values()
+                return cls(
+                    exact,
+                    resized,
+                    name,
+                    version_of(content),
+                    str(arrays["model"]) if "model" in arrays else "",
+                    str(arrays["data"]) if "data" in arrays else "",
+                    joined=tuple(map(str, arrays["joined"])) if "joined" in arrays else (),
+                    webp=str(arrays["webp"]) if "webp" in arrays else "",
+                )
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RuntimeError,
+            OSError,
+            EOFError,
+            BadZipFile,
+            zlib.error,
+        ) as error:
+            raise CalibrationError(f"{path} is not a calibration: {error}") from error
+
+
+def version_of(content: bytes) -> str:
+    """The version of a calibration from its file's content."""
+    return hashlib.sha256(content).hexdigest()[:VERSION_DIGITS]
