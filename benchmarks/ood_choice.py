@@ -19,8 +19,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
 from export.verdict import detector
-from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, add_noise, blur, jpeg, posterize
+from export.verdict.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
 from serving.verdict.density import FARTHEST, NormalScores
 from serving.verdict.statistics import statistic_names

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ood_encoder import KINDS, Statistics, area, encoder_of, with_features
-from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE, corrupted
 from export.verdict.detector import fit_calibration
+from export.verdict.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import COORDINATES, PROBABILITIES
 from training.datasets import load_dataset

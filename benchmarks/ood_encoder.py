@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import corrupted
 from export.verdict.detector import fit_calibration
+from export.verdict.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import FEATURES, LOGITS, OF_NETWORK, semantic_statistics
 from training.data import ImageSet

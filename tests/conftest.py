@@ -63,7 +63,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_corrupted_images() -> Iterator[None]:
     """Corrupt 20 images in each way instead of 200: most of what a small calibration costs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.verdict.calibrate.CORRUPTED", 20)
+        patch.setattr("export.verdict.kinds.CORRUPTED", 20)
         yield
 
 

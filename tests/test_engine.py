@@ -464,7 +464,7 @@ def test_each_path_has_its_own_verdict(
 def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
     real_images: np.ndarray,
 ) -> None:
-    from export.verdict.calibrate import resize_and_back
+    from export.verdict.kinds import resize_and_back
 
     made = np.stack([resize_and_back(image) for image in real_images[:20]])
     assert made.dtype == np.uint8 and np.array_equal(made[7], resize_and_back(real_images[7]))

@@ -24,14 +24,10 @@ from export.feature_source import FeaturesError, FeatureSource
 from export.features import data_of, feature_graph
 from export.sketch import record_of
 from export.to_onnx import export_encoder
-from export.verdict.calibrate import (
-    Measured,
-    calibrate_bundle,
-    calibrate_into,
-    statistics_of,
-)
+from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.detector import fit_calibration, fit_mixture
 from export.verdict.feedback import give_feedback
+from export.verdict.measuring import Measured, statistics_of
 from export.verdict.ood_bench import COMBINED, NO_FEATURES, scores_of, write_report
 from serving.engine.bundle import (
     FEATURES_NAME,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from export.verdict.calibrate import Measured
 from export.verdict.detector import MAX_COMPONENTS, fit_calibration
+from export.verdict.measuring import Measured
 from export.verdict.ood_bench import write_report
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from export.verdict.calibrate import statistics_of
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.detector import fit_calibration
+from export.verdict.measuring import statistics_of
 from export.verdict.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine

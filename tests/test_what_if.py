@@ -23,11 +23,13 @@ from scipy import stats
 from ade_cli.advice import advice
 from ade_cli.image_sets import ImageSet
 from ade_cli.main import main, parse
-from export.verdict import calibrate
 from export.verdict import images as images_module
+from export.verdict import kinds
 from export.verdict import what_if as what_if_module
+from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.images import NamedFile, usable
+from export.verdict.measuring import statistics_of
 from export.verdict.what_if import ALPHAS, corruptions_of, rejected, what_if
 from export.verdict.what_if_report import what_if_lines, write_what_if
 from fitting.pipeline import ENOUGH
@@ -132,7 +134,7 @@ def test_a_calibration_says_what_it_catches(
     calibrations = engine.calibrations
     assert calibrations.exact is not None
     assert set(calibrations.exact.corrupted) == {*CORRUPTIONS, *SUBTLE}
-    calibrating = small_images[150 : 150 + calibrate.CORRUPTED]
+    calibrating = small_images[150 : 150 + kinds.CORRUPTED]
     images, _ = usable("calibrating", calibrating, engine.image_shape, print)
     for name, its in corruptions_of(images).items():
         (share,) = rejected(engine, calibrations, its, [0.1])
@@ -312,7 +314,7 @@ def test_a_set_without_any_finite_likelihood_is_an_error(
     engine = InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
     flat = np.full((3, 8, 8, 3), 9, np.uint8)
     with pytest.raises(CalibrationError, match="flat: none of 3 images could be used: image 0"):
-        calibrate.statistics_of(engine, flat, "flat")
+        statistics_of(engine, flat, "flat")
     np.save(tmp_path / "id.npy", small_images[:20].repeat(2, 1))
     words = ["ood-bench", str(tiny_bundle), "--id", str(tmp_path / "id.npy")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
@@ -324,7 +326,7 @@ def test_a_set_without_any_finite_likelihood_is_an_error(
     assert "left out constant: none of 20 images could be used" in capsys.readouterr().err
     assert "| constant" not in (tmp_path / "out" / "report.md").read_text()
     calibrating = (small_images[:60], small_images[60:120])
-    made = calibrate.calibrate_bundle(tiny_bundle, tmp_path / "new", *calibrating, "corners")
+    made = calibrate_bundle(tiny_bundle, tmp_path / "new", *calibrating, "corners")
     assert made.exact is not None
     assert set(made.exact.corrupted) == {*CORRUPTIONS, *SUBTLE} - {"constant"}
 

@@ -6,33 +6,19 @@ The result is a new bundle, or a further calibration in a bundle, under a name o
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
-from scipy import stats
 
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
-from export.verdict.corruptions import corrupted
-from export.verdict.detector import MIN_IMAGES, fit_calibration
-from export.verdict.images import (
-    MAX_THREADS,
-    Images,
-    Prepared,
-    Report,
-    none_usable,
-    prepared,
-    report_left_out,
-    thread_pool,
-    usable,
-)
-from serving.api.requests import InputImage, prepare_image
+from export.verdict.detector import MIN_IMAGES
+from export.verdict.images import Images, Report, none_usable, prepared, usable
+from export.verdict.kinds import Parts, exact_calibration, resized_calibration
+from export.verdict.network_checks import knows_classes, warn_if_seen
+from serving.api.requests import InputImage
 from serving.engine.bundle import (
     CALIBRATION_NAME,
     FEATURES_NAME,
@@ -41,33 +27,16 @@ from serving.engine.bundle import (
     verify_bundle,
     write_manifest,
 )
-from serving.engine.engine import MAX_BATCH, InferenceEngine
-from serving.engine.noise import image_digest, short_digest
+from serving.engine.engine import InferenceEngine
+from serving.engine.noise import image_digest
 from serving.files import LOCK, locked, new_folder
 from serving.images import coder_version
 from serving.messages import counted
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
-from serving.verdict.semantic import ENERGY, semantic_statistics, without_classes
-from serving.verdict.statistics import finite_rows
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
 
-CHUNK = MAX_THREADS * MAX_BATCH
 ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
-MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
-# Mean energy of images, in standard deviations of the bundle's own calibration, from which on their
-# kinds are unknown to the network. Of a part of its classes it is 0.1, of other photographs 1.5.
-UNKNOWN_ENERGY, TRIED = 1.0, 500
-CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
-LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
-FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
-
-
-class Measured(NamedTuple):
-    """The statistics of images by name, each ``(N, …)``, and which were resized, bool ``(N,)``."""
-
-    statistics: dict[str, np.ndarray]
-    resized: np.ndarray
 
 
 def calibrate_bundle(
@@ -86,7 +55,7 @@ def calibrate_bundle(
     There is one calibration for images of the model's size and one for resized images. Each uses
     the images of its own kind alone if they are at least half of all. Otherwise it uses all images:
     for the first, images of other sizes are resized as requests resize them; for the second, images
-    of the model's size go through :func:`resize_and_back`.
+    of the model's size go through :func:`export.verdict.kinds.resize_and_back`.
 
     Each image counts once: those with the pixels of an earlier one are left out, and reported.
 
@@ -231,9 +200,6 @@ def _given(folder: Path, name: str, discard: bool) -> int:
     return count
 
 
-Parts = tuple[list[InputImage], list[InputImage]]
-
-
 def _parts(
     bundle: Bundle,
     fit: Images,
@@ -312,13 +278,13 @@ def _calibrate(
     }
     bare = Bundle(bundle.folder, {**bundle.manifest, "files": files})
     engine = InferenceEngine(bare, device="cpu", operations=["score"])
-    has_classes = _knows_classes(own, engine, parts, report)
-    exact, about = _exact(engine, parts, has_classes, report)
-    _warn_if_seen(engine, exact, unseen, report)
+    has_classes = knows_classes(own, engine, parts, report)
+    exact, about = exact_calibration(engine, parts, has_classes, report)
+    warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (
         (exact, about)
         if all(image.resized for part in parts for image in part)
-        else _resized(engine, parts, has_classes, report)
+        else resized_calibration(engine, parts, has_classes, report)
     )
     for calibration in (exact, resized):
         calibration.check_values()
@@ -334,77 +300,6 @@ def _own_calibration(bundle: Bundle) -> Calibration | None:
         return Calibrations.load(bundle.folder / CALIBRATION_NAME).exact
     except CalibrationError:  # the bundle has none, or it is of an earlier version
         return None
-
-
-def _knows_classes(
-    own: Calibration | None, engine: InferenceEngine, parts: Parts, report: Report
-) -> bool:
-    """Whether the features' network is about as sure of the images as of those it was meant for.
-
-    Args:
-        own: a calibration with that network for images that it was meant for; without one, nothing
-            can be said against the network.
-        engine: of the bundle.
-        parts: the images.
-        report: called with what the user should know.
-    """
-    if own is None or own.known is None:
-        return True
-    if ENERGY not in own.names:  # it has no classes, or does not know those of its own images
-        return False
-    found = engine.features(np.stack([image.pixels for image in parts[0][:TRIED]]))
-    energy = own.known.coordinates(semantic_statistics(found))[ENERGY].mean()
-    if energy <= UNKNOWN_ENERGY:
-        return True
-    report(
-        "note: features.onnx does not know what these images show: on average it is "
-        f"{energy:.1f} standard deviations less sure of its classes than in the bundle's own "
-        "calibration. So its classes are left out, and its features alone are used. An encoder of "
-        "ade encoder, or your classifier, may see more"
-    )
-    return False
-
-
-def _warn_if_seen(
-    engine: InferenceEngine,
-    calibration: Calibration,
-    unseen: Images,
-    report: Report,
-) -> None:
-    """Warn if the features' network was probably trained on the calibration images.
-
-    A network is surer of images that it was trained on. If it knows the calibration images, too few
-    of them lie in the tail, where decisions are made, compared with unseen images.
-    """
-    if calibration.known is None:
-        return
-    report(
-        "note: features.onnx, the network that sees what images show, must not have been trained "
-        "on any of these images; otherwise more than a share of alpha will be rejected"
-    )
-    resize = calibration.resize == "fit"
-    others = [
-        image.pixels
-        for _, image in prepared(islice(unseen, MAX_UNSEEN), engine.image_shape, resize)
-        if isinstance(image, InputImage)
-    ]
-    count = len(calibration.scores)
-    tail = math.floor(TAIL * (count + 1))
-    if len(others) < MIN_IMAGES or not tail:
-        return
-    found = semantic_statistics(engine.features(np.stack(others)))
-    values = calibration.known.coordinates(found)
-    for name in values.keys() & set(calibration.names):
-        reference = calibration.reference[:, calibration.names.index(name)]
-        beyond = int((values[name] > reference[-tail]).sum())
-        p_value = stats.betabinom.sf(beyond - 1, len(others), tail, count + 1 - tail)
-        if p_value < SEEN_P_VALUE:
-            report(
-                f"WARNING: the network has probably seen the calibration images: in {name}, "
-                f"{100 * beyond / len(others):.1f} % of {len(others)} other images are more "
-                f"unusual than {100 * (1 - tail / (count + 1)):.0f} % of them. More images than "
-                "alpha allows will be rejected. Calibrate on images that the network has not seen"
-            )
 
 
 def _digests(images: Images, image_shape: tuple[int, int, int]) -> set[bytes]:
@@ -434,164 +329,3 @@ def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) 
     if images and not kept:
         raise CalibrationError(f"{name}: all of {len(images)} images are copies of others")
     return kept
-
-
-def _of_kind(parts: Parts, resized: bool) -> Parts | None:
-    """The images of one kind, resized or not, if they are enough and at least half of all."""
-    fit, calibrate = ([image for image in part if image.resized == resized] for part in parts)
-    many = (
-        2 * (len(fit) + len(calibrate)) >= sum(map(len, parts))
-        and min(len(fit), len(calibrate)) >= MIN_IMAGES
-    )
-    return (fit, calibrate) if many else None
-
-
-def _exact(
-    engine: InferenceEngine, parts: Parts, has_classes: bool, report: Report
-) -> tuple[Calibration, dict[str, Any]]:
-    chosen = _of_kind(parts, resized=False)
-    pixels = [[image.pixels for image in part] for part in chosen or parts]
-    return _calibrated(engine, pixels, "" if chosen else "fit", "", has_classes, report)
-
-
-def _resized(
-    engine: InferenceEngine, parts: Parts, has_classes: bool, report: Report
-) -> tuple[Calibration, dict[str, Any]]:
-    chosen = _of_kind(parts, resized=True) or parts
-    pixels = [
-        [image.pixels if image.resized else resize_and_back(image.pixels) for image in part]
-        for part in chosen
-    ]
-    simulated = sum(not image.resized for part in chosen for image in part)
-    if simulated:
-        report(
-            f"resized images: {simulated} of them have the model's size and are enlarged first, "
-            "because too few are larger. More than a share of alpha of resized requests may be "
-            "rejected."
-        )
-    calibration, about = _calibrated(engine, pixels, "fit", "resized ", has_classes, report)
-    return calibration, {**about, "resized_and_back": simulated}
-
-
-def _calibrated(
-    engine: InferenceEngine,
-    pixels: Sequence[Sequence[np.ndarray]],
-    resize: str,
-    kind: str,
-    has_classes: bool,
-    report: Report,
-) -> tuple[Calibration, dict[str, Any]]:
-    """A calibration, and its entry in the manifest; ``kind`` is ``"resized "`` or empty."""
-    fitting, calibrating = (
-        statistics_of(engine, images, f"{part} of {kind}images" if kind else part, report=report)
-        for part, images in zip(("fitting", "calibration"), pixels, strict=True)
-    )
-    known = fitting if has_classes else without_classes(fitting)
-    calibration = fit_calibration(known, calibrating, resize=resize or None)
-    report(f"corrupting {len(pixels[1][:CORRUPTED])} {kind}images")
-    caught = {}
-    for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items():
-        try:
-            found = statistics_of(engine, changed, way)
-        except CalibrationError as error:  # none has a finite likelihood
-            report(f"left out {error}")
-        else:
-            caught[way] = np.sort(calibration.scores_of(found))
-    fitted_digests, digests = (
-        np.array([short_digest(image) for image in images], np.uint64) for images in pixels
-    )
-    calibration = dataclasses.replace(
-        calibration, corrupted=caught, digests=digests, fitted_digests=fitted_digests
-    )
-    return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
-
-
-def resize_and_back(pixels: np.ndarray) -> np.ndarray:
-    """Simulate an image that a request resized to the model's size from a larger picture.
-
-    The image is enlarged 1.25 to 8 times and resized as a request does it. The factor and the
-    filter depend on the pixels alone.
-
-    Args:
-        pixels: uint8 ``(H, W, C)``.
-    """
-    rng = np.random.default_rng(int.from_bytes(image_digest(pixels)))
-    scale, kind = 2 ** rng.uniform(*LOG2_ENLARGED), FILTERS[rng.integers(len(FILTERS))]
-    size = (round(scale * pixels.shape[1]), round(scale * pixels.shape[0]))
-    planes = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, kind))
-        for plane in pixels.transpose(2, 0, 1)
-    ]
-    image = prepare_image(np.stack(planes, axis=2), pixels.shape, True)
-    assert isinstance(image, InputImage)
-    return image.pixels
-
-
-def statistics_of(
-    engine: InferenceEngine,
-    images: Images,
-    name: str,
-    report: Report = lambda line: None,
-) -> dict[str, np.ndarray]:
-    """The statistics of images of the model's size, by name; see :func:`measured`."""
-    return measured(engine, prepared(images, engine.image_shape, False), name, report).statistics
-
-
-def measured(
-    engine: InferenceEngine, images: Iterable[Prepared], name: str, report: Report
-) -> Measured:
-    """Compute the statistics of many images, a chunk at a time.
-
-    Images that a request could not use are left out. Each core computes batches of its own: a graph
-    runs in a single thread, and no image depends on the others.
-
-    Args:
-        engine: with ``score``.
-        images: see :func:`export.verdict.images.prepared`.
-        name: of the images, for progress and errors.
-        report: called with each line of progress.
-
-    Raises:
-        CalibrationError: no image could be used.
-    """
-    chunks: list[dict[str, np.ndarray]] = []
-    resized: list[bool] = []
-    errors: list[tuple[str, str]] = []
-    waiting: list[tuple[str, InputImage]] = []
-    done = 0
-
-    def flush() -> None:
-        nonlocal done
-        if waiting:
-            pixels = np.stack([image.pixels for _, image in waiting])
-            batches = [pixels[i : i + MAX_BATCH] for i in range(0, len(pixels), MAX_BATCH)]
-            found = _joined(list(threads.map(engine.statistics, batches)))
-            finite = finite_rows(found)
-            errors.extend(
-                (waiting[row][0], "its likelihood is not a finite number")
-                for row in np.flatnonzero(~finite)
-            )
-            if finite.any():
-                chunks.append({key: values[finite] for key, values in found.items()})
-                resized.extend(waiting[row][1].resized for row in np.flatnonzero(finite))
-            done += len(waiting)
-            waiting.clear()
-            report(f"{name}: scored {done} images")
-
-    with thread_pool() as threads:
-        for its, image in images:
-            if isinstance(image, InputImage):
-                waiting.append((its, image))
-            else:
-                errors.append((its, image.message))
-            if len(waiting) == CHUNK:
-                flush()
-        flush()
-    report_left_out(name, errors, report)
-    if not chunks:
-        raise none_usable(name, errors)
-    return Measured(_joined(chunks), np.array(resized))
-
-
-def _joined(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from export.verdict.calibrate import Measured, measured
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.images import Images, Prepared, Report, digests_of, others, prepared
+from export.verdict.measuring import Measured, measured
 from serving.api.requests import InputImage
 from serving.brand import verdict_card
 from serving.engine.engine import InferenceEngine
