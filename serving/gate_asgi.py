@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from serving.api.errors import ApiError, malformed, unusable
+from serving.api.forms import multipart_names
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, replay
 from serving.api.requests import MAX_BODY_BYTES, MAX_IMAGES, MULTIPART, pixels_to_resize
 from serving.gate import Decision, Gate
@@ -258,8 +258,7 @@ async def _images(
     if _IMAGE_TYPE.fullmatch(kind):
         return [body]
     if kind == MULTIPART:
-        if not _is_whole(types[0], body):
-            raise malformed("the form does not end with its boundary")
+        multipart_names(types[0], body)
         try:
             async with request.form(max_files=MAX_IMAGES) as form:
                 fields = form.multi_items()
@@ -286,14 +285,6 @@ async def _images(
         "no_image",
         "send an image as the body (Content-Type: image/...) or as a file of a form",
     )
-
-
-def _is_whole(content_type: str, body: bytes) -> bool:
-    """Whether a form ends where its boundary says, so that every parser finds the same parts."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
-    end = b"--" + boundary + b"--"
-    _, found, after = (b"\r\n" + body).partition(b"\r\n" + end)
-    return bool(boundary and found) and not after.strip()
 
 
 def _without_body(receive: Receive) -> Receive:

@@ -295,7 +295,6 @@ HARMLESS = {
     "tiff-deflate",
     "tiff-lzw",
     "tiff-pages",
-    "png-ztxt",
     "png-frames",
     "png-frame-count",
     "png-16-bit-alpha",

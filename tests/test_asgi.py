@@ -42,7 +42,6 @@ from handlers.asgi.metrics import Metrics
 from handlers.asgi.pool import Pool, WorkerError
 from handlers.asgi.worker import WorkerSettings
 from handlers.front.admission import Limits, Memory
-from handlers.front.forms import MAX_FIELDS
 from handlers.front.front import Front, Request
 from handlers.front.releases import Release, Releases
 from handlers.launch import engines
@@ -52,6 +51,7 @@ from handlers.launch.run_folder import run_folder
 from handlers.limits import MAX_REQUEST_BYTES
 from handlers.torchserve.status import read_status
 from serving.api.errors import ApiError
+from serving.api.forms import MAX_FIELDS
 from serving.api.journal import last_errors
 from serving.api.responses import Response
 from serving.engine.bundle import open_bundle

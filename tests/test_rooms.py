@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "serving.gate_asgi": {
         "serving.gate",
         "serving.api.errors",
+        "serving.api.forms",
         "serving.api.guard",
         "serving.api.requests",
         "serving.verdict.store",

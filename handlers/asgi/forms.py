@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from handlers.front.forms import not_a_form
 from serving.api.errors import malformed
+from serving.api.forms import not_a_form
 from serving.api.requests import MULTIPART, URLENCODED, RawRequest, is_type
 
 _BAD_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")

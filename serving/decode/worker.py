@@ -23,9 +23,15 @@ import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from serving.decode.structure import ImageError, Structure, check_exif, read_structure
+from serving.decode.structure import (
+    MAX_METADATA_BYTES,
+    ImageError,
+    Structure,
+    check_exif,
+    read_structure,
+)
 from serving.messages import words_of
 
 READY = b"\1"
@@ -255,6 +261,8 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
         with open("/proc/self/statm") as sizes:
             used = int(sizes.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
+    # Unpacked texts of a PNG. Pillow's own limit is 64 MiB, and a request may have many files.
+    PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_BYTES
     connection.settimeout(idle_seconds)
     try:
         connection.sendall(READY)

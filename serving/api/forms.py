@@ -1,0 +1,110 @@
+"""Checks forms before anything else reads them.
+
+What then parses them may take far longer than they took to send, or find other parts in them.
+"""
+
+from __future__ import annotations
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from serving.api.errors import ApiError, malformed
+from serving.api.requests import MAX_IMAGES
+
+MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
+MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header
+MAX_SEMICOLONS = 32  # of a part's header, which takes long to parse with many
+
+
+def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
+    """The names of a form's parts, in order.
+
+    The form is whole: it ends with its boundary, and each part has a name and a single file or
+    value, so that every parser finds the same parts.
+
+    Args:
+        content_type: of the body, ``multipart/form-data`` with a boundary.
+        body: the complete body.
+
+    Raises:
+        ApiError: 400, it is not such a form; 413, it has too many fields.
+    """
+    names: list[bytes] = []
+    num_parts = 0
+    is_named = is_complete = False
+    header, value = bytearray(), bytearray()
+
+    def begin_part() -> None:
+        nonlocal num_parts, is_named
+        num_parts += 1
+        is_named = False
+        if num_parts > MAX_FIELDS:
+            raise too_many_fields()
+
+    def end_header() -> None:
+        nonlocal is_named
+        if max(len(header), len(value)) > MAX_NAME_BYTES:
+            raise too_long_name()
+        kind = header.lower()
+        if kind == b"content-disposition":
+            if value.count(b";") > MAX_SEMICOLONS:
+                raise malformed(f"a header of a field may have at most {MAX_SEMICOLONS} semicolons")
+            name = parse_options_header(bytes(value))[1].get(b"name")
+            is_named = name is not None
+            names.append(name or b"")
+        elif kind == b"content-type" and value.lower().startswith(b"multipart/"):
+            raise malformed(
+                "a field of the form holds several files: name further images image1, image2, …"
+            )
+        header.clear()
+        value.clear()
+
+    def end_part() -> None:
+        if not is_named:
+            raise not_a_form()
+
+    def end() -> None:
+        nonlocal is_complete
+        is_complete = True
+
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise not_a_form()
+    try:
+        parser = MultipartParser(
+            boundary,
+            callbacks={
+                "on_part_begin": begin_part,
+                "on_header_field": lambda data, start, end: header.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: value.extend(data[start:end]),
+                "on_header_end": end_header,
+                "on_part_end": end_part,
+                "on_end": end,
+            },
+        )
+        parser.write(body)  # type: ignore[arg-type]  # no copy: it takes any buffer
+        parser.finalize()
+    except (FormParserError, ValueError):
+        raise not_a_form() from None
+    last = body.find(b"\r\n--" + boundary + b"--")
+    after = body[last + len(boundary) + 6 :] if last >= 0 else b""
+    if not is_complete or after.strip():  # parts after the end would be ignored
+        raise not_a_form()
+    return names
+
+
+def not_a_form() -> ApiError:
+    """400: the form cannot be parsed."""
+    return malformed("the form cannot be parsed")
+
+
+def too_long_name() -> ApiError:
+    """400: a name is too long."""
+    return malformed(
+        f"a field's name, with its file's name, may have at most {MAX_NAME_BYTES} bytes"
+    )
+
+
+def too_many_fields() -> ApiError:
+    """413: there are too many fields."""
+    return ApiError(413, "too_many_images", f"a form may have at most {MAX_FIELDS} fields")
