@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from training.comparison.judging import _comparable, _deciding
 from training.comparison.paper import Claim, Finding, claims
-from training.comparison.report import _comparable, _deciding
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe, recipe_names
 

@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from ade_model.checkpoint import load_model
 from serving.brand import verdict_card
 from serving.files import write_text
-from serving.images import tile
 from serving.reports import from_markdown, markdown_table, render
 from training.comparison.compare import SMOOTHING, keep_rows
+from training.comparison.judging import judge_claims
 from training.comparison.paper import (
-    BPD_ERROR,
     CITED,
     PAPER,
     SEED_SPREAD_BPD,
     SEED_SPREAD_DISTANCE,
     Finding,
-    claims,
 )
-from training.evaluate import sample_images
+from training.comparison.pictures import GRID, curve_pictures, sample_pictures
+from training.comparison.rows import (
+    SPACES,
+    figures_of,
+    for_inference,
+    images_seen,
+    learned,
+    number_text,
+    row_label,
+    used_spaces,
+)
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe_names
-from training.runs import RunError, latest_checkpoint
+from training.runs import RunError
 from training.weights import count_weights
 
-GRID = 8  # samples per side
 COLUMNS = 3  # of grids of samples
-SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as equal
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
 PLURALS = {Finding.HOLDS: "hold", Finding.FAILS: "do not hold here"}
-SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
-CAPTIONS = {
-    "bpd": "L_C, bits per dimension",
-    "quality_loss": "L_Q, nats",
-    "d_loss": "discriminator, nats",
-}
 
 
 def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.device) -> Path:
@@ -109,7 +104,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         "## Samples",
         "",
     ]
-    _sample_pictures(first, pictures, device)
+    sample_pictures(first, pictures, device)
     lines += [
         f"{GRID**2} mean samples of each system, as the discriminator sees them. Systems whose "
         "latents have the same shape use the same noise.",
@@ -124,7 +119,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         "rescue: training diverged, and resumed with the averaged weights.",
         "",
     ]
-    for file, caption in _curve_pictures(rows, pictures):
+    for file, caption in curve_pictures(rows, pictures):
         lines += [f"![{caption}](pictures/{file})", ""]
     keep_rows(rows, out)
     path = out / "report.md"
@@ -137,7 +132,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     """The head of the page: how many of the paper's claims these runs confirm."""
-    found = Counter(finding for finding, _ in _judged(rows))
+    found = Counter(finding for finding, _ in judge_claims(rows))
     total = sum(found.values())
     if not total:
         return verdict_card(
@@ -157,49 +152,14 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _figures(row: dict[str, Any]) -> dict[str, float | None]:
-    measured = row["measured"] or {}
-    mean = measured.get("distances", {}).get("mean", {})
-    return {
-        "bpd": measured.get("elbo", {}).get("bpd"),
-        **{space: mean.get(space, {}).get("frechet") for space in (RESNET20, EFFICIENTNET)},
-        INCEPTION: measured.get("inception", {}).get("fid", {}).get("50000", {}).get("fid"),
-    }
-
-
-def _deciding(row: dict[str, Any]) -> dict[str, float | None]:
-    """The figures that decide claims: reliable ones, and the standard error of the bits."""
-    measured = row["measured"] or {}
-    found = dict(measured.get("distances", {}).get("mean", {}))
-    found[INCEPTION] = measured.get("inception", {}).get("fid", {}).get("50000", {})
-    unreliable = dict.fromkeys(s for s, value in found.items() if "rank_deficient" in value)
-    error = measured.get("elbo", {}).get("standard_error")
-    return {**_figures(row), **unreliable, BPD_ERROR: error}
-
-
-def _used_spaces(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return [space for space in SPACES if any(_figures(row)[space] is not None for row in rows)]
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
-
-
 def _mark(row: dict[str, Any], space: str) -> str:
     """A remark on a figure in features that the model was trained against."""
     distances = (row["measured"] or {}).get("distances", {}).get("mean", {})
     return " (not independent)" if distances.get(space, {}).get("independent") else ""
 
 
-def _label(row: dict[str, Any]) -> str:
-    recipe: str = row["config"].recipe
-    return f"{recipe} (seed {row['seed']})" if row["seed"] else recipe
-
-
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    spaces = _used_spaces(rows)
+    spaces = used_spaces(rows)
     header = [
         "system",
         "images",
@@ -225,12 +185,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 config.coverage,
             )
         ]
-        about = [_label(row), f"{_learned(row) / 1000:,.0f}k", *marks]
+        about = [row_label(row), f"{learned(row) / 1000:,.0f}k", *marks]
         bracket = "[{}]" if config.inference_share else "{}"
         cited = [
-            ("[{}]" if paper.bracketed else "{}").format(_number(paper.bpd, 1)),
-            _number(paper.inception_score, 1),
-            _number(paper.fid, 1),
+            ("[{}]" if paper.bracketed else "{}").format(number_text(paper.bpd, 1)),
+            number_text(paper.inception_score, 1),
+            number_text(paper.fid, 1),
         ]
         if measured is None:
             why = _short(row["failure"]["why"]) if row["failure"] else "not finished"
@@ -243,16 +203,18 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 ]
             )
             continue
-        figures = _figures(row)
+        figures = figures_of(row)
         elbo = measured.get("elbo")
         bpd = (
-            bracket.format(f"{_number(elbo['bpd'], 3)} ± {_number(elbo['standard_error'], 3)}")
+            bracket.format(
+                f"{number_text(elbo['bpd'], 3)} ± {number_text(elbo['standard_error'], 3)}"
+            )
             if elbo
             else "–"
         )
         iwae = next(
             (
-                bracket.format(_number(v["bpd"], 3))
+                bracket.format(number_text(v["bpd"], 3))
                 for k, v in measured.items()
                 if k.startswith("iwae-")
             ),
@@ -270,8 +232,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 *about,
                 bpd,
                 iwae,
-                *(_number(figures[s], 1) + _mark(row, s) for s in spaces),
-                _number(score),
+                *(number_text(figures[s], 1) + _mark(row, s) for s in spaces),
+                number_text(score),
                 *cited,
             ]
         )
@@ -287,7 +249,7 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     columns: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for column, how in _how(row["measured"] or {}).items():
-            columns.setdefault(column, {}).setdefault(how, []).append(_label(row))
+            columns.setdefault(column, {}).setdefault(how, []).append(row_label(row))
     lines = []
     for column, hows in columns.items():
         parts = [
@@ -346,33 +308,8 @@ def _unreliable(distance: dict[str, Any]) -> str:
     return "; unreliable, of fewer images than features" if "rank_deficient" in distance else ""
 
 
-def _judged(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
-    """What these runs say about each claim that they can test, and the claim with its figures."""
-    found = []
-    for claim in claims(tuple(_used_spaces(rows))):
-        chosen = _comparable([_measured_runs(rows, name) for name in claim.systems])
-        if chosen is None:
-            continue
-        budget = _shared_budget(chosen)
-        if budget is None:
-            *first, last = (f"{_learned(row):,}" for row in chosen)
-            counts = f"{', '.join(first)} and {last}"
-            found.append((Finding.UNDECIDED, f"{claim.text} (after {counts} images)"))
-            continue
-        figures = [_deciding(row) for row in chosen]
-        shown = [
-            f"{SPACES.get(name, 'BPD')} {' against '.join(_number(f[name]) for f in figures)}"
-            for name in claim.figures
-            if all(f[name] is not None for f in figures)
-        ]
-        if shown:
-            text = f"{claim.text} (after {budget}: {'; '.join(shown)})"
-            found.append((claim.judge(figures), text))
-    return found
-
-
 def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
-    judged = _judged(rows)
+    judged = judge_claims(rows)
     if not judged:
         return ["Too few systems were measured."]
     return [
@@ -384,61 +321,6 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         "errors. Otherwise, where the feature spaces disagree, and after different budgets, a "
         "claim is undecided. Unreliable distances decide nothing.",
     ]
-
-
-def _measured_runs(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["measured"] and row["config"].recipe == system]
-
-
-def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] | None:
-    """Choose one run of each system: among runs with equal budgets, those that learned most.
-
-    Of several it is runs with the same seed, which were trained together, and of those the first;
-    ``None`` if there are no runs of all systems that one version of the program trained on the same
-    data and at the same size, and that were measured alike.
-    """
-    candidates = [rows for rows in itertools.product(*runs) if _are_alike(rows)]
-    candidates = [rows for rows in candidates if _shared_budget(rows)] or candidates
-    most = max((min(map(_learned, rows)) for rows in candidates), default=0)
-
-    def preference(rows: tuple[dict[str, Any], ...]) -> tuple[bool, bool]:
-        is_longest = math.isclose(min(map(_learned, rows)), most, rel_tol=SAME_BUDGET)
-        return is_longest, len({row["seed"] for row in rows}) == 1
-
-    return max(candidates, key=preference, default=None)
-
-
-def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether data, sizes, the settings that a version's recipes share, and measurements agree."""
-
-    def shared(row: dict[str, Any]) -> tuple[object, ...]:
-        config, measured = row["config"], row["measured"]
-        return (
-            row["data"],
-            config.size,
-            config.model.image_size,
-            config.cooldown,
-            config.ema_decay,
-            measured["split"],
-            measured["images"],
-            measured["how"]["samples"],
-            measured["how"]["efficientnet_samples"],
-        )
-
-    return len({shared(row) for row in rows}) == 1
-
-
-def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
-    """The budget that runs share: a number of images or a time; ``None`` if neither."""
-    first = rows[0]
-    if all(math.isclose(_learned(first), _learned(row), rel_tol=SAME_BUDGET) for row in rows):
-        return f"{_learned(first):,} images"
-    minutes = first["budget"]["minutes"]
-    timed = minutes is not None and all(
-        row["budget"]["minutes"] == minutes and row["state"]["seconds"] >= 60 * minutes
-        for row in rows
-    )
-    return f"{minutes:g} minutes" if timed else None
 
 
 def _cited() -> list[str]:
@@ -463,7 +345,7 @@ def _cited() -> list[str]:
 
 
 def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
-    spaces = [s for s in _used_spaces(rows) if s != INCEPTION]
+    spaces = [s for s in used_spaces(rows) if s != INCEPTION]
     header = ["system", "PSNR, dB", "GAN-train"]
     for space in spaces:
         short = SPACES[space].removeprefix("Fréchet ")
@@ -482,19 +364,19 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         psnr = measured.get("psnr", {})
         cells = [
-            _label(row),
+            row_label(row),
             "exact"
             if psnr and psnr["exact"] == psnr["images"]
-            else _number(psnr.get("mean_db"), 1),
+            else number_text(psnr.get("mean_db"), 1),
             _percent(measured.get("gan_train", {}).get("accuracy")),
         ]
         for space in spaces:
             found = measured.get("distances", {}).get("mean", {}).get(space, {})
             kernel = found.get("kernel", {}).get("mean")
             cells += [
-                _number(None if kernel is None else 1e3 * kernel) + _mark(row, space),
+                number_text(None if kernel is None else 1e3 * kernel) + _mark(row, space),
                 *(
-                    _number(found.get(group, {}).get(name)) + _mark(row, space)
+                    number_text(found.get(group, {}).get(name)) + _mark(row, space)
                     for group, name in (
                         ("neighbours", "precision"),
                         ("neighbours", "recall"),
@@ -504,7 +386,7 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
                 ),
             ]
         cells.append(
-            _number(
+            number_text(
                 measured.get("distances", {}).get("density", {}).get(RESNET20, {}).get("frechet"), 1
             )
         )
@@ -530,31 +412,15 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _images(row: dict[str, Any]) -> int:
-    return int((row["state"] or {}).get("images", 0))
-
-
-def _learned(row: dict[str, Any]) -> int:
-    """Number of images that the system was trained on, without those for the inference network."""
-    return _images(row) - _for_inference(row)
-
-
-def _for_inference(row: dict[str, Any]) -> int:
-    """Number of images that the inference network of a frozen generator was trained on."""
-    state = row["state"] or {}
-    since = state.get("inferring_since")
-    return 0 if since is None else int((state["step"] - since) * row["config"].batch_size)
-
-
 def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
     body = []
     for row in rows:
         state, counts = row["state"] or {}, count_weights(row["config"])
-        images, seconds, inference = _images(row), state.get("seconds", 0.0), _for_inference(row)
+        images, seconds, inference = images_seen(row), state.get("seconds", 0.0), for_inference(row)
         extra = f", of them {inference:,} for the inference network" if inference else ""
         body.append(
             [
-                _label(row),
+                row_label(row),
                 str(row["seed"]),
                 f"{images:,}{extra}",
                 f"{state.get('step', 0):,}",
@@ -587,15 +453,6 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*markdown_table(header, body), "", note]
 
 
-def _sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device) -> None:
-    for row in rows:
-        if row["run"] is not None and row["state"] is not None and row["measured"] is not None:
-            model = load_model(latest_checkpoint(row["run"])).to(device)
-            grid = tile(sample_images(model, GRID**2, device, with_noise=False), GRID)
-            # Lossy WebP has a tenth of a PNG's size, for repositories that hold reports.
-            Image.fromarray(grid).save(pictures / f"{row['config'].recipe}.webp", quality=90)
-
-
 def _gallery(rows: Sequence[dict[str, Any]]) -> list[str]:
     shown = [row["config"].recipe for row in rows if row["measured"] is not None]
     lines = []
@@ -604,39 +461,3 @@ def _gallery(rows: Sequence[dict[str, Any]]) -> list[str]:
         table = markdown_table(names, [[f"![samples of {n}](pictures/{n}.webp)" for n in names]])
         lines += [*table, ""]
     return lines
-
-
-def _curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple[str, str]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    written = []
-    for name, caption in CAPTIONS.items():
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        axes = figure.subplots()
-        for i, row in enumerate(rows):
-            images, values = row["curves"][name]
-            if values:
-                axes.plot(
-                    images,
-                    values,
-                    label=_label(row),
-                    linewidth=1.1,
-                    color=f"C{i % 10}",
-                    linestyle=("-", "--", ":")[i // 10 % 3],
-                )
-        if not axes.lines:
-            continue
-        if name == "bpd":
-            low, high = np.percentile(
-                np.concatenate([line.get_ydata() for line in axes.lines]), [0, 97]
-            )
-            # Values at the start or before a rescue would flatten the rest.
-            axes.set_ylim(low - 0.05 * (high - low), high)
-        axes.set_xlabel("images seen")
-        axes.set_ylabel(caption)
-        axes.grid(alpha=0.25)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
-        FigureCanvasAgg(figure).print_figure(pictures / f"curve-{name}.png", dpi=110)
-        written.append((f"curve-{name}.png", caption))
-    return written

@@ -1,0 +1,110 @@
+"""Judges the paper's claims by the rows of a comparison."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from training.comparison.paper import BPD_ERROR, Finding, claims
+from training.comparison.rows import (
+    SPACES,
+    figures_of,
+    learned,
+    number_text,
+    used_spaces,
+)
+from training.measure import INCEPTION
+
+SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as equal
+
+
+def judge_claims(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
+    """What these runs say about each claim that they can test, and the claim with its figures."""
+    found = []
+    for claim in claims(tuple(used_spaces(rows))):
+        chosen = _comparable([_measured_runs(rows, name) for name in claim.systems])
+        if chosen is None:
+            continue
+        budget = _shared_budget(chosen)
+        if budget is None:
+            *first, last = (f"{learned(row):,}" for row in chosen)
+            counts = f"{', '.join(first)} and {last}"
+            found.append((Finding.UNDECIDED, f"{claim.text} (after {counts} images)"))
+            continue
+        figures = [_deciding(row) for row in chosen]
+        shown = [
+            f"{SPACES.get(name, 'BPD')} {' against '.join(number_text(f[name]) for f in figures)}"
+            for name in claim.figures
+            if all(f[name] is not None for f in figures)
+        ]
+        if shown:
+            text = f"{claim.text} (after {budget}: {'; '.join(shown)})"
+            found.append((claim.judge(figures), text))
+    return found
+
+
+def _deciding(row: dict[str, Any]) -> dict[str, float | None]:
+    """The figures that decide claims: reliable ones, and the standard error of the bits."""
+    measured = row["measured"] or {}
+    found = dict(measured.get("distances", {}).get("mean", {}))
+    found[INCEPTION] = measured.get("inception", {}).get("fid", {}).get("50000", {})
+    unreliable = dict.fromkeys(s for s, value in found.items() if "rank_deficient" in value)
+    error = measured.get("elbo", {}).get("standard_error")
+    return {**figures_of(row), **unreliable, BPD_ERROR: error}
+
+
+def _measured_runs(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["measured"] and row["config"].recipe == system]
+
+
+def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] | None:
+    """Choose one run of each system: among runs with equal budgets, those that learned most.
+
+    Of several it is runs with the same seed, which were trained together, and of those the first;
+    ``None`` if there are no runs of all systems that one version of the program trained on the same
+    data and at the same size, and that were measured alike.
+    """
+    candidates = [rows for rows in itertools.product(*runs) if _are_alike(rows)]
+    candidates = [rows for rows in candidates if _shared_budget(rows)] or candidates
+    most = max((min(map(learned, rows)) for rows in candidates), default=0)
+
+    def preference(rows: tuple[dict[str, Any], ...]) -> tuple[bool, bool]:
+        is_longest = math.isclose(min(map(learned, rows)), most, rel_tol=SAME_BUDGET)
+        return is_longest, len({row["seed"] for row in rows}) == 1
+
+    return max(candidates, key=preference, default=None)
+
+
+def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether data, sizes, the settings that a version's recipes share, and measurements agree."""
+
+    def shared(row: dict[str, Any]) -> tuple[object, ...]:
+        config, measured = row["config"], row["measured"]
+        return (
+            row["data"],
+            config.size,
+            config.model.image_size,
+            config.cooldown,
+            config.ema_decay,
+            measured["split"],
+            measured["images"],
+            measured["how"]["samples"],
+            measured["how"]["efficientnet_samples"],
+        )
+
+    return len({shared(row) for row in rows}) == 1
+
+
+def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
+    """The budget that runs share: a number of images or a time; ``None`` if neither."""
+    first = rows[0]
+    if all(math.isclose(learned(first), learned(row), rel_tol=SAME_BUDGET) for row in rows):
+        return f"{learned(first):,} images"
+    minutes = first["budget"]["minutes"]
+    timed = minutes is not None and all(
+        row["budget"]["minutes"] == minutes and row["state"]["seconds"] >= 60 * minutes
+        for row in rows
+    )
+    return f"{minutes:g} minutes" if timed else None

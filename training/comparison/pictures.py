@@ -1,0 +1,71 @@
+"""The pictures of a comparison's report: samples and training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ade_model.checkpoint import load_model
+from serving.images import tile
+from training.comparison.rows import row_label
+from training.evaluate import sample_images
+from training.runs import latest_checkpoint
+
+GRID = 8  # samples per side
+CAPTIONS = {
+    "bpd": "L_C, bits per dimension",
+    "quality_loss": "L_Q, nats",
+    "d_loss": "discriminator, nats",
+}
+
+
+def sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device) -> None:
+    """Write ``RECIPE.webp``, a grid of mean samples, for each measured system."""
+    for row in rows:
+        if row["run"] is not None and row["state"] is not None and row["measured"] is not None:
+            model = load_model(latest_checkpoint(row["run"])).to(device)
+            grid = tile(sample_images(model, GRID**2, device, with_noise=False), GRID)
+            # Lossy WebP has a tenth of a PNG's size, for repositories that hold reports.
+            Image.fromarray(grid).save(pictures / f"{row['config'].recipe}.webp", quality=90)
+
+
+def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple[str, str]]:
+    """Write a picture of each loss over the images seen; returns file names and captions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    written = []
+    for name, caption in CAPTIONS.items():
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        axes = figure.subplots()
+        for i, row in enumerate(rows):
+            images, values = row["curves"][name]
+            if values:
+                axes.plot(
+                    images,
+                    values,
+                    label=row_label(row),
+                    linewidth=1.1,
+                    color=f"C{i % 10}",
+                    linestyle=("-", "--", ":")[i // 10 % 3],
+                )
+        if not axes.lines:
+            continue
+        if name == "bpd":
+            low, high = np.percentile(
+                np.concatenate([line.get_ydata() for line in axes.lines]), [0, 97]
+            )
+            # Values at the start or before a rescue would flatten the rest.
+            axes.set_ylim(low - 0.05 * (high - low), high)
+        axes.set_xlabel("images seen")
+        axes.set_ylabel(caption)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
+        FigureCanvasAgg(figure).print_figure(pictures / f"curve-{name}.png", dpi=110)
+        written.append((f"curve-{name}.png", caption))
+    return written
