@@ -18,10 +18,10 @@ from training.comparison.compare import Job, compare, read_rows, recorded_data
 from training.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
-from training.loop import RunOptions
 from training.measure import Measurer, check_networks, check_options
 from training.metrics.features import FeatureError
 from training.recipes import SIZES, recipe, recipe_names
+from training.run_options import RunOptions
 from training.runs import RunError
 
 ERRORS = (RunError, DataError, ConfigError, FeatureError)

@@ -16,9 +16,11 @@ from training.data import CHANNELS, DataError
 from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
 from training.discriminator import DiscriminatorConfig
-from training.loop import RunOptions, budget_of, check_folder, check_start, check_weights, train
+from training.loop import train
 from training.metrics.features import FeatureError
 from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
+from training.run_options import RunOptions
+from training.run_start import budget_of, check_folder, check_start, check_weights
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
 from training.step import TrainingDiverged
 

@@ -51,8 +51,9 @@ from training.datasets.folder import load_files
 from training.encoder import TrainedEncoder, make_encoder
 from training.evaluate import evaluate
 from training.labels import class_folders, class_labels, listed
-from training.loop import RunOptions, train
+from training.loop import train
 from training.recipes import GUIDE_WEIGHT, recipe
+from training.run_options import RunOptions
 from training.runs import alone_in, latest_checkpoint, read_json, write_json
 from training.small_encoder import train_small_encoder
 from training.step import TrainingDiverged

@@ -19,11 +19,12 @@ from training.comparison.report import write_comparison
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import DiscriminatorConfig, make_discriminator
-from training.loop import RunOptions, train
+from training.loop import train
 from training.losses import hinge_discriminator_loss
 from training.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from training.projected import ProjectedDiscriminator
 from training.recipes import TrainConfig, recipe, saw_efficientnet
+from training.run_options import RunOptions
 from training.runs import (
     Progress,
     RunError,

@@ -36,9 +36,10 @@ from training.comparison.compare import (
 from training.comparison.report import _table, write_comparison
 from training.data import Dataset
 from training.datasets import load_dataset
-from training.loop import RunOptions, train
+from training.loop import train
 from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig, recipe_names
+from training.run_options import RunOptions
 from training.runs import RunError, latest_checkpoint, save_checkpoint
 
 SYSTEMS: dict[str, TrainConfig] = {

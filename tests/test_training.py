@@ -53,7 +53,7 @@ from training.comparison.compare import keep_rows, read_rows, recorded_data
 from training.data import DataError, ImageSet
 from training.datasets import load_dataset
 from training.discriminator import Discriminator, DiscriminatorConfig
-from training.loop import RunOptions, _with_others, budget_of, open_run, read_started, train
+from training.loop import _with_others, train
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -63,6 +63,8 @@ from training.losses import (
 )
 from training.measure import EFFICIENTNET
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
+from training.run_options import RunOptions
+from training.run_start import budget_of, open_run, read_started
 from training.runs import (
     Progress,
     RunError,

@@ -3,97 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import logging
-import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ade_model.checkpoint import read_config
-from serving.files import replacing, write_text
 from serving.signals import signals_held
 from training.data import Dataset
-from training.device import DEVICES, bfloat16_is_faster, choose_device
-from training.evaluate import bits_of, reconstruction_grid, sample_grid, sample_kinds
-from training.guide import NAME as GUIDE_NAME
-from training.guide import Guide, load_guide
+from training.device import bfloat16_is_faster, choose_device
 from training.recipes import TrainConfig
 from training.report import write_report
+from training.run_log import RunLog
+from training.run_options import RunOptions
+from training.run_start import (
+    check_budget,
+    check_run,
+    check_shares,
+    guide_of,
+    open_run,
+    with_its_own,
+)
 from training.runs import (
     Progress,
     RunError,
-    check_growth_from,
     checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
-    read_json,
     save_checkpoint,
     start_from,
-    write_json,
 )
 from training.step import Trainer
 
-logger = logging.getLogger(__name__)
-PRECISIONS = ("auto", "float32", "bfloat16")
 LOG_EVERY = 10
-SELECT_IMAGES = 500
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Budget, device and logging cadence of a run.
-
-    Attributes:
-        images: training images to see, over all processes.
-        minutes: training time after which the run ends too; ``None`` for no limit.
-        seed: of weights, order and noise.
-        device: one of :data:`training.device.DEVICES`.
-        precision: of the networks, one of :data:`PRECISIONS`; log-densities are always float32.
-        checkpoint_minutes: minutes between checkpoints.
-        checkpoint_steps: steps after which a checkpoint is written earlier.
-        evaluate_steps: steps between evaluations of held-out images and samples.
-        init: run or bundle to take initial weights from.
-        guide: what :func:`training.guide.load_guide` reads, if the configuration has a
-            ``guide_weight``; a run keeps a copy, with which it is resumed.
-    """
-
-    images: int
-    minutes: float | None = None
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    checkpoint_minutes: float = 5.0
-    checkpoint_steps: int = 1000
-    evaluate_steps: int = 500
-    init: str | None = None
-    guide: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("images", "checkpoint_steps", "evaluate_steps"):
-            if getattr(self, name) < 1:
-                raise RunError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("minutes", "checkpoint_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise RunError(f"{name} must be above 0 and finite, got {value:g}")
-        for name, known in (("device", DEVICES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise RunError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        if not 0 <= self.seed < 2**63:
-            raise RunError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 def make_fabric(device: str, precision: str) -> Fabric:
@@ -173,7 +121,7 @@ def train(
             folder is left unchanged. Or another process of the run ended.
         TrainingDiverged: losses were not finite; the last good checkpoint is kept.
     """
-    options = _with_its_own(run, options, resume)
+    options = with_its_own(run, options, resume)
     fabric = make_fabric(options.device, options.precision)
     is_main = fabric.global_rank == 0
     trainer, progress, lineage = _prepare(config, dataset, run, options, resume, fabric)
@@ -213,9 +161,9 @@ def _prepare(
     Returns:
         The trainer, the progress of a resumed run, and what its weights were started from.
     """
-    _check_shares(config, fabric.world_size)
-    _check_run(run, config, dataset, resume)
-    guide = _guide_of(config, options)
+    check_shares(config, fabric.world_size)
+    check_run(run, config, dataset, resume)
+    guide = guide_of(config, options)
 
     def average(flat: torch.Tensor) -> torch.Tensor:
         if fabric.world_size == 1:
@@ -248,73 +196,6 @@ def _prepare(
     return trainer, progress, lineage
 
 
-def _with_its_own(run: Path, options: RunOptions, resume: bool) -> RunOptions:
-    """Options with what shaped the weights of a resumed run already: seed, init and guide."""
-    if not (resume and (run / "run.json").is_file()):
-        return options
-    before = read_started(run)["options"]
-    options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
-    # A run without a guide may have such a file as well, if an encoder was written there.
-    if before.get("guide") is not None and (run / GUIDE_NAME).is_file():
-        options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
-    return options
-
-
-def _guide_of(config: TrainConfig, options: RunOptions) -> Guide | None:
-    if options.guide is None:
-        if config.guide_weight:
-            raise RunError(f"guide_weight must be 0 without a guide, got {config.guide_weight:g}")
-        return None
-    if not config.guide_weight:
-        raise RunError("guide_weight must be above 0 with a guide, got 0")
-    return load_guide(Path(options.guide), config.model.image_size, config.model.channels)
-
-
-def _check_shares(config: TrainConfig, processes: int) -> None:
-    if config.batch_size % processes:
-        raise RunError(
-            f"batch_size must be a multiple of {processes}, the number of processes, "
-            f"got {config.batch_size}"
-        )
-
-
-def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
-    """Check what :func:`train` needs beside the images, which may take long to read.
-
-    Args:
-        config: as for :func:`train`.
-        run: as for :func:`train`.
-        options: as for :func:`train`.
-        resume: as for :func:`train`.
-
-    Raises:
-        RunError: the folder does not suit ``resume``, the run was started with another
-            configuration, the processes that ``torchrun`` started cannot share a batch, or the
-            weights to start from or the guide do not suit the configuration.
-        FeatureError: the guide cannot be read.
-    """
-    check_folder(run, resume)
-    _check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if resume:
-        _check_unchanged(run, config, read_started(run)["data"])
-    check_weights(config, run, options, resume)
-
-
-def check_weights(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
-    """Check the guide and the weights to start from, if there are any.
-
-    The arguments are those of :func:`check_start`.
-
-    Raises:
-        RunError: they do not suit the configuration.
-        FeatureError: the guide cannot be read.
-    """
-    options = _with_its_own(run, options, resume)
-    _guide_of(config, options)
-    if options.init is not None and not (resume and checkpoint_folders(run)):
-        check_growth_from(Path(options.init), config.model)
-
-
 def _run_steps(
     dataset: Dataset,
     run: Path,
@@ -330,7 +211,7 @@ def _run_steps(
     """
     config = trainer.config
     is_main = fabric.global_rank == 0
-    log = _Log(run, progress.step) if is_main else None
+    log = RunLog(run, progress.step) if is_main else None
     batches_a_step = 1 + (config.d_steps if config.discriminator else 0)
     batches = dataset.parts["train"].batches(
         config.batch_size, options.seed, progress.step * batches_a_step
@@ -410,26 +291,6 @@ def _run_steps(
     return progress
 
 
-def check_budget(run: Path, inferring_since: int | None, batch_size: int, images: int) -> None:
-    """Check that a run can still see a number of images.
-
-    Args:
-        run: the run's folder.
-        inferring_since: step since which a GAN's generator is frozen and its inference network is
-            trained; ``None`` before.
-        batch_size: images per step.
-        images: the budget.
-
-    Raises:
-        RunError: the generator was frozen after fewer images.
-    """
-    if inferring_since is not None and inferring_since * batch_size < images:
-        raise RunError(
-            f"{run} trains its inference network, since its generator was finished after "
-            f"{inferring_since * batch_size:,} images: its budget cannot be raised"
-        )
-
-
 def _lineage(init: Path) -> dict[str, Any]:
     """Recipe and images seen of the run that weights are taken from, and of its own ancestors."""
     source = read_config(latest_checkpoint(init))
@@ -448,148 +309,3 @@ def _spent(progress: Progress, options: RunOptions) -> float:
     """
     of_time = progress.seconds / (60 * options.minutes) if options.minutes else 0.0
     return max(progress.images / options.images, of_time)
-
-
-def check_folder(run: Path, resume: bool) -> None:
-    """Check that a run can start in a folder, or resume there.
-
-    Raises:
-        RunError: the folder holds a run already, or holds none to resume.
-    """
-    holds_run = (run / "run.json").is_file()
-    if holds_run and not resume:
-        raise RunError(f"{run} already holds a run: resume it, or choose another folder")
-    if resume and not holds_run:
-        raise RunError(f"{run} holds no run to resume")
-
-
-def budget_of(run: Path) -> tuple[int | None, float | None]:
-    """The images and minutes that a run was last started with; ``None`` for what it lacks.
-
-    Raises:
-        RunError: ``run.json`` is damaged.
-    """
-    path = run / "run.json"
-    options = read_json(path, "options")["options"] if path.is_file() else {}
-    return options.get("images"), options.get("minutes")
-
-
-def _check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:
-    check_folder(run, resume)
-    if not resume:
-        return
-    _check_unchanged(run, config, dataset.name)
-    before = read_started(run)
-    # The first part suffices: it is that of the training images if these have changed.
-    for part, now in dataset.splits.items():
-        if (then := before["splits"].get(part)) != now:
-            logger.warning(
-                "%s was started on %s and resumes with %s (part %s)", run, then, now, part
-            )
-            break
-
-
-def _check_unchanged(run: Path, config: TrainConfig, data: str) -> None:
-    different = different_fields(read_started(run), config, data)
-    if different:
-        raise RunError(
-            f"{run} cannot be resumed: it was started with another {', '.join(different)}"
-        )
-
-
-def open_run(
-    run: Path,
-    config: TrainConfig,
-    dataset: Dataset,
-    options: RunOptions,
-    source: dict[str, Any] | None,
-) -> None:
-    """Write ``run.json``, with which a run begins, and ``data.json`` if a source is given."""
-    run.mkdir(parents=True, exist_ok=True)
-    if options.guide is not None and Path(options.guide) != run / GUIDE_NAME:
-        with replacing(run / GUIDE_NAME) as file:
-            file.write(Path(options.guide).read_bytes())
-    if source is not None:
-        write_json(run / "data.json", source)
-    write_json(
-        run / "run.json",
-        {
-            "config": config.to_dict(),
-            "data": dataset.name,
-            "splits": dataset.splits,
-            "skipped_files": dataset.skipped,
-            "options": dataclasses.asdict(options),
-            "torch": torch.__version__,
-        },
-    )
-
-
-def read_started(run: Path) -> dict[str, Any]:
-    """The ``run.json`` of a run: what it was started with.
-
-    Raises:
-        RunError: the file is damaged.
-    """
-    started: dict[str, Any] = read_json(run / "run.json", "config", "data", "splits", "options")
-    return started
-
-
-def different_fields(started: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
-    """Names of the fields in which a run's ``run.json`` differs from a configuration.
-
-    Args:
-        started: the ``run.json``.
-        config: the configuration.
-        data: name of the data set.
-    """
-    before = {**TrainConfig.from_dict(started["config"]).to_dict(), "data set": started["data"]}
-    wanted = {**config.to_dict(), "data set": data}
-    return sorted(
-        key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key)
-    )
-
-
-class _Log:
-    """Logs losses as JSON lines and to TensorBoard, and pictures to TensorBoard."""
-
-    def __init__(self, run: Path, step: int) -> None:
-        path = run / "metrics.jsonl"
-        kept: list[str] = []
-        if path.exists():  # steps after the checkpoint will be logged again
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except ValueError:  # the line was cut off when the process was killed
-                    break
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-    def scalars(self, progress: Progress, values: dict[str, float]) -> None:
-        row: dict[str, Any] = {**dataclasses.asdict(progress), **values}
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, progress.step)
-        self._board.add_scalar(
-            "images_per_second", progress.images / max(progress.seconds, 1e-9), progress.step
-        )
-
-    def evaluate(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
-        images = dataset.parts["select"].images[:SELECT_IMAGES]
-        if len(images) and "score" in trainer.operations:
-            bpd = bits_of(trainer.ema, images, trainer.device, samples=1)
-            self.scalars(progress, {"select_bpd": float(bpd.mean())})
-            self._board.add_image(
-                "reconstructions",
-                reconstruction_grid(trainer.ema, images[:16], trainer.device),
-                progress.step,
-                dataformats="HWC",
-            )
-        for kind in sample_kinds(trainer.ema, trainer.operations):
-            grid = sample_grid(trainer.ema, 64, trainer.device, with_noise=kind == "density")
-            self._board.add_image(f"samples/{kind}", grid, progress.step, dataformats="HWC")
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()

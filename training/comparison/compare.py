@@ -27,16 +27,11 @@ from filelock import Timeout
 from ade_model.checkpoint import load_model, read_config
 from serving.files import LOCK, locked
 from training.data import Dataset
-from training.loop import (
-    RunOptions,
-    check_budget,
-    different_fields,
-    open_run,
-    read_started,
-    train,
-)
+from training.loop import train
 from training.measure import MeasureOptions, Measurer
 from training.recipes import TrainConfig
+from training.run_options import RunOptions
+from training.run_start import check_budget, different_fields, open_run, read_started
 from training.runs import (
     RunError,
     checkpoint_folders,

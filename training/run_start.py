@@ -1,0 +1,223 @@
+"""Checks before a run starts or resumes, and ``run.json``, with which it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serving.files import replacing
+from training.data import Dataset
+from training.guide import NAME as GUIDE_NAME
+from training.guide import Guide, load_guide
+from training.recipes import TrainConfig
+from training.run_options import RunOptions
+from training.runs import RunError, check_growth_from, checkpoint_folders, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def with_its_own(run: Path, options: RunOptions, resume: bool) -> RunOptions:
+    """Options with what shaped the weights of a resumed run already: seed, init and guide."""
+    if not (resume and (run / "run.json").is_file()):
+        return options
+    before = read_started(run)["options"]
+    options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
+    # A run without a guide may have such a file as well, if an encoder was written there.
+    if before.get("guide") is not None and (run / GUIDE_NAME).is_file():
+        options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
+    return options
+
+
+def guide_of(config: TrainConfig, options: RunOptions) -> Guide | None:
+    """The guide of a run; ``None`` without one.
+
+    Raises:
+        RunError: the configuration has a weight for a guide and there is none, or the other way.
+        FeatureError: the guide cannot be read.
+    """
+    if options.guide is None:
+        if config.guide_weight:
+            raise RunError(f"guide_weight must be 0 without a guide, got {config.guide_weight:g}")
+        return None
+    if not config.guide_weight:
+        raise RunError("guide_weight must be above 0 with a guide, got 0")
+    return load_guide(Path(options.guide), config.model.image_size, config.model.channels)
+
+
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """Check that processes can share a batch.
+
+    Raises:
+        RunError: they cannot.
+    """
+    if config.batch_size % processes:
+        raise RunError(
+            f"batch_size must be a multiple of {processes}, the number of processes, "
+            f"got {config.batch_size}"
+        )
+
+
+def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
+    """Check what :func:`train` needs beside the images, which may take long to read.
+
+    Args:
+        config: as for :func:`train`.
+        run: as for :func:`train`.
+        options: as for :func:`train`.
+        resume: as for :func:`train`.
+
+    Raises:
+        RunError: the folder does not suit ``resume``, the run was started with another
+            configuration, the processes that ``torchrun`` started cannot share a batch, or the
+            weights to start from or the guide do not suit the configuration.
+        FeatureError: the guide cannot be read.
+    """
+    check_folder(run, resume)
+    check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if resume:
+        _check_unchanged(run, config, read_started(run)["data"])
+    check_weights(config, run, options, resume)
+
+
+def check_weights(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
+    """Check the guide and the weights to start from, if there are any.
+
+    The arguments are those of :func:`check_start`.
+
+    Raises:
+        RunError: they do not suit the configuration.
+        FeatureError: the guide cannot be read.
+    """
+    options = with_its_own(run, options, resume)
+    guide_of(config, options)
+    if options.init is not None and not (resume and checkpoint_folders(run)):
+        check_growth_from(Path(options.init), config.model)
+
+
+def check_budget(run: Path, inferring_since: int | None, batch_size: int, images: int) -> None:
+    """Check that a run can still see a number of images.
+
+    Args:
+        run: the run's folder.
+        inferring_since: step since which a GAN's generator is frozen and its inference network is
+            trained; ``None`` before.
+        batch_size: images per step.
+        images: the budget.
+
+    Raises:
+        RunError: the generator was frozen after fewer images.
+    """
+    if inferring_since is not None and inferring_since * batch_size < images:
+        raise RunError(
+            f"{run} trains its inference network, since its generator was finished after "
+            f"{inferring_since * batch_size:,} images: its budget cannot be raised"
+        )
+
+
+def check_folder(run: Path, resume: bool) -> None:
+    """Check that a run can start in a folder, or resume there.
+
+    Raises:
+        RunError: the folder holds a run already, or holds none to resume.
+    """
+    holds_run = (run / "run.json").is_file()
+    if holds_run and not resume:
+        raise RunError(f"{run} already holds a run: resume it, or choose another folder")
+    if resume and not holds_run:
+        raise RunError(f"{run} holds no run to resume")
+
+
+def budget_of(run: Path) -> tuple[int | None, float | None]:
+    """The images and minutes that a run was last started with; ``None`` for what it lacks.
+
+    Raises:
+        RunError: ``run.json`` is damaged.
+    """
+    path = run / "run.json"
+    options = read_json(path, "options")["options"] if path.is_file() else {}
+    return options.get("images"), options.get("minutes")
+
+
+def check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:
+    """Check the run's folder again once the images are read; warns if these have changed.
+
+    Raises:
+        RunError: as :func:`check_folder`, or the run was started with another configuration.
+    """
+    check_folder(run, resume)
+    if not resume:
+        return
+    _check_unchanged(run, config, dataset.name)
+    before = read_started(run)
+    # The first part suffices: it is that of the training images if these have changed.
+    for part, now in dataset.splits.items():
+        if (then := before["splits"].get(part)) != now:
+            logger.warning(
+                "%s was started on %s and resumes with %s (part %s)", run, then, now, part
+            )
+            break
+
+
+def _check_unchanged(run: Path, config: TrainConfig, data: str) -> None:
+    different = different_fields(read_started(run), config, data)
+    if different:
+        raise RunError(
+            f"{run} cannot be resumed: it was started with another {', '.join(different)}"
+        )
+
+
+def open_run(
+    run: Path,
+    config: TrainConfig,
+    dataset: Dataset,
+    options: RunOptions,
+    source: dict[str, Any] | None,
+) -> None:
+    """Write ``run.json``, with which a run begins, and ``data.json`` if a source is given."""
+    run.mkdir(parents=True, exist_ok=True)
+    if options.guide is not None and Path(options.guide) != run / GUIDE_NAME:
+        with replacing(run / GUIDE_NAME) as file:
+            file.write(Path(options.guide).read_bytes())
+    if source is not None:
+        write_json(run / "data.json", source)
+    write_json(
+        run / "run.json",
+        {
+            "config": config.to_dict(),
+            "data": dataset.name,
+            "splits": dataset.splits,
+            "skipped_files": dataset.skipped,
+            "options": dataclasses.asdict(options),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def read_started(run: Path) -> dict[str, Any]:
+    """The ``run.json`` of a run: what it was started with.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    started: dict[str, Any] = read_json(run / "run.json", "config", "data", "splits", "options")
+    return started
+
+
+def different_fields(started: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
+    """Names of the fields in which a run's ``run.json`` differs from a configuration.
+
+    Args:
+        started: the ``run.json``.
+        config: the configuration.
+        data: name of the data set.
+    """
+    before = {**TrainConfig.from_dict(started["config"]).to_dict(), "data set": started["data"]}
+    wanted = {**config.to_dict(), "data set": data}
+    return sorted(
+        key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key)
+    )
