@@ -141,6 +141,13 @@ def _run(args: argparse.Namespace) -> int:
         extra = module.extra(args) if hasattr(module, "extra") else EXTRAS.get(args.verb)
         _say_what_to_install(args.verb, error, extra)
         return 2
+    except RuntimeError as error:
+        from serving.decode.pool import DecoderError  # here, as below
+
+        if not isinstance(error, DecoderError):
+            raise
+        print(f"ade {args.verb}: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         from serving.files import NO_ROOM  # here, because it needs NumPy, and most verbs end well
 

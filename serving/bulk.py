@@ -29,6 +29,7 @@ from serving.api.errors import ApiError
 from serving.api.operations.score import CalibrationLabel, ScoreResult
 from serving.api.requests import InputImage, prepare_source
 from serving.api.score_table import columns, failed_row, scored_row
+from serving.decode.pool import DecoderError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, only_writer, read_file, replacing
@@ -353,6 +354,8 @@ def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         raise BulkError(
             "a process ended (was there too little memory?): the same command resumes here"
         ) from None
+    except DecoderError as error:
+        raise BulkError(f"{error}: the same command resumes here") from None
 
 
 _scorer: FileScorer | BulkError

@@ -95,6 +95,7 @@ class Gate:
             UnknownCalibration: the bundle has none of this name.
             TypeError: an image is of another type.
             ValueError: an array is not of uint8 or not of that shape.
+            DecoderError: the machine has no room for the process that decodes an image.
         """
         judge = self._engine.store.get(calibration)
         prepared = [self._prepare(image) for image in several(images)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
@@ -29,6 +31,7 @@ Action = Literal["reject", "flag"]
 MAX_BODY_S = 120.0  # for a body to arrive
 MAX_HELD_BYTES = 256 * 2**20  # of all bodies together, above which only small ones are read
 SMALL_BODY_BYTES = 2**20
+CHARSETS = (b"utf-8", b"us-ascii")  # of a form
 _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
 
@@ -83,7 +86,9 @@ class GateMiddleware:
         for option, number in (("threads", threads), ("waiting", waiting)):
             if number < 1:
                 raise ValueError(f"{option} must be at least 1, got {number}")
-        if calibration is not None and not callable(calibration):
+        if calibration is not None and (
+            not callable(calibration) or inspect.iscoroutinefunction(calibration)
+        ):
             raise ValueError(
                 "calibration must be a function that names a request's calibration, got "
                 f"{calibration!r}"
@@ -258,6 +263,7 @@ async def _images(
     if _IMAGE_TYPE.fullmatch(kind):
         return [body]
     if kind == MULTIPART:
+        _check_charset(types[0])
         multipart_names(types[0], body)
         try:
             async with request.form(max_files=MAX_IMAGES) as form:
@@ -285,6 +291,13 @@ async def _images(
         "no_image",
         "send an image as the body (Content-Type: image/...) or as a file of a form",
     )
+
+
+def _check_charset(content_type: str) -> None:
+    """Refuse codecs with which Starlette would take minutes to read a text field."""
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8")
+    if charset.lower() not in CHARSETS:
+        raise malformed("the charset of a form must be utf-8")
 
 
 def _without_body(receive: Receive) -> Receive:

@@ -239,6 +239,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "png-raw-profile": lambda: png(raw_profile(400_000)),
     "png-exif-prefixes": lambda: png(chunk(b"eXIf", b"Exif\0\0" * 600_000)),
     "png-iccp": lambda: png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(200 * MIB), 9))),
+    "png-iccps": lambda: png(*[chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(MIB), 9))] * 200),
     "png-ztxt": lambda: png(
         *[chunk(b"zTXt", b"k%d\0\0" % i + zlib.compress(bytes(MIB), 9)) for i in range(63)]
     ),

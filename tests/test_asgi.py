@@ -882,6 +882,14 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
         (ask([image, image]), 400, "several inputs 'images'"),
         (ask([in_bytes], b"\t" * 3073), 400, "has 1 bytes that belong to no input"),
         (ask([image], b"\t"), 400, "has 1 bytes that belong to no input"),
+        *(
+            (
+                ask([{**about, "parameters": {"binary_data_size": size}}], b"\t" * 3072),
+                400,
+                "binary_data_size must be a number of bytes, at most the 3072 that follow",
+            )
+            for size in (2**62, 3073, -1, True, 3072.0, "3072")
+        ),
         (ask([{**image, **in_bytes}], b"\t" * 3072), 400, "data or binary_data_size"),
         (ask([image], parameters={"format": "npy"}), 422, "format is not a parameter"),
         (ask([image], parameters={"image1": "x"}), 422, "'image1' is not a parameter: images are"),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from export.verdict.ood_bench import Figures, _write_csv
 from serving import bulk
 from serving.api.score_table import columns
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
+from serving.decode.pool import DecoderError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, only_writer
@@ -423,6 +424,27 @@ def test_a_worker_that_cannot_read_is_reported(
     bulk._start_worker(tiny_bundle, tmp_path, BulkOptions(), "1", 0)
     with pytest.raises(BulkError, match="Permission denied: .*"):
         bulk._score_chunk([])
+
+
+def test_without_room_for_a_decoder_a_command_ends_with_one_line(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The file is not to blame: a table has no row for it, and the command is repeated later."""
+    exif = Image.Exif()
+    exif[0x0112] = 1  # such a file is decoded in another process
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    monkeypatch.setattr("serving.decode.pool._idle", [])
+    monkeypatch.setattr("serving.decode.pool.START_SECONDS", 0.001)
+    assert main(["score", str(tmp_path / "a.jpg"), "--bundle", str(tiny_bundle)]) == 2
+    said = capsys.readouterr().err
+    assert "the process that decodes images did not start" in said and "Traceback" not in said
+    failed: Future[list[dict[str, Any]]] = Future()
+    failed.set_exception(DecoderError("the process that decodes images did not start"))
+    with pytest.raises(BulkError, match="did not start: the same command resumes here"):
+        bulk._result(failed)
 
 
 def test_files_one_by_one(

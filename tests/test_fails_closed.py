@@ -363,6 +363,9 @@ def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> 
         and decide(0.9, few, False, 1 / 21).ood is False
         and decide(1 / 21, few, False, 1 / 21).choice == "reject"
     )
+    assert "takes more than 1,000,000,000 calibration images" in str(
+        decide(0.9, few, False, 1e-320).reason
+    )
     assert decide(0.9, few, False, 0.047).reason == (
         "alpha_too_small: alpha 0.047 takes 21 calibration images or more, there are 20"
     )

@@ -283,7 +283,11 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
         assert answer.status_code == 400 and "the form cannot be parsed" in answer.text
     whole = cut + b"--b--"
     assert client.post("/classify", content=whole, headers={"Content-Type": other}).is_success
-    # Reading many of these would keep the application from answering anybody.
+    # Reading any of these would keep the application from answering anybody.
+    slow = client.post(
+        "/classify", content=whole, headers={"Content-Type": other + "; charset=punycode"}
+    )
+    assert slow.status_code == 400 and "charset of a form must be utf-8" in slow.text
     long = whole.replace(b'"a.png"', b'"a.png"' + b"; x=1" * 40)
     answer = client.post("/classify", content=long, headers={"Content-Type": other})
     assert answer.status_code == 400 and "at most 32 semicolons" in answer.text
@@ -322,6 +326,7 @@ def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> No
         ({"waiting": 0}, "waiting must be at least 1, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"calibration": "night"}, "calibration must be a function .* got 'night'"),
+        ({"calibration": asyncio.sleep}, "calibration must be a function .* got <function sleep"),
         ({"timeout_s": 0.0}, "timeout_s must be above 0 and finite, got 0.0"),
         ({"timeout_s": float("nan")}, "timeout_s must be above 0"),
         ({"timeout_s": float("inf")}, "timeout_s must be above 0"),

@@ -193,6 +193,11 @@ def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
         size = (one.get("parameters") or {}).get("binary_data_size")
         if size is not None and "data" in one:
             raise malformed(f"{show(name)}: give data or binary_data_size, not both")
+        if size is not None and not (type(size) is int and 0 <= size <= len(binary)):
+            raise malformed(
+                f"{show(name)}: binary_data_size must be a number of bytes, at most the "
+                f"{len(binary)} that follow"
+            )
         count = math.prod(shape)
         try:
             if size is None:

@@ -31,13 +31,14 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
     """
     names: list[bytes] = []
     num_parts = 0
-    is_named = is_complete = False
+    is_named: bool | None = None  # of a part, whose name is not read yet
+    is_complete = False
     header, value = bytearray(), bytearray()
 
     def begin_part() -> None:
         nonlocal num_parts, is_named
         num_parts += 1
-        is_named = False
+        is_named = None
         if num_parts > MAX_FIELDS:
             raise too_many_fields()
 
@@ -47,6 +48,8 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
             raise too_long_name()
         kind = header.lower()
         if kind == b"content-disposition":
+            if is_named is not None:  # parsers differ in which of two they follow
+                raise not_a_form()
             if value.count(b";") > MAX_SEMICOLONS:
                 raise malformed(f"a header of a field may have at most {MAX_SEMICOLONS} semicolons")
             name = parse_options_header(bytes(value))[1].get(b"name")

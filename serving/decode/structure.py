@@ -175,6 +175,7 @@ def _png(data: bytes) -> Structure:
         )
     width, height = struct.unpack_from(">II", data, 16)
     chunks, metadata = _Count("chunks", MAX_PARTS), _Count("bytes of metadata", MAX_METADATA_BYTES)
+    profiles = _Count("colour profiles", 1)  # Pillow unpacks up to 1 MiB of each
     plain = True
     position, end = 8, len(data)
     while position + 8 <= end:
@@ -185,6 +186,8 @@ def _png(data: bytes) -> Structure:
             break
         if kind not in _PIXEL_CHUNKS:
             metadata.add(min(length, end - position))
+            if kind == b"iCCP":
+                profiles.add(1)
             if kind == b"eXIf":
                 check_exif(data[position : position + length])
             plain = (

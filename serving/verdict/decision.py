@@ -15,6 +15,7 @@ from serving.verdict.calibration_file import Calibrations
 Choice = Literal["accept", "reject", "no_verdict"]
 NOT_SCORED = "not_scored"
 TINY = 1e-300  # smallest divisor that does not overflow
+MANY = 10**9  # images, above which a number is not told exactly
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def decide(
     if alpha < calibration.smallest_p_value:
         return Ruling(
             "no_verdict",
-            f"alpha_too_small: alpha {alpha:g} takes {images_needed(alpha):,} calibration images "
-            f"or more, there are {len(calibration.scores):,}",
+            f"alpha_too_small: alpha {alpha:g} takes {_many(images_needed(alpha))} calibration "
+            f"images or more, there are {len(calibration.scores):,}",
         )
     return Ruling("reject" if p_value <= alpha else "accept")
 
@@ -82,6 +83,10 @@ def decide(
 def images_needed(p_value: float) -> int:
     """Number of calibration images whose smallest p-value, 1/(n + 1), is at most ``p_value``."""
     return max(0, math.ceil(1 / max(p_value, TINY) - 1e-9) - 1)
+
+
+def _many(count: int) -> str:
+    return f"{count:,}" if count < MANY else f"more than {MANY:,}"
 
 
 TWO_CALIBRATIONS = (
@@ -113,5 +118,5 @@ def fdr_note(calibrated: int, count: int, fdr: float) -> str | None:
     )
     return (
         f"at a false discovery rate of {fdr:g}, {who}; to report a single one takes "
-        f"{images_needed(fdr / count):,} calibration images"
+        f"{_many(images_needed(fdr / count))} calibration images"
     )
