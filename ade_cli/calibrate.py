@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from ade_cli.advice import advice
-from ade_cli.data_options import add_data_arguments, dataset_of, percent, readable, say
+from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_writable
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
 from export.verdict.choice import choose_files, choose_rows, data_of_features
+from export.verdict.images import readable
 from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle, verify_bundle
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
@@ -174,7 +175,7 @@ def _images(
         )
     folder = Path(args.data)
     chosen = choose_files(folder, bundle, features, say)
-    return [partial(readable, paths) for paths in chosen], folder.resolve().name
+    return [partial(readable, paths, say) for paths in chosen], folder.resolve().name
 
 
 def _tell(calibrations: Calibrations) -> None:
@@ -207,7 +208,12 @@ def _tell_caught(bundle: Bundle, calibration: Calibration) -> None:
     for name in calibration.corrupted:
         shares = [calibration.caught(alpha).get(name) for alpha in ALPHAS[1:]]
         at_first[name] = shares[0]
-        cells = [f"{percent(s)} at alpha {a}" for a, s in zip(ALPHAS[1:], shares, strict=True)]
+        cells = [f"{_percent(s)} at alpha {a}" for a, s in zip(ALPHAS[1:], shares, strict=True)]
         say(f"  {name}: {', '.join(cells)}")
     for line in advice(len(calibration.scores), bundle.has(FEATURES_NAME), at_first):
         say(f"next step: {line}")
+
+
+def _percent(share: float | None) -> str:
+    """The share of images that is rejected; ``None`` is no verdict."""
+    return "no verdict" if share is None else f"{100 * share:.0f} %"

@@ -53,7 +53,7 @@ def add_config_options(
     return names
 
 
-def given(args: argparse.Namespace, names: Collection[str]) -> dict[str, typing.Any]:
+def given_options(args: argparse.Namespace, names: Collection[str]) -> dict[str, typing.Any]:
     """The options that were given, by name."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 

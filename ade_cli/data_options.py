@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from ade_cli.paths import given
-from export.verdict.images import NamedFile
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
-from training.datasets.files import contents
 
 
 def add_data_arguments(
@@ -35,20 +33,6 @@ def add_data_arguments(
 def say(line: str) -> None:
     """Print progress to standard error, so that standard output holds only results."""
     print(line, file=sys.stderr, flush=True)
-
-
-def percent(share: float | None) -> str:
-    """The share of images that is rejected; ``None`` is no verdict."""
-    return "no verdict" if share is None else f"{100 * share:.0f} %"
-
-
-def readable(paths: Sequence[Path]) -> Iterator[bytes]:
-    """Read files one after another; prints and leaves out those that cannot be read."""
-    for path, content in zip(paths, contents(paths), strict=True):
-        if isinstance(content, OSError):
-            say(f"left out {path}: {content.strerror}")
-        else:
-            yield NamedFile.of(str(path), content)
 
 
 def source_of(args: argparse.Namespace) -> dict[str, str | None]:

@@ -6,21 +6,18 @@ import argparse
 import shlex
 from pathlib import Path
 
-import numpy as np
-
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import RUN_OR_BUNDLE
 from ade_model.checkpoint import read_config
 from ade_model.errors import ConfigError
 from export.codec import CodecError, add_codec, check_codable
-from export.parity import ParityError
+from export.parity import ParityError, parity_images
 from export.write import ExportError, evaluation_of, export_bundle
 from serving.engine.bundle import MANIFEST_NAME, BundleError, check_name, plain_name
 from training.data import DataError
 from training.runs import RunError, latest_checkpoint, run_of
 
 ERRORS = (RunError, DataError, ConfigError, ExportError, ParityError, BundleError, CodecError)
-PARITY_IMAGES = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +61,7 @@ def run(args: argparse.Namespace) -> None:
     run_folder = run_of(folder)
     cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
     dataset = dataset_of(args, run_folder, config["model"]["image_size"], cached)
-    # Training images serve as well where a small folder has too few held-out ones, since parity is
-    # not a statistic of the images.
-    images = np.concatenate(
-        [np.asarray(dataset.parts[part].images[:PARITY_IMAGES]) for part in ("select", "train")]
-    )
-    images = images[:PARITY_IMAGES]
+    images = parity_images(dataset)
     if len(images) < 2:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
     name = args.name or plain_name(f"{dataset.name}-{config['recipe']}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ade_cli.data_options import say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent, check_writable, files_of, load_engine
-from ade_cli.image_sets import ImageSet
+from ade_cli.image_sets import GivenImages
 from ade_cli.paths import given_path
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.feedback import AUDIT, give_feedback
@@ -167,8 +167,8 @@ def _what_if(args: argparse.Namespace) -> None:
     found = what_if(
         engine,
         engine.store.usable(args.calibration),
-        ImageSet(args.data, args.images),
-        {path.stem: ImageSet(path, args.images) for path in args.ood},
+        GivenImages(args.data, args.images),
+        {path.stem: GivenImages(path, args.images) for path in args.ood},
         args.per_day,
         args.corrupted,
         report=say,
@@ -177,6 +177,6 @@ def _what_if(args: argparse.Namespace) -> None:
         text = json.dumps(found.to_dict(), indent=2)
     else:
         text = "\n".join([gate_of(found), "", *what_if_lines(found)]).rstrip()
-    print(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
+    print(text)
     if args.report is not None:  # the last step: if it fails, the figures have been printed
         write_what_if(found, args.report)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_cli.data_options import readable
+from ade_cli.data_options import say
+from export.verdict.images import readable
 from training.data import NOT_ARRAYS, DataError
 from training.datasets.files import shuffled
 from training.datasets.folder import image_files
@@ -15,7 +16,7 @@ from training.datasets.folder import image_files
 NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"  # first bytes of an .npy and of an .npz file
 
 
-class ImageSet:
+class GivenImages:
     """The images of a folder or of a file of arrays; can be iterated any number of times.
 
     Args:
@@ -42,7 +43,7 @@ class ImageSet:
     def __iter__(self) -> Iterator[bytes | np.ndarray]:
         if self._path.is_dir():
             files = [path for path in image_files(self._path) if self._keep(path)]
-            return readable(shuffled(files)[: self._limit])
+            return readable(shuffled(files)[: self._limit], say)
         return iter(_array(self._path)[: self._limit])
 
 

@@ -62,7 +62,7 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "serve": "serve",
     "upgrade": "asgi",
     "rollback": "asgi",
-    "status": "serve",
+    "status": "asgi",
 }
 HELP = {"-h", "--help"}
 

@@ -10,7 +10,7 @@ import numpy as np
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import load_engine
-from ade_cli.image_sets import ImageSet
+from ade_cli.image_sets import GivenImages
 from ade_cli.paths import given, given_path
 from export.verdict.choice import files_that_test
 from export.verdict.corruptions import CORRUPTIONS
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             f"sets of OOD images need different names, got {', '.join((*names, *CORRUPTIONS))}"
         )
     own = bundle.manifest.get("calibration") or {}
-    sets = {path.stem: ImageSet(path, args.images) for path in args.ood}
+    sets = {path.stem: GivenImages(path, args.images) for path in args.ood}
     id_name, id_images = _id_images(args, bundle, calibrations.data or own.get("data"))
     args.out.mkdir(parents=True, exist_ok=True)  # before the images are scored
     try:
@@ -109,5 +109,5 @@ def _id_images(
     path = Path(args.in_distribution)
     is_test = files_that_test(path, bundle, calibrated_on, say) if path.is_dir() else None
     if is_test is None:
-        return path.name, ImageSet(path, args.images)
-    return f"{path.resolve().name}, part test", ImageSet(path, args.images, is_test)
+        return path.name, GivenImages(path, args.images)
+    return f"{path.resolve().name}, part test", GivenImages(path, args.images, is_test)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ade_cli.config_options import add_config_options, given
+from ade_cli.config_options import add_config_options, given_options
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.help_texts import DEVICE
 from ade_cli.run_checks import check_same_data, size_checked
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
         init=args.init,
         guide=args.guide and str(args.guide),
     )
-    changes = given(args, args.settable)
+    changes = given_options(args, args.settable)
     if args.guide is not None:
         changes = {"guide_weight": GUIDE_WEIGHT, **changes}
     check_outside(args.out, args.data)
@@ -177,10 +177,6 @@ def run(args: argparse.Namespace) -> None:
         check_weights(config, args.out, options, args.resume)
         print(json.dumps(config.to_dict(), indent=2))
         return
-    if (args.out / "run.json").is_file() and not args.resume:
-        raise RunError(
-            f"{args.out} holds a run: continue it with --resume, or choose another folder"
-        )
     check_folder(args.out, args.resume)
     if args.resume and (args.out / "data.json").is_file():
         recorded = read_json(args.out / "data.json", "data")["data"]

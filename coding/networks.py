@@ -15,10 +15,15 @@ import numpy as np
 from coding.errors import CodingError, NotCoded
 from coding.lattice import Bins, Rotation
 from coding.positions import LearnedBins
-from serving.engine.bundle import CODEC_ARRAYS_NAME, CODEC_NAME, WEIGHTS_NAME, Bundle
-from serving.onnx_runtime import onnx_runtime
+from serving.engine.bundle import (
+    CODEC_ARRAYS_NAME,
+    CODEC_NAME,
+    CODEC_VERSION,
+    WEIGHTS_NAME,
+    Bundle,
+)
+from serving.onnx_runtime import cpu_session, onnx_runtime
 
-FORMAT_VERSION = 2
 _FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16")
 
 
@@ -48,9 +53,9 @@ class Networks:
     def __init__(self, bundle: Bundle, for_archive: bool = False) -> None:
         check_codec(bundle, for_archive)
         program = json.loads(bundle.file(CODEC_NAME).read_text())
-        if program["format_version"] != FORMAT_VERSION:
+        if program["format_version"] != CODEC_VERSION:
             raise CodingError(
-                f"{bundle.folder / CODEC_NAME}: format_version must be {FORMAT_VERSION}, got "
+                f"{bundle.folder / CODEC_NAME}: format_version must be {CODEC_VERSION}, got "
                 f"{program['format_version']!r}: export the bundle with its codec again"
             )
         with np.load(io.BytesIO(bundle.file(CODEC_ARRAYS_NAME).read_bytes())) as file:
@@ -156,17 +161,11 @@ def _codec_files(bundle: Bundle) -> list[str]:
 
 
 def _load(bundle: Bundle) -> dict[str, tuple[Any, set[str]]]:
-    ort = onnx_runtime()
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
     bundle.file(WEIGHTS_NAME)  # verified here, because the graphs read it by themselves
     sessions = {}
     for name in _codec_files(bundle):
         path = bundle.file(name)
         if path.suffix == ".onnx":
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = cpu_session(path)
             sessions[path.stem] = (session, {i.name for i in session.get_inputs()})
     return sessions

@@ -44,14 +44,14 @@ from export.to_onnx import point_at_weights, traced
 from serving.engine.bundle import (
     CODEC_ARRAYS_NAME,
     CODEC_NAME,
+    CODEC_VERSION,
     WEIGHTS_NAME,
     verify_bundle,
     write_manifest,
 )
 from serving.files import new_folder
-from serving.onnx_runtime import onnx_runtime
+from serving.onnx_runtime import cpu_session
 
-FORMAT_VERSION = 2  # 1 had rotations as Givens rotations of pairs of channels
 GRID_BITS = 16  # of the flow's values: finer steps cost initial bits, coarser ones likelihood
 LATENT_BITS = 8  # posteriors are at least four steps wide
 MAX_DIFFERENCE = 1e-3  # of a graph's outputs, relative to 1 + their size
@@ -211,7 +211,7 @@ class _Writer:
         levels = self._levels() if config.widths else 0
         np.savez_compressed(self.folder / CODEC_ARRAYS_NAME, **self.arrays)  # type: ignore[arg-type]
         program = {
-            "format_version": FORMAT_VERSION,
+            "format_version": CODEC_VERSION,
             "grid_bits": GRID_BITS,
             "latent_bits": LATENT_BITS,
             "rotation_bits": COEFFICIENT_BITS,
@@ -333,11 +333,9 @@ class _Writer:
         path = self.folder / f"{name}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
         onnx.checker.check_model(str(path))
-        ort = onnx_runtime()
-
         with torch.inference_mode():
             expected = list(module(*example.values()))
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = cpu_session(path)
         inputs = {i.name for i in session.get_inputs()}
         found = session.run(outputs, {k: v.numpy() for k, v in example.items() if k in inputs})
         for value, reference in zip(found, expected, strict=True):

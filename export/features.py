@@ -30,7 +30,7 @@ from export.feature_source import (
 )
 from export.sketch import KEY, sketch_in
 from serving.engine.manifest import DATA, check_types
-from serving.onnx_runtime import onnx_runtime
+from serving.onnx_runtime import cpu_session
 from serving.verdict.semantic import FEATURES, LOGITS
 
 LAYOUTS = ("nchw", "nhwc")
@@ -393,21 +393,14 @@ def _append(graph: GraphProto, names: dict[str, str], ranks: dict[str, int]) -> 
 
 def _run(model: ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
     """Values of the graph for some images, whether they are its outputs or not."""
-    ort = onnx_runtime()
-
     trial = ModelProto()
     trial.CopyFrom(model)
     outputs = {value.name for value in trial.graph.output}
     trial.graph.output.extend(
         helper.make_empty_tensor_value_info(name) for name in names if name not in outputs
     )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(
-            trial.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = cpu_session(trial.SerializeToString())
         return dict(zip(names, session.run(names, {"images": images[:CHECKED]}), strict=True))
     except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
         raise FeaturesError(

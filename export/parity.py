@@ -21,8 +21,10 @@ from export.graphs import Graph, Graphs
 from serving.engine.backends import Backend
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import graphs_of, input_shape, inputs_of, outputs_of
+from training.data import Dataset
 
 BATCHES = (1, 7, 64)
+REAL_IMAGES = 40  # of the 64
 MIN_PIXEL_VALUES = 100_000  # values of each pixel output to compare; small models get more batches
 MAX_BPD = 1e-4  # and in proportion for parts above LARGE_BPD, to which no photograph comes
 LARGE_BPD = 25.0
@@ -51,11 +53,17 @@ class Difference:
     unit: str
 
 
+def parity_images(dataset: Dataset) -> np.ndarray:
+    """Real images for :func:`check_parity`, held-out ones first: it is no statistic of them."""
+    parts = [dataset.parts[part].images[:REAL_IMAGES] for part in ("select", "train")]
+    return np.concatenate(parts)[:REAL_IMAGES]
+
+
 def probe_images(real: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
     """Return 64 images chosen to reveal errors: real ones, constants, extremes and noise.
 
     Args:
-        real: uint8 ``(N, H, W, C)``; only the first 40 are used.
+        real: uint8 ``(N, H, W, C)``; only the first :data:`REAL_IMAGES` are used.
         image_shape: ``(H, W, C)``.
     """
     height, width, channels = image_shape
@@ -72,9 +80,9 @@ def probe_images(real: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
         ),
     ]
     stream = NoiseStream(sample_key(0, 0))
-    count = 64 - min(40, len(real)) - len(constants) - len(extremes)
+    count = 64 - min(REAL_IMAGES, len(real)) - len(constants) - len(extremes)
     noise = [(stream.uniform(image_shape) * 256).astype(np.uint8) for _ in range(count)]
-    return np.stack([*real[:40], *constants, *extremes, *noise])
+    return np.stack([*real[:REAL_IMAGES], *constants, *extremes, *noise])
 
 
 def make_inputs(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from serving.files import read_file
 from training.data import Dataset
-from training.datasets.files import contents
 
 SIZE = 256
 KEY = "sketch"  # in a record of data
@@ -50,6 +51,6 @@ def sketch_in(record: Mapping[str, Any]) -> list[str] | None:
 
 def file_hashes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """The first 8 bytes of the SHA-256 of each file, as 16 digits; leaves out unreadable files."""
-    for path, content in zip(paths, contents(paths), strict=True):
-        if isinstance(content, bytes):
-            yield path, hashlib.sha256(content).hexdigest()[:16]
+    for path in paths:
+        with suppress(OSError):
+            yield path, hashlib.sha256(read_file(path)).hexdigest()[:16]

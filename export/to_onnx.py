@@ -6,9 +6,7 @@ All graphs thus share one copy of the weights.
 from __future__ import annotations
 
 import json
-import logging
 import struct
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
+from ade_model.exporting import quiet_export
 from export.feature_source import DATA_KEY
 from export.graphs import Graph, Graphs
 from serving.engine.bundle import WEIGHTS_NAME
@@ -91,25 +90,18 @@ def traced(
     dynamic_shapes: tuple[Any, ...] | None,
 ) -> ModelProto:
     """A module as an ONNX model; all sizes are fixed if ``dynamic_shapes`` is ``None``."""
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module,
-                tuple(inputs.values()),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=outputs,
-                dynamic_shapes=dynamic_shapes,
-                optimize=True,
-            )
-    finally:
-        quiet.setLevel(level)
+    with quiet_export():
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=dynamic_shapes,
+            optimize=True,
+        )
     assert program is not None
     model = program.model_proto
     _strip(model)

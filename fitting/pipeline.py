@@ -20,11 +20,12 @@ from scipy import stats
 
 from ade_model.checkpoint import load_model
 from export.feature_source import FeatureSource
-from export.parity import ParityError
+from export.parity import ParityError, parity_images
 from export.sketch import record_of
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS
+from export.verdict.images import readable
 from export.verdict.what_if import corruptions_of, rejected
 from export.write import export_bundle
 from fitting.plan import REST_MINUTES, Plan, PlanError
@@ -37,16 +38,15 @@ from fitting.report import (
     false_alarms,
     write_report,
 )
-from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
+from fitting.survey import Sizes, Survey, as_dict, size_of, summary_lines, survey
 from serving.api.requests import InputImage
 from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
-from serving.images import file_size
-from serving.onnx_runtime import onnx_runtime
+from serving.onnx_runtime import cpu_session
 from serving.verdict.semantic import LOGITS
 from training.data import CHANNELS, DataError, Dataset, ImageSet
-from training.datasets.files import contents, shuffled
+from training.datasets.files import shuffled
 from training.datasets.folder import load_files
 from training.encoder import TrainedEncoder, make_encoder
 from training.evaluate import evaluate
@@ -58,7 +58,6 @@ from training.runs import alone_in, latest_checkpoint, read_json, write_json
 from training.small_encoder import train_small_encoder
 from training.step import TrainingDiverged
 
-PARITY_IMAGES = 40
 MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
 TEST_IMAGES = 2000
@@ -287,10 +286,8 @@ def _guide(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path | None
 def _recognises_classes(path: Path, dataset: Dataset, found: Survey) -> bool:
     """Whether an encoder recognises the classes of held-out images better than by guessing."""
     rows = _rows(dataset, found, "select")
-    images, ort = dataset.parts["select"].images, onnx_runtime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    images = dataset.parts["select"].images
+    session = cpu_session(path, torch.get_num_threads())
     parts = [rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)]
     logits = np.concatenate(
         [session.run([LOGITS], {"images": np.asarray(images[few])})[0] for few in parts]
@@ -339,13 +336,8 @@ def _bundle(
         folder, left_out = Path(plan.folder), set(found.leaking)
 
         def files(part: str) -> Iterator[bytes]:
-            names = [name for name in dataset.files[part] if name not in left_out]
-            read = contents(folder / name for name in names)
-            for name, content in zip(names, read, strict=True):
-                if isinstance(content, bytes):
-                    yield content
-                else:
-                    step(f"left out {name}: {content.strerror}")
+            names = (name for name in dataset.files[part] if name not in left_out)
+            return readable((folder / name for name in names), step)
 
         made = calibrate_bundle(
             exported,
@@ -378,14 +370,11 @@ def _export(
         **evaluate(load_model(checkpoint), tested, torch.device("cpu"), DRAWS, 0, BOUND_IMAGES),
     }
     step(f"exporting, {evaluation['elbo']['bpd']:.3f} bits per dimension")
-    images = np.concatenate(
-        [dataset.parts[part].images[:PARITY_IMAGES] for part in ("select", "train")]
-    )
     export_bundle(
         checkpoint,
         exported,
         plan.name,
-        images[:PARITY_IMAGES],
+        parity_images(dataset),
         evaluation,
         licence=plan.licence,
         dataset=dataset,
@@ -438,7 +427,7 @@ def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path
     height, width, _ = opened.image_shape
     for row in scorer(tested):
         if row.get("p_value") is not None:
-            size = file_size(Path(plan.folder) / row["path"])
+            size = size_of(Path(plan.folder) / row["path"])
             p_values[size != (width, height)].append(row["p_value"])
     scanned = shuffled(dataset.files["train"])[:SCANNED_IMAGES]
     rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.files import read_file
 from serving.images import file_size
 from training.data import PARTS, Dataset
 
@@ -47,7 +48,15 @@ class Survey:
 
 def picture_sizes(files: Sequence[Path]) -> Sizes:
     """Count image files by the width and height in their headers, or ``None`` if unreadable."""
-    return Counter(file_size(path) if path.is_file() else None for path in files)
+    return Counter(map(size_of, files))
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image file, or ``None`` if it cannot be read."""
+    try:
+        return file_size(read_file(path))
+    except OSError:
+        return None
 
 
 def choose_image_size(sizes: Sizes) -> int:

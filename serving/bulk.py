@@ -34,6 +34,7 @@ from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import image_paths, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES, in_options
+from serving.messages import printable
 from serving.signals import signals_held
 from serving.tables import write_csv
 from serving.verdict.calibration import CalibrationError
@@ -401,8 +402,7 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
                 counts["error" if "error" in row else row["decision"]] += 1
                 if "error" in row:
                     notes[row["notes"]] += 1
-                # File names need not be valid UTF-8.
-                row["path"] = row["path"].encode("utf-8", "backslashreplace").decode()
+                row["path"] = printable(row["path"])
                 yield {name: row.get(name) for name in names}
 
     with replacing(out, text=out.suffix != ".parquet") as file:

@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from serving.images import MAX_FILE_BYTES, is_image_name
+from serving.messages import printable
 
 LOCK = ".lock"  # in a folder that one process at a time works in
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -179,7 +180,7 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; names of files in it need not be UTF-8."""
     with replacing(path) as file:
-        file.write(text.encode(errors="backslashreplace"))
+        file.write(printable(text).encode())
 
 
 @contextmanager

@@ -11,16 +11,14 @@ Example::
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from serving.api.errors import ApiError, unusable
-from serving.api.requests import InputImage, prepare_image
+from serving.api.requests import InputImage, prepare_source
 from serving.client import ImageLike, image_file, several
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
@@ -116,24 +114,22 @@ class Gate:
 
     def _prepare(self, image: ImageLike) -> InputImage | ApiError:
         shape = self._engine.image_shape
-        try:
-            if isinstance(image, np.ndarray):
-                is_like_its = image.dtype == np.uint8 and image.shape[2:] == shape[2:]
-                return prepare_image(image if is_like_its else image_file(image), shape, True)
-            return self._prepare_file(image)
-        except OSError as error:
-            return ApiError(404, "unreadable", error.strerror or str(error))
-        except MemoryError:
-            return ApiError(413, "too_large", "there is no memory to decode it")
 
-    def _prepare_file(
-        self, image: str | os.PathLike[str] | bytes | bytearray | Image.Image
-    ) -> InputImage | ApiError:
+        def read() -> bytes | np.ndarray:
+            if (
+                isinstance(image, np.ndarray)
+                and image.dtype == np.uint8
+                and image.shape[2:] == shape[2:]
+            ):
+                return image
+            return image_file(image)
+
         try:
-            content = image_file(image)
-        except ValueError as error:  # an image of Pillow without pixels
-            return unusable("not_an_image", str(error))
-        return prepare_image(content, self._engine.image_shape, True)
+            return prepare_source(read, shape, True)
+        except ValueError as error:
+            if isinstance(image, np.ndarray):
+                raise
+            return unusable("not_an_image", str(error))  # an image of Pillow without pixels
 
     def _decide(
         self,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import stat
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image, PngImagePlugin, features
@@ -51,21 +50,13 @@ def is_image_name(name: str) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
 
 
-def file_size(file: Path | bytes) -> tuple[int, int] | None:
+def file_size(data: bytes) -> tuple[int, int] | None:
     """Width and height from the header; ``None`` if the file is not an accepted image."""
     try:
-        data = _contents(file) if isinstance(file, Path) else file
         structure = read_structure(data)
-    except (ImageError, OSError):
+    except ImageError:
         return None
     return structure.width, structure.height
-
-
-def _contents(path: Path) -> bytes:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-        return b""
-    return path.read_bytes()
 
 
 def header_pixels(data: bytes) -> int:

@@ -14,6 +14,11 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def printable(text: str) -> str:
+    """The text in UTF-8, which names of files need not be: other bytes become escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def counted(number: int, noun: str) -> str:
     """Write a number with its noun: ``1 image``, ``2 images``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_cli.data_options import readable
+from ade_cli.data_options import say
 from ade_cli.main import main
 from ade_cli.score import NO_VERDICT, _report
 from export.verdict.calibrate import calibrate_bundle
-from export.verdict.ood_bench import Figures, _write_csv
+from export.verdict.images import readable
+from export.verdict.ood_bench_report import _write_csv
+from export.verdict.separation import Figures
 from serving import bulk
 from serving.api.score_table import columns
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
@@ -178,7 +180,7 @@ def test_only_regular_files_are_read(
         captured = capsys.readouterr()
         assert "not a regular file" in captured.out + captured.err
     # From ade calibrate.
-    assert list(readable(sorted(folder.iterdir()))) == [(folder / "good.png").read_bytes()]
+    assert list(readable(sorted(folder.iterdir()), say)) == [(folder / "good.png").read_bytes()]
     said = capsys.readouterr().err
     assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
 

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from fitting.survey import size_of
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.decode import pool as decoders
@@ -203,9 +204,9 @@ def test_small_plain_files_need_no_process() -> None:
 def test_sizes_are_read_only_from_regular_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.png").symlink_to("/dev/zero")
-    assert file_size(EXAMPLE) == (32, 32)
+    assert size_of(EXAMPLE) == (32, 32)
     assert all(
-        file_size(tmp_path / name) is None for name in ("pipe.png", "endless.png", "missing.png")
+        size_of(tmp_path / name) is None for name in ("pipe.png", "endless.png", "missing.png")
     )
 
 

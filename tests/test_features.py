@@ -28,7 +28,8 @@ from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.detector import fit_calibration, fit_mixture
 from export.verdict.feedback import give_feedback
 from export.verdict.measuring import Measured, statistics_of
-from export.verdict.ood_bench import COMBINED, NO_FEATURES, scores_of, write_report
+from export.verdict.ood_bench_report import write_report
+from export.verdict.separation import COMBINED, NO_FEATURES, scores_of
 from serving.engine.bundle import (
     FEATURES_NAME,
     open_bundle,

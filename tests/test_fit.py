@@ -629,7 +629,7 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     given: Any = (plan, SimpleNamespace(leaking=[]), dataset, [tmp_path], None, tmp_path)
     _bundle(*given, lines.append)
     assert lines[1:3] == [
-        "left out gone.png: No such file or directory",
+        f"left out {folder / 'gone.png'}: No such file or directory",
         "fitting: left out 1 image: image 0: not an image",
     ]
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from export.verdict.detector import MAX_COMPONENTS, fit_calibration
 from export.verdict.measuring import Measured
-from export.verdict.ood_bench import write_report
+from export.verdict.ood_bench_report import write_report
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import benjamini_hochberg, conformal_p_values, simes

@@ -13,7 +13,7 @@ from scipy import stats
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.detector import fit_calibration
 from export.verdict.measuring import statistics_of
-from export.verdict.ood_bench import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
+from export.verdict.separation import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine
 from serving.verdict.conformal import conformal_p_values

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from export.verdict.ood_bench import COMBINED, RAW_BPD, _histogram
+from export.verdict.ood_bench_report import _histogram
+from export.verdict.separation import COMBINED, RAW_BPD
 from export.verdict.what_if import ALPHAS, Alarms, Way, WhatIf
 from export.verdict.what_if_report import write_what_if
 from serving.brand import MARK, percent, verdict_card

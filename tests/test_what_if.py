@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import stats
 
 from ade_cli.advice import advice
-from ade_cli.image_sets import ImageSet
+from ade_cli.image_sets import GivenImages
 from ade_cli.main import main, parse
 from export.verdict import images as images_module
 from export.verdict import kinds
@@ -356,21 +356,21 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
     np.savez(tmp_path / "arrays.npz", images=small_images[:3])
     for name in ("arrays.NPZ", "arrays.npy", "arrays"):
         shutil.copy(tmp_path / "arrays.npz", tmp_path / name)
-        assert len(list(ImageSet(tmp_path / name, None))) == 3
+        assert len(list(GivenImages(tmp_path / name, None))) == 3
     Image.fromarray(small_images[0]).save(tmp_path / "image.png")
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "arrays.npz").read_bytes()[:100])
     # When a set is made, because the images of others may be scored before it is read.
     with pytest.raises(DataError, match="image.png must be a folder of images, an .npy or an .npz"):
-        ImageSet(tmp_path / "image.png", None)
+        GivenImages(tmp_path / "image.png", None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no images"):
-        ImageSet(tmp_path / "empty", None)
+        GivenImages(tmp_path / "empty", None)
     with ZipFile(tmp_path / "texts.zip", "w") as archive:
         archive.writestr("a.txt", "a text")
     with pytest.raises(DataError, match="texts.zip must hold one array of images"):
-        ImageSet(tmp_path / "texts.zip", None)
+        GivenImages(tmp_path / "texts.zip", None)
     with pytest.raises(DataError, match="damaged.npz cannot be read"):
-        ImageSet(tmp_path / "damaged.npz", None)
+        GivenImages(tmp_path / "damaged.npz", None)
 
 
 def test_options_given_twice_add_up() -> None:

@@ -23,7 +23,6 @@ SEEN = 2000  # images, of which the features' spread is taken
 SEEN_WITH_CLASSES = 10_000  # of which it is taken, and from which the classifier learns
 LEAST_SPREAD = 0.05  # added to it: some features are nearly always zero
 MIN_IMAGES = 8
-AT_A_TIME = 250  # images of which the features are computed
 # Of the classifier. Three times fewer steps, or ten times the decay, give the same AUROCs.
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 256, 1e-3, 1e-2
 
@@ -99,12 +98,7 @@ def make_encoder(images: ImageSet, seed: int = 0) -> TrainedEncoder:
     most = SEEN_WITH_CLASSES if classes else SEEN
     rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:most])
     network = EfficientNetFeatures(SIZE)
-    features = np.concatenate(
-        [
-            network(np.asarray(images.images[rows[first : first + AT_A_TIME]])).astype(np.float32)
-            for first in range(0, len(rows), AT_A_TIME)
-        ]
-    )
+    features = network(np.asarray(images.images[rows])).astype(np.float32)
     spread = features.std(0, dtype=np.float64).astype(np.float32) + np.float32(LEAST_SPREAD)
     classifier = None
     if classes:

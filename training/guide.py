@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ade_model.quantization import NUM_LEVELS
-from serving.onnx_runtime import onnx_runtime
+from serving.onnx_runtime import cpu_session
 from training.encoder_network import MIN_SIZE, WIDTHS, Encoder
 from training.metrics.features import FeatureError
 
@@ -106,9 +106,7 @@ def _unfolded(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
 def _check(path: Path, encoder: Encoder, image_size: int, channels: int) -> None:
     """Compare the network with the file's own results, on noise."""
     images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, channels))
-    ort = onnx_runtime()
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (wanted,) = session.run(["features"], {"images": images.astype(np.uint8)})
+    (wanted,) = cpu_session(path).run(["features"], {"images": images.astype(np.uint8)})
     with torch.no_grad():
         found = encoder.features(torch.from_numpy(images)).numpy()
     if wanted.shape != found.shape or np.abs(found - wanted).max() > _TOLERANCE * wanted.std():

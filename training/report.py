@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ade_model.checkpoint import read_config
 from ade_model.model import ADEModel
 from serving.files import write_text
 from serving.images import write_png
 from training.data import Dataset
 from training.evaluate import evaluate, reconstruction_grid, sample_grid, sample_kinds
+from training.runs import read_state
 
 REPORT_IMAGES = 2000
 REPORT_SAMPLES = 8
@@ -26,8 +27,7 @@ def write_report(
     run: Path, checkpoint: Path, dataset: Dataset, model: ADEModel, device: torch.device
 ) -> None:
     """Write ``RUN/report.md`` with samples, reconstructions and held-out bits per dimension."""
-    about = json.loads((checkpoint / "config.json").read_text())
-    state = json.loads((checkpoint / "state.json").read_text())
+    about, state = read_config(checkpoint), read_state(checkpoint)
     pictures = run / "pictures"
     pictures.mkdir(exist_ok=True)
     kinds = sample_kinds(model, about["operations"])

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_source
 from serving.engine.noise import short_digest
+from serving.files import read_file
 from serving.messages import counted
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
@@ -36,6 +38,17 @@ class NamedFile(bytes):
         made = cls(content)
         made.name = name
         return made
+
+
+def readable(paths: Iterable[Path], report: Report) -> Iterator[NamedFile]:
+    """Read files one after another; reports and leaves out those that cannot be read."""
+    for path in paths:
+        try:
+            content = read_file(path)
+        except OSError as error:
+            report(f"left out {path}: {error.strerror}")
+        else:
+            yield NamedFile.of(str(path), content)
 
 
 def thread_pool() -> ThreadPoolExecutor:

@@ -21,7 +21,7 @@ from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_
 from serving.engine.calibrations import open_calibrations
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT
-from serving.verdict.store import FOLDER
+from serving.verdict.store import FOLDER, SUFFIX
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
 
@@ -250,7 +250,7 @@ def check_contract(old: Bundle, new: Bundle) -> None:
         )
     # What feedback made of the old bundle's own calibration is replaced by the new bundle's own.
     own = {DEFAULT} if new.has(CALIBRATION_NAME) else set()
-    lost = sorted(_calibrations(old).keys() - _calibrations(new).keys() - own)
+    lost = sorted(_calibrations(old) - _calibrations(new) - own)
     if lost:
         raise UpgradeError(
             f"{new.model_id} lacks the calibrations {', '.join(lost)}: add them with "
@@ -267,9 +267,9 @@ def check_contract(old: Bundle, new: Bundle) -> None:
         )
 
 
-def _calibrations(bundle: Bundle) -> dict[str, Path]:
-    """Files of the named calibrations."""
-    return {path.stem: path for path in sorted((bundle.folder / FOLDER).glob("[!.]*.npz"))}
+def _calibrations(bundle: Bundle) -> set[str]:
+    """Names of the named calibrations."""
+    return {path.stem for path in (bundle.folder / FOLDER).glob(f"[!.]*{SUFFIX}")}
 
 
 def _names(release: Release) -> str:

@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from serving.bulk import BulkError
 from serving.images import is_image_name
+from serving.messages import printable
 
 # Rows of a part, which is also what is committed at once: about 30 s of work for one worker.
 PART_ROWS = 4096
@@ -106,7 +107,7 @@ def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
     rest, count = iter(rows), 0
     while chosen := list(islice(rest, PART_ROWS)):
         numbered = [
-            {**row, "id": count + i, "path": _text(row["path"])} for i, row in enumerate(chosen)
+            {**row, "id": count + i, "path": printable(row["path"])} for i, row in enumerate(chosen)
         ]
         path = posixpath.join(folder, f"part-{count // PART_ROWS:08d}{SUFFIX}")
         with files.open(path, "wb") as file:
@@ -129,11 +130,6 @@ def write_json(path: str, value: Any) -> None:
         files.mv(name + ".new", name)
     else:
         files.pipe_file(name, json.dumps(value, indent=2).encode())
-
-
-def _text(path: str) -> str:
-    """The path; of a name that is not UTF-8 what can be written, which then cannot be read."""
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _time(about: dict[str, Any]) -> float | None:

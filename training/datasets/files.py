@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from serving.files import LOCK, locked, preallocated, read_file, write_text
+from serving.files import LOCK, locked, preallocated, write_text
 from serving.images import ImageError, read_image, resize_centre
 from training.data import PARTS, DataError, Dataset, ImageSet, Rows
 
@@ -206,12 +206,3 @@ def split_by_name(
         [f"{files[row]}: {why}" for row, why in sorted(skipped.items())],
         {part: [files[row] for row in r] for part, r in rows.items()},
     )
-
-
-def contents(paths: Iterable[Path]) -> Iterator[bytes | OSError]:
-    """Read files one after another; yields the error of a file that cannot be read."""
-    for path in paths:
-        try:
-            yield read_file(path)
-        except OSError as error:
-            yield error

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.onnx_runtime import onnx_runtime
+from ade_model.exporting import quiet_export
+from serving.onnx_runtime import cpu_session
 from training.metrics.features import FeatureError
 
 SIZE = 224
@@ -144,33 +142,19 @@ class EfficientNetFeatures:
     """
 
     def __init__(self, size: int = SIZE) -> None:
-        ort = onnx_runtime()
-
         self._size = size
-        network = load_efficientnet()
-        quiet = logging.getLogger("torch.onnx")
-        level = quiet.level
-        quiet.setLevel(logging.ERROR)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                program = torch.onnx.export(
-                    network,
-                    (torch.zeros(2, 3, size, size),),
-                    dynamo=True,
-                    verbose=False,
-                    input_names=["x"],
-                    dynamic_shapes=({0: torch.export.Dim("N")},),
-                )
-        finally:
-            quiet.setLevel(level)
+        with quiet_export():
+            program = torch.onnx.export(
+                load_efficientnet(),
+                (torch.zeros(2, 3, size, size),),
+                dynamo=True,
+                verbose=False,
+                input_names=["x"],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+            )
         assert program is not None
-        options = ort.SessionOptions()
-        # The default is every core of the machine, even those that this process may not use.
-        options.intra_op_num_threads = torch.get_num_threads()
-        self._session = ort.InferenceSession(
-            program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        content = program.model_proto.SerializeToString()
+        self._session = cpu_session(content, torch.get_num_threads())
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features, float64 ``(N, 1280)``, of uint8 ``(N, H, W, 3)``."""
