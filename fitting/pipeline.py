@@ -8,73 +8,39 @@ verdict's encoder (``encoder.onnx``), the bundle before and after its calibratio
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
 
 from ade_model.checkpoint import load_model
 from export.feature_source import FeatureSource
 from export.parity import ParityError, parity_images
-from export.sketch import record_of
-from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle
-from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.images import readable
-from export.verdict.what_if import corruptions_of, rejected
 from export.write import export_bundle
-from fitting.plan import REST_MINUTES, Plan, PlanError
-from fitting.report import (
-    ALPHAS,
-    Caught,
-    EncoderFindings,
-    Findings,
-    Outlier,
-    false_alarms,
-    write_report,
-)
-from fitting.survey import Sizes, Survey, as_dict, size_of, summary_lines, survey
-from serving.api.requests import InputImage
-from serving.bulk import BulkOptions, FileScorer
-from serving.engine.bundle import open_bundle
-from serving.engine.engine import InferenceEngine
-from serving.onnx_runtime import cpu_session
-from serving.verdict.semantic import LOGITS
-from training.data import CHANNELS, DataError, Dataset, ImageSet
-from training.datasets.files import shuffled
+from fitting.encoder import ENCODER_ABOUT, fit_encoder, fit_guide
+from fitting.findings import report_on
+from fitting.held_out import held_out_images
+from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
+from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
+from training.data import CHANNELS, DataError, Dataset, Report
 from training.datasets.folder import load_files
-from training.encoder import TrainedEncoder, make_encoder
 from training.evaluate import evaluate
-from training.labels import class_folders, class_labels, listed
 from training.loop import train
 from training.recipes import GUIDE_WEIGHT, recipe
 from training.run_options import RunOptions
 from training.runs import alone_in, latest_checkpoint, read_json, write_json
-from training.small_encoder import train_small_encoder
 from training.step import TrainingDiverged
 
 MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
-TEST_IMAGES = 2000
-AT_A_TIME = 256  # images that the encoder recognises at a time
-SCANNED_IMAGES = 4000  # training images, among which outliers are looked for
-SHOWN_OUTLIERS = 24
-SAMPLES = 64
-RECONSTRUCTED = 12
-CORRUPTED_IMAGES = 200  # for each kind of corruption
 MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 NO_LIMIT = 10**12
 GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
-ENCODER_NAME, ENCODER_ABOUT, GUIDE_NAME = "encoder.onnx", "encoder.json", "guide.onnx"
-MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -122,7 +88,7 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     if plan.rest < REST_MINUTES and not has_begun(out):
         step(
             "the steps after training take about 2 minutes: this budget leaves "
-            f"{_minutes(plan.rest)} and will be exceeded"
+            f"{minutes_text(plan.rest)} and will be exceeded"
         )
     folder = Path(plan.folder)
     step(f"reading {folder}")
@@ -130,20 +96,15 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     found = _survey(folder, files, sizes, dataset, out)
     for line in summary_lines(found):
         step(line)
-    encoder = _encoder(plan, found, dataset, out, step)
-    guide = _guide(plan, dataset, out, step)
+    encoder = fit_encoder(plan, found, dataset, out, step)
+    guide = fit_guide(plan, dataset, out, step)
     runs = _train(plan, dataset, guide, out, step)
     bundle = _bundle(plan, found, dataset, runs, encoder, out, step)
     if not (out / "report.html").exists():
         step("looking for outliers among the images")
-        _report(plan, found, dataset, bundle, out)
+        report_on(plan, found, dataset, bundle, out)
     step("done")
     return Fitted(bundle, out / "report.html")
-
-
-def _minutes(value: float) -> str:
-    """Minutes for the user: two significant digits, or a whole number."""
-    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def has_begun(out: Path) -> bool:
@@ -199,7 +160,7 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
             break
         if not (run / "report.md").exists():
             guided = "" if its_guide is None else " with the guide"
-            step(f"training {stage.recipe}{guided}, {_minutes(stage.minutes)} minutes")
+            step(f"training {stage.recipe}{guided}, {minutes_text(stage.minutes)} minutes")
             config = recipe(
                 stage.recipe,
                 dataset.image_size,
@@ -229,83 +190,6 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
                 break
         runs.insert(0, run)
     return runs
-
-
-def _encoder(plan: Plan, found: Survey, dataset: Dataset, out: Path, step: Report) -> FeatureSource:
-    """Make the verdict's encoder, with a classifier if the images lie in class folders.
-
-    If it recognises the classes of held-out images no better than guessing, it does without them.
-    """
-    path, about_path = out / ENCODER_NAME, out / ENCODER_ABOUT
-    if about_path.exists():
-        return FeatureSource(path)
-    images = dataset.parts["train"].images
-
-    def write(labels: np.ndarray | None) -> TrainedEncoder:
-        made = make_encoder(ImageSet(images, labels))
-        record = record_of(dataset) if made.classes else None
-        export_encoder(made.network, np.asarray(images[:2]), made.outputs, path, record)
-        return made
-
-    labels = class_labels(dataset) if plan.has_classes else None
-    if labels is None:
-        step("making an encoder")
-    else:
-        folders = class_folders(dataset.files["train"]) or []
-        step(f"making an encoder for {len(folders)} classes: {listed(folders)}")
-    made = write(labels)
-    is_given_up = made.classes > 0 and not _recognises_classes(path, dataset, found)
-    if is_given_up:
-        step("the encoder recognises the classes no better than guessing: it does without them")
-        made = write(None)
-    about = {
-        "images_seen": made.images_seen,
-        "classes": made.classes,
-        "is_given_up": is_given_up,
-    }
-    write_json(about_path, about)
-    return FeatureSource(path)
-
-
-def _guide(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path | None:
-    """Train the generator's guide, if the plan has minutes for it and its classes can be learnt.
-
-    It restarts if it was interrupted.
-    """
-    path = out / GUIDE_NAME
-    if not plan.guide_minutes or not read_json(out / ENCODER_ABOUT, "classes")["classes"]:
-        return None
-    if not path.exists():
-        step(f"training a guide, {_minutes(plan.guide_minutes)} minutes")
-        images = ImageSet(dataset.parts["train"].images, class_labels(dataset))
-        made = train_small_encoder(images, plan.guide_minutes, torch.device(plan.device))
-        export_encoder(made.network, np.asarray(images.images[:2]), made.outputs, path)
-    return path
-
-
-def _recognises_classes(path: Path, dataset: Dataset, found: Survey) -> bool:
-    """Whether an encoder recognises the classes of held-out images better than by guessing."""
-    rows = _rows(dataset, found, "select")
-    images = dataset.parts["select"].images
-    session = cpu_session(path, torch.get_num_threads())
-    parts = [rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)]
-    logits = np.concatenate(
-        [session.run([LOGITS], {"images": np.asarray(images[few])})[0] for few in parts]
-    )
-    recognised, guessed = _recognised(logits, dataset, "select", rows)
-    test = stats.binomtest(round(recognised * len(rows)), len(rows), guessed, alternative="greater")
-    return bool(test.pvalue < MAX_GUESSING)
-
-
-def _recognised(
-    logits: np.ndarray, dataset: Dataset, part: str, rows: list[int]
-) -> tuple[float, float]:
-    """Share of held-out images whose class is recognised, and that in the largest class."""
-    trained, labels = class_labels(dataset), class_labels(dataset, part)
-    assert trained is not None and labels is not None
-    held_out = labels[rows]
-    largest = np.bincount(trained).argmax()
-    return float(np.mean(logits.argmax(1) == held_out)), float(np.mean(held_out == largest))
 
 
 def _bundle(
@@ -360,7 +244,7 @@ def _export(
     plan: Plan, found: Survey, dataset: Dataset, checkpoint: Path, exported: Path, step: Report
 ) -> None:
     step("measuring the likelihood of held-out images")
-    tested = _test_images(dataset, found, MEASURED_IMAGES)
+    tested = held_out_images(dataset, found, MEASURED_IMAGES)
     evaluation = {
         "data": dataset.name,
         "part": "test",
@@ -379,85 +263,3 @@ def _export(
         licence=plan.licence,
         dataset=dataset,
     )
-
-
-def _rows(dataset: Dataset, found: Survey, part: str) -> list[int]:
-    """Rows of a part's images that are not copies of others, shuffled."""
-    left_out = set(found.leaking)
-    return shuffled([row for row, name in enumerate(dataset.files[part]) if name not in left_out])
-
-
-def _test_images(dataset: Dataset, found: Survey, most: int) -> np.ndarray:
-    """Some test images that are not copies of others: uint8 ``(N, H, W, C)``."""
-    return np.asarray(dataset.parts["test"].images[_rows(dataset, found, "test")[:most]])
-
-
-def _encoder_findings(
-    engine: InferenceEngine, dataset: Dataset, found: Survey, out: Path
-) -> EncoderFindings:
-    """What became of the encoder, and how well it recognises the classes of test images."""
-    about = read_json(out / ENCODER_ABOUT, "classes")
-    if not about["classes"]:
-        return EncoderFindings(**about)
-    rows = _rows(dataset, found, "test")[:TEST_IMAGES]
-    logits = engine.features(np.asarray(dataset.parts["test"].images[rows]))[LOGITS]
-    recognised, guessed = _recognised(logits, dataset, "test", rows)
-    return EncoderFindings(**about, recognised=recognised, guessed=guessed)
-
-
-def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
-    """Shares of corrupted held-out images that the verdict rejects."""
-    images = [InputImage(its, []) for its in pixels]
-    return [
-        Caught(
-            name,
-            name in CORRUPTIONS,
-            tuple(rejected(engine, engine.store.usable(), its, ALPHAS)),
-        )
-        for name, its in corruptions_of(images).items()
-    ]
-
-
-def _report(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Path) -> None:
-    opened = open_bundle(bundle)
-    engine = InferenceEngine(opened, device="cpu")
-    scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize="fit"))
-    tested = [dataset.files["test"][row] for row in _rows(dataset, found, "test")[:TEST_IMAGES]]
-    p_values: dict[bool, list[float]] = {False: [], True: []}
-    height, width, _ = opened.image_shape
-    for row in scorer(tested):
-        if row.get("p_value") is not None:
-            size = size_of(Path(plan.folder) / row["path"])
-            p_values[size != (width, height)].append(row["p_value"])
-    scanned = shuffled(dataset.files["train"])[:SCANNED_IMAGES]
-    rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
-    rows.sort(key=lambda row: -row["ood_score"])
-    index = {name: row for row, name in enumerate(dataset.files["train"])}
-    outliers = [
-        Outlier(
-            row["path"],
-            row["p_value"],
-            row["bpd"],
-            dataset.parts["train"].images[index[row["path"]]],
-        )
-        for row in rows[:SHOWN_OUTLIERS]
-    ]
-    recipes = [stage.recipe for stage in plan.stages]  # the last ones may have been given up
-    used = plan.stages[: recipes.index(opened.manifest["recipe"]) + 1]
-    pixels = _test_images(dataset, found, CORRUPTED_IMAGES)
-    held_out = pixels[:RECONSTRUCTED]
-    findings = Findings(
-        dataclasses.replace(plan, stages=used),
-        found,
-        opened,
-        engine.sample([0] * SAMPLES, range(SAMPLES)),
-        held_out,
-        engine.reconstruct(held_out),
-        false_alarms(p_values, opened),
-        len(scanned),
-        outliers,
-        len(pixels),
-        _caught(engine, pixels),
-        _encoder_findings(engine, dataset, found, out),
-    )
-    write_report(findings, out / "report.html")

@@ -238,3 +238,8 @@ def make_plan(
         guide,
         FLOWS[size],
     )
+
+
+def minutes_text(value: float) -> str:
+    """Minutes for the user: two significant digits, or a whole number."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"

@@ -24,16 +24,10 @@ from ade_cli.main import main
 from export.features import data_of
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from fitting.pipeline import (
-    _bundle,
-    _caught,
-    _encoder,
-    _guide,
-    _minutes,
-    _test_images,
-    _train,
-    fit_folder,
-)
+from fitting.encoder import fit_encoder, fit_guide
+from fitting.findings import _caught
+from fitting.held_out import held_out_images
+from fitting.pipeline import _bundle, _train, fit_folder
 from fitting.plan import (
     FLOWS,
     GUIDE_MOST_MINUTES,
@@ -41,6 +35,7 @@ from fitting.plan import (
     PlanError,
     Stage,
     make_plan,
+    minutes_text,
     read_budget,
 )
 from fitting.report import (
@@ -115,7 +110,12 @@ def test_plans_fit_their_budget() -> None:
 
 
 def test_minutes_are_never_rounded_to_none() -> None:
-    assert [_minutes(value) for value in (0.46, 6.4, 16.8, 230.4)] == ["0.46", "6.4", "17", "230"]
+    assert [minutes_text(value) for value in (0.46, 6.4, 16.8, 230.4)] == [
+        "0.46",
+        "6.4",
+        "17",
+        "230",
+    ]
 
 
 def test_a_guide_is_trained_where_it_pays() -> None:
@@ -462,8 +462,8 @@ def test_no_more_test_images_are_read_than_are_used() -> None:
     part: Any = SimpleNamespace(images=Images())
     dataset = Dataset("d", {"test": part}, {}, [], {"test": [f"{i}.png" for i in range(50)]})
     surveyed: Any = SimpleNamespace(leaking=["7.png"])
-    assert len(_test_images(dataset, surveyed, 10)) == 10 == len(read[0])
-    assert len(_test_images(dataset, surveyed, 100)) == 49
+    assert len(held_out_images(dataset, surveyed, 10)) == 10 == len(read[0])
+    assert len(held_out_images(dataset, surveyed, 100)) == 49
 
 
 def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(
@@ -639,7 +639,7 @@ def test_an_encoder_uses_classes_that_it_recognises(
     learnable: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is made once. Held-out images are recognised in parts: all would need tens of GiB."""
-    monkeypatch.setattr("fitting.pipeline.AT_A_TIME", 7)
+    monkeypatch.setattr("fitting.encoder.AT_A_TIME", 7)
     rng = np.random.default_rng(0)
     images = np.concatenate([small_images, small_images[:, ::-1]])
     is_dark = rng.random(600) < 0.5
@@ -652,7 +652,7 @@ def test_an_encoder_uses_classes_that_it_recognises(
     found = survey(picture_sizes(files), dataset)
     plan = make_plan(str(folder), "images", 8, 20, False, None, 600, True)
     lines: list[str] = []
-    source = _encoder(plan, found, dataset, tmp_path, lines.append)
+    source = fit_encoder(plan, found, dataset, tmp_path, lines.append)
     guesses = "the encoder recognises the classes no better than guessing: it does without them"
     assert lines == [
         "making an encoder for 2 classes: bright, dark",
@@ -662,14 +662,16 @@ def test_an_encoder_uses_classes_that_it_recognises(
     assert outputs == ["features", "logits"][: 1 + learnable]
     assert (data_of(source.path) is not None) == learnable, "what it was trained on"
     lines.clear()
-    assert _encoder(plan, found, dataset, tmp_path, lines.append) == source and not lines
+    assert fit_encoder(plan, found, dataset, tmp_path, lines.append) == source and not lines
     plan = dataclasses.replace(plan, guide_minutes=0.05)
-    guide = _guide(plan, dataset, tmp_path, lines.append)
+    guide = fit_guide(plan, dataset, tmp_path, lines.append)
     assert lines == ["training a guide, 0.05 minutes"][:learnable]
     if learnable:
         assert guide is not None and load_guide(guide, 8, 3).dims
-        assert _guide(plan, dataset, tmp_path, lines.append) == guide and len(lines) == 1
-        assert _guide(dataclasses.replace(plan, guide_minutes=0), dataset, tmp_path, print) is None
+        assert fit_guide(plan, dataset, tmp_path, lines.append) == guide and len(lines) == 1
+        assert (
+            fit_guide(dataclasses.replace(plan, guide_minutes=0), dataset, tmp_path, print) is None
+        )
     else:
         assert guide is None
 
@@ -681,7 +683,7 @@ def test_images_without_classes_get_an_encoder(small_images: np.ndarray, tmp_pat
     found = survey(picture_sizes(files), dataset)
     plan = make_plan(str(folder), "images", 8, 20, False, None, 50)
     lines: list[str] = []
-    source = _encoder(plan, found, dataset, tmp_path, lines.append)
+    source = fit_encoder(plan, found, dataset, tmp_path, lines.append)
     assert lines == ["making an encoder"]
     graph = onnx.load(source.path).graph
     assert [output.name for output in graph.output] == ["features"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 
 PARTS = ("train", "select", "calibrate", "test")
 CHANNELS = 3  # of the images of every loader
+
+Report = Callable[[str], None]  # called with each line of progress
 
 # What NumPy raises while it loads arrays from a file that is damaged or something else.
 NOT_ARRAYS = (

@@ -9,14 +9,14 @@ same images.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.data import DataError, ImageSet
+from training.data import DataError, ImageSet, Report
 from training.device import bfloat16_is_faster
 from training.distillation import Distillation
 from training.encoder import MIN_IMAGES, TrainedEncoder
@@ -29,8 +29,6 @@ TEACHER_SHARE = 0.25  # of the training time that the teacher has at most
 SHIFT = 8  # images are shifted by up to 1/SHIFT of half their side
 DISTILLATION_WEIGHT = 10.0  # of a cosine distance, beside a cross-entropy
 REPORT_SECONDS = 30.0
-
-Report = Callable[[str], None]
 
 
 def train_small_encoder(

@@ -15,7 +15,7 @@ import numpy as np
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.verdict.detector import MIN_IMAGES
-from export.verdict.images import Images, Report, none_usable, prepared, usable
+from export.verdict.images import Images, none_usable, prepared, usable
 from export.verdict.kinds import Parts, exact_calibration, resized_calibration
 from export.verdict.network_checks import knows_classes, warn_if_seen
 from serving.api.requests import InputImage
@@ -35,6 +35,7 @@ from serving.messages import counted
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
+from training.data import Report
 
 ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
 

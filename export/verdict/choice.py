@@ -12,9 +12,8 @@ import numpy as np
 
 from export.sketch import file_hashes, sketch_in
 from export.verdict.detector import MIN_IMAGES
-from export.verdict.images import Report
 from serving.engine.bundle import Bundle
-from training.data import PARTS, DataError, Dataset
+from training.data import PARTS, DataError, Dataset, Report
 from training.datasets.files import is_split_by_name, part_of, shuffled
 from training.datasets.folder import image_files
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,12 +29,12 @@ from serving.verdict.calibration_file import Calibrations, version_of
 from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import flagging_rank
 from serving.verdict.store import FOLDER, check_name, write_calibrations
+from training.data import Report
 
 AUDIT = "feedback.jsonl"
 ALPHA = 0.01  # at which joining images must leave something to reject
 FEW = 10  # fewer images that ade calibrate's calibration rejects may always join
 Given = Literal["accept", "reject"]
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from serving.files import read_file
 from serving.messages import counted
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
+from training.data import Report
 
 MAX_THREADS = 8  # each needs memory for a batch
 AT_ONCE = 64  # files in memory
@@ -25,7 +26,6 @@ MAX_SHOWN = 5
 
 Images = Iterable[bytes | np.ndarray]  # image files, or uint8 (H, W, C)
 Prepared = tuple[str, InputImage | ApiError]  # with the image's name
-Report = Callable[[str], None]
 
 
 class NamedFile(bytes):

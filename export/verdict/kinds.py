@@ -11,13 +11,13 @@ from PIL import Image
 
 from export.verdict.corruptions import corrupted
 from export.verdict.detector import MIN_IMAGES, fit_calibration
-from export.verdict.images import Report
 from export.verdict.measuring import statistics_of
 from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest, short_digest
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.semantic import without_classes
+from training.data import Report
 
 CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times

@@ -11,7 +11,6 @@ from export.verdict.images import (
     MAX_THREADS,
     Images,
     Prepared,
-    Report,
     none_usable,
     prepared,
     report_left_out,
@@ -20,6 +19,7 @@ from export.verdict.images import (
 from serving.api.requests import InputImage
 from serving.engine.engine import MAX_BATCH, InferenceEngine
 from serving.verdict.statistics import finite_rows
+from training.data import Report
 
 CHUNK = MAX_THREADS * MAX_BATCH
 

@@ -9,12 +9,13 @@ import numpy as np
 from scipy import stats
 
 from export.verdict.detector import MIN_IMAGES
-from export.verdict.images import Images, Report, prepared
+from export.verdict.images import Images, prepared
 from export.verdict.kinds import Parts
 from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import Calibration
 from serving.verdict.semantic import ENERGY, semantic_statistics
+from training.data import Report
 
 MAX_UNSEEN, TAIL, SEEN_P_VALUE = 1000, 0.05, 1e-4
 # Mean energy of images, in standard deviations of the bundle's own calibration, from which on their

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from export.verdict.corruptions import CORRUPTIONS
-from export.verdict.images import Images, Prepared, Report, digests_of, others, prepared
+from export.verdict.images import Images, Prepared, digests_of, others, prepared
 from export.verdict.measuring import measured
 from export.verdict.ood_bench_report import write_report
 from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration import CalibrationError
+from training.data import Report
 
 
 def bench(

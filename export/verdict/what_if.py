@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.verdict.corruptions import corrupted
-from export.verdict.images import Images, Report, digests_of, usable
+from export.verdict.images import Images, digests_of, usable
 from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine, Score
 from serving.engine.noise import short_digest
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
+from training.data import Report
 
 ALPHAS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 CHUNK = 256

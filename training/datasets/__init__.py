@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from training.data import DataError, Dataset
+from training.data import DataError, Dataset, Report
 from training.datasets import lsun, stl10
 from training.datasets.cifar10 import load_cifar10
-from training.datasets.files import Report
 from training.datasets.folder import first_size, image_files, load_folder
 from training.datasets.imagenet64 import load_imagenet64
 from training.datasets.lsun import load_lsun

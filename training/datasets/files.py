@@ -19,9 +19,8 @@ import numpy as np
 
 from serving.files import LOCK, locked, preallocated, write_text
 from serving.images import ImageError, read_image, resize_centre
-from training.data import PARTS, DataError, Dataset, ImageSet, Rows
+from training.data import PARTS, DataError, Dataset, ImageSet, Report, Rows
 
-Report = Callable[[str], None]
 # The hash of a name, modulo 100, is below the bound of its part and not below the one before.
 _BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
 _BY_NAME = "by hash of the file name"

@@ -12,8 +12,8 @@ import numpy as np
 
 from serving.files import image_paths, read_file
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image
-from training.data import DataError, Dataset
-from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
+from training.data import DataError, Dataset, Report
+from training.datasets.files import cached_pixels, decode_into, split_by_name
 
 _MISSING = (0, 0)  # the version of a file that does not exist or may not be read
 

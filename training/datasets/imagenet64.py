@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet, split_tail
-from training.datasets.files import Report, cached_pixels
+from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet, Report, split_tail
+from training.datasets.files import cached_pixels
 from training.datasets.source import classes, planar, unpickle_arrays
 
 SIZE = 64

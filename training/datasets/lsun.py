@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data import DataError, Dataset
-from training.datasets.files import Report, cached_pixels, decode_into, split_by_name
+from training.data import DataError, Dataset, Report
+from training.datasets.files import cached_pixels, decode_into, split_by_name
 
 DEFAULT_SIZE = 64
 # Each of the first two pages of an LMDB describes it, and the newer one is valid: a magic number,

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from serving.images import resize_centre
-from training.data import DataError, Dataset, ImageSet, split_tail
-from training.datasets.files import Report
+from training.data import DataError, Dataset, ImageSet, Report, split_tail
 from training.datasets.source import Source
 
 SIZE, DEFAULT_SIZE = 96, 48

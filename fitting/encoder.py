@@ -1,0 +1,119 @@
+"""Makes the verdict's encoder for ``ade fit``, and the guide of an adversarial stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+from export.feature_source import FeatureSource
+from export.sketch import record_of
+from export.to_onnx import export_encoder
+from fitting.held_out import rows_of
+from fitting.plan import Plan, minutes_text
+from fitting.survey import Survey
+from serving.onnx_runtime import cpu_session
+from serving.verdict.semantic import LOGITS
+from training.data import Dataset, ImageSet, Report
+from training.encoder import TrainedEncoder, make_encoder
+from training.labels import class_folders, class_labels, listed
+from training.runs import read_json, write_json
+from training.small_encoder import train_small_encoder
+
+ENCODER_NAME, ENCODER_ABOUT, GUIDE_NAME = "encoder.onnx", "encoder.json", "guide.onnx"
+AT_A_TIME = 256  # images that the encoder recognises at a time
+MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
+
+
+def fit_encoder(
+    plan: Plan, found: Survey, dataset: Dataset, out: Path, step: Report
+) -> FeatureSource:
+    """Make the verdict's encoder, with a classifier if the images lie in class folders.
+
+    If it recognises the classes of held-out images no better than guessing, it does without them.
+
+    Args:
+        plan: of the fit.
+        found: what the survey of the folder found.
+        dataset: the folder's images.
+        out: the output folder; an encoder that is there already is taken.
+        step: called with each line of progress.
+    """
+    path, about_path = out / ENCODER_NAME, out / ENCODER_ABOUT
+    if about_path.exists():
+        return FeatureSource(path)
+    images = dataset.parts["train"].images
+
+    def write(labels: np.ndarray | None) -> TrainedEncoder:
+        made = make_encoder(ImageSet(images, labels))
+        record = record_of(dataset) if made.classes else None
+        export_encoder(made.network, np.asarray(images[:2]), made.outputs, path, record)
+        return made
+
+    labels = class_labels(dataset) if plan.has_classes else None
+    if labels is None:
+        step("making an encoder")
+    else:
+        folders = class_folders(dataset.files["train"]) or []
+        step(f"making an encoder for {len(folders)} classes: {listed(folders)}")
+    made = write(labels)
+    is_given_up = made.classes > 0 and not _recognises_classes(path, dataset, found)
+    if is_given_up:
+        step("the encoder recognises the classes no better than guessing: it does without them")
+        made = write(None)
+    about = {
+        "images_seen": made.images_seen,
+        "classes": made.classes,
+        "is_given_up": is_given_up,
+    }
+    write_json(about_path, about)
+    return FeatureSource(path)
+
+
+def fit_guide(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path | None:
+    """Train the generator's guide, if the plan has minutes for it and its classes can be learnt.
+
+    It restarts if it was interrupted.
+
+    Args:
+        plan: of the fit.
+        dataset: the folder's images.
+        out: the output folder, with the encoder.
+        step: called with each line of progress.
+    """
+    path = out / GUIDE_NAME
+    if not plan.guide_minutes or not read_json(out / ENCODER_ABOUT, "classes")["classes"]:
+        return None
+    if not path.exists():
+        step(f"training a guide, {minutes_text(plan.guide_minutes)} minutes")
+        images = ImageSet(dataset.parts["train"].images, class_labels(dataset))
+        made = train_small_encoder(images, plan.guide_minutes, torch.device(plan.device))
+        export_encoder(made.network, np.asarray(images.images[:2]), made.outputs, path)
+    return path
+
+
+def _recognises_classes(path: Path, dataset: Dataset, found: Survey) -> bool:
+    """Whether an encoder recognises the classes of held-out images better than by guessing."""
+    rows = rows_of(dataset, found, "select")
+    images = dataset.parts["select"].images
+    session = cpu_session(path, torch.get_num_threads())
+    parts = [rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)]
+    logits = np.concatenate(
+        [session.run([LOGITS], {"images": np.asarray(images[few])})[0] for few in parts]
+    )
+    recognised, guessed = recognised_share(logits, dataset, "select", rows)
+    test = stats.binomtest(round(recognised * len(rows)), len(rows), guessed, alternative="greater")
+    return bool(test.pvalue < MAX_GUESSING)
+
+
+def recognised_share(
+    logits: np.ndarray, dataset: Dataset, part: str, rows: list[int]
+) -> tuple[float, float]:
+    """Share of held-out images whose class is recognised, and that in the largest class."""
+    trained, labels = class_labels(dataset), class_labels(dataset, part)
+    assert trained is not None and labels is not None
+    held_out = labels[rows]
+    largest = np.bincount(trained).argmax()
+    return float(np.mean(logits.argmax(1) == held_out)), float(np.mean(held_out == largest))
