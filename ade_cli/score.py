@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from serving.bulk import (
     check_out,
     score_folder,
 )
+from serving.cores import available_cores
 from serving.engine.bundle import BundleError, open_bundle
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=available_cores(),
         metavar="N",
         help="number of processes (default: one per core)",
     )

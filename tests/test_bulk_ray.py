@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.ray_cluster import ray_cluster
-from handlers.launch.environment import available_cores
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
+from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
 from tests.helpers import PRETRAINED, ROOT, make_folder
 

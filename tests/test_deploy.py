@@ -19,13 +19,13 @@ import yaml
 from ade_cli.main import parse
 from handlers.front.exposition import REFUSALS
 from handlers.front.settings import TOKEN_VARIABLE
-from handlers.launch.environment import available_cores
 from handlers.launch.serve import _allowed_hosts
 from handlers.launch.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
 from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.telemetry import METRICS
+from serving.cores import available_cores
 from serving.page import sweep, uploads
 from serving.ports import VARIABLES
 from tests.helpers import ROOT

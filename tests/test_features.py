@@ -510,7 +510,7 @@ def test_statistics_do_not_depend_on_the_threads(
     engine = InferenceEngine(semantic_bundle, device="cpu", operations=["score"])
     expected = engine.statistics(small_images)
     for cores in (1, 3):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        monkeypatch.setattr("export.verdict.images.available_cores", lambda cores=cores: cores)
         lines: list[str] = []
         found = statistics_of(engine, small_images, "corners", report=lines.append)
         assert list(found) == list(expected) and lines[-1] == "corners: scored 300 images"

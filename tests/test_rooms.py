@@ -66,6 +66,7 @@ MAY_IMPORT = {
 # Small modules at the top of serving/ that import nothing else of ours are everybody's.
 SHARED = {
     "serving.brand",
+    "serving.cores",
     "serving.messages",
     "serving.onnx_runtime",
     "serving.ports",

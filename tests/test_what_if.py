@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -334,7 +333,7 @@ def test_a_set_without_any_finite_likelihood_is_an_error(
 def test_images_are_decoded_on_several_cores_and_named(
     small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(images_module, "available_cores", lambda: 2)
     both, prepare = threading.Barrier(2), images_module.prepare_source
 
     def meet(*given: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 
 from serving.api.errors import ApiError
 from serving.api.requests import InputImage, prepare_source
+from serving.cores import available_cores
 from serving.engine.noise import short_digest
 from serving.files import read_file
 from serving.messages import counted
@@ -53,7 +53,7 @@ def readable(paths: Iterable[Path], report: Report) -> Iterator[NamedFile]:
 
 def thread_pool() -> ThreadPoolExecutor:
     """A thread for each core, up to :data:`MAX_THREADS`."""
-    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_THREADS))
+    return ThreadPoolExecutor(min(available_cores(), MAX_THREADS))
 
 
 def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) -> Iterator[Prepared]:

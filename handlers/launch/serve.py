@@ -20,13 +20,13 @@ import httpx
 from handlers.front.settings import given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
-from handlers.launch.environment import available_cores
 from handlers.launch.options import ServingOptions
 from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.profile import Totals, profile_table, read_totals
 from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor, tell
 from handlers.launch.upgrades import UpgradeError, Upgrades
+from serving.cores import available_cores
 from serving.engine.backends import BackendError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS

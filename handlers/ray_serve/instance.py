@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from handlers.launch.environment import available_cores
 from handlers.ray_serve import guard
 from handlers.ray_serve.environment import of_every_node, of_own_instance
+from serving.cores import available_cores
 
 SHORT = "/tmp"  # Unix sockets have short paths, and Ray's folders long names
 OBJECTS_BYTES = 256 * 2**20  # of shared memory, for bodies and answers on their way

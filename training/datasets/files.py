@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from serving.cores import available_cores
 from serving.files import LOCK, locked, preallocated, write_text
 from serving.images import ImageError, read_image, resize_centre
 from training.data import PARTS, DataError, Dataset, ImageSet, Report, Rows
@@ -158,7 +159,7 @@ def decode_into(
 
     notes: Counter[str] = Counter()
     numbered = enumerate(files)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         while chunk := list(islice(numbered, _CHUNK)):
             for its in pool.map(lambda item: decode(*item), chunk):
                 notes.update(its)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from serving.cores import available_cores
 from serving.images import resize_centre
 from training.data import DataError, Dataset, ImageSet, Report, split_tail
 from training.datasets.source import Source
@@ -63,6 +63,6 @@ def _images(content: bytes, name: str, size: int) -> np.ndarray:
     def shrink(row: int) -> None:
         out[row] = resize_centre(stored[row], size, size)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         list(pool.map(shrink, range(len(stored))))
     return out
