@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from serving.api.errors import ApiError, malformed, unusable
 from serving.api.forms import multipart_names
-from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, replay
+from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, error_answer, replay
 from serving.api.requests import MAX_BODY_BYTES, MAX_IMAGES, MULTIPART, pixels_to_resize
 from serving.gate import Decision, Gate
 from serving.messages import show
@@ -312,12 +312,11 @@ def _without_body(receive: Receive) -> Receive:
 
 
 async def _answer(send: Send, error: ApiError, decisions: list[Decision] | None = None) -> None:
-    body = error.body()
+    headers, content = error_answer(error)
     if decisions is not None:
+        body = error.body()
         body["error"]["decisions"] = [dataclasses.asdict(decision) for decision in decisions]
-    headers = [
-        (b"content-type", b"application/json"),
-        *([(b"retry-after", b"1")] if error.status == 503 else []),
-    ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+        content = json.dumps(body).encode()
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": content})

@@ -62,6 +62,37 @@ def archive(images: np.ndarray, texts: list[dict[str, str]]) -> bytes:
     return out.getvalue()
 
 
+def remember(history: list[Any], grid: str | None) -> Any:
+    """Add a grid to the session's grids, without duplicates; the latest comes first."""
+    if grid is None:  # while the first samples are drawn
+        return gr.skip(), gr.skip()
+    with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
+        text = png_text(picture)
+    settings = (
+        text["ade:model"].split("@")[0],
+        int(text["ade:n"]),
+        int(text["ade:seed"]),
+        float(text["ade:temperature"]),
+        text["ade:kind"],
+    )
+    history = [(grid, settings), *(entry for entry in history if entry[1] != settings)][:HISTORY]
+    history = [entry for entry in history if Path(entry[0]).exists()]
+    return history, [
+        (path, f"seed {seed}, {n}, {kind}, {temperature:g}, {model}")
+        for path, (model, n, seed, temperature, kind) in history
+    ]
+
+
+def again(history: list[Any], event: gr.SelectData) -> Any:
+    """The settings of a chosen grid."""
+    if event.index >= len(history):  # the page may still show what is no longer kept
+        raise gr.Error(
+            "These samples are no longer kept: the page keeps them for an hour. Draw their "
+            "seed again."
+        )
+    return history[event.index][1]
+
+
 def add_tab(shared: Shared) -> None:
     """Lay the tab out; its first samples are drawn when it is opened."""
     tab = shared.tab
@@ -115,36 +146,6 @@ def add_tab(shared: Shared) -> None:
         if samples or runs.latest > runs.failed:
             return (gr.skip(),) * len(shown)
         return sampled(*values)
-
-    def remember(history: list[Any], grid: str | None) -> Any:
-        """Add a grid to the session's grids, without duplicates; the latest comes first."""
-        if grid is None:  # while the first samples are drawn
-            return gr.skip(), gr.skip()
-        with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
-            text = png_text(picture)
-        settings = (
-            text["ade:model"].split("@")[0],
-            int(text["ade:n"]),
-            int(text["ade:seed"]),
-            float(text["ade:temperature"]),
-            text["ade:kind"],
-        )
-        history = [(grid, settings), *(entry for entry in history if entry[1] != settings)][
-            :HISTORY
-        ]
-        history = [entry for entry in history if Path(entry[0]).exists()]
-        return history, [
-            (path, f"seed {seed}, {n}, {kind}, {temperature:g}, {model}")
-            for path, (model, n, seed, temperature, kind) in history
-        ]
-
-    def again(history: list[Any], event: gr.SelectData) -> Any:
-        if event.index >= len(history):  # the page may still show what is no longer kept
-            raise gr.Error(
-                "These samples are no longer kept: the page keeps them for an hour. Draw their "
-                "seed again."
-            )
-        return history[event.index][1]
 
     def pick(samples: list[Any], event: gr.SelectData) -> Any:
         return choose(str(samples[event.index][0]))
