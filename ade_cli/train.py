@@ -177,6 +177,10 @@ def run(args: argparse.Namespace) -> None:
         check_weights(config, args.out, options, args.resume)
         print(json.dumps(config.to_dict(), indent=2))
         return
+    if (args.out / "run.json").is_file() and not args.resume:  # names the option, as no library may
+        raise RunError(
+            f"{args.out} holds a run: continue it with --resume, or choose another folder"
+        )
     check_folder(args.out, args.resume)
     if args.resume and (args.out / "data.json").is_file():
         recorded = read_json(args.out / "data.json", "data")["data"]
