@@ -142,14 +142,14 @@ def _run(args: argparse.Namespace) -> int:
         _say_what_to_install(args.verb, error, extra)
         return 2
     except RuntimeError as error:
-        from serving.decode.pool import DecoderError  # here, as below
+        from serving.decode.pool import DecoderError  # here, because it needs NumPy
 
         if not isinstance(error, DecoderError):
             raise
         print(f"ade {args.verb}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        from serving.files import NO_ROOM  # here, because it needs NumPy, and most verbs end well
+        from serving.files import NO_ROOM  # here, for the same reason: most verbs end well
 
         if error.filename is None and error.errno not in NO_ROOM:
             raise

@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
         check_weights(config, args.out, options, args.resume)
         print(json.dumps(config.to_dict(), indent=2))
         return
-    if (args.out / "run.json").is_file() and not args.resume:  # names the option, as no library may
+    if (args.out / "run.json").is_file() and not args.resume:  # check_folder cannot name --resume
         raise RunError(
             f"{args.out} holds a run: continue it with --resume, or choose another folder"
         )

@@ -28,7 +28,7 @@ from training.run_start import (
     check_shares,
     guide_of,
     open_run,
-    with_its_own,
+    resumed_options,
 )
 from training.runs import (
     Progress,
@@ -121,7 +121,7 @@ def train(
             folder is left unchanged. Or another process of the run ended.
         TrainingDiverged: losses were not finite; the last good checkpoint is kept.
     """
-    options = with_its_own(run, options, resume)
+    options = resumed_options(run, options, resume)
     fabric = make_fabric(options.device, options.precision)
     is_main = fabric.global_rank == 0
     trainer, progress, lineage = _prepare(config, dataset, run, options, resume, fabric)

@@ -21,8 +21,17 @@ from training.runs import RunError, check_growth_from, checkpoint_folders, read_
 logger = logging.getLogger(__name__)
 
 
-def with_its_own(run: Path, options: RunOptions, resume: bool) -> RunOptions:
-    """Options with what shaped the weights of a resumed run already: seed, init and guide."""
+def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
+    """Options with the seed, init and guide that a resumed run was started with.
+
+    Args:
+        run: the run's folder.
+        options: as given now.
+        resume: whether the run is resumed; otherwise the options stay as they are.
+
+    Raises:
+        RunError: ``run.json`` is damaged.
+    """
     if not (resume and (run / "run.json").is_file()):
         return options
     before = read_started(run)["options"]
@@ -37,7 +46,7 @@ def guide_of(config: TrainConfig, options: RunOptions) -> Guide | None:
     """The guide of a run; ``None`` without one.
 
     Raises:
-        RunError: the configuration has a weight for a guide and there is none, or the other way.
+        RunError: there is a guide without a weight for it, or a weight without a guide.
         FeatureError: the guide cannot be read.
     """
     if options.guide is None:
@@ -93,7 +102,7 @@ def check_weights(config: TrainConfig, run: Path, options: RunOptions, resume: b
         RunError: they do not suit the configuration.
         FeatureError: the guide cannot be read.
     """
-    options = with_its_own(run, options, resume)
+    options = resumed_options(run, options, resume)
     guide_of(config, options)
     if options.init is not None and not (resume and checkpoint_folders(run)):
         check_growth_from(Path(options.init), config.model)

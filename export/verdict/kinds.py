@@ -60,14 +60,7 @@ def resized_calibration(
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration for images that requests resize, and its entry in the manifest.
 
-    Args:
-        engine: of the bundle.
-        parts: the images.
-        has_classes: whether the classes of the features' network are used.
-        report: called with each line of progress.
-
-    Raises:
-        CalibrationError: scores that cannot be used.
+    Arguments and errors are those of :func:`exact_calibration`.
     """
     chosen = _of_kind(parts, resized=True) or parts
     pixels = [
