@@ -15,6 +15,7 @@ from ade_cli.advice import advice
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_writable
+from ade_cli.paths import say_what_is_not_followed
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
 from export.verdict.choice import choose_files, choose_rows, data_of_features
@@ -174,6 +175,7 @@ def _images(
             f"--root goes with a named data set ({', '.join(NAMES)}); {args.data!r} is a folder"
         )
     folder = Path(args.data)
+    say_what_is_not_followed(folder)
     chosen = choose_files(folder, bundle, features, say)
     return [partial(readable, paths, say) for paths in chosen], folder.resolve().name
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ade_cli.image_files import FileError, check_parent, left_out
-from ade_cli.paths import given_path
+from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
 from coding.compress import compress
 from coding.errors import CodingError
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if "score" in bundle.operations and not bundle.has(CODEC_NAME):
         copy = f"ade export --with-codec {shlex.quote(str(args.bundle))} OUT"
         raise FileError(f"{args.bundle} has no codec. Make a copy with one: {copy}")
+    say_what_is_not_followed(args.images)
     source = open_source(args.images, args.keep_metadata)
     for path, reason in source.left_out:
         left_out(path, reason)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ade_cli.paths import given
+from ade_cli.paths import given, say_what_is_not_followed
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
 
@@ -84,6 +84,8 @@ def dataset_of(
             data, root = stored["data"], root or stored["root"]
         except (ValueError, LookupError, TypeError) as error:
             raise DataError(f"{source} is damaged: {error!r}") from error
+    if data not in NAMES:
+        say_what_is_not_followed(Path(data))
     return load_dataset(
         data,
         root,

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say
-from ade_cli.help_texts import DEVICE
 from ade_cli.image_files import FileError, check_parent
 from export.sketch import record_of
 from export.to_onnx import export_encoder
@@ -55,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help=f"minutes of training, with --small (default: {MINUTES:g})",
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto", help=f"with --small: {DEVICE}")
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="with --small: device to train on; auto, the default, takes a GPU if there is one",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,12 +67,14 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"--minutes must be above 0 and finite, got {minutes:g}")
     if args.minutes is not None and not args.small:
         raise DataError("--minutes goes with --small: the other encoder needs no training time")
+    if args.device is not None and not args.small:
+        raise DataError("--device goes with --small: the other encoder runs on the CPU")
     if args.small and args.without_labels:
         raise DataError("--small needs the classes of the images, so not --without-labels")
     check_parent(args.out)
     if os.path.lexists(args.out):
         raise FileError(f"{args.out} exists: take another name")
-    device = choose_device(args.device)
+    device = choose_device(args.device or "auto")
     dataset = dataset_of(args, None, args.image_size, fits=check_size)
     labels = None if args.without_labels else class_labels(dataset)
     folders = class_folders(dataset.files.get("train", []))

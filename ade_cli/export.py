@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     out = shlex.quote(str(args.out))
     if args.with_codec and (args.run / MANIFEST_NAME).is_file():
-        if args.name or args.licence or args.data:
+        if args.name or args.licence or args.data or args.root:
             raise ExportError(
-                "--with-codec copies a bundle with all that it has: leave out --name, --licence "
-                "and --data"
+                "--with-codec copies a bundle with all that it has: leave out --name, --licence, "
+                "--data and --root"
             )
         add_codec(args.run, args.out, ExportError)
         say(f"wrote {args.out}; next: ade compress IMAGES OUT.ade --bundle {out}")

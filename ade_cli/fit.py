@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import DEVICE
-from ade_cli.paths import given_path
+from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_model.errors import ConfigError
 from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     check_outside(out, str(folder))
     budget = read_budget(args.budget)
     before = Plan.load(out / "plan.json") if has_begun(out) else None
+    say_what_is_not_followed(folder)
     files = image_files(folder)
     sizes = picture_sizes(files)
     if args.image_size is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.help_texts import BUNDLE
-from ade_cli.paths import given_path
+from ade_cli.paths import given_path, say_what_is_not_followed
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_source
 from serving.engine.bundle import open_bundle
@@ -101,6 +101,7 @@ def files_of(paths: list[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
+        say_what_is_not_followed(path)
         found = [path / name for name in image_paths(path)] if path.is_dir() else [path]
         if not found:
             raise FileError(f"{path} holds no images")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ade_cli.data_options import say
+from ade_cli.paths import say_what_is_not_followed
 from export.verdict.images import readable
 from training.data import NOT_ARRAYS, DataError
 from training.datasets.files import shuffled
@@ -36,6 +37,7 @@ class GivenImages:
         self._path, self._limit, self._keep = path, limit, keep
         # Read here too: the images of other sets may take long before these are needed.
         if path.is_dir():
+            say_what_is_not_followed(path)
             image_files(path)
         else:
             _array(path)

@@ -42,9 +42,7 @@ VERBS = {
     "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }
-RESUMED = dict.fromkeys(
-    ("fit", "score", "compare", "compress"), ": the same command resumes from here"
-)
+RESUMED = dict.fromkeys(("fit", "compare", "compress"), ": the same command resumes from here")
 INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # exit status after SIGTERM
 EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
@@ -126,7 +124,10 @@ def _sigterm_raises(verb: str) -> Iterator[None]:
 def _run(args: argparse.Namespace) -> int:
     module = _module(args.verb)
     try:
-        return int(module.run(args) or 0)
+        status = int(module.run(args) or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where errors are handled
+        return status
     except module.ERRORS as error:
         print(f"ade {args.verb}: {_as_typed(str(error), args.usage)}", file=sys.stderr)
         return 2
@@ -135,7 +136,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"ade {args.verb}: interrupted{how}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
     except ModuleNotFoundError as error:  # of a package that only some of the verb's options need
         extra = module.extra(args) if hasattr(module, "extra") else EXTRAS.get(args.verb)
@@ -153,9 +154,17 @@ def _run(args: argparse.Namespace) -> int:
 
         if error.filename is None and error.errno not in NO_ROOM:
             raise
+        if error.filename is None:  # perhaps of standard output
+            _discard_output()
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"ade {args.verb}: {where}{error.strerror}", file=sys.stderr)
         return 2
+
+
+def _discard_output() -> None:
+    """Throw away what is still to be printed, which would fail again at the end of the program."""
+    with contextlib.suppress(OSError, AttributeError):  # it may be no file, or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _as_typed(message: str, usage: str) -> str:

@@ -9,12 +9,12 @@ import numpy as np
 
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import BUNDLE
-from ade_cli.image_files import load_engine
+from ade_cli.image_files import FileError, check_writable, load_engine
 from ade_cli.image_sets import GivenImages
 from ade_cli.paths import given, given_path
 from export.verdict.choice import files_that_test
 from export.verdict.corruptions import CORRUPTIONS
-from export.verdict.images import Images
+from export.verdict.images import Images, readable
 from export.verdict.ood_bench import bench
 from serving.engine.bundle import Bundle, BundleError
 from serving.images import in_options
@@ -22,7 +22,7 @@ from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
 
-ERRORS = (BundleError, CalibrationError, DataError)
+ERRORS = (BundleError, CalibrationError, DataError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in-distribution (ID) images that were not used for training or calibration: "
         f"{', '.join(NAMES)} (the test part, with --root), a folder of images (its part test, if "
         "it trained a network of the bundle or calibrated the gate), or an .npy or .npz file; "
-        "images that made the calibration are left out",
+        "images that calibrated the gate or trained a network are left out, and so are copies",
     )
     parser.add_argument("--root", metavar="DIR", help="folder of a named data set")
     parser.add_argument(
@@ -87,10 +87,11 @@ def run(args: argparse.Namespace) -> None:
         )
     own = bundle.manifest.get("calibration") or {}
     sets = {path.stem: GivenImages(path, args.images) for path in args.ood}
-    id_name, id_images = _id_images(args, bundle, calibrations.data or own.get("data"))
-    args.out.mkdir(parents=True, exist_ok=True)  # before the images are scored
+    id_name, id_images, trained = _id_images(args, bundle, calibrations.data or own.get("data"))
+    check_writable(args.out)  # before the images are scored
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
-        made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say)
+        made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say, trained)
     except CalibrationError as error:
         raise CalibrationError(in_options(str(error))) from None
     say(f"{made}")
@@ -102,12 +103,14 @@ def _say(line: str) -> None:
 
 def _id_images(
     args: argparse.Namespace, bundle: Bundle, calibrated_on: str | None
-) -> tuple[str, Images]:
+) -> tuple[str, Images, Images]:
     if args.in_distribution in NAMES:
         dataset = load_dataset(args.in_distribution, args.root, bundle.image_shape[0], report=say)
-        return dataset.splits["test"], np.asarray(dataset.parts["test"].images[: args.images])
+        return dataset.splits["test"], np.asarray(dataset.parts["test"].images[: args.images]), ()
     path = Path(args.in_distribution)
-    is_test = files_that_test(path, bundle, calibrated_on, say) if path.is_dir() else None
-    if is_test is None:
-        return path.name, GivenImages(path, args.images)
-    return f"{path.resolve().name}, part test", GivenImages(path, args.images, is_test)
+    chosen = files_that_test(path, bundle, calibrated_on, say) if path.is_dir() else None
+    if chosen is None:
+        return path.name, GivenImages(path, args.images), ()
+    is_test, trained = chosen
+    name = f"{path.resolve().name}, part test"
+    return name, GivenImages(path, args.images, is_test), readable(trained, say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ade_cli.help_texts import KIND
@@ -57,9 +58,10 @@ def run(args: argparse.Namespace) -> None:
             )
         first[path.stem] = path
     outputs = {path: args.out / f"{name}.png" for name, path in first.items()}
-    overwritten = {path.resolve() for path in outputs.values()} & {path.resolve() for path in files}
-    if overwritten:
-        raise FileError(f"{overwritten.pop()} would be overwritten: choose another --out")
+    if args.out.resolve() in {path.resolve().parent for path in files}:  # never a user's picture
+        for path in outputs.values():
+            if os.path.lexists(path):
+                raise FileError(f"{path.resolve()} would be overwritten: choose another --out")
     engine = load_engine(args.bundle, "reconstruct")
     files, pixels = read_pixels(files, engine, args.resize)
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
-from ade_cli.paths import given
+from ade_cli.paths import given, say_what_is_not_followed
 from ade_cli.progress import progress_bar
 from serving.brand import rounded
 from serving.bulk import (
@@ -102,6 +102,11 @@ def extra(args: argparse.Namespace) -> str | None:
     return "ray" if args.engine == "ray" else None
 
 
+def resumed(args: argparse.Namespace) -> str:
+    """How an interrupted command is continued, for the user."""
+    return "" if args.out is None else ": the same command resumes from here"
+
+
 def run(args: argparse.Namespace) -> int:
     if not 0 < args.alpha <= 1:
         raise BulkError(f"--alpha must be above 0 and at most 1, got {args.alpha}")
@@ -150,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
         raise BulkError(
             "a Parquet file needs pyarrow: pip install pyarrow, or write .csv or .jsonl"
         )
+    say_what_is_not_followed(images[0])
     with progress_bar() as progress:
         summary = score_folder(scorer, images[0], out, args.workers, progress)
     return _report(args, summary)

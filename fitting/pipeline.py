@@ -27,6 +27,7 @@ from fitting.held_out import held_out_images
 from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
 from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
 from training.data import CHANNELS, DataError, Dataset, Report
+from training.datasets.files import few_names_hint, unusable_hint
 from training.datasets.folder import load_files
 from training.evaluate import evaluate
 from training.loop import train
@@ -82,7 +83,7 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
         say(f"[{(time.monotonic() - started) / 60:5.1f} of {plan.budget:g} min] {text}")
 
     def read(line: str) -> None:
-        if not line.startswith("skipped"):  # the survey lists these files
+        if not line.startswith("skipped"):  # the survey names them
             step(line)
 
     if plan.rest < REST_MINUTES and not has_begun(out):
@@ -127,17 +128,13 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
     found = survey(sizes, dataset)
     for part, least in MIN_IMAGES.items():
         if found.parts[part] < least:
-            names = len({file.name for file in files})
             copies = sum(len(group) - 1 for group in found.twice)
+            unusable = f"{len(found.broken)}{unusable_hint(dataset.skipped)}"
             raise DataError(
                 f"{folder}: about {ENOUGH} different images are needed, got {found.files} files "
-                f"(unusable: {len(found.broken)}, copies: {copies}); "
+                f"(unusable: {unusable}; copies: {copies}); "
                 f"the part {part} needs at least {least} images and gets {found.parts[part]}"
-                + (
-                    f". Files of one name are in one part: these have {names} names"
-                    if names < len(files)
-                    else ""
-                )
+                + few_names_hint([file.name for file in files])
             )
     path = out / "survey.json"
     if path.exists() and has_begun(out) and read_json(path) != as_dict(found):

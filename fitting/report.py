@@ -18,6 +18,7 @@ from serving.engine.bundle import Bundle
 from serving.files import write_text
 from serving.images import psnr, tile, write_png
 from serving.reports import render
+from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
 
@@ -26,6 +27,7 @@ MIN_EPOCHS = 3.0
 MIN_CALIBRATED = 1000
 MIN_REJECTED = 0.9  # of each gross corruption, at VERDICT_ALPHA
 VERDICT_ALPHA = 0.05
+DEFAULT_ALPHA = ALPHAS[-1]  # of a request that names none
 SHOWN = 20  # broken files, and groups of duplicates
 TEMPLATE = "report.html"
 
@@ -208,7 +210,11 @@ def _verdict(findings: Findings) -> str:
     heading = "The gate works on what it was tried on"
     if any(share is not None and share < MIN_REJECTED for share in shares.values()):  # subtle ones
         heading = "The gate works, but many subtle corruptions pass"
-    return verdict_card("accept", summary.sentence, (), [known, *summary.notes], heading)
+    rough = []
+    if findings.calibrated < MIN_CALIBRATED:
+        heading += ", and its false-alarm rate is rough"
+        rough = [_few(findings.calibrated)]
+    return verdict_card("accept", summary.sentence, (), [*rough, known, *summary.notes], heading)
 
 
 def epochs(training: dict[str, Any] | None, images: int) -> float:
@@ -230,13 +236,8 @@ def weaknesses(findings: Findings) -> list[str]:
             f"The model has seen each training image {seen:.1f} times; {MIN_EPOCHS:g} or more are "
             "advisable: give it a larger budget."
         )
-    if calibrated < MIN_CALIBRATED:
-        low, high = false_alarm_band(calibrated, VERDICT_ALPHA)
-        found.append(
-            f"{calibrated:,} images calibrated the verdict; {MIN_CALIBRATED:,} or more are "
-            f"advisable: at alpha {VERDICT_ALPHA:g} the false-alarm rate may lie anywhere from "
-            f"{low:.3f} to {high:.3f}."
-        )
+    if calibrated < images_needed(DEFAULT_ALPHA):
+        found.append(_few(calibrated))
     found += [
         f"At alpha {alarm.alpha:g}, {alarm.rejected:.3f} of the {_kind(alarm)} are rejected; "
         f"{alarm.low:.3f} to {alarm.high:.3f} are expected."
@@ -251,6 +252,21 @@ def weaknesses(findings: Findings) -> list[str]:
         if caught.gross and (share := caught.rejected[column]) is not None and share < MIN_REJECTED
     ]
     return found
+
+
+def _few(calibrated: int) -> str:
+    """What it means that few images calibrated the verdict, as a sentence."""
+    low, high = false_alarm_band(calibrated, VERDICT_ALPHA)
+    nothing = (
+        f"; at the default alpha of {DEFAULT_ALPHA:g}, nothing can be rejected"
+        if calibrated < images_needed(DEFAULT_ALPHA)
+        else ""
+    )
+    return (
+        f"{calibrated:,} images calibrated the verdict; {MIN_CALIBRATED:,} or more are advisable: "
+        f"at alpha {VERDICT_ALPHA:g} the false-alarm rate may lie anywhere from {low:.3f} to "
+        f"{high:.3f}{nothing}."
+    )
 
 
 def _kind(alarm: FalseAlarms) -> str:

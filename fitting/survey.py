@@ -14,6 +14,7 @@ import numpy as np
 from serving.files import read_file
 from serving.images import file_size
 from training.data import PARTS, Dataset
+from training.datasets.files import unusable_hint
 
 SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
 STEP = 8  # networks halve the size three times
@@ -96,7 +97,8 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
             f"{len(leaking)}."
         )
     if dataset.skipped:
-        warnings.append(f"Files that could not be read: {len(dataset.skipped)}.")
+        hint = unusable_hint(dataset.skipped)
+        warnings.append(f"Files that cannot be used: {len(dataset.skipped)}{hint}.")
     side = dataset.image_size
     other = sum(count for size, count in sizes.items() if size not in (None, (side, side)))
     if other:
@@ -109,7 +111,7 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
             "unreadable" if size is None else f"{size[0]} x {size[1]}": n
             for size, n in sizes.most_common()
         },
-        dataset.skipped,
+        [f"{name}: {why}" for name, why in dataset.skipped.items()],
         twice,
         [name for _, name in leaking],
         parts,

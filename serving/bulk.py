@@ -44,6 +44,7 @@ from serving.verdict.decision import decide
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK = 64  # files per task
 AHEAD = 3  # tasks submitted per process
+ENDED = "a process ended (was there too little memory?): the same command resumes here"
 ROWS_A_GROUP = 20_000  # of a Parquet file
 
 
@@ -344,6 +345,8 @@ def _submit(pool: ProcessPoolExecutor, chunk: list[str]) -> Future[list[dict[str
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(_score_chunk, chunk)
+    except BrokenProcessPool:
+        raise BulkError(ENDED) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -352,9 +355,7 @@ def _result(future: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
         return future.result()
     except BrokenProcessPool:
-        raise BulkError(
-            "a process ended (was there too little memory?): the same command resumes here"
-        ) from None
+        raise BulkError(ENDED) from None
     except DecoderError as error:
         raise BulkError(f"{error}: the same command resumes here") from None
 

@@ -44,6 +44,16 @@ def image_paths(folder: Path) -> Iterator[str]:
                 yield (below / name).as_posix()
 
 
+def linked_folders(folder: Path) -> list[Path]:
+    """Links to folders below a folder, which :func:`image_paths` does not follow, in order."""
+    return sorted(
+        path
+        for directory, folders, _ in os.walk(folder)
+        for path in (Path(directory, name) for name in folders)
+        if path.is_symlink()
+    )
+
+
 def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """Read a regular file of at most ``limit`` bytes. Links are followed.
 

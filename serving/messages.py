@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -22,6 +24,13 @@ def printable(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Write a number with its noun: ``1 image``, ``2 images``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def commonest(errors: Sequence[tuple[str, str]]) -> str:
+    """The commonest reason among errors (name, reason), with the first name that has it."""
+    ((reason, count),) = Counter(reason for _, reason in errors).most_common(1)
+    first = next(name for name, why in errors if why == reason)
+    return f"{first}: {reason}" + (f" (as for {count - 1} others)" if count > 1 else "")
 
 
 def words_of(error: Exception) -> str:

@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from PIL import Image
 
 from ade_cli.data_options import say
 from ade_cli.main import main
-from ade_cli.score import NO_VERDICT, _report
+from ade_cli.score import NO_VERDICT, _report, resumed
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.images import readable
 from export.verdict.ood_bench_report import _write_csv
@@ -652,6 +654,42 @@ def test_originals_are_never_overwritten(
         main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
     )
     assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
+    other = tmp_path / "a.bmp"  # its picture would be named like the one above
+    Image.open(mine).save(other)
+    assert (
+        main(["reconstruct", str(other), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
+    )
+    assert "a.png would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
+
+
+def test_a_process_that_ended_before_it_got_more_is_named() -> None:
+    pool = mock.Mock(submit=mock.Mock(side_effect=BrokenProcessPool))
+    with pytest.raises(bulk.BulkError, match=r"a process ended .*the same command resumes here"):
+        bulk._submit(pool, ["a.png"])
+
+
+@pytest.mark.parametrize("closed, status", [("| true", 141), ("> /dev/full", 2)])
+def test_output_that_cannot_be_written(
+    closed: str, status: int, tiny_bundle: Path, folder: Path
+) -> None:
+    """Results are printed at the end, when Python would only complain."""
+    image = folder / "class0" / "0000.png"
+    command = f"{sys.executable} -m ade_cli.main score {image} --bundle {tiny_bundle} {closed}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )
+    assert done.returncode == status and "Exception ignored" not in done.stderr
+    assert status == 141 or "No space left on device" in done.stderr
+
+
+def test_an_interrupted_command_says_whether_it_resumes() -> None:
+    """Scores of files are printed at the end: there is nothing to resume."""
+    assert resumed(argparse.Namespace(out=None)) == ""
+    assert "the same command" in resumed(argparse.Namespace(out="scores.csv"))
 
 
 def test_any_alpha_that_requests_may_have(

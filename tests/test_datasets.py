@@ -22,6 +22,7 @@ from PIL import Image
 from ade_cli.data_options import dataset_of
 from fitting.survey import picture_sizes
 from serving.files import LOCK, read_file
+from serving.images import ImageError
 from tests.helpers import ROOT, encode, make_folder, make_traps
 from training.data import DataError, ImageSet
 from training.datasets import NAMES, cifar10, files, image_size_of, load_dataset
@@ -36,7 +37,7 @@ def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
     dataset = load_dataset(str(folder), None, 8, cache=tmp_path / "cache", report=said.append)
     assert sum(len(part) for part in dataset.parts.values()) == 121
     assert len(dataset.parts["train"]) > 70 and all(len(p) for p in dataset.parts.values())
-    assert [line.split(":")[0] for line in dataset.skipped] == ["broken.png", "empty.jpg"]
+    assert list(dataset.skipped) == ["broken.png", "empty.jpg"]
     assert any("skipped" in line and "broken.png" in line for line in said)
     again = load_dataset(str(folder), None, 8, cache=tmp_path / "cache")
     in_memory = load_dataset(str(folder), None, 8)
@@ -93,7 +94,7 @@ def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -
     (folder / "link.png").symlink_to(folder / "0.png")
     reasons = make_traps(folder)
     dataset = load_dataset(str(folder), None)
-    assert dict(line.split(": ", 1) for line in dataset.skipped) == reasons
+    assert dataset.skipped == reasons
     assert dataset.image_size == 8 and sum(map(len, dataset.files.values())) == 31
     assert picture_sizes(image_files(folder)) == {(8, 8): 31, None: 4}
 
@@ -155,7 +156,7 @@ def test_a_file_that_cannot_be_read_now_is_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr("training.datasets.folder.read_file", fail)
         dataset = load_dataset(str(folder), None, 8, cache)
-    assert any("0007.png: Input/output error" in line for line in dataset.skipped)
+    assert "Input/output error" in dataset.skipped.values()
     again = load_dataset(str(folder), None, 8, cache)
     assert len(dataset.skipped) == 3 and len(again.skipped) == 2
     (folder / "gone.png").symlink_to(folder / "nowhere")
@@ -165,6 +166,37 @@ def test_a_file_that_cannot_be_read_now_is_tried_again(
     # What cannot change without another size or time is not tried again.
     monkeypatch.setattr("training.datasets.folder.decode_into", None)
     assert load_dataset(str(folder), None, 8, cache).skipped == again.skipped
+
+
+def test_a_decoder_that_may_succeed_next_time_is_tried_again(
+    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
+
+    def hang(content: bytes) -> None:
+        raise ImageError("too_large", "the image was not decoded in time", may_pass=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "read_image", hang)
+        with pytest.raises(DataError, match=r"23 of 23 files are unusable, such as .*in time \(as"):
+            load_dataset(str(folder), None, 8, cache)
+    assert len(load_dataset(str(folder), None, 8, cache).skipped) == 2
+
+
+@pytest.mark.parametrize("suffix", ["json", "npy"])
+def test_a_damaged_cache_is_filled_again(
+    suffix: str, tmp_path: Path, small_images: np.ndarray
+) -> None:
+    folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
+    before = load_dataset(str(folder), None, 8, cache)
+    (stored,) = cache.glob(f"images-*.{suffix}")
+    whole = stored.read_bytes()
+    for length in (0, 10, len(whole) // 2):
+        stored.unlink()  # arrays that map it stay whole
+        stored.write_bytes(whole[:length])
+        again = load_dataset(str(folder), None, 8, cache)
+        assert again.skipped == before.skipped
+        assert np.array_equal(again.parts["train"].images[:], before.parts["train"].images[:])
 
 
 def test_processes_that_start_together_fill_a_cache_once(tmp_path: Path) -> None:
@@ -508,7 +540,9 @@ def test_imagenet64_from_its_batches(kind: str, tmp_path: Path, real_images: np.
             pickle.dumps({"data": planes(images[:20]), "labels": [1] * 20})
         )
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
-        dataset = load_dataset("imagenet64", str(tmp_path), None, cache)
+        said: list[str] = []
+        dataset = load_dataset("imagenet64", str(tmp_path), None, cache, said.append)
+        assert any("lacks train_data_batch_3, train_data_batch_4," in line for line in said)
         trained = np.concatenate(
             [np.asarray(dataset.parts[p].images) for p in ("train", "select", "calibrate")]
         )

@@ -916,6 +916,8 @@ def test_the_command_line(
     large = ["encoder", str(tmp_path / "b.onnx"), "--data", str(folder)]
     assert main([*large, "--minutes", "1"]) == 2
     assert "--minutes goes with --small" in capsys.readouterr().err
+    assert main([*large, "--device", "cpu"]) == 2
+    assert "--device goes with --small" in capsys.readouterr().err
     assert main([*large, "--without-labels", "--small"]) == 2
     assert "--small needs the classes" in capsys.readouterr().err
     assert main(large) == 0

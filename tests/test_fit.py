@@ -228,7 +228,7 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     assert sum(found.parts.values()) == 331 - len(found.leaking)
     assert [line.split(":")[0] for line in found.warnings[1:]] == [
         "Held-out files that are copies of others, left out of calibration and tests",
-        "Files that could not be read",
+        "Files that cannot be used",
         "Images that are not 8 x 8, whose centre squares were resized",
     ]
 
@@ -277,8 +277,17 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         (["FEW", "--budget", "soon"], "a budget must be a time"),
         (
             ["FEW", "--budget", "5m"],
-            "got 64 files (unusable: 2, copies: 1); the part select needs at least 20 images and "
-            "gets 1",
+            "got 64 files (unusable: 2, such as broken.png: ",
+        ),
+        (
+            ["FEW", "--budget", "5m"],
+            "; copies: 1); the part select needs at least 20 images and gets 1",
+        ),
+        (["FEW", "--budget", "5m"], "links to folders are not followed: FEW/linked\n"),
+        (
+            ["HUGE", "--budget", "5m"],
+            "no image is left to train on: 9 of 9 files are unusable, such as 0.png: an image may "
+            "have at most 16000000 pixels",
         ),
         (["FEW", "--budget", "1m"], "this budget leaves 0.5 and will be exceeded"),
         (["EMPTY"], "holds no images"),
@@ -299,16 +308,21 @@ def test_folders_that_cannot_be_fitted(
         make_folder(tmp_path / "few", small_images[:60]) / "class0" / "0000.png",
         tmp_path / "few" / "copy.png",
     )
+    (tmp_path / "few" / "linked").symlink_to(tmp_path / "few" / "class0")
+    (tmp_path / "huge").mkdir()
+    for number in range(9):
+        Image.new("L", (5000, 4000)).save(tmp_path / "huge" / f"{number}.png")
     (tmp_path / "empty").mkdir()
     places = {
         "NOWHERE": tmp_path / "nowhere",
         "FEW": tmp_path / "few",
         "EMPTY": tmp_path / "empty",
+        "HUGE": tmp_path / "huge",
         "TMP": tmp_path,
     }
     given = [str(places.get(argument, argument)) for argument in arguments]
     assert main(["fit", *given, "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.replace(str(tmp_path / "few"), "FEW")
     assert message in said and "one name" not in said
 
 
@@ -366,9 +380,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         EncoderFindings(1000, 0, False),
     )
     said = " ".join(weaknesses(findings))
-    assert (
-        "seen each training image 0.0 times" in said and "150 images calibrated the verdict" in said
-    )
+    assert "seen each training image 0.0 times" in said and "calibrated" not in said
     assert "only 30\u00a0% of corrupted images are rejected: nothing at all" in said
     folder = tmp_path / "my fits"
     folder.symlink_to(bundle.folder)
@@ -398,6 +410,15 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         caught=[Caught("flat", True, (1.0, 0.95, 0.5))],
     )
     assert weaknesses(good) == []
+    for images, heading, sentence in (
+        (500, "false-alarm rate is rough", "500 images calibrated the verdict; 1,000 or more"),
+        (98, "Do not rely on this gate yet", "at the default alpha of 0.01, nothing can be"),
+    ):
+        rough = {**manifest, "calibration": {**manifest["calibration"], "images": images}}
+        few = dataclasses.replace(good, bundle=Bundle(bundle.folder, rough))
+        write_report(few, tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert heading in page and sentence in page
     write_report(good, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "No weakness was found" in page and "The gate works on what it was tried on" in page

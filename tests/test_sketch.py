@@ -119,7 +119,9 @@ def test_training_files_are_recognised_in_any_folder(
     bundle.manifest["features"] = {"data": features}
     tests = files_that_test(folder, bundle, None, said.append)
     assert tests is not None and "only its part test is used" in said[-1]
-    its = {path.name for path in folder.rglob("*.png") if tests(path)}
+    is_test, trained = tests
+    assert names_of(trained) == names_of(chosen.trained)
+    its = {path.name for path in folder.rglob("*.png") if is_test(path)}
     assert its == names_of(chosen.unseen) and its <= names_in("test")
 
 

@@ -382,6 +382,12 @@ def test_the_private_channel(tmp_path: Path) -> None:
     assert ask(path, {"do": "it"}, said.append) == {"do": "it"} and said == ["first", "second"]
     with pytest.raises(ChannelError, match=r"^the reason$"):
         ask(path, {"do": "fail"})
+
+    def closed(line: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):  # of standard output, not of the socket
+        ask(path, {"do": "it"}, closed)
     with pytest.raises(ChannelError, match="internal error"):
         ask(path, {"do": "break"})
     listener.close()

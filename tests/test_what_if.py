@@ -284,7 +284,7 @@ def test_the_bench_judges_images_by_their_kind(
     words = ["ood-bench", str(bundle), "--id", str(tmp_path / "id.npy"), "--corrupted", "20"]
     words += ["--ood", str(tmp_path / "larger.npy"), "--resize", "fit"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    assert "id.npy: left out 20 images that made the calibration" in capsys.readouterr().err
+    assert "id.npy: left out 20 images that calibrated or trained" in capsys.readouterr().err
     report = (tmp_path / "out" / "report.md").read_text()
     assert "ID images: 60 of id.npy." in report and "| larger (60) | combined |" in report
     share = np.mean([decision.decision == "reject" for decision in Gate(bundle, 0.1).check(fresh)])

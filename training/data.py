@@ -113,7 +113,7 @@ class Dataset:
         name: name of the data set, or of the folder without its parents.
         parts: images by the names of :data:`PARTS`.
         splits: description of each part, for manifests and reports.
-        skipped: files that were left out, each with the reason.
+        skipped: files that were left out, with the reasons.
         files: for a folder, the file behind each row of each part, relative to the folder.
         folder: of these files; ``None`` if the data set is not a folder of image files.
     """
@@ -121,7 +121,7 @@ class Dataset:
     name: str
     parts: dict[str, ImageSet]
     splits: dict[str, str]
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     folder: Path | None = None
 

@@ -66,6 +66,6 @@ def write_report(
             "",
             f"## Files left out ({len(dataset.skipped)})",
             "",
-            *(f"- {line}" for line in dataset.skipped),
+            *(f"- {name}: {why}" for name, why in dataset.skipped.items()),
         ]
     write_text(run / "report.md", "\n".join(lines) + "\n")

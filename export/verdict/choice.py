@@ -98,11 +98,11 @@ def choose_rows(
 
 def files_that_test(
     folder: Path, bundle: Bundle, calibrated_on: str | None, report: Report
-) -> Callable[[Path], bool] | None:
-    """Which files of a folder test a gate; ``None`` if all do.
+) -> tuple[Callable[[Path], bool], list[Path]] | None:
+    """Which files of a folder test a gate, and which trained a network; ``None`` if all test it.
 
     If a network of the bundle was trained on the folder, or the gate calibrated on it, only the
-    part ``test`` does.
+    part ``test`` does, without the copies of training images that it may hold.
 
     Args:
         folder: of images.
@@ -118,8 +118,13 @@ def files_that_test(
     trained = trained_on(bundle, name, None, data_of_features(bundle), report, files)
     if not trained and name != calibrated_on:
         return None
-    report(f"the {trained or f'gate was calibrated on {name}'}: only its part test is used")
-    return lambda file: _part_in(folder, file, bool(trained)) == "test"
+    copies = ", and no copies of training images" if trained else ""
+    report(f"the {trained or f'gate was calibrated on {name}'}: only its part test is used{copies}")
+
+    def part(file: Path) -> str:
+        return _part_in(folder, file, bool(trained))
+
+    return lambda file: part(file) == "test", [f for f in files if trained and part(f) == "train"]
 
 
 def trained_on(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -15,7 +14,7 @@ from serving.api.requests import InputImage, prepare_source
 from serving.cores import available_cores
 from serving.engine.noise import short_digest
 from serving.files import read_file
-from serving.messages import counted
+from serving.messages import commonest, counted
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from training.data import Report
@@ -111,12 +110,12 @@ def usable(
 def others(
     name: str, images: Iterable[Prepared], known: set[int], report: Report
 ) -> Iterator[Prepared]:
-    """The images without those that made a calibration, and without their copies.
+    """The images without those that made a calibration or a network, and without their copies.
 
     Args:
         name: of the images.
         images: see :func:`prepared`.
-        known: of :func:`digests_of`.
+        known: short digests of those, as of :func:`digests_of`.
         report: called with a line at the end if images were left out.
     """
     copies = 0
@@ -127,7 +126,7 @@ def others(
             yield its, image
     if copies:
         left_out = counted(copies, "image")
-        report(f"{name}: left out {left_out} that made the calibration, or copies of such")
+        report(f"{name}: left out {left_out} that calibrated or trained, or copies of such")
 
 
 def digests_of(calibrations: Calibrations) -> set[int]:
@@ -154,8 +153,4 @@ def none_usable(name: str, errors: Sequence[tuple[str, str]]) -> CalibrationErro
         "its only image could not" if len(errors) == 1 else f"none of {len(errors)} images could"
     )
     text = f"{name}: {which} be used"
-    if errors:
-        ((reason, count),) = Counter(reason for _, reason in errors).most_common(1)
-        first = next(its for its, why in errors if why == reason)
-        text += f": {first}: {reason}" + (f" (as for {count - 1} others)" if count > 1 else "")
-    return CalibrationError(text)
+    return CalibrationError(f"{text}: {commonest(errors)}" if errors else text)

@@ -15,6 +15,7 @@ from export.verdict.measuring import measured
 from export.verdict.ood_bench_report import write_report
 from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine
+from serving.engine.noise import short_digest
 from serving.verdict.calibration import CalibrationError
 from training.data import Report
 
@@ -28,6 +29,7 @@ def bench(
     resize: bool,
     out: Path,
     report: Report,
+    trained: Images = (),
 ) -> Path:
     """Measure how well the default calibration detects OOD images, and write the report.
 
@@ -43,6 +45,8 @@ def bench(
         resize: whether to resize images of other sizes, or to leave them out.
         out: a folder.
         report: called with each line of progress.
+        trained: images that a network of the bundle was trained on; their copies among the ID
+            images are left out, too.
 
     Returns:
         The report's path.
@@ -51,7 +55,11 @@ def bench(
         CalibrationError: no image of a set can be used.
     """
     calibrations, shape = engine.store.usable(), engine.image_shape
-    known = digests_of(calibrations)
+    known = digests_of(calibrations) | {
+        short_digest(image.pixels)
+        for _, image in prepared(trained, shape, resize=True)
+        if isinstance(image, InputImage)
+    }
 
     def unused(report: Report) -> Iterator[Prepared]:
         return others(id_name, prepared(id_images, shape, resize), known, report)

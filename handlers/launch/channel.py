@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +58,32 @@ def ask(
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
-        try:
-            connection.connect(str(path))
-            if not peer_is_own_user(connection):
-                raise ChannelError(f"another user listens at {path}")
-            connection.sendall(encode(message))
-            with connection.makefile("rb") as lines:
-                for line in lines:
-                    answer = json.loads(line)
-                    if "say" in answer:
-                        say(answer["say"])
-                    elif "error" in answer:
-                        raise ChannelError(answer["error"])
-                    else:
-                        return dict(answer["result"])
-        except TimeoutError:
-            raise ChannelError(f"no answer at {path} within {seconds:g} s") from None
-        except OSError as error:
-            raise ChannelError(f"no answer at {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise ChannelError(f"the answer at {path} cannot be read: {error}") from None
+        for answer in _answers(connection, path, message, seconds):
+            if "say" in answer:
+                say(answer["say"])
+            elif "error" in answer:
+                raise ChannelError(answer["error"])
+            else:
+                return dict(answer["result"])
     raise ChannelError("the other process ended before it answered")
+
+
+def _answers(
+    connection: socket.socket, path: Path, message: dict[str, Any], seconds: float | None
+) -> Iterator[dict[str, Any]]:
+    try:
+        connection.connect(str(path))
+        if not peer_is_own_user(connection):
+            raise ChannelError(f"another user listens at {path}")
+        connection.sendall(encode(message))
+        with connection.makefile("rb") as lines:
+            yield from map(json.loads, lines)
+    except TimeoutError:
+        raise ChannelError(f"no answer at {path} within {seconds:g} s") from None
+    except OSError as error:
+        raise ChannelError(f"no answer at {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ChannelError(f"the answer at {path} cannot be read: {error}") from None
 
 
 def encode(message: dict[str, Any]) -> bytes:

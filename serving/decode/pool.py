@@ -164,10 +164,14 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
             # Not a code to try again after: each time, the file would keep a process busy.
             if isinstance(died.__cause__, TimeoutError):
                 raise ImageError(
-                    "too_large", f"the image was not decoded within {WALL_SECONDS:g} seconds"
+                    "too_large",
+                    f"the image was not decoded within {WALL_SECONDS:g} seconds",
+                    may_pass=True,
                 ) from None
             raise ImageError(
-                "not_an_image", f"the image is damaged: its decoder ended (exit code {code})"
+                "not_an_image",
+                f"the image is damaged: its decoder ended (exit code {code})",
+                may_pass=code == -signal.SIGKILL,  # perhaps for want of memory
             ) from None
         except BaseException:
             decoder.end()

@@ -66,12 +66,14 @@ _TIFF_COMPRESSIONS = {1, 5, 8, 32773, 32946}
 class ImageError(ValueError):
     """The file is not a usable image.
 
-    ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``.
+    ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``. ``may_pass`` tells that the
+    machine may be the cause, so that another attempt may succeed.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, may_pass: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True)

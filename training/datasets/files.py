@@ -8,9 +8,8 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +19,7 @@ import numpy as np
 from serving.cores import available_cores
 from serving.files import LOCK, locked, preallocated, write_text
 from serving.images import ImageError, read_image, resize_centre
+from serving.messages import commonest, counted
 from training.data import PARTS, DataError, Dataset, ImageSet, Report, Rows
 
 # The hash of a name, modulo 100, is below the bound of its part and not below the one before.
@@ -85,28 +85,36 @@ def cached_pixels(
     all_versions = f"images-{_short_hash(source)}-"
     name = all_versions + _short_hash(f"{_PREPROCESSING} {version}")
     done, stored = cache / f"{name}.json", cache / f"{name}.npy"
-    while True:
-        with suppress(FileNotFoundError):  # not filled yet, or removed for another version
-            unusable = json.loads(done.read_text())
-            return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
-        with locked(cache / LOCK, wait=True):
-            if done.is_file() and stored.is_file():
-                continue
-            partial = cache / "images.tmp"  # one name: what a killed process left is replaced
-            try:
-                with open(partial, "w+b") as file:
-                    pixels = preallocated(file, shape(), cache, _no_room)
-                    skipped, is_kept = fill(pixels)
-                    if not is_kept:
-                        return pixels, skipped
-                    os.fsync(file.fileno())
-                partial.replace(stored)
-            finally:
-                partial.unlink(missing_ok=True)
-            write_text(done, json.dumps(skipped))
-            for old in cache.glob(f"{all_versions}*"):
-                if old not in (done, stored):
-                    old.unlink()
+    if (found := _stored(done, stored)) is not None:
+        return found
+    with locked(cache / LOCK, wait=True):
+        if (found := _stored(done, stored)) is not None:
+            return found
+        partial = cache / "images.tmp"  # one name: what a killed process left is replaced
+        try:
+            with open(partial, "w+b") as file:
+                pixels = preallocated(file, shape(), cache, _no_room)
+                skipped, is_kept = fill(pixels)
+                if not is_kept:
+                    return pixels, skipped
+                os.fsync(file.fileno())
+            partial.replace(stored)
+        finally:
+            partial.unlink(missing_ok=True)
+        write_text(done, json.dumps(skipped))
+        for old in cache.glob(f"{all_versions}*"):
+            if old not in (done, stored):
+                old.unlink()
+        return np.load(stored, mmap_mode="r"), skipped
+
+
+def _stored(done: Path, stored: Path) -> tuple[np.ndarray, dict[int, str]] | None:
+    """A cache's array and unusable rows; ``None`` if they are missing or damaged."""
+    try:
+        unusable = json.loads(done.read_text())
+        return np.load(stored, mmap_mode="r"), {int(row): why for row, why in unusable.items()}
+    except (FileNotFoundError, ValueError, EOFError, AttributeError):
+        return None
 
 
 def _short_hash(text: str) -> str:
@@ -148,6 +156,8 @@ def decode_into(
             return image.notes
         except ImageError as error:
             skipped[row] = str(error)
+            if error.may_pass:
+                passing.add(row)
         except OSError as error:
             skipped[row] = error.strerror or str(error)
             if error.errno not in _LASTING:
@@ -168,6 +178,19 @@ def decode_into(
     for note, count in notes.most_common():
         report(f"{count} files: {note}")
     return skipped, passing
+
+
+def unusable_hint(skipped: Mapping[str, str]) -> str:
+    """The commonest reason why files cannot be used, to be added to a message."""
+    return f", such as {commonest(list(skipped.items()))}" if skipped else ""
+
+
+def few_names_hint(files: Sequence[str]) -> str:
+    """That files of one name are in one part, to be added to an error, if names are repeated."""
+    names = len({file.rsplit("/", 1)[-1] for file in files})
+    if names == len(files):
+        return ""
+    return f". Files of one name are in one part: these have {counted(names, 'name')}"
 
 
 def split_by_name(
@@ -192,10 +215,11 @@ def split_by_name(
         if row not in skipped:
             rows[part_of(file.rsplit("/", 1)[-1])].append(row)
     if not rows["train"]:
-        names = {file.rsplit("/", 1)[-1] for file in files}
         raise DataError(
             f"{name}: no image is left to train on: {len(skipped)} of {len(files)} files are "
-            f"unusable, and files of one name are in one part (there are {len(names)} names)"
+            "unusable"
+            + unusable_hint({files[row]: why for row, why in skipped.items()})
+            + few_names_hint(files)
         )
     rows = {part: shuffled(r) for part, r in rows.items()}
     splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
@@ -203,6 +227,6 @@ def split_by_name(
         name,
         {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()},
         splits,
-        [f"{files[row]}: {why}" for row, why in sorted(skipped.items())],
+        {files[row]: why for row, why in sorted(skipped.items())},
         {part: [files[row] for row in r] for part, r in rows.items()},
     )

@@ -34,6 +34,9 @@ def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
             f"{root} does not hold ImageNet 64x64: train_data_batch_1 to _10 and val_data, "
             "each a pickle or an .npz file"
         )
+    batches = [f"train_data_batch_{i}" for i in range(1, 11)]
+    if missing := [batch for batch in batches if batch not in by_stem]:
+        report(f"{root} lacks {', '.join(missing)}: training images are those of the others")
     return _assemble(train, test[0], cache, report)
 
 
