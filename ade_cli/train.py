@@ -19,8 +19,8 @@ from training.discriminator import DiscriminatorConfig
 from training.loop import train
 from training.metrics.features import FeatureError
 from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
-from training.run_options import RunOptions
-from training.run_start import budget_of, check_folder, check_start, check_weights
+from training.run_options import PRECISIONS, RunOptions
+from training.run_start import check_folder, check_start, check_weights, last_options
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
 from training.step import TrainingDiverged
 
@@ -68,8 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=int,
-        default=0,
-        help="seed of weights, order and noise (default: %(default)s)",
+        help="seed of weights, order and noise (default: 0; with --resume, as before)",
     )
     parser.add_argument(
         "--init",
@@ -90,9 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
     parser.add_argument(
         "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="precision of the networks; log-densities are always float32",
+        choices=PRECISIONS,
+        help="precision of the networks (default: auto, or that of the run that is resumed); "
+        "log-densities are always float32",
     )
     parser.add_argument(
         "--checkpoint-minutes",
@@ -149,14 +148,20 @@ def resumed(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    images, minutes = budget_of(args.out) if args.resume else (None, None)
+    before = last_options(args.out) if args.resume else {}
+    for name, given in (("seed", args.seed), ("init", args.init)):
+        if before and given is not None and given != before.get(name):
+            raise RunError(
+                f"--{name} must be that of the run, {before.get(name)}, with --resume, got {given}"
+            )
+    keeps_minutes = args.images is None and args.minutes is None
     options = RunOptions(
-        images=(images or IMAGES) if args.images is None else args.images,
+        images=(before.get("images") or IMAGES) if args.images is None else args.images,
         # With a larger number of images, a time that is spent must not end the run at once.
-        minutes=minutes if args.images is None and args.minutes is None else args.minutes,
-        seed=args.seed,
+        minutes=before.get("minutes") if keeps_minutes else args.minutes,
+        seed=args.seed or 0,
         device=args.device,
-        precision=args.precision,
+        precision=args.precision or before.get("precision", PRECISIONS[0]),
         checkpoint_minutes=args.checkpoint_minutes,
         checkpoint_steps=args.checkpoint_steps,
         evaluate_steps=args.evaluate_steps,

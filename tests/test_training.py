@@ -64,7 +64,7 @@ from training.losses import (
 from training.measure import EFFICIENTNET
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.run_options import RunOptions
-from training.run_start import budget_of, open_run, read_started
+from training.run_start import last_options, open_run, read_started
 from training.runs import (
     Progress,
     RunError,
@@ -172,9 +172,22 @@ def test_a_share_of_the_generated_images_has_the_noise_of_the_decoder() -> None:
         for share in (0.0, 0.5, 1.0)
     )
     has_noise = [torch.equal(image, its) for image, its in zip(mixed, noisy, strict=True)]
-    assert has_noise == [True] * 16 + [False] * 16 and not torch.equal(mean[0], noisy[0])
+    assert has_noise == [False, True] * 16 and not torch.equal(mean[0], noisy[0])
     expected = torch.where(torch.tensor(has_noise)[:, None, None, None], noisy, mean)
     assert torch.equal(mixed, expected)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, 1.0])
+def test_noisy_images_are_those_of_the_whole_batch(share: float) -> None:
+    """Whatever the number of processes that share it, down to one image each."""
+    one = trainer(dataclasses.replace(SMALL, noisy_share=share))
+    whole = one._noisy(8)
+    assert int(whole.sum()) == int(8 * share)
+    for processes in (2, 8):
+        shares = []
+        for one.rank in range(processes):
+            shares.append(one._noisy(8 // processes))
+        assert torch.equal(torch.cat(shares), whole)
 
 
 def outcome(images: np.ndarray, config: TrainConfig = SMALL) -> torch.Tensor:
@@ -1003,7 +1016,10 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
     assert refused.returncode == 2 and "with --resume" in refused.stderr
     other = ade(*arguments, "--out", str(cut), "--resume", "--quality-weight", "3")
     assert other.returncode == 2 and "started with another quality_weight" in other.stderr
-    resumed = ade(*arguments, "--out", str(cut), "--resume")
+    other = ade(*arguments, "--out", str(cut), "--resume", "--seed", "3")
+    assert other.returncode == 2 and "--seed must be that of the run, 0, with" in other.stderr
+    again = [word for word in arguments if word not in ("--precision", "float32")]  # as before
+    resumed = ade(*again, "--out", str(cut), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert losses_of(cut) == losses_of(whole) and max(losses_of(whole)) == 90
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
@@ -1101,7 +1117,7 @@ def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path: Path, name: str) 
 def test_damaged_json_is_named(tmp_path: Path) -> None:
     nothing = argparse.Namespace(data=None, root=None)
     for name, error, read in (
-        ("run.json", RunError, budget_of),
+        ("run.json", RunError, last_options),
         ("run.json", RunError, read_started),
         ("state.json", RunError, read_state),
         ("evaluation.json", RunError, lambda run: _store({}, run / "evaluation.json")),

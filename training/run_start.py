@@ -141,15 +141,15 @@ def check_folder(run: Path, resume: bool) -> None:
         raise RunError(f"{run} holds no run to resume")
 
 
-def budget_of(run: Path) -> tuple[int | None, float | None]:
-    """The images and minutes that a run was last started with; ``None`` for what it lacks.
+def last_options(run: Path) -> dict[str, Any]:
+    """The options that a run was last started with, by name; empty if it was not started.
 
     Raises:
         RunError: ``run.json`` is damaged.
     """
     path = run / "run.json"
-    options = read_json(path, "options")["options"] if path.is_file() else {}
-    return options.get("images"), options.get("minutes")
+    options: dict[str, Any] = read_json(path, "options")["options"] if path.is_file() else {}
+    return options
 
 
 def check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) -> None:

@@ -281,7 +281,7 @@ class Trainer:
         if self.config.noisy_share:
             side = model.image_size
             y_eps = noise.normal(n, model.channels, side, side)
-            y_eps[self._noisy_count(n) :] = 0
+            y_eps[~self._noisy(n)] = 0
             self.model.decoder.log_sigma.requires_grad_(False)
         with torch.set_grad_enabled(with_graph), self.autocast():
             x_fake = self.model.sample(eps, y_eps)
@@ -290,9 +290,13 @@ class Trainer:
             self.model.decoder.log_sigma.requires_grad_(True)
         return x_fake
 
-    def _noisy_count(self, n: int) -> int:
-        """How many of n samples have the decoder's noise: the first ones."""
-        return round(n * self.config.noisy_share)
+    def _noisy(self, n: int) -> Tensor:
+        """Which of this process's n samples have the decoder's noise: bool ``(n,)``.
+
+        They are spread evenly over the batch of all processes, so that each has its share.
+        """
+        places = torch.arange(self.rank * n, (self.rank + 1) * n + 1, dtype=torch.float64)
+        return (places * self.config.noisy_share).floor().diff() > 0
 
     def _reconstruction_error(self, y_mean: Tensor, x: Tensor) -> Tensor:
         """Mean squared error of mean reconstructions, in units of x.
@@ -363,8 +367,8 @@ class Trainer:
         it is about the noisy ones.
         """
         assert self.guide is not None and self.moments is not None
-        noisy = self._noisy_count(len(x_fake))
-        shown = x_fake[noisy:] if noisy < len(x_fake) else x_fake
+        noisy = self._noisy(len(x_fake))
+        shown = x_fake if noisy.all() else x_fake[~noisy]
         with self.autocast():
             generated = self.guide(shown)
             real = self.guide(x_real) if self.moments.needs_real else None

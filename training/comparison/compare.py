@@ -87,6 +87,8 @@ def compare(
     ready = functools.cache(measurer)  # its networks are loaded once
     # Names of files alone: an archive should not tell where it was made.
     how = json.loads(json.dumps(dataclasses.asdict(options), default=lambda path: path.name))
+    if options.inception is not None:
+        how["inception"] = Path(options.inception).name
     for job in jobs:
         _check_same(out / "runs" / job.name, job, dataset)
     kept = {row["name"]: row for row in _kept_rows(out)}
