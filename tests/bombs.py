@@ -227,6 +227,10 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         },
         bytes(200 + 16_000_000),
     ),
+    "tiff-strips-of-1x64K": lambda: tiff(
+        {256: (4, 1, 1), 257: (4, 1, 2**16), 273: (1, 2**16, 200), 278: (4, 1, 1)},
+        bytes(90) + b"\x08" * 2**16,
+    ),
     "tiff-deflate": lambda: saved(
         Image.new("RGBA", (4000, 4000)), "TIFF", compression="tiff_adobe_deflate"
     ),

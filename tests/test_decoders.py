@@ -49,6 +49,7 @@ REASONS = {
     "jpeg-scans": "100 scans",
     "tiff-tile": "tiles not larger than the image",
     "tiff-strips": "strips or tiles",
+    "tiff-strips-of-1x64K": "strips or tiles",
     "png-iccps": "colour profiles",
     "png-ztxt": "used in text chunks",
 }

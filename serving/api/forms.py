@@ -5,6 +5,8 @@ What then parses them may take far longer than they took to send, or find other 
 
 from __future__ import annotations
 
+import re
+
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -13,6 +15,7 @@ from serving.api.requests import MAX_IMAGES
 
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
 MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header
+MAX_PADDING = 64  # spaces and tabs behind a boundary
 MAX_SEMICOLONS = 32  # of a part's header, which takes long to parse with many
 
 
@@ -72,6 +75,11 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
 
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
+        raise not_a_form()
+    # The parser takes far longer for boundaries, also for those that end no part, than for data.
+    if body.count(b"\r\n--" + boundary) > MAX_FIELDS + 1:
+        raise too_many_fields()
+    if re.search(rb"--%b[ \t]{%d}" % (re.escape(boundary), MAX_PADDING + 1), body):
         raise not_a_form()
     try:
         parser = MultipartParser(

@@ -23,6 +23,8 @@ MAX_TABLE_BYTES = 2**16  # of a JPEG: four quantisation and eight Huffman tables
 MAX_SCANS = 100  # of a JPEG: each goes over the whole picture; libjpeg's progressive files have 10
 MAX_TAGS = 500  # of a directory
 MAX_STRIPS = 2**16
+# Pillow sorts out uncompressed strips in Python: they may be short only in a large image.
+UNCOMPRESSED_STRIPS, PIXELS_A_STRIP = 4096, 256
 MAX_TILE_PIXELS = 2**20  # of a TIFF whose image is smaller than a tile
 MAX_EXIF_PREFIXES = 8  # Pillow strips them one by one, in quadratic time
 MAX_EXIF_SEGMENTS = 100  # of a JPEG, also joined in quadratic time; 4 MiB need 65
@@ -407,11 +409,12 @@ def _tiff(data: bytes) -> Structure:
             needed = -(-width // across) * -(-height // down) * planes
         else:
             needed = -(-height // max(1, min(height, number(278, height)))) * planes
+        most = min(needed, MAX_STRIPS)
+        if compression == 1:
+            most = min(most, max(UNCOMPRESSED_STRIPS, width * height // PIXELS_A_STRIP))
         for tag in (273, 279, 324, 325):
-            if tag in tags and tags[tag].count > min(needed, MAX_STRIPS):
-                raise _too_large(
-                    "strips or tiles of its size", tags[tag].count, min(needed, MAX_STRIPS)
-                )
+            if tag in tags and tags[tag].count > most:
+                raise _too_large("strips or tiles of its size", tags[tag].count, most)
     if number(274, 1) in (5, 6, 7, 8):  # Pillow itself applies the orientation of a TIFF
         width, height = height, width
     return Structure("TIFF", width, height)
