@@ -333,7 +333,7 @@ class AdeClient:
         images = several(images)
         answer = self._post("encode", parameters, images, format="npz")
         with _reading():
-            latents = Latents.load(answer.content)
+            latents = Latents.load(answer.content, answer.headers.get("X-Ade-Model", ""))
             for level in latents.z:
                 _check_count(len(level), len(images))
             return latents

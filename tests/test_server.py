@@ -207,6 +207,7 @@ def test_a_map_of_the_bits(client: AdeClient, real_images: np.ndarray) -> None:
 
 def test_encode_then_decode(client: AdeClient, real_images: np.ndarray) -> None:
     latents = client.encode(real_images[:2])
+    assert latents.model == client.sample(1).model
     made = client.decode(latents.z)
     again = np.stack([r.image for r in client.reconstruct(real_images[:2])])
     assert np.abs(made.astype(int) - again).max() <= 1

@@ -76,13 +76,15 @@ class Latents:
     """Latents of several images, as an ``.npz`` holds them.
 
     Each list has one array per level, coarsest first, float32 ``(N, c, h, w)``. ``eps``, the noise
-    that samples ``z``, is empty unless it was requested.
+    that samples ``z``, is empty unless it was requested. ``model`` is the one that encoded, by name
+    and weights' hash, or empty if they were read from a file.
     """
 
     mean: list[np.ndarray]
     log_scale: list[np.ndarray]
     z: list[np.ndarray]
     eps: list[np.ndarray]
+    model: str = ""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the ``.npz``; names end with the level, such as ``z_0``."""
@@ -95,16 +97,15 @@ class Latents:
         }
 
     @classmethod
-    def load(cls, data: bytes) -> Latents:
+    def load(cls, data: bytes, model: str = "") -> Latents:
         """Read an ``.npz``."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             levels = range(sum(name.startswith("z_") for name in arrays.files))
-            return cls(
-                *(
-                    [arrays[f"{name}_{i}"] for i in levels if f"{name}_{i}" in arrays]
-                    for name in ARRAYS
-                )
+            mean, log_scale, z, eps = (
+                [arrays[f"{name}_{i}"] for i in levels if f"{name}_{i}" in arrays]
+                for name in ARRAYS
             )
+            return cls(mean, log_scale, z, eps, model)
 
 
 class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
@@ -179,8 +180,10 @@ class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
             if not is_finite.all():
                 raise _not_finite().at(int(np.argmin(is_finite)))
             check_size(sum(array.nbytes for array in arrays), "send fewer images")
-            found = {name: [named[name] for named in levels] for name in names}
-            return npz_response(Latents(**{"eps": [], **found}).arrays())
+            mean, log_scale, z, eps = (
+                [named[name] for named in levels if name in names] for name in ARRAYS
+            )
+            return npz_response(Latents(mean, log_scale, z, eps).arrays())
         if len(images) > MAX_JSON_ENCODINGS:
             raise unusable(
                 "too_many_images",
