@@ -245,8 +245,10 @@ class ChunkCoder:
         return payload, figures, kinds
 
 
-def holds(payload: bytes, names: Sequence[str] | None, pictures: Sequence[Picture]) -> bool:
-    """Whether a chunk is one of these images, without decoding it.
+def kinds_if_of(
+    payload: bytes, names: Sequence[str] | None, pictures: Sequence[Picture]
+) -> str | None:
+    """How a chunk stores each of these images, without decoding it; ``None`` if it has others.
 
     Raises:
         Damaged: the chunk is not what an encoder writes.
@@ -255,9 +257,10 @@ def holds(payload: bytes, names: Sequence[str] | None, pictures: Sequence[Pictur
     digest = hashlib.sha256()
     for kind, picture in zip(table["kinds"], pictures, strict=True):
         update_digest(digest, picture, kind == "f")
-    return digest.digest() == expected and table["names"] == (
+    is_same = digest.digest() == expected and table["names"] == (
         None if names is None else list(names)
     )
+    return "".join(table["kinds"]) if is_same else None
 
 
 def _words(data: bytes) -> np.ndarray:

@@ -20,7 +20,7 @@ from coding.archive import (
     write_end,
     write_header,
 )
-from coding.chunks import MAX_BYTES, MAX_IMAGES, ChunkCoder, Figures, holds
+from coding.chunks import MAX_BYTES, MAX_IMAGES, ChunkCoder, Figures, kinds_if_of
 from coding.errors import CodingError, Damaged
 from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
@@ -126,6 +126,7 @@ def compress(
         "bundle": {"model": bundle.model_id, "codec": codec_digest(bundle)},
         "fingerprint": fingerprint(),
         "input": source.identity,
+        "verified": verify,
     }
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     report = Report()
@@ -135,7 +136,7 @@ def compress(
             if not os.fstat(file.fileno()).st_size:  # opening made it
                 part.unlink()
             raise CodingError(f"{out} exists: take another name")
-        done = report.resumed = _resume(file, part, header, source)
+        done = report.resumed = _resume(file, part, header, source, report)
         progress(done, source.count)
         while done < source.count:
             pictures = _read(source, done)
@@ -148,12 +149,12 @@ def compress(
                     raise CodingError("an image cannot be stored: this is a bug")
             started = time.process_time()
             by_kind = list(zip(kinds, pictures, strict=True))
+            report.without_metadata += _without_metadata(kinds, pictures)
             figures.bound_bits = _bound_bits(engine, [p for kind, p in by_kind if kind == "m"])
             report.bound_seconds += time.process_time() - started
             write_chunk(file, done, len(pictures), payload)
             done += len(pictures)
             report.figures.add(figures)
-            report.without_metadata += sum(p.has_metadata for kind, p in by_kind if kind != "f")
             progress(done, source.count)
         write_end(file, done)
         report.archive_bytes = file.tell()
@@ -209,8 +210,17 @@ def _open_part(part: Path) -> IO[bytes]:
     return open(descriptor, "r+b")
 
 
-def _resume(file: IO[bytes], part: Path, header: dict[str, Any], source: Source) -> int:
-    """The number of images in an unfinished archive, after its incomplete end is cut off."""
+def _without_metadata(kinds: str, pictures: list[Picture]) -> int:
+    return sum(p.has_metadata for kind, p in zip(kinds, pictures, strict=True) if kind != "f")
+
+
+def _resume(
+    file: IO[bytes], part: Path, header: dict[str, Any], source: Source, report: Report
+) -> int:
+    """The number of images in an unfinished archive, after its incomplete end is cut off.
+
+    Enters into the report what these images lose.
+    """
     try:
         contents = scan(file, part)
     except CodingError as error:
@@ -234,10 +244,12 @@ def _resume(file: IO[bytes], part: Path, header: dict[str, Any], source: Source)
         if payload is None or chunk.first != done:
             break
         pictures = [source.read(i) for i in range(done, done + chunk.count)]
-        if not holds(payload, _names(source, done, chunk.count), pictures):
+        kinds = kinds_if_of(payload, _names(source, done, chunk.count), pictures)
+        if kinds is None:
             raise CodingError(
                 f"the images have changed since {part} was started: remove it to start again"
             )
+        report.without_metadata += _without_metadata(kinds, pictures)
         done, end = done + chunk.count, chunk.offset + chunk.length
     if end is None:
         file.seek(0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
+
+import numpy as np
 
 from coding.archive import Chunk, Contents, read_chunk, scan
 from coding.chunks import ChunkCoder
@@ -18,7 +21,7 @@ from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
 from coding.pictures import Picture, write_picture
 from serving.engine.bundle import Bundle
-from serving.files import new_folder, preallocated
+from serving.files import new_folder
 
 
 @dataclass
@@ -159,29 +162,43 @@ class _Rows:
     def __init__(self, path: Path, count: int) -> None:
         self._path = path
         self._count = count
-        self._array: Any = None
+        self._file: IO[bytes] | None = None
+        self._shape: tuple[int, ...] = ()
+        self._first = 0
         self._recent: list[int] = []
 
     def write(self, index: int, name: str | None, picture: Picture) -> None:
         if name is not None or picture.pixels is None:
             raise Damaged("an array has no file names")
-        if self._array is None:
-            shape = (self._count, *picture.pixels.shape)
-            with open(self._path, "x+b") as file:
-                self._array = preallocated(file, shape, self._path.parent, CodingError)
-        if picture.pixels.shape != self._array.shape[1:]:
+        if self._file is None:
+            self._file, self._shape = open(self._path, "xb"), picture.pixels.shape
+            shape = (self._count, *self._shape)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(self._file, header)
+            self._first = self._file.tell()
+            # Images that do not come back are zeros, which take no room on disk.
+            self._file.truncate(self._first + math.prod(shape))
+        if picture.pixels.shape != self._shape:
             raise Damaged("the images of an array have different shapes")
-        self._array[index] = picture.pixels
         self._recent.append(index)
+        self._put(index, picture.pixels.tobytes())
+
+    def _put(self, index: int, row: bytes) -> None:
+        assert self._file is not None
+        self._file.seek(self._first + index * math.prod(self._shape))
+        self._file.write(row)
 
     def undo(self) -> None:
         for index in self._recent:
-            self._array[index] = 0
+            self._put(index, bytes(math.prod(self._shape)))
         self._recent = []
 
     def keep(self) -> None:
         self._recent = []
-        self._array.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 @contextmanager
@@ -193,12 +210,16 @@ def _folder(out: Path, count: int) -> Iterator[_Files]:
 @contextmanager
 def _array(out: Path, count: int) -> Iterator[_Rows]:
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    rows = _Rows(temporary, count)
     try:
-        yield _Rows(temporary, count)
+        yield rows
+        rows.close()
         if os.path.lexists(out):
             raise CodingError(f"{out} was made by another process meanwhile: it stays as it is")
         os.rename(temporary, out)
     finally:
+        with suppress(OSError):
+            rows.close()
         temporary.unlink(missing_ok=True)
 
 

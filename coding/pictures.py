@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -64,8 +65,14 @@ class Picture:
 def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
     """An image file; one that cannot be decoded is a file like any other."""
     format = WRITTEN.get(PurePosixPath(name).suffix.lower())
-    has_metadata = format == "PNG" and _has_metadata(data)
-    if format is None or has_metadata and keep_metadata:
+    has_metadata = False
+    if format == "PNG":
+        chunks = _chunks(data)
+        has_metadata = not _NEEDED_CHUNKS.issuperset(chunks)
+        is_whole = chunks[-1:] == [b"IEND"]
+    else:
+        is_whole = _is_plain_bmp(data)
+    if format is None or not is_whole or has_metadata and keep_metadata:
         return Picture(None, data)
     try:
         if read_structure(data).format != format:  # such as a JPEG that is called .png
@@ -121,14 +128,29 @@ def update_digest(digest: hashlib._Hash, picture: Picture, is_file: bool) -> Non
         digest.update(b"p%d %d %d " % picture.pixels.shape + picture.pixels.tobytes())
 
 
-def _has_metadata(data: bytes) -> bool:
-    """Whether a PNG has other chunks than pixels need."""
+def _chunks(data: bytes) -> list[bytes]:
+    """The types of a PNG's chunks; empty if it is damaged, cut off, or has more behind them."""
+    found: list[bytes] = []
     position = 8
-    while position + 8 <= len(data):
-        if data[position + 4 : position + 8] not in _NEEDED_CHUNKS:
-            return True
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return False
+    while position + 12 <= len(data) and found[-1:] != [b"IEND"]:
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
+        if int.from_bytes(data[end : end + 4], "big") != zlib.crc32(data[position + 4 : end]):
+            return []
+        found.append(data[position + 4 : position + 8])
+        position = end + 4
+    return found if position == len(data) else []
+
+
+def _is_plain_bmp(data: bytes) -> bool:
+    """Whether a BMP has 24 or 8 bits per pixel and nothing behind the pixels.
+
+    A fourth byte per pixel may be transparency, which readers of images ignore.
+    """
+    if len(data) < 54:
+        return False
+    first, _, width, height, _, bits = struct.unpack_from("<IIiiHH", data, 10)
+    row = (width * bits + 31) // 32 * 4
+    return bits in (8, 24) and len(data) == first + row * abs(height)
 
 
 def inflate(data: bytes, limit: int) -> bytes:

@@ -395,6 +395,28 @@ def test_a_file_with_the_name_of_another_format_is_kept(name: str, format: str) 
     assert read_picture(name, out.getvalue(), False) == Picture(None, out.getvalue())
 
 
+def saved(format: str, mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(hard_images((8, 8, 3))[4]).convert(mode).save(out, format)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.bmp", saved("BMP", "RGBA")),  # readers ignore the fourth byte
+        ("a.bmp", saved("BMP") + b"a profile"),
+        ("a.png", saved("PNG")[:-12]),  # without IEND
+        ("a.png", saved("PNG")[:-20] + b"x" + saved("PNG")[-19:]),  # a wrong checksum
+        ("a.png", saved("PNG") + b"more"),
+    ],
+)
+def test_a_file_that_its_pixels_do_not_restore_is_kept(name: str, data: bytes) -> None:
+    assert read_picture(name, data, False) == Picture(None, data)
+    plain = saved("PNG" if name == "a.png" else "BMP")
+    assert read_picture(name, plain, False).pixels is not None
+
+
 def save_array(path: Path, images: np.ndarray) -> ArraySource:
     np.save(path, images)
     return ArraySource(path)
@@ -547,6 +569,40 @@ def test_an_interrupted_archive_is_resumed(
     assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:200])
 
 
+def test_a_resumed_archive_reports_what_is_lost_and_keeps_its_verification(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressing, "MAX_IMAGES", 2)
+    (tmp_path / "in").mkdir()
+    for i, image in enumerate(hard_images((8, 8, 3))):
+        path = tmp_path / "in" / f"{i}.png"
+        Image.fromarray(image).save(path, icc_profile=np.random.default_rng(i).bytes(500))
+    out = tmp_path / "out.ade"
+    source = open_source(tmp_path / "in", False)
+    count = compress(source, out, bundle).without_metadata
+    middle = chunks_of(out)[1]
+    part = tmp_path / "out.ade.part"
+    part.write_bytes(out.read_bytes()[: middle.offset + middle.length])
+    out.unlink()
+    with pytest.raises(CodingError, match="other values of verified: remove it"):
+        compress(source, out, bundle, verify=False)
+    report = compress(source, out, bundle)
+    assert report.resumed == 4 and report.without_metadata == count > 4
+
+
+def test_images_that_do_not_come_back_take_no_room(tmp_path: Path) -> None:
+    """A header may promise any number of them."""
+    with decompress._array(tmp_path / "out.npy", 10**6) as rows:
+        rows.write(5, None, Picture(np.full((8, 8, 3), 7, np.uint8)))
+        rows.keep()
+        rows.write(6, None, Picture(np.full((8, 8, 3), 8, np.uint8)))
+        rows.undo()
+    made = np.load(tmp_path / "out.npy", mmap_mode="r")
+    assert made.shape == (10**6, 8, 8, 3)
+    assert (made[5] == 7).all() and not made[6].any() and not made[-1].any()
+    assert (tmp_path / "out.npy").stat().st_blocks * 512 < 2**20
+
+
 @pytest.mark.parametrize("theirs", [b"a note", b"", archives.MAGIC, archives.MAGIC + b"another"])
 def test_a_part_that_is_another_file_is_kept(
     archived: Path, bundle: Bundle, tmp_path: Path, theirs: bytes
@@ -570,12 +626,12 @@ def test_a_part_of_other_images_is_refused(
     archived.rename(tmp_path / "new.ade.part")
     source = save_array(tmp_path / "other.npy", small_images[:120])
     with pytest.raises(CodingError, match="other values of images, input"):
-        compress(source, tmp_path / "new.ade", bundle)
+        compress(source, tmp_path / "new.ade", bundle, verify=False)
     assert (tmp_path / "new.ade.part").exists()
     # The same shape, other pixels.
     source = save_array(tmp_path / "other.npy", 255 - small_images[:200])
     with pytest.raises(CodingError, match="have changed"):
-        compress(source, tmp_path / "new.ade", bundle)
+        compress(source, tmp_path / "new.ade", bundle, verify=False)
 
 
 @pytest.mark.parametrize(
