@@ -242,7 +242,7 @@ def main() -> None:
                     flush=True,
                 )
                 words |= dict.fromkeys(result.tally.words, result.name)
-                bad += counts["wrong"] + counts["silent"]
+                bad += counts["wrong"] + counts["silent"] + (not counts["right"])
                 bad += (
                     result.allowed is not None
                     and result.seconds is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import signal
 import subprocess
@@ -41,7 +42,10 @@ class Known:
 
 @dataclass
 class Tally:
-    """Outcomes: ``refused`` is a 503, ``failed`` another error, ``silent`` no answer."""
+    """Outcomes: ``refused`` is a 503, ``failed`` another error, ``silent`` no answer.
+
+    ``wrong`` is an answer with other bytes, or an error of another shape.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -54,8 +58,10 @@ class Tally:
             self.words[words] += 1
         if status is None:
             self.outcomes["silent"] += 1
+        elif not is_right:
+            self.outcomes["wrong"] += 1
         elif status == 200:
-            self.outcomes["right" if is_right else "wrong"] += 1
+            self.outcomes["right"] += 1
             self.latencies.append(seconds)
         else:
             self.outcomes["refused" if status == 503 else "failed"] += 1
@@ -156,9 +162,19 @@ async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tal
                 if answer.status == 200
                 else " ".join(content.decode(errors="replace").split())[:150]
             )
-            tally.add(answer.status, content == known.answer, time.perf_counter() - started, words)
+            is_right = content == known.answer if answer.status == 200 else _is_error(content)
+            tally.add(answer.status, is_right, time.perf_counter() - started, words)
     except (aiohttp.ClientError, TimeoutError) as error:
         tally.add(None, False, time.perf_counter() - started, repr(error))
+
+
+def _is_error(content: bytes) -> bool:
+    """Whether an answer has the shape of an error."""
+    try:
+        error = json.loads(content)["error"]
+        return isinstance(error["code"], str) and isinstance(error["message"], str)
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def new_session() -> aiohttp.ClientSession:
