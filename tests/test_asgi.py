@@ -550,7 +550,12 @@ def test_an_idle_worker_reports_a_calibration_that_cannot_be_used(
         app.wait()
         (bundle / "calibrations").mkdir(exist_ok=True)
         (bundle / "calibrations" / "night.npz").write_bytes(b"damaged")
-        wait_for(lambda: re.search(r'broken\{[^}]*"night"[^}]*\} 1', httpx.get(app.metrics).text))
+        is_broken = re.compile(r'broken\{[^}]*"night"[^}]*\} 1')
+        wait_for(lambda: is_broken.search(httpx.get(app.metrics).text))
+        # A worker that starts after the repair reports nothing of it, but its start ends the alarm.
+        (bundle / "calibrations" / "night.npz").unlink()
+        app.worker("score").kill()
+        wait_for(lambda: not is_broken.search(httpx.get(app.metrics).text), 60)
     finally:
         app.process.terminate()
         assert app.process.wait(30) == 0
@@ -654,6 +659,8 @@ def test_status_counts_requests(app: RunningApplication) -> None:
     wait_for(lambda: counts()["4xx"] == before["4xx"] + 1)
     # It asks for a sample itself each time, which is counted a moment after the answer.
     assert counts()["2xx"] >= before["2xx"] + 2
+    # Only calibrations that were used or are damaged.
+    assert set(read_status(ports)["calibrations"]) <= {"default"}
 
 
 def test_status_of_an_engine_that_reports_no_workers() -> None:
@@ -697,6 +704,9 @@ def test_metrics_add_up() -> None:
     ]
     with pytest.raises(KeyError):
         metrics.update("ade_other", {}, 1.0)
+    metrics.update("ade_drift_images", {"worker": "1", "calibration": "night"}, 2)
+    metrics.drop_gauges({"worker": "1"})
+    assert metrics.text().splitlines()[-4:] == lines[-4:]
 
 
 def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ class Metrics:
                 for labels in [one for one in values if dict(one).get(MODEL) in gone]:
                     del values[labels]
 
+    def drop_gauges(self, labels: Mapping[str, str]) -> None:
+        """Drop the gauges of a worker that ended.
+
+        Args:
+            labels: that all measurements of the worker have.
+        """
+        for name, values in self._values.items():
+            if _SERIES[name][1].kind == "gauge":
+                for key in [one for one in values if labels.items() <= dict(one).items()]:
+                    del values[key]
+
     def update(self, name: str, labels: Mapping[str, str], value: float) -> None:
         """Add to a counter, or set a gauge.
 

@@ -257,6 +257,8 @@ class _Worker:
             head, _ = await process.ask(first, STARTUP_TIMEOUT_S)
             if "error" in head:
                 raise WorkerError(head["error"])
+            # The new process does not know all that the one before reported.
+            self._pool.metrics.drop_gauges(self._labels({}))
             self._measure(head)
         except BaseException as error:
             code = await process.end()
@@ -366,9 +368,12 @@ class _Worker:
             raise WorkerError(f"its measurements are invalid: {error!r}") from None
 
     def _update(self, name: str, labels: dict[str, str], value: float) -> None:
+        self._pool.metrics.update(name, self._labels(labels), value)
+
+    def _labels(self, labels: dict[str, str]) -> dict[str, str]:
+        """Labels of a measurement, with those that all of this worker have."""
         common = {
             "model_name": self._pool.name,
             "worker": self._settings.name.rpartition("-")[2],
         }
-        own = {MODEL: self._settings.identity}
-        self._pool.metrics.update(name, {**common, **labels, **own}, value)
+        return {**common, **labels, MODEL: self._settings.identity}

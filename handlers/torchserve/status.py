@@ -249,7 +249,11 @@ def _calibrations(metrics: str) -> dict[str, dict[str, Any]]:
             label = name if model == "score" else f"{model.removesuffix('-score')}: {name}"
             its = found.setdefault(label, {"rejected": 0.0, "expected": 0.0, "broken": 0.0})
             its[key] += float(value)
-    return {name: {**its, "broken": bool(its["broken"])} for name, its in found.items()}
+    return {
+        name: {**its, "broken": bool(its["broken"])}
+        for name, its in found.items()
+        if any(its.values())
+    }
 
 
 def versions() -> dict[str, str]:

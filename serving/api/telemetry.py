@@ -19,6 +19,7 @@ from serving.verdict.calibration import Verdict
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.drift import DriftMonitor
 from serving.verdict.false_alarms import flagging_rank
+from serving.verdict.store import ALL
 
 STAGES = ("parse", "decode", "compute", "encode")
 MAX_BPD = 1000.0
@@ -248,7 +249,7 @@ class Telemetry:
     def __init__(self, model_id: str, backend: str) -> None:
         self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
-        self._broken: set[str] = set()
+        self._broken: set[str] | None = None  # not reported yet
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         self._counts[STARTS, ()] = 1
         self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {
@@ -306,6 +307,9 @@ class Telemetry:
     def observe_calibrations(self, names: Collection[str], broken: Collection[str]) -> None:
         """Update the list of calibrations.
 
+        The first call reports all of them, because the worker before may have reported another
+        state; later calls report changes.
+
         Args:
             names: all calibrations; measurements of others are dropped.
             broken: calibrations whose files cannot be used.
@@ -315,7 +319,8 @@ class Telemetry:
                 del self._streams[name]
                 for metric in (DRIFT_IMAGES, DRIFT_UNUSUAL, DRIFT_USUAL, DRIFT_DISTANCE):
                     self._gauges[metric, (name,)] = 0.0
-            for name in self._broken.symmetric_difference(broken):
+            known = {*names, *broken, ALL} if self._broken is None else self._broken ^ set(broken)
+            for name in known:
                 self._gauges[BROKEN, (name,)] = float(name in broken)
             self._broken = set(broken)
 
