@@ -289,6 +289,14 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     write_calibrations(tmp_path, dataclasses.replace(made, exact=unknown))
     with pytest.raises(UpgradeError, match="the calibration default of .*unknown"):
         check_contract(old, new)
+    # One without resized images does not replace one with them, be it the bundle's own.
+    write_calibrations(tmp_path, dataclasses.replace(made, resized=None))
+    with pytest.raises(UpgradeError, match="the calibration default of .* gives resized images no"):
+        check_contract(old, new)
+    (tmp_path / FOLDER / "night.npz").unlink()
+    check_contract(new, old)
+    # The calibrations of an old bundle whose folder has gone cannot be compared.
+    check_contract(Bundle(tmp_path / "gone", old.manifest), new)
 
 
 class SwitchingEngine(UpgradableEngine):

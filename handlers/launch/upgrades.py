@@ -230,7 +230,7 @@ def check_contract(old: Bundle, new: Bundle) -> None:
 
     Raises:
         UpgradeError: the images, the latents, the operations or the calibrations are not the same,
-            or a calibration cannot be used.
+            or a calibration cannot be used, or not for resized images.
     """
     for what, before, after in (
         ("images", old.image_shape, new.image_shape),
@@ -265,6 +265,21 @@ def check_contract(old: Bundle, new: Bundle) -> None:
             f"the calibration {name} of {new.model_id}: {reason}: make it again with ade "
             "calibrate --into, or remove it"
         )
+    for name in _judging_resized(old):
+        if store.get(name).resized is None:
+            raise UpgradeError(
+                f"the calibration {name} of {new.model_id} gives resized images no verdict, that "
+                f"of {old.model_id} does: make it again with ade calibrate"
+            )
+
+
+def _judging_resized(bundle: Bundle) -> list[str]:
+    """Names of the calibrations that give resized images a verdict."""
+    try:
+        store = open_calibrations(bundle, bundle.folder / FOLDER)
+        return [name for name in store.names if store.get(name).resized is not None]
+    except (BundleError, CalibrationError):  # it is gone, or was damaged meanwhile
+        return []
 
 
 def _calibrations(bundle: Bundle) -> set[str]:
