@@ -889,6 +889,8 @@ def test_connections_are_bounded(short: RunningFront, upstream: Upstream) -> Non
     with short.connect() as connection:
         status, body = read_answer(connection)
         assert status == 503 and json.loads(body)["error"]["code"] == "overloaded"
+    # Each port has its own: a full API can still be observed.
+    assert httpx.get(f"{short.metrics}/metrics").status_code == 200
     for connection in held:
         connection.close()
     wait_for(lambda: _status(short) == 200)

@@ -21,7 +21,7 @@ class Limits:
     """Limits of the front; tests make them small.
 
     Attributes:
-        connections: number of connections, over all clients.
+        connections: number of connections to a port, over all clients.
         head_s: seconds for the head of a request to arrive.
         head_bytes: size of a head.
         write_s: seconds for a client to read a slice of an answer (256 KiB).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http
 import re
+from collections import Counter
 from typing import Any, cast
 
 from uvicorn import Config
@@ -31,12 +32,14 @@ class BoundedProtocol(PipeliningProtocol):
 
     Args:
         limits: the limits.
+        connections: number of those that are open, by the port of the server.
         config: given by uvicorn, like the other arguments.
     """
 
     def __init__(
         self,
         limits: Limits,
+        connections: Counter[int | None],
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -44,6 +47,8 @@ class BoundedProtocol(PipeliningProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = limits
+        self._open = connections
+        self._port: int | None = None
         # Runs from the start of the connection, or of a later head, until that head is complete.
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
@@ -55,12 +60,16 @@ class BoundedProtocol(PipeliningProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
         self.transport.set_write_buffer_limits(high=0)  # the write timer covers every unsent byte
-        if len(self.connections) > self._limits.connections:
+        if self.server is not None:
+            self._port = self.server[1]
+        self._open[self._port] += 1
+        if self._open[self._port] > self._limits.connections:
             self._refuse(overloaded("too many connections"))
         else:
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._open[self._port] -= 1
         self._end_head_timer()
         self._end_write_timer()
         for cycle in self._cycles:  # uvicorn itself notifies only the latest

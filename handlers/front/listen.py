@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def run_on(
 
 async def _serve(limits: Limits, build: Build, stop_s: int, sockets: list[socket.socket]) -> None:
     async with build() as built:
-        protocol: Any = functools.partial(BoundedProtocol, limits)
+        protocol: Any = functools.partial(BoundedProtocol, limits, Counter())
         config = uvicorn.Config(
             built.app,
             http=protocol,
