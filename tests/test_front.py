@@ -669,6 +669,18 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
             status, body = read_answer(connection)
             assert status == 200 and json.loads(body)["body"] == "abc"
             connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc")
+    offered = HEAD + b"Connection: Upgrade, Upgrade\r\nUPGRADE: h2c\r\nUpgrade: websocket\r\n"
+    together = [
+        HEAD + b"Content-Length: 1\r\n\r\n0",
+        offered + b"Content-Length: 1\r\n\r\n1",
+        offered + b"Transfer-Encoding: chunked\r\n\r\n1\r\n2\r\n0\r\n\r\n",
+        offered + b"Connection: close\r\nContent-Length: 1\r\n\r\n3",
+    ]
+    with front.connect() as connection:
+        connection.sendall(b"".join(together))
+        answers = connection.makefile("rb").read()
+    assert re.findall(rb'"body": "(.)"', answers) == [b"0", b"1", b"2", b"3"]
+    assert answers.count(b"HTTP/1.1 200") == 4 and b"Upgrade" not in answers
     with front.connect() as connection:
         connection.sendall(b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read_answer(connection)[0] == 501 and is_closed(connection)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import http
-import re
 from collections import Counter
 from typing import Any, cast
 
+import httptools
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
@@ -17,11 +17,42 @@ from serving.api.errors import ApiError, malformed, overloaded
 from serving.api.guard import error_answer
 from serving.api.pipelining import PipeliningProtocol
 
-_OFFERED = b"\r\nupgrade:"
-_UPGRADE = re.compile(_OFFERED, re.IGNORECASE)
-# The same length as `\r\nupgrade:`, so that the following bytes keep their offsets.
-_DECLINED = b"\r\ndecline:"
+CONNECT = b"CONNECT"
 _BLANK = b"\r\n\r\n"
+
+
+class _Parser(httptools.HttpRequestParser):
+    """Ignores offered upgrades, such as those of Java's HTTP client to HTTP/2.
+
+    httptools would take what follows the head for another protocol, the body included.
+    """
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self._protocol = protocol
+
+    def feed_data(self, data: Any) -> None:
+        parser = self
+        while True:
+            try:
+                super(_Parser, parser).feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offered:
+                if parser.get_method() == CONNECT:
+                    raise
+                data = parser._head_without_offer() + data[offered.args[0] :]
+                # After a head with `Connection: close`, the same parser would skip a byte.
+                parser = self._protocol.parser = _Parser(self._protocol)
+
+    def _head_without_offer(self) -> bytes:
+        first = b"%b %b HTTP/%b" % (
+            self.get_method(),
+            self._protocol.url,
+            self.get_http_version().encode(),
+        )
+        fields = [b"%b: %b" % one for one in self._protocol.headers if one[0] != b"upgrade"]
+        return b"\r\n".join([first, *fields]) + _BLANK
 
 
 class BoundedProtocol(PipeliningProtocol):
@@ -46,6 +77,7 @@ class BoundedProtocol(PipeliningProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.parser = _Parser(self)
         self._limits = limits
         self._open = connections
         self._port: int | None = None
@@ -53,7 +85,6 @@ class BoundedProtocol(PipeliningProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
         self._last = b""  # of what was read before, which may begin the end of a head
-        self._held = b""  # read, but not parsed before more of the head is there
         self._num_pending = 0  # bytes since the last complete head or part of a body
         self._cycles: list[RequestResponseCycle] = []  # requests without an answer, oldest first
 
@@ -82,17 +113,12 @@ class BoundedProtocol(PipeliningProtocol):
             if self._head_timer is None:
                 self._last = b""
             self._await_head()  # here, because the parser skips blank lines before a head
-        # Java's HTTP client offers an upgrade to HTTP/2, which makes the parser skip the body.
         if self._head_timer is not None:
-            data = self._held + data
             end = (self._last + data).find(_BLANK)
             size = len(data) if end < 0 else end + len(_BLANK) - len(self._last)
             if self._num_pending + size > self._limits.head_bytes:  # it may arrive at once
                 self._refuse_head()
                 return
-            data = _UPGRADE.sub(_DECLINED, data[:size]) + data[size:]
-            whole = len(data) if end >= 0 else len(data) - _begun(data)
-            data, self._held = data[:whole], data[whole:]
         kept = len(_BLANK) - 1
         self._last = (self._last + data[-kept:])[-kept:]
         self._num_pending += len(data)
@@ -113,7 +139,7 @@ class BoundedProtocol(PipeliningProtocol):
     def on_headers_complete(self) -> None:
         self._end_head_timer()
         self._num_pending = 0
-        if self.parser.should_upgrade():
+        if self.parser.get_method() == CONNECT:
             self._refuse(
                 ApiError(
                     501,
@@ -121,7 +147,7 @@ class BoundedProtocol(PipeliningProtocol):
                     "the service speaks HTTP/1.1 and upgrades to nothing else",
                 )
             )
-        else:
+        elif not self.parser.should_upgrade():  # otherwise the head comes again
             super().on_headers_complete()
             self._cycles = [
                 *(cycle for cycle in self._cycles if not cycle.response_complete),
@@ -131,6 +157,10 @@ class BoundedProtocol(PipeliningProtocol):
     def on_body(self, body: bytes) -> None:
         self._num_pending = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -196,9 +226,3 @@ class BoundedProtocol(PipeliningProtocol):
         ]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
-
-
-def _begun(data: bytes) -> int:
-    """Number of bytes at the end that may be the beginning of an offered upgrade."""
-    most = len(_OFFERED) - 1
-    return next((n for n in range(most, 0, -1) if data[-n:].lower() == _OFFERED[:n]), 0)
