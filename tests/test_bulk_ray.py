@@ -148,10 +148,11 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     assert total == 10 == score._prepare(source, out, plan)
     with pytest.raises(BulkError, match="was started with"):
         score._prepare(source, out, {"model": "another"})
-    files = parquet.read_table(f"{out}/manifest").select(["id", "path"])
+    listed = parquet.read_table(f"{out}/manifest")
+    files = listed.select(["id", "file"])
     version = FileScorer(bundle, None, BulkOptions()).calibrations.version
     rows = score.Scorer(str(PRETRAINED), BulkOptions(), version)(files)
-    assert rows["id"].to_pylist() == list(range(10)) and rows["path"] == files["path"]
+    assert rows["id"].to_pylist() == list(range(10)) and rows["path"] == listed["path"]
     assert rows["bpd"].null_count == 0 and set(rows["decision"].to_pylist()) <= {"accept", "reject"}
     (tmp_path / "out" / "rows").mkdir()
     parquet.write_table(rows.slice(0, 6), f"{out}/rows/a.parquet")
@@ -166,6 +167,19 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     with score._Progress(out, total, lambda *numbers: seen.append(numbers)):
         pass
     assert seen == [(10, 10), (10, 10)]
+
+
+def test_names_that_are_not_utf_8_are_scored(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    cat = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
+    for name in (b"caf\xe9.png", rb"caf\udce9.png"):  # the second looks like the first when printed
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_bytes(cat)
+    score._prepare(str(tmp_path / "in"), str(tmp_path / "out"), {})
+    files = parquet.read_table(tmp_path / "out" / "manifest").select(["id", "file"])
+    version = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).calibrations.version
+    rows = score.Scorer(str(PRETRAINED), BulkOptions(), version)(files)
+    assert [Path(path).name for path in rows["path"].to_pylist()] == [r"caf\udce9.png"] * 2
+    assert rows["error"].null_count == 2
 
 
 def wait_for_parts(run: subprocess.Popen[bytes], out: Path, log: Path) -> None:

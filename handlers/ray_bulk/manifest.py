@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -20,7 +21,13 @@ from serving.messages import printable
 # Rows of a part, which is also what is committed at once: about 30 s of work for one worker.
 PART_ROWS = 4096
 SCHEMA = pa.schema(
-    [("id", pa.int64()), ("path", pa.string()), ("size", pa.int64()), ("mtime", pa.float64())]
+    [
+        ("id", pa.int64()),
+        ("path", pa.string()),  # to be read: bytes that are not UTF-8 are escapes
+        ("file", pa.binary()),  # the same path as it is, to be opened
+        ("size", pa.int64()),
+        ("mtime", pa.float64()),
+    ]
 )
 SUFFIX = ".parquet"
 _TIMES = ("mtime", "LastModified", "last_modified", "updated")  # as file systems name it
@@ -107,7 +114,13 @@ def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
     rest, count = iter(rows), 0
     while chosen := list(islice(rest, PART_ROWS)):
         numbered = [
-            {**row, "id": count + i, "path": printable(row["path"])} for i, row in enumerate(chosen)
+            {
+                **row,
+                "id": count + i,
+                "path": printable(row["path"]),
+                "file": os.fsencode(row["path"]),
+            }
+            for i, row in enumerate(chosen)
         ]
         path = posixpath.join(folder, f"part-{count // PART_ROWS:08d}{SUFFIX}")
         with files.open(path, "wb") as file:

@@ -31,6 +31,7 @@ from serving.bulk import CHUNK, BulkError, BulkOptions, FileScorer, Summary, row
 from serving.engine.bundle import Bundle, open_bundle
 from serving.files import read_file
 from serving.images import MAX_FILE_BYTES
+from serving.messages import printable
 
 logger = logging.getLogger(__name__)
 LOOK_S = 2.0  # between two looks at what is committed
@@ -54,8 +55,13 @@ class Scorer:
 
     def __call__(self, files: pa.Table) -> pa.Table:
         """Scores of some rows of the manifest."""
-        ids, paths = files["id"].to_pylist(), files["path"].to_pylist()
-        rows = [{"id": id, **row} for id, row in zip(ids, self._scorer(paths), strict=True)]
+        paths = [os.fsdecode(path) for path in files["file"].to_pylist()]
+        rows = [
+            {"id": id, **row, "path": printable(path)}
+            for id, path, row in zip(
+                files["id"].to_pylist(), paths, self._scorer(paths), strict=True
+            )
+        ]
         return pa.Table.from_pylist(rows, self._schema)
 
 
@@ -185,7 +191,7 @@ def _run(
     ray.data.read_parquet(
         posixpath.join(folder, "manifest"),
         filesystem=files,
-        columns=["id", "path"],
+        columns=["id", "file"],
         override_num_blocks=-(-total // PART_ROWS),
     ).map_batches(
         Scorer,
