@@ -17,6 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,34 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
     }
 
 
+def test_a_release_returns_while_it_still_answers(app: RunningApplication, second: Path) -> None:
+    """A rollback starts workers of its own; those that answer yet are left alone."""
+    old, new = release_of(PRETRAINED), release_of(second, number=2)
+
+    def numbers() -> list[int]:
+        return [one["number"] for one in ask(app.control, {"do": DESCRIBE})["releases"]]
+
+    worker = app.worker("score")
+    worker.suspend()
+    with ThreadPoolExecutor() as pool:
+        accepted = pool.submit(model_of, app.url)
+        try:
+            wait_for(lambda: app.in_flight() == 1)
+            message = {"do": CHANGE, "releases": [dataclasses.asdict(new)]}
+            upgraded = pool.submit(ask, app.control, message)
+            wait_for(lambda: numbers() == [2], 120)
+            assert model_of(app.url) == new.models[0]
+            change(app, dataclasses.replace(old, number=3))
+            assert model_of(app.url) == old.models[0]
+            assert not accepted.done() and not upgraded.done()
+        finally:
+            worker.resume()
+        assert accepted.result() == old.models[0]
+        assert [one["number"] for one in upgraded.result()["releases"]] == [3]
+    wait_for(lambda: len(psutil.Process(app.process.pid).children()) == 4)
+    assert model_of(app.url) == old.models[0]
+
+
 @pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
 def test_a_worker_does_not_take_what_was_put_into_its_folder(
     tmp_path: Path, changed: Callable[[Path], None]
@@ -331,6 +360,45 @@ def test_an_upgrade_keeps_the_bundle_that_a_link_led_to(second: Path, tmp_path: 
         PRETRAINED.resolve(),
         second.resolve(),
     ]
+
+
+def test_a_rollback_does_not_wait_for_requests_of_the_former_release(second: Path) -> None:
+    old, new = release_of(PRETRAINED), release_of(second)
+    plan: Any = SimpleNamespace(bundles=[open_bundle(PRETRAINED)], release=old)
+    page: Any = SimpleNamespace(prepared=lambda bundles: nullcontext(lambda: None))
+    may_start, may_end = threading.Event(), threading.Event()
+
+    class DrainingEngine(SwitchingEngine):
+        def change(self, releases: Sequence[Release], say: Callable[[str], None]) -> None:
+            is_first = not self.changes
+            if is_first:
+                assert may_start.wait(60)
+            super().change(releases, say)
+            if is_first:
+                assert may_end.wait(60)
+                raise ChannelError("the front ended, and was started again with other releases")
+
+    engine, said = DrainingEngine(), list[str]()
+    upgrades = Upgrades(plan, engine, page, lambda: None)
+    message = {"do": UPGRADE, "bundle": str(second)}
+    with ThreadPoolExecutor() as pool:
+        upgraded = pool.submit(upgrades.handle, message, said.append)
+        try:
+            wait_for(lambda: any(text.startswith("starting") for text in said))
+            with pytest.raises(UpgradeError, match="another upgrade is in progress"):
+                upgrades.handle({"do": ROLLBACK}, said.append)
+            may_start.set()
+            wait_for(lambda: "finishes its own" in said[-1])
+            found = upgrades.handle({"do": ROLLBACK}, lambda text: None)
+            assert (found["current"], found["previous"]) == (old.models, new.models)
+            assert not upgraded.done() and "has stopped" not in said[-1]
+        finally:
+            may_start.set()
+            may_end.set()
+        assert upgraded.result()["current"] == old.models
+    assert said[-1] == f"{PRETRAINED} ({old.models[0]}) has stopped"
+    assert [release.number for (release,) in engine.changes] == [2, 3]
+    upgrades.handle({"do": ROLLBACK}, lambda text: None)  # nothing is left in progress
 
 
 def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) -> None:

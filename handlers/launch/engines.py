@@ -128,6 +128,8 @@ class UpgradableEngine(Engine, Protocol):
     def change(self, releases: Sequence[Release], say: Say) -> None:
         """Start the releases that do not run yet, route requests to all, and drain the others.
 
+        May be called again while an earlier call still drains.
+
         Args:
             releases: the first gets the requests that the shares of the others leave.
             say: called with :data:`SWITCHED` once requests are routed to them, perhaps twice.

@@ -46,6 +46,7 @@ class Upgrades:
         self._page = page
         self._changed = changed
         self._busy = threading.Lock()
+        self._turn = contextlib.ExitStack()  # of the command that holds the lock; releases it
         self._last_number = 1
         self._current = plan.release
         self._canary: Release | None = None
@@ -72,7 +73,8 @@ class Upgrades:
             return self.describe()
         if not self._busy.acquire(blocking=False):
             raise UpgradeError("another upgrade is in progress: see ade status")
-        try:
+        with contextlib.ExitStack() as self._turn:
+            self._turn.callback(self._busy.release)
             if what == UPGRADE:
                 self._upgrade(Path(message["bundle"]), message.get("canary"), say)
             elif what == FINISH:
@@ -82,8 +84,6 @@ class Upgrades:
             else:
                 raise UpgradeError(f"unknown command {what!r}")
             return self.describe()
-        finally:
-            self._busy.release()
 
     def describe(self) -> dict[str, Any]:
         """Models of ``current``, ``canary`` with its ``share``, and ``previous``; workers."""
@@ -119,8 +119,11 @@ class Upgrades:
                 "be distinguished from the others"
             )
         say(f"starting {_names(release)} beside {_names(self._current)}")
-        self._change([self._current, release], lambda: None)
-        self._canary = release
+
+        def started() -> None:
+            self._canary = release
+
+        self._change([self._current, release], started)
         self._changed()
         say(f"{_names(release)} answers {share:.3g} of the requests")
 
@@ -133,11 +136,15 @@ class Upgrades:
 
     def _roll_back(self, say: Say) -> None:
         if self._canary is not None:
-            dropped = self._canary
-            self._change([self._current], lambda: None)
-            self._canary = None
+            current, dropped = self._current, self._canary
+
+            def switched() -> None:
+                self._canary = None
+                say(f"{_names(current)} answers all requests; {_names(dropped)} finishes its own")
+
+            self._change([current], switched)
             self._changed()
-            say(f"{_names(self._current)} answers all requests; {_names(dropped)} has stopped")
+            say(f"{_names(dropped)} has stopped")
             return
         if self._previous is None:
             raise UpgradeError("there was no upgrade: nothing to go back to")
@@ -171,18 +178,30 @@ class Upgrades:
         say(f"{_names(old)} has stopped")
 
     def _change(self, releases: Sequence[Release], switched: Callable[[], None]) -> None:
-        engine, was_switched = self._upgradable(), False
+        """Change the releases, and wait until those that are removed have stopped.
+
+        Args:
+            releases: see :meth:`handlers.launch.engines.UpgradableEngine.change`.
+            switched: called once they answer. From then on other commands may change them, so that
+                a rollback need not wait for the requests of a removed release.
+
+        Raises:
+            UpgradeError: a release cannot be started; nothing has changed.
+        """
+        engine, turn, was_switched = self._upgradable(), self._turn, False
 
         def heard(text: str) -> None:
             nonlocal was_switched
             if text == SWITCHED and not was_switched:
                 was_switched = True
                 switched()
+                turn.close()
 
         try:
             engine.change(releases, heard)
         except ChannelError as error:
-            raise UpgradeError(f"{_names(self._current)} stays: {error}") from None
+            if not was_switched:  # otherwise the front ended, and the removed releases with it
+                raise UpgradeError(f"{_names(self._current)} stays: {error}") from None
 
     def _upgradable(self) -> UpgradableEngine:
         if not isinstance(self._engine, UpgradableEngine):
