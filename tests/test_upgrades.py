@@ -182,6 +182,7 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
         ):
             change(app, release_of(damaged, number=9))
         assert set(load.answers) == {a}
+        (app.logs / "score-release9-0.requests.jsonl.1").touch()
         # A canary gets its share.
         assert change(app, old, dataclasses.replace(new, share=0.5)) == [SWITCHED]
         wait_for(lambda: b in load.answers, 60)
@@ -199,6 +200,12 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
         change(app, dataclasses.replace(old, number=3))
         assert {model_of(app.url) for _ in range(5)} == {a}
     load.check(a, b)
+    # The disk does not fill with journals of releases of long ago, or that did not start.
+    assert {path.name.removesuffix("-0.requests.jsonl") for path in app.logs.glob("score*")} == {
+        "score",
+        "score-release2",
+        "score-release3",
+    }
     kept = json.loads(app.settings.read_text())["releases"]
     assert [one["number"] for one in kept] == [3]  # of a front that is started again
     (running,) = ask(app.control, {"do": DESCRIBE})["releases"]

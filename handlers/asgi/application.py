@@ -11,7 +11,7 @@ import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,7 @@ from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
 from handlers.launch.options import ServingOptions, served_name
 from serving.api.errors import ApiError, malformed
+from serving.api.journal import SUFFIX as JOURNAL
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.signatures import OPERATIONS
@@ -45,6 +46,7 @@ V2_SERVER = {
     "extensions": ["binary_tensor_data"],
 }
 _V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>ready|infer))?")
+_JOURNAL_OF_RELEASE = re.compile(rf"-release(\d+)-\d+{re.escape(JOURNAL)}")
 OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
 STOP_S = 25  # for accepted requests after a stop is requested
 REFUSE_S = 20  # after which requests that still wait for a worker are answered 503
@@ -241,7 +243,7 @@ def make_pools(
     pools = []
     identities = dict(zip((str(b.folder) for b in bundles), release.models, strict=True))
     for name, operation, bundle in served_models(bundles):
-        # Journals of two releases must not have the same name.
+        # Journals of two releases must not have the same name; see remove_journals.
         journal = name if release.number == 1 else f"{name}-release{release.number}"
         workers = [
             WorkerSettings(
@@ -259,6 +261,20 @@ def make_pools(
         described = v2.metadata(name, operation, bundle)
         pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
     return pools
+
+
+def remove_journals(logs: Path, kept: Collection[int]) -> None:
+    """Remove the journals of releases, except some. Those of the first, without a number, stay.
+
+    Args:
+        logs: their folder.
+        kept: numbers of releases.
+    """
+    for path in logs.glob(f"*{JOURNAL}*"):
+        number = _JOURNAL_OF_RELEASE.search(path.name)
+        if number is not None and int(number[1]) not in kept:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.asynccontextmanager
@@ -308,9 +324,15 @@ async def build_app(
     memory, refusals = Memory(limits), Counter[str]()
     metrics = Metrics(refusals)
 
+    former = {one["number"] for one in settings.releases}
+
     def save(releases: Sequence[Release]) -> None:
+        nonlocal former
         if file is not None:
             replace(settings, releases=tuple(map(asdict, releases))).replace(file)
+        numbers = {one.number for one in releases}
+        remove_journals(Path(settings.logs), former | numbers)
+        former = numbers
 
     scrape = Endpoint(_reading(lambda: metrics_answer(metrics.text())))
     releases = Releases(functools.partial(build_release, settings, metrics, limits), save, limits)
