@@ -107,14 +107,15 @@ def card(served: Served, model: str) -> str:
         f"<li>{_part(str(part), str(what))}</li>"
         for part, what in (data.get("splits") or {}).items()
     )
-    name = escape(DATA.get(str(data.get("name")), str(data.get("name"))))
+    name = _for_people(str(data.get("name")))
+    known = _for_people(served.calibration_data(model))
     return f"""<article class="ade-part">
 <h2>{escape(bundle.model_id)}</h2>
 <p>{kind[:1].upper()}{kind[1:]}. It takes images of {width} × {height} pixels
 {"in colour" if channels == 3 else "in grey"} and has {training.get("weights", 0):,}
 weights.</p>
 <h3>What it is good for</h3>
-<ul>{"".join(f"<li>{use}</li>" for use in _uses(bundle, calibrations, name))}</ul>
+<ul>{"".join(f"<li>{use}</li>" for use in _uses(bundle, calibrations, known))}</ul>
 <h3>What it is not good for</h3>
 <ul>
 <li><strong>To recognise what an image shows.</strong> {_what_it_sees(bundle)}
@@ -129,7 +130,7 @@ in a hundred in-distribution images is rejected.</li>
 likelihood than the original.</li>
 </ul>
 <h3>Figures</h3>
-<div class="ade-figures">{"".join(_figures(manifest, calibrations))}</div>
+<div class="ade-figures">{"".join(_figures(manifest, calibrations, known))}</div>
 <h3>Trained on</h3>
 <p>{name}, {training.get("images_seen", 0):,} images shown in the last stage, with repetition.</p>
 <ul>{splits}</ul>
@@ -144,6 +145,11 @@ Estimation for Generative Models</a>, Lucas et al., NeurIPS 2019, which {NAME} i
 </ul>
 {_exports(manifest)}
 </article>"""
+
+
+def _for_people(data: str) -> str:
+    """The name of a data set, HTML."""
+    return escape(DATA.get(data, data))
 
 
 def _part(part: str, what: str) -> str:
@@ -161,7 +167,7 @@ def _what_it_sees(bundle: Bundle) -> str:
 
 
 def _uses(bundle: Bundle, calibrations: Calibrations, data: str) -> list[str]:
-    """What the model can be used for, and how well; HTML."""
+    """What the model can be used for, and how well; ``data`` calibrated it. HTML."""
     uses = []
     exact = calibrations.exact
     if exact is not None:
@@ -189,8 +195,8 @@ def _uses(bundle: Bundle, calibrations: Calibrations, data: str) -> list[str]:
     return uses
 
 
-def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
-    """The main figures, each with its meaning."""
+def _figures(manifest: dict[str, Any], calibrations: Calibrations, data: str) -> list[str]:
+    """The main figures, each with its meaning; ``data`` calibrated the verdict. HTML."""
     figures = []
 
     def add(value: str, meaning: str) -> None:
@@ -226,10 +232,9 @@ def _figures(manifest: dict[str, Any], calibrations: Calibrations) -> list[str]:
         )
     calibration = calibrations.exact
     if calibration is not None:
-        data = calibrations.data or str((manifest.get("calibration") or {}).get("data"))
         add(
             f"{len(calibration.scores):,} images",
-            f"of {escape(DATA.get(data, data))} calibrated the verdict; no p-value is below "
+            f"of {data} calibrated the verdict; no p-value is below "
             f"{calibration.smallest_p_value:.2g}",
         )
     else:

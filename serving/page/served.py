@@ -73,6 +73,11 @@ class Served:
         """The calibrations by which the service judges a model's images, or did a second ago."""
         return self._stores[model].get()
 
+    def calibration_data(self, model: str) -> str:
+        """The name of the images that a model's gate was calibrated on; empty if it is unknown."""
+        about = self.bundles[model].manifest.get("calibration") or {}
+        return self.calibrations_of(model).data or str(about.get("data", ""))
+
     @property
     def first(self) -> str:
         return next(iter(self.bundles))
@@ -280,9 +285,7 @@ def live(value: str = "") -> gr.HTML:
 
 def example_files(served: Served) -> dict[str, list[str]]:
     """Example images by kind, photographs and as many drawings, in files of the page."""
-    is_known = all(
-        bundle.manifest["data"].get("name") == "cifar10" for bundle in served.bundles.values()
-    )
+    is_known = all(served.calibration_data(model) == "cifar10" for model in served.bundles)
     photographs = "In-distribution: CIFAR-10 photographs" if is_known else "Photographs"
     drawings = "Out-of-distribution: drawings, text, noise" if is_known else "Drawings"
     return {
