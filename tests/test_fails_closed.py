@@ -231,6 +231,18 @@ def test_the_page_judges_by_the_calibration_that_the_service_uses(
 
 
 @pytest.mark.usefixtures("page_files")
+def test_the_page_gives_no_verdict_if_another_release_answers(
+    bundles: dict[str, Path], ood_paths: list[Path]
+) -> None:
+    """As during ``ade upgrade --canary``, in which no calibration is replaced."""
+    with answered_here({"both": bundles["few"]}) as url:
+        score = page_function(Served(url, [open_bundle(bundles["both"])], None), "score")
+        image = write_file(ood_paths[0].read_bytes(), "ood.png")
+        card, *_ = score("both", image, 1, ALPHA, False, Runs())
+    assert "ade-no_verdict" in card and "or an upgrade is under way" in card
+
+
+@pytest.mark.usefixtures("page_files")
 def test_score_many_accepts_nothing_without_verdicts(
     bundles: dict[str, Path], small_images: np.ndarray
 ) -> None:

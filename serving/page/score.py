@@ -38,7 +38,10 @@ REASONS = 12  # statistics in the technical table
 PER_DAY = 1000
 MAX_PER_DAY = 1_000_000  # the band is computed exactly, number by number
 EMPTY = "The verdict appears here: choose an example, drop or paste an image, or take a photo."
-REPLACED = "The calibration was replaced meanwhile: score the image again."
+REPLACED = (
+    "The image was not scored with the page's calibration: that was replaced meanwhile, or an "
+    "upgrade is under way and another model answered. Score the image again."
+)
 REASON_NOTES = ("nothing can be flagged", "no verdict: ")  # how notes begin that give the reason
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
 
@@ -103,7 +106,7 @@ def notes_of(result: ScoreResult) -> list[str]:
 
 
 def judge_of(calibrations: Calibrations, scored: Scored) -> Calibration | None:
-    """The calibration that judged an image; ``None`` if there was none or it was replaced."""
+    """The calibration that judged an image; ``None`` if there was none or it is not the page's."""
     label = scored.result.calibration
     is_same = label is not None and label.version == calibrations.version
     return calibrations.of(scored.resized) if is_same else None
