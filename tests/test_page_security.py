@@ -680,6 +680,8 @@ def test_an_upload_above_the_quota_is_refused_and_others_continue(page: RunningP
 def test_clients_lose_their_own_oldest_files_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The page says which quota a file that is no longer there may have exceeded."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(uploads, "CLIENT_BYTES", 100)
     monkeypatch.setattr(uploads, "ALL_BYTES", 250)
     monkeypatch.setattr(uploads, "CLIENT_FILES", 3)
@@ -698,6 +700,8 @@ def test_clients_lose_their_own_oldest_files_only(
     other = send("b", "3", 90)
     third = send("a", "4", 50)
     assert not first.exists() and second.exists() and third.exists() and other.exists()
+    with pytest.raises(gr.Error, match="at most 256 MiB and 4,000 files"):
+        list(contents([str(second), str(first)]))
     with pytest.raises(UploadRefused, match="At most"):
         send("a", "5", 101)
     with quota.sending("a", 60), pytest.raises(UploadRefused, match="still under way"):

@@ -28,6 +28,7 @@ from serving.images import RESIZING, file_size
 from serving.page.charts import problem
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
+from serving.page.uploads import CLIENT_BYTES, CLIENT_FILES
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import FOLDER
 
@@ -165,7 +166,9 @@ def read(path: str | None) -> bytes:
         raise gr.Error(str(error)) from None
     except OSError:
         raise gr.Error(
-            "The file is no longer there: the page keeps files for an hour. Drop it again."
+            "The file is no longer there: the page keeps files for an hour, and of each visitor at "
+            f"most {CLIENT_BYTES >> 20} MiB and {CLIENT_FILES:,} files. Drop it again, or run "
+            "`ade score`, which takes folders of any size."
         ) from None
 
 
