@@ -918,6 +918,26 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
         expect(page.get_by_text(words).first).to_be_visible()
 
 
+def test_a_picture_that_is_replaced_while_it_is_reproduced(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finding about it does not appear beside the new picture."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
+    served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
+    fns = build_page(served).fns.values()
+    reproduce = next(fn for fn in fns if fn.api_name == "reproduce")
+    clear = next(fn for fn in fns if fn.outputs == reproduce.outputs and fn is not reproduce)
+    assert clear.inputs == reproduce.inputs[-1:]
+    text = {"seed": "7", "index": "0", "n": "1", "temperature": "1", "kind": "mean"}
+    data = write_png(np.zeros((8, 8, 3), np.uint8), {f"ade:{k}": v for k, v in text.items()})
+    runs, picture = Runs(), write_file(data, "made.png")
+    client: Any = SimpleNamespace(sample_png=lambda **_: (data, 7))
+    served.clients["tiny"] = client
+    assert "The same picture" in reproduce.fn("tiny", picture, runs)[1]
+    client.sample_png = lambda **_: clear.fn(runs) and (data, 7)
+    assert reproduce.fn("tiny", picture, runs) == (gr.skip(),) * 2
+
+
 def test_about(page: Page, service: RunningService) -> None:
     """A card with figures and samples, and the API's reference, folded."""
     show(page, "About")

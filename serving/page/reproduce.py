@@ -12,7 +12,7 @@ from PIL import Image
 
 from serving.images import MAX_PIXELS, file_size
 from serving.page.files import write_file
-from serving.page.served import Shared, ask, image_output, open_png, read
+from serving.page.served import Runs, Shared, ask, image_output, latest_only, open_png, read
 
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
 
@@ -86,6 +86,10 @@ def add_part(shared: Shared) -> None:
         told = ", ".join(f"{name} {value}" for name, value in wanted.items())
         return write_file(data, "again.png"), f"{said}\n\n{told}"
 
+    def clear(runs: Runs) -> tuple[None, str]:
+        runs.start()  # what still runs is of another picture or model
+        return None, ""
+
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
             picture = gr.File(label="A PNG that was made here", file_types=[".png"], height=160)
@@ -93,17 +97,19 @@ def add_part(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=240):
             again = image_output("Made again", height="min(384px, 80vw)")
             said = gr.Markdown()
+    runs = gr.State(Runs())
     go.click(
-        reproduce,
-        [shared.model, picture],
+        latest_only(reproduce, 2),
+        [shared.model, picture, runs],
         [again, said],
         api_name="reproduce",
         show_progress_on=again,
+        trigger_mode="multiple",
     )
     gr.on(
         [picture.change, shared.model.change],
-        lambda: (None, ""),
-        None,
+        clear,
+        runs,
         [again, said],
         queue=False,
         show_progress="hidden",
