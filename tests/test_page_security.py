@@ -669,6 +669,19 @@ def test_uploads(page: RunningPage) -> None:
     assert left == [], "what was refused is gone"
 
 
+def test_scoring_uploads_leaves_no_file_for_each(page: RunningPage) -> None:
+    client = page.client()
+    function = next(
+        f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "score_many"
+    )["id"]
+    paths = upload(client, *[(f"{i}.png", EXAMPLE.read_bytes()) for i in range(3)]).json()
+    given = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
+    before = {path for path in page.inbox.iterdir() if path.is_file()}
+    for files in ([given, None], [None, given]):
+        assert call(client, function, ["cifar10-av-ade", *files, 0.1, False, 0.01, None])[0]
+    assert {path for path in page.inbox.iterdir() if path.is_file()} == before
+
+
 def test_an_upload_above_the_quota_is_refused_and_others_continue(page: RunningPage) -> None:
     client = page.client()
     files = [("files", (f"{i}.png", bytes(15 * 2**20))) for i in range(18)]

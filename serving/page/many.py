@@ -210,8 +210,9 @@ def add_tab(shared: Shared) -> None:
                 height=180,
                 file_types=["image", ".zip"],
             )
-            files.preprocess = _paths  # type: ignore[method-assign]
             folder = gr.File(label="Or a folder", file_count="directory", height=130)
+            for given in (files, folder):
+                given.preprocess = _paths  # type: ignore[method-assign]
             alpha = alpha_input("Score all")
             resize = resize_input(served)
             with gr.Accordion("More settings", open=False):
@@ -249,7 +250,10 @@ def add_tab(shared: Shared) -> None:
 
 
 def _paths(payload: Any) -> list[str] | None:
-    """The paths of uploads. Gradio's own function refuses all of them for one of another type."""
+    """The paths of uploads.
+
+    Gradio's own function refuses all of them for one of another type, and makes a file for each.
+    """
     return None if payload is None else [file.path for file in payload]
 
 
