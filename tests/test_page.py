@@ -66,6 +66,7 @@ from serving.page.served import (
     latest_only,
 )
 from serving.page.sweep import start_sweeping, sweep
+from serving.tables import safe_cell
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function
 from tests.service import RunningService
@@ -821,14 +822,16 @@ HOSTILE = "<img src=x onerror=window.ran=1>"
 def test_a_folder_with_other_files_and_hostile_names(
     browser: Browser, service: RunningService, tmp_path: Path
 ) -> None:
-    """Other files of a folder are left out, and names are never interpreted as HTML."""
+    """Other files of a folder are left out; names stay apart and are never interpreted as HTML."""
     folder = tmp_path / "folder"
     (folder / "inside").mkdir(parents=True)
     shutil.copy(EXAMPLE, folder / "cat.png")
-    shutil.copy(EXAMPLE, folder / "inside" / "again.png")
+    shutil.copy(EXAMPLE, folder / "inside" / "cat.png")
+    alike = [shutil.copy(EXAMPLE, tmp_path / name) for name in ("=#1.png", "=1.png", "#.png")]
     (folder / "notes.txt").write_text("no image")
     with zipfile.ZipFile(tmp_path / "names.zip", "w") as archive:
         archive.write(EXAMPLE, f"{HOSTILE}.png")
+        archive.write(EXAMPLE, "=1.png")
     with zipfile.ZipFile(tmp_path / "large.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"{HOSTILE}.png", bytes(17 * 2**20))
     text = PngImagePlugin.PngInfo()
@@ -843,11 +846,21 @@ def test_a_folder_with_other_files_and_hostile_names(
         show(page, "Score many")
         panel = panel_of(page)
         panel.locator("input[type=file]").nth(1).set_input_files(folder)
-        panel.locator("input[type=file]").first.set_input_files(tmp_path / "names.zip")
+        given = [*alike, tmp_path / "names.zip"]
+        panel.locator("input[type=file]").first.set_input_files(given)
         expect(panel.get_by_role("row", name="names.zip")).to_be_visible()
         page.get_by_role("button", name="Score all").click()
-        expect(panel.get_by_text("of 3 images rejected")).to_be_visible()
-        expect(panel.get_by_role("cell", name=f"{HOSTILE}.png").first).to_be_visible()
+        expect(panel.get_by_text("of 7 images rejected")).to_be_visible()
+        names = {
+            *("cat.png", "cat.png (2)", "=#1.png", "=1.png", "#.png"),
+            *(f"{HOSTILE}.png", "=1.png (2)"),
+        }
+        assert set(panel.locator(".ade-results .ade-file").all_inner_texts()) == names
+        with page.expect_download() as download:
+            panel.get_by_text("Download CSV").click()
+        download.value.save_as(tmp_path / "scores.csv")
+        with open(tmp_path / "scores.csv", newline="") as file:
+            assert {row["path"] for row in csv.DictReader(file)} == set(map(safe_cell, names))
         panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
         panel.locator("input[type=file]").first.set_input_files(tmp_path / "large.zip")
         expect(panel.get_by_role("row", name="large.zip")).to_be_visible()

@@ -39,7 +39,7 @@ from serving.page.many import batches, contents
 from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
 from serving.page.served import Runs, made_here
-from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, safe_name
+from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, own_name, safe_name
 from serving.ports import free_ports
 from serving.tables import safe_cell, write_csv
 from tests.helpers import PRETRAINED, ROOT
@@ -637,7 +637,7 @@ def test_uploads(page: RunningPage) -> None:
     assert (
         not any(path.exists() for path in dropped)
         and kept.read_bytes() == image
-        and kept.name == "cat b.PNG"
+        and kept.name == "=2E.=2F..=2Fcat =3Cb=3E.PNG"
     )
     assert kept.parent.parent == page.inbox / "uploads"
     for folder in (kept.parent, kept.parent.parent, page.inbox):
@@ -737,20 +737,22 @@ def test_clients_lose_their_own_oldest_files_only(
 @pytest.mark.parametrize(
     ("name", "kept"),
     [
-        ("../../a.png", "a.png"),
-        ("C:\\x\\b.zip", "b.zip"),
-        ("..", "file"),
-        ("._a.png", "._a.png"),
+        ("img#1 (2).PNG", "img=231 (2).PNG"),
+        ("../../a.png", "=2E.=2F..=2Fa.png"),
+        ("..", "=2E."),
+        ("._a.png", "=2E_a.png"),
         ("", "file"),
-        (".png", "png"),
-        ("<b>é.png", "bé.png"),
-        ("a" * 300 + ".png", "a" * 80 + ".png"),
-        ("a\0\n\x1b[31m.png", "a31m.png"),
+        ("#.png", "=23.png"),
+        ("50%=a.png", "50=25=3Da.png"),
+        ("<b>é.png", "=3Cb=3Eé.png"),
+        ("a" * 300 + ".png", "a" * 196 + ".png"),
+        ("a\0\n\x1b[31m.png", "a=00=0A=1B=5B31m.png"),
         ("漢" * 200 + ".png", "漢" * 65 + ".png"),
     ],
 )
 def test_names_of_uploads(name: str, kept: str) -> None:
     assert safe_name(name) == kept
+    assert name.endswith(own_name(f"folder/{kept}")) or not name
 
 
 def lying_zip(path: Path, name: str, size: int, declared: int) -> Path:

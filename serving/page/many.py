@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from serving.page.served import (
     resize_input,
     sentence,
 )
-from serving.page.uploads import is_accepted
+from serving.page.uploads import is_accepted, own_name
 from serving.tables import write_csv
 from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, Choice, fdr_note
@@ -64,7 +65,7 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
         for name, data in (
             _unzipped(path)
             if Path(path).suffix.lower() == ".zip"
-            else [(Path(path).name, read(path))]
+            else [(own_name(path), read(path))]
         ):
             count += 1
             size += len(data)
@@ -85,7 +86,7 @@ def _unzipped(path: str) -> Iterator[tuple[str, bytes]]:
 
     Other entries are skipped, including zip files and what macOS adds.
     """
-    zipped, shown = read(path), Path(path).name
+    zipped, shown = read(path), own_name(path)
     # Before the directory is parsed, which takes a hundred times its size in memory.
     if zipped.count(ENTRY_MARK) > MOST_ENTRIES:
         raise gr.Error(f"{shown} holds more than {MOST_ENTRIES} files.")
@@ -147,10 +148,10 @@ def add_tab(shared: Shared) -> None:
             raise gr.Error(
                 "There are no files yet: drop some, or a zip of them, or choose a folder."
             )
-        inside = [path for path in folder or [] if is_image_name(path)]
+        inside = [path for path in folder or [] if is_image_name(own_name(path))]
         given = files or []
-        paths = [*(path for path in given if is_accepted(path)), *inside]
-        others = [Path(path).name for path in given if not is_accepted(path)]
+        paths = [*(path for path in given if is_accepted(own_name(path))), *inside]
+        others = [name for name in map(own_name, given) if not is_accepted(name)]
         others = [name for name in others if not name.startswith("._")]
         count = sum(1 for _ in contents(paths))  # refuse everything before the first file is scored
         if not count:
@@ -169,7 +170,7 @@ def add_tab(shared: Shared) -> None:
                 for (_, data), result in zip(batch, scored, strict=True)
             ]
             results += scored
-        names += others
+        names = _numbered(names + others)
         pictures += [""] * len(others)
         results += [UNACCEPTED] * len(others)
         judged = [result for result in results if result.decision != "no_verdict"]
@@ -255,6 +256,16 @@ def _paths(payload: Any) -> list[str] | None:
     Gradio's own function refuses all of them for one of another type, and makes a file for each.
     """
     return None if payload is None else [file.path for file in payload]
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """Tell files of one name apart: of a folder inside a folder, Gradio gives no more."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for name in names:
+        seen[name] += 1
+        numbered.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return numbered
 
 
 def _said(

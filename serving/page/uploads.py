@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import shutil
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import quote, unquote
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -181,14 +183,11 @@ class _Receiver:
             raise UploadRefused(400, 'Every part must be a file named "files".')
         if len(self.paths) == FILES_AT_ONCE:
             raise UploadRefused(413, f"At most {FILES_AT_ONCE} files in a request.")
-        path = (
-            self.folder
-            / secrets.token_hex(16)
-            / safe_name(options[b"filename"].decode(errors="replace"))
-        )
+        name = options[b"filename"].decode(errors="replace")
+        path = self.folder / secrets.token_hex(16) / safe_name(name)
         self.paths.append(path)
         self._left = MAX_FILE_BYTES
-        if is_accepted(path.name):
+        if is_accepted(name):
             path.parent.mkdir(mode=0o700)
             self._file = open(path, "xb")
 
@@ -206,23 +205,22 @@ def is_accepted(name: str) -> bool:
 
 
 def safe_name(name: str) -> str:
-    """Keep the characters of a client's file name that are harmless in paths and URLs.
+    """Quote a client's file name so that it is harmless in paths and URLs.
+
+    A long name loses its beginning.
 
     Example:
-        >>> safe_name("../a b/..\\\\cat <1>.PNG")
-        'cat 1.PNG'
+        >>> safe_name("../img#1 (2).PNG")
+        '=2E.=2Fimg=231 (2).PNG'
     """
-    last = name.replace("\\", "/").rpartition("/")[2]
-    kept = "".join(letter for letter in last if letter.isalnum() or letter in " ._-+=@()").strip(
-        " ."
-    )
-    if last.startswith("._"):
-        kept = f".{kept}"  # so that it can be told from an image
-    stem, dot, suffix = kept.rpartition(".")
-    return (
-        f"{stem[:80] if dot else ''}{dot}{suffix[:80]}".encode()[-200:].decode(errors="ignore")
-        or "file"
-    )
+    quoted = re.sub(r"[^\w .+@()-]", lambda letter: quote(letter[0], safe=""), name[-200:])
+    kept = quoted.replace("%", "=").encode()[-200:].decode(errors="ignore") or "file"
+    return f"=2E{kept[1:]}" if kept[0] == "." else kept
+
+
+def own_name(path: str) -> str:
+    """The name that :func:`safe_name` quoted: not fit for a path, and to be escaped where shown."""
+    return unquote(Path(path).name.replace("=", "%"))
 
 
 async def receive(request: Request, quota: Quota) -> Response:
