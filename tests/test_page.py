@@ -579,6 +579,33 @@ def test_another_alpha_is_another_verdict_of_the_same_score(
     panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.01")
 
 
+def test_a_number_beside_a_slider_can_be_typed(browser: Browser, service: RunningService) -> None:
+    """Key by key it is empty, 0 or out of range meanwhile, which is no error."""
+    with opened(browser, service.page) as page:
+
+        def type_into(label: str, value: str) -> None:
+            number = panel_of(page).get_by_label(f"number input for {label}")
+            number.focus()
+            for key in ("Control+a", "Backspace", *value):
+                number.press(key)
+                page.wait_for_timeout(700)
+                assert page.get_by_test_id("toast-text").all_inner_texts() == []
+
+        panel = panel_of(page)
+        drop(panel, ROOT / "serving" / "examples" / "frog.png")
+        expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
+        unfold(panel, "What if: alarms per day")
+        type_into("False-alarm rate (alpha)", "0.05")
+        expect(verdict_on(panel, "Rejected", "5 %")).to_be_visible()
+        expect(panel.get_by_text("About 50 false alarms per day among 1,000")).to_be_visible()
+        show(page, "Explore")
+        expect(panel.locator("img[src*='step-4.png']")).to_be_visible()
+        type_into("Place", "12")
+        expect(panel.locator("img[src*='step-1.png']")).to_be_visible()
+        panel.get_by_label("number input for Place").press("Tab")
+        expect(panel.locator("img[src*='step-8.png']")).to_be_visible()
+
+
 def test_an_alpha_that_is_moved_while_an_image_is_scored(
     browser: Browser, service: RunningService
 ) -> None:

@@ -160,6 +160,12 @@ def add_tab(shared: Shared) -> None:
             write_file(write_png(tile(varied, len(varied))), "varied.png"),
         )
 
+    def frame_at(at: float | None, walk: list[str] | None) -> Any:
+        """The interpolated image at a place."""
+        if not walk:
+            return None
+        return walk[int(at)] if at is not None and 0 <= at < len(walk) else gr.skip()
+
     def first_ends(
         model: str, first: str | None, last: str | None, seed: float, last_seed: float
     ) -> Any:
@@ -272,9 +278,5 @@ def add_tab(shared: Shared) -> None:
         js="(first, last, a, b) => [first ?? a, last ?? b]",
         api_visibility="private",
     )
-    place.change(
-        lambda at, walk: walk[min(int(at), len(walk) - 1)] if walk else None,
-        [place, walk],
-        frame,
-        **private,
-    )
+    # Without Gradio's checks, which report an error for each value of a number that is being typed.
+    place.change(frame_at, [place, walk], frame, preprocess=False, **private)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import gradio as gr
 import numpy as np
@@ -34,6 +34,7 @@ from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import Choice, decide
 
 ALPHA = 0.01
+MIN_ALPHA, MAX_ALPHA = 0.001, 0.2
 REASONS = 12  # statistics in the technical table
 PER_DAY = 1000
 MAX_PER_DAY = 1_000_000  # the band is computed exactly, number by number
@@ -62,13 +63,18 @@ def alpha_input(button: str | None = None) -> gr.Slider:
     """
     info = "Share of images like the known ones that are rejected by mistake."
     return gr.Slider(
-        0.001,
-        0.2,
+        MIN_ALPHA,
+        MAX_ALPHA,
         value=ALPHA,
         step=0.001,
         label="False-alarm rate (alpha)",
         info=info if button is None else f"{info} Press {button} to apply a change.",
     )
+
+
+def is_alpha(value: float | None) -> TypeGuard[float]:
+    """Whether :func:`alpha_input` holds a rate: while one is typed, it is 0 or empty at first."""
+    return value is not None and MIN_ALPHA <= value <= MAX_ALPHA
 
 
 def over(pixels: np.ndarray, heat: bytes) -> tuple[str, str]:
@@ -184,14 +190,15 @@ def add_tab(shared: Shared) -> None:
         pair = over(seen.pixels, result.heat_map) if result.heat_map else None
         return card, pair, place, why, details, scored
 
-    def judge(model: str, scored: Scored | None, alpha: float) -> tuple[Any, Any, Any]:
+    def judge(model: str, scored: Scored | None, alpha: float | None) -> tuple[Any, Any, Any]:
         """Decide again at another false-alarm rate; the p-value stays."""
-        if scored is None:  # there is no result, or it is no longer kept
+        # There is no rate or no result, or the result is no longer kept.
+        if scored is None or not is_alpha(alpha):
             return gr.skip(), gr.skip(), gr.skip()
         return explained(served.calibrations_of(model), scored, alpha)
 
-    def what_if_of(model: str, alpha: float, per_day: float | None, resized: bool) -> str:
-        return what_if(served, model, alpha, per_day, resized)
+    def what_if_of(model: str, alpha: float | None, per_day: float | None, resized: bool) -> Any:
+        return what_if(served, model, alpha, per_day, resized) if is_alpha(alpha) else gr.skip()
 
     examples(image, shared.examples)
     with gr.Row():
@@ -251,14 +258,18 @@ def add_tab(shared: Shared) -> None:
         go,
         "score",
     )
+    listening: Any = {
+        "preprocess": False,  # it reports an error for each value of a number that is being typed
+        "show_progress": "hidden",
+        "trigger_mode": "always_last",
+        "api_visibility": "private",
+    }
     gr.on(
         [alpha.change, per_day.change, way.change, shared.model.change, outlooks.expand],
         what_if_of,
         [shared.model, alpha, per_day, way],
         outlook,
-        show_progress="hidden",
-        trigger_mode="always_last",
-        api_visibility="private",
+        **listening,
     )
     # The false-alarm rate may have been moved while the image was scored.
     gr.on(
@@ -266,7 +277,5 @@ def add_tab(shared: Shared) -> None:
         judge,
         [shared.model, scored, alpha],
         [card, place, why],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        api_visibility="private",
+        **listening,
     )
