@@ -164,6 +164,12 @@ def test_keys(proxy: str, key: str | None) -> None:
     )
 
 
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER"])
+def test_the_scheme_of_a_key_has_any_case(proxy: str, scheme: str) -> None:
+    answer = ask(proxy, "/v1/sample", None, json={}, headers={"Authorization": f"{scheme} {KEY}"})
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(
     "path",
     [
