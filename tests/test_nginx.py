@@ -98,6 +98,19 @@ def ask(
     return httpx.request(method, proxy + path, headers=headers, verify=False, timeout=60, **options)
 
 
+def raw(proxy: str, request: bytes) -> httpx.Response:
+    """Send what no client library would send."""
+    host, port = proxy.removeprefix("https://").split(":")
+    with (
+        socket.create_connection((host, int(port)), 60) as plain,
+        unverified().wrap_socket(plain) as connection,
+    ):
+        connection.sendall(request)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+
+
 def code_of(answer: httpx.Response) -> str:
     body = answer.json()
     assert answer.headers["content-type"].startswith("application/json")
@@ -227,15 +240,23 @@ def test_a_wrong_method_is_told_the_right_ones(
 
 
 def test_pages_of_errors_have_no_address(proxy: str) -> None:
-    for path in ("/malformed", "/head_too_large", "/plain_http"):
+    for path in ("/malformed", "/head_too_large", "/plain_http", "/not_implemented"):
         assert ask(proxy, path, method="GET").status_code == 404
-    host, port = proxy.removeprefix("https://").split(":")
-    with socket.create_connection((host, int(port)), 20) as plain:
-        connection = unverified().wrap_socket(plain)
-        connection.sendall(b"GET \x01 HTTP/1.1\r\n\r\n")
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        assert answer.status == 400 and b'"malformed_request"' in answer.read()
+
+
+@pytest.mark.parametrize(
+    "head, status, code",
+    [
+        (b"GET \x01 HTTP/1.1", 400, "malformed_request"),
+        (b"GET /healthz HTTP/3.0", 501, "not_implemented"),
+        (b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip", 501, "not_implemented"),
+    ],
+)
+def test_what_nginx_cannot_read_has_the_same_shape(
+    proxy: str, head: bytes, status: int, code: str
+) -> None:
+    answer = raw(proxy, head + b"\r\n\r\n")
+    assert answer.status_code == status and code_of(answer) == code
 
 
 def test_http_2(proxy: str) -> None:
