@@ -311,6 +311,9 @@ def test_compose_finds_its_files() -> None:
     assert all(
         s["network_mode"] == "service:network" for n, s in services.items() if n != "network"
     )
+    # nginx's temporary files, which may hold images, are in memory.
+    (prefix,) = re.findall(r"nginx .*-p (\S+)/ ", services["nginx"]["command"][-1])
+    assert services["nginx"]["tmpfs"] == [prefix]
     # Not a tmpfs, which is memory, and noexec: TorchServe loads a native library from there.
     assert services["ade"]["volumes"] == ["cache:/home/ade/.cache"] and services["ade"]["read_only"]
     assert any("--owner ade" in step and "/home/ade/.cache" in step for _, step in STEPS)

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -31,9 +32,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def proxy(service: RunningService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nginx")
+
+
+@pytest.fixture(scope="module")
+def proxy(service: RunningService, folder: Path) -> Iterator[str]:
     """Run the file with other ports and a low rate; yields the address."""
-    folder = tmp_path_factory.mktemp("nginx")
     (outer,) = free_ports(1)
     text = (ROOT / "deploy" / "nginx.conf").read_text()
     # One request per second after a burst of a hundred: even a slow machine exceeds that.
@@ -257,6 +262,17 @@ def test_what_nginx_cannot_read_has_the_same_shape(
 ) -> None:
     answer = raw(proxy, head + b"\r\n\r\n")
     assert answer.status_code == status and code_of(answer) == code
+
+
+def test_only_bodies_in_tiny_chunks_leave_the_memory(proxy: str, folder: Path) -> None:
+    written = str(folder / "body")  # in a warning, or in an error if root runs the tests
+    for content in (b"x" * 20_000_000, iter([b"x" * 10_000] * 2_000)):
+        code_of(ask(proxy, "/v1/score", content=content))
+    assert written not in (folder / "error.log").read_text()
+    head = f"PUT /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    chunks = b"1\r\nx\r\n" * (25 * 2**20 // 6) + b"0\r\n\r\n"
+    code_of(raw(proxy, head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + chunks))
+    assert written in (folder / "error.log").read_text()
 
 
 def test_http_2(proxy: str) -> None:
