@@ -204,10 +204,11 @@ def test_an_overlay_renders_valid_objects(overlay: str) -> None:
         text=True,
         check=True,
     )
-    objects = {item["kind"]: item for item in yaml.safe_load_all(done.stdout)}
-    for kind, item in objects.items():
-        if kind not in ("PrometheusRule", "ServiceMonitor"):
+    documents = list(yaml.safe_load_all(done.stdout))
+    for item in documents:
+        if item["kind"] not in ("PrometheusRule", "ServiceMonitor"):
             validator.validate(item, "1.31", strict=True)
+    objects = {item["kind"]: item for item in documents}
     deployment = objects["Deployment"]["spec"]
     (only,) = deployment["template"]["spec"]["containers"]
     assert re.fullmatch(
