@@ -40,6 +40,7 @@ from serving.files import image_paths, only_writer
 from serving.page.app import build_page
 from serving.page.files import write_file
 from serving.page.served import Runs, Served
+from serving.page.uploads import safe_name
 from serving.verdict.calibration_file import Calibrations
 from tests.helpers import ROOT, held_by_another, make_folder, make_traps, with_calibrations
 from tests.in_process import answered_here, page_function
@@ -118,7 +119,7 @@ def test_the_page_writes_the_same_table(
     for i, name in enumerate(names):
         path = images / f"={i}.png"
         path.write_bytes((folder / name).read_bytes())
-        given.append(write_file(path.read_bytes(), path.name))
+        given.append(write_file(path.read_bytes(), safe_name(path.name)))
     score(tiny_bundle, images, tmp_path / "scores.csv", alpha=0.1)
     with answered_here({"tiny": tiny_bundle}) as url:
         score_many = page_function(Served(url, [open_bundle(tiny_bundle)], None), "score_many")

@@ -586,13 +586,14 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     said = f"the {trained_on} was trained on photos (recognised by its name): only its parts select"
     assert (said in capsys.readouterr().err) == bool(trained_on)
     bench = argparse.Namespace(in_distribution=str(photos), images=None)
-    _, its = ood_bench._id_images(bench, opened, name)
+    _, its, copies = ood_bench._id_images(bench, opened, name)
+    assert set(copies) == set(trained())
     used, tested = {*fit(), *calibration()}, set(its)
     assert tested and not tested & used and tested == set(unseen())
     assert len(used) + len(tested) + len(list(trained())) == len(dark)
     its = {path.read_bytes() for path in photos.rglob("*.png") if part_of(path.name) == "train"}
     assert set(trained()) == (its if trained_on else set()) and not used & set(trained())
-    _, its = ood_bench._id_images(bench, opened, "other")
+    _, its, _ = ood_bench._id_images(bench, opened, "other")
     assert set(its) == tested if trained_on else set(its) > used
 
 

@@ -229,7 +229,7 @@ def _histogram(
             axes.hist(np.clip(values, low, high), edges, density=True, alpha=0.55, label=label)
         axes.set_xlabel({COMBINED: "combined score, nats", RAW_BPD: "bits per dimension"}[score])
         axes.set_yticks([])
-        legend = axes.legend(fontsize=7)
+        legend = axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
         names = (f"ID: {id_name}", f"OOD: {name}")
         for text, label in zip(legend.get_texts(), names, strict=True):
             text.set(text=label, parse_math=False)  # a name is not a formula, whatever its signs
