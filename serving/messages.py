@@ -30,7 +30,7 @@ def commonest(errors: Sequence[tuple[str, str]]) -> str:
     """The commonest reason among errors (name, reason), with the first name that has it."""
     ((reason, count),) = Counter(reason for _, reason in errors).most_common(1)
     first = next(name for name, why in errors if why == reason)
-    return f"{first}: {reason}" + (f" (as for {count - 1} others)" if count > 1 else "")
+    return f"{first}: {reason}" + (f" (as for {counted(count - 1, 'other')})" if count > 1 else "")
 
 
 def words_of(error: Exception) -> str:
