@@ -145,4 +145,5 @@ def _corner_net(inputs: int, width: int, channels: int) -> nn.Sequential:
 
 def _log_slope(logits: Tensor) -> Tensor:
     """The logarithm of the derivative of the sigmoid."""
-    return -F.softplus(logits) - F.softplus(-logits)
+    size = logits.abs()
+    return -size - 2 * torch.log1p(torch.exp(-size))

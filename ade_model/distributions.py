@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -18,11 +19,13 @@ def sum_dims(values: Tensor) -> Tensor:
 def sum_channels(values: Tensor) -> Tensor:
     """Sum at each position: ``(N, C, H, W)`` to ``(N, H, W)``.
 
-    Channels are added one by one, because the sums of ONNX Runtime's reduction depend on the size
-    of the batch.
+    Half of the channels are added to the other half, until one is left: the sums of ONNX Runtime's
+    reduction depend on the size of the batch.
     """
-    first, *others = values.unbind(1)
-    return sum(others, first)
+    while values.shape[1] > 1:
+        first, second, *odd = values.split(values.shape[1] // 2, dim=1)
+        values = torch.cat([first + second, *odd], dim=1) if odd else first + second
+    return values[:, 0]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnxscript import opset20 as op
 from torch import nn
 
 from ade_model.exporting import quiet_export
@@ -100,12 +101,19 @@ def traced(
             input_names=list(inputs),
             output_names=outputs,
             dynamic_shapes=dynamic_shapes,
+            custom_translation_table={torch.ops.aten.elu.default: _elu},
             optimize=True,
         )
     assert program is not None
     model = program.model_proto
     _strip(model)
     return model
+
+
+def _elu(x: Any, alpha: float = 1.0) -> Any:
+    """ELU, in operators that ONNX Runtime computes in half the time of its ``Elu`` on a CPU."""
+    assert alpha == 1.0
+    return op.Max(x, op.Sub(op.Exp(op.Clip(x, None, 0.0)), 1.0))
 
 
 def _strip(model: ModelProto) -> None:
