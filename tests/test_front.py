@@ -643,6 +643,13 @@ def test_ambiguous_bodies_are_refused(
     assert upstream.seen == []
 
 
+def test_a_length_with_many_zeros(front: RunningFront, upstream: Upstream) -> None:
+    with front.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: " + b"0" * 5000 + b"3\r\n\r\nabc")
+        assert read_answer(connection)[0] == 200
+    assert upstream.seen[0]["body"] == "abc"
+
+
 def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream: Upstream) -> None:
     """Invalid bytes after a request are not taken for its answer."""
     with hang(front, b"") as connection:

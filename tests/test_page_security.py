@@ -27,6 +27,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 
 from serving.engine.bundle import open_bundle
@@ -688,6 +689,11 @@ def test_an_upload_above_the_quota_is_refused_and_others_continue(page: RunningP
     answer = client.post("/gradio_api/upload", files=files)
     assert answer.status_code == 413 and answer.text == "At most 256 MiB at once."
     assert call(client, *score_of(client))[0]
+
+
+def test_an_upload_may_say_its_length_with_many_zeros() -> None:
+    length = (b"content-length", b"0" * 5000 + b"7")
+    assert uploads._length(Request({"type": "http", "headers": [length]})) == 7
 
 
 def test_clients_lose_their_own_oldest_files_only(
