@@ -211,7 +211,10 @@ def test_a_form_without_a_boundary_is_refused(
 
 
 def test_forms_whose_fields_would_be_lost_are_refused() -> None:
-    """TorchServe drops a part that is cut off, what follows the end, and all files but the last."""
+    """TorchServe drops a part that is cut off, what follows the end, and all files but the last.
+
+    A line of data that begins with the boundary is a new part for it, or ends the form.
+    """
 
     def part(name: str, kind: str = "image/png") -> bytes:
         return b'--B\r\nContent-Type: %s\r\n%s; name="%s"\r\n\r\nx\r\n' % (
@@ -226,7 +229,10 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
     end = b"--B--\r\n"
     whole = part("image") + part("alpha")
     assert check(whole + end) and check(whole + end[:-2]) and check(whole + end + b"\r\n")
+    assert check(b"\r\n" + whole + end)
     for body, message in (
+        (part("image") + b"--Bx\r\n" + part("alpha") + end, "cannot be parsed"),
+        (part("image")[:-2] + b"\n" + part("alpha") + end, "cannot be parsed"),
         (whole, "cannot be parsed"),
         (whole[:-9], "cannot be parsed"),
         (part("image") + end + part("alpha") + end, "cannot be parsed"),

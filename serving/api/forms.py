@@ -77,7 +77,8 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
     if not boundary:
         raise not_a_form()
     # The parser takes far longer for boundaries, also for those that end no part, than for data.
-    if body.count(b"\r\n--" + boundary) > MAX_FIELDS + 1:
+    num_boundaries = body.startswith(b"--" + boundary) + body.count(b"\n--" + boundary)
+    if num_boundaries > MAX_FIELDS + 1:
         raise too_many_fields()
     if re.search(rb"--%b[ \t]{%d}" % (re.escape(boundary), MAX_PADDING + 1), body):
         raise not_a_form()
@@ -97,6 +98,10 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
         parser.finalize()
     except (FormParserError, ValueError):
         raise not_a_form() from None
+    # This parser takes a line that begins with the boundary for data if more is on it, or if the
+    # line before ends with a line feed alone. Others begin a part there, or drop what follows.
+    if num_boundaries != num_parts + 1:
+        raise not_a_form()
     last = body.find(b"\r\n--" + boundary + b"--")
     after = body[last + len(boundary) + 6 :] if last >= 0 else b""
     if not is_complete or after.strip():  # parts after the end would be ignored
