@@ -299,10 +299,18 @@ def test_forms_are_read_in_bounded_time(body: bytes, status: int) -> None:
 
 def test_the_names_of_a_url_encoded_form_may_be_any_bytes() -> None:
     kind = "application/x-www-form-urlencoded"
-    for body in (b"calibration=caf%C3%A9&alpha=0.05", b"image=%89PNG", b"a=1&&b", b"%ff=1&%fe=1"):
+    for body in (
+        b"calibration=caf%C3%A9&alpha=0.05",
+        b"image=%89PNG",
+        b"a=1&&b",
+        b"%ff=1&%fe=1",
+        b"a=1\r\n",
+    ):
         assert checked_type(kind, bytearray(body)) == kind
     for body, code in (
         (b"a=1&%61=2", "malformed_request"),
+        (b"a=1\r\n&b=2", "malformed_request"),
+        (b"a=1\n&b=2\n", "malformed_request"),
         (b"&".join(b"a%d=1" % i for i in range(513)), "too_many_images"),
         (b"%41" * 2000 + b"=1", "malformed_request"),  # unquoting a long one takes seconds
     ):

@@ -63,7 +63,13 @@ def _check_names(names: list[bytes]) -> None:
 def _urlencoded_names(body: bytearray) -> list[bytes]:
     if body.count(b"&") >= MAX_FIELDS:
         raise too_many_fields()
-    names = [pair.partition(b"=")[0] for pair in bytes(body).split(b"&")]
+    form = bytes(body).strip(b"\r\n")
+    if b"\r" in form or b"\n" in form:  # one engine drops what follows
+        raise malformed(
+            "a URL-encoded form has no line breaks: write them as %0D%0A, and send JSON as "
+            "application/json"
+        )
+    names = [pair.partition(b"=")[0] for pair in form.split(b"&")]
     if max(map(len, names)) > MAX_NAME_BYTES:  # it would take long to unquote
         raise too_long_name()
     return [unquote_to_bytes(name.replace(b"+", b" ")) for name in names if name]
