@@ -188,6 +188,21 @@ def test_a_url_encoded_form_passes(front: RunningFront, upstream: Upstream, body
     assert dict(came["headers"])["Content-Type"].startswith(URLENCODED)
 
 
+@pytest.mark.parametrize(
+    "given, passed",
+    [
+        ("Multipart/Form-Data; boundary=B", "multipart/form-data; boundary=B"),
+        ("application/x-www-form-urlencoded ;charset=utf-8", f"{URLENCODED};charset=utf-8"),
+    ],
+)
+def test_torchserve_gets_the_type_of_a_form_as_it_knows_it(
+    front: RunningFront, upstream: Upstream, given: str, passed: str
+) -> None:
+    form = b'--B\r\n%s; name="n"\r\n\r\n1\r\n--B--' % PART if "B" in given else b"n=1"
+    came = post(front, content=form, **{"Content-Type": given}).json()
+    assert dict(came["headers"])["Content-Type"] == passed
+
+
 def test_repeated_fields_are_refused(front: RunningFront, upstream: Upstream) -> None:
     """TorchServe would drop all but the last."""
     files = [("image", b"a"), ("image1", b"b"), ("image", b"c")]

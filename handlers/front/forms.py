@@ -17,7 +17,7 @@ from serving.api.forms import (
     too_long_name,
     too_many_fields,
 )
-from serving.api.requests import MULTIPART, URLENCODED, is_type
+from serving.api.requests import MULTIPART, URLENCODED
 from serving.messages import show
 
 _FILE_START = 64  # every image format and .npy has a byte within these that no form has
@@ -32,6 +32,8 @@ def quieten_parser() -> None:
 def checked_type(content_type: str, body: bytearray) -> str:
     """The content type under which a body is passed on; empty if the one given is not the body's.
 
+    That of a form is in lower case, because some engines know no other.
+
     ``curl --data-binary``, ``wget --post-file`` and urllib declare every body a URL-encoded form.
     Such a form is ASCII text; anything else is a file that was sent as the body.
 
@@ -39,13 +41,17 @@ def checked_type(content_type: str, body: bytearray) -> str:
         ApiError: 400, a field is repeated or the form cannot be parsed; 413, it has too many
             fields.
     """
-    if is_type(content_type, URLENCODED):
+    kind, mark, parameters = content_type.partition(";")
+    kind = kind.strip().lower()
+    if kind == URLENCODED:
         if body[:_FILE_START].translate(None, _TEXT):
             return ""
         _check_names(_urlencoded_names(body))
-    elif is_type(content_type, MULTIPART):
+    elif kind == MULTIPART:
         _check_names(multipart_names(content_type, body))
-    return content_type
+    else:
+        return content_type
+    return kind + mark + parameters
 
 
 def _check_names(names: list[bytes]) -> None:
