@@ -248,6 +248,7 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
     for body, message in (
         (part("image") + b"--Bx\r\n" + part("alpha") + end, "cannot be parsed"),
         (part("image")[:-2] + b"\n" + part("alpha") + end, "cannot be parsed"),
+        (part("image") + b"--B " + part("alpha")[3:] + end, "cannot be parsed"),
         (whole, "cannot be parsed"),
         (whole[:-9], "cannot be parsed"),
         (part("image") + end + part("alpha") + end, "cannot be parsed"),
