@@ -55,7 +55,7 @@ from serving.page.explore import VARIATIONS
 from serving.page.files import UPLOADS, write_file
 from serving.page.many import _said, _scores
 from serving.page.reconstruct import in_words
-from serving.page.score import REASONS
+from serving.page.score import REASONS, Scored, explained
 from serving.page.served import (
     NOT_AN_IMAGE,
     RESIZE,
@@ -1080,6 +1080,8 @@ def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:
         reconstruct=lambda *args, **options: [Reconstruction(png=write_png(pixels), psnr=math.inf)],
     )
     served.clients["tiny"] = client
+    scored = Scored(dataclasses.replace(result, standard_error=0.00047), resized=False)
+    assert "1.000 ± 0.00047 bits" in explained(served.calibrations_of("tiny"), scored, 0.01)[0]
     card = _card(served, "tiny", write_png(pixels), 0.01, False)
     assert "exact reconstruction" in str(card) and "inf" not in str(card)
 

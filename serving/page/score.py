@@ -93,7 +93,7 @@ def explained(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple
     choice, sentence = verdict(calibrations, scored, alpha)
     facts = [f"{result.bpd:.3f} bits per dimension"]
     if result.standard_error is not None:
-        facts[0] = f"{result.bpd:.3f} ± {result.standard_error:.3f} bits per dimension"
+        facts[0] = f"{result.bpd:.3f} ± {result.standard_error:.2g} bits per dimension"
     if result.p_value is not None:
         facts.insert(0, f"p = {result.p_value:.2g}")
     card = verdict_card(choice, sentence, facts, notes_of(result))
