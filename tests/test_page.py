@@ -1365,8 +1365,24 @@ def wider_than_window(page: Page) -> list[str]:
         """() => [document.documentElement, ...document.querySelectorAll("[role=tabpanel] *")]
         .filter((e) => e.checkVisibility() && !e.closest("svg, pre, .ade-pair"))
         .filter((e) => e.getBoundingClientRect().right > innerWidth + 1
-          || (e === document.documentElement && e.scrollWidth > innerWidth))
+          || (e === document.documentElement && e.scrollWidth > innerWidth)
+          || (getComputedStyle(e).overflowX === "auto" && e.scrollWidth > e.clientWidth + 1))
         .map((e) => e.tagName + "." + e.className)"""
+    )
+    return found
+
+
+def covered_labels(page: Page) -> list[str]:
+    """Labels of charts that a bar of the same chart touches."""
+    found: list[str] = page.evaluate(
+        """() => [...document.querySelectorAll(".ade-chart")].flatMap((chart) =>
+          [...chart.querySelectorAll(".ade-axis")].filter((label) => {
+            const a = label.getBoundingClientRect();
+            return [...chart.querySelectorAll(".ade-bar")].some((bar) => {
+              const b = bar.getBoundingClientRect();
+              return a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+            });
+          }).map((label) => label.textContent))"""
     )
     return found
 
@@ -1384,8 +1400,13 @@ def test_narrow_windows(browser: Browser, service: RunningService, width: int, s
         light = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (light == "rgb(245, 245, 241)") == (scheme == "light"), light
         for tab in FILLED:
-            filled(page, tab)
+            panel = filled(page, tab)
+            if tab in ("Score", "Reconstruct"):
+                unfold(panel, "Technical details")
+                heading = re.compile("^(Likelihood|Bits of the image)")
+                expect(panel.get_by_role("heading", name=heading)).to_be_visible()
             assert wider_than_window(page) == [], tab
+            assert covered_labels(page) == [], tab
 
 
 # Gradio's own: the button of its upload area says "Drop Image Here" and is named otherwise, and its

@@ -106,7 +106,8 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
 def explain_table(explain: Sequence[Unusual]) -> str:
     """The statistics in a table: name, description, value, p-value."""
     rows = "".join(
-        f"<tr><td><code>{escape(r.statistic)}</code><br><small>{escape(meaning(r.statistic))}"
+        f"<tr><td><code>{escape(r.statistic).replace('_', '_<wbr>')}</code>"
+        f"<br><small>{escape(meaning(r.statistic))}"
         f'</small></td><td class="ade-number">{r.value:.3g}</td>'
         f'<td class="ade-number">{r.p_value:.2g}</td></tr>'
         for r in explain
@@ -156,7 +157,8 @@ def levels_chart(
 def _bars(rows: Sequence[tuple[str, float]], label: str, form: str) -> str:
     low = min(0.0, *(v for _, v in rows))
     high = max(0.0, *(v for _, v in rows))
-    left, row_height, room = 132, 28, 64
+    left = 9.5 * max(len(name) for name, _ in rows)  # on a phone, letters are larger
+    row_height, room = 28, 64
     low_room = room if low < 0 else 0  # for the numbers of negative bars
     scale = (WIDTH - left - room - low_room) / (high - low or 1)
     zero = left + low_room - low * scale
