@@ -342,7 +342,10 @@ class AdeClient:
     def reconstruct(
         self, images: Images, parameters: ReconstructParameters
     ) -> list[Reconstruction | AdeError]:
-        """Reconstruct images: one reconstruction per image, or the error if it cannot be used."""
+        """Reconstruct images: one reconstruction per image, or the error if it cannot be used.
+
+        Raises the error of the first image if none can be used.
+        """
         images = several(images)
         answer = self._post("reconstruct", parameters, images, format="json")
         with _reading():
@@ -352,7 +355,10 @@ class AdeClient:
 
     @_takes_images(ScoreParameters)
     def score(self, images: Images, parameters: ScoreParameters) -> list[ScoreResult | AdeError]:
-        """Score images: one result per image, or the error if it cannot be used."""
+        """Score images: one result per image, or the error if it cannot be used.
+
+        Raises the error of the first image if none can be used.
+        """
         answer = self._score(images, parameters)
         with _reading():
             return [_entry(r) for r in answer.results]
