@@ -206,13 +206,14 @@ def test_torchserve_gets_the_type_of_a_form_as_it_knows_it(
 def test_repeated_fields_are_refused(front: RunningFront, upstream: Upstream) -> None:
     """TorchServe would drop all but the last."""
     files = [("image", b"a"), ("image1", b"b"), ("image", b"c")]
-    for answer in (
-        httpx.post(f"{front.url}/predictions/score", files=files),
-        httpx.post(f"{front.url}/predictions/score", files=files[:2], data={"image": "x"}),
-        post(front, content=b"seed=1&n=2&seed=3", **{"Content-Type": URLENCODED}),
+    cure = ": name further images image1, image2"
+    for answer, rest in (
+        (httpx.post(f"{front.url}/predictions/score", files=files), cure),
+        (httpx.post(f"{front.url}/predictions/score", files=files[:2], data={"image": "x"}), cure),
+        (post(front, content=b"seed=1&n=2&seed=3", **{"Content-Type": URLENCODED}), '"'),
     ):
         assert answer.status_code == 400 and error_of(answer) == "malformed_request"
-        assert "more than once: name further images image1, image2" in answer.text
+        assert f"more than once{rest}" in answer.text
     assert upstream.seen == []
     assert httpx.post(f"{front.url}/predictions/score", files=files[:2]).status_code == 200
 

@@ -59,10 +59,8 @@ def _check_names(names: list[bytes]) -> None:
     for name in names:
         if name in seen:
             field = show(name.decode("utf-8", "replace"))
-            raise malformed(
-                f"the form has the field {field} more than once: name further images image1, "
-                "image2, …"
-            )
+            cure = ": name further images image1, image2, …" if name.startswith(b"image") else ""
+            raise malformed(f"the form has the field {field} more than once{cure}")
         seen.add(name)
 
 
