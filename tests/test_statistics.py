@@ -111,7 +111,7 @@ def test_lossless_bits() -> None:
     assert lossless_bits(images(1, channels=5)[0]) > 8.0
 
 
-@pytest.mark.parametrize("channels, size", [(1, 8), (3, 8), (4, 16), (3, 64)])
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, 8), (3, 9), (4, 16), (3, 64)])
 def test_any_shape(channels: int, size: int) -> None:
     found = compute_statistics(images(3, channels, size), outputs(3, channels, size))
     assert all(

@@ -241,7 +241,11 @@ def _of_features(y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _within_patches(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logarithm of how much the values of a 2x2 patch vary together; centred values; variance."""
+    """Logarithm of how much the values of a 2x2 patch vary together; centred values; variance.
+
+    The last row and column of an odd size belong to no patch.
+    """
+    values = values[:, :, : values.shape[2] // 2 * 2, : values.shape[3] // 2 * 2]
     count, channels, height, width = values.shape
     squeezed = (
         values.reshape(count, channels, height // 2, 2, width // 2, 2)
