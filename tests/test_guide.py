@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -93,7 +96,7 @@ def test_matching_moves_features_to_the_real_distribution() -> None:
     for _ in range(1200):
         made = torch.randn(48, dims) @ turn + shift
         matching.update(made.detach(), real(48) if matching.needs_real else None, 48)
-        loss = matching.loss(made)
+        loss = matching.loss(made, 48)
         losses.append(loss.item())
         optimizer.zero_grad()
         if loss.requires_grad:
@@ -102,6 +105,40 @@ def test_matching_moves_features_to_the_real_distribution() -> None:
     first = moments.SCALING_STEPS + moments.MAPPING_STEPS
     assert not any(losses[: first - 1]) and all(losses[first:])
     assert distance() < 0.1 * before
+
+
+def test_processes_may_have_features_of_different_numbers_of_images(at_once: None) -> None:
+    """The moments and the loss are those of one process that has all of them."""
+    torch.manual_seed(0)
+    steps = [(torch.randn(3, 4), torch.randn(4, 4)) for _ in range(6)]
+    meeting, sent = threading.Barrier(2), [torch.empty(0)] * 2
+
+    def follow(matching: MomentMatching, parts: slice, real: slice) -> list[float]:
+        found = []
+        for made, of_real in steps:
+            matching.update(made[parts], of_real[real] if matching.needs_real else None, 3)
+            found.append(float(matching.loss(made[parts], 3)))
+        return found
+
+    def average(rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def mean(flat: torch.Tensor) -> torch.Tensor:
+            sent[rank] = flat
+            meeting.wait()
+            both = (sent[0] + sent[1]) / 2
+            meeting.wait()
+            return both
+
+        return mean
+
+    alone = MomentMatching(4, lambda flat: flat)
+    expected = follow(alone, slice(3), slice(4))
+    shared = [MomentMatching(4, average(rank), 2) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        losses = list(threads.map(follow, shared, (slice(1), slice(1, 3)), (slice(2), slice(2, 4))))
+    assert np.mean(losses, axis=0) == pytest.approx(expected, rel=1e-5) and expected[-1] > 0
+    for one in shared:
+        for name, value in alone.state_dict().items():
+            assert torch.allclose(one.state_dict()[name], value), name
 
 
 def guided(**changes: Any) -> TrainConfig:

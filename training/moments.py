@@ -37,6 +37,7 @@ class MomentMatching(nn.Module):
     Args:
         dims: features per image.
         average: averages a flat vector over processes, in place.
+        processes: number of processes, which may have features of different numbers of images.
     """
 
     step: Tensor
@@ -50,9 +51,10 @@ class MomentMatching(nn.Module):
     map_from: Tensor
     map_to: Tensor
 
-    def __init__(self, dims: int, average: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, dims: int, average: Callable[[Tensor], Tensor], processes: int = 1) -> None:
         super().__init__()
         self._average = average
+        self._processes = processes
         for name in ("center", "scale", "real_mean", "mean", "map_from", "map_to"):
             self.register_buffer(name, torch.zeros(dims, dtype=torch.float64))
         for name in ("real_covariance", "covariance", "map"):
@@ -77,31 +79,34 @@ class MomentMatching(nn.Module):
         step = int(self.step)
         if step <= SCALING_STEPS:
             assert real is not None
-            self._follow("real_", real.double(), 1 / step)
+            self._follow("real_", real.double(), len(real), 1 / step)
             if step == SCALING_STEPS:
                 self.center.copy_(self.real_mean)
                 self.scale.copy_(self.real_covariance.diagonal().sqrt().clamp_min(1e-6))
             return
         counted = step - SCALING_STEPS
         if real is not None:
-            self._follow("real_", self._standardized(real), 1 / counted)
+            self._follow("real_", self._standardized(real), len(real), 1 / counted)
         self._follow(
             "",
             self._standardized(generated),
+            images / self._processes,
             max(1 / counted, min(1.0, images / MEAN_IMAGES)),
             max(1 / counted, min(1.0, images / COVARIANCE_IMAGES)),
         )
         if counted >= MAPPING_STEPS and counted % MAP_EVERY == 0:
             self._update_map()
 
-    def loss(self, generated: Tensor) -> Tensor:
+    def loss(self, generated: Tensor, images: int) -> Tensor:
         """Mean squared distance of features to where the map takes them; 0 without a map.
 
         Args:
             generated: ``(N, dims)``, with a gradient.
+            images: generated in this step by all processes.
 
         Returns:
-            Scalar, in variances of the real features; smaller in the first steps with a map.
+            Scalar whose mean over processes is the loss, in variances of the real features; smaller
+            in the first steps with a map.
         """
         grown = (int(self.step) - SCALING_STEPS - MAPPING_STEPS + 1) / GROWING_STEPS
         if grown <= 0:
@@ -109,19 +114,25 @@ class MomentMatching(nn.Module):
         features = self._standardized(generated)
         with torch.no_grad():
             target = self.map_to + (features - self.map_from) @ self.map
-        return min(1.0, grown) * (features - target).square().mean().float()
+        squares = (features - target).square().sum()
+        return min(1.0, grown) * (squares * self._processes / (images * features.shape[1])).float()
 
     def _standardized(self, features: Tensor) -> Tensor:
         return ((features.double() - self.center) / self.scale).clamp(-LIMIT, LIMIT)
 
     def _follow(
-        self, prefix: str, features: Tensor, share: float, covariance_share: float | None = None
+        self,
+        prefix: str,
+        features: Tensor,
+        count: float,
+        share: float,
+        covariance_share: float | None = None,
     ) -> None:
-        """Move the moments a share of the way to those of a batch."""
+        """Move the moments a share of the way to those of a batch, of ``count`` a process."""
         mean, covariance = getattr(self, prefix + "mean"), getattr(self, prefix + "covariance")
-        mean.lerp_(self._average(features.mean(0)), share)
+        mean.lerp_(self._average(features.sum(0)) / count, share)
         centered = features - mean
-        of_batch = self._average((centered.T @ centered / len(features)).flatten())
+        of_batch = self._average((centered.T @ centered).flatten()) / count
         covariance.lerp_(of_batch.view_as(covariance), covariance_share or share)
 
     def _update_map(self) -> None:

@@ -146,7 +146,7 @@ class Trainer:
         self.moments: MomentMatching | None = None
         if guide is not None:
             self.guide = _to_device(guide, device)
-            self.moments = MomentMatching(guide.dims, average).to(device)
+            self.moments = MomentMatching(guide.dims, average, processes).to(device)
         self.step = 0
         self.spent = 0.0
         self.inferring_since: int | None = None
@@ -367,13 +367,15 @@ class Trainer:
         it is about the noisy ones.
         """
         assert self.guide is not None and self.moments is not None
-        noisy = self._noisy(len(x_fake))
-        shown = x_fake if noisy.all() else x_fake[~noisy]
+        of_all, share = len(x_fake) * self.processes, self.config.noisy_share
+        # Of some processes there may be one image fewer, or none.
+        shown = x_fake if share == 1 else x_fake[~self._noisy(len(x_fake))]
+        images = of_all if share == 1 else of_all - math.floor(of_all * share)
         with self.autocast():
             generated = self.guide(shown)
             real = self.guide(x_real) if self.moments.needs_real else None
-        self.moments.update(generated, real, len(shown) * self.processes)
-        return self.moments.loss(generated)
+        self.moments.update(generated, real, images)
+        return self.moments.loss(generated, images)
 
     def _model_step(
         self, pixels: Tensor, x_real: Tensor | None, x_fake: Tensor | None, noise: _Noise
