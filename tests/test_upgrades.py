@@ -245,6 +245,26 @@ def test_a_release_returns_while_it_still_answers(app: RunningApplication, secon
     assert model_of(app.url) == old.models[0]
 
 
+def test_a_canary_that_cannot_answer_does_not_get_all_requests(
+    app: RunningApplication, tmp_path: Path
+) -> None:
+    folder = changed_copy(tmp_path / "second", disturb)
+    old, canary = release_of(PRETRAINED), release_of(folder, number=2, share=0.01)
+    known = psutil.Process(app.process.pid).children()
+    change(app, old, canary)
+    (folder / "score.onnx").unlink()
+    for worker in psutil.Process(app.process.pid).children():
+        if worker not in known:
+            worker.kill()
+    wait_for(lambda: "score-release2-0 ended" in app.output.read_text(), 60)
+    with pytest.raises(
+        ChannelError, match=rf"{canary.models[0]} has an operation without a worker"
+    ):
+        change(app, canary)
+    assert change(app, old) == [SWITCHED]
+    assert model_of(app.url) == old.models[0]
+
+
 @pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
 def test_a_worker_does_not_take_what_was_put_into_its_folder(
     tmp_path: Path, changed: Callable[[Path], None]

@@ -39,6 +39,9 @@ class Backend(Protocol):
     def refuse(self) -> None:
         """Answer 503 to requests that wait for a worker and to all further ones."""
 
+    def is_ready(self) -> bool:
+        """Whether something can compute the answers of each model."""
+
 
 @dataclass(frozen=True)
 class Release:
@@ -166,7 +169,8 @@ class Releases(Generic[B]):
             Those that get no further requests, for :meth:`drain`.
 
         Raises:
-            Exception: a release cannot be started. Nothing has changed.
+            Exception: a release cannot be started, or the first cannot answer although it runs
+                already. Nothing has changed.
         """
         async with self._changing:
             known = {one.release.number: one for one in self._running}
@@ -176,6 +180,12 @@ class Releases(Generic[B]):
                     if release.number not in known:
                         known[release.number] = await self._start(release)
                         started.append(known[release.number])
+                first = known[releases[0].number]
+                if first is not self._running[0] and not first.backend.is_ready():
+                    raise RuntimeError(
+                        f"{', '.join(first.release.models)} has an operation without a worker that "
+                        "can compute, front.out has the reason"
+                    )
                 self._save(releases)
             except BaseException:
                 await asyncio.gather(*(one.stack.aclose() for one in started))
