@@ -87,6 +87,19 @@ def test_a_killed_child_is_restarted_even_if_nobody_can_be_told(
             full.close()
 
 
+def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
+    """Children inherit the page's socket, but have files of their own under these numbers."""
+    script = """if True:
+        import argparse, socket, sys
+        from handlers.launch import serve
+        serve.engine_class = lambda name: sys.exit(10 + socket.socket().fileno())
+        options = dict(workers=None, address=None, engine="asgi", backend="onnxruntime")
+        serve.run(argparse.Namespace(**options, cuda_graphs=False))
+    """
+    shell = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script]
+    assert subprocess.run(shell, cwd=ROOT, timeout=60).returncode > 12
+
+
 def test_a_child_that_keeps_dying_ends_the_service(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
         supervisor.start(

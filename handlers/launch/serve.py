@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import secrets
 import shlex
@@ -43,6 +44,7 @@ SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), P
 
 
 def run(args: argparse.Namespace) -> None:
+    _open_standard_streams()
     if args.workers is not None and args.workers < 1:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
     if args.address is not None and args.engine not in ON_CLUSTERS:
@@ -121,6 +123,16 @@ def run(args: argparse.Namespace) -> None:
                 engine.drain()
         finally:
             _ignore_signals()
+
+
+def _open_standard_streams() -> None:
+    """Open closed ones on the null device.
+
+    Otherwise a socket that children inherit gets their number, which is another file in a child.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
 
 
 def _ignore_signals() -> None:
