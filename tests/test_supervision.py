@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-from handlers.launch import hangs
+from handlers.launch import hangs, serve
 from handlers.launch.hangs import MAX_UNANSWERED, end_if_it_hangs
 from handlers.launch.parts import Page
 from handlers.launch.run_folder import PREFIX, RunFolder, RunFolderError, find_service, run_folder
@@ -33,6 +33,7 @@ from handlers.launch.supervision import (
     Supervisor,
 )
 from serving.client import AdeClient
+from serving.engine.bundle import open_bundle
 from serving.files import LOCK
 from serving.ports import Ports, free_ports
 from tests.helpers import PRETRAINED, ROOT
@@ -82,6 +83,24 @@ def test_a_killed_child_is_restarted_even_if_nobody_can_be_told(
         first = child.process.pid
         child.process.kill()
         assert until(supervisor.tend) and child.process.pid != first
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_a_service_whose_addresses_and_profile_cannot_be_printed_keeps_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan: Any = SimpleNamespace(
+        bundles=[open_bundle(PRETRAINED)],
+        ports=Ports(8080, 8082, 7860),
+        host="127.0.0.1",
+        token=None,
+        logs=tmp_path,
+    )
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        serve._print_addresses(plan, RunFolder(tmp_path), 1.0)
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()

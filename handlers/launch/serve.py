@@ -9,7 +9,6 @@ import re
 import secrets
 import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -195,14 +194,14 @@ def _watch(
             table = profile_table(totals, now)
             totals = now
             if table:
-                print(table, end="\n\n", flush=True)
+                tell(f"{table}\n", on_output=True)
 
 
 def _warn_of_another_coder(bundle: Bundle) -> None:
     calibration = bundle.manifest.get("calibration") or {}
     warning = Calibrations(name=bundle.name, webp=calibration.get("webp", "")).other_coder()
     if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        tell(f"warning: {warning}")
 
 
 def _stop(number: int, frame: object) -> None:
@@ -239,7 +238,7 @@ def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
     auth = f" -H @{shlex.quote(str(folder.header_file))}" if needs_token else ""
     login = f"  (user {USER}, password: the token)" if needs_token else ""
     token = f"token    {folder.token_file}\n" if needs_token else ""
-    lines = {
+    requests = {
         "sample": "sample -H 'Content-Type: application/json'"
         ' -d \'{"n": 16, "seed": 7}\' -o samples.png',
         "score": "score -T image.png",
@@ -248,10 +247,10 @@ def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
     }
     curls = [
         f"curl{auth} {url}/predictions/{line}"
-        for operation, line in lines.items()
+        for operation, line in requests.items()
         if operation in plan.bundles[0].operations
     ]
-    print(
+    lines = [
         f"ready in {seconds:.1f} s: {', '.join(b.model_id for b in plan.bundles)}\n"
         f"page     http://{plan.host}:{plan.ports.ui}{login}\n"
         f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
@@ -259,6 +258,5 @@ def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
         f"logs     {plan.logs}\n",
         *curls,
         "\nCtrl-C stops everything.",
-        sep="\n",
-        flush=True,
-    )
+    ]
+    tell("\n".join(lines), on_output=True)

@@ -40,10 +40,10 @@ class LaunchError(RuntimeError):
     """The service did not start, or cannot be kept running."""
 
 
-def tell(text: str) -> None:
-    """Print on standard error if it can be written: its disk may be full, or its reader gone."""
+def tell(text: str, on_output: bool = False) -> None:
+    """Print on standard error or output if possible: its disk may be full, or its reader gone."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stdout if on_output else sys.stderr, flush=True)
 
 
 @dataclass
