@@ -404,6 +404,13 @@ def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_
     assert before is not None and folder.read_description() == before
 
 
+def test_a_full_disk_of_the_working_folder_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "probe.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=re.escape(str(folder.probe_file))):
+        folder.write(folder.probe_file, "secret")
+
+
 def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
     short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,11 +94,18 @@ class RunFolder:
         return self.path / "service.json"
 
     def write(self, file: Path, text: str) -> None:
-        """Write a file of mode 0600 atomically."""
+        """Write a file of mode 0600 atomically.
+
+        Raises:
+            OSError: it cannot be written. The error has its name, also if the disk is full.
+        """
         new = file.with_suffix(".new")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-            out.write(text)
-        os.replace(new, file)
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+                out.write(text)
+            os.replace(new, file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
     def read(self, file: Path) -> str | None:
         """The text of a file; ``None`` if it does not exist or cannot be read."""
