@@ -97,6 +97,14 @@ def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
     assert stats.kstwobign.sf(distance * np.sqrt(n * m / (n + m))) > 1e-6
 
 
+def test_equal_scores_are_divided_by_the_tie_breaker() -> None:
+    fitted, images = calibration(n=20), draw(np.random.default_rng(1), 1)
+    tied = dataclasses.replace(fitted, scores=np.repeat(fitted.scores_of(images), 99))
+    for tie in (0.25, 0.75):
+        (verdict,) = tied.verdicts(images, [tie])
+        assert (verdict.p_value, verdict.uniform) == (1, tie)
+
+
 def test_both_tails_are_flagged_and_explained() -> None:
     fitted = calibration()
     typical = {name: np.array([4.0], np.float32) for name in NAMES}
