@@ -1127,6 +1127,7 @@ def test_errors_of_a_calibration_made_by_hand_name_the_file(bundle: Path, tmp_pa
         ("grid", np.array(["a"]), "grid must be finite numbers of shape .*, got <U1"),
         ("mixture_log_weights", np.array(1.0), "mixture_log_weights must be finite numbers"),
         ("names", np.array("bpd"), "iteration over a 0-d array"),
+        ("spread", whole["spread"] * 0, "it has no scores, no bpd, or a spread that is not pos"),
         ("resize", np.array("no"), "resize must be empty or fit, got 'no'"),
         ("digests", np.array(1.0), "digests must be one uint64"),
     ):

@@ -57,8 +57,9 @@ def test_extremes_are_finite() -> None:
 
 
 def test_an_alarm_is_over_soon_after_its_cause() -> None:
-    monitor = run(np.full(1000, 1e-4))
-    assert monitor.unusual == MOST
-    for value in np.random.default_rng(4).uniform(size=80):
-        monitor.update(float(value))
-    assert monitor.unusual < 8
+    for cause, name in ((1e-4, "unusual"), (1 - 1e-4, "usual")):
+        monitor = run(np.full(1000, cause))
+        assert getattr(monitor, name) == MOST
+        for value in np.random.default_rng(4).uniform(size=80):
+            monitor.update(float(value))
+        assert getattr(monitor, name) < 8

@@ -652,6 +652,15 @@ def test_the_map_sums_to_the_bits_of_the_image(
     assert np.array_equal(alone.bits, mapped[2].bits)
 
 
+def test_a_map_is_of_the_requested_seed_alone(
+    engine: InferenceEngine, real_images: np.ndarray
+) -> None:
+    """The verdict takes a draw of seed 0 besides."""
+    (judged,) = engine.score(real_images[:1], [5], maps=[True])
+    (bare,) = engine.score(real_images[:1], [5], maps=[True], calibrations=[Calibrations()])
+    assert judged.verdict and bare.verdict is None and np.array_equal(judged.bits, bare.bits)
+
+
 def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: np.ndarray) -> None:
     """The graph's pixels alone already sum to the score's parts, within float32."""
     from export.parity import make_inputs

@@ -470,6 +470,45 @@ def test_overload_leaves_some_requests_their_answers() -> None:
     assert checked[1:] == [[b"7"]] and len(reached) == 1
 
 
+def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None:
+    checking, free = threading.Event(), threading.Event()
+
+    class Busy:
+        def check(self, images: list[bytes]) -> list[Decision]:
+            checking.set()
+            free.wait(30)
+            return [Decision("accept", 0.5, 3.0)]
+
+    app = GateMiddleware(FastAPI(), Busy(), waiting=1, timeout_s=2.0)  # type: ignore[arg-type]
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
+
+    async def ask(arrived: asyncio.Event) -> bytes:
+        sent: list[bytes] = []
+
+        async def receive() -> dict[str, Any]:
+            await arrived.wait()
+            return {"type": "http.request", "body": b"image"}
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+
+        await app(dict(scope), receive, send)
+        return b"".join(sent)
+
+    async def main() -> None:
+        now, later = asyncio.Event(), asyncio.Event()
+        now.set()
+        late = asyncio.create_task(ask(later))
+        early = asyncio.create_task(ask(now))
+        assert await asyncio.to_thread(checking.wait, 30)
+        later.set()
+        assert b"gate_busy" in await late
+        early.cancel()
+        free.set()
+
+    asyncio.run(main())
+
+
 def documented() -> list[str]:
     """The how-to's programs: the service, TorchServe's handler, and the gate by itself."""
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
