@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -541,6 +542,31 @@ def test_a_group_of_two_calibrations_has_a_note(
     (note,) = json.loads(mixed.body)["group"]["notes"]
     assert note.startswith("two calibrations judged these images")
     assert "notes" not in json.loads(alike.body)["group"]
+
+
+def test_a_group_counts_by_the_smaller_calibration_and_up_to_alpha(
+    real_images: np.ndarray, tmp_path: Path
+) -> None:
+    def halve(both: Calibrations) -> Calibrations:
+        few = dataclasses.replace(
+            both.resized, scores=both.resized.scores[::2], reference=both.resized.reference[::2]
+        )
+        return dataclasses.replace(both, resized=few)
+
+    halved = InferenceEngine(with_calibrations(PRETRAINED, tmp_path / "halved", halve))
+    plain, larger = file(real_images[0]), file(real_images[1].repeat(2, 0).repeat(2, 1))
+
+    def ask(**parameters: float) -> dict[str, Any]:
+        (answer,) = Service("score", halved).answer(
+            [as_json(images=[plain, larger], resize="fit", **parameters)]
+        )
+        return json.loads(answer.body)
+
+    first = ask(fdr=1e-5)
+    count = len(halved.calibrations.resized.scores)
+    assert f"the smallest p-value is 1/{count + 1};" in first["group"]["notes"][1]
+    least, most = sorted(one["p_value"] for one in first["results"])
+    assert ask(fdr=0.5, alpha=most)["group"]["rejected"] == 2 and least < most
 
 
 def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> None:

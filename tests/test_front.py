@@ -26,7 +26,7 @@ import httpx
 import psutil
 import pytest
 
-from handlers.front.admission import Lane, Limits, Memory
+from handlers.front.admission import Lane, Limits, Memory, read_body
 from handlers.front.forms import checked_type
 from handlers.front.front import Endpoint, Front
 from handlers.limits import LARGE_BYTES
@@ -1047,12 +1047,16 @@ def hang(front: RunningFront, body: bytes) -> socket.socket:
     return connection
 
 
+@pytest.mark.parametrize(
+    "pipelined", [b"", HEAD + b"Content-Length: 5\r\n\r\nlater"], ids=["alone", "pipelined"]
+)
 def test_a_request_whose_client_leaves_while_waiting_is_not_computed(
-    short: RunningFront, upstream: Upstream
+    short: RunningFront, upstream: Upstream, pipelined: bytes
 ) -> None:
     taken = [hang(short, b"taken") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)
     gone, patient = hang(short, b"gone"), hang(short, b"patient")
+    gone.sendall(pipelined)
     time.sleep(0.3)
     refused = post(short)
     assert refused.status_code == 503 and error_of(refused) == "overloaded", "two wait already"
@@ -1129,6 +1133,25 @@ class InstantLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
+
+
+def test_a_fast_start_does_not_excuse_a_trickle() -> None:
+    async def check() -> None:
+        parts = iter([b"x" * 2**20])
+
+        async def receive() -> dict[str, Any]:
+            part = next(parts, b"")
+            if not part:
+                await asyncio.sleep(0.3)
+            return {"type": "http.request", "body": part or b"x", "more_body": True}
+
+        limits = Limits(body_grace_s=1.5)
+        with Memory(limits).share() as share, pytest.raises(ApiError, match="came too slowly"):
+            await read_body({"headers": []}, receive, share, limits)
+        assert asyncio.get_running_loop().time() < 2
+
+    with asyncio.Runner(loop_factory=InstantLoop) as runner:
+        runner.run(check())
 
 
 def test_the_bound_follows_the_time_that_answers_take() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -16,9 +17,9 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from ade_cli.main import main
 from handlers.asgi.application import build_release
 from handlers.asgi.control import CHANGE, DESCRIBE
 from handlers.front.admission import Limits
-from handlers.front.releases import Release
+from handlers.front.releases import Release, Releases
 from handlers.launch.channel import ChannelError, Listener, ask
 from handlers.launch.engines import SWITCHED, UpgradableEngine
 from handlers.launch.upgrades import ROLLBACK, UPGRADE, UpgradeError, Upgrades, check_contract
@@ -301,6 +302,35 @@ def test_a_front_does_not_take_it_either(tmp_path: Path, changed: Callable[[Path
 
     with pytest.raises(BundleError, match=f"another bundle .* since {release.models[0]}"):
         asyncio.run(start())
+
+
+def test_only_releases_that_run_are_kept() -> None:
+    """One that is not on disk would be gone after a restart, and one that cannot start stays."""
+    built, saved = list[int](), list[list[int]]()
+    canary, third = (release_of(PRETRAINED, number=number) for number in (2, 3))
+
+    @asynccontextmanager
+    async def build(release: Release) -> AsyncIterator[Any]:
+        if release is canary:
+            raise BundleError("it is gone")
+        built.append(release.number)
+        yield None
+        built.remove(release.number)
+
+    def save(releases: Sequence[Release]) -> None:
+        if third in releases:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append([one.number for one in releases])
+
+    async def check() -> None:
+        made = Releases[Any](build, save, Limits())
+        async with made.run([release_of(PRETRAINED), canary]):
+            assert saved == [[1]]
+            with pytest.raises(OSError, match="No space left"):
+                await made.change([third])
+            assert [one.number for one, _ in made.backends] == built == [1]
+
+    asyncio.run(check())
 
 
 def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
