@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote_plus, unquote_to_bytes
 
@@ -709,6 +710,15 @@ def test_metrics_add_up() -> None:
     assert metrics.text().splitlines()[-4:] == lines[-4:]
 
 
+def test_metrics_of_a_model_stay_while_one_of_its_releases_runs() -> None:
+    metrics = Metrics({})
+    with metrics.of_models(["a"]):
+        with metrics.of_models(["a"]):
+            metrics.update("ade_images_total", {"bundle": "a"}, 1.0)
+        assert metrics.text().endswith('ade_images_total{bundle="a"} 1.0\n')
+    assert metrics.text() == ""
+
+
 def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
     address = address_beyond_loopback()
     made = RunningApplication(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
@@ -1045,6 +1055,31 @@ def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
 
     for error in asyncio.run(stop_busy()):
         assert isinstance(error, ApiError) and (error.status, error.code) == (503, "stopping")
+
+
+@pytest.mark.parametrize("num_steps", range(8))
+def test_no_request_is_lost_if_a_worker_ends_as_it_arrives(num_steps: int) -> None:
+    async def check() -> None:
+        settings = WorkerSettings(
+            *("folder", "tiny@1", "", "score", "score", "1"),
+            *("logs", ServingOptions(device="cpu")),
+        )
+        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        process: Any = SimpleNamespace(gone=asyncio.get_running_loop().create_future())
+        taking = asyncio.create_task(pool._workers[0]._next_batch(process))
+        await asyncio.sleep(0)
+        request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
+        answer = asyncio.create_task(pool.answer(request))
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        process.gone.set_result(0)
+        (taken,) = await asyncio.gather(taking, return_exceptions=True)
+        for _ in range(8):
+            await asyncio.sleep(0)
+        assert len(pool.waiting) == 1 if isinstance(taken, WorkerError) else len(taken) == 1
+        answer.cancel()
+
+    asyncio.run(check())
 
 
 def test_a_removed_release_has_time_for_what_it_accepted() -> None:
