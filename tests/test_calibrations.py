@@ -12,12 +12,14 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import export.verdict.feedback as feedback_module
 import serving.verdict.calibration_file as file_module
 import serving.verdict.store as store_module
 from ade_cli import calibrate as calibrate_command
@@ -933,6 +935,30 @@ def test_feedback_that_fails_leaves_the_bundle_as_it_was(
         assert main(["gate", "feedback", str(bundle), *words]) == 2
         assert message in capsys.readouterr().err
         assert sorted(bundle.rglob("*")) == before
+
+
+def test_feedback_of_two_processes_at_once_is_of_both(
+    bundle: Path, dark: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration may change while the images are read, and a crash leaves the audit."""
+    mine, others = tmp_path / "mine.png", tmp_path / "others.png"
+    for file, pixels in zip((mine, others), dark, strict=False):
+        Image.fromarray(pixels).save(file)
+    whole = feedback_module._read
+
+    def read(*given: Any) -> Any:
+        monkeypatch.undo()
+        assert give_feedback(bundle, "default", [others], []).joined == 1
+        return whole(*given)
+
+    monkeypatch.setattr(feedback_module, "_read", read)
+    assert give_feedback(bundle, "default", [mine], []).joined == 1
+    assert len(Calibrations.load(path_of(bundle, "default")).joined) == 2
+    monkeypatch.setattr(feedback_module, "write_calibrations", None)
+    with pytest.raises(TypeError):
+        give_feedback(bundle, "default", [], [mine])
+    lines = (bundle / FOLDER / feedback_module.AUDIT).read_text().splitlines()
+    assert [json.loads(line)["decision"] for line in lines] == ["accept", "accept", "reject"]
 
 
 def test_feedback_needs_a_whole_calibration(bundle: Path) -> None:

@@ -41,6 +41,7 @@ from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
+from serving.verdict.density import NormalScores
 from serving.verdict.semantic import (
     DISTANCE,
     ENERGY,
@@ -404,6 +405,17 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     found = fitted.verdicts(unusual, np.full(50, 0.5))
     assert np.mean([v.p_value <= 0.01 for v in found]) > 0.95
     assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
+
+
+def test_no_known_image_is_its_own_neighbour() -> None:
+    rng = np.random.default_rng(0)
+    fit, others = semantic_draw(rng, 60), semantic_draw(rng, 60)
+    fitted = fit_calibration(fit, others)
+    distances = fitted.known.coordinates(fit, known=True)[DISTANCE]
+    column = fitted.names.index(DISTANCE)
+    assert np.array_equal(
+        fitted.normal.grid[:, column], NormalScores.fit(distances[:, None]).grid[:, 0]
+    )
 
 
 def test_usual_values_of_the_density_do_not_count_beside_the_coordinates() -> None:

@@ -73,6 +73,16 @@ def test_a_killed_child_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert not is_running(supervisor.pids["page"])
 
 
+def test_what_a_child_started_ends_before_it_is_restarted(tmp_path: Path) -> None:
+    script = f"sleep 1000 & echo $! >> {tmp_path / 'pids'}; wait"
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("front", ["sh", "-c", script], dict(os.environ), restarts=True)
+        assert until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
+        grandchild = int((tmp_path / "pids").read_text())
+        child.process.kill()
+        assert until(supervisor.tend) and until(lambda: not is_running(grandchild))
+
+
 def test_a_killed_child_is_restarted_even_if_nobody_can_be_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
