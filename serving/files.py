@@ -67,13 +67,13 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         return content
 
 
-def check_readable(path: Path, limit: int = MAX_FILE_BYTES) -> None:
+def check_readable(path: Path) -> None:
     """Open a file as :func:`read_file` does, without reading its content.
 
     Raises:
         OSError: as :func:`read_file`.
     """
-    with _opened(path, limit):
+    with _opened(path, MAX_FILE_BYTES):
         pass
 
 

@@ -25,6 +25,7 @@ LEAST_SPREAD = 0.05  # added to it: some features are nearly always zero
 MIN_IMAGES = 8
 # Of the classifier. Three times fewer steps, or ten times the decay, give the same AUROCs.
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 256, 1e-3, 1e-2
+SEED = 0  # of an encoder, and of the choice among more images than it sees
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,12 @@ class ImageNetEncoder(nn.Module):
         return (features,) if self.classifier is None else (features, self.classifier(features))
 
 
-def make_encoder(images: ImageSet, seed: int = 0) -> TrainedEncoder:
+def make_encoder(images: ImageSet) -> TrainedEncoder:
     """Make an encoder, with a classifier if the images have labels of two kinds or more.
 
     Args:
         images: uint8 ``(N, H, W, 3)``. With labels, nothing that the verdict is fitted to or
             calibrated on.
-        seed: of the choice among more than :data:`SEEN` or :data:`SEEN_WITH_CLASSES` of them, and
-            of the classifier.
 
     Raises:
         DataError: too few images.
@@ -96,23 +95,23 @@ def make_encoder(images: ImageSet, seed: int = 0) -> TrainedEncoder:
         kinds, numbers = np.unique(images.labels, return_inverse=True)
     classes = len(kinds) if len(kinds) > 1 else 0
     most = SEEN_WITH_CLASSES if classes else SEEN
-    rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:most])
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(images))[:most])
     network = EfficientNetFeatures(SIZE)
     features = network(np.asarray(images.images[rows])).astype(np.float32)
     spread = features.std(0, dtype=np.float64).astype(np.float32) + np.float32(LEAST_SPREAD)
     classifier = None
     if classes:
         labels = torch.from_numpy(numbers[rows])
-        classifier = _classifier(torch.from_numpy(features / spread), labels, classes, seed)
+        classifier = _classifier(torch.from_numpy(features / spread), labels, classes)
     encoder = ImageNetEncoder(load_efficientnet(), torch.from_numpy(spread), classifier)
     return TrainedEncoder(encoder.eval().requires_grad_(False), len(rows), classes)
 
 
-def _classifier(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Linear:
+def _classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
     """A linear classifier of features ``(N, F)``, trained by cross-entropy."""
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         layer = nn.Linear(features.shape[1], classes)
     middle = features.mean(0)
     optimizer = torch.optim.AdamW(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from training.data import DataError, ImageSet, Report
 from training.device import bfloat16_is_faster
 from training.distillation import Distillation
-from training.encoder import MIN_IMAGES, TrainedEncoder
+from training.encoder import MIN_IMAGES, SEED, TrainedEncoder
 from training.encoder_network import WIDTHS, Encoder, check_size
 
 BATCH = 128
@@ -35,7 +35,6 @@ def train_small_encoder(
     images: ImageSet,
     minutes: float,
     device: torch.device,
-    seed: int = 0,
     report: Report = lambda line: None,
 ) -> TrainedEncoder:
     """Train a small encoder.
@@ -45,7 +44,6 @@ def train_small_encoder(
             on.
         minutes: of training, by the clock; the learning rate follows it.
         device: where to train.
-        seed: of weights, order and augmentation.
         report: called with each line of progress.
 
     Raises:
@@ -62,9 +60,9 @@ def train_small_encoder(
     labels, classes = torch.from_numpy(numbers), len(kinds)
     started = time.monotonic()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         network = Encoder(size, channels, classes)
-        distillation = Distillation(images.images, WIDTHS[-1], 60 * TEACHER_SHARE * minutes, seed)
+        distillation = Distillation(images.images, WIDTHS[-1], 60 * TEACHER_SHARE * minutes, SEED)
     seen_by_teacher = len(distillation.rows)
     report(f"encoder: the larger network has seen {seen_by_teacher} of {len(images)} images")
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -76,12 +74,12 @@ def train_small_encoder(
         weight_decay=WEIGHT_DECAY,
         nesterov=True,
     )
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(SEED)
     in_bfloat16 = bfloat16_is_faster(device.type)
     network.train()
     seconds = 60 * minutes - min(time.monotonic() - started, 60 * TEACHER_SHARE * minutes)
     seen, started, told = 0, time.monotonic(), 0.0
-    for rows in _batches(len(images), seed):
+    for rows in _batches(len(images)):
         elapsed = time.monotonic() - started
         done = elapsed / seconds
         if done >= 1:
@@ -126,10 +124,10 @@ def _varied(pixels: Tensor, draws: torch.Generator) -> Tensor:
     return moved.permute(0, 2, 3, 1)
 
 
-def _batches(count: int, seed: int) -> Iterator[np.ndarray]:
+def _batches(count: int) -> Iterator[np.ndarray]:
     """Rows, endlessly, each epoch in another order; a batch is never smaller than half."""
     epoch = 0
     while True:
-        order = np.random.default_rng([seed, epoch]).permutation(count)
+        order = np.random.default_rng([SEED, epoch]).permutation(count)
         yield from (np.sort(rows) for rows in np.array_split(order, max(1, round(count / BATCH))))
         epoch += 1
