@@ -674,6 +674,31 @@ def test_a_chunk_of_no_images_is_passed_over(
     assert [p.name for p in (tmp_path / "back").iterdir()] == ["good.png"]
 
 
+def test_repeated_images_are_passed_over_and_what_follows_the_end_is_noticed(
+    tmp_path: Path,
+) -> None:
+    fields = {"format_version": 1, "kind": "files", "images": 4, "image_shape": [8, 8, 3]}
+    with open(tmp_path / "x.ade", "w+b") as file:
+        archives.write_header(file, {**fields, "bundle": {}, "fingerprint": {}, "input": ""})
+        for first in (0, 1, 2):
+            archives.write_chunk(file, first, 2, b"content")
+        archives.write_end(file, 4)
+        found = archives.scan(file, tmp_path / "x.ade")
+        assert [chunk.first for chunk in found.chunks] == [0, 2] and not found.lost()
+        assert found.is_complete and found.is_intact
+        file.seek(0, os.SEEK_END)
+        file.write(b"more")
+        found = archives.scan(file, tmp_path / "x.ade")
+        assert found.is_complete and not found.is_intact and len(found.chunks) == 2
+
+
+def test_a_part_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("kept")
+    (tmp_path / "out.ade.part").symlink_to(tmp_path / "theirs")
+    with pytest.raises(OSError):
+        compressing._open_part(tmp_path / "out.ade.part")
+
+
 def header(bundle: Bundle, images: int, kind: str = "files") -> dict[str, Any]:
     return {
         "format_version": 1,
