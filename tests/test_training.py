@@ -303,6 +303,16 @@ def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray
     )
 
 
+def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(small_images: np.ndarray) -> None:
+    config = dataclasses.replace(SMALL, d_steps=1)
+    (batch,) = batches(small_images, 1, config)
+    each, every_second = (
+        trainer(dataclasses.replace(config, gp_weight=weight, gp_every=every)).run(batch)
+        for weight, every in ((20.0, 1), (10.0, 2))
+    )
+    assert each["d_grad_norm"] == pytest.approx(every_second["d_grad_norm"], rel=1e-6)
+
+
 @pytest.mark.parametrize("d_steps", [1, 2])
 def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray, d_steps: int) -> None:
     """The generator learns from the updated discriminator, on the samples of its step."""
@@ -522,6 +532,7 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
 ) -> None:
     trained = trainer(dataclasses.replace(SMALL, discriminator=None, ema_decay=decay))
     (batch,) = batches(small_images, 1, dataclasses.replace(SMALL, discriminator=None))
+    trained.run(batch)
     trained.step = 100
     trained.usual_norm["model"] = 1e-9
     shake(trained.model)
@@ -534,6 +545,7 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
     trained.run(batch)
     assert all(torch.equal(a, b) for a, b in zip(average, trained.model.parameters(), strict=True))
     assert trained.rescued_at == [100 + MAX_SKIPPED_STEPS - 1]
+    assert not trained.optimizer.state  # it is of the weights that were given up
     trained.usual_norm["model"] = 1e9
     assert trained.run(batch)["skipped"] == MAX_SKIPPED_STEPS
     assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(
@@ -566,6 +578,7 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(
     noise = [torch.randn(4, *shape) for shape in config.model.latent_shapes]
     samples = trained.ema.sample(noise)
     trained.begin_inference()
+    assert trained.usual_norm["model"] == 0  # that of another loss
     for b in batches(small_images, 3, config):
         losses = trained.run(b)
         assert "bpd" in losses and "d_loss" not in losses
