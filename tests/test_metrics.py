@@ -155,8 +155,10 @@ def test_improved_precision_and_recall() -> None:
     )
     far = improved_precision_recall(both + 100, both)
     assert far["precision"] == far["recall"] == 0
-    few = improved_precision_recall(rng.normal(size=(400, 4)), both[:100])
+    samples = rng.normal(size=(400, 4))
+    few = improved_precision_recall(samples, both[:100])
     assert few["images"] == 100 and abs(few["precision"] - few["recall"]) < 0.15
+    assert few == improved_precision_recall(samples[:100], both[:100])
     narrow = improved_precision_recall(0.1 * both, both)
     assert narrow["precision"] > 0.9 and narrow["recall"] < 0.5
 

@@ -80,6 +80,7 @@ from training.step import (
     MAX_RESCUES,
     MAX_SKIPPED_STEPS,
     RECOVERY_STEPS,
+    SPIKE,
     Trainer,
     TrainingDiverged,
     _Noise,
@@ -301,6 +302,8 @@ def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray
     assert kept == pytest.approx(4 * norm / 6, rel=1e-4) and after == pytest.approx(
         (0.95 + 0.05 * 4) * norm / 6, rel=1e-4
     )
+    # What would be skipped later is not in the first steps, whose norms are not usual yet.
+    assert applied(norm / (2 * SPIKE))[1] == pytest.approx(4 * norm / (2 * SPIKE), rel=1e-4)
 
 
 def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(small_images: np.ndarray) -> None:
