@@ -558,10 +558,10 @@ def running() -> Iterator[RunningService]:
 @pytest.mark.parametrize("engine", ["torchserve", "asgi"])
 def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) -> None:
     """A stopped front still accepts connections, so that nothing but a check finds it."""
-    impatient = tmp_path / "python"  # checks for 5 s instead of 20
+    impatient = tmp_path / "python"  # checks for 3 s instead of 20
     impatient.write_text(
         f"#!{sys.executable}\nimport runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from handlers.launch import hangs\nhangs.CHECK_TIMEOUT_S = 5.0\n"
+        "from handlers.launch import hangs\nhangs.CHECK_TIMEOUT_S, hangs.PAUSE_S = 3.0, 1.0\n"
         "del sys.argv[:2]\nrunpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
     )
     impatient.chmod(0o700)
@@ -590,7 +590,7 @@ def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) 
         assert until(answers, 60) and httpx.get(f"{running.metrics}/metrics").status_code == 200
         assert httpx.get(f"{running.page}/readyz", timeout=30).status_code == 200
         assert re.search(  # 30 checks if it was stopped before it answered one
-            "front hangs, it left (6|30) checks in a row unanswered for 5 s each: killing it\n"
+            "front hangs, it left (6|30) checks in a row unanswered for 3 s each: killing it\n"
             "front ended with -9: restarting it\n",
             "".join(running.output),
         )
@@ -650,11 +650,8 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
         process.kill()
     first.process.wait(10)
     assert folder.exists()
-    second = RunningService(PRETRAINED, options=("--workers", "1"))
-    try:
-        assert not folder.exists() and second.folder.path.parent == short_path
-    finally:
-        assert second.stop() == []
+    with run_folder() as second:
+        assert not folder.exists() and second.path.parent == short_path
 
 
 @pytest.mark.slow

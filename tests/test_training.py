@@ -1012,7 +1012,9 @@ def losses_of(run: Path) -> dict[int, tuple]:
 
 
 @pytest.mark.slow
-def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -> None:
+def test_kill_9_and_resume_reach_the_same_losses(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = ["train", "av-ade", "--data", str(folder), *TRAIN, "--images", str(16 * 90)]
     done = ade(*arguments, "--out", str(whole))
@@ -1028,12 +1030,13 @@ def test_kill_9_and_resume_reach_the_same_losses(folder: Path, tmp_path: Path) -
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    refused = ade(*arguments, "--out", str(cut))
-    assert refused.returncode == 2 and "with --resume" in refused.stderr
-    other = ade(*arguments, "--out", str(cut), "--resume", "--quality-weight", "3")
-    assert other.returncode == 2 and "started with another quality_weight" in other.stderr
-    other = ade(*arguments, "--out", str(cut), "--resume", "--seed", "3")
-    assert other.returncode == 2 and "--seed must be that of the run, 0, with" in other.stderr
+    for words, message in (
+        ([], "with --resume"),
+        (["--resume", "--quality-weight", "3"], "started with another quality_weight"),
+        (["--resume", "--seed", "3"], "--seed must be that of the run, 0, with"),
+    ):
+        assert main([*arguments, "--out", str(cut), *words]) == 2
+        assert message in capsys.readouterr().err
     again = [word for word in arguments if word not in ("--precision", "float32")]  # as before
     resumed = ade(*again, "--out", str(cut), "--resume")
     assert resumed.returncode == 0, resumed.stderr
