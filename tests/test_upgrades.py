@@ -314,7 +314,7 @@ def test_only_releases_that_run_are_kept() -> None:
         if release is canary:
             raise BundleError("it is gone")
         built.append(release.number)
-        yield None
+        yield SimpleNamespace(is_ready=lambda: True)
         built.remove(release.number)
 
     def save(releases: Sequence[Release]) -> None:
