@@ -396,7 +396,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         < page.index("<h2>Use it")
     )
     assert f"<pre>ade serve &#39;{folder}&#39;\n" in page
-    assert "1,000 more images would narrow the band" in page
+    assert "1,000 more calibration images would narrow the band" in page
     assert "holds" not in page and "as expected" in page
     resized = {**bundle.manifest["calibration"]["resized"], "images": 1200}
     manifest = {

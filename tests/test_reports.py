@@ -70,7 +70,7 @@ def test_the_summary_says_what_is_caught_and_what_more_images_bring() -> None:
     ) in found.sentence
     low, high = false_alarm_band(1500, 0.01)
     assert (
-        f"1,000 more images would narrow the band to {percent(low)} to {percent(high)}"
+        f"1,000 more calibration images would narrow the band to {percent(low)} to {percent(high)}"
         in found.notes[0]
     )
     assert summarize({"noise": 1.0}, 500, 0.01).choice == "accept"
