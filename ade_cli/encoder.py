@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     images = ImageSet(dataset.parts["train"].images, labels)
     if args.small:
         made = train_small_encoder(images, minutes, device, report=say)
-        about = f"trained on {made.images_seen} images"
+        times = made.images_seen / len(images)
+        about = f"trained on {len(images)} images, each seen {times:.1f} times on average"
     else:
         made = make_encoder(images)
         about = "EfficientNet-Lite0, trained on ImageNet"

@@ -921,6 +921,8 @@ def test_the_command_line(
     out = tmp_path / "encoder.onnx"
     small = ["encoder", str(out), "--data", str(folder), "--small"]
     assert main([*small, "--minutes", "0.02"]) == 0
+    trained = len(load_folder(folder, None, None, lambda line: None).parts["train"].images)
+    assert f"trained on {trained} images, each seen " in capsys.readouterr().err
     for minutes in ("0", "inf", "nan"):
         assert main([*small, "--minutes", minutes]) == 2
         assert "--minutes must be above 0 and finite" in capsys.readouterr().err
