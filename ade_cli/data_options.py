@@ -78,7 +78,7 @@ def dataset_of(
     if data is None:
         source = run / "data.json" if run else None
         if source is None or not source.is_file():
-            raise DataError(f"--data is required: {run} has no record of what it was trained on")
+            raise DataError(f"--data is required: {run} does not record where its images are")
         try:
             stored = json.loads(source.read_text())
             data, root = stored["data"], root or stored["root"]

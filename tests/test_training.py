@@ -1779,3 +1779,12 @@ def test_the_command_line_says_what_is_wrong(
         status = ended.code
     printed = capsys.readouterr()
     assert status == 2 and message in printed.err and not printed.out
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_a_bundle_names_its_data_but_not_their_place(
+    verb: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [str(tmp_path / "out")] if verb == "export" else []
+    assert main([verb, str(tiny_bundle), *out]) == 2
+    assert f"{tiny_bundle} does not record where its images are" in capsys.readouterr().err
