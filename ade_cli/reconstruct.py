@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder for one PNG per image, named like the image",
+        help="folder for one PNG per image, named like the image, in the subfolders of the images",
     )
 
 
@@ -48,27 +48,38 @@ def run(args: argparse.Namespace) -> None:
                 f"--out must lie outside of {folder}: its pictures would be read as images of the "
                 "data"
             )
-    files = files_of(args.images)
-    first: dict[str, Path] = {}
-    for path in files:
-        if path.stem in first:
-            raise FileError(
-                f"images must have different names, since their reconstructions share them, got "
-                f"{first[path.stem]} and {path}"
-            )
-        first[path.stem] = path
-    outputs = {path: args.out / f"{name}.png" for name, path in first.items()}
-    if args.out.resolve() in {path.resolve().parent for path in files}:  # never a user's picture
-        for path in outputs.values():
-            if os.path.lexists(path):
-                raise FileError(f"{path.resolve()} would be overwritten: choose another --out")
+    outputs = _outputs(args.images, args.out)
+    parents = {file.resolve().parent for file in outputs}
+    for path in outputs.values():
+        if path.parent.resolve() in parents and os.path.lexists(path):  # never a user's picture
+            raise FileError(f"{path.resolve()} would be overwritten: choose another --out")
     engine = load_engine(args.bundle, "reconstruct")
-    files, pixels = read_pixels(files, engine, args.resize)
+    files, pixels = read_pixels(list(outputs), engine, args.resize)
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))
-    args.out.mkdir(parents=True, exist_ok=True)
     for file, before, after in zip(files, pixels, made, strict=True):
         path = outputs[file]
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as picture:
             picture.write(write_png(after))
         decibels = psnr(before, after)
         print(f"{path}: {'exact' if decibels is None else f'{decibels:.2f} dB'}")
+
+
+def _outputs(images: list[Path], out: Path) -> dict[Path, Path]:
+    """The picture of each file; those of a folder have its subfolders.
+
+    Raises:
+        FileError: a folder holds no images, or two files have the same picture.
+    """
+    first: dict[Path, Path] = {}
+    for given in images:
+        for file in files_of([given]):
+            inside = file.relative_to(given).parent if given.is_dir() else Path()
+            path = out / inside / f"{file.stem}.png"
+            if path in first:
+                raise FileError(
+                    f"images must have different names, since their reconstructions share them, "
+                    f"got {first[path]} and {file}"
+                )
+            first[path] = file
+    return {file: path for path, file in first.items()}

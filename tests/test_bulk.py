@@ -8,6 +8,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -525,8 +526,10 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
     assert main(["reconstruct", *words, str(tmp_path / "made")]) == 0
     captured = capsys.readouterr()
     assert all(f"left out {folder / name}: {why}" in captured.err for name, why in reasons.items())
-    made = sorted(path.stem for path in (tmp_path / "made").iterdir())
-    assert made == sorted(Path(path).stem for path in good)
+    made = sorted((tmp_path / "made").glob("*/*"))
+    assert [path.relative_to(tmp_path / "made") for path in made] == [
+        Path(path).relative_to(folder) for path in good
+    ]
 
     encode = InferenceEngine.encode
 
@@ -645,6 +648,24 @@ def test_no_table_is_left_if_nothing_could_be_scored(
     assert len(read(out)) == 3 and "img/s" in capsys.readouterr().err
 
 
+def test_pictures_of_a_folder_keep_its_subfolders(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Class folders often number their files alike."""
+    classes = tmp_path / "classes"
+    for name in ("cats", "dogs/small"):
+        (classes / name).mkdir(parents=True)
+        shutil.copy(folder / "class0" / "0000.png", classes / name / "1.png")
+    made = tmp_path / "made"
+    words = [str(classes), "--bundle", str(tiny_bundle), "--out", str(made)]
+    assert main(["reconstruct", *words]) == 0
+    found = sorted(str(path.relative_to(made)) for path in made.rglob("*.png"))
+    assert found == ["cats/1.png", "dogs/small/1.png"]
+    shutil.copy(classes / "cats" / "1.png", classes / "cats" / "1.bmp")
+    assert main(["reconstruct", *words]) == 2
+    assert "must have different names" in capsys.readouterr().err
+
+
 def test_originals_are_never_overwritten(
     tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -655,6 +676,12 @@ def test_originals_are_never_overwritten(
         main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
     )
     assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
+    classes = tmp_path / "sorted" / tmp_path.name
+    classes.mkdir(parents=True)
+    (classes / "a.png").write_bytes(before)
+    words = [str(classes.parent), str(mine), "--bundle", str(tiny_bundle)]
+    assert main(["reconstruct", *words, "--out", str(tmp_path.parent)]) == 2
+    assert "a.png would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
     other = tmp_path / "a.bmp"  # its picture would be named like the one above
     Image.open(mine).save(other)
     assert (
