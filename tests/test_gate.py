@@ -430,7 +430,7 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
         answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "gate_unavailable")
         assert "secret" not in answer.text and reached == []
-    client, reached = app_behind(Slow(), timeout_s=0.2, waiting=1)
+    client, reached = app_behind(Slow(), timeout_s=3.0, waiting=1)  # half of it to start a thread
     with client:  # one event loop for all requests
         codes = [
             client.post("/classify", content=CAT.read_bytes(), headers=PNG).json()["error"]["code"]
@@ -479,7 +479,7 @@ def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None
             free.wait(30)
             return [Decision("accept", 0.5, 3.0)]
 
-    app = GateMiddleware(FastAPI(), Busy(), waiting=1, timeout_s=2.0)  # type: ignore[arg-type]
+    app = GateMiddleware(FastAPI(), Busy(), waiting=1, timeout_s=20.0)  # type: ignore[arg-type]
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
 
     async def ask(arrived: asyncio.Event) -> bytes:
