@@ -40,7 +40,7 @@ from serving.api.operations.sample import (
     SampleParameters,
 )
 from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
-from serving.api.requests import PROBE_HEADER
+from serving.api.requests import MODEL_HEADER, PROBE_HEADER
 from serving.decode.worker import check_tiff, scaled_key
 from serving.files import read_file
 from serving.messages import words_of
@@ -213,6 +213,8 @@ class AdeClient:
         retries: how often a request is repeated after 429, 503 or 507. The client waits as
             advised, or twice as long each time.
         timeout: seconds for one answer.
+        identity: the only model that may answer, such as the ``model`` of :class:`Latents`, which
+            no other model can decode. Another one refuses, with the code ``other_model``.
 
     Raises (every method):
         AdeError: the service answered an error.
@@ -233,10 +235,13 @@ class AdeClient:
         token: str | None = None,
         retries: int = 5,
         timeout: float = 120.0,
+        identity: str | None = None,
     ) -> None:
         if retries < 0:
             raise ValueError(f"retries must be at least 0, got {retries}")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        if identity is not None:
+            headers[MODEL_HEADER] = identity
         self.url = url or f"http://127.0.0.1:{Ports.from_environment().inference}"
         self._http = httpx.Client(
             base_url=self.url, timeout=timeout, headers=headers, mounts=WITHOUT_PROXY
@@ -258,7 +263,7 @@ class AdeClient:
         """Draw new images; the result has the seed that was used."""
         answer = self._post("sample", parameters, format="npy")
         with _reading():
-            seed, model = int(answer.headers[SEED_HEADER]), answer.headers["X-Ade-Model"]
+            seed, model = int(answer.headers[SEED_HEADER]), answer.headers[MODEL_HEADER]
             count = parameters.n if parameters.latents is None else len(parameters.latents)
             return Samples(_npy(answer, count), seed, model)
 
@@ -273,11 +278,12 @@ class AdeClient:
         """Whether all four operations answer within ``timeout`` seconds together.
 
         The errors ``overloaded`` and, for an operation that the model lacks, ``not_available`` are
-        such answers. No request is repeated.
+        such answers, and so are those of any model, whatever ``identity`` is. No request is
+        repeated.
         """
-        # Without the secret these requests count as traffic.
-        secret = os.environ.get(PROBE_VARIABLE)
-        probe = None if secret is None else {PROBE_HEADER: secret}
+        headers = {MODEL_HEADER: ""}  # any model may answer
+        if (secret := os.environ.get(PROBE_VARIABLE)) is not None:
+            headers[PROBE_HEADER] = secret  # otherwise these requests count as traffic
         blank, any_size = np.zeros((8, 8, 3), np.uint8), ImageParameters(resize=True)
         requests = {
             "sample": _values(SampleParameters(seed=0)),
@@ -289,12 +295,12 @@ class AdeClient:
             if left <= 0:
                 return False
             try:
-                answer = self._send(operation, values, headers=probe, timeout=left)
+                answer = self._send(operation, values, headers=headers, timeout=left)
             except httpx.TransportError:
                 return False
             if time.monotonic() > deadline:  # httpx bounds each wait, not their sum
                 return False
-            if answer.status_code == 200 and "X-Ade-Model" in answer.headers:
+            if answer.status_code == 200 and MODEL_HEADER in answer.headers:
                 continue
             error = _problem(answer)  # none in the answer of another program
             if error is None or error.code not in ("overloaded", "not_available"):
@@ -333,7 +339,7 @@ class AdeClient:
         images = several(images)
         answer = self._post("encode", parameters, images, format="npz")
         with _reading():
-            latents = Latents.load(answer.content, answer.headers.get("X-Ade-Model", ""))
+            latents = Latents.load(answer.content, answer.headers.get(MODEL_HEADER, ""))
             for level in latents.z:
                 _check_count(len(level), len(images))
             return latents

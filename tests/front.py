@@ -145,6 +145,7 @@ class RunningFront:
                 "metrics_socket": str(self.socket),
                 "server_key": "key-of-torchserve",
                 "models": {"score": 1, "sample": 1, "tiny-score": 1},
+                "identities": {"score": "m@1", "sample": "m@1", "tiny-score": "tiny@1"},
                 "token": None,
                 "allowed_hosts": ("ade.example.org",),
                 "probe_secret": "secret-of-probes",

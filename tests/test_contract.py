@@ -35,6 +35,7 @@ import pytest
 from PIL import Image
 
 from handlers.launch.engines import DEFAULT, ENGINES
+from serving.engine.bundle import open_bundle
 from tests.helpers import DATA, PRETRAINED, ROOT, b64, npy, png_header
 from tests.service import RunningService
 
@@ -59,6 +60,7 @@ class Request:
     fields: dict[str, str] = field(default_factory=dict)
     files: tuple[tuple[str, bytes], ...] = ()
     method: str = "POST"
+    model: str | None = None  # that must answer
 
     def send(self, url: str) -> httpx.Response:
         options: dict[str, Any] = {"data": self.fields or None}
@@ -66,10 +68,16 @@ class Request:
             options["files"] = [
                 (name, ("image", data, "application/octet-stream")) for name, data in self.files
             ]
+        headers = {} if self.model is None else {"X-Ade-Model": self.model}
         if self.content is not None:
-            options = {"content": self.content, "headers": {"Content-Type": self.content_type}}
+            options = {"content": self.content}
+            headers["Content-Type"] = self.content_type
         return httpx.request(
-            self.method, f"{url}/predictions/{self.operation}", timeout=120, **options
+            self.method,
+            f"{url}/predictions/{self.operation}",
+            headers=headers,
+            timeout=120,
+            **options,
         )
 
 
@@ -117,6 +125,7 @@ ARRAY = np.stack(
     [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in (CAT, DOG, SHIP)]
 )
 WIDE = encoded(PICTURE.resize((80, 48), Image.Resampling.NEAREST))
+IDENTITY = open_bundle(PRETRAINED).model_id
 FLAT = encoded(Image.new("RGB", (32, 32), (90, 120, 200)))
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
@@ -175,6 +184,8 @@ def requests() -> dict[str, Request]:
         ),
         "score: only bad images": as_json("score", images=[b64(b"junk"), b64(WIDE)]),
         "score: put": Request("score", CAT, "image/png", method="PUT"),
+        "score: of this model": Request("score", CAT, "image/png", model=IDENTITY),
+        "score: of another model": Request("score", CAT, "image/png", model="other@1"),
         "score: get": Request("score", method="GET"),
         "score: delete": Request("score", method="DELETE"),
         "score: cut form": Request("score", b"--x\r\nnothing", "multipart/form-data; boundary=x"),

@@ -203,6 +203,15 @@ def test_torchserve_gets_the_type_of_a_form_as_it_knows_it(
     assert dict(came["headers"])["Content-Type"] == passed
 
 
+def test_a_request_for_another_model_is_refused(front: RunningFront, upstream: Upstream) -> None:
+    headers = {"X-Ade-Model": "other@1"}
+    answer = post(front, content=b"x", **headers)
+    assert answer.status_code == 412 and error_of(answer) == "other_model"
+    assert "'other@1' (X-Ade-Model), but m@1 answers here" in answer.text and upstream.seen == []
+    assert post(front, content=b"x", **{"X-Ade-Model": "m@1"}).status_code == 200
+    assert httpx.get(f"{front.url}/ping", headers=headers).status_code == 200
+
+
 def test_repeated_fields_are_refused(front: RunningFront, upstream: Upstream) -> None:
     """TorchServe would drop all but the last."""
     files = [("image", b"a"), ("image1", b"b"), ("image", b"c")]
@@ -1315,6 +1324,7 @@ def settings() -> ServerSettings:
         metrics_socket="/m",
         server_key="the-key",
         models={"score": 2, "a-score": 2},
+        identities={"score": "m@1", "a-score": "a@1"},
         token="the-token",
         allowed_hosts=("host",),
         probe_secret="the-secret",

@@ -113,6 +113,7 @@ def test_the_document_names_every_operation_and_parameter() -> None:
             "404",
             "405",
             "408",
+            "412",
             "413",
             "415",
             "421",
@@ -219,6 +220,7 @@ def test_answers_are_as_the_document_says(
     )
     @given(document[f"/predictions/{operation}"]["POST"].as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
+        case.headers.pop("X-Ade-Model", None)  # no other answer than 412 would be seen
         answer = case.call(base_url=service.url, timeout=120)
         statuses.add(answer.status_code)
         case.validate_response(

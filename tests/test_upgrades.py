@@ -38,6 +38,7 @@ from handlers.front.releases import Release, Releases
 from handlers.launch.channel import ChannelError, Listener, ask
 from handlers.launch.engines import SWITCHED, UpgradableEngine
 from handlers.launch.upgrades import ROLLBACK, UPGRADE, UpgradeError, Upgrades, check_contract
+from serving.client import AdeClient, AdeError
 from serving.engine.bundle import (
     CALIBRATION_NAME,
     WEIGHTS_NAME,
@@ -46,6 +47,7 @@ from serving.engine.bundle import (
     open_bundle,
     write_manifest,
 )
+from serving.page.served import Served
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import FOLDER, write_calibrations
 from tests.helpers import PRETRAINED, ROOT, wait_for
@@ -191,10 +193,19 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
         for model in (a, b):
             assert f'ade_info{{model_name="score",worker="0",bundle="{model}"' in text
             assert f'status="200",code="none",bundle="{model}"' in text
+        # A request that names its model is answered by it, whatever the share. The page's do.
+        page = Served(app.url, [open_bundle(PRETRAINED)], None).clients["cifar10-av-ade"]
+        with AdeClient(app.url, identity=b) as canary, page:
+            assert {page.encode([CAT]).model for _ in range(8)} == {a}
+            assert {canary.encode([CAT]).model for _ in range(8)} == {b}
         # It takes the place of the first, whose workers end.
         workers = psutil.Process(app.process.pid).children()
         change(app, new)
         assert {model_of(app.url) for _ in range(5)} == {b}
+        with AdeClient(app.url, identity=a) as client:
+            with pytest.raises(AdeError, match=f"but {b} answers here [(]412 other_model"):
+                client.encode([CAT])
+            assert client.is_ready()
         wait_for(lambda: sum(is_running(one) for one in workers) == len(workers) // 2)
         assert a not in httpx.get(app.metrics).text
         # And back.

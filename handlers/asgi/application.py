@@ -77,10 +77,12 @@ class Model(Protocol):
 
     Attributes:
         name: under which it is served.
+        identity: ``NAME@HASH``.
         metadata: of the model, by the Open Inference Protocol.
     """
 
     name: str
+    identity: str
     metadata: dict[str, Any]
 
     @property
@@ -118,7 +120,12 @@ class Application:
         self._models = models
         self._predictions = {
             model.name: Endpoint(
-                model.answer, INFERRING, Lane(limits), takes_forms=True, can_cancel=True
+                model.answer,
+                INFERRING,
+                model.identity,
+                Lane(limits),
+                takes_forms=True,
+                can_cancel=True,
             )
             for model in models
         }
@@ -126,6 +133,7 @@ class Application:
             model.name: Endpoint(
                 functools.partial(_infer, model),
                 ("POST",),
+                model.identity,
                 self._predictions[model.name].lane,
                 can_cancel=True,
             )

@@ -70,6 +70,9 @@ class Pool:
         metrics: takes the measurements.
         timeout_s: time for an answer, including the queue.
         metadata: the model's metadata of the Open Inference Protocol.
+
+    Attributes:
+        identity: of the model, ``NAME@HASH``.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Pool:
         self.name = name
         self.metadata = metadata
         self.metrics = metrics
-        self._identity = settings[0].identity
+        self.identity = settings[0].identity
         self._timeout_s = timeout_s
         self.waiting: BatchQueue[Job] = BatchQueue()
         self._workers = [_Worker(self, one) for one in settings]
@@ -164,7 +167,7 @@ class Pool:
                 self._count(QUEUE_SECONDS, now - job.request.arrived)
 
     def _count(self, metric: Metric, seconds: float) -> None:
-        self.metrics.update(metric.name, {"model_name": self.name, MODEL: self._identity}, seconds)
+        self.metrics.update(metric.name, {"model_name": self.name, MODEL: self.identity}, seconds)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from handlers.front.forms import checked_type
 from handlers.limits import LARGE_BYTES
 from serving.api.errors import ApiError, internal_error, malformed, overloaded, shaped, stopping
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
-from serving.api.requests import PROBE_HEADER
+from serving.api.requests import MODEL_HEADER, PROBE_HEADER
 from serving.messages import show
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,11 @@ class Request:
     is_probe: bool
     arrived: float = field(default_factory=time.perf_counter)
 
+    @property
+    def model(self) -> str:
+        """The only model that may answer, ``NAME@HASH``; empty if any may."""
+        return self.headers.get(MODEL_HEADER.lower(), "")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -81,6 +86,7 @@ class Endpoint:
     Attributes:
         answer: computes the answer; may raise :class:`ApiError`.
         methods: allowed methods.
+        model: that computes the answer, ``NAME@HASH``; empty if none does.
         lane: bounds the number of its requests, if given.
         large_lane: bounds, before that, the number of those with a large body, if given.
         takes_forms: whether the body may be a form, which is checked before.
@@ -91,6 +97,7 @@ class Endpoint:
 
     answer: Callable[[Request], Awaitable[Answer]]
     methods: tuple[str, ...] = READING
+    model: str = ""
     lane: Lane | None = None
     large_lane: Lane | None = None
     takes_forms: bool = False
@@ -200,6 +207,13 @@ class Front:
         request = self._request(scope, body, endpoint.takes_forms)
         if endpoint.route is not None:
             endpoint = endpoint.route(request)
+        if endpoint.model and request.model not in ("", endpoint.model):
+            raise ApiError(
+                412,
+                "other_model",
+                f"the request is for {show(request.model)} ({MODEL_HEADER}), but {endpoint.model} "
+                "answers here",
+            )
         large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
         with endpoint.hold():
             async with _turn(large_lane, receive), _turn(endpoint.lane, receive):

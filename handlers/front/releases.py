@@ -222,12 +222,19 @@ class Releases(Generic[B]):
         return Running(release, backend, stack, self._drain_s)
 
     def _route(self, path: str, request: Request) -> Endpoint:
-        one = self._running[0]
-        if not request.is_probe:  # a health check is of the release that has the others
-            point = random.random()
-            for other in self._running[1:]:
-                point -= other.release.share
-                if point < 0:
-                    one = other
-                    break
+        one = self._choose(path, request)
         return dataclasses.replace(one.backend.api(path), hold=one.hold)
+
+    def _choose(self, path: str, request: Request) -> Running[B]:
+        first, *others = self._running
+        if request.model:
+            named = [one for one in self._running if one.backend.api(path).model == request.model]
+            return (named or [first])[0]
+        if request.is_probe:  # a health check is of the release that has the others
+            return first
+        point = random.random()
+        for other in others:
+            point -= other.release.share
+            if point < 0:
+                return other
+        return first

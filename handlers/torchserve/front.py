@@ -56,12 +56,14 @@ class ServerSettings(FrontSettings):
         inference_socket, metrics_socket: TorchServe's Unix domain sockets.
         server_key: TorchServe's inference key.
         models: number of workers by served name.
+        identities: the model of each served name, ``NAME@HASH``.
     """
 
     inference_socket: str
     metrics_socket: str
     server_key: str = field(repr=False)
     models: dict[str, int]
+    identities: dict[str, str]
 
 
 class ModelServer:
@@ -69,6 +71,7 @@ class ModelServer:
 
     Args:
         models: number of workers by served name.
+        identities: the model of each served name, ``NAME@HASH``.
         limits: limits on the requests that it has at a time.
         inference: a client of TorchServe's inference address.
         metrics: a client of its metrics address.
@@ -81,6 +84,7 @@ class ModelServer:
     def __init__(
         self,
         models: dict[str, int],
+        identities: dict[str, str],
         limits: Limits,
         inference: aiohttp.ClientSession,
         metrics: aiohttp.ClientSession,
@@ -91,7 +95,12 @@ class ModelServer:
         self.metrics = Endpoint(functools.partial(self._scrape, metrics))
         self._predictions = {
             name: Endpoint(
-                infer, INFERRING, Lane(limits), _large_lane(limits, workers), takes_forms=True
+                infer,
+                INFERRING,
+                identities[name],
+                Lane(limits),
+                _large_lane(limits, workers),
+                takes_forms=True,
             )
             for name, workers in models.items()
         }
@@ -200,7 +209,9 @@ async def build_app(settings: ServerSettings, limits: Limits) -> AsyncIterator[l
         _server(settings.metrics_socket, limits, {}) as metrics,
     ):
         memory, refusals = Memory(limits), Counter[str]()
-        server = ModelServer(settings.models, limits, inference, metrics, refusals)
+        server = ModelServer(
+            settings.models, settings.identities, limits, inference, metrics, refusals
+        )
         api, reading = (
             Front(find, limits, memory, settings.probe_secret, refusals)
             for find in (server.api, functools.partial(only_metrics, server.metrics))

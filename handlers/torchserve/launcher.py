@@ -30,6 +30,7 @@ class TorchServe:
         self._folder = folder
         self._supervisor = supervisor
         self._models: dict[str, int] = {}
+        self._identities: dict[str, str] = {}
         self._server: Child
 
     def start(self) -> None:
@@ -37,9 +38,11 @@ class TorchServe:
         plan, folder = self._plan, self._folder
         folder.store.mkdir()
         for i, bundle in enumerate(plan.bundles):
-            self._models |= write_archives(
+            written = write_archives(
                 bundle, folder.store, plan.options, plan.workers, bundle.name if i else None
             )
+            self._models |= written
+            self._identities |= dict.fromkeys(written, bundle.model_id)
         self._server = self._supervisor.start(
             "torchserve", *write_configuration(folder, list(self._models), plan.options, plan.logs)
         )
@@ -55,6 +58,7 @@ class TorchServe:
             metrics_socket=str(folder.metrics_socket),
             server_key=folder.server_key("inference") or "",
             models=self._models,
+            identities=self._identities,
         ).save(settings)
         command = [sys.executable, "-m", "handlers.torchserve.front", str(settings)]
         front = self._supervisor.start(

@@ -8,7 +8,7 @@ from typing import Any
 from serving.api.errors import Problem
 from serving.api.operations.base import Operation
 from serving.api.operations.registry import OPERATIONS
-from serving.api.requests import JSON_TYPE, MULTIPART
+from serving.api.requests import JSON_TYPE, MODEL_HEADER, MULTIPART
 from serving.api.schema import BINARY, Schemas, obj
 from serving.engine.bundle import Bundle
 
@@ -33,6 +33,7 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
         {"Allow": {"description": "the methods that are allowed", "schema": _TEXT}},
     ),
     "408": ("the body arrived too slowly", {}),
+    "412": (f"another model answers here than {MODEL_HEADER} names", {}),
     "413": ("the request exceeds a limit", {}),
     "415": ("not an image, or a damaged one", {}),
     "421": ("the service is not reached under this host name", {}),
@@ -41,9 +42,18 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "500": ("the service failed; its log has the reason", {}),
     "503": ("overloaded or stopping: try again after Retry-After seconds", _RETRY),
 }
+# Of every request of an operation.
+PARAMETERS = [
+    {
+        "name": MODEL_HEADER,
+        "in": "header",
+        "description": "the only model that may answer: its name and weights' hash",
+        "schema": _TEXT,
+    }
+]
 # Headers of every answer of an operation.
 HEADERS: dict[str, Any] = {
-    "X-Ade-Model": {"description": "name and weights' hash", "schema": _TEXT},
+    MODEL_HEADER: {"description": "name and weights' hash", "schema": _TEXT},
     "X-Ade-Backend": {"description": "what computed the answer", "schema": _TEXT},
     "X-Ade-Batch": {
         "description": "images computed together",
@@ -102,6 +112,7 @@ def _operation(
         "operationId": name,
         "summary": operation.summary,
         "description": about,
+        "parameters": PARAMETERS,
         "requestBody": {"required": True, "content": _bodies(operation, schemas)},
         "responses": {
             **answers,

@@ -25,6 +25,8 @@ from serving.images import RESIZING, ImageError, header_pixels, read_image, resi
 from serving.messages import show, words_of
 
 PROBE_HEADER = "X-Ade-Probe"
+# Of an answer, the model that gave it; of a request, the only one that may answer it.
+MODEL_HEADER = "X-Ade-Model"
 MAX_IMAGES = 256
 MAX_BODY_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 MiB in base64

@@ -18,6 +18,7 @@ from serving.api.operations.base import check_available
 from serving.api.operations.registry import OPERATIONS
 from serving.api.requests import (
     MAX_REQUEST_PIXELS,
+    MODEL_HEADER,
     Each,
     FilesRequest,
     ImagesRequest,
@@ -80,7 +81,7 @@ class Service:
         for answer in answers:
             answer.headers.update(
                 {
-                    "X-Ade-Model": self.engine.bundle.model_id,
+                    MODEL_HEADER: self.engine.bundle.model_id,
                     "X-Ade-Backend": self.engine.backend.name,
                     "X-Ade-Batch": str(count),
                     "Server-Timing": stages,

@@ -42,6 +42,7 @@ NO_IMAGE = "There is no image yet: drop one, or choose an example."
 NOT_AN_IMAGE = (
     "This file is not an image that the page can read. Use PNG, JPEG, WebP, BMP, GIF or TIFF."
 )
+OTHER_MODEL = "The service has another model by now. Reload the page."
 UNEXPECTED = (
     "Something went wrong on the page. Try again. If it happens again, tell the person who runs "
     "this service."
@@ -63,7 +64,12 @@ class Served:
         self.needs_token = token is not None
         self.bundles = {bundle.name: bundle for bundle in bundles}
         self.clients = {
-            bundle.name: AdeClient(url, model=bundle.name if i else None, token=token)
+            bundle.name: AdeClient(
+                url,
+                model=bundle.name if i else None,
+                token=token,
+                identity=bundle.model_id,  # a canary beside it cannot decode its latents
+            )
             for i, bundle in enumerate(bundles)
         }
         self._stores = {
@@ -145,6 +151,8 @@ def sentence(error: AdeError | ApiError) -> str:
     """An error of the API in the page's words."""
     if error.message.startswith("not an image:"):
         return NOT_AN_IMAGE
+    if error.code == "other_model":
+        return OTHER_MODEL
     message = error.message.replace(f"{RESIZING} resizes them", f'tick "{RESIZE}" to resize them')
     return message[:1].upper() + message[1:] + "."
 
