@@ -334,6 +334,9 @@ def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
         and result.decision == "no_verdict"
         and result.decision_reason.startswith("not_reported: ")
     )
+    for ood in (None, True):  # contradictions
+        assert not dataclasses.replace(result, decision="accept", ood=ood).accepted
+    assert dataclasses.replace(result, decision="accept").accepted
 
 
 def test_what_is_not_finite(

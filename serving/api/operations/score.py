@@ -120,8 +120,11 @@ class ScoreResult:
 
     @property
     def accepted(self) -> bool:
-        """Whether a calibrated verdict at this alpha found nothing unusual."""
-        return self.decision == "accept"
+        """Whether a calibrated verdict at this alpha found nothing unusual.
+
+        Also false if the answer contradicts itself, as only another program's can.
+        """
+        return self.decision == "accept" and self.ood is False
 
     @property
     def bits(self) -> np.ndarray | None:
