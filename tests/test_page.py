@@ -1054,6 +1054,9 @@ def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
         services = SimpleNamespace(clients={"model": Failing(status, code)})
         with pytest.raises(gr.Error, match="It failed"):
             _scores(services, "model", files, False, 0.01)
+    upgraded = SimpleNamespace(clients={"model": Failing(412, "other_model")})
+    with pytest.raises(gr.Error, match="another model by now. Reload the page"):
+        _scores(upgraded, "model", files, False, 0.01)
 
 
 def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:

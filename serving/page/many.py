@@ -326,7 +326,7 @@ def _scores(
     except httpx.TransportError as error:
         raise page_error(error) from None
     except AdeError as error:
-        if error.status >= 500 or error.code == SERVER_ERROR:
+        if error.status >= 500 or error.code in (SERVER_ERROR, "other_model"):
             raise page_error(error) from None
         if len(batch) == 1:
             return [error]
