@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import psutil
 from handlers.ray_serve.environment import MARK, of_every_node
 from handlers.ray_serve.guard import end_all
 from serving.ports import free_ports
+
+START_S = 60.0  # that a node may take to start
 
 
 class Cluster:
@@ -65,11 +68,19 @@ class Cluster:
         if "--head" in options:
             command += ["--include-dashboard=false", f"--ray-client-server-port={client}"]
             command += [f"--temp-dir={self.folder}"]
-        with open(self.folder / f"node-{len(self._processes)}.txt", "wb") as out:
+        log = self.folder / f"node-{len(self._processes)}.txt"
+        with open(log, "wb") as out:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
         self._processes.append(process)
+        # One after another: nodes that start at the same time may hang.
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in log.read_text():
+            if process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"a node did not start:\n{log.read_text()}")
+            time.sleep(0.1)
         return process
 
     def stop(self) -> None:
