@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import numpy as np
@@ -335,3 +335,20 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     skipped = decode_into(pixels, 8, [huge, good], Path.read_bytes, lines.append)
     assert skipped == ({0: "there is no memory to decode it"}, {0}) and pixels[1].any()
+
+
+def test_unusable_files_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads finish in any order, and messages name the first file."""
+    monkeypatch.setattr("training.datasets.files.available_cores", lambda: 2)
+    second = Event()
+
+    def read(name: str) -> bytes:
+        if name == "first":
+            assert second.wait(10)
+        else:
+            second.set()
+        return b"no image"
+
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    skipped, _ = decode_into(pixels, 8, ["first", "second"], read, lambda line: None)
+    assert list(skipped) == [0, 1]

@@ -143,8 +143,8 @@ def decode_into(
         report: called with each line of progress, and of what was converted in how many files.
 
     Returns:
-        The unusable rows, each with the reason, and those of them that may be readable another
-        time.
+        The unusable rows in order, each with the reason, and those of them that may be readable
+        another time.
     """
     skipped: dict[int, str] = {}
     passing: set[int] = set()
@@ -177,7 +177,7 @@ def decode_into(
                 report(f"read {chunk[-1][0] + 1} of {len(pixels)} images")
     for note, count in notes.most_common():
         report(f"{count} files: {note}")
-    return skipped, passing
+    return dict(sorted(skipped.items())), passing  # threads finish in any order
 
 
 def unusable_hint(skipped: Mapping[str, str]) -> str:
