@@ -1105,7 +1105,7 @@ def test_compare_does_not_depend_on_the_chosen_model(tiny_bundle: Path) -> None:
 def test_samples_are_of_the_chosen_model(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of another model are cleared, and the next visit of the tab draws."""
+    """Those of another model are cleared; new ones are drawn when the tab is shown."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
     other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
     about = json.loads((other / "manifest.json").read_text())
@@ -1130,6 +1130,11 @@ def test_samples_are_of_the_chosen_model(
         assert drew(draw_once([], "other", *settings, runs)[1]) == "other"
         # The history may draw before it clears.
         assert all(value == gr.skip() for value in clear("other", runs))
+        # Another model draws at once where its samples are seen.
+        draw_if_shown = page_function(served, "draw_if_shown")
+        assert clear("tiny", runs)[0] == []
+        assert draw_if_shown("Score", [], "tiny", *settings, runs) == (gr.skip(),) * 3
+        assert drew(draw_if_shown("Sample", [], "tiny", *settings, runs)[1]) == "tiny"
         ends = page_function(served, "first_ends")("other", None, None, 1, 2)
         assert [drew(path) for path in ends] == ["other", "other"]
 
@@ -1510,8 +1515,11 @@ def test_compare(browser: Browser, two_models: RunningService, tmp_path: Path) -
         show(page, "Sample")
         page.get_by_label("Model").first.click()
         page.get_by_role("option", name="tiny").click()
-        page.get_by_role("button", name="Draw this seed").click()
         panel = panel_of(page)
+        # The other model's samples are drawn at once, of 8 pixels.
+        page.wait_for_function(
+            "document.querySelector(\"img[src*='sample-7-0']\")?.naturalWidth === 8"
+        )
         expect(panel.locator(".ade-grid img").first).to_be_visible()
         unfold(panel, "More")
         panel.locator(".ade-grid button:has(img)").first.click()

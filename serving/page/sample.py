@@ -136,7 +136,7 @@ def add_tab(shared: Shared) -> None:
         """Clear what another model drew; the history may have drawn with this one already."""
         if runs.turn == (model,):
             return (gr.skip(),) * (len(shown) + len(chosen))
-        runs.failed = runs.start()  # the next visit of the tab draws
+        runs.failed = runs.start()  # so that draw_once draws
         empty = gr.DownloadButton(value=None, interactive=False)
         return [], empty, empty, *choose(None)
 
@@ -146,6 +146,10 @@ def add_tab(shared: Shared) -> None:
         if samples or runs.latest > runs.failed:
             return (gr.skip(),) * len(shown)
         return sampled(*values)
+
+    def draw_if_shown(tab_shown: str, *values: Any) -> Any:
+        """Draw samples of a new model at once only if they would be seen."""
+        return draw_once(*values) if tab_shown == tab.label else (gr.skip(),) * len(shown)
 
     def pick(samples: list[Any], event: gr.SelectData) -> Any:
         return choose(str(samples[event.index][0]))
@@ -263,7 +267,22 @@ def add_tab(shared: Shared) -> None:
         sampled, [*settings, runs], shown, **private
     )
     changed = kind.input(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
-    for made in (asked, entered, opened, rolled, recalled, changed):
+    emptied = shared.model.change(
+        clear_other_samples,
+        [shared.model, runs],
+        [*shown, *chosen],
+        show_progress="hidden",
+        queue=False,
+        api_visibility="private",
+    )
+    redrawn = emptied.then(
+        draw_if_shown,
+        [shared.shown, gallery, *settings, runs],
+        shown,
+        trigger_mode="multiple",
+        **private,
+    )
+    for made in (asked, entered, opened, rolled, recalled, changed, redrawn):
         made.success(
             remember,
             [history, png],
@@ -281,14 +300,6 @@ def add_tab(shared: Shared) -> None:
         trigger_mode="always_last",
         api_visibility="private",
         **in_order,
-    )
-    shared.model.change(
-        clear_other_samples,
-        [shared.model, runs],
-        [*shown, *chosen],
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
     )
     gallery.select(
         pick, gallery, chosen, show_progress="hidden", api_visibility="private", **in_order
