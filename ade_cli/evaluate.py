@@ -11,7 +11,7 @@ from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
 from ade_cli.help_texts import DEVICE, RUN_OR_BUNDLE
 from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
-from training.data import PARTS, DataError
+from training.data import PARTS, DataError, ImageSet
 from training.device import DEVICES, choose_device
 from training.measure import MeasureOptions, Measurer, check_networks
 from training.metrics.features import FeatureError
@@ -120,12 +120,18 @@ def run(args: argparse.Namespace) -> None:
     run_folder = run_of(folder)
     cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
     dataset = dataset_of(args, run_folder, model.config.image_size, cached)
-    result = Measurer(dataset, device, options, say).measure(model, read_config(folder))
+    measurer = Measurer(dataset, device, options, say)
+    result = measurer.measure(model, read_config(folder))
     print(json.dumps(result, indent=2))
     if run_folder == folder:
         return
+    is_own = _is_own(args, run_folder)
+    if is_own and args.part != "train":
+        copies = dataset.copies_of_training(ImageSet(measurer.images))
+        if copies:
+            say(f"{copies} of {len(measurer.images)} images are copies of training images")
     path = folder / "evaluation.json"  # `ade export` copies the figures to the manifest
-    if args.part != "test" or not _is_own(args, run_folder):
+    if args.part != "test" or not is_own:
         say(f"{path} is left as it is: it is for the part test of the run's own data set")
     else:
         _store(result, path)

@@ -52,6 +52,7 @@ from tests.helpers import (
 from training.comparison.compare import keep_rows, read_rows, recorded_data
 from training.data import DataError, ImageSet
 from training.datasets import load_dataset
+from training.datasets.files import part_of
 from training.discriminator import Discriminator, DiscriminatorConfig
 from training.loop import _with_others, train
 from training.losses import (
@@ -1635,6 +1636,22 @@ def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
         assert json.loads((checkpoint / "evaluation.json").read_text())["images"] == kept
         assert ("evaluation.json is kept" in printed.err) == (count < kept)
     assert (run / "cache").is_dir() and not (checkpoint / "cache").exists()
+
+
+def test_copies_of_training_images_are_counted(
+    small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:40])
+    files = sorted(folder.rglob("*.png"))
+    trained = next(file for file in files if part_of(file.name) == "train")
+    for file in [file for file in files if part_of(file.name) == "test"][:2]:
+        shutil.copy(trained, file)
+    run = trained_on(folder, tmp_path / "run")
+    for part, is_said in (("test", True), ("train", False)):
+        assert main(["evaluate", str(run), "--part", part, "--draws", "1", "--device", "cpu"]) == 0
+        said = capsys.readouterr().err
+        assert (" images are copies of training images" in said) == is_said
+        assert not is_said or "\n2 of " in said
 
 
 def test_stored_figures_are_of_the_test_part_and_are_not_lost(

@@ -7,6 +7,7 @@ by the calibration only) and ``test`` (used for reported figures only). A part i
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -80,6 +81,11 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[first:last]
         return ImageSet(self.images[first:last], labels)
 
+    def digests(self) -> Iterator[bytes]:
+        """SHA-256 of each image's pixels, by which copies are found."""
+        for row in range(len(self)):
+            yield hashlib.sha256(np.ascontiguousarray(self.images[row]).data).digest()
+
     def batches(self, batch_size: int, seed: int, first_batch: int = 0) -> Iterator[np.ndarray]:
         """Yield batches without end.
 
@@ -132,6 +138,13 @@ class Dataset:
     @property
     def channels(self) -> int:
         return int(self.parts["train"].images.shape[3])
+
+    def copies_of_training(self, images: ImageSet) -> int:
+        """How many images have the pixels of a training image."""
+        digests = list(images.digests())
+        among = set(digests)  # not those of all training images, which may be millions
+        copied = {digest for digest in self.parts["train"].digests() if digest in among}
+        return sum(digest in copied for digest in digests)
 
 
 def split_tail(name: str, images: ImageSet) -> tuple[dict[str, ImageSet], dict[str, str]]:
