@@ -201,7 +201,7 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
         ({"image_shape": [0, 32, 3]}, "must be positive"),
         ({"latent_shapes": [[1, 2, -3]]}, "must be positive"),
         (
-            {"operations": ["score", "pickle"]},
+            {"operations": ["score", "pickle", "fly", "swim", "walk"]},  # the first is named
             "operations must be among sample, encode, reconstruct, score, got 'pickle'",
         ),
     ],

@@ -189,11 +189,11 @@ def open_bundle(folder: Path) -> Bundle:
         min(shape) < 1 for shape in manifest["latent_shapes"]
     ):
         raise BundleError(f"{path}: image_shape and latent_shapes must be positive")
-    unknown = set(manifest.get("operations", OPERATIONS)) - set(OPERATIONS)
-    if unknown:
-        raise BundleError(
-            f"{path}: operations must be among {', '.join(OPERATIONS)}, got {unknown.pop()!r}"
-        )
+    for operation in manifest.get("operations", OPERATIONS):
+        if operation not in OPERATIONS:
+            raise BundleError(
+                f"{path}: operations must be among {', '.join(OPERATIONS)}, got {operation!r}"
+            )
     for name in manifest["files"]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise BundleError(f"{path}: {name!r} is not a plain file name")
