@@ -461,6 +461,14 @@ def test_a_file_of_any_name_disables_no_other(bundle: Path) -> None:
         store.get("night")
 
 
+def test_files_that_cannot_be_used_are_reported_in_order(tmp_path: Path) -> None:
+    """Not as the disk lists them: an upgrade names the first."""
+    for name in "dafcbeg":
+        (tmp_path / f"{name}.npz").write_bytes(b"nothing")
+    store = CalibrationStore(Calibrations(), tmp_path, "", [])
+    assert list(store.broken) == list("abcdefg")
+
+
 def test_a_file_with_too_long_a_name_disables_no_other(bundle: Path) -> None:
     """Not even the one whose name is the beginning of its own."""
     folder = bundle / FOLDER

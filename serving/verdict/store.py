@@ -259,9 +259,9 @@ def _printable(name: str) -> str:
 
 
 def _files(folder: Path) -> dict[str, _Seen]:
-    """Files by the names of their calibrations, without hidden ones, which are being written."""
+    """Files by the names of their calibrations, in order, without hidden (half-written) ones."""
     found: dict[str, _Seen] = {}
-    for entry in list(os.scandir(folder)):
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.endswith(SUFFIX) and not entry.name.startswith("."):
             try:
                 try:
