@@ -1602,6 +1602,11 @@ def test_a_comparison_is_of_one_folder(
     assert recorded_data(out) == {run: str(mine)}
     write_json(out / "rows.json", [{"name": "vae-seed0"}])  # of an earlier version
     assert recorded_data(out) == {}
+    runs = [out / "runs" / name for name in "dafcbeg"]
+    for run in runs:
+        run.mkdir(parents=True)
+        write_json(run / "data.json", {"data": str(mine)})
+    assert list(recorded_data(out)) == sorted(runs)  # an error names the first
 
 
 def test_an_image_size_that_the_user_did_not_give_is_explained(

@@ -267,7 +267,8 @@ def recorded_data(out: Path) -> dict[Path, str]:
     """
     rows = read_json(out / ROWS, kind=list) if (out / ROWS).is_file() else []
     found = {out / "runs" / row["name"]: row.get("source") for row in rows}
-    found |= {path.parent: _source_of(path.parent) for path in (out / "runs").glob("*/data.json")}
+    for path in sorted((out / "runs").glob("*/data.json")):
+        found[path.parent] = _source_of(path.parent)
     return {run: source for run, source in found.items() if source is not None}
 
 
