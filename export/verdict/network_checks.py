@@ -88,7 +88,7 @@ def warn_if_seen(
         return
     found = semantic_statistics(engine.features(np.stack(others)))
     values = calibration.known.coordinates(found)
-    for name in values.keys() & set(calibration.names):
+    for name in filter(values.__contains__, calibration.names):  # in the same order every time
         reference = calibration.reference[:, calibration.names.index(name)]
         beyond = int((values[name] > reference[-tail]).sum())
         p_value = stats.betabinom.sf(beyond - 1, len(others), tail, count + 1 - tail)
