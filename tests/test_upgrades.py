@@ -189,10 +189,11 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
         # A canary gets its share.
         assert change(app, old, dataclasses.replace(new, share=0.5)) == [SWITCHED]
         wait_for(lambda: b in load.answers, 60)
-        text = httpx.get(app.metrics).text
         for model in (a, b):
-            assert f'ade_info{{model_name="score",worker="0",bundle="{model}"' in text
-            assert f'status="200",code="none",bundle="{model}"' in text
+            counted = f'status="200",code="none",bundle="{model}"'
+            wait_for(lambda counted=counted: counted in httpx.get(app.metrics).text)
+            info = f'ade_info{{model_name="score",worker="0",bundle="{model}"'
+            assert info in httpx.get(app.metrics).text
         # A request that names its model is answered by it, whatever the share. The page's do.
         page = Served(app.url, [open_bundle(PRETRAINED)], None).clients["cifar10-av-ade"]
         with AdeClient(app.url, identity=b) as canary, page:
