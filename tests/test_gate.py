@@ -35,7 +35,7 @@ from serving.gate_asgi import GateMiddleware
 from serving.images import read_image, write_png
 from serving.ports import free_ports
 from serving.verdict.calibration_file import Calibrations
-from tests.helpers import PRETRAINED, ROOT, with_calibrations
+from tests.helpers import PRETRAINED, ROOT, wait_for, with_calibrations
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CAT = ROOT / "serving" / "examples" / "cat.png"
@@ -440,10 +440,12 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
         large = client.post("/classify", content=b"0" * (MAX_BODY_BYTES + 1), headers=PNG)
         assert large.json()["error"]["code"] == "gate_busy"  # its body is not read
         free.set()
-        for _ in range(100):
+
+        def is_answered() -> bool:
             answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
-            if answer.status_code == 200:
-                break
+            return answer.status_code == 200
+
+        wait_for(is_answered, 60)
         assert reached[0][0].accepted
 
 
