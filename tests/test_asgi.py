@@ -1106,6 +1106,7 @@ def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
     with ThreadPoolExecutor(room + 1) as pool:
         taken = [pool.submit(app.post, "reconstruct") for _ in range(room)]
         wait_for(lambda: app.in_flight() == room, 30)
+        time.sleep(SENT_S)  # they may be connected and not sent yet
         refused = app.post("reconstruct")
         assert (refused.status_code, error_of(refused)) == (503, "overloaded")
         assert refused.headers["retry-after"] == "1"
