@@ -1253,6 +1253,7 @@ async def fail(request):
     raise ZeroDivisionError
 
 async def hang(request):
+    print("hangs", flush=True)
     await asyncio.sleep(1000)
 
 @contextlib.asynccontextmanager
@@ -1268,7 +1269,9 @@ listen.run_on(sockets, Limits(), build, 1)
 def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
     (port,) = free_ports(1)
     command = [sys.executable, "-c", FAILING, str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
 
         def get(path: str) -> httpx.Response:
             return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=60)
@@ -1284,7 +1287,7 @@ def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
         assert (answer.status_code, error_of(answer)) == (500, "internal_error")
         with ThreadPoolExecutor(1) as pool:
             cut = pool.submit(get, "/hang")
-            time.sleep(0.5)
+            assert process.stdout is not None and process.stdout.readline() == "hangs\n"
             process.terminate()
             answer = cut.result()
         assert (answer.status_code, error_of(answer)) == (503, "stopping")
