@@ -399,7 +399,10 @@ class AdeClient:
         answer = self._post("score", parameters, images)
         with _reading():
             found = answer.json()
-            found["results"] = [r if "error" in r else {**UNDECIDED, **r} for r in found["results"]]
+            found["results"] = [
+                {"error": r["error"]} if "error" in r else {**UNDECIDED, **r}
+                for r in found["results"]
+            ]
             _check_count(len(found["results"]), len(images))
             return from_json(ScoreAnswer, found)
 

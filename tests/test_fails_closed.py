@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterator
@@ -315,7 +316,9 @@ def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
     entry = {"bpd": 3.0, "bpd_parts": {}, "standard_error": None}
     verdict = {"ood_score": 1.0, "p_value": 0.5, "ood": False}
     answer = {"model": "m", "estimator": "elbo", "samples": 1, "alpha": 0.01}
-    answer["results"] = [entry | verdict]
+    decided = {"decision": "accept", "decision_reason": None}
+    error = {"error": {"code": "not_an_image", "message": "damaged"}}
+    answer["results"] = [entry | verdict, entry | verdict | decided | error]
 
     class OldServer(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -328,14 +331,15 @@ def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
     with HTTPServer(("127.0.0.1", 0), OldServer) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with AdeClient(f"http://127.0.0.1:{server.server_port}", timeout=10) as client:
-            (result,) = client.score([b"image"])
+            result, contradiction = client.score([b"image", b"image"])
+    assert isinstance(contradiction, AdeError) and not contradiction.accepted
     assert (
         not result.accepted
         and result.decision == "no_verdict"
         and result.decision_reason.startswith("not_reported: ")
     )
-    for ood in (None, True):  # contradictions
-        assert not dataclasses.replace(result, decision="accept", ood=ood).accepted
+    for change in ({"ood": None}, {"ood": True}, {"p_value": None}, {"p_value": math.nan}):
+        assert not dataclasses.replace(result, decision="accept", **change).accepted
     assert dataclasses.replace(result, decision="accept").accepted
 
 

@@ -124,7 +124,8 @@ class ScoreResult:
 
         Also false if the answer contradicts itself, as only another program's can.
         """
-        return self.decision == "accept" and self.ood is False
+        has_verdict = self.p_value is not None and self.p_value > 0  # NaN is not
+        return self.decision == "accept" and self.ood is False and has_verdict
 
     @property
     def bits(self) -> np.ndarray | None:
