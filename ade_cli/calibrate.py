@@ -15,7 +15,7 @@ from ade_cli.advice import advice
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_writable
-from ade_cli.paths import say_what_is_not_followed
+from ade_cli.paths import given_path, say_what_is_not_followed
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
 from export.verdict.choice import choose_files, choose_rows, data_of_features
@@ -45,13 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "calibration in a bundle (--into, --name). Prints the false-alarm rates to expect and the "
         "share of corrupted images that is rejected."
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=BUNDLE)
+    parser.add_argument("bundle", type=given_path, metavar="BUNDLE", help=BUNDLE)
     parser.add_argument(
-        "out", type=Path, nargs="?", metavar="OUT", help="folder of the new bundle; must not exist"
+        "out",
+        type=given_path,
+        nargs="?",
+        metavar="OUT",
+        help="folder of the new bundle; must not exist",
     )
     parser.add_argument(
         "--into",
-        type=Path,
+        type=given_path,
         metavar="BUNDLE",
         help="instead of OUT: add the calibration to this bundle of the same model, as --name; a "
         "service that runs with it takes the calibration over within seconds",
@@ -71,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, required=True)
     parser.add_argument(
         "--features",
-        type=Path,
+        type=given_path,
         metavar="MODEL.onnx",
         help="a network whose features tell things apart, such as your classifier, not trained on "
         "any of the images. Its features join the verdict's statistics, and it becomes part of "

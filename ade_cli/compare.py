@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 import torch
 
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
+from ade_cli.paths import given_path
 from ade_cli.run_checks import check_same_data, size_checked
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        type=Path,
+        type=given_path,
         metavar="OUT",
         help="the comparison's folder; runs of earlier calls stay in the report, and finished work "
         "is not repeated",

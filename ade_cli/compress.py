@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from ade_cli.image_files import FileError, check_parent, left_out
 from ade_cli.paths import given_path, say_what_is_not_followed
@@ -35,10 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGES",
         help="a folder (searched recursively), or FILE.npy",
     )
-    parser.add_argument("out", type=Path, metavar="OUT.ade", help="the archive; must not exist")
+    parser.add_argument(
+        "out", type=given_path, metavar="OUT.ade", help="the archive; must not exist"
+    )
     parser.add_argument(
         "--bundle",
-        type=Path,
+        type=given_path,
         required=True,
         help="folder of a bundle with a codec, which ade export --with-codec adds",
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 from ade_cli.image_files import FileError, check_parent
+from ade_cli.paths import given_path
 from ade_cli.progress import progress_bar
 from coding.decompress import decompress
 from coding.errors import CodingError
@@ -24,15 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"status: 0; 2 for an error; {LOST} where only a part of the images came back."
     )
     parser.add_argument(
-        "archive", type=Path, metavar="ARCHIVE.ade", help="an archive of ade compress"
+        "archive", type=given_path, metavar="ARCHIVE.ade", help="an archive of ade compress"
     )
     parser.add_argument(
         "out",
-        type=Path,
+        type=given_path,
         metavar="OUT",
         help="a new folder, or a new FILE.npy if an array was compressed",
     )
-    parser.add_argument("--bundle", type=Path, required=True, help="the bundle that compressed it")
+    parser.add_argument(
+        "--bundle", type=given_path, required=True, help="the bundle that compressed it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

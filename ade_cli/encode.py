@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from itertools import compress
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from ade_cli.image_files import (
     load_engine,
     read_pixels,
 )
+from ade_cli.paths import given_path
 from serving.engine.backends import BackendError
 from serving.engine.bundle import BundleError
 from serving.files import replacing
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=given_path,
         required=True,
         metavar="FILE.npz",
         help="arrays to write, one row per image: path, and mean_i, log_scale_i and z_i for each "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.image_files import FileError, check_parent
+from ade_cli.paths import given_path
 from export.sketch import record_of
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
@@ -29,7 +29,7 @@ ERRORS = (DataError, FeatureError, FileError, RunError)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
-        type=Path,
+        type=given_path,
         metavar="OUT",
         help="an ONNX file for ade calibrate --features, or with --small also ade train --guide",
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
 from ade_cli.help_texts import DEVICE, RUN_OR_BUNDLE
+from ade_cli.paths import given_path
 from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
 from training.data import PARTS, DataError, ImageSet
@@ -21,7 +22,7 @@ ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN_OR_BUNDLE", help=RUN_OR_BUNDLE)
+    parser.add_argument("run", type=given_path, metavar="RUN_OR_BUNDLE", help=RUN_OR_BUNDLE)
     add_data_arguments(parser, required=False)
     parser.add_argument(
         "--part",
@@ -62,7 +63,7 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resnet20",
-        type=Path,
+        type=given_path,
         metavar="NPZ",
         help="weights of a CIFAR-10 ResNet-20, for distances in its feature space (not the FID), "
         "class score and GAN-train",

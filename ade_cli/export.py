@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import RUN_OR_BUNDLE
+from ade_cli.paths import given_path
 from ade_model.checkpoint import read_config
 from ade_model.errors import ConfigError
 from export.codec import CodecError, add_codec, check_codable
@@ -21,8 +21,10 @@ ERRORS = (RunError, DataError, ConfigError, ExportError, ParityError, BundleErro
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help=RUN_OR_BUNDLE)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the bundle's folder; must not exist")
+    parser.add_argument("run", type=given_path, metavar="RUN", help=RUN_OR_BUNDLE)
+    parser.add_argument(
+        "out", type=given_path, metavar="OUT", help="the bundle's folder; must not exist"
+    )
     parser.add_argument("--name", help="name of the model in answers (default: DATA-RECIPE)")
     parser.add_argument(
         "--licence",

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=given_path,
         metavar="OUT",
         help="output folder (default: fits/NAME, where NAME is that of DIR in lower case, with - "
         "for everything but Latin letters and digits)",

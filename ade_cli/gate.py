@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ade_cli.data_options import say
 from ade_cli.help_texts import BUNDLE
@@ -70,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     task.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     task.add_argument(
-        "--report", type=Path, metavar="FILE", help="write an HTML page with the same figures too"
+        "--report",
+        type=given_path,
+        metavar="FILE",
+        help="write an HTML page with the same figures too",
     )
     task = tasks.add_parser(
         "feedback",
@@ -103,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bundle(task: argparse.ArgumentParser) -> None:
-    task.add_argument("bundle", type=Path, metavar="BUNDLE", help=BUNDLE)
+    task.add_argument("bundle", type=given_path, metavar="BUNDLE", help=BUNDLE)
     task.add_argument(
         "--calibration",
         default=DEFAULT,

@@ -40,7 +40,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="image files, or folders of them (searched recursively)",
     )
-    parser.add_argument("--bundle", type=Path, required=True, help=BUNDLE)
+    parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
     parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
     parser.add_argument(
         "--seed", type=_seed, default=0, help="seed of the latents' noise (default: %(default)s)"

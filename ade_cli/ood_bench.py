@@ -26,7 +26,7 @@ ERRORS = (BundleError, CalibrationError, DataError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=BUNDLE)
+    parser.add_argument("bundle", type=given_path, metavar="BUNDLE", help=BUNDLE)
     parser.add_argument(
         "--id",
         required=True,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(CORRUPTIONS)}",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="OUT", help="folder of the report"
+        "--out", required=True, type=given_path, metavar="OUT", help="folder of the report"
     )
     parser.add_argument("--images", type=int, metavar="N", help="use only N of each set")
     parser.add_argument(

@@ -15,6 +15,7 @@ from ade_cli.image_files import (
     load_engine,
     read_pixels,
 )
+from ade_cli.paths import given_path
 from serving.engine.backends import BackendError
 from serving.engine.bundle import BundleError
 from serving.files import replacing
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=["mean", "density"], default="mean", help=KIND)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=given_path,
         required=True,
         metavar="DIR",
         help="folder for one PNG per image, named like the image, in the subfolders of the images",

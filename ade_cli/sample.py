@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from pathlib import Path
 
 from ade_cli.help_texts import BUNDLE, KIND
 from ade_cli.image_files import FileError, check_parent, load_engine
+from ade_cli.paths import given_path
 from serving.api.errors import ApiError
 from serving.api.operations.sample import MAX_DRAWN_SEED
 from serving.api.requests import RawRequest
@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw samples into a picture (.png, with text that reproduces it) or an array (.npy). The "
         "service returns the same samples."
     )
-    parser.add_argument("--bundle", type=Path, required=True, help=BUNDLE)
+    parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=given_path,
         required=True,
         metavar="FILE",
         help="file to write; an existing one is replaced",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
-from ade_cli.paths import given, say_what_is_not_followed
+from ade_cli.paths import given, given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
 from serving.brand import rounded
 from serving.bulk import (
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, or one folder (searched recursively); with --engine ray a folder or a Parquet "
         "file with a column path, also as a URL such as s3://…",
     )
-    parser.add_argument("--bundle", type=Path, required=True, help=BUNDLE)
+    parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
     parser.add_argument(
         "--out",
         metavar="FILE",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ade_cli.help_texts import DEVICE
+from ade_cli.paths import given_path
 from handlers.front.settings import MIN_TOKEN, TOKEN_VARIABLE
 from handlers.launch.engines import DEFAULT, ENGINES
 from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S, run
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "bundles",
-        type=Path,
+        type=given_path,
         nargs="+",
         metavar="BUNDLE",
         help="the first bundle is served as OPERATION, each further one as NAME-OPERATION",
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--logs",
-        type=Path,
+        type=given_path,
         metavar="DIR",
         help="folder for logs, such as one JSON line per request (default: a temporary folder)",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from ade_cli.config_options import add_config_options, given_options
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.help_texts import DEVICE
+from ade_cli.paths import given_path
 from ade_cli.run_checks import check_same_data, size_checked
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", choices=list(recipe_names()), help="system to train; see `ade recipes`"
     )
     add_data_arguments(parser, required=True)
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "--out", required=True, type=given_path, metavar="RUN", help="the run's folder"
+    )
     parser.add_argument(
         "--size",
         choices=SIZES,
@@ -78,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--guide",
-        type=Path,
+        type=given_path,
         metavar="ENCODER.onnx",
         help="an encoder that ade encoder --small trained on the same images: the "
         "generator learns to give samples features with the mean and the covariance that real "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
+from ade_cli.paths import given_path
 from handlers.launch.channel import ChannelError, ask
 from handlers.launch.run_folder import find_service
 from handlers.launch.upgrades import FINISH, UPGRADE
@@ -17,7 +17,11 @@ ERRORS = (PortError, ChannelError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundle", type=Path, nargs="?", metavar="BUNDLE", help="what is to be served from now on"
+        "bundle",
+        type=given_path,
+        nargs="?",
+        metavar="BUNDLE",
+        help="what is to be served from now on",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(

@@ -396,6 +396,12 @@ def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[s
         ["score", "--bundle", "B", "--out", "t.csv", ""],
         ["encode", "--bundle", "B", "--out", "z.npz", ""],
         ["compress", "--bundle", "B", "", "O.ade"],
+        ["upgrade", ""],
+        ["serve", ""],
+        ["gate", "feedback", "", "--accept", "a.png"],
+        ["calibrate", "", "O", "--data", "D"],
+        ["calibrate", "B", "--into", "", "--name", "N", "--data", "D"],
+        ["score", "--bundle", "", "a.png"],
         ["fit", ""],
     ):
         with pytest.raises(SystemExit) as raised:
