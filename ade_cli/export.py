@@ -13,7 +13,7 @@ from ade_model.errors import ConfigError
 from export.codec import CodecError, add_codec, check_codable
 from export.parity import ParityError, parity_images
 from export.write import ExportError, evaluation_of, export_bundle
-from serving.engine.bundle import MANIFEST_NAME, BundleError, check_name, plain_name
+from serving.engine.bundle import MANIFEST_NAME, BundleError, check_name, check_path, plain_name
 from training.data import DataError
 from training.runs import RunError, latest_checkpoint, run_of
 
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
     # Checked here too, because reading the images may take long.
+    check_path(args.out)
     if args.out.exists():
         raise ExportError(f"{args.out} exists: export to a new folder")
     if args.name:

@@ -15,7 +15,7 @@ from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
 from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.survey import choose_image_size, picture_sizes
-from serving.engine.bundle import BundleError, plain_name
+from serving.engine.bundle import BundleError, check_path, plain_name
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets.files import part_of
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     name = plain_name(folder.name)
     out = args.out or Path("fits") / name
     check_outside(out, str(folder))
+    check_path(out)  # the bundle is made in it, after the training
     budget = read_budget(args.budget)
     before = Plan.load(out / "plan.json") if has_begun(out) else None
     say_what_is_not_followed(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from ade_cli.main import main
 from ade_model import ModelConfig
 from ade_model.checkpoint import load_model, read_config
 from ade_model.errors import ConfigError
@@ -251,6 +253,25 @@ def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(BundleError, match="is not JSON"):
         open_bundle(tmp_path)
+
+
+def test_the_path_of_a_bundle_is_utf_8(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime takes no other; commands on it, or that make it, end before their work."""
+    other = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(tiny_bundle, other)
+    folder = str(other)
+    for command in (
+        ["score", "a.png", "--bundle", folder],
+        ["serve", folder],
+        ["gate", "feedback", folder, "--accept", "a.png"],
+        ["calibrate", str(tiny_bundle), f"{folder}2", "--data", str(tmp_path)],
+        ["fit", str(tiny_bundle), "--out", f"{folder}3"],
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "the path of a bundle must be UTF-8, got" in error and r"caf\udce9" in error
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])

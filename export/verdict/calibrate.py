@@ -23,6 +23,7 @@ from serving.engine.bundle import (
     CALIBRATION_NAME,
     FEATURES_NAME,
     Bundle,
+    check_path,
     open_bundle,
     verify_bundle,
     write_manifest,
@@ -107,11 +108,13 @@ def calibrate_bundle(
 
 
 def check_out(out: Path) -> None:
-    """Check that the folder for a new bundle does not exist.
+    """Check that the folder for a new bundle can become one.
 
     Raises:
-        CalibrationError: it does.
+        BundleError: its path is not UTF-8.
+        CalibrationError: it exists.
     """
+    check_path(out)
     if os.path.lexists(out):
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
 

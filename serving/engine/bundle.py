@@ -17,6 +17,7 @@ from typing import Any
 from serving.engine.manifest import MANIFEST, REQUIRED, check_types
 from serving.engine.signatures import OPERATIONS, needed_by
 from serving.files import replacing
+from serving.messages import printable
 
 FORMAT_VERSION = 2  # the score graph of version 1 lacked the outputs that verdicts need
 KINDS = ("mean", "density")
@@ -156,12 +157,25 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "images"
 
 
+def check_path(folder: Path) -> None:
+    """Check that ONNX Runtime can open files below a bundle's folder.
+
+    Raises:
+        BundleError: the path is not UTF-8.
+    """
+    shown = printable(str(folder))
+    if shown != str(folder):
+        raise BundleError(f"the path of a bundle must be UTF-8, got {shown}")
+
+
 def open_bundle(folder: Path) -> Bundle:
     """Read a bundle's manifest.
 
     Raises:
-        BundleError: the manifest is missing, has another version, or has missing or invalid fields.
+        BundleError: the path is not UTF-8, or the manifest is missing, has another version, or has
+            missing or invalid fields.
     """
+    check_path(folder)
     path = folder / MANIFEST_NAME
     if folder.is_file():
         raise BundleError(f"{folder} is not a bundle but a file: give its folder, {folder.parent}")
