@@ -32,7 +32,7 @@ from serving.api.score_table import columns, failed_row, scored_row
 from serving.decode.pool import DecoderError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
-from serving.files import image_paths, only_writer, read_file, replacing
+from serving.files import image_paths, naming, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES, in_options
 from serving.messages import printable
 from serving.signals import signals_held
@@ -219,6 +219,7 @@ def score_folder(
     }
     with (
         only_writer(out, BulkError),
+        naming(out, part),
         open(part, "a", encoding="utf-8", opener=_unless_link) as rows,
     ):
         if out.exists():  # another process has finished meanwhile

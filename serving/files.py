@@ -148,7 +148,7 @@ def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(path: Path, temporary: Path) -> Iterator[None]:
+def naming(path: Path, temporary: Path) -> Iterator[None]:
     """Name ``path`` in errors that name its temporary file or folder, or none as a full disk's."""
     try:
         yield
@@ -173,7 +173,7 @@ def replacing(path: Path, text: bool = False) -> Iterator[IO[Any]]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with _naming(path, temporary):
+        with naming(path, temporary):
             with (
                 open(temporary, "x", encoding="utf-8", newline="")
                 if text
@@ -208,10 +208,10 @@ def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
         raise taken(f"{path} exists: take a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with _naming(path, temporary):
+    with naming(path, temporary):
         temporary.mkdir()
     try:
-        with _naming(path, temporary):
+        with naming(path, temporary):
             yield temporary
         try:
             temporary.rename(path)

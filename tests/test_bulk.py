@@ -8,6 +8,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -407,6 +408,22 @@ def test_a_table_that_another_process_finished_is_kept(
     with pytest.raises(BulkError, match="exists already"):
         score(tiny_bundle, folder, out)
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
+
+
+def test_a_full_disk_is_named_and_the_same_command_resumes(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.csv"
+    command = ["score", str(folder), "--bundle", str(tiny_bundle), "--out", str(out)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        assert main([*command, "--workers", "1"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"ade score: {out}: File too large" in capsys.readouterr().err
+    assert main(command) == 0
+    assert len(read(out)) == 303
 
 
 def test_the_cause_of_a_failing_worker_is_reported(
