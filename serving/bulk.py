@@ -196,7 +196,7 @@ def score_folder(
         scorer: of this process; those of the others have its bundle, options and calibrations.
         folder: searched recursively.
         out: a ``.csv``, ``.jsonl`` or ``.parquet`` file that does not exist yet.
-        workers: number of processes, each with one thread.
+        workers: number of processes, each with one thread; no more than there are tasks.
         progress: called with the number of scored files and of all files.
 
     Raises:
@@ -209,6 +209,7 @@ def score_folder(
     total = sum(1 for _ in image_paths(folder))
     if not total:
         raise BulkError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    workers = min(workers, -(-total // CHUNK))
     part = out.with_name(out.name + ".part")
     head = {
         "model": bundle.model_id,

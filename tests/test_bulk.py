@@ -426,6 +426,14 @@ def test_a_full_disk_is_named_and_the_same_command_resumes(
     assert len(read(out)) == 303
 
 
+def test_more_processes_than_a_semaphore_can_count(
+    tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.csv"
+    command = ["score", str(folder), "--bundle", str(tiny_bundle), "--out", str(out)]
+    assert main([*command, "--workers", str(2**31)]) == 0
+
+
 def test_the_cause_of_a_failing_worker_is_reported(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
