@@ -51,6 +51,8 @@ class GivenImages:
 
 def _array(path: Path) -> np.ndarray:
     """Read the images of an ``.npy``, or of an ``.npz`` that holds one array, whatever its name."""
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise DataError(f"{path} must be a folder of images or a regular file")
     try:
         with open(path, "rb") as file:
             is_of_arrays = file.read(len(NPY)).startswith((NPY, ZIP))

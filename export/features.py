@@ -89,8 +89,8 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
         FeaturesError: the graph cannot be read or used; the error names what is missing.
     """
     path = source.path
-    content = path.read_bytes()
     model = _read(path)
+    content = path.read_bytes()
     about_data = _data(model)
     _free_own_names(model.graph)
     found = _preprocessing(model.graph, images.shape[1:], source.preprocess)
@@ -124,6 +124,8 @@ def data_of(path: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> ModelProto:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise FeaturesError(f"{path} is not a usable ONNX graph: it is not a regular file")
     try:
         model = onnx.load(str(path))
         if _opset(model) < MIN_OPSET:

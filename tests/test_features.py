@@ -247,6 +247,9 @@ def test_what_a_graph_lacks_is_named(
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     with pytest.raises(FeaturesError, match="is not a usable ONNX graph"):
         feature_graph(FeatureSource(tmp_path / "junk.onnx"), small_images)
+    os.mkfifo(tmp_path / "pipe.onnx")  # opening it would wait for a writer
+    with pytest.raises(FeaturesError, match="pipe.onnx is not .* it is not a regular file"):
+        feature_graph(FeatureSource(tmp_path / "pipe.onnx"), small_images)
 
 
 def test_a_file_without_operators_of_onnx_is_refused(

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -361,6 +362,9 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
     # When a set is made, because the images of others may be scored before it is read.
     with pytest.raises(DataError, match="image.png must be a folder of images, an .npy or an .npz"):
         GivenImages(tmp_path / "image.png", None)
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    with pytest.raises(DataError, match="pipe must be a folder of images or a regular file"):
+        GivenImages(tmp_path / "pipe", None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no images"):
         GivenImages(tmp_path / "empty", None)
