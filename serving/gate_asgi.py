@@ -161,8 +161,7 @@ class GateMiddleware:
                 logger.warning("a request waited too long for the gate")
             else:
                 logger.exception("the gate failed")
-            failed = ApiError(503, "gate_unavailable", "the gate could not decide: try again later")
-            await _answer(send, failed)
+            await _answer(send, _unavailable())
             return
         if any(d.is_error or d.decision not in self._flagged for d in decisions):
             refused = unusable("not_accepted", "the gate did not accept the image")
@@ -243,6 +242,10 @@ class GateMiddleware:
             work.exception()  # the request that waited has reported it
 
 
+def _unavailable() -> ApiError:
+    return ApiError(503, "gate_unavailable", "the gate could not decide: try again later")
+
+
 class _TooLate(Exception):
     """The request has waited so long that nobody would get its decisions in time."""
 
@@ -253,7 +256,7 @@ async def _images(
     """The files that a request carries: at least one, and no more than the gate takes.
 
     Raises:
-        ApiError: it carries none, too many, or something that is not checked.
+        ApiError: it carries none, too many, or something that is not checked; or the disk is full.
     """
     request = Request(scope, replay(body))
     types = request.headers.getlist("content-type")
@@ -269,6 +272,9 @@ async def _images(
             async with request.form(max_files=MAX_IMAGES) as form:
                 fields = form.multi_items()
                 files = [await file.read() for _, file in fields if isinstance(file, UploadFile)]
+        except OSError as error:  # such as of a full disk: large files are spooled there
+            logger.exception("the gate failed")
+            raise _unavailable() from error
         except Exception as error:  # Starlette raises errors of its own and of the parser
             reason = str(getattr(error, "detail", None) or getattr(error, "message", ""))
             if reason.startswith("Too many files"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import httpx
@@ -447,6 +449,19 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
 
         wait_for(is_answered, 60)
         assert reached[0][0].accepted
+
+
+def test_a_form_that_the_disk_has_no_room_for_is_not_the_clients_error(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: SpooledTemporaryFile) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    client, reached = app_behind(gate)
+    monkeypatch.setattr(SpooledTemporaryFile, "rollover", fail)
+    answer = client.post("/classify", files={"a": ("a.png", bytes(2 * 2**20))})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "gate_unavailable"
+    assert reached == []
 
 
 def test_overload_leaves_some_requests_their_answers() -> None:
