@@ -433,7 +433,12 @@ class AdeClient:
         return answer
 
     def _send(self, operation: str, values: dict[str, Any], **options: Any) -> httpx.Response:
-        return self._http.post(f"/predictions/{self._prefix}{operation}", json=values, **options)
+        try:
+            return self._http.post(
+                f"/predictions/{self._prefix}{operation}", json=values, **options
+            )
+        except httpx.DecodingError as error:  # of another program
+            raise httpx.RemoteProtocolError(f"the answer cannot be decoded: {error}") from error
 
 
 def asked_to_wait(answer: httpx.Response) -> float | None:

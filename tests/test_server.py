@@ -549,7 +549,7 @@ def test_the_client_waits_as_advised_within_reason(
 
 
 @contextmanager
-def other_program(status: int, body: bytes) -> Iterator[str]:
+def other_program(status: int, body: bytes, **headers: str) -> Iterator[str]:
     """The address of a server with one answer to everything."""
 
     class Other(BaseHTTPRequestHandler):
@@ -557,6 +557,8 @@ def other_program(status: int, body: bytes) -> Iterator[str]:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            for header, value in headers.items():
+                self.send_header(header.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -580,6 +582,13 @@ def test_answers_of_another_program_are_errors_of_the_client(status: int, body: 
         with pytest.raises(AdeError) as caught:
             client.sample(1)
     assert (caught.value.status, caught.value.code) == (status, "server_error")
+
+
+def test_an_answer_that_cannot_be_decoded_is_none() -> None:
+    with other_program(200, b"junk", Content_Encoding="gzip") as url, AdeClient(url) as client:
+        assert not client.is_ready()
+        with pytest.raises(httpx.TransportError, match="the answer cannot be decoded"):
+            client.sample(1)
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"{}", b"[]", b"null", b'{"results": []}', b"PK\3\4"])
