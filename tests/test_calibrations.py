@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -1044,10 +1045,16 @@ def test_feedback_counts_and_records_what_it_was_given(
     said = capsys.readouterr().out
     assert "ade calibrate used them, so they stay: 2. Rejected, and not added before: 1." in said
     audit = bundle / FOLDER / "feedback.jsonl"
-    audit.write_text(audit.read_text() + '{"time": "2026')  # the disk was full
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (audit.stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/feedback.jsonl'"):
+            give_feedback(bundle, "default", [new, copy, new], [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert give_feedback(bundle, "default", [new, copy, new], []).joined == 1
     lines = audit.read_text().splitlines()
-    assert lines[3] == '{"time": "2026'
+    assert lines[3] == '{"time": "'
     assert [json.loads(line)["file"] for line in lines[4:]] == [str(new), str(copy)]
 
 

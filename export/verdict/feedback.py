@@ -23,7 +23,7 @@ from serving.api.requests import prepare_source
 from serving.engine.bundle import verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
-from serving.files import LOCK, locked, read_file
+from serving.files import LOCK, locked, naming, read_file
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations, version_of
 from serving.verdict.conformal import conformal_p_values
@@ -352,7 +352,7 @@ def _append(path: Path, images: Sequence[_Image], name: str, before: str, after:
         for digest, file in {image.digest: image.path, **image.copies}.items()
     ]
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o644), "a+b") as audit:
+    with naming(path, path), open(os.open(path, flags, 0o644), "a+b") as audit:
         # A full disk may have cut the last line off: without its end, this one would be lost too.
         size = audit.seek(0, os.SEEK_END)
         if size and os.pread(audit.fileno(), 1, size - 1) != b"\n":
