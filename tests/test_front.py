@@ -1048,11 +1048,10 @@ def test_a_slow_reader_gets_everything(short: RunningFront, upstream: Upstream) 
 # Turns
 
 
-def hang(front: RunningFront, body: bytes) -> socket.socket:
+def hang(front: RunningFront, body: bytes, pipelined: bytes = b"") -> socket.socket:
     connection = front.connect()
-    connection.sendall(
-        HEAD + b"Content-Type: test/wait\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    )
+    head = HEAD + b"Content-Type: test/wait\r\nContent-Length: %d\r\n\r\n" % len(body)
+    connection.sendall(head + body + pipelined)
     return connection
 
 
@@ -1064,13 +1063,13 @@ def test_a_request_whose_client_leaves_while_waiting_is_not_computed(
 ) -> None:
     taken = [hang(short, b"taken") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)
-    gone, patient = hang(short, b"gone"), hang(short, b"patient")
-    gone.sendall(pipelined)
+    # In one piece: behind a request that came later, the front would not read that the client left.
+    gone, patient = hang(short, b"gone", pipelined), hang(short, b"patient")
     time.sleep(0.3)
     refused = post(short)
     assert refused.status_code == 503 and error_of(refused) == "overloaded", "two wait already"
     gone.close()
-    time.sleep(0.2)
+    time.sleep(0.5)
     upstream.release()
     assert [read_answer(connection)[0] for connection in taken] == [200, 200]
     wait_for(lambda: upstream.num_waiting == 1)
