@@ -111,6 +111,10 @@ def run(args: argparse.Namespace) -> None:
         check_out(target)
         check_writable(target)
         verify_bundle(args.bundle).check_has("score")
+        if features is not None:
+            from export.features import check_source  # needs onnx, as in _data_of
+
+            check_source(features, bundle.image_shape)
     else:
         target, model = args.into, bundle.model_id
         bundle = open_bundle(target)

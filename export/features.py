@@ -112,6 +112,21 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
     return FeatureGraph(model.SerializeToString(deterministic=True), about)
 
 
+def check_source(source: FeatureSource, image_shape: tuple[int, ...]) -> None:
+    """Check what needs no images, because reading them may take long.
+
+    Args:
+        source: the network.
+        image_shape: ``(H, W, C)`` of the model.
+
+    Raises:
+        FeaturesError: the graph cannot be read or used; the error names what is missing.
+    """
+    graph = _read(source.path).graph
+    _preprocessing(graph, image_shape, source.preprocess)
+    _outputs(graph, source.output)
+
+
 def data_of(path: Path) -> dict[str, Any] | None:
     """What a network was trained on, see :func:`export.sketch.record_of`; ``None`` if unknown.
 

@@ -240,10 +240,22 @@ def test_what_a_graph_lacks_is_named(
     message: str,
     small_images: np.ndarray,
     tmp_path: Path,
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = network(tmp_path / "net.onnx", **changes)
     with pytest.raises(FeaturesError, match=message):
         feature_graph(FeatureSource(path, output, preprocess), small_images)
+    given = [
+        "--features",
+        str(path),
+        *(["--features-preprocess", preprocess] if preprocess else []),
+    ]
+    given += ["--features-output", output] if output else []
+    # Before the images are read, of which there are none here.
+    command = ["calibrate", str(tiny_bundle), str(tmp_path / "out"), "--data", str(tmp_path)]
+    assert main([*command, *given]) == 2
+    assert message in capsys.readouterr().err
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     with pytest.raises(FeaturesError, match="is not a usable ONNX graph"):
         feature_graph(FeatureSource(tmp_path / "junk.onnx"), small_images)
