@@ -258,6 +258,14 @@ def test_memory_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
+def test_a_lower_memory_limit_of_the_service_remains(gif: bytes) -> None:
+    """It is no reason not to decode images that need less."""
+    script = "import sys; from serving.images import *; read_image(sys.stdin.buffer.read())"
+    limited = ["bash", "-c", 'ulimit -v 400000; exec "$0" -c "$1"', sys.executable, script]
+    done = subprocess.run(limited, input=gif, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("kind", range(7))
 def test_an_invalid_answer_is_an_error_of_its_image(
     monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int

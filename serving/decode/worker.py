@@ -250,7 +250,8 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
     """Decode the files that arrive on the socket that is the standard input.
 
     Args:
-        memory_bytes: memory limit, in addition to what the program itself takes.
+        memory_bytes: memory limit, in addition to what the program itself takes. A lower limit that
+            the process has already remains.
         cpu_seconds: processor time per file, after which the process is killed.
         idle_seconds: how long to wait for a file.
     """
@@ -260,6 +261,9 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
     if sys.platform == "linux":
         with open("/proc/self/statm") as sizes:
             used = int(sizes.read().split()[0]) * resource.getpagesize()
+        _, most = resource.getrlimit(resource.RLIMIT_AS)  # such as the service's own
+        if most != resource.RLIM_INFINITY:
+            memory_bytes = min(memory_bytes, most - used)
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
     # Unpacked texts of a PNG. Pillow's own limit is 64 MiB, and a request may have many files.
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_BYTES
