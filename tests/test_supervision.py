@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
@@ -32,7 +34,8 @@ from handlers.launch.supervision import (
     LaunchError,
     Supervisor,
 )
-from serving.client import AdeClient
+from handlers.torchserve.status import describe_models
+from serving.client import AdeClient, AdeError
 from serving.engine.bundle import open_bundle
 from serving.files import LOCK
 from serving.ports import Ports, free_ports
@@ -536,6 +539,36 @@ def test_the_page_and_the_front_come_back(service: RunningService) -> None:
     assert service.process.poll() is None and service.pids["torchserve"] == java
     logs = Path(str((service.folder.read_description() or {})["logs"]))
     assert (logs / "front.out").exists() and (logs / "torchserve.log").exists()
+
+
+def test_a_worker_without_memory_is_replaced(service: RunningService) -> None:
+    """It ends even if there is no room for another thread, and until then refuses requests."""
+
+    def workers() -> dict[int, str]:
+        found = describe_models(service.folder)["encode"]["workers"]
+        return {worker["pid"]: worker["status"] for worker in found}
+
+    (pid,) = workers()
+    room = 4 * 2**20  # less than a thread's stack
+    limit = psutil.Process(pid).memory_info().vms + room
+    with AdeClient(service.url, retries=0) as client:
+        expected = client.encode([EXAMPLE]).z
+        resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+
+        def is_replaced() -> bool:
+            with contextlib.suppress(AdeError, httpx.TransportError):
+                client.encode(np.zeros((256, 32, 32, 3), np.uint8))
+            return pid not in workers()
+
+        assert until(is_replaced, 60)
+
+        def answers() -> bool:
+            with contextlib.suppress(AdeError, httpx.TransportError):
+                found = client.encode([EXAMPLE]).z
+                return all((a == b).all() for a, b in zip(found, expected, strict=True))
+            return False
+
+        assert until(answers, 60) and list(workers().values()) == ["READY"]
 
 
 @pytest.fixture

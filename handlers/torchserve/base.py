@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ class OperationHandler:
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
         self.service = Service(self.operation, engine, options["threads"], journal)
         self._busy = threading.Lock()
-        self._is_leaving = False
+        self._leaving = threading.Event()
+        # Not started when it is needed: without memory there may be no room for a thread.
+        threading.Thread(target=self._exit_when_leaving, daemon=True).start()
         self._stop_folder = Path(os.environ["ADE_STOP_FOLDER"])
         Reporter(
             self.service.telemetry, context.metrics, context.model_name, self._each_second
@@ -64,7 +67,7 @@ class OperationHandler:
         with self._busy:
             if self._stop_folder.exists():
                 answers = [error_response(stopping()) for _ in data]
-            elif self._is_leaving:
+            elif self._leaving.is_set():
                 answers = [
                     error_response(ApiError(503, "overloaded", "try again later")) for _ in data
                 ]
@@ -82,10 +85,15 @@ class OperationHandler:
             for name, value in answer.headers.items():
                 context.set_response_header(i, name, value)
             bodies.append(answer.body)
-        if self.service.is_exhausted and not self._is_leaving:  # TorchServe starts another worker
-            self._is_leaving = True
-            threading.Timer(EXIT_DELAY_S, os._exit, [1]).start()
+        if self.service.is_exhausted:
+            self._leaving.set()
         return bodies
+
+    def _exit_when_leaving(self) -> None:
+        """End the process of a worker without memory: TorchServe starts another one."""
+        self._leaving.wait()
+        time.sleep(EXIT_DELAY_S)
+        os._exit(1)
 
     def _each_second(self) -> None:
         """Take changed calibrations over here, so that no request waits for them."""
