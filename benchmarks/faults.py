@@ -100,9 +100,9 @@ async def exhaust(service: Running, known: list[Known]) -> list[Result]:
     )
     large = Known("score", body, "application/json", answer.raise_for_status().content)
     pid = next(pid for pid, (model, _) in service.workers().items() if model == "score")
+    limit = psutil.Process(pid).memory_info().vms + ROOM  # while it has no picture in its memory
     async with Traffic(service.url, [*known, large], CLIENTS) as traffic:
         await asyncio.sleep(1)
-        limit = psutil.Process(pid).memory_info().vms + ROOM
         resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
         started = time.monotonic()
         while pid in await asyncio.to_thread(service.workers) and time.monotonic() - started < 60:
