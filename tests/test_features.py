@@ -311,20 +311,85 @@ def test_coordinates_by_hand() -> None:
     some, others = features(0, 50), features(1, 7)
     known = KnownImages.of({FEATURES: some})
 
-    def distances(images: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-        cosines = images @ neighbours.T / np.linalg.norm(images, axis=1)[:, None]
-        cosines /= np.linalg.norm(neighbours, axis=1)
-        found: np.ndarray = -np.sort(cosines, axis=1)[:, -10]
+    def distances(images: np.ndarray, neighbours: np.ndarray, of_main: np.ndarray) -> np.ndarray:
+        """To the tenth nearest, outside the main directions of some images."""
+        images, neighbours, of_main = (
+            its / np.linalg.norm(its, axis=1, keepdims=True)
+            for its in (images, neighbours, of_main)
+        )
+        main = np.linalg.svd(of_main)[2][:5]  # a quarter of the 20 features
+        outside = [its - its @ main.T @ main for its in (images, neighbours)]
+        apart = np.square(outside[0][:, None] - outside[1]).sum(2) / 2 - 1
+        found: np.ndarray = np.sort(apart, axis=1)[:, 9]
         return found
 
-    # An image is not its own neighbour where the density is fitted.
-    own = np.array([distances(some[[i]], np.delete(some, i, axis=0))[0] for i in range(50)])
+    # Where the density is fitted, an image is not its own neighbour, and every tenth image is left
+    # out of the main directions together with it.
+    own = np.array(
+        [
+            distances(some[[i]], np.delete(some, i, axis=0), some[np.arange(50) % 10 != i % 10])[0]
+            for i in range(50)
+        ]
+    )
+    assert known.main.shape == (20, 5)
     found = known.coordinates({FEATURES: others})
     assert list(found) == [DISTANCE]
-    expected = (distances(others, some) - own.mean()) / own.std()
-    np.testing.assert_allclose(found[DISTANCE], expected, atol=2e-2)
+    expected = (distances(others, some, some) - own.mean()) / own.std()
+    np.testing.assert_allclose(found[DISTANCE], expected, atol=4e-2)
     own_found = known.coordinates({FEATURES: some}, known=True)[DISTANCE]
-    np.testing.assert_allclose(own_found, (own - own.mean()) / own.std(), atol=2e-2)
+    np.testing.assert_allclose(own_found, (own - own.mean()) / own.std(), atol=4e-2)
+
+
+def test_what_lies_outside_the_main_directions_counts() -> None:
+    """Images vary in 40 directions, and little in 160 others; unusual ones have more in one."""
+    rng = np.random.default_rng(0)
+
+    def images(spread: float, unusual: float = 0) -> np.ndarray:
+        values = rng.normal(size=(300, 200)) * np.repeat([1, spread], [40, 160])
+        values[:, -1] += unusual
+        return values.astype(np.float32)
+
+    some, usual, unusual = images(0.2), images(0.2), images(0.2, unusual=3)
+    known = KnownImages.of({FEATURES: some})
+    assert known.main.shape == (200, 48)
+
+    def found(known: KnownImages) -> float:
+        distances = [known.coordinates({FEATURES: its})[DISTANCE] for its in (usual, unusual)]
+        return float((distances[1] > np.quantile(distances[0], 0.95)).mean())
+
+    assert found(known) > 0.9 and found(dataclasses.replace(known, main=known.main[:, :0])) < 0.4
+    # The known images count as new ones would.
+    own = known.coordinates({FEATURES: some}, known=True)[DISTANCE]
+    assert abs(known.coordinates({FEATURES: usual})[DISTANCE].mean() - own.mean()) < 0.3
+    # If images have hardly anything outside, as in a classifier's features, all directions count.
+    assert KnownImages.of({FEATURES: images(0.05)}).main.shape == (200, 0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 60])
+@pytest.mark.parametrize("shape", ["usual", "one direction", "zero"])
+def test_few_or_equal_known_images(count: int, shape: str) -> None:
+    some = features(0, count)
+    if shape == "one direction":
+        some = np.linspace(1, 2, count, dtype=np.float32)[:, None] * some[:1]
+    elif shape == "zero":
+        some = 0 * some
+    known = KnownImages.of({FEATURES: some})
+    most = 0 if shape == "one direction" else min(5, int(0.4 * count))
+    assert known.problem() is None and known.main.shape == (20, most)
+    assert np.isfinite(known.coordinates({FEATURES: features(1, 7)})[DISTANCE]).all()
+
+
+def test_known_images_of_a_version_before_are_judged_by_the_cosine() -> None:
+    some, others = features(0, 50), features(1, 7)
+    made = KnownImages.of({FEATURES: some})
+    arrays = {name: values for name, values in made.arrays().items() if name != "known_main"}
+    arrays["known_usual"] = np.array([[[0.0, 1.0]]])
+    before = KnownImages.from_arrays(arrays, "")
+    assert before is not None and before.problem() is None
+    some, others = (its / np.linalg.norm(its, axis=1, keepdims=True) for its in (some, others))
+    expected = -np.sort(others @ some.T, axis=1)[:, -10]
+    found = before.coordinates({FEATURES: others})[DISTANCE]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_what_is_usual_depends_on_the_class() -> None:
@@ -433,17 +498,26 @@ def test_no_known_image_is_its_own_neighbour() -> None:
     )
 
 
-def test_usual_values_of_the_density_do_not_count_beside_the_coordinates() -> None:
+@pytest.mark.parametrize("alike", [1 / 2, 3 / 4])
+def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike: float) -> None:
     """Only unusual ones do. In a calibration of a version before, all of them did."""
     rng = np.random.default_rng(0)
-    fitted = fit_calibration(semantic_draw(rng, 500), semantic_draw(rng, 500))
-    normal = fitted.normal(fitted.rows(semantic_draw(rng, 500)))
+
+    def sets() -> dict[str, np.ndarray]:
+        made = semantic_draw(rng, 500)
+        if alike == 1 / 2:  # hardly anything is outside the main directions
+            made[FEATURES] = 1 + 0.01 * made[FEATURES]
+        return made
+
+    fitted = fit_calibration(sets(), sets())
+    assert fitted.known is not None and bool(fitted.known.main.size) == (alike == 3 / 4)
+    normal = fitted.normal(fitted.rows(sets()))
     normal[:, -2:] = 0.5
     density = fitted.mixture.surprise(normal[:, :-2])
     order = np.argsort(density)
     scores = fitted.surprise(normal)[order]
     usual = np.sum(scores == scores[0])
-    assert 150 < usual < 350 and (np.diff(scores[usual:]) > 0).all()
+    assert abs(usual - 500 * alike) < 60 and (np.diff(scores[usual:]) > 0).all()
     assert np.ptp(scores) == pytest.approx(density[order[-1]] - density[order[usual - 1]], rel=0.1)
 
     arrays = fitted.arrays()
@@ -726,22 +800,37 @@ def test_damaged_features_of_known_images_are_noticed() -> None:
     good = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
     good.check_values()
     assert good.known is not None
-    vectors, usual = good.known.directions, good.known.usual
+    vectors, main, usual = good.known.directions, good.known.main, good.known.usual
     for known, message in (
-        (KnownImages(vectors.astype(np.float32), usual, 1.0), "known_directions must be int16"),
-        (KnownImages(vectors[0], usual, 1.0), "known_directions must be int16"),
-        (KnownImages(vectors[:1], usual, 1.0), "m at least 2, got int16 .1, 12"),
-        (KnownImages(vectors, usual[0], 1.0), "known_usual must be numbers of shape"),
-        (KnownImages(vectors, usual[:, :, :1], 1.0), "known_usual must be numbers of shape"),
-        (KnownImages(vectors, usual.astype(str), 1.0), "known_usual must be numbers of shape"),
-        (KnownImages(vectors, usual[:0], 1.0), "known_usual must be finite means"),
-        (KnownImages(vectors, usual[:, :1], 1.0), "known_usual lacks semantic_energy"),
-        (KnownImages(vectors, 0 * usual, 1.0), "known_usual must be finite means and positive"),
-        (KnownImages(vectors, usual + np.inf, 1.0), "known_usual must be finite means"),
-        (KnownImages(vectors, usual, float("nan")), "known_weight must be a finite number"),
-        (KnownImages(vectors, usual, -1.0), "known_weight must be a finite number"),
-        (KnownImages(vectors, usual, 1.0, float("nan")), "known_floor must be a number below"),
-        (KnownImages(vectors, usual, 1.0, np.inf), "known_floor must be a number below"),
+        (
+            KnownImages(vectors.astype(np.float32), main, usual, 1.0),
+            "known_directions must be int16",
+        ),
+        (KnownImages(vectors[0], main, usual, 1.0), "known_directions must be int16"),
+        (KnownImages(vectors[:1], main, usual, 1.0), "m at least 2, got int16 .1, 12"),
+        (KnownImages(vectors, main.T, usual, 1.0), "known_main must be int16 of shape .12, D."),
+        (KnownImages(vectors, 1.0 * main, usual, 1.0), "known_main must be int16 of shape .12, D."),
+        (KnownImages(vectors, main[0], usual, 1.0), "known_main must be int16 of shape .12, D."),
+        (KnownImages(vectors, main, usual[0], 1.0), "known_usual must be numbers of shape"),
+        (KnownImages(vectors, main, usual[:, :, :1], 1.0), "known_usual must be numbers of shape"),
+        (
+            KnownImages(vectors, main, usual.astype(str), 1.0),
+            "known_usual must be numbers of shape",
+        ),
+        (KnownImages(vectors, main, usual[:0], 1.0), "known_usual must be finite means"),
+        (KnownImages(vectors, main, usual[:, :1], 1.0), "known_usual lacks semantic_energy"),
+        (
+            KnownImages(vectors, main, 0 * usual, 1.0),
+            "known_usual must be finite means and positive",
+        ),
+        (KnownImages(vectors, main, usual + np.inf, 1.0), "known_usual must be finite means"),
+        (KnownImages(vectors, main, usual, float("nan")), "known_weight must be a finite number"),
+        (KnownImages(vectors, main, usual, -1.0), "known_weight must be a finite number"),
+        (
+            KnownImages(vectors, main, usual, 1.0, float("nan")),
+            "known_floor must be a number below",
+        ),
+        (KnownImages(vectors, main, usual, 1.0, np.inf), "known_floor must be a number below"),
         (None, "must come last, with known images"),
     ):
         with pytest.raises(CalibrationError, match=message):
@@ -816,7 +905,7 @@ def test_a_network_trained_on_imagenet_is_the_encoder(
     graph = feature_graph(FeatureSource(path), images)
     found = run(graph.content, images)["features"]
     assert found.shape == (len(images), efficientnet.FEATURES)
-    spread = efficientnet.EfficientNetFeatures(160)(images).std(0)
+    spread = efficientnet.EfficientNetFeatures()(images).std(0)
     np.testing.assert_allclose(found.std(0), spread / (spread + 0.05), rtol=0.01, atol=1e-3)
     alone = [run(graph.content, images[i : i + 1])["features"] for i in range(4)]
     np.testing.assert_array_equal(np.concatenate(alone), found[:4])

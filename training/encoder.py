@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import DataError, ImageSet
-from training.metrics.efficientnet import EfficientNetFeatures, EfficientNetLite0, load_efficientnet
+from training.metrics.efficientnet import (
+    SIZE,
+    EfficientNetFeatures,
+    EfficientNetLite0,
+    load_efficientnet,
+)
 
-SIZE = 160  # pixels per side to which images are resized
 SEEN = 2000  # images, of which the features' spread is taken
 SEEN_WITH_CLASSES = 10_000  # of which it is taken, and from which the classifier learns
 LEAST_SPREAD = 0.05  # added to it: some features are nearly always zero
@@ -96,7 +100,7 @@ def make_encoder(images: ImageSet) -> TrainedEncoder:
     classes = len(kinds) if len(kinds) > 1 else 0
     most = SEEN_WITH_CLASSES if classes else SEEN
     rows = np.sort(np.random.default_rng(SEED).permutation(len(images))[:most])
-    network = EfficientNetFeatures(SIZE)
+    network = EfficientNetFeatures()
     features = network(np.asarray(images.images[rows])).astype(np.float32)
     spread = features.std(0, dtype=np.float64).astype(np.float32) + np.float32(LEAST_SPREAD)
     classifier = None

@@ -28,7 +28,10 @@ RIDGE = 0.02  # added to a variance of about one
 # Weight of one unit of the mean semantic normal score, in standard deviations of the density's
 # score. Chosen on held-out classes and corruptions: docs/explanation/trials.md.
 SEMANTIC_WEIGHT = 1.5
-FOLDS, IMAGES_OF_FOLDS = 10, 2000  # to find the median and the spread of the density's score
+# Share of known images whose scores of the density count alike: less if the distance is in all
+# directions, because then it sees less.
+FLOOR, FLOOR_OUTSIDE_MAIN = 1 / 2, 3 / 4
+FOLDS, IMAGES_OF_FOLDS = 10, 2000  # to find the floor and the spread of the density's score
 
 
 def fit_calibration(
@@ -77,11 +80,12 @@ def fit_calibration(
     semantic = [name.startswith(SEMANTIC_PREFIX) for name in names]
     mixture = fit_mixture(scores[:, np.logical_not(semantic)])
     if known is not None and any(semantic):
-        low, middle, high = np.quantile(
-            _held_out_surprise(scores[:, np.logical_not(semantic)]), [0.16, 0.5, 0.84]
+        alike = FLOOR_OUTSIDE_MAIN if known.main.size else FLOOR
+        low, floor, high = np.quantile(
+            _held_out_surprise(scores[:, np.logical_not(semantic)]), [0.16, alike, 0.84]
         )
         weight = float(SEMANTIC_WEIGHT * (high - low) / 2 / sum(semantic))
-        known = replace(known, weight=weight, floor=float(middle))
+        known = replace(known, weight=weight, floor=float(floor))
     pixels = [i for i, name in enumerate(names) if name.startswith(PIXEL_PREFIX)]
     reference = np.stack([calibrate[name] for name in names], axis=1)
     made = Calibration(

@@ -6,8 +6,12 @@ The generative model's statistics see colours, edges and textures. The features 
 of an encoder trained without labels, depend on what an image shows. Each coordinate here is one
 number computed from them, higher for images unlike the known ones:
 
-- ``semantic_distance``: minus the cosine similarity to the tenth nearest known image (Sun et al.,
-  "Out-of-Distribution Detection with Deep Nearest Neighbors", 2022).
+- ``semantic_distance``: how far the direction of the features is from that of the tenth nearest
+  known image (Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", 2022). Only
+  what is outside the main directions of the known images counts: within these, known images differ
+  from each other, so such differences say little. What unlike images have outside them (their
+  residual: Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", 2022) says more. A
+  classifier of few classes gives its own images hardly anything outside, so all directions count.
 - ``semantic_energy``: minus the logarithm of the sum of exponentials of a classifier's logits (Liu
   et al., "Energy-based Out-of-distribution Detection", 2020).
 
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,8 +42,13 @@ FREE_ENERGY, PROBABILITIES = "free_energy", "class_probabilities"
 OF_NETWORK = (FEATURES, FREE_ENERGY, PROBABILITIES)
 NEIGHBOURS = 10
 MAX_KNOWN = 4000
-# Unit vectors are stored as integers. Sums of their products stay below 2^24, so float32 holds them
-# exactly, and no answer depends on the batch.
+# Main directions, and the most for each known image and for each feature. Chosen on held-out
+# classes and corruptions: docs/explanation/trials.md.
+MAIN, MAIN_PER_IMAGE, MAIN_PER_FEATURE = 48, 0.4, 0.25
+LEAST_OUTSIDE = 0.1  # share of known images' squared length outside them; otherwise all directions
+FOLDS = 10  # for a known image's distance, main directions are found without its fold
+# Unit vectors are stored as integers. Sums of their products stay below 2^24, and those of squares
+# of these below 2^53. So float32 and float64 hold them exactly: no answer depends on the batch.
 SCALE = 2048
 PRIOR_IMAGES = 10  # images with the overall distribution that are added to each class
 SMALLEST_SPREAD = 1e-12  # of any class
@@ -69,6 +78,8 @@ class KnownImages:
 
     Attributes:
         directions: int16 ``(m, F)``, unit vectors times :data:`SCALE`.
+        main: int16 ``(F, D)``, their main directions, also times :data:`SCALE`; ``D`` is 0 if all
+            directions count.
         usual: float64 ``(K, C, 2)``, mean and standard deviation of each of ``C`` coordinates among
             the known images of each of ``K`` classes; ``K`` and ``C`` are 1 without classes. A
             coordinate that does not vary has infinite standard deviations.
@@ -78,6 +89,7 @@ class KnownImages:
     """
 
     directions: np.ndarray
+    main: np.ndarray
     usual: np.ndarray
     weight: float = 0.0
     floor: float = -math.inf
@@ -86,7 +98,8 @@ class KnownImages:
     def of(cls, statistics: Mapping[str, np.ndarray]) -> KnownImages:
         """Of statistics by name; the first :data:`MAX_KNOWN` images become neighbours."""
         directions = _directions(statistics[FEATURES][:MAX_KNOWN]).astype(np.int16)
-        values = cls(directions, np.empty((0, 0, 2)))._values(statistics, known=True)
+        found = cls(directions, _main_directions(directions), np.empty((0, 0, 2)))
+        values = found._values(statistics, known=True)
         middle = values.mean(0)
         values = values - middle
         shares = _probabilities(statistics).astype(np.float64)
@@ -96,11 +109,11 @@ class KnownImages:
         spread = np.sqrt(np.maximum(square - np.square(mean), 0))
         # A coordinate that does not vary is zero for all images, and is left out.
         spread[:, values.std(0) < SMALLEST_SPREAD] = np.inf
-        return cls(directions, np.stack([middle + mean, spread], 2))
+        return replace(found, usual=np.stack([middle + mean, spread], 2))
 
     def problem(self) -> str | None:
         """Why no verdict can be computed with it; ``None`` if one can."""
-        directions, usual = self.directions, self.usual
+        directions, main, usual = self.directions, self.main, self.usual
         if (
             directions.dtype != np.int16
             or directions.ndim != 2
@@ -110,6 +123,11 @@ class KnownImages:
             return (
                 "known_directions must be int16 of shape (m, F), m at least 2, got "
                 f"{directions.dtype} {directions.shape}"
+            )
+        if main.dtype != np.int16 or main.ndim != 2 or len(main) != directions.shape[1]:
+            return (
+                f"known_main must be int16 of shape ({directions.shape[1]}, D), got "
+                f"{main.dtype} {main.shape}"
             )
         if usual.dtype.kind != "f" or usual.ndim != 3 or usual.shape[1:] not in ((1, 2), (2, 2)):
             return (
@@ -154,18 +172,39 @@ class KnownImages:
 
     def _values(self, statistics: Mapping[str, np.ndarray], known: bool) -> np.ndarray:
         """The coordinates before they are compared with what is usual, float64 ``(N, C)``."""
-        similarities = self._similarities(statistics[FEATURES])
-        if known:
-            np.fill_diagonal(similarities, -np.inf)
-        neighbour = min(NEIGHBOURS, len(self.directions) - 1)
-        nearest = np.partition(similarities, -neighbour, axis=1)[:, -neighbour]
         energy = [statistics[FREE_ENERGY]] if FREE_ENERGY in statistics else []
-        return np.stack([-nearest / SCALE**2, *energy], axis=1).astype(np.float64)
+        distances = self._distances(_directions(statistics[FEATURES]), known)
+        return np.stack([distances, *energy], axis=1).astype(np.float64)
 
-    def _similarities(self, features: np.ndarray) -> np.ndarray:
-        """Cosines times ``SCALE**2``, float32 ``(N, m)``."""
-        similarities: np.ndarray = _directions(features) @ self._columns
-        return similarities
+    def _distances(self, found: np.ndarray, known: bool) -> np.ndarray:
+        """From directions ``(N, F)`` to the distances, float64 ``(N,)``, -1 for equal ones."""
+        distances = _nearest(self._apart(found, self.main, self._main_parts))
+        if known:
+            for fold in range(FOLDS):
+                rows = np.arange(fold, len(self.directions), FOLDS)
+                others = np.delete(self.directions, rows, axis=0)
+                main = _greatest(others, self.main.shape[1])
+                apart = self._apart(found[rows], main, _parts(self.directions, main))
+                apart[np.arange(len(rows)), rows] = np.inf
+                distances[rows] = _nearest(apart)
+        return distances
+
+    def _apart(self, found: np.ndarray, main: np.ndarray, known_parts: np.ndarray) -> np.ndarray:
+        """Distances of directions ``(N, F)`` to each known image, float64 ``(N, m)``.
+
+        With u and v of length one, and p and q their parts in the main directions, this is
+        -u·v - |p - q|²/2: half the squared distance outside the main directions, less 1.
+        """
+        similarities = (found @ self._columns).astype(np.float64)
+        parts = _parts(found, main)
+        within = np.square(parts).sum(1)[:, None] + np.square(known_parts).sum(1)
+        within -= 2 * (parts @ known_parts.T)
+        distances: np.ndarray = -(2 * SCALE**2 * similarities + within) / (2 * SCALE**4)
+        return distances
+
+    @cached_property
+    def _main_parts(self) -> np.ndarray:
+        return _parts(self.directions, self.main)
 
     @cached_property
     def _columns(self) -> np.ndarray:
@@ -175,6 +214,7 @@ class KnownImages:
         """All arrays by name."""
         return {
             "known_directions": self.directions,
+            "known_main": self.main,
             "known_usual": self.usual,
             "known_weight": np.array(self.weight),
             "known_floor": np.array(self.floor),
@@ -194,8 +234,11 @@ class KnownImages:
             )
         if f"{prefix}known_directions" not in arrays:
             return None
+        directions = arrays[f"{prefix}known_directions"]
         return cls(
-            arrays[f"{prefix}known_directions"],
+            directions,
+            # Calibrations of versions before have no main directions.
+            arrays.get(f"{prefix}known_main", np.empty((directions.shape[-1], 0), np.int16)),
             arrays[f"{prefix}known_usual"],
             float(arrays[f"{prefix}known_weight"].item()),
             # Calibrations of versions before have no floor.
@@ -230,3 +273,40 @@ def _directions(features: np.ndarray) -> np.ndarray:
     lengths = np.sqrt(np.square(features).sum(1, keepdims=True))
     directions: np.ndarray = np.rint(SCALE * features / np.maximum(lengths, np.float32(1e-12)))
     return directions
+
+
+def _main_directions(directions: np.ndarray) -> np.ndarray:
+    """Those of known images ``(m, F)``: int16 ``(F, D)``."""
+    count, size = directions.shape
+    main = _greatest(directions, int(min(MAIN, MAIN_PER_IMAGE * count, MAIN_PER_FEATURE * size)))
+    inside = np.square(_parts(directions, main) / SCALE).sum()
+    whole = np.square(directions.astype(np.float64)).sum()
+    return main[:, :0] if inside > (1 - LEAST_OUTSIDE) * whole else main
+
+
+def _greatest(directions: np.ndarray, most: int) -> np.ndarray:
+    """Directions in which others ``(m, F)`` have the greatest mean square: int16 ``(F, most)``."""
+    count, size = directions.shape
+    if not most:
+        return np.empty((size, 0), np.int16)
+    vectors = directions / SCALE
+    if count < size:
+        squares, combined = np.linalg.eigh(vectors @ vectors.T)
+        found = vectors.T @ combined  # of length zero if there are fewer different images
+        found /= np.sqrt(np.maximum(squares, 1e-9 * max(squares[-1], 1)))
+    else:
+        found = np.linalg.eigh(vectors.T @ vectors)[1]
+    return np.asarray(np.rint(SCALE * found[:, -most:]), np.int16)
+
+
+def _parts(directions: np.ndarray, main: np.ndarray) -> np.ndarray:
+    """Parts of directions ``(N, F)`` in each main one, float64 ``(N, D)``."""
+    parts: np.ndarray = directions.astype(np.float64) @ main.astype(np.float64)
+    return parts
+
+
+def _nearest(apart: np.ndarray) -> np.ndarray:
+    """The distance ``(N,)`` to the tenth nearest, of those to all known images ``(N, m)``."""
+    neighbour = min(NEIGHBOURS, apart.shape[1] - 1)
+    nearest: np.ndarray = np.partition(apart, neighbour - 1, axis=1)[:, neighbour - 1]
+    return nearest
