@@ -151,6 +151,11 @@ BAD_IMAGE_REQUESTS = {
     "JSON list": (RawRequest("application/json", [1, 2]), 400, "must be a JSON object, got list"),
     "broken JSON": (RawRequest("application/json", b'{"images": ['), 400, "not JSON"),
     "nested JSON": (RawRequest("application/json", b"[" * 100_000), 400, "not JSON"),
+    "repeated key": (
+        RawRequest("application/json", b'{"images": ["AA=="], "alpha": 0.01, "alpha": 1}'),
+        400,
+        "the body has the key 'alpha' more than once",
+    ),
     "form without an image": (form(samples="1"), 400, "holds no image"),
     "unknown parameter": (
         as_json(images=[b64(png())], sample=2),

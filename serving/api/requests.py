@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -147,8 +148,17 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
         limits: the largest counts.
 
     Raises:
-        ApiError: 413 or 400.
+        ApiError: 413 or 400; among others, an object has a key more than once, of which parsers
+            use different ones: a proxy that checks requests must see what is answered.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise malformed(f"{name} has the key {show(repeated)} more than once")
+        return found
+
     if len(text) > limits.bytes:
         raise ApiError(
             413,
@@ -167,7 +177,7 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
                 f"JSON may have at most {most} {what} here, {name} has {count}",
             )
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise malformed(f"{name} is not JSON: {error}") from None
 
