@@ -36,6 +36,7 @@ from handlers.launch.supervision import (
 )
 from handlers.torchserve.status import describe_models
 from serving.client import AdeClient, AdeError
+from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.files import LOCK
 from serving.ports import Ports, free_ports
@@ -117,6 +118,23 @@ def test_a_service_whose_addresses_and_profile_cannot_be_printed_keeps_running(
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
+
+
+def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(serve, "SIGNS_OF_A_GPU", (ROOT,))
+    monkeypatch.setattr(serve, "has_cuda_provider", lambda: False)
+    assert not serve._gpu_for("auto", "onnxruntime")
+    assert "the GPU is not used: ONNX Runtime is installed for CPUs" in capsys.readouterr().err
+    with pytest.raises(BackendError, match="installed for CPUs alone: pip uninstall"):
+        serve._gpu_for("cuda", "onnxruntime")
+    assert serve._gpu_for("auto", "torchscript")
+    monkeypatch.setattr(serve, "has_cuda_provider", lambda: True)
+    assert serve._gpu_for("auto", "onnxruntime") and serve._gpu_for("cuda", "onnxruntime")
 
 
 def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:

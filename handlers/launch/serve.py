@@ -27,7 +27,7 @@ from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor, tell
 from handlers.launch.upgrades import UpgradeError, Upgrades
 from serving.cores import available_cores
-from serving.engine.backends import BackendError
+from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import LOOPBACK, USER, PortError, Ports
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         _warn_of_another_coder(bundle)
     allowed_hosts = _allowed_hosts(args.allowed_hosts)
     token = _token(args.host)
-    on_gpu = _gpu_for(args.device)
+    on_gpu = _gpu_for(args.device, args.backend)
     ports = Ports.from_environment()
     ports.check_free(args.host, args.expose_metrics)
     cores = available_cores()
@@ -208,7 +208,7 @@ def _stop(number: int, frame: object) -> None:
     raise SystemExit(0)
 
 
-def _gpu_for(device: str) -> bool:
+def _gpu_for(device: str, backend: str) -> bool:
     """Whether to serve on a GPU.
 
     Raises:
@@ -229,6 +229,12 @@ def _gpu_for(device: str) -> bool:
         raise BackendError(
             "--device cuda: PyTorch finds no CUDA device, or is not installed (extra cuda)"
         )
+    if found and backend == "onnxruntime" and not has_cuda_provider():
+        cure = "pip uninstall onnxruntime, then install the extra cuda instead of cpu"
+        if device == "cuda":
+            raise BackendError(f"--device cuda: ONNX Runtime is installed for CPUs alone: {cure}")
+        tell(f"warning: the GPU is not used: ONNX Runtime is installed for CPUs alone ({cure})")
+        return False
     return found
 
 

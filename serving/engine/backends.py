@@ -93,11 +93,7 @@ class OnnxRuntimeBackend:
         ort = onnx_runtime()
 
         provider = "CPUExecutionProvider"
-        if (
-            device != "cpu"
-            and "CUDAExecutionProvider" in ort.get_available_providers()
-            and _gpu_is_there(ort)
-        ):
+        if device != "cpu" and has_cuda_provider() and _gpu_is_there(ort):
             provider = "CUDAExecutionProvider"
         elif device == "cuda":
             raise BackendError(
@@ -146,6 +142,11 @@ class OnnxRuntimeBackend:
         if graph in self._bound:
             return self._bound[graph].run(inputs, names)
         return dict(zip(names, self._sessions[graph].run(names, dict(inputs)), strict=True))
+
+
+def has_cuda_provider() -> bool:
+    """Whether the installed ONNX Runtime is the one for GPUs."""
+    return "CUDAExecutionProvider" in onnx_runtime().get_available_providers()
 
 
 def _gpu_is_there(ort: Any) -> bool:
