@@ -131,6 +131,17 @@ def page(
     running.stop()
 
 
+def test_an_open_tab_does_not_keep_a_stopping_page(tmp_path: Path) -> None:
+    running = RunningPage("http://127.0.0.1:1", tmp_path, None)
+    try:
+        with running.client().stream("GET", "/gradio_api/heartbeat/a-tab") as tab:
+            assert next(tab.iter_lines()) == "data: ALIVE"
+            running.process.terminate()
+            running.process.wait(15)
+    finally:
+        running.stop()
+
+
 class Asked(BaseHTTPRequestHandler):
     """A server on this machine to which a request could be forged."""
 

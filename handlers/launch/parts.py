@@ -57,32 +57,31 @@ class Page:
             bundles: their folders.
 
         Yields:
-            A function that lets it take the place of the present one. If it is not called, the new
-            page is stopped at the end of the block.
+            A function that lets it take the place of the present one. At the end of the block, the
+            one that has lost its place is stopped, or the new page if the function was not called.
 
         Raises:
             LaunchError: it cannot be started. The present page stays.
         """
         gate = self._folder / f"page-gate-{self._num_started + 1}"
         gate.touch(mode=0o600)
-        (child, files), was_opened = self._start(bundles, gate), False
+        child, files = self._start(bundles, gate)
+        leaving = (child, files)
 
         def take_over() -> None:
-            nonlocal was_opened
-            was_opened, old, old_files = True, self._child, self._files
+            nonlocal leaving
+            leaving = (self._child, self._files)
             child.on_trial = False
             self._child, self._files = child, files
-            self._supervisor.let_end(old)
-            old.process.terminate()  # it accepts nothing from now on, and finishes what it has
+            self._supervisor.let_end(leaving[0])
+            leaving[0].process.terminate()  # it finishes what it has, and accepts nothing more
             gate.unlink()
-            self._stop(old, old_files)
 
         try:
             self._await(child, gate)
             yield take_over
         finally:
-            if not was_opened:
-                self._stop(child, files)
+            self._stop(*leaving)
             gate.unlink(missing_ok=True)
 
     def _start(self, bundles: Sequence[str], gate: Path | None = None) -> tuple[Child, Path]:

@@ -23,7 +23,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from gradio.state_holder import SessionState
 from starlette.routing import Mount
-from starlette.types import ASGIApp
 
 from serving.api.guard import Guard
 from serving.api.openapi import openapi_document
@@ -44,6 +43,7 @@ MAX_QUEUED = 64  # events
 MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
 GATE_S = 0.02  # between two checks of the gate
+IDLE_S = 0.1  # between two checks whether a stopping page still computes something
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
 READY_WAIT_S = 2.0  # for the answer that another caller of /readyz gets; then the one before
 TABS = {
@@ -209,13 +209,42 @@ def gradio_of(app: FastAPI) -> Any:
     return next(route.app for route in app.routes if isinstance(route, Mount))
 
 
-def make_server(
-    url: str, bundles: list[Bundle], token: str | None, allowed_hosts: list[str]
-) -> ASGIApp:
-    """The application as it is exposed; the token is required by its login, not by the guard."""
-    app = make_app(url, bundles, token)
-    waiting = gradio_of(app).get_blocks()._queue.pending_event_ids_session
-    return Guard(OpenRoutes(app, lambda session: len(waiting.get(session, ()))), allowed_hosts)
+class PageServer(uvicorn.Server):
+    """Serves the page behind a guard; the token is required by the page's login.
+
+    Each open tab has a stream by which Gradio sees that it is open. When the server stops, it ends
+    these streams once nothing is computed: otherwise it would wait until all tabs are closed.
+
+    Args:
+        app: of :func:`make_app`.
+        allowed_hosts: host names that requests may use.
+        address: ``host`` and ``port``.
+    """
+
+    def __init__(self, app: FastAPI, allowed_hosts: list[str], **address: Any) -> None:
+        self._gradio = gradio_of(app)
+        self._waiting = waiting = self._gradio.get_blocks()._queue.pending_event_ids_session
+        routes = OpenRoutes(app, lambda session: len(waiting.get(session, ())))
+        super().__init__(
+            uvicorn.Config(
+                Guard(routes, allowed_hosts),
+                http=PipeliningProtocol,
+                ws="none",
+                log_level="warning",
+                access_log=False,
+                **address,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_streams())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_streams(self) -> None:
+        while any(self._waiting.values()):
+            await asyncio.sleep(IDLE_S)
+        self._gradio.stop_event.set()
 
 
 def main() -> None:
@@ -245,25 +274,14 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
     # Gradio requires files that it shows to be in the temporary or the current folder.
     tempfile.tempdir = str(inbox())
-    app = make_server(
+    app = make_app(
         args.url,
         [open_bundle(folder.resolve()) for folder in args.bundles],
         os.environ.get("ADE_TOKEN"),
-        args.allowed_hosts,
     )
     os.chdir(inbox())
     start_sweeping(inbox())
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=args.host,
-            port=args.port,
-            http=PipeliningProtocol,
-            ws="none",
-            log_level="warning",
-            access_log=False,
-        )
-    )
+    server = PageServer(app, args.allowed_hosts, host=args.host, port=args.port)
     if args.gate is not None and args.gate.exists():
         args.gate.write_text("built")
         while args.gate.exists():
