@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     before = Plan.load(out / "plan.json") if has_begun(out) else None
     say_what_is_not_followed(folder)
     files = image_files(folder)
+    say(f"looking at {len(files)} files")
     sizes = picture_sizes(files)
     if args.image_size is not None:
         side = args.image_size

@@ -14,7 +14,7 @@ from ade_model.checkpoint import load_model, read_config, round_to_half, save_mo
 from export.codec import check_codable, write_codec
 from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
-from export.sketch import record_of
+from export.sketch import KEY, record_of
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.engine.backends import BACKENDS, load_backend
@@ -100,9 +100,10 @@ def export_bundle(
     operations = about.get("operations", config.operations)
     names = graphs_of(operations)
     with new_folder(out, ExportError) as folder:
-        save_model(
-            model, folder, {k: v for k, v in about.items() if k not in ("model", "format_version")}
-        )
+        known = {k: v for k, v in about.items() if k not in ("model", "format_version", KEY)}
+        if KEY in data:  # models that are trained from this one remember it
+            known[KEY] = data[KEY]
+        save_model(model, folder, known)
         examples = {
             graph: make_inputs(images[:2], config.latent_shapes, inputs_of(graph, graphs.levels))
             for graph in names

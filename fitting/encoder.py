@@ -23,6 +23,7 @@ from training.runs import read_json, write_json
 from training.small_encoder import train_small_encoder
 
 ENCODER_NAME, ENCODER_ABOUT, GUIDE_NAME = "encoder.onnx", "encoder.json", "guide.onnx"
+MAX_TESTED = 2000  # images on which an encoder is tested
 AT_A_TIME = 256  # images that the encoder recognises at a time
 MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
 
@@ -96,7 +97,7 @@ def fit_guide(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path | N
 
 def _recognises_classes(path: Path, dataset: Dataset, found: Survey) -> bool:
     """Whether an encoder recognises the classes of held-out images better than by guessing."""
-    rows = rows_of(dataset, found, "select")
+    rows = rows_of(dataset, found, "select")[:MAX_TESTED]
     images = dataset.parts["select"].images
     session = cpu_session(path, torch.get_num_threads())
     parts = [rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)]

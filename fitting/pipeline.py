@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ade_model.checkpoint import load_model
 from export.feature_source import FeatureSource
 from export.parity import ParityError, parity_images
 from export.verdict.calibrate import calibrate_bundle
+from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
 from export.verdict.images import readable
 from export.write import export_bundle
 from fitting.encoder import ENCODER_ABOUT, fit_encoder, fit_guide
@@ -216,15 +218,15 @@ def _bundle(
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)
 
-        def files(part: str) -> Iterator[bytes]:
+        def files(part: str, most: int) -> Iterator[bytes]:
             names = (name for name in dataset.files[part] if name not in left_out)
-            return readable((folder / name for name in names), step)
+            return readable((folder / name for name in islice(names, most)), step)
 
         made = calibrate_bundle(
             exported,
             bundle,
-            files("select"),
-            files("calibrate"),
+            files("select", MAX_FITTED),
+            files("calibrate", MAX_CALIBRATING),
             dataset.name,
             step,
             encoder,

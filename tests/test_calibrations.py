@@ -567,6 +567,29 @@ def test_too_few_held_out_files_of_a_training_folder_are_refused_with_the_reason
     assert len(chosen.fit) + len(chosen.calibrate) > 80
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_large_folder_or_data_set_is_sampled(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    """Of the parts that have not trained the model, too: scoring them all could take hours."""
+    limits = {"MAX_IMAGES": 25, "MAX_FITTED": 10, "MAX_CALIBRATING": 15, "MIN_IMAGES": 1}
+    for name, value in limits.items():
+        monkeypatch.setattr(f"export.verdict.choice.{name}", value)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(800):
+        (photos / f"{i}.png").touch()
+    opened = open_bundle(bundle)
+    splits = {"train": "photos: 640 files by hash of the file name"}
+    opened.manifest["data"] = {"name": "photos" if trained else "others", "splits": splits}
+    chosen = choose_files(photos, opened, None, print)
+    assert (len(chosen.fit), len(chosen.calibrate)) == (10, 15)
+    assert bool(chosen.trained) == trained
+    parts = {part: ImageSet(np.zeros((40, 8, 8, 3), np.uint8)) for part in PARTS}
+    found = choose_rows(Dataset("photos", parts, splits), opened, None, print)
+    assert [len(list(images())) for images in found] == [10, 15, 40, 0]
+
+
 @pytest.mark.parametrize("trained_on", ["model", "network of features", ""])
 def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     bundle: Path,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from ade_model.checkpoint import read_config
 from export.feature_source import DATA_KEY
 from export.features import data_of
 from export.sketch import SIZE, record_of
@@ -58,8 +59,9 @@ def record(photos: Path) -> dict[str, Any]:
     return record_of(loaded(photos))
 
 
-def bundle_of(record: dict[str, Any]) -> Bundle:
-    return Bundle(Path(), {"name": "it", "data": record})
+def bundle_of(record: dict[str, Any], ancestor: dict[str, Any] | None = None) -> Bundle:
+    training = {"images_seen": 1, "started_from": ancestor}
+    return Bundle(Path(), {"name": "it", "data": record, "training": training})
 
 
 def names_of(files: list[Path]) -> set[str]:
@@ -190,6 +192,38 @@ def test_without_a_usable_sketch_the_name_decides(
     assert not choose_files(tmp_path / "renamed", bundle_of(record), None, print).trained
 
 
+@pytest.mark.parametrize("taken", ["started_from", "flow_from"])
+def test_the_data_of_earlier_models_are_recognised(
+    tmp_path: Path, photos: Path, record: dict[str, Any], taken: str
+) -> None:
+    """A model that was trained further on other images has seen those of before, too."""
+    now = record_of(loaded(write_images(tmp_path / "later", 1)))
+    before = {**record, "data": record["name"], "recipe": "v-ade", "started_from": None}
+    del before["name"]
+    bundle = bundle_of(now, {"recipe": "v-ade", "images_seen": 1, taken: before})
+    said: list[str] = []
+    chosen = choose_files(photos, bundle, None, said.append)
+    assert "the model was trained on files of photos (recognised by the content" in said[-1]
+    assert names_of(chosen.trained) == names_in("train")
+    assert names_of([*chosen.fit, *chosen.calibrate]) == names_in("select") | names_in("calibrate")
+    assert choose_files(tmp_path / "later", bundle, None, print).trained
+    del before["sketch"]  # as of a run that was not exported
+    assert choose_files(photos, bundle, None, print).trained
+    photos.rename(tmp_path / "renamed")
+    assert not choose_files(tmp_path / "renamed", bundle, None, print).trained
+
+
+def test_an_earlier_stage_on_the_same_data_is_known_by_their_sketch(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    """The run of an earlier stage has no sketch, and its folder's name alone would mislead."""
+    before = {"data": record["name"], "splits": record["splits"], "started_from": None}
+    others = write_images(tmp_path / "others" / "photos", 2)
+    said: list[str] = []
+    assert not choose_files(others, bundle_of(record, before), None, said.append).trained
+    assert any("a data set of the same name, photos, but none of" in line for line in said)
+
+
 class Means(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean((1, 2))
@@ -232,4 +266,6 @@ def test_a_bundle_has_the_sketch_of_the_data_that_it_was_trained_on(
         export_bundle(checkpoint, out, "it", small_images[:40], None, said.append, dataset=dataset)
         found = open_bundle(out).manifest["data"]
         assert found["name"] == "photos" and ("sketch" in found) == (name == "same")
+        # From which further training takes it.
+        assert read_config(out).get("sketch") == found.get("sketch")
     assert any("no sketch of the training files" in line for line in said)

@@ -1344,9 +1344,9 @@ def test_images_to_bundle_and_back(folder: Path, tmp_path: Path, small_images: n
         "--out",
         str(tmp_path / "again"),
     )
-    assert (
-        again.returncode == 0 and read_config(latest_checkpoint(tmp_path / "again"))["started_from"]
-    ), again.stderr
+    assert again.returncode == 0, again.stderr
+    before = read_config(latest_checkpoint(tmp_path / "again"))["started_from"]
+    assert before["data"] == folder.name and before["splits"] and len(before["sketch"]) > 1
 
 
 @pytest.mark.slow

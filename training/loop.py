@@ -292,10 +292,11 @@ def _run_steps(
 
 
 def _lineage(init: Path) -> dict[str, Any]:
-    """Recipe and images seen of the run that weights are taken from, and of its own ancestors."""
+    """Recipe, images seen and data of the run that weights are taken from, and of its ancestors."""
     source = read_config(latest_checkpoint(init))
     found = {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
-    return found | {key: source[key] for key in ("flow_from", "guided") if key in source}
+    known = ("data", "splits", "sketch", "flow_from", "guided")
+    return found | {key: source[key] for key in known if key in source}
 
 
 def _out_of_time(progress: Progress, minutes: float | None) -> bool:

@@ -66,7 +66,9 @@ def check_options(dataset: Dataset, options: MeasureOptions) -> None:
         DataError: there are too few held-out images.
         FeatureError: the weights of a network are missing or wrong.
     """
-    found = len(dataset.parts[options.part].images[: options.images])
+    found = len(dataset.parts[options.part])
+    if options.images is not None:
+        found = min(found, options.images)
     least = MIN_HELD_OUT if options.resnet20 or options.efficientnet or options.inception else 2
     if found < least:
         raise DataError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from export.sketch import file_hashes, sketch_in
+from export.sketch import KEY, file_hashes, sketch_in
 from export.verdict.detector import MIN_IMAGES
 from serving.engine.bundle import Bundle
 from training.data import PARTS, DataError, Dataset, Report
@@ -19,6 +19,8 @@ from training.datasets.folder import image_files
 
 MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
+MAX_FITTED = round(FIT_SHARE * MAX_IMAGES)
+MAX_CALIBRATING = MAX_IMAGES - MAX_FITTED
 ENOUGH_FILES = 500  # of a folder that trained a network: a twenty-fifth of them fit the density
 
 
@@ -68,16 +70,18 @@ def choose_files(
     elif parts["test"]:
         report(f"{len(parts['test'])} of {len(files)} files are left out, for ade ood-bench")
     chosen = _choose({part: shuffled(paths) for part, paths in parts.items()}, bool(trained))
-    fit, calibrate, unseen = (items[:MAX_IMAGES] for items in chosen[:3])
-    return Choice(fit, calibrate, unseen, parts["train"] if trained else [])
+    return chosen._replace(
+        unseen=chosen.unseen[:MAX_IMAGES], trained=parts["train"] if trained else []
+    )
 
 
 def choose_rows(
     dataset: Dataset, bundle: Bundle, features: Mapping[str, Any] | None, report: Report
 ) -> list[Callable[[], Iterator[np.ndarray]]]:
-    """Choose images of a data set, as :class:`Choice`; they may be read more than once.
+    """Choose images of a data set, at most :data:`MAX_IMAGES` to fit to and to calibrate on.
 
-    No training images are given: published data sets have hardly any copies.
+    They may be read more than once. No training images are given: published data sets have hardly
+    any copies.
 
     Args:
         dataset: with the images.
@@ -141,7 +145,7 @@ def trained_on(
     training files (:mod:`export.sketch`), and by its name otherwise.
 
     Args:
-        bundle: its manifest describes the model's data set.
+        bundle: its manifest describes the data sets of the model and of those it was started from.
         name: of the data set, or of a folder.
         splits: of a named data set; ``None`` for a folder. Splits by file names are equal even if
             their numbers of files differ, since an added file moves no other.
@@ -158,7 +162,8 @@ def trained_on(
     """
     found = []
     by_hash: dict[str, list[Path]] = defaultdict(list)
-    for network, data in (("model", bundle.manifest["data"]), ("network of features", features)):
+    of_model = [("model", data) for data in _data_of_model(bundle)]
+    for network, data in (*of_model, ("network of features", features)):
         sketch = sketch_in(data) if data and files else None
         if sketch:
             if not by_hash:
@@ -213,6 +218,22 @@ def _check_names(network: str, copies: Sequence[Sequence[Path]]) -> None:
         )
 
 
+def _data_of_model(bundle: Bundle) -> list[Mapping[str, Any]]:
+    """Describes the data set of a bundle's model, and those of the models it was started from."""
+    records: list[Mapping[str, Any]] = [bundle.manifest["data"]]
+    ancestors = [bundle.manifest.get("training") or {}]
+    while ancestors:
+        one = ancestors.pop()
+        ancestors += filter(None, (one.get("started_from"), one.get("flow_from")))
+        if "data" not in one or "splits" not in one:  # the model itself, or of an older version
+            continue
+        record = {key: one[key] for key in ("splits", KEY) if key in one} | {"name": one["data"]}
+        # Without a sketch of its own, the same data set is known by that of a later model.
+        if not any(record.items() <= known.items() for known in records):
+            records.append(record)
+    return records
+
+
 def data_of_features(bundle: Bundle) -> Mapping[str, Any] | None:
     """Describes the data set of a bundle's network of features; ``None`` if unknown."""
     found: Mapping[str, Any] | None = (bundle.manifest.get("features") or {}).get("data")
@@ -237,7 +258,11 @@ def _choose(parts: dict[str, list[Any]], held_out: bool) -> Choice:
     ``ade ood-bench`` measures false alarms on the part ``test``, so it is not used in either case.
     """
     if held_out:
-        return Choice(parts["select"], parts["calibrate"], parts["test"], [])
+        fit, calibrate = (
+            shuffled(parts[part])[:most] if len(parts[part]) > most else parts[part]
+            for part, most in (("select", MAX_FITTED), ("calibrate", MAX_CALIBRATING))
+        )
+        return Choice(fit, calibrate, parts["test"], [])
     rest = shuffled([item for part in PARTS if part != "test" for item in parts[part]])[:MAX_IMAGES]
     first = round(FIT_SHARE * len(rest))
     return Choice(rest[:first], rest[first:], parts["test"], [])

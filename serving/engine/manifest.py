@@ -39,6 +39,9 @@ _STARTED_FROM: dict[str, Expected] = {
     "images_seen": int,
     "taken": str,
     "guided": bool,
+    "data": str,
+    "splits": {...: str},
+    "sketch": [str],
 }
 _STARTED_FROM["started_from"] = _or_null(_STARTED_FROM)
 _STARTED_FROM["flow_from"] = _or_null(_STARTED_FROM)  # if the flow is that of another model
