@@ -167,8 +167,9 @@ class GateMiddleware:
             refused = unusable("not_accepted", "the gate did not accept the image")
             await _answer(send, refused, decisions)
             return
-        scope.setdefault("state", {})["gate"] = decisions
-        await self._app(scope, replay(body, receive), send)
+        # In a copy: some servers share the state of a connection between its requests.
+        state = {**scope.get("state", {}), "gate": decisions}
+        await self._app({**scope, "state": state}, replay(body, receive), send)
 
     async def _read(self, request: Request, parts: list[bytes]) -> None:
         """Read a body.

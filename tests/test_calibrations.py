@@ -310,6 +310,26 @@ def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
     assert engine.store.get().exact is not None and not engine.store.broken
 
 
+def test_a_link_that_is_moved_brings_no_calibrations_of_another_bundle(
+    bundle: Path, night_file: Path
+) -> None:
+    add(bundle, night_file, "night")
+    other = bundle.with_name("later")
+    shutil.copytree(bundle, other)
+    (other / "calibrations" / "night.npz").rename(other / "calibrations" / "day.npz")
+    link = bundle.with_name("current")
+    link.symlink_to(bundle)
+    gate = Gate(link)
+    link.unlink()
+    link.symlink_to(other)
+    store = gate._engine.store
+    store.refresh()
+    assert set(store.names) == {"default", "night"}
+    add(bundle, night_file, "evening")
+    store.refresh()
+    assert "evening" in store.names and "day" not in store.names
+
+
 def test_what_is_broken_stays_reported_while_the_folder_cannot_be_read(
     bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

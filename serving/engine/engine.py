@@ -128,7 +128,9 @@ class InferenceEngine:
                 gpu,
                 cuda_graphs,
             )
-        folder = (calibrations or self.bundle.folder / FOLDER) if "score" in operations else None
+        # Resolved, because a link that is moved to another bundle must not bring its calibrations.
+        own = self.bundle.folder.resolve() / FOLDER
+        folder = (calibrations or own) if "score" in operations else None
         self.store = open_calibrations(self.bundle, folder)
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
