@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +47,7 @@ CHUNK = 64  # files per task
 AHEAD = 3  # tasks submitted per process
 ENDED = "a process ended (was there too little memory?): the same command resumes here"
 ROWS_A_GROUP = 20_000  # of a Parquet file
+RETRY_S = 2.0  # until files are read again whose errors may pass
 
 
 class BulkError(ValueError):
@@ -87,6 +89,13 @@ class Summary:
         return self.no_verdict + self.rejected + self.accepted
 
 
+class Versions(NamedTuple):
+    """Which bundle and calibration score: processes that score together must have the same."""
+
+    bundle: str
+    calibration: str
+
+
 class FileScorer:
     """Scores files with an engine in this process.
 
@@ -94,8 +103,8 @@ class FileScorer:
         bundle: has ``score``.
         folder: of the files; not used if ``read`` is given.
         options: how they are scored.
-        version: required version of the calibration, as another process uses it; any by default.
         read: reads a file by its path, or raises :class:`OSError`.
+        like: what another process uses, which must be the same here.
 
     Attributes:
         bundle: as given.
@@ -103,7 +112,7 @@ class FileScorer:
         calibrations: the calibrations that decide; they stay the same even if their file changes.
 
     Raises:
-        BulkError: the calibration has another version.
+        BulkError: the bundle or the calibration is not that of the other process.
         BundleError: the bundle is incomplete or damaged, or cannot score.
         UnknownCalibration: the bundle has no such calibration.
     """
@@ -113,20 +122,31 @@ class FileScorer:
         bundle: Bundle,
         folder: Path | None,
         options: BulkOptions,
-        version: str | None = None,
         read: Callable[[str], bytes] | None = None,
+        like: Versions | None = None,
     ) -> None:
         bundle.check_has("score")
+        if like is not None and bundle.digest != like.bundle:
+            raise BulkError(f"{bundle.folder} is another bundle here than where scoring began")
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
         self.calibrations = self._engine.store.usable(options.calibration)
-        if version not in (None, self.calibrations.version):
+        if like is not None and self.calibrations.version != like.calibration:
             raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
         self._read_file = read or (lambda path: read_file((folder or Path()) / path))
+        self._readable: str | None = None  # the last file that could be read
         self.bundle, self.options = bundle, options
 
+    @property
+    def versions(self) -> Versions:
+        return Versions(self.bundle.digest, self.calibrations.version)
+
     def __call__(self, paths: list[str]) -> list[dict[str, Any]]:
-        """Return one row per path, as :mod:`serving.api.score_table` makes them."""
-        images = [self._read(path) for path in paths]
+        """Return one row per path, as :mod:`serving.api.score_table` makes them.
+
+        Raises:
+            BulkError: files cannot be read at present, so that errors would not be theirs.
+        """
+        images = self._read_all(paths)
         usable = [image for image in images if isinstance(image, InputImage)]
         scores = iter(
             self._engine.score(
@@ -142,6 +162,34 @@ class FileScorer:
             self._row(path, image, next(scores) if isinstance(image, InputImage) else None)
             for path, image in zip(paths, images, strict=True)
         ]
+
+    def _read_all(self, paths: list[str]) -> list[InputImage | ApiError]:
+        """Read files, and those again whose errors may pass.
+
+        Rows are final. If such an error stays, it is that of one file only if another file can
+        still be read: expired credentials or a lost server would be the error of all that follow.
+        """
+        images = [self._read(path) for path in paths]
+        if _passing(images):
+            time.sleep(RETRY_S)
+            for i, _ in _passing(images):
+                images[i] = self._read(paths[i])
+        for path, image in zip(paths, images, strict=True):
+            if isinstance(image, InputImage):
+                self._readable = path
+        if (failed := _passing(images)) and not self._can_read():
+            i, error = failed[0]
+            raise BulkError(
+                f"{printable(paths[i])}: {error.message}, and no other file can be read either: "
+                "call the same command again later"
+            )
+        return images
+
+    def _can_read(self) -> bool:
+        try:
+            return self._readable is not None and bool(self._read_file(self._readable))
+        except OSError:
+            return False
 
     def _read(self, path: str) -> InputImage | ApiError:
         fit = self.options.resize == "fit"
@@ -169,6 +217,10 @@ class FileScorer:
             calibration=None if verdict is None else label,
         )
         return scored_row(path, result)
+
+
+def _passing(images: Sequence[InputImage | ApiError]) -> list[tuple[int, ApiError]]:
+    return [(i, e) for i, e in enumerate(images) if isinstance(e, ApiError) and e.may_pass]
 
 
 def check_out(out: Path) -> None:
@@ -230,7 +282,7 @@ def score_folder(
         done = _begin(part, head, folder)
         progress(done, total)
         chunks = _chunks(image_paths(folder), done)
-        with closing(_in_order(bundle, folder, options, version, workers, chunks)) as scored:
+        with closing(_in_order(scorer, folder, workers, chunks)) as scored:
             for made in scored:
                 rows.write("".join(json.dumps(row) + "\n" for row in made))
                 rows.flush()
@@ -314,17 +366,12 @@ def _chunks(paths: Iterator[str], done: int) -> Iterator[list[str]]:
 
 
 def _in_order(
-    bundle: Bundle,
-    folder: Path,
-    options: BulkOptions,
-    version: str,
-    workers: int,
-    chunks: Iterator[list[str]],
+    scorer: FileScorer, folder: Path, workers: int, chunks: Iterator[list[str]]
 ) -> Generator[list[dict[str, Any]]]:
     """Score the chunks in several processes; yields their rows in order."""
     context = multiprocessing.get_context("spawn")  # forking a process with threads is unsafe
     for_workers, ours = context.Pipe(duplex=False)  # a worker ends where the other end is closed
-    options_of = (bundle.folder, folder, options, version, for_workers)
+    options_of = (scorer.bundle.folder, folder, scorer.options, scorer.versions, for_workers)
     pool = ProcessPoolExecutor(workers, context, _start_worker, options_of)
     waiting: deque[Future[list[dict[str, Any]]]] = deque()
     with for_workers:
@@ -366,12 +413,12 @@ _scorer: FileScorer | BulkError
 
 
 def _start_worker(
-    bundle: Path, folder: Path, options: BulkOptions, version: str, parent: Connection
+    bundle: Path, folder: Path, options: BulkOptions, versions: Versions, parent: Connection
 ) -> None:
     global _scorer
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
-        _scorer = FileScorer(open_bundle(bundle), folder, options, version)
+        _scorer = FileScorer(open_bundle(bundle), folder, options, like=versions)
     except (BulkError, BundleError, CalibrationError, OSError) as error:
         _scorer = BulkError(str(error))  # raised by the first chunk, whose caller sees it
 

@@ -62,7 +62,11 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
             has more than ``limit`` bytes.
     """
     with _opened(path, limit) as descriptor, open(descriptor, "rb", closefd=False) as file:
-        content = file.read(limit + 1)  # the file may grow
+        try:
+            content = file.read(limit + 1)  # the file may grow
+        except OSError as error:
+            error.filename = str(path)
+            raise
         _check_size(path, len(content), limit)
         return content
 

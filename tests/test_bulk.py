@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -336,6 +337,48 @@ def test_ctrl_c_reaches_the_program_alone_and_leaves_no_process(
     with pytest.raises(KeyboardInterrupt):
         score_folder(scorer(tiny_bundle), folder, tmp_path / "s.csv", 1, interrupt)
     assert not multiprocessing.active_children()
+
+
+def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are final: the errors of an expired login would be those of all files that follow."""
+    monkeypatch.setattr(bulk, "RETRY_S", 0.0)
+    paths = [path for path in image_paths(folder) if path.startswith("class")][:4]
+    answers: dict[str, list[Exception]] = {}
+
+    def read_here(path: str) -> bytes:
+        if answers.get(path):
+            raise answers[path].pop()
+        return (folder / path).read_bytes()
+
+    scores = FileScorer(open_bundle(tiny_bundle), None, BulkOptions(), read_here)
+    lost, gone = OSError(errno.EIO, "I/O error"), FileNotFoundError(errno.ENOENT, "No such file")
+    answers[paths[1]], answers[paths[2]] = [lost], [gone]
+    rows = scores(paths)
+    assert [row["error"] for row in rows if "error" in row] == ["unreadable"]
+    assert rows[2]["notes"] == "No such file" and "bpd" in rows[1]
+    answers[paths[1]] = [lost] * 2  # a damaged file, since the others can be read
+    assert [row.get("error") for row in scores(paths)] == [None, "unreadable", None, None]
+    for path in paths:
+        answers[path] = [PermissionError("expired")] * 5
+    with pytest.raises(BulkError, match=f"{paths[0]}: expired, and no other file can be read"):
+        scores(paths)
+    answers.clear()
+    assert not any("error" in row for row in scores(paths))
+
+
+def test_all_processes_must_score_with_one_bundle(
+    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_bundle, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "licence": "another"}))
+    versions = scorer(tiny_bundle).versions
+    with pytest.raises(BulkError, match="other is another bundle here than where scoring began"):
+        FileScorer(open_bundle(other), None, BulkOptions(), like=versions)
+    assert FileScorer(open_bundle(tiny_bundle), None, BulkOptions(), like=versions)
 
 
 def test_other_files_with_names_like_its_own_are_kept(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from benchmarks.ray_cluster import ray_cluster
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
+from serving.ports import free_ports
 from tests.helpers import PRETRAINED, ROOT, make_folder
 
 pytest.importorskip("fsspec")
@@ -110,7 +115,8 @@ def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.M
     assert len(parts) == 3
     table = pa.concat_tables([parquet.read_table(part) for part in parts])
     assert table["id"].to_pylist() == list(range(10)) and table["path"].to_pylist() == paths
-    assert [row["path"] for row in manifest.read_manifest(str(parts[1]))] == paths[4:8]
+    read = manifest.read_manifest(str(parts[1]))
+    assert [row["path"] for row in read] == [os.path.abspath(path) for path in paths[4:8]]
     # As if that listing had been interrupted, and files removed since.
     assert manifest.write_parts(({"path": path} for path in paths[:4]), out) == 4
     assert parquet.read_table(out)["path"].to_pylist() == paths[:4]
@@ -122,9 +128,18 @@ def test_a_manifest_without_paths(tmp_path: Path) -> None:
         list(manifest.read_manifest(str(tmp_path / "x.parquet")))
     with pytest.raises(BulkError, match="cannot be read"):
         list(manifest.read_manifest(str(tmp_path / "y.parquet")))
-    parquet.write_table(pa.table({"path": ["x", None]}), tmp_path / "z.parquet")
-    with pytest.raises(BulkError, match="a path must be text, got None"):
-        list(manifest.read_manifest(str(tmp_path / "z.parquet")))
+    for wrong in (None, "", "a\0.png"):
+        parquet.write_table(pa.table({"path": ["x", wrong]}), tmp_path / "z.parquet")
+        expected = re.escape(f"a path must be text without zero bytes, got {wrong!r}")
+        with pytest.raises(BulkError, match=expected):
+            list(manifest.read_manifest(str(tmp_path / "z.parquet")))
+
+
+def test_relative_paths_of_a_manifest_are_from_here(tmp_path: Path) -> None:
+    """Ray's workers, perhaps on other machines, have other working directories."""
+    parquet.write_table(pa.table({"path": ["a/x.png", "s3://b/y.png"]}), tmp_path / "x.parquet")
+    rows = manifest.read_manifest(str(tmp_path / "x.parquet"))
+    assert [row["path"] for row in rows] == [os.path.abspath("a/x.png"), "s3://b/y.png"]
 
 
 def test_a_manifest_with_times_of_any_type(tmp_path: Path) -> None:
@@ -133,7 +148,7 @@ def test_a_manifest_with_times_of_any_type(tmp_path: Path) -> None:
         table["mtime"] = pa.array([1_700_000_000_000], pa.timestamp("ms", zone))
         parquet.write_table(pa.table(table), tmp_path / "x.parquet")
         rows = list(manifest.read_manifest(str(tmp_path / "x.parquet")))
-        assert rows == [{"path": "x", "size": None, "mtime": 1.7e9}]
+        assert rows == [{"path": os.path.abspath("x"), "size": None, "mtime": 1.7e9}]
     table["mtime"] = pa.array(["yesterday"])
     parquet.write_table(pa.table(table), tmp_path / "x.parquet")
     with pytest.raises(BulkError, match="cannot be read: .*yesterday"):
@@ -150,8 +165,8 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
         score._prepare(source, out, {"model": "another"})
     listed = parquet.read_table(f"{out}/manifest")
     files = listed.select(["id", "file"])
-    version = FileScorer(bundle, None, BulkOptions()).calibrations.version
-    rows = score.Scorer(str(PRETRAINED), BulkOptions(), version)(files)
+    versions = FileScorer(bundle, None, BulkOptions()).versions
+    rows = score.Scorer(str(PRETRAINED), BulkOptions(), versions)(files)
     assert rows["id"].to_pylist() == list(range(10)) and rows["path"] == listed["path"]
     assert rows["bpd"].null_count == 0 and set(rows["decision"].to_pylist()) <= {"accept", "reject"}
     (tmp_path / "out" / "rows").mkdir()
@@ -176,8 +191,8 @@ def test_names_that_are_not_utf_8_are_scored(tmp_path: Path) -> None:
         Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_bytes(cat)
     score._prepare(str(tmp_path / "in"), str(tmp_path / "out"), {})
     files = parquet.read_table(tmp_path / "out" / "manifest").select(["id", "file"])
-    version = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).calibrations.version
-    rows = score.Scorer(str(PRETRAINED), BulkOptions(), version)(files)
+    versions = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).versions
+    rows = score.Scorer(str(PRETRAINED), BulkOptions(), versions)(files)
     assert [Path(path).name for path in rows["path"].to_pylist()] == [r"caf\udce9.png"] * 2
     assert rows["error"].null_count == 2
 
@@ -185,13 +200,17 @@ def test_names_that_are_not_utf_8_are_scored(tmp_path: Path) -> None:
 def wait_for_parts(run: subprocess.Popen[bytes], out: Path, log: Path) -> None:
     """Wait until some of a run's rows are written, and it still runs."""
     deadline = time.monotonic() + 300
-    while len(list((out / "rows").glob("*.parquet"))) < 3:
+    while len(rows_in(out)) < 3:
         assert run.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
 
 
+def rows_in(out: Path) -> list[Path]:
+    return list((out / "rows").glob("*.parquet"))
+
+
 def rows_of(out: Path) -> pa.Table:
-    return pa.concat_tables([parquet.read_table(p) for p in (out / "rows").glob("*.parquet")])
+    return pa.concat_tables([parquet.read_table(path) for path in rows_in(out)])
 
 
 @needs_ray
@@ -232,6 +251,36 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
     assert sum(json.loads((out / "summary.json").read_text()).values()) == files
     third = subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
     assert third.returncode == 2 and "is complete already" in third.stderr
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_store_that_cannot_be_reached_ends_the_run_until_it_can(tmp_path: Path) -> None:
+    """Its errors would otherwise become the rows of all files, and the run would be complete."""
+    (port,) = free_ports(1)
+    images = ROOT / "serving" / "examples"
+    urls = [f"http://127.0.0.1:{port}/{path.name}" for path in sorted(images.glob("*.png"))]
+    parquet.write_table(pa.table({"path": urls}), tmp_path / "urls.parquet")
+    command = [sys.executable, "-m", "ade_cli.main", "score", str(tmp_path / "urls.parquet")]
+    command += ["--bundle", str(PRETRAINED), "--engine", "ray", "--workers", "1"]
+    command += ["--out", str(tmp_path / "out")]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    first = subprocess.run(command, **options)
+    assert first.returncode == 2 and not rows_in(tmp_path / "out"), first.stderr
+    *_, last = first.stderr.splitlines()
+    assert last.startswith(f"ade score: {urls[0]}: ") and "no other file can be read" in last
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", port), functools.partial(SimpleHTTPRequestHandler, directory=str(images))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        second = subprocess.run(command, **options)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert second.returncode == 0, second.stderr
+    rows = rows_of(tmp_path / "out")
+    assert rows.num_rows == len(urls) == rows["error"].null_count
 
 
 @needs_ray

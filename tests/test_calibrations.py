@@ -31,7 +31,7 @@ from export.verdict.choice import choose_files, choose_rows
 from export.verdict.feedback import give_feedback
 from serving.api.requests import RawRequest
 from serving.api.service import Service
-from serving.bulk import BulkError, BulkOptions, FileScorer
+from serving.bulk import BulkError, BulkOptions, FileScorer, Versions
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle, verify_bundle, write_manifest
 from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
@@ -708,7 +708,12 @@ def test_bulk_scoring_by_name(
     )
     assert "there is no calibration 'x'; there are default, night" in capsys.readouterr().err
     with pytest.raises(BulkError, match="was changed meanwhile"):
-        FileScorer(open_bundle(bundle), tmp_path, BulkOptions(calibration="night"), "another")
+        FileScorer(
+            open_bundle(bundle),
+            tmp_path,
+            BulkOptions(calibration="night"),
+            like=Versions(open_bundle(bundle).digest, "another"),
+        )
 
 
 def test_feedback_joins_once_and_can_be_taken_back(

@@ -78,8 +78,15 @@ def _walk(files: Any, folder: str) -> Iterator[dict[str, Any]]:
         yield from _walk(files, name)
 
 
+def absolute(path: str) -> str:
+    """The path as other nodes understand it: their processes have other working directories."""
+    return path if "://" in path else os.path.abspath(path)
+
+
 def read_manifest(source: str) -> Iterator[dict[str, Any]]:
     """The same from a Parquet file with a column ``path`` and, if known, ``size`` and ``mtime``.
+
+    Relative paths are those from this process's working directory.
 
     Raises:
         BulkError: it cannot be read, or has no paths.
@@ -93,9 +100,12 @@ def read_manifest(source: str) -> Iterator[dict[str, Any]]:
             kept = [name for name in ("path", "size", "mtime") if name in names]
             for batch in table.iter_batches(PART_ROWS, columns=kept):
                 for row in batch.to_pylist():
-                    if not isinstance(row["path"], str):
-                        raise BulkError(f"{source}: a path must be text, got {row['path']!r}")
-                    yield {"path": row["path"], "size": row.get("size"), "mtime": _time(row)}
+                    path = row["path"]
+                    if not isinstance(path, str) or not path or "\0" in path:
+                        raise BulkError(
+                            f"{source}: a path must be text without zero bytes, got {path!r}"
+                        )
+                    yield {"path": absolute(path), "size": row.get("size"), "mtime": _time(row)}
     except BulkError:
         raise
     except (OSError, pa.ArrowInvalid, TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import posixpath
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +28,16 @@ from handlers.ray_bulk import manifest
 from handlers.ray_bulk.manifest import PART_ROWS
 from handlers.ray_serve.instance import BESIDE, ray_instance
 from serving.api.score_table import columns
-from serving.bulk import CHUNK, BulkError, BulkOptions, FileScorer, Summary, row_schema
+from serving.bulk import (
+    CHUNK,
+    BulkError,
+    BulkOptions,
+    FileScorer,
+    Summary,
+    Versions,
+    row_schema,
+)
+from serving.decode.pool import DecoderError
 from serving.engine.bundle import Bundle, open_bundle
 from serving.files import read_file
 from serving.images import MAX_FILE_BYTES
@@ -45,12 +55,12 @@ class Scorer:
     Args:
         bundle: its folder, which every node must have.
         options: how to score.
-        version: of the calibration.
+        versions: of the bundle and the calibration.
     """
 
-    def __init__(self, bundle: str, options: BulkOptions, version: str) -> None:
+    def __init__(self, bundle: str, options: BulkOptions, versions: Versions) -> None:
         opened = open_bundle(Path(bundle))
-        self._scorer = FileScorer(opened, None, options, version, read=read_any_file)
+        self._scorer = FileScorer(opened, None, options, read_any_file, versions)
         self._schema = _schema(opened, options)
 
     def __call__(self, files: pa.Table) -> pa.Table:
@@ -106,14 +116,15 @@ def score_on_ray(
         progress: called with the number of committed files and of all files.
 
     Raises:
-        BulkError: there are no images, or ``out`` is finished or belongs to another call.
+        BulkError: there are no images, ``out`` is finished or belongs to another call, or a worker
+            cannot go on, such as for files that cannot be read at present.
         ClusterError: Ray cannot be used.
     """
-    bundle, options, version = scorer.bundle, scorer.options, scorer.calibrations.version
-    source, out = _absolute(source), _absolute(out)
+    bundle, options, versions = scorer.bundle, scorer.options, scorer.versions
+    source, out = manifest.absolute(source), manifest.absolute(out)
     plan = {
         "model": bundle.model_id,
-        "version": version,
+        "version": versions.calibration,
         "source": source,
         **dataclasses.asdict(options),
         "columns": columns(bundle, options.samples),
@@ -122,15 +133,28 @@ def score_on_ray(
         raise BulkError(f"{out} is complete already")
     total = _prepare(source, out, plan)
     with ray_instance(address, workers) as instance, _Progress(out, total, progress):
-        _run(instance.ray, bundle, out, options, version, workers, total)
+        try:
+            _run(instance.ray, scorer, out, workers, total)
+        except instance.ray.exceptions.RayTaskError as error:
+            reason = _reason(str(error))
+            if reason is None:
+                raise
+            raise BulkError(reason) from None
     summary = _count(out, total)
     manifest.write_json(posixpath.join(out, "summary.json"), dataclasses.asdict(summary))
     return summary
 
 
-def _absolute(path: str) -> str:
-    """The path as other nodes understand it: their processes have other working directories."""
-    return path if "://" in path else os.path.abspath(path)
+def _reason(text: str) -> str | None:
+    """The message with which a worker stopped the run, from Ray's error; ``None`` if it crashed.
+
+    Ray keeps the text of such an error only, at the end of its traceback.
+    """
+    names = "|".join(
+        re.escape(f"{e.__module__}.{e.__qualname__}") for e in (BulkError, DecoderError)
+    )
+    found = re.search(f"^(?:{names}): (.+)$", text, re.MULTILINE)
+    return None if found is None else found[1]
 
 
 def _prepare(source: str, out: str, plan: dict[str, Any]) -> int:
@@ -152,15 +176,7 @@ def _prepare(source: str, out: str, plan: dict[str, Any]) -> int:
     return total
 
 
-def _run(
-    ray: Any,
-    bundle: Bundle,
-    out: str,
-    options: BulkOptions,
-    version: str,
-    workers: int,
-    total: int,
-) -> None:
+def _run(ray: Any, scorer: FileScorer, out: str, workers: int, total: int) -> None:
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
 
@@ -195,7 +211,11 @@ def _run(
         override_num_blocks=-(-total // PART_ROWS),
     ).map_batches(
         Scorer,
-        fn_constructor_args=(_absolute(str(bundle.folder)), options, version),
+        fn_constructor_args=(
+            manifest.absolute(str(scorer.bundle.folder)),
+            scorer.options,
+            scorer.versions,
+        ),
         batch_format="pyarrow",
         batch_size=CHUNK,
         compute=ActorPoolStrategy(size=workers),

@@ -14,18 +14,27 @@ class ApiError(Exception):
         code: a short name that programs can compare.
         message: what is wrong, what was expected and what was received, for people.
         index: number of the image that the error is about, if it is about a single one.
+        may_pass: whether the image may be usable another time.
     """
 
-    def __init__(self, status: int, code: str, message: str, index: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        index: int | None = None,
+        may_pass: bool = False,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.index = index
+        self.may_pass = may_pass
 
     def at(self, index: int) -> ApiError:
         """The same error about image ``index``."""
-        return ApiError(self.status, self.code, self.message, index)
+        return ApiError(self.status, self.code, self.message, index, self.may_pass)
 
     def body(self) -> dict[str, Any]:
         """``{"error": {"code", "message", "index"?}}``, as in :class:`Problem`."""

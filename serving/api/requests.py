@@ -36,6 +36,16 @@ JSON_BYTES_PER_NUMBER = 26  # at most, with what stands between two
 MAX_SUFFIX = 4  # digits of a form's field such as image12
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 JSON_TYPE = "application/json"
+# Errors of a file itself. Others, such as those of a network or of expired credentials, may pass.
+LASTING = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,  # a pipe, a device or the like
+    errno.EFBIG,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
 RESIZED = "resized from"  # how the note on a resized image begins
@@ -460,7 +470,7 @@ def prepare_image(
             decoded = read_image(source, None if fit else (width, height))
         except ImageError as error:
             status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
-            return ApiError(status, error.code, str(error))
+            return ApiError(status, error.code, str(error), may_pass=error.may_pass)
         pixels, notes = decoded.pixels, list(decoded.notes)
         if channels == 1:
             pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
@@ -504,6 +514,7 @@ def prepare_source(
         return prepare_image(read(), image_shape, fit)
     except OSError as error:
         code = "too_large" if error.errno == errno.EFBIG else "unreadable"
-        return ApiError(404, code, error.strerror or str(error))
+        passing = error.errno not in LASTING
+        return ApiError(404, code, error.strerror or str(error), may_pass=passing)
     except MemoryError:
-        return ApiError(413, "too_large", "there is no memory to decode it")
+        return ApiError(413, "too_large", "there is no memory to decode it", may_pass=True)
