@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,13 +27,16 @@ import pytest
 import yaml
 
 from benchmarks.ray_cluster import Cluster, ray_cluster
+from handlers.launch.options import ServingOptions
+from handlers.launch.run_folder import RunFolder
 from handlers.ray_serve.environment import (
     MARK,
     haproxy_on_loopback,
     of_every_node,
 )
 from handlers.ray_serve.guard import end_all, processes_of
-from handlers.ray_serve.settings import Access, ServeSettings, SettingsError
+from handlers.ray_serve.settings import LOGS, Access, ServeSettings, SettingsError
+from serving.engine.bundle import open_bundle
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -84,6 +88,46 @@ def test_the_settings_of_a_cluster() -> None:
 def test_settings_that_cannot_be_used(args: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         ServeSettings.of(args)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    "address, logs, expected",
+    [
+        (None, "own/logs", "own/logs"),
+        ("10.0.0.1:6379", "given", "given"),
+        ("10.0.0.1:6379", "own/logs", LOGS),  # which other machines and users do not have
+    ],
+)
+def test_nodes_do_not_log_into_the_folder_of_a_service(
+    tmp_path: Path, address: str | None, logs: str, expected: str
+) -> None:
+    from handlers.ray_serve.driver import DriverSettings, serve_settings
+    from handlers.ray_serve.launcher import RayServe
+
+    plan: Any = SimpleNamespace(
+        front={
+            "host": "127.0.0.1",
+            "port": 1,
+            "metrics_port": 2,
+            "exposes_metrics": False,
+            "token": None,
+            "allowed_hosts": (),
+            "probe_secret": "x",
+        },
+        bundles=[open_bundle(PRETRAINED)],
+        workers={"score": 1},
+        options=ServingOptions(),
+        logs=tmp_path / logs,
+        address=address,
+    )
+    made: list[Any] = []
+    engine = RayServe(plan, RunFolder(tmp_path / "own"), None)
+    engine._start = lambda module, settings, **variables: made.append(settings)
+    engine.start()
+    assert isinstance(made[0], DriverSettings)
+    found = serve_settings(made[0]).logs
+    assert found == (expected if expected == LOGS else str(tmp_path / expected))
 
 
 @pytest.mark.parametrize("token", ["", "x" * 31, "x" * 31 + " x", "é" * 32])

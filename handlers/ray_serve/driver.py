@@ -22,7 +22,7 @@ from handlers.front.exposition import metrics_answer, only_metrics
 from handlers.front.front import Answer, Endpoint, Front, Request
 from handlers.front.settings import FrontSettings
 from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
-from handlers.ray_serve.settings import Access, ServeSettings
+from handlers.ray_serve.settings import LOGS, Access, ServeSettings
 from serving.ports import LOOPBACK, local_address
 
 APP = "ade"
@@ -37,14 +37,15 @@ class DriverSettings(FrontSettings):
         bundles: their folders, the first served under the plain names.
         workers: replicas of each bundle at most, by operation.
         options: fields of :class:`handlers.launch.options.ServingOptions`.
-        logs: an existing folder.
+        logs: a folder of each node, created if it is missing; by default those of
+            :class:`handlers.ray_serve.settings.ServeSettings` and of Ray.
         address: of a cluster; our own instance if there is none.
     """
 
     bundles: tuple[str, ...]
     workers: dict[str, int]
     options: dict[str, Any]
-    logs: str
+    logs: str | None
     address: str | None
 
 
@@ -59,7 +60,7 @@ def serve_settings(settings: DriverSettings) -> ServeSettings:
         backend=settings.options["backend"],
         device=settings.options["device"],
         allowed_hosts=settings.allowed_hosts,
-        logs=settings.logs,
+        logs=settings.logs or LOGS,
     )
 
 
@@ -95,11 +96,10 @@ def _check_unused(ray: Any, address: str | None) -> None:
 def _deploy(serve: Any, settings: DriverSettings) -> None:
     from handlers.ray_serve.app import application
 
-    logs = Path(settings.logs, "ray")
-    logs.mkdir(parents=True, exist_ok=True)
-    log = serve.schema.LoggingConfig(
-        logs_dir=str(logs), enable_access_log=False, log_level="WARNING"
-    )
+    logs = None if settings.logs is None else str(Path(settings.logs, "ray"))
+    if logs is not None:
+        Path(logs).mkdir(parents=True, exist_ok=True)
+    log = serve.schema.LoggingConfig(logs_dir=logs, enable_access_log=False, log_level="WARNING")
     serve.start(
         proxy_location="HeadOnly" if settings.address is None else "EveryNode",
         http_options={

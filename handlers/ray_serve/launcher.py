@@ -24,12 +24,15 @@ class RayServe(OneProcess):
     def start(self) -> None:
         """Start the driver; it starts Ray and the replicas, and then listens."""
         plan = self._plan
+        logs: str | None = str(plan.logs)
+        if plan.address and plan.logs.is_relative_to(self._settings.parent):
+            logs = None  # this service's own folder is of no use to other machines and users
         settings = DriverSettings(
             **plan.front,
             bundles=tuple(str(bundle.folder) for bundle in plan.bundles),
             workers=plan.workers,
             options=dataclasses.asdict(plan.options),
-            logs=str(plan.logs),
+            logs=logs,
             address=plan.address,
         )
         variables = of_cluster(os.environ) if plan.address else {}

@@ -13,6 +13,8 @@ from handlers.launch.options import ServingOptions
 from serving.engine.backends import BACKENDS, DEVICES
 from serving.engine.signatures import OPERATIONS
 
+LOGS = "~/.cache/ade/logs"  # not in /tmp, where other users could prepare links
+
 
 class SettingsError(ValueError):
     """The arguments of the application cannot be used."""
@@ -47,7 +49,7 @@ class ServeSettings:
     device: str = "cpu"
     allowed_hosts: tuple[str, ...] = ()
     exposes_metrics: bool = False
-    logs: str = "~/.cache/ade/logs"  # not in /tmp, where other users could prepare links
+    logs: str = LOGS
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> ServeSettings:
