@@ -28,11 +28,11 @@ import pytest
 
 from handlers.front.admission import Lane, Limits, Memory, read_body
 from handlers.front.forms import checked_type
-from handlers.front.front import Endpoint, Front
+from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.limits import LARGE_BYTES
 from handlers.torchserve.front import ServerSettings
 from serving.api.errors import ApiError
-from serving.api.requests import URLENCODED
+from serving.api.requests import PROBE_HEADER, URLENCODED
 from serving.ports import free_ports
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
 from tests.helpers import ROOT, address_beyond_loopback, wait_for
@@ -1294,6 +1294,46 @@ def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
         assert process.stderr is not None
         log = process.stderr.read()
         assert log.count("Traceback") == 1 and "ZeroDivisionError" in log, log
+
+
+def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow operation must not look broken; one that answers nobody must."""
+
+    async def check() -> None:
+        may_end, refusals, limits = asyncio.Event(), Counter[str](), Limits()
+
+        async def answer(request: Request) -> Answer:
+            if request.body == b"slow":
+                await may_end.wait()
+            return Answer(200, [], b"")
+
+        endpoint = Endpoint(answer, INFERRING)
+        front = Front(lambda path: endpoint, limits, Memory(limits), "secret", refusals)
+
+        async def send(body: bytes = b"", path: str = "/score", **headers: str) -> int:
+            response = await client.post(path, content=body, headers=headers)
+            return response.status_code
+
+        async def probe(path: str = "/score") -> int:
+            return await send(path=path, **{PROBE_HEADER: "secret"})
+
+        transport = httpx.ASGITransport(front)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            assert await probe() == 200
+            slow = asyncio.create_task(send(b"slow"))
+            while not front._in_progress["/score"]:
+                await asyncio.sleep(0)
+            assert await probe() == 200  # computed: probes are no sign that others are answered
+            assert await send() == 200
+            assert await probe() == 503 and await probe("/sample") == 200
+            assert not refusals and await send() == 200
+            monkeypatch.setattr("handlers.front.front.ANSWERING_S", 0.0)
+            assert await probe() == 200
+            monkeypatch.undo()
+            may_end.set()
+            assert await slow == 200 and await probe() == 200
+
+    asyncio.run(check())
 
 
 def test_a_websocket_is_closed() -> None:

@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from handlers.front.admission import (
@@ -19,6 +20,7 @@ from handlers.front.admission import (
     Lane,
     Limits,
     Memory,
+    Share,
     hang_up,
     read_body,
     unless_gone,
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 READING = ("GET", "HEAD")
 # GET and HEAD get the engine's error that says what is missing.
 INFERRING = (*READING, "POST", "PUT")
+# After an answer, during which probes need not wait for their turn behind other requests.
+ANSWERING_S = 60.0
 SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
 
 
@@ -130,6 +134,8 @@ class Front:
         self._memory = memory
         self._probe_secret = probe_secret.encode()
         self._refusals = refusals
+        self._in_progress = Counter[str]()  # by path
+        self._answered: dict[str, float] = {}  # when, by path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # only Ray's server accepts them
@@ -188,10 +194,8 @@ class Front:
                 answer = Answer.of_error(shaped(error, path))
                 share.hold(len(answer.body))
             del body
-            try:
-                async with share.waiting(None):
-                    await _send_answer(answer, send)
-            except TimeoutError:
+            if not await _is_sent(answer, share, send):
+                del answer  # only now is its memory free
                 scope["extensions"]["ade.abort"]["connection"]()
                 await hang_up(receive)
 
@@ -208,17 +212,32 @@ class Front:
         if endpoint.route is not None:
             endpoint = endpoint.route(request)
         if endpoint.model and request.model not in ("", endpoint.model):
-            raise ApiError(
-                412,
-                "other_model",
-                f"the request is for {show(request.model)} ({MODEL_HEADER}), but {endpoint.model} "
-                "answers here",
-            )
+            raise other_model(request.model, endpoint.model)
+        if request.is_probe and self._is_answering(request.path):
+            # Its turn might come too late for it, and a busy service is not a broken one.
+            return Answer.of_error(shaped(overloaded("other requests come first"), request.path))
         large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
-        with endpoint.hold():
+        with self._counted(request), endpoint.hold():
             async with _turn(large_lane, receive), _turn(endpoint.lane, receive):
-                answer = endpoint.answer(request)
-                return await (unless_gone(answer, receive) if endpoint.can_cancel else answer)
+                work = endpoint.answer(request)
+                answer = await (unless_gone(work, receive) if endpoint.can_cancel else work)
+        if not request.is_probe and answer.status < 500:
+            self._answered[request.path] = time.monotonic()
+        return answer
+
+    @contextlib.contextmanager
+    def _counted(self, request: Request) -> Iterator[None]:
+        """Count a request of a client while it is in progress."""
+        self._in_progress[request.path] += not request.is_probe
+        try:
+            yield
+        finally:
+            self._in_progress[request.path] -= not request.is_probe
+
+    def _is_answering(self, path: str) -> bool:
+        """Whether a path has requests in progress, and answered one lately."""
+        since = time.monotonic() - self._answered.get(path, -math.inf)
+        return self._in_progress[path] > 0 and since < ANSWERING_S
 
     def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
         """The request of an endpoint.
@@ -247,8 +266,27 @@ class Front:
         return Request(method, scope["path"], headers, content_type, body, is_probe)
 
 
+def other_model(wanted: str, model: str) -> ApiError:
+    """412: the request is for another model than the one that would answer, or has answered."""
+    return ApiError(
+        412,
+        "other_model",
+        f"the request is for {show(wanted)} ({MODEL_HEADER}), but {model} answers here",
+    )
+
+
 def _turn(lane: Lane | None, receive: Receive) -> contextlib.AbstractAsyncContextManager[None]:
     return lane.turn(receive) if lane else contextlib.nullcontext()
+
+
+async def _is_sent(answer: Answer, share: Share, send: Send) -> bool:
+    """Send an answer; returns whether the client read it before its memory was needed."""
+    try:
+        async with share.waiting(None):
+            await _send_answer(answer, send)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def _send_answer(answer: Answer, send: Send) -> None:
