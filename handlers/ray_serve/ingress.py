@@ -22,13 +22,14 @@ from handlers.asgi.application import OPEN, Application, served_models
 from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS
 from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import metrics_answer
-from handlers.front.front import Answer, Endpoint, Front, Request
+from handlers.front.front import Answer, Endpoint, Front, Request, other_model
 from handlers.ray_serve.calls import Asked, Calls
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.settings import Access, ServeSettings
 from serving.api.errors import no_answer, overloaded, stopping, worker_died
 from serving.api.guard import App, Guard, Message, Receive, Scope, Send
 from serving.api.openapi import openapi_document
+from serving.api.requests import MODEL_HEADER
 from serving.engine.bundle import open_bundle
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class RemoteModel:
         """The answer to a request.
 
         Raises:
-            ApiError: 503, a replica died over it, too many wait, or it took too long.
+            ApiError: 503, a replica died over it, too many wait, or it took too long; 412, a
+                replica of another model than the requested one answered.
         """
         if self._is_stopping:
             raise stopping()
@@ -95,7 +97,7 @@ class RemoteModel:
             self.waited += time.perf_counter() - request.arrived
         try:
             async with asyncio.timeout(self._timeout_s):
-                return Answer(*await self._calls.answer(Asked(about, bytes(request.body))))
+                answer = Answer(*await self._calls.answer(Asked(about, bytes(request.body))))
         except TimeoutError:
             raise no_answer() from None
         except BackPressureError:
@@ -106,6 +108,11 @@ class RemoteModel:
         finally:
             if not request.is_probe:
                 self.seconds += time.perf_counter() - request.arrived
+        # While Serve replaces replicas, they may have another bundle than this front.
+        made_by = dict(answer.headers).get(MODEL_HEADER, request.model)
+        if request.model and made_by != request.model:
+            raise other_model(request.model, made_by)
+        return answer
 
     async def look(self) -> None:
         """Find out whether a replica can compute."""
@@ -118,6 +125,10 @@ class RemoteModel:
         except Exception as error:  # Ray's, as above
             logger.warning("%s is not ready: %r", self.name, error)
             self.is_ready = False
+
+
+def _abort() -> None:
+    raise ConnectionAbortedError("the client reads its answer too slowly")
 
 
 @serve.ingress()
@@ -172,10 +183,10 @@ class Ingress:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
-        # Only the front of the other engines can close a connection.
+        # Ray's server closes a connection whose answer has begun and fails.
         scope["extensions"] = {
             **(scope.get("extensions") or {}),
-            "ade.abort": {"connection": lambda: None},
+            "ade.abort": {"connection": _abort},
         }
 
         async def send_bytes(message: Message) -> None:  # a view cannot travel between processes

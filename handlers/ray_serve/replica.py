@@ -19,6 +19,7 @@ from handlers.limits import RESPONSE_TIMEOUT_S
 from handlers.ray_serve.calls import Answered, Asked
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.scaling import REQUESTS
+from serving.api.telemetry import STARTS
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Replica:
         self._computing_since: float | None = None
         self._queue_seconds = 0.0
         # Serve calls this in its event loop.
-        self._reporter = Reporter(metrics, self._measured)
+        self._reporter = Reporter(metrics, self._measured, self._labels)
         self._computing = asyncio.create_task(self._compute_all())
 
     async def __call__(self, call: list[Asked]) -> list[Answered | None]:
@@ -145,6 +146,7 @@ class Replica:
         measured: Measured = [
             (name, {**self._labels, **labels}, value)
             for name, labels, value in measurements(self._service)
+            if name != STARTS.name  # Serve starts and stops replicas as the load changes
         ]
         if seconds:
             measured.append((QUEUE_SECONDS.name, self._of_model, seconds))

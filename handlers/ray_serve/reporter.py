@@ -29,6 +29,10 @@ class MetricsReplica:
             self._metrics.update(name, labels, value)
         self._refusals.update(refusals)
 
+    async def leave(self, labels: dict[str, str]) -> None:
+        """Drop the gauges of a replica that ends, whose measurements all have these labels."""
+        self._metrics.drop_gauges(labels)
+
     async def text(self) -> str:
         """In Prometheus's text format."""
         return self._metrics.text()
@@ -40,12 +44,17 @@ class Reporter:
     Args:
         metrics: handle of :class:`MetricsReplica`.
         collect: returns what was measured, and what was refused, since its last call.
+        labels: that all measurements of a replica have whose gauges end with it.
     """
 
     def __init__(
-        self, metrics: Any, collect: Callable[[], tuple[Measured, Mapping[str, int]]]
+        self,
+        metrics: Any,
+        collect: Callable[[], tuple[Measured, Mapping[str, int]]],
+        labels: dict[str, str] | None = None,
     ) -> None:
         self._metrics = metrics
+        self._labels = labels
         self._collect = collect
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -68,3 +77,6 @@ class Reporter:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         await self.send()
+        if self._labels is not None:
+            with contextlib.suppress(Exception):  # nobody is left who could be told
+                await self._metrics.leave.remote(self._labels)
