@@ -164,8 +164,13 @@ def test_ports_and_probes(pod: dict[str, Any], container: dict[str, Any]) -> Non
     (pause,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:]]
     stopping = DRAIN_TIMEOUT_S + STOP_TIMEOUT_S + KILL_TIMEOUT_S
     assert pod["terminationGracePeriodSeconds"] >= pause + stopping
-    grace = load(DEPLOY / "compose.yaml")["services"]["ade"]["stop_grace_period"]
-    assert int(grace.removesuffix("s")) >= stopping
+    composed = load(DEPLOY / "compose.yaml")["services"]
+    grace = {name: composed[name]["stop_grace_period"] for name in ("ade", "nginx")}
+    assert int(grace["ade"].removesuffix("s")) >= stopping
+    # nginx stops before the service, and must get its answers.
+    nginx = (DEPLOY / "nginx.conf").read_text()
+    (waits,) = set(re.findall(r"proxy_read_timeout (\d+)s;", nginx))
+    assert int(grace["nginx"].removesuffix("s")) > int(waits)
 
 
 def test_secrets_are_those_that_are_read(container: dict[str, Any]) -> None:

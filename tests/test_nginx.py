@@ -214,7 +214,7 @@ def test_errors_of_every_origin_have_one_shape(proxy: str) -> None:
     assert code_of(ask(proxy, "/v1/sample", json={"n": 500})) == "bad_parameter"
     unknown = ask(proxy, "/v1/other-score", content=b"x")  # TorchServe's
     assert unknown.status_code == 404 and code_of(unknown) == "unknown_model"
-    large = ask(proxy, "/v1/score", content=b"x" * (25 * 2**20))  # nginx's
+    large = ask(proxy, "/v1/score", content=b"x" * (33 * 2**20))  # nginx's
     assert large.status_code == 413 and code_of(large) == "request_too_large"
     wrong = ask(proxy, "/v1/score", method="GET")
     assert wrong.status_code == 405 and code_of(wrong) == "not_allowed"
@@ -270,7 +270,7 @@ def test_only_bodies_in_tiny_chunks_leave_the_memory(proxy: str, folder: Path) -
         code_of(ask(proxy, "/v1/score", content=content))
     assert written not in (folder / "error.log").read_text()
     head = f"PUT /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
-    chunks = b"1\r\nx\r\n" * (25 * 2**20 // 6) + b"0\r\n\r\n"
+    chunks = b"1\r\nx\r\n" * (33 * 2**20 // 6) + b"0\r\n\r\n"
     code_of(raw(proxy, head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + chunks))
     assert written in (folder / "error.log").read_text()
 
