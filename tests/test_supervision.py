@@ -137,6 +137,29 @@ def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(
     assert serve._gpu_for("auto", "onnxruntime") and serve._gpu_for("cuda", "onnxruntime")
 
 
+def test_a_child_that_cannot_be_started_again_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as at a limit of processes: the other parts of the service go on."""
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("page", ["sleep", "60"], dict(os.environ), restarts=True)
+        other = supervisor.start("front", ["sleep", "60"], dict(os.environ), restarts=True)
+        first = child.process.pid
+
+        def fail(self: object) -> None:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(child), "start", fail)
+            child.process.kill()
+            child.process.wait()
+            for _ in range(2 * MAX_DEATHS):
+                assert not supervisor.tend()
+            assert other.process.poll() is None
+            assert "page cannot be started, trying again: [Errno 11]" in capsys.readouterr().err
+        assert supervisor.tend() and child.process.pid != first and child.process.poll() is None
+
+
 def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
     """Children inherit the page's socket, but have files of their own under these numbers."""
     script = """if True:

@@ -126,7 +126,10 @@ class Listener:
                     return
                 time.sleep(RETRY_S)  # there are too many open files for a moment
                 continue
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            except RuntimeError:  # there are too many threads or processes for a moment
+                connection.close()
 
     def _answer(self, connection: socket.socket) -> None:
         def send(message: dict[str, Any]) -> None:

@@ -193,7 +193,8 @@ def _base() -> Path:
 def _new_folder() -> tuple[Path, FileLock]:
     try:
         base = _base()
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (*reversed(base.parents), base):  # mkdir(parents=True) ignores the mode
+            folder.mkdir(mode=0o700, exist_ok=True)
         _check_private(base)
         # The lock keeps services that start together from deleting each other's new folder.
         with locked(base / LOCK, wait=True):

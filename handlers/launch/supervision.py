@@ -54,6 +54,7 @@ class Child:
         output: the file of its output, which is appended to.
         pass_fds: file descriptors that it inherits.
         on_trial: if true, the supervisor ignores its exit; the caller handles it.
+        is_swept: whether what was left of it was killed after its end.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Child:
     restarts: bool
     pass_fds: tuple[int, ...] = ()
     on_trial: bool = False
+    is_swept: bool = field(default=False, init=False)
     process: subprocess.Popen[bytes] = field(init=False)
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DEATHS))
 
@@ -81,6 +83,7 @@ class Child:
                 start_new_session=True,
                 pass_fds=self.pass_fds,
             )
+        self.is_swept = False
 
     def tail(self) -> str:
         """The last lines of its output; empty if it cannot be read."""
@@ -229,13 +232,23 @@ class Supervisor:
                     f"at last with {status}:\n{child.tail()}"
                 )
             tell(f"{child.name} ended with {status}: restarting it")
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
-            with signals_held():
-                child.start()
+            if not child.is_swept:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
+                child.is_swept = True  # later the number may be another's
+            try:
+                with signals_held():
+                    child.start()
+            except OSError as error:  # such as for want of memory or of processes
+                tell(f"{child.name} cannot be started, trying again: {error}")
+                child.deaths.pop()
+                continue
             restarted = True
         if restarted or self._reaper.poll() is not None:
-            self._renew_reaper()
+            try:
+                self._renew_reaper()
+            except OSError as error:
+                tell(f"the reaper cannot be started, trying again: {error}")
         return restarted
 
     def tails(self) -> str:

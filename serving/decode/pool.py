@@ -171,7 +171,8 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
             raise ImageError(
                 "not_an_image",
                 f"the image is damaged: its decoder ended (exit code {code})",
-                may_pass=code == -signal.SIGKILL,  # perhaps for want of memory
+                # Killed perhaps for want of memory, or asked to end before it ignored that.
+                may_pass=code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP),
             ) from None
         except BaseException:
             decoder.end()

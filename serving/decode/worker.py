@@ -255,7 +255,9 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
         cpu_seconds: processor time per file, after which the process is killed.
         idle_seconds: how long to wait for a file.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this
+    # They may reach a whole group, and the parent still finishes its requests; its end ends this.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     connection = socket.socket(fileno=sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
