@@ -17,9 +17,11 @@ from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_writable
 from ade_cli.paths import given_path, say_what_is_not_followed
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
+from export.sketch import data_of_features
 from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
-from export.verdict.choice import choose_files, choose_rows, data_of_features
+from export.verdict.choice import choose_files, choose_rows
 from export.verdict.images import readable
+from serving.api.requests import InputImage
 from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle, verify_bundle
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
@@ -32,7 +34,7 @@ from training.datasets import NAMES
 ERRORS = (BundleError, CalibrationError, DataError, FeaturesError, FileError)
 ALPHAS = (0.1, 0.05, 0.01)
 
-Reader = Callable[[], Iterator[bytes | np.ndarray]]  # may be read more than once
+Reader = Callable[[], Iterator[bytes | np.ndarray | InputImage]]  # may be read more than once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_writable, load_engine
 from ade_cli.image_sets import GivenImages
 from ade_cli.paths import given, given_path
-from export.verdict.choice import files_that_test
+from export.verdict.choice import as_read, files_that_test
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.images import Images, readable
 from export.verdict.ood_bench import bench
@@ -106,7 +104,8 @@ def _id_images(
 ) -> tuple[str, Images, Images]:
     if args.in_distribution in NAMES:
         dataset = load_dataset(args.in_distribution, args.root, bundle.image_shape[0], report=say)
-        return dataset.splits["test"], np.asarray(dataset.parts["test"].images[: args.images]), ()
+        rows = range(len(dataset.parts["test"]))[: args.images]
+        return dataset.splits["test"], [as_read(dataset, "test", row) for row in rows], ()
     path = Path(args.in_distribution)
     chosen = files_that_test(path, bundle, calibrated_on, say) if path.is_dir() else None
     if chosen is None:

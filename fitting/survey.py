@@ -29,8 +29,7 @@ class Survey:
         sizes: number of files by ``width x height`` or ``unreadable``, the most frequent first.
         broken: files that cannot be used, each with the reason.
         twice: groups of files with the same pixels at the model's size; in each the first is kept.
-        leaking: held-out files with the pixels of a training file, or of an earlier held-out one;
-            they are left out.
+        leaking: held-out files with the pixels of a training file; they are left out.
         parts: number of usable files in each part, without those of ``leaking``.
         warnings: sentences for the user.
     """
@@ -78,7 +77,8 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
         for name, digest in zip(dataset.files[part], dataset.parts[part].digests(), strict=True):
             groups[digest].append((part, name))
     twice = [[name for _, name in group] for group in groups.values() if len(group) > 1]
-    leaking = [copy for group in groups.values() for copy in group[1:] if copy[0] != "train"]
+    trained = [group for group in groups.values() if group[0][0] == "train"]
+    leaking = [copy for group in trained for copy in group[1:] if copy[0] != "train"]
     lost = Counter(part for part, _ in leaking)
     parts = {part: len(dataset.files[part]) - lost[part] for part in PARTS}
     warnings = []
@@ -89,7 +89,8 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
         )
     if leaking:
         warnings.append(
-            "Held-out files that are copies of others, left out of calibration and tests: "
+            "Held-out files that are copies of training images, left out of calibration and "
+            "tests: "
             f"{len(leaking)}."
         )
     if dataset.skipped:

@@ -6,6 +6,7 @@ import argparse
 import base64
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -654,18 +655,40 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
 def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) -> None:
     """Neither those of training images nor those of others, whatever kind of file they are."""
     told: list[str] = []
-    fit = [*small_images[:30], small_images[29], small_images[100]]
+    fit = [*small_images[:30], small_images[0], small_images[100]]
     files = [write_png(image) for image in small_images[20:60]]
     trained = [*small_images[100:110], b"junk"]
     opened = open_bundle(tiny_bundle)
-    parts = _parts(opened, fit, [*files, *small_images[50:60]], trained, told.append)
+    repeated = [*files, *small_images[50:60], small_images[101]]
+    parts = _parts(opened, fit, repeated, trained, told.append)
     kept = [[image.pixels for image in part] for part in parts]
-    assert np.array_equal(kept[0], small_images[:30])
-    assert np.array_equal(kept[1], small_images[30:60])
-    assert "fitting: left out 2 images: copies of others" in told
-    assert "calibration: left out 20 images: copies of others" in told
-    with pytest.raises(CalibrationError, match="calibration: all of 30 images are copies"):
-        _parts(opened, fit, small_images[:30], (), told.append)
+    # A picture that repeats in use keeps its weight among those that calibrate.
+    assert np.array_equal(kept[0], small_images[:20])
+    assert np.array_equal(kept[1], [*small_images[20:60], *small_images[50:60]])
+    assert "fitting: left out 12 images: copies of others" in told
+    assert "calibration: left out 1 image: copies of others" in told
+    with pytest.raises(CalibrationError, match="fitting: all of 30 images are copies"):
+        _parts(opened, small_images[:30], small_images[:30], (), told.append)
+    with pytest.raises(CalibrationError, match="calibration: all of 10 images are copies"):
+        _parts(opened, fit, small_images[100:110], trained, told.append)
+
+
+def test_a_picture_that_repeats_is_not_rejected_for_it(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """A camera's black frame is unlike all other images, and comes again and again."""
+    black = np.zeros_like(small_images[0])
+    images = [*small_images[:180], *[black] * 20]
+    shuffled = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+    calibrate_bundle(
+        tiny_bundle, tmp_path / "out", shuffled[:80], shuffled[80:], "camera", lambda line: None
+    )
+    (decision,) = Gate(tmp_path / "out", 0.05).check([black])
+    assert decision.accepted
+    with pytest.raises(CalibrationError):
+        calibrate_bundle(
+            tiny_bundle, tmp_path / "no", [black] * 80, [black] * 80, "camera", lambda line: None
+        )
 
 
 @pytest.mark.parametrize("trained_on", [True, False])
@@ -681,6 +704,19 @@ def test_the_test_part_of_a_data_set_calibrates_nothing(
     rest = {"train", "select", "calibrate"}
     fit, calibrate = ({"select"}, {"calibrate"}) if trained_on else (rest, rest)
     assert used == [fit, calibrate, {"test"}, set()]
+
+
+@pytest.mark.parametrize("is_resized", [True, False])
+def test_a_data_set_that_is_resized_when_read_calibrates_for_resized_images(
+    tiny_bundle: Path, small_images: np.ndarray, is_resized: bool, tmp_path: Path
+) -> None:
+    """As a folder of the same images does."""
+    parts = {part: ImageSet(small_images[i::4]) for i, part in enumerate(PARTS)}
+    dataset = Dataset("d", parts, {"train": "train[0:60]"}, is_resized=is_resized)
+    fit, calibrate, *_ = choose_rows(dataset, open_bundle(tiny_bundle), None, print)
+    made = calibrate_bundle(tiny_bundle, tmp_path / "out", fit(), calibrate(), "d", print)
+    assert made.exact is not None and made.resized is not None
+    assert (made.exact is made.resized) == is_resized == (made.exact.resize == "fit")
 
 
 def test_bulk_scoring_by_name(
@@ -714,6 +750,21 @@ def test_bulk_scoring_by_name(
             BulkOptions(calibration="night"),
             like=Versions(open_bundle(bundle).digest, "another"),
         )
+
+
+def test_training_images_do_not_join(bundle: Path, dark: np.ndarray, tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, image in zip(files, dark, strict=False):
+        Image.fromarray(image).save(file)
+    trained = hashlib.sha256(files[1].read_bytes()).hexdigest()[:16]
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["data"] = {**manifest["data"], "sketch": [trained]}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CalibrationError, match=f"were trained on {files[1]}, and probably"):
+        give_feedback(bundle, "default", files, [])
+    assert not (bundle / "calibrations" / "default.npz").exists()
+    assert give_feedback(bundle, "default", files[:1], [files[1]]).joined == 1
+    assert give_feedback(bundle, "default", files, [], force=True).joined == 2
 
 
 def test_feedback_joins_once_and_can_be_taken_back(

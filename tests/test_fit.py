@@ -227,7 +227,7 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     assert found.leaking and set(found.leaking) == held_out & set(group)
     assert sum(found.parts.values()) == 331 - len(found.leaking)
     assert [line.split(":")[0] for line in found.warnings[1:]] == [
-        "Held-out files that are copies of others, left out of calibration and tests",
+        "Held-out files that are copies of training images, left out of calibration and tests",
         "Files that cannot be used",
         "Images that are not 8 x 8, whose centre squares were resized",
     ]

@@ -122,6 +122,7 @@ class Dataset:
         skipped: files that were left out, with the reasons.
         files: for a folder, the file behind each row of each part, relative to the folder.
         folder: of these files; ``None`` if the data set is not a folder of image files.
+        is_resized: whether images of a named data set had another size before they were read.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Dataset:
     skipped: dict[str, str] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     folder: Path | None = None
+    is_resized: bool = False
 
     @property
     def image_size(self) -> int:

@@ -212,13 +212,18 @@ def _parts(
     report: Report,
 ) -> Parts:
     bundle.check_has("score")
-    seen = _digests(trained, bundle.image_shape)
 
     def read(name: str, images: Images) -> list[InputImage]:
         found, _ = usable(name, images, bundle.image_shape, report, may_be_empty=True)
-        return _new(found, seen, name, report)
+        return found
 
-    parts = read("fitting", fit), read("calibration", calibrate)
+    given = read("fitting", fit), read("calibration", calibrate)
+    trained_on = _digests(trained, bundle.image_shape)
+    # A picture that repeats, such as a camera's black frame, repeats in use, too: if it calibrates,
+    # it counts as often as it occurs, and does not also fit the density.
+    calibrating = _without(trained_on, given[1], "calibration", report)
+    known = trained_on | {image_digest(image.pixels) for image in calibrating}
+    parts = _without(known, given[0], "fitting", report, once=True), calibrating
     height, width, _ = bundle.image_shape
     resized = sum(image.resized for part in parts for image in part)
     report(
@@ -315,18 +320,28 @@ def _digests(images: Images, image_shape: tuple[int, int, int]) -> set[bytes]:
     }
 
 
-def _new(images: list[InputImage], seen: set[bytes], name: str, report: Report) -> list[InputImage]:
-    """The images whose pixels were not seen before; adds their digests to ``seen``.
+def _without(
+    seen: set[bytes], images: list[InputImage], name: str, report: Report, once: bool = False
+) -> list[InputImage]:
+    """The images whose pixels were not seen before.
+
+    Args:
+        seen: digests of those that were.
+        images: to choose from.
+        name: of the images.
+        report: called with a line if images are left out.
+        once: whether of equal images only the first is kept.
 
     Raises:
-        CalibrationError: all of them were.
+        CalibrationError: all of them were seen before.
     """
-    kept = []
+    seen, kept = set(seen), []
     for image in images:
         digest = image_digest(image.pixels)
         if digest not in seen:
-            seen.add(digest)
             kept.append(image)
+            if once:
+                seen.add(digest)
     if len(kept) < len(images):
         left_out = counted(len(images) - len(kept), "image")
         report(f"{name}: left out {left_out}: copies of others")

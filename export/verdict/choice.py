@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from export.sketch import KEY, file_hashes, sketch_in
+from export.sketch import data_of_features, data_of_model, file_hashes, sketch_in
 from export.verdict.detector import MIN_IMAGES
+from serving.api.requests import InputImage
 from serving.engine.bundle import Bundle
 from training.data import PARTS, DataError, Dataset, Report
 from training.datasets.files import is_split_by_name, part_of, shuffled
@@ -77,7 +78,7 @@ def choose_files(
 
 def choose_rows(
     dataset: Dataset, bundle: Bundle, features: Mapping[str, Any] | None, report: Report
-) -> list[Callable[[], Iterator[np.ndarray]]]:
+) -> list[Callable[[], Iterator[np.ndarray | InputImage]]]:
     """Choose images of a data set, at most :data:`MAX_IMAGES` to fit to and to calibrate on.
 
     They may be read more than once. No training images are given: published data sets have hardly
@@ -94,10 +95,16 @@ def choose_rows(
         report(f"the {trained}: only its parts select and calibrate are used")
     parts = {part: [(part, row) for row in range(len(dataset.parts[part]))] for part in PARTS}
 
-    def read(rows: list[tuple[str, int]]) -> Iterator[np.ndarray]:
-        return (np.asarray(dataset.parts[part].images[[row]])[0] for part, row in rows)
+    def read(rows: list[tuple[str, int]]) -> Iterator[np.ndarray | InputImage]:
+        return (as_read(dataset, part, row) for part, row in rows)
 
     return [partial(read, rows) for rows in _choose(parts, bool(trained))]
+
+
+def as_read(dataset: Dataset, part: str, row: int) -> np.ndarray | InputImage:
+    """An image of a data set, marked if it was resized when the data set was read."""
+    pixels = np.asarray(dataset.parts[part].images[[row]])[0]
+    return InputImage(pixels, [], resized=True) if dataset.is_resized else pixels
 
 
 def files_that_test(
@@ -162,7 +169,7 @@ def trained_on(
     """
     found = []
     by_hash: dict[str, list[Path]] = defaultdict(list)
-    of_model = [("model", data) for data in _data_of_model(bundle)]
+    of_model = [("model", data) for data in data_of_model(bundle)]
     for network, data in (*of_model, ("network of features", features)):
         sketch = sketch_in(data) if data and files else None
         if sketch:
@@ -216,28 +223,6 @@ def _check_names(network: str, copies: Sequence[Sequence[Path]]) -> None:
             + " under another name. Names tell which files it has not seen, and these files were "
             f"renamed or copied since: give images that the {network} was not trained on"
         )
-
-
-def _data_of_model(bundle: Bundle) -> list[Mapping[str, Any]]:
-    """Describes the data set of a bundle's model, and those of the models it was started from."""
-    records: list[Mapping[str, Any]] = [bundle.manifest["data"]]
-    ancestors = [bundle.manifest.get("training") or {}]
-    while ancestors:
-        one = ancestors.pop()
-        ancestors += filter(None, (one.get("started_from"), one.get("flow_from")))
-        if "data" not in one or "splits" not in one:  # the model itself, or of an older version
-            continue
-        record = {key: one[key] for key in ("splits", KEY) if key in one} | {"name": one["data"]}
-        # Without a sketch of its own, the same data set is known by that of a later model.
-        if not any(record.items() <= known.items() for known in records):
-            records.append(record)
-    return records
-
-
-def data_of_features(bundle: Bundle) -> Mapping[str, Any] | None:
-    """Describes the data set of a bundle's network of features; ``None`` if unknown."""
-    found: Mapping[str, Any] | None = (bundle.manifest.get("features") or {}).get("data")
-    return found
 
 
 def _part_in(folder: Path, path: Path, by_name: bool) -> str:

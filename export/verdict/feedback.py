@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from export.sketch import HASH_DIGITS, sketched
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_source
 from serving.engine.bundle import verify_bundle
@@ -104,13 +105,14 @@ def give_feedback(
         rejected: files of out-of-distribution images.
         report: called with a line for each file that cannot be used, and with how unusual the
             joining images are under the present calibration.
-        force: let images join even if nothing like them could be rejected any more.
+        force: let images join even if nothing like them could be rejected any more, or if networks
+            were trained on some of them.
 
     Raises:
         BundleError: the bundle is not whole, or cannot score.
         CalibrationError: the calibration is missing or damaged, a file is given as both, images
-            would join a calibration that was made with another version of libwebp, or so many
-            unusual images would join that they disable the gate.
+            would join a calibration that was made with another version of libwebp, a network was
+            trained on one, or so many unusual images would join that they disable the gate.
     """
     check_name(name)
     bundle = verify_bundle(folder)
@@ -130,6 +132,8 @@ def give_feedback(
     with locked(folder / FOLDER / LOCK, wait=True):
         before = engine.store.usable(name)  # another process may have changed it
         joining, leaving, fitted, calibrating = _changing(before, images)
+        if not force:
+            _check_not_trained(joining, sketched(bundle))
         if joining and before.other_coder() is not None:
             raise CalibrationError(
                 f"images cannot join, because their statistics may differ: {before.other_coder()}"
@@ -188,6 +192,23 @@ def _changing(
         else:
             joining.append(image)
     return joining, list(leaving.values()), fitted, calibrating
+
+
+def _check_not_trained(joining: Sequence[_Image], hashes: set[str]) -> None:
+    """Check that no network was trained on files that would join.
+
+    Raises:
+        CalibrationError: one was, and probably on others of them: ``hashes`` are a sample.
+    """
+    digests = {digest: path for image in joining for digest, path in image.copies.items()}
+    digests |= {image.digest: image.path for image in joining}
+    trained = [path for digest, path in digests.items() if digest[:HASH_DIGITS] in hashes]
+    if trained:
+        raise CalibrationError(
+            f"networks of the bundle were trained on {trained[0]}, and probably on more of these "
+            "files: they look more like known images than new ones do. Give images that nothing "
+            "was trained on, or the option force"
+        )
 
 
 def _report_unusual(

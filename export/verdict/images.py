@@ -23,7 +23,7 @@ MAX_THREADS = 8  # each needs memory for a batch
 AT_ONCE = 64  # files in memory
 MAX_SHOWN = 5
 
-Images = Iterable[bytes | np.ndarray]  # image files, or uint8 (H, W, C)
+Images = Iterable[bytes | np.ndarray | InputImage]  # files, uint8 (H, W, C), or of the model's size
 Prepared = tuple[str, InputImage | ApiError]  # with the image's name
 
 
@@ -64,8 +64,10 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
         resize: whether to resize images of other sizes, or to return an error for them.
     """
 
-    def prepare(item: tuple[int, bytes | np.ndarray]) -> Prepared:
+    def prepare(item: tuple[int, bytes | np.ndarray | InputImage]) -> Prepared:
         index, source = item
+        if isinstance(source, InputImage):
+            return f"image {index}", source
         name = source.name if isinstance(source, NamedFile) else f"image {index}"
         return name, prepare_source(lambda: source, image_shape, resize)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import struct
@@ -68,13 +69,15 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
         fill,
     )
     environment.close()
-    return split_by_name(
+    dataset = split_by_name(
         f"lsun-{root.name.removesuffix('_lmdb')}",
         [key.decode(errors="replace") for key in keys],
         pixels,
         skipped,
         report,
     )
+    # Their shorter sides have 256 pixels.
+    return dataclasses.replace(dataset, is_resized=True)
 
 
 def _check_length(path: Path) -> None:

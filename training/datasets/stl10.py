@@ -43,6 +43,7 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
         "stl10",
         {**parts, "test": ImageSet(test_images, _classes(test_labels))},
         {**splits, "test": f"test[0:{len(test_images)}]"},
+        is_resized=size != SIZE,
     )
 
 
