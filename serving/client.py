@@ -97,6 +97,7 @@ NOT_OURS = (
     RecursionError,
     zlib.error,
 )
+CONNECT_S = 20.0  # for a machine that does not answer at all
 P = ParamSpec("P")
 Model = TypeVar("Model")
 ResultT = TypeVar("ResultT")
@@ -118,6 +119,14 @@ class AdeError(Exception):
         self.code = code
         self.message = message
         self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self.status,
+            self.code,
+            self.message,
+            self.index,
+        )  # it may come from another process
 
     @property
     def decision_reason(self) -> str:
@@ -212,7 +221,8 @@ class AdeClient:
         token: if the service requires one.
         retries: how often a request is repeated after 429, 503 or 507. The client waits as
             advised, or twice as long each time.
-        timeout: seconds for one answer.
+        timeout: seconds for one answer. The default is longer than the service itself keeps a
+            request: 120 s until its turn, and 125 s after that.
         identity: the only model that may answer, such as the ``model`` of :class:`Latents`, which
             no other model can decode. Another one refuses, with the code ``other_model``.
 
@@ -234,7 +244,7 @@ class AdeClient:
         model: str | None = None,
         token: str | None = None,
         retries: int = 5,
-        timeout: float = 120.0,
+        timeout: float = 250.0,
         identity: str | None = None,
     ) -> None:
         if retries < 0:
@@ -244,7 +254,10 @@ class AdeClient:
             headers[MODEL_HEADER] = identity
         self.url = url or f"http://127.0.0.1:{Ports.from_environment().inference}"
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout, headers=headers, mounts=WITHOUT_PROXY
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_S)),
+            headers=headers,
+            mounts=WITHOUT_PROXY,
         )
         self._prefix = "" if model is None else f"{model}-"
         self._retries = retries

@@ -67,6 +67,7 @@ from serving.page.served import (
 )
 from serving.page.sweep import start_sweeping, sweep
 from serving.tables import safe_cell
+from serving.verdict.calibration import Unusual
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function
 from tests.service import RunningService
@@ -1057,6 +1058,20 @@ def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
     upgraded = SimpleNamespace(clients={"model": Failing(412, "other_model")})
     with pytest.raises(gr.Error, match="another model by now. Reload the page"):
         _scores(upgraded, "model", files, False, 0.01)
+
+
+def test_reasons_are_counted_at_a_level_that_their_p_values_can_reach() -> None:
+    """With few calibration images alpha is below the smallest two-sided p-value."""
+    few: Any = SimpleNamespace(reference=np.zeros((120, 4)))
+    most = [Unusual(name, 9.0, 2 / 121) for name in ("bpd", "kl_0")]
+    rest = [Unusual(name, 0.0, 0.5) for name in ("kl_1", "kl_2")]
+    said = charts.reasons(few, [*most, *rest], 0.01)
+    assert "2 of 4 measurements</strong> of this image are unusual" in said
+    assert "about 0.1 would be" in said  # 4 * 2 / 121
+    many: Any = SimpleNamespace(reference=np.zeros((299, 4)))
+    assert "0 of 4 measurements" in charts.reasons(many, [*most, *rest], 0.01)
+    assert "about 0.1 would be" in charts.reasons(many, rest * 10, 0.01)  # 20 * 2 / 300
+    assert "about 2.0 would be" in charts.reasons(many, rest * 10, 0.1)
 
 
 def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import time
 import tracemalloc
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from handlers.front.admission import Limits
 from serving.api.errors import ApiError
 from serving.api.operations.registry import OPERATIONS
 from serving.api.operations.sample import Sample, SampleRequest
@@ -28,7 +30,7 @@ from serving.api.requests import (
     decode_images,
 )
 from serving.api.responses import error_response
-from serving.client import AdeClient
+from serving.client import AdeClient, AdeError
 from serving.engine.bundle import Bundle
 from tests.helpers import b64, npy
 
@@ -615,3 +617,23 @@ def test_arrays_of_impossible_shapes_are_refused(shape: tuple[int, ...], dtype: 
     )
     error = refused(parse_images, "score", body(out.getvalue()))
     assert error.status in (400, 422) and len(error.message) < 200
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ApiError(404, "unreadable", "no such file", 3, may_pass=True),
+        AdeError(415, "not_an_image", "it is text", 2),
+    ],
+)
+def test_errors_come_back_from_other_processes(error: Exception) -> None:
+    """They stand among the results of a list, which a pool of processes sends."""
+    back = pickle.loads(pickle.dumps(error))
+    assert vars(back) == vars(error) and str(back) == str(error)
+
+
+def test_the_client_waits_as_long_as_the_service() -> None:
+    """Otherwise it never sees the answer that it may repeat, nor one that came late."""
+    limits = Limits()
+    with AdeClient() as client:
+        assert client._http.timeout.read > limits.waiting_s + limits.upstream_s

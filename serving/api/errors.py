@@ -32,6 +32,15 @@ class ApiError(Exception):
         self.index = index
         self.may_pass = may_pass
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (
+            self.status,
+            self.code,
+            self.message,
+            self.index,
+            self.may_pass,
+        )  # it may come from another process
+
     def at(self, index: int) -> ApiError:
         """The same error about image ``index``."""
         return ApiError(self.status, self.code, self.message, index, self.may_pass)

@@ -125,10 +125,12 @@ def build_page(served: Served) -> gr.Blocks:
                 if module is compare and len(served.bundles) == 1:
                     continue  # there are no other models to compare with
                 with gr.Tab(name, id=name) as tab:
+                    # First: the browser calls it before the tab's own listeners, which may wait
+                    # for the service.
+                    tab.select(
+                        None, None, shown, js=f"() => {json.dumps(name)}", api_visibility="private"
+                    )
                     module.add_tab(Shared(served, model, tabs, tab, shown, inbox, examples))
-                tab.select(
-                    None, None, shown, js=f"() => {json.dumps(name)}", api_visibility="private"
-                )
     return page
 
 

@@ -34,14 +34,20 @@ def problem(text: str) -> str:
     return f'<div class="ade-empty ade-problem">{escape(text)}</div>'
 
 
-def reasons(explain: Sequence[Unusual], alpha: float) -> str:
+def reasons(calibration: Calibration, explain: Sequence[Unusual], alpha: float) -> str:
     """The number of unusual statistics at a level, the number expected by chance, and their kinds.
 
+    A statistic's two-sided p-value is a multiple of ``2 / (n + 1)`` for n calibration images. The
+    level is the smallest of these if alpha, at which an image can be rejected, is below it.
+
     Args:
+        calibration: of which the p-values are.
         explain: every statistic of an image, the most unusual first.
         alpha: the level.
     """
-    unusual = [one for one in explain if one.p_value <= alpha]
+    step = 2 / (len(calibration.reference) + 1)
+    level = max(alpha, step)
+    unusual = [one for one in explain if one.p_value <= level]
     families: dict[str, list[float]] = defaultdict(list)
     for one in unusual:
         families[meaning(one.statistic)].append(one.p_value)
@@ -49,7 +55,8 @@ def reasons(explain: Sequence[Unusual], alpha: float) -> str:
     verb = "is" if len(unusual) == 1 else "are"
     head = (
         f"<strong>{len(unusual)} of {count} measurements</strong> of this image {verb} unusual. "
-        f"For an ordinary image, about {count * alpha:.1f} would be."
+        f"For an ordinary image, about {count * step * math.floor(level / step + 1e-9):.1f} "
+        "would be."
     )
     rows = sorted(families.items(), key=lambda item: (-len(item[1]), min(item[1])))[:FAMILIES]
     listed = "".join(f"<li><b>{len(found)}</b> {escape(words)}</li>" for words, found in rows)

@@ -146,6 +146,8 @@ def add_tab(shared: Shared) -> None:
                 "0 is the coarsest."
             )
         turn = explored.turn
+        if turn[:2] not in ((), (model, first)):  # while this run waited for its turn
+            return gr.skip(), gr.skip()
         own = noise_of(read(first), client, bundle, resize)
         coarse = ask(client.sample_with, from_coarsest(own))
         streams = [NoiseStream(sample_key(read_seed(seed), i)) for i in range(VARIATIONS)]

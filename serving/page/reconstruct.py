@@ -119,18 +119,8 @@ def add_tab(shared: Shared) -> None:
             with gr.Accordion("Technical details", open=False):
                 difference = image_output("Difference, doubled around grey")
                 bits = html()
-    run_on_new_image(
-        shared,
-        [image],
-        model,
-        reconstruct,
-        [model, image, kind, levels, resize],
-        {said: empty(EMPTY), pair: None, strip: None, difference: None, bits: ""},
-        said,
-        go,
-        "reconstruct",
-    )
-    # In the browser, so that the run which a new model starts has the new number.
+    # Before the run that a new model starts, which then has the new number: the browser calls the
+    # listeners of an event one after another.
     counts = {name: len(bundle.latent_shapes) for name, bundle in served.bundles.items()}
     model.change(
         None,
@@ -142,6 +132,17 @@ def add_tab(shared: Shared) -> None:
           return {{ __type__: "update", maximum: most, value: most, visible: count > 1 }};
         }}""",
         api_visibility="private",
+    )
+    run_on_new_image(
+        shared,
+        [image],
+        model,
+        reconstruct,
+        [model, image, kind, levels, resize],
+        {said: empty(EMPTY), pair: None, strip: None, difference: None, bits: ""},
+        said,
+        go,
+        "reconstruct",
     )
 
 

@@ -248,14 +248,14 @@ def add_tab(shared: Shared) -> None:
         values[-1].turn = (model,)
         return numbered(model, *values)
 
+    # Each of these draws, also while samples are drawn: they are of the settings that are shown.
     busy: dict[str, Any] = {"show_progress_on": gallery}
     private: Any = {**busy, "api_visibility": "private"}
     asked = repeat.click(
         sampled, [*settings, runs], shown, api_name="sample", trigger_mode="multiple", **busy
     )
-    entered = seed.submit(sampled, [*settings, runs], shown, **private)
+    entered = seed.submit(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
     opened = tab.select(draw_once, [gallery, *settings, runs], shown, **private)
-    # Every click draws, also one while samples are drawn: they are of the seed that is shown.
     rolled = go.click(
         lambda: secrets.randbelow(2**31),
         None,
@@ -263,9 +263,9 @@ def add_tab(shared: Shared) -> None:
         trigger_mode="multiple",
         api_visibility="private",
     ).then(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
-    recalled = past.select(again, history, settings, api_visibility="private").success(
-        sampled, [*settings, runs], shown, **private
-    )
+    recalled = past.select(
+        again, history, settings, trigger_mode="multiple", api_visibility="private"
+    ).success(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
     changed = kind.input(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
     emptied = shared.model.change(
         clear_other_samples,

@@ -100,7 +100,7 @@ def explained(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple
     if calibration is None or result.ood_score is None:
         return card, "", ""
     place = charts.place_chart(calibration, result.ood_score, alpha)
-    return card, place, charts.reasons(result.explain, alpha)
+    return card, place, charts.reasons(calibration, result.explain, alpha)
 
 
 def notes_of(result: ScoreResult) -> list[str]:
