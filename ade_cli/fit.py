@@ -15,6 +15,7 @@ from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
 from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.survey import choose_image_size, picture_sizes
+from serving.bulk import BulkError
 from serving.engine.bundle import BundleError, check_path, plain_name
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
@@ -36,6 +37,7 @@ ERRORS = (
     ParityError,
     BundleError,
     CalibrationError,
+    BulkError,
 )
 
 

@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--force",
         action="store_true",
-        help="accept the images even if, from then on, images like them can no longer be rejected",
+        help="accept the images even if networks were trained on some of them, or if images like "
+        "them can no longer be rejected from then on",
     )
 
 

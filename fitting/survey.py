@@ -28,7 +28,7 @@ class Survey:
         files: number of image files.
         sizes: number of files by ``width x height`` or ``unreadable``, the most frequent first.
         broken: files that cannot be used, each with the reason.
-        twice: groups of files with the same pixels at the model's size; in each the first is kept.
+        twice: groups of files with the same pixels at the model's size.
         leaking: held-out files with the pixels of a training file; they are left out.
         parts: number of usable files in each part, without those of ``leaking``.
         warnings: sentences for the user.
@@ -41,6 +41,11 @@ class Survey:
     leaking: list[str]
     parts: dict[str, int]
     warnings: list[str]
+
+    def is_of_folder(self, before: dict[str, Any]) -> bool:
+        """Whether a survey before, as :func:`as_dict` gives it, found the same files."""
+        now = as_dict(self)
+        return all(now[name] == before.get(name) for name in ("files", "sizes", "broken", "twice"))
 
 
 def picture_sizes(files: Sequence[Path]) -> Sizes:

@@ -222,7 +222,7 @@ class AdeClient:
         retries: how often a request is repeated after 429, 503 or 507. The client waits as
             advised, or twice as long each time.
         timeout: seconds for one answer. The default is longer than the service itself keeps a
-            request: 120 s until its turn, and 125 s after that.
+            small request: 120 s until its turn, and 125 s after that.
         identity: the only model that may answer, such as the ``model`` of :class:`Latents`, which
             no other model can decode. Another one refuses, with the code ``other_model``.
 

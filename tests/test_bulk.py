@@ -353,7 +353,7 @@ def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(
         return (folder / path).read_bytes()
 
     scores = FileScorer(open_bundle(tiny_bundle), None, BulkOptions(), read_here)
-    lost, gone = OSError(errno.EIO, "I/O error"), FileNotFoundError(errno.ENOENT, "No such file")
+    lost, gone = OSError(errno.EIO, "I/O error"), FileNotFoundError("No such file")
     answers[paths[1]], answers[paths[2]] = [lost], [gone]
     rows = scores(paths)
     assert [row["error"] for row in rows if "error" in row] == ["unreadable"]

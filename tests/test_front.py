@@ -1307,8 +1307,10 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
                 await may_end.wait()
             return Answer(200, [], b"")
 
-        endpoint = Endpoint(answer, INFERRING)
-        front = Front(lambda path: endpoint, limits, Memory(limits), "secret", refusals)
+        score, sample, metrics = Lane(limits), Lane(limits), Endpoint(answer, INFERRING)
+        endpoints = {path: Endpoint(answer, INFERRING, lane=score) for path in ("/score", "/v1")}
+        endpoints |= {"/sample": Endpoint(answer, INFERRING, lane=sample), "/metrics": metrics}
+        front = Front(endpoints.__getitem__, limits, Memory(limits), "secret", refusals)
 
         async def send(body: bytes = b"", path: str = "/score", **headers: str) -> int:
             response = await client.post(path, content=body, headers=headers)
@@ -1321,13 +1323,14 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             assert await probe() == 200
             slow = asyncio.create_task(send(b"slow"))
-            while not front._in_progress["/score"]:
+            while not score._num_clients:
                 await asyncio.sleep(0)
             assert await probe() == 200  # computed: probes are no sign that others are answered
-            assert await send() == 200
+            assert await send(path="/v1") == 200  # which waits in the same lane
             assert await probe() == 503 and await probe("/sample") == 200
+            assert await probe("/metrics") == 200
             assert not refusals and await send() == 200
-            monkeypatch.setattr("handlers.front.front.ANSWERING_S", 0.0)
+            monkeypatch.setattr("handlers.front.admission.ANSWERING_S", 0.0)
             assert await probe() == 200
             monkeypatch.undo()
             may_end.set()

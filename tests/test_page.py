@@ -1063,7 +1063,7 @@ def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
 def test_reasons_are_counted_at_a_level_that_their_p_values_can_reach() -> None:
     """With few calibration images alpha is below the smallest two-sided p-value."""
     few: Any = SimpleNamespace(reference=np.zeros((120, 4)))
-    most = [Unusual(name, 9.0, 2 / 121) for name in ("bpd", "kl_0")]
+    most = [Unusual(name, 9.0, round(2 / 121, 6)) for name in ("bpd", "kl_0")]  # as answered
     rest = [Unusual(name, 0.0, 0.5) for name in ("kl_1", "kl_2")]
     said = charts.reasons(few, [*most, *rest], 0.01)
     assert "2 of 4 measurements</strong> of this image are unusual" in said

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from handlers.asgi.metrics import MODEL
 from handlers.limits import MAX_BATCH
 from handlers.ray_serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
+from handlers.ray_serve.reporter import MetricsReplica
 from handlers.ray_serve.scaling import REQUESTS, by_requests
+from serving.api.telemetry import BROKEN, IMAGES
 
 SMALL = Asked({}, b"image")
 
@@ -166,3 +169,26 @@ def test_replicas_follow_the_requests_and_not_the_calls(
     metrics = None if requests is None else {REQUESTS: requests}
     context: Any = SimpleNamespace(aggregated_metrics=metrics)
     assert by_requests(context) == (replicas, {})
+
+
+# Metrics
+
+
+def test_gauges_end_with_the_replica_that_set_them_last() -> None:
+    """Two living replicas may have one rank, and thus the same labels."""
+    labels = {"model_name": "score", MODEL: "m@1", "worker": "0", "calibration": "default"}
+    counted = {"model_name": "score", MODEL: "m@1", "worker": "0"}
+
+    async def check() -> None:
+        metrics = MetricsReplica()
+        await metrics.update([(BROKEN.name, labels, 1.0)], {}, "first")
+        await metrics.update([(IMAGES.name, counted, 2.0)], {}, "first")
+        await metrics.update([(BROKEN.name, labels, 1.0)], {}, "second")
+        await metrics.leave("first")
+        text = await metrics.text()
+        assert f"{BROKEN.name}{{" in text and f"{IMAGES.name}{{" in text
+        await metrics.leave("second")
+        text = await metrics.text()
+        assert f"{BROKEN.name}{{" not in text and f"{IMAGES.name}{{" in text
+
+    asyncio.run(check())

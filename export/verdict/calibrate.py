@@ -59,7 +59,8 @@ def calibrate_bundle(
     for the first, images of other sizes are resized as requests resize them; for the second, images
     of the model's size go through :func:`export.verdict.kinds.resize_and_back`.
 
-    Each image counts once: those with the pixels of an earlier one are left out, and reported.
+    Images with the pixels of a training image are left out, and so are those to fit to with the
+    pixels of another one of either part. Equal images of those that calibrate all count.
 
     Args:
         folder: of the bundle.

@@ -67,6 +67,11 @@ class Metrics:
                 for key in [one for one in values if labels.items() <= dict(one).items()]:
                     del values[key]
 
+    def drop_gauge(self, name: str, labels: Mapping[str, str]) -> None:
+        """Drop a single value, unless it is a counter's."""
+        if _SERIES[name][1].kind == "gauge":
+            self._values.get(name, {}).pop(tuple(labels.items()), None)
+
     def update(self, name: str, labels: Mapping[str, str], value: float) -> None:
         """Add to a counter, or set a gauge.
 

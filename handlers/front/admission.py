@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from serving.api.errors import ApiError, overloaded
 from serving.api.guard import Receive, Scope, header_values
 
 T = TypeVar("T")
+# After an answer, during which probes need not wait for their turn behind other requests.
+ANSWERING_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,25 @@ class Lane:
         self._least, self._bound, self._most = limits.in_flight
         self._num_in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._num_clients = 0  # whose requests are in progress
+        self._answered = -math.inf  # when the last of them had its answer
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[None]:
+        """Count a request of a client, which is no probe, for the block."""
+        self._num_clients += 1
+        try:
+            yield
+        finally:
+            self._num_clients -= 1
+
+    def has_answered(self) -> None:
+        """Note that a client has just got an answer."""
+        self._answered = time.monotonic()
+
+    def is_answering(self) -> bool:
+        """Whether clients have requests in progress, and one had its answer lately."""
+        return self._num_clients > 0 and time.monotonic() - self._answered < ANSWERING_S
 
     @contextlib.asynccontextmanager
     async def turn(self, receive: Receive) -> AsyncIterator[None]:

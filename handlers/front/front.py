@@ -9,10 +9,9 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from handlers.front.admission import (
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 READING = ("GET", "HEAD")
 # GET and HEAD get the engine's error that says what is missing.
 INFERRING = (*READING, "POST", "PUT")
-# After an answer, during which probes need not wait for their turn behind other requests.
-ANSWERING_S = 60.0
 SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
 
 
@@ -134,8 +131,6 @@ class Front:
         self._memory = memory
         self._probe_secret = probe_secret.encode()
         self._refusals = refusals
-        self._in_progress = Counter[str]()  # by path
-        self._answered: dict[str, float] = {}  # when, by path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # only Ray's server accepts them
@@ -213,31 +208,19 @@ class Front:
             endpoint = endpoint.route(request)
         if endpoint.model and request.model not in ("", endpoint.model):
             raise other_model(request.model, endpoint.model)
-        if request.is_probe and self._is_answering(request.path):
+        lane = endpoint.lane
+        if request.is_probe and lane is not None and lane.is_answering():
             # Its turn might come too late for it, and a busy service is not a broken one.
             return Answer.of_error(shaped(overloaded("other requests come first"), request.path))
         large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
-        with self._counted(request), endpoint.hold():
-            async with _turn(large_lane, receive), _turn(endpoint.lane, receive):
+        counted = contextlib.nullcontext() if request.is_probe or not lane else lane.client()
+        with counted, endpoint.hold():
+            async with _turn(large_lane, receive), _turn(lane, receive):
                 work = endpoint.answer(request)
                 answer = await (unless_gone(work, receive) if endpoint.can_cancel else work)
-        if not request.is_probe and answer.status < 500:
-            self._answered[request.path] = time.monotonic()
+        if lane and not request.is_probe and answer.status < 500:
+            lane.has_answered()
         return answer
-
-    @contextlib.contextmanager
-    def _counted(self, request: Request) -> Iterator[None]:
-        """Count a request of a client while it is in progress."""
-        self._in_progress[request.path] += not request.is_probe
-        try:
-            yield
-        finally:
-            self._in_progress[request.path] -= not request.is_probe
-
-    def _is_answering(self, path: str) -> bool:
-        """Whether a path has requests in progress, and answered one lately."""
-        since = time.monotonic() - self._answered.get(path, -math.inf)
-        return self._in_progress[path] > 0 and since < ANSWERING_S
 
     def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
         """The request of an endpoint.

@@ -245,10 +245,7 @@ class Supervisor:
                 continue
             restarted = True
         if restarted or self._reaper.poll() is not None:
-            try:
-                self._renew_reaper()
-            except OSError as error:
-                tell(f"the reaper cannot be started, trying again: {error}")
+            self._renew_reaper()
         return restarted
 
     def tails(self) -> str:
@@ -272,7 +269,10 @@ class Supervisor:
         """Start a new one, which forgets old process ids: others may have them now."""
         if not self._is_closed:
             self._stop_reaper()
-            self._start_reaper()
+            try:
+                self._start_reaper()
+            except OSError as error:  # tend() tries again
+                tell(f"the reaper cannot be started, trying again: {error}")
 
     def _stop_reaper(self) -> None:
         self._reaper.kill()
@@ -283,5 +283,5 @@ class Supervisor:
     def _announce(self, child: Child) -> None:
         assert self._reaper.stdin is not None
         # If the reaper was killed, tend() starts another and announces all children again.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ValueError):  # killed, or stopped and closed
             self._reaper.stdin.write(f"{child.process.pid}\n".encode())

@@ -80,7 +80,8 @@ def _walk(files: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 def absolute(path: str) -> str:
     """The path as other nodes understand it: their processes have other working directories."""
-    return path if "://" in path else os.path.abspath(path)
+    is_absolute = "://" in path or os.path.isabs(path)
+    return path if is_absolute else os.path.join(os.getcwd(), path)
 
 
 def read_manifest(source: str) -> Iterator[dict[str, Any]]:

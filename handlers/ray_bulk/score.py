@@ -135,7 +135,7 @@ def score_on_ray(
     with ray_instance(address, workers) as instance, _Progress(out, total, progress):
         try:
             _run(instance.ray, scorer, out, workers, total)
-        except instance.ray.exceptions.RayTaskError as error:
+        except instance.ray.exceptions.RayError as error:
             reason = _reason(str(error))
             if reason is None:
                 raise

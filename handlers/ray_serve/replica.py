@@ -67,7 +67,7 @@ class Replica:
         self._computing_since: float | None = None
         self._queue_seconds = 0.0
         # Serve calls this in its event loop.
-        self._reporter = Reporter(metrics, self._measured, self._labels)
+        self._reporter = Reporter(metrics, self._measured)
         self._computing = asyncio.create_task(self._compute_all())
 
     async def __call__(self, call: list[Asked]) -> list[Answered | None]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from handlers.asgi.metrics import Metrics
+from handlers.asgi.metrics import Labels, Metrics
 
 logger = logging.getLogger(__name__)
 EVERY_S = 1.0
@@ -22,16 +23,23 @@ class MetricsReplica:
     def __init__(self) -> None:
         self._refusals = Counter[str]()
         self._metrics = Metrics(self._refusals)
+        self._writers: dict[tuple[str, Labels], str] = {}
 
-    async def update(self, measured: Measured, refusals: Mapping[str, int]) -> None:
+    async def update(
+        self, measured: Measured, refusals: Mapping[str, int], reporter: str = ""
+    ) -> None:
         """Add measurements, and requests that a front refused by the code of the error."""
         for name, labels, value in measured:
             self._metrics.update(name, labels, value)
+            self._writers[name, tuple(labels.items())] = reporter
         self._refusals.update(refusals)
 
-    async def leave(self, labels: dict[str, str]) -> None:
-        """Drop the gauges of a replica that ends, whose measurements all have these labels."""
-        self._metrics.drop_gauges(labels)
+    async def leave(self, reporter: str) -> None:
+        """Drop the gauges that a reporter was the last to set: what they describe has ended."""
+        for key in [key for key, its in self._writers.items() if its == reporter]:
+            name, labels = key
+            self._metrics.drop_gauge(name, dict(labels))
+            del self._writers[key]
 
     async def text(self) -> str:
         """In Prometheus's text format."""
@@ -44,17 +52,13 @@ class Reporter:
     Args:
         metrics: handle of :class:`MetricsReplica`.
         collect: returns what was measured, and what was refused, since its last call.
-        labels: that all measurements of a replica have whose gauges end with it.
     """
 
     def __init__(
-        self,
-        metrics: Any,
-        collect: Callable[[], tuple[Measured, Mapping[str, int]]],
-        labels: dict[str, str] | None = None,
+        self, metrics: Any, collect: Callable[[], tuple[Measured, Mapping[str, int]]]
     ) -> None:
         self._metrics = metrics
-        self._labels = labels
+        self._id = uuid.uuid4().hex
         self._collect = collect
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -68,7 +72,7 @@ class Reporter:
         try:
             measured, refusals = self._collect()
             if measured or refusals:
-                await self._metrics.update.remote(measured, refusals)
+                await self._metrics.update.remote(measured, refusals, self._id)
         except Exception as error:
             logger.warning("measurements were lost: %s", error)
 
@@ -77,6 +81,5 @@ class Reporter:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         await self.send()
-        if self._labels is not None:
-            with contextlib.suppress(Exception):  # nobody is left who could be told
-                await self._metrics.leave.remote(self._labels)
+        with contextlib.suppress(Exception):  # nobody is left who could be told
+            await self._metrics.leave.remote(self._id)

@@ -39,6 +39,8 @@ JSON_TYPE = "application/json"
 # Errors of a file itself. Others, such as those of a network or of expired credentials, may pass.
 LASTING = (
     errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EINVAL,  # a pipe, a device or the like
@@ -514,7 +516,8 @@ def prepare_source(
         return prepare_image(read(), image_shape, fit)
     except OSError as error:
         code = "too_large" if error.errno == errno.EFBIG else "unreadable"
-        passing = error.errno not in LASTING
+        # Of some stores without a number.
+        passing = error.errno not in LASTING and not isinstance(error, FileNotFoundError)
         return ApiError(404, code, error.strerror or str(error), may_pass=passing)
     except MemoryError:
         return ApiError(413, "too_large", "there is no memory to decode it", may_pass=True)

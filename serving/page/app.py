@@ -44,6 +44,7 @@ MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
 QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
 GATE_S = 0.02  # between two checks of the gate
 IDLE_S = 0.1  # between two checks whether a stopping page still computes something
+DELIVERY_S = 0.5  # for the last results to be sent
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
 READY_WAIT_S = 2.0  # for the answer that another caller of /readyz gets; then the one before
 TABS = {
@@ -225,7 +226,8 @@ class PageServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI, allowed_hosts: list[str], **address: Any) -> None:
         self._gradio = gradio_of(app)
-        self._waiting = waiting = self._gradio.get_blocks()._queue.pending_event_ids_session
+        self._queue = self._gradio.get_blocks()._queue
+        waiting = self._queue.pending_event_ids_session
         routes = OpenRoutes(app, lambda session: len(waiting.get(session, ())))
         super().__init__(
             uvicorn.Config(
@@ -244,8 +246,10 @@ class PageServer(uvicorn.Server):
         ending.cancel()
 
     async def _end_streams(self) -> None:
-        while any(self._waiting.values()):
+        # Results that nobody reads, of tabs that were closed meanwhile, stay pending for ever.
+        while len(self._queue) or any(job is not None for job in self._queue.active_jobs):
             await asyncio.sleep(IDLE_S)
+        await asyncio.sleep(DELIVERY_S)
         self._gradio.stop_event.set()
 
 

@@ -12,6 +12,7 @@ from html import escape
 
 import numpy as np
 
+from serving.api.operations.score import DIGITS
 from serving.brand import percent, rounded
 from serving.verdict.calibration import Calibration, Unusual
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
@@ -47,7 +48,8 @@ def reasons(calibration: Calibration, explain: Sequence[Unusual], alpha: float) 
     """
     step = 2 / (len(calibration.reference) + 1)
     level = max(alpha, step)
-    unusual = [one for one in explain if one.p_value <= level]
+    # Half a unit more than the level: answers have six digits.
+    unusual = [one for one in explain if one.p_value <= level + 0.5 * 10**-DIGITS]
     families: dict[str, list[float]] = defaultdict(list)
     for one in unusual:
         families[meaning(one.statistic)].append(one.p_value)
