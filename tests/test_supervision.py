@@ -140,7 +140,7 @@ def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(
 def test_a_child_that_cannot_be_started_again_for_a_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Such as at a limit of processes: the other parts of the service go on."""
+    """Such as at a limit of processes: the other parts of the service continue."""
     with Supervisor(tmp_path) as supervisor:
         child = supervisor.start("page", ["sleep", "60"], dict(os.environ), restarts=True)
         other = supervisor.start("front", ["sleep", "60"], dict(os.environ), restarts=True)

@@ -117,7 +117,7 @@ def score_on_ray(
 
     Raises:
         BulkError: there are no images, ``out`` is finished or belongs to another call, or a worker
-            cannot go on, such as for files that cannot be read at present.
+            stops, such as for files that cannot be read at present.
         ClusterError: Ray cannot be used.
     """
     bundle, options, versions = scorer.bundle, scorer.options, scorer.versions
