@@ -183,6 +183,11 @@ def requests() -> dict[str, Request]:
             "score", images=[b64(CAT), b64(b"junk"), "&&&", None, b64(WIDE), b64(DOG)]
         ),
         "score: only bad images": as_json("score", images=[b64(b"junk"), b64(WIDE)]),
+        "score: a repeated key": Request(
+            "score",
+            json.dumps({"images": [b64(CAT)], "alpha": 0.5}).encode()[:-1] + b', "alpha": 0.1}',
+            "application/json",
+        ),
         "score: put": Request("score", CAT, "image/png", method="PUT"),
         "score: of this model": Request("score", CAT, "image/png", model=IDENTITY),
         "score: of another model": Request("score", CAT, "image/png", model="other@1"),

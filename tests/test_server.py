@@ -285,6 +285,11 @@ BAD = {
     ),
     "nested JSON": ((b"[" * 50_000 + b"]" * 50_000, "application/json"), 400, "JSON"),
     "broken JSON": ((b'{"images": [', "application/json"), 400, "not JSON"),
+    "many lists": (
+        (b'{"images": [' + b"[]," * 100_001 + b"[]]}", "application/json"),
+        413,
+        "JSON may have at most 100000 lists and objects",
+    ),
     "unknown parameter": (
         as_json(images=[b64(encode(PICTURE, "PNG"))], sede=1),
         422,

@@ -96,6 +96,8 @@ def write_configuration(
         "metrics_mode": "prometheus",
         "metrics_config": folder.path / "metrics.yaml",
         "disable_system_metrics": "true",
+        # JSON is parsed by our handlers, which count its values first and refuse repeated keys.
+        "decode_input_request": "false",
     }
     on_gpu = options.device == "cuda"
     if not on_gpu:
@@ -126,7 +128,6 @@ def write_configuration(
         "-ncs",
     ]
     # One thread per worker: the workers share the cores, and the order of sums stays the same.
-    # JSON is parsed by our handlers, after its size is known.
     environment = child_environment(
         TMPDIR=str(folder.temporary),
         TEMP=str(folder.temporary),
@@ -135,7 +136,6 @@ def write_configuration(
         OMP_NUM_THREADS="1",
         NVIDIA_TF32_OVERRIDE="0",
         ADE_STOP_FOLDER=str(folder.stop_folder),
-        TS_DECODE_INPUT_REQUEST="FALSE",
     )
     if options.backend == "onnxruntime" and not on_gpu:
         environment["PYTHONPATH"] = os.pathsep.join(
