@@ -94,8 +94,7 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
         )
     if leaking:
         warnings.append(
-            "Held-out files that are copies of training images, left out of calibration and "
-            "tests: "
+            "Held-out files that are copies of training images, left out of calibration and tests: "
             f"{len(leaking)}."
         )
     if dataset.skipped:

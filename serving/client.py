@@ -120,13 +120,8 @@ class AdeError(Exception):
         self.message = message
         self.index = index
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (
-            self.status,
-            self.code,
-            self.message,
-            self.index,
-        )  # it may come from another process
+    def __reduce__(self) -> tuple[Any, ...]:  # it may come from another process
+        return type(self), (self.status, self.code, self.message, self.index)
 
     @property
     def decision_reason(self) -> str:

@@ -666,7 +666,7 @@ def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) ->
     assert np.array_equal(kept[0], small_images[:20])
     assert np.array_equal(kept[1], [*small_images[20:60], *small_images[50:60]])
     assert "fitting: left out 12 images: copies of others" in told
-    assert "calibration: left out 1 image: copies of others" in told
+    assert "calibration: left out 1 image: copies of training images" in told
     with pytest.raises(CalibrationError, match="fitting: all of 30 images are copies"):
         _parts(opened, small_images[:30], small_images[:30], (), told.append)
     with pytest.raises(CalibrationError, match="calibration: all of 10 images are copies"):

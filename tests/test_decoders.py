@@ -220,6 +220,16 @@ def test_a_killed_process_is_replaced(gif: bytes) -> None:
     assert decoders._idle[0].pid != decoder.pid
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_to_a_whole_group_leave_it_to_the_parent(gif: bytes, number: int) -> None:
+    """The service still answers what it has accepted, and must not call an image damaged."""
+    assert read_image(gif).pixels.shape == (4, 4, 3)
+    (decoder,) = decoders._idle
+    os.kill(decoder.pid, number)
+    assert read_image(gif).pixels.shape == (4, 4, 3)
+    assert [one.pid for one in decoders._idle] == [decoder.pid]
+
+
 def test_a_process_that_ended_when_it_was_asked_is_replaced(gif: bytes) -> None:
     read_image(gif)
     decoders._idle[0]._connection.shutdown(1)  # it reads the end, as an idle one would

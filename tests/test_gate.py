@@ -312,6 +312,26 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
     assert reached == reached_unsure == []
 
 
+def test_decisions_are_those_of_the_request_on_a_server_that_shares_its_state(gate: Gate) -> None:
+    """Some servers give the requests of a connection one state."""
+    shared: dict[str, Any] = {}
+    seen: list[list[Decision]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["state"]["gate"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    guarded = GateMiddleware(app, gate=gate)
+
+    async def server(scope: Any, receive: Any, send: Any) -> None:
+        await guarded({**scope, "state": shared}, receive, send)
+
+    answer = TestClient(server).post("/classify", content=Path(CAT).read_bytes(), headers=PNG)
+    assert answer.status_code == 200 and [d.accepted for d in seen[0]] == [True]
+    assert not shared
+
+
 def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> None:
     larger = write_png(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))
     client, reached = app_behind(exact_only, on_no_verdict="flag")

@@ -5,6 +5,7 @@ The recorded contract runs over it in ``test_contract.py``.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import os
@@ -27,6 +28,7 @@ import pytest
 import yaml
 
 from benchmarks.ray_cluster import Cluster, ray_cluster
+from handlers.front.front import Request
 from handlers.launch.options import ServingOptions
 from handlers.launch.run_folder import RunFolder
 from handlers.ray_serve.environment import (
@@ -36,6 +38,8 @@ from handlers.ray_serve.environment import (
 )
 from handlers.ray_serve.guard import end_all, processes_of
 from handlers.ray_serve.settings import LOGS, Access, ServeSettings, SettingsError
+from serving.api.errors import ApiError
+from serving.api.requests import MODEL_HEADER
 from serving.engine.bundle import open_bundle
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
@@ -88,6 +92,27 @@ def test_the_settings_of_a_cluster() -> None:
 def test_settings_that_cannot_be_used(args: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         ServeSettings.of(args)
+
+
+@needs_ray
+def test_a_replica_of_another_model_does_not_answer_for_the_wanted_one() -> None:
+    """While Serve replaces replicas one after another."""
+    from handlers.ray_serve.ingress import RemoteModel
+
+    class Replicas:
+        async def remote(self, call: list[Any]) -> list[Any]:
+            return [(200, [(MODEL_HEADER, "m@2")], b"") for _ in call]
+
+    async def ask(wanted: str) -> int:
+        headers = {MODEL_HEADER.lower(): wanted} if wanted else {}
+        request = Request("POST", "/predictions/score", headers, "", bytearray(b"x"), False)
+        model = RemoteModel("score", "m@1", Replicas(), {}, 10.0)
+        return (await model.answer(request)).status
+
+    assert asyncio.run(ask("")) == asyncio.run(ask("m@2")) == 200
+    with pytest.raises(ApiError, match="the request is for 'm@1'") as refused:
+        asyncio.run(ask("m@1"))
+    assert refused.value.status == 412
 
 
 @needs_ray

@@ -222,9 +222,9 @@ def _parts(
     trained_on = _digests(trained, bundle.image_shape)
     # A picture that repeats, such as a camera's black frame, repeats in use, too: if it calibrates,
     # it counts as often as it occurs, and does not also fit the density.
-    calibrating = _without(trained_on, given[1], "calibration", report)
+    calibrating = _without(trained_on, given[1], "calibration", "training images", report)
     known = trained_on | {image_digest(image.pixels) for image in calibrating}
-    parts = _without(known, given[0], "fitting", report, once=True), calibrating
+    parts = _without(known, given[0], "fitting", "others", report, once=True), calibrating
     height, width, _ = bundle.image_shape
     resized = sum(image.resized for part in parts for image in part)
     report(
@@ -322,7 +322,12 @@ def _digests(images: Images, image_shape: tuple[int, int, int]) -> set[bytes]:
 
 
 def _without(
-    seen: set[bytes], images: list[InputImage], name: str, report: Report, once: bool = False
+    seen: set[bytes],
+    images: list[InputImage],
+    name: str,
+    originals: str,
+    report: Report,
+    once: bool = False,
 ) -> list[InputImage]:
     """The images whose pixels were not seen before.
 
@@ -330,6 +335,7 @@ def _without(
         seen: digests of those that were.
         images: to choose from.
         name: of the images.
+        originals: what those that were seen before are, for messages.
         report: called with a line if images are left out.
         once: whether of equal images only the first is kept.
 
@@ -345,7 +351,7 @@ def _without(
                 seen.add(digest)
     if len(kept) < len(images):
         left_out = counted(len(images) - len(kept), "image")
-        report(f"{name}: left out {left_out}: copies of others")
+        report(f"{name}: left out {left_out}: copies of {originals}")
     if images and not kept:
-        raise CalibrationError(f"{name}: all of {len(images)} images are copies of others")
+        raise CalibrationError(f"{name}: all of {len(images)} images are copies of {originals}")
     return kept

@@ -16,7 +16,7 @@ from serving.api.errors import ApiError, overloaded
 from serving.api.guard import Receive, Scope, header_values
 
 T = TypeVar("T")
-# After an answer, during which probes need not wait for their turn behind other requests.
+# Seconds after an answer to a client in which probes need not wait behind other requests.
 ANSWERING_S = 60.0
 
 

@@ -25,10 +25,8 @@ class MetricsReplica:
         self._metrics = Metrics(self._refusals)
         self._writers: dict[tuple[str, Labels], str] = {}
 
-    async def update(
-        self, measured: Measured, refusals: Mapping[str, int], reporter: str = ""
-    ) -> None:
-        """Add measurements, and requests that a front refused by the code of the error."""
+    async def update(self, measured: Measured, refusals: Mapping[str, int], reporter: str) -> None:
+        """Add what a reporter measured, and requests that it refused by the code of the error."""
         for name, labels, value in measured:
             self._metrics.update(name, labels, value)
             self._writers[name, tuple(labels.items())] = reporter

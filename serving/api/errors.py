@@ -32,14 +32,8 @@ class ApiError(Exception):
         self.index = index
         self.may_pass = may_pass
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (
-            self.status,
-            self.code,
-            self.message,
-            self.index,
-            self.may_pass,
-        )  # it may come from another process
+    def __reduce__(self) -> tuple[Any, ...]:  # it may come from another process
+        return type(self), (self.status, self.code, self.message, self.index, self.may_pass)
 
     def at(self, index: int) -> ApiError:
         """The same error about image ``index``."""
