@@ -16,7 +16,7 @@ from serving.client import AdeError
 from serving.engine.bundle import Bundle
 from serving.page import charts
 from serving.page.reference import reference
-from serving.page.served import Served, Shared, html
+from serving.page.served import Runs, Served, Shared, html, latest_only
 from serving.verdict.calibration_file import Calibrations
 
 UNITS = {"relative": "of a latent's size"}  # of differences, for people
@@ -74,8 +74,10 @@ def add_tab(shared: Shared) -> None:
             f"{SAMPLES} samples of seed {SEED}, not hand-picked.</figcaption></figure>"
         )
 
-    def pictures_if_shown(model: str, shown: str) -> Any:
-        return pictures(model) if shown == shared.tab.label else gr.skip()
+    drawn = latest_only(pictures, 1)
+
+    def drawn_if_shown(model: str, shown: str, runs: Runs) -> Any:
+        return drawn(model, runs) if shown == shared.tab.label else gr.skip()
 
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
@@ -88,8 +90,11 @@ def add_tab(shared: Shared) -> None:
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
     events = [shared.tab.select, model.change]  # the calibration may have been replaced
     gr.on(events, about, model, shown, api_name="about", show_progress="hidden")
-    shared.tab.select(pictures, model, samples, **quiet)
-    model.change(pictures_if_shown, [model, shared.shown], samples, **quiet)
+    runs = gr.State(Runs())
+    shared.tab.select(drawn, [model, runs], samples, trigger_mode="multiple", **quiet)
+    model.change(
+        drawn_if_shown, [model, shared.shown, runs], samples, trigger_mode="multiple", **quiet
+    )
 
 
 def card(served: Served, model: str) -> str:

@@ -145,8 +145,8 @@ def add_tab(shared: Shared) -> None:
                 f"This model has no level {level}: it has {len(bundle.latent_shapes)} levels, and "
                 "0 is the coarsest."
             )
-        turn = explored.turn
-        if turn[:2] not in ((), (model, first)):  # while this run waited for its turn
+        chosen = explored.chosen
+        if chosen is not None and chosen[:2] != (model, first):  # while this run waited
             return gr.skip(), gr.skip()
         own = noise_of(read(first), client, bundle, resize)
         coarse = ask(client.sample_with, from_coarsest(own))
@@ -155,7 +155,7 @@ def add_tab(shared: Shared) -> None:
             np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes
         ]
         varied = ask(client.sample_with, with_level(own, others, int(level)))
-        if explored.turn != turn:  # the page shows other images meanwhile
+        if explored.chosen != chosen:  # the page shows other images meanwhile
             return gr.skip(), gr.skip()
         return (
             write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),

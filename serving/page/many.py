@@ -194,8 +194,10 @@ def add_tab(shared: Shared) -> None:
         download = write_file(table.getvalue().encode(), "scores.csv")
         return said, shown, gr.DownloadButton(value=download, interactive=True)
 
-    def clear(runs: Runs) -> tuple[str, list[Any], Any]:
-        runs.start()  # what still runs is of other files
+    def clear(*values: Any) -> tuple[str, list[Any], Any]:
+        *chosen, runs = values
+        runs.start()  # what still runs is of other files or of another model
+        runs.chosen = tuple(chosen)
         return charts.empty(EMPTY), [], gr.DownloadButton(interactive=False)
 
     def clear_if_failed(runs: Runs) -> Any:
@@ -238,7 +240,7 @@ def add_tab(shared: Shared) -> None:
     results = [said, table, download]
     runs = gr.State(Runs())
     scored = go.click(
-        latest_only(score_many, len(results)),
+        latest_only(score_many, len(results), of=range(3)),
         [shared.model, files, folder, fdr, resize, alpha, runs],
         results,
         api_name="score_many",
@@ -246,7 +248,8 @@ def add_tab(shared: Shared) -> None:
         trigger_mode="multiple",
     )
     quiet: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    gr.on([files.change, folder.change, shared.model.change], clear, runs, results, **quiet)
+    chosen: list[Any] = [shared.model, files, folder]
+    gr.on([one.change for one in chosen], clear, [*chosen, runs], results, **quiet)
     scored.failure(clear_if_failed, runs, results, **quiet)
 
 

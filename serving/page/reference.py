@@ -50,7 +50,8 @@ def _operation(address: str, operation: dict[str, Any]) -> str:
         for key, value in schema.get("properties", {}).items()
     )
     table = (
-        '<div class="ade-scroll" tabindex="0"><table class="ade-table"><thead><tr>'
+        '<div class="ade-scroll" tabindex="0" role="region" '
+        f'aria-label="Parameters of {escape(name)}"><table class="ade-table"><thead><tr>'
         f"<th>parameter</th><th>values</th><th>meaning</th></tr></thead><tbody>{rows}</tbody></table></div>"
         if rows
         else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -86,8 +87,10 @@ def add_part(shared: Shared) -> None:
         told = ", ".join(f"{name} {value}" for name, value in wanted.items())
         return write_file(data, "again.png"), f"{said}\n\n{told}"
 
-    def clear(runs: Runs) -> tuple[None, str]:
+    def clear(*values: Any) -> tuple[None, str]:
+        *chosen, runs = values
         runs.start()  # what still runs is of another picture or model
+        runs.chosen = tuple(chosen)
         return None, ""
 
     with gr.Row():
@@ -99,7 +102,7 @@ def add_part(shared: Shared) -> None:
             said = gr.Markdown()
     runs = gr.State(Runs())
     go.click(
-        latest_only(reproduce, 2),
+        latest_only(reproduce, 2, of=range(2)),
         [shared.model, picture, runs],
         [again, said],
         api_name="reproduce",
@@ -109,7 +112,7 @@ def add_part(shared: Shared) -> None:
     gr.on(
         [picture.change, shared.model.change],
         clear,
-        runs,
+        [shared.model, picture, runs],
         [again, said],
         queue=False,
         show_progress="hidden",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import secrets
@@ -133,9 +132,8 @@ def add_tab(shared: Shared) -> None:
         return gallery, enabled, enabled, *choose(None)
 
     def clear_other_samples(model: str, runs: Runs) -> Any:
-        """Clear what another model drew; the history may have drawn with this one already."""
-        if runs.turn == (model,):
-            return (gr.skip(),) * (len(shown) + len(chosen))
+        """Clear what another model drew, or is about to draw."""
+        runs.chosen = (model,)
         runs.failed = runs.start()  # so that draw_once draws
         empty = gr.DownloadButton(value=None, interactive=False)
         return [], empty, empty, *choose(None)
@@ -241,12 +239,7 @@ def add_tab(shared: Shared) -> None:
     shown = [gallery, png, npz]
     chosen: list[Any] = [picked, keep, *(button for button, _, _ in targets)]
     runs = gr.State(Runs())
-    numbered = latest_only(sample, len(shown))
-
-    @functools.wraps(numbered)  # whose names of arguments Gradio shows
-    def sampled(model: str, *values: Any) -> Any:
-        values[-1].turn = (model,)
-        return numbered(model, *values)
+    sampled = latest_only(sample, len(shown), of=[0])
 
     # Each of these draws, also while samples are drawn: they are of the settings that are shown.
     busy: dict[str, Any] = {"show_progress_on": gallery}

@@ -341,8 +341,9 @@ class Runs:
         self.latest = 0
         self.failed = 0
         self.error = ""  # the message of the run that failed
-        self.turn: tuple[str | None, ...] = ()  # the model, if any, and the images on the page
-        self.is_due = False  # whether the turn's run has yet to start
+        # What was last chosen on the page that the results depend on, once it has changed.
+        self.chosen: tuple[Any, ...] | None = None
+        self.is_due = False  # whether the run that this choice causes has yet to start
 
     def start(self) -> int:
         """Number a run; from now on, the results of earlier ones are out of date."""
@@ -358,15 +359,25 @@ def is_outdated() -> bool:
     return _is_outdated.get()()
 
 
-def latest_only(run: Callable[..., Any], outputs: int) -> Callable[..., Any]:
+def latest_only(
+    run: Callable[..., Any], outputs: int, of: Sequence[int] = ()
+) -> Callable[..., Any]:
     """Drop the results or the error of a run if a later run has started meanwhile.
 
     The decorated function takes a :class:`Runs` as one more argument.
+
+    Args:
+        run: the function.
+        outputs: number of its results.
+        of: which of its arguments are what was chosen. A run that waited while something else was
+            chosen does not start.
     """
 
     @functools.wraps(run)
     def numbered(*values: Any) -> Any:
         *given, runs = values
+        if of and runs.chosen not in (None, tuple(given[i] for i in of)):
+            return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
         number = runs.start()
         _is_outdated.set(lambda: number != runs.latest)
         try:
@@ -433,6 +444,7 @@ def run_on_new_image(
     outputs, blank = list(results), tuple(results.values())
     models = [] if model is None else [model]
     places = [list(inputs).index(image) for image in images]
+    of = [*([] if model is None else [list(inputs).index(model)]), *places]
 
     turn = gr.State(time_to_live=KEPT_S)  # a number, whose change starts a run, too
     runs = gr.State(Runs())  # each session has a copy
@@ -440,17 +452,22 @@ def run_on_new_image(
     def one_or_all(values: tuple[Any, ...]) -> Any:
         return values if len(values) > 1 else values[0]
 
+    def clear(*values: Any) -> tuple[Any, ...]:
+        *chosen, runs = values
+        runs.start()
+        runs.chosen, runs.is_due = tuple(chosen), True
+        return (*blank, *(None for _ in others))
+
     def clear_if_other(*values: Any) -> Any:
         *chosen, tab_shown, runs = values
         # An upload changes the image twice, to the same file.
-        if runs.turn == tuple(chosen):
+        before = runs.chosen
+        if before == tuple(chosen):
             return (gr.skip(),) * (len(blank) + len(others) + 1)
         # An image may be sent here from the tab that is shown, which then changes.
-        same_images = runs.turn[len(models) :] == tuple(chosen[len(models) :])
+        same_images = before is not None and before[len(models) :] == tuple(chosen[len(models) :])
         waits = same_images and tab_shown != shared.tab.label
-        number = runs.start()
-        runs.turn, runs.is_due = tuple(chosen), True
-        return (*blank, *(None for _ in others), gr.skip() if waits else number)
+        return (*clear(*chosen, runs), gr.skip() if waits else runs.latest)
 
     def run_if_due(runs: Runs) -> Any:
         return runs.latest if runs.is_due else gr.skip()
@@ -472,28 +489,37 @@ def run_on_new_image(
     quiet: Any = {"show_progress": "hidden", **private}
     count = len(outputs)
     by_hand = button.click(
-        latest_only(run, count), [*inputs, runs], outputs, api_name=api_name, **shown
+        latest_only(run, count, of), [*inputs, runs], outputs, api_name=api_name, **shown
     )
-    numbered = latest_only(run_if_given, count)
+    numbered = latest_only(run_if_given, count, of)
 
     def run_in_turn(*values: Any) -> Any:
-        # The image changed again before this run began: skip it, because the newer image starts
-        # its own run. Running both would show the same error twice.
+        # The choice changed again before this run began: skip it, because the newer one starts its
+        # own run. Running both would show the same error twice.
         runs = values[-1]
-        if not runs.is_due or runs.turn[-len(places) :] != tuple(values[i] for i in places):
+        if not runs.is_due or runs.chosen != tuple(values[i] for i in of):
             return one_or_all((gr.skip(),) * count)
         runs.is_due = False
         return numbered(*values)
 
     by_itself = turn.change(run_in_turn, [*inputs, runs], outputs, **shown, **private)
     # Through the queue: without it a change of a state triggers nothing.
-    gr.on(
+    cleared = gr.on(
         [*(image.change for image in images), *(chosen.change for chosen in models)],
         clear_if_other,
         [*models, *images, shared.shown, runs],
         [*outputs, *others, turn],
         trigger_mode="always_last",
         concurrency_limit=None,
+        **quiet,
+    )
+    # A full queue refuses it; the results are then of another image than the one that is shown.
+    cleared.failure(
+        lambda *values: one_or_all(clear(*values)),
+        [*models, *images, runs],
+        [*outputs, *others],
+        trigger_mode="multiple",
+        queue=False,
         **quiet,
     )
     shared.tab.select(run_if_due, runs, turn, concurrency_limit=None, **quiet)
