@@ -748,13 +748,18 @@ def tensor(array: np.ndarray, name: str, datatype: str, binary: bool) -> Any:
     return made
 
 
-def test_v2_health_and_metadata(triton: tritonclient.http.InferenceServerClient) -> None:
+def test_v2_health_and_metadata(
+    app: RunningApplication, triton: tritonclient.http.InferenceServerClient
+) -> None:
     assert triton.is_server_live() and triton.is_server_ready()
     assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data"]
     for operation in OPERATIONS:
         assert triton.is_model_ready(operation) and triton.is_model_ready(operation, "1")
     found = triton.get_model_metadata("score", "1")
     assert found["name"] == "score" and found["versions"] == ["1"]
+    assert found["platform"] == "onnxruntime_onnx"
+    ready = httpx.get(f"{app.url}/v2/models/score/ready")
+    assert ready.json() == {"name": "score", "ready": True}
     assert found["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
     assert not triton.is_model_ready("other") and not triton.is_model_ready("score", "2")
 

@@ -105,26 +105,9 @@ def test_the_document_names_every_operation_and_parameter() -> None:
             == expected
         )
         assert all(f"`{name}`" in text or f'"{name}"' in text for name in expected)
-        assert {
-            "200",
-            "400",
-            "401",
-            "403",
-            "404",
-            "405",
-            "408",
-            "412",
-            "413",
-            "415",
-            "421",
-            "422",
-            "429",
-        } | {
-            "500",
-            "503",
-        } == set(post["responses"])
-        for status in post["responses"]:
-            assert status == "200" or f"| {status} |" in text or f"({status} `" in text
+        # 501 answers methods that no operation has, and 429 is a proxy's.
+        documented = set(re.findall(r"^\| (\d{3}) \|", text, re.MULTILINE)) - {"501"}
+        assert set(post["responses"]) == documented | {"200", "429"}
     assert openapi_document("http://x", [bundle], needs_token=True)["security"] == [{"token": []}]
 
 

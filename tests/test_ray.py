@@ -186,6 +186,10 @@ def configurations() -> list[dict[str, Any]]:
 def test_the_configurations_of_clusters_are_one() -> None:
     """But for the names under which the service is reached."""
     ours, kubernetes = configurations()
+    assert set(kubernetes["applications"][0]["args"]["allowed_hosts"]) == {
+        "ade-serve-svc" + domain
+        for domain in ("", ".default", ".default.svc", ".default.svc.cluster.local")
+    }
     for one in (ours, kubernetes):
         (app,) = one["applications"]
         assert ServeSettings.of(app["args"]).allowed_hosts

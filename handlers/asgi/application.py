@@ -185,7 +185,12 @@ class Application:
             return self._infer[model.name]
         if match["what"] == "ready":
             return Endpoint(
-                _reading(lambda: _json(200 if model.is_ready else 503, {"ready": model.is_ready}))
+                _reading(
+                    lambda: _json(
+                        200 if model.is_ready else 503,
+                        {"name": model.name, "ready": model.is_ready},
+                    )
+                )
             )
         return Endpoint(_reading(lambda: _json(200, model.metadata)))
 
@@ -266,7 +271,7 @@ def make_pools(
             )
             for number in range(settings.workers[operation])
         ]
-        described = v2.metadata(name, operation, bundle)
+        described = v2.metadata(name, operation, bundle, settings.options["backend"])
         pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
     return pools
 
@@ -278,11 +283,12 @@ def remove_journals(logs: Path, kept: Collection[int]) -> None:
         logs: their folder.
         kept: numbers of releases.
     """
-    for path in logs.glob(f"*{JOURNAL}*"):
-        number = _JOURNAL_OF_RELEASE.search(path.name)
-        if number is not None and int(number[1]) not in kept:
-            with contextlib.suppress(OSError):
-                path.unlink()
+    with contextlib.suppress(OSError):  # of a folder that cannot be listed
+        for path in logs.glob(f"*{JOURNAL}*"):
+            number = _JOURNAL_OF_RELEASE.search(path.name)
+            if number is not None and int(number[1]) not in kept:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 @contextlib.asynccontextmanager

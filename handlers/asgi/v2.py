@@ -48,6 +48,7 @@ DATATYPES = {
     "FP64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "torchscript": "pytorch_torchscript"}
 IMAGES = "images"
 SAMPLE_INPUTS = ("n", "seed")
 FORMATS = {"sample": "npy", "encode": "npz", "reconstruct": "npy", "score": "json"}  # of the API
@@ -73,7 +74,7 @@ class Call:
     is_binary: bool
 
 
-def metadata(name: str, operation: str, bundle: Bundle) -> dict[str, Any]:
+def metadata(name: str, operation: str, bundle: Bundle, backend: str) -> dict[str, Any]:
     """A model's inputs and outputs; -1 is the number of images."""
     images = _tensor(IMAGES, "UINT8", (-1, *bundle.image_shape))
     latents = [
@@ -95,7 +96,7 @@ def metadata(name: str, operation: str, bundle: Bundle) -> dict[str, Any]:
     return {
         "name": name,
         "versions": [VERSION],
-        "platform": "onnxruntime_onnx",
+        "platform": _PLATFORMS.get(backend, backend),
         "inputs": takes if operation == "sample" else [images],
         "outputs": outputs[operation],
     }

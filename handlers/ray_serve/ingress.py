@@ -157,7 +157,7 @@ class Ingress:
                 name,
                 bundle.model_id,
                 handles[name],
-                v2.metadata(name, operation, bundle),
+                v2.metadata(name, operation, bundle, settings.backend),
                 limits.upstream_s,
             )
             for name, operation, bundle in served_models(bundles)

@@ -39,6 +39,7 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "421": ("the service is not reached under this host name", {}),
     "422": ("well formed, but not usable", {}),
     "429": ("too many requests; answered by a proxy with rate limits", _RETRY),
+    "431": ("the headers are too long", {}),
     "500": ("the service failed; its log has the reason", {}),
     "503": ("overloaded or stopping: try again after Retry-After seconds", _RETRY),
 }
@@ -83,7 +84,8 @@ def openapi_document(url: str, bundles: Sequence[Bundle], needs_token: bool) -> 
         "info": {
             "title": "AV-ADE",
             "version": "1",
-            "description": "Samples, encodes, reconstructs and scores images.",
+            "description": "Samples, encodes, reconstructs and scores images. PUT does the same "
+            "as POST.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": url}],
