@@ -46,7 +46,7 @@ class GivenImages:
         if self._path.is_dir():
             files = [path for path in image_files(self._path) if self._keep(path)]
             return readable(shuffled(files)[: self._limit], say)
-        return iter(_array(self._path)[: self._limit])
+        return iter(shuffled(list(_array(self._path)))[: self._limit])
 
 
 def _array(path: Path) -> np.ndarray:

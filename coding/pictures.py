@@ -21,6 +21,7 @@ from serving.images import MAX_FILE_BYTES, ImageError, read_image
 WRITTEN = {".png": "PNG", ".bmp": "BMP"}
 _GREY = ["converted from L to RGB"]
 _NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; others are metadata
+_DEPTH_AT = 24  # in a PNG, the bits of each sample
 _WEBP = {"lossless": True, "method": 4, "quality": 100}  # smaller than method 6
 
 
@@ -69,7 +70,8 @@ def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
     if format == "PNG":
         chunks = _chunks(data)
         has_metadata = not _NEEDED_CHUNKS.issuperset(chunks)
-        is_whole = chunks[-1:] == [b"IEND"]
+        # Fewer bits would be decoded, and restored, as eight.
+        is_whole = chunks[-1:] == [b"IEND"] and data[_DEPTH_AT] == 8
     else:
         is_whole = _is_plain_bmp(data)
     if format is None or not is_whole or has_metadata and keep_metadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 
 from serving.files import read_file
 from serving.images import file_size
-from training.data import PARTS, Dataset
+from serving.messages import printable
+from training.data import PARTS, REPEATS, Dataset
 from training.datasets.files import unusable_hint
 
 SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
@@ -29,7 +31,9 @@ class Survey:
         sizes: number of files by ``width x height`` or ``unreadable``, the most frequent first.
         broken: files that cannot be used, each with the reason.
         twice: groups of files with the same pixels at the model's size.
-        leaking: held-out files with the pixels of a training file; they are left out.
+        leaking: held-out files with the pixels of a training file; they are left out, unless there
+            are so many of a picture that it will repeat in use.
+        content: SHA-256 of the parts, names and pixels of all files.
         parts: number of usable files in each part, without those of ``leaking``.
         warnings: sentences for the user.
     """
@@ -39,13 +43,15 @@ class Survey:
     broken: list[str]
     twice: list[list[str]]
     leaking: list[str]
+    content: str
     parts: dict[str, int]
     warnings: list[str]
 
     def is_of_folder(self, before: dict[str, Any]) -> bool:
         """Whether a survey before, as :func:`as_dict` gives it, found the same files."""
         now = as_dict(self)
-        return all(now[name] == before.get(name) for name in ("files", "sizes", "broken", "twice"))
+        names = ("files", "sizes", "broken", "twice", "content")
+        return all(now[name] == before.get(name) for name in names)
 
 
 def picture_sizes(files: Sequence[Path]) -> Sizes:
@@ -78,12 +84,15 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
         dataset: the folder's images at the model's size, with the files behind their rows.
     """
     groups: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    content = hashlib.sha256()
     for part in PARTS:  # the training part first: no held-out file may be in it
         for name, digest in zip(dataset.files[part], dataset.parts[part].digests(), strict=True):
             groups[digest].append((part, name))
+            content.update(f"{part}\0{printable(name)}\0{digest.hex()}\n".encode())
     twice = [[name for _, name in group] for group in groups.values() if len(group) > 1]
     trained = [group for group in groups.values() if group[0][0] == "train"]
-    leaking = [copy for group in trained for copy in group[1:] if copy[0] != "train"]
+    copies = [[copy for copy in group if copy[0] != "train"] for group in trained]
+    leaking = [copy for group in copies if len(group) < REPEATS for copy in group]
     lost = Counter(part for part, _ in leaking)
     parts = {part: len(dataset.files[part]) - lost[part] for part in PARTS}
     warnings = []
@@ -115,6 +124,7 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
         [f"{name}: {why}" for name, why in dataset.skipped.items()],
         twice,
         [name for _, name in leaking],
+        content.hexdigest(),
         parts,
         warnings,
     )

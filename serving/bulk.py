@@ -442,7 +442,8 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
         NothingScored: every row has an error; ``out`` is not written.
     """
     counts: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    notes: dict[str, str] = {}  # the first of each kind; all may not fit into memory
 
     def rows() -> Iterator[dict[str, Any]]:
         with open(part, encoding="utf-8") as lines:
@@ -451,7 +452,8 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
                 row = json.loads(line)
                 counts["error" if "error" in row else row["decision"]] += 1
                 if "error" in row:
-                    notes[row["notes"]] += 1
+                    errors[row["error"]] += 1
+                    notes.setdefault(row["error"], row["notes"])
                 row["path"] = printable(row["path"])
                 yield {name: row.get(name) for name in names}
 
@@ -464,10 +466,10 @@ def _finish(part: Path, out: Path, names: list[str]) -> Summary:
             file.writelines(json.dumps(row) + "\n" for row in rows())
         summary = Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
         if not summary.scored:  # raised in here, so that the file does not appear
-            ((note, count),) = notes.most_common(1)
+            ((error, count),) = errors.most_common(1)
             raise NothingScored(
                 f"no image could be scored. The most frequent reason, of {count} of "
-                f"{summary.errors} files: {note}"
+                f"{summary.errors} files: {notes[error]}"
             )
     return summary
 

@@ -155,6 +155,16 @@ def test_a_manifest_with_times_of_any_type(tmp_path: Path) -> None:
         list(manifest.read_manifest(str(tmp_path / "x.parquet")))
 
 
+@pytest.mark.parametrize("size", ["12 bytes", float("nan"), float("inf"), 2.0**63, -1])
+def test_a_manifest_with_a_size_that_is_none(tmp_path: Path, size: str | float) -> None:
+    source = str(tmp_path / "x.parquet")
+    parquet.write_table(pa.table({"path": ["x", "y"], "size": ["7", None]}), source)
+    assert [row["size"] for row in manifest.read_manifest(source)] == [7, None]
+    parquet.write_table(pa.table({"path": ["x"], "size": [size]}), source)
+    with pytest.raises(BulkError, match="cannot be read: "):
+        list(manifest.read_manifest(source))
+
+
 def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     """Without Ray, which only hands the rows around: plan, rows, and their count."""
     bundle, out = open_bundle(PRETRAINED), str(tmp_path / "out")

@@ -30,11 +30,13 @@ from ade_cli.main import main
 from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.verdict.choice import choose_files, choose_rows
 from export.verdict.feedback import give_feedback
+from export.verdict.images import digests_of
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer, Versions
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle, verify_bundle, write_manifest
 from serving.engine.engine import InferenceEngine, Score
+from serving.engine.noise import short_digest
 from serving.gate import Gate
 from serving.images import coder_version, write_png
 from serving.verdict.calibration import CalibrationError
@@ -48,7 +50,7 @@ from serving.verdict.store import (
     path_of,
     write_calibrations,
 )
-from training.data import PARTS, DataError, Dataset, ImageSet
+from training.data import PARTS, REPEATS, DataError, Dataset, ImageSet
 from training.datasets.files import part_of
 
 
@@ -685,6 +687,21 @@ def test_a_picture_that_repeats_is_not_rejected_for_it(
     )
     (decision,) = Gate(tmp_path / "out", 0.05).check([black])
     assert decision.accepted
+    # Nearly always it has been trained on, too; a few copies of a training image are an accident.
+    for copies, accepted in ((20, True), (REPEATS, True), (REPEATS - 1, False)):
+        out = tmp_path / f"of {copies}"
+        made = calibrate_bundle(
+            tiny_bundle,
+            out,
+            small_images[:80],
+            [*small_images[80:180], *[black] * copies],
+            "camera",
+            lambda line: None,
+            trained=[black],
+        )
+        assert made.exact is not None
+        assert len(made.exact.scores) == 100 + (copies if accepted else 0)
+        assert short_digest(black) not in digests_of(made)  # it may be among other images, too
     with pytest.raises(CalibrationError):
         calibrate_bundle(
             tiny_bundle, tmp_path / "no", [black] * 80, [black] * 80, "camera", lambda line: None
@@ -847,6 +864,7 @@ def test_feedback_that_would_disable_the_gate_is_refused(
     said = capsys.readouterr().err
     assert "The gate rejects 20 of the 20 images to be added (alpha 0.01)." in said
     assert "calibration rejects 20 of all accepted images" in said and "option force" in said
+    assert "At alphas below 0.12, images like these are no longer rejected." in said  # 21 of 171
     assert not path_of(bundle, "default").exists()
     assert not (bundle / FOLDER / "feedback.jsonl").exists()
     assert give_feedback(bundle, "default", files[:9], []).joined == 9

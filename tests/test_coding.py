@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,19 @@ def saved(format: str, mode: str = "RGB") -> bytes:
     return out.getvalue()
 
 
+def grey_of(depth: int) -> bytes:
+    """A grey PNG with samples of a few bits, which Pillow reads and cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + checksum
+
+    head = (8).to_bytes(4, "big") * 2 + bytes([depth, 0, 0, 0, 0])
+    rows = b"".join(b"\0" + bytes(range(depth)) for _ in range(8))
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
 @pytest.mark.parametrize(
     "name, data",
     [
@@ -409,10 +423,13 @@ def saved(format: str, mode: str = "RGB") -> bytes:
         ("a.png", saved("PNG")[:-12]),  # without IEND
         ("a.png", saved("PNG")[:-20] + b"x" + saved("PNG")[-19:]),  # a wrong checksum
         ("a.png", saved("PNG") + b"more"),
+        ("a.png", grey_of(2)),
+        ("a.png", grey_of(4)),
     ],
 )
 def test_a_file_that_its_pixels_do_not_restore_is_kept(name: str, data: bytes) -> None:
     assert read_picture(name, data, False) == Picture(None, data)
+    assert read_picture("a.png", grey_of(8), False).pixels is not None
     plain = saved("PNG" if name == "a.png" else "BMP")
     assert read_picture(name, plain, False).pixels is not None
 

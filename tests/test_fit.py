@@ -48,12 +48,12 @@ from fitting.report import (
     weaknesses,
     write_report,
 )
-from fitting.survey import Survey, choose_image_size, picture_sizes, survey
+from fitting.survey import Survey, as_dict, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import ROOT, make_folder
-from training.data import Dataset, ImageSet
+from training.data import REPEATS, Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
 from training.guide import load_guide
 from training.labels import class_folders, class_labels
@@ -205,8 +205,10 @@ def test_the_size_suits_most_images(sizes: dict, side: int) -> None:
 
 def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> None:
     folder = make_folder(tmp_path / "images", small_images)
-    for i in range(30):
+    for i in range(60):
         shutil.copy(folder / "class0" / "0000.png", folder / f"copy{i}.png")
+    for i in range(12):
+        shutil.copy(folder / "class1" / "0001.png", folder / f"again{i}.png")
     files = image_files(folder)
     dataset = load_files(folder, files, 8, None, lambda line: None)
     names = dataset.files
@@ -218,14 +220,23 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
             pixels = np.asarray(Image.open(folder / rows[row]))
             if pixels.shape == (8, 8, 3):
                 assert np.array_equal(pixels, dataset.parts[part].images[row])
-    found = survey(picture_sizes(files), dataset)
-    assert found.files == 333 and found.sizes == {"8 x 8": 330, "unreadable": 2, "40 x 20": 1}
+    sizes = picture_sizes(files)
+    found = survey(sizes, dataset)
+    assert found.files == 375 and found.sizes == {"8 x 8": 372, "unreadable": 2, "40 x 20": 1}
     assert len(found.broken) == 2 and any(line.startswith("broken.png: ") for line in found.broken)
-    (group,) = found.twice
-    assert len(group) == 31 and "class0/0000.png" in group
+    often, seldom = sorted(found.twice, key=len, reverse=True)
+    assert (len(often), len(seldom)) == (61, 13) and "class0/0000.png" in often
     held_out = {name for part in ("select", "calibrate", "test") for name in names[part]}
-    assert found.leaking and set(found.leaking) == held_out & set(group)
-    assert sum(found.parts.values()) == 331 - len(found.leaking)
+    assert len(held_out & set(often)) >= REPEATS  # so it will repeat in use
+    assert found.leaking and set(found.leaking) == held_out & set(seldom)
+    assert sum(found.parts.values()) == 373 - len(found.leaking)
+    # The same pictures under other names are in other parts.
+    shutil.move(folder / "again0.png", folder / "another name.png")
+    renamed = load_files(folder, image_files(folder), 8, None, lambda line: None)
+    again = survey(sizes, dataset)
+    assert again.is_of_folder(json.loads(json.dumps(as_dict(found))))
+    moved = dataclasses.replace(survey(sizes, renamed), twice=found.twice)
+    assert not moved.is_of_folder(as_dict(found))
     assert [line.split(":")[0] for line in found.warnings[1:]] == [
         "Held-out files that are copies of training images, left out of calibration and tests",
         "Files that cannot be used",
@@ -360,6 +371,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         [],
         [],
         [],
+        "a digest",
         {"train": 1000, "select": 40, "calibrate": 80, "test": 40},
         [],
     )

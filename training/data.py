@@ -19,6 +19,9 @@ import numpy as np
 
 PARTS = ("train", "select", "calibrate", "test")
 CHANNELS = 3  # of the images of every loader
+# Held-out copies from which on a picture, such as a camera's black frame, counts as one that will
+# repeat in use. Fewer copies of a training image are an accident, and would look better than use.
+REPEATS = 5
 
 Report = Callable[[str], None]  # called with each line of progress
 

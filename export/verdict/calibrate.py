@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from serving.messages import counted
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
-from training.data import Report
+from training.data import REPEATS, Report
 
 ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
 
@@ -60,7 +61,8 @@ def calibrate_bundle(
     of the model's size go through :func:`export.verdict.kinds.resize_and_back`.
 
     Images with the pixels of a training image are left out, and so are those to fit to with the
-    pixels of another one of either part. Equal images of those that calibrate all count.
+    pixels of another one of either part. Equal images of those that calibrate all count, and from
+    :data:`training.data.REPEATS` on also if they have the pixels of a training image.
 
     Args:
         folder: of the bundle.
@@ -222,7 +224,9 @@ def _parts(
     trained_on = _digests(trained, bundle.image_shape)
     # A picture that repeats, such as a camera's black frame, repeats in use, too: if it calibrates,
     # it counts as often as it occurs, and does not also fit the density.
-    calibrating = _without(trained_on, given[1], "calibration", "training images", report)
+    counts = Counter(image_digest(image.pixels) for image in given[1])
+    seldom = {digest for digest in trained_on if counts[digest] < REPEATS}
+    calibrating = _without(seldom, given[1], "calibration", "training images", report)
     known = trained_on | {image_digest(image.pixels) for image in calibrating}
     parts = _without(known, given[0], "fitting", "others", report, once=True), calibrating
     height, width, _ = bundle.image_shape

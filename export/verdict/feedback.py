@@ -241,6 +241,13 @@ def _report_unusual(
             f"{'resized ' if resized else ''}image{'s' if len(mine) > 1 else ''} to be added "
             f"(alpha {level:.2g}). Of all images accepted so far, the original calibration (made "
             f"by ade calibrate) rejects {unusual}; from {most} on, further ones are refused."
+            + (
+                " At alphas below "
+                f"{(unusual + 1) / (len(larger.scores) + 1):.2g}, images like these are no longer "
+                "rejected."
+                if unusual
+                else ""
+            )
         )
         if _num_rejected(former, scores, level) and unusual >= most:
             disabling = (

@@ -247,13 +247,17 @@ def _way(
         if k == 0:
             alarms.append(Alarms(alpha, None, None, None, None))
             continue
+        assert calibration is not None
+        # Of equal scores at the threshold none is rejected, which can lower the rate to any value.
+        threshold = np.sort(calibration.scores)[n - k] if k <= n else -np.inf
+        is_tied = np.count_nonzero(calibration.scores == threshold) > 1
         low, high = (round(share * per_day) for share in _band(n, alpha, per_day))
         share = _share(p_values, alpha)
-        alarms.append(Alarms(alpha, per_day * k / (n + 1), low, high, share))
+        alarms.append(Alarms(alpha, per_day * k / (n + 1), 0 if is_tied else low, high, share))
         if not len(new):
             continue
         least, most = false_alarm_band(n, alpha, level, len(new))
-        if not least <= _share(new, alpha) <= most:
+        if not (0.0 if is_tied else least) <= _share(new, alpha) <= most:
             unlike.append(alpha)
     joined = (
         0 if calibration is None or calibration.joined is None else calibration.joined.scores.size

@@ -106,10 +106,10 @@ def read_manifest(source: str) -> Iterator[dict[str, Any]]:
                         raise BulkError(
                             f"{source}: a path must be text without zero bytes, got {path!r}"
                         )
-                    yield {"path": absolute(path), "size": row.get("size"), "mtime": _time(row)}
+                    yield {"path": absolute(path), "size": _size(row), "mtime": _time(row)}
     except BulkError:
         raise
-    except (OSError, pa.ArrowInvalid, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowInvalid, TypeError, ValueError, OverflowError) as error:
         raise BulkError(f"{source} cannot be read: {error}") from None
 
 
@@ -154,6 +154,16 @@ def write_json(path: str, value: Any) -> None:
         files.mv(name + ".new", name)
     else:
         files.pipe_file(name, json.dumps(value, indent=2).encode())
+
+
+def _size(about: dict[str, Any]) -> int | None:
+    value = about.get("size")
+    if value is None:
+        return None
+    size = int(value)  # ValueError for NaN
+    if not 0 <= size < 2**63:
+        raise ValueError(f"a size must be a number of bytes, got {value!r}")
+    return size
 
 
 def _time(about: dict[str, Any]) -> float | None:

@@ -50,6 +50,7 @@ FOLDS = 10  # for a known image's distance, main directions are found without it
 # Unit vectors are stored as integers. Sums of their products stay below 2^24, and those of squares
 # of these below 2^53. So float32 and float64 hold them exactly: no answer depends on the batch.
 SCALE = 2048
+SLICE = 512  # rows whose distances to all known images are computed at once
 PRIOR_IMAGES = 10  # images with the overall distribution that are added to each class
 SMALLEST_SPREAD = 1e-12  # of any class
 
@@ -178,15 +179,19 @@ class KnownImages:
 
     def _distances(self, found: np.ndarray, known: bool) -> np.ndarray:
         """From directions ``(N, F)`` to the distances, float64 ``(N,)``, -1 for equal ones."""
-        distances = _nearest(self._apart(found, self.main, self._main_parts))
+        distances = np.empty(len(found))
+        for rows in _slices(np.arange(len(found))):
+            distances[rows] = _nearest(self._apart(found[rows], self.main, self._main_parts))
         if known:
             for fold in range(FOLDS):
-                rows = np.arange(fold, len(self.directions), FOLDS)
-                others = np.delete(self.directions, rows, axis=0)
+                of_fold = np.arange(fold, len(self.directions), FOLDS)
+                others = np.delete(self.directions, of_fold, axis=0)
                 main = _greatest(others, self.main.shape[1])
-                apart = self._apart(found[rows], main, _parts(self.directions, main))
-                apart[np.arange(len(rows)), rows] = np.inf
-                distances[rows] = _nearest(apart)
+                known_parts = _parts(self.directions, main)
+                for rows in _slices(of_fold):
+                    apart = self._apart(found[rows], main, known_parts)
+                    apart[np.arange(len(rows)), rows] = np.inf
+                    distances[rows] = _nearest(apart)
         return distances
 
     def _apart(self, found: np.ndarray, main: np.ndarray, known_parts: np.ndarray) -> np.ndarray:
@@ -303,6 +308,11 @@ def _parts(directions: np.ndarray, main: np.ndarray) -> np.ndarray:
     """Parts of directions ``(N, F)`` in each main one, float64 ``(N, D)``."""
     parts: np.ndarray = directions.astype(np.float64) @ main.astype(np.float64)
     return parts
+
+
+def _slices(rows: np.ndarray) -> list[np.ndarray]:
+    """Parts of an array of rows, so that the distances to all known images fit into memory."""
+    return [rows[first : first + SLICE] for first in range(0, len(rows), SLICE)]
 
 
 def _nearest(apart: np.ndarray) -> np.ndarray:
