@@ -649,6 +649,27 @@ def test_large_requests_ahead_of_answers_end_their_connection(
     upstream.release()
 
 
+def test_heads_ahead_of_answers_count(front: RunningFront, upstream: Upstream) -> None:
+    waiting = HEAD + b"Content-Type: test/wait\r\nContent-Length: 0\r\n\r\n"
+    large = HEAD + b"X-Long: " + b"x" * 60_000 + b"\r\nContent-Length: 0\r\n\r\n"
+    with front.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.settimeout(20)
+        pings = b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" * 60
+        connection.sendall(pings + waiting + large * 60)
+        while connection.recv(2**16):  # until it is closed
+            pass
+    upstream.release()
+    with front.connect() as connection, contextlib.suppress(ConnectionError):
+        # The second head is read together with the first.
+        fields = b"".join(b"X-%d: " % i + b"x" * 5000 + b"\r\n" for i in range(40))
+        connection.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n" + HEAD + fields)
+        connection.sendall(b"Content-Length: 0\r\n\r\n")
+        answers = b""
+        while part := connection.recv(2**16):
+            answers += part
+        assert answers.count(b"HTTP/1.1 2") <= 1
+
+
 def test_http_1_0_and_close(front: RunningFront, upstream: Upstream) -> None:
     for head in (
         b"GET /ping HTTP/1.0\r\nHost: localhost\r\n\r\n",
@@ -811,6 +832,7 @@ def test_long_heads_are_refused(front: RunningFront, upstream: Upstream) -> None
         HEAD + b"X-Long: " + b"x" * 400_000,
         HEAD + b"X-Short: 1\r\n" * 40_000,
         HEAD + b"X-Long: " + b"x" * 70_000 + b"\r\n" + whole,  # read at once
+        HEAD + b"a:\r\n" * 200 + whole,  # each field takes time and memory, however short
     ):
         with front.connect() as connection:
             connection.sendall(head)

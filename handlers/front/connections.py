@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 from handlers.front.admission import Limits
 from serving.api.errors import ApiError, malformed, overloaded
 from serving.api.guard import error_answer
-from serving.api.pipelining import PipeliningProtocol
+from serving.api.pipelining import MAX_FIELDS, PipeliningProtocol
 
 CONNECT = b"CONNECT"
 _BLANK = b"\r\n\r\n"
@@ -85,7 +85,7 @@ class BoundedProtocol(PipeliningProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
         self._last = b""  # of what was read before, which may begin the end of a head
-        self._num_pending = 0  # bytes since the last complete head or part of a body
+        self._most_head_bytes = limits.head_bytes
         self._cycles: list[RequestResponseCycle] = []  # requests without an answer, oldest first
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -116,15 +116,12 @@ class BoundedProtocol(PipeliningProtocol):
         if self._head_timer is not None:
             end = (self._last + data).find(_BLANK)
             size = len(data) if end < 0 else end + len(_BLANK) - len(self._last)
-            if self._num_pending + size > self._limits.head_bytes:  # it may arrive at once
-                self._refuse_head()
+            if self._num_pending + size > self._most_head_bytes:  # it may arrive at once
+                self.refuse_head()
                 return
         kept = len(_BLANK) - 1
         self._last = (self._last + data[-kept:])[-kept:]
-        self._num_pending += len(data)
         super().data_received(data)
-        if self._num_pending > self._limits.head_bytes:  # a long head, or trailers after a body
-            self._refuse_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -138,7 +135,6 @@ class BoundedProtocol(PipeliningProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head_timer()
-        self._num_pending = 0
         if self.parser.get_method() == CONNECT:
             self._refuse(
                 ApiError(
@@ -153,10 +149,6 @@ class BoundedProtocol(PipeliningProtocol):
                 *(cycle for cycle in self._cycles if not cycle.response_complete),
                 self.cycle,
             ]
-
-    def on_body(self, body: bytes) -> None:
-        self._num_pending = 0
-        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -177,7 +169,10 @@ class BoundedProtocol(PipeliningProtocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(malformed("the request is not valid HTTP"))
+        if self.has_long_head():
+            self.refuse_head()
+        else:
+            self._refuse(malformed("the request is not valid HTTP"))
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -203,9 +198,10 @@ class BoundedProtocol(PipeliningProtocol):
             self._write_timer.cancel()
             self._write_timer = None
 
-    def _refuse_head(self) -> None:
-        most = self._limits.head_bytes
-        self._refuse(ApiError(431, "headers_too_large", f"headers may have at most {most} bytes"))
+    def refuse_head(self) -> None:
+        """Answer 431, unless an earlier request is still unanswered."""
+        text = f"headers may have at most {self._most_head_bytes} bytes and {MAX_FIELDS} fields"
+        self._refuse(ApiError(431, "headers_too_large", text))
 
     def _refuse(self, error: ApiError) -> None:
         is_bad_body = (
