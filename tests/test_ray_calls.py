@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from handlers.ray_serve.scaling import REQUESTS, by_requests
 from serving.api.telemetry import BROKEN, IMAGES
 
 SMALL = Asked({}, b"image")
+ASKING: ContextVar[str | None] = ContextVar("ASKING", default=None)
 
 
 class Replicas:
@@ -27,14 +29,19 @@ class Replicas:
 
     def __init__(self) -> None:
         self.calls: list[list[Asked]] = []
+        self.contexts: list[str | None] = []  # of each call
         self.cancelled = 0
         self.may_answer = asyncio.Event()
         self.answers: Callable[[list[Asked]], list[Answered | None]] = lambda call: [
             (200, [], asked.body) for asked in call
         ]
 
-    async def remote(self, call: list[Asked]) -> list[Answered | None]:
+    def remote(self, call: list[Asked]) -> asyncio.Task[list[Answered | None]]:
         self.calls.append(call)
+        self.contexts.append(ASKING.get())
+        return asyncio.create_task(self._answer(call))
+
+    async def _answer(self, call: list[Asked]) -> list[Answered | None]:
         try:
             await self.may_answer.wait()
         except asyncio.CancelledError:
@@ -88,6 +95,44 @@ def test_requests_share_calls_while_another_is_under_way() -> None:
         assert [body for _, _, body in await asyncio.gather(*tasks)] == [
             b"%d" % i for i in range(count)
         ]
+
+    run(test)
+
+
+def test_a_call_belongs_to_no_request() -> None:
+    """Ray cancels what was called in the context of a request whose client leaves."""
+
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        async def asking(name: str) -> Answered:
+            ASKING.set(name)
+            return await calls.answer(SMALL)
+
+        tasks = [asyncio.create_task(asking(name)) for name in "abc"]
+        await until(lambda: sum(replicas.sizes) == 3)
+        assert replicas.sizes == [1, 2] and replicas.contexts == [None, None]
+        replicas.may_answer.set()
+        await asyncio.gather(*tasks)
+
+    run(test)
+
+
+def test_a_call_that_ray_cancels_fails_its_requests_at_once() -> None:
+    async def test(replicas: Replicas, calls: Calls) -> None:
+        made: list[asyncio.Task[list[Answered | None]]] = []
+        remote = replicas.remote
+
+        def kept(call: list[Asked]) -> asyncio.Task[list[Answered | None]]:
+            made.append(remote(call))
+            return made[-1]
+
+        replicas.remote = kept  # type: ignore[method-assign]
+        tasks = ask(calls, SMALL, SMALL, SMALL)
+        await until(lambda: sum(replicas.sizes) == 3)
+        for call in made:
+            call.cancel()
+        for task in tasks:
+            with pytest.raises(NotComputed, match="cancelled"):
+                await task
 
     run(test)
 

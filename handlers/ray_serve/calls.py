@@ -6,6 +6,7 @@ A call between Ray's actors takes some milliseconds of both processors, however 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from typing import Any, NamedTuple
 
 from handlers.limits import MAX_BATCH
@@ -48,6 +49,8 @@ class Calls:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        # In the context of a request, Ray would cancel the whole call when its client leaves.
+        self._context = contextvars.copy_context()
         self._waiting: list[Job] = []
         self._bytes = 0
         self._under_way: set[asyncio.Task[None]] = set()
@@ -83,7 +86,7 @@ class Calls:
         self._waiting, self._bytes = [], 0
         if not jobs:
             return
-        task = asyncio.create_task(self._carry(jobs))
+        task = asyncio.create_task(self._carry(jobs), context=self._context.copy())
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         left = len(jobs)
@@ -98,8 +101,14 @@ class Calls:
             job.answer.add_done_callback(leave)
 
     async def _carry(self, jobs: list[Job]) -> None:
+        response = self._handle.remote([job.asked for job in jobs])
         try:
-            answers = await self._handle.remote([job.asked for job in jobs])
+            answers = await response
+        except asyncio.CancelledError:  # all clients are gone, or Ray ended it
+            response.cancel()  # otherwise the replica would compute it
+            for job in jobs:
+                _settle(job, NotComputed("its call was cancelled"))
+            raise
         except Exception as error:
             for job in jobs:
                 _settle(job, error)

@@ -25,6 +25,7 @@ from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
 from handlers.ray_serve.settings import LOGS, Access, ServeSettings
 from serving.ports import LOOPBACK, local_address
 
+logger = logging.getLogger(__name__)
 APP = "ade"
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
@@ -78,8 +79,11 @@ def run(settings: DriverSettings) -> None:
                 _deploy(serve, settings)
                 _serve_metrics(serve, settings)
             finally:
-                with contextlib.suppress(Exception):
+                try:
                     serve.shutdown()
+                    instance.has_stopped_serving()
+                except Exception:  # Ray has no error of its own for it
+                    logger.exception("Ray Serve was not shut down; trying again")
     except ClusterError as error:
         sys.exit(str(error))
 

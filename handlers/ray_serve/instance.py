@@ -48,6 +48,11 @@ class Instance:
         """Have Serve shut down if this process is killed. To be called just before it deploys."""
         self.to_guard.write(guard.SERVES)
 
+    def has_stopped_serving(self) -> None:
+        """Serve is shut down: the guard need not."""
+        with contextlib.suppress(BrokenPipeError):
+            self.to_guard.write(guard.DONE)
+
 
 @contextlib.contextmanager
 def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
@@ -86,9 +91,7 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ray.shutdown()
-        with contextlib.suppress(BrokenPipeError):
-            own_guard.stdin.write(guard.DONE)
-            own_guard.stdin.close()
+        own_guard.stdin.close()
         signal.signal(signal.SIGTERM, before)
 
 
