@@ -247,6 +247,56 @@ def test_a_signal_while_a_child_is_started_leaves_no_orphan(
     assert len(started) == 1 + restarts and not any(is_running(one.pid) for one in started)
 
 
+def test_a_child_that_may_end_is_not_signalled_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another's then."""
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
+        supervisor.let_end(child)
+        child.process.kill()
+        child.process.wait()
+        assert not supervisor.tend()
+        signalled: list[int] = []
+        monkeypatch.setattr(os, "killpg", lambda number, sign: signalled.append(number))
+        supervisor.stop(child)
+        assert signalled == []
+        monkeypatch.undo()
+
+
+def test_a_signal_while_the_reaper_is_renewed_leaves_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen, may_interrupt, has_folder = subprocess.Popen, False, list[bool]()
+
+    def interrupted(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        made = popen(command, **options)
+        if command[0] == "/bin/sh" and may_interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    def stop(number: int, frame: object) -> None:
+        has_folder.append(tmp_path.exists())
+        raise SystemExit(0)
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
+            child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
+            may_interrupt = True
+            child.process.kill()
+            try:
+                until(supervisor.tend)
+            finally:
+                may_interrupt = False
+                assert supervisor._reaper.poll() is None and supervisor._reaper.stdin is not None
+                assert not supervisor._reaper.stdin.closed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert has_folder == [True]
+
+
 # Listens, and answers only some seconds later.
 SLOW_FRONT = """
 import sys, time

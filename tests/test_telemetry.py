@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import pytest
 
 from serving.api.telemetry import (
@@ -70,7 +73,7 @@ def test_images_without_a_verdict_are_not_counted_as_drift() -> None:
     assert found == pytest.approx(3.72 - 0.5, abs=0.01)
 
 
-def test_flags_and_drift_by_calibration() -> None:
+def test_flags_and_drift_by_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     telemetry = started()
     telemetry.observe_scores([score(4.0, 0.04), *[score(4.0, 0.5)] * 3, score(4.0, 0.9, "night")])
     found = values(telemetry)
@@ -90,6 +93,11 @@ def test_flags_and_drift_by_calibration() -> None:
     assert found[BROKEN, "default"] == found[BROKEN, "/"] == 0
     telemetry.observe_calibrations(["default"], {"day": "damaged"})
     assert telemetry.collect() == []
+    # A new release that did not come to serve may have written over it meanwhile.
+    monkeypatch.setattr(time, "monotonic", lambda: math.inf)
+    telemetry.observe_calibrations(["default"], {"day": "damaged"})
+    assert values(telemetry) == {(BROKEN, "default"): 0, (BROKEN, "day"): 1, (BROKEN, "/"): 0}
+    monkeypatch.undo()
     telemetry.observe_calibrations(["default", "day"], {})
     assert values(telemetry) == {(BROKEN, "day"): 0}
 

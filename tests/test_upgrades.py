@@ -33,6 +33,7 @@ from safetensors.numpy import load_file, save_file
 from ade_cli.main import main
 from handlers.asgi.application import build_release
 from handlers.asgi.control import CHANGE, DESCRIBE
+from handlers.asgi.launcher import Asgi
 from handlers.front.admission import Limits
 from handlers.front.releases import Release, Releases
 from handlers.launch.channel import ChannelError, Listener, ask
@@ -408,7 +409,7 @@ class SwitchingEngine(UpgradableEngine):
         say(SWITCHED)
 
     def releases(self) -> list[dict[str, Any]]:
-        return []
+        return [{"number": one.number} for one in self.changes[-1]] if self.changes else []
 
 
 def test_an_upgrade_keeps_the_bundle_that_a_link_led_to(second: Path, tmp_path: Path) -> None:
@@ -478,7 +479,8 @@ def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) ->
     a, b = open_bundle(old), open_bundle(new)
     plan: Any = SimpleNamespace(bundles=[a], release=release_of(old))
     page: Any = SimpleNamespace(prepared=lambda bundles: nullcontext(lambda: None))
-    upgrades, said = Upgrades(plan, SwitchingEngine(), page, lambda: None), list[str]()
+    engine = SwitchingEngine()
+    upgrades, said = Upgrades(plan, engine, page, lambda: None), list[str]()
 
     def do(what: str, **arguments: Any) -> dict[str, Any]:
         return upgrades.handle({"do": what, **arguments}, said.append)
@@ -490,6 +492,10 @@ def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) ->
         )
 
     assert do("upgrade", bundle=str(new), canary=0.5)["canary"] == (b.model_id,)
+    assert do("describe")["canary_is_lost"] is False
+    engine.changes.append([plan.release])  # the front was started again, without it
+    assert do("describe")["canary_is_lost"] is True
+    engine.changes.pop()
     calibrate(a, "night")
     with pytest.raises(UpgradeError, match="lacks the calibrations night"):
         do("finish")
@@ -509,12 +515,37 @@ def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) ->
         do("rollback")
 
 
+def test_a_change_that_the_front_refuses_is_not_taken_for_done(tmp_path: Path) -> None:
+    """Although its settings have the new releases already."""
+    release = release_of(PRETRAINED)
+
+    def refuse(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        raise BundleError("an error after the settings were written")
+
+    engine: Any = Asgi.__new__(Asgi)
+    engine._control, engine._settings = tmp_path / "front.sock", tmp_path / "front.json"
+    engine._settings.write_text(json.dumps({"releases": [dataclasses.asdict(release)]}))
+    listener, said = Listener(engine._control, refuse, (BundleError,)), list[str]()
+    with pytest.raises(ChannelError, match="an error after"):
+        engine.change([release], said.append)
+    listener.close()
+    assert said == []
+
+
+def connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(path))
+    return connection
+
+
 def test_the_private_channel(tmp_path: Path) -> None:
     def handle(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         if message["do"] == "fail":
             raise BundleError("the reason")
         if message["do"] == "break":
             raise RuntimeError("not for clients")
+        if message["do"] == "miscount":
+            raise ValueError("not a message that cannot be read")
         say("first")
         say("second")
         return message
@@ -533,8 +564,12 @@ def test_the_private_channel(tmp_path: Path) -> None:
 
     with pytest.raises(BrokenPipeError):  # of standard output, not of the socket
         ask(path, {"do": "it"}, closed)
-    with pytest.raises(ChannelError, match="internal error"):
-        ask(path, {"do": "break"})
+    for what in ("break", "miscount"):
+        with pytest.raises(ChannelError, match="internal error"):
+            ask(path, {"do": what})
+    with connect(path) as connection:
+        connection.sendall(b"{\n")
+        assert b"cannot be read" in connection.recv(1000)
     listener.close()
     with pytest.raises(ChannelError, match="refused"):
         ask(path, {"do": "it"})

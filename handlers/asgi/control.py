@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handlers.front.releases import Release, Releases
-from handlers.launch.channel import MAX_LINE, encode, peer_is_own_user
+from handlers.launch.channel import MAX_LINE, READ_S, encode, peer_is_own_user
 from handlers.launch.engines import SWITCHED
+from serving.engine.bundle import BundleError
 
 if TYPE_CHECKING:
     from handlers.asgi.application import Application
@@ -34,7 +35,8 @@ async def listen(path: Path, releases: Releases[Application]) -> AsyncIterator[N
             if not peer_is_own_user(writer.get_extra_info("socket")):
                 return
             try:
-                message = json.loads(await reader.readline())
+                async with asyncio.timeout(READ_S):
+                    message = json.loads(await reader.readline())
                 if message["do"] == CHANGE:
                     wanted = [Release.from_dict(one) for one in message["releases"]]
                     removed = await releases.change(wanted)
@@ -42,9 +44,12 @@ async def listen(path: Path, releases: Releases[Application]) -> AsyncIterator[N
                     await releases.drain(removed)
                 send({"result": {"releases": _describe(releases)}})
                 await writer.drain()
-            except Exception as error:  # such as of a worker that does not start
+            except (BundleError, RuntimeError, OSError) as error:  # such as a WorkerError
                 logger.error("%s", error)
                 send({"error": str(error)})
+            except Exception:
+                logger.exception("a command failed")
+                send({"error": "internal error: front.out has the reason"})
 
     path.unlink(missing_ok=True)  # of a front that was killed
     server = await asyncio.start_unix_server(answer, str(path), limit=MAX_LINE)

@@ -10,7 +10,7 @@ from handlers.asgi.application import STOP_S, ApplicationSettings
 from handlers.asgi.control import CHANGE, DESCRIBE
 from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS
 from handlers.front.releases import Release
-from handlers.launch.channel import DESCRIBE_S, ChannelError, Say, ask
+from handlers.launch.channel import DESCRIBE_S, ChannelError, RefusedError, Say, ask
 from handlers.launch.engines import SWITCHED, Plan
 from handlers.launch.hangs import end_if_it_hangs
 from handlers.launch.one_process import OneProcess
@@ -47,6 +47,8 @@ class Asgi(OneProcess):
         message = {"do": CHANGE, "releases": [dataclasses.asdict(one) for one in releases]}
         try:
             ask(self._control, message, say)
+        except RefusedError:
+            raise
         except ChannelError:
             kept = ApplicationSettings.load(self._settings).releases
             if [one["number"] for one in kept] != [one.number for one in releases]:

@@ -244,16 +244,20 @@ class _Worker:
             WorkerError: it does not become ready.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            made = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                WORKER,
-                stdin=theirs.fileno(),
-                env=child_environment(**VARIABLES),
-            )
-        self._pid = made.pid
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=BUFFER_BYTES)
+        try:
+            with theirs:
+                made = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    WORKER,
+                    stdin=theirs.fileno(),
+                    env=child_environment(**VARIABLES),
+                )
+            self._pid = made.pid
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=BUFFER_BYTES)
+        except BaseException:
+            ours.close()  # a worker ends with its connection
+            raise
         process = _Process(made, reader, writer)
         try:
             first = wire.pack({"settings": dataclasses.asdict(self._settings)})

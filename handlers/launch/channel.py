@@ -33,6 +33,10 @@ class ChannelError(RuntimeError):
     """Nobody answers, or the answer is an error, which is the message."""
 
 
+class RefusedError(ChannelError):
+    """The answer is an error: the other process runs."""
+
+
 def peer_is_own_user(connection: socket.socket) -> bool:
     """Whether a process of this user is at the other end of a Unix domain socket."""
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -54,7 +58,7 @@ def ask(
         seconds: for each line of the answer; no limit unless given.
 
     Raises:
-        ChannelError: nobody answers, or the answer is an error.
+        ChannelError: nobody answers; :class:`RefusedError`: the answer is an error.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(seconds)
@@ -62,7 +66,7 @@ def ask(
             if "say" in answer:
                 say(answer["say"])
             elif "error" in answer:
-                raise ChannelError(answer["error"])
+                raise RefusedError(answer["error"])
             else:
                 return dict(answer["result"])
     raise ChannelError("the other process ended before it answered")
@@ -141,12 +145,15 @@ class Listener:
                 return
             connection.settimeout(READ_S)
             try:
-                message = json.loads(connection.makefile("rb").readline(MAX_LINE))
+                with connection.makefile("rb") as lines:
+                    message = json.loads(lines.readline(MAX_LINE))
+            except (OSError, ValueError) as error:
+                send({"error": f"the message cannot be read: {error}"})
+                return
+            try:
                 send({"result": self._handle(message, lambda text: send({"say": text}))})
             except self._expected as error:
                 send({"error": str(error)})
-            except (OSError, ValueError) as error:
-                send({"error": f"the message cannot be read: {error}"})
             except Exception:
                 traceback.print_exc(file=sys.stderr)
                 send({"error": "internal error: the output of ade serve has the reason"})

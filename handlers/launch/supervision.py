@@ -101,8 +101,17 @@ class Child:
                 shutil.copy(self.output, self.output.with_suffix(".out.1"))
                 os.truncate(self.output, 0)
 
+    def sweep(self) -> None:
+        """Kill what is left of its group once it has ended; later the number may be another's."""
+        if not self.is_swept:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.is_swept = True
+
     def stop(self) -> None:
         """Terminate the process group, and kill it if it does not end in time."""
+        if self.is_swept:
+            return
         for sign, patience in (
             (signal.SIGTERM, STOP_TIMEOUT_S),
             (signal.SIGKILL, KILL_TIMEOUT_S),
@@ -220,6 +229,8 @@ class Supervisor:
         for child in self._children:
             child.trim()
             status = child.process.poll()
+            if status is not None and child.on_trial:
+                child.sweep()
             if status is None or child.on_trial:
                 continue
             if not (restarts and child.restarts):
@@ -232,10 +243,7 @@ class Supervisor:
                     f"at last with {status}:\n{child.tail()}"
                 )
             tell(f"{child.name} ended with {status}: restarting it")
-            if not child.is_swept:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.process.pid, signal.SIGKILL)  # its remaining children
-                child.is_swept = True  # later the number may be another's
+            child.sweep()
             try:
                 with signals_held():
                     child.start()
@@ -245,7 +253,8 @@ class Supervisor:
                 continue
             restarted = True
         if restarted or self._reaper.poll() is not None:
-            self._renew_reaper()
+            with signals_held():  # or the new one could end, and remove the folder
+                self._renew_reaper()
         return restarted
 
     def tails(self) -> str:

@@ -96,6 +96,10 @@ class Upgrades:
             "current": self._current.models,
             "canary": canary and canary.models,
             "share": canary and canary.share,
+            # The front was started again, and could not start the canary.
+            "canary_is_lost": canary is not None
+            and bool(running)
+            and canary.number not in {one["number"] for one in running},
             "previous": previous and previous.models,
             "releases": running,
         }

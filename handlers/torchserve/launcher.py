@@ -18,6 +18,7 @@ from handlers.torchserve.front import ServerSettings
 from handlers.torchserve.status import queued_requests
 
 DRAIN_TIMEOUT_S = 30.0
+EMPTY_TIMES = 5  # that the queues are found empty before workers reject requests
 
 
 class TorchServe:
@@ -73,12 +74,14 @@ class TorchServe:
         until all of them are idle. If TorchServe has ended, this returns at once.
         """
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        empty = 0  # times in a row; requests that wait in the front come when others are answered
         while (
             self._is_running()
             and time.monotonic() < deadline - DRAIN_TIMEOUT_S / 2
-            and queued_requests(self._folder)
+            and empty < EMPTY_TIMES
         ):
             time.sleep(0.1)
+            empty = empty + 1 if queued_requests(self._folder) == 0 else 0
         self._folder.stop_folder.mkdir()
         while (
             self._is_running()

@@ -43,8 +43,11 @@ class Reporter(threading.Thread):
     def run(self) -> None:
         while True:
             time.sleep(SECONDS)
-            self.report()
-            self._also()
+            for do in (self.report, self._also):
+                try:
+                    do()
+                except Exception:  # one failure must not end the thread
+                    logger.exception("the telemetry failed")
 
     def report(self) -> None:
         """Report all new measurements."""

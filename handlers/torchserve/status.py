@@ -33,7 +33,7 @@ PACKAGES = (
 )
 TIMEOUT_S = 30.0
 # Keys of the service's description that are shown.
-RELEASES = ("current", "canary", "share", "previous")
+RELEASES = ("current", "canary", "share", "canary_is_lost", "previous")
 _NUMBER = r"([0-9.eE+]+)"
 
 
@@ -103,11 +103,13 @@ def describe_models(folder: RunFolder, timeout: float = TIMEOUT_S) -> dict[str, 
         return {}
 
 
-def queued_requests(folder: RunFolder) -> int:
-    """Count the requests that wait for a worker; 0 if unknown, as when the service is stopping."""
+def queued_requests(folder: RunFolder) -> int | None:
+    """Count the requests that wait for a worker; ``None`` if TorchServe does not answer in time."""
+    described = describe_models(folder, timeout=2.0)
+    if not described:
+        return None
     return sum(
-        model.get("jobQueueStatus", {}).get("pendingRequests", 0)
-        for model in describe_models(folder, timeout=2.0).values()
+        model.get("jobQueueStatus", {}).get("pendingRequests", 0) for model in described.values()
     )
 
 

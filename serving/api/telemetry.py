@@ -7,6 +7,7 @@ where they are scraped.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from serving.verdict.store import ALL
 
 STAGES = ("parse", "decode", "compute", "encode")
 MAX_BPD = 1000.0
+TELL_S = 5.0  # after which all calibrations are reported again
 INFINITY = float("inf")
 
 
@@ -249,7 +251,8 @@ class Telemetry:
     def __init__(self, model_id: str, backend: str) -> None:
         self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
-        self._broken: set[str] | None = None  # not reported yet
+        self._broken: set[str] = set()
+        self._tell_all = -math.inf  # when all calibrations are reported again
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         self._counts[STARTS, ()] = 1
         self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {
@@ -308,7 +311,8 @@ class Telemetry:
         """Update the list of calibrations.
 
         The first call reports all of them, because the worker before may have reported another
-        state; later calls report changes.
+        state; later calls report changes, and from time to time all of them, because a release that
+        did not come to serve may have written over them.
 
         Args:
             names: all calibrations; measurements of others are dropped.
@@ -319,7 +323,10 @@ class Telemetry:
                 del self._streams[name]
                 for metric in (DRIFT_IMAGES, DRIFT_UNUSUAL, DRIFT_USUAL, DRIFT_DISTANCE):
                     self._gauges[metric, (name,)] = 0.0
-            known = {*names, *broken, ALL} if self._broken is None else self._broken ^ set(broken)
+            now, known = time.monotonic(), self._broken ^ set(broken)
+            if now >= self._tell_all:
+                known = {*names, *broken, *self._broken, ALL}
+                self._tell_all = now + TELL_S
             for name in known:
                 self._gauges[BROKEN, (name,)] = float(name in broken)
             self._broken = set(broken)

@@ -98,20 +98,20 @@ class _Decoder:
             self._connection.settimeout(WALL_SECONDS)
             self._connection.sendall(REQUEST.pack(len(data)))
             self._connection.sendall(data)
-            self._connection.settimeout(max(0.001, deadline - time.monotonic()))
-            is_image, length, height, width = ANSWER.unpack(receive(self._connection, ANSWER.size))
+            head = receive(self._connection, ANSWER.size, deadline)
+            is_image, length, height, width = ANSWER.unpack(head)
             if (
                 length > MAX_TEXT_BYTES
                 or height * width != is_image * structure.width * structure.height
             ):
                 raise ValueError(f"an answer of {length} bytes and {height} x {width} pixels")
-            said = json.loads(receive(self._connection, length))
+            said = json.loads(receive(self._connection, length, deadline))
             if not is_image:
                 code, message = said
                 self.is_used = True
                 raise ImageError(str(code), str(message))
             pixels = np.empty((height, width, 3), np.uint8)
-            fill(self._connection, pixels.data.cast("B"))
+            fill(self._connection, pixels.data.cast("B"), deadline)
             self.is_used = True
             return DecodedImage(pixels, [str(note) for note in said])
         except ImageError:

@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import warnings
 from dataclasses import dataclass, field
 
@@ -226,20 +227,23 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 
-def receive(connection: socket.socket, count: int) -> bytearray:
-    """Receive exactly ``count`` bytes.
+def receive(connection: socket.socket, count: int, deadline: float | None = None) -> bytearray:
+    """Receive exactly ``count`` bytes, by a deadline of ``time.monotonic`` if there is one.
 
     Raises:
         EOFError: the other end was closed before that.
+        TimeoutError: they did not come in time.
     """
     received = bytearray(count)
-    fill(connection, memoryview(received))
+    fill(connection, memoryview(received), deadline)
     return received
 
 
-def fill(connection: socket.socket, room: memoryview) -> None:
+def fill(connection: socket.socket, room: memoryview, deadline: float | None = None) -> None:
     """Fill a buffer with received bytes, as :func:`receive`."""
     while len(room):
+        if deadline is not None:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
         count = connection.recv_into(room)
         if not count:
             raise EOFError("the connection was closed")
