@@ -577,6 +577,25 @@ def test_a_replica_a_node_and_the_proxy_die_under_load(
 
 @needs_ray
 @pytest.mark.slow
+def test_clients_that_leave_take_nobody_with_them() -> None:
+    """Ray cancels what a request has called; a call may be of several requests."""
+    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "1"), timeout=300)
+    impatient = {"x-request-timeout-seconds": "0.05"}  # read by Ray from any client
+    try:
+        with Load(service.url, 16) as load, httpx.Client(timeout=10) as leaving:
+            for _ in range(60):
+                with contextlib.suppress(httpx.TransportError):
+                    leaving.post(f"{service.url}/predictions/score", content=CAT, headers=impatient)
+                with contextlib.suppress(httpx.TransportError):
+                    leaving.post(f"{service.url}/predictions/score", content=CAT, timeout=0.05)
+            load.wait_for_answers(50)
+        assert set(load.counts) == {"ok"}, load.counts
+    finally:
+        service.stop()
+
+
+@needs_ray
+@pytest.mark.slow
 def test_replicas_follow_the_queue() -> None:
     service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "2"), timeout=300)
 
