@@ -115,11 +115,6 @@ def _add_bundle(task: argparse.ArgumentParser) -> None:
     )
 
 
-def extra(args: argparse.Namespace) -> str:
-    """What to install for all options."""
-    return "calibrate"
-
-
 def run(args: argparse.Namespace) -> None:
     if args.task == "feedback":
         _feedback(args)

@@ -54,6 +54,7 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "encoder": "fit",
     "export": "fit",
     "calibrate": "calibrate",
+    "gate": "calibrate",
     "ood-bench": "fit",
     "compress": "codec",
     "decompress": "codec",

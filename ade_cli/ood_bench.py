@@ -87,7 +87,6 @@ def run(args: argparse.Namespace) -> None:
     sets = {path.stem: GivenImages(path, args.images) for path in args.ood}
     id_name, id_images, trained = _id_images(args, bundle, calibrations.data or own.get("data"))
     check_writable(args.out)  # before the images are scored
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
         made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say, trained)
     except CalibrationError as error:

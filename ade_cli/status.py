@@ -6,11 +6,11 @@ import argparse
 import json
 from typing import Any
 
-from handlers.front.settings import given_token
+from handlers.front.settings import TokenError, given_token
 from handlers.torchserve.status import read_status
 from serving.ports import PortError, Ports, check_host
 
-ERRORS = (PortError, ValueError)
+ERRORS = (PortError, TokenError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from ade_cli.paths import given_path
@@ -42,16 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     if (args.bundle is None) != args.finish:
-        print("ade upgrade: give either a BUNDLE or --finish", file=sys.stderr)
-        return 2
+        raise ChannelError("give either a BUNDLE or --finish")
     if args.finish:
         command({"do": FINISH})
     else:
         bundle = str(args.bundle.absolute())
         command({"do": UPGRADE, "bundle": bundle, "canary": args.canary})
-    return 0
 
 
 def command(message: dict[str, Any]) -> None:

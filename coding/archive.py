@@ -66,14 +66,12 @@ class Contents:
         chunks: whose records are valid, in order; their content is not checked yet.
         is_complete: whether the archive has an end.
         is_intact: whether the SHA-256 of the whole is right.
-        end: where the last complete chunk ends.
     """
 
     header: dict[str, Any]
     chunks: list[Chunk]
     is_complete: bool
     is_intact: bool
-    end: int
 
     def lost(self) -> list[range]:
         """Images of the header's number that no chunk holds."""
@@ -140,7 +138,7 @@ def scan(file: IO[bytes], path: Path) -> Contents:
     file.seek(0)
     whole = hashlib.sha256()
     chunks: list[Chunk] = []
-    position = end = start
+    position = start
     while position < size:
         file.seek(position)
         record = _parse(file.read(_RECORD_BYTES))
@@ -154,7 +152,7 @@ def scan(file: IO[bytes], path: Path) -> Contents:
             for block in _blocks(file, position - _RECORD_BYTES):
                 whole.update(block)
             is_intact = whole.digest() == digest and position == size
-            return Contents(header, chunks, True, is_intact, end)
+            return Contents(header, chunks, True, is_intact)
         expected = chunks[-1].first + chunks[-1].count if chunks else 0
         fits = expected <= first and first + count <= header["images"] and 0 < count <= MAX_IMAGES
         if not fits or length > MAX_PAYLOAD + 4 * MAX_FILE_BYTES:
@@ -163,8 +161,8 @@ def scan(file: IO[bytes], path: Path) -> Contents:
             position = _next_record(file, position, size)
             continue
         chunks.append(Chunk(first, count, position, length, digest))
-        position = end = position + length
-    return Contents(header, chunks, False, False, end)
+        position += length
+    return Contents(header, chunks, False, False)
 
 
 def _record(kind: bytes, first: int, count: int, length: int, digest: bytes) -> bytes:

@@ -288,7 +288,7 @@ def _linear(
         name = node.input[0]
         node = producers.get(name)
     if node is not None and node.op_type == "Add":
-        (*factors,) = [i for i in node.input if i not in constants]
+        factors = [i for i in node.input if i not in constants]
         node = producers.get(factors[0]) if len(factors) == 1 else None
     if node is None or node.op_type not in ("Gemm", "MatMul"):
         return None

@@ -31,7 +31,7 @@ STORED_TYPES: dict[str, tuple[str, int]] = {
 }
 
 
-def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folder: Path) -> Path:
+def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folder: Path) -> None:
     """Write ``NAME.onnx`` into a folder that already holds ``model.safetensors``.
 
     Args:
@@ -39,9 +39,6 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
         name: of the graph.
         example: inputs with a batch of at least two; a batch of one would become a constant.
         folder: of the bundle.
-
-    Returns:
-        Path of the file.
     """
     inputs = inputs_of(name, graphs.levels)
     batch = torch.export.Dim("N")
@@ -55,7 +52,6 @@ def export_onnx(graphs: Graphs, name: str, example: dict[str, np.ndarray], folde
     path = folder / f"{name}.onnx"
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
-    return path
 
 
 def export_encoder(

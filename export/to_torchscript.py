@@ -16,16 +16,13 @@ from serving.engine.signatures import inputs_of
 
 def export_torchscript(
     graphs: Graphs, examples: dict[str, dict[str, np.ndarray]], path: Path
-) -> Path:
+) -> None:
     """Trace every graph and write one file, without paths of the sources.
 
     Args:
         graphs: float32, on the CPU.
         examples: inputs of each graph, by its name.
         path: of the file to write.
-
-    Returns:
-        Path of the file.
     """
     inputs = {
         name: tuple(torch.from_numpy(example[i]) for i in inputs_of(name, graphs.levels))
@@ -37,7 +34,6 @@ def export_torchscript(
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer)
     _strip(buffer, path)
-    return path
 
 
 def _strip(source: io.BytesIO, path: Path) -> None:

@@ -44,7 +44,7 @@ def export_bundle(
     licence: str | None = None,
     with_codec: bool = False,
     dataset: Dataset | None = None,
-) -> Path:
+) -> None:
     """Export a checkpoint; a bundle is only written if its graphs pass the parity test.
 
     The bundle's model is the checkpoint's with the VAE's weights rounded to half precision.
@@ -60,9 +60,6 @@ def export_bundle(
         with_codec: add what lossless coding needs.
         dataset: that the checkpoint was trained on, if at hand: the manifest gets a sketch of its
             files. One of another name or other splits is not used.
-
-    Returns:
-        The bundle's folder.
 
     Raises:
         BundleError: the name is invalid.
@@ -141,7 +138,6 @@ def export_bundle(
         backends = {b: load_backend(bundle, names, b, "cpu") for b in BACKENDS}
         table = check_parity(model, backends, images, operations)
         write_manifest(folder, {**fields, "parity": list(map(asdict, table))})
-    return out
 
 
 def evaluation_of(folder: Path) -> dict[str, Any] | None:

@@ -17,15 +17,19 @@ TOKEN_VARIABLE = "ADE_TOKEN"
 MIN_TOKEN = 32
 
 
+class TokenError(ValueError):
+    """``ADE_TOKEN`` cannot be used."""
+
+
 def given_token() -> str | None:
     """The token in ``ADE_TOKEN``, if it is set.
 
     Raises:
-        ValueError: it is too short, or has characters that a header cannot carry.
+        TokenError: it is too short, or has characters that a header cannot carry.
     """
     given = os.environ.get(TOKEN_VARIABLE)
     if given is not None and not re.fullmatch(rf"[\x21-\x7e]{{{MIN_TOKEN},}}", given):
-        raise ValueError(
+        raise TokenError(
             f"{TOKEN_VARIABLE} must have at least {MIN_TOKEN} characters, printable ASCII "
             f"without spaces, got {len(given)} characters"
         )

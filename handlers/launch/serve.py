@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import httpx
 
-from handlers.front.settings import given_token
+from handlers.front.settings import TokenError, given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions
@@ -146,7 +146,7 @@ def _token(host: str) -> str | None:
         return None
     try:
         return given_token() or secrets.token_urlsafe(32)
-    except ValueError as error:
+    except TokenError as error:
         raise LaunchError(str(error)) from None
 
 

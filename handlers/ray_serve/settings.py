@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from handlers.front.settings import TOKEN_VARIABLE, given_token
+from handlers.front.settings import TOKEN_VARIABLE, TokenError, given_token
 from handlers.launch.options import ServingOptions
 from serving.engine.backends import BACKENDS, DEVICES
 from serving.engine.signatures import OPERATIONS
@@ -101,7 +101,7 @@ class Access:
         """
         try:
             token = given_token()
-        except ValueError as error:
+        except TokenError as error:
             raise SettingsError(str(error)) from None
         if token is None:
             raise SettingsError(f"{TOKEN_VARIABLE} must be set for the nodes")

@@ -1,6 +1,6 @@
 """Translates between TorchServe's handler interface and :class:`serving.api.service.Service`.
 
-TorchServe is archived upstream. An adapter for another server needs one file like this.
+TorchServe is archived upstream.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ts.metrics import caching_metric
 
 from handlers.torchserve.reporter import Reporter, worker_name
-from serving.api.errors import ApiError, stopping
+from serving.api.errors import overloaded, stopping
 from serving.api.journal import Journal
 from serving.api.requests import MULTIPART, PROBE_HEADER, URLENCODED, RawRequest, is_type
 from serving.api.responses import error_response
@@ -68,9 +68,7 @@ class OperationHandler:
             if self._stop_folder.exists():
                 answers = [error_response(stopping()) for _ in data]
             elif self._leaving.is_set():
-                answers = [
-                    error_response(ApiError(503, "overloaded", "try again later")) for _ in data
-                ]
+                answers = [error_response(overloaded("the worker is replaced")) for _ in data]
             else:
                 answers = self.service.answer(
                     [

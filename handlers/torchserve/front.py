@@ -26,7 +26,7 @@ from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.settings import FrontSettings
 from handlers.torchserve.errors import translate
 from handlers.torchserve.exposition import by_convention
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, no_answer
 from serving.api.requests import PROBE_HEADER
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class ModelServer:
             ) as response:
                 answer = Answer(response.status, _passing_headers(response), await response.read())
         except TimeoutError:
-            raise ApiError(503, "unavailable", "the model server did not answer in time") from None
+            raise no_answer() from None
         except (aiohttp.ClientError, OSError) as error:
             if self._was_reached:  # log once, not for each request
                 logger.warning("the model server cannot be reached: %s", error)

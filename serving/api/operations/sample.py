@@ -255,8 +255,7 @@ class Sample(Operation[SampleParameters, SampleRequest, Drawn]):
         if request.format == "npy":
             response = npy_response(images)
         elif request.format == "png":
-            columns = max(1, math.ceil(math.sqrt(len(images))))
-            grid = write_png(tile(images, columns), text(parameters.index, len(images)))
+            grid = write_png(tile(images), text(parameters.index, len(images)))
             response = Response(200, PNG_TYPE, grid)
         else:
             answer = SampleAnswer(

@@ -297,10 +297,9 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
             if len(judged) < 2:
                 return None
             notes = []
-            usable = [image for image in request.images if isinstance(image, InputImage)]
             judges = {
                 id(score.calibrations.of(image.resized))
-                for image, score in zip(usable, computed, strict=True)
+                for image, score in zip(request.usable, computed, strict=True)
                 if not isinstance(score, Exception) and score.verdict is not None
             }
             if len(judges) > 1:
