@@ -187,7 +187,7 @@ def _copod(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     n = len(ordered)
     skew = np.sign(((scores - scores.mean(0)) ** 3).mean(0))
 
-    def surprise(z: np.ndarray) -> np.ndarray:
+    def scores_of(z: np.ndarray) -> np.ndarray:
         places = np.stack(
             [np.searchsorted(ordered[:, j], z[:, j], "right") for j in range(z.shape[1])], axis=1
         )
@@ -196,11 +196,11 @@ def _copod(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
             np.maximum(left.sum(1), right.sum(1)), np.where(skew < 0, left, right).sum(1)
         )
 
-    return surprise
+    return scores_of
 
 
 def _ours(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    return detector.fit_mixture(scores).surprise
+    return detector.fit_mixture(scores).negative_log_density
 
 
 DENSITIES = {

@@ -58,7 +58,7 @@ def _scores(found: dict[str, Statistics], name: str) -> dict[str, dict[str, np.n
     """The OOD scores of a calibration fitted to ``fit``, and its coordinates, by set."""
     made = fit_calibration(found["fit"], found[TEST])  # the calibration half changes no score
     rows = {key: made.rows(its) for key, its in found.items()}
-    scores = {name: {key: made.surprise(made.normal(its)) for key, its in rows.items()}}
+    scores = {name: {key: made.ood_scores(made.normal(its)) for key, its in rows.items()}}
     for coordinate in filter(made.names.__contains__, COORDINATES):
         column = made.names.index(coordinate)
         scores[f"{name}: `{coordinate}` alone"] = {k: its[:, column] for k, its in rows.items()}

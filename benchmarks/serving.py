@@ -35,7 +35,7 @@ import psutil
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
 from export.write import export_bundle
-from serving.engine.engine import MAX_BATCH, InferenceEngine
+from serving.engine.engine import MAX_ROWS, InferenceEngine
 from serving.images import read_image, write_png
 from serving.page.served import EXAMPLES
 from serving.ports import VARIABLES
@@ -196,11 +196,11 @@ def measure_engine(call: Callable[[], Any], images: int, seconds: float = SECOND
 def _engine_process(bundle: Path, seconds: float, go: Any, outcomes: Any) -> None:
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     engine.warm_up()
-    images = example_images(engine.image_shape, MAX_BATCH)
+    images = example_images(engine.image_shape, MAX_ROWS)
     outcomes.put(None)  # ready
     while True:
         go.wait()
-        outcomes.put(measure_engine(lambda: engine.score(images), MAX_BATCH, seconds))
+        outcomes.put(measure_engine(lambda: engine.score(images), MAX_ROWS, seconds))
         go.wait()
 
 
@@ -438,11 +438,11 @@ def main() -> None:
                 "score, batches of 1", "engine", measure_engine(lambda: engine.score(images[:1]), 1)
             )
             note(
-                f"score, batches of {MAX_BATCH}",
+                f"score, batches of {MAX_ROWS}",
                 "engine",
                 measure_engine(lambda: engine.score(images), 256),
             )
-            note(f"score, batches of {MAX_BATCH}", f"{CORES} engines", all_engines())
+            note(f"score, batches of {MAX_ROWS}", f"{CORES} engines", all_engines())
             note(
                 "sample n=64",
                 "engine",

@@ -812,7 +812,7 @@ def test_feedback_joins_once_and_can_be_taken_back(
     verify_bundle(bundle)
     # The exact ranks: as if the images had been calibration images from the start.
     statistics = gate._engine.statistics(dark[:12])
-    scores = own.exact.mixture.surprise(own.exact.normal(own.exact.rows(statistics)))
+    scores = own.exact.mixture.negative_log_density(own.exact.normal(own.exact.rows(statistics)))
     assert np.array_equal(np.sort(np.concatenate([own.exact.scores, scores])), after.exact.scores)
 
     again = give_feedback(bundle, "default", [files[0]], [tmp_path / "1.png"])

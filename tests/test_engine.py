@@ -18,7 +18,7 @@ from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.engine.backends import BACKENDS, BackendError
 from serving.engine.cuda import BoundGraph
-from serving.engine.engine import BUCKETS, MAX_BATCH, InferenceEngine, NotFinite, Score
+from serving.engine.engine import BUCKETS, MAX_ROWS, InferenceEngine, NotFinite, Score
 from serving.engine.noise import NoiseStream, sample_key
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
@@ -264,7 +264,7 @@ def test_each_count_runs_in_buckets_if_sizes_are_fixed(
             return whole(graph, inputs, wanted)
 
     engine.backend = Spy()
-    for count in range(1, MAX_BATCH + 2):
+    for count in range(1, MAX_ROWS + 2):
         sizes.clear()
         assert len(engine.score(small_images[:count])) == count
         if fixed:

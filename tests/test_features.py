@@ -513,9 +513,9 @@ def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike: 
     assert fitted.known is not None and bool(fitted.known.main.size) == (alike == 3 / 4)
     normal = fitted.normal(fitted.rows(sets()))
     normal[:, -2:] = 0.5
-    density = fitted.mixture.surprise(normal[:, :-2])
+    density = fitted.mixture.negative_log_density(normal[:, :-2])
     order = np.argsort(density)
-    scores = fitted.surprise(normal)[order]
+    scores = fitted.ood_scores(normal)[order]
     usual = np.sum(scores == scores[0])
     assert abs(usual - 500 * alike) < 60 and (np.diff(scores[usual:]) > 0).all()
     assert np.ptp(scores) == pytest.approx(density[order[-1]] - density[order[usual - 1]], rel=0.1)
@@ -523,7 +523,7 @@ def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike: 
     arrays = fitted.arrays()
     del arrays["known_floor"]
     before = dataclasses.replace(fitted, known=KnownImages.from_arrays(arrays, ""))
-    assert (np.argsort(before.surprise(normal)) == order).all()
+    assert (np.argsort(before.ood_scores(normal)) == order).all()
 
 
 def test_coordinates_count_with_few_images_too() -> None:
@@ -545,7 +545,7 @@ def test_a_score_that_is_not_finite_is_never_accepted() -> None:
     rng = np.random.default_rng(0)
     fitted = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
     assert fitted.known is not None
-    assert np.isposinf(fitted.surprise(np.full((1, len(fitted.names)), np.nan))).all()
+    assert np.isposinf(fitted.ood_scores(np.full((1, len(fitted.names)), np.nan))).all()
     huge = dataclasses.replace(fitted, known=dataclasses.replace(fitted.known, weight=1e308))
     with np.errstate(over="ignore"):
         found = huge.verdicts(semantic_draw(rng, 50), np.full(50, 0.5))
@@ -557,7 +557,7 @@ def test_without_features_the_score_is_the_density_s() -> None:
     rng = np.random.default_rng(0)
     fitted = fit_calibration(draw(rng, 500), draw(rng, 500))
     normal = fitted.normal(fitted.rows(draw(rng, 30)))
-    assert (fitted.surprise(normal) == fitted.mixture.surprise(normal)).all()
+    assert (fitted.ood_scores(normal) == fitted.mixture.negative_log_density(normal)).all()
     assert fitted.known is None and not [n for n in fitted.arrays() if n.startswith("known")]
 
 
@@ -632,7 +632,9 @@ def test_the_bench_tells_what_the_features_add(
     assert engine.calibration is not None
     scores = scores_of(engine.calibration, typical)
     normal = engine.calibration.normal(engine.calibration.rows(typical))
-    assert np.array_equal(scores[NO_FEATURES], engine.calibration.mixture.surprise(normal[:, :-2]))
+    assert np.array_equal(
+        scores[NO_FEATURES], engine.calibration.mixture.negative_log_density(normal[:, :-2])
+    )
     assert not np.array_equal(scores[NO_FEATURES], scores[COMBINED])
     exact = np.zeros(30, bool)
     sets = {"noise": Measured(noise, exact)}

@@ -82,7 +82,7 @@ def fit_calibration(
     if known is not None and any(semantic):
         alike = FLOOR_OUTSIDE_MAIN if known.main.size else FLOOR
         low, floor, high = np.quantile(
-            _held_out_surprise(scores[:, np.logical_not(semantic)]), [0.16, alike, 0.84]
+            _held_out_scores(scores[:, np.logical_not(semantic)]), [0.16, alike, 0.84]
         )
         weight = float(SEMANTIC_WEIGHT * (high - low) / 2 / sum(semantic))
         known = replace(known, weight=weight, floor=float(floor))
@@ -99,7 +99,7 @@ def fit_calibration(
         fit_mixture(scores[:, pixels]),
         known,
     )
-    return replace(made, scores=np.sort(made.surprise(normal(reference))))
+    return replace(made, scores=np.sort(made.ood_scores(normal(reference))))
 
 
 def _semantic(
@@ -116,7 +116,7 @@ def _semantic(
     )
 
 
-def _held_out_surprise(scores: np.ndarray) -> np.ndarray:
+def _held_out_scores(scores: np.ndarray) -> np.ndarray:
     """Scores of (the first 2,000) images, ``(m, d)``, each by a density fitted without it.
 
     A density with few images gives those that it was fitted to far lower and more similar scores.
@@ -126,7 +126,7 @@ def _held_out_surprise(scores: np.ndarray) -> np.ndarray:
     found = np.empty(len(scores))
     for number in range(FOLDS):
         fitted = fit_mixture(scores[fold != number])
-        found[fold == number] = fitted.surprise(scores[fold == number])
+        found[fold == number] = fitted.negative_log_density(scores[fold == number])
     return found
 
 

@@ -17,11 +17,11 @@ from export.verdict.images import (
     thread_pool,
 )
 from serving.api.requests import InputImage
-from serving.engine.engine import MAX_BATCH, InferenceEngine
+from serving.engine.engine import MAX_ROWS, InferenceEngine
 from serving.verdict.statistics import finite_rows
 from training.data import Report
 
-CHUNK = MAX_THREADS * MAX_BATCH
+CHUNK = MAX_THREADS * MAX_ROWS
 
 
 class Measured(NamedTuple):
@@ -68,7 +68,7 @@ def measured(
         nonlocal done
         if waiting:
             pixels = np.stack([image.pixels for _, image in waiting])
-            batches = [pixels[i : i + MAX_BATCH] for i in range(0, len(pixels), MAX_BATCH)]
+            batches = [pixels[i : i + MAX_ROWS] for i in range(0, len(pixels), MAX_ROWS)]
             found = _joined(list(threads.map(engine.statistics, batches)))
             finite = finite_rows(found)
             errors.extend(

@@ -94,13 +94,13 @@ def scores_of(
     """
     rows = calibration.rows(statistics)
     normal = calibration.normal(rows)
-    found = {COMBINED: calibration.surprise(normal)}
+    found = {COMBINED: calibration.ood_scores(normal)}
     if calibration.known is not None:
-        found[NO_FEATURES] = replace(calibration, known=None).surprise(normal)
+        found[NO_FEATURES] = replace(calibration, known=None).ood_scores(normal)
     return {
         **found,
         RAW_BPD: statistics["bpd"].astype(np.float64),
-        NO_MODEL: calibration.baseline.surprise(normal[:, calibration.pixel_columns]),
+        NO_MODEL: calibration.baseline.negative_log_density(normal[:, calibration.pixel_columns]),
         **dict(zip(calibration.names, np.abs(normal).T, strict=True)),
     }
 

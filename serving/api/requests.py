@@ -94,7 +94,7 @@ class FilesRequest(Generic[Parameters]):
         sources: one per image: a file, pixels, or an error.
         parameters: of the operation.
         format: of the answer.
-        fit: whether images of another size are resized.
+        resize: whether images of another size are resized.
         probe: as in :class:`RawRequest`.
         pixels: number of pixels of all files that may be resized, by their headers.
     """
@@ -102,7 +102,7 @@ class FilesRequest(Generic[Parameters]):
     sources: list[bytes | np.ndarray | ApiError]
     parameters: Parameters
     format: str | None
-    fit: bool
+    resize: bool
     probe: bool = False
     pixels: int = 0
 
@@ -298,12 +298,16 @@ def decode_images(
     """
 
     def prepare(task: tuple[int, bytes | np.ndarray | ApiError, bool]) -> InputImage | ApiError:
-        index, source, fit = task
-        made = source if isinstance(source, ApiError) else prepare_image(source, image_shape, fit)
+        index, source, resize = task
+        made = (
+            source if isinstance(source, ApiError) else prepare_image(source, image_shape, resize)
+        )
         return made.at(index) if isinstance(made, ApiError) else made
 
     tasks = [
-        (i, source, request.fit) for request in requests for i, source in enumerate(request.sources)
+        (i, source, request.resize)
+        for request in requests
+        for i, source in enumerate(request.sources)
     ]
     made = each(prepare, tasks)
     return [
@@ -451,14 +455,14 @@ def _nan_note(data: bytes, dtype: np.dtype) -> str:
 
 
 def prepare_image(
-    source: bytes | np.ndarray, image_shape: tuple[int, int, int], fit: bool
+    source: bytes | np.ndarray, image_shape: tuple[int, int, int], resize: bool
 ) -> InputImage | ApiError:
     """Bring one image to the model's shape, or return the error that prevents it.
 
     Args:
         source: a file, or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
-        fit: whether to resize images of another size.
+        resize: whether to resize images of another size.
     """
     height, width, channels = image_shape
     if isinstance(source, np.ndarray):
@@ -469,7 +473,7 @@ def prepare_image(
             )
     else:
         try:
-            decoded = read_image(source, None if fit else (width, height))
+            decoded = read_image(source, None if resize else (width, height))
         except ImageError as error:
             status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
             return ApiError(status, error.code, str(error), may_pass=error.may_pass)
@@ -482,7 +486,7 @@ def prepare_image(
             )
     if pixels.shape[:2] == (height, width):
         return InputImage(np.ascontiguousarray(pixels), notes)
-    if not fit:
+    if not resize:
         return unusable(
             "wrong_size",
             f"images must be {width} x {height} pixels, got {pixels.shape[1]} x "
@@ -500,7 +504,7 @@ def prepare_image(
 def prepare_source(
     read: Callable[[], bytes | np.ndarray],
     image_shape: tuple[int, int, int],
-    fit: bool,
+    resize: bool,
 ) -> InputImage | ApiError:
     """Read an image and bring it to the model's shape, or return the error that prevents it.
 
@@ -510,10 +514,10 @@ def prepare_source(
     Args:
         read: returns a file or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
-        fit: whether to resize images of another size.
+        resize: whether to resize images of another size.
     """
     try:
-        return prepare_image(read(), image_shape, fit)
+        return prepare_image(read(), image_shape, resize)
     except OSError as error:
         code = "too_large" if error.errno == errno.EFBIG else "unreadable"
         # Of some stores without a number.

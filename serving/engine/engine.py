@@ -32,7 +32,7 @@ from serving.verdict.statistics import (
 )
 from serving.verdict.store import FOLDER
 
-MAX_BATCH = 32  # larger batches are not faster (docs/performance.md)
+MAX_ROWS = 32  # larger batches are not faster (docs/performance.md)
 BUCKETS = (1, 2, 4, 8, 16, 32)  # batch sizes for backends with fixed sizes
 
 
@@ -149,7 +149,7 @@ class InferenceEngine:
 
     def warm_up(self) -> None:
         """Run every loaded graph once at each batch size, so that no request pays for set-up."""
-        sizes = BUCKETS if self.backend.fixed_sizes else (1, MAX_BATCH)
+        sizes = BUCKETS if self.backend.fixed_sizes else (1, MAX_ROWS)
         for graph, size in itertools.product(self._graphs, sizes):
             inputs = {
                 name: np.zeros(
@@ -420,7 +420,7 @@ class InferenceEngine:
         self._check(images)
         if self._features is None:
             return {}
-        step = MAX_BATCH if self._features.fixed_sizes else 1
+        step = MAX_ROWS if self._features.fixed_sizes else 1
         found = []
         for first in range(0, len(images), step):
             batch = images[first : first + step]
@@ -523,8 +523,8 @@ class InferenceEngine:
 
         Only backends with fixed sizes get padded batches, which repeat the last row.
         """
-        for first in range(0, count, MAX_BATCH):
-            rows = [inputs(i) for i in range(first, min(first + MAX_BATCH, count))]
+        for first in range(0, count, MAX_ROWS):
+            rows = [inputs(i) for i in range(first, min(first + MAX_ROWS, count))]
             spare = _bucket(len(rows)) - len(rows) if self.backend.fixed_sizes else 0
             padded = rows + [rows[-1]] * spare
             batch = {

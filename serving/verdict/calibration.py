@@ -46,7 +46,7 @@ class Verdict:
     """How unusual one image is.
 
     Attributes:
-        ood_score: of :meth:`Calibration.surprise`, nats; a higher score is more unusual.
+        ood_score: of :meth:`Calibration.ood_scores`, nats; a higher score is more unusual.
         p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
         uniform: the same with ties broken at random: uniform on (0, 1) for images like the
             calibration images.
@@ -188,7 +188,7 @@ class Calibration:
             digests: the first 8 bytes of the SHA-256 of each image's pixels.
         """
         rows = self.rows(statistics)
-        scores = self.surprise(self.normal(rows))
+        scores = self.ood_scores(self.normal(rows))
         new = Joined(tuple(files), rows, scores, np.array(digests, np.uint64))
         return replace(
             self,
@@ -208,7 +208,7 @@ class Calibration:
             CalibrationError: an image is not among the calibration images, or none would be left.
         """
         rows = self.rows(statistics)
-        scores = self.surprise(self.normal(rows))
+        scores = self.ood_scores(self.normal(rows))
         if self.joined is not None:
             places = {file: place for place, file in enumerate(self.joined.files)}
             for row, file in enumerate(files):
@@ -234,7 +234,7 @@ class Calibration:
 
     def scores_of(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """The OOD scores, ``(N,)``, nats, of images with these statistics by name."""
-        return self.surprise(self.normal(self.rows(statistics)))
+        return self.ood_scores(self.normal(self.rows(statistics)))
 
     def caught(self, alpha: float) -> dict[str, float]:
         """The share of corrupted images that is rejected at ``alpha``, by the corruption's name.
@@ -249,7 +249,7 @@ class Calibration:
             if len(scores)
         }
 
-    def surprise(self, normal: np.ndarray) -> np.ndarray:
+    def ood_scores(self, normal: np.ndarray) -> np.ndarray:
         """The OOD score, ``(N,)``, nats, of normal scores ``(N, S)``.
 
         This is minus the log-density of the statistics of the generative model and the pixels. With
@@ -257,7 +257,7 @@ class Calibration:
         normal scores is added. Inside the density, one or two among dozens would hardly count.
         """
         width = self.mixture.means.shape[1]
-        scores = density = self.mixture.surprise(normal[:, :width])
+        scores = density = self.mixture.negative_log_density(normal[:, :width])
         if self.known is not None:
             semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
             scores = np.maximum(density, self.known.floor) + self.known.weight * semantic
@@ -275,7 +275,7 @@ class Calibration:
         """
         rows = self.rows(statistics)
         normal = self.normal(rows)
-        scores = self.surprise(normal)
+        scores = self.ood_scores(normal)
         p_values = conformal_p_values(self.scores, scores)
         above = len(self.scores) - np.searchsorted(self.scores, scores, "right")
         equal = p_values * (len(self.scores) + 1) - above

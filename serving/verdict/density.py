@@ -85,14 +85,14 @@ class Mixture:
     means: np.ndarray
     whiteners: np.ndarray
 
-    def surprise(self, scores: np.ndarray) -> np.ndarray:
+    def negative_log_density(self, scores: np.ndarray) -> np.ndarray:
         """Minus the log-density, ``(N,)``, nats, of ``(N, d)``.
 
         Row by row: products of matrices vary with their size.
         """
-        return np.array([self._surprise(row) for row in np.clip(scores, -FARTHEST, FARTHEST)])
+        return np.array([self._of_row(row) for row in np.clip(scores, -FARTHEST, FARTHEST)])
 
-    def _surprise(self, row: np.ndarray) -> float:
+    def _of_row(self, row: np.ndarray) -> float:
         white = self.whiteners @ (row - self.means)[:, :, None]
         terms = self.log_weights - 0.5 * np.square(white).sum((1, 2))
         top = terms.max()
