@@ -5,11 +5,11 @@ TEST_PROCESSES ?= 2
 VENV ?= .venv
 BUNDLE ?= pretrained/cifar10
 # cuda where there is an NVIDIA driver, otherwise cpu.
-DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /dev/dxg),cuda,cpu)
+DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /usr/lib/wsl/lib/libcuda.so.1),cuda,cpu)
 BIN := $(VENV)/bin
 OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 
-.PHONY: serve test test-slow test-ray coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean
+.PHONY: serve test test-slow test-ray coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean FORCE
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -69,6 +69,8 @@ clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* *.egg-info
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	{ echo "$(PYTHON) must be Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 …" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # pip install --editable .[cpu,EXTRAS], or .[cuda,EXTRAS]. The files of the two ONNX Runtime wheels overlap: to replace
@@ -80,13 +82,17 @@ $(BIN)/python -m pip install --editable ".[$(DEVICE),$(1)]"
 @touch $@
 endef
 
-$(VENV)/.serve: pyproject.toml | $(BIN)/python
+# Changes only with the device, for which packages are then installed again.
+$(VENV)/.device: FORCE | $(BIN)/python
+	@test "$$(cat $@ 2>/dev/null)" = $(DEVICE) || echo $(DEVICE) > $@
+
+$(VENV)/.serve: pyproject.toml $(VENV)/.device | $(BIN)/python
 	$(call install,serve)
 
-$(VENV)/.fit: pyproject.toml | $(BIN)/python
+$(VENV)/.fit: pyproject.toml $(VENV)/.device | $(BIN)/python
 	$(call install,serve$(comma)fit)
 
-$(VENV)/.test: pyproject.toml | $(BIN)/python
+$(VENV)/.test: pyproject.toml $(VENV)/.device | $(BIN)/python
 	$(call install,dev)
 	@touch $(VENV)/.serve $(VENV)/.fit
 

@@ -11,19 +11,21 @@ import numpy as np
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given_path
+from ade_cli.run_checks import check_own_size
+from ade_model.errors import ConfigError
 from export.sketch import record_of
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
 from training.device import DEVICES, choose_device
 from training.encoder import make_encoder
 from training.encoder_network import check_size
-from training.labels import class_folders, class_labels, listed
+from training.labels import class_folders, class_labels, listed, why_no_classes
 from training.metrics.features import FeatureError
 from training.runs import RunError
 from training.small_encoder import train_small_encoder
 
 MINUTES = 15.0
-ERRORS = (DataError, FeatureError, FileError, RunError)
+ERRORS = (ConfigError, DataError, FeatureError, FileError, RunError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,11 +77,19 @@ def run(args: argparse.Namespace) -> None:
     if os.path.lexists(args.out):
         raise FileError(f"{args.out} exists: take another name")
     device = choose_device(args.device or "auto")
-    dataset = dataset_of(args, None, args.image_size, fits=check_size)
+
+    def fits(side: int) -> None:
+        check_own_size(args, side)
+        check_size(side)
+
+    dataset = dataset_of(args, None, args.image_size, fits=fits)
     labels = None if args.without_labels else class_labels(dataset)
     folders = class_folders(dataset.files.get("train", []))
     if labels is not None and folders is not None:
         say(f"classes: {listed(folders)}")
+    reason = why_no_classes(dataset.files.get("train", []))
+    if reason is not None and not args.without_labels:
+        say(f"no classes: {reason}")
     images = ImageSet(dataset.parts["train"].images, labels)
     if args.small:
         made = train_small_encoder(images, minutes, device, report=say)

@@ -16,13 +16,13 @@ from fitting.pipeline import fit_folder, has_begun
 from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.survey import choose_image_size, picture_sizes
 from serving.bulk import BulkError
-from serving.engine.bundle import BundleError, check_path, plain_name
+from serving.engine.bundle import BundleError, check_name, check_path, plain_name
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets.files import part_of
 from training.datasets.folder import image_files
 from training.device import DEVICES, choose_device
-from training.labels import class_folders
+from training.labels import class_folders, why_no_classes
 from training.metrics.features import FeatureError
 from training.runs import RunError
 from training.step import TrainingDiverged
@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for everything but Latin letters and digits)",
     )
     parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="of the model, in answers and in the addresses of further bundles (default: that of "
+        "DIR, changed in the same way)",
+    )
+    parser.add_argument(
         "--budget",
         default="1h",
         metavar="TIME",
@@ -81,7 +87,9 @@ def run(args: argparse.Namespace) -> None:
     folder = args.folder.resolve()
     if not folder.is_dir():
         raise DataError(f"{args.folder} is not a folder")
-    name = plain_name(folder.name)
+    if args.name is not None:
+        check_name(args.name)
+    name = args.name or plain_name(folder.name)
     out = args.out or Path("fits") / name
     check_outside(out, str(folder))
     check_path(out)  # the bundle is made in it, after the training
@@ -98,6 +106,9 @@ def run(args: argparse.Namespace) -> None:
     on_gpu = choose_device(args.device).type == "cuda"
     names = [path.relative_to(folder).as_posix() for path in files if part_of(path.name) == "train"]
     has_classes = class_folders(names) is not None
+    reason = why_no_classes(names)
+    if reason is not None:
+        say(f"no classes: {reason}")
     plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence, len(files), has_classes)
     fitted = fit_folder(plan, files, sizes, out, say)
     command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # as the user typed it

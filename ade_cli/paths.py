@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from serving.files import linked_folders
 from serving.messages import printable
+
+# Pictures that people have among their images, and that nothing here reads.
+OTHER_PICTURES = frozenset(
+    [
+        ".arw",
+        ".avif",
+        ".cr2",
+        ".cr3",
+        ".dng",
+        ".heic",
+        ".heif",
+        ".jfif",
+        ".jp2",
+        ".jxl",
+        ".nef",
+        ".orf",
+        ".psd",
+        ".raf",
+        ".rw2",
+        ".svg",
+    ]
+)
 
 
 def given(text: str) -> str:
@@ -28,9 +52,19 @@ def given_path(text: str) -> Path:
 
 
 def say_what_is_not_followed(folder: Path) -> None:
-    """Report links to folders below a folder: their images are not read."""
+    """Report what is not read below a folder: in linked folders, and in files of other kinds."""
     links = linked_folders(folder)
     if links:
         more = f" and {len(links) - 1} more" if len(links) > 1 else ""
         text = f"links to folders are not followed: {printable(str(links[0]))}{more}"
+        print(text, file=sys.stderr, flush=True)
+    others = Counter(
+        suffix
+        for _, _, names in os.walk(folder)
+        for name in names
+        if (suffix := os.path.splitext(name)[1].lower()) in OTHER_PICTURES
+    )
+    if others:
+        counted = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        text = f"not read, convert them to PNG or JPEG first: {counted}"
         print(text, file=sys.stderr, flush=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from ade_cli.upgrade import ERRORS, command
+from ade_cli.upgrade import ERRORS, command, resumed
 from handlers.launch.upgrades import ROLLBACK
 
-__all__ = ["ERRORS", "add_arguments", "run"]
+__all__ = ["ERRORS", "add_arguments", "resumed", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     command({"do": ROLLBACK})
-    return 0

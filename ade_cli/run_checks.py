@@ -14,6 +14,7 @@ from training.runs import RunError
 
 Config = TypeVar("Config")
 ADVISED = 64  # pixels: image size for folders of photographs
+LARGEST = 256  # pixels: image size that is taken without being asked for
 
 
 def check_same_data(recorded: Mapping[Path, str], args: argparse.Namespace) -> None:
@@ -51,6 +52,23 @@ def check_same_data(recorded: Mapping[Path, str], args: argparse.Namespace) -> N
         )
 
 
+def check_own_size(args: argparse.Namespace, side: int) -> None:
+    """Check the size of the images, which is that of the first one unless it is given.
+
+    Args:
+        args: with ``data`` and ``image_size``.
+        side: height and width, pixels.
+
+    Raises:
+        ConfigError: nobody would train on images of this size on purpose.
+    """
+    if args.image_size is None and args.data not in NAMES and side > LARGEST:
+        raise ConfigError(
+            f"the first image in {args.data} has {side} pixels per side, and all would be read at "
+            f"this size: give --image-size, such as {ADVISED}"
+        )
+
+
 def size_checked(
     args: argparse.Namespace, make: Callable[[int], Config]
 ) -> Callable[[int], Config]:
@@ -62,6 +80,7 @@ def size_checked(
     """
 
     def checked(side: int) -> Config:
+        check_own_size(args, side)
         try:
             return make(side)
         except ConfigError as error:

@@ -51,6 +51,11 @@ def run(args: argparse.Namespace) -> None:
         command({"do": UPGRADE, "bundle": bundle, "canary": args.canary})
 
 
+def resumed(args: argparse.Namespace) -> str:
+    """What to say after Ctrl-C."""
+    return ": the service continues with it, and ade status shows the result"
+
+
 def command(message: dict[str, Any]) -> None:
     """Have the running service do something, and print its progress.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,9 @@ from fitting.report import (
 )
 from fitting.survey import Survey, size_of
 from serving.api.requests import InputImage
-from serving.bulk import BulkOptions, FileScorer
+from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
-from serving.engine.engine import InferenceEngine
+from serving.engine.engine import InferenceEngine, Score
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset
 from training.datasets.files import shuffled
@@ -34,6 +36,7 @@ from training.runs import read_json
 TEST_IMAGES = 2000
 SCANNED_IMAGES = 4000  # training images, among which outliers are looked for
 SHOWN_OUTLIERS = 24
+CHUNK = 256  # images that are scored together
 SAMPLES = 64
 RECONSTRUCTED = 12
 CORRUPTED_IMAGES = 200  # for each kind of corruption
@@ -51,26 +54,23 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
     """
     opened = open_bundle(bundle)
     engine = InferenceEngine(opened, device="cpu")
-    scorer = FileScorer(opened, Path(plan.folder), BulkOptions(resize="fit"))
-    tested = [dataset.files["test"][row] for row in rows_of(dataset, found, "test")[:TEST_IMAGES]]
+    folder = Path(plan.folder)
     p_values: dict[bool, list[float]] = {False: [], True: []}
-    height, width, _ = opened.image_shape
-    for row in scorer(tested):
-        if row.get("p_value") is not None:
-            size = size_of(Path(plan.folder) / row["path"])
-            p_values[size != (width, height)].append(row["p_value"])
-    scanned = shuffled(dataset.files["train"])[:SCANNED_IMAGES]
-    rows = [row for row in scorer(scanned) if row.get("ood_score") is not None]
-    rows.sort(key=lambda row: -row["ood_score"])
-    index = {name: row for row, name in enumerate(dataset.files["train"])}
+    tested = rows_of(dataset, found, "test")[:TEST_IMAGES]
+    for _, is_resized, score in _scores(engine, dataset, "test", tested, folder):
+        if score.verdict is not None:
+            p_values[is_resized].append(score.verdict.p_value)
+    scanned = shuffled(range(len(dataset.files["train"])))[:SCANNED_IMAGES]
+    judged = [
+        (score.verdict.ood_score, row, score.verdict.p_value, score.bpd)
+        for row, _, score in _scores(engine, dataset, "train", scanned, folder)
+        if score.verdict is not None
+    ]
+    judged.sort(key=lambda one: -one[0])
+    names, images = dataset.files["train"], dataset.parts["train"].images
     outliers = [
-        Outlier(
-            row["path"],
-            row["p_value"],
-            row["bpd"],
-            dataset.parts["train"].images[index[row["path"]]],
-        )
-        for row in rows[:SHOWN_OUTLIERS]
+        Outlier(names[row], p_value, bpd, images[row])
+        for _, row, p_value, bpd in judged[:SHOWN_OUTLIERS]
     ]
     recipes = [stage.recipe for stage in plan.stages]  # the last ones may have been given up
     used = plan.stages[: recipes.index(opened.manifest["recipe"]) + 1]
@@ -91,6 +91,27 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         _encoder_findings(engine, dataset, found, out),
     )
     write_report(findings, out / "report.html")
+
+
+def _scores(
+    engine: InferenceEngine, dataset: Dataset, part: str, rows: Sequence[int], folder: Path
+) -> Iterator[tuple[int, bool, Score]]:
+    """The rows of a part, whether their files were resized, and their scores if these are finite.
+
+    The data set has the pixels at the model's size: decoding thousands of photographs again would
+    take longer than scoring them.
+    """
+    height, width, _ = engine.image_shape
+    names, images = dataset.files[part], dataset.parts[part].images
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for first in range(0, len(rows), CHUNK):
+            chunk = list(rows[first : first + CHUNK])
+            sizes = pool.map(lambda row: size_of(folder / names[row]), chunk)
+            resized = [size != (width, height) for size in sizes]
+            scores = engine.score(np.asarray(images[chunk]), resized=resized)
+            for row, is_resized, score in zip(chunk, resized, scores, strict=True):
+                if isinstance(score, Score):
+                    yield row, is_resized, score
 
 
 def _encoder_findings(

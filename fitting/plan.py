@@ -146,6 +146,7 @@ class Plan:
         return {
             "folder": f"the images of {self.folder}",
             "images": None if self.images is None else f"{self.images} image files{classes}",
+            "name": f"the name {self.name}",
             "budget": f"a budget of {self.budget:g} minutes",
             "image_size": f"images of {self.image_size} pixels",
             "device": f"the device {self.device}",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.cores import available_cores
 from serving.files import read_file
 from serving.images import file_size
 from serving.messages import printable
@@ -17,6 +19,7 @@ from training.datasets.files import unusable_hint
 
 SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
 STEP = 8  # networks halve the size three times
+FEW_NAMES = 20  # of the files of a part, if names are repeated
 FEW = 1000  # training images, below which little can be learned
 # Files by width and height, or None if unreadable.
 Sizes = Counter[tuple[int, int] | None]
@@ -56,7 +59,8 @@ class Survey:
 
 def picture_sizes(files: Sequence[Path]) -> Sizes:
     """Count image files by the width and height in their headers, or ``None`` if unreadable."""
-    return Counter(map(size_of, files))
+    with ThreadPoolExecutor(available_cores()) as pool:
+        return Counter(pool.map(size_of, files))
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
@@ -106,6 +110,14 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
             "Held-out files that are copies of training images, left out of calibration and tests: "
             f"{len(leaking)}."
         )
+    for part in ("select", "calibrate"):
+        names = {name.rsplit("/", 1)[-1] for name in dataset.files[part]}
+        if len(names) < FEW_NAMES and len(names) < len(dataset.files[part]):
+            warnings.append(
+                f"The {len(dataset.files[part])} images of the part {part} have only {len(names)} "
+                "different names, because files of one name are in one part: if a name means a "
+                "view or a number, put the folder's name into it, such as shoe17-front.jpg."
+            )
     if dataset.skipped:
         hint = unusable_hint(dataset.skipped)
         warnings.append(f"Files that cannot be used: {len(dataset.skipped)}{hint}.")

@@ -1026,6 +1026,11 @@ def test_the_command_line(
     (folder / "wide.png").unlink()  # in no class folder
     out = tmp_path / "encoder.onnx"
     small = ["encoder", str(out), "--data", str(folder), "--small"]
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    Image.new("RGB", (400, 300)).save(photographs / "a.jpg")
+    assert main([*small[:3], str(photographs)]) == 2
+    assert "300 pixels per side" in capsys.readouterr().err
     assert main([*small, "--minutes", "0.02"]) == 0
     trained = len(load_folder(folder, None, None, lambda line: None).parts["train"].images)
     assert f"trained on {trained} images, each seen " in capsys.readouterr().err

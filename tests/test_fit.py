@@ -56,7 +56,7 @@ from tests.helpers import ROOT, make_folder
 from training.data import REPEATS, Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
 from training.guide import load_guide
-from training.labels import class_folders, class_labels
+from training.labels import class_folders, class_labels, why_no_classes
 from training.recipes import GUIDE_WEIGHT, recipe
 from training.step import TrainingDiverged
 
@@ -295,6 +295,9 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
             "; copies: 1); the part select needs at least 20 images and gets 1",
         ),
         (["FEW", "--budget", "5m"], "links to folders are not followed: FEW/linked\n"),
+        (["FEW", "--budget", "5m"], "to PNG or JPEG first: 2 .heic, 1 .avif\n"),
+        (["FEW", "--budget", "5m"], "no classes: copy.png lies outside the 3 folders\n"),
+        (["FEW", "--name", "a b"], "a model's name must start with a letter or digit"),
         (
             ["HUGE", "--budget", "5m"],
             "no image is left to train on: 9 of 9 files are unusable, such as 0.png: an image may "
@@ -320,6 +323,8 @@ def test_folders_that_cannot_be_fitted(
         tmp_path / "few" / "copy.png",
     )
     (tmp_path / "few" / "linked").symlink_to(tmp_path / "few" / "class0")
+    for name in ("class0/a.HEIC", "class1/b.heic", "c.avif"):
+        (tmp_path / "few" / name).write_bytes(b"")
     (tmp_path / "huge").mkdir()
     for number in range(9):
         Image.new("L", (5000, 4000)).save(tmp_path / "huge" / f"{number}.png")
@@ -533,11 +538,36 @@ def test_folders_above_the_classes_are_no_classes(
 ) -> None:
     names = [f"{path}{i}.png" for path in paths for i in range(20)]
     assert class_folders(names) == expected
+    reason = why_no_classes(names)
+    assert reason is None or expected is None
     if expected:
         images = ImageSet(np.zeros((len(names), 8, 8, 3), np.uint8))
         dataset = Dataset("d", {"train": images}, {}, [], {"train": names, "test": ["cat/1.png"]})
         classes = class_labels(dataset)
         assert classes is not None and set(classes) == {0, 1}
+
+
+def test_why_folders_are_no_classes() -> None:
+    names = [f"{folder}/{i}.png" for folder in "ab" for i in range(30)]
+    assert why_no_classes(names) is why_no_classes(names[:30]) is why_no_classes(["a.png"]) is None
+    assert why_no_classes([*names, "logo.png"]) == "logo.png lies outside the 2 folders"
+    assert why_no_classes(names[25:35]) == (
+        "the 2 folders have 5 images to train on on average, and 20 are needed"
+    )
+
+
+def test_names_that_all_folders_repeat_are_reported(
+    tmp_path: Path, small_images: np.ndarray
+) -> None:
+    """Files of one name are in one part: calibration would see few views of each thing."""
+    for i, image in enumerate(small_images[:200]):
+        target = tmp_path / f"thing{i // 40}" / f"{i % 40}.png"
+        target.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(target)
+    files = image_files(tmp_path)
+    found = survey(picture_sizes(files), load_files(tmp_path, files, 8, None, lambda line: None))
+    (said,) = (line for line in found.warnings if "of the part calibrate" in line)
+    assert "different names" in said and "put the folder's name into it" in said
 
 
 def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,28 @@ def class_folders(names: Sequence[str]) -> list[str] | None:
     if "" in folders or len(folders) < 2 or len(names) < IMAGES_A_CLASS * len(folders):
         return None
     return folders
+
+
+def why_no_classes(names: Sequence[str]) -> str | None:
+    """Why images that lie in folders have no classes; ``None`` if they have, or lie in one folder.
+
+    Args:
+        names: as for :func:`class_folders`.
+    """
+    depth = _class_depth(names)
+    counts = Counter(_folder(name, depth) for name in names)
+    outside = counts.pop("", 0)
+    if len(counts) < 2:
+        return None
+    if outside:
+        name = next(name for name in names if not _folder(name, depth))
+        return f"{name} lies outside the {len(counts)} folders"
+    if len(names) < IMAGES_A_CLASS * len(counts):
+        return (
+            f"the {len(counts)} folders have {len(names) / len(counts):.0f} images to train on on "
+            f"average, and {IMAGES_A_CLASS} are needed"
+        )
+    return None
 
 
 def _class_depth(names: Sequence[str]) -> int:

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     names = [bundle.name for bundle in bundles]
     if len(set(names)) < len(names):
         raise BundleError(
-            f"bundles served side by side need different names, got {', '.join(names)}"
+            f"bundles served side by side need different names, got {', '.join(names)}; ade fit "
+            "and ade export have the option --name"
         )
     for bundle in bundles:
         _warn_of_another_coder(bundle)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from training.data import PARTS, DataError, Dataset, ImageSet, Report, Rows
 _BOUNDS = {"train": 80, "select": 84, "calibrate": 92, "test": 100}
 _BY_NAME = "by hash of the file name"
 _CHUNK = 1000
+_REPORT_S = 10.0  # between two lines of progress
 _PREPROCESSING = 1  # part of a cache's key: raise it when decoding or resizing gives other pixels
 # Errors of read_file for pipes and the like, and for files that are too large. Others may pass,
 # such as those of a network.
@@ -168,13 +170,15 @@ def decode_into(
         return []
 
     notes: Counter[str] = Counter()
-    numbered = enumerate(files)
+    numbered, reported = enumerate(files), time.monotonic()
     with ThreadPoolExecutor(available_cores()) as pool:
         while chunk := list(islice(numbered, _CHUNK)):
             for its in pool.map(lambda item: decode(*item), chunk):
                 notes.update(its)
-            if (chunk[-1][0] + 1) % (10 * _CHUNK) == 0 or len(chunk) < _CHUNK:
+            is_last = chunk[-1][0] + 1 == len(pixels)
+            if is_last or time.monotonic() - reported >= _REPORT_S:
                 report(f"read {chunk[-1][0] + 1} of {len(pixels)} images")
+                reported = time.monotonic()
     for note, count in notes.most_common():
         report(f"{count} files: {note}")
     return dict(sorted(skipped.items())), passing  # threads finish in any order
@@ -190,7 +194,10 @@ def few_names_hint(files: Sequence[str]) -> str:
     names = len({file.rsplit("/", 1)[-1] for file in files})
     if names == len(files):
         return ""
-    return f". Files of one name are in one part: these have {counted(names, 'name')}"
+    return (
+        f". Files of one name are in one part: these have {counted(names, 'name')}; put the names "
+        "of their folders into them"
+    )
 
 
 def split_by_name(
