@@ -149,7 +149,8 @@ def _is_own(args: argparse.Namespace, run: Path) -> bool:
 def _store(result: dict[str, Any], path: Path) -> None:
     """Write figures, beside those that were measured before on the same images.
 
-    Figures of more images, or of the same images with another seed, are kept instead.
+    Figures of more images, or of the same images with another seed, are kept instead, and so is a
+    figure that needed more samples or images.
     """
     before = read_json(path) if path.is_file() else {}
     if any(before.get(key) != result[key] for key in ("data", "part")):
@@ -163,6 +164,19 @@ def _store(result: dict[str, Any], path: Path) -> None:
         return
     if is_same and "seed" in before:
         kinds, found = before.get("distances", {}), result.get("distances", {})
-        distances = {k: {**kinds.get(k, {}), **found.get(k, {})} for k in kinds | found}
-        result = {**before, **result, **({"distances": distances} if distances else {})}
+        distances = {k: _fuller(kinds.get(k, {}), found.get(k, {})) for k in kinds | found}
+        result = {**_fuller(before, result), **({"distances": distances} if distances else {})}
     write_json(path, result)
+
+
+def _fuller(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Figures by name: of two of the same, that of more samples or images, and else the new one."""
+
+    def count(figure: Any) -> int:
+        counts: dict[str, int] = figure if isinstance(figure, dict) else {}
+        return counts.get("samples", counts.get("images", 0))
+
+    return {
+        **before,
+        **{name: its for name, its in now.items() if count(its) >= count(before.get(name))},
+    }

@@ -60,7 +60,11 @@ def test_all_feature_spaces_must_agree(
 def test_a_system_between_two_others() -> None:
     claim = Claim("", ("a", "b", "c"), ("one",))
     assert claim.judge([{"one": 1.0}, {"one": 2.0}, {"one": 3.0}]) is HOLDS
-    assert claim.judge([{"one": 1.0}, {"one": 4.0}, {"one": 3.0}]) is UNDECIDED
+    assert claim.judge([{"one": 1.0}, {"one": 4.0}, {"one": 3.0}]) is FAILS
+    assert claim.judge([{"one": 1.0}, {"one": 2.0}, {"one": 2.01}]) is UNDECIDED
+    both = Claim("", ("a", "b", "c"), ("one", "two"))
+    undecided = {"one": 2.0, "two": 5.0}
+    assert both.judge([{"one": 1.0, "two": 6.0}, undecided, {"one": 9.0, "two": 9.0}]) is UNDECIDED
     assert claim.judge([{"one": 5.0}, {"one": 4.0}, {"one": 3.0}]) is FAILS
 
 

@@ -506,6 +506,9 @@ def test_an_interruption_waits_for_its_step_and_saves_it(
     with pytest.raises(KeyboardInterrupt):
         train(narrow("vae"), dataset, run, options, resume=True)
     assert latest_checkpoint(run).name == "step-000000006"
+    # A copy is kept by hand, because only three checkpoints stay.
+    kept = shutil.copytree(latest_checkpoint(run), run / "checkpoints" / "step-000000006-best")
+    assert latest_checkpoint(run).name == "step-000000006" and latest_checkpoint(kept) == kept
 
 
 def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> None:
@@ -925,6 +928,8 @@ def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: n
     "name, change, message",
     [
         ("v-ade", {"d_widths": (8, 8)}, "d_widths: v-ade has no discriminator"),
+        ("vae", {"g_learning_rate": 1e-4}, "g_learning_rate: vae has no discriminator"),
+        ("real-nvp", {"augment": True}, "augment: real-nvp has no discriminator"),
         (
             "av-ade",
             {"d_widths": (8,) * 7},
@@ -1670,6 +1675,8 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
     stored["distances"] = {"mean": {EFFICIENTNET: {"frechet": 1.0, "rank_deficient": True}}}
     path.write_text(json.dumps(stored))
     assert main([*given, "1"]) == 0  # fewer figures of the same images
+    assert json.loads(path.read_text()) == stored
+    assert main([*given, "2", "--bound-images", "3"]) == 0  # the bound of fewer images
     assert json.loads(path.read_text()) == stored
     assert main([*given, "1", "--seed", "1"]) == 0
     assert f"{path} is kept: its figures are of seed 0, not 1" in capsys.readouterr().err

@@ -270,6 +270,7 @@ _SIZES = {
 # The same for all sizes, since the frozen features take most of its operations.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
 GUIDE_WEIGHT = 0.2  # if there is a guide
+_ADVERSARIAL = ("g_", "d_", "gp_", "quality_weight", "augment")  # how names of such fields begin
 PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)
 
 
@@ -413,8 +414,13 @@ def recipe(
             "discriminator": dataclasses.replace(discriminator, **of_the_discriminator),
             "g_learning_rate": sized.adversarial_rate,
         }
-    elif of_the_discriminator:
-        raise ConfigError(f"d_{min(of_the_discriminator)}: {name} has no discriminator")
+    else:
+        idle = [
+            *(f"d_{one}" for one in of_the_discriminator),
+            *(one for one in changes if one.startswith(_ADVERSARIAL)),
+        ]
+        if idle:
+            raise ConfigError(f"{min(idle)}: {name} has no discriminator")
     training |= {**system.training, **changes}
     if system.vae:
         options = {

@@ -97,9 +97,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if (p / STATE_NAME).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    """Finished checkpoints, oldest first. Copies under other names do not count."""
+    found = [
+        (int(number), path)
+        for path in (run / "checkpoints").glob("step-*")
+        if (number := path.name.removeprefix("step-")).isdecimal() and (path / STATE_NAME).is_file()
+    ]
+    return [path for _, path in sorted(found)]
 
 
 def latest_checkpoint(run: Path) -> Path:

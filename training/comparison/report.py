@@ -115,8 +115,13 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         "",
         "## Training curves",
         "",
-        f"Running means over {SMOOTHING} logged steps. Sudden high peaks are of steps before a "
-        "rescue: training diverged, and resumed with the averaged weights.",
+        f"Running means over {SMOOTHING} logged steps."
+        + (
+            " Sudden high peaks are of steps before a rescue: training diverged, and resumed with "
+            "the averaged weights."
+            if any((row["state"] or {}).get("rescued_at") for row in rows)
+            else ""
+        ),
         "",
     ]
     for file, caption in curve_pictures(rows, pictures):
@@ -189,8 +194,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         bracket = "[{}]" if config.inference_share else "{}"
         cited = [
             ("[{}]" if paper.bracketed else "{}").format(number_text(paper.bpd, 1)),
-            number_text(paper.inception_score, 1),
-            number_text(paper.fid, 1),
+            number_text(paper.inception_score, 1) + paper.mark,
+            number_text(paper.fid, 1) + paper.mark,
         ]
         if measured is None:
             why = _short(row["failure"]["why"]) if row["failure"] else "not finished"
@@ -274,6 +279,8 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             "real-nvp at the size paper has the published masks, but also learned rotations before "
             "its channel couplings and no batch normalisation."
         )
+    if any(PAPER[row["config"].recipe].mark for row in rows):
+        lines.append("†: computed by the paper's authors with provided weights.")
     if any(_mark(row, EFFICIENTNET) for row in rows):
         lines.append("Not independent: the model was trained against these features.")
     return [" ".join(lines)]
@@ -330,7 +337,7 @@ def _cited() -> list[str]:
         numbers = [
             "–" if value is None else f"{value:g}{mark}"
             for value, mark in (
-                (row.bpd, ""),
+                (row.bpd, row.bpd_mark),
                 (row.inception_score, row.mark),
                 (row.fid, row.mark),
             )
@@ -445,10 +452,10 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
         "rescues",
     ]
     note = (
-        "Minutes and images/s were measured on a machine that did other work too. The paper's f "
-        "adds 1.4 % of weights, by which its generator is narrowed. Ours is narrowed at the size "
-        "`paper` alone, where v-ade and av-ade have as many weights as vae and av-gde within 1 % "
-        "(inference networks included), gan has 25 % more than av-ade, and av-ade-s2 19 % more."
+        "The paper's f adds 1.4 % of weights, by which its generator is narrowed. Ours is narrowed "
+        "at the size `paper` alone, where v-ade and av-ade have as many weights as vae and av-gde "
+        "within 1 % (inference networks included); for images of 32x32 pixels, gan has 25 % more "
+        "than av-ade, and av-ade-s2 19 % more."
     )
     return [*markdown_table(header, body), "", note]
 
