@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from ade_cli.config_options import add_config_options, given_options
 from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
 from ade_cli.help_texts import DEVICE
@@ -172,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         guide=args.guide and str(args.guide),
     )
     changes = given_options(args, args.settable)
-    if args.guide is not None:
+    if args.guide is not None or before.get("guide") is not None:
         changes = {"guide_weight": GUIDE_WEIGHT, **changes}
     check_outside(args.out, args.data)
     make = size_checked(
@@ -203,6 +205,12 @@ def run(args: argparse.Namespace) -> None:
     with alone_in(args.out):
         dataset = dataset_of(args, args.out, args.image_size, fits=fits)
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
-        progress = train(config, dataset, args.out, options, args.resume, source_of(args))
+        try:
+            progress = train(config, dataset, args.out, options, args.resume, source_of(args))
+        except torch.OutOfMemoryError as error:
+            first = "" if checkpoint_folders(args.out) else f", after deleting {args.out}"
+            raise RunError(
+                f"the GPU has too little memory: give a smaller --batch-size or --size{first}"
+            ) from error
     spent = progress.seconds / 60
     say(f"{progress.images:,} images in {spent:.1f} minutes: {args.out / 'report.md'}")

@@ -237,6 +237,9 @@ def test_train_takes_a_guide(
     assert about["guided"] is True and about["training"]["guide_weight"] == 0.2
     assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av", "started_from": about})
     assert not saw_efficientnet({"recipe": "av-ade"})
+    place = common.index("--guide")  # a run is resumed with its own copy
+    without = [*common[:place], *common[place + 2 :], str(run), *widths]
+    assert main(["train", "av-ade", *without, "--resume", "--images", "48"]) == 0
     capsys.readouterr()
     assert main(["train", "vae", *common, str(tmp_path / "vae")]) == 2
     assert "--guide-weight must be 0 without a discriminator, got 0.2" in capsys.readouterr().err
