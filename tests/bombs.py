@@ -240,6 +240,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "tiff-pages": lambda: animation("TIFF", 500),
     "png-exif-tags": lambda: png(chunk(b"eXIf", exif_of_tags(MIB))),
     "png-exif-after": lambda: png(after=chunk(b"eXIf", exif_of_tags(MIB))),
+    "png-exif-text": lambda: png(chunk(b"tEXt", b"exif\0" + exif_of_tags(65_000))),
     "png-raw-profile": lambda: png(raw_profile(400_000)),
     "png-exif-prefixes": lambda: png(chunk(b"eXIf", b"Exif\0\0" * 600_000)),
     "png-iccp": lambda: png(chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(200 * MIB), 9))),

@@ -263,6 +263,10 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
         (whole[:-9], "cannot be parsed"),
         (part("image") + end + part("alpha") + end, "cannot be parsed"),
         (part("image", "Multipart/Mixed; boundary=C") + end, "holds several files"),
+        (part("image", "\tmultipart/mixed;boundary=C") + end, "holds several files"),
+        # TorchServe keeps an object for each parameter of any header.
+        (part("image", "a" + ";x" * 2040) + end, "at most 32 semicolons"),
+        (end + part("alpha") + end, "cannot be parsed"),
         # Without a name, engines differ in what they make of a part.
         (part("image") + b"--B\r\n%s\r\n\r\nx\r\n" % PART + end, "cannot be parsed"),
         (part("image") + b"--B\r\nContent-Type: text/plain\r\n\r\nx\r\n" + end, "cannot be parsed"),
@@ -272,6 +276,19 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
     ):
         with pytest.raises(ApiError, match=message):
             check(body)
+    for kind in (
+        "multipart/form-data-x; boundary=B",
+        "multipart/form-data, x; boundary=B",
+        "multipart/form-data; boundary=B--; boundary=B",
+        'multipart/form-data; x="; boundary=C"; boundary=B',
+        "multipart/form-data; boundary*=C; boundary=B",
+        "multipart/form-data",
+    ):
+        with pytest.raises(ApiError, match="cannot be parsed"):
+            checked_type(kind, bytearray(whole + end))
+    browsers = whole.replace(b"--B", b"------WebKitFormBoundaryB") + b"------WebKitFormBoundaryB--"
+    kind = "multipart/form-data; boundary=----WebKitFormBoundaryB"
+    assert checked_type(kind, bytearray(browsers)) == kind
 
 
 def test_parameters_in_the_query_string_are_refused(
@@ -668,6 +685,22 @@ def test_heads_ahead_of_answers_count(front: RunningFront, upstream: Upstream) -
         while part := connection.recv(2**16):
             answers += part
         assert answers.count(b"HTTP/1.1 2") <= 1
+
+
+def test_a_body_of_crumbs_ends_its_connection(front: RunningFront, upstream: Upstream) -> None:
+    """A chunk of one byte takes as long as one of a kilobyte."""
+    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    with front.connect() as connection:
+        connection.sendall(head + (b"400\r\n" + bytes(1024) + b"\r\n") * 2000 + b"0\r\n\r\n")
+        assert read_answer(connection)[0] == 200
+    with front.connect() as connection:
+        connection.sendall(head + b"1\r\nx\r\n" * 900 + b"0\r\n\r\n")
+        assert read_answer(connection)[0] == 200
+    upstream.seen.clear()
+    with front.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(head + b"1\r\nx\r\n" * 2000 + b"0\r\n\r\n")
+        assert b" 200 " not in connection.recv(1000)
+    assert upstream.seen == []
 
 
 def test_http_1_0_and_close(front: RunningFront, upstream: Upstream) -> None:

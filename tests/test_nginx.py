@@ -244,6 +244,13 @@ def test_a_wrong_method_is_told_the_right_ones(
     assert answer.headers.get_list("allow") == [allowed]
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/v1/openapi.json"])
+def test_open_paths_take_no_body(proxy: str, path: str) -> None:
+    """nginx would hold it in memory, of any address and without a key."""
+    answer = ask(proxy, path, key=None, method="GET", content=bytes(2048))
+    assert answer.status_code == 413 and code_of(answer) == "request_too_large"
+
+
 def test_pages_of_errors_have_no_address(proxy: str) -> None:
     for path in ("/malformed", "/head_too_large", "/plain_http", "/not_implemented"):
         assert ask(proxy, path, method="GET").status_code == 404

@@ -29,6 +29,7 @@ import psutil
 import pytest
 from fastapi import Request
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from serving.engine.bundle import open_bundle
 from serving.images import write_png
@@ -39,10 +40,12 @@ from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.page.many import batches, contents
 from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
+from serving.page.sample import remember
 from serving.page.served import Runs, made_here
 from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, own_name, safe_name
 from serving.ports import free_ports
 from serving.tables import safe_cell, write_csv
+from tests.bombs import chunk
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -828,7 +831,17 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path) -> None:
     with zipfile.ZipFile(inbox / "many.zip", "w") as archive:
         for i in range(many.MOST_ENTRIES + 1):
             archive.writestr(f"{i}.txt", b"")
-    assert "many.zip holds more than 10000 files" in refused(inbox / "many.zip")
+    assert "At most 10000 files in zips at once" in refused(inbox / "many.zip")
+    for number, is_refused in ((5, False), (20, True)):
+        with zipfile.ZipFile(inbox / "extra.zip", "w") as archive:
+            for i in range(number):  # Python copies the rest of such records for each of them
+                entry = zipfile.ZipInfo(f"{i}.png")
+                entry.extra = struct.pack("<HH", 0xCAFE, 0) * 16_000
+                archive.writestr(entry, b"x")
+        if is_refused:
+            assert "has too much beside its files" in refused(inbox / "extra.zip")
+        else:
+            assert len(list(contents([str(inbox / "extra.zip")]))) == number
     with zipfile.ZipFile(inbox / "total.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for i in range(17):
             archive.writestr(f"{i}.png", bytes(16 * 2**20))
@@ -840,7 +853,34 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path) -> None:
         archive.writestr("nested.zip", nested.getvalue())
         archive.writestr("own.png", b"y")
         archive.writestr("__MACOSX/._own.png", b"added by macOS")
-    assert list(contents([str(inbox / "nest.zip")])) == [("own.png", b"y")]
+    # However often it is named.
+    assert list(contents([str(inbox / "nest.zip")] * 9)) == [("own.png", b"y")]
+
+
+def test_the_history_takes_only_what_was_made_here(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its function can be called with any uploaded file."""
+    made = {
+        "ade:model": "m@0123456789ab",
+        "ade:n": "1",
+        "ade:seed": "7",
+        "ade:temperature": "1.0",
+        "ade:kind": "mean",
+    }
+
+    def remembered(**changed: str) -> Any:
+        text = made | {f"ade:{key}": value for key, value in changed.items()}
+        (inbox / "a.png").write_bytes(write_png(np.zeros((8, 8, 3), np.uint8), text))
+        return remember([], str(inbox / "a.png"))[0]
+
+    assert len(remembered()) == 1
+    for changed in ({"model": "m"}, {"model": "m" * 1000 + "@0123456789ab"}, {"kind": "x" * 1000}):
+        assert remembered(**changed) == gr.skip()
+    texts = b"".join(chunk(b"tEXt", b"a\0") for _ in range(300_000))
+    (inbox / "b.png").write_bytes(write_png(np.zeros((8, 8, 3), np.uint8))[:33] + texts)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it takes seconds"))
+    assert remember([], str(inbox / "b.png"))[0] == gr.skip()
 
 
 def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from serving.api.forms import (
     MAX_FIELDS,
     MAX_NAME_BYTES,
     multipart_names,
+    not_a_form,
     too_long_name,
     too_many_fields,
 )
@@ -49,6 +50,8 @@ def checked_type(content_type: str, body: bytearray) -> str:
         _check_names(_urlencoded_names(body))
     elif kind == MULTIPART:
         _check_names(multipart_names(content_type, body))
+    elif kind.startswith("multipart/"):  # some engines take whatever begins so for a form
+        raise not_a_form()
     else:
         return content_type
     return kind + mark + parameters

@@ -46,16 +46,16 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
         nonlocal is_named
         if max(len(header), len(value)) > MAX_NAME_BYTES:
             raise too_long_name()
+        if value.count(b";") > MAX_SEMICOLONS:
+            raise malformed(f"a header of a field may have at most {MAX_SEMICOLONS} semicolons")
         kind = header.lower()
         if kind == b"content-disposition":
             if is_named is not None:  # parsers differ in which of two they follow
                 raise not_a_form()
-            if value.count(b";") > MAX_SEMICOLONS:
-                raise malformed(f"a header of a field may have at most {MAX_SEMICOLONS} semicolons")
             name = parse_options_header(bytes(value))[1].get(b"name")
             is_named = name is not None
             names.append(name or b"")
-        elif kind == b"content-type" and value.lower().startswith(b"multipart/"):
+        elif kind == b"content-type" and b"multipart/" in value.lower():  # also behind a tab
             raise malformed(
                 "a field of the form holds several files: name further images image1, image2, …"
             )
@@ -71,7 +71,9 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
         is_complete = True
 
     boundary = parse_options_header(content_type)[1].get(b"boundary")
-    if not boundary:
+    # Parsers differ in which of two they take, also if one is inside quotation marks.
+    parameters = [one.strip().lower() for one in content_type.split(";")[1:]]
+    if not boundary or sum(one.startswith("boundary") for one in parameters) != 1:
         raise not_a_form()
     line = b"--" + boundary
     # The parser takes far longer for boundaries, also for those that end no part, than for data.
@@ -101,8 +103,9 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
     # line before ends with a line feed alone. Others begin a part there, or drop what follows.
     if num_boundaries != num_parts + 1:
         raise not_a_form()
-    last = body.find(b"\r\n" + line + b"--")
-    after = body[last + len(boundary) + 6 :] if last >= 0 else b""
+    closing = line + b"--"
+    start = 0 if body.startswith(closing) else body.find(b"\r\n" + closing) + 2
+    after = body[start + len(closing) :] if body.startswith(closing, start) else b""
     if not is_complete or after.strip():  # parts after the end would be ignored
         raise not_a_form()
     return names

@@ -12,10 +12,12 @@ from typing import Any, cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_AHEAD = 128  # of a connection; a single read may bring thousands
-MAX_AHEAD_BYTES = 2**20  # of their heads and bodies, and of the last one's body alone
+MAX_AHEAD_BYTES = 2**18  # of memory for their heads and bodies, and of the last one's body alone
+FIELD_BYTES = 100  # of memory for a field, beside its text
 MAX_HEAD_BYTES = 64 * 2**10
 MAX_FIELDS = 128  # of a head with its trailers; each takes time and memory, however short
-_HEAD_BYTES = "ade.head_bytes"  # in the scope
+MANY_PARTS, LEAST_PART = 1000, 64  # of a body: so many may not have fewer bytes on average
+_HEAD_BYTES = "ade.head_bytes"  # in the scope: of memory
 
 
 class PipeliningProtocol(HttpToolsProtocol):
@@ -25,6 +27,7 @@ class PipeliningProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._most_head_bytes = MAX_HEAD_BYTES
         self._num_fields = self._head_bytes = 0  # of the present head and its trailers, so far
+        self._num_parts = self._body_bytes = 0  # of the present body
         self._num_pending = 0  # bytes since the last complete head or part of a body
 
     def data_received(self, data: bytes) -> None:
@@ -41,7 +44,7 @@ class PipeliningProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_AHEAD or ahead > MAX_AHEAD_BYTES:
             raise _TooMuchAhead
         super().on_message_begin()
-        self._num_fields = self._head_bytes = 0
+        self._num_fields = self._head_bytes = self._num_parts = self._body_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_fields += 1
@@ -52,13 +55,20 @@ class PipeliningProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._num_pending = 0
-        cast(dict[str, Any], self.scope)[_HEAD_BYTES] = self._head_bytes
+        memory = self._head_bytes + FIELD_BYTES * self._num_fields
+        cast(dict[str, Any], self.scope)[_HEAD_BYTES] = memory
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._num_pending = 0
         super().on_body(body)
-        if self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
+        self._num_parts += 1
+        self._body_bytes += len(body)
+        # Each takes as long as a kilobyte, be it a single byte.
+        is_in_crumbs = self._num_parts > MANY_PARTS and (
+            self._body_bytes < LEAST_PART * self._num_parts
+        )
+        if is_in_crumbs or self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
             raise _TooMuchAhead
 
     def has_long_head(self) -> bool:
@@ -75,4 +85,4 @@ class _LongHead(Exception):
 
 
 class _TooMuchAhead(Exception):
-    """The same."""
+    """The same, for other reasons."""

@@ -43,6 +43,7 @@ _PLAIN_CHUNKS = frozenset(
 # Restart markers and escaped bytes are part of the data.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _EXIF_PREFIX = b"Exif\0\0"
+_EXIF_TEXT = b"exif\0"  # begins a text of a PNG that Pillow reads as EXIF
 _TYPE_SIZES = {
     1: 1,
     2: 1,
@@ -194,8 +195,12 @@ def _png(data: bytes) -> Structure:
                 profiles.add(1)
             if kind == b"eXIf":
                 check_exif(data[position : position + length])
+            elif kind == b"tEXt" and data.startswith(_EXIF_TEXT, position):
+                check_exif(data[position + len(_EXIF_TEXT) : position + length])
             plain = (
-                plain and kind in _PLAIN_CHUNKS and not data.startswith(b"Raw profile", position)
+                plain
+                and kind in _PLAIN_CHUNKS
+                and not data.startswith((b"Raw profile", _EXIF_TEXT), position)
             )
         elif kind == b"fdAT":
             plain = False

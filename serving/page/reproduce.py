@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from typing import Any
 
 import gradio as gr
@@ -13,11 +12,18 @@ from PIL import Image
 
 from serving.images import MAX_PIXELS, file_size
 from serving.page.files import write_file
-from serving.page.served import Runs, Shared, ask, image_output, latest_only, open_png, read
+from serving.page.served import (
+    MODEL_ID,
+    Runs,
+    Shared,
+    ask,
+    image_output,
+    latest_only,
+    open_png,
+    read,
+)
 
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
-
-MODEL_ID = re.compile(r"[\w.-]+@[0-9a-f]{12}")
 
 
 def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:

@@ -12,12 +12,13 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serving.images import untile, write_png
+from serving.images import file_size, untile, write_png
 from serving.page import reproduce
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import (
     KINDS,
     KINDS_INFO,
+    MODEL_ID,
     Runs,
     Shared,
     ask,
@@ -65,8 +66,14 @@ def remember(history: list[Any], grid: str | None) -> Any:
     """Add a grid to the session's grids, without duplicates; the latest comes first."""
     if grid is None:  # while the first samples are drawn
         return gr.skip(), gr.skip()
-    with Image.open(io.BytesIO(read(grid)), formats=["PNG"]) as picture:
+    data = read(grid)
+    if file_size(data) is None:  # any file may be given here, not only what was drawn
+        return gr.skip(), gr.skip()
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
         text = png_text(picture)
+    kinds = {kind for _, kind in KINDS}
+    if text.get("ade:kind") not in kinds or not MODEL_ID.fullmatch(text.get("ade:model", "")):
+        return gr.skip(), gr.skip()
     settings = (
         text["ade:model"].split("@")[0],
         int(text["ade:n"]),

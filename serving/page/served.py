@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -219,6 +220,9 @@ def open_png(data: bytes) -> tuple[np.ndarray, dict[str, str]] | None:
             return np.asarray(picture), png_text(picture)
     except Exception:  # Pillow raises many types
         return None
+
+
+MODEL_ID = re.compile(r"[\w.-]{1,100}@[0-9a-f]{12}")
 
 
 def png_text(picture: Image.Image) -> dict[str, str]:

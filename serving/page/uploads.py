@@ -265,9 +265,15 @@ async def _parse(request: Request, receiver: _Receiver) -> None:
     stream = request.stream()
     try:
         parser = MultipartParser(options[b"boundary"], receiver.callbacks())
-        async with asyncio.timeout(STALL_S + _length(request) / SLOWEST):
-            while chunk := await asyncio.wait_for(anext(stream), STALL_S):  # the last one is empty
-                parser.write(chunk)
+        loop = asyncio.get_running_loop()
+        started, came = loop.time(), 0  # a length that is only announced is no reason to wait
+
+        def patience() -> float:
+            return min(STALL_S, started + STALL_S + came / SLOWEST - loop.time())
+
+        while chunk := await asyncio.wait_for(anext(stream), patience()):  # the last one is empty
+            came += len(chunk)
+            parser.write(chunk)
     except FormParserError:
         raise UploadRefused(400, "The upload's multipart body is damaged.") from None
     except TimeoutError:
