@@ -171,6 +171,28 @@ def test_the_guide_trains_the_generator_alone(
     assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
 
 
+def test_the_classifier_guides_beside_the_encoder(
+    encoder: Path, small_images: np.ndarray, at_once: None
+) -> None:
+    """Each has moments of its own; either can be alone."""
+    batch = torch.from_numpy(small_images[:16])
+    gradients = {}
+    for weights in ((0.5, 0.0), (0.0, 0.5), (0.5, 0.5)):
+        config = guided(coverage=False, quality_weight=0.0, classifier_weight=weights[1])
+        config = dataclasses.replace(config, guide_weight=weights[0])
+        guide = load_guide(encoder, 8, 3) if weights[0] else None
+        cpu = torch.device("cpu")
+        trainer = Trainer(config, cpu, nullcontext, lambda flat: flat, 0, guide=guide)
+        names = ("moment_loss", "classifier_loss")
+        expected = [name for name, weight in zip(names, weights, strict=True) if weight]
+        assert list(trainer.guides) == expected
+        for _ in range(2):
+            losses = trainer.run([batch, batch])
+        assert all(losses[name] > 0 for name in expected)
+        gradients[weights] = losses["grad_norm"]
+    assert len(set(gradients.values())) == 3
+
+
 def test_a_guided_run_resumes_with_its_own_guide(
     encoder: Path, small_images: np.ndarray, tmp_path: Path, at_once: None
 ) -> None:
@@ -179,11 +201,17 @@ def test_a_guided_run_resumes_with_its_own_guide(
     given.write_bytes(encoder.read_bytes())
     options = RunOptions(images=16 * 6, device="cpu", precision="float32", guide=str(given))
     run, whole = tmp_path / "cut", tmp_path / "whole"
-    train(guided(), dataset, whole, options, resume=False)
-    train(guided(), dataset, run, dataclasses.replace(options, images=16 * 3), resume=False)
+    config = guided(classifier_weight=0.5)
+    train(config, dataset, whole, options, resume=False)
+    train(config, dataset, run, dataclasses.replace(options, images=16 * 3), resume=False)
     encoder_file(given, 8, seed=1)  # another one by now
-    train(guided(), dataset, run, options, resume=True)
-    for name in ("model.safetensors", "moments.safetensors", "discriminator.safetensors"):
+    train(config, dataset, run, options, resume=True)
+    for name in (
+        "model.safetensors",
+        "moments.safetensors",
+        "classifier_moments.safetensors",
+        "discriminator.safetensors",
+    ):
         a, b = (latest_checkpoint(folder) / name for folder in (run, whole))
         assert a.read_bytes() == b.read_bytes()
     assert (run / "guide.onnx").read_bytes() == encoder.read_bytes()

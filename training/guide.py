@@ -1,7 +1,9 @@
-"""The guide: a small encoder, frozen, whose features generated images should match.
+"""Guides: frozen networks whose features generated images should match.
 
 The discriminator of ``av-ade-pd`` sees images through a network that was trained on other images.
-An encoder that was trained on the same ones knows what tells them apart, and costs little.
+An encoder that was trained on the same ones knows what tells them apart, and costs little. But it
+sees nothing else: the other network beside it keeps images from becoming right for the encoder
+alone.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ade_model.quantization import NUM_LEVELS
 from serving.onnx_runtime import cpu_session
 from training.encoder_network import MIN_SIZE, WIDTHS, Encoder
+from training.metrics.efficientnet import LEVEL_CHANNELS, load_efficientnet
 from training.metrics.features import FeatureError
 
 NAME = "guide.onnx"  # in a run's folder
 _NORM_EPS = 1e-5  # PyTorch's, of batch normalisation
 _TOLERANCE = 1e-3
+CLASSIFIER_SIDE = 128  # pixels to which images are resized for the classifier
 
 
 class Guide(nn.Module):
@@ -39,6 +44,28 @@ class Guide(nn.Module):
         pixels = x.float().clamp(0, 1) * NUM_LEVELS - 0.5
         levels = self._encoder.levels(pixels.permute(0, 2, 3, 1))
         return torch.cat([level.float() for level in levels], 1)
+
+
+class ClassifierGuide(nn.Module):
+    """From ``x``, ``(N, 3, H, W)`` in [0, 1], to features of EfficientNet-Lite0, ``(N, dims)``.
+
+    They are the means over all positions of the channels of its four levels.
+
+    Raises:
+        FeatureError: the package with the weights is not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._classifier = load_efficientnet(torch.get_default_device())
+        self.dims = sum(LEVEL_CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (CLASSIFIER_SIDE, CLASSIFIER_SIDE)
+        x = x.float().clamp(0, 1)
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+        levels = self._classifier.levels(x.contiguous(memory_format=torch.channels_last))
+        return torch.cat([level.float().mean((2, 3)) for level in levels], 1)
 
 
 def load_guide(path: Path, image_size: int, channels: int) -> Guide:

@@ -137,7 +137,7 @@ def train(
         "seed": options.seed,
         "training": config.to_dict(),
     }
-    if trainer.guide is not None:
+    if trainer.guides:
         about["guided"] = True
     progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
     if is_main:

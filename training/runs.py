@@ -34,7 +34,11 @@ KEEP = 3
 EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones serve to resume
 RAW_NAME = "raw.safetensors"
 DISCRIMINATOR_NAME = "discriminator.safetensors"
-MOMENTS_NAME = "moments.safetensors"
+# Of a guide's features, by the name of its loss.
+MOMENTS_NAMES = {
+    "moment_loss": "moments.safetensors",
+    "classifier_loss": "classifier_moments.safetensors",
+}
 STATE_NAME = "state.json"
 
 
@@ -157,8 +161,8 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         if trainer.discriminator is not None and trainer.d_optimizer is not None:
             _save(trainer.discriminator.state_dict(), folder / DISCRIMINATOR_NAME)
             _save_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
-        if trainer.moments is not None:
-            _save(trainer.moments.state_dict(), folder / MOMENTS_NAME)
+        for name, guide in trainer.guides.items():
+            _save(guide.moments.state_dict(), folder / MOMENTS_NAMES[name])
         write_json(
             folder / STATE_NAME,
             {
@@ -205,8 +209,8 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
                 "start a new run from its weights instead"
             )
         trainer.discriminator.load_state_dict(theirs)
-    if trainer.moments is not None:
-        trainer.moments.load_state_dict(read_tensors(folder / MOMENTS_NAME))
+    for name, guide in trainer.guides.items():
+        guide.moments.load_state_dict(read_tensors(folder / MOMENTS_NAMES[name]))
     trainer.ema.load_state_dict(read_tensors(folder / EMA_NAME))
     trainer.model.load_state_dict(read_tensors(folder / RAW_NAME))
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
 from training.augment import NUMBERS, augment
 from training.discriminator import make_discriminator
-from training.guide import Guide
+from training.guide import ClassifierGuide, Guide
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -91,6 +91,14 @@ class _Noise:
         return values.chunk(self._processes)[self._rank]
 
 
+class _Matched(NamedTuple):
+    """A guide, the moments of its features, and the weight of their loss."""
+
+    network: Guide | ClassifierGuide
+    moments: MomentMatching
+    weight: float
+
+
 class Trainer:
     """The model, the discriminator, their optimisers and the averaged weights.
 
@@ -142,11 +150,18 @@ class Trainer:
             self.d_optimizer = self._optimizer(
                 [self._group("d_", list(self.discriminator.parameters()))]
             )
-        self.guide: Guide | None = None
-        self.moments: MomentMatching | None = None
-        if guide is not None:
-            self.guide = _to_device(guide, device)
-            self.moments = MomentMatching(guide.dims, average, processes).to(device)
+        self.guides: dict[str, _Matched] = {}  # by the name of their loss
+        networks: dict[str, tuple[Guide | ClassifierGuide | None, float]] = {
+            "moment_loss": (guide, config.guide_weight),
+            "classifier_loss": (
+                ClassifierGuide() if config.classifier_weight else None,
+                config.classifier_weight,
+            ),
+        }
+        for name, (network, weight) in networks.items():
+            if network is not None:
+                matching = MomentMatching(network.dims, average, processes).to(device)
+                self.guides[name] = _Matched(_to_device(network, device), matching, weight)
         self.step = 0
         self.spent = 0.0
         self.inferring_since: int | None = None
@@ -360,22 +375,21 @@ class Trainer:
         loss.backward()
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _moment_loss(self, x_real: Tensor, x_fake: Tensor) -> Tensor:
-        """How far the guide's features of mean samples are from where they should be.
+    def _moment_loss(self, guide: _Matched, x_real: Tensor, x_fake: Tensor) -> Tensor:
+        """How far a guide's features of mean samples are from where they should be.
 
         Noisy samples are left out, because their features have other moments. Without mean samples,
         it is about the noisy ones.
         """
-        assert self.guide is not None and self.moments is not None
         of_all, share = len(x_fake) * self.processes, self.config.noisy_share
         # Of some processes there may be one image fewer, or none.
         shown = x_fake if share == 1 else x_fake[~self._noisy(len(x_fake))]
         images = of_all if share == 1 else of_all - math.floor(of_all * share)
         with self.autocast():
-            generated = self.guide(shown)
-            real = self.guide(x_real) if self.moments.needs_real else None
-        self.moments.update(generated, real, images)
-        return self.moments.loss(generated, images)
+            generated = guide.network(shown)
+            real = guide.network(x_real) if guide.moments.needs_real else None
+        guide.moments.update(generated, real, images)
+        return guide.moments.loss(generated, images)
 
     def _model_step(
         self, pixels: Tensor, x_real: Tensor | None, x_fake: Tensor | None, noise: _Noise
@@ -422,10 +436,10 @@ class Trainer:
             loss = quality_loss(logits_fake)
             losses["quality_loss"] = loss.item()
             loss = self.config.quality_weight * loss
-            if self.guide is not None:
-                distance = self._moment_loss(x_real, x_fake)
-                losses["moment_loss"] = distance.item()
-                loss = loss + self.config.guide_weight * distance
+            for name, guide in self.guides.items():
+                distance = self._moment_loss(guide, x_real, x_fake)
+                losses[name] = distance.item()
+                loss = loss + guide.weight * distance
             loss.backward()
             self.discriminator.requires_grad_(True)
         return self._apply("model", self.model, self.optimizer, losses)
