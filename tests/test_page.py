@@ -1005,14 +1005,14 @@ def test_a_picture_that_is_replaced_while_it_is_reproduced(
     fns = build_page(served).fns.values()
     reproduce = next(fn for fn in fns if fn.api_name == "reproduce")
     clear = next(fn for fn in fns if fn.outputs == reproduce.outputs and fn is not reproduce)
-    assert clear.inputs == reproduce.inputs[-1:]
+    assert clear.inputs == reproduce.inputs
     text = {"seed": "7", "index": "0", "n": "1", "temperature": "1", "kind": "mean"}
     data = write_png(np.zeros((8, 8, 3), np.uint8), {f"ade:{k}": v for k, v in text.items()})
     runs, picture = Runs(), write_file(data, "made.png")
     client: Any = SimpleNamespace(sample_png=lambda **_: (data, 7))
     served.clients["tiny"] = client
     assert "The same picture" in reproduce.fn("tiny", picture, runs)[1]
-    client.sample_png = lambda **_: clear.fn(runs) and (data, 7)
+    client.sample_png = lambda **_: clear.fn("tiny", "new.png", runs) and (data, 7)
     assert reproduce.fn("tiny", picture, runs) == (gr.skip(),) * 2
 
 

@@ -1636,18 +1636,23 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
 ) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    Image.new("RGB", (500, 333)).save(photos / "a.png")
+    Image.new("RGB", (250, 150)).save(photos / "a.png")
     given = ["--data", str(photos), "--out", str(tmp_path / "out")]
     for words in (["train", "av-ade", "--dry-run"], ["train", "av-ade"], ["compare", "av-ade"]):
         assert main([*words, *given]) == 2
         said = capsys.readouterr().err
         assert "--image-size must be a multiple of 8 (3 latent resolutions, 1 flow scale)" in said
-        assert f"got 333, the size of the first image in {photos}: give --image-size 64" in said
+        assert f"got 150, the size of the first image in {photos}: give --image-size 64" in said
         assert main([*words, *given, "--image-size", "50"]) == 2
         assert capsys.readouterr().err.endswith("got 50\n")
     # Of another fault the size says nothing.
     assert main(["train", "av-ade", *given, "--widths", "8"]) == 2
     assert "first image" not in capsys.readouterr().err
+    # Nobody trains at the size of a photograph on purpose.
+    Image.new("RGB", (500, 336)).save(photos / "a.png")
+    for words in (["train", "av-ade", "--dry-run"], ["train", "av-ade"], ["compare", "av-ade"]):
+        assert main([*words, *given]) == 2
+        assert "has 336 pixels per side, and all would be read" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
