@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from serving.messages import printable
 from training.data import Dataset
 
 IMAGES_A_CLASS = 20
@@ -47,7 +48,7 @@ def why_no_classes(names: Sequence[str]) -> str | None:
         return None
     if outside:
         name = next(name for name in names if not _folder(name, depth))
-        return f"{name} lies outside the {len(counts)} folders"
+        return f"{printable(name)} lies outside the {len(counts)} folders"
     if len(names) < IMAGES_A_CLASS * len(counts):
         return (
             f"the {len(counts)} folders have {len(names) / len(counts):.0f} images to train on on "
