@@ -553,7 +553,7 @@ def test_why_folders_are_no_classes() -> None:
     assert why_no_classes([*names, "logo.png"]) == "logo.png lies outside the 2 folders"
     assert why_no_classes([*names, "caf\udce9.png"]) == "caf\\udce9.png lies outside the 2 folders"
     assert why_no_classes(names[25:35]) == (
-        "the 2 folders have 5 images to train on on average, and 20 are needed"
+        "the 2 folders have 5 training images on average, and 20 are needed"
     )
 
 

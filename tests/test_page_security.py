@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import csv
 import io
@@ -17,9 +18,10 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -611,6 +613,29 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
     while set((page.inbox / "uploads").iterdir()) != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert set((page.inbox / "uploads").iterdir()) == before, "what its sender gave up is gone"
+
+
+def test_an_announced_length_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its room is reserved meanwhile, so that nobody else could upload for an hour."""
+    monkeypatch.setattr(uploads, "STALL_S", 0.2)
+
+    async def crumbs() -> AsyncIterator[bytes]:
+        yield b'--B\r\nContent-Disposition: form-data; name="files"\r\n\r\n'
+        while True:
+            await asyncio.sleep(0.05)
+            yield b"-"
+
+    headers = {"content-type": "multipart/form-data; boundary=B", "content-length": str(2**28)}
+    request: Any = SimpleNamespace(headers=headers, stream=crumbs)
+    receiver: Any = SimpleNamespace(callbacks=dict)
+
+    async def upload() -> None:
+        async with asyncio.timeout(20):
+            await uploads._parse(request, receiver)
+
+    with pytest.raises(UploadRefused, match="too slowly") as refused:
+        asyncio.run(upload())
+    assert refused.value.status == 408
 
 
 def test_requests_ahead_of_answers_end_their_connection(page: RunningPage) -> None:

@@ -51,7 +51,7 @@ def why_no_classes(names: Sequence[str]) -> str | None:
         return f"{printable(name)} lies outside the {len(counts)} folders"
     if len(names) < IMAGES_A_CLASS * len(counts):
         return (
-            f"the {len(counts)} folders have {len(names) / len(counts):.0f} images to train on on "
+            f"the {len(counts)} folders have {len(names) / len(counts):.0f} training images on "
             f"average, and {IMAGES_A_CLASS} are needed"
         )
     return None
