@@ -139,8 +139,11 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
                 + few_names_hint([file.name for file in files])
             )
     path = out / "survey.json"
-    if path.exists() and has_begun(out) and not found.is_of_folder(read_json(path)):
-        raise PlanError(f"{folder} has changed since {out} was begun: choose another output folder")
+    if path.exists() and has_begun(out) and (change := found.change_since(read_json(path))):
+        raise PlanError(
+            f"{folder} has changed since {out} was begun ({change}): "
+            "restore it, or choose another output folder"
+        )
     write_json(path, as_dict(found))
     return found
 

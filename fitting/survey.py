@@ -20,6 +20,7 @@ from training.datasets.files import unusable_hint
 SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
 STEP = 8  # networks halve the size three times
 FEW_NAMES = 20  # of the files of a part, if names are repeated
+NAMED = 3  # of the files that have changed
 FEW = 1000  # training images, below which little can be learned
 # Files by width and height, or None if unreadable.
 Sizes = Counter[tuple[int, int] | None]
@@ -50,11 +51,21 @@ class Survey:
     parts: dict[str, int]
     warnings: list[str]
 
-    def is_of_folder(self, before: dict[str, Any]) -> bool:
-        """Whether a survey before, as :func:`as_dict` gives it, found the same files."""
+    def change_since(self, before: dict[str, Any]) -> str:
+        """How the folder differs from a survey before, as :func:`as_dict` gave it.
+
+        Empty if it holds the same files.
+        """
         now = as_dict(self)
-        names = ("files", "sizes", "broken", "twice", "content")
-        return all(now[name] == before.get(name) for name in names)
+        files, broken = before.get("files"), before.get("broken") or []
+        if now["files"] != files:
+            return f"{files} files then, {now['files']} now"
+        if unusable := [line for line in now["broken"] if line not in broken]:
+            return f"files that could be used then: {'; '.join(unusable[:NAMED])}"
+        if usable := [line for line in broken if line not in now["broken"]]:
+            return f"files that could not be used then: {'; '.join(usable[:NAMED])}"
+        same = all(now[name] == before.get(name) for name in ("sizes", "twice", "content"))
+        return "" if same else "names or pixels differ"
 
 
 def picture_sizes(files: Sequence[Path]) -> Sizes:

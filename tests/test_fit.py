@@ -234,9 +234,15 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     shutil.move(folder / "again0.png", folder / "another name.png")
     renamed = load_files(folder, image_files(folder), 8, None, lambda line: None)
     again = survey(sizes, dataset)
-    assert again.is_of_folder(json.loads(json.dumps(as_dict(found))))
+    assert not again.change_since(json.loads(json.dumps(as_dict(found))))
     moved = dataclasses.replace(survey(sizes, renamed), twice=found.twice)
-    assert not moved.is_of_folder(as_dict(found))
+    assert moved.change_since(as_dict(found)) == "names or pixels differ"
+    unread = dataclasses.replace(again, broken=[*again.broken, "a.png: Input/output error"])
+    could = "files that could{} be used then: a.png: Input/output error"
+    assert unread.change_since(as_dict(found)) == could.format("")
+    assert again.change_since(as_dict(unread)) == could.format(" not")
+    fewer = dataclasses.replace(again, files=374)
+    assert fewer.change_since(as_dict(found)) == "375 files then, 374 now"
     assert [line.split(":")[0] for line in found.warnings[1:]] == [
         "Held-out files that are copies of training images, left out of calibration and tests",
         "Files that cannot be used",
