@@ -315,8 +315,10 @@ def test_forms_are_taken_apart() -> None:
     made = raw_request("Multipart/Form-Data; boundary=b", body, True, "id")
     assert made.body is None and made.fields == {"image": data, "alpha": b"0.5"}
     assert made.probe and made.id == "id"
-    made = raw_request("application/x-www-form-urlencoded", b"n=4&kind=a%26+b&c=&d", False, "")
-    assert made.fields == {"n": b"4", "kind": b"a& b", "c": b""}
+    made = raw_request("application/x-www-form-urlencoded", b"n=4&kind=a%26+b&c=&d\r\n", False, "")
+    assert made.fields == {"n": b"4", "kind": b"a& b", "c": b"", "d": b""}
+    made = raw_request("application/x-www-form-urlencoded", b'{"n": 4}\r\n', False, "")
+    assert made.fields == {}  # curl sends JSON so unless it is told its type
     made = raw_request("image/png", b"--b", False, "")
     assert made.body == b"--b" and made.fields == {}
 
@@ -326,6 +328,7 @@ def test_forms_are_taken_apart() -> None:
 def test_values_are_unquoted(pieces: list[str]) -> None:
     value = "".join(pieces).encode()
     made = raw_request("application/x-www-form-urlencoded", b"n=" + value, False, "")
+    value = value.rstrip(b"\r\n")  # of a file that ends with a line break
     assert made.fields == {"n": unquote_to_bytes(value.replace(b"+", b" "))}
 
 
@@ -480,7 +483,7 @@ def test_a_request_that_fails_unexpectedly_leaves_its_neighbours_their_answers(
     assert b"ZeroDivisionError" not in answers[1].body
 
 
-def test_requests_that_cannot_be_read_are_counted_and_logged(
+def test_requests_that_cannot_be_read_or_translated_are_counted_and_logged(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
     settings = WorkerSettings(
@@ -489,14 +492,21 @@ def test_requests_that_cannot_be_read_are_counted_and_logged(
     )
     service = worker.load_service(settings)
     about = {"probe": False, "content_type": "multipart/form-data"}
-    requests = [{**about, "id": "form", "v2": None}, {**about, "id": "tensors", "v2": 1}]
-    answers = worker.answer_batch(service, "sample", {"requests": requests}, [b"x", b"["])
-    assert [answer.status for answer in answers] == [400, 400]
+    unknown = b'{"inputs": [], "outputs": [{"name": "other"}]}'
+    lengths = {"form": None, "tensors": 1, "other": len(unknown)}
+    requests = [{**about, "id": id, "v2": length} for id, length in lengths.items()]
+    answers = worker.answer_batch(service, "sample", {"requests": requests}, [b"x", b"[", unknown])
+    assert [answer.status for answer in answers] == [400, 400, 422]
     assert isinstance(json.loads(answers[0].body)["error"], dict)
-    assert isinstance(json.loads(answers[1].body)["error"], str)
+    assert all(isinstance(json.loads(answer.body)["error"], str) for answer in answers[1:])
     counted = {(name, labels.get("code")): n for name, labels, n in worker.measurements(service)}
     assert counted["ade_requests_total", "malformed_request"] == 2
-    assert [entry["id"] for entry in last_errors(tmp_path)] == ["form", "tensors"]
+    assert counted["ade_requests_total", "bad_array"] == 1
+    assert [(entry["id"], entry["status"]) for entry in last_errors(tmp_path)] == [
+        ("form", 400),
+        ("tensors", 400),
+        ("other", 422),
+    ]
 
 
 def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:

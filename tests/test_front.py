@@ -446,6 +446,18 @@ def test_ping(front: RunningFront, upstream: Upstream) -> None:
     assert httpx.head(f"{front.url}/ping").status_code == 200
 
 
+def test_paths_that_are_only_read_take_no_large_body(
+    front: RunningFront, upstream: Upstream
+) -> None:
+    """Some need no token, such as those of health checks."""
+    length = b"Content-Length: 100000\r\nExpect: 100-continue\r\n\r\n"
+    with front.connect() as connection:
+        connection.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n" + length)
+        status, body = read_answer(connection)
+    assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
+    assert b"at most 65536 bytes" in body and upstream.seen == []
+
+
 def test_metrics_are_read_only(front: RunningFront, upstream: Upstream) -> None:
     came = httpx.get(f"{front.metrics}/metrics?name[]=x").json()
     assert came["path"] == "/metrics" and "key-of" not in str(came)
@@ -474,20 +486,18 @@ def test_only_requests_with_the_secret_are_health_checks(
         assert came.get("X-Ade-Probe") == ("1" if is_probe else None)
 
 
-def test_refusals_of_the_front_are_counted(front: RunningFront, upstream: Upstream) -> None:
+def num_refusals(front: RunningFront, upstream: Upstream, code: str) -> int:
     upstream.metrics = METRICS_TEXT
+    text = httpx.get(f"{front.metrics}/metrics").text
+    assert 'ade_images_total{model_name="score",worker="9001",hostname="h"} 8.0' in text
+    found = re.search(rf'^ade_front_refusals_total{{code="{code}"}} (\d+)$', text, re.MULTILINE)
+    return int(found[1]) if found else 0
 
-    def count() -> int:
-        text = httpx.get(f"{front.metrics}/metrics").text
-        assert 'ade_images_total{model_name="score",worker="9001",hostname="h"} 8.0' in text
-        found = re.search(
-            r'^ade_front_refusals_total{code="malformed_request"} (\d+)$', text, re.MULTILINE
-        )
-        return int(found[1]) if found else 0
 
-    before = count()
+def test_refusals_of_the_front_are_counted(front: RunningFront, upstream: Upstream) -> None:
+    before = num_refusals(front, upstream, "malformed_request")
     post(front, content=b"n=1&n=2", **{"Content-Type": URLENCODED})
-    assert count() == before + 1
+    assert num_refusals(front, upstream, "malformed_request") == before + 1
 
 
 def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
@@ -742,6 +752,28 @@ def test_a_length_with_many_zeros(front: RunningFront, upstream: Upstream) -> No
         connection.sendall(HEAD + b"Content-Length: " + b"0" * 5000 + b"3\r\n\r\nabc")
         assert read_answer(connection)[0] == 200
     assert upstream.seen[0]["body"] == "abc"
+
+
+@pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
+def test_spaces_after_a_value_are_not_part_of_it(
+    front: RunningFront, upstream: Upstream, space: bytes
+) -> None:
+    fields = (b"Host: localhost", b"X-Ade-Model: m@1", b"Content-Length: 0")
+    with front.connect() as connection:
+        head = b"POST /predictions/score HTTP/1.1\r\n"
+        connection.sendall(head + b"".join(one + space + b"\r\n" for one in fields) + b"\r\n")
+        assert read_answer(connection)[0] == 200
+
+
+def test_spaces_after_a_length_that_the_server_keeps() -> None:
+    """As Ray's server does."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    limits, scope = Limits(), {"headers": [(b"content-length", b"0 \t")]}
+    with Memory(limits).share() as share:
+        assert asyncio.run(read_body(scope, receive, share, limits)) == b""
 
 
 def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream: Upstream) -> None:
@@ -999,12 +1031,13 @@ def test_large_bodies_that_stall_give_way(short: RunningFront, upstream: Upstrea
 
 def test_connections_are_bounded(short: RunningFront, upstream: Upstream) -> None:
     time.sleep(0.1)
+    before = num_refusals(short, upstream, "overloaded")
     held = [short.connect() for _ in range(SHORT["connections"])]
     with short.connect() as connection:
         status, body = read_answer(connection)
         assert status == 503 and json.loads(body)["error"]["code"] == "overloaded"
     # Each port has its own: a full API can still be observed.
-    assert httpx.get(f"{short.metrics}/metrics").status_code == 200
+    assert num_refusals(short, upstream, "overloaded") == before + 1
     for connection in held:
         connection.close()
     wait_for(lambda: _status(short) == 200)
@@ -1249,10 +1282,11 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         runner.run(check())
 
 
+@pytest.mark.parametrize("num_before", range(6))
 @pytest.mark.parametrize("num_steps", range(8))
 @pytest.mark.parametrize("leaves_first", [True, False])
 def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
-    num_steps: int, leaves_first: bool
+    num_before: int, num_steps: int, leaves_first: bool
 ) -> None:
     async def patient() -> dict[str, Any]:
         return await asyncio.Future()
@@ -1266,7 +1300,7 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
 
         async with lane.turn(patient):
             waiting = asyncio.create_task(one())
-            for _ in range(5):
+            for _ in range(num_before):
                 await asyncio.sleep(0)
             if not leaves_first:
                 waiting.cancel()
@@ -1279,6 +1313,29 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
         await asyncio.gather(waiting, return_exceptions=True)
         async with asyncio.timeout(5):
             await one()
+        assert lane._num_in_flight == 0
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("num_steps", range(6))
+def test_a_turn_is_not_lost_if_the_last_request_leaves_as_another_comes(num_steps: int) -> None:
+    async def patient() -> dict[str, Any]:
+        return await asyncio.Future()
+
+    async def check() -> None:
+        lane = Lane(Limits(in_flight=(1, 1, 1)))
+
+        async def one() -> None:
+            async with lane.turn(patient):
+                pass
+
+        async with lane.turn(patient):
+            waiting = asyncio.create_task(one())
+            for _ in range(num_steps):
+                await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await waiting
         assert lane._num_in_flight == 0
 
     asyncio.run(check())

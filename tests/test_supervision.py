@@ -418,6 +418,22 @@ def test_output_may_be_kept_elsewhere(tmp_path: Path) -> None:
     assert list(work.glob("*.out")) == []
 
 
+def test_output_that_cannot_be_written_keeps_no_child_from_being_restarted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "logs"
+    with Supervisor(tmp_path) as supervisor:
+        given: Any = ("front", SLEEP, dict(os.environ), True, (), False, logs / "front.out")
+        child = supervisor.start(*given)
+        shutil.rmtree(logs)
+        logs.touch()
+        child.process.kill()
+        assert until(supervisor.tend) and is_running(child.process.pid)
+        assert "the output of front is dropped until it is restarted: [" in capsys.readouterr().err
+        with pytest.raises(FileExistsError):  # a first start fails
+            supervisor.start(*given)
+
+
 def test_output_is_bounded(tmp_path: Path) -> None:
     with Supervisor(tmp_path) as supervisor:
         child = supervisor.start("page", ["sh", "-c", "yes 0123456789"], dict(os.environ))

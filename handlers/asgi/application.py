@@ -362,7 +362,8 @@ async def build_app(
         releases.run([Release.from_dict(one) for one in settings.releases]),
         control.listen(Path(settings.control), releases),
     ):
-        yield listen.Built(listen.guarded(settings, api, reading, OPEN), refuse_later)
+        app = listen.guarded(settings, api, reading, OPEN)
+        yield listen.Built(app, refuse_later, refusals)
 
 
 def run(

@@ -50,10 +50,11 @@ def _urlencoded(body: bytes) -> Iterable[tuple[bytes, bytes]]:
         )
     if _BAD_ESCAPE.search(body):
         raise not_a_form()
-    for pair in body.split(b"&"):
-        name, equals, value = pair.partition(b"=")
-        if equals:  # a part without a name is not a field: JSON without its type
-            yield _unquoted(name), _unquoted(value)
+    if b"=" not in body:  # not a field: JSON without its type
+        return
+    for pair in filter(None, body.strip(b"\r\n").split(b"&")):
+        name, _, value = pair.partition(b"=")
+        yield _unquoted(name), _unquoted(value)
 
 
 def _unquoted(text: bytes) -> bytes:

@@ -7,6 +7,7 @@ https://github.com/kserve/open-inference-protocol, with Triton's extension for b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import logging
 import math
@@ -108,7 +109,7 @@ def _tensor(name: str, datatype: str, shape: Sequence[int]) -> dict[str, Any]:
 
 def parse(
     model: str, operation: str, bundle: Bundle, body: bytes, length: int, probe: bool, id: str
-) -> tuple[Call, RawRequest]:
+) -> RawRequest:
     """Parse a request.
 
     Args:
@@ -157,7 +158,8 @@ def parse(
             out = io.BytesIO()
             np.save(out, tensor, allow_pickle=False)
             fields[field] = out.getvalue()
-    return call, RawRequest(MULTIPART, None, fields, probe, id)
+    translate = functools.partial(respond, call)
+    return RawRequest(MULTIPART, None, fields, probe, id, translate=translate)
 
 
 def _head(text: bytes, bundle: Bundle) -> dict[str, Any]:

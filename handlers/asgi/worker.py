@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import socket
@@ -121,32 +122,29 @@ def answer_batch(
     service: Service, model: str, head: dict[str, Any], bodies: list[bytes]
 ) -> list[Response]:
     """Answer requests, each as :mod:`handlers.asgi.wire` describes it in the head."""
-    read = [
-        _read(service, model, about, body)
-        for about, body in zip(head["requests"], bodies, strict=True)
-    ]
-    answers = service.answer([request for _, request in read])
-    return [
-        answer if about["v2"] is None else v2.respond(call, answer)
-        for about, (call, _), answer in zip(head["requests"], read, answers, strict=True)
-    ]
+    return service.answer(
+        [
+            _read(service, model, about, body)
+            for about, body in zip(head["requests"], bodies, strict=True)
+        ]
+    )
 
 
-def _read(
-    service: Service, model: str, about: dict[str, Any], body: bytes
-) -> tuple[v2.Call | None, RawRequest]:
-    """A request, and what its answer depends on if it is of the Open Inference Protocol."""
+def _read(service: Service, model: str, about: dict[str, Any], body: bytes) -> RawRequest:
     probe, id, length = about["probe"], about["id"], about["v2"]
     try:
         if length is None:
-            return None, raw_request(about["content_type"], body, probe, id)
+            return raw_request(about["content_type"], body, probe, id)
         operation, bundle = service.operation.name, service.engine.bundle
         return v2.parse(model, operation, bundle, body, length, probe, id)
     except Exception as error:  # one request must not take its batch along
         if not isinstance(error, ApiError):
             logger.exception("request %s failed", id)
             error = internal_error()
-        return None, RawRequest(about["content_type"], None, probe=probe, id=id, error=error)
+        translate = None if length is None else functools.partial(v2.respond, None)
+        return RawRequest(
+            about["content_type"], None, probe=probe, id=id, error=error, translate=translate
+        )
 
 
 def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:

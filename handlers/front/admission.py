@@ -154,8 +154,10 @@ async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits
             large.
         ClientGone: the client closed the connection.
     """
-    # Python reads no more than 4,300 digits; the parser of HTTP reads any number of zeros.
-    lengths = [value.lstrip("0") or "0" for value in header_values(scope, "content-length")]
+    # Python reads no more than 4,300 digits; parsers of HTTP read any number of zeros, and some
+    # keep the spaces behind a value.
+    values = header_values(scope, "content-length")
+    lengths = [value.strip(" \t").lstrip("0") or "0" for value in values]
     if any(int(length) > limits.body_bytes for length in lengths):
         raise _too_large(limits)
     body = bytearray()
@@ -248,7 +250,9 @@ class Lane:
             ApiError: 503 if too many requests wait, or this one waited too long.
             ClientGone: the client closed the connection meanwhile.
         """
-        if self._waiting or self._num_in_flight >= self._bound:
+        if self._has_room():
+            self._num_in_flight += 1
+        else:
             turn = asyncio.ensure_future(self._wait())
             try:
                 await unless_gone(turn, receive)
@@ -257,8 +261,6 @@ class Lane:
                 if turn.done() and not turn.cancelled() and turn.exception() is None:
                     self._leave()
                 raise
-        else:
-            self._num_in_flight += 1
         num_sent, started = self._num_in_flight, asyncio.get_running_loop().time()
         try:
             yield
@@ -266,7 +268,13 @@ class Lane:
         finally:
             self._leave()
 
+    def _has_room(self) -> bool:
+        return not self._waiting and self._num_in_flight < self._bound
+
     async def _wait(self) -> None:
+        if self._has_room():  # the last request in flight left before this task began
+            self._num_in_flight += 1
+            return
         if len(self._waiting) >= self._limits.waiting:
             raise overloaded("too many requests are waiting")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

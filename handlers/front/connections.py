@@ -64,6 +64,7 @@ class BoundedProtocol(PipeliningProtocol):
     Args:
         limits: the limits.
         connections: number of those that are open, by the port of the server.
+        refusals: counts the connections beyond the limit, by the error's code.
         config: given by uvicorn, like the other arguments.
     """
 
@@ -71,6 +72,7 @@ class BoundedProtocol(PipeliningProtocol):
         self,
         limits: Limits,
         connections: Counter[int | None],
+        refusals: Counter[str],
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -80,6 +82,7 @@ class BoundedProtocol(PipeliningProtocol):
         self.parser = _Parser(self)
         self._limits = limits
         self._open = connections
+        self._refusals = refusals
         self._port: int | None = None
         # Runs from the start of the connection, or of a later head, until that head is complete.
         self._head_timer: asyncio.TimerHandle | None = None
@@ -95,7 +98,9 @@ class BoundedProtocol(PipeliningProtocol):
             self._port = self.server[1]
         self._open[self._port] += 1
         if self._open[self._port] > self._limits.connections:
-            self._refuse(overloaded("too many connections"))
+            error = overloaded("too many connections")
+            self._refusals[error.code] += 1
+            self._refuse(error)
         else:
             self._await_head()
 
@@ -131,7 +136,8 @@ class BoundedProtocol(PipeliningProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._head_timer is not None:  # not for trailers: RFC 9110, section 6.5.1
-            super().on_header(name, value)
+            # The parser keeps what may follow a value: RFC 9110, section 5.5.
+            super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         self._end_head_timer()

@@ -13,7 +13,8 @@ REFUSALS = Metric(
     "ade_front_refusals_total",
     "counter",
     ("code",),
-    "Requests for operations that the front answered itself, by the code of the error.",
+    "Requests that the front answered itself, and connections beyond the limit, by the code of "
+    "the error.",
 )
 
 
@@ -22,7 +23,7 @@ def exposition(samples: Mapping[Family, Iterable[str]], refusals: Mapping[str, i
 
     Args:
         samples: lines of each family.
-        refusals: requests that the front refused, by code.
+        refusals: requests and connections that the front refused, by code.
     """
     counted = [
         f'{REFUSALS.name}{{code="{code}"}} {count}' for code, count in sorted(refusals.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import logging
 import time
@@ -128,6 +129,8 @@ class Front:
     ) -> None:
         self._find = find
         self._limits = limits
+        # For paths that are only read: they need no body, and some of them no token.
+        self._limits_of_reading = dataclasses.replace(limits, body_bytes=limits.free_bytes)
         self._memory = memory
         self._probe_secret = probe_secret.encode()
         self._refusals = refusals
@@ -170,9 +173,10 @@ class Front:
             wrong = ApiError(405, "not_allowed", f"{path} takes {allowed}, not {scope['method']}")
             await refuse(wrong, scope, receive, send, [("allow", allowed)])
             return
+        limits = self._limits_of_reading if endpoint.methods == READING else self._limits
         with self._memory.share() as share, contextlib.suppress(ClientGone):
             try:
-                body = await read_body(scope, receive, share, self._limits)
+                body = await read_body(scope, receive, share, limits)
             except ApiError as error:
                 self._refusals[error.code] += 1
                 await refuse(error, scope, receive, send)

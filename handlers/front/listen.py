@@ -11,7 +11,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -61,10 +61,17 @@ def guarded(
 
 @dataclass(frozen=True)
 class Built:
-    """An application, and a callback for the moment when the process is asked to stop."""
+    """An application with what its server needs.
+
+    Attributes:
+        app: the application.
+        on_stop: called when the process is asked to stop.
+        refusals: counts the connections beyond the limit, by the error's code.
+    """
 
     app: App
     on_stop: Callable[[], None] = lambda: None
+    refusals: Counter[str] = field(default_factory=Counter)
 
 
 Build = Callable[[], contextlib.AbstractAsyncContextManager[Built]]
@@ -112,7 +119,7 @@ def run_on(
 
 async def _serve(limits: Limits, build: Build, stop_s: int, sockets: list[socket.socket]) -> None:
     async with build() as built:
-        protocol: Any = functools.partial(BoundedProtocol, limits, Counter())
+        protocol: Any = functools.partial(BoundedProtocol, limits, Counter(), built.refusals)
         config = uvicorn.Config(
             built.app,
             http=protocol,

@@ -70,9 +70,7 @@ class Child:
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DEATHS))
 
     def start(self) -> None:
-        # A folder of logs that was removed must not keep the child from starting again.
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
+        with open(self._open_output(), "ab") as out:
             self.process = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
@@ -84,6 +82,17 @@ class Child:
                 pass_fds=self.pass_fds,
             )
         self.is_swept = False
+
+    def _open_output(self) -> int:
+        # Logs that were removed or cannot be written must not keep the child from starting again.
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            if not self.is_swept:  # it has not run before
+                raise
+            tell(f"the output of {self.name} is dropped until it is restarted: {error}")
+            return os.open(os.devnull, os.O_WRONLY)
 
     def tail(self) -> str:
         """The last lines of its output; empty if it cannot be read."""

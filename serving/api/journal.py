@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterable
@@ -24,11 +25,16 @@ class Journal:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        # A folder of logs that was removed must not keep a worker from being replaced.
-        folder.mkdir(parents=True, exist_ok=True)
-        self._handler = RotatingFileHandler(
-            folder / f"{name}{SUFFIX}", maxBytes=MAX_BYTES, backupCount=OLD_FILES, encoding="utf-8"
+        path = folder / f"{name}{SUFFIX}"
+        open_log = functools.partial(
+            RotatingFileHandler, path, maxBytes=MAX_BYTES, backupCount=OLD_FILES, encoding="utf-8"
         )
+        # Logs that were removed or cannot be written must not keep a worker from being replaced.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handler = open_log()
+        except OSError:
+            self._handler = open_log(delay=True)  # each write tries again, and reports why it fails
 
     def write(self, entries: Iterable[dict[str, Any]]) -> None:
         """Append a line for each entry; the time is added."""

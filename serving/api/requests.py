@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,9 @@ from PIL import Image
 from serving.api.errors import ApiError, malformed, unusable
 from serving.images import RESIZING, ImageError, header_pixels, read_image, resize_centre
 from serving.messages import show, words_of
+
+if TYPE_CHECKING:
+    from serving.api.responses import Response
 
 PROBE_HEADER = "X-Ade-Probe"
 # Of an answer, the model that gave it; of a request, the only one that may answer it.
@@ -67,6 +70,7 @@ class RawRequest:
             metrics and logs leave it out.
         id: identifies the request in logs.
         error: if the server could not read the request; it is then the answer.
+        translate: turns the answer into that of another protocol, and must not raise.
     """
 
     content_type: str
@@ -75,6 +79,7 @@ class RawRequest:
     probe: bool = False
     id: str = ""
     error: ApiError | None = None
+    translate: Callable[[Response], Response] | None = None
 
 
 @dataclass(frozen=True)

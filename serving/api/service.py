@@ -75,6 +75,11 @@ class Service:
         with watch("decode"):
             decoded = self._decode(_within(MAX_BATCH_PIXELS, parsed))
         answers, count = self._in_passes(decoded, deadline, watch)
+        with watch("encode"):
+            answers = [
+                answer if request.translate is None else request.translate(answer)
+                for request, answer in zip(requests, answers, strict=True)
+            ]
         stages = ", ".join(
             f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in watch.seconds.items()
         )
