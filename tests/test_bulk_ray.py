@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +26,8 @@ from benchmarks.ray_cluster import ray_cluster
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
+from serving.files import only_writer
+from serving.images import is_image_name
 from serving.ports import free_ports
 from tests.helpers import PRETRAINED, ROOT, make_folder
 
@@ -67,9 +72,85 @@ def test_a_manifest_of_another_file_system() -> None:
     memory.pipe_file("/bucket/2.png", b"x")
     rows = list(manifest.list_files("memory://bucket"))
     assert [(row["path"], row["size"]) for row in rows] == [
-        ("memory:///bucket/2.png", 1),
-        ("memory:///bucket/a/1.png", 2),
+        ("memory://bucket/2.png", 1),
+        ("memory://bucket/a/1.png", 2),
     ]
+
+
+def test_a_manifest_of_a_host_keeps_its_name() -> None:
+    """What a URL has before the path is the file system's, whose names lack it."""
+    import fsspec
+    from fsspec.utils import infer_storage_options
+
+    class Hosted(fsspec.AbstractFileSystem):
+        protocol = "hosted"
+
+        def __init__(self, host: str) -> None:  # as SFTP's: an unknown option is an error
+            super().__init__()
+            assert host == "there"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return str(infer_storage_options(path)["path"])
+
+        @staticmethod
+        def _get_kwargs_from_urls(path: str) -> dict[str, object]:
+            return {"host": infer_storage_options(path)["host"]}
+
+        def ls(self, path: str, detail: bool = True, **options: object) -> list[object]:
+            return [{"name": f"{path.rstrip('/')}/1.png", "size": 1, "type": "file"}]
+
+        def cat_file(self, path: str, *args: object, **options: object) -> bytes:
+            return path.encode()
+
+    fsspec.register_implementation("hosted", Hosted)
+    for host, folder in (("me@there:22", "/a/b"), ("me@there:22", "/a/b/"), ("there", "/")):
+        (row,) = manifest.list_files(f"hosted://{host}{folder}")
+        name = f"{folder.rstrip('/')}/1.png"
+        assert row["path"] == f"hosted://{host}{name}"
+        assert score.read_any_file(row["path"]) == name.encode()
+    with pytest.raises(BulkError, match="has a password") as refused:
+        list(manifest.list_files("hosted://me:secret@there/a"))
+    assert "secret" not in str(refused.value)
+
+
+def test_names_that_make_no_url_end_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/names/a::b.png", b"x")
+    with pytest.raises(BulkError, match='^memory://names/a::b.png .* splits URLs at "::"'):
+        list(manifest.list_files("memory://names"))
+    monkeypatch.setattr(MemoryFileSystem, "_strip_protocol", lambda path: "/container")
+    with pytest.raises(BulkError, match=r"/container, .* into a manifest \(.parquet\)"):
+        list(manifest.list_files("memory://container@account"))
+
+
+def test_a_folder_with_an_empty_name_ends_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So s3fs lists s3://a/b//x.png, which would be missing."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    listed = [{"name": "/a/b/", "type": "directory"}]
+    monkeypatch.setattr(MemoryFileSystem, "ls", lambda *args, **options: listed)
+    with pytest.raises(BulkError, match=r"^/a/b// cannot be listed: .* manifest"):
+        list(manifest.list_files("memory://a/b"))
+
+
+def test_a_local_path_may_have_colons(tmp_path: Path) -> None:
+    folder = tmp_path / "a::b"
+    folder.mkdir()
+    (folder / "1::2.png").write_bytes(b"x")
+    (row,) = manifest.list_files(str(folder))
+    assert row["path"] == str(folder / "1::2.png")
+    source = str(folder / "list.parquet")
+    parquet.write_table(pa.table({"path": [row["path"]]}), source)
+    assert [other["path"] for other in manifest.read_manifest(source)] == [row["path"]]
+
+
+def test_a_protocol_that_nobody_knows() -> None:
+    with pytest.raises(BulkError, match="nowhere://bucket cannot be used: .*nowhere"):
+        list(manifest.list_files("nowhere://bucket"))
 
 
 def test_a_folder_that_cannot_be_listed_ends_the_listing(
@@ -106,12 +187,82 @@ def test_a_file_whose_store_fails_is_unreadable(monkeypatch: pytest.MonkeyPatch)
         score.read_any_file("memory://bucket/1.png")
 
 
+def test_rows_that_other_processes_write_are_found() -> None:
+    """The clients of object stores remember listings, and only this process's writes end them."""
+    import fsspec
+
+    class Store(fsspec.AbstractFileSystem):
+        protocol = "remembering"
+        objects: dict[str, bytes] = {}
+
+        def ls(self, path: str, detail: bool = True, **options: object) -> list[object]:
+            path = self._strip_protocol(path)
+            listed = self.dircache.get(path) or [
+                {"name": name, "size": len(content), "type": "file"}
+                for name, content in self.objects.items()
+                if self._parent(name) == path
+            ]
+            self.dircache[path] = listed
+            return listed if detail else [about["name"] for about in listed]
+
+        def isdir(self, path: str) -> bool:
+            return not path.endswith(".parquet")
+
+        def invalidate_cache(self, path: str | None = None) -> None:
+            self.dircache.clear()
+
+        def _open(self, path: str, mode: str = "rb", **options: object) -> io.BytesIO:
+            return io.BytesIO(self.objects[path])
+
+    fsspec.register_implementation("remembering", Store)
+
+    def commit(number: int) -> None:  # as a worker does, in a process of its own
+        rows = {"id": [2 * number, 2 * number + 1], "decision": ["accept", "reject"]}
+        part = io.BytesIO()
+        parquet.write_table(pa.table({**rows, "error": pa.nulls(2, pa.string())}), part)
+        Store.objects[f"out/rows/{number}.parquet"] = part.getvalue()
+
+    seen: list[int] = []
+    commit(0)
+    progress = score._Progress("remembering://out", 4, lambda done, total: seen.append(done))
+    progress._report()
+    commit(1)
+    progress._report()
+    assert seen == [2, 4]
+    summary = score._count("remembering://out", 4)
+    assert (summary.accepted, summary.rejected) == (2, 2)
+    list(manifest.list_files("remembering://out"))
+    assert not fsspec.filesystem("remembering").dircache, "of any number of folders"
+
+
+def test_a_store_that_cannot_be_listed_leaves_the_run_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class ClientError(Exception):
+        pass
+
+    def fail(*args: object, **options: object) -> bool:
+        raise ClientError("503")
+
+    seen: list[int] = []
+    progress = score._Progress("memory://out", 4, lambda done, total: seen.append(done))
+    with pytest.raises(BulkError, match="of the run"), monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "isdir", fail)
+        with progress:
+            raise BulkError("of the run")
+    assert "memory://out/rows cannot be listed: 503" in caplog.text and not seen
+    progress._report()
+    assert seen == [0]
+
+
 def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "PART_ROWS", 4)
     paths = [f"{i}.png" for i in range(10)]
-    out = str(tmp_path / "manifest")
+    out = str(tmp_path / "manifest[1]")
     assert manifest.write_parts(({"path": path} for path in paths), out) == 10
-    parts = sorted((tmp_path / "manifest").iterdir())
+    parts = sorted(Path(out).iterdir())
     assert len(parts) == 3
     table = pa.concat_tables([parquet.read_table(part) for part in parts])
     assert table["id"].to_pylist() == list(range(10)) and table["path"].to_pylist() == paths
@@ -192,6 +343,38 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     with score._Progress(out, total, lambda *numbers: seen.append(numbers)):
         pass
     assert seen == [(10, 10), (10, 10)]
+
+
+def test_a_worker_that_cannot_start_names_its_host(tmp_path: Path) -> None:
+    """In one line: of other errors, the user gets Ray's traceback."""
+    versions = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).versions
+    for bundle, options, expected in (
+        (tmp_path, BulkOptions(), versions),
+        (PRETRAINED, BulkOptions(calibration="mine"), versions),
+        (PRETRAINED, BulkOptions(), versions._replace(bundle="another")),
+    ):
+        with pytest.raises(BulkError, match=f"^{re.escape(socket.gethostname())}: .+$"):
+            score.Scorer(str(bundle), options, expected)
+
+
+def test_a_commit_that_was_interrupted_is_pending_again(tmp_path: Path) -> None:
+    """A move that copied its file, and was killed before it deleted the first one."""
+    folder = tmp_path / "out[1]" / "checkpoint"
+    folder.mkdir(parents=True)
+    for name in ("a.parquet", "a.pending.parquet", "b.pending.parquet", "c.parquet"):
+        (folder / name).touch()
+    score._uncommit(str(folder.parent))
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["a.pending.parquet", "b.pending.parquet", "c.parquet"]
+    score._uncommit(str(tmp_path / "new"))
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    scorer = FileScorer(open_bundle(PRETRAINED), None, BulkOptions())
+    source, out = str(ROOT / "serving" / "examples"), tmp_path / "out"
+    with only_writer(out, BulkError), pytest.raises(BulkError, match="by another process"):
+        score.score_on_ray(scorer, source, f"{out}/", 1, None, lambda done, total: None)
+    assert not out.exists()
 
 
 def test_names_that_are_not_utf_8_are_scored(tmp_path: Path) -> None:
@@ -291,6 +474,81 @@ def test_a_store_that_cannot_be_reached_ends_the_run_until_it_can(tmp_path: Path
     assert second.returncode == 0, second.stderr
     rows = rows_of(tmp_path / "out")
     assert rows.num_rows == len(urls) == rows["error"].null_count
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_without_the_bundle_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, moved)
+    script = f"""
+import shutil, sys
+from ade_cli.main import main
+from handlers.ray_bulk import score
+score._uncommit = lambda out: shutil.rmtree({str(moved)!r})  # just before Ray starts
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", script, "score", str(ROOT / "serving" / "examples")]
+    command += ["--bundle", str(moved), "--engine", "ray", "--workers", "1"]
+    command += ["--out", str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2, run.stderr
+    *_, last = run.stderr.splitlines()
+    assert last.startswith(f"ade score: {socket.gethostname()}: {moved}"), run.stderr
+
+
+@needs_ray
+@pytest.mark.slow
+def test_an_object_store_holds_the_images_and_the_rows(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """The run is killed, its progress is seen, and the same command completes it."""
+    s3fs = pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        store = s3fs.S3FileSystem(
+            endpoint_url=endpoint, key="any", secret="any", use_listings_cache=False
+        )
+        store.mkdir("here")
+        folder = make_folder(tmp_path / "images", small_images)
+        store.put(str(folder), "here/images", recursive=True)
+        command = [sys.executable, "-c", SCRIPT, "score", "s3://here/images"]
+        command += ["--bundle", str(tiny_bundle), "--engine", "ray", "--workers", "1"]
+        command += ["--out", "s3://here/scores"]
+        secrets = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+        environment = {**os.environ, **secrets, "AWS_ENDPOINT_URL": endpoint}
+        log = tmp_path / "log.txt"
+        with open(log, "wb") as written:
+            first = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=written, stderr=written
+            )
+            deadline = time.monotonic() + 300
+            while len(store.glob("here/scores/rows/*.parquet")) < 2:
+                assert first.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            time.sleep(2 * score.LOOK_S)  # the folder was seen with few rows
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+        second = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        )
+        assert second.returncode == 0, second.stderr
+        parts = [
+            parquet.read_table(io.BytesIO(store.cat_file(name)))
+            for name in store.glob("here/scores/rows/*.parquet")
+        ]
+        rows = pa.concat_tables(parts)
+        files = [name for name in store.find("here/images") if is_image_name(name)]
+        assert sorted(rows["id"].to_pylist()) == list(range(len(files))), rows.num_rows
+        assert set(rows["path"].to_pylist()) == {f"s3://{name}" for name in files}
+        assert rows["error"].null_count == len(small_images)
+        summary = json.loads(store.cat_file("here/scores/summary.json"))
+        assert sum(summary.values()) == len(files)
+    finally:
+        server.stop()
 
 
 @needs_ray

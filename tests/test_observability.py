@@ -101,6 +101,17 @@ def test_a_folder_of_logs_that_was_removed_is_made_again(tmp_path: Path) -> None
     assert [entry["status"] for entry in last_errors(folder)] == [500]
 
 
+def test_a_journal_that_cannot_be_opened_keeps_no_worker_from_starting(tmp_path: Path) -> None:
+    folder = tmp_path / "file" / "logs"
+    folder.parent.touch()
+    journal = Journal(folder, "score-0")
+    journal.write([{"status": 200}])
+    folder.parent.unlink()
+    folder.mkdir(parents=True)
+    journal.write([{"status": 500, "code": "internal_error"}])
+    assert [entry["status"] for entry in last_errors(folder)] == [500]
+
+
 def test_journals_keep_errors_findable(tmp_path: Path) -> None:
     first, second = Journal(tmp_path, "score-9001"), Journal(tmp_path, "score-9002")
     for i in range(4):
@@ -139,9 +150,12 @@ def test_the_dashboard_uses_existing_metrics() -> None:
             used.add(name)
         for labels in re.findall(r"by \(([^)]*)\)", expression):
             mine = set().union(*(known[name] for name in re.findall(r"\bade_\w+", expression)))
-            assert {label.strip() for label in labels.split(",")} <= mine | {"model_name"}, (
-                expression
-            )
+            grouped = {label.strip() for label in labels.split(",")}
+            assert grouped <= mine | {"model_name", "instance"}, expression
+            if "ade_drift" in expression:  # each process has its own
+                assert grouped == {"instance", "model_name", "worker", "calibration"}
+        everything = re.findall(r"\b(?:ade|ts)_\w+\b(?!\{[^}]*model_name=~\"\$model\")", expression)
+        assert not everything, "not of the chosen models"
     assert {
         "ade_requests_total",
         "ade_images_total",

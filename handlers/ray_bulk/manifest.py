@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
@@ -37,6 +38,25 @@ def is_manifest(source: str) -> bool:
     return source.endswith(SUFFIX)
 
 
+def file_system(path: str) -> tuple[Any, str]:
+    """fsspec's file system of a path or URL, and the path within it.
+
+    It has forgotten earlier listings: other processes write beside this one.
+
+    Raises:
+        BulkError: fsspec does not know the protocol, or its package is not installed.
+    """
+    if "://" in path:
+        try:
+            files, name = fsspec.url_to_fs(path)
+        except (ImportError, ValueError) as error:
+            raise BulkError(f"{path} cannot be used: {error}") from None
+    else:  # which would split it at "::"
+        files, name = fsspec.filesystem("file"), path
+    files.invalidate_cache()
+    return files, name
+
+
 def list_files(source: str) -> Iterator[dict[str, Any]]:
     """Path, size and time of every image file below a folder of any file system, in a fixed order.
 
@@ -46,19 +66,36 @@ def list_files(source: str) -> Iterator[dict[str, Any]]:
         source: a path, or a URL that fsspec reads.
 
     Raises:
-        BulkError: a folder cannot be listed.
+        BulkError: a folder cannot be listed, or a file has no URL that can be read later.
     """
-    files, root = fsspec.url_to_fs(source)
+    if re.search("://[^/]*:[^/]*@", source):
+        raise BulkError(
+            "the URL of the images has a password, which would be written into the rows: give it "
+            "to fsspec in the environment, such as FSSPEC_SFTP_PASSWORD"
+        )
+    files, root = file_system(source)
+    before = _before(source, root)
     try:
         for about in _walk(files, root):
-            path = about["name"]
-            yield {
-                "path": files.unstrip_protocol(path) if "://" in source else path,
-                "size": about.get("size"),
-                "mtime": _time(about),
-            }
+            path = before + about["name"]
+            if "://" in source and "::" in path:
+                raise BulkError(f'{path} cannot be read: fsspec splits URLs at "::"')
+            yield {"path": path, "size": about.get("size"), "mtime": _time(about)}
+    except BulkError:
+        raise
     except Exception as error:  # of the store's own client, or an OSError
         raise BulkError(f"{source} cannot be listed: {error}") from error
+
+
+def _before(source: str, root: str) -> str:
+    """What a source has before the path within its file system, such as protocol and host."""
+    url = source if source.endswith(root) else source.rstrip("/")
+    if not url.endswith(root):
+        raise BulkError(
+            f"{source} cannot be listed: its file system calls it {root}, from which the URLs of "
+            "its files do not follow: write them into a manifest (.parquet)"
+        )
+    return url.removesuffix(root)
 
 
 def _walk(files: Any, folder: str) -> Iterator[dict[str, Any]]:
@@ -70,10 +107,16 @@ def _walk(files: Any, folder: str) -> Iterator[dict[str, Any]]:
     for about in sorted(files.ls(folder, detail=True), key=lambda about: about["name"]):
         name = about["name"].rstrip("/")
         if about["type"] == "directory":
+            if about["name"] == folder.rstrip("/") + "/":  # s3://bucket/folder//image.png
+                raise BulkError(
+                    f"{about['name']}/ cannot be listed: the name of a folder is empty; write the "
+                    "URLs of all files into a manifest (.parquet)"
+                )
             if name != folder.rstrip("/"):  # a store of objects may list the folder itself
                 folders.append(name)
         elif is_image_name(name):
             yield about
+    files.invalidate_cache()  # which would keep the names of all folders
     for name in folders:
         yield from _walk(files, name)
 
@@ -93,7 +136,8 @@ def read_manifest(source: str) -> Iterator[dict[str, Any]]:
         BulkError: it cannot be read, or has no paths.
     """
     try:
-        with fsspec.open(source, "rb") as file:
+        files, name = file_system(source)
+        with files.open(name, "rb") as file:
             table = parquet.ParquetFile(file)
             names = set(table.schema_arrow.names)
             if "path" not in names:
@@ -118,10 +162,11 @@ def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
 
     Parts that an interrupted listing left there are removed.
     """
-    files, folder = fsspec.url_to_fs(out)
+    files, folder = file_system(out)
     files.makedirs(folder, exist_ok=True)
-    for part in files.glob(posixpath.join(folder, f"part-*{SUFFIX}")):
-        files.rm_file(part)
+    for name in files.find(folder):
+        if posixpath.basename(name).startswith("part-"):
+            files.rm_file(name)
     rest, count = iter(rows), 0
     while chosen := list(islice(rest, PART_ROWS)):
         numbered = [
@@ -142,12 +187,12 @@ def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
 
 def read_json(path: str) -> Any:
     """The content of a JSON file; ``None`` if there is none."""
-    files, name = fsspec.url_to_fs(path)
+    files, name = file_system(path)
     return json.loads(files.cat_file(name)) if files.exists(name) else None
 
 
 def write_json(path: str, value: Any) -> None:
-    files, name = fsspec.url_to_fs(path)
+    files, name = file_system(path)
     files.makedirs(posixpath.dirname(name), exist_ok=True)
     if "file" in files.protocol:  # elsewhere an object appears whole
         files.pipe_file(name + ".new", json.dumps(value, indent=2).encode())

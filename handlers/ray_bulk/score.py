@@ -13,9 +13,11 @@ import logging
 import os
 import posixpath
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,17 @@ from serving.bulk import (
     row_schema,
 )
 from serving.decode.pool import DecoderError
-from serving.engine.bundle import Bundle, open_bundle
-from serving.files import read_file
+from serving.engine.bundle import Bundle, BundleError, open_bundle
+from serving.files import only_writer, read_file
 from serving.images import MAX_FILE_BYTES
 from serving.messages import printable
+from serving.verdict.calibration import CalibrationError
 
 logger = logging.getLogger(__name__)
 LOOK_S = 2.0  # between two looks at what is committed
 ROW_BYTES = 64  # of the manifest in memory, at least
 THREADS = {"OMP_NUM_THREADS": "1"}
+PENDING = ".pending"  # of Ray's files of ids, until their rows are written
 
 
 class Scorer:
@@ -56,11 +60,17 @@ class Scorer:
         bundle: its folder, which every node must have.
         options: how to score.
         versions: of the bundle and the calibration.
+
+    Raises:
+        BulkError: this node's bundle or calibration is missing, damaged or another one.
     """
 
     def __init__(self, bundle: str, options: BulkOptions, versions: Versions) -> None:
-        opened = open_bundle(Path(bundle))
-        self._scorer = FileScorer(opened, None, options, read_any_file, versions)
+        try:
+            opened = open_bundle(Path(bundle))
+            self._scorer = FileScorer(opened, None, options, read_any_file, versions)
+        except (BulkError, BundleError, CalibrationError, OSError) as error:
+            raise BulkError(f"{socket.gethostname()}: {error}") from None
         self._schema = _schema(opened, options)
 
     def __call__(self, files: pa.Table) -> pa.Table:
@@ -116,8 +126,8 @@ def score_on_ray(
         progress: called with the number of committed files and of all files.
 
     Raises:
-        BulkError: there are no images, ``out`` is finished or belongs to another call, or a worker
-            stops, such as for files that cannot be read at present.
+        BulkError: there are no images, ``out`` is finished, being written or of another call, or a
+            worker stops, such as for files that cannot be read at present.
         ClusterError: Ray cannot be used.
     """
     bundle, options, versions = scorer.bundle, scorer.options, scorer.versions
@@ -129,19 +139,23 @@ def score_on_ray(
         **dataclasses.asdict(options),
         "columns": columns(bundle, options.samples),
     }
-    if manifest.read_json(posixpath.join(out, "summary.json")) is not None:
-        raise BulkError(f"{out} is complete already")
-    total = _prepare(source, out, plan)
-    with ray_instance(address, workers) as instance, _Progress(out, total, progress):
-        try:
-            _run(instance.ray, scorer, out, workers, total)
-        except instance.ray.exceptions.RayError as error:
-            reason = _reason(str(error))
-            if reason is None:
-                raise
-            raise BulkError(reason) from None
-    summary = _count(out, total)
-    manifest.write_json(posixpath.join(out, "summary.json"), dataclasses.asdict(summary))
+    files, folder = manifest.file_system(out)
+    is_local = "file" in files.protocol  # other stores have no locks
+    with only_writer(Path(folder), BulkError) if is_local else nullcontext():
+        if manifest.read_json(posixpath.join(out, "summary.json")) is not None:
+            raise BulkError(f"{out} is complete already")
+        total = _prepare(source, out, plan)
+        _uncommit(out)
+        with ray_instance(address, workers) as instance, _Progress(out, total, progress):
+            try:
+                _run(instance.ray, scorer, out, workers, total)
+            except instance.ray.exceptions.RayError as error:
+                reason = _reason(str(error))
+                if reason is None:
+                    raise
+                raise BulkError(reason) from None
+        summary = _count(out, total)
+        manifest.write_json(posixpath.join(out, "summary.json"), dataclasses.asdict(summary))
     return summary
 
 
@@ -176,12 +190,26 @@ def _prepare(source: str, out: str, plan: dict[str, Any]) -> int:
     return total
 
 
+def _uncommit(out: str) -> None:
+    """Make commits that were interrupted pending again: their files are scored once more.
+
+    Ray commits by moving a file. An object store copies it and then deletes the first one: after a
+    kill between the two, Ray would delete the rows, since their file is pending, and leave out
+    their ids, since it is committed, too.
+    """
+    files, folder = manifest.file_system(posixpath.join(out, "checkpoint"))
+    names = set(files.find(folder))
+    for name in names:
+        committed = name.removesuffix(PENDING + manifest.SUFFIX) + manifest.SUFFIX
+        if committed != name and committed in names:
+            files.rm_file(committed)
+
+
 def _run(ray: Any, scorer: FileScorer, out: str, workers: int, total: int) -> None:
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
 
-    files = _file_system(out)
-    folder = _inside(out)
+    files, folder = _file_system(out)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # Rows are small: by bytes alone, nothing would be committed before the end.
@@ -224,16 +252,12 @@ def _run(ray: Any, scorer: FileScorer, out: str, workers: int, total: int) -> No
     ).write_parquet(posixpath.join(folder, "rows"), filesystem=files)
 
 
-def _file_system(path: str) -> fs.FileSystem:
-    files, _ = fsspec.url_to_fs(path)
+def _file_system(path: str) -> tuple[fs.FileSystem, str]:
+    """:func:`manifest.file_system` for Arrow."""
+    files, name = manifest.file_system(path)
     if "file" in files.protocol:
-        return fs.LocalFileSystem()
-    return fs.PyFileSystem(fs.FSSpecHandler(files))
-
-
-def _inside(path: str) -> str:
-    """The path within its file system."""
-    return str(fsspec.url_to_fs(path)[1])
+        return fs.LocalFileSystem(), name
+    return fs.PyFileSystem(fs.FSSpecHandler(files)), name
 
 
 def _schema(bundle: Bundle, options: BulkOptions) -> pa.Schema:
@@ -244,8 +268,7 @@ class _Progress:
     """Reports committed rows while a block runs."""
 
     def __init__(self, out: str, total: int, progress: Callable[[int, int], None]) -> None:
-        self._folder = posixpath.join(_inside(out), "rows")
-        self._files = _file_system(out)
+        self._folder = posixpath.join(out, "rows")
         self._total = total
         self._progress = progress
         self._rows: dict[str, int] = {}
@@ -266,15 +289,27 @@ class _Progress:
             self._report()
 
     def _report(self) -> None:
-        selector = fs.FileSelector(self._folder, allow_not_found=True)
-        for found in self._files.get_file_info(selector):
-            if found.path not in self._rows and found.path.endswith(manifest.SUFFIX):
+        try:
+            self._rows = self._committed()
+        except Exception as error:  # of the store's own client: perhaps it passes
+            logger.warning("%s cannot be listed: %s", self._folder, error)
+            return
+        self._progress(min(sum(self._rows.values()), self._total), self._total)
+
+    def _committed(self) -> dict[str, int]:
+        """Number of rows by file. A file may vanish: Ray deletes rows that it did not commit."""
+        files, folder = _file_system(self._folder)
+        rows = {}
+        for found in files.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+            if found.path in self._rows:
+                rows[found.path] = self._rows[found.path]
+            elif found.path.endswith(manifest.SUFFIX):
                 try:
-                    with self._files.open_input_file(found.path) as file:
-                        self._rows[found.path] = parquet.read_metadata(file).num_rows
+                    with files.open_input_file(found.path) as file:
+                        rows[found.path] = parquet.read_metadata(file).num_rows
                 except (OSError, pa.ArrowInvalid):  # being written
                     continue
-        self._progress(min(sum(self._rows.values()), self._total), self._total)
+        return rows
 
 
 def _count(out: str, total: int) -> Summary:
@@ -283,9 +318,8 @@ def _count(out: str, total: int) -> Summary:
     Raises:
         BulkError: a file has no row, or more than one.
     """
-    rows = dataset.dataset(
-        posixpath.join(_inside(out), "rows"), filesystem=_file_system(out), format="parquet"
-    )
+    files, folder = _file_system(posixpath.join(out, "rows"))
+    rows = dataset.dataset(folder, filesystem=files, format="parquet")
     counts: Counter[str] = Counter()
     found = np.zeros(total, bool)
     for batch in rows.to_batches(columns=["id", "decision", "error"]):
@@ -298,6 +332,6 @@ def _count(out: str, total: int) -> Summary:
     if counts.total() != total or not found.all():
         raise BulkError(
             f"{out} has {counts.total()} rows about {found.sum()} of {total} files: run the "
-            "command again, or choose another folder if there are more rows than files"
+            "command again, or choose another folder if that does not help"
         )
     return Summary(counts["no_verdict"], counts["reject"], counts["accept"], counts["error"])
