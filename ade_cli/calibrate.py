@@ -26,7 +26,6 @@ from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundl
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import images_needed
-from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.store import path_of
 from training.data import DataError
 from training.datasets import NAMES
@@ -206,7 +205,7 @@ def _tell_of(calibration: Calibration, what: str) -> None:
         f"{count} calibration images)"
     )
     for alpha in ALPHAS:
-        low, high = false_alarm_band(count, alpha)
+        low, high = calibration.false_alarm_band(alpha)
         band = f"{100 * low:.1f} to {100 * high:.1f} %"
         needs = f"no verdict; it takes at least {images_needed(alpha)} calibration images"
         say(f"  alpha {alpha}: {band if high else needs}")

@@ -26,8 +26,9 @@ from fitting.report import (
 from fitting.survey import Survey, size_of
 from serving.api.requests import InputImage
 from serving.cores import available_cores
-from serving.engine.bundle import open_bundle
+from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.engine import InferenceEngine, Score
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset
 from training.datasets.files import shuffled
@@ -83,7 +84,7 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         engine.sample([0] * SAMPLES, range(SAMPLES)),
         held_out,
         engine.reconstruct(held_out),
-        false_alarms(p_values, opened),
+        false_alarms(p_values, Calibrations.load(bundle / CALIBRATION_NAME)),
         len(scanned),
         outliers,
         len(pixels),

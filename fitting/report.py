@@ -18,6 +18,7 @@ from serving.engine.bundle import Bundle
 from serving.files import write_text
 from serving.images import psnr, tile, write_png
 from serving.reports import render
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
@@ -149,7 +150,9 @@ def _calibrated(bundle: Bundle, resized: bool) -> int:
     return int(((about.get("resized") or {}) if resized else about).get("images", 0))
 
 
-def false_alarms(p_values: Mapping[bool, Sequence[float]], bundle: Bundle) -> list[FalseAlarms]:
+def false_alarms(
+    p_values: Mapping[bool, Sequence[float]], calibrations: Calibrations
+) -> list[FalseAlarms]:
     """Measure how often in-distribution test images are rejected.
 
     The bands are those of each kind's calibration and number of tests. All of them together hold
@@ -157,14 +160,16 @@ def false_alarms(p_values: Mapping[bool, Sequence[float]], bundle: Bundle) -> li
 
     Args:
         p_values: of the test images that were resized (``True``) and of those that were not.
-        bundle: the calibrated bundle.
+        calibrations: of the bundle, which judged them.
     """
     found = []
     kinds = {resized: np.asarray(its) for resized, its in p_values.items() if len(its)}
     level = 1 - 0.05 / max(len(ALPHAS) * len(kinds), 1)  # Bonferroni
     for resized, its in sorted(kinds.items()):
+        calibration = calibrations.of(resized)
+        assert calibration is not None, "there are verdicts"
         for alpha in ALPHAS:
-            band = false_alarm_band(_calibrated(bundle, resized), alpha, level, len(its))
+            band = calibration.false_alarm_band(alpha, level, len(its))
             rejected = float((its <= alpha).mean())
             found.append(FalseAlarms(alpha, rejected, *band, resized, len(its)))
     return found

@@ -476,13 +476,13 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     assert fitted.names[-2:] in ((DISTANCE, ENERGY), (ENERGY, DISTANCE))
     assert fitted.mixture.means.shape[1] == len(fitted.names) - 2
     assert fitted.summary()["statistic"] == "density of 4 statistics, 2 semantic ones"
-    usual = fitted.verdicts(semantic_draw(rng, 2000), np.full(2000, 0.5))
+    usual = fitted.verdicts(semantic_draw(rng, 2000))
     for alpha in (0.1, 0.01):
         assert abs(np.mean([v.p_value <= alpha for v in usual]) - alpha) < 0.35 * alpha + 0.01
     unusual = semantic_draw(rng, 50)
     unusual[FREE_ENERGY] += 9
     unusual[FEATURES] = np.eye(12, dtype=np.float32)[np.arange(50) % 12]
-    found = fitted.verdicts(unusual, np.full(50, 0.5))
+    found = fitted.verdicts(unusual)
     assert np.mean([v.p_value <= 0.01 for v in found]) > 0.95
     assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
 
@@ -535,9 +535,7 @@ def test_coordinates_count_with_few_images_too() -> None:
     ]
     wide[2][FREE_ENERGY] += 4
     fitted = fit_calibration(wide[0], wide[1])
-    usual, unusual = (
-        [v.ood_score for v in fitted.verdicts(its, np.full(300, 0.5))] for its in wide[1:]
-    )
+    usual, unusual = ([v.ood_score for v in fitted.verdicts(its)] for its in wide[1:])
     assert np.mean(np.array(unusual) > np.quantile(usual, 0.9)) > 0.5
 
 
@@ -548,7 +546,7 @@ def test_a_score_that_is_not_finite_is_never_accepted() -> None:
     assert np.isposinf(fitted.ood_scores(np.full((1, len(fitted.names)), np.nan))).all()
     huge = dataclasses.replace(fitted, known=dataclasses.replace(fitted.known, weight=1e308))
     with np.errstate(over="ignore"):
-        found = huge.verdicts(semantic_draw(rng, 50), np.full(50, 0.5))
+        found = huge.verdicts(semantic_draw(rng, 50))
     overflowed = [v.p_value for v in found if not np.isfinite(v.ood_score)]
     assert len(overflowed) > 5 and set(overflowed) == {huge.smallest_p_value}
 

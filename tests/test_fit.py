@@ -51,8 +51,9 @@ from fitting.report import (
 from fitting.survey import Survey, as_dict, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band
-from tests.helpers import ROOT, make_folder
+from tests.helpers import PRETRAINED, ROOT, make_folder
 from training.data import REPEATS, Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
 from training.guide import load_guide
@@ -477,13 +478,16 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     assert "<script" not in page and page.count("&lt;script&gt;") == 4
 
 
-def test_false_alarms_are_those_of_each_calibration(tiny_bundle: Path) -> None:
+def test_false_alarms_are_those_of_each_calibration() -> None:
     """Resized images have a calibration and a band of their own."""
-    about = open_bundle(tiny_bundle).manifest
-    calibration = {"images": 3000, "resized": {"images": 150}}
-    bundle = Bundle(tiny_bundle, {**about, "calibration": calibration})
+    shipped = Calibrations.load(PRETRAINED / "calibration.npz").exact
+    assert shipped is not None
+    calibrations = Calibrations(
+        dataclasses.replace(shipped, scores=np.arange(3000.0)),
+        dataclasses.replace(shipped, scores=np.arange(150.0)),
+    )
     exact, resized = [0.5] * 960 + [0.01] * 40, [0.5] * 20
-    found = false_alarms({True: resized, False: exact}, bundle)
+    found = false_alarms({True: resized, False: exact}, calibrations)
     assert [(row.resized, row.tested, row.alpha) for row in found] == [
         (kind, count, alpha) for kind, count in ((False, 1000), (True, 20)) for alpha in ALPHAS
     ]
@@ -493,6 +497,11 @@ def test_false_alarms_are_those_of_each_calibration(tiny_bundle: Path) -> None:
         assert (row.low, row.high) == false_alarm_band(n, row.alpha, level, row.tested)
     assert [row.rejected for row in found] == [0.04, 0.04, 0.04, 0.0, 0.0, 0.0]
     assert [row.is_expected for row in found] == [False, True, False, True, True, True]
+    # A picture that repeats at the threshold: none is rejected, and that is no weakness.
+    dark = dataclasses.replace(shipped, scores=np.sort([*range(2850), *[5000.0] * 150]))
+    found = false_alarms({False: [0.5] * 950 + [151 / 3001] * 50}, Calibrations(dark, dark))
+    assert [row.rejected for row in found][1:] == [0, 0]
+    assert all(row.is_expected for row in found[1:])
 
 
 def test_no_more_test_images_are_read_than_are_used() -> None:

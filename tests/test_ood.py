@@ -46,9 +46,7 @@ def calibration(seed: int = 0, n: int = 999, law: str = "normal") -> Calibration
 
 
 def p_values(fitted: Calibration, statistics: dict[str, np.ndarray]) -> np.ndarray:
-    return np.array(
-        [v.p_value for v in fitted.verdicts(statistics, np.full(len(statistics["bpd"]), 0.5))]
-    )
+    return np.array([v.p_value for v in fitted.verdicts(statistics)])
 
 
 @given(
@@ -87,22 +85,38 @@ def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
     rng = np.random.default_rng(seed)
     n, m = 2000, 1000
     fitted = fit_calibration(draw(rng, 300, law), draw(rng, n, law))
-    verdicts = fitted.verdicts(draw(rng, m, law), rng.uniform(size=m))
-    values = np.array([v.uniform for v in verdicts])
-    assert (
-        (values > 0).all() and (values < 1).all() and all(v.uniform <= v.p_value for v in verdicts)
+    values = np.array(
+        [rng.uniform(v.beyond, v.p_value) for v in fitted.verdicts(draw(rng, m, law))]
     )
     # The calibration images are a sample, too: Kolmogorov and Smirnov's test of two samples.
     distance = stats.kstest(values, "uniform").statistic
     assert stats.kstwobign.sf(distance * np.sqrt(n * m / (n + m))) > 1e-6
 
 
-def test_equal_scores_are_divided_by_the_tie_breaker() -> None:
+def test_a_picture_that_calibrates_keeps_its_rank_on_another_processor() -> None:
+    """There its score may differ in the last bits, upwards or downwards."""
     fitted, images = calibration(n=20), draw(np.random.default_rng(1), 1)
-    tied = dataclasses.replace(fitted, scores=np.repeat(fitted.scores_of(images), 99))
-    for tie in (0.25, 0.75):
-        (verdict,) = tied.verdicts(images, [tie])
-        assert (verdict.p_value, verdict.uniform) == (1, tie)
+    (score,) = fitted.scores_of(images)
+    scores = np.sort([*range(-900, -820), *[score] * 20])
+    for other in (score, np.nextafter(score, np.inf), np.nextafter(score, -np.inf)):
+        assert conformal_p_values(scores, np.array([other])) == 21 / 101
+    (verdict,) = dataclasses.replace(fitted, scores=scores).verdicts(images)
+    assert (verdict.p_value, verdict.beyond) == (21 / 101, 0)
+
+
+def test_the_band_of_a_picture_that_repeats_begins_at_zero() -> None:
+    """At the threshold none of equal scores is rejected: the rate may be any lower one."""
+    alone = dataclasses.replace(calibration(n=20), scores=np.arange(999.0))
+    assert alone.false_alarm_rate(0.01) == 0.01
+    assert alone.false_alarm_band(0.01, tested=500) == false_alarm_band(999, 0.01, tested=500)
+    repeated = dataclasses.replace(alone, scores=np.sort([*range(969), *[2000.0] * 30]))
+    assert repeated.false_alarm_rate(0.01) == 0.001
+    low, high = false_alarm_band(999, 0.01)
+    assert low > 0 and repeated.false_alarm_band(0.01) == (0, high)
+    assert repeated.false_alarm_band(0.1) == false_alarm_band(999, 0.1)
+    few = dataclasses.replace(alone, scores=np.arange(50.0))
+    assert few.false_alarm_rate(0.01) == 0 and few.false_alarm_band(0.01) == (0, 0)
+    assert few.false_alarm_rate(1.0) == 1
 
 
 def test_both_tails_are_flagged_and_explained() -> None:
@@ -111,7 +125,7 @@ def test_both_tails_are_flagged_and_explained() -> None:
     for shift in (-8.0, 8.0):
         for name in NAMES:
             unusual = {**typical, name: np.array([4.0 + shift], np.float32)}
-            (verdict,) = fitted.verdicts(unusual, [0.5])
+            (verdict,) = fitted.verdicts(unusual)
             assert verdict.p_value == pytest.approx(0.001)
             assert verdict.explain[0].statistic == name and verdict.explain[
                 0
@@ -119,7 +133,7 @@ def test_both_tails_are_flagged_and_explained() -> None:
             assert [u.p_value for u in verdict.explain] == sorted(
                 u.p_value for u in verdict.explain
             )
-    (verdict,) = fitted.verdicts(typical, [0.5])
+    (verdict,) = fitted.verdicts(typical)
     assert verdict.p_value > 0.5 and {u.statistic for u in verdict.explain} == set(NAMES)
 
 
@@ -143,7 +157,7 @@ def test_unlikely_combinations_of_likely_statistics_are_flagged() -> None:
         "complexity": np.array([-1.0], np.float32),
         "pixel_mean_0": np.zeros(1, np.float32),
     }
-    (verdict,) = fitted.verdicts(unusual, [0.5])
+    (verdict,) = fitted.verdicts(unusual)
     assert verdict.p_value == pytest.approx(0.001) and min(u.p_value for u in verdict.explain) > 0.1
 
 
@@ -270,7 +284,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
         for before, after in ((kept.exact, again.exact), (kept.resized, again.resized)):
             assert (before is None) == (after is None)
             if before is not None and after is not None:
-                assert after.verdicts(some, [0.1] * 5) == before.verdicts(some, [0.1] * 5)
+                assert after.verdicts(some) == before.verdicts(some)
                 assert after.resize == before.resize and after.summary() == before.summary()
     path.write_bytes(b"not an archive")
     with pytest.raises(CalibrationError, match="is not a calibration"):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 
+import numpy as np
 import pytest
 
 from serving.api.telemetry import (
     BATCH,
     BPD,
     BROKEN,
+    DRIFT_DISTANCE,
     DRIFT_IMAGES,
     DRIFT_UNUSUAL,
+    DRIFT_USUAL,
     EXPECTED_FLAGS,
     FAMILIES,
     IMAGES,
@@ -28,13 +32,20 @@ from serving.api.telemetry import (
 from serving.engine.engine import Score
 from serving.verdict.calibration import Verdict
 from serving.verdict.calibration_file import Calibrations
+from serving.verdict.drift import WINDOW
 
 
 def score(
-    bpd: float, uniform: float | None = 0.5, name: str = "default", version: str = "1"
+    bpd: float,
+    p_value: float | None = 0.5,
+    name: str = "default",
+    version: str = "1",
+    beyond: float | None = None,
 ) -> tuple[Score, float]:
     """A score at alpha 0.05, judged by 99 calibration images."""
-    verdict = None if uniform is None else Verdict(0.0, uniform, uniform, (), 99)
+    verdict = None
+    if p_value is not None:
+        verdict = Verdict(0.0, p_value, p_value if beyond is None else beyond, (), 99)
     return Score(bpd, {}, None, verdict, calibrations=Calibrations(None, None, name, version)), 0.05
 
 
@@ -71,6 +82,20 @@ def test_images_without_a_verdict_are_not_counted_as_drift() -> None:
     telemetry.observe_scores([score(4.0, 1e-4)])
     found = values(telemetry)[DRIFT_UNUSUAL, "default"]
     assert found == pytest.approx(3.72 - 0.5, abs=0.01)
+
+
+def test_a_picture_that_repeats_is_no_drift_if_it_calibrates() -> None:
+    """A fifth of the calibration images are one picture, and so is a fifth of what comes."""
+    telemetry = started()
+    random.seed(0)
+    rng = np.random.default_rng(0)
+    for _ in range(5 * WINDOW):
+        repeated = rng.random() < 0.2
+        p_value = 0.2 if repeated else rng.uniform(0.2, 1)
+        telemetry.observe_scores([score(4.0, p_value, beyond=0.0 if repeated else None)])
+    found = values(telemetry)
+    assert found[DRIFT_DISTANCE, "default"] < 2
+    assert max(found[DRIFT_UNUSUAL, "default"], found[DRIFT_USUAL, "default"]) < 8
 
 
 def test_flags_and_drift_by_calibration(monkeypatch: pytest.MonkeyPatch) -> None:

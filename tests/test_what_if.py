@@ -117,7 +117,7 @@ def test_a_history_like_the_calibration_is_seldom_called_unlike(
         repeated = [0.0, 0.03, 0.1][i % 3]
 
         def drawn_scores(n: int, repeated: float = repeated) -> np.ndarray:
-            return np.where(rng.random(n) < repeated, 2.0, rng.random(n))
+            return np.where(rng.random(n) < repeated, 2000.0, 1000 * rng.random(n))
 
         exact, other = (
             dataclasses.replace(calibration, scores=np.sort(drawn_scores(1000))) for _ in range(2)

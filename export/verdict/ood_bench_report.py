@@ -26,7 +26,6 @@ from serving.messages import printable
 from serving.reports import from_markdown, markdown_table, render
 from serving.tables import safe_cell
 from serving.verdict.calibration_file import Calibrations
-from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
 
 VERDICT_ALPHA = 0.05
@@ -105,7 +104,7 @@ def write_report(
     title, *rest = lines
     page = render(
         title.removeprefix("# "),
-        _verdict(table, min(of_id.calibrated.values())),
+        _verdict(table, of_id.calibrated),
         content=from_markdown(rest, out),
     )
     write_text(out / "report.html", page)
@@ -125,19 +124,19 @@ def _verdict(table: Mapping[str, Mapping[str, Figures]], calibrated: int) -> str
 def _false_alarms(judged: Judged) -> list[str]:
     """A table for each kind of images, because their bands differ."""
     lines = []
-    for kind, n in judged.calibrated.items():
+    for kind, calibration in judged.calibrations.items():
         rows = judged.resized == kind
-        its = replace(judged, p_values=judged.p_values[rows], calibrated={kind: n})
+        its = replace(judged, p_values=judged.p_values[rows], calibrations={kind: calibration})
         body = []
         for alpha, share in zip(ALPHAS, its.flagged(), strict=True):
             if share is None:
                 body.append([f"{alpha}", "no verdict", ""])
                 continue
-            low, high = false_alarm_band(n, alpha, tested=int(rows.sum()))
+            low, high = calibration.false_alarm_band(alpha, tested=int(rows.sum()))
             body.append([f"{alpha}", f"{share:.4f}", f"{low:.4f} to {high:.4f}"])
         what = "resized images" if kind else "images of the model's size"
         lines += [
-            f"{rows.sum():,} {what}, calibrated on {n:,} others:",
+            f"{rows.sum():,} {what}, calibrated on {its.calibrated:,} others:",
             "",
             *markdown_table(
                 ["alpha", "flagged", "95 % band of calibrations and tests like these"], body

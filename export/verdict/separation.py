@@ -48,20 +48,20 @@ class Judged:
         scores: of :func:`scores_of`, those that all kinds of these images have.
         p_values: float64 ``(N,)``.
         resized: bool ``(N,)``.
-        calibrated: number of calibration images by kind.
+        calibrations: by kind.
     """
 
     scores: dict[str, np.ndarray]
     p_values: np.ndarray
     resized: np.ndarray
-    calibrated: dict[bool, int]
+    calibrations: dict[bool, Calibration]
 
     @classmethod
     def of(cls, calibrations: Calibrations, images: Measured) -> Judged:
         """Judge images; there must be a calibration for each of their kinds."""
         found: dict[str, np.ndarray] = {}
         p_values = np.empty(len(images.resized))
-        calibrated = {}
+        by_kind = {}
         for kind in np.unique(images.resized).tolist():
             calibration = calibrations.of(kind)
             assert calibration is not None
@@ -70,15 +70,21 @@ class Judged:
             for name, values in scores.items():
                 found.setdefault(name, np.full(len(rows), np.nan))[rows] = values
             p_values[rows] = conformal_p_values(calibration.scores, scores[COMBINED])
-            calibrated[kind] = len(calibration.scores)
+            by_kind[kind] = calibration
         whole = {name: values for name, values in found.items() if not np.isnan(values).any()}
-        return cls(whole, p_values, images.resized, calibrated)
+        return cls(whole, p_values, images.resized, by_kind)
+
+    @property
+    def calibrated(self) -> int:
+        """Number of calibration images, for the kind that has fewer."""
+        return min(len(calibration.scores) for calibration in self.calibrations.values())
 
     def flagged(self) -> tuple[float | None, ...]:
         """The share that is flagged at each alpha; ``None`` if a kind gets no verdict."""
-        n = min(self.calibrated.values())
         return tuple(
-            float((self.p_values <= alpha).mean()) if flagging_rank(n, alpha) else None
+            float((self.p_values <= alpha).mean())
+            if flagging_rank(self.calibrated, alpha)
+            else None
             for alpha in ALPHAS
         )
 

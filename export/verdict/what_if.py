@@ -18,7 +18,7 @@ from serving.engine.engine import InferenceEngine, Score
 from serving.engine.noise import short_digest
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
-from serving.verdict.false_alarms import false_alarm_band, flagging_rank
+from serving.verdict.false_alarms import flagging_rank
 from training.data import Report
 
 ALPHAS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -243,27 +243,20 @@ def _way(
     alarms, unlike, new = [], [], p_values[~known]
     n = 0 if calibration is None else len(calibration.scores)
     for alpha in ALPHAS:
-        k = flagging_rank(n, alpha)
-        if k == 0:
+        if flagging_rank(n, alpha) == 0:
             alarms.append(Alarms(alpha, None, None, None, None))
             continue
         assert calibration is not None
-        # Of equal scores at the threshold none is rejected, which can lower the rate to any value.
-        threshold = np.sort(calibration.scores)[n - k] if k <= n else -np.inf
-        is_tied = np.count_nonzero(calibration.scores == threshold) > 1
-        low, high = (round(share * per_day) for share in _band(n, alpha, per_day))
-        share = _share(p_values, alpha)
-        alarms.append(Alarms(alpha, per_day * k / (n + 1), 0 if is_tied else low, high, share))
+        band = calibration.false_alarm_band(alpha, tested=per_day) if per_day else (0.0, 0.0)
+        low, high = (round(share * per_day) for share in band)
+        rate = calibration.false_alarm_rate(alpha)
+        alarms.append(Alarms(alpha, per_day * rate, low, high, _share(p_values, alpha)))
         if not len(new):
             continue
-        least, most = false_alarm_band(n, alpha, level, len(new))
-        if not (0.0 if is_tied else least) <= _share(new, alpha) <= most:
+        least, most = calibration.false_alarm_band(alpha, level, len(new))
+        if not least <= _share(new, alpha) <= most:
             unlike.append(alpha)
     joined = (
         0 if calibration is None or calibration.joined is None else calibration.joined.scores.size
     )
     return Way(resized, len(p_values), per_day, n, alarms, unlike, int(known.sum()), joined)
-
-
-def _band(n: int, alpha: float, per_day: int) -> tuple[float, float]:
-    return false_alarm_band(n, alpha, tested=per_day) if per_day else (0.0, 0.0)

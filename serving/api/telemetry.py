@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import threading
 import time
 from collections import Counter
@@ -89,7 +90,7 @@ EXPECTED_FLAGS = Metric(
     "ade_gate_expected_flags_total",
     "counter",
     ("calibration",),
-    "Images expected to be rejected if all are like the calibration images.",
+    "Images to be rejected, at most, if all are like the calibration images.",
 )
 OBSERVED_FLAGS = Metric(
     "ade_gate_observed_flags_total",
@@ -299,7 +300,7 @@ class Telemetry:
         if stream is None or stream.version != calibrations.version:
             # Sums over p-values of two versions would mean nothing.
             stream = self._streams[name] = _Stream(calibrations.version, DriftMonitor())
-        stream.drift.update(verdict.uniform)
+        stream.drift.update(random.uniform(verdict.beyond, verdict.p_value))
         stream.has_moved = True
         rank = flagging_rank(verdict.calibrated, alpha)
         if rank:  # otherwise there is no decision

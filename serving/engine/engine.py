@@ -20,7 +20,7 @@ import numpy as np
 from serving.engine.backends import Backend, OnnxRuntimeBackend, load_backend
 from serving.engine.bundle import FEATURES_NAME, Bundle, open_bundle
 from serving.engine.calibrations import open_calibrations
-from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key, tie_breaker
+from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
 from serving.verdict.calibration import Calibration, Verdict
 from serving.verdict.calibration_file import Calibrations
@@ -364,7 +364,7 @@ class InferenceEngine:
         for first, outputs in self._batches("score", len(draws), inputs, wanted):
             rows = draws[first : first + len(outputs["parts"])]
             parts.append(outputs["parts"].astype(np.float64))
-            verdicts |= self._verdicts(judges, images, digests, rows, outputs)
+            verdicts |= self._verdicts(judges, images, rows, outputs)
             for n, (i, _, _) in enumerate(rows):
                 if maps[i] and first + n < len(plan):
                     bits[i] = (
@@ -443,7 +443,6 @@ class InferenceEngine:
         self,
         judges: Sequence[Calibration | None],
         images: np.ndarray,
-        digests: Sequence[bytes],
         draws: Sequence[tuple[int, int, int]],
         outputs: dict[str, np.ndarray],
     ) -> dict[int, Verdict]:
@@ -467,14 +466,8 @@ class InferenceEngine:
         for judge in {id(judge): judge for judge in judges if judge is not None}.values():
             mine = [n for n, i in enumerate(chosen) if judges[i] is judge and finite[n]]
             if mine:
-                ties = [tie_breaker(digests[chosen[n]]) for n in mine]
-                verdicts |= zip(
-                    (chosen[n] for n in mine),
-                    judge.verdicts(
-                        {name: values[mine] for name, values in statistics.items()}, ties
-                    ),
-                    strict=True,
-                )
+                found = judge.verdicts({name: its[mine] for name, its in statistics.items()})
+                verdicts |= zip((chosen[n] for n in mine), found, strict=True)
         return verdicts
 
     def _summarize(self, parts: np.ndarray) -> tuple[float, dict[str, float], float | None]:

@@ -36,11 +36,6 @@ def image_key(seed: int, digest: bytes, draw: int = 0) -> bytes:
     return hashlib.sha256(b"ade image %d %d " % (seed, draw) + digest).digest()[:16]
 
 
-def tie_breaker(digest: bytes) -> float:
-    """Return a number in [0, 1), a function of the image with this :func:`image_digest`."""
-    return int.from_bytes(hashlib.sha256(b"ade ties " + digest).digest()[:6], "little") / 2**48
-
-
 class NoiseStream:
     """The stream of one key; each call returns the next numbers.
 

@@ -15,7 +15,7 @@ import numpy as np
 from serving.api.operations.score import DIGITS
 from serving.brand import percent, rounded
 from serving.verdict.calibration import Calibration, Unusual
-from serving.verdict.false_alarms import false_alarm_band, flagging_rank
+from serving.verdict.false_alarms import flagging_rank
 from serving.verdict.statistics import meaning
 
 WIDTH = 520
@@ -85,8 +85,9 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
         return (
             f'<div class="ade-part"><p><b>No image can be rejected:</b> {escape(note)}.</p></div>'
         )
-    low, high = (round(share * per_day) for share in false_alarm_band(count, alpha, tested=per_day))
-    shown = rounded(per_day * rank / (count + 1))
+    band = calibration.false_alarm_band(alpha, tested=per_day)
+    low, high = (round(share * per_day) for share in band)
+    shown = rounded(per_day * calibration.false_alarm_rate(alpha))
     caught = calibration.caught(alpha)
     said = (
         f"<p><b>About {shown} false {'alarm' if shown == '1' else 'alarms'} per day</b> among "

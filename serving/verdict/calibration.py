@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from serving.verdict.conformal import conformal_p_values
+from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
+from serving.verdict.false_alarms import false_alarm_band, flagging_rank
 from serving.verdict.joined import Joined
 from serving.verdict.semantic import DISTANCE, ENERGY, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX
@@ -47,16 +48,16 @@ class Verdict:
 
     Attributes:
         ood_score: of :meth:`Calibration.ood_scores`, nats; a higher score is more unusual.
-        p_value: ``(1 + #{calibration scores >= this one}) / (n + 1)``.
-        uniform: the same with ties broken at random: uniform on (0, 1) for images like the
-            calibration images.
+        p_value: of :func:`serving.verdict.conformal.conformal_p_values`.
+        beyond: ``#{calibration scores > this one} / (n + 1)``. For images like the calibration
+            images, a random number between this and ``p_value`` is uniform on (0, 1).
         explain: every statistic, the most unusual first.
         calibrated: number of calibration images.
     """
 
     ood_score: float
     p_value: float
-    uniform: float
+    beyond: float
     explain: tuple[Unusual, ...]
     calibrated: int = 0
 
@@ -264,22 +265,18 @@ class Calibration:
         # Minus infinity would be accepted.
         return np.where(np.isfinite(density) & np.isfinite(scores), scores, np.inf)
 
-    def verdicts(
-        self, statistics: Mapping[str, np.ndarray], ties: Sequence[float]
-    ) -> list[Verdict]:
+    def verdicts(self, statistics: Mapping[str, np.ndarray]) -> list[Verdict]:
         """A verdict for each image.
 
         Args:
             statistics: of :func:`serving.verdict.statistics.compute_statistics`.
-            ties: one per image, uniform on [0, 1), to break ties with.
         """
         rows = self.rows(statistics)
         normal = self.normal(rows)
         scores = self.ood_scores(normal)
         p_values = conformal_p_values(self.scores, scores)
-        above = len(self.scores) - np.searchsorted(self.scores, scores, "right")
-        equal = p_values * (len(self.scores) + 1) - above
-        uniform = (above + np.asarray(ties) * equal) / (len(self.scores) + 1)
+        at_most = np.searchsorted(self.scores, scores + SLACK, "right")
+        beyond = (len(self.scores) - at_most) / (len(self.scores) + 1)
         two_sided = self._two_sided(rows)
         verdicts = []
         for row in range(len(rows)):
@@ -296,7 +293,7 @@ class Calibration:
                 Verdict(
                     float(scores[row]),
                     float(p_values[row]),
-                    float(uniform[row]),
+                    float(beyond[row]),
                     explain,
                     len(self.scores),
                 )
@@ -312,6 +309,30 @@ class Calibration:
     @cached_property
     def _columns(self) -> np.ndarray:
         return np.ascontiguousarray(self.reference.T)
+
+    def false_alarm_rate(self, alpha: float) -> float:
+        """The false-alarm rate to expect at ``alpha``; 0 if nothing can be rejected.
+
+        Of equal scores at the threshold none is rejected.
+        """
+        n = len(self.scores)
+        k = flagging_rank(n, alpha)
+        if not 0 < k <= n:
+            return float(k > n)
+        return (1 + int((self.scores > self.scores[n - k]).sum())) / (n + 1)
+
+    def false_alarm_band(
+        self, alpha: float, level: float = 0.95, tested: int | None = None
+    ) -> tuple[float, float]:
+        """The band of the realised rate, see :func:`serving.verdict.false_alarms.false_alarm_band`.
+
+        If a picture that repeats is at the threshold, the rate may be any smaller one, and the band
+        begins at 0.
+        """
+        n = len(self.scores)
+        low, high = false_alarm_band(n, alpha, level, tested)
+        is_tied = self.false_alarm_rate(alpha) < flagging_rank(n, alpha) / (n + 1)
+        return (0.0 if is_tied else low), high
 
     @property
     def smallest_p_value(self) -> float:

@@ -2,11 +2,12 @@
 
 Each worker has one monitor per calibration.
 
-For images like the calibration images, ``Verdict.uniform`` is uniform on (0, 1), and ``z = Phi^-1(1
-- uniform)`` is standard normal. Two one-sided cumulative sums (Page, "Continuous inspection
-schemes", 1954) detect a shift of the mean within tens of images; the Kolmogorov-Smirnov distance
-over a window detects any other change. docs/operations.md has thresholds with the expected time
-until a false alarm.
+For images like the calibration images, their p-values with ties broken at random are uniform on (0,
+1), and ``z = Phi^-1(1 - p)`` of these is standard normal. (Ties broken by the picture would not do:
+all copies of one that repeats would be at the same place.) Two one-sided cumulative sums (Page,
+"Continuous inspection schemes", 1954) detect a shift of the mean within tens of images; the
+Kolmogorov-Smirnov distance over a window detects any other change. docs/operations.md has
+thresholds with the expected time until a false alarm.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _normal = NormalDist()
 
 
 class DriftMonitor:
-    """Takes ``Verdict.uniform`` of one image after another.
+    """Takes the p-value of one image after another, with ties broken at random.
 
     Attributes:
         images: number of images seen.
