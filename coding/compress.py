@@ -26,10 +26,11 @@ from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
 from coding.pictures import Picture
 from coding.sources import Source
-from serving.engine.bundle import Bundle
+from serving.engine.bundle import CALIBRATION_NAME, Bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import only_writer
 from serving.messages import counted
+from serving.verdict.calibration_file import Calibrations
 
 
 @dataclass
@@ -110,8 +111,9 @@ def compress(
         progress: called with the number of images done and of all.
 
     Raises:
-        CodingError: ``out`` exists, an image cannot be read, another process writes the archive, or
-            ``OUT.part`` belongs to other images or another model, or is another file.
+        CodingError: ``out`` exists, an image cannot be read, the machine is too busy to verify one,
+            another process writes the archive, or ``OUT.part`` belongs to other images or another
+            model, or is another file.
         BundleError: the bundle's files do not match its manifest.
     """
     if os.path.lexists(out):
@@ -128,7 +130,7 @@ def compress(
         "input": source.identity,
         "verified": verify,
     }
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    engine = InferenceEngine(_uncalibrated(bundle), device="cpu", operations=["score"])
     report = Report()
     part = out.with_name(out.name + ".part")
     with only_writer(out, CodingError), _open_part(part) as file:
@@ -146,7 +148,11 @@ def compress(
                 report.not_reproduced += 1
                 payload, figures, kinds = coder.encode(names, pictures, use_model=False)
                 if not _reproduced(coder, payload, pictures):
-                    raise CodingError("an image cannot be stored: this is a bug")
+                    # Such as a large one, whose WebP takes longer to decode than is allowed.
+                    pictures = [Picture(None, p.data) if p.data else p for p in pictures]
+                    payload, figures, kinds = coder.encode(names, pictures, use_model=False)
+                    if not _reproduced(coder, payload, pictures):
+                        raise CodingError("an image cannot be stored: this is a bug")
             started = time.process_time()
             by_kind = list(zip(kinds, pictures, strict=True))
             report.without_metadata += _without_metadata(kinds, pictures)
@@ -197,10 +203,17 @@ def _equal(found: Picture, picture: Picture) -> bool:
     return np.array_equal(found.pixels, picture.pixels)
 
 
+def _uncalibrated(bundle: Bundle) -> Bundle:
+    """The bundle without its calibration, which may be invalid: the bound does not need it."""
+    files = {n: d for n, d in bundle.manifest["files"].items() if n != CALIBRATION_NAME}
+    return Bundle(bundle.folder, {**bundle.manifest, "files": files})
+
+
 def _bound_bits(engine: InferenceEngine, pictures: list[Picture]) -> float:
     """The size of images by the bound of ``ade score``, bits."""
     pixels = [p.pixels for p in pictures if p.pixels is not None]
-    scores = engine.score(np.stack(pixels)) if pixels else []
+    no_verdict = [Calibrations()] * len(pixels)  # not by a named calibration either
+    scores = engine.score(np.stack(pixels), calibrations=no_verdict) if pixels else []
     return sum(score.bpd * pixels[0].size for score in scores if not isinstance(score, NotFinite))
 
 

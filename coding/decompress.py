@@ -67,8 +67,9 @@ def decompress(
         of an array are zero.
 
     Raises:
-        CodingError: the file is not an archive, nothing in it can be decoded, it was made with
-            another bundle, or ``out`` exists or is of the wrong kind.
+        CodingError: the file is not an archive, nothing in it can be decoded, the machine is too
+            busy to decode an image, it was made with another bundle, or ``out`` exists or is of the
+            wrong kind.
         BundleError: the bundle's files do not match its manifest.
     """
     with open(archive, "rb") as file:

@@ -71,7 +71,7 @@ def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
         chunks = _chunks(data)
         has_metadata = not _NEEDED_CHUNKS.issuperset(chunks)
         # Fewer bits would be decoded, and restored, as eight.
-        is_whole = chunks[-1:] == [b"IEND"] and data[_DEPTH_AT] == 8
+        is_whole = chunks[-1:] == [b"IEND"] and data[_DEPTH_AT : _DEPTH_AT + 1] == b"\x08"
     else:
         is_whole = _is_plain_bmp(data)
     if format is None or not is_whole or has_metadata and keep_metadata:
@@ -93,12 +93,17 @@ def read_stored(kind: str, blob: bytes, is_grey: bool) -> Picture:
 
     Raises:
         Damaged: it cannot be decoded.
+        CodingError: it is not decoded, perhaps because the machine is busy.
     """
     if kind == "f":
         return Picture(None, blob)
     try:
         image = read_image(blob)
-    except (ImageError, MemoryError) as error:
+    except MemoryError as error:
+        raise CodingError("there is no memory to decode a stored image: try again") from error
+    except ImageError as error:
+        if error.may_pass:
+            raise CodingError(f"a stored image is not decoded ({error}): try again") from error
         raise Damaged(f"a stored image cannot be decoded: {error}") from error
     if image.notes:
         raise Damaged("a stored image is not RGB")

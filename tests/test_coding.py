@@ -34,7 +34,7 @@ from coding.chunks import Figures
 from coding.compress import Report, compress
 from coding.errors import CodingError, Damaged, NotCoded
 from coding.image_coder import ImageCoder
-from coding.pictures import Picture, read_picture
+from coding.pictures import Picture, read_picture, read_stored
 from coding.sources import ArraySource, open_source
 from coding.stack import Stack
 from export.codec import CodecError, add_codec, check_codable, write_codec
@@ -43,7 +43,9 @@ from export.lifting import COEFFICIENT_BITS, factorize
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
 from serving.engine.bundle import Bundle, open_bundle, write_manifest
+from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import inputs_of
+from serving.images import ImageError
 from tests.helpers import PRETRAINED, ROOT, make_model, make_traps, narrow
 from training.recipes import recipe_names
 
@@ -423,6 +425,7 @@ def grey_of(depth: int) -> bytes:
         ("a.png", saved("PNG")[:-12]),  # without IEND
         ("a.png", saved("PNG")[:-20] + b"x" + saved("PNG")[-19:]),  # a wrong checksum
         ("a.png", saved("PNG") + b"more"),
+        ("a.png", saved("PNG")[:8] + saved("PNG")[-12:]),  # IEND alone
         ("a.png", grey_of(2)),
         ("a.png", grey_of(4)),
     ],
@@ -567,6 +570,62 @@ def test_chunks_that_do_not_come_back_are_stored_without_the_model(
     assert "did not reproduce" in "\n".join(report.lines())
     decompress.decompress(tmp_path / "out.ade", tmp_path / "back.npy", bundle)
     assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:100])
+
+
+@pytest.mark.parametrize(
+    "error", [ImageError("too_large", "not decoded in time", may_pass=True), MemoryError()]
+)
+def test_a_busy_machine_loses_no_chunk(
+    error: Exception,
+    archived: Path,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(data: bytes) -> None:
+        raise error
+
+    source = ArraySource(tmp_path / "in.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr("coding.pictures.read_image", fail)
+        with pytest.raises(CodingError, match="a stored image.*: try again"):
+            decompress.decompress(archived, tmp_path / "back.npy", bundle)
+        with pytest.raises(CodingError, match="a stored image.*: try again"):
+            compress(source, tmp_path / "again.ade", bundle)
+    assert not (tmp_path / "back.npy").exists()
+    assert not decompress.decompress(archived, tmp_path / "back.npy", bundle).lost
+    assert compress(source, tmp_path / "again.ade", bundle).not_reproduced == 0
+
+
+def test_pictures_whose_pixels_cannot_be_stored_are_stored_as_files(
+    folder: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a large one, whose WebP takes longer to decode than is allowed."""
+
+    def refuse(kind: str, blob: bytes, is_grey: bool) -> Picture:
+        if kind == "w":
+            raise Damaged("more than 2 seconds to decode")
+        return read_stored(kind, blob, is_grey)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks, "read_stored", refuse)
+        compress(open_source(folder), tmp_path / "out.ade", bundle)
+    decompress.decompress(tmp_path / "out.ade", tmp_path / "back", bundle)
+    for path in folder.rglob("*.png"):
+        assert (tmp_path / "back" / path.relative_to(folder)).read_bytes() == path.read_bytes()
+
+
+def test_a_calibration_is_not_needed(
+    bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the bundle's own, which may be of another version, nor a named one."""
+    copy = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    (copy / "calibration.npz").write_bytes(b"of another version")
+    write_manifest(copy, bundle.manifest)
+    monkeypatch.setattr(InferenceEngine, "calibrations", None)
+    source = save_array(tmp_path / "in.npy", small_images[:100])
+    figures = compress(source, tmp_path / "out.ade", open_bundle(copy)).figures
+    assert figures.coded and figures.bound_bits
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.62, 0.999])
